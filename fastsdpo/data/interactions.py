@@ -1,0 +1,250 @@
+"""Conversations and the interactions they hold.
+
+A conversation ``o_0, y_1, o_1, y_2, o_2, ...`` (user, model, user, ...) gives one interaction
+``(x_t, y_t, o_t)`` for every answer that a user's message follows: x_t is everything up to and
+including the user's message that y_t answers, o_t is the message after y_t. This is the data of
+"Aligning Language Models from User Interactions" (https://arxiv.org/abs/2603.12273), section 2.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Speaker names of the layouts that are read, and what they are called here.
+ROLES = {
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+    "developer": "system",
+    "tool": "tool",
+    "function": "tool",
+    "function_call": "tool",
+    "observation": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """One answer and the user's reaction to it.
+
+    Attributes:
+        prompt: x, the history as ``{"role", "content"}`` messages of text; ends with a user's.
+        completion: y, the model's answer.
+        followup: o, what the user said next.
+        id: names the interaction in reports; unique within its file where the source had ids.
+        conversation_id: interactions of one conversation share it (and share prefixes).
+
+    Raises:
+        TypeError, ValueError: a field has the wrong type, or the prompt does not end with a
+            user's message.
+    """
+
+    prompt: list[dict]
+    completion: str
+    followup: str
+    id: str | None = None
+    conversation_id: str | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.prompt, list) or not self.prompt:
+            raise TypeError(
+                f"Interaction: prompt must be a list of messages, got {_show(self.prompt)}"
+            )
+        for index, message in enumerate(self.prompt):
+            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+                raise TypeError(
+                    f"Interaction: prompt[{index}] must be a dict with 'role' and 'content', "
+                    f"got {_show(message)}"
+                )
+            if not isinstance(message["content"], str):
+                raise TypeError(
+                    f"Interaction: prompt[{index}] must have text as its content, "
+                    f"got {_show(message['content'])}"
+                )
+        if self.prompt[-1]["role"] != "user":
+            raise ValueError(
+                "Interaction: prompt must end with a user's message, "
+                f"got role {self.prompt[-1]['role']!r}"
+            )
+        for name in ("completion", "followup"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(
+                    f"Interaction: {name} must be text, got {_show(getattr(self, name))}"
+                )
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation in one form, whatever layout it came in.
+
+    Attributes:
+        messages: ``{"role", "content"}`` dicts; roles are user, assistant, system or tool.
+        id: the record's own id, or None.
+        language: as the record names it (``"English"``, ``"en"``), or None.
+        single: True for a record that already is one interaction; only its last answer counts.
+    """
+
+    messages: list[dict]
+    id: str | None = None
+    language: str | None = None
+    single: bool = False
+
+
+def message_text(content: Any) -> str:
+    """The text of a message's content: a string, None (empty), or a list of text parts.
+
+    Raises:
+        TypeError: anything else (an image, a number), or a part that is not text.
+    """
+    if isinstance(content, str):
+        return content
+    if content is None:
+        return ""
+    if isinstance(content, (list, tuple)):
+        texts = []
+        for part in content:
+            text = part.get("text") if isinstance(part, Mapping) else part
+            if not isinstance(text, str):
+                raise TypeError(f"content must be text, got a part {_show(part)}")
+            texts.append(text)
+        return "".join(texts)
+    raise TypeError(f"content must be text, got {_show(content)}")
+
+
+def parse_message(message: Any) -> dict:
+    """``{"role", "content"}`` or ``{"from", "value"}`` -> ``{"role", "content"}`` of plain text.
+
+    Raises:
+        TypeError: not a message, or its content is not text.
+        ValueError: an unknown role, or text that is not valid Unicode (a lone surrogate).
+    """
+    if not isinstance(message, Mapping):
+        raise TypeError(f"must be a message, got {_show(message)}")
+    if "role" in message:
+        speaker, content = message["role"], message.get("content")
+    elif "from" in message:
+        speaker, content = message["from"], message.get("value")
+    else:
+        raise TypeError(f"must have 'role' or 'from', got the keys {_show(list(message))}")
+    if not isinstance(speaker, str):
+        raise TypeError(f"role must be text, got {_show(speaker)}")
+    role = ROLES.get(speaker.strip().lower())
+    if role is None:
+        raise ValueError(f"role must be one of {', '.join(sorted(ROLES))}, got {_show(speaker)}")
+    text = message_text(content)
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"content must be valid Unicode, got a lone surrogate at character {error.start}"
+            ) from None
+    return {"role": role, "content": text}
+
+
+def parse_messages(messages: Any, name: str) -> list[dict]:
+    """A list of messages in either form; errors say which message of `name` is wrong."""
+    if not isinstance(messages, (list, tuple)):
+        raise TypeError(f"{name} must be a list of messages, got {_show(messages)}")
+    parsed = []
+    for index, message in enumerate(messages):
+        try:
+            parsed.append(parse_message(message))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}[{index}]: {error}") from None
+    return parsed
+
+
+def extract_interactions(
+    conversation: Conversation | Sequence[Mapping],
+    *,
+    max_history_messages: int | None = None,
+) -> list[Interaction]:
+    """The interactions of a conversation, in order.
+
+    - Messages of one role in a row are one message, joined by an empty line.
+    - System messages at the start stay at the start of every history. From the first tool message
+      or later system message on nothing is taken: histories there would lack, or move, something
+      that the model saw.
+    - A history starts with a user's message (after the system message), so answers before the
+      first user's message are left out.
+    - An empty message stays in the histories, but gives no interaction: neither as the message
+      that is answered, nor as answer, nor as follow-up.
+
+    Args:
+        conversation: a `Conversation`, or a list of messages in ``role/content`` or ``from/value``
+            form.
+        max_history_messages: keep at most this many of the last messages of each history (the
+            system message not counted), and of these start with the first user's.
+
+    Raises:
+        TypeError, ValueError: a message is malformed; the text says which and how.
+    """
+    if max_history_messages is not None and max_history_messages < 1:
+        raise ValueError(
+            "extract_interactions: max_history_messages must be at least 1, "
+            f"got {max_history_messages}"
+        )
+    if not isinstance(conversation, Conversation):
+        conversation = Conversation(parse_messages(conversation, "messages"))
+    system, turns = _turns(conversation.messages)
+    answers = [t for t in range(1, len(turns) - 1) if turns[t]["role"] == "assistant"]
+    interactions = []
+    for turn, t in enumerate(answers):
+        before, answer, after = turns[t - 1], turns[t], turns[t + 1]
+        if not (before["content"].strip() and answer["content"].strip()):
+            continue
+        if not after["content"].strip() or (conversation.single and t != len(turns) - 2):
+            continue
+        start = 0 if max_history_messages is None else max(0, t - max_history_messages)
+        while turns[start]["role"] != "user":
+            start += 1
+        interactions.append(
+            Interaction(
+                prompt=[dict(message) for message in system + turns[start:t]],
+                completion=answer["content"],
+                followup=after["content"],
+                id=None if conversation.id is None else f"{conversation.id}:{turn}",
+                conversation_id=conversation.id,
+            )
+        )
+    return interactions
+
+
+def _turns(messages: Sequence[Mapping]) -> tuple[list[dict], list[dict]]:
+    """([the system message] or [], alternating user / assistant messages starting with a user's)"""
+    system: list[dict] = []
+    turns: list[dict] = []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "tool" or (role == "system" and turns):
+            break
+        place = system if role == "system" else turns
+        if place and place[-1]["role"] == role:
+            texts = [text for text in (place[-1]["content"], content) if text.strip()]
+            place[-1]["content"] = "\n\n".join(texts)
+        else:
+            place.append({"role": role, "content": content})
+    if turns and turns[0]["role"] == "assistant":
+        turns = turns[1:]
+    return system, turns
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 60
+
+
+def _show(value: Any) -> str:
+    """A value in an error message: its type and a repr that stays short for values of any size."""
+    return f"{type(value).__name__} {_repr.repr(value)}"
