@@ -1,0 +1,52 @@
+"""``fastsdpo <command>``: one line per command; each command's module is imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "prepare": ("fastsdpo.data.prepare", "conversations -> interactions.jsonl"),
+    "train": ("fastsdpo.train", "train a model on interactions"),
+    "signal": ("fastsdpo.signal", "show the token-level signal of an interaction"),
+    "doctor": ("fastsdpo.doctor", "check the backends of this machine"),
+}
+
+
+def _usage() -> str:
+    lines = ["usage: fastsdpo <command> [options]", "", "commands:"]
+    lines += [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    lines += ["", "`fastsdpo <command> --help` lists a command's options; `fastsdpo --version`."]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit status (2 for an unknown command)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        from fastsdpo._version import __version__
+
+        print(f"fastsdpo {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"fastsdpo: unknown command {argv[0]!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    try:
+        module = importlib.import_module(COMMANDS[argv[0]][0])
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "fastsdpo":
+            raise
+        print(
+            f"fastsdpo {argv[0]}: needs the package {error.name!r}; "
+            "install it with: pip install 'fastsdpo[train]'",
+            file=sys.stderr,
+        )
+        return 2
+    return int(module.main(argv[1:]) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
