@@ -1,0 +1,131 @@
+"""Argument checks shared by the ops: shapes, dtypes, ranges; and the flattening of leading axes.
+
+Only shapes, dtypes, devices and Python numbers are read here, so a check never waits for a GPU and
+`torch.compile` traces through it. Checks of tensor values sit in `_library.py`, behind the operator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    return "(" + ", ".join(str(int(n)) for n in shape) + ("," if len(shape) == 1 else "") + ")"
+
+
+def check_tensor(name: str, argument: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def check_logits(name: str, argument: str, logits: object) -> Tensor:
+    """A floating tensor (..., V) with V >= 1."""
+    logits = check_tensor(name, argument, logits)
+    if logits.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name}: {argument} must be float16, bfloat16, float32 or float64, got {logits.dtype}"
+        )
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(
+            f"{name}: {argument} must have shape (..., V) with V >= 1, "
+            f"got {shape_text(logits.shape)}"
+        )
+    return logits
+
+
+def check_like(
+    name: str,
+    argument: str,
+    value: object,
+    shape: Sequence[int],
+    device: torch.device,
+    *,
+    integer: bool = False,
+    what: str = "",
+) -> Tensor:
+    """A tensor of exactly ``shape`` on ``device``; floating, or integer with ``integer=True``."""
+    value = check_tensor(name, argument, value)
+    is_integer = not (value.is_floating_point() or value.is_complex()) and value.dtype != torch.bool
+    if integer and not is_integer:
+        raise TypeError(f"{name}: {argument} must have an integer dtype, got {value.dtype}")
+    if not integer and not value.is_floating_point():
+        raise TypeError(f"{name}: {argument} must have a floating dtype, got {value.dtype}")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(
+            f"{name}: {argument} must have shape {shape_text(shape)}{what}, "
+            f"got {shape_text(value.shape)}"
+        )
+    if value.device != device:
+        raise ValueError(f"{name}: {argument} must be on {device}, got {value.device}")
+    return value
+
+
+def check_temperature(name: str, temperature: float) -> float:
+    if not math.isfinite(temperature) or temperature <= 0:
+        raise ValueError(f"{name}: temperature must be > 0 and finite, got {temperature}")
+    return float(temperature)
+
+
+def check_softcap(name: str, softcap: float | None) -> float:
+    """The softcap as a float, 0.0 standing for none."""
+    if softcap is None:
+        return 0.0
+    if not math.isfinite(softcap) or softcap <= 0:
+        raise ValueError(f"{name}: softcap must be > 0 and finite, or None, got {softcap}")
+    return float(softcap)
+
+
+def check_alpha(name: str, alpha: float) -> float:
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"{name}: alpha must lie in [0, 1], got {alpha}")
+    return float(alpha)
+
+
+def check_is_clip(name: str, is_clip: float | None) -> None:
+    if is_clip is not None and not is_clip > 0:
+        raise ValueError(f"{name}: is_clip must be > 0 or None, got {is_clip}")
+
+
+def check_topk(name: str, topk: int | None, vocabulary: int) -> int:
+    if topk is None:
+        raise ValueError(f"{name}: topk must be given for mode='topk' (or teacher_topk)")
+    if isinstance(topk, bool) or int(topk) != topk or not 1 <= topk <= vocabulary:
+        raise ValueError(
+            f"{name}: topk must be an integer in [1, V] = [1, {vocabulary}], got {topk}"
+        )
+    return int(topk)
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """``(..., V)`` as a view ``[B, L, V]`` whose last stride is 1.
+
+    Two row axes are enough to reach a slice such as ``logits[:, :-1]`` without a copy. Only a
+    tensor whose last axis is strided, or with three or more row axes that do not merge, is copied.
+    """
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    if logits.ndim == 3:
+        return logits
+    if logits.ndim <= 2:
+        return logits.reshape(1, -1, logits.shape[-1]) if logits.ndim == 1 else logits.unsqueeze(0)
+    return logits.reshape(-1, logits.shape[-2], logits.shape[-1])
+
+
+def flat_ids(ids: Tensor) -> Tensor:
+    return ids.reshape(-1).to(torch.int64).contiguous()
+
+
+def flat_float(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.detach().reshape(-1).to(dtype).contiguous()
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32 whatever comes in; float64 stays float64."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

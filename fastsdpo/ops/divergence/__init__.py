@@ -1,0 +1,307 @@
+r"""Self-distillation losses between student and teacher rows, straight from their logits.
+
+With p, q the student's and teacher's probabilities of one row, s and t their logs, A = t[y] - s[y]:
+
+    sampled_token   loss = -stopgrad(A) s[y]                dL/du_v = -A (1[v = y] - p_v)
+    alpha = 0       loss = KL(q || p)                       dL/du_v = p_v - q_v
+    alpha = 1       loss = KL(p || q)                       dL/du_v = p_v (s_v - t_v - KL)
+    0 < alpha < 1   loss = (1-a) KL(p || m) + a KL(q || m)  dL/du_v = (1-a) p_v (s_v - log m_v - KL(p || m))
+                    m = (1-a) p + a q
+    top-k           the same over K classes of the support and, with a tail, one class for the rest;
+                    outside the support the tail's gradient is shared out in proportion to p_v
+
+(equations 1 to 4 of https://arxiv.org/abs/2603.12273; the ends alpha = 0 and 1 are defined as forward
+and reverse KL, where the mixture formula tends to 0). The total is ``sum_t w_t r_t l_t`` with r_t the
+clipped importance ratio, so a row of the gradient is ``w_t r_t / temperature * dL/du * dc/dz``.
+
+Saved between forward and backward: both logits and at most five float32 numbers per row. Bytes per
+token and vocabulary element in bf16, forward + backward: sampled 8, KL 10, JSD 14, top-k 8 to 10 plus
+the selection of the support; plain PyTorch moves 36 to 170.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsdpo.ops import _library
+from fastsdpo.ops._backend import resolve_backend
+from fastsdpo.ops._checks import (
+    accumulation_dtype,
+    as_rows,
+    check_alpha,
+    check_is_clip,
+    check_like,
+    check_logits,
+    check_softcap,
+    check_temperature,
+    check_tensor,
+    check_topk,
+    flat_float,
+    flat_ids,
+    shape_text,
+)
+from fastsdpo.ops.token_logps import check_pair, log_ratio
+
+MODES = ("sampled_token", "full", "topk")
+
+
+class SDPOLossOutput(NamedTuple):
+    """Result of `sdpo_loss` and `linear_sdpo_loss`.
+
+    ``loss`` is a scalar that carries the gradient; the others have the shape of ``target_ids``, are
+    detached, and are 0 at ignored tokens. ``per_token_loss`` is l_t, before weights and ratio.
+    """
+
+    loss: Tensor
+    per_token_loss: Tensor
+    log_ratio: Tensor
+    student_logps: Tensor
+    teacher_logps: Tensor
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The checked numbers of one loss call; `softcap` 0.0 means none."""
+
+    mode: str
+    alpha: float
+    topk: int
+    add_tail: bool
+    is_clip: float | None
+    temperature: float
+    softcap: float
+    ignore_index: int
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """The checked, flattened per-token tensors of one loss call, each ``[N]`` (top-k ``[N, K]``)."""
+
+    target_ids: Tensor
+    weights: Tensor
+    old_logps: Tensor | None
+    teacher_logps: Tensor | None
+    topk_ids: Tensor | None
+    topk_logps: Tensor | None
+
+
+def check_loss(
+    name: str,
+    shape: torch.Size,
+    vocabulary: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    target_ids: Tensor,
+    *,
+    teacher: str,
+    has_teacher: bool,
+    mode: str,
+    alpha: float,
+    topk: int | None,
+    add_tail: bool,
+    weights: Tensor | None,
+    teacher_logps: Tensor | None,
+    teacher_topk: tuple[Tensor, Tensor] | None,
+    old_logps: Tensor | None,
+    is_clip: float | None,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[LossOptions, TokenInputs]:
+    """Checks everything but the logits (or hidden states) themselves and flattens the tokens.
+
+    ``teacher`` names the argument that holds the teacher's whole distribution.
+    """
+    if mode not in MODES:
+        raise ValueError(f"{name}: mode must be one of {MODES}, got {mode!r}")
+    alpha = check_alpha(name, alpha)
+    if mode == "sampled_token" and alpha != 1.0:
+        raise ValueError(f"{name}: alpha must be 1.0 for mode='sampled_token', got {alpha}")
+    sources = {
+        teacher: has_teacher,
+        "teacher_logps": teacher_logps is not None,
+        "teacher_topk": teacher_topk is not None,
+    }
+    given = [source for source, present in sources.items() if present]
+    if len(given) != 1:
+        raise ValueError(
+            f"{name}: exactly one of {teacher}, teacher_logps and teacher_topk must be given, "
+            f"got {' and '.join(given) or 'none'}"
+        )
+    if teacher_logps is not None and mode != "sampled_token":
+        raise ValueError(
+            f"{name}: teacher_logps must come with mode='sampled_token', got mode={mode!r}"
+        )
+    if teacher_topk is not None and mode != "topk":
+        raise ValueError(f"{name}: teacher_topk must come with mode='topk', got mode={mode!r}")
+    if topk is not None and mode != "topk":
+        raise ValueError(f"{name}: topk must be None unless mode='topk', got topk={topk}")
+    check_is_clip(name, is_clip)
+    target_ids = check_like(name, "target_ids", target_ids, shape, device, integer=True)
+
+    topk_ids = topk_logps = None
+    if mode == "topk" and teacher_topk is not None:
+        if not isinstance(teacher_topk, (tuple, list)) or len(teacher_topk) != 2:
+            raise TypeError(f"{name}: teacher_topk must be a pair (ids, logps)")
+        ids = check_tensor(name, "teacher_topk ids", teacher_topk[0])
+        k = ids.shape[-1] if ids.ndim else 0
+        if topk is not None and topk != k:
+            raise ValueError(f"{name}: topk must equal teacher_topk's K = {k}, got {topk}")
+        topk = check_topk(name, k, vocabulary)
+        ids = check_like(name, "teacher_topk ids", ids, (*shape, k), device, integer=True)
+        logps = check_like(name, "teacher_topk logps", teacher_topk[1], (*shape, k), device)
+        topk_ids = ids.reshape(-1, k).to(torch.int64).contiguous()
+        topk_logps = logps.detach().reshape(-1, k).to(dtype).contiguous()
+    elif mode == "topk":
+        topk = check_topk(name, topk, vocabulary)
+    if mode == "topk" and topk == vocabulary:
+        add_tail = False  # nothing lies outside the support: the tail class would be empty
+    if topk_logps is not None and add_tail:
+        # Rounded log-probs may sum to 1 or more; keep a tail so that the divergence stays finite.
+        excess = (topk_logps.logsumexp(-1, keepdim=True) + 1e-7).clamp(min=0)
+        topk_logps = topk_logps - excess
+
+    options = LossOptions(
+        mode, alpha, topk or 0, bool(add_tail), is_clip,
+        check_temperature(name, temperature), check_softcap(name, softcap), int(ignore_index),
+    )  # fmt: skip
+    ids = flat_ids(target_ids)
+    if weights is None:
+        counts = ids != ignore_index
+        flat_weights = counts.to(dtype) / counts.sum().clamp(min=1)
+    else:
+        weights = check_like(name, "weights", weights, shape, device)
+        flat_weights = flat_float(weights, dtype)
+    if old_logps is not None:
+        old_logps = flat_float(check_like(name, "old_logps", old_logps, shape, device), dtype)
+        if is_clip is None:
+            old_logps = None
+    if teacher_logps is not None:
+        teacher_logps = flat_float(
+            check_like(name, "teacher_logps", teacher_logps, shape, device), dtype
+        )
+    return options, TokenInputs(ids, flat_weights, old_logps, teacher_logps, topk_ids, topk_logps)
+
+
+def student_support(logits: Tensor, k: int) -> Tensor:
+    """Ids ``[N, K]`` of the k most likely tokens of each row of ``logits [B, L, V]``."""
+    return torch.topk(logits.detach(), k, dim=-1).indices.reshape(-1, k)
+
+
+def sdpo_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    target_ids: Tensor,
+    *,
+    mode: Literal["sampled_token", "full", "topk"] = "sampled_token",
+    alpha: float = 1.0,
+    topk: int | None = None,
+    add_tail: bool = True,
+    weights: Tensor | None = None,
+    teacher_logps: Tensor | None = None,
+    teacher_topk: tuple[Tensor, Tensor] | None = None,
+    old_logps: Tensor | None = None,
+    is_clip: float | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    inplace_grad: bool = False,
+    backend: str = "auto",
+) -> SDPOLossOutput:
+    """Self-distillation loss ``sum_t w_t r_t l_t`` of the student towards the hindsight teacher.
+
+    Formulas and gradients are in the module docstring (equations 1 to 4 of
+    https://arxiv.org/abs/2603.12273; top-k with a tail bucket from https://arxiv.org/abs/2601.20802).
+
+    Args:
+        student_logits: ``(..., V)`` float16, bfloat16, float32 or float64; rows may be strided.
+        teacher_logits: the same shape, any of those dtypes, never a gradient; None where
+            ``teacher_logps`` or ``teacher_topk`` stands for it.
+        target_ids: ``(...)`` integer in [0, V), the response's tokens, or ``ignore_index``.
+        mode: ``"sampled_token"`` (``-stopgrad(A_t) log p_S[y_t]``), ``"full"`` (the divergence over
+            the vocabulary) or ``"topk"`` (over a support of K tokens).
+        alpha: 0 forward KL(p_T || p_S), 1 reverse KL(p_S || p_T), between generalized
+            Jensen-Shannon; 1.0 for ``"sampled_token"``.
+        topk: size of the student's support, for ``mode="topk"``.
+        add_tail: one more class for all tokens outside the support; False renormalizes both
+            distributions over it.
+        weights: ``(...)`` w_t; None is the mean over the tokens that are not ignored.
+        teacher_logps: ``(...)`` the teacher's log-probs of the targets, for ``"sampled_token"``.
+        teacher_topk: ``(ids (..., K), logps (..., K))`` the teacher's most likely tokens and their
+            log-probs under its whole distribution, for ``"topk"``; ids distinct in each row.
+        old_logps, is_clip: with both, ``r_t = min(exp(clamp(log p_S[y_t] - old_logps_t, -20, 20)),
+            is_clip)`` without gradient; else ``r_t = 1``.
+        temperature, softcap: of the effective logits ``u``, for both policies.
+        ignore_index: targets equal to it cost and give nothing, whatever their logits hold.
+        inplace_grad: lets backward overwrite ``student_logits`` with their gradient. A later use
+            of the logits by autograd raises. Under `torch.compile` the gradient is allocated.
+        backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``.
+
+    Returns:
+        `SDPOLossOutput`; float32 (float64 for float64 logits). ``teacher_logps`` is NaN where only
+        ``teacher_topk`` is known and the target lies outside it.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or range, by name.
+        ImportError: a backend asked for by name that is not installed.
+
+    Numerics: statistics and loss in float32; a divergence that is truly infinite is ``inf``. Its
+        gradient is then not finite.
+    Memory: nothing of size V but the gradient of ``student_logits``, and not that in place.
+    """
+    name = "sdpo_loss"
+    if teacher_logits is None:
+        student = check_logits(name, "student_logits", student_logits)
+    else:
+        student, teacher_logits = check_pair(name, student_logits, teacher_logits)
+    shape, vocabulary = student.shape[:-1], student.shape[-1]
+    both = (student,) if teacher_logits is None else (student, teacher_logits)
+    options, tokens = check_loss(
+        name, shape, vocabulary, student.device, accumulation_dtype(*both), target_ids,
+        teacher="teacher_logits", has_teacher=teacher_logits is not None, mode=mode, alpha=alpha,
+        topk=topk, add_tail=add_tail, weights=weights, teacher_logps=teacher_logps,
+        teacher_topk=teacher_topk, old_logps=old_logps, is_clip=is_clip, temperature=temperature,
+        softcap=softcap, ignore_index=ignore_index,
+    )  # fmt: skip
+    backend = resolve_backend(name, backend, *both)
+    rows = as_rows(student)
+    teacher_rows = None if teacher_logits is None else as_rows(teacher_logits.detach())
+    # An expanded tensor has several rows in one place; its gradient cannot be stored there.
+    expanded = any(n > 1 and stride == 0 for n, stride in zip(rows.shape, rows.stride()))
+    tail = (
+        options.temperature, options.softcap, options.ignore_index, inplace_grad and not expanded,
+        backend,
+    )  # fmt: skip
+    ratio = (tokens.weights, tokens.old_logps, options.is_clip or 0.0)
+    if mode == "sampled_token":
+        out = _library.sampled_token_op(
+            rows, teacher_rows, tokens.teacher_logps, tokens.target_ids, *ratio, *tail
+        )
+    elif mode == "full":
+        out = _library.divergence_op(
+            rows, teacher_rows, tokens.target_ids, *ratio, options.alpha, *tail
+        )
+    else:
+        ids = tokens.topk_ids
+        if ids is None:
+            ids = student_support(rows, options.topk)
+        out = _library.topk_op(
+            rows, teacher_rows, ids, tokens.topk_logps, tokens.target_ids, *ratio, options.alpha,
+            options.add_tail, *tail,
+        )  # fmt: skip
+    loss, per_token, student_out, teacher_out = out[:4]
+    return loss_output(loss, per_token, student_out, teacher_out, shape)
+
+
+def loss_output(
+    loss: Tensor, per_token: Tensor, student_logps: Tensor, teacher_logps: Tensor, shape: torch.Size
+) -> SDPOLossOutput:
+    per_token, student_logps, teacher_logps = (
+        vector.detach().view(shape) for vector in (per_token, student_logps, teacher_logps)
+    )
+    ratio = log_ratio(student_logps, teacher_logps)
+    return SDPOLossOutput(loss, per_token, ratio, student_logps, teacher_logps)

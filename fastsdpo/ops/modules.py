@@ -1,0 +1,91 @@
+"""`torch.nn.Module` forms of the losses: options in the constructor, tensors in ``forward``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastsdpo.ops.divergence import SDPOLossOutput, sdpo_loss
+from fastsdpo.ops.linear import linear_sdpo_loss
+
+_TOKEN_TENSORS = ("weights", "teacher_logps", "teacher_topk", "old_logps")
+
+
+class _Loss(nn.Module):
+    def __init__(self, options: dict[str, Any]):
+        super().__init__()
+        for tensor in _TOKEN_TENSORS:
+            if tensor in options:
+                raise TypeError(
+                    f"{type(self).__name__}: {tensor} must be passed to forward, "
+                    "got it in the constructor"
+                )
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class SDPOLoss(_Loss):
+    """`sdpo_loss` as a module.
+
+    Args:
+        options: the keyword arguments of `sdpo_loss` that are not tensors (``mode``, ``alpha``,
+            ``topk``, ``add_tail``, ``is_clip``, ``temperature``, ``softcap``, ``ignore_index``,
+            ``inplace_grad``, ``backend``).
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(options)
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        target_ids: Tensor,
+        *,
+        weights: Tensor | None = None,
+        teacher_logps: Tensor | None = None,
+        teacher_topk: tuple[Tensor, Tensor] | None = None,
+        old_logps: Tensor | None = None,
+    ) -> SDPOLossOutput:
+        return sdpo_loss(
+            student_logits, teacher_logits, target_ids, weights=weights,
+            teacher_logps=teacher_logps, teacher_topk=teacher_topk, old_logps=old_logps,
+            **self.options,
+        )  # fmt: skip
+
+
+class LinearSDPOLoss(_Loss):
+    """`linear_sdpo_loss` as a module.
+
+    Args:
+        options: its keyword arguments that are not tensors (those of `SDPOLoss`, and
+            ``logit_scale``, ``chunk_size``, ``tile_dtype``).
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(options)
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor | None,
+        weight: Tensor,
+        target_ids: Tensor,
+        *,
+        bias: Tensor | None = None,
+        teacher_weight: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        weights: Tensor | None = None,
+        teacher_logps: Tensor | None = None,
+        teacher_topk: tuple[Tensor, Tensor] | None = None,
+        old_logps: Tensor | None = None,
+    ) -> SDPOLossOutput:
+        return linear_sdpo_loss(
+            student_hidden, teacher_hidden, weight, target_ids, bias=bias,
+            teacher_weight=teacher_weight, teacher_bias=teacher_bias, weights=weights,
+            teacher_logps=teacher_logps, teacher_topk=teacher_topk, old_logps=old_logps,
+            **self.options,
+        )  # fmt: skip
