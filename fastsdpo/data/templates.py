@@ -1,7 +1,7 @@
 """How the user's follow-up o enters the context: as text at the end of the last user message.
 
-At the end, so that student and teacher share everything up to there (MATH: x and (x, o) differ
-first after the last user message's own text), and the shared prefix is computed once.
+At the end, so that the contexts of student and teacher, x and (x, o), agree on everything before
+it, and what they share can be computed once.
 """
 
 from __future__ import annotations

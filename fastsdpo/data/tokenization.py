@@ -1,0 +1,417 @@
+"""An interaction as token ids: student = x + y, teacher = (x with o) + y, the same y ids in both.
+
+The ids of ordinary text are those of the code published with https://arxiv.org/abs/2603.12273:
+
+    prompt_ids         = tokenize(chat_template(x, add_generation_prompt))
+    teacher_prompt_ids = tokenize(chat_template(x with o, add_generation_prompt))
+    completion_ids     = tokenize(y.rstrip()) + [end of turn]
+
+where tokenize adds no special tokens (the template writes them), with three differences, each of
+which has a switch back:
+
+- Text cannot smuggle in control tokens. Where a message contains the spelling of one (a user pastes
+  ``<|im_end|>``), that text is encoded as text. (`allow_special_tokens`)
+- A limit on the prompt cuts the history that student and teacher share in the same place on both
+  sides, in whole messages where it can, and never the hindsight text, the template's frame or the
+  generation prompt. (`truncation`)
+- The answer ends with the token that ends the model's turns in its chat template, which for some
+  models is not their ``eos_token``. (`end_of_turn`)
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastsdpo.data.interactions import Interaction
+from fastsdpo.data.templates import HindsightTemplate
+
+
+@dataclass(frozen=True)
+class TokenizedInteraction:
+    """Token ids: student = prompt + completion, teacher = teacher_prompt + completion.
+
+    Attributes:
+        prompt_ids: x as the chat template renders it, up to and with the generation prompt.
+        teacher_prompt_ids: the same with the follow-up in the last user message.
+        completion_ids: y and, unless y was cut, the end-of-turn token.
+        id, conversation_id: the interaction's.
+    """
+
+    prompt_ids: list[int]
+    teacher_prompt_ids: list[int]
+    completion_ids: list[int]
+    id: str | None = None
+    conversation_id: str | None = None
+
+
+class InteractionTokenizer:
+    """Tokenizes interactions for one tokenizer, template and set of limits.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template, or anything that has its
+            ``__call__``, ``apply_chat_template``, ``convert_tokens_to_ids``,
+            ``all_special_tokens``, ``eos_token`` and, for other added tokens,
+            ``added_tokens_decoder``.
+        template: how the follow-up enters the context; a text with ``{o}`` or a preset's name too.
+        max_prompt_length: most tokens of the student's prompt. The teacher's prompt is the same
+            history and the hindsight text. None: no limit.
+        max_completion_length: most tokens of the completion, the rest is cut off on the right. A
+            cut completion has no end-of-turn token, since the answer did not end there.
+        max_followup_length: most tokens of the follow-up (its end is cut), with
+            ``truncation="shared"``.
+        truncation: ``"shared"`` drops the oldest messages, up to a user's, until the student's
+            prompt fits; then the beginning of the last user message. The system message stays,
+            unless it alone takes more than half the limit when only the last message is left.
+            ``"independent-left"`` is the paper's: the last `max_prompt_length` tokens of each
+            prompt, cut apart from each other.
+        end_of_turn: ``"template"``: the token that follows an answer in the chat template, or
+            ``eos_token`` where no token does. ``"eos"``: ``eos_token`` (the paper's). Else a token.
+        chat_template_kwargs: for the chat template. ``enable_thinking=False`` is passed where the
+            template knows the word, unless given here.
+        allow_special_tokens: let the spelling of a control token in a message be that token.
+
+    Raises:
+        ValueError: no chat template, no end-of-turn token, an unknown option or limit below 1.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: HindsightTemplate | str,
+        *,
+        max_prompt_length: int | None = 2048,
+        max_completion_length: int | None = 2048,
+        max_followup_length: int | None = 1024,
+        truncation: Literal["shared", "independent-left"] = "shared",
+        end_of_turn: str = "template",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_special_tokens: bool = False,
+    ):
+        limits = {
+            "max_prompt_length": max_prompt_length,
+            "max_completion_length": max_completion_length,
+            "max_followup_length": max_followup_length,
+        }
+        for name, limit in limits.items():
+            if limit is not None and limit < 1:
+                raise ValueError(f"tokenize_interaction: {name} must be at least 1, got {limit}")
+        if truncation not in ("shared", "independent-left"):
+            raise ValueError(
+                "tokenize_interaction: truncation must be 'shared' or 'independent-left', "
+                f"got {truncation!r}"
+            )
+        chat_template = getattr(tokenizer, "chat_template", "")
+        if not chat_template and hasattr(tokenizer, "chat_template"):
+            raise ValueError(
+                "tokenize_interaction: tokenizer must have a chat template, got none; use an "
+                "instruction-tuned model's tokenizer or set tokenizer.chat_template"
+            )
+        self.tokenizer = tokenizer
+        self.template = HindsightTemplate.parse(template) if isinstance(template, str) else template
+        self.max_prompt_length = max_prompt_length
+        self.max_completion_length = max_completion_length
+        self.max_followup_length = max_followup_length
+        self.truncation = truncation
+        self.allow_special_tokens = allow_special_tokens
+        self._template_kwargs = dict(chat_template_kwargs or {})
+        if "enable_thinking" in str(chat_template):
+            self._template_kwargs.setdefault("enable_thinking", False)
+        self._find_control_tokens(end_of_turn)
+
+    def __call__(self, interaction: Interaction) -> TokenizedInteraction:
+        """Tokenizes one interaction.
+
+        Raises:
+            ValueError: the chat template refuses the messages, the follow-up is blank, or not even
+                the end of the last message fits; the text names the interaction.
+        """
+        try:
+            prompt, followup = interaction.prompt, interaction.followup
+            if self.truncation == "independent-left":
+                prompt_ids = self._encode_prompt(prompt)
+                teacher_ids = self._encode_prompt(self.template.apply(prompt, followup))
+                if self.max_prompt_length is not None:
+                    prompt_ids = prompt_ids[-self.max_prompt_length :]
+                    teacher_ids = teacher_ids[-self.max_prompt_length :]
+            else:
+                prompt, prompt_ids = self._fit(prompt)
+                followup = self._cut(
+                    followup.strip(), self._encode_text, self.max_followup_length, keep="start"
+                )
+                teacher_ids = self._encode_prompt(self.template.apply(prompt, followup))
+            completion_ids = self._encode_text(interaction.completion.rstrip())
+        except (TypeError, ValueError) as error:
+            name = "" if interaction.id is None else f"interaction {interaction.id!r}: "
+            raise ValueError(f"tokenize_interaction: {name}{error}") from error
+        completion_ids = completion_ids + [self.end_of_turn_id]
+        return TokenizedInteraction(
+            prompt_ids=prompt_ids,
+            teacher_prompt_ids=teacher_ids,
+            completion_ids=completion_ids[: self.max_completion_length],
+            id=interaction.id,
+            conversation_id=interaction.conversation_id,
+        )
+
+    # Length limits
+
+    def _fit(self, prompt: list[dict]) -> tuple[list[dict], list[int]]:
+        """(messages, ids): as much of the end of the prompt as the limit holds."""
+        limit = self.max_prompt_length
+        ids = self._encode_prompt(prompt)
+        if limit is None or len(ids) <= limit:
+            return prompt, ids
+        system = [message for message in prompt[:1] if message["role"] == "system"]
+        starts = [i for i, message in enumerate(prompt) if message["role"] == "user"]
+        # The first start from which the rest fits; lengths fall with the start, so by bisection.
+        low, high = 0, len(starts) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if len(self._encode_prompt(system + prompt[starts[middle] :])) <= limit:
+                high = middle
+            else:
+                low = middle + 1
+        kept = system + prompt[starts[low] :]
+        ids = self._encode_prompt(kept)
+        if len(ids) <= limit:
+            return kept, ids
+        if system and len(self._encode_text(system[0]["content"])) > limit // 2:
+            system = []
+        last = prompt[-1]
+
+        def encode(text: str) -> list[int]:
+            return self._encode_prompt([*system, {**last, "content": text}])
+
+        content = self._cut(last["content"], encode, limit, keep="end")
+        if not content:
+            raise ValueError(
+                f"max_prompt_length={limit} cannot hold the chat template's own "
+                f"{len(encode('.')) - 1} tokens and any of the last message"
+            )
+        return [*system, {**last, "content": content}], encode(content)
+
+    @staticmethod
+    def _cut(
+        text: str,
+        encode: Callable[[str], list[int]],
+        limit: int | None,
+        keep: Literal["start", "end"],
+    ) -> str:
+        """The longest start or end of `text` for which ``encode`` gives at most `limit` ids."""
+
+        def piece(size: int) -> str:
+            return text[:size] if keep == "start" else text[len(text) - size :]
+
+        if limit is None:
+            return text
+        # Doubling first, so that no more than twice of what fits is encoded, whatever the size.
+        fits, size = 0, min(len(text), limit)
+        while len(encode(piece(size))) <= limit:
+            fits = size
+            if size == len(text):
+                return text
+            size = min(2 * size, len(text))
+        while size - fits > 1:
+            middle = (fits + size) // 2
+            if len(encode(piece(middle))) <= limit:
+                fits = middle
+            else:
+                size = middle
+        return piece(fits)
+
+    # Rendering and encoding
+
+    def _render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._template_kwargs,
+            )
+        except Exception as error:  # templates raise what they like, jinja2's errors among them
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"the chat template fails on the roles {roles}: {type(error).__name__}: {error}"
+            ) from error
+
+    def _find_control_tokens(self, end_of_turn: str) -> None:
+        """Finds the end-of-turn token, and the tokens that must not enter from text.
+
+        Control tokens are the tokenizer's special tokens and every added token with which the chat
+        template frames messages. Other added tokens (runs of spaces, ``<think>``) are text that
+        happens to have an id of its own, as in the published code.
+        """
+        tokenizer = self.tokenizer
+        added = {
+            str(getattr(token, "content", token)): token
+            for token in getattr(tokenizer, "added_tokens_decoder", {}).values()
+        }
+        special = {text for text, token in added.items() if getattr(token, "special", True)}
+        special.update(str(text) for text in tokenizer.all_special_tokens)
+        every = _alternatives(special | added.keys())
+
+        question = {"role": "user", "content": "sdpoquestion"}
+        answer = {"role": "assistant", "content": "sdpoanswer"}
+        if end_of_turn == "template":
+            rendered = self._render([question, answer], add_generation_prompt=False)
+            after = rendered.rpartition(answer["content"])[2].lstrip()
+            match = every.match(after)
+            end_of_turn = match.group() if match else "eos"
+        if end_of_turn == "eos":
+            end_of_turn = tokenizer.eos_token
+            if end_of_turn is None:
+                raise ValueError(
+                    "tokenize_interaction: tokenizer must have an eos_token, since its chat "
+                    "template ends answers with no token; or pass end_of_turn='<token>'"
+                )
+        token_id = tokenizer.convert_tokens_to_ids(end_of_turn)
+        if token_id is None or token_id == getattr(tokenizer, "unk_token_id", None):
+            raise ValueError(
+                f"tokenize_interaction: end_of_turn must be one token of the tokenizer, got "
+                f"{end_of_turn!r}"
+            )
+        self.end_of_turn: str = end_of_turn
+        self.end_of_turn_id: int = token_id
+
+        frame = self._render([question, answer, question], add_generation_prompt=False)
+        control = special | set(every.findall(frame)) | {end_of_turn}
+        self._control = _alternatives(control)
+        # Text without a token of its own becomes <unk>: that id alone does not show a control token.
+        control_ids = {tokenizer.convert_tokens_to_ids(text) for text in control}
+        self._control_ids = control_ids - {getattr(tokenizer, "unk_token_id", None)}
+        # A token that takes the white space next to it; encoding around it has to do so too.
+        self._strips_left = {t for t in control if getattr(added.get(t), "lstrip", False)}
+        self._strips_right = {t for t in control if getattr(added.get(t), "rstrip", False)}
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _smuggles(self, ids: list[int], wanted: int) -> bool:
+        return sum(token_id in self._control_ids for token_id in ids) > wanted
+
+    def _encode_text(self, text: str) -> list[int]:
+        """The ids of text that comes from data: no control token among them."""
+        if not text:
+            return []
+        ids = self._encode(text)
+        if self.allow_special_tokens or not (self._control.search(text) or self._smuggles(ids, 0)):
+            return ids
+        ids = list(
+            self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        )
+        if self._smuggles(ids, 0):
+            # An added token that is not marked special is matched all the same: break its spelling
+            # after the first character and encode what lies between the breaks.
+            breaks = [match.start() + 1 for match in self._control.finditer(text)]
+            edges = [0, *breaks, len(text)]
+            ids = []
+            for start, end in itertools.pairwise(edges):
+                ids += self._encode(text[start:end])
+        if self._smuggles(ids, 0):
+            raise ValueError(
+                "the text contains the spelling of a control token that this tokenizer cannot "
+                "encode as text"
+            )
+        return ids
+
+    def _encode_prompt(self, messages: list[dict]) -> list[int]:
+        """The ids of the rendered messages; control tokens only where the template puts them."""
+        contents = [message["content"] for message in messages]
+        if self.allow_special_tokens:
+            return self._encode(self._render(messages))
+        if not any(self._control.search(content) for content in contents):
+            rendered = self._render(messages)
+            ids = self._encode(rendered)
+            # More control tokens than spelled out: a normalizer made one out of other characters.
+            if self._smuggles(ids, len(self._control.findall(rendered))):
+                ids = self._encode_around(rendered, lambda segment: True, lambda segment: segment)
+            return ids
+
+        # Every control spelling in a message gets a stand-in, a word that occurs nowhere, so that
+        # what the template itself writes can be told from what the messages contain.
+        word = "sdpostandin"
+        while any(word in content for content in contents):
+            word += "x"
+        spellings: list[str] = []
+
+        def stand_in(match: re.Match) -> str:
+            spellings.append(match.group())
+            return f"{word}{len(spellings) - 1}z"
+
+        marked = [
+            {**message, "content": self._control.sub(stand_in, message["content"])}
+            for message in messages
+        ]
+
+        def restore(segment: str) -> str:
+            return re.sub(word + "([0-9]+)z", lambda m: spellings[int(m.group(1))], segment)
+
+        return self._encode_around(self._render(marked), lambda segment: word in segment, restore)
+
+    def _encode_around(
+        self, rendered: str, is_data: Callable[[str], bool], restore: Callable[[str], str]
+    ) -> list[int]:
+        """Encodes the template's control tokens as such, the text between them that `is_data` (its
+        stand-ins replaced by `restore`) as text, and the rest as it is.
+        """
+        ids: list[int] = []
+        done = 0  # everything before is encoded
+        controls = list(self._control.finditer(rendered))
+        starts = [0] + [match.end() for match in controls]
+        ends = [match.start() for match in controls] + [len(rendered)]
+        for index, (start, end) in enumerate(zip(starts, ends)):
+            segment = rendered[start:end]
+            if not is_data(segment):
+                continue
+            if done < start:
+                ids += self._encode(rendered[done:start])
+            if index > 0 and controls[index - 1].group() in self._strips_right:
+                segment = segment.lstrip()
+            if index < len(controls) and controls[index].group() in self._strips_left:
+                segment = segment.rstrip()
+            ids += self._encode_text(restore(segment))
+            done = end
+        if done < len(rendered):
+            ids += self._encode(rendered[done:])
+        return ids
+
+
+def tokenize_interaction(
+    tokenizer: Any, interaction: Interaction, template: HindsightTemplate | str, **options: Any
+) -> TokenizedInteraction:
+    """Tokenizes one interaction; the options are `InteractionTokenizer`'s."""
+    return InteractionTokenizer(tokenizer, template, **options)(interaction)
+
+
+def tokenize_interactions(
+    tokenizer: Any,
+    interactions: Iterable[Interaction],
+    template: HindsightTemplate | str,
+    *,
+    errors: list[str] | None = None,
+    **options: Any,
+) -> Iterator[TokenizedInteraction]:
+    """Tokenizes a stream of interactions; the options are `InteractionTokenizer`'s.
+
+    Args:
+        errors: where given, an interaction that cannot be tokenized is left out and the message
+            appended here, instead of raised.
+    """
+    tokenize = InteractionTokenizer(tokenizer, template, **options)
+    for interaction in interactions:
+        try:
+            yield tokenize(interaction)
+        except ValueError as error:
+            if errors is None:
+                raise
+            errors.append(str(error))
+
+
+def _alternatives(texts: Iterable[str]) -> re.Pattern:
+    """Matches any of the texts, the longest first; nothing where there are none."""
+    ordered = sorted(filter(None, texts), key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")
