@@ -93,12 +93,14 @@ class Conversation:
         id: the record's own id, or None.
         language: as the record names it (``"English"``, ``"en"``), or None.
         single: True for a record that already is one interaction; only its last answer counts.
+        interaction_id: the id of that interaction.
     """
 
     messages: list[dict]
     id: str | None = None
     language: str | None = None
     single: bool = False
+    interaction_id: str | None = None
 
 
 def message_text(content: Any) -> str:
@@ -199,23 +201,24 @@ def extract_interactions(
     if not isinstance(conversation, Conversation):
         conversation = Conversation(parse_messages(conversation, "messages"))
     system, turns = _turns(conversation.messages)
-    answers = [t for t in range(1, len(turns) - 1) if turns[t]["role"] == "assistant"]
-    interactions = []
-    for turn, t in enumerate(answers):
-        before, answer, after = turns[t - 1], turns[t], turns[t + 1]
-        if not (before["content"].strip() and answer["content"].strip()):
+    interactions: list[Interaction] = []
+    for t in range(1, len(turns) - 1):
+        if turns[t]["role"] != "assistant" or (conversation.single and t != len(turns) - 2):
             continue
-        if not after["content"].strip() or (conversation.single and t != len(turns) - 2):
+        if not all(turn["content"].strip() for turn in turns[t - 1 : t + 2]):
             continue
         start = 0 if max_history_messages is None else max(0, t - max_history_messages)
         while turns[start]["role"] != "user":
             start += 1
+        name = conversation.interaction_id
+        if not conversation.single and conversation.id is not None:
+            name = f"{conversation.id}:{len(interactions)}"
         interactions.append(
             Interaction(
                 prompt=[dict(message) for message in system + turns[start:t]],
-                completion=answer["content"],
-                followup=after["content"],
-                id=None if conversation.id is None else f"{conversation.id}:{turn}",
+                completion=turns[t]["content"],
+                followup=turns[t + 1]["content"],
+                id=name,
                 conversation_id=conversation.id,
             )
         )

@@ -280,7 +280,7 @@ class InteractionTokenizer:
         frame = self._render([question, answer, question], add_generation_prompt=False)
         control = special | set(every.findall(frame)) | {end_of_turn}
         self._control = _alternatives(control)
-        # Text without a token of its own becomes <unk>: that id alone does not show a control token.
+        # Text without a token of its own becomes <unk>: that id alone shows no control token.
         control_ids = {tokenizer.convert_tokens_to_ids(text) for text in control}
         self._control_ids = control_ids - {getattr(tokenizer, "unk_token_id", None)}
         # A token that takes the white space next to it; encoding around it has to do so too.
