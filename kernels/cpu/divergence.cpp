@@ -1,0 +1,269 @@
+// Divergences over the whole vocabulary: forward KL, reverse KL, generalized Jensen-Shannon (JSD).
+//
+// float32, bfloat16 or float16 in (student and teacher may differ) -> float32 arithmetic, double
+// sums between blocks -> float32 statistics; the gradient in any of the three, rounded once.
+// Formulas: fastsdpo/ops/divergence/__init__.py. A KL is summed together with the softmax
+// statistics, so KL goes over the logits once and JSD twice before the gradient; exponentials are
+// computed again, never stored.
+#include "rows.h"
+
+namespace {
+
+enum Mode { FORWARD_KL, REVERSE_KL, JSD };
+
+// Statistics of both rows and dot = sum of w (x_own - x_other) for the KL: w is the teacher's
+// unnormalized probability for the forward KL and the student's for the reverse one, x = (c - max)
+// k.
+template <int MODE>
+struct PairStats {
+  Stats student, teacher;
+  double dot = 0;
+
+  void raise(float to_student, float to_teacher, double k) {
+    const Stats before_student = student, before_teacher = teacher;
+    student.raise(to_student, k);
+    teacher.raise(to_teacher, k);
+    if (MODE == FORWARD_KL) move(before_teacher, teacher, before_student, student, k);
+    if (MODE == REVERSE_KL) move(before_student, student, before_teacher, teacher, k);
+  }
+
+  // A raised max changes the weights of `dot` by a factor and its differences by a constant.
+  void move(const Stats& own, const Stats& own_now, const Stats& other, const Stats& other_now,
+            double k) {
+    if (own.max == own_now.max && other.max == other_now.max) return;
+    if (own.sum == 0) return;
+    double shift_own = ((double)own.max - own_now.max) * k;
+    double shift_other = other.max == -INF ? 0 : ((double)other.max - other_now.max) * k;
+    double factor = exp2(shift_own);
+    dot = factor == 0 ? 0 : factor * (dot + own.sum * (shift_own - shift_other));
+  }
+
+  void add(PairStats other, double k) {
+    raise(other.student.max, other.teacher.max, k);
+    other.raise(student.max, teacher.max, k);
+    student.sum += other.student.sum;
+    teacher.sum += other.teacher.sum;
+    dot += other.dot;
+  }
+
+  void add_block(const float* s, const float* t, int n, double k) {
+    raise(block_max(s, n), block_max(t, n), k);
+    const vf scale = all((float)k), s0 = all(student.origin()), t0 = all(teacher.origin());
+    vf sum_s[2] = {}, sum_t[2] = {}, sum_d[2] = {};
+    for (int i = 0; i < padded(n); i += 2 * W)
+      for (int j = 0; j < 2; j++) {
+        vf x = (load(s + i + j * W) - s0) * scale, y = (load(t + i + j * W) - t0) * scale;
+        vf es = exp2v(x), et = exp2v(y);
+        sum_s[j] += es;
+        sum_t[j] += et;
+        if (MODE == FORWARD_KL) sum_d[j] += where_nonzero(et, et * (y - x));
+        if (MODE == REVERSE_KL) sum_d[j] += where_nonzero(es, es * (x - y));
+      }
+    student.sum += horizontal_sum(sum_s[0] + sum_s[1]);
+    teacher.sum += horizontal_sum(sum_t[0] + sum_t[1]);
+    if (MODE != JSD) dot += horizontal_sum(sum_d[0] + sum_d[1]);
+  }
+
+  // In nats.
+  double kl() const {
+    const Row s = student.row(), t = teacher.row();
+    double log2_kl = MODE == FORWARD_KL ? dot / teacher.sum - t.log2sum + s.log2sum
+                                        : dot / student.sum - s.log2sum + t.log2sum;
+    return log2_kl * 0.6931471805599453;
+  }
+};
+
+// p, q and the logs of p / m and q / m for the mixture m = (1 - a) p + a q, in base 2. With hi and
+// lo the larger and smaller of s and t, m = 2^hi (w_hi + w_lo 2^(lo - hi)): two exponentials, and
+// an argument near 1 where student and teacher agree, which is where their difference counts.
+struct Mixture {
+  vf p, q, log_p_m, log_q_m;
+};
+
+INLINE Mixture mixture(vf s, vf t, vf weight_s, vf weight_t) {
+  s = max_or_b(all(-127.f), s);  // probabilities are 0 from there on; keeps -inf out of differences
+  t = max_or_b(all(-127.f), t);
+  vf d = t - s;
+  vf lower = d > 0.f ? -d : d;
+  vf hi = d > 0.f ? t : s;
+  vf e = exp2v(lower), top = exp2v(hi), rest = top * e;
+  vf log_m = log2v((d > 0.f ? weight_t : weight_s) + (d > 0.f ? weight_s : weight_t) * e);
+  Mixture m;
+  m.p = d > 0.f ? rest : top;
+  m.q = d > 0.f ? top : rest;
+  m.log_p_m = (s - hi) - log_m;
+  m.log_q_m = (t - hi) - log_m;
+  return m;
+}
+
+template <int MODE>
+struct DivergenceOp {
+  enum Phase { STATS, MIXTURE, GRADIENT };
+  struct State {
+    Row student, teacher;
+    float divergence;  // what the gradient subtracts, in nats: KL(p || q) or KL(p || m)
+    float scale;
+  };
+  struct Part {
+    PairStats<MODE> stats;
+    double kl_student = 0, kl_teacher = 0;  // to the mixture, in base 2
+  };
+
+  const fastsdpo_call& call;
+  const Rows student, teacher, grad;
+  const float softcap, alpha;
+  const double k;
+  int phases = 0;
+  Phase order[3];
+
+  explicit DivergenceOp(const fastsdpo_call& call)
+      : call(call),
+        student(call.student, call.L),
+        teacher(call.teacher, call.L),
+        grad(call.grad, call.L),
+        softcap(softcap_of(call)),
+        alpha((float)call.alpha),
+        k(exponent_scale(call)) {
+    if (call.passes & FASTSDPO_FORWARD) {
+      order[phases++] = STATS;
+      if (MODE == JSD) order[phases++] = MIXTURE;
+    }
+    if (call.passes & FASTSDPO_GRADIENT) order[phases++] = GRADIENT;
+  }
+
+  size_t scratch_bytes() const { return 0; }
+
+  void ignore(int64_t row) const {
+    if (call.passes & FASTSDPO_FORWARD) {
+      call.student_logps[row] = call.teacher_logps[row] = call.per_token[row] = call.coef[row] = 0;
+      for (int i = 0; i < 5; i++)
+        if (call.stats[i]) call.stats[i][row * call.stats_stride] = 0;
+    }
+    if (call.passes & FASTSDPO_GRADIENT) write_zero_row(grad, row, call.V);
+  }
+
+  void open(int64_t row, State& state, char*) const {
+    if (call.passes & FASTSDPO_FORWARD) return;
+    auto stat = [&](int i) { return call.stats[i][row * call.stats_stride]; };
+    state.student = {stat(0), stat(1)};
+    state.teacher = {stat(2), stat(3)};
+    state.divergence = stat(4);
+    set_scale(state, call.coef[row] * grad_loss(call));
+  }
+
+  void set_scale(State& state, float upstream) const {
+    state.scale = (float)(upstream / call.temperature);
+  }
+
+  // Calls f(s, t, n, column) for every block of both rows.
+  template <class F>
+  INLINE_MEMBER void for_pairs(int64_t row, Span span, F f) const {
+    alignas(64) float student_block[BLOCK], teacher_block[BLOCK];
+    for_blocks(span, [&](int64_t column, int n) {
+      f(read_block(student, softcap, row, column, n, student_block),
+        read_block(teacher, softcap, row, column, n, teacher_block), n, column);
+    });
+  }
+
+  __attribute__((noinline)) void visit(int phase, int64_t row, Span span, const State& state,
+                                       Part& part) const {
+    if (order[phase] == STATS)
+      for_pairs(row, span, [&](const float* s, const float* t, int n, int64_t) {
+        part.stats.add_block(s, t, n, k);
+      });
+    else if (order[phase] == MIXTURE)
+      mixture_kl(row, span, state, part);
+    else
+      gradient(row, span, state);
+  }
+
+  void mixture_kl(int64_t row, Span span, const State& state, Part& part) const {
+    const vf scale = all((float)k), weight_t = all(alpha), weight_s = all(1 - alpha);
+    const vf s0 = all(state.student.max), s1 = all(state.student.log2sum);
+    const vf t0 = all(state.teacher.max), t1 = all(state.teacher.log2sum);
+    for_pairs(row, span, [&](const float* s, const float* t, int n, int64_t) {
+      vf sum_p[2] = {}, sum_q[2] = {};
+      for (int i = 0; i < padded(n); i += 2 * W)
+        for (int j = 0; j < 2; j++) {
+          Mixture m = mixture((load(s + i + j * W) - s0) * scale - s1,
+                              (load(t + i + j * W) - t0) * scale - t1, weight_s, weight_t);
+          sum_p[j] += m.p * m.log_p_m;
+          sum_q[j] += m.q * m.log_q_m;
+        }
+      part.kl_student += horizontal_sum(sum_p[0] + sum_p[1]);
+      part.kl_teacher += horizontal_sum(sum_q[0] + sum_q[1]);
+    });
+  }
+
+  void gradient(int64_t row, Span span, const State& state) const {
+    alignas(64) float grad_block[BLOCK];
+    const vf scale = all((float)k), weight_t = all(alpha), weight_s = all(1 - alpha);
+    const vf s0 = all(state.student.max), s1 = all(state.student.log2sum);
+    const vf t0 = all(state.teacher.max), t1 = all(state.teacher.log2sum);
+    const vf difference = all(state.student.log2sum - state.teacher.log2sum);
+    const vf factor = all(MODE == JSD ? state.scale * (1 - alpha) : state.scale);
+    const vf divergence = all(state.divergence);
+    for_pairs(row, span, [&](const float* s, const float* t, int n, int64_t column) {
+      float* g = gradient_block(grad, row, column, n, grad_block);
+      for (int i = 0; i < padded(n); i += 2 * W)
+        for (int j = i; j < i + 2 * W; j += W) {
+          vf x = (load(s + j) - s0) * scale, y = (load(t + j) - t0) * scale;
+          if (MODE == FORWARD_KL) {
+            store(g + j, (exp2v(x - s1) - exp2v(y - t1)) * factor);
+          } else if (MODE == REVERSE_KL) {
+            vf p = exp2v(x - s1);
+            vf inner = ((x - y) - difference) * LN2 - divergence;
+            store(g + j, where_nonzero(p, p * inner * factor));
+          } else {
+            Mixture m = mixture(x - s1, y - t1, weight_s, weight_t);
+            store(g + j, m.p * (m.log_p_m * LN2 - divergence) * factor);
+          }
+        }
+      apply_softcap_slope(softcap, s, g, n);
+      write_block(grad, row, column, n, g);
+    });
+  }
+
+  void close(int phase, int64_t row, State& state, const Part* parts, int64_t segments) const {
+    if (order[phase] == GRADIENT) return;
+    if (order[phase] == STATS) {
+      PairStats<MODE> stats;
+      for (int64_t i = 0; i < segments; i++) stats.add(parts[i].stats, k);
+      state.student = stats.student.row();
+      state.teacher = stats.teacher.row();
+      if (MODE == JSD) return;
+      call.per_token[row] = (float)stats.kl();
+      state.divergence = MODE == REVERSE_KL ? call.per_token[row] : 0;
+    } else {
+      double kl_student = 0, kl_teacher = 0;
+      for (int64_t i = 0; i < segments; i++) {
+        kl_student += parts[i].kl_student;
+        kl_teacher += parts[i].kl_teacher;
+      }
+      call.per_token[row] =
+          (float)(((1 - call.alpha) * kl_student + call.alpha * kl_teacher) * 0.6931471805599453);
+      state.divergence = (float)(kl_student * 0.6931471805599453);
+    }
+    finish(row, state);
+  }
+
+  void finish(int64_t row, State& state) const {
+    const int64_t y = call.target_ids[row];
+    call.student_logps[row] = log_prob(state.student, read_one(student, softcap, row, y), k);
+    call.teacher_logps[row] = log_prob(state.teacher, read_one(teacher, softcap, row, y), k);
+    call.coef[row] = coefficient(call, row, call.student_logps[row]);
+    set_scale(state, call.coef[row]);
+    if (!call.stats[0]) return;
+    const float stats[5] = {state.student.max, state.student.log2sum, state.teacher.max,
+                            state.teacher.log2sum, state.divergence};
+    for (int i = 0; i < 5; i++) call.stats[i][row * call.stats_stride] = stats[i];
+  }
+};
+
+}  // namespace
+
+int FASTSDPO_NAME(divergence)(const fastsdpo_call& call) {
+  if (call.alpha == 0) return run_rows(DivergenceOp<FORWARD_KL>(call), call);
+  if (call.alpha == 1) return run_rows(DivergenceOp<REVERSE_KL>(call), call);
+  return run_rows(DivergenceOp<JSD>(call), call);
+}

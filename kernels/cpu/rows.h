@@ -1,0 +1,297 @@
+// Rows of logits: reading and writing them block by block as float32, the softmax statistics of a
+// row, and the loop that spreads rows over threads.
+//
+// A row is cut into segments of fixed length and a segment into blocks that fit the L1 cache.
+// Statistics are summed in that order alone, so that a row's result depends neither on the number
+// of threads nor on the other rows. No memory of size V is allocated: a block per tensor lives on
+// the stack, and a row keeps a few numbers per segment.
+#pragma once
+#include <stdlib.h>
+
+#include "fastsdpo.h"
+#include "simd.h"
+
+#define FASTSDPO_CONCAT_(a, b) a##_##b
+#define FASTSDPO_CONCAT(a, b) FASTSDPO_CONCAT_(a, b)
+#define FASTSDPO_NAME(name) FASTSDPO_CONCAT(name, FASTSDPO_ISA)
+
+namespace {
+
+constexpr int BLOCK = 1024;  // floats: 4 KiB a tensor, two inputs and an output fit L1
+constexpr int STEP = 64;     // a block is padded to it: loops have no scalar tail
+constexpr int64_t SEGMENT = 16 * BLOCK;
+
+constexpr int padded(int n) { return (n + STEP - 1) & ~(STEP - 1); }
+
+struct Rows {
+  char* data;
+  int64_t stride_b, stride_l, L;
+  int dtype, size;  // size: bytes of an element
+
+  Rows(const fastsdpo_rows& rows, int64_t L)
+      : data((char*)rows.data),
+        stride_b(rows.stride_b),
+        stride_l(rows.stride_l),
+        L(L),
+        dtype((int)rows.dtype),
+        size(rows.dtype == FASTSDPO_FLOAT32 ? 4 : 2) {}
+
+  char* at(int64_t row, int64_t column) const {
+    return data + (row / L * stride_b + row % L * stride_l + column) * size;
+  }
+  // Whole blocks of float32 are used where they lie.
+  bool direct(int n) const { return dtype == FASTSDPO_FLOAT32 && n % STEP == 0; }
+};
+
+template <class T>
+INLINE void read_as(const T* x, int n, float* block) {
+  int i = 0;
+  for (; i + W <= n; i += W) store(block + i, load(x + i));
+  if (i < n) {
+    T rest[W] = {};
+    memcpy((void*)rest, x + i, (n - i) * sizeof(T));
+    store(block + i, load(rest));
+  }
+}
+
+template <class T>
+INLINE void write_as(T* x, int n, const float* block) {
+  int i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) store2(x + i, load(block + i), load(block + i + W));
+  if (i < n) {
+    T rest[2 * W];
+    store2(rest, load(block + i), load(block + i + W));
+    memcpy((void*)(x + i), rest, (n - i) * sizeof(T));
+  }
+}
+
+// n values of a row as floats, capped, with -inf (probability 0) up to the next multiple of STEP:
+// in `block`, or in place where nothing has to change. `copy` forces them into `block`.
+INLINE const float* read_block(const Rows& rows, float softcap, int64_t row, int64_t column, int n,
+                               float* block, bool copy = false) {
+  const char* x = rows.at(row, column);
+  if (rows.direct(n) && softcap == 0 && !copy) return (const float*)x;
+  if (rows.dtype == FASTSDPO_FLOAT32)
+    read_as((const float*)x, n, block);
+  else if (rows.dtype == FASTSDPO_BFLOAT16)
+    read_as((const bf16*)x, n, block);
+  else
+    read_as((const f16*)x, n, block);
+  for (int i = n; i < padded(n); i++) block[i] = -INF;
+  if (softcap != 0)
+    for (int i = 0; i < padded(n); i += W) {
+      vf z = load(block + i);
+      store(block + i,
+            z == -INF ? z : tanhv(z / softcap) * softcap);  // a masked token stays masked
+    }
+  return block;
+}
+
+INLINE float read_one(const Rows& rows, float softcap, int64_t row, int64_t column) {
+  float block[STEP];
+  return *read_block(rows, softcap, row, column, 1, block);
+}
+
+// Where to compute a block of the gradient: its final place, or `block` until write_block.
+INLINE float* gradient_block(const Rows& rows, int64_t row, int64_t column, int n, float* block) {
+  return rows.direct(n) ? (float*)rows.at(row, column) : block;
+}
+
+INLINE void write_block(const Rows& rows, int64_t row, int64_t column, int n, const float* block) {
+  char* x = rows.at(row, column);
+  if (rows.direct(n)) return;
+  if (rows.dtype == FASTSDPO_FLOAT32)
+    memcpy(x, block, n * sizeof(float));
+  else if (rows.dtype == FASTSDPO_BFLOAT16)
+    write_as((bf16*)x, n, block);
+  else
+    write_as((f16*)x, n, block);
+}
+
+INLINE void write_zero_row(const Rows& rows, int64_t row, int64_t V) {
+  if (rows.data) memset(rows.at(row, 0), 0, V * rows.size);
+}
+
+// Gradients with respect to c become gradients with respect to the logits: dc/dz = 1 - (c /
+// softcap)^2.
+INLINE void apply_softcap_slope(float softcap, const float* c, float* gradient, int n) {
+  if (softcap == 0) return;
+  for (int i = 0; i < padded(n); i += W) {
+    vf ratio = load(c + i) / softcap;
+    vf slope = load(c + i) == -INF ? vf{} : 1.f - ratio * ratio;
+    store(gradient + i, load(gradient + i) * slope);
+  }
+}
+
+INLINE float block_max(const float* c, int n) {
+  vf m0 = all(-INF), m1 = m0, m2 = m0, m3 = m0;
+  for (int i = 0; i < padded(n); i += 4 * W) {
+    m0 = max_or_b(load(c + i), m0);  // NaN never becomes the max; the sums carry it
+    m1 = max_or_b(load(c + i + W), m1);
+    m2 = max_or_b(load(c + i + 2 * W), m2);
+    m3 = max_or_b(load(c + i + 3 * W), m3);
+  }
+  return horizontal_max(max_or_b(max_or_b(m0, m1), max_or_b(m2, m3)));
+}
+
+// The two numbers that are kept of a row: log2 p_v = (c_v - max) * k - log2sum, k = log2(e) /
+// temperature. They are never merged into one log-sum-exp, which would lose the digits that large
+// logits leave.
+struct Row {
+  float max, log2sum;
+};
+
+// Running softmax statistics: the max so far, the sum of e = 2^((c - max) k), and of e * (c - max)
+// k.
+struct Stats {
+  float max = -INF;
+  double sum = 0, dot = 0;
+
+  // Moves to a larger max.
+  void raise(float to, double k) {
+    if (!(to > max)) return;
+    double shift = max == -INF ? 0 : ((double)max - to) * k;
+    double factor = exp2(shift);
+    dot = factor * (dot + sum * shift);
+    sum *= factor;
+    max = to;
+  }
+  void add(Stats other, double k) {
+    raise(other.max, k);
+    other.raise(max, k);
+    sum += other.sum;
+    dot += other.dot;
+  }
+  float origin() const { return max == -INF ? 0 : max; }
+  Row row() const { return {max, (float)log2(sum)}; }
+};
+
+template <bool WITH_DOT>
+INLINE void add_block(Stats& stats, const float* c, int n, double k) {
+  stats.raise(block_max(c, n), k);
+  vf scale = all((float)k), origin = all(stats.origin());
+  vf sum[4] = {}, dot[4] = {};
+  for (int i = 0; i < padded(n); i += 4 * W)
+    for (int j = 0; j < 4; j++) {
+      vf x = (load(c + i + j * W) - origin) * scale;
+      vf e = exp2v(x);
+      sum[j] += e;
+      if (WITH_DOT) dot[j] += where_nonzero(e, e * x);
+    }
+  stats.sum += horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  if (WITH_DOT) stats.dot += horizontal_sum((dot[0] + dot[1]) + (dot[2] + dot[3]));
+}
+
+// log p of one value, in nats.
+INLINE float log_prob(Row row, float c, double k) {
+  return (float)((((double)c - row.max) * k - row.log2sum) * 0.6931471805599453);
+}
+
+// A = teacher - student, 0 where both give the token probability 0.
+INLINE float log_ratio(float student_logps, float teacher_logps) {
+  return student_logps == -INF && teacher_logps == -INF ? 0 : teacher_logps - student_logps;
+}
+
+// weights * r with the clipped importance ratio r = min(exp(clamp(student - old, -20, 20)),
+// is_clip).
+INLINE float coefficient(const fastsdpo_call& call, int64_t row, float student_logps) {
+  if (!call.old_logps) return call.weights[row];
+  double d = (double)student_logps - call.old_logps[row];
+  double r = exp(d < -20 ? -20 : d > 20 ? 20 : d);
+  return (float)(call.weights[row] * (r > call.is_clip ? call.is_clip : r));
+}
+
+INLINE float grad_loss(const fastsdpo_call& call) { return call.grad_loss ? *call.grad_loss : 1.f; }
+
+// The part of a row [begin, end) that one visit works on.
+struct Span {
+  int64_t begin, end;
+};
+
+// Runs an operation over all rows. It goes over a row in `op.phases` phases; a phase visits every
+// segment (op.visit, which fills a Part) and is then closed (op.close, which turns the parts into
+// row numbers in the State). With few rows the segments of a row are shared out among the threads,
+// phase by phase; otherwise a thread keeps a row through all phases, so that what it read last is
+// still in its cache: every other phase goes backwards.
+template <class Op>
+int run_rows(const Op& op, const fastsdpo_call& call) {
+  typedef typename Op::State State;
+  typedef typename Op::Part Part;
+  const int64_t N = call.B * call.L, segments = (call.V + SEGMENT - 1) / SEGMENT;
+  const size_t scratch = sizeof(State) + segments * sizeof(Part) + op.scratch_bytes();
+  const int threads = call.threads < 1 ? 1 : (int)(call.threads < 1024 ? call.threads : 1024);
+  int status = 0;
+
+  auto state_at = [&](char* memory) { return (State*)memory; };
+  auto parts_at = [&](char* memory) { return (Part*)(memory + sizeof(State)); };
+  auto extra_at = [&](char* memory) { return memory + sizeof(State) + segments * sizeof(Part); };
+  auto visit = [&](int phase, int64_t row, int64_t segment, char* memory) {
+    int64_t begin = segment * SEGMENT, end = begin + SEGMENT < call.V ? begin + SEGMENT : call.V;
+    parts_at(memory)[segment] = Part();
+    op.visit(phase, row, Span{begin, end}, *state_at(memory), parts_at(memory)[segment]);
+  };
+
+  if (threads == 1 || segments == 1 || N >= 2 * threads) {
+#pragma omp parallel num_threads(threads < N ? threads : (int)N)
+    {
+      char* memory = (char*)malloc(scratch);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t row = 0; row < N; row++) {
+        if (!memory) {
+          status = -3;
+          continue;
+        }
+        if (call.target_ids[row] == call.ignore_index) {
+          op.ignore(row);
+          continue;
+        }
+        op.open(row, *state_at(memory), extra_at(memory));
+        for (int phase = 0; phase < op.phases; phase++) {
+          for (int64_t i = 0; i < segments; i++)
+            visit(phase, row, phase % 2 ? segments - 1 - i : i, memory);
+          op.close(phase, row, *state_at(memory), parts_at(memory), segments);
+        }
+      }
+      free(memory);
+    }
+    return status;
+  }
+
+  char* memory = (char*)malloc(N * scratch);
+  if (!memory) return -3;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < N; row++)
+      if (call.target_ids[row] == call.ignore_index)
+        op.ignore(row);
+      else
+        op.open(row, *state_at(memory + row * scratch), extra_at(memory + row * scratch));
+    for (int phase = 0; phase < op.phases; phase++) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < N * segments; i++)
+        if (call.target_ids[i / segments] != call.ignore_index)
+          visit(phase, i / segments, i % segments, memory + i / segments * scratch);
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < N; row++)
+        if (call.target_ids[row] != call.ignore_index) {
+          char* mine = memory + row * scratch;
+          op.close(phase, row, *state_at(mine), parts_at(mine), segments);
+        }
+    }
+  }
+  free(memory);
+  return status;
+}
+
+// Calls f(column, n) for the blocks of a span.
+template <class F>
+INLINE void for_blocks(Span span, F f) {
+  for (int64_t column = span.begin; column < span.end; column += BLOCK)
+    f(column, (int)(span.end - column < BLOCK ? span.end - column : BLOCK));
+}
+
+INLINE float softcap_of(const fastsdpo_call& call) { return (float)call.softcap; }
+INLINE double exponent_scale(const fastsdpo_call& call) { return LOG2E / call.temperature; }
+
+}  // namespace

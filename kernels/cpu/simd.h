@@ -1,0 +1,215 @@
+// One vector type for every instruction set, with exp2, log2 and tanh.
+//
+// GCC/Clang vector extensions: the width follows the compiler's target, so one source is the SSE,
+// AVX2, AVX-512, NEON and scalar version. Intrinsics stand only where the extensions have no good
+// word for an instruction. Everything is in an unnamed namespace: the files are compiled once per
+// instruction set into one library, and a function shared between them would run with the wrong
+// one. For the same reason nothing here instantiates a template of the standard library.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline, unused))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+constexpr float INF = __builtin_inff();
+constexpr float LN2 = 0.6931471805599453f;
+constexpr double LOG2E = 1.4426950408889634;
+
+INLINE vf all(float x) { return x - vf{}; }
+INLINE vf load(const float* p) {
+  vf v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+
+// a > b ? a : b, which is b where either is NaN (the order of x86's maxps).
+INLINE vf max_or_b(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// value where mask (a float) is not 0, else 0: 0 * log 0 = 0, and a NaN mask keeps the value.
+INLINE vf where_nonzero(vf mask, vf value) { return mask == 0.f ? vf{} : value; }
+
+INLINE float horizontal_sum(vf v) {
+  float sum = 0;
+  for (int i = 0; i < W; i++) sum += v[i];
+  return sum;
+}
+INLINE float horizontal_max(vf v) {
+  float m = v[0];
+  for (int i = 1; i < W; i++) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// 2^t for t < 127.5: relative error at most 1.7e-7, exactly 1 at 0, 0 below 2^-126.5, NaN kept.
+// t = n + f with |f| <= 1/2; adding 1.5 * 2^23 + 127 leaves the biased exponent n + 127 in the low
+// bits. Minimax polynomial of degree 5 with constant term 1 (error 9.1e-8 before rounding).
+INLINE vf exp2v(vf t) {
+  const float magic = 12582912.f + 127.f;
+  t = max_or_b(all(-127.f), t);
+  vf shifted = t + magic;
+  vf f = t - (shifted - magic);
+  vf scale = (vf)((vi)shifted << 23);  // 2^n, and 0 for n = -127
+  vf p = f * 0.001326472731307149f + 0.009671512991189957f;
+  p = p * f + 0.05550733581185341f;
+  p = p * f + 0.24022242426872253f;
+  p = p * f + 0.6931470036506653f;
+  p = p * f + 1.f;
+  return p * scale;
+}
+
+// log2(x) for normal x > 0: error at most 1.2e-7 of max(|log2 x|, |x - 1|), so it is relative
+// near 1. About -127 for x = 0: callers multiply that by 0. x = 2^e * (1 + u), 1 + u in [sqrt(1/2),
+// sqrt(2)).
+INLINE vf log2v(vf x) {
+  vi bits = (vi)x;
+  vi e = (bits - 0x3f3504f3) >> 23;
+  vf u = (vf)(bits - (e << 23)) - 1.f;
+  vf p = u * 0.12583689391613007f + -0.20726968348026276f;
+  p = p * u + 0.21571561694145203f;
+  p = p * u + -0.23894482851028442f;
+  p = p * u + 0.28791624307632446f;
+  p = p * u + -0.3607036769390106f;
+  p = p * u + 0.48091062903404236f;
+  p = p * u + -0.7213473320007324f;
+  p = p * u + 1.4426950216293335f;
+  vf result = __builtin_convertvector(e, vf) + p * u;
+  return x != x ? x : result;
+}
+
+// tanh(x): relative error at most 2e-7. Odd polynomial up to 5/8, then (1 - e) / (1 + e), e =
+// e^(-2|x|).
+INLINE vf tanhv(vf x) {
+  vi sign = (vi)x & INT32_MIN;
+  vf a = (vf)((vi)x ^ sign);
+  vf e = exp2v(max_or_b(-a, all(-40.f)) * 2.8853900817779268f);
+  vf large = (1.f - e) / (1.f + e);
+  vf s = a * a;
+  vf p = s * -0.006113192066550255f + 0.021010082215070724f;
+  p = p * s + -0.053854070603847504f;
+  p = p * s + 0.13332794606685638f;
+  p = p * s + -0.333333283662796f;
+  vf small = a + a * (s * p);
+  vf result = a > 0.625f ? large : small;
+  result = (vf)((vi)result | sign);
+  return x != x ? x : result;
+}
+
+// ---- bfloat16 and float16. Stores round to nearest, ties to even; NaN stays NaN.
+// -----------------------
+
+INLINE vu widen(const void* p) {
+  vh h;
+  memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, vu);
+}
+
+INLINE vf load(const bf16* p) { return (vf)(widen(p) << 16); }
+
+INLINE vu round_bf16(vf v) {
+  vu u = (vu)v;
+  vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return v != v ? (u >> 16) | 0x40u : rounded;  // the carry could turn a NaN into a number
+}
+
+INLINE vf load(const f16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  // Shifted into a float's exponent and mantissa the value is too small by 2^112; subnormals come
+  // right.
+  vu h = widen(p);
+  vu magnitude = (h & 0x7fffu) << 13;
+  vf v = (vf)magnitude * 5.192296858534828e33f;  // 2^112
+  vu special = magnitude | 0x7f800000u;          // infinity and NaN
+  vu bits = magnitude >= (0x7c00u << 13) ? special : (vu)v;
+  return (vf)(bits | ((h & 0x8000u) << 16));
+#endif
+}
+
+#if !defined(__AVX2__)
+INLINE vu round_f16(vf v) {
+  vu sign = (vu)v & 0x80000000u;
+  vu a = (vu)v ^ sign;
+  vu normal = (a + (0xfffu + ((a >> 13) & 1u) - (112u << 23))) >> 13;
+  vu subnormal = (vu)((vf)a + 0.5f) - 0x3f000000u;  // the addition rounds at 2^-24
+  vu special = a > 0x7f800000u ? (0x7e00u | ((a >> 13) & 0x3ffu)) : vu{} + 0x7c00u;
+  vu h = a < (113u << 23) ? subnormal : normal;
+  h = a >= (143u << 23) ? special : h;
+  return h | (sign >> 16);
+}
+#endif
+
+INLINE void narrow(void* p, vu u) {
+  vh h = __builtin_convertvector(u, vh);
+  memcpy(p, &h, sizeof h);
+}
+
+// Two vectors at a time: AVX2 packs 32-bit lanes into 16-bit ones in one instruction for two
+// registers.
+INLINE void store2(bf16* p, vf a, vf b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  __m256i packed = _mm256_packus_epi32((__m256i)round_bf16(a), (__m256i)round_bf16(b));
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
+#else
+  narrow(p, round_bf16(a));
+  narrow(p + W, round_bf16(b));
+#endif
+}
+
+INLINE void store2(f16* p, vf a, vf b) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256((__m256i*)(p + W), _mm512_cvtps_ph((__m512)b, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128((__m128i*)(p + W), _mm256_cvtps_ph((__m256)b, _MM_FROUND_TO_NEAREST_INT));
+#else
+  narrow(p, round_f16(a));
+  narrow(p + W, round_f16(b));
+#endif
+}
+
+INLINE void store2(float* p, vf a, vf b) {
+  store(p, a);
+  store(p + W, b);
+}
+
+}  // namespace
