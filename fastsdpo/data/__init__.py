@@ -5,6 +5,7 @@
 `fastsdpo prepare` (prepare.py) runs the first three over files of any size and writes interactions.
 """
 
+from fastsdpo.data.filters import ConversationFilter as ConversationFilter
 from fastsdpo.data.interactions import Conversation as Conversation
 from fastsdpo.data.interactions import Interaction as Interaction
 from fastsdpo.data.interactions import extract_interactions as extract_interactions

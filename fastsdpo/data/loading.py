@@ -40,7 +40,7 @@ SUFFIXES = (*JSON_SUFFIXES, ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 
 MAX_RECORD_BYTES = 16 << 20
-MAX_PROBLEMS = 100  # messages kept in a report, so that it stays small when everything is damaged
+MAX_PROBLEMS = 20  # messages kept of each kind, so that a report stays small
 READ_BYTES = 1 << 20
 
 
@@ -51,7 +51,7 @@ class LoadReport:
     Attributes:
         records: records seen, damaged ones among them.
         damaged: how many were skipped, by kind.
-        problems: the first messages, each with its file and line, element or row.
+        problems: the first messages of each kind, with file and line, element or row.
         lost_bytes: bytes of JSON text that belong to no whole record.
         bytes_done, bytes_total: progress in the files on disk; the total is None for datasets.
         where: the place of the record that was given out last.
@@ -60,7 +60,7 @@ class LoadReport:
 
     records: int = 0
     damaged: Counter = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
+    problems: dict[str, list[str]] = field(default_factory=dict)
     lost_bytes: int = 0
     bytes_done: int = 0
     bytes_total: int | None = None
@@ -69,10 +69,9 @@ class LoadReport:
 
     def add_problem(self, kind: str, message: str) -> None:
         self.damaged[kind] += 1
-        if len(self.problems) < MAX_PROBLEMS:
-            self.problems.append(message)
-        if sum(self.damaged.values()) <= 20:
-            logger.warning("skipped: %s", message)
+        messages = self.problems.setdefault(kind, [])
+        if len(messages) < MAX_PROBLEMS:
+            messages.append(message)
 
 
 @dataclass(frozen=True)
@@ -158,6 +157,7 @@ def _load(
     strict: bool,
     report: LoadReport | None,
 ) -> Iterator[Any]:
+    log = report is None  # nobody else will tell
     report = LoadReport() if report is None else report
     for where, record, problem, position in events:
         parsed = None
@@ -176,6 +176,8 @@ def _load(
             raise DamagedRecord(message)
         report.lost_bytes += problem.lost_bytes
         report.add_problem(problem.kind, message)
+        if log and report.damaged[problem.kind] <= MAX_PROBLEMS:
+            logger.warning("skipped: %s", message)
 
 
 # Records

@@ -1,0 +1,589 @@
+"""``fastsdpo prepare SOURCE... -o interactions.jsonl``: conversations of any layout -> interactions.
+
+Reads, filters, extracts, shuffles and splits, in memory that does not grow with the text: kept
+interactions go to a spool file in the order they are read, only the place of each conversation in
+it (12 bytes) stays in memory, and the output is copied from there in its final order.
+
+An interruption at any point, SIGKILL among them, leaves what was at the output before, or the whole
+new file, and a folder ``<output>.partial`` from which the same command goes on to the same result:
+
+    spool.jsonl   rows of the kept conversations
+    index.bin     (offset in the spool, number of rows) of each kept conversation
+    state.json    the settings, the counts, and how much of spool, index and sources they stand for
+
+state.json is replaced, atomically, after spool and index are on the disk; on resuming, both are cut
+back to what it says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import struct
+import sys
+import time
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from fastsdpo.data.filters import PRESETS, ConversationFilter
+from fastsdpo.data.interactions import Conversation, Interaction, extract_interactions
+from fastsdpo.data.loading import DamagedRecord, LoadReport, expand_source, load_conversations
+
+FORMAT = 1  # of the partial folder; one of another format is started anew
+CHECKPOINT_RECORDS = 5000
+INDEX_ENTRY = struct.Struct("<QI")
+
+
+@dataclass
+class PrepareReport:
+    """What `prepare` did; written as JSON beside the output.
+
+    Attributes:
+        output, eval_output: the files (eval_output is None where nothing was held out).
+        conversations, interactions: written to `output`; eval_*: to `eval_output`.
+        dropped: conversations that a rule dropped, by rule.
+        records, damaged, problems, lost_bytes: as in `LoadReport`.
+        settings: what decides the result.
+    """
+
+    output: str
+    eval_output: str | None
+    conversations: int = 0
+    interactions: int = 0
+    eval_conversations: int = 0
+    eval_interactions: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    records: int = 0
+    damaged: dict[str, int] = field(default_factory=dict)
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    lost_bytes: int = 0
+    settings: dict = field(default_factory=dict)
+
+
+def interaction_row(interaction: Interaction, turn_id: int | None = None) -> dict:
+    """An interaction as a row of the file; `load_interactions` reads it back."""
+    return {
+        "id": interaction.id,
+        "conversation_id": interaction.conversation_id,
+        "turn_id": turn_id,
+        "prompt": interaction.prompt,
+        "completion": {"role": "assistant", "content": interaction.completion},
+        "user_response": {"role": "user", "content": interaction.followup},
+    }
+
+
+def prepare(
+    sources: Sequence[str | PathLike],
+    output: str | PathLike,
+    *,
+    rules: ConversationFilter | str = "default",
+    seed: int = 42,
+    eval_fraction: float = 0.0,
+    eval_output: str | PathLike | None = None,
+    limit: int | None = None,
+    config: str | None = None,
+    split: str = "train",
+    strict: bool = False,
+    overwrite: bool = False,
+    resume: bool = True,
+    progress: bool = False,
+) -> PrepareReport:
+    """Writes the interactions of the sources' conversations to `output`, atomically.
+
+    The same arguments and sources give the same bytes.
+
+    Args:
+        sources: what `load_conversations` takes.
+        output: the JSON Lines file to write; the report goes beside it (``.report.json``).
+        rules: a `ConversationFilter`, or a preset's name.
+        seed: of the order and of the choice of conversations that are held out.
+        eval_fraction: share of the conversations to hold out, in `eval_output`
+            (``<output>.eval.jsonl`` where not given).
+        limit: read at most so many records.
+        config, split: of a Hugging Face dataset.
+        strict: stop at the first record that is damaged or holds no interaction.
+        overwrite: replace an output that exists.
+        resume: go on where an interrupted run with the same settings stopped.
+        progress: show a progress bar on the terminal.
+
+    Raises:
+        FileExistsError: the output exists and is not to be replaced.
+        DamagedRecord, FileNotFoundError, ImportError: from `load_conversations`.
+        ValueError: an argument is out of range.
+        OSError: the output cannot be written; what was read so far is kept for resuming.
+    """
+    rules = ConversationFilter.preset(rules) if isinstance(rules, str) else rules
+    if not 0 <= eval_fraction < 1:
+        raise ValueError(f"prepare: eval_fraction must be in [0, 1), got {eval_fraction}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"prepare: limit must be at least 1, got {limit}")
+    output = Path(output)
+    if eval_fraction == 0:
+        if eval_output is not None:
+            raise ValueError("prepare: eval_output needs an eval_fraction above 0")
+    elif eval_output is None:
+        eval_output = output.with_name(f"{output.stem}.eval{output.suffix}")
+    outputs = [output] + ([] if eval_output is None else [Path(eval_output)])
+    if len({path.absolute() for path in outputs}) != len(outputs):
+        raise ValueError(f"prepare: eval_output must differ from output, got {output} for both")
+    settings = {
+        "format": FORMAT,
+        "sources": [_identity(item) for item in expand_source(sources)],
+        "rules": json.loads(json.dumps(asdict(rules))),
+        "seed": seed,
+        "eval_fraction": eval_fraction,
+        "limit": limit,
+        "config": config,
+        "split": split,
+        "strict": strict,
+        "outputs": [str(path.absolute()) for path in outputs],
+    }
+
+    partial = output.with_name(output.name + ".partial")
+    state = _read_state(partial, settings) if resume else None
+    for path in outputs:
+        # With a state, what is there may be this run's own; the run that began it was let to.
+        if path.exists() and not overwrite and state is None:
+            raise FileExistsError(
+                f"prepare: {path} exists; pass --overwrite (overwrite=True) to replace it"
+            )
+    with _Spool(partial, state) as spool:
+        report = LoadReport(**{**spool.report, "damaged": Counter(spool.report.get("damaged"))})
+        if not spool.complete:
+            with _ProgressBar(report, progress) as bar:
+                _read(spool, report, sources, rules, limit, config, split, strict, settings, bar)
+        result = PrepareReport(
+            output=str(output),
+            eval_output=None if eval_output is None else str(eval_output),
+            dropped=dict(spool.dropped),
+            records=report.records,
+            damaged=dict(report.damaged),
+            problems=report.problems,
+            lost_bytes=report.lost_bytes,
+            settings=settings,
+        )
+        _write_outputs(spool, outputs, rules, seed, eval_fraction, result)
+        with _atomic_file(output.with_name(f"{output.stem}.report.json")) as file:
+            file.write(json.dumps(asdict(result), indent=2, ensure_ascii=False).encode() + b"\n")
+    shutil.rmtree(partial)
+    return result
+
+
+def _identity(item: Path | str) -> list:
+    """What tells that a source is still the same when a run is resumed."""
+    if isinstance(item, str):
+        return [item]
+    status = item.stat()
+    return [str(item.absolute()), status.st_size, status.st_mtime_ns]
+
+
+def _read(
+    spool: _Spool,
+    report: LoadReport,
+    sources: Sequence[str | PathLike],
+    rules: ConversationFilter,
+    limit: int | None,
+    config: str | None,
+    split: str,
+    strict: bool,
+    settings: dict,
+    bar: _ProgressBar,
+) -> None:
+    """Sources -> spool, going on after ``report.position``."""
+    # Without shuffling the first conversations are the ones that are kept.
+    most = None if rules.shuffle else rules.max_conversations
+    most_rows = None if rules.shuffle else rules.max_interactions
+    conversations = load_conversations(
+        list(sources),
+        strict=strict,
+        report=report,
+        config=config,
+        split=split,
+        position=report.position,
+    )
+    saved = report.records
+    while not (
+        (limit is not None and report.records >= limit)
+        or (most is not None and len(spool.offsets) >= most)
+        or (most_rows is not None and spool.rows >= most_rows)
+    ):
+        conversation = next(conversations, None)
+        if conversation is None:
+            break
+        _keep(spool, report, conversation, rules, strict)
+        if report.records - saved >= CHECKPOINT_RECORDS:
+            spool.save(settings, report)
+            saved = report.records
+        bar.update()
+    spool.complete = True
+    spool.save(settings, report)
+
+
+def _keep(
+    spool: _Spool,
+    report: LoadReport,
+    conversation: Conversation,
+    rules: ConversationFilter,
+    strict: bool,
+) -> None:
+    reason = rules.reason_to_drop(conversation)
+    if reason is not None:
+        spool.dropped[reason] += 1
+        return
+    if conversation.id is None:
+        # The place where it was read names it, so that its interactions stay together.
+        source = report.position["source"] if report.position else 0
+        name = os.path.basename(report.where)
+        conversation = replace(conversation, id=f"{source}/{name}" if source else name)
+    interactions = extract_interactions(
+        conversation, max_history_messages=rules.max_history_messages
+    )
+    if not interactions:
+        message = f"{report.where}: no answer is followed by a user's message"
+        if strict:
+            raise DamagedRecord(message)
+        report.add_problem("no follow-up", message)
+        return
+    spool.add(
+        [
+            json.dumps(interaction_row(interaction, turn), ensure_ascii=False).encode() + b"\n"
+            for turn, interaction in enumerate(interactions)
+        ]
+    )
+
+
+# The spool
+
+
+def _read_state(partial: Path, settings: dict) -> dict | None:
+    """The state of an interrupted run with these settings, or None."""
+    try:
+        state = json.loads((partial / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(state, dict) or state.get("settings") != settings:
+        return None
+    for name, size in (("spool.jsonl", state["spool_bytes"]), ("index.bin", state["index_bytes"])):
+        path = partial / name
+        if not path.exists() or path.stat().st_size < size:
+            return None
+    return state
+
+
+class _Spool:
+    """The partial folder: kept rows, their index, and the state. A context manager; locks it."""
+
+    def __init__(self, partial: Path, state: dict | None):
+        partial.mkdir(parents=True, exist_ok=True)
+        self.folder = partial
+        self._lock = _lock(partial)
+        self.dropped: Counter = Counter(state["dropped"] if state else {})
+        self.report: dict = state["report"] if state else {}
+        self.complete: bool = state["complete"] if state else False
+        self.offsets, self.counts = array("Q"), array("I")
+        if state is None:
+            (partial / "state.json").unlink(missing_ok=True)
+        self._rows = _open_cut(partial / "spool.jsonl", state["spool_bytes"] if state else 0)
+        self._index = _open_cut(partial / "index.bin", state["index_bytes"] if state else 0)
+        self._index.seek(0)
+        for offset, count in INDEX_ENTRY.iter_unpack(self._index.read()):
+            self.offsets.append(offset)
+            self.counts.append(count)
+        self.rows = sum(self.counts)
+        self.size = self._rows.seek(0, os.SEEK_END)
+
+    def add(self, rows: list[bytes]) -> None:
+        """The rows of one conversation."""
+        data = b"".join(rows)
+        self._rows.write(data)
+        self._index.write(INDEX_ENTRY.pack(self.size, len(rows)))
+        self.offsets.append(self.size)
+        self.counts.append(len(rows))
+        self.rows += len(rows)
+        self.size += len(data)
+
+    def save(self, settings: dict, report: LoadReport) -> None:
+        for file in (self._rows, self._index):
+            file.flush()
+            os.fsync(file.fileno())
+        state = {
+            "settings": settings,
+            "complete": self.complete,
+            "spool_bytes": self.size,
+            "index_bytes": INDEX_ENTRY.size * len(self.offsets),
+            "dropped": self.dropped,
+            "report": vars(report),
+        }
+        with _atomic_file(self.folder / "state.json") as file:
+            file.write(json.dumps(state).encode())
+
+    def read(self, conversation: int) -> bytes:
+        """The rows of a conversation, as they were added."""
+        after = conversation + 1
+        end = self.offsets[after] if after < len(self.offsets) else self.size
+        self._rows.seek(self.offsets[conversation])
+        return self._rows.read(end - self.offsets[conversation])
+
+    def __enter__(self) -> _Spool:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        # Buffered rows that cannot be written (the disk is full) are not lost: resuming reads again.
+        for file in (self._rows, self._index, self._lock):
+            with contextlib.suppress(OSError):
+                file.close()
+        if kind is DamagedRecord:  # the sources have to change before this can go on
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _open_cut(path: Path, size: int) -> Any:
+    """Opens for reading and writing at the end, cut to `size` bytes."""
+    file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
+    file.truncate(size)
+    file.seek(0, os.SEEK_END)
+    return file
+
+
+def _lock(folder: Path) -> Any:
+    """Keeps a second run away from the folder; the system lifts it when the process ends."""
+    file = open(folder / "lock", "wb")  # noqa: SIM115
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise FileExistsError(f"prepare: another run is writing to {folder}") from None
+    return file
+
+
+@contextlib.contextmanager
+def _atomic_file(path: Path) -> Iterator[Any]:
+    """A file that appears at `path` whole and on the disk, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    with contextlib.suppress(OSError):  # folders cannot be opened on Windows
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+# The output
+
+
+def _write_outputs(
+    spool: _Spool,
+    outputs: list[Path],
+    rules: ConversationFilter,
+    seed: int,
+    eval_fraction: float,
+    result: PrepareReport,
+) -> None:
+    """Copies the spool to the outputs in the final order, and counts in `result`."""
+    order = array("Q", range(len(spool.offsets)))
+    if rules.shuffle:
+        random.Random(seed).shuffle(order)
+    chosen, rows = 0, 0
+    while chosen < len(order):
+        count = spool.counts[order[chosen]]
+        if rules.max_conversations is not None and chosen >= rules.max_conversations:
+            break
+        if rules.max_interactions is not None and rows + count > rules.max_interactions:
+            break
+        chosen, rows = chosen + 1, rows + count
+    if chosen < len(order):
+        result.dropped["over the wanted number"] = len(order) - chosen
+    held_out = set(random.Random(seed).sample(range(chosen), round(eval_fraction * chosen)))
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(_atomic_file(path)) for path in outputs]
+        for place in range(chosen):
+            conversation = order[place]
+            count = spool.counts[conversation]
+            if place in held_out:
+                files[1].write(spool.read(conversation))
+                result.eval_conversations += 1
+                result.eval_interactions += count
+            else:
+                files[0].write(spool.read(conversation))
+                result.conversations += 1
+                result.interactions += count
+
+
+# The command
+
+
+class _ProgressBar:
+    """A tqdm bar where tqdm is installed, else a line that is rewritten; nothing off a terminal."""
+
+    def __init__(self, report: LoadReport, wanted: bool):
+        self._report, self._shown = report, time.monotonic()
+        self._wanted = wanted and sys.stderr.isatty()
+        self._bar = None
+
+    def __enter__(self) -> _ProgressBar:
+        return self
+
+    def update(self) -> None:
+        if not self._wanted or time.monotonic() - self._shown < 0.2:
+            return
+        self._shown = time.monotonic()
+        report = self._report
+        if self._bar is None:
+            self._bar = self._new()
+        if self._bar is None:
+            total = report.bytes_total
+            share = f"{report.bytes_done / total:4.0%}, " if total else ""
+            print(f"\rreading: {share}{report.records:,} records", end="", file=sys.stderr)
+            return
+        self._bar.n = report.records if report.bytes_total is None else report.bytes_done
+        self._bar.set_postfix_str(f"{report.records:,} records", refresh=False)
+        self._bar.refresh()
+
+    def _new(self) -> Any:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return None
+        total = self._report.bytes_total
+        unit = "record" if total is None else "B"
+        return tqdm(total=total, unit=unit, unit_scale=True, desc="reading")
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self._wanted:
+            print(file=sys.stderr)
+
+
+def format_report(report: PrepareReport) -> str:
+    """The table that the command prints."""
+    lines = [f"read      {report.records:>9,} records"]
+
+    def kept(title: str, conversations: int, interactions: int, path: str | None) -> None:
+        lines.append(
+            f"{title:<9} {conversations:>9,} conversations, {interactions:,} interactions -> {path}"
+        )
+
+    kept("kept", report.conversations, report.interactions, report.output)
+    if report.eval_output is not None:
+        kept("held out", report.eval_conversations, report.eval_interactions, report.eval_output)
+    for reason, count in sorted(report.dropped.items(), key=lambda item: (-item[1], item[0])):
+        lines.append(f"dropped   {count:>9,} {reason}")
+    for kind, count in sorted(report.damaged.items(), key=lambda item: (-item[1], item[0])):
+        lines.append(f"damaged   {count:>9,} {kind}, for example:")
+        lines += [f"                    {problem}" for problem in report.problems[kind][:2]]
+    if report.lost_bytes:
+        lines.append(f"lost      {report.lost_bytes:>9,} bytes of damaged text")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastsdpo prepare",
+        description="Conversations in any known layout -> a file of interactions.",
+    )
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="file (JSON, JSON Lines, Parquet; .gz, .zst), folder, glob or dataset name",
+    )
+    parser.add_argument("-o", "--output", required=True, help="the JSON Lines file to write")
+    parser.add_argument("--strict", action="store_true", help="stop at the first damaged record")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on where an interrupted run of the same command stopped (default: yes)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
+
+    group = parser.add_argument_group("sources")
+    group.add_argument("--limit", type=int, help="read at most so many records")
+    group.add_argument("--config", help="configuration of a Hugging Face dataset")
+    group.add_argument("--split", default="train", help="its split (default: train)")
+
+    group = parser.add_argument_group("which conversations", "a preset, and changes to it")
+    group.add_argument("--preset", default="default", choices=list(PRESETS))
+    group.add_argument(
+        "--languages", nargs="*", metavar="NAME", help="as the records name them; none: any"
+    )
+    for option in fields(ConversationFilter):
+        flag = "--" + option.name.replace("_", "-")
+        if option.name == "shuffle":
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+        elif option.name != "languages":
+            group.add_argument(flag, type=_number_or_none, metavar="N", help="N, or none")
+
+    group = parser.add_argument_group("order and held-out part")
+    group.add_argument("--seed", type=int, default=42)
+    group.add_argument("--eval-fraction", type=float, default=0.0, metavar="SHARE")
+    group.add_argument("--eval-output", help="default: <output>.eval.jsonl")
+    return parser
+
+
+def _number_or_none(text: str) -> int | str:
+    return "none" if text == "none" else int(text)
+
+
+def _rules(arguments: argparse.Namespace) -> ConversationFilter:
+    changes: dict[str, Any] = {}
+    for option in fields(ConversationFilter):
+        value = getattr(arguments, option.name)
+        if value is not None:
+            changes[option.name] = option.default if value == "none" else value
+    if "languages" in changes:
+        changes["languages"] = tuple(changes["languages"]) or None
+    return replace(PRESETS[arguments.preset], **changes)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; 0 done, 1 failed (with the reason on stderr), 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        report = prepare(
+            arguments.sources,
+            arguments.output,
+            rules=_rules(arguments),
+            seed=arguments.seed,
+            eval_fraction=arguments.eval_fraction,
+            eval_output=arguments.eval_output,
+            limit=arguments.limit,
+            config=arguments.config,
+            split=arguments.split,
+            strict=arguments.strict,
+            overwrite=arguments.overwrite,
+            resume=arguments.resume,
+            progress=not arguments.quiet,
+        )
+    except KeyboardInterrupt:
+        print("fastsdpo prepare: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        print(f"fastsdpo prepare: {error}", file=sys.stderr)
+        return 1
+    if not arguments.quiet:
+        print(format_report(report))
+    if report.interactions == 0:
+        print("fastsdpo prepare: no interaction was kept", file=sys.stderr)
+        return 1
+    return 0
