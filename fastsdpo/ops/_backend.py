@@ -22,6 +22,7 @@ def _triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+@torch.compiler.assume_constant_result
 def _triton_reason() -> str | None:
     """Why Triton cannot run at all here, or None."""
     if importlib.util.find_spec("triton") is None:
@@ -31,6 +32,7 @@ def _triton_reason() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
 def _native_reason() -> str | None:
     """Why the native library cannot run here, or None."""
     try:

@@ -132,7 +132,7 @@ _forbid_second_derivative(token_logps_backward_op)
 
 
 def _token_logps_setup(ctx, inputs, output):
-    logits, target_ids, *ctx.options, return_entropy, ctx.backend = inputs
+    logits, target_ids, *ctx.options, _, ctx.backend = inputs
     _, entropy, row_max, row_log2sum = output
     ctx.mark_non_differentiable(entropy, row_max, row_log2sum)
     ctx.set_materialize_grads(False)
@@ -205,7 +205,7 @@ def _(student_logits, teacher_logits, teacher_logps, target_ids, weights, *optio
     teacher = [t for t in (teacher_logits,) if t is not None]
     row = _rows_like(student_logits, *teacher)
     per_token, student, teacher_out, coef = (torch.empty_like(row) for _ in range(4))
-    return row.new_empty(()), per_token, student, teacher_out, coef, row.new_empty(len(row), 2)
+    return row.new_empty(()), per_token, student, teacher_out, coef, row.new_empty(row.shape[0], 2)
 
 
 @custom_op("fastsdpo::sampled_token_backward", mutates_args=())
@@ -263,7 +263,7 @@ def divergence_op(
 def _(student_logits, teacher_logits, *options):
     row = _rows_like(student_logits, teacher_logits)
     per_token, student, teacher, coef = (torch.empty_like(row) for _ in range(4))
-    return row.new_empty(()), per_token, student, teacher, coef, row.new_empty(len(row), 5)
+    return row.new_empty(()), per_token, student, teacher, coef, row.new_empty(row.shape[0], 5)
 
 
 @custom_op("fastsdpo::divergence_backward", mutates_args=())
@@ -329,7 +329,7 @@ def _(student_logits, teacher_logits, topk_ids, *options):
     teacher = [t for t in (teacher_logits,) if t is not None]
     row = _rows_like(student_logits, *teacher)
     per_token, student, teacher_out, coef = (torch.empty_like(row) for _ in range(4))
-    stats, grads = row.new_empty(len(row), 4), row.new_empty(topk_ids.shape)
+    stats, grads = row.new_empty(row.shape[0], 4), row.new_empty(topk_ids.shape)
     return row.new_empty(()), per_token, student, teacher_out, coef, stats, grads
 
 

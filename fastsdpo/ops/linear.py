@@ -66,22 +66,30 @@ def default_chunk_size(tokens: int, vocabulary: int, device: torch.device) -> in
     return min(chunk, math.ceil(tokens / chunks / 8) * 8)
 
 
+def _has_mixed_gemm(device: torch.device) -> bool:
+    """Whether GEMMs of half-precision operands can give float32 (``out_dtype``, CUDA, torch 2.8)."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return device.type in ("cuda", "meta") and version >= (2, 8)
+
+
 class _Head:
     """``x @ weight.T + bias`` into float32 tiles, and the two products of its backward pass.
 
-    On a GPU the operands keep their dtype and the products accumulate and come out in float32. On a
-    CPU half-precision weights are widened a block of the vocabulary at a time: without matrix units
-    a bfloat16 GEMM takes many times longer than a float32 one.
+    Where the device has GEMMs with float32 results, the operands keep their dtype. Elsewhere
+    half-precision weights are widened a block of the vocabulary at a time (on a CPU without matrix
+    units a bfloat16 GEMM takes many times longer than a float32 one).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, operand: torch.dtype):
-        self.cpu = weight.device.type == "cpu"
-        self.weight = weight if self.cpu else weight.to(operand)
+        self.weight = weight
         self.bias = bias
         self.operand = operand
-        self.block = weight.shape[0]
-        if self.cpu and weight.dtype != operand:
-            self.block = max(256, 2**22 // max(1, weight.shape[1]))
+        self.block = max(1, weight.shape[0])
+        if weight.dtype != operand:
+            if _has_mixed_gemm(weight.device):
+                self.weight = weight.to(operand)  # autocast: once per call, as autocast does
+            else:
+                self.block = max(256, 2**22 // max(1, weight.shape[1]))
 
     def _blocks(self):
         """Slices of the vocabulary with their weights in the operands' dtype."""
@@ -119,7 +127,7 @@ class _Head:
 def _dtypes(hidden: Tensor, weight: Tensor, tile: torch.dtype | None) -> tuple[torch.dtype, ...]:
     """``(operand, tile, accumulation)`` dtypes of one call."""
     accumulation = accumulation_dtype(hidden, weight)
-    if accumulation == torch.float64 or hidden.device.type == "cpu":
+    if accumulation == torch.float64 or not _has_mixed_gemm(hidden.device):
         return accumulation, accumulation, accumulation
     if torch.is_autocast_enabled(hidden.device.type):
         operand = torch.get_autocast_dtype(hidden.device.type)
@@ -134,6 +142,14 @@ def _gradient_scale(weights: Tensor, operand: torch.dtype) -> Tensor | None:
         return None
     largest = weights.abs().max().clamp(min=1e-30)
     return torch.exp2(-largest.log2().ceil())
+
+
+def _stored_dtype(source: Tensor) -> torch.dtype:
+    """dtype in which a finished gradient waits for backward.
+
+    A float16 one would underflow before the caller's loss scale reaches it, so it waits in float32.
+    """
+    return torch.float32 if source.dtype == torch.float16 else source.dtype
 
 
 @custom_op("fastsdpo::linear_sdpo", mutates_args=())
@@ -182,7 +198,10 @@ def linear_sdpo_op(
         weights = weights * scale
 
     per_token, coef, student_logps, teacher_out = (weights.new_zeros(tokens) for _ in range(4))
-    grad_hidden = torch.empty_like(student_hidden) if need_hidden else weights.new_empty(0)
+    grad_hidden = weights.new_empty(0)
+    if need_hidden:
+        shape, stored = student_hidden.shape, _stored_dtype(student_hidden)
+        grad_hidden = student_hidden.new_empty(shape, dtype=stored)
     grad_weight = weights.new_empty(0)
     if need_weight:
         grad_weight = torch.zeros(weight.shape, dtype=accumulation, device=weight.device)
@@ -248,9 +267,9 @@ def linear_sdpo_op(
             g.div_(scale) for g in (grad_hidden, grad_weight, grad_bias)
         )
     if need_weight:
-        grad_weight = grad_weight.to(weight.dtype)
+        grad_weight = grad_weight.to(_stored_dtype(weight))
     if need_bias and bias is not None:
-        grad_bias = grad_bias.to(bias.dtype)
+        grad_bias = grad_bias.to(_stored_dtype(bias))
     loss = _weighted_sum(coef, per_token)
     return loss, per_token, student_logps, teacher_out, grad_hidden, grad_weight, grad_bias
 
@@ -262,10 +281,11 @@ def _(student_hidden, teacher_hidden, weight, bias, *rest):
     none = weights.new_empty(0)
     return (
         weights.new_empty(()), per_token, student, teacher,
-        torch.empty_like(student_hidden) if need_hidden else none,
-        torch.empty_like(weight, memory_format=torch.contiguous_format)
+        student_hidden.new_empty(student_hidden.shape, dtype=_stored_dtype(student_hidden))
+        if need_hidden else none,
+        weight.new_empty(weight.shape, dtype=_stored_dtype(weight))
         if need_weight else none.clone(),
-        torch.empty_like(bias) if need_bias else none.clone(),
+        bias.new_empty(bias.shape, dtype=_stored_dtype(bias)) if need_bias else none.clone(),
     )  # fmt: skip
 
 
@@ -293,10 +313,11 @@ def _scaled(grad: Tensor, grad_loss: Tensor, source: Tensor) -> Tensor:
     saved tensor changed and raises.
     """
     if torch.is_grad_enabled():
-        return _FirstDerivative.apply(grad * grad_loss.to(grad.dtype), source)
+        scaled = (grad * grad_loss.to(grad.dtype)).to(source.dtype)
+        return _FirstDerivative.apply(scaled, source)
     if not _is_real(grad):
-        return grad * grad_loss.to(grad.dtype)
-    return grad.mul_(grad_loss)
+        return (grad * grad_loss.to(grad.dtype)).to(source.dtype)
+    return grad.mul_(grad_loss).to(source.dtype)
 
 
 def _linear_sdpo_backward(ctx, grad_loss, *unused):
@@ -383,7 +404,7 @@ def linear_token_logps_backward_op(
     scale = _gradient_scale(grad_logps, operand)
     if scale is not None:
         grad_logps = grad_logps * scale
-    grad_hidden = torch.empty_like(hidden) if need_hidden else grad_logps.new_empty(0)
+    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
     grad_weight = grad_logps.new_empty(0)
     if need_weight:
         grad_weight = torch.zeros(weight.shape, dtype=accumulation, device=weight.device)
@@ -423,7 +444,7 @@ def linear_token_logps_backward_op(
 def _(grad_logps, hidden, weight, bias, *rest):
     need_hidden, need_weight, need_bias = rest[-4:-1]
     return (
-        torch.empty_like(hidden) if need_hidden else grad_logps.new_empty(0),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
         torch.empty_like(weight, memory_format=torch.contiguous_format)
         if need_weight
         else grad_logps.new_empty(0),
@@ -520,7 +541,12 @@ def _check_scale(name: str, logit_scale: float) -> float:
     return float(logit_scale)
 
 
-def _check_tile(name: str, tile_dtype: torch.dtype | None) -> None:
+def _check_tile(name: str, tile_dtype: torch.dtype | None, device: torch.device) -> None:
+    if tile_dtype not in (None, torch.float32) and not _has_mixed_gemm(device):
+        raise ValueError(
+            f"{name}: tile_dtype must be None or torch.float32 on {device.type} with torch "
+            f"{torch.__version__}, got {tile_dtype}"
+        )
     if tile_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             f"{name}: tile_dtype must be None, torch.float32, torch.bfloat16 or torch.float16, "
@@ -582,7 +608,7 @@ def linear_token_logps(
     scale = _check_scale(name, logit_scale)
     temperature = check_temperature(name, temperature) / scale
     cap = check_softcap(name, softcap) / scale
-    _check_tile(name, tile_dtype)
+    _check_tile(name, tile_dtype, hidden.device)
     rows = _flat_hidden(hidden)
     chunk = _check_chunk(name, chunk_size, rows.shape[0], weight)
     operand, tile, _ = _dtypes(hidden, weight, tile_dtype)
@@ -699,7 +725,7 @@ def linear_sdpo_loss(
         softcap=softcap, ignore_index=ignore_index,
     )  # fmt: skip
     scale = _check_scale(name, logit_scale)
-    _check_tile(name, tile_dtype)
+    _check_tile(name, tile_dtype, student.device)
     rows = _flat_hidden(student)
     chunk = _check_chunk(name, chunk_size, rows.shape[0], weight)
     backend = resolve_backend(name, backend, weight.new_empty(0, dtype=tile))

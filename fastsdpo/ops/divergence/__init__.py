@@ -42,7 +42,6 @@ from fastsdpo.ops._checks import (
     check_topk,
     flat_float,
     flat_ids,
-    shape_text,
 )
 from fastsdpo.ops.token_logps import check_pair, log_ratio
 

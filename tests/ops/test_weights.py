@@ -1,0 +1,31 @@
+"""Normalization: the two means, and their sums over a split batch."""
+
+import torch
+
+from fastsdpo import sequence_mean_weights, token_mean_weights
+
+MASK = torch.tensor([[0, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
+
+
+def test_token_mean():
+    w = token_mean_weights(MASK)
+    assert w.dtype == torch.float32
+    torch.testing.assert_close(w, MASK / 4)
+    torch.testing.assert_close(token_mean_weights(MASK.bool(), num_items=8), MASK / 8)
+    assert not token_mean_weights(MASK[2:]).any()
+
+
+def test_sequence_mean_counts_sequences_that_have_tokens():
+    w = sequence_mean_weights(MASK)
+    torch.testing.assert_close(w.sum(-1), torch.tensor([0.5, 0.5, 0.0]))
+    torch.testing.assert_close(w[0], torch.tensor([0, 1, 1, 1]) / 6)
+    given = sequence_mean_weights(MASK, num_sequences=torch.tensor(5))
+    torch.testing.assert_close(given.sum(), torch.tensor(2 / 5))
+
+
+def test_split_batches_add_up_to_the_whole():
+    whole = sequence_mean_weights(MASK)
+    parts = [sequence_mean_weights(MASK[i : i + 1], num_sequences=2) for i in range(3)]
+    torch.testing.assert_close(torch.cat(parts), whole)
+    tokens = [token_mean_weights(MASK[i : i + 1], num_items=4) for i in range(3)]
+    torch.testing.assert_close(torch.cat(tokens), token_mean_weights(MASK))
