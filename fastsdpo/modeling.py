@@ -1,0 +1,257 @@
+"""Loads a causal language model and its tokenizer: a folder, a hub id, or a GGUF file.
+
+One loader for every command, so that `fastsdpo signal`, `train` and `online` accept the same names
+and fail with the same sentences.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def load_model_and_tokenizer(
+    name: str | os.PathLike,
+    *,
+    gguf_file: str | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    require_chat_template: bool = True,
+) -> tuple[Any, Any]:
+    """The model, in eval mode and on its device, and its tokenizer.
+
+    Args:
+        name: a folder with a saved model, a file ``*.gguf``, a folder with one GGUF file and no
+            ``config.json``, or a hub id (``"HuggingFaceTB/SmolLM2-135M-Instruct"``).
+        gguf_file: the GGUF file in the folder or hub repository `name`. GGUF weights are
+            dequantized to `dtype`, and the model keeps no trace of the file: it trains, saves and
+            loads again like any other.
+        tokenizer: folder, hub id or GGUF file of the tokenizer; None: the model's.
+        revision: branch, tag or commit of a hub id.
+        dtype: a torch dtype, its name, ``"auto"`` (the checkpoint's; float32 for GGUF), or None:
+            float32 on a CPU, where half precision is slow, and ``"auto"`` elsewhere.
+        device: where to put the model; None: CUDA where there is one, else the CPU.
+        attn_implementation: as in transformers (``"eager"``, ``"sdpa"``, ...); None: its default.
+        trust_remote_code: run Python code that comes with the model.
+        require_chat_template: raise where the tokenizer has no chat template.
+
+    Returns:
+        ``(model, tokenizer)``, transformers objects. A tokenizer without a pad token pads with its
+        eos token.
+
+    Raises:
+        FileNotFoundError: nothing at that path, or the file is not in the folder.
+        OSError: the hub id does not exist or the hub cannot be reached.
+        ValueError: not a GGUF file, several to choose from, weights missing in the checkpoint, no
+            chat template, token ids that the model has no embedding for, an unknown dtype.
+        ImportError: a GGUF file without the packages gguf and accelerate.
+    """
+    place, gguf_file, local = _locate("name", name, gguf_file)
+    device = _device(device)
+    model = _load_model(
+        place,
+        gguf_file=gguf_file,
+        local=local,
+        revision=revision,
+        dtype=_dtype(dtype, device, gguf_file),
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    tokenizer = _load_tokenizer(
+        *((place, gguf_file, local) if tokenizer is None else _locate("tokenizer", tokenizer)),
+        revision=revision if tokenizer is None else None,
+        trust_remote_code=trust_remote_code,
+    )
+    if require_chat_template and not tokenizer.chat_template:
+        raise ValueError(
+            f"load_model_and_tokenizer: the tokenizer of {name} must have a chat template, got "
+            "none; use an instruction-tuned model, or pass the tokenizer of one"
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(
+            f"load_model_and_tokenizer: the tokenizer's ids must be below the model's {rows} "
+            f"embedding rows, got {largest}; do model and tokenizer belong together?"
+        )
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device), tokenizer
+
+
+def _locate(
+    argument: str, name: str | os.PathLike, gguf_file: str | None = None
+) -> tuple[str, str | None, bool]:
+    """``(folder or hub id, GGUF file in it or None, is it a local folder)``."""
+    function = "load_model_and_tokenizer"
+    path = Path(name).expanduser()
+    if path.is_file():
+        if gguf_file is not None:
+            raise ValueError(f"{function}: gguf_file needs a folder or hub id as name, got {name}")
+        path, gguf_file = path.parent, path.name
+    elif path.is_dir():
+        if gguf_file is None and not any(
+            (path / file).exists()
+            for file in ("config.json", "adapter_config.json", "tokenizer_config.json")
+        ):
+            found = sorted(file.name for file in path.glob("*.gguf"))
+            if not found:
+                raise FileNotFoundError(
+                    f"{function}: folder {name} must hold config.json or a .gguf file, "
+                    "got neither; is it a training output whose model is in a subfolder?"
+                )
+            if len(found) > 1:
+                raise ValueError(
+                    f"{function}: folder {name} holds {len(found)} GGUF files, choose one with "
+                    f"gguf_file: {', '.join(found)}"
+                )
+            gguf_file = found[0]
+    else:
+        # A hub id is "model" or "owner/model"; anything else can only have meant a path.
+        looks_local = not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name))
+        if looks_local or str(name).endswith(".gguf"):
+            raise FileNotFoundError(f"{function}: {argument}: no such file or folder: {name}")
+        return str(name), gguf_file, False
+    if gguf_file is not None:
+        if not (path / gguf_file).is_file():
+            raise FileNotFoundError(f"{function}: no such file: {path / gguf_file}")
+        with open(path / gguf_file, "rb") as file:
+            start = file.read(4)
+        if start != b"GGUF":
+            raise ValueError(
+                f"{function}: {path / gguf_file} must be a GGUF file, but it starts with {start!r}"
+            )
+    return str(path), gguf_file, True
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"load_model_and_tokenizer: device must be a device: {error}") from None
+
+
+def _dtype(
+    dtype: str | torch.dtype | None, device: torch.device, gguf_file: str | None
+) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is None:
+        dtype = "float32" if device.type == "cpu" else "auto"
+    if dtype == "auto":
+        return torch.float32 if gguf_file is not None else "auto"
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"load_model_and_tokenizer: dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}"
+        )
+    return DTYPES[dtype]
+
+
+def _load_model(
+    place: str,
+    *,
+    gguf_file: str | None,
+    local: bool,
+    revision: str | None,
+    dtype: str | torch.dtype,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+) -> Any:
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "revision": revision or "main",
+        "local_files_only": local,
+    }
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if gguf_file is not None:
+        missing = [p for p in ("gguf", "accelerate") if importlib.util.find_spec(p) is None]
+        if missing:
+            raise ImportError(
+                f"load_model_and_tokenizer: GGUF files need the package {' and '.join(missing)}; "
+                f"install with: pip install {' '.join(missing)}"
+            )
+        options["gguf_file"] = gguf_file
+        # Newer versions of transformers keep the weights packed unless told otherwise.
+        if hasattr(transformers, "GgufConfig"):
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            place, output_loading_info=True, **options
+        )
+    except OSError as error:
+        raise _not_loaded("model", place, local, error) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"load_model_and_tokenizer: the checkpoint of {place} lacks {len(missing)} of the "
+            f"model's weights, which would start from random values: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}"
+        )
+    return _forget_gguf(model) if gguf_file is not None else model
+
+
+def _forget_gguf(model: Any) -> Any:
+    """Makes a dequantized model an ordinary one: without this it can neither train nor be saved."""
+    for owner, attribute in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model, "_weight_conversions"),
+    ):
+        if attribute in vars(owner):
+            delattr(owner, attribute)
+    return model
+
+
+def _load_tokenizer(
+    place: str,
+    gguf_file: str | None,
+    local: bool,
+    *,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> Any:
+    options = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        return AutoTokenizer.from_pretrained(
+            place,
+            revision=revision or "main",
+            trust_remote_code=trust_remote_code,
+            local_files_only=local,
+            **options,
+        )
+    except OSError as error:
+        raise _not_loaded("tokenizer", place, local, error) from error
+
+
+def _not_loaded(what: str, place: str, local: bool, error: OSError) -> OSError:
+    if local:
+        return OSError(
+            f"load_model_and_tokenizer: the {what} in folder {place} cannot be read: {error}"
+        )
+    return OSError(
+        f"load_model_and_tokenizer: {place!r} is no local folder or file, and as a hub id its {what} "
+        f"cannot be loaded (wrong name, no access, or no network): {error}"
+    )
