@@ -2,5 +2,12 @@
 
 from fastsdpo.prefix.forward import HeadParameters as HeadParameters
 from fastsdpo.prefix.forward import ResponseStates as ResponseStates
+from fastsdpo.prefix.forward import check_head as check_head
+from fastsdpo.prefix.forward import check_sharing as check_sharing
 from fastsdpo.prefix.forward import head_parameters as head_parameters
 from fastsdpo.prefix.forward import shared_forward as shared_forward
+from fastsdpo.prefix.pack import Plan as Plan
+from fastsdpo.prefix.pack import TokenCounts as TokenCounts
+from fastsdpo.prefix.pack import build_plan as build_plan
+from fastsdpo.prefix.pack import count_tokens as count_tokens
+from fastsdpo.prefix.pack import pack_conversations as pack_conversations

@@ -1,23 +1,40 @@
 """Runs a Hugging Face causal LM on interactions and returns the states that predict responses.
 
-Everything happens inside one call of the model as the caller wrapped it, so the hooks of DDP, FSDP,
-PEFT, Accelerate and autocast all run: a hook on the decoder (the model below the head) takes its
-hidden states, runs the passes that follow, and hands an empty tensor on to the head, which thus
-never forms a logit; a hook on the wrapped model returns the states in place of the logits.
+Everything happens inside one forward call of the model as the caller wrapped it, so the hooks of
+DDP, FSDP, PEFT, Accelerate and autocast all run: a hook on the decoder (the model below the head)
+takes its hidden states, runs the teacher's pass, and hands an empty tensor on to the head, which
+thus never forms a logit; a hook on the wrapped model returns the states in place of the logits.
+
+The attention of a shared pass comes in through the model's keyword arguments, and the attention
+modules use it in the calls that carry them: hooks on these modules switch the implementation for
+the length of one call, also when gradient checkpointing runs a layer again in the backward pass.
+Nothing else of the model changes; evaluation and generation run as before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
-from fastsdpo.prefix.pack import TokenizedInteraction, check_interactions
+from fastsdpo.prefix.attention import SharedPass, choose_backend, plan_attention
+from fastsdpo.prefix.pack import (
+    Plan,
+    Sharing,
+    TokenizedInteraction,
+    build_plan,
+    check_interactions,
+    check_sharing_level,
+)
 
 Result = TypeVar("Result")
-Sharing = Literal["conversation", "interaction", "off"]
+
+ATTENTION_NAME = "fastsdpo_plan"
+AttentionInterface.register(ATTENTION_NAME, plan_attention)
 
 
 class ResponseStates(NamedTuple):
@@ -39,8 +56,8 @@ class ResponseStates(NamedTuple):
 
 
 class HeadParameters(NamedTuple):
-    """The head as the losses from hidden states take it: logits are
-    ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``."""
+    """The head as the losses from hidden states take it: with ``z = logit_scale * (hidden @
+    weight.T + bias)`` the logits are z, or ``softcap * tanh(z / softcap)``."""
 
     weight: Tensor
     bias: Tensor | None
@@ -48,74 +65,7 @@ class HeadParameters(NamedTuple):
     logit_scale: float
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model below DDP, FSDP1, DeepSpeed and torch.compile; FSDP2 and PEFT stay in place."""
-    while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        elif type(model).__name__ in (
-            "DistributedDataParallel",
-            "FullyShardedDataParallel",
-            "DeepSpeedEngine",
-        ):
-            model = model.module
-        else:
-            return model
-
-
-def causal_lm(model: nn.Module) -> nn.Module:
-    """The transformers model below every wrapper and below PEFT's."""
-    model = unwrap(model)
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
-        raise TypeError(
-            f"model must be a transformers causal language model, got {type(model).__name__}"
-        )
-    return model
-
-
-def _run_inside(
-    model: nn.Module, first: dict[str, Any], body: Callable[[Tensor, Callable], Result]
-) -> Result:
-    """``body(hidden, run)`` inside one forward call of ``model`` with the inputs ``first``.
-
-    ``hidden`` are the hidden states ``[T, D]`` of that call, ``run(**inputs)`` gives those of another.
-    """
-    top, decoder = unwrap(model), causal_lm(model).get_decoder()
-    nested = False
-    result: list[Result] = []
-
-    def run(**inputs: Any) -> Tensor:
-        return decoder(**inputs).last_hidden_state[0]
-
-    def take_states(_module: nn.Module, _args: Any, output: Any) -> Any:
-        nonlocal nested
-        if nested:
-            return None
-        nested = True
-        hidden = output.last_hidden_state
-        result.append(body(hidden[0], run))
-        output.last_hidden_state = hidden[:, :0]
-        return output
-
-    def return_result(_module: nn.Module, _args: Any, _output: Any) -> Any:
-        return result[0]
-
-    # Before the hooks of FSDP2, which look for the tensors to differentiate in the returned value.
-    hooks = [
-        decoder.register_forward_hook(take_states, prepend=True),
-        top.register_forward_hook(return_result, prepend=True),
-    ]
-    try:
-        return model(**first)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _inputs(ids: Sequence[int], device: torch.device) -> dict[str, Any]:
-    return {"input_ids": torch.tensor([list(ids)], device=device), "use_cache": False}
+# ------------------------------------------------------------------------------------------ public
 
 
 def shared_forward(
@@ -123,105 +73,503 @@ def shared_forward(
     interactions: Sequence[TokenizedInteraction],
     *,
     teacher_model: nn.Module | None = None,
+    teacher_context: Callable[[], AbstractContextManager] | None = None,
     sharing: Sharing = "conversation",
     attention: str = "auto",
     loss_fn: Callable[[ResponseStates], Any] | None = None,
 ) -> Any:
     """Hidden states of student and teacher at the positions that predict response tokens.
 
+    Log-probabilities and gradients equal those of independent passes, whatever the sharing.
+
     Args:
         model: a transformers causal LM, bare or wrapped (DDP, FSDP, PEFT, Accelerate).
-        interactions: objects with ``prompt_ids``, ``teacher_prompt_ids`` and ``completion_ids``;
-            the student reads prompt + completion, the teacher teacher prompt + completion.
-        teacher_model: the teacher; None is the live self-teacher, ``model`` itself.
-        sharing: "conversation" computes every prefix common to any sequences once, "interaction"
-            those of each interaction's own two sequences, "off" runs every sequence alone.
-        attention: the attention backend of the shared passes, or "auto".
-        loss_fn: called with the states inside the model's forward pass, while FSDP holds the
-            parameters of the head gathered; what it returns is returned in place of the states.
+        interactions: objects with ``prompt_ids``, ``teacher_prompt_ids`` and ``completion_ids``,
+            lists of token ids; the student reads prompt + completion, the teacher teacher prompt +
+            completion.
+        teacher_model: the teacher (EMA, frozen, ...); None is the live self-teacher: ``model``,
+            whose teacher pass reads the keys and values of the student's.
+        teacher_context: a context manager under which ``model`` is another teacher, such as
+            ``model.disable_adapter`` of PEFT. Like a teacher of its own it shares no keys and values.
+        sharing: "conversation" computes once every prefix that any of the sequences share,
+            "interaction" those of each interaction's own two sequences, "off" runs every sequence
+            alone and unpadded, with any model.
+        attention: "auto", or a backend of `fastsdpo.prefix.attention`, which then runs or raises.
+        loss_fn: called with the states inside the model's forward pass, where FSDP holds the
+            head's parameters gathered; what it returns is returned in place of the states.
 
     Returns:
         ResponseStates, or what ``loss_fn`` returned.
 
     Raises:
         ValueError: an empty prompt or completion, an unknown sharing or attention.
+        NotImplementedError: sharing is not "off" and the model does something that sharing would
+            get wrong; the message says what. See `check_sharing`.
     """
-    check_interactions("shared_forward", interactions)
-    if sharing not in ("conversation", "interaction", "off"):
-        raise ValueError(
-            "shared_forward: sharing must be 'conversation', 'interaction' or 'off', "
-            f"got {sharing!r}"
-        )
-    if sharing != "off":
-        raise NotImplementedError("shared_forward: only sharing='off' so far")
-    device = next(causal_lm(model).parameters()).device
-    targets, sequence, position = [], [], []
-    for index, interaction in enumerate(interactions):
-        targets += interaction.completion_ids
-        sequence += [index] * len(interaction.completion_ids)
-        position += range(len(interaction.completion_ids))
+    name = "shared_forward"
+    check_interactions(name, interactions)
+    check_sharing_level(name, sharing)
+    if teacher_model is not None and teacher_context is not None:
+        raise ValueError(f"{name}: teacher_model and teacher_context must not both be given")
+    live = (teacher_model is None or teacher_model is model) and teacher_context is None
+    teacher = model if teacher_model is None else teacher_model
 
-    def students() -> list[tuple[dict, slice]]:
-        return [_alone(i.prompt_ids, i.completion_ids, device) for i in interactions]
+    if sharing == "off":
+        students = [_alone(i.prompt_ids, i.completion_ids) for i in interactions]
+        teachers = [_alone(i.teacher_prompt_ids, i.completion_ids) for i in interactions]
+    elif live:
+        plan = build_plan(interactions, sharing=sharing)
+        keys_values: dict[int, tuple[Tensor, Tensor]] = {}
+        middle = plan.student_tokens
+        students = [_packed(model, plan, 0, middle, plan.student_rows, attention, keys_values)]
+        rows = plan.teacher_rows - middle
+        teachers = [_packed(model, plan, middle, plan.tokens, rows, attention, keys_values)]
+    else:
+        plan = build_plan(interactions, sharing=sharing, teachers=False)
+        students = [_packed(model, plan, 0, plan.tokens, plan.student_rows, attention)]
+        other = build_plan(interactions, sharing=sharing, students=False)
+        teachers = [_packed(teacher, other, 0, other.tokens, other.teacher_rows, attention)]
 
-    def teachers() -> list[tuple[dict, slice]]:
-        return [_alone(i.teacher_prompt_ids, i.completion_ids, device) for i in interactions]
+    teacher_hidden = None
+    if not live:  # before the student's pass, whose activations stay in memory until the backward
+        with torch.no_grad(), (teacher_context or nullcontext)():
+            teacher_hidden = _run_inside(teacher, teachers[0], lambda run: _rows(teachers, run))
 
-    def finish(student: Tensor, teacher: Tensor) -> Any:
-        index = torch.tensor([targets, sequence, position], device=device)
-        states = ResponseStates(student, teacher.detach(), index[0], index[1], index[2])
+    def body(run: Callable[[_Call], Tensor]) -> Any:
+        student_rows = _rows(students, run)
+        with torch.no_grad():
+            if not live:
+                teacher_rows = teacher_hidden
+            elif sharing == "off":
+                teacher_rows = _rows(teachers, run)
+            else:
+                teacher_rows = _live_teacher_rows(students[0], teachers[0], run)
+                keys_values.clear()
+        labels = _labels(interactions, student_rows.device)
+        states = ResponseStates(student_rows, teacher_rows, *labels)
         return states if loss_fn is None else loss_fn(states)
 
-    teacher_hidden: list[Tensor] = []
-    if teacher_model is not None and teacher_model is not model:
-        passes = teachers()
-
-        def teacher_body(hidden: Tensor, run: Callable) -> Tensor:
-            rows = [hidden[passes[0][1]]]
-            return torch.cat(rows + [run(**inputs)[where] for inputs, where in passes[1:]])
-
-        with torch.no_grad():
-            teacher_hidden.append(_run_inside(teacher_model, passes[0][0], teacher_body))
-
-    student_passes = students()
-
-    def student_body(hidden: Tensor, run: Callable) -> Any:
-        rows = [hidden[student_passes[0][1]]]
-        rows += [run(**inputs)[where] for inputs, where in student_passes[1:]]
-        if not teacher_hidden:
-            with torch.no_grad():
-                live = [run(**inputs)[where] for inputs, where in teachers()]
-            teacher_hidden.append(torch.cat(live))
-        return finish(torch.cat(rows), teacher_hidden[0])
-
-    return _run_inside(model, student_passes[0][0], student_body)
-
-
-def _alone(
-    prompt: Sequence[int], completion: Sequence[int], device: torch.device
-) -> tuple[dict[str, Any], slice]:
-    """The inputs of one unpadded sequence, and the rows that predict its completion."""
-    rows = slice(len(prompt) - 1, len(prompt) + len(completion) - 1)
-    return _inputs([*prompt, *completion], device), rows
+    return _run_inside(model, students[0], body)
 
 
 def head_parameters(model: nn.Module) -> HeadParameters:
     """Weight, bias, softcap and scale of the head that follows the hidden states.
 
+    LoRA on the head is merged into the returned weight, differentiably. `check_head` compares the
+    result with the model's own logits.
+
     Raises:
-        NotImplementedError: a head that is not a plain linear layer, or its parameters are sharded.
+        NotImplementedError: a head that is more than a linear layer and what is known of scales.
     """
+    name = "head_parameters"
     causal = causal_lm(model)
     head = causal.get_output_embeddings()
     config = causal.config.get_text_config()
-    if not isinstance(head, nn.Linear):
+    for attribute in ("lm_head_multiplier", "output_multiplier", "logits_soft_cap",
+                      "output_logit_soft_cap", "dim_model_base", "final_logits_bias"):  # fmt: skip
+        if getattr(config, attribute, None) not in (None, 1.0):
+            raise NotImplementedError(f"{name}: the configuration's {attribute} is not supported")
+    softcap = getattr(config, "final_logit_softcapping", None) or None
+    scale = 1.0
+    if getattr(config, "logit_scale", None) is not None:  # Cohere
+        scale = float(config.logit_scale)
+    if getattr(config, "logits_scaling", None) not in (None, 1.0):
+        # One name, two meanings.
+        if config.model_type.startswith("granite"):
+            scale = 1.0 / config.logits_scaling
+        elif config.model_type.startswith("hyperclovax"):
+            scale = float(config.logits_scaling)
+        else:
+            raise NotImplementedError(
+                f"{name}: logits_scaling of model type {config.model_type!r} is not known"
+            )
+    weight, bias = _linear_weight(head)
+    for parameter in (weight, bias):
+        if parameter is not None and hasattr(parameter, "full_tensor"):
+            raise NotImplementedError(
+                f"{name}: the head's parameters are sharded; call it in the loss_fn of "
+                "shared_forward, inside the model's forward pass"
+            )
+    return HeadParameters(weight, bias, softcap, scale)
+
+
+def check_head(model: nn.Module) -> tuple[bool, str]:
+    """Whether `head_parameters` gives the model's own logits: (True, "") or (False, reason).
+
+    Runs the model on a few tokens; where it is sharded, on all processes.
+    """
+    found: list[Any] = []
+
+    def logits_from_head(_module: nn.Module, _args: Any, output: Any) -> None:
+        try:  # inside the forward pass, where FSDP holds the head gathered
+            head = head_parameters(model)
+        except NotImplementedError as error:
+            found.append(error)
+            return
+        hidden = output.last_hidden_state.to(head.weight.dtype)
+        z = nn.functional.linear(hidden, head.weight, head.bias).double() * head.logit_scale
+        found.append(z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap))
+
+    ids = torch.tensor([_check_ids(model, 8)], device=_device(model))
+    hook = causal_lm(model).get_decoder().register_forward_hook(logits_from_head, prepend=True)
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    if isinstance(found[0], NotImplementedError):
+        return False, str(found[0])
+    error = float((logits.double() - found[0]).norm() / logits.double().norm().clamp(min=1e-30))
+    if error <= _tolerance(logits.dtype):
+        return True, ""
+    return False, f"the model's logits differ from those of its head's weights by {error:.1e}"
+
+
+def check_sharing(model: nn.Module, *, attention: str = "auto") -> tuple[bool, str]:
+    """Whether shared passes give this model's values: (True, "") or (False, reason).
+
+    Names what is known to be unsupported, then compares a small plan (nested histories, branches,
+    a branch inside a branch) with independent passes. Once per model and process is enough. Where the
+    model is sharded, it has to run on all processes.
+    """
+    ids = _check_ids(model, 96)
+
+    class Item(NamedTuple):
+        prompt_ids: list[int]
+        teacher_prompt_ids: list[int]
+        completion_ids: list[int]
+
+    first, second = ids[:24], ids[:40]
+    items = [
+        Item(first, first + ids[80:88], ids[24:36]),
+        Item(second, second[:-2] + ids[84:96], ids[60:72]),
+        Item(second, second + ids[90:96], ids[60:66] + ids[72:80]),
+    ]
+    try:
+        with torch.no_grad():
+            shared = shared_forward(model, items, sharing="conversation", attention=attention)
+            alone = shared_forward(model, items, sharing="off")
+    except (NotImplementedError, ValueError) as error:
+        return False, str(error)
+    mixture = any(
+        getattr(causal_lm(model).config.get_text_config(), key, None)
+        for key in ("num_experts", "num_local_experts", "n_routed_experts")
+    )
+    for what in ("student", "teacher"):
+        got = getattr(shared, f"{what}_hidden").double()
+        want = getattr(alone, f"{what}_hidden").double()
+        errors = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-30)
+        # Rounding may send a token to another expert; it must not be many tokens.
+        error = float(errors.quantile(0.75 if mixture else 1.0))
+        if not error <= _tolerance(alone.student_hidden.dtype):
+            return False, f"shared and independent passes differ by {error:.1e} ({what}, relative)"
+    return True, ""
+
+
+def unsupported(model: nn.Module) -> str | None:
+    """What of this model sharing is known to get wrong, or None."""
+    causal = causal_lm(model)
+    config = causal.config.get_text_config()
+    kind = type(causal).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{kind} has an encoder"
+    if getattr(causal, "_is_stateful", False):
+        return f"{kind} has recurrent layers: their state belongs to one sequence"
+    others = set(getattr(config, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    if others:
+        return f"{kind} has layers of type {', '.join(sorted(others))}"
+    if getattr(config, "attn_logit_softcapping", None):
+        return f"{kind} softcaps its attention scores"
+    if getattr(config, "output_router_logits", False):
+        return f"{kind} adds an auxiliary loss over all routed tokens (output_router_logits=True)"
+    adapter = getattr(unwrap(model), "active_peft_config", None)
+    if adapter is not None and getattr(adapter, "is_prompt_learning", False):
+        return f"the {adapter.peft_type} adapter puts virtual tokens into the sequence"
+    for name, module in causal.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            return f"dropout is active ({name} has p={module.p}): branches would share its mask"
+    return None
+
+
+# ------------------------------------------------------------------------------------ the wrapping
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model below DDP, FSDP1, DeepSpeed and torch.compile; FSDP2 and PEFT stay in place."""
+    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        elif type(model).__name__ in wrappers:
+            model = model.module
+        else:
+            return model
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers model below every wrapper and below PEFT's.
+
+    Raises:
+        TypeError: there is none with a head.
+    """
+    inner = unwrap(model)
+    if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    if not hasattr(inner, "get_output_embeddings") or inner.get_output_embeddings() is None:
+        raise TypeError(
+            f"model must be a transformers causal language model, got {type(model).__name__}"
+        )
+    return inner
+
+
+def _device(model: nn.Module) -> torch.device:
+    return causal_lm(model).get_input_embeddings().weight.device
+
+
+class _Call(NamedTuple):
+    """One call of the decoder on T tokens, and the rows of its hidden states to keep."""
+
+    token_ids: Tensor
+    position_ids: Tensor | None
+    shared: SharedPass | None
+    rows: Tensor | slice
+
+
+def _run_inside(
+    model: nn.Module, first: _Call, body: Callable[[Callable[[_Call], Tensor]], Result]
+) -> Result:
+    """``body(run)`` inside one forward call of ``model``; ``run(call)`` gives hidden states [T, D].
+
+    The call ``first`` is the one that the wrapped model itself makes.
+    """
+    top, decoder = unwrap(model), causal_lm(model).get_decoder()
+    device = _device(model)
+    first_hidden: list[Tensor] = []
+    result: list[Result] = []
+
+    def inputs(call: _Call) -> dict[str, Any]:
+        given: dict[str, Any] = {"input_ids": call.token_ids[None].to(device), "use_cache": False}
+        if call.shared is not None:
+            given["position_ids"] = call.position_ids[None].to(device)
+            # A mask with four axes is passed on as it is: none is made, and positions that jump
+            # back at a branch are not taken for packed sequences. The attention ignores it.
+            given["attention_mask"] = torch.zeros(1, 1, 1, 1, device=device)
+            given["fastsdpo_pass"] = call.shared
+        return given
+
+    def run(call: _Call) -> Tensor:
+        if call is first:
+            hidden = first_hidden[0]
+        else:
+            hidden = decoder(**inputs(call)).last_hidden_state[0]
+        if call.shared is not None:
+            _check_layers(model, call.shared)
+        return hidden
+
+    def take_states(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if first_hidden:
+            return None  # a call made by `run`
+        first_hidden.append(output.last_hidden_state[0])
+        result.append(body(run))
+        output.last_hidden_state = output.last_hidden_state[:, :0]
+        return output
+
+    def return_result(_module: nn.Module, _args: Any, _output: Any) -> Any:
+        return result[0]
+
+    # Ahead of the hooks of FSDP2, which look for the tensors to differentiate in what is returned.
+    hooks = [
+        decoder.register_forward_hook(take_states, prepend=True),
+        top.register_forward_hook(return_result, prepend=True),
+    ]
+    try:
+        return model(**inputs(first))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# -------------------------------------------------------------------------------------- the calls
+
+
+def _alone(prompt: Sequence[int], completion: Sequence[int]) -> _Call:
+    """One unpadded sequence; the rows that predict its completion."""
+    rows = slice(len(prompt) - 1, len(prompt) + len(completion) - 1)
+    return _Call(torch.tensor([*prompt, *completion]), None, None, rows)
+
+
+def _packed(
+    model: nn.Module,
+    plan: Plan,
+    first: int,
+    stop: int,
+    rows: Tensor,
+    attention: str,
+    keys_values: dict[int, tuple[Tensor, Tensor]] | None = None,
+) -> _Call:
+    """Tokens ``[first, stop)`` of a plan; the pass that begins at 0 fills ``keys_values``."""
+    reason = unsupported(model) or _long_positions(model, plan)
+    if reason is not None:
+        raise NotImplementedError(f"shared_forward: sharing must be 'off' here: {reason}")
+    causal = causal_lm(model)
+    _let_attention_switch(causal.get_decoder())
+    shared = SharedPass(
+        plan,
+        first=first,
+        stop=stop,
+        backend=choose_backend(attention, _device(model), causal.dtype),
+        windows=_windows(causal.config.get_text_config()),
+        keys_values=keys_values,
+        capture=first == 0,
+    )
+    tokens = slice(first, stop)
+    return _Call(plan.token_ids[tokens], plan.position_ids[tokens], shared, rows)
+
+
+def _rows(calls: list[_Call], run: Callable[[_Call], Tensor]) -> Tensor:
+    kept = []
+    for call in calls:
+        hidden = run(call)
+        rows = call.rows.to(hidden.device) if isinstance(call.rows, Tensor) else call.rows
+        kept.append(hidden[rows])
+    return kept[0] if len(kept) == 1 else torch.cat(kept)
+
+
+def _live_teacher_rows(student: _Call, teacher: _Call, run: Callable[[_Call], Tensor]) -> Tensor:
+    """The teachers' rows; those with an empty hindsight block stand among the student's tokens."""
+    device = run(student).device
+    rows = teacher.rows.to(device)  # counted from the first token of the teachers
+    on_student = rows < 0
+    if len(teacher.token_ids) == 0:
+        return run(student).detach()[rows]
+    hidden = run(teacher)
+    if not bool(teacher.rows.min() < 0):
+        return hidden[rows]
+    states = hidden.new_empty(len(rows), hidden.shape[-1])
+    states[~on_student] = hidden[rows[~on_student]]
+    states[on_student] = run(student).detach()[rows[on_student]]  # negative: from the end
+    return states
+
+
+def _labels(interactions: Sequence[TokenizedInteraction], device: torch.device) -> list[Tensor]:
+    """Target ids, sequence ids and positions in the response, ``[N]`` each."""
+    labels = [
+        (token, index, position)
+        for index, item in enumerate(interactions)
+        for position, token in enumerate(item.completion_ids)
+    ]
+    return list(torch.tensor(labels, device=device).T.contiguous())
+
+
+# ---------------------------------------------------------------------- the attention of the model
+
+
+def _windows(config: Any) -> dict[int, int | None]:
+    """The sliding window of each layer, by the configuration."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        if getattr(config, "use_sliding_window", True) is False:
+            window = None
+        types = ["full_attention" if window is None else "sliding_attention"]
+        types = types * config.num_hidden_layers
+    return {
+        layer: window if kind == "sliding_attention" else None for layer, kind in enumerate(types)
+    }
+
+
+def _long_positions(model: nn.Module, plan: Plan) -> str | None:
+    """Rotary frequencies that change with the longest sequence at hand would differ in a pack."""
+    config = causal_lm(model).config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {
+        rope.get("rope_type"),
+        *(r.get("rope_type") for r in rope.values() if isinstance(r, dict)),
+    }
+    changing = kinds & {"dynamic", "longrope"}
+    limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    if changing and int(plan.position_ids.max()) >= limit:
+        return f"its {changing.pop()} rotary embeddings change beyond {limit} positions"
+    return None
+
+
+def _let_attention_switch(decoder: nn.Module) -> None:
+    """Once per model: its attention modules use the plan in the calls that carry one.
+
+    On the modules inside the layers, because gradient checkpointing runs these again, hooks
+    included, in the backward pass, long after this call has returned.
+    """
+    for module in decoder.modules():
+        if not hasattr(module, "layer_idx") or "Attention" not in type(module).__name__:
+            continue
+        if not any(hook is _use_plan for hook in module._forward_pre_hooks.values()):
+            module.register_forward_pre_hook(_use_plan, with_kwargs=True)
+            module.register_forward_hook(_use_own, with_kwargs=True, always_call=True)
+
+
+def _use_plan(module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+    shared = kwargs.get("fastsdpo_pass")
+    if shared is not None:
+        shared.own_implementation = module.config._attn_implementation
+        module.config._attn_implementation = ATTENTION_NAME
+
+
+def _use_own(module: nn.Module, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+    shared = kwargs.get("fastsdpo_pass")
+    if shared is not None and module.config._attn_implementation == ATTENTION_NAME:
+        module.config._attn_implementation = shared.own_implementation
+
+
+def _check_layers(model: nn.Module, shared: SharedPass) -> None:
+    config = causal_lm(model).config.get_text_config()
+    missing = sorted(set(range(config.num_hidden_layers)) - shared.layers)
+    if missing:
+        raise NotImplementedError(
+            f"shared_forward: sharing must be 'off' here: layers {missing} of "
+            f"{type(causal_lm(model)).__name__} do not call the attention interface"
+        )
+
+
+# ------------------------------------------------------------------------------------ the head
+
+
+def _linear_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear layer, its LoRA adapters merged in."""
+    if hasattr(head, "modules_to_save") and hasattr(head, "active_adapters"):  # PEFT's trained copy
+        active = [name for name in head.active_adapters if name in head.modules_to_save]
+        if active and not getattr(head, "disable_adapters", False):
+            return _linear_weight(head.modules_to_save[active[0]])
+        return _linear_weight(head.original_module)
+    if hasattr(head, "lora_A"):
+        weight, bias = _linear_weight(head.base_layer)
+        if head.disable_adapters or head.merged:
+            return weight, bias
+        for adapter in head.active_adapters:
+            if adapter not in head.lora_A:
+                continue
+            if head.use_dora.get(adapter) or getattr(head.lora_dropout[adapter], "p", 0) > 0:
+                raise NotImplementedError("head_parameters: DoRA or LoRA dropout on the head")
+            weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
+        return weight, bias
+    if type(head) is not nn.Linear:
         raise NotImplementedError(
             f"head_parameters: the head must be a torch.nn.Linear, got {type(head).__name__}"
         )
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = 1.0
-    if getattr(config, "logit_scale", None) is not None:
-        scale *= config.logit_scale
-    if getattr(config, "logits_scaling", None) is not None:
-        scale /= config.logits_scaling
-    return HeadParameters(head.weight, head.bias, softcap, scale)
+    return head.weight, head.bias
+
+
+# ---------------------------------------------------------------------------------- for the checks
+
+
+def _check_ids(model: nn.Module, count: int) -> list[int]:
+    """Token ids for a check: distinct as far as the vocabulary goes, the same every time."""
+    vocabulary = causal_lm(model).config.get_text_config().vocab_size
+    return [(7 + 37 * n) % vocabulary for n in range(count)]
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Relative difference that rounding explains; wrong attention is off by 0.1 and more."""
+    return {torch.float64: 1e-5, torch.float32: 1e-3}.get(dtype, 5e-2)

@@ -435,16 +435,15 @@ def pack_conversations(
     room: dict[int, int] = {}  # tokens left in each open pack, oldest first
     for indices in conversations:
         for part, tokens in _cut(interactions, indices, max_tokens, sharing):
-            for number, left in room.items():
-                if tokens <= left:
-                    break
-            else:
+            number = next((n for n, left in room.items() if tokens <= left), None)
+            if number is None:
                 if len(room) == open_packs:
                     del room[min(room, key=lambda n: room[n])]
-                number, left = len(packs), max_tokens
+                number = len(packs)
                 packs.append([])
+                room[number] = max_tokens
             packs[number].extend(part)
-            room[number] = left - tokens
+            room[number] -= tokens
     return packs
 
 

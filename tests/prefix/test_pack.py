@@ -190,7 +190,7 @@ def test_bad_arguments():
     items = [interaction([1], [1], [1])]
     with pytest.raises(ValueError, match="interactions must not be empty"):
         build_plan([])
-    with pytest.raises(ValueError, match="sharing must be .* got 'off'"):
+    with pytest.raises(ValueError, match=r"sharing must be .* got 'off'"):
         build_plan(items, sharing="off")
     with pytest.raises(ValueError, match="students or teachers"):
         build_plan(items, students=False, teachers=False)

@@ -1,0 +1,181 @@
+"""Tiny models of the families that matter, tokenized conversations, and independent passes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+VOCABULARY = 211
+BOS, USER, MODEL, END, THINK, THINK_END, HINDSIGHT = range(1, 8)
+WINDOW = 24  # shorter than the sequences, so sliding layers matter
+
+
+def tokenized(prompt, teacher_prompt, completion):
+    return SimpleNamespace(
+        prompt_ids=list(prompt),
+        teacher_prompt_ids=list(teacher_prompt),
+        completion_ids=list(completion),
+    )
+
+
+def conversation(turns, *, think=False, seed=0, system=()):
+    """The interactions of one conversation, as a chat template would render them.
+
+    ``think`` renders as Qwen3's template does: an empty think block before the answer that is being
+    generated and none before the answers in the history, so histories branch off the fresh answers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def text():
+        length = int(torch.randint(4, 14, (), generator=generator))
+        return torch.randint(10, VOCABULARY, (length,), generator=generator).tolist()
+
+    messages = [text() for _ in range(2 * turns + 1)]
+    items, history = [], [BOS, *system]
+    for t in range(0, 2 * turns, 2):
+        user, answer, followup = messages[t : t + 3]
+        generation = [MODEL, THINK, THINK_END] if think else [MODEL]
+        items.append(
+            tokenized(
+                [*history, USER, *user, END, *generation],
+                [*history, USER, *user, HINDSIGHT, *followup, END, *generation],
+                [*answer, END],
+            )
+        )
+        history += [USER, *user, END, MODEL, *answer, END]
+    return items
+
+
+def tiny_config(name):
+    shape = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    if name == "llama":
+        return transformers.LlamaConfig(**shape)
+    if name == "qwen3":
+        return transformers.Qwen3Config(**shape, head_dim=16)
+    if name == "gemma3":
+        return transformers.Gemma3TextConfig(
+            **shape,
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            final_logit_softcapping=5.0,
+        )
+    if name == "mistral":
+        return transformers.MistralConfig(**shape, head_dim=16, sliding_window=WINDOW)
+    if name == "qwen3_moe":
+        return transformers.Qwen3MoeConfig(
+            **shape,
+            head_dim=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            experts_implementation="eager",
+        )
+    if name == "granite":
+        return transformers.GraniteConfig(**shape, logits_scaling=4.0, attention_multiplier=0.2)
+    if name == "cohere":
+        return transformers.CohereConfig(**shape, logit_scale=0.25)
+    if name == "gpt2":
+        return transformers.GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=3,
+            n_head=4,
+            n_positions=512,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+        )
+    raise AssertionError(name)
+
+
+def tiny_model(name, dtype=torch.float64, **changes):
+    torch.manual_seed(0)
+    config = tiny_config(name)
+    config.pad_token_id = None
+    for key, value in changes.items():
+        setattr(config, key, value)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if dtype == torch.float64:
+        _norms_in_float64(model)
+    with torch.no_grad():
+        for parameter in model.parameters():  # large enough that attention and norms matter
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.15)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.train()
+
+
+def _norms_in_float64(model):
+    """transformers computes RMS norms and routers in float32 whatever the model's dtype; the
+    rounding would hide what is tested here."""
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
+            eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+            offset = 1.0 if "Gemma" in kind else 0.0
+
+            def norm(x, module=module, eps=eps, offset=offset):
+                scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+                return x * scale * (module.weight + offset)
+
+            module.forward = norm
+        elif kind.endswith("TopKRouter"):
+
+            def route(x, module=module):
+                logits = x.reshape(-1, module.hidden_dim) @ module.weight.T
+                scores, experts = torch.topk(logits.softmax(-1), module.top_k, dim=-1)
+                if module.norm_topk_prob:
+                    scores = scores / scores.sum(-1, keepdim=True)
+                return logits, scores, experts
+
+            module.forward = route
+
+
+def independent_logps(model, items, *, teacher=False):
+    """``[N]`` log-probabilities of the response tokens from plain unpadded passes."""
+    logps = []
+    for item in items:
+        prompt = item.teacher_prompt_ids if teacher else item.prompt_ids
+        ids = torch.tensor([[*prompt, *item.completion_ids]])
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        targets = torch.tensor(item.completion_ids)[:, None]
+        logps.append(logits.log_softmax(-1).gather(-1, targets)[:, 0])
+    return torch.cat(logps)
+
+
+def hidden_logps(hidden, target_ids, head):
+    """The same from hidden states and `head_parameters`."""
+    z = torch.nn.functional.linear(hidden, head.weight, head.bias) * head.logit_scale
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    return z.log_softmax(-1).gather(-1, target_ids[:, None])[:, 0]
+
+
+def gradients(model):
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.fixture
+def lab():
+    """The helpers above, for the tests of this folder."""
+    return SimpleNamespace(
+        **{k: v for k, v in globals().items() if callable(v) and not k.startswith("_")},
+        VOCABULARY=VOCABULARY,
+        WINDOW=WINDOW,
+    )
