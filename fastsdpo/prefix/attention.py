@@ -76,8 +76,8 @@ class SharedPass:
     ):
         """Tokens ``[first, stop)`` of ``plan``; ``keys_values`` of ``[0, first)`` by layer.
 
-        ``windows`` gives each layer's sliding window; ``capture`` fills ``keys_values`` instead of
-        reading it.
+        ``windows`` gives each layer's sliding window; while ``capture`` is true the layers put their
+        keys and values into ``keys_values``.
         """
         self.plan = plan
         self.first, self.stop = first, stop
@@ -144,9 +144,7 @@ def plan_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     shared.layers.add(layer)
     if shared.capture:
-        # Once: the layer that gradient checkpointing runs again must not put back what is freed.
-        if shared.keys_values is not None and layer not in shared.keys_values:
-            shared.keys_values[layer] = (key.detach(), value.detach())
+        shared.keys_values[layer] = (key.detach(), value.detach())
     elif shared.first:
         before_key, before_value = shared.keys_values[layer]
         key = torch.cat([before_key, key], dim=2)

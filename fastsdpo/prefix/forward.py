@@ -13,8 +13,9 @@ Nothing else of the model changes; evaluation and generation run as before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -132,18 +133,19 @@ def shared_forward(
 
     teacher_hidden = None
     if not live:  # before the student's pass, whose activations stay in memory until the backward
-        with torch.no_grad(), (teacher_context or nullcontext)():
+        with _no_grad(), (teacher_context or nullcontext)():
             teacher_hidden = _run_inside(teacher, teachers[0], lambda run: _rows(teachers, run))
 
     def body(run: Callable[[_Call], Tensor]) -> Any:
         student_rows = _rows(students, run)
-        with torch.no_grad():
+        with _no_grad():
             if not live:
                 teacher_rows = teacher_hidden
             elif sharing == "off":
                 teacher_rows = _rows(teachers, run)
             else:
                 teacher_rows = _live_teacher_rows(students[0], teachers[0], run)
+                students[0].shared.capture = False  # also when checkpointing runs the layers again
                 keys_values.clear()
         labels = _labels(interactions, student_rows.device)
         states = ResponseStates(student_rows, teacher_rows, *labels)
@@ -325,6 +327,14 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return inner
 
 
+@contextmanager
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad(), warnings.catch_warnings():
+        # Reentrant checkpointing says so of every layer, here as it should be.
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
+        yield
+
+
 def _device(model: nn.Module) -> torch.device:
     return causal_lm(model).get_input_embeddings().weight.device
 
@@ -423,7 +433,7 @@ def _packed(
         backend=choose_backend(attention, _device(model), causal.dtype),
         windows=_windows(causal.config.get_text_config()),
         keys_values=keys_values,
-        capture=first == 0,
+        capture=first == 0 and keys_values is not None,
     )
     tokens = slice(first, stop)
     return _Call(plan.token_ids[tokens], plan.position_ids[tokens], shared, rows)

@@ -86,7 +86,9 @@ def tiny_config(name):
     if name == "granite":
         return transformers.GraniteConfig(**shape, logits_scaling=4.0, attention_multiplier=0.2)
     if name == "cohere":
-        return transformers.CohereConfig(**shape, logit_scale=0.25)
+        return transformers.CohereConfig(
+            **shape, logit_scale=0.25, bos_token_id=BOS, eos_token_id=END
+        )
     if name == "gpt2":
         return transformers.GPT2Config(
             vocab_size=VOCABULARY,
@@ -104,7 +106,7 @@ def tiny_config(name):
 def tiny_model(name, dtype=torch.float64, **changes):
     torch.manual_seed(0)
     config = tiny_config(name)
-    config.pad_token_id = None
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = BOS, END, None
     for key, value in changes.items():
         setattr(config, key, value)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -120,7 +122,7 @@ def tiny_model(name, dtype=torch.float64, **changes):
 
 
 def _norms_in_float64(model):
-    """transformers computes RMS norms and routers in float32 whatever the model's dtype; the
+    """transformers computes norms and routers in float32 whatever the model's dtype; the
     rounding would hide what is tested here."""
     for module in model.modules():
         kind = type(module).__name__
