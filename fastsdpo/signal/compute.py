@@ -1,0 +1,266 @@
+"""The signal of one interaction: what knowing the follow-up does to each token of the answer.
+
+    log_ratio[t] = log p(y_t | x, o, y_<t) - log p(y_t | x, y_<t)        in nats
+
+Equation (1) of "Aligning Language Models from User Interactions" (https://arxiv.org/abs/2603.12273):
+positive where the model would write the token more readily had it known what the user says next.
+The same quantity under an unrelated follow-up is the yardstick: what remains there is the effect of
+any text in that place, not of what the user said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastsdpo.data import HindsightTemplate, Interaction, InteractionTokenizer, TokenizedInteraction
+from fastsdpo.ops.linear import linear_token_logps
+from fastsdpo.signal.tokens import TokenGroup, group_tokens
+
+NEUTRAL_FOLLOWUP = "By the way, what is the difference between a peninsula and an island?"
+
+
+@dataclass(frozen=True)
+class FollowupSignal:
+    """The signal under one follow-up.
+
+    Attributes:
+        followup: o.
+        teacher_logps: log p(y_t | x, o, y_<t) of every completion token, in nats.
+        log_ratio: teacher_logps - student_logps.
+        ends_turn: whether the last token is the one that ends the answer.
+    """
+
+    followup: str
+    teacher_logps: list[float]
+    log_ratio: list[float]
+    ends_turn: bool
+
+    @property
+    def sum(self) -> float:
+        """Log-ratio of the whole answer, in nats."""
+        return sum(self.log_ratio)
+
+    @property
+    def mean(self) -> float:
+        """Mean over the tokens, the end-of-turn token among them."""
+        return self.sum / len(self.log_ratio)
+
+    @property
+    def mean_absolute(self) -> float:
+        """Mean of the absolute values: how strong the signal is, whatever its direction."""
+        return sum(abs(value) for value in self.log_ratio) / len(self.log_ratio)
+
+    @property
+    def first(self) -> float:
+        """The first token's."""
+        return self.log_ratio[0]
+
+    @property
+    def end_of_turn(self) -> float | None:
+        """The end-of-turn token's (positive: stop here); None where the answer was cut."""
+        return self.log_ratio[-1] if self.ends_turn else None
+
+    def summary(self) -> dict[str, float | None]:
+        """The numbers above by name."""
+        return {
+            "mean": self.mean,
+            "sum": self.sum,
+            "mean_absolute": self.mean_absolute,
+            "first_token": self.first,
+            "end_of_turn": self.end_of_turn,
+        }
+
+
+@dataclass(frozen=True)
+class SignalResult:
+    """The signal of an interaction under its own and an unrelated follow-up.
+
+    Attributes:
+        interaction: what was shown to the model.
+        template: the hindsight template's text.
+        token_ids: the completion's, of length T.
+        groups: the tokens as they can be displayed (a character may take several tokens).
+        student_logps: log p(y_t | x, y_<t), length T.
+        real: the signal under the interaction's own follow-up.
+        unrelated: that under the unrelated one, or None.
+        prompt_tokens: length of the student's context.
+        model: a name for reports.
+    """
+
+    interaction: Interaction
+    template: str
+    token_ids: list[int]
+    groups: list[TokenGroup]
+    student_logps: list[float]
+    real: FollowupSignal
+    unrelated: FollowupSignal | None = None
+    prompt_tokens: int = 0
+    model: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def followups(self) -> list[tuple[str, FollowupSignal]]:
+        """``(title, signal)`` of what there is to show, the real follow-up first."""
+        shown = [("Real follow-up", self.real)]
+        return shown + ([("Unrelated follow-up", self.unrelated)] if self.unrelated else [])
+
+    def to_dict(self) -> dict:
+        """Everything, as JSON can hold it; lists are per token, in nats."""
+
+        def part(signal: FollowupSignal | None) -> dict | None:
+            return signal and {
+                "followup": signal.followup,
+                "summary": signal.summary(),
+                "teacher_logps": signal.teacher_logps,
+                "log_ratio": signal.log_ratio,
+            }
+
+        return {
+            "model": self.model,
+            "template": self.template,
+            "interaction": dataclasses.asdict(self.interaction),
+            "prompt_tokens": self.prompt_tokens,
+            "token_ids": self.token_ids,
+            "groups": [dataclasses.asdict(group) for group in self.groups],
+            "student_logps": self.student_logps,
+            "real": part(self.real),
+            "unrelated": part(self.unrelated),
+            "notes": self.notes,
+        }
+
+
+def compute_signal(
+    model: Any,
+    tokenizer: Any,
+    interaction: Interaction,
+    template: HindsightTemplate | str = "note",
+    *,
+    unrelated: str | None = NEUTRAL_FOLLOWUP,
+    teacher_model: Any = None,
+    temperature: float = 1.0,
+    sharing: str = "off",
+    backend: str = "auto",
+    **tokenization: Any,
+) -> SignalResult:
+    """The token-level signal of an interaction, without gradient.
+
+    Args:
+        model: the student, a transformers causal LM, bare or wrapped; also the teacher unless
+            `teacher_model` is given. It runs in eval mode and is put back into the mode it had.
+        tokenizer: its tokenizer.
+        interaction: x, y and o.
+        template: how o enters the context: a `HindsightTemplate`, a preset's name or a text with
+            ``{o}``.
+        unrelated: a follow-up to compare with; None: no comparison. See `choose_unrelated`.
+        temperature: divides the logits.
+        sharing: as in `fastsdpo.shared_forward`; ``"off"`` works with every model.
+        backend: of `fastsdpo.linear_token_logps`.
+        **tokenization: options of `fastsdpo.data.InteractionTokenizer`.
+
+    Raises:
+        ValueError: the interaction cannot be tokenized, or the signal is not finite.
+        NotImplementedError: the model's head is not a plain linear layer.
+    """
+    tokenize = InteractionTokenizer(tokenizer, template, **tokenization)
+    followups = [interaction.followup] + ([] if unrelated is None else [unrelated])
+    tokenized = [tokenize(dataclasses.replace(interaction, followup=o)) for o in followups]
+    ids = tokenized[0].completion_ids
+
+    modules = [m for m in (model, teacher_model) if m is not None]
+    modes = [m.training for m in modules]
+    for m in modules:
+        m.eval()
+    try:
+        student, teachers = _logps(model, teacher_model, tokenized, temperature, sharing, backend)
+    finally:
+        for m, mode in zip(modules, modes):
+            m.train(mode)
+
+    ends_turn = ids[-1] == tokenize.end_of_turn_id
+    signals = []
+    for followup, teacher in zip(followups, teachers):
+        log_ratio = (teacher - student).tolist()
+        if not all(map(_is_finite, log_ratio)):
+            raise ValueError(
+                "compute_signal: the model gives log-probabilities that are not finite; float32 "
+                "weights (dtype='float32') rule out an overflow"
+            )
+        signals.append(FollowupSignal(followup, teacher.tolist(), log_ratio, ends_turn))
+    notes = [] if ends_turn else ["The answer was cut at the length limit: no end-of-turn token."]
+    return SignalResult(
+        interaction=interaction,
+        template=tokenize.template.text,
+        token_ids=list(ids),
+        groups=group_tokens(tokenizer, ids),
+        student_logps=student.tolist(),
+        real=signals[0],
+        unrelated=signals[1] if unrelated is not None else None,
+        prompt_tokens=len(tokenized[0].prompt_ids),
+        model=str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
+        notes=notes,
+    )
+
+
+@torch.no_grad()
+def _logps(
+    model: Any,
+    teacher_model: Any,
+    tokenized: list[TokenizedInteraction],
+    temperature: float,
+    sharing: str,
+    backend: str,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Student's ``[T]`` and, per follow-up, the teacher's ``[T]``; float64 on the CPU.
+
+    From hidden states, as training does: the logits are float32 whatever the model's dtype, since
+    rounding to bfloat16 would be larger than most log-ratios.
+    """
+    from fastsdpo.prefix import head_parameters, shared_forward
+
+    states = shared_forward(model, tokenized, teacher_model=teacher_model, sharing=sharing)  # type: ignore[arg-type]
+    count = len(tokenized[0].completion_ids)
+
+    def logps(owner: Any, hidden: torch.Tensor) -> torch.Tensor:
+        head = head_parameters(owner)
+        return linear_token_logps(
+            hidden,
+            head.weight,
+            states.target_ids[: len(hidden)],
+            bias=head.bias,
+            temperature=temperature,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            backend=backend,
+        ).to("cpu", torch.float64)
+
+    student = logps(model, states.student_hidden[:count])
+    teacher = logps(model if teacher_model is None else teacher_model, states.teacher_hidden)
+    return student, list(teacher.split(count))
+
+
+def _is_finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def choose_unrelated(
+    interactions: Iterable[Interaction], interaction: Interaction, default: str = NEUTRAL_FOLLOWUP
+) -> str:
+    """The first follow-up among `interactions` that belongs to another conversation.
+
+    One with the same text does not count, nor one without a conversation id unless its first
+    message differs; `default` where there is none.
+    """
+
+    def conversation(item: Interaction) -> Any:
+        return item.conversation_id or item.prompt[0]["content"]
+
+    for other in interactions:
+        different = conversation(other) != conversation(interaction)
+        if different and other.followup.strip() not in ("", interaction.followup.strip()):
+            return other.followup
+    return default

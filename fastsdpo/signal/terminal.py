@@ -1,0 +1,137 @@
+"""The signal as text for a terminal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from fastsdpo.signal.compute import FollowupSignal, SignalResult
+from fastsdpo.signal.palette import LEVELS, Color, level, signed, tint, tint_limit
+from fastsdpo.signal.tokens import visible
+
+RESET = "\x1b[0m"
+
+
+def color_depth(stream: Any, environ: Mapping[str, str] = os.environ) -> int:
+    """Bits of colour that a stream can show: 24, 8 or 0.
+
+    0 for what is not a terminal, with NO_COLOR (https://no-color.org) set to anything, and for
+    TERM=dumb; FORCE_COLOR overrules the first.
+    """
+    if environ.get("NO_COLOR"):
+        return 0
+    if not environ.get("FORCE_COLOR"):
+        if not getattr(stream, "isatty", lambda: False)():
+            return 0
+        if environ.get("TERM", "") in ("", "dumb"):
+            return 0
+    return 24 if environ.get("COLORTERM") in ("truecolor", "24bit") else 8
+
+
+def render_terminal(
+    result: SignalResult,
+    *,
+    colors: int = 8,
+    limit: float | None = None,
+    values: bool = False,
+) -> str:
+    """The answer with its tokens tinted, once per follow-up, a legend and the summary.
+
+    Args:
+        colors: bits of colour, see `color_depth`. With 0 a token whose log-ratio is at least a
+            quarter of `limit` is written ``[token +1.20]``.
+        limit: log-ratio in nats at which tints saturate; None: `tint_limit`.
+        values: add a table with the numbers of every token.
+    """
+    signals = [signal for _, signal in result.followups]
+    if limit is None:
+        limit = tint_limit(
+            group.value(signal.log_ratio) for signal in signals for group in result.groups
+        )
+
+    def bold(text: str) -> str:
+        return f"\x1b[1m{text}{RESET}" if colors else text
+
+    lines = [
+        bold("Prompt"),
+        visible(result.interaction.prompt[-1]["content"], marks=False).strip(),
+        "",
+    ]
+    for title, signal in result.followups:
+        lines += [f"{bold(title)}: {visible(signal.followup, marks=False).strip()}"]
+        lines += [_answer(result, signal, limit, colors), _summary(signal), ""]
+    lines += [_legend(limit, colors), f"{len(result.token_ids)} tokens" + _named(result)]
+    lines += result.notes
+    if values:
+        lines += ["", _table(result)]
+    return "\n".join(lines) + "\n"
+
+
+def _answer(result: SignalResult, signal: FollowupSignal, limit: float, colors: int) -> str:
+    pieces = []
+    for group in result.groups:
+        value = group.value(signal.log_ratio)
+        text = visible(group.text)
+        if not colors:
+            strong = abs(value) >= limit / 4
+            stripped = text.strip() or text.rstrip("\n")
+            marked = f"[{stripped} {signed(value)}]"
+            pieces.append(text.replace(stripped, marked, 1) if strong else text)
+            continue
+        # A background that runs over a line's end fills the rest of the line in many terminals.
+        for index, part in enumerate(text.split("\n")):
+            pieces.append("\n" if index else "")
+            pieces.append(_tinted(part, level(value, limit), colors) if part else "")
+    return "".join(pieces)
+
+
+def _tinted(text: str, step: int, colors: int) -> str:
+    if step == 0:
+        return text
+    background, foreground = tint(step, "light")
+    return f"\x1b[{_color(48, background, colors)};{_color(38, foreground, colors)}m{text}{RESET}"
+
+
+def _color(target: int, color: Color, colors: int) -> str:
+    if colors >= 24:
+        return f"{target};2;{color[0]};{color[1]};{color[2]}"
+    red, green, blue = (round(channel / 255 * 5) for channel in color)
+    return f"{target};5;{16 + 36 * red + 6 * green + blue}"
+
+
+def _summary(signal: FollowupSignal) -> str:
+    return (
+        f"  mean {signed(signal.mean, 3)}  sum {signed(signal.sum)}  "
+        f"mean |.| {signal.mean_absolute:.3f}  first token {signed(signal.first)}  "
+        f"end of turn {signed(signal.end_of_turn)}"
+    )
+
+
+def _legend(limit: float, colors: int) -> str:
+    meaning = "log-ratio in nats, + more likely given the follow-up, − less likely"
+    if not colors:
+        return f"Legend: {meaning}; shown in brackets where at least {limit / 4:.2g}"
+    steps = "".join(_tinted("  ", step, colors) or "  " for step in range(-LEVELS, LEVELS + 1, 2))
+    return f"Legend: −{limit:g} {steps} +{limit:g}  {meaning}"
+
+
+def _named(result: SignalResult) -> str:
+    return f", model {visible(result.model, marks=False)}" if result.model else ""
+
+
+def _table(result: SignalResult) -> str:
+    header = ["#", "id", "token", "student"]
+    for title, _ in result.followups:
+        name = title.split()[0].lower()
+        header += [f"{name} teacher", f"{name} ratio"]
+    lines = ["  ".join(f"{name:>17}" if i > 3 else f"{name:>9}" for i, name in enumerate(header))]
+    for group in result.groups:
+        for t in range(group.start, group.end):
+            text = visible(group.text).replace("\n", "")
+            text = text if group.end - group.start == 1 else f"{text} ({t - group.start + 1})"
+            row = f"{t:>9}  {result.token_ids[t]:>9}  {text:>9}  {result.student_logps[t]:>9.3f}"
+            for _, signal in result.followups:
+                row += f"  {signal.teacher_logps[t]:>17.3f}  {signed(signal.log_ratio[t], 3):>17}"
+            lines.append(row)
+    return "\n".join(lines)
