@@ -1,0 +1,193 @@
+"""The backends against each other and against the definition, on one layer's tensors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fastsdpo.prefix import attention
+from fastsdpo.prefix.attention import SharedPass, choose_backend, run_blocks, varlen_index
+from fastsdpo.prefix.pack import build_plan
+
+
+def shared_pass(plan, first=0, stop=None, **options):
+    return SharedPass(
+        plan,
+        first=first,
+        stop=plan.tokens if stop is None else stop,
+        backend="segments",
+        windows={},
+        keys_values=None,
+        capture=False,
+        **options,
+    )
+
+
+def definition(query, key, value, plan, first, window, scale):
+    """Softmax over what each token sees, by its path."""
+    repeat = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    q = torch.arange(first, first + query.shape[2])[:, None]
+    k = torch.arange(key.shape[2])[None, :]
+    start, stop, position = plan.subtree_start, plan.subtree_stop, plan.position_ids
+    see = (start[k] <= start[q]) & (start[q] < stop[k])
+    if window is not None:
+        see &= position[q] - position[k] < window
+    scores = (query @ key.transpose(-1, -2)) * scale
+    return (scores.masked_fill(~see, -math.inf).softmax(-1) @ value).transpose(1, 2)
+
+
+def tensors(plan, first, heads=4, groups=2, size=8, value_size=8, dtype=torch.float64):
+    queries = plan.tokens - first
+    q = torch.randn(1, queries, heads, size, dtype=dtype).transpose(1, 2)
+    k = torch.randn(1, plan.tokens, groups, size, dtype=dtype).transpose(1, 2)
+    v = torch.randn(1, plan.tokens, groups, value_size, dtype=dtype).transpose(1, 2)
+    return [t.requires_grad_() for t in (q, k, v)]
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 24, 1000])
+@pytest.mark.parametrize("part", ["all", "teachers"])
+@pytest.mark.parametrize("backend", ["segments", "dense", "plain"])
+def test_backends_equal_the_definition(lab, monkeypatch, backend, part, window):
+    plan = build_plan(lab.conversation(4, think=True) + lab.conversation(2, seed=1))
+    first = plan.student_tokens if part == "teachers" else 0
+    if backend == "plain":  # the kernel of devices without a fused one
+        kernel = attention._Kernel(attention._plain_forward, attention._plain_backward)
+        monkeypatch.setattr(attention, "_choose_kernel", lambda q, v: kernel)
+    function = attention._dense if backend == "dense" else attention._segments
+    q, k, v = tensors(plan, first)
+    scale = 0.3
+    want = definition(q, k, v, plan, first, window, scale)
+    seed = torch.randn_like(want)
+    want_grads = torch.autograd.grad((want * seed).sum(), (q, k, v))
+    got = function(q, k, v, shared_pass(plan, first), window, scale)
+    got_grads = torch.autograd.grad((got * seed).sum(), (q, k, v))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    for got_grad, want_grad in zip(got_grads, want_grads):
+        torch.testing.assert_close(got_grad, want_grad, rtol=0, atol=1e-12)
+
+
+def test_values_of_another_size(lab):
+    """Multi-head latent attention: the fused kernels want equal sizes, the plain one does not."""
+    plan = build_plan(lab.conversation(3))
+    q, k, v = tensors(plan, 0, value_size=6)
+    got = attention._segments(q, k, v, shared_pass(plan), None, 0.3)
+    want = definition(q, k, v, plan, 0, None, 0.3)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    seed = torch.randn_like(want)
+    for a, b in zip(
+        torch.autograd.grad((got * seed).sum(), (q, k, v)),
+        torch.autograd.grad((want * seed).sum(), (q, k, v)),
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gradients_are_summed_in_float32(dtype):
+    """A token that 200 branches read: a running sum in half precision would lose most of them."""
+    from types import SimpleNamespace
+
+    items = [
+        SimpleNamespace(prompt_ids=[1] * 8, teacher_prompt_ids=[1] * 8, completion_ids=[10 + n, 3])
+        for n in range(200)
+    ]
+    plan = build_plan(items)
+    q, k, v = (t.detach().to(dtype).requires_grad_() for t in tensors(plan, 0))
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    got = attention._segments(q, k, v, shared_pass(plan), None, 0.3)
+    want = definition(*exact, plan, 0, None, 0.3)
+    got_grads = torch.autograd.grad(got.sum(), (q, k, v))
+    want_grads = torch.autograd.grad(want.sum(), exact)
+    for got_grad, want_grad in zip(got_grads[1:], want_grads[1:]):
+        error = (got_grad.double() - want_grad).norm() / want_grad.norm()
+        assert error < 2 * torch.finfo(dtype).eps
+
+
+def test_large_scores_do_not_overflow(lab):
+    plan = build_plan(lab.conversation(3, think=True))
+    q, k, v = tensors(plan, 0)
+    q = q.detach() * 300
+    got = attention._segments(q, k, v, shared_pass(plan), None, 1.0)
+    assert got.isfinite().all()
+    want = definition(q, k, v, plan, 0, None, 1.0)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("window", [None, 7, 30])
+def test_blocks_are_few_and_need_no_mask_inside(lab, window):
+    plan = build_plan(lab.conversation(4, think=True))
+    groups = run_blocks(list(plan.runs), 0, window)
+    pairs = sum((b.q1 - b.q0) * (b.k1 - b.k0) for blocks in groups for b in blocks)
+    if window is None:
+        assert len(groups) == len(plan.runs)
+        assert all(b.band is None for blocks in groups for b in blocks)
+    else:  # no quadratic work: a block of queries meets at most a window and itself
+        assert pairs <= 2 * window * plan.tokens
+    assert [blocks[0].q0 for blocks in groups] == sorted(blocks[0].q0 for blocks in groups)
+    covered = [row for blocks in groups for row in range(blocks[0].q0, blocks[0].q1)]
+    assert covered == list(range(plan.tokens))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("part", ["all", "teachers"])
+def test_flex_mask(lab, part, window):
+    """flex_attention has no CPU backward pass; its uncompiled forward runs, mask and all."""
+    plan = build_plan(lab.conversation(3, think=True))
+    first = plan.student_tokens if part == "teachers" else 0
+    q, k, v = (t.detach() for t in tensors(plan, first, size=16, value_size=16))
+    got = attention._flex(q, k, v, shared_pass(plan, first), window, 0.3)
+    want = definition(q, k, v, plan, first, window, 0.3)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("part", ["all", "teachers"])
+def test_varlen_call(lab, part, window):
+    """What flash-attn is given, read by its documented rules: causal from the bottom right."""
+    plan = build_plan(lab.conversation(3, think=True))
+    first = plan.student_tokens if part == "teachers" else 0
+    q, k, v = tensors(plan, first)
+    shared = shared_pass(plan, first)
+
+    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size):
+        assert causal and cu_q.dtype == cu_k.dtype == torch.int32
+        assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
+        out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
+        for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]):
+            i = torch.arange(b - a)[:, None] + (d - c) - (b - a)
+            j = torch.arange(d - c)[None, :]
+            see = (j <= i) & ((i - j <= window_size[0]) if window_size[0] >= 0 else j >= 0)
+            repeat = q.shape[1] // k.shape[1]
+            kk, vv = (x[c:d].repeat_interleave(repeat, 1).transpose(0, 1) for x in (k, v))
+            scores = q[a:b].transpose(0, 1) @ kk.transpose(-1, -2) * softmax_scale
+            probabilities = scores.masked_fill(~see, -math.inf).softmax(-1)
+            out[a:b] = (probabilities @ vv).transpose(0, 1)
+        return out
+
+    index = varlen_index(shared.runs, q.device)
+    got = attention._varlen(q, k, v, index, window, 0.3, varlen)
+    want = definition(q, k, v, plan, first, window, 0.3)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_cuda_kernel_signatures():
+    """No GPU here: the shapes and arguments of torch's fused CUDA kernels, on the meta device."""
+    q, k, v = (torch.empty(2, 3, 5, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    out, lse, state = attention._cuda_forward(q, k, v, True, None, 0.3)
+    assert out.shape == q.shape and lse.shape == q.shape[:3]
+    grads = attention._cuda_backward(out, q, k, v, out, lse, True, None, 0.3, state)
+    assert [g.shape for g in grads] == [q.shape] * 3
+
+
+def test_choose_backend():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_backend("auto", cpu, torch.float32) == "segments"
+    assert choose_backend("auto", cuda, torch.float32) == "flex"
+    assert choose_backend("dense", cpu, torch.float32) == "dense"
+    with pytest.raises(ValueError, match="must be 'auto' or one of"):
+        choose_backend("sdpa", cpu, torch.float32)
+    with pytest.raises(ValueError, match="attention='flash' needs"):
+        choose_backend("flash", cuda, torch.float32)
