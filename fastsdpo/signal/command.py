@@ -17,7 +17,7 @@ from fastsdpo.data.templates import PRESETS
 from fastsdpo.signal.compute import NEUTRAL_FOLLOWUP, choose_unrelated, compute_signal
 from fastsdpo.signal.figure import render_png
 from fastsdpo.signal.page import render_html
-from fastsdpo.signal.terminal import color_depth, render_terminal
+from fastsdpo.signal.terminal import color_depth, render_terminal, terminal_theme
 
 DESCRIPTION = """\
 Show what a user's follow-up tells the model about each token of its answer: the log-ratio
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--completion",
         metavar="TEXT",
-        help="the answer to look at; without it the model writes one (greedy)",
+        help="the answer to look at; without it the model writes one, sampled at temperature 1",
     )
     source.add_argument(
         "--followup", metavar="TEXT", help="the follow-up; replaces the source's where given"
@@ -88,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument(
         "--max-new-tokens", type=int, default=256, help="length of an answer that the model writes"
     )
+    method.add_argument("--seed", type=int, default=0, help="of an answer that the model writes")
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", required=True, help="folder, hub id or GGUF file")
@@ -109,6 +110,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     output.add_argument(
         "--color", choices=["auto", "always", "never"], default="auto", help="(default auto)"
+    )
+    output.add_argument(
+        "--theme",
+        choices=["auto", "light", "dark"],
+        default="auto",
+        help="of the terminal and the picture (auto: COLORFGBG or else dark; the picture light)",
     )
     output.add_argument("--quiet", action="store_true", help="print nothing, write files only")
     return parser
@@ -180,9 +187,12 @@ def _run(args: argparse.Namespace) -> int:
     )
     notes = []
     if args.prompt is not None and args.completion is None:
-        answer = _generate(model, tokenizer, interaction.prompt, args.max_new_tokens)
+        answer, finished = _generate(
+            model, tokenizer, interaction.prompt, args.max_new_tokens, args.seed
+        )
         interaction = replace(interaction, completion=answer)
-        notes.append("The model wrote this answer itself (greedy).")
+        ended = "" if finished else f", stopped after {args.max_new_tokens} tokens"
+        notes.append(f"The model wrote this answer itself (seed {args.seed}{ended}).")
     result = compute_signal(
         model,
         tokenizer,
@@ -198,14 +208,18 @@ def _run(args: argparse.Namespace) -> int:
     if args.html is not None:
         _write(args.html, render_html(result, limit=args.scale).encode(errors="replace"))
     if args.png is not None:
-        _write(args.png, render_png(result, limit=args.scale))
+        theme = "light" if args.theme == "auto" else args.theme
+        _write(args.png, render_png(result, limit=args.scale, theme=theme))
     if args.json is not None:
         _write(args.json, (json.dumps(result.to_dict(), indent=1) + "\n").encode())
     if not args.quiet:
         colors = {"never": 0, "always": max(8, color_depth(sys.stdout))}.get(
             args.color, color_depth(sys.stdout)
         )
-        text = render_terminal(result, colors=colors, limit=args.scale, values=args.values)
+        theme = terminal_theme() if args.theme == "auto" else args.theme
+        text = render_terminal(
+            result, colors=colors, theme=theme, limit=args.scale, values=args.values
+        )
         encoding = sys.stdout.encoding or "utf-8"
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     return 0
@@ -248,17 +262,24 @@ def _select(args: argparse.Namespace, source: str | Path) -> tuple[Interaction, 
     return found, choose_unrelated(interactions(), found)
 
 
-def _generate(model: Any, tokenizer: Any, prompt: list[dict], max_new_tokens: int) -> str:
-    """The model's own greedy answer, without the tokens that end it."""
+def _generate(
+    model: Any, tokenizer: Any, prompt: list[dict], max_new_tokens: int, seed: int
+) -> tuple[str, bool]:
+    """An answer drawn from the model, as on-policy data are, and whether it came to an end."""
     import torch
 
     inputs = tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).to(model.device)
+    torch.manual_seed(seed)
     with torch.no_grad():
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    ids = output[0, inputs["input_ids"].shape[1] :]
-    return tokenizer.decode(ids, skip_special_tokens=True)
+        output = model.generate(
+            **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+    ids = output[0, inputs["input_ids"].shape[1] :].tolist()
+    answer = tokenizer.decode(ids, skip_special_tokens=True)
+    return answer, len(ids) < max_new_tokens or ids[-1] in tokenizer.all_special_ids
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -17,7 +17,7 @@ from fastsdpo.signal.palette import LEVELS, THEMES, hex_color, level, signed, ti
 from fastsdpo.signal.tokens import TokenGroup, visible
 
 COLUMNS = 96  # character cells in a line
-MAX_LINES = 60  # of an answer; what does not fit is counted in the picture
+MAX_LINES = 45  # of an answer; what does not fit is counted in the picture
 FONT_SIZE = 9.0  # points
 CELL = 0.602 * FONT_SIZE / 72  # inches, the advance of DejaVu Sans Mono
 LINE = 1.55 * FONT_SIZE / 72
@@ -69,6 +69,12 @@ def render_png(
     drawn: list[tuple[float, float, str, dict]] = []  # x, y, text, style
     boxes: list[tuple[float, float, float, str]] = []  # x, y, width, colour
     y = 0.0
+    drawn.append((0, y, "Prompt", {"weight": "bold"}))
+    y += 1.2
+    for line in _wrapped(result.interaction.prompt[-1]["content"], 4):
+        drawn.append((0, y, line, {}))
+        y += 1
+    y += 0.8
     for title, signal in result.followups:
         drawn.append((0, y, title, {"weight": "bold"}))
         y += 1.2
@@ -95,7 +101,9 @@ def render_png(
     for step in range(-LEVELS, LEVELS + 1):
         boxes.append((8 + 2 * (step + LEVELS), y, 2, hex_color(tint(step, theme)[0])))
     drawn.append((0, y, f"−{limit:g}", {}))
-    drawn.append((9 + 4 * LEVELS + 2, y, f"+{limit:g} nats: more likely given the follow-up", {}))
+    drawn.append(
+        (9 + 4 * LEVELS + 2, y, f"+{limit:g} nats (blue: more likely given the follow-up)", {})
+    )
     y += 1.5
 
     margin, chart = 0.35, 2.1  # inches

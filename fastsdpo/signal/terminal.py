@@ -11,6 +11,7 @@ from fastsdpo.signal.palette import LEVELS, Color, level, signed, tint, tint_lim
 from fastsdpo.signal.tokens import visible
 
 RESET = "\x1b[0m"
+CUBE = (0, 95, 135, 175, 215, 255)
 
 
 def color_depth(stream: Any, environ: Mapping[str, str] = os.environ) -> int:
@@ -29,10 +30,17 @@ def color_depth(stream: Any, environ: Mapping[str, str] = os.environ) -> int:
     return 24 if environ.get("COLORTERM") in ("truecolor", "24bit") else 8
 
 
+def terminal_theme(environ: Mapping[str, str] = os.environ) -> str:
+    """``"light"`` where COLORFGBG (set by some terminals) says so, else ``"dark"``."""
+    background = environ.get("COLORFGBG", "").rpartition(";")[2]
+    return "light" if background in ("7", "15") else "dark"
+
+
 def render_terminal(
     result: SignalResult,
     *,
     colors: int = 8,
+    theme: str = "dark",
     limit: float | None = None,
     values: bool = False,
 ) -> str:
@@ -41,6 +49,7 @@ def render_terminal(
     Args:
         colors: bits of colour, see `color_depth`. With 0 a token whose log-ratio is at least a
             quarter of `limit` is written ``[token +1.20]``.
+        theme: ``"dark"`` or ``"light"``, the terminal's background.
         limit: log-ratio in nats at which tints saturate; None: `tint_limit`.
         values: add a table with the numbers of every token.
     """
@@ -60,15 +69,17 @@ def render_terminal(
     ]
     for title, signal in result.followups:
         lines += [f"{bold(title)}: {visible(signal.followup, marks=False).strip()}"]
-        lines += [_answer(result, signal, limit, colors), _summary(signal), ""]
-    lines += [_legend(limit, colors), f"{len(result.token_ids)} tokens" + _named(result)]
+        lines += [_answer(result, signal, limit, colors, theme), _summary(signal), ""]
+    lines += [_legend(limit, colors, theme), f"{len(result.token_ids)} tokens" + _named(result)]
     lines += result.notes
     if values:
         lines += ["", _table(result)]
     return "\n".join(lines) + "\n"
 
 
-def _answer(result: SignalResult, signal: FollowupSignal, limit: float, colors: int) -> str:
+def _answer(
+    result: SignalResult, signal: FollowupSignal, limit: float, colors: int, theme: str
+) -> str:
     pieces = []
     for group in result.groups:
         value = group.value(signal.log_ratio)
@@ -82,21 +93,25 @@ def _answer(result: SignalResult, signal: FollowupSignal, limit: float, colors: 
         # A background that runs over a line's end fills the rest of the line in many terminals.
         for index, part in enumerate(text.split("\n")):
             pieces.append("\n" if index else "")
-            pieces.append(_tinted(part, level(value, limit), colors) if part else "")
+            pieces.append(_tinted(part, level(value, limit), colors, theme) if part else "")
     return "".join(pieces)
 
 
-def _tinted(text: str, step: int, colors: int) -> str:
+def _tinted(text: str, step: int, colors: int, theme: str) -> str:
     if step == 0:
         return text
-    background, foreground = tint(step, "light")
+    background, foreground = tint(step, theme)
     return f"\x1b[{_color(48, background, colors)};{_color(38, foreground, colors)}m{text}{RESET}"
 
 
 def _color(target: int, color: Color, colors: int) -> str:
     if colors >= 24:
         return f"{target};2;{color[0]};{color[1]};{color[2]}"
-    red, green, blue = (round(channel / 255 * 5) for channel in color)
+    # The cube of 6 x 6 x 6 colours that every 256-colour terminal has.
+    red, green, blue = (
+        min(range(6), key=lambda i: abs(CUBE[i] - channel))
+        for channel in color
+    )
     return f"{target};5;{16 + 36 * red + 6 * green + blue}"
 
 
@@ -108,11 +123,13 @@ def _summary(signal: FollowupSignal) -> str:
     )
 
 
-def _legend(limit: float, colors: int) -> str:
+def _legend(limit: float, colors: int, theme: str) -> str:
     meaning = "log-ratio in nats, + more likely given the follow-up, − less likely"
     if not colors:
         return f"Legend: {meaning}; shown in brackets where at least {limit / 4:.2g}"
-    steps = "".join(_tinted("  ", step, colors) or "  " for step in range(-LEVELS, LEVELS + 1, 2))
+    steps = "".join(
+        _tinted("  ", step, colors, theme) or "  " for step in range(-LEVELS, LEVELS + 1, 2)
+    )
     return f"Legend: −{limit:g} {steps} +{limit:g}  {meaning}"
 
 
