@@ -1,0 +1,252 @@
+"""`SDPOConfig`: `transformers.TrainingArguments` and the settings of SDPO, and its presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+# The published offline recipe of https://arxiv.org/abs/2603.12273. Its 8-bit AdamW is not set here:
+# it needs bitsandbytes (optim="adamw_bnb_8bit").
+PAPER: dict[str, Any] = {
+    "mode": "sampled_token",
+    "alpha": 1.0,
+    "teacher": "live",
+    "normalization": "sequence",
+    "ignore_first_k": 2,
+    "template": "offline-v1",
+    "max_prompt_length": 2048,
+    "max_completion_length": 2048,
+    "truncation": "independent-left",
+    "end_of_turn": "eos",
+    "allow_special_tokens": True,
+    "group_by_conversation": False,
+    "learning_rate": 2e-6,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "num_train_epochs": 2.0,
+    "per_device_train_batch_size": 32,
+    "max_grad_norm": 10.0,
+}
+
+# The objective on logged data itself: the reverse KL over the whole vocabulary (equation 4).
+EXACT: dict[str, Any] = {"mode": "full", "alpha": 1.0}
+
+PRESETS = {"paper": PAPER, "exact": EXACT}
+
+CHOICES = {
+    "mode": ("sampled_token", "full", "topk"),
+    "teacher": ("live", "ema", "frozen", "trust_region"),
+    "normalization": ("sequence", "token"),
+    "truncation": ("shared", "independent-left"),
+    "sharing": ("auto", "conversation", "interaction", "off"),
+    "weight_update": ("auto", "plain", "float32_master", "stochastic_rounding"),
+    "non_finite": ("stop", "skip"),
+}
+
+
+@dataclass
+class SDPOConfig(TrainingArguments):
+    """All settings of a run: those below, and every one of `transformers.TrainingArguments`.
+
+    One optimizer step trains on ``per_device_train_batch_size * gradient_accumulation_steps *
+    processes`` interactions; how they are split changes memory and speed, not the result.
+    ``SDPOConfig.preset("paper", output_dir=...)`` is the published offline recipe.
+
+    Changed defaults of TrainingArguments: ``learning_rate=2e-6``, ``lr_scheduler_type="cosine"``,
+    ``warmup_steps=0.05`` (a share), ``num_train_epochs=2``: the paper's; ``remove_unused_columns``
+    and ``logging_nan_inf_filter`` off (the latter waits for the GPU in every micro-step; see
+    ``non_finite``); ``ddp_broadcast_buffers`` off (language models have constant buffers).
+    """
+
+    # The objective
+    mode: str = field(
+        default="full",
+        metadata={"help": "full (whole vocabulary), topk, or sampled_token (the paper's runs)."},
+    )
+    alpha: float = field(
+        default=1.0, metadata={"help": "0 forward KL, 1 reverse KL, between: Jensen-Shannon."}
+    )
+    topk: int | None = field(
+        default=None, metadata={"help": "Student's most likely tokens, for mode=topk."}
+    )
+    add_tail: bool = field(
+        default=True, metadata={"help": "mode=topk: a bucket for the rest of the vocabulary."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Divides both policies' logits."})
+    is_clip: float | None = field(
+        default=None,
+        metadata={"help": "Weigh tokens by min(p_student / p_initial, is_clip): logged answers "
+                  "taken as drawn from the initial model. None: no weights."},
+    )  # fmt: skip
+    reference_kl: float = field(
+        default=0.0,
+        metadata={"help": "Times KL(student || initial model) without the follow-up, per token."},
+    )
+    normalization: str = field(
+        default="sequence",
+        metadata={"help": "sequence: mean over each answer's tokens, then over answers; token: "
+                  "mean over all tokens. Both over the whole global batch."},
+    )  # fmt: skip
+    ignore_first_k: int = field(
+        default=0, metadata={"help": "First tokens of each answer left out of the loss."}
+    )
+
+    # The teacher
+    teacher: str = field(
+        default="live",
+        metadata={"help": "live: the model itself; ema: a moving average; frozen: the initial "
+                  "model; trust_region: exp((1-a) log frozen + a log live), normalized."},
+    )  # fmt: skip
+    ema_rate: float = field(
+        default=0.05, metadata={"help": "teacher += ema_rate * (student - teacher) each step."}
+    )
+    trust_region_mix: float = field(
+        default=0.5, metadata={"help": "a of the trust region: 0 frozen, 1 live."}
+    )
+    teacher_check: int = field(
+        default=8,
+        metadata={"help": "Interactions on which to compare real and unrelated follow-ups before "
+                  "training; 0: no check."},
+    )  # fmt: skip
+
+    # Text to tokens
+    template: str = field(
+        default="offline-v1",
+        metadata={"help": "How the follow-up enters: a preset's name, or a text with {o}."},
+    )
+    max_prompt_length: int | None = field(default=2048, metadata={"help": "Tokens of the history."})
+    max_completion_length: int | None = field(
+        default=2048, metadata={"help": "Tokens of the answer."}
+    )
+    max_followup_length: int | None = field(
+        default=1024, metadata={"help": "Tokens of the follow-up."}
+    )
+    truncation: str = field(
+        default="shared",
+        metadata={"help": "shared: student and teacher lose the same history; "
+                  "independent-left: the paper's."},
+    )  # fmt: skip
+    end_of_turn: str = field(
+        default="template",
+        metadata={"help": "template: the token that ends an answer in the chat template; eos; or "
+                  "a token."},
+    )  # fmt: skip
+    allow_special_tokens: bool = field(
+        default=False, metadata={"help": "Let text spell control tokens."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "For the chat template, as JSON."}
+    )
+
+    # Computation; nothing here changes the result
+    sharing: str = field(
+        default="auto",
+        metadata={"help": "Prefixes computed once: conversation, interaction, off; auto: "
+                  "conversation where the model allows it, else off."},
+    )  # fmt: skip
+    attention: str = field(default="auto", metadata={"help": "Backend of the shared attention."})
+    backend: str = field(default="auto", metadata={"help": "Backend of the loss."})
+    chunk_size: int | None = field(default=None, metadata={"help": "Tokens per tile of logits."})
+    max_tokens_per_pack: int | None = field(
+        default=16384,
+        metadata={"help": "Most tokens (student and teacher, shared prefixes once) in one forward "
+                  "pass; larger micro-batches take several. None: no limit."},
+    )  # fmt: skip
+
+    # Batches, weights, safety
+    group_by_conversation: bool | None = field(
+        default=None,
+        metadata={"help": "Keep a conversation's interactions together in the shuffled order. "
+                  "None: where sharing is by conversation."},
+    )  # fmt: skip
+    weight_update: str = field(
+        default="auto",
+        metadata={"help": "For bfloat16 weights: plain, float32_master, stochastic_rounding; auto: "
+                  "float32_master where any trained weight is bfloat16 and optim is AdamW."},
+    )  # fmt: skip
+    non_finite: str = field(
+        default="stop",
+        metadata={"help": "A loss or gradient that is not finite: stop with the interactions' "
+                  "ids, or skip the step and count."},
+    )  # fmt: skip
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Set every dropout to 0 (a teacher with noise is no teacher)."},
+    )
+
+    # Changed defaults
+    learning_rate: float = field(default=2e-6, metadata={"help": "The initial learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The schedule."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or a share below 1."})
+    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the data."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep this off."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "See non_finite."})
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "As in DDP."})
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"SDPOConfig: {name} must be one of {', '.join(choices)}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        self._check(0 <= self.alpha <= 1, "alpha", "be in [0, 1]")
+        self._check(self.mode != "sampled_token" or self.alpha == 1, "alpha",
+                    "be 1 with mode='sampled_token'")  # fmt: skip
+        self._check((self.topk is not None) == (self.mode == "topk"), "topk",
+                    "be given with mode='topk', and only there")  # fmt: skip
+        self._check(self.topk is None or self.topk >= 1, "topk", "be at least 1")
+        self._check(self.temperature > 0, "temperature", "be > 0")
+        self._check(self.is_clip is None or self.is_clip > 0, "is_clip", "be > 0 or None")
+        self._check(self.reference_kl >= 0, "reference_kl", "be >= 0")
+        self._check(self.ignore_first_k >= 0, "ignore_first_k", "be >= 0")
+        self._check(0 < self.ema_rate <= 1, "ema_rate", "be in (0, 1]")
+        self._check(0 <= self.trust_region_mix <= 1, "trust_region_mix", "be in [0, 1]")
+        self._check(self.teacher_check >= 0, "teacher_check", "be >= 0")
+        for name in ("max_prompt_length", "max_completion_length", "max_followup_length",
+                     "max_tokens_per_pack", "chunk_size"):  # fmt: skip
+            value = getattr(self, name)
+            self._check(value is None or value >= 1, name, "be at least 1 or None")
+        if isinstance(self.chat_template_kwargs, str):
+            import json
+
+            self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+        super().__post_init__()
+
+    def _check(self, holds: bool, name: str, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"SDPOConfig: {name} must {rule}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> SDPOConfig:
+        """A preset, and changes to it.
+
+        Args:
+            name: "exact" (the defaults: reverse KL over the whole vocabulary) or "paper" (the
+                published offline recipe: sampled token, live teacher, the first two tokens left
+                out, learning rate 2e-6 with a cosine schedule, batch 32, gradient clip 10; bf16
+                autocast where there is a GPU).
+        """
+        if name not in PRESETS:
+            raise ValueError(
+                f"SDPOConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}"
+            )
+        chosen = dict(PRESETS[name])
+        if name == "paper":
+            chosen["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return cls(**{**chosen, **settings})
+
+    def tokenizer_options(self) -> dict[str, Any]:
+        """The keyword arguments of `fastsdpo.data.InteractionTokenizer`."""
+        names = ("max_prompt_length", "max_completion_length", "max_followup_length",
+                 "truncation", "end_of_turn", "chat_template_kwargs",
+                 "allow_special_tokens")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the initial model's probabilities of the answer (without follow-up) are used."""
+        return self.reference_kl > 0 or self.is_clip is not None

@@ -1,0 +1,245 @@
+"""Interactions as a map-style dataset, the order in which they are trained on, and packs of them."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import random
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from fastsdpo.data import (
+    Interaction,
+    InteractionTokenizer,
+    TokenizedInteraction,
+    load_interactions,
+)
+from fastsdpo.data.loading import parse_interaction
+from fastsdpo.prefix import pack_conversations
+
+logger = logging.getLogger("fastsdpo.trainer")
+
+SAMPLE_SIZE = 64  # interactions of which the text is kept, for the teacher check
+MESSAGES = 3  # of dropped interactions, in warnings
+
+
+class InteractionDataset(Dataset):
+    """Tokenized interactions in memory, four bytes per token.
+
+    ``dataset[i]`` is a `TokenizedInteraction`; ``dataset[None]`` is None, which fills up batches.
+
+    Args:
+        interactions: `TokenizedInteraction` objects.
+
+    Attributes:
+        sample: up to 64 interactions as text, drawn evenly, where they came as text.
+        dropped: messages about the interactions that could not be used.
+    """
+
+    def __init__(self, interactions: Iterable[TokenizedInteraction]):
+        self.sample: list[Interaction] = []
+        self.dropped: list[str] = []
+        self.ids: list[str | None] = []
+        self.conversation_ids: list[str | None] = []
+        tokens, ends = array("i"), array("q", [0])
+        for index, item in enumerate(interactions):
+            if not isinstance(item, TokenizedInteraction):
+                raise TypeError(
+                    f"InteractionDataset: interactions[{index}] must be a TokenizedInteraction, "
+                    f"got {type(item).__name__}"
+                )
+            for name in ("prompt_ids", "teacher_prompt_ids", "completion_ids"):
+                ids = getattr(item, name)
+                if not ids:
+                    raise ValueError(
+                        f"InteractionDataset: interactions[{index}].{name} must not be empty"
+                    )
+                tokens.extend(ids)
+                ends.append(len(tokens))
+            self.ids.append(item.id)
+            self.conversation_ids.append(item.conversation_id)
+        self.tokens = torch.frombuffer(tokens, dtype=torch.int32) if tokens else torch.zeros(0)
+        self.ends = torch.frombuffer(ends, dtype=torch.int64)
+
+    @classmethod
+    def from_source(
+        cls,
+        source: Any,
+        tokenizer: Any,
+        template: str,
+        *,
+        name: str = "train_dataset",
+        progress: bool = False,
+        **options: Any,
+    ) -> InteractionDataset:
+        """Tokenizes what comes as text; drops, counts and reports what cannot be tokenized.
+
+        Args:
+            source: a path (or several) that `load_interactions` reads, or any iterable of
+                `Interaction`, `TokenizedInteraction`, or rows as `fastsdpo prepare` writes them
+                (a `datasets.Dataset` is one).
+            tokenizer, template, options: of `InteractionTokenizer`.
+            name: the argument, in messages.
+            progress: show a progress bar.
+
+        Raises:
+            TypeError: not a dataset, or an item of another type.
+            ValueError: a malformed row, by index; text without a tokenizer; nothing is left.
+        """
+        if isinstance(source, cls):
+            return source
+        if isinstance(source, (str, os.PathLike)):
+            source = load_interactions(source)
+        if not isinstance(source, Iterable) or isinstance(source, Mapping):
+            raise TypeError(
+                f"SDPOTrainer: {name} must be a path or a collection of interactions, "
+                f"got {type(source).__name__}"
+            )
+        dropped: list[str] = []
+        sample: list[Interaction] = []
+        tokenize = None
+        draw = random.Random(0)
+        count = 0
+
+        def tokenized() -> Iterator[TokenizedInteraction]:
+            nonlocal tokenize, count
+            items: Iterable = source
+            if progress:
+                from tqdm.auto import tqdm
+
+                items = tqdm(source, desc=f"tokenizing {name}", unit=" interactions", leave=False)
+            for index, item in enumerate(items):
+                if isinstance(item, TokenizedInteraction):
+                    yield item
+                    continue
+                if isinstance(item, Mapping):
+                    try:
+                        item = parse_interaction(item)
+                    except (TypeError, ValueError) as error:
+                        raise ValueError(f"SDPOTrainer: {name}[{index}]: {error}") from error
+                if not isinstance(item, Interaction):
+                    raise TypeError(
+                        f"SDPOTrainer: {name}[{index}] must be an interaction, "
+                        f"got {type(item).__name__}"
+                    )
+                if tokenizer is None:
+                    raise ValueError(
+                        f"SDPOTrainer: {name} holds text, so processing_class must be a tokenizer, "
+                        "got None"
+                    )
+                tokenize = tokenize or InteractionTokenizer(tokenizer, template, **options)
+                try:
+                    result = tokenize(item)
+                except ValueError as error:
+                    dropped.append(str(error))
+                    continue
+                # Reservoir sampling: every interaction is kept with the same probability.
+                count += 1
+                if len(sample) < SAMPLE_SIZE:
+                    sample.append(item)
+                elif (place := draw.randrange(count)) < SAMPLE_SIZE:
+                    sample[place] = item
+                yield result
+
+        dataset = cls(tokenized())
+        dataset.sample, dataset.dropped = sample, dropped
+        if dropped:
+            logger.warning(
+                "%s: %d interactions cannot be tokenized and are left out, for example:\n  %s",
+                name, len(dropped), "\n  ".join(dropped[:MESSAGES]),
+            )  # fmt: skip
+        if len(dataset) == 0:
+            raise ValueError(
+                f"SDPOTrainer: {name} must hold an interaction, got none"
+                + (f"; {len(dropped)} could not be tokenized: {dropped[0]}" if dropped else "")
+            )
+        return dataset
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int | None) -> TokenizedInteraction | None:
+        if index is None:
+            return None
+        if not 0 <= index < len(self):
+            raise IndexError(f"InteractionDataset: index must be in [0, {len(self)}), got {index}")
+        ends = self.ends[3 * index : 3 * index + 4].tolist()
+        prompt, teacher, completion = (
+            self.tokens[start:stop].tolist() for start, stop in itertools.pairwise(ends)
+        )
+        return TokenizedInteraction(
+            prompt, teacher, completion, self.ids[index], self.conversation_ids[index]
+        )
+
+    def lengths(self) -> Tensor:
+        """``[len, 3]`` tokens of prompt, teacher's prompt and completion."""
+        return self.ends.diff().view(-1, 3)
+
+    def groups(self, by_conversation: bool) -> list[list[int]]:
+        """Indices by conversation, in order of first appearance; or each by itself."""
+        if not by_conversation:
+            return [[index] for index in range(len(self))]
+        groups: dict[Any, list[int]] = {}
+        for index, conversation in enumerate(self.conversation_ids):
+            key = ("alone", index) if conversation is None else conversation
+            groups.setdefault(key, []).append(index)
+        return list(groups.values())
+
+
+class GroupSampler(Sampler):
+    """Groups in shuffled order, each group's indices in its own; filled up with None.
+
+    The fill makes the length a multiple of ``multiple`` (the interactions that all processes take
+    at once), so that no process repeats interactions to keep up with the others. The order depends on
+    ``seed`` and the epoch only.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], *, multiple: int = 1, seed: int = 0,
+                 shuffle: bool = True):  # fmt: skip
+        self.groups = groups
+        self.seed, self.shuffle = seed, shuffle
+        self.epoch = 0
+        size = sum(len(group) for group in groups)
+        self.fill = -size % multiple
+        self.size = size + self.fill
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int | None]:
+        order = list(range(len(self.groups)))
+        if self.shuffle:
+            random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        for group in order:
+            yield from self.groups[group]
+        yield from [None] * self.fill
+
+
+def collate(items: list[TokenizedInteraction | None]) -> dict[str, list[TokenizedInteraction]]:
+    """A micro-batch: its interactions, without the fill."""
+    return {"interactions": [item for item in items if item is not None]}
+
+
+def split_packs(
+    interactions: Sequence[TokenizedInteraction], max_tokens: int | None, sharing: str
+) -> list[list[TokenizedInteraction]]:
+    """A micro-batch in packs of at most ``max_tokens`` tokens, conversations kept together."""
+    if max_tokens is None or len(interactions) <= 1:
+        return [list(interactions)] if interactions else []
+    groups: dict[Any, list[int]] = {}
+    for index, item in enumerate(interactions):
+        key = ("alone", index) if item.conversation_id is None else item.conversation_id
+        groups.setdefault(key, []).append(index)
+    packs = pack_conversations(
+        interactions, list(groups.values()), max_tokens=max_tokens, sharing=sharing
+    )
+    return [[interactions[index] for index in pack] for pack in packs]

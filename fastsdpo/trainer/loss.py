@@ -1,0 +1,205 @@
+r"""From hidden states to one loss, as pure functions.
+
+    loss = sum_t w_t (r_t l_t + beta KL(p_S || p_0)_t)
+
+l_t is the divergence of `fastsdpo.ops.divergence`, p_0 the initial model without the follow-up, and w_t
+the weight of a response token. With n_i the tokens of answer i that count (its first
+``ignore_first_k`` do not), S the answers of the *global* batch with n_i > 0 (all accumulation
+steps, all processes) and N = sum_i n_i over the same:
+
+    normalization="sequence":  w_t = 1 / (n_i S)          (the papers')
+    normalization="token":     w_t = 1 / N
+
+S or N is counted before the first micro-step, so the micro-batches' losses and gradients add up to
+exactly those of one large batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsdpo.ops.linear import linear_sdpo_loss, linear_token_logps
+from fastsdpo.prefix import HeadParameters, ResponseStates
+
+IGNORE_INDEX = -100
+
+
+class TokenStatistics(NamedTuple):
+    """What one pass says about its response tokens; all ``[N]``, detached, on the device.
+
+    Attributes:
+        counts: bool, the token is part of the loss.
+        per_token_loss: l_t, in nats (0 where the token does not count).
+        log_ratio: teacher's minus student's log-probability of the token, in nats.
+        student_logps, teacher_logps: nats.
+        reference_kl: KL(p_S || p_0), nats; None without the term.
+        sequence_loss: ``[interactions]`` each answer's share of the loss, to find the bad one.
+    """
+
+    counts: Tensor
+    per_token_loss: Tensor
+    log_ratio: Tensor
+    student_logps: Tensor
+    teacher_logps: Tensor
+    reference_kl: Tensor | None
+    sequence_loss: Tensor
+
+
+def count_items(lengths: Sequence[int], normalization: str, ignore_first_k: int) -> int:
+    """S (answers that count) or N (tokens that count) of answers with these lengths in tokens."""
+    counted = [max(0, length - ignore_first_k) for length in lengths]
+    return sum(n > 0 for n in counted) if normalization == "sequence" else sum(counted)
+
+
+def token_weights(
+    lengths: Sequence[int], normalization: str, ignore_first_k: int, num_items: int | float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights w_t and which tokens count.
+
+    Args:
+        lengths: response tokens of each answer.
+        num_items: S or N of the global batch.
+
+    Returns:
+        ``(weights [N] float32, counts [N] bool)`` on the CPU, answers one after the other; the
+        weights are on ``num_items``'s device where that is a tensor.
+    """
+    sizes = torch.tensor(list(lengths), dtype=torch.int64)
+    starts = sizes.cumsum(0) - sizes
+    position = torch.arange(int(sizes.sum())) - starts.repeat_interleave(sizes)
+    counts = position >= ignore_first_k
+    weights = counts.to(torch.float32)
+    if normalization == "sequence":
+        weights = weights / (sizes - ignore_first_k).clamp(min=1).repeat_interleave(sizes)
+    if isinstance(num_items, Tensor):
+        weights = weights.to(num_items.device)
+        return weights / num_items.clamp(min=1), counts
+    return weights / max(1, num_items), counts
+
+
+def sdpo_step_loss(
+    states: ResponseStates,
+    head: HeadParameters,
+    *,
+    weights: Tensor,
+    counts: Tensor,
+    sequences: int,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: HeadParameters | None = None,
+    reference_hidden: Tensor | None = None,
+    reference_head: HeadParameters | None = None,
+    reference_kl: float = 0.0,
+    is_clip: float | None = None,
+    old_logps: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, TokenStatistics]:
+    """The loss of one pass.
+
+    Args:
+        states: student's and teacher's hidden states ``[N, D]``.
+        head: the student's head.
+        weights: ``[N]`` w_t.
+        counts: ``[N]`` bool, tokens that are part of the loss.
+        sequences: number of interactions in the pass.
+        teacher_hidden: ``[N, D_T]`` instead of ``states.teacher_hidden`` (a mixture).
+        teacher_head: the teacher's head where it is another than the student's.
+        reference_hidden: ``[N, D]`` of the initial model without the follow-up.
+        reference_head: its head where it is another than the student's.
+        reference_kl: beta.
+        is_clip: cap of the importance ratio r_t.
+        old_logps: ``[N]`` log-probabilities under the policy that wrote the answers; with
+            ``is_clip`` and without these, the initial model's.
+        options: ``mode``, ``alpha``, ``topk``, ``add_tail``, ``temperature``, ``backend``,
+            ``chunk_size`` of `linear_sdpo_loss`.
+
+    Returns:
+        ``(loss, statistics)``: a scalar with gradients to hidden states and head.
+    """
+    device = states.student_hidden.device
+    weights, counts = weights.to(device), counts.to(device)
+    targets = states.target_ids.masked_fill(~counts, IGNORE_INDEX)
+    shared = {
+        "bias": head.bias,
+        "softcap": head.softcap,
+        "logit_scale": head.logit_scale,
+        "temperature": options.get("temperature", 1.0),
+        "chunk_size": options.get("chunk_size"),
+        "backend": options.get("backend", "auto"),
+    }
+    if is_clip is not None and old_logps is None:
+        written_by = head if reference_head is None else reference_head
+        with torch.no_grad():
+            old_logps = linear_token_logps(
+                reference_hidden, written_by.weight, targets, **{**shared, "bias": written_by.bias}
+            )
+    out = linear_sdpo_loss(
+        states.student_hidden,
+        states.teacher_hidden if teacher_hidden is None else teacher_hidden,
+        head.weight,
+        targets,
+        teacher_weight=None if teacher_head is None else teacher_head.weight,
+        teacher_bias=None if teacher_head is None else teacher_head.bias,
+        weights=weights,
+        old_logps=old_logps if is_clip is not None else None,
+        is_clip=is_clip,
+        **{**options, **shared},
+    )
+    loss, per_token, kl = out.loss, out.per_token_loss, None
+    if reference_kl > 0:
+        reference = linear_sdpo_loss(
+            states.student_hidden,
+            reference_hidden,
+            head.weight,
+            targets,
+            teacher_weight=None if reference_head is None else reference_head.weight,
+            teacher_bias=None if reference_head is None else reference_head.bias,
+            weights=weights,
+            mode="full",
+            alpha=1.0,
+            **shared,
+        )
+        loss = loss + reference_kl * reference.loss
+        kl = reference.per_token_loss
+        per_token = per_token + reference_kl * kl
+    sequence_loss = torch.zeros(sequences, device=device, dtype=per_token.dtype)
+    sequence_loss.index_add_(0, states.sequence_ids, weights.to(per_token.dtype) * per_token)
+    statistics = TokenStatistics(
+        counts, out.per_token_loss, out.log_ratio, out.student_logps, out.teacher_logps, kl,
+        sequence_loss,
+    )  # fmt: skip
+    return loss, statistics
+
+
+def mix_teachers(
+    frozen_hidden: Tensor,
+    live_hidden: Tensor,
+    frozen_head: HeadParameters | None,
+    live_head: HeadParameters,
+    mix: float,
+) -> tuple[Tensor, HeadParameters | None]:
+    """The trust-region teacher, q proportional to exp((1-a) log q_frozen + a log q_live), a = ``mix``.
+
+    Log-probabilities are logits up to a constant that the normalization removes, so q has the logits
+    (1-a) z_frozen + a z_live. These are linear in the hidden states:
+
+        one head:    W ((1-a) h_frozen + a h_live) + b
+        two heads:   [W_frozen, W_live] [(1-a) h_frozen; a h_live] + (1-a) b_frozen + a b_live
+
+    so the mixture is exact and its logits never exist as a whole either. (A softcap between head and
+    logits would break this; the trainer refuses it.)
+
+    Returns:
+        ``(hidden [N, D] or [N, 2D], head)``; the head is None where the live one serves.
+    """
+    frozen, live = frozen_hidden.float() * (1 - mix), live_hidden.float() * mix
+    if frozen_head is None:
+        return frozen + live, None
+    bias = None
+    if frozen_head.bias is not None and live_head.bias is not None:
+        bias = (1 - mix) * frozen_head.bias + mix * live_head.bias.detach()
+    weight = torch.cat([frozen_head.weight, live_head.weight.detach()], dim=1)
+    return torch.cat([frozen, live], dim=1), frozen_head._replace(weight=weight, bias=bias)

@@ -1,0 +1,114 @@
+"""AdamW for bfloat16 weights that does not lose small steps.
+
+A bfloat16 number has 8 bits of precision: at a weight of 0.02 the next value is 0.4% away, while an
+AdamW step at learning rate 2e-6 moves it by 0.01%. Rounded to nearest, most weights never move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class AdamWBF16(torch.optim.Optimizer):
+    """`torch.optim.AdamW` with float32 arithmetic and state for weights of any dtype.
+
+    Args:
+        rounding: "float32_master" keeps a float32 copy of each half-precision weight, which takes
+            the steps; "stochastic_rounding" keeps none and rounds each step up or down with the
+            probability that makes it right on average. Float32 weights take their steps as usual.
+        seed: of the rounding; the same on all processes, so that their weights stay equal.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        rounding: str = "float32_master",
+        seed: int = 0,
+    ):
+        if rounding not in ("float32_master", "stochastic_rounding"):
+            raise ValueError(
+                "AdamWBF16: rounding must be 'float32_master' or 'stochastic_rounding', "
+                f"got {rounding!r}"
+            )
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
+        self.rounding, self.seed = rounding, seed
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        number = 0
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                number += 1
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = 0
+                    state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+                    if self.rounding == "float32_master" and parameter.dtype != torch.float32:
+                        state["master"] = parameter.float()
+                state["step"] += 1
+                t = state["step"]
+                grad = parameter.grad.float()
+                state["exp_avg"].lerp_(grad, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                scale = (state["exp_avg_sq"] / (1 - beta2**t)).sqrt_().add_(group["eps"])
+                weight = state.get("master", parameter).float()  # itself where it is float32
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.addcdiv_(state["exp_avg"], scale, value=-group["lr"] / (1 - beta1**t))
+                if parameter.dtype == torch.float32:
+                    continue
+                if "master" in state:
+                    parameter.copy_(weight)
+                else:
+                    seed = hash((self.seed, number, t)) % 2**63  # of integers: the same everywhere
+                    parameter.copy_(stochastic_round(weight, parameter.dtype, seed))
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but the state stays float32 where the weight is bfloat16."""
+        super().load_state_dict(state_dict)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for index, parameter in zip(indices, parameters):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    value = value.to(parameter.device, torch.float32, copy=True)
+                self.state[parameter][name] = value
+
+
+def stochastic_round(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    """float32 -> bfloat16, up or down with probabilities that make it right on average.
+
+    Adding 16 random bits below the 16 that stay carries into these as often as it should
+    (https://arxiv.org/abs/2010.06192).
+
+    Raises:
+        TypeError: another dtype: bfloat16 alone is float32 cut short.
+    """
+    if dtype != torch.bfloat16:
+        raise TypeError(f"stochastic_round: dtype must be torch.bfloat16, got {dtype}")
+    generator = torch.Generator(values.device).manual_seed(seed)
+    bits = values.contiguous().view(torch.int32)
+    noise = torch.randint(
+        0, 1 << 16, bits.shape, dtype=torch.int32, device=values.device, generator=generator
+    )
+    rounded = ((bits + noise) & -65536).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values).to(dtype)

@@ -1,0 +1,627 @@
+"""`SDPOTrainer`: batch -> packs -> one forward pass of student and teacher -> loss -> statistics.
+
+What is overridden of `transformers.Trainer`, and why:
+
+    get_batch_samples          counts the global batch before its first micro-step
+    training_step              a micro-batch in packs of bounded size
+    compute_loss               the objective
+    prediction_step, evaluation_loop    the same on held-out interactions, weighted exactly
+    create_optimizer           AdamW that keeps small steps in bfloat16
+    _get_train_sampler         order by conversation; no repeated interactions
+    _save_optimizer_and_scheduler, _load_optimizer_and_scheduler    the teacher's weights
+    log                        the statistics of the signal
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from fastsdpo.data import InteractionTokenizer, TokenizedInteraction
+from fastsdpo.modeling import load_model_and_tokenizer
+from fastsdpo.prefix import (
+    ResponseStates,
+    check_head,
+    check_sharing,
+    head_parameters,
+    shared_forward,
+)
+from fastsdpo.trainer.config import SDPOConfig
+from fastsdpo.trainer.data import GroupSampler, InteractionDataset, collate, split_packs
+from fastsdpo.trainer.loss import (
+    TokenStatistics,
+    count_items,
+    mix_teachers,
+    sdpo_step_loss,
+    token_weights,
+)
+from fastsdpo.trainer.metrics import SignalMetrics
+from fastsdpo.trainer.optim import AdamWBF16
+from fastsdpo.trainer.teacher import (
+    TeacherCheck,
+    TeacherWeights,
+    is_peft,
+    other_head,
+    teacher_check,
+)
+
+logger = logging.getLogger("fastsdpo.trainer")
+
+TEACHER_FILE = "teacher_{}.safetensors"
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not finite; the text names the interactions."""
+
+
+class SDPOTrainer(Trainer):
+    """Trains a causal language model on logged interactions.
+
+    Args:
+        model: a transformers causal LM (or PEFT's), or a name that `load_model_and_tokenizer`
+            takes: a folder, a GGUF file or a hub id.
+        args: the settings.
+        train_dataset: a path to interactions, or a collection of `Interaction`,
+            `TokenizedInteraction` or rows as `fastsdpo prepare` writes them.
+        eval_dataset: the same, held out; or a dict of several.
+        processing_class: the tokenizer; None: the one that comes with a model given by name.
+        peft_config: of the adapter to train (`peft.LoraConfig`, ...).
+        callbacks, optimizers: as in `transformers.Trainer`.
+
+    Raises:
+        TypeError, ValueError: a setting or dataset is unusable; the text says which and why.
+        NotImplementedError: the model's head or a sharing asked for by name cannot be computed, or
+            a teacher that this kind of distributed training cannot hold.
+    """
+
+    args: SDPOConfig
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | os.PathLike | nn.Module,
+        args: SDPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ):
+        args = SDPOConfig(output_dir="sdpo_output") if args is None else args
+        if not isinstance(args, SDPOConfig):
+            raise TypeError(f"SDPOTrainer: args must be an SDPOConfig, got {type(args).__name__}")
+        if isinstance(model, (str, os.PathLike)):
+            model, tokenizer = load_model_and_tokenizer(model, device="cpu")
+            processing_class = processing_class or tokenizer
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            if is_peft(model):
+                raise ValueError("SDPOTrainer: peft_config must be None, the model has an adapter")
+            model = get_peft_model(model, peft_config)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("SDPOTrainer: model must have weights to train, all are frozen")
+        if args.disable_dropout:
+            for module in model.modules():
+                if isinstance(module, nn.modules.dropout._DropoutNd):
+                    module.p = 0.0
+
+        self._tokenizer_for_check = None
+        if processing_class is not None:
+            self._tokenizer_for_check = InteractionTokenizer(
+                processing_class, args.template, **args.tokenizer_options()
+            )
+        datasets = {}
+        for name, source in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            datasets[name] = self._dataset(args, source, processing_class, name)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            **datasets,
+        )
+        # The loss is normalized by num_items_in_batch, whatever the model's own forward takes.
+        self.model_accepts_loss_kwargs = True
+        if self.args.n_gpu > 1:
+            raise NotImplementedError(
+                "SDPOTrainer: nn.DataParallel is not supported; start one process per GPU "
+                "(torchrun or accelerate launch), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
+        good, reason = check_head(self.model)
+        if not good:
+            raise NotImplementedError(f"SDPOTrainer: the model's head is not supported: {reason}")
+        self.sharing = self._choose_sharing()
+        self._make_teacher()
+        self._sampler: GroupSampler | None = None
+        self._metrics = SignalMetrics()
+        self._step: list[tuple[list[TokenizedInteraction], Tensor]] = []
+        self.skipped_steps = 0
+        self.add_callback(_StepCallback(self))
+
+    @staticmethod
+    def _dataset(args: SDPOConfig, source: Any, tokenizer: Any, name: str) -> Any:
+        if source is None:
+            return None
+        if isinstance(source, dict):
+            return {
+                key: SDPOTrainer._dataset(args, value, tokenizer, f"{name}[{key!r}]")
+                for key, value in source.items()
+            }
+        progress = not args.disable_tqdm and args.process_index == 0
+        return InteractionDataset.from_source(
+            source, tokenizer, args.template, name=name, progress=progress,
+            **args.tokenizer_options(),
+        )  # fmt: skip
+
+    def _choose_sharing(self) -> str:
+        """The sharing to use: as asked for, or what the model allows."""
+        wanted = self.args.sharing
+        if wanted == "off":
+            return "off"
+        good, reason = check_sharing(self.model, attention=self.args.attention)
+        if good:
+            return "conversation" if wanted == "auto" else wanted
+        if wanted != "auto":
+            raise NotImplementedError(f"SDPOTrainer: sharing={wanted!r} is not possible: {reason}")
+        logger.warning("prefixes are not shared (sharing='off'): %s", reason)
+        return "off"
+
+    # ------------------------------------------------------------------------------- the teacher
+
+    def _make_teacher(self) -> None:
+        """Copies of the trained weights, as far as the settings need them."""
+        args = self.args
+        frozen = args.teacher in ("frozen", "trust_region") or args.needs_reference
+        if args.teacher == "trust_region" and head_parameters(self.model).softcap is not None:
+            raise NotImplementedError(
+                "SDPOTrainer: teacher='trust_region' is not possible for a model with a softcap on "
+                "its logits: their mixture is not linear in the hidden states"
+            )
+        self._ema = self._frozen = None
+        copies = args.teacher == "ema" or (frozen and not is_peft(self.model))
+        if copies and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise NotImplementedError(
+                f"SDPOTrainer: teacher={args.teacher!r} (or a reference) copies the trained weights, "
+                "which FSDP and DeepSpeed hold in shards; use teacher='live', LoRA with a frozen "
+                "teacher, or DDP"
+            )
+        if args.teacher == "ema":
+            self._ema = TeacherWeights(self.model, moving=True)
+        if frozen and not is_peft(self.model):
+            self._frozen = TeacherWeights(self.model, moving=False)
+
+    def _initial(self) -> AbstractContextManager:
+        """The model as it was at the start: other weights, or the adapter disabled."""
+        if self._frozen is not None:
+            return self._frozen.swapped_in()
+        return self.accelerator.unwrap_model(self.model).disable_adapter()
+
+    # -------------------------------------------------------------------------------- one pass
+
+    def run_pass(
+        self,
+        model: nn.Module,
+        interactions: Sequence[TokenizedInteraction],
+        num_items: int | float | Tensor,
+    ) -> tuple[Tensor, TokenStatistics]:
+        """Loss and statistics of one pack; the weights' divisor is ``num_items`` (S or N)."""
+        args = self.args
+        shared = {"sharing": self.sharing, "attention": args.attention}
+        lengths = [len(item.completion_ids) for item in interactions]
+        weights, counts = token_weights(lengths, args.normalization, args.ignore_first_k, num_items)
+        weights, counts = weights.to(args.device), counts.to(args.device)
+
+        frozen_hidden = reference_hidden = frozen_head = teacher_head = None
+        context = None
+        if args.teacher == "ema":
+            context = self._ema.swapped_in
+        elif args.teacher == "frozen":
+            context = self._initial
+        if context is not None:
+            teacher_head = other_head(model, context)
+        if args.teacher == "trust_region" or args.needs_reference:
+            frozen_head = other_head(model, self._initial)
+            read = interactions
+            if args.teacher != "trust_region":  # the history alone, without the follow-up
+                read = [
+                    TokenizedInteraction(i.prompt_ids, i.prompt_ids, i.completion_ids)
+                    for i in interactions
+                ]
+            with torch.no_grad(), self._initial():
+                states = shared_forward(model, read, **shared)
+            reference_hidden, frozen_hidden = states.student_hidden, states.teacher_hidden
+
+        def loss_fn(states: ResponseStates) -> tuple[Tensor, TokenStatistics]:
+            head = head_parameters(model)
+            teacher_hidden, its_head = None, teacher_head
+            if args.teacher == "trust_region":
+                teacher_hidden, its_head = mix_teachers(
+                    frozen_hidden, states.teacher_hidden, frozen_head, head, args.trust_region_mix
+                )
+            return sdpo_step_loss(
+                states,
+                head,
+                weights=weights,
+                counts=counts,
+                sequences=len(interactions),
+                teacher_hidden=teacher_hidden,
+                teacher_head=its_head,
+                reference_hidden=reference_hidden,
+                reference_head=frozen_head,
+                reference_kl=args.reference_kl,
+                is_clip=args.is_clip,
+                **self.loss_options(),
+            )
+
+        return shared_forward(
+            model, interactions, teacher_context=context, loss_fn=loss_fn, **shared
+        )
+
+    def loss_options(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "mode": args.mode,
+            "alpha": args.alpha,
+            "topk": args.topk,
+            "add_tail": args.add_tail,
+            "temperature": args.temperature,
+            "chunk_size": args.chunk_size,
+            "backend": args.backend,
+        }
+
+    def _count(self, interactions: Sequence[TokenizedInteraction]) -> int:
+        lengths = [len(item.completion_ids) for item in interactions]
+        return count_items(lengths, self.args.normalization, self.args.ignore_first_k)
+
+    def _packs(self, interactions: Sequence[TokenizedInteraction]) -> list[list]:
+        return split_packs(interactions, self.args.max_tokens_per_pack, self.sharing)
+
+    # -------------------------------------------------------------------------------- training
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, and S or N over all of them and all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step = []
+        packs = [len(self._packs(batch["interactions"])) for batch in batches]
+        items = sum(self._count(batch["interactions"]) for batch in batches)
+        if self.args.world_size == 1:
+            return batches, torch.tensor(items, device=device)
+        mine = torch.tensor([[items, *packs]], device=device)
+        counted = self.accelerator.gather(mine)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # Every process has to run the model equally often: sharded weights are gathered together.
+            for batch, passes in zip(batches, counted[:, 1:].amax(0).tolist()):
+                batch["passes"] = passes
+        return batches, counted[:, 0].sum()
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Loss of a micro-batch; its gradient is added, pack by pack."""
+        packs = self._packs(inputs["interactions"])
+        # A process without interactions (at the end of an epoch), or with fewer passes than another,
+        # runs the model all the same, with weight 0.
+        idle = [self.train_dataset[0]]
+        empty = max(1, inputs.get("passes", 0)) - len(packs)
+        passes = [(pack, num_items_in_batch) for pack in packs]
+        passes += [(idle, None)] * max(0, empty)
+        total: Tensor | None = None
+        for number, (pack, divisor) in enumerate(passes):
+            last = number == len(passes) - 1
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                loss = super().training_step(model, {"interactions": pack}, divisor)
+            total = loss if total is None else total + loss
+        assert total is not None
+        return total
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one pack; without ``num_items_in_batch`` it weighs nothing.
+
+        Times the number of processes, since their gradients are averaged afterwards.
+        """
+        interactions = inputs["interactions"]
+        idle = num_items_in_batch is None
+        loss, statistics = self.run_pass(model, interactions, 1 if idle else num_items_in_batch)
+        if idle:
+            loss = loss * 0.0
+        else:
+            self._record(interactions, statistics)
+            loss = loss * self.accelerator.num_processes
+        return (loss, statistics) if return_outputs else loss
+
+    def _record(
+        self, interactions: Sequence[TokenizedInteraction], statistics: TokenStatistics
+    ) -> None:
+        ends, row, tokens = [], -1, 0
+        for item in interactions:
+            row += len(item.completion_ids)
+            ends.append(row if self._ended(item) else -1)
+            tokens += len(item.prompt_ids) + len(item.teacher_prompt_ids)
+            tokens += 2 * len(item.completion_ids)
+        self._metrics.add(statistics, torch.tensor(ends, device=statistics.counts.device), tokens)
+        self._step.append((list(interactions), statistics.sequence_loss))
+
+    def _ended(self, item: TokenizedInteraction) -> bool:
+        """Whether the answer's last token ends the turn (else the answer was cut)."""
+        tokenize = self._tokenizer_for_check
+        return tokenize is None or item.completion_ids[-1] == tokenize.end_of_turn_id
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> GroupSampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        grouped = args.group_by_conversation
+        if grouped is None:
+            grouped = self.sharing == "conversation"
+        self._sampler = GroupSampler(
+            dataset.groups(grouped),
+            multiple=self._train_batch_size * args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+        return self._sampler
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        args, trained = self.args, [p for p in self.model.parameters() if p.requires_grad]
+        half = any(p.dtype == torch.bfloat16 for p in trained)
+        known = str(getattr(args.optim, "value", args.optim)) in ADAMW
+        update = args.weight_update
+        if update == "auto":
+            update = "float32_master" if half and known else "plain"
+        if update != "plain" and self.optimizer is None:
+            if not known:
+                raise ValueError(
+                    f"SDPOTrainer: weight_update={update!r} needs optim='adamw_torch', got "
+                    f"{getattr(args.optim, 'value', args.optim)!r}"
+                )
+            if any(p.dtype not in (torch.bfloat16, torch.float32) for p in trained):
+                raise ValueError(
+                    f"SDPOTrainer: weight_update={update!r} needs bfloat16 or float32 weights"
+                )
+            settings = {
+                "lr": args.learning_rate,
+                "betas": (args.adam_beta1, args.adam_beta2),
+                "eps": args.adam_epsilon,
+                "rounding": update,
+                "seed": args.seed,
+            }
+            self.optimizer_cls_and_kwargs = (AdamWBF16, settings)
+        return super().create_optimizer() if model is None else super().create_optimizer(model)
+
+    def check_finite(self) -> None:
+        """Before the optimizer's step: stops, or drops the gradients so that it changes nothing."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        local = [getattr(g, "_local_tensor", g) for g in grads]
+        checked = [statistics.isfinite().all() for _, statistics in self._step]
+        if local and not self.args.fp16:  # a loss scaler sees to overflowing gradients itself
+            checked.append(torch.stack(torch._foreach_norm(local)).isfinite().all())
+        if not checked:
+            checked.append(torch.ones((), dtype=torch.bool, device=self.args.device))
+        bad = 1.0 - torch.stack([c.to(self.args.device) for c in checked]).all().float()
+        if self.args.world_size > 1:
+            bad = self.accelerator.reduce(bad, "sum")
+        if float(bad) == 0:
+            return
+        what, offenders = self._find_offenders()
+        if self.args.world_size > 1:
+            offenders = gather_object(offenders)
+        step = self.state.global_step + 1
+        names = ", ".join(offenders[:10]) + (", ..." if len(offenders) > 10 else "")
+        message = f"step {step}: {what} is not finite; interactions: {names or 'unknown'}"
+        if self.args.non_finite == "stop":
+            raise NonFiniteError(
+                f"SDPOTrainer: {message}. Set non_finite='skip' to leave such steps out"
+            )
+        logger.warning("skipped %s", message)
+        self.skipped_steps += 1
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def _find_offenders(self) -> tuple[str, list[str]]:
+        """What is not finite in this process's step: ("loss" or "gradient", interactions)."""
+
+        def name(item: TokenizedInteraction) -> str:
+            return (
+                repr(item.id)
+                if item.id is not None
+                else f"one of {len(item.completion_ids)} tokens"
+            )
+
+        losses = [
+            (item, float(value))
+            for interactions, values in self._step
+            for item, value in zip(interactions, values.tolist())
+        ]
+        bad = [name(item) for item, value in losses if not torch.tensor(value).isfinite()]
+        if bad or self.args.world_size > 1:
+            return "the loss" if bad else "the loss or gradient", bad
+        # The loss is fine and its gradient is not: one interaction at a time shows whose it is.
+        kept = [(p, p.grad) for p in self.model.parameters()]
+        for item, _ in losses:
+            self.model.zero_grad()
+            loss, _ = self.run_pass(self.model, [item], self._count([item]))
+            loss.backward()
+            grads = [p.grad for p, _ in kept if p.grad is not None]
+            if not torch.stack(torch._foreach_norm(grads)).isfinite().all():
+                bad.append(name(item))
+        for parameter, grad in kept:
+            parameter.grad = grad
+        return "the gradient", bad or [name(item) for item, _ in losses]
+
+    # ------------------------------------------------------------------------------- evaluation
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, InteractionDataset)):
+            eval_dataset = self._dataset(
+                self.args, eval_dataset, self.processing_class, "eval_dataset"
+            )
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> GroupSampler:
+        return GroupSampler(
+            eval_dataset.groups(self.sharing == "conversation"),
+            multiple=self.args.eval_batch_size * self.args.world_size,
+            shuffle=False,
+        )
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Adds a batch to the evaluation's sums; returns its loss sum, which `evaluation_loop` drops."""
+        interactions = inputs["interactions"]
+        with torch.no_grad():
+            for pack in self._packs(interactions):
+                with self.compute_loss_context_manager():
+                    loss, statistics = self.run_pass(model, pack, 1)
+                self._eval_sums[0] += loss.double()
+                self._record(pack, statistics)
+            if not interactions and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                self.run_pass(model, [self.eval_dataset[0]], 1)
+        self._eval_sums[1] += self._count(interactions)
+        return self._eval_sums[0].float(), None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The loss over the whole set, normalized as in training, and the signal's statistics."""
+        training, self._metrics = self._metrics, SignalMetrics()
+        step, self._step = self._step, []
+        self._eval_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, True, ignore_keys, metric_key_prefix
+            )
+            loss, items = self._reduce_sum(self._eval_sums.cpu()).tolist()
+            metrics = self._metrics.flush(reduce_sum=self._reduce_sum, gather=self._gather)
+        finally:
+            self._metrics, self._step = training, step
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / max(1.0, items)
+        for name, value in metrics.items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def _reduce_sum(self, values: Tensor) -> Tensor:
+        if self.args.world_size == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.args.device), "sum").cpu()
+
+    def _gather(self, values: Tensor) -> Tensor:
+        if self.args.world_size == 1:
+            return values
+        values = values.to(self.args.device)
+        padded = self.accelerator.pad_across_processes(values, pad_index=float("nan"))
+        gathered = self.accelerator.gather(padded).cpu()
+        return gathered[~gathered.isnan()]
+
+    # ------------------------------------------------------------------------ checkpoints, logs
+
+    def _teachers(self) -> dict[str, TeacherWeights]:
+        teachers = {"ema": self._ema, "frozen": self._frozen}
+        return {name: weights for name, weights in teachers.items() if weights is not None}
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            for name, weights in self._teachers().items():
+                weights.save(os.path.join(output_dir, TEACHER_FILE.format(name)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            for name, weights in self._teachers().items():
+                weights.load(os.path.join(checkpoint, TEACHER_FILE.format(name)))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.is_in_train:
+            logs.update(self._metrics.flush(reduce_sum=self._reduce_sum, gather=self._gather))
+            if self.args.non_finite == "skip":
+                logs["sdpo/skipped_steps"] = float(self.skipped_steps)
+        super().log(logs, start_time)
+
+    # ------------------------------------------------------------------------- the teacher check
+
+    def check_teacher(self, interactions: int | None = None) -> TeacherCheck | None:
+        """What hindsight does to a sample of the training data; None where there is no text.
+
+        Args:
+            interactions: how many to look at; None: ``args.teacher_check``.
+        """
+        count = self.args.teacher_check if interactions is None else interactions
+        sample = [] if self.train_dataset is None else self.train_dataset.sample[:count]
+        if len(sample) < 2 or self._tokenizer_for_check is None:
+            return None
+
+        def log_ratios(items: list[TokenizedInteraction]) -> list[Tensor]:
+            ratios = []
+            with torch.no_grad():
+                for item in items:
+                    _, statistics = self.run_pass(self.model, [item], 1)
+                    ratios.append(statistics.log_ratio[statistics.counts].float().cpu())
+            return [ratio if len(ratio) else torch.zeros(1) for ratio in ratios]
+
+        training = self.model.training
+        self.model.eval()
+        try:
+            return teacher_check(sample, self._tokenizer_for_check, log_ratios)
+        finally:
+            self.model.train(training)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`, after the teacher check."""
+        if self.args.teacher_check and self.is_world_process_zero():
+            check = self.check_teacher()
+            if check is not None:
+                logger.info("%s", check)
+                if check.warning:
+                    logger.warning("teacher check: %s", check.warning)
+        return super().train(*args, **kwargs)
+
+
+class _StepCallback(TrainerCallback):
+    """What has to happen at certain points of `transformers.Trainer`'s loop."""
+
+    def __init__(self, trainer: SDPOTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._metrics.reset()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._sampler is not None:
+            self.trainer._sampler.set_epoch(int(state.epoch or 0))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.check_finite()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._ema is not None:
+            self.trainer._ema.update(args.ema_rate)

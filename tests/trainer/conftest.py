@@ -1,0 +1,106 @@
+"""A tiny model, a tokenizer whose tokens are words, and interactions of random words."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fastsdpo import Interaction
+from fastsdpo.trainer import SDPOConfig
+
+WORDS = [f"w{number}" for number in range(60)]
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+TEMPLATE = " note {o}"
+
+
+def make_tokenizer():
+    special = ["<pad>", "<end>", "<user>", "<assistant>", "<system>", "<unk>"]
+    vocabulary = {word: number for number, word in enumerate([*special, "note", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def make_model(*, seed=0, dtype=torch.float32, **changes):
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": 68,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+        # Far from uniform, so that teacher and student differ from the first step on.
+        "initializer_range": 0.2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).to(dtype)
+
+
+def make_interactions(conversations=6, *, turns=2, seed=0):
+    """Interactions of conversations whose messages have 2 to 9 random words."""
+    draw = random.Random(seed)
+
+    def text():
+        return " ".join(draw.choices(WORDS, k=draw.randint(2, 9)))
+
+    interactions = []
+    for c in range(conversations):
+        history = []
+        for t in range(turns):
+            history = [*history, {"role": "user", "content": text()}]
+            answer, followup = text(), text()
+            interactions.append(Interaction(history, answer, followup, f"c{c}:{t}", f"c{c}"))
+            history = [*history, {"role": "assistant", "content": answer}]
+    return interactions
+
+
+def make_config(folder, **changes):
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "template": TEMPLATE,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "dataloader_pin_memory": False,
+        "teacher_check": 0,
+        "seed": 1,
+    }
+    return SDPOConfig(**{**settings, **changes})
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def interactions():
+    return make_interactions()
