@@ -46,22 +46,23 @@ struct PairStats {
     dot += other.dot;
   }
 
-  void add_block(const float* s, const float* t, int n, double k) {
-    raise(block_max(s, n), block_max(t, n), k);
+  void add_block(const Block& s, const Block& t, int n, double k) {
+    raise(block_max(s.c, n), block_max(t.c, n), k);
     const vf scale = all((float)k), s0 = all(student.origin()), t0 = all(teacher.origin());
-    vf sum_s[2] = {}, sum_t[2] = {}, sum_d[2] = {};
-    for (int i = 0; i < padded(n); i += 2 * W)
-      for (int j = 0; j < 2; j++) {
-        vf x = (load(s + i + j * W) - s0) * scale, y = (load(t + i + j * W) - t0) * scale;
-        vf es = exp2v(x), et = exp2v(y);
-        sum_s[j] += es;
-        sum_t[j] += et;
-        if (MODE == FORWARD_KL) sum_d[j] += where_nonzero(et, et * (y - x));
-        if (MODE == REVERSE_KL) sum_d[j] += where_nonzero(es, es * (x - y));
-      }
-    student.sum += horizontal_sum(sum_s[0] + sum_s[1]);
-    teacher.sum += horizontal_sum(sum_t[0] + sum_t[1]);
-    if (MODE != JSD) dot += horizontal_sum(sum_d[0] + sum_d[1]);
+    Lanes<2> sum_s = {}, sum_t = {}, sum_d = {};
+    for (int i = 0; i < padded(n); i += sum_s.SIZE) {
+      s.prefetch(i);
+      t.prefetch(i);
+      Lanes<2> x = (load_lanes<2>(s.c + i) - s0) * scale, y = (load_lanes<2>(t.c + i) - t0) * scale;
+      Lanes<2> es = exp2v(x), et = exp2v(y);
+      sum_s = sum_s + es;
+      sum_t = sum_t + et;
+      if (MODE == FORWARD_KL) sum_d = sum_d + where_nonzero(et, et * (y - x));
+      if (MODE == REVERSE_KL) sum_d = sum_d + where_nonzero(es, es * (x - y));
+    }
+    student.sum += horizontal_sum(sum_s);
+    teacher.sum += horizontal_sum(sum_t);
+    if (MODE != JSD) dot += horizontal_sum(sum_d);
   }
 
   // In nats.
@@ -76,21 +77,25 @@ struct PairStats {
 // p, q and the logs of p / m and q / m for the mixture m = (1 - a) p + a q, in base 2. With hi and
 // lo the larger and smaller of s and t, m = 2^hi (w_hi + w_lo 2^(lo - hi)): two exponentials, and
 // an argument near 1 where student and teacher agree, which is where their difference counts.
+template <int U>
 struct Mixture {
-  vf p, q, log_p_m, log_q_m;
+  Lanes<U> p, q, log_p_m, log_q_m;
 };
 
-INLINE Mixture mixture(vf s, vf t, vf weight_s, vf weight_t) {
-  s = max_or_b(all(-127.f), s);  // probabilities are 0 from there on; keeps -inf out of differences
-  t = max_or_b(all(-127.f), t);
-  vf d = t - s;
-  vf lower = d > 0.f ? -d : d;
-  vf hi = d > 0.f ? t : s;
-  vf e = exp2v(lower), top = exp2v(hi), rest = top * e;
-  vf log_m = log2v((d > 0.f ? weight_t : weight_s) + (d > 0.f ? weight_s : weight_t) * e);
-  Mixture m;
-  m.p = d > 0.f ? rest : top;
-  m.q = d > 0.f ? top : rest;
+template <int U>
+INLINE Mixture<U> mixture(Lanes<U> s, Lanes<U> t, vf weight_s, vf weight_t) {
+  s = max_or_b(-127.f, s);  // probabilities are 0 from there on; keeps -inf out of differences
+  t = max_or_b(-127.f, t);
+  Lanes<U> d = t - s, lower, hi;
+  FASTSDPO_EACH lower.v[j] = (vf)((vi)d.v[j] | INT32_MIN);  // -|d|
+  FASTSDPO_EACH hi.v[j] = max_or_b(t.v[j], s.v[j]);
+  Lanes<U> e = exp2v(lower), top = exp2v(hi), rest = top * e;
+  Lanes<U> sum_s = e * weight_t + weight_s, sum_t = e * weight_s + weight_t;
+  FASTSDPO_EACH sum_s.v[j] = d.v[j] > 0.f ? sum_t.v[j] : sum_s.v[j];
+  Lanes<U> log_m = log2v(sum_s);
+  Mixture<U> m;
+  FASTSDPO_EACH m.p.v[j] = d.v[j] > 0.f ? rest.v[j] : top.v[j];
+  FASTSDPO_EACH m.q.v[j] = d.v[j] > 0.f ? top.v[j] : rest.v[j];
   m.log_p_m = (s - hi) - log_m;
   m.log_q_m = (t - hi) - log_m;
   return m;
@@ -168,7 +173,7 @@ struct DivergenceOp {
   __attribute__((noinline)) void visit(int phase, int64_t row, Span span, const State& state,
                                        Part& part) const {
     if (order[phase] == STATS)
-      for_pairs(row, span, [&](const float* s, const float* t, int n, int64_t) {
+      for_pairs(row, span, [&](const Block& s, const Block& t, int n, int64_t) {
         part.stats.add_block(s, t, n, k);
       });
     else if (order[phase] == MIXTURE)
@@ -181,17 +186,18 @@ struct DivergenceOp {
     const vf scale = all((float)k), weight_t = all(alpha), weight_s = all(1 - alpha);
     const vf s0 = all(state.student.max), s1 = all(state.student.log2sum);
     const vf t0 = all(state.teacher.max), t1 = all(state.teacher.log2sum);
-    for_pairs(row, span, [&](const float* s, const float* t, int n, int64_t) {
-      vf sum_p[2] = {}, sum_q[2] = {};
-      for (int i = 0; i < padded(n); i += 2 * W)
-        for (int j = 0; j < 2; j++) {
-          Mixture m = mixture((load(s + i + j * W) - s0) * scale - s1,
-                              (load(t + i + j * W) - t0) * scale - t1, weight_s, weight_t);
-          sum_p[j] += m.p * m.log_p_m;
-          sum_q[j] += m.q * m.log_q_m;
-        }
-      part.kl_student += horizontal_sum(sum_p[0] + sum_p[1]);
-      part.kl_teacher += horizontal_sum(sum_q[0] + sum_q[1]);
+    for_pairs(row, span, [&](const Block& s, const Block& t, int n, int64_t) {
+      Lanes<4> sum_p = {}, sum_q = {};
+      for (int i = 0; i < padded(n); i += sum_p.SIZE) {
+        s.prefetch(i);
+        t.prefetch(i);
+        Mixture<4> m = mixture((load_lanes<4>(s.c + i) - s0) * scale - s1,
+                               (load_lanes<4>(t.c + i) - t0) * scale - t1, weight_s, weight_t);
+        sum_p = sum_p + m.p * m.log_p_m;
+        sum_q = sum_q + m.q * m.log_q_m;
+      }
+      part.kl_student += horizontal_sum(sum_p);
+      part.kl_teacher += horizontal_sum(sum_q);
     });
   }
 
@@ -203,23 +209,26 @@ struct DivergenceOp {
     const vf difference = all(state.student.log2sum - state.teacher.log2sum);
     const vf factor = all(MODE == JSD ? state.scale * (1 - alpha) : state.scale);
     const vf divergence = all(state.divergence);
-    for_pairs(row, span, [&](const float* s, const float* t, int n, int64_t column) {
+    for_pairs(row, span, [&](const Block& s, const Block& t, int n, int64_t column) {
       float* g = gradient_block(grad, row, column, n, grad_block);
-      for (int i = 0; i < padded(n); i += 2 * W)
-        for (int j = i; j < i + 2 * W; j += W) {
-          vf x = (load(s + j) - s0) * scale, y = (load(t + j) - t0) * scale;
-          if (MODE == FORWARD_KL) {
-            store(g + j, (exp2v(x - s1) - exp2v(y - t1)) * factor);
-          } else if (MODE == REVERSE_KL) {
-            vf p = exp2v(x - s1);
-            vf inner = ((x - y) - difference) * LN2 - divergence;
-            store(g + j, where_nonzero(p, p * inner * factor));
-          } else {
-            Mixture m = mixture(x - s1, y - t1, weight_s, weight_t);
-            store(g + j, m.p * (m.log_p_m * LN2 - divergence) * factor);
-          }
+      constexpr int U = MODE == JSD ? 4 : 2;
+      for (int i = 0; i < padded(n); i += U * W) {
+        s.prefetch(i);
+        t.prefetch(i);
+        Lanes<U> x = (load_lanes<U>(s.c + i) - s0) * scale,
+                 y = (load_lanes<U>(t.c + i) - t0) * scale;
+        if (MODE == FORWARD_KL) {
+          store(g + i, (exp2v(x - s1) - exp2v(y - t1)) * factor);
+        } else if (MODE == REVERSE_KL) {
+          Lanes<U> p = exp2v(x - s1);
+          Lanes<U> inner = ((x - y) - difference) * LN2 - divergence;
+          store(g + i, where_nonzero(p, p * inner * factor));
+        } else {
+          Mixture<U> m = mixture(x - s1, y - t1, weight_s, weight_t);
+          store(g + i, m.p * (m.log_p_m * LN2 - divergence) * factor);
         }
-      apply_softcap_slope(softcap, s, g, n);
+      }
+      apply_softcap_slope(softcap, s.c, g, n);
       write_block(grad, row, column, n, g);
     });
   }

@@ -65,12 +65,8 @@ INLINE void write_as(T* x, int n, const float* block) {
   }
 }
 
-// n values of a row as floats, capped, with -inf (probability 0) up to the next multiple of STEP:
-// in `block`, or in place where nothing has to change. `copy` forces them into `block`.
-INLINE const float* read_block(const Rows& rows, float softcap, int64_t row, int64_t column, int n,
-                               float* block, bool copy = false) {
-  const char* x = rows.at(row, column);
-  if (rows.direct(n) && softcap == 0 && !copy) return (const float*)x;
+__attribute__((noinline, unused)) void fill_block(const Rows& rows, float softcap, const char* x,
+                                                  int n, float* block) {
   if (rows.dtype == FASTSDPO_FLOAT32)
     read_as((const float*)x, n, block);
   else if (rows.dtype == FASTSDPO_BFLOAT16)
@@ -78,18 +74,42 @@ INLINE const float* read_block(const Rows& rows, float softcap, int64_t row, int
   else
     read_as((const f16*)x, n, block);
   for (int i = n; i < padded(n); i++) block[i] = -INF;
-  if (softcap != 0)
-    for (int i = 0; i < padded(n); i += W) {
-      vf z = load(block + i);
-      store(block + i,
-            z == -INF ? z : tanhv(z / softcap) * softcap);  // a masked token stays masked
-    }
-  return block;
+  if (softcap == 0) return;
+  for (int i = 0; i < padded(n); i += W) {
+    vf z = load(block + i);
+    store(block + i,
+          z == -INF ? z : tanhv(z / softcap) * softcap);  // a masked token stays masked
+  }
+}
+
+// A block of a row as floats, and where the row goes on in memory.
+struct Block {
+  const float* c;
+  const char* next;
+  int size;
+
+  // While a block is computed on, the next one comes in; i is the index of a group of at most 32
+  // floats.
+  INLINE_MEMBER void prefetch(int i) const {
+    __builtin_prefetch(next + i * size);
+    __builtin_prefetch(next + (i + 16) * size);
+  }
+};
+
+// n values of a row as floats, capped, with -inf (probability 0) up to the next multiple of STEP:
+// in `block`, or in place where nothing has to change. `copy` forces them into `block`.
+INLINE Block read_block(const Rows& rows, float softcap, int64_t row, int64_t column, int n,
+                        float* block, bool copy = false) {
+  const char* x = rows.at(row, column);
+  const char* next = x + BLOCK * rows.size;
+  if (rows.direct(n) && softcap == 0 && !copy) return {(const float*)x, next, rows.size};
+  fill_block(rows, softcap, x, n, block);
+  return {block, next, rows.size};
 }
 
 INLINE float read_one(const Rows& rows, float softcap, int64_t row, int64_t column) {
   float block[STEP];
-  return *read_block(rows, softcap, row, column, 1, block);
+  return *read_block(rows, softcap, row, column, 1, block).c;
 }
 
 // Where to compute a block of the gradient: its final place, or `block` until write_block.
@@ -97,15 +117,18 @@ INLINE float* gradient_block(const Rows& rows, int64_t row, int64_t column, int 
   return rows.direct(n) ? (float*)rows.at(row, column) : block;
 }
 
-INLINE void write_block(const Rows& rows, int64_t row, int64_t column, int n, const float* block) {
-  char* x = rows.at(row, column);
-  if (rows.direct(n)) return;
+__attribute__((noinline, unused)) void store_block(const Rows& rows, char* x, int n,
+                                                   const float* block) {
   if (rows.dtype == FASTSDPO_FLOAT32)
     memcpy(x, block, n * sizeof(float));
   else if (rows.dtype == FASTSDPO_BFLOAT16)
     write_as((bf16*)x, n, block);
   else
     write_as((f16*)x, n, block);
+}
+
+INLINE void write_block(const Rows& rows, int64_t row, int64_t column, int n, const float* block) {
+  if (!rows.direct(n)) store_block(rows, rows.at(row, column), n, block);
 }
 
 INLINE void write_zero_row(const Rows& rows, int64_t row, int64_t V) {
@@ -167,19 +190,19 @@ struct Stats {
 };
 
 template <bool WITH_DOT>
-INLINE void add_block(Stats& stats, const float* c, int n, double k) {
-  stats.raise(block_max(c, n), k);
-  vf scale = all((float)k), origin = all(stats.origin());
-  vf sum[4] = {}, dot[4] = {};
-  for (int i = 0; i < padded(n); i += 4 * W)
-    for (int j = 0; j < 4; j++) {
-      vf x = (load(c + i + j * W) - origin) * scale;
-      vf e = exp2v(x);
-      sum[j] += e;
-      if (WITH_DOT) dot[j] += where_nonzero(e, e * x);
-    }
-  stats.sum += horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  if (WITH_DOT) stats.dot += horizontal_sum((dot[0] + dot[1]) + (dot[2] + dot[3]));
+INLINE void add_block(Stats& stats, const Block& block, int n, double k) {
+  stats.raise(block_max(block.c, n), k);
+  const vf scale = all((float)k), origin = all(stats.origin());
+  Lanes<4> sum = {}, dot = {};
+  for (int i = 0; i < padded(n); i += sum.SIZE) {
+    block.prefetch(i);
+    Lanes<4> x = (load_lanes<4>(block.c + i) - origin) * scale;
+    Lanes<4> e = exp2v(x);
+    sum = sum + e;
+    if (WITH_DOT) dot = dot + where_nonzero(e, e * x);
+  }
+  stats.sum += horizontal_sum(sum);
+  if (WITH_DOT) stats.dot += horizontal_sum(dot);
 }
 
 // log p of one value, in nats.

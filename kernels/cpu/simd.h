@@ -62,10 +62,63 @@ INLINE vf max_or_b(vf a, vf b) {
 #endif
 }
 
-// value where mask (a float) is not 0, else 0: 0 * log 0 = 0, and a NaN mask keeps the value.
-INLINE vf where_nonzero(vf mask, vf value) { return mask == 0.f ? vf{} : value; }
+// U vectors that go through a computation side by side: one vector's chain of dependent operations
+// is several times longer than what the CPU can look ahead.
+template <int U>
+struct Lanes {
+  vf v[U];
+  static constexpr int SIZE = U * W;
+};
 
-INLINE float horizontal_sum(vf v) {
+#define FASTSDPO_EACH for (int j = 0; j < U; j++)
+#define FASTSDPO_OPERATOR(op)                                  \
+  template <int U>                                             \
+  INLINE Lanes<U> operator op(Lanes<U> a, const Lanes<U>& b) { \
+    FASTSDPO_EACH a.v[j] = a.v[j] op b.v[j];                   \
+    return a;                                                  \
+  }                                                            \
+  template <int U>                                             \
+  INLINE Lanes<U> operator op(Lanes<U> a, vf b) {              \
+    FASTSDPO_EACH a.v[j] = a.v[j] op b;                        \
+    return a;                                                  \
+  }                                                            \
+  template <int U>                                             \
+  INLINE Lanes<U> operator op(Lanes<U> a, float b) {           \
+    FASTSDPO_EACH a.v[j] = a.v[j] op b;                        \
+    return a;                                                  \
+  }
+FASTSDPO_OPERATOR(+)
+FASTSDPO_OPERATOR(-)
+FASTSDPO_OPERATOR(*)
+#undef FASTSDPO_OPERATOR
+
+template <int U>
+INLINE Lanes<U> load_lanes(const float* p) {
+  Lanes<U> a;
+  FASTSDPO_EACH a.v[j] = load(p + j * W);
+  return a;
+}
+template <int U>
+INLINE void store(float* p, const Lanes<U>& a) {
+  FASTSDPO_EACH store(p + j * W, a.v[j]);
+}
+template <int U>
+INLINE Lanes<U> max_or_b(float a, Lanes<U> b) {
+  FASTSDPO_EACH b.v[j] = max_or_b(all(a), b.v[j]);
+  return b;
+}
+
+// value where mask (a float) is not 0, else 0: 0 * log 0 = 0, and a NaN mask keeps the value.
+template <int U>
+INLINE Lanes<U> where_nonzero(const Lanes<U>& mask, Lanes<U> value) {
+  FASTSDPO_EACH value.v[j] = mask.v[j] == 0.f ? vf{} : value.v[j];
+  return value;
+}
+
+template <int U>
+INLINE float horizontal_sum(const Lanes<U>& a) {
+  vf v = a.v[0];
+  for (int j = 1; j < U; j++) v += a.v[j];
   float sum = 0;
   for (int i = 0; i < W; i++) sum += v[i];
   return sum;
@@ -79,28 +132,34 @@ INLINE float horizontal_max(vf v) {
 // 2^t for t < 127.5: relative error at most 1.7e-7, exactly 1 at 0, 0 below 2^-126.5, NaN kept.
 // t = n + f with |f| <= 1/2; adding 1.5 * 2^23 + 127 leaves the biased exponent n + 127 in the low
 // bits. Minimax polynomial of degree 5 with constant term 1 (error 9.1e-8 before rounding).
-INLINE vf exp2v(vf t) {
+template <int U>
+INLINE Lanes<U> exp2v(Lanes<U> t) {
   const float magic = 12582912.f + 127.f;
-  t = max_or_b(all(-127.f), t);
-  vf shifted = t + magic;
-  vf f = t - (shifted - magic);
-  vf scale = (vf)((vi)shifted << 23);  // 2^n, and 0 for n = -127
-  vf p = f * 0.001326472731307149f + 0.009671512991189957f;
+  t = max_or_b(-127.f, t);
+  Lanes<U> shifted = t + magic;
+  Lanes<U> f = t - (shifted - magic);
+  Lanes<U> p = f * 0.001326472731307149f + 0.009671512991189957f;
   p = p * f + 0.05550733581185341f;
   p = p * f + 0.24022242426872253f;
   p = p * f + 0.6931470036506653f;
   p = p * f + 1.f;
-  return p * scale;
+  FASTSDPO_EACH shifted.v[j] = (vf)((vi)shifted.v[j] << 23);  // 2^n, and 0 for n = -127
+  return p * shifted;
 }
 
 // log2(x) for normal x > 0: error at most 1.2e-7 of max(|log2 x|, |x - 1|), so it is relative
 // near 1. About -127 for x = 0: callers multiply that by 0. x = 2^e * (1 + u), 1 + u in [sqrt(1/2),
 // sqrt(2)).
-INLINE vf log2v(vf x) {
-  vi bits = (vi)x;
-  vi e = (bits - 0x3f3504f3) >> 23;
-  vf u = (vf)(bits - (e << 23)) - 1.f;
-  vf p = u * 0.12583689391613007f + -0.20726968348026276f;
+template <int U>
+INLINE Lanes<U> log2v(const Lanes<U>& x) {
+  Lanes<U> u, exponent;
+  FASTSDPO_EACH {
+    vi bits = (vi)x.v[j];
+    vi e = (bits - 0x3f3504f3) >> 23;
+    exponent.v[j] = __builtin_convertvector(e, vf);
+    u.v[j] = (vf)(bits - (e << 23)) - 1.f;
+  }
+  Lanes<U> p = u * 0.12583689391613007f + -0.20726968348026276f;
   p = p * u + 0.21571561694145203f;
   p = p * u + -0.23894482851028442f;
   p = p * u + 0.28791624307632446f;
@@ -108,8 +167,7 @@ INLINE vf log2v(vf x) {
   p = p * u + 0.48091062903404236f;
   p = p * u + -0.7213473320007324f;
   p = p * u + 1.4426950216293335f;
-  vf result = __builtin_convertvector(e, vf) + p * u;
-  return x != x ? x : result;
+  return exponent + p * u;
 }
 
 // tanh(x): relative error at most 2e-7. Odd polynomial up to 5/8, then (1 - e) / (1 + e), e =
@@ -117,7 +175,7 @@ INLINE vf log2v(vf x) {
 INLINE vf tanhv(vf x) {
   vi sign = (vi)x & INT32_MIN;
   vf a = (vf)((vi)x ^ sign);
-  vf e = exp2v(max_or_b(-a, all(-40.f)) * 2.8853900817779268f);
+  vf e = exp2v(Lanes<1>{max_or_b(-a, all(-40.f)) * 2.8853900817779268f}).v[0];
   vf large = (1.f - e) / (1.f + e);
   vf s = a * a;
   vf p = s * -0.006113192066550255f + 0.021010082215070724f;

@@ -85,7 +85,7 @@ struct TokenOp {
   void statistics(const Rows& rows, int64_t row, Span span, Stats& stats) const {
     alignas(64) float block[BLOCK];
     for_blocks(span, [&](int64_t column, int n) {
-      const float* c = read_block(rows, softcap, row, column, n, block);
+      const Block c = read_block(rows, softcap, row, column, n, block);
       if (call.entropy)
         add_block<true>(stats, c, n, k);
       else
@@ -99,13 +99,14 @@ struct TokenOp {
     const vf minus_scale = all(-state.scale), scale_k = all((float)k);
     const int64_t y = call.target_ids[row];
     for_blocks(span, [&](int64_t column, int n) {
-      const float* c = read_block(student, softcap, row, column, n, logits_block);
+      const Block block = read_block(student, softcap, row, column, n, logits_block);
       float* g = gradient_block(grad, row, column, n, grad_block);
-      for (int i = 0; i < padded(n); i += 2 * W)
-        for (int j = i; j < i + 2 * W; j += W)
-          store(g + j, exp2v((load(c + j) - max) * scale_k - log2sum) * minus_scale);
+      for (int i = 0; i < padded(n); i += 4 * W) {
+        block.prefetch(i);
+        store(g + i, exp2v((load_lanes<4>(block.c + i) - max) * scale_k - log2sum) * minus_scale);
+      }
       if (y >= column && y < column + n) g[y - column] += state.scale;
-      apply_softcap_slope(softcap, c, g, n);
+      apply_softcap_slope(softcap, block.c, g, n);
       write_block(grad, row, column, n, g);
     });
   }

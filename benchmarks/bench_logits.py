@@ -1,0 +1,294 @@
+"""Losses from logits on the CPU: the native kernels against what people run today.
+
+    python benchmarks/bench_logits.py --tokens 512 --vocabulary 49152 --dtype float32
+
+Every rival computes a token-mean loss and its gradient with respect to the student's logits:
+
+    native fused     fastsdpo's backend function that forms loss and gradient in one visit of a row,
+                     in place (what the losses from hidden states call)
+    native           fastsdpo.sdpo_loss(backend="native", inplace_grad=True) and backward
+    reference        fastsdpo.sdpo_loss(backend="reference", inplace_grad=True) and backward
+    torch.compile    the plain PyTorch loss (float32 log-softmaxes) compiled with Inductor
+    TRL              the functions of trl.experimental.sdpo.loss_utils, eager
+    Liger            LigerFusedLinearJSDFunction.distillation_loss_fn on the logits (divergences only)
+
+Bytes: "streamed" counts every pass of the algorithm over a logits tensor (sampled token 4, KL 5, JSD 7
+passes of T * V elements), which is what the kernel asks of the caches; "compulsory" counts both inputs
+and the gradient once (3). Both are set against a measured copy (read plus write).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastsdpo
+from benchmarks._harness import (
+    Rival,
+    copy_bandwidth,
+    environment,
+    gemm_flops,
+    interleave,
+    record,
+    table,
+)
+from fastsdpo.ops.divergence import _native
+
+MODES = {"sampled": None, "forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
+STREAMED = {"sampled": 4, "forward_kl": 5, "reverse_kl": 5, "jsd": 7}
+# (T, V) tensors of the student's dtype that a rival holds at its peak beyond its inputs, rounded up;
+# used only to leave out what would not fit.
+TEMPORARIES = {"sampled": 6, "forward_kl": 8, "reverse_kl": 8, "jsd": 18}
+
+
+def plain_loss(mode: str, student: Tensor, teacher: Tensor, target_ids: Tensor) -> Tensor:
+    """The token-mean loss in plain PyTorch with float32 log-softmaxes; what `torch.compile` gets."""
+    s = torch.log_softmax(student.float(), -1)
+    t = torch.log_softmax(teacher.float(), -1)
+    if mode == "sampled":
+        s_y = s.gather(-1, target_ids[:, None]).squeeze(-1)
+        t_y = t.gather(-1, target_ids[:, None]).squeeze(-1)
+        return (-(t_y - s_y).detach() * s_y).mean()
+    alpha = MODES[mode]
+    if alpha == 0:
+        return (t.exp() * (t - s)).sum(-1).mean()
+    if alpha == 1:
+        return (s.exp() * (s - t)).sum(-1).mean()
+    p, q = s.exp(), t.exp()
+    m = ((1 - alpha) * p + alpha * q).log()
+    return ((1 - alpha) * p * (s - m) + alpha * q * (t - m)).sum(-1).mean()
+
+
+def trl_loss(mode: str, student: Tensor, teacher: Tensor, target_ids: Tensor) -> Tensor:
+    from trl.experimental.sdpo import loss_utils
+
+    if mode == "sampled":
+        return loss_utils.compute_sampled_token_self_distillation_loss(
+            student[None], teacher[None], target_ids[None], distillation_alpha=1.0
+        ).mean()
+    return loss_utils.compute_full_logit_self_distillation_loss(
+        student, teacher, distillation_alpha=MODES[mode]
+    ).mean()
+
+
+def liger_loss(mode: str, student: Tensor, teacher: Tensor, target_ids: Tensor) -> Tensor:
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
+
+    total = LigerFusedLinearJSDFunction.distillation_loss_fn(student, teacher, beta=MODES[mode])
+    return total / len(target_ids)
+
+
+class Case:
+    """The tensors of one measurement; `student` is restored from `original` before each run."""
+
+    def __init__(self, tokens: int, vocabulary: int, dtype: torch.dtype):
+        g = torch.Generator().manual_seed(0)
+        self.teacher = torch.empty(tokens, vocabulary, dtype=dtype)
+        self.original = torch.empty_like(self.teacher)
+        for i in range(tokens):  # row by row: no float32 copy of the whole
+            row = 2.5 * torch.randn(vocabulary, generator=g)
+            self.original[i] = row
+            self.teacher[i] = row + 0.3 * torch.randn(vocabulary, generator=g)
+        self.student = self.original.clone()
+        self.target_ids = torch.randint(vocabulary, (tokens,), generator=g)
+        self.weights = torch.full((tokens,), 1 / tokens)
+
+    def restore(self) -> None:
+        self.student.copy_(self.original)
+
+
+def rivals(case: Case, mode: str, names: list[str]) -> dict[str, Callable[[], tuple[Any, Tensor]]]:
+    """Each rival's call, which returns ``(loss, gradient)``."""
+    student, teacher, ids = case.student, case.teacher, case.target_ids
+
+    def autograd(loss_function: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
+        def run() -> tuple[Tensor, Tensor]:
+            leaf = student.detach().requires_grad_()
+            loss = loss_function(mode, leaf, teacher, ids)
+            return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+        return run
+
+    def public(backend: str) -> Callable[[], tuple[Tensor, Tensor]]:
+        options = {"mode": "sampled_token"}
+        if mode != "sampled":
+            options = {"mode": "full", "alpha": MODES[mode]}
+
+        def run() -> tuple[Tensor, Tensor]:
+            leaf = student.detach().requires_grad_()
+            out = fastsdpo.sdpo_loss(
+                leaf, teacher, ids, backend=backend, inplace_grad=True, **options
+            )
+            return out.loss.detach(), torch.autograd.grad(out.loss, leaf)[0]
+
+        return run
+
+    def fused() -> tuple[Tensor, Tensor]:
+        s, t = student[None], teacher[None]
+        if mode == "sampled":
+            out = _native.sampled_token_fused(
+                s, t, None, ids, case.weights, None, 0.0, 1.0, 0.0, -100, s
+            )
+        else:
+            out = _native.divergence_fused(
+                s, t, ids, case.weights, None, 0.0, MODES[mode], 1.0, 0.0, -100, s
+            )
+        return out[0] @ out[1], student
+
+    compiled = torch.compile(plain_loss, dynamic=False)
+    everyone = {
+        "native fused": fused,
+        "native": public("native"),
+        "reference": public("reference"),
+        "torch.compile": autograd(compiled),
+        "TRL": autograd(trl_loss),
+        "Liger": autograd(liger_loss),
+    }
+    if mode == "sampled":
+        del everyone["Liger"]  # it has no such loss
+    return {name: run for name, run in everyone.items() if name in names}
+
+
+def check(case: Case, mode: str, calls: dict[str, Callable[[], tuple[Any, Tensor]]]) -> None:
+    """Every rival against float64 on the case's own first rows, within what its dtype allows."""
+    leaf = case.original.double().requires_grad_()
+    teacher = case.teacher.double()
+    s, t = torch.log_softmax(leaf, -1), torch.log_softmax(teacher, -1)
+    if mode == "sampled":
+        pick = case.target_ids[:, None]
+        loss = (-(t.gather(1, pick) - s.gather(1, pick)).detach() * s.gather(1, pick)).mean()
+    else:
+        alpha = MODES[mode]
+        p, q = s.exp(), t.exp()
+        m = ((1 - alpha) * p + alpha * q).log()
+        terms = {0.0: q * (t - s), 1.0: p * (s - t)}.get(
+            alpha, (1 - alpha) * p * (s - m) + alpha * q * (t - m)
+        )
+        loss = terms.sum(-1).mean()
+    (grad,) = torch.autograd.grad(loss, leaf)
+    for name, call in calls.items():
+        case.restore()
+        got_loss, got_grad = call()
+        # TRL and Liger take log-softmaxes in the logits' own dtype.
+        loose = case.student.dtype != torch.float32 and name in ("TRL", "Liger")
+        loss_error = abs(float(got_loss) - float(loss)) / abs(float(loss))
+        grad_error = float((got_grad.double() - grad).norm() / grad.norm())
+        limit = {torch.float32: 1e-4}.get(case.student.dtype, 5e-3)
+        if not loose and (loss_error > limit or grad_error > limit):
+            raise SystemExit(
+                f"{mode}: {name} is wrong: loss {loss_error:.1e}, gradient {grad_error:.1e}"
+            )
+        print(f"  {name:14s} loss off {loss_error:.1e}, gradient off {grad_error:.1e} of its norm")
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines, commands = [], []
+    for row in rows:
+        base = row["rivals"].get("native fused", row["rivals"].get("native"))
+        for name, timing in row["rivals"].items():
+            cells = [
+                row["dtype"], f"{row['tokens']} x {row['vocabulary']}", row["mode"], name,
+                f"{timing['median'] * 1e3:.0f}",
+                f"{timing['fastest'] * 1e3:.0f} to {timing['slowest'] * 1e3:.0f}",
+                f"{timing['median'] / base['median']:.2f}",
+            ]  # fmt: skip
+            peak = timing["peak_bytes"]
+            cells.append("" if peak is None else f"{peak / row['tensor_bytes']:.2f}")
+            for passes in (STREAMED[row["mode"]], 3):
+                ours = name.startswith("native")
+                bandwidth = passes * row["tensor_bytes"] / timing["median"] / row["copy_bandwidth"]
+                cells.append(f"{bandwidth:.2f}" if ours else "")
+            lines.append(cells)
+        commands += [
+            f"- {row['dtype']} {row['tokens']} x {row['vocabulary']} {row['mode']}: "
+            f"`{row['environment']['command']}` at {row['environment']['commit']}; "
+            f"copy {row['copy_bandwidth'] / 1e9:.1f} GB/s, GEMM {row['gemm_flops'] / 1e9:.0f} GFLOP/s"
+            + (f"; not run: {row['left_out']}" if row["left_out"] else "")
+        ]
+    first = rows[0]["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    header = [
+        "dtype", "T x V", "loss", "who", "ms", "spread", "times native fused",
+        "peak memory / (T x V)", "streamed / copy", "compulsory / copy",
+    ]  # fmt: skip
+    return (
+        "# Losses from logits, forward and backward, on a CPU\n\n"
+        f"{first['device']}; {first['native']}; Python {first['python']}; {versions}. "
+        "No GPU was used.\n\n"
+        "Rivals, byte counts and method: `benchmarks/bench_logits.py`. Milliseconds are the median "
+        "of the rounds of one interleaved run, all rivals in one process.\n\n"
+        + table(header, lines) + "\n## Commands\n\n" + "\n".join(commands) + "\n"
+    )  # fmt: skip
+
+
+def available_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--rivals", nargs="+", default=None, help="default: all")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--results", help="name of the results files; none are written without it")
+    args = parser.parse_args()
+
+    dtype = getattr(torch, args.dtype)
+    names = args.rivals or ["native fused", "native", "reference", "torch.compile", "TRL", "Liger"]
+    bandwidth, flops = copy_bandwidth(), gemm_flops()
+    print(f"copy {bandwidth / 1e9:.1f} GB/s, GEMM {flops / 1e9:.0f} GFLOP/s")
+    rows = []
+    for mode in args.modes:
+        small = Case(16, args.vocabulary, dtype)
+        print(f"{mode}: correctness on 16 rows")
+        check(small, mode, rivals(small, mode, names))
+        case = Case(args.tokens, args.vocabulary, dtype)
+        tensor_bytes = case.student.numel() * case.student.element_size()
+        calls = rivals(case, mode, names)
+        left_out = []
+        wanted = TEMPORARIES[mode] * case.student.numel() * 4
+        if wanted > 0.8 * available_memory():
+            heavy = [name for name in calls if not name.startswith("native")]
+            left_out = [name for name in heavy if name != "torch.compile"]
+            for name in left_out:
+                del calls[name]
+        timings = interleave(
+            [Rival(name, call, case.restore) for name, call in calls.items()], args.rounds
+        )
+        for name, timing in timings.items():
+            print(
+                f"  {name:14s} {timing.median * 1e3:9.1f} ms "
+                f"({timing.fastest * 1e3:.1f} to {timing.slowest * 1e3:.1f}), "
+                f"{timing.median / next(iter(timings.values())).median:.2f}x, peak "
+                f"{(timing.peak_bytes or 0) / tensor_bytes:.2f} (T, V) tensors",
+                flush=True,
+            )
+        reason = f"{', '.join(left_out)} (need about {wanted / 2**30:.0f} GiB)" if left_out else ""
+        rows.append(
+            {
+                "dtype": args.dtype,
+                "tokens": args.tokens,
+                "vocabulary": args.vocabulary,
+                "mode": mode,
+                "tensor_bytes": tensor_bytes,
+                "copy_bandwidth": bandwidth,
+                "gemm_flops": flops,
+                "left_out": reason,
+                "rivals": {name: vars(timing) for name, timing in timings.items()},
+                "environment": environment(),
+            }
+        )
+    if args.results:
+        record(args.results, rows, ("dtype", "tokens", "vocabulary", "mode"), markdown)
+
+
+if __name__ == "__main__":
+    main()
