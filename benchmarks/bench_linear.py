@@ -1,0 +1,294 @@
+"""Losses from hidden states on the CPU: `linear_sdpo_loss` against its bare GEMMs and against rivals.
+
+    python benchmarks/bench_linear.py --tokens 512 --vocabulary 49152 --hidden 576
+
+Every rival computes a token-mean loss in float32 and, for a "step", its gradients with respect to the
+student's hidden states and the head that student and teacher share:
+
+    fastsdpo         fastsdpo.linear_sdpo_loss and backward
+    bare GEMMs       the 4 products of T x V x D (2 without gradients) in fastsdpo's own chunks, into
+                     buffers that exist already: no loss, no allocation; what the step cannot beat
+    TRL              trl.kernels: ChunkedDivergenceFunction (KL, JSD), ChunkedLogProbFunction twice
+                     (sampled token); their CPU path
+    Liger            LigerFusedLinearJSDLoss, soft loss only, eager (KL, JSD)
+    Liger compiled   the same with compiled=True, its default
+    eager            logits of all tokens, then the plain PyTorch loss (float32 log-softmaxes)
+    torch.compile    the same function, compiled with Inductor
+
+A "score" is the loss alone, under no_grad (Liger forms its gradients in forward, so it has none).
+GFLOP/s are 2 T V D for each of the 4 (or 2) products a step needs, over the time: products that a
+rival computes twice do not count for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastsdpo
+from benchmarks._harness import Rival, environment, gemm_flops, interleave, record, table
+from benchmarks.bench_logits import plain_loss
+from fastsdpo.ops.linear import default_chunk_size
+from fastsdpo.testing import oracle_sdpo_loss
+
+MODES = {"sampled": None, "forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5, "topk": 1.0}
+TOPK = 100
+RIVALS = ["fastsdpo", "bare GEMMs", "TRL", "Liger", "Liger compiled", "eager", "torch.compile"]
+
+
+def options(mode: str) -> dict[str, Any]:
+    """The keyword arguments of `linear_sdpo_loss` for one of `MODES`."""
+    if mode == "sampled":
+        return {"mode": "sampled_token"}
+    if mode == "topk":
+        return {"mode": "topk", "alpha": 1.0, "topk": TOPK}
+    return {"mode": "full", "alpha": MODES[mode]}
+
+
+def plain_topk_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Reverse KL over the student's top k tokens and one bucket for the rest."""
+    s, t = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
+    ids = student.detach().topk(TOPK, -1).indices
+
+    def classes(log_probs: Tensor) -> Tensor:
+        chosen = log_probs.gather(-1, ids)
+        rest = (-chosen.exp().sum(-1, keepdim=True)).clamp(min=-1 + 1e-7).log1p()
+        return torch.cat([chosen, rest], -1)
+
+    s, t = classes(s), classes(t)
+    return (s.exp() * (s - t)).sum(-1).mean()
+
+
+class Case:
+    """Hidden states of a student and of a teacher near it, and a head with logits of unit scale."""
+
+    def __init__(self, tokens: int, vocabulary: int, hidden: int):
+        g = torch.Generator().manual_seed(0)
+        self.student = torch.randn(tokens, hidden, generator=g)
+        self.teacher = self.student + 0.1 * torch.randn(tokens, hidden, generator=g)
+        self.weight = torch.randn(vocabulary, hidden, generator=g).mul_(2.5 / math.sqrt(hidden))
+        self.target_ids = torch.randint(vocabulary, (tokens,), generator=g)
+        self.gemm = 2 * tokens * vocabulary * hidden  # FLOPs of one product
+
+
+def bare_gemms(case: Case, with_gradients: bool) -> Callable[[], None]:
+    (tokens, hidden), vocabulary = case.student.shape, case.weight.shape[0]
+    chunk = default_chunk_size(tokens, vocabulary, case.student.device)
+    both = torch.cat([case.student[:chunk], case.teacher[:chunk]])
+    tile = torch.zeros(len(both), vocabulary)
+    grad_hidden, grad_weight = torch.zeros(chunk, hidden), torch.zeros(vocabulary, hidden)
+
+    def run() -> None:
+        for start in range(0, tokens, chunk):
+            n = min(chunk, tokens - start)
+            torch.mm(both[: 2 * n], case.weight.t(), out=tile[: 2 * n])
+            if with_gradients:
+                torch.mm(tile[:n], case.weight, out=grad_hidden[:n])
+                torch.addmm(grad_weight, tile[:n].t(), both[:n], out=grad_weight, beta=0)
+
+    return run
+
+
+def losses(
+    case: Case, mode: str, names: list[str]
+) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Each rival's ``loss(student_hidden, weight)``."""
+    teacher, ids, tokens = case.teacher, case.target_ids, len(case.target_ids)
+    alpha = MODES[mode]
+
+    def ours(student: Tensor, weight: Tensor) -> Tensor:
+        return fastsdpo.linear_sdpo_loss(student, teacher, weight, ids, **options(mode)).loss
+
+    def eager(student: Tensor, weight: Tensor) -> Tensor:
+        student_logits = student @ weight.t()
+        with torch.no_grad():
+            teacher_logits = teacher @ weight.t()
+        if mode == "topk":
+            return plain_topk_loss(student_logits, teacher_logits)
+        return plain_loss(mode, student_logits, teacher_logits, ids)
+
+    def trl(student: Tensor, weight: Tensor) -> Tensor:
+        if mode == "sampled":
+            from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+            def logps(hidden: Tensor) -> Tensor:
+                # 32768 words at a time, as its divergence; the last argument: log-probabilities only
+                return ChunkedLogProbFunction.apply(
+                    hidden, weight, None, ids, 1.0, 32768, None, 1.0, ()
+                )[0]
+
+            with torch.no_grad():
+                teacher_logps = logps(teacher)
+            student_logps = logps(student)
+            return (-(teacher_logps - student_logps).detach() * student_logps).mean()
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        return ChunkedDivergenceFunction.apply(
+            student, weight, None, teacher, weight.detach(), None, alpha
+        )[0].mean()
+
+    def liger(compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        # Chunks as large as fastsdpo's: its default of 1024 was slower here and takes more memory.
+        chunk = default_chunk_size(tokens, case.weight.shape[0], teacher.device)
+        loss = LigerFusedLinearJSDLoss(
+            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=alpha, compiled=compiled,
+            chunk_size=chunk,
+        )  # fmt: skip
+        return lambda student, weight: loss(student, weight, teacher, weight.detach(), ids)
+
+    everyone: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"fastsdpo": ours}
+    if mode != "topk":
+        everyone["TRL"] = trl
+    if mode in ("forward_kl", "reverse_kl", "jsd"):
+        everyone["Liger"] = liger(False)
+        everyone["Liger compiled"] = liger(True)
+    everyone["eager"] = eager
+    everyone["torch.compile"] = torch.compile(eager, dynamic=False)
+    return {name: loss for name, loss in everyone.items() if name in names}
+
+
+def step(case: Case, loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    student = case.student.detach().requires_grad_()
+    weight = case.weight.detach().requires_grad_()
+    value = loss(student, weight)
+    return value.detach(), *torch.autograd.grad(value, (student, weight))
+
+
+def check(mode: str, vocabulary: int, names: list[str]) -> None:
+    """Loss and both gradients of every rival against float64, on 24 tokens and D = 64."""
+    case = Case(24, vocabulary, 64)
+    student, weight = case.student.double(), case.weight.double()
+    z, z_teacher = student @ weight.t(), case.teacher.double() @ weight.t()
+    arguments = options(mode)
+    if mode == "topk":
+        arguments["topk_ids"] = (case.student @ case.weight.t()).topk(TOPK, -1).indices
+    want = oracle_sdpo_loss(z, z_teacher, case.target_ids, **arguments)
+    gradients = (want.grad @ weight, want.grad.t() @ student)
+    for name, loss in losses(case, mode, names).items():
+        value, *got = step(case, loss)
+        errors = [abs(float(value) / float(want.loss) - 1)]
+        errors += [float((g - w).norm() / w.norm()) for g, w in zip(got, gradients)]
+        if not max(errors) < 1e-3:
+            raise SystemExit(f"bench_linear: {mode}: {name} is wrong: {errors}")
+        text = ", ".join(f"{error:.0e}" for error in errors)
+        print(f"  {name:15s} off by {text} (loss, hidden gradient, head gradient)", flush=True)
+
+
+def calls(case: Case, mode: str, what: str, names: list[str]) -> list[Rival]:
+    found = []
+    if "bare GEMMs" in names:
+        found.append(Rival("bare GEMMs", bare_gemms(case, what == "step")))
+    for name, loss in losses(case, mode, names).items():
+        if what == "step":
+            found.append(Rival(name, lambda loss=loss: step(case, loss)))
+        elif not name.startswith("Liger"):
+
+            def score(loss=loss) -> None:
+                with torch.no_grad():
+                    loss(case.student, case.weight)
+
+            found.append(Rival(name, score))
+    return found
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines, commands, worst = [], [], {}
+    for row in rows:
+        bare = row["rivals"]["bare GEMMs"]["median"]
+        ours = row["rivals"]["fastsdpo"]["median"]
+        for name, timing in row["rivals"].items():
+            gemms = 4 if row["what"] == "step" else 2
+            peak = timing["peak_bytes"]
+            lines.append([
+                f"{row['tokens']} x {row['vocabulary']} x {row['hidden']}", row["what"], row["mode"],
+                name, f"{timing['median']:.2f}",
+                f"{timing['fastest']:.2f} to {timing['slowest']:.2f}",
+                f"{timing['median'] / bare:.2f}", f"{timing['median'] / ours:.2f}",
+                f"{gemms * row['gemm'] / timing['median'] / 1e9:.0f}",
+                "" if peak is None else f"{peak / 2**20:.0f}",
+            ])  # fmt: skip
+            if row["what"] == "step":
+                worst.setdefault(name, []).append(timing["median"] / ours)
+                if name == "fastsdpo":
+                    worst.setdefault("fastsdpo / bare GEMMs", []).append(ours / bare)
+        commands.append(
+            f"- {row['tokens']} x {row['vocabulary']} x {row['hidden']} {row['what']} {row['mode']}: "
+            f"`{row['environment']['command']}` at {row['environment']['commit']}, "
+            f"{row['rounds']} rounds; square GEMM {row['gemm_flops'] / 1e9:.0f} GFLOP/s"
+        )
+    summary = [
+        [name, str(len(ratios)), f"{min(ratios):.2f}", f"{sorted(ratios)[len(ratios) // 2]:.2f}",
+         f"{max(ratios):.2f}"]
+        for name, ratios in worst.items() if name not in ("fastsdpo", "bare GEMMs")
+    ]  # fmt: skip
+    first = rows[0]["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    header = [
+        "T x V x D", "what", "loss", "who", "s", "spread", "times bare GEMMs", "times fastsdpo",
+        "useful GFLOP/s", "peak MiB above start",
+    ]  # fmt: skip
+    return (
+        "# Losses from hidden states on a CPU\n\n"
+        f"{first['device']}; {first['native']}; Python {first['python']}; {versions}. float32. "
+        "No GPU was used.\n\n"
+        "Rivals and method: `benchmarks/bench_linear.py`. Seconds are the median of the rounds of "
+        "one interleaved run, all rivals in one process.\n\n"
+        "## Steps: time of a rival over fastsdpo's\n\n"
+        + table(["who", "cases", "least", "median", "most"], summary)
+        + "\n## All\n\n" + table(header, lines) + "\n## Commands\n\n" + "\n".join(commands) + "\n"
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--what", nargs="+", choices=["step", "score"], default=["step"])
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=RIVALS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--results", help="name of the results files; none are written without it")
+    args = parser.parse_args()
+
+    flops = gemm_flops()
+    print(f"square GEMM {flops / 1e9:.0f} GFLOP/s")
+    for mode in args.modes:
+        print(f"{mode}: correctness")
+        check(mode, args.vocabulary, args.rivals)
+        case = Case(args.tokens, args.vocabulary, args.hidden)
+        for what in args.what:
+            timings = interleave(calls(case, mode, what, args.rivals), args.rounds)
+            for name, timing in timings.items():
+                print(
+                    f"  {what} {name:15s} {timing.median:7.2f} s ({timing.fastest:.2f} to "
+                    f"{timing.slowest:.2f}), {timing.median / timings['bare GEMMs'].median:.2f}x "
+                    f"bare, peak {(timing.peak_bytes or 0) / 2**20:.0f} MiB",
+                    flush=True,
+                )
+            row = {
+                "tokens": args.tokens,
+                "vocabulary": args.vocabulary,
+                "hidden": args.hidden,
+                "what": what,
+                "mode": mode,
+                "rounds": args.rounds,
+                "gemm": case.gemm,
+                "gemm_flops": flops,
+                "rivals": {name: vars(timing) for name, timing in timings.items()},
+                "environment": environment(),
+            }
+            if args.results:
+                keys = ("tokens", "vocabulary", "hidden", "what", "mode")
+                record(args.results, [row], keys, markdown)
+
+
+if __name__ == "__main__":
+    main()
