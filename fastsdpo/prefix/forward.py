@@ -251,7 +251,7 @@ def check_sharing(model: nn.Module, *, attention: str = "auto") -> tuple[bool, s
         with torch.no_grad():
             shared = shared_forward(model, items, sharing="conversation", attention=attention)
             alone = shared_forward(model, items, sharing="off")
-    except (NotImplementedError, ValueError) as error:
+    except (NotImplementedError, ValueError, TypeError) as error:  # TypeError: unknown keyword
         return False, str(error)
     mixture = any(
         getattr(causal_lm(model).config.get_text_config(), key, None)
@@ -500,8 +500,10 @@ def _long_positions(model: nn.Module, plan: Plan) -> str | None:
         *(r.get("rope_type") for r in rope.values() if isinstance(r, dict)),
     }
     changing = kinds & {"dynamic", "longrope"}
-    limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    if changing and int(plan.position_ids.max()) >= limit:
+    limit = rope.get("original_max_position_embeddings") or getattr(
+        config, "max_position_embeddings", None
+    )
+    if changing and limit and int(plan.position_ids.max()) >= limit:
         return f"its {changing.pop()} rotary embeddings change beyond {limit} positions"
     return None
 
