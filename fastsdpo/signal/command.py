@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastsdpo.data import Interaction, extract_interactions, load_conversations
+from fastsdpo.data import HindsightTemplate, Interaction, extract_interactions, load_conversations
 from fastsdpo.data.templates import PRESETS
 from fastsdpo.signal.compute import NEUTRAL_FOLLOWUP, choose_unrelated, compute_signal
 from fastsdpo.signal.figure import render_png
@@ -153,6 +153,8 @@ def _check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         parser.error(f"--index must be at least 0, got {args.index}")
     if args.no_unrelated and args.unrelated is not None:
         parser.error("give --unrelated or --no-unrelated, not both")
+    if not 0 < args.temperature < float("inf"):
+        parser.error(f"--temperature must be positive, got {args.temperature}")
     if args.scale is not None and not 0 < args.scale < float("inf"):
         parser.error(f"--scale must be positive, got {args.scale}")
     for name in ("html", "png", "json"):
@@ -172,7 +174,14 @@ def _run(args: argparse.Namespace) -> int:
         unrelated = NEUTRAL_FOLLOWUP
     if args.unrelated is not None:
         unrelated = args.unrelated
+    template = HindsightTemplate.parse(args.template)
+    for followup in [interaction.followup] + ([] if args.no_unrelated else [unrelated]):
+        template.render(followup)  # a blank one is refused before minutes are spent on a model
 
+    from transformers.utils import logging as transformers_logging
+
+    if args.quiet or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     from fastsdpo.modeling import load_model_and_tokenizer
 
     model, tokenizer = load_model_and_tokenizer(
@@ -197,7 +206,7 @@ def _run(args: argparse.Namespace) -> int:
         model,
         tokenizer,
         interaction,
-        args.template,
+        template,
         unrelated=None if args.no_unrelated else unrelated,
         temperature=args.temperature,
         max_prompt_length=args.max_prompt_length,

