@@ -46,14 +46,15 @@ struct PairStats {
     dot += other.dot;
   }
 
-  void add_block(const Block& s, const Block& t, int n, double k) {
-    raise(block_max(s.c, n), block_max(t.c, n), k);
+  template <class T>
+  INLINE_MEMBER void add_block(const T* s, const T* t, int n, double k) {
+    raise(block_max(s, n), block_max(t, n), k);
     const vf scale = all((float)k), s0 = all(student.origin()), t0 = all(teacher.origin());
     Lanes<2> sum_s = {}, sum_t = {}, sum_d = {};
     for (int i = 0; i < padded(n); i += sum_s.SIZE) {
-      s.prefetch(i);
-      t.prefetch(i);
-      Lanes<2> x = (load_lanes<2>(s.c + i) - s0) * scale, y = (load_lanes<2>(t.c + i) - t0) * scale;
+      prefetch_next(s + i);
+      prefetch_next(t + i);
+      Lanes<2> x = (load_lanes<2>(s + i) - s0) * scale, y = (load_lanes<2>(t + i) - t0) * scale;
       Lanes<2> es = exp2v(x), et = exp2v(y);
       sum_s = sum_s + es;
       sum_t = sum_t + et;
@@ -160,22 +161,30 @@ struct DivergenceOp {
     state.scale = (float)(upstream / call.temperature);
   }
 
-  // Calls f(s, t, n, column) for every block of both rows.
+  // Both rows' blocks lie in place in bfloat16, and a loop reads them as they are.
+  bool both_bf16(int n) const {
+    return in_place(student, softcap, n) && student.dtype == FASTSDPO_BFLOAT16 &&
+           teacher.dtype == FASTSDPO_BFLOAT16;
+  }
+
+  // Calls f(s, t, n, column) for every block of both rows, with pointers of one type.
   template <class F>
   INLINE_MEMBER void for_pairs(int64_t row, Span span, F f) const {
     alignas(64) float student_block[BLOCK], teacher_block[BLOCK];
     for_blocks(span, [&](int64_t column, int n) {
-      f(read_block(student, softcap, row, column, n, student_block),
-        read_block(teacher, softcap, row, column, n, teacher_block), n, column);
+      if (both_bf16(n))
+        f((const bf16*)student.at(row, column), (const bf16*)teacher.at(row, column), n, column);
+      else
+        f(read_block(student, softcap, row, column, n, student_block),
+          read_block(teacher, softcap, row, column, n, teacher_block), n, column);
     });
   }
 
   __attribute__((noinline)) void visit(int phase, int64_t row, Span span, const State& state,
                                        Part& part) const {
     if (order[phase] == STATS)
-      for_pairs(row, span, [&](const Block& s, const Block& t, int n, int64_t) {
-        part.stats.add_block(s, t, n, k);
-      });
+      for_pairs(row, span,
+                [&](auto* s, auto* t, int n, int64_t) { part.stats.add_block(s, t, n, k); });
     else if (order[phase] == MIXTURE)
       mixture_kl(row, span, state, part);
     else
@@ -186,13 +195,13 @@ struct DivergenceOp {
     const vf scale = all((float)k), weight_t = all(alpha), weight_s = all(1 - alpha);
     const vf s0 = all(state.student.max), s1 = all(state.student.log2sum);
     const vf t0 = all(state.teacher.max), t1 = all(state.teacher.log2sum);
-    for_pairs(row, span, [&](const Block& s, const Block& t, int n, int64_t) {
-      Lanes<4> sum_p = {}, sum_q = {};
+    for_pairs(row, span, [&](auto* s, auto* t, int n, int64_t) {
+      Lanes<2> sum_p = {}, sum_q = {};
       for (int i = 0; i < padded(n); i += sum_p.SIZE) {
-        s.prefetch(i);
-        t.prefetch(i);
-        Mixture<4> m = mixture((load_lanes<4>(s.c + i) - s0) * scale - s1,
-                               (load_lanes<4>(t.c + i) - t0) * scale - t1, weight_s, weight_t);
+        prefetch_next(s + i);
+        prefetch_next(t + i);
+        Mixture<2> m = mixture((load_lanes<2>(s + i) - s0) * scale - s1,
+                               (load_lanes<2>(t + i) - t0) * scale - t1, weight_s, weight_t);
         sum_p = sum_p + m.p * m.log_p_m;
         sum_q = sum_q + m.q * m.log_q_m;
       }
@@ -209,26 +218,34 @@ struct DivergenceOp {
     const vf difference = all(state.student.log2sum - state.teacher.log2sum);
     const vf factor = all(MODE == JSD ? state.scale * (1 - alpha) : state.scale);
     const vf divergence = all(state.divergence);
-    for_pairs(row, span, [&](const Block& s, const Block& t, int n, int64_t column) {
-      float* g = gradient_block(grad, row, column, n, grad_block);
-      constexpr int U = MODE == JSD ? 4 : 2;
+    auto compute = [&](auto* s, auto* t, auto* g, int n) {
+      constexpr int U = 2;
       for (int i = 0; i < padded(n); i += U * W) {
-        s.prefetch(i);
-        t.prefetch(i);
-        Lanes<U> x = (load_lanes<U>(s.c + i) - s0) * scale,
-                 y = (load_lanes<U>(t.c + i) - t0) * scale;
+        prefetch_next(s + i);
+        prefetch_next(t + i);
+        Lanes<U> x = (load_lanes<U>(s + i) - s0) * scale, y = (load_lanes<U>(t + i) - t0) * scale;
         if (MODE == FORWARD_KL) {
-          store(g + i, (exp2v(x - s1) - exp2v(y - t1)) * factor);
+          store_lanes(g + i, (exp2v(x - s1) - exp2v(y - t1)) * factor);
         } else if (MODE == REVERSE_KL) {
           Lanes<U> p = exp2v(x - s1);
           Lanes<U> inner = ((x - y) - difference) * LN2 - divergence;
-          store(g + i, where_nonzero(p, p * inner * factor));
+          store_lanes(g + i, where_nonzero(p, p * inner * factor));
         } else {
           Mixture<U> m = mixture(x - s1, y - t1, weight_s, weight_t);
-          store(g + i, m.p * (m.log_p_m * LN2 - divergence) * factor);
+          store_lanes(g + i, m.p * (m.log_p_m * LN2 - divergence) * factor);
         }
       }
-      apply_softcap_slope(softcap, s.c, g, n);
+    };
+    alignas(64) float student_block[BLOCK], teacher_block[BLOCK];
+    for_blocks(span, [&](int64_t column, int n) {
+      if (both_bf16(n) && grad.dtype == FASTSDPO_BFLOAT16)
+        return compute((const bf16*)student.at(row, column), (const bf16*)teacher.at(row, column),
+                       (bf16*)grad.at(row, column), n);
+      const float* s = read_block(student, softcap, row, column, n, student_block);
+      const float* t = read_block(teacher, softcap, row, column, n, teacher_block);
+      float* g = gradient_block(grad, row, column, n, grad_block);
+      compute(s, t, g, n);
+      apply_softcap_slope(softcap, s, g, n);
       write_block(grad, row, column, n, g);
     });
   }

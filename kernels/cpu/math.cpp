@@ -19,7 +19,7 @@ void map(const float* x, float* y, int64_t n, F f) {
 int FASTSDPO_NAME(math)(int function, const float* x, float* y, int64_t n) {
   if (function == 0) map(x, y, n, [](vf v) { return exp2v(Lanes<1>{v}).v[0]; });
   if (function == 1) map(x, y, n, [](vf v) { return log2v(Lanes<1>{v}).v[0]; });
-  if (function == 2) map(x, y, n, [](vf v) { return tanhv(v); });
+  if (function == 2) map(x, y, n, [](vf v) { return tanhv(Lanes<1>{v}).v[0]; });
   return 0;
 }
 
@@ -27,7 +27,7 @@ int FASTSDPO_NAME(convert)(const fastsdpo_rows& x, const fastsdpo_rows& y, int64
   const Rows from(x, 1), to(y, 1);
   for_blocks(Span{0, n}, [&](int64_t column, int count) {
     alignas(64) float block[BLOCK];
-    const float* values = read_block(from, 0, 0, column, count, block).c;
+    const float* values = read_block(from, 0, 0, column, count, block);
     if (to.direct(count)) memcpy(to.at(0, column), values, count * sizeof(float));
     write_block(to, 0, column, count, values);
   });

@@ -75,41 +75,57 @@ __attribute__((noinline, unused)) void fill_block(const Rows& rows, float softca
     read_as((const f16*)x, n, block);
   for (int i = n; i < padded(n); i++) block[i] = -INF;
   if (softcap == 0) return;
-  for (int i = 0; i < padded(n); i += W) {
-    vf z = load(block + i);
-    store(block + i,
-          z == -INF ? z : tanhv(z / softcap) * softcap);  // a masked token stays masked
+  const float inverse = 1 / softcap;
+  for (int i = 0; i < padded(n); i += 4 * W) {
+    Lanes<4> z = load_lanes<4>(block + i), capped = tanhv(z * inverse) * softcap;
+    for (int j = 0; j < 4; j++)
+      store(block + i + j * W, z.v[j] == -INF ? z.v[j] : capped.v[j]);  // masked stays masked
   }
 }
 
-// A block of a row as floats, and where the row goes on in memory.
-struct Block {
-  const float* c;
-  const char* next;
-  int size;
+// While a block is computed on, the next one comes in: p is where a group of at most 32 values
+// lies.
+template <class T>
+INLINE void prefetch_next(const T* p) {
+  __builtin_prefetch((const char*)(p + BLOCK));
+  __builtin_prefetch((const char*)(p + BLOCK + 16));
+}
 
-  // While a block is computed on, the next one comes in; i is the index of a group of at most 32
-  // floats.
-  INLINE_MEMBER void prefetch(int i) const {
-    __builtin_prefetch(next + i * size);
-    __builtin_prefetch(next + (i + 16) * size);
-  }
-};
+// Whole blocks without a softcap are used where they lie, in their own dtype.
+INLINE bool in_place(const Rows& rows, float softcap, int n) {
+  return softcap == 0 && n % STEP == 0 && rows.data;
+}
 
-// n values of a row as floats, capped, with -inf (probability 0) up to the next multiple of STEP:
-// in `block`, or in place where nothing has to change. `copy` forces them into `block`.
-INLINE Block read_block(const Rows& rows, float softcap, int64_t row, int64_t column, int n,
-                        float* block, bool copy = false) {
+// n values of a row from `column` on as floats, padded, where they lie or in `block`.
+INLINE const float* read_block(const Rows& rows, float softcap, int64_t row, int64_t column, int n,
+                               float* block) {
   const char* x = rows.at(row, column);
-  const char* next = x + BLOCK * rows.size;
-  if (rows.direct(n) && softcap == 0 && !copy) return {(const float*)x, next, rows.size};
+  if (in_place(rows, softcap, n) && rows.dtype == FASTSDPO_FLOAT32) return (const float*)x;
   fill_block(rows, softcap, x, n, block);
-  return {block, next, rows.size};
+  return block;
+}
+
+// Calls f with a pointer to the values in place if the dtype allows, else to them as floats in
+// `block`.
+template <class F>
+INLINE void with_block(const Rows& rows, float softcap, int64_t row, int64_t column, int n,
+                       float* block, F f) {
+  const char* x = rows.at(row, column);
+  if (!in_place(rows, softcap, n)) {
+    fill_block(rows, softcap, x, n, block);
+    f((const float*)block);
+  } else if (rows.dtype == FASTSDPO_FLOAT32) {
+    f((const float*)x);
+  } else if (rows.dtype == FASTSDPO_BFLOAT16) {
+    f((const bf16*)x);
+  } else {
+    f((const f16*)x);
+  }
 }
 
 INLINE float read_one(const Rows& rows, float softcap, int64_t row, int64_t column) {
   float block[STEP];
-  return *read_block(rows, softcap, row, column, 1, block).c;
+  return *read_block(rows, softcap, row, column, 1, block);
 }
 
 // Where to compute a block of the gradient: its final place, or `block` until write_block.
@@ -139,22 +155,22 @@ INLINE void write_zero_row(const Rows& rows, int64_t row, int64_t V) {
 // softcap)^2.
 INLINE void apply_softcap_slope(float softcap, const float* c, float* gradient, int n) {
   if (softcap == 0) return;
+  const float inverse = 1 / softcap;
   for (int i = 0; i < padded(n); i += W) {
-    vf ratio = load(c + i) / softcap;
+    vf ratio = load(c + i) * inverse;
     vf slope = load(c + i) == -INF ? vf{} : 1.f - ratio * ratio;
     store(gradient + i, load(gradient + i) * slope);
   }
 }
 
-INLINE float block_max(const float* c, int n) {
-  vf m0 = all(-INF), m1 = m0, m2 = m0, m3 = m0;
-  for (int i = 0; i < padded(n); i += 4 * W) {
-    m0 = max_or_b(load(c + i), m0);  // NaN never becomes the max; the sums carry it
-    m1 = max_or_b(load(c + i + W), m1);
-    m2 = max_or_b(load(c + i + 2 * W), m2);
-    m3 = max_or_b(load(c + i + 3 * W), m3);
+template <class T>
+INLINE float block_max(const T* c, int n) {
+  Lanes<4> m = Lanes<4>{} - INF;
+  for (int i = 0; i < padded(n); i += m.SIZE) {
+    Lanes<4> x = load_lanes<4>(c + i);
+    for (int j = 0; j < 4; j++) m.v[j] = max_or_b(x.v[j], m.v[j]);  // NaN never; the sums carry it
   }
-  return horizontal_max(max_or_b(max_or_b(m0, m1), max_or_b(m2, m3)));
+  return horizontal_max(max_or_b(max_or_b(m.v[0], m.v[1]), max_or_b(m.v[2], m.v[3])));
 }
 
 // The two numbers that are kept of a row: log2 p_v = (c_v - max) * k - log2sum, k = log2(e) /
@@ -189,14 +205,14 @@ struct Stats {
   Row row() const { return {max, (float)log2(sum)}; }
 };
 
-template <bool WITH_DOT>
-INLINE void add_block(Stats& stats, const Block& block, int n, double k) {
-  stats.raise(block_max(block.c, n), k);
+template <bool WITH_DOT, class T>
+INLINE void add_block(Stats& stats, const T* c, int n, double k) {
+  stats.raise(block_max(c, n), k);
   const vf scale = all((float)k), origin = all(stats.origin());
   Lanes<4> sum = {}, dot = {};
   for (int i = 0; i < padded(n); i += sum.SIZE) {
-    block.prefetch(i);
-    Lanes<4> x = (load_lanes<4>(block.c + i) - origin) * scale;
+    prefetch_next(c + i);
+    Lanes<4> x = (load_lanes<4>(c + i) - origin) * scale;
     Lanes<4> e = exp2v(x);
     sum = sum + e;
     if (WITH_DOT) dot = dot + where_nonzero(e, e * x);

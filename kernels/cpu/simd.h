@@ -93,16 +93,6 @@ FASTSDPO_OPERATOR(*)
 #undef FASTSDPO_OPERATOR
 
 template <int U>
-INLINE Lanes<U> load_lanes(const float* p) {
-  Lanes<U> a;
-  FASTSDPO_EACH a.v[j] = load(p + j * W);
-  return a;
-}
-template <int U>
-INLINE void store(float* p, const Lanes<U>& a) {
-  FASTSDPO_EACH store(p + j * W, a.v[j]);
-}
-template <int U>
 INLINE Lanes<U> max_or_b(float a, Lanes<U> b) {
   FASTSDPO_EACH b.v[j] = max_or_b(all(a), b.v[j]);
   return b;
@@ -172,20 +162,24 @@ INLINE Lanes<U> log2v(const Lanes<U>& x) {
 
 // tanh(x): relative error at most 2e-7. Odd polynomial up to 5/8, then (1 - e) / (1 + e), e =
 // e^(-2|x|).
-INLINE vf tanhv(vf x) {
-  vi sign = (vi)x & INT32_MIN;
-  vf a = (vf)((vi)x ^ sign);
-  vf e = exp2v(Lanes<1>{max_or_b(-a, all(-40.f)) * 2.8853900817779268f}).v[0];
-  vf large = (1.f - e) / (1.f + e);
-  vf s = a * a;
-  vf p = s * -0.006113192066550255f + 0.021010082215070724f;
+template <int U>
+INLINE Lanes<U> tanhv(const Lanes<U>& x) {
+  Lanes<U> a, arg, result;
+  FASTSDPO_EACH a.v[j] = (vf)((vi)x.v[j] & INT32_MAX);
+  FASTSDPO_EACH arg.v[j] = max_or_b(-a.v[j], all(-40.f)) * 2.8853900817779268f;
+  Lanes<U> e = exp2v(arg), s = a * a;
+  Lanes<U> p = s * -0.006113192066550255f + 0.021010082215070724f;
   p = p * s + -0.053854070603847504f;
-  p = p * s + 0.13332794606685638f;
+  p = p * s + 0.13332794606686638f;
   p = p * s + -0.333333283662796f;
-  vf small = a + a * (s * p);
-  vf result = a > 0.625f ? large : small;
-  result = (vf)((vi)result | sign);
-  return x != x ? x : result;
+  Lanes<U> small = a + a * (s * p);
+  FASTSDPO_EACH {
+    vf large = (1.f - e.v[j]) / (1.f + e.v[j]);
+    vf magnitude = a.v[j] > 0.625f ? large : small.v[j];
+    vf v = (vf)((vi)magnitude | ((vi)x.v[j] & INT32_MIN));
+    result.v[j] = x.v[j] != x.v[j] ? x.v[j] : v;
+  }
+  return result;
 }
 
 // ---- bfloat16 and float16. Stores round to nearest, ties to even; NaN stays NaN.
@@ -268,6 +262,41 @@ INLINE void store2(f16* p, vf a, vf b) {
 INLINE void store2(float* p, vf a, vf b) {
   store(p, a);
   store(p + W, b);
+}
+
+// Groups of vectors straight from and to memory. Which value sits in which lane is nobody's
+// business in a loop that treats all alike, so bfloat16 goes in as pairs: a 32-bit lane holds two
+// neighbours, and a shift and a mask make two floats of it; on the way out they are put together
+// again.
+template <int U, class T>
+INLINE Lanes<U> load_lanes(const T* p) {
+  Lanes<U> a;
+  FASTSDPO_EACH a.v[j] = load(p + j * W);
+  return a;
+}
+template <int U>
+INLINE Lanes<U> load_lanes(const bf16* p) {
+  static_assert(U % 2 == 0, "bfloat16 goes in pairs");
+  Lanes<U> a;
+  for (int j = 0; j < U; j += 2) {
+    vu pair;
+    memcpy(&pair, p + j * W, sizeof pair);
+    a.v[j] = (vf)(pair << 16);
+    a.v[j + 1] = (vf)(pair & 0xffff0000u);
+  }
+  return a;
+}
+template <int U>
+INLINE void store_lanes(float* p, const Lanes<U>& a) {
+  FASTSDPO_EACH store(p + j * W, a.v[j]);
+}
+template <int U>
+INLINE void store_lanes(bf16* p, const Lanes<U>& a) {
+  static_assert(U % 2 == 0, "bfloat16 goes in pairs");
+  for (int j = 0; j < U; j += 2) {
+    vu pair = round_bf16(a.v[j]) | (round_bf16(a.v[j + 1]) << 16);
+    memcpy(p + j * W, &pair, sizeof pair);
+  }
 }
 
 }  // namespace

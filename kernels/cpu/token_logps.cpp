@@ -85,11 +85,12 @@ struct TokenOp {
   void statistics(const Rows& rows, int64_t row, Span span, Stats& stats) const {
     alignas(64) float block[BLOCK];
     for_blocks(span, [&](int64_t column, int n) {
-      const Block c = read_block(rows, softcap, row, column, n, block);
-      if (call.entropy)
-        add_block<true>(stats, c, n, k);
-      else
-        add_block<false>(stats, c, n, k);
+      with_block(rows, softcap, row, column, n, block, [&](auto* c) {
+        if (call.entropy)
+          add_block<true>(stats, c, n, k);
+        else
+          add_block<false>(stats, c, n, k);
+      });
     });
   }
 
@@ -98,15 +99,23 @@ struct TokenOp {
     const vf max = all(state.student.max), log2sum = all(state.student.log2sum);
     const vf minus_scale = all(-state.scale), scale_k = all((float)k);
     const int64_t y = call.target_ids[row];
-    for_blocks(span, [&](int64_t column, int n) {
-      const Block block = read_block(student, softcap, row, column, n, logits_block);
-      float* g = gradient_block(grad, row, column, n, grad_block);
+    auto compute = [&](auto* c, auto* g, int n) {
       for (int i = 0; i < padded(n); i += 4 * W) {
-        block.prefetch(i);
-        store(g + i, exp2v((load_lanes<4>(block.c + i) - max) * scale_k - log2sum) * minus_scale);
+        prefetch_next(c + i);
+        store_lanes(g + i, exp2v((load_lanes<4>(c + i) - max) * scale_k - log2sum) * minus_scale);
       }
-      if (y >= column && y < column + n) g[y - column] += state.scale;
-      apply_softcap_slope(softcap, block.c, g, n);
+    };
+    for_blocks(span, [&](int64_t column, int n) {
+      const bool has_target = y >= column && y < column + n;
+      // Straight from bfloat16 to bfloat16 where the block needs nothing else done to it.
+      if (in_place(student, softcap, n) && !has_target && student.dtype == FASTSDPO_BFLOAT16 &&
+          grad.dtype == FASTSDPO_BFLOAT16)
+        return compute((const bf16*)student.at(row, column), (bf16*)grad.at(row, column), n);
+      const float* c = read_block(student, softcap, row, column, n, logits_block);
+      float* g = gradient_block(grad, row, column, n, grad_block);
+      compute(c, g, n);
+      if (has_target) g[y - column] += state.scale;
+      apply_softcap_slope(softcap, c, g, n);
       write_block(grad, row, column, n, g);
     });
   }

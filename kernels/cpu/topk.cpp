@@ -106,9 +106,14 @@ struct TopkOp {
     for_blocks(span, [&](int64_t column, int n) {
       const Entry* entry = first_at_least(state, column);
       const Entry* end = first_at_least(state, column + n);
-      const Block c = read_block(rows, softcap, row, column, n, block, entry != end);
+      if (entry == end) {
+        with_block(rows, softcap, row, column, n, block,
+                   [&](auto* c) { add_block<false>(stats, c, n, k); });
+        return;
+      }
+      fill_block(rows, softcap, rows.at(row, column), n, block);
       for (; entry != end; entry++) block[entry->id - column] = -INF;
-      add_block<false>(stats, c, n, k);
+      add_block<false>(stats, block, n, k);
     });
   }
 
@@ -118,22 +123,22 @@ struct TopkOp {
     const vf scale_k = all((float)k), factor = all(state.tail_factor), scale = all(state.scale);
     const float* class_grads = call.class_grads + row * K;
     for_blocks(span, [&](int64_t column, int n) {
-      Block block = {};
+      const float* c = nullptr;
       if (call.add_tail || softcap != 0)
-        block = read_block(student, softcap, row, column, n, logits_block);
+        c = read_block(student, softcap, row, column, n, logits_block);
       float* g = gradient_block(grad, row, column, n, grad_block);
       if (call.add_tail)
         for (int i = 0; i < padded(n); i += 4 * W) {
-          block.prefetch(i);
-          Lanes<4> p = exp2v((load_lanes<4>(block.c + i) - max) * scale_k - log2sum);
-          store(g + i, where_nonzero(p, p * factor * scale));
+          prefetch_next(c + i);
+          Lanes<4> p = exp2v((load_lanes<4>(c + i) - max) * scale_k - log2sum);
+          store_lanes(g + i, where_nonzero(p, p * factor * scale));
         }
       else
         memset(g, 0, padded(n) * sizeof(float));
       const Entry* end = first_at_least(state, column + n);
       for (const Entry* entry = first_at_least(state, column); entry != end; entry++)
         g[entry->id - column] = class_grads[entry->position] * state.scale;
-      apply_softcap_slope(softcap, block.c, g, n);
+      apply_softcap_slope(softcap, c, g, n);
       write_block(grad, row, column, n, g);
     });
   }
