@@ -7,6 +7,7 @@ and fail with the same sentences.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DTYPES = {
@@ -86,6 +88,7 @@ def load_model_and_tokenizer(
             "none; use an instruction-tuned model, or pass the tokenizer of one"
         )
     rows = model.get_input_embeddings().weight.shape[0]
+    _drop_invented_tokens(tokenizer, rows)
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise ValueError(
@@ -244,6 +247,21 @@ def _load_tokenizer(
         )
     except OSError as error:
         raise _not_loaded("tokenizer", place, local, error) from error
+
+
+def _drop_invented_tokens(tokenizer: Any, rows: int) -> None:
+    """Removes ``<|endoftext|>`` where a GGUF file has no such token.
+
+    The conversion from GGUF adds it after the last token of a byte-level vocabulary, as an id that
+    the model has no embedding for: text that spells it would crash the model.
+    """
+    invented = "<|endoftext|>"
+    added_beyond = tokenizer.get_vocab().get(invented, -1) >= rows
+    if not (added_beyond and tokenizer.is_fast) or invented in tokenizer.all_special_tokens:
+        return
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] != invented]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
 
 def _not_loaded(what: str, place: str, local: bool, error: OSError) -> OSError:
