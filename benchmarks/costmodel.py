@@ -1,0 +1,638 @@
+"""Cost of a training step from shapes alone: FLOPs, bytes, kernel launches, peak memory; and time on a GPU.
+
+    python benchmarks/costmodel.py                 # predictions for Qwen3-8B, as Markdown on stdout
+    python benchmarks/costmodel.py --results costmodel_predictions_2026-11-24
+
+The formulas stand in the docstrings below. `tests/benchmarks/test_costmodel.py` holds them against what
+can be counted or measured without a GPU: FLOPs of torch's FlopCounterMode, bytes of every operator of the
+eager losses, tensors that autograd saves, and the memory of a process. What they say about a GPU is a
+**prediction**: nothing of it has been measured on one.
+
+Conventions: a product of (m, k) and (k, n) is 2 m k n FLOPs. Bytes are what kernels read plus write in
+device memory if nothing stays in a cache between two kernels. GB = 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).parent
+
+# --------------------------------------------------------------------------------- losses from logits
+
+# Passes over a (T, V) logits tensor: (reads in forward, reads in backward, gradient writes).
+# Sampled: both logits once, the student's again; KL: both twice; JSD: both three times, since the
+# gradient needs KL(p_S || m), which needs both normalizers. Top-k: as sampled, and selecting the
+# support reads the student's once more; the support's own K entries are not counted.
+PASSES = {
+    "sampled": (2, 1, 1),
+    "forward_kl": (2, 2, 1),
+    "reverse_kl": (2, 2, 1),
+    "jsd": (4, 2, 1),
+    "topk": (3, 1, 1),
+}
+FUSED_READS = {"sampled": 3, "forward_kl": 4, "reverse_kl": 4, "jsd": 6, "topk": 4}
+
+# Bytes per (token, word) of plain PyTorch, forward + backward, as operators read and write float32:
+# the two log-softmaxes (2 reads, 2 writes), the loss's own operators and their backward. Counted from
+# `plain_loss` of bench_logits.py, operator by operator.
+EAGER_FLOAT32 = {"sampled": 48, "forward_kl": 80, "reverse_kl": 104, "jsd": 276}
+EAGER_LAUNCHES = {"sampled": 14, "forward_kl": 12, "reverse_kl": 14, "jsd": 32}
+
+
+class Cost(NamedTuple):
+    """Work of one part of a step; parts add up."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    launches: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:  # type: ignore[override]
+        return Cost(*(a + b for a, b in zip(self, other)))
+
+    def times(self, factor: float) -> Cost:
+        return Cost(*(factor * value for value in self))
+
+
+def loss_from_logits(
+    mode: str, tokens: int, vocabulary: int, element: int, *, fused: bool = False
+) -> Cost:
+    """`sdpo_loss` on logits of ``element`` bytes, forward and backward (or the fused form)."""
+    forward, backward, writes = PASSES[mode]
+    reads = FUSED_READS[mode] if fused else forward + backward
+    # 8 passes of arithmetic (scale, exp, sum, ...) stand for all modes: never the limit on a GPU.
+    cells = tokens * vocabulary
+    return Cost(8.0 * cells, (reads + writes) * element * cells, 1 if fused else 2)
+
+
+def eager_loss_from_logits(mode: str, tokens: int, vocabulary: int) -> Cost:
+    """The same in plain PyTorch on float32 logits (the definition in bench_logits.py)."""
+    cells = tokens * vocabulary
+    return Cost(20.0 * cells, EAGER_FLOAT32[mode] * cells, EAGER_LAUNCHES[mode])
+
+
+# -------------------------------------------------------------------------- losses from hidden states
+
+
+@dataclass(frozen=True)
+class LinearRival:
+    """How an implementation spends one loss from hidden states.
+
+    ``gemms`` of T x V x D by mode; bytes per (token, word) of everything between the GEMMs (PEERS and
+    the sources of the named version); ``tile`` elements held at the peak, as a function of T and V;
+    ``weight_copies`` of V x D float32 gradients held at once.
+    """
+
+    name: str
+    gemms: dict[str, int]
+    bytes_per_cell: dict[str, float]
+    chunk: int | None
+    tile_bytes_per_cell: float
+    weight_copies: float
+    vocabulary_chunk: int | None = None
+
+
+def default_chunk(tokens: int, vocabulary: int, budget: int = 2**26) -> int:
+    """The library's own chunk (tested to be), without importing it."""
+    chunk = max(256, budget // vocabulary // 64 * 64)
+    if tokens <= chunk:
+        return max(1, tokens)
+    return min(chunk, math.ceil(tokens / math.ceil(tokens / chunk) / 8) * 8)
+
+
+def linear_gemms(*, gradients: bool = True, frozen_head: bool = False) -> int:
+    """Products of T x V x D: student, teacher, dHidden, dWeight."""
+    return 2 + (gradients) + (gradients and not frozen_head)
+
+
+def linear_loss(
+    mode: str,
+    tokens: int,
+    vocabulary: int,
+    hidden: int,
+    *,
+    operand: int = 2,
+    tile: int = 4,
+    gradients: bool = True,
+    frozen_head: bool = False,
+    chunk: int | None = None,
+) -> Cost:
+    """`linear_sdpo_loss`: the GEMMs with what they read and write, and the kernel between them.
+
+    Per chunk of n tokens: logits of both (reads 2nD + VD operands, writes 2nV of ``tile`` bytes), the
+    fused kernel on the tiles, dHidden (reads nV + VD operands), dWeight (reads nV + nD operands, reads
+    and writes VD float32).
+    """
+    chunk = chunk or default_chunk(tokens, vocabulary)
+    total = Cost()
+    for start in range(0, tokens, chunk):
+        n = min(chunk, tokens - start)
+        cells, head = n * vocabulary, vocabulary * hidden
+        gemm = 2.0 * cells * hidden
+        total += Cost(2 * gemm, operand * (2 * n * hidden + head) + 2 * tile * cells, 2)
+        if not gradients:
+            total += Cost(4.0 * cells, PASSES[mode][0] * tile * cells, 1)
+            continue
+        total += Cost(8.0 * cells, FUSED_READS[mode] * tile * cells + operand * cells, 1)
+        total += Cost(gemm, operand * (cells + head + n * hidden), 1)
+        if not frozen_head:
+            total += Cost(gemm, operand * (cells + n * hidden) + 8 * head, 1)
+    return total
+
+
+def linear_loss_peak(
+    tokens: int,
+    vocabulary: int,
+    hidden: int,
+    *,
+    operand: int = 2,
+    tile: int = 4,
+    gradients: bool = True,
+    frozen_head: bool = False,
+    chunk: int | None = None,
+) -> int:
+    """Bytes above the inputs at the peak: two tiles, the gradient tile, and the gradients.
+
+    The head's gradient accumulates in float32 and, where the head is of half precision, is then
+    written once more in the head's dtype: both exist at the end, when the tiles still do.
+    """
+    chunk = min(chunk or default_chunk(tokens, vocabulary), tokens)
+    total = 2 * chunk * vocabulary * tile
+    if gradients:
+        total += chunk * vocabulary * operand if operand != tile else 0
+        total += tokens * hidden * operand
+        if not frozen_head:
+            total += vocabulary * hidden * (4 + (operand if operand != 4 else 0))
+    return total
+
+
+KL = ("forward_kl", "reverse_kl", "jsd")
+# Bytes per cell in bf16 with float32 tiles, fused linear, from the sources of Liger-Kernel 0.8.5 and
+# TRL 1.16.0; memory factors from their buffers.
+RIVALS = (
+    LinearRival(
+        "TRL chunked divergence", {"forward_kl": 6, "reverse_kl": 6, "jsd": 8},
+        {"forward_kl": 46, "reverse_kl": 46, "jsd": 62}, 4096, 2 * 4 + 2, 1.0, 32768,
+    ),
+    LinearRival(
+        "Liger chunked JSD", dict.fromkeys(KL, 4),
+        {"forward_kl": 64, "reverse_kl": 76, "jsd": 190}, 1024, 5 * 4, 2.0,
+    ),
+)  # fmt: skip
+
+
+def rival_linear_loss(
+    rival: LinearRival, mode: str, tokens: int, vocabulary: int, hidden: int, operand: int = 2
+) -> tuple[Cost, int]:
+    """A rival's cost and peak bytes above its inputs, with a trainable head."""
+    cells, head = tokens * vocabulary, vocabulary * hidden
+    gemms = rival.gemms[mode]
+    chunks = math.ceil(tokens / (rival.chunk or tokens))
+    weights = chunks * head * (operand * (gemms - 1) + 8)
+    cost = Cost(
+        2.0 * cells * hidden * gemms,
+        rival.bytes_per_cell[mode] * cells + weights,
+        chunks * (gemms + 20),
+    )
+    tile = min(rival.chunk or tokens, tokens) * min(
+        rival.vocabulary_chunk or vocabulary, vocabulary
+    )
+    peak = tile * rival.tile_bytes_per_cell + head * (4 * rival.weight_copies + operand)
+    return cost, int(peak + tokens * hidden * 4)
+
+
+# ------------------------------------------------------------------------------------- transformer
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder of the Llama family (Llama, Mistral, Qwen2/3, SmolLM2): gated MLP, grouped queries."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    qk_norm: bool
+
+    @classmethod
+    def from_config(cls, config: Any, name: str = "") -> Model:
+        """From a transformers config of the Llama family."""
+        head_dim = getattr(config, "head_dim", None)
+        return cls(
+            name or config.model_type,
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_dim or config.hidden_size // config.num_attention_heads,
+            config.intermediate_size,
+            config.vocab_size,
+            bool(config.tie_word_embeddings),
+            config.model_type.startswith("qwen3"),
+        )
+
+    @property
+    def layer_weights(self) -> int:
+        """Elements of one layer's matrices."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return self.hidden * (2 * q + 2 * kv) + 3 * self.hidden * self.intermediate
+
+    @property
+    def head(self) -> int:
+        return self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        norms = self.layers * (2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0))
+        embeddings = self.head * (1 if self.tied else 2)
+        return self.layers * self.layer_weights + embeddings + norms + self.hidden
+
+    def kept_per_token(self, element: int) -> int:
+        """Bytes that one layer saves for backward, per token, with fused attention.
+
+        Two norms keep their input, the normalized input and the output (Hugging Face computes them
+        in float32: with 2-byte activations 4 + 2 + 2 bytes, else 3 x 4); attention keeps q, k, v
+        after rotation and its output; the MLP keeps gate, silu(gate), up and their product.
+        """
+        norm = 3 * element if element >= 4 else 4 + 2 * element
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        kept = 2 * self.hidden * norm
+        if self.qk_norm:  # the norms' outputs are rotated, not kept
+            kept += (q + kv) * (norm - element)
+        kept += element * (2 * q + 2 * kv + 4 * self.intermediate)
+        return kept + 4 * self.heads  # the row statistics of attention
+
+
+QWEN3_8B = Model("Qwen3-8B", 36, 4096, 32, 8, 128, 12288, 151936, False, True)
+QWEN3_4B = Model("Qwen3-4B", 36, 2560, 32, 8, 128, 9728, 151936, True, True)
+SMOLLM2_135M = Model("SmolLM2-135M", 30, 576, 9, 3, 64, 1536, 49152, True, False)
+
+# Kernels per layer of Hugging Face's eager modules: 7 products, 2 norms of 6, rotation 14, attention
+# 1, MLP 2, residuals 2; qk-norms 12 more.
+LAYER_LAUNCHES = 38
+
+
+def trunk_forward(model: Model, tokens: float, pairs: float, element: int = 2) -> Cost:
+    """All layers, without the head; ``pairs`` = visible (query, key) pairs, 4 H d FLOPs each."""
+    flops = model.layers * (
+        2.0 * model.layer_weights * tokens + 4.0 * pairs * model.heads * model.head_dim
+    )
+    # Weights once; activations: each kept tensor is written once and read about twice.
+    moved = model.layers * (
+        element * model.layer_weights + 3 * model.kept_per_token(element) * tokens
+    )
+    launches = model.layers * (LAYER_LAUNCHES + (12 if model.qk_norm else 0))
+    return Cost(flops, moved, launches)
+
+
+def trunk_backward(
+    model: Model, tokens: float, pairs: float, element: int = 2, *, checkpointing: bool = False
+) -> Cost:
+    """Two products for every one of forward; attention 2.5 times (it forms its scores again).
+
+    With gradient checkpointing, a forward pass more, up to the last tensor that backward needs: the
+    product that ends a layer is not repeated.
+    """
+    forward = trunk_forward(model, tokens, pairs, element)
+    attention = model.layers * 4.0 * pairs * model.heads * model.head_dim
+    back = Cost(
+        2 * (forward.flops - attention) + 2.5 * attention, 2 * forward.bytes, 2 * forward.launches
+    )
+    last = Cost(model.layers * 2.0 * model.intermediate * model.hidden * tokens)
+    return back + forward + last.times(-1) if checkpointing else back
+
+
+def activation_memory(
+    model: Model, tokens: float, element: int = 2, *, checkpointing: bool = False
+) -> float:
+    """Bytes that backward finds: all layers' kept tensors, or one layer's and every layer's input."""
+    if checkpointing:
+        return tokens * (model.layers * model.hidden * element + model.kept_per_token(element))
+    return tokens * model.layers * model.kept_per_token(element)
+
+
+def adamw(
+    parameters: float, *, weight: int = 4, state: int = 8, grad: int = 4
+) -> tuple[Cost, float]:
+    """The update's cost, and the bytes of weights, gradients and states (bytes per parameter)."""
+    moved = parameters * (2 * weight + grad + 2 * state)
+    return Cost(12.0 * parameters, moved, 10), parameters * (weight + grad + state)
+
+
+# -------------------------------------------------------------------------------------------- steps
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a step computes: tokens through the trunk, visible pairs, rows of the head."""
+
+    student: float
+    teacher: float
+    student_pairs: float
+    teacher_pairs: float
+    response: float
+    head_rows: float = 0.0  # rows of the head per policy; 0: the response tokens only
+
+    def scaled(self, factor: float) -> Tokens:
+        return Tokens(*(factor * value for value in vars(self).values()))
+
+
+def step(
+    model: Model,
+    work: Tokens,
+    *,
+    mode: str = "sampled",
+    loss: str = "fastsdpo",
+    element: int = 2,
+    checkpointing: bool = True,
+    weight: int = 4,
+    state: int = 8,
+    micro_batches: int = 1,
+) -> tuple[dict[str, Cost], dict[str, float]]:
+    """Cost of one optimizer step by part, and its memory by part.
+
+    Args:
+        loss: "fastsdpo", "eager" (logits of ``head_rows`` rows in float32, plain PyTorch) or a name
+            in `RIVALS`.
+        element: bytes of activations and GEMM operands; ``weight``: of a stored parameter and its
+            gradient; ``state``: of the optimizer's states per parameter.
+        micro_batches: backward passes that the step is cut into (memory falls, launches rise).
+    """
+    share = 1 / micro_batches
+    student = trunk_forward(model, work.student * share, work.student_pairs * share, element)
+    teacher = trunk_forward(model, work.teacher * share, work.teacher_pairs * share, element)
+    back = trunk_backward(
+        model,
+        work.student * share,
+        work.student_pairs * share,
+        element,
+        checkpointing=checkpointing,
+    )
+    rows = math.ceil((work.head_rows or work.response) * share)
+    vocabulary, hidden = model.vocabulary, model.hidden
+    if loss == "fastsdpo":
+        head = linear_loss(mode, rows, vocabulary, hidden, operand=element)
+        head_peak = float(linear_loss_peak(rows, vocabulary, hidden, operand=element))
+    elif loss == "eager":
+        gemms = Cost(8.0 * rows * model.head, 4 * element * (model.head + rows * vocabulary), 4)
+        upcast = Cost(0, 2 * (2 * element + 8) * rows * vocabulary, 4)  # to float32, and back
+        head = gemms + upcast + eager_loss_from_logits(mode, rows, vocabulary)
+        # both logits, both float32 log-softmaxes, a float32 gradient and the gradient of the logits
+        head_peak = rows * vocabulary * (2 * element + 3 * 4 + element) + model.head * 4.0
+    else:
+        rival = next(r for r in RIVALS if r.name == loss)
+        head, peak = rival_linear_loss(rival, mode, rows, vocabulary, hidden, element)
+        head_peak = float(peak)
+    optimizer, states = adamw(model.parameters, weight=weight, state=state, grad=weight)
+    costs = {
+        "student forward": student.times(micro_batches),
+        "teacher forward": teacher.times(micro_batches),
+        "loss": head.times(micro_batches),
+        "backward": back.times(micro_batches),
+        "optimizer": optimizer,
+    }
+    memory = {
+        "weights, gradients, optimizer": states,
+        "activations": activation_memory(
+            model, work.student * share, element, checkpointing=checkpointing
+        ),
+        "loss": head_peak,
+    }
+    return costs, memory
+
+
+# ---------------------------------------------------------------------------------------------- GPUs
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Data-sheet peaks; `gemm`, `attention`, `bandwidth_share` = assumed achieved shares of them."""
+
+    name: str
+    flops: float  # dense bf16, float32 accumulation
+    bandwidth: float
+    memory: float
+    link: float  # bytes/s to other GPUs, one direction
+    gemm: float = 0.7
+    attention: float = 0.5
+    bandwidth_share: float = 0.85
+    launch: float = 4e-6
+
+
+GPUS = (
+    GPU("H100 SXM 80 GB", 989e12, 3.35e12, 80e9, 450e9),
+    GPU("A100 SXM 80 GB", 312e12, 2.04e12, 80e9, 300e9),
+    GPU("RTX 4090 24 GB", 165e12, 1.008e12, 24e9, 25e9),
+)
+
+
+def seconds(cost: Cost, gpu: GPU, share: float | None = None) -> float:
+    """The slowest of arithmetic, memory and launches: each part is assumed to hide the others."""
+    rate = gpu.flops * (share or gpu.gemm)
+    return max(
+        cost.flops / rate,
+        cost.bytes / (gpu.bandwidth * gpu.bandwidth_share),
+        cost.launches * gpu.launch,
+    )
+
+
+def step_seconds(costs: dict[str, Cost], gpu: GPU) -> float:
+    return sum(seconds(cost, gpu) for cost in costs.values())
+
+
+def fsdp_seconds(model: Model, costs: dict[str, Cost], gpu: GPU, processes: int, element: int = 2):
+    """A step over ``processes`` with the weights sharded: each process has the given work.
+
+    Gathers for forward and backward and a scatter of the gradients, 3 P (n - 1) / n elements a
+    process, half hidden behind the computation they overlap.
+    """
+    compute = step_seconds(costs, gpu)
+    if processes == 1:
+        return compute
+    moved = 3 * model.parameters * element * (processes - 1) / processes
+    exchange = moved / (gpu.link * 0.7)
+    return max(compute, 0.5 * compute + exchange) if exchange > 0.5 * compute else compute
+
+
+# ----------------------------------------------------------------------------------------- prediction
+
+
+def recorded_tokens(template: str, interactions: float) -> dict[str, Tokens]:
+    """A step over that many average interactions of benchmarks/lengths.json, by sharing."""
+    counts = json.loads((HERE / "lengths.json").read_text())["templates"][template]
+    share = interactions / counts["interactions"]
+    response = counts["response_tokens"]
+    found = {}
+    for level, c in counts["sharing"].items():
+        found[level] = Tokens(
+            c["student_tokens"],
+            c["teacher_tokens"],
+            c["student_pairs"],
+            c["teacher_pairs"],
+            response,
+        ).scaled(share)
+    off = counts["sharing"]["off"]
+    waste = counts["padded_tokens_batch_4"] / (off["student_tokens"] + off["teacher_tokens"])
+    padded = Tokens(
+        off["student_tokens"] * waste, off["teacher_tokens"] * waste,
+        off["student_pairs"] * waste**2, off["teacher_pairs"] * waste**2,
+        response, off["student_tokens"] * waste,
+    )  # fmt: skip
+    return {"padded": padded.scaled(share), **found}
+
+
+def markdown(model: Model = QWEN3_8B, interactions: int = 32) -> str:
+    """The predictions, with every assumption they rest on."""
+    from benchmarks._harness import table
+
+    out = [
+        "# Predicted cost of a step on GPUs\n",
+        "**Predictions, not measurements: nothing of this has run on a GPU.** Made by "
+        "`python benchmarks/costmodel.py` from the shapes of the models and the lengths in "
+        "`benchmarks/lengths.json`; what of it is checked against counts and measurements on a CPU "
+        "stands in `tests/benchmarks/test_costmodel.py`.\n",
+        "Assumptions: products run at 0.70 of the data sheet's dense bf16 peak, kernels that move "
+        "memory at 0.85 of its bandwidth, a launch costs 4 us, and of arithmetic, memory and launches "
+        "of one part the slowest counts; batches of "
+        f"{interactions} interactions with the average lengths of the recorded conversations in 8 "
+        "backward passes; bf16 weights and gradients, two 8-bit optimizer states, gradient "
+        "checkpointing; bf16 activations. Peaks assumed: "
+        + "; ".join(
+            f"{g.name} {g.flops / 1e12:.0f} TFLOP/s, {g.bandwidth / 1e12:.2f} TB/s, "
+            f"{g.link / 1e9:.0f} GB/s to its neighbours"
+            for g in GPUS
+        )
+        + ".\n",
+    ]
+    out += _prediction_whole_step(model, interactions, table)
+    out += _prediction_losses(table)
+    out += _prediction_scaling(model, interactions, table)
+    return "\n".join(out)
+
+
+SETUP: dict[str, Any] = {"weight": 2, "state": 2, "micro_batches": 8}
+
+
+def variants(template: str, interactions: float) -> dict[str, tuple[Tokens, str]]:
+    work = recorded_tokens(template, interactions)
+    alone = work["off"]
+    every = replace(alone, head_rows=alone.student)
+    return {
+        "published step: padded, logits everywhere": (work["padded"], "eager"),
+        "unpadded": (every, "eager"),
+        "logits at response tokens": (alone, "eager"),
+        "fused loss": (alone, "fastsdpo"),
+        "sharing per interaction": (work["interaction"], "fastsdpo"),
+        "sharing per conversation": (work["conversation"], "fastsdpo"),
+    }
+
+
+def _prediction_whole_step(model: Model, interactions: int, table: Any) -> list[str]:
+    out = []
+    for template in ("smollm2", "think"):
+        lines = []
+        for name, (work, loss) in variants(template, interactions).items():
+            costs, memory = step(model, work, loss=loss, **SETUP)
+            flops = sum(c.flops for c in costs.values())
+            peak = sum(memory.values())
+            line = [name, f"{flops / 1e15:.2f}", f"{peak / 1e9:.1f}"]
+            for gpu in GPUS:
+                fits = "" if peak < 0.95 * gpu.memory else " (does not fit)"
+                line.append(f"{step_seconds(costs, gpu):.2f}{fits}")
+            lines.append(line)
+        out += [
+            f"## {model.name}, whole step, sampled-token loss, template {template}\n",
+            table(
+                ["what is computed", "PFLOP", "peak GB", *(f"s on {g.name}" for g in GPUS)], lines
+            ),
+        ]
+    return out
+
+
+def _prediction_losses(table: Any) -> list[str]:
+    tokens, vocabulary, hidden = 8192, 151936, 4096
+    logits = []
+    for mode in PASSES:
+        ours = loss_from_logits(mode, tokens, vocabulary, 2)
+        line = [mode, f"{ours.bytes / tokens / vocabulary:.0f}", f"{ours.bytes / 1e9:.1f}"]
+        logits.append(line + [f"{seconds(ours, g) * 1e3:.1f}" for g in GPUS])
+    linear = []
+    for mode in ("sampled", *KL, "topk"):
+        cost = linear_loss(mode, tokens, vocabulary, hidden)
+        rows = [("fastsdpo", cost, linear_loss_peak(tokens, vocabulary, hidden))]
+        for rival in RIVALS:
+            if mode in rival.gemms:
+                rows.append(
+                    (rival.name, *rival_linear_loss(rival, mode, tokens, vocabulary, hidden))
+                )
+        for name, cost, peak in rows:
+            # Nothing overlaps here: a chunk's kernels wait for its GEMMs.
+            times = [
+                cost.flops / (g.flops * g.gemm)
+                + max(0.0, cost.bytes) / (g.bandwidth * g.bandwidth_share)
+                for g in GPUS
+            ]
+            linear.append(
+                [mode, name, f"{cost.flops / 1e12:.0f}", f"{cost.bytes / 1e9:.0f}"]
+                + [f"{peak / 1e9:.2f}"]
+                + [f"{time * 1e3:.0f}" for time in times]
+            )
+    names = [f"ms on {g.name}" for g in GPUS]
+    size = f"T = {tokens}, V = {vocabulary}"
+    return [
+        f"## Losses from bf16 logits, forward and backward, {size}\n",
+        table(["loss", "bytes per token and word", "GB", *names], logits),
+        f"## Losses from hidden states with a trainable head, {size}, D = {hidden}\n",
+        "GEMMs and the kernels between them one after the other. Peak: above the inputs, gradients "
+        "included (the head's gradient alone is 2.5 GB in float32).\n",
+        table(["loss", "who", "TFLOP", "GB", "peak GB", *names], linear),
+    ]
+
+
+def _prediction_scaling(model: Model, interactions: int, table: Any) -> list[str]:
+    work = recorded_tokens("think", interactions)["conversation"]
+    costs, memory = step(model, work, **SETUP)
+    lines = []
+    for gpu in GPUS:
+        alone = step_seconds(costs, gpu)
+        for processes in (1, 2, 4, 8):
+            time = fsdp_seconds(model, costs, gpu, processes)
+            peak = memory["weights, gradients, optimizer"] / processes
+            peak += memory["activations"] + memory["loss"]
+            fits = "yes" if peak < 0.95 * gpu.memory else "no"
+            lines.append(
+                [gpu.name, str(processes), f"{processes * interactions / time:.1f}",
+                 f"{alone / time:.2f}", f"{peak / 1e9:.1f}", fits]
+            )  # fmt: skip
+    return [
+        f"## {model.name}, sharded over processes (FSDP2), {interactions} interactions a process\n",
+        "Shared per conversation, template think. Weights are gathered twice and gradients "
+        "scattered once a step, 0.7 of the link's bandwidth, hidden behind half of the "
+        "computation.\n",
+        table(["GPU", "processes", "interactions/s", "efficiency", "peak GB each", "fits"], lines),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--results", help="name of the results file; stdout without it")
+    args = parser.parse_args()
+    text = markdown()
+    if args.results:
+        (HERE / "results" / f"{args.results}.md").write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The cost model against what can be counted or measured: FLOPs, bytes, saved tensors, memory."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import bench_logits, costmodel
+from fastsdpo.ops import linear
+
+MODES = ["sampled", "forward_kl", "reverse_kl", "jsd"]
+
+
+class ByteCounter(TorchDispatchMode):
+    """Bytes that operators read and write, views and metadata left out; calls counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.is_view or "detach" in str(func) or "empty" in str(func):
+            return out
+        self.calls += 1
+        read = [a for a in args if isinstance(a, torch.Tensor)]
+        written = [t for t in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(t)]
+        # A broadcast (expanded) operand is read once.
+        self.bytes += sum(
+            min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in read + written
+        )
+        return out
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bytes_of_the_eager_losses(mode):
+    tokens, vocabulary = 32, 4096
+    student = torch.randn(tokens, vocabulary, requires_grad=True)
+    teacher, ids = torch.randn(tokens, vocabulary), torch.randint(vocabulary, (tokens,))
+    with ByteCounter() as counter:
+        loss = bench_logits.plain_loss(mode, student, teacher, ids)
+        loss.backward()
+    predicted = costmodel.eager_loss_from_logits(mode, tokens, vocabulary)
+    assert counter.bytes / predicted.bytes == pytest.approx(1, abs=0.1), counter.bytes / (
+        tokens * vocabulary
+    )
+    assert counter.calls / predicted.launches == pytest.approx(1, abs=0.1), counter.calls
+
+
+def tiny(kind):
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=16, vocab_size=512, tie_word_embeddings=kind == "Qwen3",
+    )  # fmt: skip
+    config._attn_implementation = "eager"  # its products are counted like any others
+    model = getattr(transformers, f"{kind}Model")(config)
+    return model, costmodel.Model.from_config(config)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_of_the_trunk(kind, checkpointing):
+    model, shape = tiny(kind)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    ids = torch.randint(512, (2, 64))
+    with FlopCounterMode(display=False) as counter:
+        hidden = model(ids, use_cache=False).last_hidden_state
+        forward = counter.get_total_flops()
+        hidden.sum().backward()
+    backward = counter.get_total_flops() - forward
+    # Eager attention forms all pairs, and its backward twice the products of forward (it keeps
+    # the probabilities), where the model assumes fused attention, which forms scores again.
+    pairs = 2 * 64 * 64
+    assert forward == costmodel.trunk_forward(shape, 128, pairs).flops
+    attention = shape.layers * 4.0 * pairs * shape.heads * shape.head_dim
+    predicted = costmodel.trunk_backward(shape, 128, pairs, checkpointing=checkpointing).flops
+    assert backward == pytest.approx(predicted - 0.5 * attention, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_tensors_saved_for_backward(kind, dtype):
+    model, shape = tiny(kind)
+    model.set_attn_implementation("sdpa")
+    model = model.to(dtype)
+    tokens, kept = 256, {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(torch.randint(512, (1, tokens)), use_cache=False).last_hidden_state
+    del out
+    predicted = costmodel.activation_memory(shape, tokens, dtype.itemsize)
+    predicted += tokens * shape.hidden * (3 * dtype.itemsize)  # the final norm
+    assert sum(kept.values()) == pytest.approx(predicted, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
+def test_parameters(kind):
+    model, shape = tiny(kind)
+    head = 0 if shape.tied else shape.head  # the trunk has no head of its own
+    assert shape.parameters - head == sum(p.numel() for p in model.parameters())
+
+
+class Watch(TorchDispatchMode):
+    """The storages that operators made, never given back: an upper end of the peak. And the products."""
+
+    def __init__(self, *inputs):
+        super().__init__()
+        self.inputs = {t.untyped_storage()._cdata for t in inputs}
+        self.made, self.products, self.bytes, self.flops = {}, 0, 0, 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.out, torch.ops.aten.addmm_.default):
+            a, b = args[-2:]
+            self.products += 1
+            self.flops += 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
+            tensors = [*(t for t in args if torch.is_tensor(t)), out]
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+        for t in out if isinstance(out, tuple) else (out,):
+            if torch.is_tensor(t) and t.untyped_storage()._cdata not in self.inputs:
+                self.made[t.untyped_storage()._cdata] = t.untyped_storage()
+        return out
+
+    @property
+    def peak(self):
+        return sum(storage.nbytes() for storage in self.made.values())
+
+
+@pytest.mark.parametrize("mode", ["sampled", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("head", ["trained", "frozen", "no gradients"])
+def test_linear_loss(mode, head):
+    """FLOPs, bytes of the products, and tensors allocated."""
+    tokens, vocabulary, hidden, chunk = 192, 4096, 64, 64
+    student, teacher = torch.randn(tokens, hidden), torch.randn(tokens, hidden)
+    weight, ids = torch.randn(vocabulary, hidden), torch.randint(vocabulary, (tokens,))
+    needs = {"trained": (True, True), "frozen": (True, False), "no gradients": (False, False)}[head]
+    name, alpha = {"sampled": ("sampled_token", 1.0), "reverse_kl": ("full", 1.0)}.get(
+        mode, ("full", 0.5)
+    )
+
+    def run():
+        linear.linear_sdpo_op._init_fn(
+            student, teacher, weight, None, None, None, ids, torch.full((tokens,), 1 / tokens),
+            None, None, None, None, name, alpha, 0, True, 0.0, 1.0, 0.0, -100, chunk,
+            torch.float32, torch.float32, *needs, False, backend,
+        )  # fmt: skip
+
+    backend = linear.resolve_backend("test", "auto", weight)
+    with Watch(student, teacher, weight, ids) as watch:
+        run()
+    options = {"gradients": needs[0], "frozen_head": not needs[1], "chunk": chunk, "operand": 4}
+    predicted = costmodel.linear_loss(mode, tokens, vocabulary, hidden, **options)
+    products = 2.0 * tokens * vocabulary * hidden
+    products *= costmodel.linear_gemms(gradients=needs[0], frozen_head=not needs[1])
+    assert watch.flops == products
+    assert predicted.flops == pytest.approx(products, rel=0.1)
+    assert watch.products == math.ceil(tokens / chunk) * (1 + needs[0] + needs[1])
+    if backend != "native":
+        return  # the reference allocates what the kernels do not
+    peak = costmodel.linear_loss_peak(tokens, vocabulary, hidden, **options)
+    assert watch.peak == pytest.approx(peak, rel=0.2)
+    kernel = 4 * tokens * vocabulary
+    kernel *= costmodel.FUSED_READS[mode] + 1 if needs[0] else costmodel.PASSES[mode][0]
+    assert watch.bytes + kernel == pytest.approx(predicted.bytes, rel=0.1)
+
+
+def test_passes_are_those_of_the_table_in_the_losses():
+    """Bytes per position in bf16 that `ops.divergence` states: sampled 8, KL 10, JSD 14, top-k 8 to 10."""
+    stated = {"sampled": 8, "forward_kl": 10, "reverse_kl": 10, "jsd": 14, "topk": 10}
+    for mode, expected in stated.items():
+        assert costmodel.loss_from_logits(mode, 100, 1000, 2).bytes == expected * 100 * 1000
+
+
+def test_default_chunk_is_the_library_s():
+    for tokens in (1, 300, 8192, 70_001):
+        for vocabulary in (49152, 151936, 262144):
+            want = linear.default_chunk_size(tokens, vocabulary, torch.device("cuda"))
+            assert costmodel.default_chunk(tokens, vocabulary) == want
+            want = linear.default_chunk_size(tokens, vocabulary, torch.device("cpu"))
+            assert costmodel.default_chunk(tokens, vocabulary, 2**24) == want
+
+
+def test_qwen3_8b_has_its_published_size():
+    assert costmodel.QWEN3_8B.parameters == pytest.approx(8.19e9, rel=0.002)
+    assert costmodel.QWEN3_4B.parameters == pytest.approx(4.02e9, rel=0.002)
+    assert costmodel.SMOLLM2_135M.parameters == pytest.approx(134.5e6, rel=0.002)
+
+
+def test_predictions_are_written():
+    text = costmodel.markdown()
+    assert "Predictions, not measurements" in text
+    assert all(gpu.name in text for gpu in costmodel.GPUS)
