@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -122,29 +123,28 @@ def tiny_model(name, dtype=torch.float64, **changes):
 
 
 def _norms_in_float64(model):
-    """transformers computes norms and routers in float32 whatever the model's dtype; the
-    rounding would hide what is tested here."""
+    """transformers computes norms and routers in float32 whatever the model's dtype; the rounding
+    would hide what is tested here."""
     for module in model.modules():
         kind = type(module).__name__
-        if kind.endswith("RMSNorm"):
-            eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
-            offset = 1.0 if "Gemma" in kind else 0.0
-
-            def norm(x, module=module, eps=eps, offset=offset):
-                scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-                return x * scale * (module.weight + offset)
-
-            module.forward = norm
+        if kind.endswith("RMSNorm"):  # bound methods, which a deep copy binds to the copy
+            module.forward = types.MethodType(_norm, module)
         elif kind.endswith("TopKRouter"):
+            module.forward = types.MethodType(_route, module)
 
-            def route(x, module=module):
-                logits = x.reshape(-1, module.hidden_dim) @ module.weight.T
-                scores, experts = torch.topk(logits.softmax(-1), module.top_k, dim=-1)
-                if module.norm_topk_prob:
-                    scores = scores / scores.sum(-1, keepdim=True)
-                return logits, scores, experts
 
-            module.forward = route
+def _norm(module, x):
+    eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+    offset = 1.0 if "Gemma" in type(module).__name__ else 0.0
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (module.weight + offset)
+
+
+def _route(module, x):
+    logits = x.reshape(-1, module.hidden_dim) @ module.weight.T
+    scores, experts = torch.topk(logits.softmax(-1), module.top_k, dim=-1)
+    if module.norm_topk_prob:
+        scores = scores / scores.sum(-1, keepdim=True)
+    return logits, scores, experts
 
 
 def independent_logps(model, items, *, teacher=False):

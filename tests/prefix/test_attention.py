@@ -191,3 +191,36 @@ def test_choose_backend():
         choose_backend("sdpa", cpu, torch.float32)
     with pytest.raises(ValueError, match="attention='flash' needs"):
         choose_backend("flash", cuda, torch.float32)
+
+
+def test_memory_is_linear_in_tokens():
+    """No tensor of queries x keys, forward or backward, with and without a window."""
+    from types import SimpleNamespace
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, torch.Tensor):
+                    Largest.numel = max(Largest.numel, t.untyped_storage().nbytes() // 8)
+            return out
+
+    history = list(range(3000))
+    items = [
+        SimpleNamespace(
+            prompt_ids=history[:n], teacher_prompt_ids=[*history[:n], -1], completion_ids=[-2] * 40
+        )
+        for n in (1000, 2000, 3000)
+    ]
+    plan = build_plan(items)
+    q, k, v = tensors(plan, 0, heads=2, groups=1)
+    for window in (None, 64):
+        Largest.numel = 0
+        with Largest():
+            out = attention._segments(q, k, v, shared_pass(plan), window, 0.3)
+            torch.autograd.grad(out.sum(), (q, k, v))
+        assert 0 < Largest.numel <= 4 * q.numel()
