@@ -292,15 +292,21 @@ def command_time(arguments: argparse.Namespace) -> None:
     model = load_model()
     optimizer = new_optimizer(model)
     seconds: dict[str, list[float]] = {v: [] for v in arguments.variants}
+    cpu_seconds: dict[str, list[float]] = {v: [] for v in arguments.variants}
     for variant in arguments.variants:
         step(variant, model, optimizer, shortest(steps)[:1])
     for _ in range(arguments.rounds):
         for variant in arguments.variants:
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             step(variant, model, optimizer, items)
             seconds[variant].append(time.perf_counter() - start)
-            print(f"{variant:16s} {seconds[variant][-1]:.2f} s", flush=True)
-    record(arguments, {"kind": "time", "seconds": seconds, **describe(items)})
+            cpu_seconds[variant].append(time.process_time() - cpu_start)
+            print(
+                f"{variant:16s} {seconds[variant][-1]:.2f} s, CPU {cpu_seconds[variant][-1]:.2f} s",
+                flush=True,
+            )
+    measured = {"seconds": seconds, "cpu_seconds": cpu_seconds}
+    record(arguments, {"kind": "time", **measured, **describe(items)})
 
 
 def command_memory(arguments: argparse.Namespace) -> None:

@@ -71,7 +71,7 @@ class SharedPass:
         stop: int,
         backend: str,
         windows: dict[int, int | None],
-        keys_values: dict[int, tuple[Tensor, Tensor]] | None,
+        keys_values: dict[int, tuple[Tensor, Tensor]],
         capture: bool,
     ):
         """Tokens ``[first, stop)`` of ``plan``; ``keys_values`` of ``[0, first)`` by layer.
@@ -149,10 +149,9 @@ def plan_attention(
         before_key, before_value = shared.keys_values[layer]
         key = torch.cat([before_key, key], dim=2)
         value = torch.cat([before_value, value], dim=2)
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attend = {"segments": _segments, "flex": _flex, "flash": _flash, "dense": _dense}
-    output = attend[shared.backend](query, key, value, shared, sliding_window, scaling)
+    output = attend[shared.backend](query, key, value, shared, sliding_window, scale)
     return output, None
 
 

@@ -145,7 +145,8 @@ def shared_forward(
                 teacher_rows = _rows(teachers, run)
             else:
                 teacher_rows = _live_teacher_rows(students[0], teachers[0], run)
-                students[0].shared.capture = False  # also when checkpointing runs the layers again
+                if students[0].shared is not None:  # checkpointing runs the layers again later
+                    students[0].shared.capture = False
                 keys_values.clear()
         labels = _labels(interactions, student_rows.device)
         states = ResponseStates(student_rows, teacher_rows, *labels)
@@ -343,9 +344,9 @@ class _Call(NamedTuple):
     """One call of the decoder on T tokens, and the rows of its hidden states to keep."""
 
     token_ids: Tensor
-    position_ids: Tensor | None
+    position_ids: Tensor
     shared: SharedPass | None
-    rows: Tensor | slice
+    rows: Tensor
 
 
 def _run_inside(
@@ -371,10 +372,7 @@ def _run_inside(
         return given
 
     def run(call: _Call) -> Tensor:
-        if call is first:
-            hidden = first_hidden[0]
-        else:
-            hidden = decoder(**inputs(call)).last_hidden_state[0]
+        hidden = first_hidden[0] if call is first else decoder(**inputs(call)).last_hidden_state[0]
         if call.shared is not None:
             _check_layers(model, call.shared)
         return hidden
@@ -407,8 +405,9 @@ def _run_inside(
 
 def _alone(prompt: Sequence[int], completion: Sequence[int]) -> _Call:
     """One unpadded sequence; the rows that predict its completion."""
-    rows = slice(len(prompt) - 1, len(prompt) + len(completion) - 1)
-    return _Call(torch.tensor([*prompt, *completion]), None, None, rows)
+    rows = torch.arange(len(prompt) - 1, len(prompt) + len(completion) - 1)
+    ids = torch.tensor([*prompt, *completion])
+    return _Call(ids, torch.arange(len(ids)), None, rows)
 
 
 def _packed(
@@ -420,7 +419,7 @@ def _packed(
     attention: str,
     keys_values: dict[int, tuple[Tensor, Tensor]] | None = None,
 ) -> _Call:
-    """Tokens ``[first, stop)`` of a plan; the pass that begins at 0 fills ``keys_values``."""
+    """Tokens ``[first, stop)`` of a plan; a pass that begins at 0 fills ``keys_values``, if given."""
     reason = unsupported(model) or _long_positions(model, plan)
     if reason is not None:
         raise NotImplementedError(f"shared_forward: sharing must be 'off' here: {reason}")
@@ -432,7 +431,7 @@ def _packed(
         stop=stop,
         backend=choose_backend(attention, _device(model), causal.dtype),
         windows=_windows(causal.config.get_text_config()),
-        keys_values=keys_values,
+        keys_values={} if keys_values is None else keys_values,
         capture=first == 0 and keys_values is not None,
     )
     tokens = slice(first, stop)
@@ -443,8 +442,7 @@ def _rows(calls: list[_Call], run: Callable[[_Call], Tensor]) -> Tensor:
     kept = []
     for call in calls:
         hidden = run(call)
-        rows = call.rows.to(hidden.device) if isinstance(call.rows, Tensor) else call.rows
-        kept.append(hidden[rows])
+        kept.append(hidden[call.rows.to(hidden.device)])
     return kept[0] if len(kept) == 1 else torch.cat(kept)
 
 

@@ -165,8 +165,8 @@ class Plan:
         runs: in packed order; see the module.
         subtree_start, subtree_stop: ``[T]`` times of a depth-first walk; q attends to k exactly if
             ``subtree_start[k] <= subtree_start[q] < subtree_stop[k]``.
-        student_rows, teacher_rows: ``[N]`` packed index that predicts each response token; None
-            where the plan was built without them.
+        student_rows, teacher_rows: ``[N]`` packed index that predicts each response token;
+            ``[0]`` where the plan was built without them.
         target_ids, sequence_ids, position_in_response: ``[N]``, as in `ResponseStates`.
     """
 
@@ -176,8 +176,8 @@ class Plan:
     runs: tuple[Run, ...]
     subtree_start: Tensor
     subtree_stop: Tensor
-    student_rows: Tensor | None
-    teacher_rows: Tensor | None
+    student_rows: Tensor
+    teacher_rows: Tensor
     target_ids: Tensor
     sequence_ids: Tensor
     position_in_response: Tensor
@@ -266,8 +266,8 @@ def build_plan(
         runs=tuple(packed.runs),
         subtree_start=subtree_start,
         subtree_stop=subtree_stop,
-        student_rows=torch.tensor(student_rows) if students else None,
-        teacher_rows=torch.tensor(teacher_rows) if teachers else None,
+        student_rows=torch.tensor(student_rows, dtype=torch.int64),
+        teacher_rows=torch.tensor(teacher_rows, dtype=torch.int64),
         target_ids=torch.tensor(targets),
         sequence_ids=torch.tensor(sequence),
         position_in_response=torch.tensor(position),
