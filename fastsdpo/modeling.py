@@ -77,27 +77,27 @@ def load_model_and_tokenizer(
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )
-    tokenizer = _load_tokenizer(
+    loaded: Any = _load_tokenizer(
         *((place, gguf_file, local) if tokenizer is None else _locate("tokenizer", tokenizer)),
         revision=revision if tokenizer is None else None,
         trust_remote_code=trust_remote_code,
     )
-    if require_chat_template and not tokenizer.chat_template:
+    if require_chat_template and not loaded.chat_template:
         raise ValueError(
             f"load_model_and_tokenizer: the tokenizer of {name} must have a chat template, got "
             "none; use an instruction-tuned model, or pass the tokenizer of one"
         )
     rows = model.get_input_embeddings().weight.shape[0]
-    _drop_invented_tokens(tokenizer, rows)
-    largest = max(tokenizer.get_vocab().values())
+    _drop_invented_tokens(loaded, rows)
+    largest = max(loaded.get_vocab().values())
     if largest >= rows:
         raise ValueError(
             f"load_model_and_tokenizer: the tokenizer's ids must be below the model's {rows} "
             f"embedding rows, got {largest}; do model and tokenizer belong together?"
         )
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device), tokenizer
+    if loaded.pad_token is None and loaded.eos_token is not None:
+        loaded.pad_token = loaded.eos_token
+    return model.to(device), loaded
 
 
 def _locate(

@@ -220,14 +220,15 @@ def _logps(
     From hidden states, as training does: the logits are float32 whatever the model's dtype, since
     rounding to bfloat16 would be larger than most log-ratios.
     """
+    # Here, so that `fastsdpo signal --help` need not import transformers.
     from fastsdpo.prefix import head_parameters, shared_forward
 
     states = shared_forward(model, tokenized, teacher_model=teacher_model, sharing=sharing)  # type: ignore[arg-type]
     count = len(tokenized[0].completion_ids)
 
-    def logps(owner: Any, hidden: torch.Tensor) -> torch.Tensor:
+    def of_head(owner: Any, hidden: torch.Tensor) -> torch.Tensor:
         head = head_parameters(owner)
-        return linear_token_logps(
+        logps: Any = linear_token_logps(
             hidden,
             head.weight,
             states.target_ids[: len(hidden)],
@@ -236,10 +237,11 @@ def _logps(
             softcap=head.softcap,
             logit_scale=head.logit_scale,
             backend=backend,
-        ).to("cpu", torch.float64)
+        )
+        return logps.to("cpu", torch.float64)
 
-    student = logps(model, states.student_hidden[:count])
-    teacher = logps(model if teacher_model is None else teacher_model, states.teacher_hidden)
+    student = of_head(model, states.student_hidden[:count])
+    teacher = of_head(model if teacher_model is None else teacher_model, states.teacher_hidden)
     return student, list(teacher.split(count))
 
 

