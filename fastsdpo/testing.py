@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -198,3 +199,31 @@ def make_rows(
     targets[torch.rand(shape, generator=g) < ignored] = -100
     weights = torch.rand(shape, generator=g)
     return Rows(student.to(dtype), teacher.to(dtype), targets, weights)
+
+
+def round_interpreted_bfloat16() -> None:
+    """Makes the Triton interpreter round float32 to bfloat16 to nearest even, as the hardware does.
+
+    It drops the low bits otherwise. Call it before the first kernel runs under TRITON_INTERPRET=1.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    plain = builder.cast_impl
+
+    def cast(self: object, source: Any, target: Any) -> Any:
+        given, wanted = source.dtype.scalar, target.scalar
+        if given == tl.float32 and wanted == tl.bfloat16:
+            bits = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
+            bits = bits.view(torch.int16).numpy().view(np.uint16)
+            return interpreter.TensorHandle(bits, wanted)
+        if given == tl.bfloat16 and wanted == tl.float32:
+            wide = source.data.astype(np.uint32) << np.uint32(16)
+            return interpreter.TensorHandle(wide.view(np.float32), wanted)
+        return plain(self, source, target)
+
+    builder.cast_impl = cast
+    for name in ("create_fp_ext", "create_fp_trunc"):
+        setattr(builder, name, lambda self, source, target: self.cast_impl(source, target))

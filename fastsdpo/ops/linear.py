@@ -14,7 +14,9 @@ logits put 7% to 10% error into the gradients. The gradient tile has the operand
 head's gradient accumulates in float32 over the chunks.
 
 Chunk size (``chunk_size=None``): the largest multiple of 64 with chunk * V <= 2^26 elements on a GPU
-(2^24 on a CPU), at least 256 (below that GEMMs slow down), then evened out over the chunks.
+(2^24 on a CPU), at least 1024 (256), then evened out over the chunks. The least is what dWeight needs:
+it moves 8 V D bytes (its float32 sum, read and written) for 2 chunk V D operations, so below about
+1000 tokens memory limits it on an H100, whatever V and D are; a CPU's GEMMs only slow down below 256.
 Peak extra memory: two float32 tiles of chunk * V, one gradient tile, and the gradients.
 """
 
@@ -59,8 +61,8 @@ from fastsdpo.ops.divergence import (
 
 def default_chunk_size(tokens: int, vocabulary: int, device: torch.device) -> int:
     """Tokens per chunk: bounded memory, GEMMs large enough to run at full rate (see the module)."""
-    budget = 2**24 if device.type == "cpu" else 2**26
-    chunk = max(256, budget // vocabulary // 64 * 64)
+    budget, least = (2**24, 256) if device.type == "cpu" else (2**26, 1024)
+    chunk = max(least, budget // vocabulary // 64 * 64)
     if tokens <= chunk:
         return max(1, tokens)
     chunks = math.ceil(tokens / chunk)
@@ -117,12 +119,16 @@ class _Head:
         out.copy_(total)
 
     @staticmethod
-    def accumulate(grad: Tensor, x: Tensor, total: Tensor) -> None:
-        """``total += grad.T @ x``, ``total`` in the accumulation dtype."""
+    def accumulate(grad: Tensor, x: Tensor, total: Tensor, first: bool) -> None:
+        """``total += grad.T @ x``, ``total`` in the accumulation dtype; ``=`` for the first chunk.
+
+        So ``total`` need not hold zeros: beta = 0 reads nothing of it.
+        """
+        beta = 0.0 if first else 1.0
         if grad.dtype == total.dtype:
-            total.addmm_(grad.t(), x)
+            total.addmm_(grad.t(), x, beta=beta)
         else:
-            torch.addmm(total, grad.t(), x, out_dtype=total.dtype, out=total)
+            torch.addmm(total, grad.t(), x, beta=beta, out_dtype=total.dtype, out=total)
 
 
 def _dtypes(hidden: Tensor, weight: Tensor, tile: torch.dtype | None) -> tuple[torch.dtype, ...]:
@@ -143,6 +149,12 @@ def _gradient_scale(weights: Tensor, operand: torch.dtype) -> Tensor | None:
         return None
     largest = weights.abs().max().clamp(min=1e-30)
     return torch.exp2(-largest.log2().ceil())
+
+
+def _new_head_gradient(weight: Tensor, accumulation: torch.dtype, tokens: int) -> Tensor:
+    """Uninitialized where a first chunk will write it."""
+    make = torch.empty if tokens else torch.zeros
+    return make(weight.shape, dtype=accumulation, device=weight.device)
 
 
 def _stored_dtype(source: Tensor) -> torch.dtype:
@@ -205,7 +217,7 @@ def linear_sdpo_op(
         grad_hidden = student_hidden.new_empty(shape, dtype=stored)
     grad_weight = weights.new_empty(0)
     if need_weight:
-        grad_weight = torch.zeros(weight.shape, dtype=accumulation, device=weight.device)
+        grad_weight = _new_head_gradient(weight, accumulation, tokens)
     grad_bias = weights.new_zeros(vocabulary if need_bias else 0)
 
     has_teacher = teacher_hidden is not None
@@ -258,7 +270,7 @@ def linear_sdpo_op(
         if need_hidden:
             head.hidden_gradient(grad, grad_hidden[rows])
         if need_weight:
-            head.accumulate(grad, x, grad_weight)
+            head.accumulate(grad, x, grad_weight, first=start == 0)
         if need_bias:
             grad_bias += grad.sum(0, dtype=accumulation)
 
@@ -318,6 +330,9 @@ def _scaled(grad: Tensor, grad_loss: Tensor, source: Tensor) -> Tensor:
         return _FirstDerivative.apply(scaled, source)
     if not _is_real(grad):
         return (grad * grad_loss.to(grad.dtype)).to(source.dtype)
+    if grad_loss.device.type == "cpu" and grad_loss == 1:
+        grad[:0].mul_(1)  # marks the saved tensor as changed, which is what the refusal rests on
+        return grad.to(source.dtype)
     return grad.mul_(grad_loss).to(source.dtype)
 
 
@@ -408,7 +423,7 @@ def linear_token_logps_backward_op(
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
     grad_weight = grad_logps.new_empty(0)
     if need_weight:
-        grad_weight = torch.zeros(weight.shape, dtype=accumulation, device=weight.device)
+        grad_weight = _new_head_gradient(weight, accumulation, tokens)
     grad_bias = grad_logps.new_zeros(vocabulary if need_bias else 0)
     largest = min(chunk_size, tokens)
     tiles = hidden.new_empty(largest, vocabulary, dtype=tile)
@@ -428,7 +443,7 @@ def linear_token_logps_backward_op(
         if need_hidden:
             head.hidden_gradient(grad, grad_hidden[rows])
         if need_weight:
-            head.accumulate(grad, x, grad_weight)
+            head.accumulate(grad, x, grad_weight, first=start == 0)
         if need_bias:
             grad_bias += grad.sum(0, dtype=accumulation)
     if scale is not None:

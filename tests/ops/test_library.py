@@ -8,7 +8,9 @@ import fastsdpo
 from fastsdpo.ops import _library, linear
 
 BACKENDS = [
-    name for name in ("reference", "native") if fastsdpo.available_backends()[name] == "available"
+    name
+    for name in ("reference", "native", "triton")
+    if fastsdpo.available_backends()[name] == "available"
 ]
 
 

@@ -9,7 +9,9 @@ import fastsdpo
 from fastsdpo.testing import assert_gradient_close, make_rows, oracle_sdpo_loss
 
 BACKENDS = [
-    name for name in ("reference", "native") if fastsdpo.available_backends()[name] == "available"
+    name
+    for name in ("reference", "native", "triton")
+    if fastsdpo.available_backends()[name] == "available"
 ]
 LOSSES = [
     ("sampled_token", 1.0, None, True),
@@ -49,8 +51,8 @@ def backend(request):
     ("temperature", "softcap"), [(1.0, None), (0.7, 4.0)], ids=["plain", "temp-cap"]
 )
 def test_loss_and_gradient_equal_the_formula(backend, loss, dtype, temperature, softcap):
-    if backend == "native" and dtype == torch.float64:
-        pytest.skip("the native kernels compute float16, bfloat16 and float32")
+    if backend != "reference" and dtype == torch.float64:
+        pytest.skip("the kernels compute float16, bfloat16 and float32")
     rows = make_rows((3, 4), 129, dtype=dtype)
     kwargs = dict(
         **options(loss), weights=rows.weights, temperature=temperature, softcap=softcap,
@@ -112,8 +114,10 @@ def test_a_slice_costs_no_copy_and_gives_the_same(backend, loss):
         leaf[:, :-1, :33], teacher[:, 1:, 4:], rows.target_ids, backend=backend, **options(loss)
     )
     out.loss.backward()
-    assert torch.equal(out.per_token_loss, plain.per_token_loss)
-    assert torch.equal(leaf.grad[:, :-1, :33], grad)
+    # Triton starts a row's tiles at its first 16-byte boundary, so other strides mean other sums.
+    close = {"rtol": 1e-4, "atol": 1e-6} if backend == "triton" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(out.per_token_loss, plain.per_token_loss, **close)
+    torch.testing.assert_close(leaf.grad[:, :-1, :33], grad, **close)
     assert not leaf.grad[:, -1].any()
     assert not leaf.grad[..., 33:].any()
 

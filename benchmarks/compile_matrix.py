@@ -1,0 +1,429 @@
+"""Compiles every specialization of the Triton kernels for every target, without a GPU.
+
+    python benchmarks/compile_matrix.py                  # all targets -> results/compile_matrix.{json,md}
+    python benchmarks/compile_matrix.py --targets sm_90  # some
+    python benchmarks/compile_matrix.py --check          # compare with the committed table
+
+For each cell: registers, spills and local memory (from the compiled binary), shared memory, the widest
+and narrowest global access of the hot loop, what must not be in a loop (barriers, shuffles, atomics,
+float64), and SASS instructions of the hot loop per element moved. The rules are in `violations`; a cell
+that breaks one, or is worse than the committed table, fails with its name. On gfx942 the assembly gives
+registers, spills and the kinds of accesses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
+
+RESULTS = Path(__file__).parent / "results" / "compile_matrix.json"
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+DTYPES = ("bf16", "fp16", "fp32")
+FORBIDDEN = ("BAR", "SHFL", "ATOM", "RED", "DADD", "DMUL", "DFMA")
+REGISTER_FILE, WARP = 65536, 32
+# 8 warps a program: 4 programs per processor on parts with 64 warps, 64 registers a thread.
+MAX_REGISTERS = 64
+
+
+class Variant(NamedTuple):
+    """One specialization: the kernel's name, its module, its constexprs, elements moved per position."""
+
+    name: str
+    module: str
+    kernel: str
+    constants: dict[str, Any]
+    reads: int  # logits elements read and written per vocabulary position in the hottest loop
+
+
+TOKENS = "fastsdpo.ops.token_logps._triton"
+PAIRS = "fastsdpo.ops.divergence._triton"
+
+
+def variants() -> list[Variant]:
+    found = []
+    base = {"HAS_OLD": True, "HAS_CAP": False, "STAGE": 0}
+
+    def add(name: str, module: str, kernel: str, reads: int, **constants: Any) -> None:
+        found.append(Variant(name, module, kernel, constants, reads))
+
+    token = {**base, "STAT_STRIDE": 2, "LOSS": True, "ENTROPY": False, "FUSED": False, "SAME": True}
+    fwd, bwd = "_sampled_token_fwd_kernel", "_sampled_token_bwd_kernel"
+    add("logps", TOKENS, fwd, 1, **{**token, "TEACHER": 0, "LOSS": False, "HAS_OLD": False})
+    add(
+        "logps entropy",
+        TOKENS,
+        fwd,
+        1,
+        **{**token, "TEACHER": 0, "LOSS": False, "ENTROPY": True, "HAS_OLD": False},
+    )
+    add("log-ratio", TOKENS, fwd, 1, **{**token, "TEACHER": 1, "LOSS": False, "HAS_OLD": False})
+    add("sampled", TOKENS, fwd, 1, **token, TEACHER=1)
+    add("sampled softcap", TOKENS, fwd, 1, **{**token, "HAS_CAP": True}, TEACHER=1)
+    add("sampled given teacher", TOKENS, fwd, 1, **token, TEACHER=2)
+    add("sampled split", TOKENS, fwd, 1, **{**token, "STAGE": 1}, TEACHER=1)
+    add("sampled finish", TOKENS, fwd, 1, **{**token, "STAGE": 2}, TEACHER=1)
+    add("sampled fused", TOKENS, fwd, 1, **{**token, "FUSED": True}, TEACHER=1)
+    back = {"STAT_STRIDE": 2, "LOSS": True, "HAS_CAP": False}
+    for same in (True, False):
+        add(f"sampled gradient{'' if same else ' other phase'}", TOKENS, bwd, 2, **back, SAME=same)
+    add("sampled gradient softcap", TOKENS, bwd, 2, **{**back, "HAS_CAP": True}, SAME=True)
+    add("logps gradient", TOKENS, bwd, 2, **{**back, "LOSS": False, "STAT_STRIDE": 1}, SAME=True)
+    for mode, label in enumerate(("forward KL", "reverse KL", "JSD")):
+        pair = {**base, "MODE": mode, "FUSED": False, "SAME": True}
+        add(label, PAIRS, "_divergence_fwd_kernel", 2, **pair)
+        add(f"{label} other phase", PAIRS, "_divergence_fwd_kernel", 2, **{**pair, "SAME": False})
+        add(f"{label} softcap", PAIRS, "_divergence_fwd_kernel", 2, **{**pair, "HAS_CAP": True})
+        add(f"{label} split", PAIRS, "_divergence_fwd_kernel", 2, **{**pair, "STAGE": 1})
+        add(f"{label} finish", PAIRS, "_divergence_fwd_kernel", 2, **{**pair, "STAGE": 2})
+        add(f"{label} fused", PAIRS, "_divergence_fwd_kernel", 2, **{**pair, "FUSED": True})
+        grad = {"MODE": mode, "HAS_CAP": False}
+        for same in (True, False):
+            add(
+                f"{label} gradient{'' if same else ' other phase'}",
+                PAIRS,
+                "_divergence_bwd_kernel",
+                3,
+                **grad,
+                SAME=same,
+            )
+        add(
+            f"{label} gradient softcap",
+            PAIRS,
+            "_divergence_bwd_kernel",
+            3,
+            **{**grad, "HAS_CAP": True},
+            SAME=True,
+        )
+        top = {**base, "MODE": mode, "FUSED": False, "SAME": True, "KP": 32}
+        for tail in (True, False):
+            for given in (True, False):
+                source = "given teacher" if given else "teacher logits"
+                name = f"top-k {label} {'tail' if tail else 'renormalized'} {source}"
+                add(name, PAIRS, "_topk_fwd_kernel", 1, **top, TAIL=tail, GIVEN=given)
+        add(
+            f"top-k {label} split",
+            PAIRS,
+            "_topk_fwd_kernel",
+            1,
+            **{**top, "STAGE": 1},
+            TAIL=True,
+            GIVEN=False,
+        )
+        add(
+            f"top-k {label} finish",
+            PAIRS,
+            "_topk_fwd_kernel",
+            1,
+            **{**top, "STAGE": 2},
+            TAIL=True,
+            GIVEN=False,
+        )
+        add(
+            f"top-k {label} fused",
+            PAIRS,
+            "_topk_fwd_kernel",
+            1,
+            **{**top, "FUSED": True},
+            TAIL=True,
+            GIVEN=False,
+        )
+    jsd = {"HAS_CAP": False, "SAME": True}
+    add("JSD loss", PAIRS, "_jsd_kernel", 2, **jsd, STAGE=0)
+    add("JSD loss other phase", PAIRS, "_jsd_kernel", 2, **{**jsd, "SAME": False}, STAGE=0)
+    add("JSD loss softcap", PAIRS, "_jsd_kernel", 2, **{**jsd, "HAS_CAP": True}, STAGE=0)
+    add("JSD loss split", PAIRS, "_jsd_kernel", 2, **jsd, STAGE=1)
+    add("JSD loss finish", PAIRS, "_jsd_kernel", 2, **jsd, STAGE=2)
+    for tail in (True, False):
+        add(
+            f"top-k gradient {'tail' if tail else 'renormalized'}",
+            PAIRS,
+            "_topk_bwd_kernel",
+            2,
+            TAIL=tail,
+            HAS_CAP=False,
+            SAME=True,
+            KP=32,
+        )
+    return found  # fmt: skip
+
+
+def signature(names: list[str], constants: dict[str, Any], dtype: str) -> dict[str, str]:
+    """Argument types as a launch passes them."""
+    types = {"s_ptr": f"*{dtype}", "t_ptr": f"*{dtype}", "g_ptr": f"*{dtype}"}
+    types |= dict.fromkeys(("target_ptr", "id_ptr", "sorted_ptr"), "*i64")
+    types |= dict.fromkeys(("k", "cap", "inv_temperature", "alpha", "is_clip"), "fp32")
+    return {
+        name: "constexpr"
+        if name in constants
+        else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in names
+    }
+
+
+def compile_variant(variant: Variant, dtype: str, target: str) -> Any:
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fastsdpo.ops._triton_common import ALIGNMENT, LANES, NUM_WARPS, VEC
+
+    kernel = getattr(importlib.import_module(variant.module), variant.kernel)
+    nvidia = target.startswith("sm_")
+    constants = {**variant.constants, "A": ALIGNMENT, "LANES": LANES, "VEC": VEC}
+    if "FAST" in kernel.arg_names:
+        constants["FAST"] = nvidia
+    names = kernel.arg_names
+    types = signature(names, constants, dtype)
+    aligned = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in types.items()
+        if kind.startswith("*") and name not in ("log2sum_ptr",)
+    }
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=gpu, options={"num_warps": NUM_WARPS})
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def hot_loop(sass: str) -> list[str]:
+    """Instructions of the innermost loops that touch global memory, the one with most accesses."""
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    for line in sass.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label.group(1)] = len(code)
+        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
+        if instruction:
+            code.append(instruction.group(1))
+    loops = []
+    for i, text in enumerate(code):
+        jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", text)
+        if jump and labels.get(jump.group(1), i + 1) <= i:
+            loops.append((labels[jump.group(1)], i))
+    inner = [a for a in loops if not any(a[0] <= b[0] and b[1] <= a[1] and a != b for b in loops)]
+    bodies = [code[a : b + 1] for a, b in inner]
+    # Loops that read come before those that only store zeros (ignored rows).
+    bodies = [body for body in bodies if any("LDG" in t or "STG" in t for t in body)]
+    return max(
+        bodies,
+        key=lambda body: (
+            any("LDG" in t for t in body),
+            sum("LDG" in t or "STG" in t for t in body),
+        ),
+        default=[],
+    )
+
+
+def opcode(text: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
+
+
+def measure(variant: Variant, dtype: str, target: str) -> dict[str, Any]:
+    """The cell's figures."""
+    from fastsdpo.ops._triton_common import NUM_WARPS, TILE
+
+    compiled = compile_variant(variant, dtype, target)
+    if not target.startswith("sm_"):
+        assembly = compiled.asm["amdgcn"]
+
+        def number(key: str) -> int:
+            match = re.search(rf"\.{key}:\s+(\d+)", assembly)
+            return int(match.group(1)) if match else 0
+
+        kinds = collections.Counter(
+            re.findall(r"(?:global|buffer|flat)_(?:load|store)_\w+", assembly)
+        )
+        return {
+            "registers": number("vgpr_count"),
+            "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+            "shared": compiled.metadata.shared,
+            "widest": 16 if any("x4" in kind or "b128" in kind for kind in kinds) else 0,
+        }
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name],
+                               capture_output=True, text=True)  # fmt: skip
+        sass = subprocess.run([_tool("nvdisasm"), "-c", file.name],
+                              capture_output=True, text=True).stdout  # fmt: skip
+    found = re.search(
+        r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout + usage.stderr
+    )
+    assert found, usage.stdout + usage.stderr
+    registers, stack, _, local = map(int, found.groups())
+    loop = hot_loop(sass)
+    widths = []
+    for text in loop:
+        name = opcode(text)
+        if name.startswith(("LDG", "STG")):
+            bits = re.search(r"\.(8|16|U8|U16|S16|64|128|256)\b", name)
+            value = bits.group(1) if bits else "32"
+            widths.append(int(re.sub(r"\D", "", value)) // 8)
+    bad = sorted({opcode(t).split(".")[0] for t in loop} & set(FORBIDDEN))
+    per_thread = TILE / (NUM_WARPS * WARP)
+    warps = REGISTER_FILE // (-(-registers // 8) * 8 * WARP)
+    return {
+        "registers": registers,
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "local": stack + local,
+        "shared": compiled.metadata.shared,
+        "warps": min(64, warps // NUM_WARPS * NUM_WARPS),
+        "widest": max(widths, default=0),
+        "narrowest": min(widths, default=0),
+        "in loop": bad,
+        "per element": round(len(loop) / per_thread / variant.reads, 1) if loop else 0.0,
+    }
+
+
+def violations(name: str, cell: dict[str, Any], target: str) -> list[str]:
+    """The rules that a cell breaks."""
+    found = []
+    if cell["spills"] or cell.get("local"):
+        found.append(f"spills {cell['spills']}, local memory {cell.get('local', 0)} bytes")
+    if "finish" in name:
+        return found  # adds up a few numbers per row
+    other_phase = "other phase" in name
+    if cell["widest"] < 16 and "renormalized" not in name:
+        found.append(f"widest access {cell['widest']} bytes")
+    if not target.startswith("sm_"):
+        return found
+    if cell["registers"] > MAX_REGISTERS:
+        found.append(f"{cell['registers']} registers")
+    if cell["narrowest"] < 16 and not other_phase and not name.startswith("top-k"):
+        found.append(f"an access of {cell['narrowest']} bytes in the hot loop")
+    if cell["in loop"]:
+        found.append(f"{', '.join(cell['in loop'])} in the hot loop")
+    return found
+
+
+def cell_name(variant: Variant, dtype: str, target: str) -> str:
+    return f"{variant.name} / {dtype} / {target}"
+
+
+def _work(job: tuple[Variant, str, str]) -> tuple[str, dict[str, Any], list[str]]:
+    variant, dtype, target = job
+    try:
+        cell = measure(variant, dtype, target)
+    except Exception as error:  # a cell that does not compile is a result: the worst one
+        while error.__cause__ is not None:
+            error = error.__cause__
+        failed = {"registers": 0, "spills": 0, "widest": 0, "narrowest": 0, "per element": 0.0}
+        return cell_name(*job), failed, [f"does not compile: {str(error)[-300:]}"]
+    return cell_name(*job), cell, violations(variant.name, cell, target)
+
+
+def run(targets: list[str], dtypes: list[str], names: str, workers: int) -> dict[str, Any]:
+    jobs = [
+        (variant, dtype, target)
+        for target in targets
+        for dtype in dtypes
+        for variant in variants()
+        if re.search(names, variant.name)
+    ]
+    cells = {}
+    broken = {}
+    with ProcessPoolExecutor(workers) as pool:
+        for name, cell, rules in pool.map(_work, jobs, chunksize=4):
+            cells[name] = cell
+            if rules:
+                broken[name] = rules
+    return {"cells": cells, "violations": broken}
+
+
+def regressions(cells: dict[str, Any], committed: dict[str, Any]) -> list[str]:
+    """Cells worse than the committed ones: more registers (by 4), spills, narrower or more instructions."""
+    found = []
+    for name, cell in cells.items():
+        if name not in committed:
+            found.append(f"{name}: not in the committed table")
+            continue
+        old = committed[name]
+        if cell["registers"] > old["registers"] + 4:
+            found.append(f"{name}: registers {old['registers']} -> {cell['registers']}")
+        if cell["spills"] > old["spills"]:
+            found.append(f"{name}: spills {old['spills']} -> {cell['spills']}")
+        if cell.get("narrowest", 0) < old.get("narrowest", 0):
+            found.append(f"{name}: narrowest access {old['narrowest']} -> {cell['narrowest']}")
+        if cell.get("per element", 0) > 1.1 * old.get("per element", 0) + 0.2:
+            found.append(f"{name}: {old['per element']} -> {cell['per element']} per element")
+    return found
+
+
+def table(cells: dict[str, Any]) -> str:
+    """Per variant and dtype: the worst over targets."""
+    lines = [
+        "| kernel | dtype | registers | spills | narrowest access in the loop, bytes | instructions "
+        "per element moved |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    grouped: dict[tuple[str, str], list[dict[str, Any]]] = collections.defaultdict(list)
+    for name, cell in cells.items():
+        variant, dtype, target = name.split(" / ")
+        if target.startswith("sm_"):
+            grouped[variant, dtype].append(cell)
+    for (variant, dtype), group in grouped.items():
+        registers = sorted({cell["registers"] for cell in group})
+        span = f"{registers[0]}" if len(registers) == 1 else f"{registers[0]} to {registers[-1]}"
+        lines.append(
+            f"| {variant} | {dtype} | {span} | {max(c['spills'] for c in group)} | "
+            f"{min(c['narrowest'] for c in group)} | {max(c['per element'] for c in group)} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--targets", nargs="*", default=list(TARGETS))
+    parser.add_argument("--dtypes", nargs="*", default=list(DTYPES))
+    parser.add_argument("--names", default="", help="regular expression of variants")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    import triton
+
+    result = run(args.targets, args.dtypes, args.names, args.workers)
+    for name, rules in result["violations"].items():
+        print(f"{name}: {'; '.join(rules)}")
+    print(f"{len(result['cells'])} cells, {len(result['violations'])} break a rule")
+    if args.check:
+        worse = regressions(result["cells"], json.loads(RESULTS.read_text())["cells"])
+        print("\n".join(worse) or "no cell is worse than the committed table")
+        return 1 if worse else 0
+    result = {"triton": triton.__version__, **result}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    text = (
+        "# Compile matrix of the Triton kernels\n\nNothing here has run on a GPU: these are figures of "
+        f"the compiled code (Triton {triton.__version__}).\n\n"
+        "Command: `python benchmarks/compile_matrix.py`. Worst over "
+        + ", ".join(t for t in args.targets if t.startswith("sm_"))
+        + "; gfx942 is in the JSON.\n\n"
+        + table(result["cells"])
+        + "\n\n## Cells that break a rule\n\n"
+        + ("\n".join(f"- {n}: {'; '.join(r)}" for n, r in result["violations"].items()) or "None.")
+        + "\n"
+    )
+    RESULTS.with_suffix(".md").write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

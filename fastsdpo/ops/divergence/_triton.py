@@ -1,0 +1,906 @@
+"""Triton kernels of the divergences: forward KL, reverse KL, Jensen-Shannon, and over a top-k support.
+
+One program per row (or per segment of a row, where rows are few); tiles, alignment and sums as in
+`fastsdpo.ops._triton_common`. A KL is summed with the softmax statistics in one pass over both rows;
+Jensen-Shannon needs the normalized probabilities first, so it takes a second pass. Top-k walks each
+row once, leaving the support out of the sums, and gathers the K tokens of the support by their ids.
+
+    bytes per element in bfloat16, forward + backward:  KL 10, JSD 14, top-k 8
+
+Student and teacher are read at the same v. Where their rows start at different places of a 16-byte
+piece, the teacher's (and the gradient's) accesses are narrow: the student's alignment leads.
+The sampled-token loss lives in `ops/token_logps/_triton.py`: it needs the statistics only.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsdpo.ops._triton_common import (
+    FAST_LOG2,
+    LAUNCH,
+    LN2,
+    LOG2E,
+    NEG_INF,
+    RUNTIME,
+    aligned_part,
+    coefficient,
+    edge_positions,
+    finite,
+    load_c,
+    log2,
+    log_prob,
+    merge,
+    on_device,
+    row_offset,
+    row_partial,
+    rows_of,
+    same_phase,
+    scale_of,
+    segments_of,
+    slope,
+    splits_rows,
+    tile_positions,
+    times,
+    whole_pieces,
+)
+from fastsdpo.ops.token_logps import _triton as token_kernels
+from fastsdpo.ops.token_logps._triton import FINISH, PARTIAL, WHOLE, gradient_grid, zero_tile
+
+FORWARD_KL, REVERSE_KL, JSD = 0, 1, 2
+
+
+@triton.jit
+def merge_pair(sm, sz, tm, tz, d, sm2, sz2, tm2, tz2, d2, k, MODE: tl.constexpr):
+    """Two partial (maxima, sums, sum of weights x (own - other)) of a pair of rows as one.
+
+    The weights are the teacher's for forward KL, the student's for reverse KL; d holds differences of c
+    themselves, so only the weights' factor changes with the maximum.
+    """
+    s_top = tl.maximum(sm, sm2)
+    t_top = tl.maximum(tm, tm2)
+    a = tl.exp2((sm - finite(s_top)) * k)
+    b = tl.exp2((sm2 - finite(s_top)) * k)
+    p = tl.exp2((tm - finite(t_top)) * k)
+    q = tl.exp2((tm2 - finite(t_top)) * k)
+    if MODE == 0:
+        d = times(p, d) + times(q, d2)
+    if MODE == 1:
+        d = times(a, d) + times(b, d2)
+    return s_top, sz * a + sz2 * b, t_top, tz * p + tz2 * q, d
+
+
+@triton.jit
+def pair_terms(x, y, s_top, t_top, k, MODE: tl.constexpr):
+    """(student's weights, teacher's weights, their KL terms) of a tile, for given maxima."""
+    ws = tl.exp2((x - s_top) * k)
+    wt = tl.exp2((y - t_top) * k)
+    d = ws
+    if MODE == 0:
+        d = times(wt, y - x)
+    if MODE == 1:
+        d = times(ws, x - y)
+    return ws, wt, d
+
+
+@triton.jit
+def pair_partial(
+    s_ptr, s_offset, t_ptr, t_offset, vocabulary, first_segment, last_segment, tiles_per_segment, k, cap,
+    HAS_CAP: tl.constexpr, MODE: tl.constexpr, SAME: tl.constexpr, A: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Joint statistics of student and teacher over segments [first, last) of a row."""
+    first, last = aligned_part(s_offset, vocabulary, A)
+    sm = tl.full([], float("-inf"), tl.float32)
+    sz = tl.full([], 0.0, tl.float32)
+    tm = tl.full([], float("-inf"), tl.float32)
+    tz = tl.full([], 0.0, tl.float32)
+    d = tl.full([], 0.0, tl.float32)
+    if first_segment == 0:
+        v, edge = edge_positions(s_offset, first, last, vocabulary, A)
+        x_edge = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP)
+        y_edge = load_c(t_ptr + t_offset + v, edge, cap, HAS_CAP)
+        sm = tl.max(x_edge, 0)
+        tm = tl.max(y_edge, 0)
+        s_edge, t_edge, d_edge = pair_terms(x_edge, y_edge, finite(sm), finite(tm), k, MODE)
+        sz = tl.sum(s_edge, 0)
+        tz = tl.sum(t_edge, 0)
+        d = tl.sum(d_edge, 0)
+    n = whole_pieces((last - first).to(tl.int32), A)
+    t_first = t_offset + (first - s_offset)
+    if SAME:
+        t_first = whole_pieces(t_first, A)
+    s_start = s_ptr + whole_pieces(first, A)
+    t_start = t_ptr + t_first
+    at = tile_positions(LANES, VEC)
+    for segment in range(first_segment, last_segment):
+        lsm = tl.full([LANES], float("-inf"), tl.float32)
+        ltm = tl.full([LANES], float("-inf"), tl.float32)
+        lsz = tl.zeros([LANES], tl.float32)
+        ltz = tl.zeros([LANES], tl.float32)
+        ld = tl.zeros([LANES], tl.float32)
+        begin = segment * tiles_per_segment * (LANES * VEC)
+        end = tl.minimum(begin + tiles_per_segment * (LANES * VEC), n)
+        for o in range(begin, end, LANES * VEC):
+            c = o + at
+            x = load_c(s_start + c, c < n, cap, HAS_CAP)
+            y = load_c(t_start + c, c < n, cap, HAS_CAP)
+            s_top = tl.maximum(lsm, tl.max(x, 1))
+            t_top = tl.maximum(ltm, tl.max(y, 1))
+            a = tl.exp2((lsm - finite(s_top)) * k)
+            p = tl.exp2((ltm - finite(t_top)) * k)
+            ws, wt, terms = pair_terms(
+                x, y, finite(s_top)[:, None], finite(t_top)[:, None], k, MODE
+            )
+            lsz = lsz * a + tl.sum(ws, 1)
+            ltz = ltz * p + tl.sum(wt, 1)
+            if MODE == 0:
+                ld = times(p, ld) + tl.sum(terms, 1)
+            if MODE == 1:
+                ld = times(a, ld) + tl.sum(terms, 1)
+            lsm = s_top
+            ltm = t_top
+        s_top = tl.max(lsm, 0)
+        t_top = tl.max(ltm, 0)
+        a = tl.exp2((lsm - finite(s_top)) * k)
+        p = tl.exp2((ltm - finite(t_top)) * k)
+        if MODE == 0:
+            ld = times(p, ld)
+        if MODE == 1:
+            ld = times(a, ld)
+        sm, sz, tm, tz, d = merge_pair(
+            sm, sz, tm, tz, d, s_top, tl.sum(lsz * a, 0), t_top, tl.sum(ltz * p, 0),
+            tl.sum(ld, 0), k, MODE,
+        )  # fmt: skip
+    return sm, sz, tm, tz, d
+
+
+@triton.jit
+def jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST: tl.constexpr):
+    """(p, log2 p - log2 m, q, log2 q - log2 m) of a tile, m the mixture."""
+    s = (x - sm) * k - sl
+    t = (y - tm) * k - tl_
+    p = tl.exp2(s)
+    q = tl.exp2(t)
+    m = (1.0 - alpha) * p + alpha * q
+    lm = log2(tl.where(m == 0.0, 1.0, m), FAST)
+    return p, s - lm, q, t - lm
+
+
+@triton.jit
+def jsd_partial(
+    s_ptr, s_offset, t_ptr, t_offset, vocabulary, first_segment, last_segment, tiles_per_segment, sm, sl,
+    tm, tl_, k, cap, alpha,
+    HAS_CAP: tl.constexpr, SAME: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """(KL(p || m), KL(q || m)) in log2 over segments [first, last) of a row."""
+    first, last = aligned_part(s_offset, vocabulary, A)
+    of_s = tl.full([], 0.0, tl.float32)
+    of_t = tl.full([], 0.0, tl.float32)
+    if first_segment == 0:
+        v, edge = edge_positions(s_offset, first, last, vocabulary, A)
+        x_edge = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP)
+        y_edge = load_c(t_ptr + t_offset + v, edge, cap, HAS_CAP)
+        p_edge, ds_edge, q_edge, dt_edge = jsd_terms(
+            x_edge, y_edge, sm, sl, tm, tl_, k, alpha, FAST
+        )
+        of_s = tl.sum(times(p_edge, ds_edge), 0)
+        of_t = tl.sum(times(q_edge, dt_edge), 0)
+    n = whole_pieces((last - first).to(tl.int32), A)
+    t_first = t_offset + (first - s_offset)
+    if SAME:
+        t_first = whole_pieces(t_first, A)
+    s_start = s_ptr + whole_pieces(first, A)
+    t_start = t_ptr + t_first
+    at = tile_positions(LANES, VEC)
+    for segment in range(first_segment, last_segment):
+        ls = tl.zeros([LANES], tl.float32)
+        lt = tl.zeros([LANES], tl.float32)
+        begin = segment * tiles_per_segment * (LANES * VEC)
+        end = tl.minimum(begin + tiles_per_segment * (LANES * VEC), n)
+        for o in range(begin, end, LANES * VEC):
+            c = o + at
+            x = load_c(s_start + c, c < n, cap, HAS_CAP)
+            y = load_c(t_start + c, c < n, cap, HAS_CAP)
+            p, ds, q, dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
+            ls += tl.sum(times(p, ds), 1)
+            lt += tl.sum(times(q, dt), 1)
+        of_s += tl.sum(ls, 0)
+        of_t += tl.sum(lt, 0)
+    return of_s, of_t
+
+
+@triton.jit
+def divergence_gradient_tile(
+    s_ptr, t_ptr, g_ptr, mask, coef, sm, sl, tm, tl_, kl, k, cap, alpha,
+    HAS_CAP: tl.constexpr, MODE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """coef x dL/du x dc/dz of one tile; ``kl`` in nats as the rows' statistics hold it."""
+    x = load_c(s_ptr, mask, cap, HAS_CAP)
+    y = load_c(t_ptr, mask, cap, HAS_CAP)
+    if MODE == 2:
+        p, ds, q, dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
+        g = times(p, ds - kl * LOG2E) * (coef * (1.0 - alpha) * LN2)
+    else:
+        s = (x - sm) * k - sl
+        t = (y - tm) * k - tl_
+        p = tl.exp2(s)
+        if MODE == 0:
+            g = (p - tl.exp2(t)) * coef
+        else:
+            g = times(p, s - t - kl * LOG2E) * (coef * LN2)
+    g = g * slope(x, cap, HAS_CAP)
+    tl.store(g_ptr, g.to(g_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def divergence_gradient_row(
+    s_ptr, s_offset, t_ptr, t_offset, g_ptr, g_offset, vocabulary, begin, stop, with_edge, live,
+    coef, sm, sl, tm, tl_, kl, k, cap, alpha,
+    HAS_CAP: tl.constexpr, MODE: tl.constexpr, SAME: tl.constexpr, FAST: tl.constexpr,
+    A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Tiles [begin, stop) of a row's gradient; zeros, without a read, where ``live`` is false."""
+    first, last = aligned_part(s_offset, vocabulary, A)
+    if with_edge:
+        v, mask = edge_positions(s_offset, first, last, vocabulary, A)
+        if live:
+            divergence_gradient_tile(
+                s_ptr + s_offset + v, t_ptr + t_offset + v, g_ptr + g_offset + v, mask, coef, sm,
+                sl, tm, tl_, kl, k, cap, alpha, HAS_CAP, MODE, FAST,
+            )  # fmt: skip
+        else:
+            zero_tile(g_ptr + g_offset + v, mask)
+    n = whole_pieces((last - first).to(tl.int32), A)
+    lead = first - s_offset
+    t_first = t_offset + lead
+    g_first = g_offset + lead
+    if SAME:
+        t_first = whole_pieces(t_first, A)
+        g_first = whole_pieces(g_first, A)
+    s_start = s_ptr + whole_pieces(first, A)
+    t_start = t_ptr + t_first
+    g_start = g_ptr + g_first
+    at = tile_positions(LANES, VEC)
+    end = tl.minimum(stop, n)
+    if live:
+        for o in range(begin, end, LANES * VEC):
+            c = o + at
+            divergence_gradient_tile(
+                s_start + c, t_start + c, g_start + c, c < n, coef, sm, sl, tm, tl_, kl, k, cap,
+                alpha, HAS_CAP, MODE, FAST,
+            )  # fmt: skip
+    else:
+        for o in range(begin, end, LANES * VEC):
+            c = o + at
+            zero_tile(g_start + c, c < n)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _divergence_fwd_kernel(
+    s_ptr, s_shift, s_b, s_l, t_ptr, t_shift, t_b, t_l, g_ptr, g_shift, g_b, g_l,
+    target_ptr, weight_ptr, old_ptr, partial_ptr,
+    student_ptr, teacher_ptr, per_token_ptr, coef_ptr, stats_ptr,
+    n_l, vocabulary, segments, tiles_per_segment, k, cap, inv_temperature, alpha, is_clip, ignore_index,
+    MODE: tl.constexpr, HAS_OLD: tl.constexpr, HAS_CAP: tl.constexpr, FUSED: tl.constexpr,
+    SAME: tl.constexpr, STAGE: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Statistics, the targets' log-probs and, for KL, the loss. JSD's comes from `_jsd_kernel`, or from
+    here where FUSED."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    live = target != ignore_index
+    width = tl.where(live, vocabulary, 0)
+    s_offset = row_offset(row, n_l, s_shift, s_b, s_l)
+    t_offset = row_offset(row, n_l, t_shift, t_b, t_l)
+    if STAGE == 2:
+        sm = tl.full([], float("-inf"), tl.float32)
+        sz = tl.full([], 0.0, tl.float32)
+        tm = tl.full([], float("-inf"), tl.float32)
+        tz = tl.full([], 0.0, tl.float32)
+        d = tl.full([], 0.0, tl.float32)
+        for segment in range(0, segments):
+            at = partial_ptr + (row * segments + segment) * 5
+            sm, sz, tm, tz, d = merge_pair(
+                sm, sz, tm, tz, d, tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3),
+                tl.load(at + 4), k, MODE,
+            )  # fmt: skip
+    else:
+        begin = 0
+        stop = segments
+        if STAGE == 1:
+            begin = tl.program_id(1)
+            stop = begin + 1
+        sm, sz, tm, tz, d = pair_partial(
+            s_ptr, s_offset, t_ptr, t_offset, width, begin, stop, tiles_per_segment, k, cap,
+            HAS_CAP, MODE, SAME, A, LANES, VEC,
+        )  # fmt: skip
+
+    if STAGE == 1:
+        at = partial_ptr + (row * segments + tl.program_id(1)) * 5
+        tl.store(at, sm)
+        tl.store(at + 1, sz)
+        tl.store(at + 2, tm)
+        tl.store(at + 3, tz)
+        tl.store(at + 4, d)
+    else:
+        sl = tl.where(live, tl.log2(sz), 0.0)
+        tl_ = tl.where(live, tl.log2(tz), 0.0)
+        sm = tl.where(live, sm, 0.0)
+        tm = tl.where(live, tm, 0.0)
+        c = load_c(s_ptr + s_offset + target, live, cap, HAS_CAP)
+        student = tl.where(live, log_prob(c, sm, sl, k), 0.0)
+        c = load_c(t_ptr + t_offset + target, live, cap, HAS_CAP)
+        teacher = tl.where(live, log_prob(c, tm, tl_, k), 0.0)
+        tl.store(student_ptr + row, student)
+        tl.store(teacher_ptr + row, teacher)
+        coef = coefficient(tl.load(weight_ptr + row), student, old_ptr, row, is_clip, HAS_OLD)
+        coef = tl.where(live, coef, 0.0)
+        tl.store(coef_ptr + row, coef)
+        tl.store(stats_ptr + row * 5, sm)
+        tl.store(stats_ptr + row * 5 + 1, sl)
+        tl.store(stats_ptr + row * 5 + 2, tm)
+        tl.store(stats_ptr + row * 5 + 3, tl_)
+        gap = (sm - tm) * k + (sl - tl_)
+        kl = tl.full([], 0.0, tl.float32)
+        loss = kl
+        if MODE == 0:
+            loss = tl.where(live, (d / tz * k + gap) * LN2, 0.0)
+        if MODE == 1:
+            kl = tl.where(live, (d / sz * k - gap) * LN2, 0.0)
+            loss = kl
+        if MODE == 2 and FUSED:
+            of_s, of_t = jsd_partial(
+                s_ptr, s_offset, t_ptr, t_offset, width, 0, segments, tiles_per_segment, sm, sl, tm, tl_,
+                k, cap, alpha, HAS_CAP, SAME, FAST, A, LANES, VEC,
+            )  # fmt: skip
+            kl = tl.where(live, of_s * LN2, 0.0)
+            loss = tl.where(live, ((1.0 - alpha) * of_s + alpha * of_t) * LN2, 0.0)
+        if MODE != 2 or FUSED:
+            tl.store(per_token_ptr + row, loss)
+            tl.store(stats_ptr + row * 5 + 4, kl)
+        if FUSED:
+            divergence_gradient_row(
+                s_ptr, s_offset, t_ptr, t_offset, g_ptr, row_offset(row, n_l, g_shift, g_b, g_l),
+                vocabulary, 0, vocabulary, True, live, coef * inv_temperature, sm, sl, tm, tl_, kl,
+                k, cap, alpha, HAS_CAP, MODE, SAME, FAST, A, LANES, VEC,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _jsd_kernel(
+    s_ptr, s_shift, s_b, s_l, t_ptr, t_shift, t_b, t_l,
+    target_ptr, partial_ptr, per_token_ptr, stats_ptr,
+    n_l, vocabulary, segments, tiles_per_segment, k, cap, alpha, ignore_index,
+    HAS_CAP: tl.constexpr, SAME: tl.constexpr, STAGE: tl.constexpr, FAST: tl.constexpr,
+    A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """The Jensen-Shannon loss of each row from its finished statistics."""
+    row = tl.program_id(0).to(tl.int64)
+    live = tl.load(target_ptr + row) != ignore_index
+    if STAGE == 2:
+        of_s = tl.full([], 0.0, tl.float32)
+        of_t = tl.full([], 0.0, tl.float32)
+        for segment in range(0, segments):
+            at = partial_ptr + (row * segments + segment) * 2
+            of_s += tl.load(at)
+            of_t += tl.load(at + 1)
+    else:
+        begin = 0
+        stop = segments
+        if STAGE == 1:
+            begin = tl.program_id(1)
+            stop = begin + 1
+        stats = stats_ptr + row * 5
+        of_s, of_t = jsd_partial(
+            s_ptr, row_offset(row, n_l, s_shift, s_b, s_l),
+            t_ptr, row_offset(row, n_l, t_shift, t_b, t_l), tl.where(live, vocabulary, 0),
+            begin, stop, tiles_per_segment, tl.load(stats), tl.load(stats + 1), tl.load(stats + 2),
+            tl.load(stats + 3), k, cap, alpha, HAS_CAP, SAME, FAST, A, LANES, VEC,
+        )  # fmt: skip
+    if STAGE == 1:
+        at = partial_ptr + (row * segments + tl.program_id(1)) * 2
+        tl.store(at, of_s)
+        tl.store(at + 1, of_t)
+    else:
+        tl.store(stats_ptr + row * 5 + 4, tl.where(live, of_s * LN2, 0.0))
+        loss = ((1.0 - alpha) * of_s + alpha * of_t) * LN2
+        tl.store(per_token_ptr + row, tl.where(live, loss, 0.0))
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _divergence_bwd_kernel(
+    s_ptr, s_shift, s_b, s_l, t_ptr, t_shift, t_b, t_l, g_ptr, g_shift, g_b, g_l,
+    target_ptr, grad_ptr, coef_ptr, stats_ptr,
+    n_l, vocabulary, tiles_per_program, k, cap, inv_temperature, alpha, ignore_index,
+    MODE: tl.constexpr, HAS_CAP: tl.constexpr, SAME: tl.constexpr, FAST: tl.constexpr,
+    A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    live = tl.load(target_ptr + row) != ignore_index
+    stats = stats_ptr + row * 5
+    divergence_gradient_row(
+        s_ptr, row_offset(row, n_l, s_shift, s_b, s_l),
+        t_ptr, row_offset(row, n_l, t_shift, t_b, t_l),
+        g_ptr, row_offset(row, n_l, g_shift, g_b, g_l), vocabulary,
+        part * tiles_per_program * (LANES * VEC), (part + 1) * tiles_per_program * (LANES * VEC),
+        part == 0, live, tl.load(coef_ptr + row) * tl.load(grad_ptr) * inv_temperature,
+        tl.load(stats), tl.load(stats + 1), tl.load(stats + 2), tl.load(stats + 3),
+        tl.load(stats + 4), k, cap, alpha, HAS_CAP, MODE, SAME, FAST, A, LANES, VEC,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- top-k
+
+
+@triton.jit
+def support_classes(c, keep, sm, sz_tail, k, TAIL: tl.constexpr):
+    """From capped logits of the support and (max, sum) of the rest, scaled to the same max:
+    (log2 of the normalizer over everything, class log2-probs, tail's log2-prob)."""
+    w = tl.where(keep, tl.exp2((c - sm) * k), 0.0)
+    inside = tl.sum(w, 0)
+    whole = tl.log2(inside + sz_tail)
+    over = whole
+    if not TAIL:
+        over = tl.log2(inside)
+    s = (c - sm) * k - over
+    tail = tl.where(sz_tail == 0.0, NEG_INF, tl.log2(tl.where(sz_tail == 0.0, 1.0, sz_tail)) - over)
+    return whole, s, tail
+
+
+@triton.jit
+def classes_loss(s, t, keep, s_tail, t_tail, alpha, MODE: tl.constexpr, TAIL: tl.constexpr):
+    """(loss, K, class gradients, tail's gradient), in nats, over the support and the tail."""
+    p = tl.where(keep, tl.exp2(s), 0.0)
+    q = tl.where(keep, tl.exp2(t), 0.0)
+    zero = tl.full([], 0.0, tl.float32)
+    p_tail = zero
+    q_tail = zero
+    if TAIL:
+        p_tail = tl.exp2(s_tail)
+        q_tail = tl.exp2(t_tail)
+    kl = zero
+    g_tail = zero
+    if MODE == 0:
+        loss = tl.sum(times(q, t - s), 0)
+        if TAIL:
+            loss += times(q_tail, t_tail - s_tail)
+        g = p - q
+        g_tail = p_tail - q_tail
+        loss = loss * LN2
+    elif MODE == 1:
+        kl = tl.sum(times(p, s - t), 0)
+        if TAIL:
+            kl += times(p_tail, s_tail - t_tail)
+        g = times(p, s - t - kl) * LN2
+        if TAIL:
+            g_tail = times(p_tail, s_tail - t_tail - kl) * LN2
+        kl = kl * LN2
+        loss = kl
+    else:
+        m = (1.0 - alpha) * p + alpha * q
+        lm = tl.log2(tl.where(m == 0.0, 1.0, m))
+        of_s = tl.sum(times(p, s - lm), 0)
+        of_t = tl.sum(times(q, t - lm), 0)
+        lm_tail = zero
+        if TAIL:
+            m_tail = (1.0 - alpha) * p_tail + alpha * q_tail
+            lm_tail = tl.log2(tl.where(m_tail == 0.0, 1.0, m_tail))
+            of_s += times(p_tail, s_tail - lm_tail)
+            of_t += times(q_tail, t_tail - lm_tail)
+        g = times(p, s - lm - of_s) * (LN2 * (1.0 - alpha))
+        if TAIL:
+            g_tail = times(p_tail, s_tail - lm_tail - of_s) * (LN2 * (1.0 - alpha))
+        loss = ((1.0 - alpha) * of_s + alpha * of_t) * LN2
+        kl = of_s * LN2
+    return loss, kl, tl.where(keep, g, 0.0), g_tail, p_tail
+
+
+@triton.jit
+def topk_dense_tile(s_ptr, g_ptr, mask, factor, row_max, row_log2sum, k, cap, HAS_CAP: tl.constexpr,
+                    TAIL: tl.constexpr):  # fmt: skip
+    if TAIL:
+        c = load_c(s_ptr, mask, cap, HAS_CAP)
+        p = tl.exp2((c - row_max) * k - row_log2sum)
+        g = times(p, factor) * slope(c, cap, HAS_CAP)
+        tl.store(g_ptr, g.to(g_ptr.dtype.element_ty), mask=mask)
+    else:
+        zero_tile(g_ptr, mask)
+
+
+@triton.jit
+def topk_gradient_row(
+    s_ptr, s_offset, g_ptr, g_offset, id_ptr, class_grads, vocabulary, begin, stop, with_edge,
+    live, coef, factor, row_max, row_log2sum, topk, k, cap,
+    HAS_CAP: tl.constexpr, TAIL: tl.constexpr, SAME: tl.constexpr, KP: tl.constexpr,
+    A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Tiles [begin, stop): the tail's share everywhere, then the support's own gradients over it."""
+    first, last = aligned_part(s_offset, vocabulary, A)
+    n = whole_pieces((last - first).to(tl.int32), A)
+    lead = (first - s_offset).to(tl.int32)
+    end = tl.minimum(stop, n)
+    # The support's ids that this program writes, and their slopes before anything is overwritten.
+    j = tl.arange(0, KP)
+    ids = tl.load(id_ptr + j, mask=j < topk, other=0)
+    at_id = ids - lead
+    mine = (at_id >= begin) & (at_id < end)
+    if with_edge:
+        mine = mine | (at_id < 0) | (at_id >= n)
+    mine = mine & (j < topk) & live
+    at_support = load_c(s_ptr + s_offset + ids, mine, cap, HAS_CAP)
+    support = class_grads * coef * slope(at_support, cap, HAS_CAP)
+    tl.debug_barrier()
+    if with_edge:
+        v, mask = edge_positions(s_offset, first, last, vocabulary, A)
+        if live:
+            topk_dense_tile(
+                s_ptr + s_offset + v, g_ptr + g_offset + v, mask, factor * coef, row_max,
+                row_log2sum, k, cap, HAS_CAP, TAIL,
+            )  # fmt: skip
+        else:
+            zero_tile(g_ptr + g_offset + v, mask)
+    g_first = g_offset + lead
+    if SAME:
+        g_first = whole_pieces(g_first, A)
+    s_start = s_ptr + whole_pieces(first, A)
+    g_start = g_ptr + g_first
+    at = tile_positions(LANES, VEC)
+    if live:
+        for o in range(begin, end, LANES * VEC):
+            c = o + at
+            topk_dense_tile(
+                s_start + c, g_start + c, c < n, factor * coef, row_max, row_log2sum, k, cap,
+                HAS_CAP, TAIL,
+            )  # fmt: skip
+    else:
+        for o in range(begin, end, LANES * VEC):
+            c = o + at
+            zero_tile(g_start + c, c < n)
+    tl.debug_barrier()  # the support's stores come after the dense ones of the same program
+    tl.store(g_ptr + g_offset + ids, support.to(g_ptr.dtype.element_ty), mask=mine)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _topk_fwd_kernel(
+    s_ptr, s_shift, s_b, s_l, t_ptr, t_shift, t_b, t_l, g_ptr, g_shift, g_b, g_l,
+    target_ptr, id_ptr, sorted_ptr, given_ptr, weight_ptr, old_ptr, partial_ptr,
+    student_ptr, teacher_ptr, per_token_ptr, coef_ptr, stats_ptr, class_ptr,
+    n_l, vocabulary, segments, tiles_per_segment, topk, k, cap, inv_temperature, alpha, is_clip,
+    ignore_index,
+    MODE: tl.constexpr, TAIL: tl.constexpr, GIVEN: tl.constexpr, HAS_OLD: tl.constexpr,
+    HAS_CAP: tl.constexpr, FUSED: tl.constexpr, SAME: tl.constexpr, STAGE: tl.constexpr,
+    KP: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    live = target != ignore_index
+    width = tl.where(live, vocabulary, 0)
+    s_offset = row_offset(row, n_l, s_shift, s_b, s_l)
+    t_offset = row_offset(row, n_l, t_shift, t_b, t_l)
+    skip = sorted_ptr + row * topk
+    if STAGE == 2:
+        sm = tl.full([], float("-inf"), tl.float32)
+        sz = tl.full([], 0.0, tl.float32)
+        tm = tl.full([], float("-inf"), tl.float32)
+        tz = tl.full([], 0.0, tl.float32)
+        for segment in range(0, segments):
+            at = partial_ptr + (row * segments + segment) * 4
+            sm, sz, _ = merge(sm, sz, 0.0, tl.load(at), tl.load(at + 1), 0.0, k)
+            tm, tz, _ = merge(tm, tz, 0.0, tl.load(at + 2), tl.load(at + 3), 0.0, k)
+    else:
+        begin = 0
+        stop = segments
+        if STAGE == 1:
+            begin = tl.program_id(1)
+            stop = begin + 1
+        sm, sz, _ = row_partial(
+            s_ptr, s_offset, width, begin, stop, tiles_per_segment, k, cap, skip, topk,
+            HAS_CAP, False, True, KP, A, LANES, VEC,
+        )  # fmt: skip
+        tm = sm
+        tz = sz
+        if not GIVEN:
+            tm, tz, _ = row_partial(
+                t_ptr, t_offset, width, begin, stop, tiles_per_segment, k, cap, skip, topk,
+                HAS_CAP, False, True, KP, A, LANES, VEC,
+            )  # fmt: skip
+
+    if STAGE == 1:
+        at = partial_ptr + (row * segments + tl.program_id(1)) * 4
+        tl.store(at, sm)
+        tl.store(at + 1, sz)
+        tl.store(at + 2, tm)
+        tl.store(at + 3, tz)
+    else:
+        j = tl.arange(0, KP)
+        inside = j < topk
+        keep = inside & live
+        ids = tl.load(id_ptr + row * topk + j, mask=inside, other=0)
+        c = load_c(s_ptr + s_offset + ids, keep, cap, HAS_CAP)
+        top = tl.maximum(sm, tl.max(c, 0))
+        sz = sz * tl.exp2((sm - finite(top)) * k)
+        sm = tl.where(live, top, 0.0)
+        sl, s, s_tail = support_classes(c, keep, sm, sz, k, TAIL)
+        sl = tl.where(live, sl, 0.0)
+        z = load_c(s_ptr + s_offset + target, live, cap, HAS_CAP)
+        student = tl.where(live, log_prob(z, sm, sl, k), 0.0)
+        if GIVEN:
+            given = tl.load(given_ptr + row * topk + j, mask=keep, other=float("-inf"))
+            t = given * LOG2E
+            w = tl.where(keep, tl.exp2(t), 0.0)
+            total = tl.sum(w, 0)
+            rest = tl.maximum(1.0 - total, 0.0)
+            t_tail = tl.where(rest == 0.0, NEG_INF, tl.log2(tl.where(rest == 0.0, 1.0, rest)))
+            if not TAIL:
+                t = t - tl.log2(total)
+            hit = keep & (ids == target)
+            found = tl.sum(hit.to(tl.int32), 0)
+            teacher = tl.sum(tl.where(hit, given, 0.0), 0)
+            teacher = tl.where(found > 0, teacher, float("nan"))
+        else:
+            y = load_c(t_ptr + t_offset + ids, keep, cap, HAS_CAP)
+            top = tl.maximum(tm, tl.max(y, 0))
+            tz = tz * tl.exp2((tm - finite(top)) * k)
+            tm = tl.where(live, top, 0.0)
+            t_whole, t, t_tail = support_classes(y, keep, tm, tz, k, TAIL)
+            z = load_c(t_ptr + t_offset + target, live, cap, HAS_CAP)
+            teacher = log_prob(z, tm, t_whole, k)
+        teacher = tl.where(live, teacher, 0.0)
+        loss, kl, grads, g_tail, p_tail = classes_loss(
+            s, t, keep, s_tail, t_tail, alpha, MODE, TAIL
+        )
+        factor = tl.where(p_tail == 0.0, 0.0, g_tail / tl.where(p_tail == 0.0, 1.0, p_tail))
+        factor = tl.where(live, factor, 0.0)
+        coef = coefficient(tl.load(weight_ptr + row), student, old_ptr, row, is_clip, HAS_OLD)
+        coef = tl.where(live, coef, 0.0)
+        tl.store(student_ptr + row, student)
+        tl.store(teacher_ptr + row, teacher)
+        tl.store(per_token_ptr + row, tl.where(live, loss, 0.0))
+        tl.store(coef_ptr + row, coef)
+        tl.store(stats_ptr + row * 4, sm)
+        tl.store(stats_ptr + row * 4 + 1, sl)
+        tl.store(stats_ptr + row * 4 + 2, factor)
+        tl.store(stats_ptr + row * 4 + 3, tl.where(live, kl, 0.0))
+        tl.store(class_ptr + row * topk + j, grads, mask=inside)
+        if FUSED:
+            topk_gradient_row(
+                s_ptr, s_offset, g_ptr, row_offset(row, n_l, g_shift, g_b, g_l),
+                id_ptr + row * topk, grads, vocabulary, 0, vocabulary, True, live,
+                coef * inv_temperature, factor, sm, sl, topk, k, cap,
+                HAS_CAP, TAIL, SAME, KP, A, LANES, VEC,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _topk_bwd_kernel(
+    s_ptr, s_shift, s_b, s_l, g_ptr, g_shift, g_b, g_l,
+    target_ptr, id_ptr, grad_ptr, coef_ptr, stats_ptr, class_ptr,
+    n_l, vocabulary, tiles_per_program, topk, k, cap, inv_temperature, ignore_index,
+    TAIL: tl.constexpr, HAS_CAP: tl.constexpr, SAME: tl.constexpr, KP: tl.constexpr,
+    A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    live = tl.load(target_ptr + row) != ignore_index
+    j = tl.arange(0, KP)
+    grads = tl.load(class_ptr + row * topk + j, mask=j < topk, other=0.0)
+    topk_gradient_row(
+        s_ptr, row_offset(row, n_l, s_shift, s_b, s_l),
+        g_ptr, row_offset(row, n_l, g_shift, g_b, g_l),
+        id_ptr + row * topk, grads, vocabulary, part * tiles_per_program * (LANES * VEC),
+        (part + 1) * tiles_per_program * (LANES * VEC), part == 0, live,
+        tl.load(coef_ptr + row) * tl.load(grad_ptr) * inv_temperature,
+        tl.load(stats_ptr + row * 4 + 2), tl.load(stats_ptr + row * 4),
+        tl.load(stats_ptr + row * 4 + 1), topk, k, cap, HAS_CAP, TAIL, SAME, KP, A, LANES, VEC,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ launchers
+
+
+def _mode(alpha: float) -> int:
+    return FORWARD_KL if alpha == 0 else REVERSE_KL if alpha == 1 else JSD
+
+
+def _new(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(*shape, dtype=torch.float32)
+
+
+def sampled_token_forward(
+    student_logits, teacher_logits, teacher_logps, target_ids, weights, old_logps, is_clip,
+    temperature, softcap, ignore_index,
+):  # fmt: skip
+    out = token_kernels.forward(
+        student_logits, teacher_logits, target_ids, teacher_logps=teacher_logps, weights=weights,
+        old_logps=old_logps, is_clip=is_clip, temperature=temperature, softcap=softcap,
+        ignore_index=ignore_index,
+    )  # fmt: skip
+    names = ("per_token", "coef", "student_logps", "teacher_logps", "stats")
+    return tuple(out[name] for name in names)
+
+
+def sampled_token_backward(
+    grad_loss, coef, student_logps, teacher_logps, student_logits, target_ids, row_stats,
+    temperature, softcap, ignore_index, grad_logits,
+):  # fmt: skip
+    token_kernels.backward(
+        student_logits, target_ids, row_stats[:, 0], row_stats[:, 1], grad_loss, grad_logits,
+        coef=coef, student_logps=student_logps, teacher_logps=teacher_logps,
+        temperature=temperature, softcap=softcap, ignore_index=ignore_index,
+    )  # fmt: skip
+
+
+def sampled_token_fused(
+    student_logits, teacher_logits, teacher_logps, target_ids, weights, old_logps, is_clip,
+    temperature, softcap, ignore_index, grad_logits,
+):  # fmt: skip
+    out = token_kernels.forward(
+        student_logits, teacher_logits, target_ids, teacher_logps=teacher_logps, weights=weights,
+        old_logps=old_logps, is_clip=is_clip, temperature=temperature, softcap=softcap,
+        ignore_index=ignore_index, grad_logits=grad_logits,
+    )  # fmt: skip
+    return tuple(out[name] for name in ("per_token", "coef", "student_logps", "teacher_logps"))
+
+
+def _divergence(
+    student_logits, teacher_logits, target_ids, weights, old_logps, is_clip, alpha,
+    temperature, softcap, ignore_index, grad_logits=None,
+):  # fmt: skip
+    rows, vocabulary = target_ids.numel(), student_logits.shape[-1]
+    per_token, coef, student, teacher = (_new(student_logits, rows) for _ in range(4))
+    stats = _new(student_logits, rows, 5)
+    if rows == 0:
+        return per_token, coef, student, teacher, stats
+    mode, fused = _mode(alpha), grad_logits is not None
+    segments, tiles_per_segment = segments_of(vocabulary)
+    split = not fused and splits_rows(rows, segments, student_logits.device)
+    stages = (PARTIAL, FINISH) if split else (WHOLE,)
+    partial = _new(student_logits, rows, segments, 5) if split else per_token
+    s, t = rows_of(student_logits), rows_of(teacher_logits)
+    g = rows_of(grad_logits) if fused else s
+    common = {
+        "n_l": student_logits.shape[1], "vocabulary": vocabulary, "segments": segments,
+        "tiles_per_segment": tiles_per_segment, "k": scale_of(temperature), "cap": softcap, "alpha": alpha,
+        "ignore_index": ignore_index, "HAS_CAP": softcap != 0.0, "SAME": same_phase(s, t, g),
+        "FAST": FAST_LOG2, **LAUNCH,
+    }  # fmt: skip
+    for stage in stages:
+        grid = (rows, segments) if stage == PARTIAL else (rows,)
+        with on_device(student_logits):
+            _divergence_fwd_kernel[grid](
+                *s[:4], *t[:4], *g[:4], target_ids, weights,
+                weights if old_logps is None else old_logps, partial, student, teacher, per_token,
+                coef, stats, inv_temperature=1.0 / temperature, is_clip=is_clip, MODE=mode,
+                HAS_OLD=old_logps is not None, FUSED=fused, STAGE=stage, **common,
+            )  # fmt: skip
+    if mode == JSD and not fused:
+        for stage in stages:
+            grid = (rows, segments) if stage == PARTIAL else (rows,)
+            with on_device(student_logits):
+                _jsd_kernel[grid](
+                    *s[:4], *t[:4], target_ids, partial, per_token, stats, STAGE=stage, **common
+                )
+    return per_token, coef, student, teacher, stats
+
+
+def divergence_forward(
+    student_logits, teacher_logits, target_ids, weights, old_logps, is_clip, alpha,
+    temperature, softcap, ignore_index,
+):  # fmt: skip
+    return _divergence(
+        student_logits, teacher_logits, target_ids, weights, old_logps, is_clip, alpha,
+        temperature, softcap, ignore_index,
+    )  # fmt: skip
+
+
+def divergence_fused(
+    student_logits, teacher_logits, target_ids, weights, old_logps, is_clip, alpha,
+    temperature, softcap, ignore_index, grad_logits,
+):  # fmt: skip
+    return _divergence(
+        student_logits, teacher_logits, target_ids, weights, old_logps, is_clip, alpha,
+        temperature, softcap, ignore_index, grad_logits,
+    )[:4]  # fmt: skip
+
+
+def divergence_backward(
+    grad_loss, coef, student_logits, teacher_logits, target_ids, row_stats, alpha,
+    temperature, softcap, ignore_index, grad_logits,
+):  # fmt: skip
+    rows, vocabulary = target_ids.numel(), student_logits.shape[-1]
+    if rows == 0:
+        return
+    s, t, g = rows_of(student_logits), rows_of(teacher_logits), rows_of(grad_logits)
+    grid, tiles_per_program = gradient_grid(rows, vocabulary, student_logits.device)
+    with on_device(student_logits):
+        _divergence_bwd_kernel[grid](
+            *s[:4], *t[:4], *g[:4], target_ids, grad_loss, coef, row_stats,
+            n_l=student_logits.shape[1], vocabulary=vocabulary,
+            tiles_per_program=tiles_per_program, k=scale_of(temperature), cap=softcap,
+            inv_temperature=1.0 / temperature, alpha=alpha, ignore_index=ignore_index,
+            MODE=_mode(alpha), HAS_CAP=softcap != 0.0, SAME=same_phase(s, t, g), FAST=FAST_LOG2,
+            **LAUNCH,
+        )  # fmt: skip
+
+
+def _topk(
+    student_logits, teacher_logits, topk_ids, teacher_topk_logps, target_ids, weights, old_logps,
+    is_clip, alpha, add_tail, temperature, softcap, ignore_index, grad_logits=None,
+):  # fmt: skip
+    rows, vocabulary, topk = target_ids.numel(), student_logits.shape[-1], topk_ids.shape[1]
+    per_token, coef, student, teacher = (_new(student_logits, rows) for _ in range(4))
+    stats, class_grads = _new(student_logits, rows, 4), _new(student_logits, rows, topk)
+    if rows == 0:
+        return per_token, coef, student, teacher, stats, class_grads
+    fused = grad_logits is not None
+    segments, tiles_per_segment = segments_of(vocabulary)
+    split = not fused and splits_rows(rows, segments, student_logits.device)
+    partial = _new(student_logits, rows, segments, 4) if split else per_token
+    s = rows_of(student_logits)
+    t = s if teacher_logits is None else rows_of(teacher_logits)
+    g = rows_of(grad_logits) if fused else s
+    topk_ids = topk_ids.contiguous()
+    in_order = topk_ids.sort(-1).values
+    for stage in (PARTIAL, FINISH) if split else (WHOLE,):
+        grid = (rows, segments) if stage == PARTIAL else (rows,)
+        with on_device(student_logits):
+            _topk_fwd_kernel[grid](
+                *s[:4], *t[:4], *g[:4], target_ids, topk_ids, in_order,
+                weights if teacher_topk_logps is None else teacher_topk_logps, weights,
+                weights if old_logps is None else old_logps, partial, student, teacher, per_token,
+                coef, stats, class_grads, n_l=student_logits.shape[1], vocabulary=vocabulary,
+                segments=segments, tiles_per_segment=tiles_per_segment, topk=topk, k=scale_of(temperature),
+                cap=softcap, inv_temperature=1.0 / temperature, alpha=alpha, is_clip=is_clip,
+                ignore_index=ignore_index, MODE=_mode(alpha), TAIL=add_tail,
+                GIVEN=teacher_logits is None, HAS_OLD=old_logps is not None,
+                HAS_CAP=softcap != 0.0, FUSED=fused, SAME=same_phase(s, g), STAGE=stage,
+                KP=triton.next_power_of_2(topk), **LAUNCH,
+            )  # fmt: skip
+    return per_token, coef, student, teacher, stats, class_grads
+
+
+def topk_forward(
+    student_logits, teacher_logits, topk_ids, teacher_topk_logps, target_ids, weights, old_logps,
+    is_clip, alpha, add_tail, temperature, softcap, ignore_index,
+):  # fmt: skip
+    return _topk(
+        student_logits, teacher_logits, topk_ids, teacher_topk_logps, target_ids, weights,
+        old_logps, is_clip, alpha, add_tail, temperature, softcap, ignore_index,
+    )  # fmt: skip
+
+
+def topk_fused(
+    student_logits, teacher_logits, topk_ids, teacher_topk_logps, target_ids, weights, old_logps,
+    is_clip, alpha, add_tail, temperature, softcap, ignore_index, grad_logits,
+):  # fmt: skip
+    return _topk(
+        student_logits, teacher_logits, topk_ids, teacher_topk_logps, target_ids, weights,
+        old_logps, is_clip, alpha, add_tail, temperature, softcap, ignore_index, grad_logits,
+    )[:4]  # fmt: skip
+
+
+def topk_backward(
+    grad_loss, coef, student_logits, topk_ids, target_ids, row_stats, class_grads, add_tail,
+    temperature, softcap, ignore_index, grad_logits,
+):  # fmt: skip
+    rows, vocabulary, topk = target_ids.numel(), student_logits.shape[-1], topk_ids.shape[1]
+    if rows == 0:
+        return
+    s, g = rows_of(student_logits), rows_of(grad_logits)
+    grid, tiles_per_program = gradient_grid(rows, vocabulary, student_logits.device)
+    with on_device(student_logits):
+        _topk_bwd_kernel[grid](
+            *s[:4], *g[:4], target_ids, topk_ids.contiguous(), grad_loss, coef, row_stats,
+            class_grads, n_l=student_logits.shape[1], vocabulary=vocabulary,
+            tiles_per_program=tiles_per_program, topk=topk, k=scale_of(temperature), cap=softcap,
+            inv_temperature=1.0 / temperature, ignore_index=ignore_index, TAIL=add_tail,
+            HAS_CAP=softcap != 0.0, SAME=same_phase(s, g), KP=triton.next_power_of_2(topk),
+            **LAUNCH,
+        )  # fmt: skip

@@ -1,0 +1,370 @@
+"""Triton kernels of the token statistics: log-probs, entropy, log-ratio, and the sampled-token loss.
+
+One program per row (or per segment of a row, where rows are few); tiles, alignment and sums as in
+`fastsdpo.ops._triton_common`. The student's and the teacher's rows are walked one after the other,
+so their alignments need not agree.
+
+    forward   reads each logits element once: 2 bytes in bfloat16 (4 with a teacher)
+    backward  reads the student's once and writes the gradient once: 4 bytes
+    fused     both in one launch, the second read of a row from L2
+
+Sums accumulate in float32; the gradient is rounded once, at the store.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsdpo.ops._triton_common import (
+    LAUNCH,
+    LN2,
+    RUNTIME,
+    TILE,
+    Rows,
+    aligned_part,
+    coefficient,
+    edge_positions,
+    load_c,
+    log_prob,
+    log_ratio,
+    merge,
+    on_device,
+    processors,
+    row_offset,
+    row_partial,
+    rows_of,
+    same_phase,
+    scale_of,
+    segments_of,
+    slope,
+    splits_rows,
+    tile_positions,
+    times,
+    whole_pieces,
+)
+
+WHOLE, PARTIAL, FINISH = 0, 1, 2  # a row in one program; its segments in several; adding them up
+NO_TEACHER, TEACHER_LOGITS, TEACHER_LOGPS = 0, 1, 2
+
+
+@triton.jit
+def gradient_tile(s_ptr, g_ptr, mask, v, target, coef, row_max, row_log2sum, k, cap,
+                  HAS_CAP: tl.constexpr):  # fmt: skip
+    """coef x (1[v = y] - p) x dc/dz of one tile; ``coef`` is 0 where nothing counts."""
+    c = load_c(s_ptr, mask, cap, HAS_CAP)
+    p = tl.exp2((c - row_max) * k - row_log2sum)
+    g = (tl.where(v == target, 1.0, 0.0) - p) * coef * slope(c, cap, HAS_CAP)
+    tl.store(g_ptr, g.to(g_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def zero_tile(g_ptr, mask):
+    tl.store(g_ptr, tl.zeros(g_ptr.shape, tl.float32).to(g_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def logp_gradient_row(
+    s_ptr, s_offset, g_ptr, g_offset, vocabulary, begin, stop, with_edge, live, target, coef,
+    row_max, row_log2sum, k, cap,
+    HAS_CAP: tl.constexpr, SAME: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):  # fmt: skip
+    """Tiles [begin, stop) of a row's gradient; zeros, without a read, where ``live`` is false."""
+    first, last = aligned_part(s_offset, vocabulary, A)
+    if with_edge:
+        v, mask = edge_positions(s_offset, first, last, vocabulary, A)
+        if live:
+            gradient_tile(
+                s_ptr + s_offset + v, g_ptr + g_offset + v, mask, v, target, coef, row_max,
+                row_log2sum, k, cap, HAS_CAP,
+            )  # fmt: skip
+        else:
+            zero_tile(g_ptr + g_offset + v, mask)
+    n = whole_pieces((last - first).to(tl.int32), A)
+    lead = (first - s_offset).to(tl.int32)
+    s_start = s_ptr + whole_pieces(first, A)
+    g_first = g_offset + lead
+    if SAME:
+        g_first = whole_pieces(g_first, A)
+    g_start = g_ptr + g_first
+    at = tile_positions(LANES, VEC)
+    end = tl.minimum(stop, n)
+    if live:
+        for o in range(begin, end, LANES * VEC):
+            c = o + at
+            gradient_tile(
+                s_start + c, g_start + c, c < n, c + lead, target, coef, row_max, row_log2sum, k,
+                cap, HAS_CAP,
+            )  # fmt: skip
+    else:
+        for o in range(begin, end, LANES * VEC):
+            c = o + at
+            zero_tile(g_start + c, c < n)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _sampled_token_fwd_kernel(
+    s_ptr, s_shift, s_b, s_l, t_ptr, t_shift, t_b, t_l, g_ptr, g_shift, g_b, g_l,
+    target_ptr, given_ptr, weight_ptr, old_ptr, partial_ptr,
+    student_ptr, teacher_ptr, per_token_ptr, coef_ptr, max_ptr, log2sum_ptr, entropy_ptr,
+    n_l, vocabulary, segments, tiles_per_segment, k, cap, inv_temperature, is_clip, ignore_index,
+    STAT_STRIDE: tl.constexpr, TEACHER: tl.constexpr, LOSS: tl.constexpr, HAS_OLD: tl.constexpr,
+    HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, FUSED: tl.constexpr, SAME: tl.constexpr,
+    STAGE: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    live = target != ignore_index
+    width = tl.where(live, vocabulary, 0)  # an ignored row is an empty one: no traffic
+    s_offset = row_offset(row, n_l, s_shift, s_b, s_l)
+    t_offset = row_offset(row, n_l, t_shift, t_b, t_l)
+
+    if STAGE == 2:
+        m = tl.full([], float("-inf"), tl.float32)
+        z = tl.full([], 0.0, tl.float32)
+        e = tl.full([], 0.0, tl.float32)
+        tm = tl.full([], float("-inf"), tl.float32)
+        tz = tl.full([], 0.0, tl.float32)
+        for segment in range(0, segments):
+            p = partial_ptr + (row * segments + segment) * 5
+            m, z, e = merge(m, z, e, tl.load(p), tl.load(p + 1), tl.load(p + 2), k)
+            tm, tz, _ = merge(tm, tz, 0.0, tl.load(p + 3), tl.load(p + 4), 0.0, k)
+    else:
+        begin = 0
+        stop = segments
+        if STAGE == 1:
+            begin = tl.program_id(1)
+            stop = begin + 1
+        m, z, e = row_partial(
+            s_ptr, s_offset, width, begin, stop, tiles_per_segment, k, cap, target_ptr, 0,
+            HAS_CAP, ENTROPY, False, 1, A, LANES, VEC,
+        )  # fmt: skip
+        tm = m
+        tz = z
+        if TEACHER == 1:
+            tm, tz, _ = row_partial(
+                t_ptr, t_offset, width, begin, stop, tiles_per_segment, k, cap, target_ptr, 0,
+                HAS_CAP, False, False, 1, A, LANES, VEC,
+            )  # fmt: skip
+
+    if STAGE == 1:
+        p = partial_ptr + (row * segments + tl.program_id(1)) * 5
+        tl.store(p, m)
+        tl.store(p + 1, z)
+        tl.store(p + 2, e)
+        tl.store(p + 3, tm)
+        tl.store(p + 4, tz)
+    else:
+        log2sum = tl.where(live, tl.log2(z), 0.0)
+        m = tl.where(live, m, 0.0)
+        c = load_c(s_ptr + s_offset + target, live, cap, HAS_CAP)
+        student = tl.where(live, log_prob(c, m, log2sum, k), 0.0)
+        tl.store(student_ptr + row, student)
+        if TEACHER == 0 or LOSS:
+            tl.store(max_ptr + row * STAT_STRIDE, m)
+            tl.store(log2sum_ptr + row * STAT_STRIDE, log2sum)
+        if ENTROPY:
+            h = (log2sum - e / z * k) * LN2
+            tl.store(entropy_ptr + row, tl.where(live, h, 0.0))
+        teacher = student
+        if TEACHER == 1:
+            c = load_c(t_ptr + t_offset + target, live, cap, HAS_CAP)
+            teacher = tl.where(live, log_prob(c, tm, tl.log2(tz), k), 0.0)
+        if TEACHER == 2:
+            teacher = tl.where(live, tl.load(given_ptr + row), 0.0)
+        if TEACHER != 0:
+            tl.store(teacher_ptr + row, teacher)
+        if LOSS:
+            ratio = log_ratio(student, teacher)
+            tl.store(per_token_ptr + row, -times(ratio, student))
+            weight = tl.load(weight_ptr + row)
+            coef = coefficient(weight, student, old_ptr, row, is_clip, HAS_OLD)
+            coef = tl.where(live, coef, 0.0)
+            tl.store(coef_ptr + row, coef)
+            if FUSED:
+                g_offset = row_offset(row, n_l, g_shift, g_b, g_l)
+                logp_gradient_row(
+                    s_ptr, s_offset, g_ptr, g_offset, vocabulary, 0, vocabulary, True, live,
+                    target, -ratio * coef * inv_temperature, m, log2sum, k, cap,
+                    HAS_CAP, SAME, A, LANES, VEC,
+                )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _sampled_token_bwd_kernel(
+    s_ptr, s_shift, s_b, s_l, g_ptr, g_shift, g_b, g_l,
+    target_ptr, grad_ptr, coef_ptr, student_ptr, teacher_ptr, max_ptr, log2sum_ptr,
+    n_l, vocabulary, tiles_per_program, k, cap, inv_temperature, ignore_index,
+    STAT_STRIDE: tl.constexpr, LOSS: tl.constexpr, HAS_CAP: tl.constexpr, SAME: tl.constexpr,
+    A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    target = tl.load(target_ptr + row)
+    if LOSS:
+        ratio = log_ratio(tl.load(student_ptr + row), tl.load(teacher_ptr + row))
+        coef = -ratio * tl.load(coef_ptr + row) * tl.load(grad_ptr)
+    else:
+        coef = tl.load(grad_ptr + row)
+    logp_gradient_row(
+        s_ptr, row_offset(row, n_l, s_shift, s_b, s_l),
+        g_ptr, row_offset(row, n_l, g_shift, g_b, g_l),
+        vocabulary, part * tiles_per_program * (LANES * VEC),
+        (part + 1) * tiles_per_program * (LANES * VEC), part == 0,
+        target != ignore_index, target, coef * inv_temperature,
+        tl.load(max_ptr + row * STAT_STRIDE), tl.load(log2sum_ptr + row * STAT_STRIDE), k, cap,
+        HAS_CAP, SAME, A, LANES, VEC,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ launchers
+
+
+def gradient_grid(rows: int, vocabulary: int, device: torch.device) -> tuple[tuple[int, int], int]:
+    """Programs of an elementwise pass, and tiles per program: several per row where rows are few."""
+    tiles = max(1, -(-vocabulary // TILE))
+    wanted = -(-2 * processors(device) // max(1, rows))
+    parts = max(1, min(tiles, wanted))
+    per_program = -(-tiles // parts)
+    return (rows, -(-tiles // per_program)), per_program
+
+
+def forward(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    target_ids: Tensor,
+    *,
+    teacher_logps: Tensor | None = None,
+    weights: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    is_clip: float = 0.0,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    entropy: bool = False,
+    grad_logits: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Launches the forward kernel; ``weights`` asks for the loss, ``grad_logits`` for its gradient."""
+    rows, vocabulary = target_ids.numel(), student_logits.shape[-1]
+    loss = weights is not None
+    new = lambda *shape: student_logits.new_empty(*shape, dtype=torch.float32)  # noqa: E731
+    out = {"student_logps": new(rows), "teacher_logps": new(rows), "stats": new(rows, 2)}
+    out |= {name: new(rows if loss else 0) for name in ("per_token", "coef")}
+    out["entropy"] = new(rows if entropy else 0)
+    if rows == 0:
+        return out
+    segments, tiles_per_segment = segments_of(vocabulary)
+    split = grad_logits is None and splits_rows(rows, segments, student_logits.device)
+    s = rows_of(student_logits)
+    t = s if teacher_logits is None else rows_of(teacher_logits)
+    g = s if grad_logits is None else rows_of(grad_logits)
+    none = out["student_logps"]
+    partial = new(rows, segments, 5) if split else none
+    teacher = NO_TEACHER
+    if teacher_logits is not None:
+        teacher = TEACHER_LOGITS
+    elif teacher_logps is not None:
+        teacher = TEACHER_LOGPS
+    for stage in (PARTIAL, FINISH) if split else (WHOLE,):
+        grid = (rows, segments) if stage == PARTIAL else (rows,)
+        with on_device(student_logits):
+            _sampled_token_fwd_kernel[grid](
+                *s[:4], *t[:4], *g[:4], target_ids,
+                none if teacher_logps is None else teacher_logps, none if not loss else weights,
+                none if old_logps is None else old_logps, partial,
+                out["student_logps"], out["teacher_logps"], out["per_token"], out["coef"],
+                out["stats"], out["stats"][:, 1], out["entropy"],
+                n_l=student_logits.shape[1], vocabulary=vocabulary, segments=segments,
+                tiles_per_segment=tiles_per_segment, k=scale_of(temperature), cap=softcap,
+                inv_temperature=1.0 / temperature, is_clip=is_clip, ignore_index=ignore_index,
+                STAT_STRIDE=2, TEACHER=teacher, LOSS=loss, HAS_OLD=old_logps is not None,
+                HAS_CAP=softcap != 0.0, ENTROPY=entropy, FUSED=grad_logits is not None,
+                SAME=same_phase(s, g), STAGE=stage, **LAUNCH,
+            )  # fmt: skip
+    return out
+
+
+def backward(
+    student_logits: Tensor,
+    target_ids: Tensor,
+    row_max: Tensor,
+    row_log2sum: Tensor,
+    grad: Tensor,
+    grad_logits: Tensor,
+    *,
+    coef: Tensor | None = None,
+    student_logps: Tensor | None = None,
+    teacher_logps: Tensor | None = None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+) -> None:
+    """Launches the backward kernel: ``grad`` is per row, or with ``coef`` one number for the loss."""
+    rows, vocabulary = target_ids.numel(), student_logits.shape[-1]
+    if rows == 0:
+        return
+    s: Rows = rows_of(student_logits)
+    g: Rows = rows_of(grad_logits)
+    grid, tiles_per_program = gradient_grid(rows, vocabulary, student_logits.device)
+    with on_device(student_logits):
+        _sampled_token_bwd_kernel[grid](
+            *s[:4], *g[:4], target_ids, grad,
+            grad if coef is None else coef, grad if student_logps is None else student_logps,
+            grad if teacher_logps is None else teacher_logps, row_max, row_log2sum,
+            n_l=student_logits.shape[1], vocabulary=vocabulary,
+            tiles_per_program=tiles_per_program, k=scale_of(temperature), cap=softcap,
+            inv_temperature=1.0 / temperature, ignore_index=ignore_index,
+            STAT_STRIDE=row_max.stride(0), LOSS=coef is not None, HAS_CAP=softcap != 0.0,
+            SAME=same_phase(s, g), **LAUNCH,
+        )  # fmt: skip
+
+
+def token_logps_forward(
+    logits: Tensor,
+    target_ids: Tensor,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out = forward(
+        logits, None, target_ids, temperature=temperature, softcap=softcap,
+        ignore_index=ignore_index, entropy=return_entropy,
+    )  # fmt: skip
+    row_max, row_log2sum = out["stats"].unbind(1)
+    return out["student_logps"], out["entropy"], row_max.clone(), row_log2sum.clone()
+
+
+def token_logps_backward(
+    grad_logps: Tensor,
+    logits: Tensor,
+    target_ids: Tensor,
+    row_max: Tensor,
+    row_log2sum: Tensor,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    grad_logits: Tensor,
+) -> None:
+    backward(
+        logits, target_ids, row_max, row_log2sum, grad_logps, grad_logits,
+        temperature=temperature, softcap=softcap, ignore_index=ignore_index,
+    )  # fmt: skip
+
+
+def token_log_ratio_forward(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target_ids: Tensor,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    out = forward(
+        student_logits, teacher_logits, target_ids, temperature=temperature, softcap=softcap,
+        ignore_index=ignore_index,
+    )  # fmt: skip
+    return out["student_logps"], out["teacher_logps"]
