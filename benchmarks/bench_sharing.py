@@ -214,8 +214,8 @@ def shared_backward(
     model: nn.Module, items: Sequence[TokenizedInteraction], *, sharing: str, backend: str = "auto"
 ) -> float:
     """This package's step: the conversation is one pack, the loss comes from hidden states."""
-    # Unshared, a pack of one holds the least memory.
-    packs = [[item] for item in items] if sharing == "off" else [items]
+    # Where interactions share nothing, a pack of one holds the least memory.
+    packs = [items] if sharing == "conversation" else [[item] for item in items]
     total = 0.0
     for pack in packs:
         states = shared_forward(model, pack, sharing=sharing)

@@ -76,8 +76,8 @@ class SharedPass:
     ):
         """Tokens ``[first, stop)`` of ``plan``; ``keys_values`` of ``[0, first)`` by layer.
 
-        ``windows`` gives each layer's sliding window; while ``capture`` is true the layers put their
-        keys and values into ``keys_values``.
+        ``backend`` is a backend's name or "auto"; ``windows`` gives each layer's sliding window;
+        while ``capture`` is true the layers put their keys and values into ``keys_values``.
         """
         self.plan = plan
         self.first, self.stop = first, stop
@@ -87,9 +87,8 @@ class SharedPass:
         self.capture = capture
         self.runs = [run for run in plan.runs if first <= run.start < stop]
         self.layers: set[int] = set()
-        self.cache: dict[
-            Any, Any
-        ] = {}  # masks and indices, made by the first layer that needs them
+        # Masks and indices, made by the first layer that needs them.
+        self.cache: dict[Any, Any] = {}
 
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self.cache:
@@ -150,13 +149,22 @@ def plan_attention(
         key = torch.cat([before_key, key], dim=2)
         value = torch.cat([before_value, value], dim=2)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Not before: only here is it known what autocast makes of the dtype.
+    backend = choose_backend(shared.backend, query.device, query.dtype)
     attend = {"segments": _segments, "flex": _flex, "flash": _flash, "dense": _dense}
-    output = attend[shared.backend](query, key, value, shared, sliding_window, scale)
+    output = attend[backend](query, key, value, shared, sliding_window, scale)
     return output, None
 
 
+def check_backend(name: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(
+            f"shared_forward: attention must be 'auto' or one of {BACKENDS}, got {name!r}"
+        )
+
+
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend for ``name``; "auto" takes ``segments`` except on CUDA.
+    """The backend for ``name`` and the dtype of the queries; "auto" is ``segments`` but on CUDA.
 
     Raises:
         ValueError: an unknown name, or one that cannot run here; a name is never replaced.
@@ -166,10 +174,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
         if device.type != "cuda":
             return "segments"
         return "flash" if half and _flash_attn_installed() else "flex"
-    if name not in BACKENDS:
-        raise ValueError(
-            f"shared_forward: attention must be 'auto' or one of {BACKENDS}, got {name!r}"
-        )
+    check_backend(name)
     if name == "flex" and device.type == "cpu":
         raise ValueError("shared_forward: attention='flex' has no backward pass on a CPU")
     if name == "flash" and not (device.type == "cuda" and half and _flash_attn_installed()):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from fastsdpo.prefix.attention import SharedPass, choose_backend, plan_attention
+from fastsdpo.prefix.attention import SharedPass, check_backend, plan_attention
 from fastsdpo.prefix.pack import (
     Plan,
     Sharing,
@@ -110,6 +110,7 @@ def shared_forward(
     name = "shared_forward"
     check_interactions(name, interactions)
     check_sharing_level(name, sharing)
+    check_backend(attention)
     if teacher_model is not None and teacher_context is not None:
         raise ValueError(f"{name}: teacher_model and teacher_context must not both be given")
     live = (teacher_model is None or teacher_model is model) and teacher_context is None
@@ -429,7 +430,7 @@ def _packed(
         plan,
         first=first,
         stop=stop,
-        backend=choose_backend(attention, _device(model), causal.dtype),
+        backend=attention,
         windows=_windows(causal.config.get_text_config()),
         keys_values={} if keys_values is None else keys_values,
         capture=first == 0 and keys_values is not None,
