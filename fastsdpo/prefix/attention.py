@@ -156,9 +156,13 @@ def plan_attention(
     return output, None
 
 
+class BackendError(ValueError):
+    """A backend that was asked for by name does not exist or cannot run here."""
+
+
 def check_backend(name: str) -> None:
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(
+        raise BackendError(
             f"shared_forward: attention must be 'auto' or one of {BACKENDS}, got {name!r}"
         )
 
@@ -167,7 +171,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend for ``name`` and the dtype of the queries; "auto" is ``segments`` but on CUDA.
 
     Raises:
-        ValueError: an unknown name, or one that cannot run here; a name is never replaced.
+        BackendError: an unknown name, or one that cannot run here; a name is never replaced.
     """
     half = dtype in (torch.float16, torch.bfloat16)
     if name == "auto":
@@ -176,9 +180,9 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
         return "flash" if half and _flash_attn_installed() else "flex"
     check_backend(name)
     if name == "flex" and device.type == "cpu":
-        raise ValueError("shared_forward: attention='flex' has no backward pass on a CPU")
+        raise BackendError("shared_forward: attention='flex' has no backward pass on a CPU")
     if name == "flash" and not (device.type == "cuda" and half and _flash_attn_installed()):
-        raise ValueError(
+        raise BackendError(
             "shared_forward: attention='flash' needs the package flash-attn, a CUDA device and "
             f"float16 or bfloat16, got {device.type} and {dtype}"
         )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from fastsdpo.prefix.attention import SharedPass, check_backend, plan_attention
+from fastsdpo.prefix.attention import BackendError, SharedPass, check_backend, plan_attention
 from fastsdpo.prefix.pack import (
     Plan,
     Sharing,
@@ -203,6 +203,7 @@ def check_head(model: nn.Module) -> tuple[bool, str]:
     Runs the model on a few tokens; where it is sharded, on all processes.
     """
     found: list[Any] = []
+    dtypes: list[torch.dtype] = []
 
     def logits_from_head(_module: nn.Module, _args: Any, output: Any) -> None:
         try:  # inside the forward pass, where FSDP holds the head gathered
@@ -210,6 +211,7 @@ def check_head(model: nn.Module) -> tuple[bool, str]:
         except NotImplementedError as error:
             found.append(error)
             return
+        dtypes.append(_computing_dtype(output.last_hidden_state))
         hidden = output.last_hidden_state.to(head.weight.dtype)
         z = nn.functional.linear(hidden, head.weight, head.bias).double() * head.logit_scale
         found.append(z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap))
@@ -224,7 +226,7 @@ def check_head(model: nn.Module) -> tuple[bool, str]:
     if isinstance(found[0], NotImplementedError):
         return False, str(found[0])
     error = float((logits.double() - found[0]).norm() / logits.double().norm().clamp(min=1e-30))
-    if error <= _tolerance(logits.dtype):
+    if error <= _tolerance(dtypes[0]):
         return True, ""
     return False, f"the model's logits differ from those of its head's weights by {error:.1e}"
 
@@ -235,6 +237,9 @@ def check_sharing(model: nn.Module, *, attention: str = "auto") -> tuple[bool, s
     Names what is known to be unsupported, then compares a small plan (nested histories, branches,
     a branch inside a branch) with independent passes. Once per model and process is enough. Where the
     model is sharded, it has to run on all processes.
+
+    Raises:
+        BackendError: a ValueError; an attention backend that does not exist or cannot run here.
     """
     ids = _check_ids(model, 96)
 
@@ -249,11 +254,19 @@ def check_sharing(model: nn.Module, *, attention: str = "auto") -> tuple[bool, s
         Item(second, second[:-2] + ids[84:96], ids[60:72]),
         Item(second, second + ids[90:96], ids[60:66] + ids[72:80]),
     ]
+
+    def with_dtype(states: ResponseStates) -> tuple[ResponseStates, torch.dtype]:
+        return states, _computing_dtype(states.student_hidden)
+
+    options: dict[str, Any] = {"attention": attention, "loss_fn": with_dtype}
     try:
         with torch.no_grad():
-            shared = shared_forward(model, items, sharing="conversation", attention=attention)
-            alone = shared_forward(model, items, sharing="off")
-    except (NotImplementedError, ValueError, TypeError) as error:  # TypeError: unknown keyword
+            shared, dtype = shared_forward(model, items, sharing="conversation", **options)
+            alone, _ = shared_forward(model, items, sharing="off", **options)
+    except BackendError:
+        raise
+    except (NotImplementedError, ValueError, TypeError) as error:
+        # The last two: a model that does not know the keyword or does something with the mask.
         return False, str(error)
     mixture = any(
         getattr(causal_lm(model).config.get_text_config(), key, None)
@@ -265,7 +278,7 @@ def check_sharing(model: nn.Module, *, attention: str = "auto") -> tuple[bool, s
         errors = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-30)
         # Rounding may send a token to another expert; it must not be many tokens.
         error = float(errors.quantile(0.75 if mixture else 1.0))
-        if not error <= _tolerance(alone.student_hidden.dtype):
+        if not error <= _tolerance(dtype):
             return False, f"shared and independent passes differ by {error:.1e} ({what}, relative)"
     return True, ""
 
@@ -579,6 +592,12 @@ def _check_ids(model: nn.Module, count: int) -> list[int]:
     """Token ids for a check: distinct as far as the vocabulary goes, the same every time."""
     vocabulary = causal_lm(model).config.get_text_config().vocab_size
     return [(7 + 37 * n) % vocabulary for n in range(count)]
+
+
+def _computing_dtype(hidden: Tensor) -> torch.dtype:
+    """What matrix products round to, asked inside the forward pass, where Accelerate's autocast is."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -43,6 +43,27 @@ def test_checks_allow_for_rounding(lab, dtype):
     assert check_head(model) == (True, "")
 
 
+def test_checks_allow_for_autocast_inside_the_forward(lab):
+    """Accelerate's way: float32 weights and float32 outputs, bfloat16 products."""
+    model = lab.tiny_model("qwen3", torch.float32)
+    forward = model.forward
+
+    def autocast_forward(*args, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = forward(*args, **kwargs)
+        output.logits = output.logits.float()
+        return output
+
+    model.forward = autocast_forward
+    assert check_sharing(model) == (True, "")
+    assert check_head(model) == (True, "")
+
+
+def test_a_backend_asked_for_by_name_is_not_replaced(lab):
+    with pytest.raises(ValueError, match="attention='flash' needs the package flash-attn"):
+        check_sharing(lab.tiny_model("llama"), attention="flash")
+
+
 def refused(lab, model, words):
     ok, reason = check_sharing(model)
     assert not ok and words in reason, reason
