@@ -459,7 +459,7 @@ class _ProgressBar:
 
     def _new(self) -> Any:
         try:
-            from tqdm import tqdm
+            from tqdm import tqdm  # pyright: ignore[reportMissingModuleSource]
         except ImportError:
             return None
         total = self._report.bytes_total

@@ -200,7 +200,7 @@ class InteractionTokenizer:
         limit: int | None,
         keep: Literal["start", "end"],
     ) -> str:
-        """The longest start or end of `text` for which ``encode`` gives at most `limit` ids."""
+        """The longest start or end of `text`, in words, that ``encode`` turns into `limit` ids."""
 
         def piece(size: int) -> str:
             return text[:size] if keep == "start" else text[len(text) - size :]
@@ -220,6 +220,15 @@ class InteractionTokenizer:
                 fits = middle
             else:
                 size = middle
+        # Where that is inside a word: the whole word if it fits after all (a part of a word can
+        # take more tokens than the word), else without it.
+        beside, kept = (text, text[:fits]) if keep == "start" else (text[::-1], text[::-1][:fits])
+        rest = re.match(r"\S{1,32}(?!\S)", beside[fits:])
+        part = re.search(r"\S{1,32}$", kept)
+        if rest and part:
+            for size in (fits + rest.end(), part.start()):
+                if piece(size).strip() and len(encode(piece(size))) <= limit:
+                    return piece(size)
         return piece(fits)
 
     # Rendering and encoding
