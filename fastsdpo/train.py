@@ -1,0 +1,290 @@
+"""Trains a model on interactions: `fastsdpo train` or `python -m fastsdpo.train`.
+
+    fastsdpo prepare conversations.jsonl -o interactions.jsonl --eval-fraction 0.05
+    fastsdpo train interactions.jsonl --model MODEL -o runs/first --dry-run
+    fastsdpo train interactions.jsonl --model MODEL -o runs/first
+
+It loads model and data, tokenizes, checks what hindsight does to a sample, measures the held-out
+loss, trains, measures again, and leaves in the output folder: ``model/`` (weights and tokenizer,
+for ``AutoModelForCausalLM.from_pretrained``; with --lora the adapter), ``checkpoint-*/``,
+``report.json`` and ``report.png``. It does not prepare conversations, and it knows no scheduler:
+several processes are started with ``torchrun -m fastsdpo.train`` or ``accelerate launch``.
+
+Every setting that has no flag here is a field of `SDPOConfig`: ``--set name=value``.
+
+Exit status: 0 done; 1 an input, model or setting cannot be used; 2 wrong options; 3 a loss or
+gradient was not finite; 130 / 143 stopped by Ctrl-C / SIGTERM with a checkpoint (``--resume``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fastsdpo.trainer.config import PRESETS, SDPOConfig
+
+STOPPED = 128  # + the signal's number, as shells count: 130 for Ctrl-C, 143 for SIGTERM
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastsdpo train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not given stays the preset's
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("data", help="interactions, as `fastsdpo prepare` writes them")
+    run.add_argument("-o", "--output", required=True, metavar="FOLDER")
+    run.add_argument("--eval-data", metavar="FILE", default=None,
+                     help="held-out interactions (default: DATA's .eval file, if there)")  # fmt: skip
+    run.add_argument("--dry-run", action="store_true", default=False,
+                     help="load, tokenize, report lengths, memory and steps, and stop")  # fmt: skip
+    run.add_argument("--resume", nargs="?", const=True, default=None, metavar="CHECKPOINT",
+                     help="go on from a checkpoint, or from the output folder's last")  # fmt: skip
+    run.add_argument("--overwrite", action="store_true", default=False,
+                     help="start anew in a folder that holds a run")  # fmt: skip
+    run.add_argument("--quiet", action="store_true", default=False, help="print nothing but errors")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", required=True, help="folder, hub id or GGUF file")
+    model.add_argument(
+        "--gguf-file", default=None, help="the GGUF file in that folder or repository"
+    )
+    model.add_argument("--tokenizer", default=None, help="default: the model's")
+    model.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
+    model.add_argument("--dtype", default=None,
+                       help="of the weights: float32, bfloat16, auto (default: float32 on a CPU, "
+                       "else the checkpoint's)")  # fmt: skip
+    model.add_argument("--attn-implementation", default=None)
+    model.add_argument("--trust-remote-code", action="store_true", default=False)
+    model.add_argument("--lora", type=int, default=None, metavar="RANK",
+                       help="train a LoRA adapter of this rank on all linear layers")  # fmt: skip
+    model.add_argument("--lora-alpha", type=int, default=None, help="default: twice the rank")
+
+    method = parser.add_argument_group("method")
+    method.add_argument("--preset", default="exact", choices=list(PRESETS),
+                        help="exact: reverse KL over the whole vocabulary (default); paper: the "
+                        "published recipe")  # fmt: skip
+    method.add_argument("--mode", choices=("full", "topk", "sampled_token"))
+    method.add_argument("--alpha", type=float, help="0 forward KL, 1 reverse KL, between JSD")
+    method.add_argument("--topk", type=int)
+    method.add_argument("--teacher", choices=("live", "ema", "frozen", "trust_region"))
+    method.add_argument("--ema-rate", type=float)
+    method.add_argument("--reference-kl", type=float, help="times KL(student || initial model)")
+    method.add_argument("--normalization", choices=("sequence", "token"))
+    method.add_argument("--ignore-first-k", type=int, help="tokens of each answer")
+
+    text = parser.add_argument_group("text")
+    text.add_argument("--template", help="offline-v1, note, ..., or a text with {o}")
+    text.add_argument("--max-prompt-length", type=int, metavar="TOKENS")
+    text.add_argument("--max-completion-length", type=int, metavar="TOKENS")
+    text.add_argument("--max-followup-length", type=int, metavar="TOKENS")
+
+    steps = parser.add_argument_group("optimization")
+    steps.add_argument("--learning-rate", type=float)
+    steps.add_argument("--epochs", type=float, dest="num_train_epochs")
+    steps.add_argument("--max-steps", type=int)
+    steps.add_argument("--batch-size", type=int, dest="per_device_train_batch_size",
+                       help="interactions per process and step, times --accumulate")  # fmt: skip
+    steps.add_argument("--accumulate", type=int, dest="gradient_accumulation_steps")
+    steps.add_argument(
+        "--warmup", type=float, dest="warmup_steps", help="steps, or a share below 1"
+    )
+    steps.add_argument("--schedule", dest="lr_scheduler_type", help="cosine, constant, linear, ...")
+    steps.add_argument("--clip", type=float, dest="max_grad_norm", help="of the gradient's norm")
+    steps.add_argument("--seed", type=int)
+
+    compute = parser.add_argument_group("computation")
+    compute.add_argument("--sharing", choices=("auto", "conversation", "interaction", "off"))
+    compute.add_argument("--max-tokens-per-pack", type=int, metavar="TOKENS",
+                         help="of one forward pass")  # fmt: skip
+    compute.add_argument("--gradient-checkpointing", action="store_true",
+                         help="less memory, a third more time")  # fmt: skip
+    compute.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    compute.add_argument("--cpu", action="store_true", dest="use_cpu")
+
+    logs = parser.add_argument_group("logs and checkpoints")
+    logs.add_argument("--logging-steps", type=int)
+    logs.add_argument("--eval-steps", type=int)
+    logs.add_argument("--save-steps", type=int)
+    logs.add_argument("--save-total-limit", type=int)
+    logs.add_argument("--report-to", nargs="+", help="wandb, tensorboard, ... (default: none)")
+    logs.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+                      help="any other field of SDPOConfig; the value is JSON or text")  # fmt: skip
+    return parser
+
+
+NOT_SETTINGS = ("data", "output", "eval_data", "dry_run", "resume", "overwrite", "quiet", "model",
+                "gguf_file", "tokenizer", "revision", "dtype", "attn_implementation",
+                "trust_remote_code", "lora", "lora_alpha", "preset", "set")  # fmt: skip
+
+
+def read_config(options: argparse.Namespace) -> SDPOConfig:
+    """The preset, changed by the flags that were given.
+
+    Raises:
+        ValueError: a setting is unknown or out of range.
+    """
+    settings: dict[str, Any] = {"report_to": [], "save_total_limit": 2}
+    given = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
+    for steps, strategy in (("eval_steps", "eval_strategy"), ("save_steps", "save_strategy")):
+        if steps in given:
+            given[strategy] = "steps"
+    names = {field.name for field in dataclasses.fields(SDPOConfig)}
+    for text in options.set:
+        name, equals, value = text.partition("=")
+        if not equals or name not in names:
+            raise ValueError(f"--set must be NAME=VALUE with a field of SDPOConfig, got {text!r}")
+        try:
+            given[name] = json.loads(value)
+        except json.JSONDecodeError:
+            given[name] = value
+    if given.pop("gradient_checkpointing", False):
+        # transformers is renaming it; the new name where there is one.
+        new = "activation_checkpointing"
+        given[new if new in names else "gradient_checkpointing"] = True
+    settings["disable_tqdm"] = True  # the progress shown is our own
+    return SDPOConfig.preset(options.preset, output_dir=options.output, **{**settings, **given})
+
+
+def held_out(options: argparse.Namespace) -> str | None:
+    """The held-out file: as given, or where `fastsdpo prepare --eval-fraction` puts it."""
+    if options.eval_data is not None:
+        return options.eval_data
+    data = Path(options.data)
+    beside = data.with_name(f"{data.stem}.eval{data.suffix}")
+    return str(beside) if beside.is_file() else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; see the module for the exit status."""
+    options = build_parser().parse_args(argv)
+    from fastsdpo.trainer import NonFiniteError
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("fastsdpo").setLevel(logging.ERROR if options.quiet else logging.INFO)
+    try:
+        return train(options)
+    except NonFiniteError as error:
+        print(f"fastsdpo train: {error}", file=sys.stderr)
+        return 3
+    except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
+        if os.environ.get("FASTSDPO_TRACEBACK"):
+            raise
+        print(f"fastsdpo train: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fastsdpo train: stopped at once, without a checkpoint", file=sys.stderr)
+        return STOPPED + 2
+
+
+def train(options: argparse.Namespace) -> int:
+    """The run, in order."""
+    from transformers import PrinterCallback
+
+    from fastsdpo.modeling import load_model_and_tokenizer
+    from fastsdpo.trainer import SDPOTrainer
+    from fastsdpo.trainer.callbacks import Progress, StopOnSignal, clock
+    from fastsdpo.trainer.report import dry_run_report, plot_history, write_report
+
+    config = read_config(options)
+    output = Path(options.output)
+    used = (output / "report.json").exists() or any(output.glob("checkpoint-*"))
+    if used and not (options.resume or options.overwrite or options.dry_run):
+        raise ValueError(f"{output} holds a run; pass --resume to go on with it, or --overwrite")
+    show = not options.quiet and config.process_index == 0
+
+    def say(text: str) -> None:
+        if show:
+            print(text, flush=True)
+
+    model, tokenizer = load_model_and_tokenizer(
+        options.model,
+        gguf_file=options.gguf_file,
+        tokenizer=options.tokenizer,
+        revision=options.revision,
+        dtype=options.dtype,
+        device=config.device,
+        attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+    )
+    adapter = None
+    if options.lora is not None:
+        from peft import LoraConfig
+
+        alpha = options.lora_alpha or 2 * options.lora
+        adapter = LoraConfig(
+            r=options.lora, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+    stop = StopOnSignal()
+    trainer = SDPOTrainer(
+        model=model,
+        args=config,
+        train_dataset=options.data,
+        eval_dataset=held_out(options),
+        processing_class=tokenizer,
+        peft_config=adapter,
+        callbacks=[stop, *([Progress()] if show else [])],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    say(f"model {options.model}: {trained:,} of "
+        f"{sum(p.numel() for p in trainer.model.parameters()):,} weights are trained, on "
+        f"{config.device}")  # fmt: skip
+    say(dry_run_report(trainer.model, config, trainer.train_dataset, trainer.eval_dataset,
+                       trainer.sharing))  # fmt: skip
+    if options.dry_run:
+        check = trainer.check_teacher()
+        say("" if check is None else str(check))
+        return 0
+
+    before = None
+    if trainer.eval_dataset is not None and not options.resume:
+        before = trainer.evaluate()
+        say(f"held-out loss before training: {before['eval_loss']:.4f}")
+    started = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=options.resume)
+    seconds = time.perf_counter() - started
+    if stop.received is not None:
+        say(f"stopped at step {result.global_step} of {trainer.state.max_steps}; "
+            "the same command with --resume goes on")  # fmt: skip
+        return STOPPED + stop.received
+    after = None if trainer.eval_dataset is None else trainer.evaluate()
+    trainer.save_model(str(output / "model"))
+    if trainer.is_world_process_zero():
+        names = {field.name for field in dataclasses.fields(SDPOConfig)}
+        settings = {name: value for name, value in config.to_dict().items() if name in names}
+        write_report(output / "report.json", {
+            "model": options.model,
+            "data": options.data,
+            "interactions": len(trainer.train_dataset),
+            "left_out": trainer.train_dataset.dropped,
+            "sharing": trainer.sharing,
+            "steps": result.global_step,
+            "seconds": seconds,
+            "before": before,
+            "after": after,
+            "settings": settings,
+            "history": trainer.state.log_history,
+        })  # fmt: skip
+        plotted = plot_history(trainer.state.log_history, output / "report.png")
+    if after is not None and before is not None:
+        say(f"held-out loss: {before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after")
+    if show:
+        plot = " and report.png" if plotted else " (matplotlib is not installed: no plot)"
+        say(
+            f"trained {result.global_step} steps in {clock(seconds)}; {output}/model, report.json{plot}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

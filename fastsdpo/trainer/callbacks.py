@@ -1,0 +1,117 @@
+"""What `fastsdpo train` adds to the training loop: progress with the signal, and stopping cleanly."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+
+def clock(seconds: float) -> str:
+    """``m:ss`` or ``h:mm:ss``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Progress(TrainerCallback):
+    """Loss, signal, speed and time left: a bar on a terminal, else a line per log.
+
+    The signal is the mean absolute log-ratio of teacher and student, in nats per token.
+    """
+
+    def __init__(self, stream: Any = None):
+        self.stream = sys.stderr if stream is None else stream
+        self.bar = None
+        self.started, self.first_step = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started, self.first_step = time.perf_counter(), state.global_step
+        if state.is_world_process_zero and self.stream.isatty():
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, file=self.stream, unit="step"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not logs or not self.started:
+            return
+        if "eval_loss" in logs:
+            self._write(f"step {state.global_step}/{state.max_steps}  held-out loss "
+                        f"{logs['eval_loss']:.4f}")  # fmt: skip
+        if "loss" not in logs:
+            return
+        values = {
+            "loss": f"{logs['loss']:.4f}",
+            "signal": f"{logs.get('sdpo/log_ratio_abs_mean', float('nan')):.3f}",
+            "tok/s": f"{logs.get('sdpo/tokens_per_second', 0):.0f}",
+        }
+        if self.bar is not None:
+            self.bar.set_postfix(values, refresh=True)
+            return
+        done = state.global_step - self.first_step
+        left = (time.perf_counter() - self.started) / max(1, done)
+        left *= state.max_steps - state.global_step
+        text = "  ".join(f"{name} {value}" for name, value in values.items())
+        self._write(f"step {state.global_step}/{state.max_steps}  {text}  left {clock(left)}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _write(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line, file=self.stream)
+        else:
+            print(line, file=self.stream, flush=True)
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM or Ctrl-C: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
+
+    Attributes:
+        received: the signal's number once training stopped for it, else None.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        print("stopping after this step, with a checkpoint ...", file=sys.stderr, flush=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        received = self.received or 0
+        if args.world_size > 1:
+            # All processes stop after the same step, whichever of them was told.
+            told = torch.tensor(received, device=args.device)
+            torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
+            received = int(told)
+        if received:
+            self.received = received
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

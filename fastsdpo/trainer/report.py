@@ -1,0 +1,207 @@
+"""What a run leaves behind: an estimate before it, numbers and a plot after it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastsdpo.prefix import count_tokens
+from fastsdpo.prefix.forward import causal_lm
+from fastsdpo.trainer.config import SDPOConfig
+from fastsdpo.trainer.data import InteractionDataset, split_packs
+
+
+class Lengths(NamedTuple):
+    """Tokens per interaction: median, 95th percentile, longest, sum."""
+
+    median: int
+    p95: int
+    longest: int
+    total: int
+
+
+def length_table(dataset: InteractionDataset) -> dict[str, Lengths]:
+    """Lengths in tokens of what student and teacher read and of the answers."""
+    prompt, teacher, completion = dataset.lengths().T
+    columns = {
+        "student's prompt": prompt,
+        "teacher's prompt": teacher,
+        "answer": completion,
+        "longest sequence": teacher + completion,
+    }
+    table = {}
+    for name, values in columns.items():
+        ordered = values.sort().values
+        at = [ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.5, 0.95)]
+        table[name] = Lengths(int(at[0]), int(at[1]), int(ordered[-1]), int(ordered.sum()))
+    return table
+
+
+class MemoryEstimate(NamedTuple):
+    """Bytes on each device (without sharding), by what they are for."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    teacher: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def estimate_memory(
+    model: nn.Module, args: SDPOConfig, tokens_per_pass: int, response_tokens: int
+) -> MemoryEstimate:
+    """A forecast of peak memory, within a factor of about 1.5.
+
+    Weights, gradients, AdamW's two float32 moments (and the float32 master of a bfloat16 weight),
+    the teacher's copies and the float32 tiles of logits follow from the sizes. Activations of the
+    student's pass: per token and layer 2 D for the norms, 2 D for queries and attention outputs,
+    2 D_kv for keys and values, 2 D for the residuals and 4 I for the gated MLP, each in the type
+    that the layers compute in; with gradient checkpointing D per token and layer and one layer's rest.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    half = sum(p.numel() for p in trained if p.dtype in (torch.bfloat16, torch.float16))
+    optimizer = 8 * sum(p.numel() for p in trained)
+    if args.weight_update in ("auto", "float32_master"):
+        optimizer += 4 * half
+    teacher = 4 * sum(p.numel() for p in trained) if args.teacher == "ema" else 0
+    if (args.teacher in ("frozen", "trust_region") or args.needs_reference) and not hasattr(
+        model, "peft_config"
+    ):
+        teacher += gradients
+
+    config = causal_lm(model).config.get_text_config()
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or hidden // heads
+    keys = (getattr(config, "num_key_value_heads", None) or heads) * head
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    compute = 2 if args.bf16 or args.fp16 else next(model.parameters()).element_size()
+    per_layer = compute * (4 * hidden + 2 * heads * head + 2 * keys + 4 * inner)
+    if args.gradient_checkpointing:
+        activations = tokens_per_pass * (compute * hidden * layers + per_layer)
+    else:
+        activations = tokens_per_pass * per_layer * layers
+    vocabulary = causal_lm(model).get_output_embeddings().weight.shape[0]
+    budget = 2**23 if args.device.type == "cpu" else 2**26
+    logits = 3 * 4 * vocabulary * min(max(64, budget // vocabulary), response_tokens)
+    return MemoryEstimate(weights, gradients, optimizer, teacher, activations, logits)
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def dry_run_report(model: nn.Module, args: SDPOConfig, train: InteractionDataset, eval_: Any,
+                   sharing: str) -> str:  # fmt: skip
+    """What `fastsdpo train --dry-run` prints."""
+    lines = [f"{'tokens':<20} {'median':>8} {'95%':>8} {'longest':>8} {'sum':>12}"]
+    for name, row in length_table(train).items():
+        lines.append(
+            f"{name:<20} {row.median:>8,} {row.p95:>8,} {row.longest:>8,} {row.total:>12,}"
+        )
+    conversations = len(train.groups(True))
+    held_out = "" if eval_ is None else f"; {len(eval_):,} held out"
+    lines.append(
+        f"{len(train):,} interactions of {conversations:,} conversations{held_out}; "
+        f"{len(train.dropped):,} left out"
+    )
+    grouped = args.group_by_conversation
+    if grouped is None:
+        grouped = sharing == "conversation"
+    order = [index for group in train.groups(grouped) for index in group]
+    batch = args.per_device_train_batch_size
+    tokens = unshared = widest = responses = passes = 0
+    for start in range(0, len(order), batch):
+        items = [train[index] for index in order[start : start + batch]]
+        for pack in split_packs(items, args.max_tokens_per_pack, sharing):
+            counts = count_tokens(pack, sharing=sharing)  # type: ignore[arg-type]
+            tokens += counts.student + counts.teacher
+            unshared += counts.unshared_student + counts.unshared_teacher
+            widest = max(widest, counts.student)
+            responses = max(responses, sum(len(item.completion_ids) for item in pack))
+            passes += 1
+    lines.append(
+        f"sharing {sharing}: {tokens:,} of {unshared:,} tokens are computed per epoch, "
+        f"in {passes:,} passes of at most {args.max_tokens_per_pack or 'any number of'} tokens"
+    )
+    steps = steps_per_run(len(train), args)
+    lines.append(
+        f"{steps:,} optimizer steps of {batch * args.gradient_accumulation_steps * args.world_size} "
+        f"interactions, {args.num_train_epochs:g} epochs"
+    )
+    memory = estimate_memory(model, args, widest, responses)
+    parts = ", ".join(
+        f"{name} {gigabytes(size)}" for name, size in memory._asdict().items() if size
+    )
+    lines.append(f"memory, estimated: {gigabytes(memory.total)} ({parts})")
+    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    longest = length_table(train)["longest sequence"].longest
+    if limit and longest > limit:
+        lines.append(f"WARNING: the longest sequence exceeds the model's {limit:,} positions")
+    return "\n".join(lines)
+
+
+def steps_per_run(interactions: int, args: SDPOConfig) -> int:
+    """Optimizer steps of a run from its start."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(interactions / (args.per_device_train_batch_size * args.world_size))
+    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+
+
+def write_report(path: str | os.PathLike, report: dict[str, Any]) -> None:
+    """Writes JSON; the file appears whole or not at all."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(report, indent=1, default=str) + "\n")
+    os.replace(part, path)
+
+
+def plot_history(history: list[dict[str, Any]], path: str | os.PathLike) -> bool:
+    """Loss and signal over the steps as PNG; False where matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(8.5, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, ratio = figure.subplots(2, 1, sharex=True)
+
+    def series(key: str) -> tuple[list[float], list[float]]:
+        rows = [row for row in history if key in row]
+        return [row["step"] for row in rows], [row[key] for row in rows]
+
+    loss.plot(*series("loss"), color="#4477aa", alpha=0.5, label="training")
+    steps, values = series("eval_loss")
+    if steps:
+        loss.plot(steps, values, "o-", color="#cc3311", label="held out")
+    loss.set_ylabel("loss (nats)")
+    loss.legend(frameon=False)
+    steps, low = series("sdpo/log_ratio_p05")
+    _, high = series("sdpo/log_ratio_p95")
+    if steps:
+        ratio.fill_between(steps, low, high, color="#4477aa", alpha=0.2, label="5% to 95%")
+    ratio.plot(*series("sdpo/log_ratio_mean"), color="#4477aa", label="mean")
+    ratio.plot(*series("sdpo/eos_log_ratio"), color="#ee7733", label="end of turn")
+    ratio.axhline(0, color="#999999", linewidth=0.8)
+    ratio.set_ylabel("log-ratio, teacher - student (nats)")
+    ratio.set_xlabel("step")
+    ratio.legend(frameon=False)
+    for axes in (loss, ratio):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    return True
