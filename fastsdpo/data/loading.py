@@ -475,7 +475,7 @@ class _Text:
         self.damage: str | None = None
         self._file, self._progress = file, progress
         if path.suffix == ".gz":
-            self._chunks = self._decompressed(lambda: zlib.decompressobj(wbits=31), 64 << 10)
+            self._chunks = self._decompressed(lambda: zlib.decompressobj(wbits=31))
         elif path.suffix == ".zst":
             try:
                 import zstandard
@@ -484,10 +484,7 @@ class _Text:
                     f"load_conversations: {path} needs the package zstandard; install it with: "
                     "pip install zstandard"
                 ) from error
-            # Small pieces: 4 compressed bytes can stand for 128 KiB, so 1 KiB for 32 MiB.
-            self._chunks = self._decompressed(
-                lambda: zstandard.ZstdDecompressor().decompressobj(), 1 << 10
-            )
+            self._chunks = self._decompressed(lambda: zstandard.ZstdDecompressor().decompressobj())
         else:
             if start is not None:
                 file.seek(start["offset"])
@@ -498,9 +495,11 @@ class _Text:
                 self.skip(min(len(self.buffer), start["offset"] - self.offset))
             self.line = start["line"]
 
-    def _decompressed(self, new: Callable[[], Any], size: int) -> Iterator[bytes]:
+    def _decompressed(self, new: Callable[[], Any]) -> Iterator[bytes]:
+        # Small pieces bound the memory: 1 KiB stands for at most 1 MiB (gzip) or 32 MiB (zstd,
+        # where 4 bytes can stand for 128 KiB).
         decompressor, unused, inside = new(), b"", False
-        while data := unused or self._file.read(size):
+        while data := unused or self._file.read(1 << 10):
             try:
                 unused, inside = b"", True
                 out = decompressor.decompress(data)
@@ -602,20 +601,22 @@ def _elements(text: _Text, limit: int, array: bool) -> Iterator[Piece]:
             return
 
 
-_STRUCTURE = re.compile(rb'["{}\[\]]')
+QUOTE, BACKSLASH = b'"\\'
+# A string without escapes, at once; else its first quote, and the end is looked for from there.
+_STRUCTURE = re.compile(rb'"[^"\\]*"|["{}\[\]]')
 _OBJECT_START = re.compile(rb'\{\s*"')
-_FIND_BYTES = 1 << 20  # while looking for the next whole record, longer ones are passed over
+_FIND_BYTES = 1 << 19  # while looking for the next whole record, longer ones are passed over
 
 
 def _value_end(text: _Text, limit: int) -> tuple[int | None, Problem | None]:
     """Index after the bracket that closes the one at ``buffer[0]``, or why there is none."""
     position, depth, in_string = 0, 0, False
-    while True:
+    while position <= limit:
         if in_string:
             quote = text.buffer.find(b'"', position)
             if quote >= 0:
                 before = quote - 1
-                while text.buffer[before] == ord("\\"):
+                while text.buffer[before] == BACKSLASH:
                     before -= 1
                 in_string = (quote - before) % 2 == 0  # an odd number of backslashes escapes it
                 position = quote + 1
@@ -623,27 +624,29 @@ def _value_end(text: _Text, limit: int) -> tuple[int | None, Problem | None]:
         else:
             match = _STRUCTURE.search(text.buffer, position)
             if match is not None:
-                mark, position = match.group(), match.end()
-                if mark == b'"':
-                    in_string = True
+                position = match.end()
+                mark = text.buffer[match.start()]
+                if mark == QUOTE:
+                    in_string = position == match.start() + 1
                 elif mark in b"{[":
                     depth += 1
                 else:
                     depth -= 1
                     if depth == 0:
-                        return position, None
+                        break
                 continue
         position = len(text.buffer)
         match = None  # it holds the buffer, which is about to grow
-        if position > limit:
-            return None, Problem("too long", f"longer than {limit:,} bytes, or not closed")
-        if not text.fill():
+        if position <= limit and not text.fill():
             return None, Problem("cut off", "cut off: the file ends inside it")
+    if position > limit:
+        return None, Problem("too long", f"longer than {limit:,} bytes, or not closed")
+    return position, None
 
 
 def _find_record(text: _Text, limit: int) -> tuple[int, bool]:
     """Skips to the next text after ``buffer[0]`` that is a whole record: (bytes skipped, found)."""
-    begin, position, failed = text.offset, 1, 0
+    begin, position, scanned = text.offset, 1, 0
     while True:
         match = _OBJECT_START.search(text.buffer, position)
         if match is None:
@@ -658,6 +661,7 @@ def _find_record(text: _Text, limit: int) -> tuple[int, bool]:
         start, match = match.start(), None
         text.skip(start)
         end, _ = _value_end(text, min(limit, _FIND_BYTES))
+        scanned += min(len(text.buffer), _FIND_BYTES) if end is None else end
         position = 1
         if end is not None:
             record, problem = _parse_json(bytes(text.buffer[:end]))
@@ -665,9 +669,7 @@ def _find_record(text: _Text, limit: int) -> tuple[int, bool]:
                 if any(isinstance(record.get(key), list) for key in (*MESSAGE_KEYS, "prompt")):
                     return text.offset - begin, True
                 position = end
-                continue
-        # Text that opens objects and closes none would be scanned again from each of them.
-        failed += 1
-        if failed % 16 == 0:
+        # Text that opens objects without end would be scanned again from each: keep that linear.
+        if scanned > 2 * (text.offset - begin) + 4 * _FIND_BYTES:
             text.skip(min(len(text.buffer), _FIND_BYTES))
             position = 0
