@@ -287,8 +287,8 @@ def main() -> None:
                 "environment": environment(),
             }
         )
-    if args.results:
-        record(args.results, rows, ("dtype", "tokens", "vocabulary", "mode"), markdown)
+        if args.results:  # after each mode, so that an interrupted run keeps what it has
+            record(args.results, rows, ("dtype", "tokens", "vocabulary", "mode"), markdown)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if not path.exists():
         failure = path.with_name(BUILD_FAILURE)
         if failure.exists():
-            why = f"its build failed at install: {failure.read_text(encoding='utf-8').strip()}"
+            text = failure.read_text(encoding="utf-8").strip()
+            why = f"its build failed at install: {text[:1000]}"
         else:
             why = f"{path.name} was not built"
         return None, (

@@ -257,13 +257,18 @@ int run_rows(const Op& op, const fastsdpo_call& call) {
   typedef typename Op::State State;
   typedef typename Op::Part Part;
   const int64_t N = call.B * call.L, segments = (call.V + SEGMENT - 1) / SEGMENT;
-  const size_t scratch = sizeof(State) + segments * sizeof(Part) + op.scratch_bytes();
+  // One piece of memory holds a row's State, its Parts and what the operation asks for, each
+  // aligned.
+  auto aligned = [](size_t bytes) { return (bytes + 15) & ~(size_t)15; };
+  const size_t parts_offset = aligned(sizeof(State));
+  const size_t extra_offset = parts_offset + aligned(segments * sizeof(Part));
+  const size_t scratch = extra_offset + aligned(op.scratch_bytes());
   const int threads = call.threads < 1 ? 1 : (int)(call.threads < 1024 ? call.threads : 1024);
   int status = 0;
 
   auto state_at = [&](char* memory) { return (State*)memory; };
-  auto parts_at = [&](char* memory) { return (Part*)(memory + sizeof(State)); };
-  auto extra_at = [&](char* memory) { return memory + sizeof(State) + segments * sizeof(Part); };
+  auto parts_at = [&](char* memory) { return (Part*)(memory + parts_offset); };
+  auto extra_at = [&](char* memory) { return memory + extra_offset; };
   auto visit = [&](int phase, int64_t row, int64_t segment, char* memory) {
     int64_t begin = segment * SEGMENT, end = begin + SEGMENT < call.V ? begin + SEGMENT : call.V;
     parts_at(memory)[segment] = Part();
@@ -277,6 +282,7 @@ int run_rows(const Op& op, const fastsdpo_call& call) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t row = 0; row < N; row++) {
         if (!memory) {
+#pragma omp atomic write
           status = -3;
           continue;
         }

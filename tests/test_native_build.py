@@ -1,0 +1,170 @@
+"""The build of the native kernels: optional, explained where it failed, fatal on request.
+
+Each test builds from a copy of the sources in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fastsdpo import _native
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ["setup.py", "pyproject.toml", "CMakeLists.txt", "kernels", "fastsdpo"]
+TEXTS = ["README.md", "LICENSE"]
+
+
+@pytest.fixture
+def sources(tmp_path) -> Path:
+    """The repository's sources without anything that was built."""
+    target = tmp_path / "sources"
+    target.mkdir()
+    built = shutil.ignore_patterns("*.so", "*.dylib", "*.dll", "__pycache__", "native_build_*")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target / name, ignore=built)
+        else:
+            shutil.copy(ROOT / name, target)
+    for name in TEXTS:
+        (target / name).write_text("text\n")
+    return target
+
+
+def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def wheel(sources: Path, **environment: str) -> subprocess.CompletedProcess:
+    pytest.importorskip("pip")
+    return run(
+        sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q",
+        "-w", "dist", cwd=sources, **environment,
+    )  # fmt: skip
+
+
+def unpack(sources: Path) -> Path:
+    (file,) = (sources / "dist").glob("*.whl")
+    assert "-py3-none-" in file.name  # the library has no Python in it
+    site = sources.parent / "site"
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(site)
+    return site
+
+
+USE = """
+import torch, fastsdpo
+z, y = torch.randn(2, 9), torch.tensor([1, 2])
+assert fastsdpo.__file__.startswith({site!r}), fastsdpo.__file__
+fastsdpo.token_logps(z, y)
+print(fastsdpo.available_backends()["native"])
+try:
+    fastsdpo.token_logps(z, y, backend="native")
+except ImportError as error:
+    print(error)
+"""
+
+
+def use(site: Path) -> str:
+    """What a fresh process that imports the package from ``site`` says."""
+    result = run(sys.executable, "-c", USE.format(site=str(site)), cwd=site, PYTHONPATH=str(site))
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_broken_compiler_still_installs_and_explains_itself(sources):
+    (sources / "fastsdpo" / "libfastsdpo.so").write_bytes(b"of an earlier build")
+    built = wheel(sources, CXX="/bin/false")
+    assert built.returncode == 0, built.stderr
+    site = unpack(sources)
+    assert not list(site.glob("fastsdpo/libfastsdpo*"))
+    text = use(site)
+    assert "its build failed at install" in text
+    assert "/bin/false" in text
+    assert "FASTSDPO_REQUIRE_NATIVE=1" in text
+
+
+def test_broken_compiler_is_fatal_on_request(sources):
+    built = wheel(sources, CXX="/bin/false", FASTSDPO_REQUIRE_NATIVE="1")
+    assert built.returncode != 0
+    assert "is not able to compile a simple test program" in built.stdout + built.stderr
+
+
+@pytest.mark.slow
+def test_wheel_holds_one_library_that_runs(sources):
+    built = wheel(sources, FASTSDPO_REQUIRE_NATIVE="1")
+    assert built.returncode == 0, built.stderr
+    site = unpack(sources)
+    assert [path.name for path in site.glob("fastsdpo/libfastsdpo*")] == ["libfastsdpo.so"]
+    assert not list(site.glob("kernels*"))
+    assert use(site).strip() == "available"
+
+
+def test_missing_library_is_explained(monkeypatch, tmp_path):
+    monkeypatch.setattr(_native, "_file", lambda: tmp_path / "libfastsdpo.so")
+    _native._load.cache_clear()
+    try:
+        available, reason = _native.native_available()
+        assert not available
+        assert "was not built" in reason
+        with pytest.raises(ImportError, match="backend='native' is not available"):
+            _native.library()
+        (tmp_path / "libfastsdpo.so").write_bytes(b"no library")
+        _native._load.cache_clear()
+        assert "cannot be loaded" in _native.native_available()[1]
+    finally:
+        monkeypatch.undo()
+        _native._load.cache_clear()
+
+
+needs_native = pytest.mark.skipif(
+    not _native.native_available()[0], reason=f"native kernels: {_native.native_available()[1]}"
+)
+
+
+@needs_native
+def test_instruction_set_is_chosen_by_the_environment():
+    code = "from fastsdpo import _native; print(_native.native_available())"
+    worst = _native.instruction_sets()[-1]
+    chosen = run(sys.executable, "-c", code, cwd=ROOT, FASTSDPO_ISA=worst)
+    assert f"instruction set {worst}" in chosen.stdout, chosen.stderr
+    unknown = run(sys.executable, "-c", code, cwd=ROOT, FASTSDPO_ISA="x86-64-v9")
+    assert "FASTSDPO_ISA must be one of" in unknown.stderr
+
+
+@needs_native
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
+def test_one_openmp_runtime():
+    """The kernels run on the threads that PyTorch has, not on a second pool."""
+    code = """
+import torch
+from fastsdpo.ops.token_logps import _native
+torch.set_num_threads(2)
+torch.randn(512, 512) @ torch.randn(512, 512)
+z = torch.randn(1, 64, 5000)
+_native.token_logps_forward(z, torch.zeros(64, dtype=torch.long), 1.0, 0.0, -100, False)
+files = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.split("/")[-1]}
+print(sorted(files))
+assert len([file for file in files if "libgomp" in file or "libiomp" in file]) == 1, files
+"""
+    result = run(sys.executable, "-c", code, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@needs_native
+def test_no_instruction_set_leaks_between_builds():
+    """No weak function: the linker would keep one instruction set's copy for all of them."""
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("nm is not installed")
+    symbols = run(nm, "--defined-only", str(_native._file()), cwd=ROOT).stdout.splitlines()
+    shared = [line for line in symbols if line.split()[-2] in ("W", "V", "u")]
+    assert not shared
