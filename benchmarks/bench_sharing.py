@@ -344,14 +344,24 @@ def command_memory(arguments: argparse.Namespace) -> None:
 
 
 def command_flops(arguments: argparse.Namespace) -> None:
-    """Counted floating-point operations of the forward and backward passes, and those required."""
-    items = shortest(read_steps(arguments))
+    """Floating-point operations of the forward and backward passes: counted, and by formula.
+
+    Counted on one short conversation, which checks the formulas; by formula for all conversations.
+    """
+    steps = read_steps(arguments)
+    items = shortest(steps)
     model = load_model()
-    counted = {v: count_flops(lambda v=v: BACKWARD[v](model, items)) for v in arguments.variants}
-    required = required_flops(model, items)
-    for variant, flops in counted.items():
-        print(f"{variant:16s} {flops / 1e9:10.1f} GFLOP, {flops / required:.3f} of the plan's")
-    record(arguments, {"kind": "flops", "flops": counted, "required": required, **describe(items)})
+    formula = {"official": official_flops, "conversation": required_flops}
+    result = {}
+    for variant, required in formula.items():
+        flops = count_flops(lambda v=variant: BACKWARD[v](model, items))
+        result[variant] = {
+            "counted": flops,
+            "formula": required(model, items),
+            "all": sum(required(model, step) for step in steps),
+        }
+        print(f"{variant:16s} {flops / 1e9:.1f} GFLOP counted, {result[variant]}")
+    record(arguments, {"kind": "flops", "flops": result, "steps": len(steps), **describe(items)})
 
 
 def count_flops(function: Callable[[], Any]) -> int:
@@ -382,6 +392,14 @@ def count_flops(function: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
+def _sizes(model: nn.Module) -> tuple[int, int, int]:
+    """Weights of the linear layers, weights of the head, width of all attention layers."""
+    config = model.config
+    head = model.get_output_embeddings().weight.numel()
+    layers = sum(p.numel() for p in model.parameters() if p.ndim == 2) - head
+    return layers, head, config.head_dim * config.num_attention_heads * config.num_hidden_layers
+
+
 def required_flops(model: nn.Module, items: Sequence[TokenizedInteraction]) -> int:
     """What the plan's tokens require, from its sizes alone.
 
@@ -389,19 +407,30 @@ def required_flops(model: nn.Module, items: Sequence[TokenizedInteraction]) -> i
     attention 4 E per visible pair and query head, and 10 E in the backward pass, which forms the
     scores again; the head 4 products of N x V x D.
     """
-    config = model.config
-    head = model.get_output_embeddings().weight
-    layers = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2) - head.numel()
+    layers, head, width = _sizes(model)
     plan = build_plan(items)
     pairs = [0, 0]  # of the students, of the teachers
     for run in plan.runs:
         length = run.stop - run.start
         above = sum(piece.stop - piece.start for piece in run.ancestors)
         pairs[run.start >= plan.student_tokens] += length * above + length * (length + 1) // 2
-    size = config.head_dim * config.num_attention_heads * config.num_hidden_layers
     linear = 2 * layers * (3 * plan.student_tokens + plan.teacher_tokens)
-    attention = size * (14 * pairs[0] + 4 * pairs[1])
-    return linear + attention + 8 * len(plan.target_ids) * head.numel()
+    attention = width * (14 * pairs[0] + 4 * pairs[1])
+    return linear + attention + 8 * len(plan.target_ids) * head
+
+
+def official_flops(model: nn.Module, items: Sequence[TokenizedInteraction]) -> int:
+    """The same for the published step: every position of the rectangle, the head's too, and all
+    pairs in the attention, whose mask holds the padding."""
+    layers, head, width = _sizes(model)
+    total = 0
+    for batch in official_batches(items):
+        most = max(len(i.completion_ids) for i in batch)
+        student = max(len(i.prompt_ids) for i in batch) + most
+        teacher = max(len(i.teacher_prompt_ids) for i in batch) + most
+        total += len(batch) * 2 * (layers + head) * (3 * student + teacher)
+        total += len(batch) * width * (14 * student**2 + 4 * teacher**2)
+    return total
 
 
 # --------------------------------------------------------------------------------------- results
@@ -560,14 +589,19 @@ def _flops_table(template: str, runs: list[dict]) -> list[str]:
     if not runs:
         return []
     lines = [f"## Arithmetic, template {template}", ""]
-    lines += ["| interactions | variant | GFLOP counted | of what the plan requires |"]
-    lines += ["| --- | --- | --- | --- |"]
-    for run in runs:
-        for variant, flops in run["flops"].items():
-            lines.append(
-                f"| {run['interactions']} | {variant} | {flops / 1e9:.1f} "
-                f"| {flops / run['required']:.3f} |"
-            )
+    columns = (
+        "variant | GFLOP counted, one conversation | by formula | counted / what the plan requires"
+    )
+    lines += [f"| {columns} | TFLOP by formula, all {runs[-1]['steps']} conversations | ratio |"]
+    lines += ["| --- " * 6 + "|"]
+    flops = runs[-1]["flops"]
+    required = flops["conversation"]
+    for variant, found in flops.items():
+        lines.append(
+            f"| {variant} | {found['counted'] / 1e9:.1f} | {found['formula'] / 1e9:.1f} "
+            f"| {found['counted'] / required['formula']:.3f} | {found['all'] / 1e12:.1f} "
+            f"| {found['all'] / required['all']:.2f} |"
+        )
     return [*lines, ""]
 
 
