@@ -39,11 +39,16 @@ class Rival:
 
 @dataclass
 class Timing:
-    """Seconds over the rounds, and the peak of resident memory above the start in bytes."""
+    """Seconds over the rounds, and the peak of resident memory above the start in bytes.
+
+    ``cpu`` is the median of the processor seconds of all threads: on a machine that does other work
+    at the same time it tells more than the wall clock.
+    """
 
     median: float
     fastest: float
     slowest: float
+    cpu: float
     peak_bytes: int | None
 
 
@@ -70,6 +75,7 @@ def peak_memory(run: Callable[[], object]) -> int | None:
 def interleave(rivals: list[Rival], rounds: int) -> dict[str, Timing]:
     """Median and spread of ``rounds`` runs of each rival, after one that also measures its memory."""
     seconds: dict[str, list[float]] = {rival.name: [] for rival in rivals}
+    cpu: dict[str, list[float]] = {rival.name: [] for rival in rivals}
     peak = {}
     for rival in rivals:
         if rival.prepare:
@@ -79,11 +85,18 @@ def interleave(rivals: list[Rival], rounds: int) -> dict[str, Timing]:
         for rival in rivals:
             if rival.prepare:
                 rival.prepare()
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             rival.run()
             seconds[rival.name].append(time.perf_counter() - start)
+            cpu[rival.name].append(time.process_time() - start_cpu)
     return {
-        name: Timing(statistics.median(times), min(times), max(times), peak[name])
+        name: Timing(
+            statistics.median(times),
+            min(times),
+            max(times),
+            statistics.median(cpu[name]),
+            peak[name],
+        )
         for name, times in seconds.items()
     }
 

@@ -197,6 +197,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
                 f"{timing['median'] * 1e3:.0f}",
                 f"{timing['fastest'] * 1e3:.0f} to {timing['slowest'] * 1e3:.0f}",
                 f"{timing['median'] / base['median']:.2f}",
+                f"{timing['cpu'] / base['cpu']:.2f}",
             ]  # fmt: skip
             peak = timing["peak_bytes"]
             cells.append("" if peak is None else f"{peak / row['tensor_bytes']:.2f}")
@@ -215,6 +216,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     header = [
         "dtype", "T x V", "loss", "who", "ms", "spread", "times native fused",
+        "the same in CPU time",
         "peak memory / (T x V)", "streamed / copy", "compulsory / copy",
     ]  # fmt: skip
     return (
@@ -268,7 +270,8 @@ def main() -> None:
             print(
                 f"  {name:14s} {timing.median * 1e3:9.1f} ms "
                 f"({timing.fastest * 1e3:.1f} to {timing.slowest * 1e3:.1f}), "
-                f"{timing.median / next(iter(timings.values())).median:.2f}x, peak "
+                f"{timing.median / next(iter(timings.values())).median:.2f}x, CPU time "
+                f"{timing.cpu / next(iter(timings.values())).cpu:.2f}x, peak "
                 f"{(timing.peak_bytes or 0) / tensor_bytes:.2f} (T, V) tensors",
                 flush=True,
             )
