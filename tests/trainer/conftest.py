@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastsdpo import Interaction
-from fastsdpo.trainer import SDPOConfig
+from fastsdpo.trainer import SDPOConfig, SDPOTrainer
 
 WORDS = [f"w{number}" for number in range(60)]
 CHAT = (
@@ -104,3 +105,55 @@ def model():
 @pytest.fixture
 def interactions():
     return make_interactions()
+
+
+def make_trainer(folder, *, model=None, interactions=None, eval_dataset=None, peft_config=None,
+                 callbacks=None, **changes):  # fmt: skip
+    return SDPOTrainer(
+        model=make_model() if model is None else model,
+        args=make_config(folder, **changes),
+        train_dataset=make_interactions() if interactions is None else interactions,
+        eval_dataset=eval_dataset,
+        processing_class=make_tokenizer(),
+        peft_config=peft_config,
+        callbacks=callbacks,
+    )
+
+
+def weights_of(trainer):
+    """The trained weights, copied."""
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def largest_difference(left, right):
+    assert left.keys() == right.keys()
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+@pytest.fixture(scope="session")
+def lab():
+    """The helpers above, for the tests of this folder."""
+    return SimpleNamespace(
+        make_tokenizer=make_tokenizer,
+        make_model=make_model,
+        make_interactions=make_interactions,
+        make_config=make_config,
+        make_trainer=make_trainer,
+        weights_of=weights_of,
+        largest_difference=largest_difference,
+        WORDS=WORDS,
+        TEMPLATE=TEMPLATE,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """At these sizes a second thread costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,214 @@
+"""The loss of a step: the published recipe, and what must not change it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastsdpo
+from fastsdpo.data import HindsightTemplate
+
+OFFLINE = (
+    "\n\n[HINDSIGHT CONTEXT]\nThe following is a user response to your previous, insufficient "
+    "attempt. Improve your response to the user prompt.\nFuture User Message: {o}"
+)
+
+
+# ---------------------------------------------------------- the published computation, by itself
+
+
+def published_loss(model, tokenizer, interactions, *, ignore_first_k=2, limit=2048):
+    """Two padded passes over a whole batch, as the published offline code makes them.
+
+    Contexts from the chat template, each cut on the left by itself; the stripped answer and the
+    end-of-sequence token; the teacher under no_grad; the sampled token's log-ratio times the
+    student's log-probability, mean over an answer's tokens after the first k, mean over answers.
+    Positions are masked by length (the published code masks by id, which loses an EOS that pads).
+    """
+
+    def context(messages):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"][-limit:]
+
+    def padded_logps(prompts, answers):
+        rows = [prompt + answer for prompt, answer in zip(prompts, answers)]
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+        attention = torch.zeros(len(rows), width, dtype=torch.int64)
+        for r, row in enumerate(rows):
+            ids[r, : len(row)] = torch.tensor(row)
+            attention[r, : len(row)] = 1
+        logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+        logps = logits[:, :-1].float().log_softmax(-1)
+        taken = logps.gather(-1, ids[:, 1:, None])[..., 0]
+        return [
+            taken[r, len(prompt) - 1 : len(prompt) - 1 + len(answer)]
+            for r, (prompt, answer) in enumerate(zip(prompts, answers))
+        ]
+
+    students, teachers, answers = [], [], []
+    for item in interactions:
+        *before, last = item.prompt
+        told = {**last, "content": last["content"] + OFFLINE.format(o=item.followup.strip())}
+        students.append(context(item.prompt))
+        teachers.append(context([*before, told]))
+        answer = tokenizer(item.completion.rstrip() + tokenizer.eos_token, add_special_tokens=False)
+        answers.append(answer["input_ids"][:limit])
+
+    student = padded_logps(students, answers)
+    with torch.no_grad():
+        teacher = padded_logps(teachers, answers)
+    per_answer = []
+    for s, t in zip(student, teacher):
+        advantage = (t - s.detach())[ignore_first_k:]
+        per_answer.append(-(advantage * s[ignore_first_k:]).mean())
+    return torch.stack(per_answer).mean()
+
+
+def step_gradients(trainer, batches):
+    """Loss and gradients of one optimizer step over ``batches`` (lists of interactions)."""
+    items = [[trainer.train_dataset[index] for index in batch] for batch in batches]
+    total = torch.tensor(sum(trainer._count(batch) for batch in items))
+    trainer.model.train()
+    trainer.model.zero_grad()
+    trainer.create_optimizer()
+    loss = sum(
+        trainer.training_step(trainer.model, {"interactions": batch}, total) for batch in items
+    )
+    found = {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
+    trainer.model.zero_grad()
+    return float(loss), found
+
+
+def assert_close(found, wanted, relative):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        error = (found[name] - value).abs().max() / value.abs().max()
+        assert error < relative, f"{name}: {float(error):.2e}"
+
+
+def test_the_paper_preset_is_the_published_computation(tmp_path, lab, tokenizer):
+    interactions = lab.make_interactions(5, turns=3)
+    interactions[3] = fastsdpo.Interaction(  # white space that the recipe strips
+        interactions[3].prompt, "w1 w2 w3 w4  \n", "  w5 w6\n", "c1:0", "c1"
+    )
+    model = lab.make_model()
+    preset = fastsdpo.SDPOConfig.preset(
+        "paper", output_dir=str(tmp_path), use_cpu=True, report_to=[], bf16=False
+    )
+    assert preset.ignore_first_k == 2
+    assert (preset.mode, preset.teacher, preset.normalization) == (
+        "sampled_token", "live", "sequence"
+    )  # fmt: skip
+    trainer = fastsdpo.SDPOTrainer(
+        model=model, args=preset, train_dataset=interactions, processing_class=tokenizer
+    )
+    assert HindsightTemplate.preset("offline-v1").text == OFFLINE
+    loss, found = step_gradients(trainer, [list(range(len(interactions)))])
+
+    model.zero_grad()
+    wanted_loss = published_loss(model, tokenizer, interactions)
+    wanted_loss.backward()
+    wanted = {n: p.grad for n, p in model.named_parameters()}
+    assert loss == pytest.approx(float(wanted_loss.detach()), rel=1e-5)
+    assert_close(found, wanted, 1e-5)
+
+
+# -------------------------------------------------------------------- what must not change it
+
+
+@pytest.mark.parametrize("normalization", ["sequence", "token"])
+@pytest.mark.parametrize("mode", ["full", "sampled_token"])
+def test_splitting_packing_and_sharing_change_nothing(tmp_path, lab, mode, normalization):
+    interactions = lab.make_interactions(4, turns=2)
+    settings = {"mode": mode, "normalization": normalization, "ignore_first_k": 1}
+
+    def compute(batches, **changes):
+        trainer = lab.make_trainer(tmp_path, interactions=interactions, **settings, **changes)
+        return step_gradients(trainer, batches)
+
+    whole = [list(range(8))]
+    loss, wanted = compute(whole, sharing="off", max_tokens_per_pack=None)
+    assert any(value.abs().max() > 1e-4 for value in wanted.values())
+    variants = {
+        "micro-batches of 1": ([[i] for i in range(8)], {}),
+        "uneven micro-batches": ([[0, 1, 2], [3], [4, 5, 6, 7]], {}),
+        "another order": ([[7, 2, 5, 0], [1, 3, 6, 4]], {}),
+        "one interaction per pack": (whole, {"max_tokens_per_pack": 1}),
+        "packs of 150 tokens": (whole, {"max_tokens_per_pack": 150}),
+        "sharing by interaction": (whole, {"sharing": "interaction"}),
+        "sharing by conversation": (whole, {"sharing": "conversation"}),
+        "tiles of 7 tokens": (whole, {"chunk_size": 7}),
+    }
+    for name, (batches, changes) in variants.items():
+        other_loss, found = compute(batches, **changes)
+        assert other_loss == pytest.approx(loss, rel=1e-5), name
+        assert_close(found, wanted, 2e-5)
+
+
+def test_accumulation_in_the_training_loop(tmp_path, lab):
+    """Through `train`: 2 steps of 4 interactions in one, two and four micro-batches, SGD."""
+    weights = []
+    for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+        trainer = lab.make_trainer(
+            tmp_path,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+            learning_rate=1.0,
+            max_steps=2,
+            max_grad_norm=0.0,
+        )
+        before = lab.weights_of(trainer)
+        result = trainer.train()
+        assert result.global_step == 2
+        weights.append(lab.weights_of(trainer))
+        assert lab.largest_difference(before, weights[-1]) > 1e-3
+        weights[-1]["loss"] = torch.tensor([
+            row["loss"] for row in trainer.state.log_history if "loss" in row
+        ])  # fmt: skip
+    assert lab.largest_difference(weights[0], weights[1]) < 2e-6
+    assert lab.largest_difference(weights[0], weights[2]) < 2e-6
+
+
+# ------------------------------------------------------------------- sampled token, on policy
+
+
+def test_sampled_tokens_average_to_the_full_gradient():
+    """E_y of the sampled-token gradient is the reverse-KL gradient, over all 3-token answers."""
+    size, length = 4, 3
+    generator = torch.Generator().manual_seed(3)
+
+    def table():
+        # The logits after every prefix of an answer: a policy without parameters in common.
+        return [
+            torch.randn([size] * t + [size], generator=generator, dtype=torch.float64)
+            for t in range(length)
+        ]
+
+    student, teacher = table(), table()
+    for logits in student:
+        logits.requires_grad_()
+
+    def rows(logits, answer):
+        return torch.stack([logits[t][tuple(answer[:t])] for t in range(length)])[None]
+
+    answers = torch.cartesian_prod(*[torch.arange(size)] * length)
+    gradients = {}
+    for mode in ("sampled_token", "full"):
+        total = [torch.zeros_like(logits) for logits in student]
+        for answer in answers.tolist():
+            z, q = rows(student, answer), rows(teacher, answer)
+            targets = torch.tensor([answer])
+            with torch.no_grad():
+                logps = z.log_softmax(-1).gather(-1, targets[..., None]).sum()
+            out = fastsdpo.sdpo_loss(
+                z, q, targets, mode=mode, weights=torch.ones(1, length, dtype=torch.float64)
+            )
+            found = torch.autograd.grad(out.loss, student)
+            for sum_, gradient in zip(total, found):
+                sum_ += logps.exp() * gradient
+        gradients[mode] = total
+    for sampled, full in zip(gradients["sampled_token"], gradients["full"]):
+        assert full.abs().max() > 1e-2
+        assert (sampled - full).abs().max() < 1e-14
