@@ -7,7 +7,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard ker
 # Two test processes, one thread each, on the two cores that the suite is sized for.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow lint format bench gpu clean
+.PHONY: help demo test test-slow lint format compile-matrix native-sanitize gpu clean
 
 help:
 	@echo "make demo       real conversations -> trained SmolLM2-135M-Instruct, before and after (CPU)"
@@ -34,9 +34,26 @@ $(VENV)/.dev: $(VENV)/.demo
 demo: $(VENV)/.demo
 	$(BIN)/python -m fastsdpo.demo
 
+# The Triton kernels run in Triton's interpreter, in a process of their own: it is chosen at import.
+INTERPRETED := bfloat16 or vocabulary or ignored or masked or infinite or inplace or slice or nothing or values
+
 test: $(VENV)/.dev
 	$(PYTEST) -n 2 --dist loadfile tests
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/triton_interpret
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_losses.py tests/ops/test_token_logps.py \
+		-k "triton and ($(INTERPRETED))"
+
+# Every specialization for every target, compiled without a GPU; about half an hour on two cores.
+compile-matrix: $(VENV)/.dev
+	$(BIN)/python benchmarks/compile_matrix.py
+
+gpu: $(VENV)/.dev
+	$(PYTEST) -m gpu tests
+	$(PYTEST) tests/ops/test_losses.py tests/ops/test_token_logps.py tests/ops/test_linear.py -k triton
+	$(BIN)/fastsdpo doctor
+
+native-sanitize: $(VENV)/.dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -DFASTSDPO_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow tests
