@@ -53,7 +53,8 @@ gpu: $(VENV)/.dev
 
 native-sanitize: $(VENV)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -DFASTSDPO_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize --target fastsdpo_driver
+	./build/sanitize/fastsdpo_driver
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow tests

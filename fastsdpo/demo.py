@@ -74,11 +74,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of 8 interactions")
     options = parser.parse_args(argv)
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from fastsdpo import signal, train
     from fastsdpo.data import prepare
     from fastsdpo.modeling import load_model_and_tokenizer
 
+    disable_progress_bar()
     start = time.monotonic()
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastsdpo.trainer.config import PRESETS, SDPOConfig
 
 STOPPED = 128  # + the signal's number, as shells count: 130 for Ctrl-C, 143 for SIGTERM
@@ -134,6 +136,7 @@ def read_config(options: argparse.Namespace) -> SDPOConfig:
         ValueError: a setting is unknown or out of range.
     """
     settings: dict[str, Any] = {"report_to": [], "save_total_limit": 2}
+    settings["dataloader_pin_memory"] = torch.cuda.is_available()
     given = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
     for steps, strategy in (("eval_steps", "eval_strategy"), ("save_steps", "save_strategy")):
         if steps in given:
