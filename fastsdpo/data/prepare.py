@@ -50,6 +50,7 @@ class PrepareReport:
     Attributes:
         output, eval_output: the files (eval_output is None where nothing was held out).
         conversations, interactions: written to `output`; eval_*: to `eval_output`.
+        sizes: bytes of the files.
         dropped: conversations that a rule dropped, by rule.
         records, damaged, problems, lost_bytes: as in `LoadReport`.
         settings: what decides the result.
@@ -61,6 +62,7 @@ class PrepareReport:
     interactions: int = 0
     eval_conversations: int = 0
     eval_interactions: int = 0
+    sizes: list[int] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     records: int = 0
     damaged: dict[str, int] = field(default_factory=dict)
@@ -112,7 +114,8 @@ def prepare(
         config, split: of a Hugging Face dataset.
         strict: stop at the first record that is damaged or holds no interaction.
         overwrite: replace an output that exists.
-        resume: go on where an interrupted run with the same settings stopped.
+        resume: go on where an interrupted run with the same settings stopped; where one has
+            finished, its report is returned and nothing is done.
         progress: show a progress bar on the terminal.
 
     Raises:
@@ -149,6 +152,12 @@ def prepare(
     }
 
     partial = output.with_name(output.name + ".partial")
+    report_path = output.with_name(f"{output.stem}.report.json")
+    if resume and not overwrite:
+        finished = _read_report(report_path, outputs, settings)
+        if finished is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            return finished
     state = _read_state(partial, settings) if resume else None
     for path in outputs:
         # With a state, what is there may be this run's own; the run that began it was let to.
@@ -172,10 +181,23 @@ def prepare(
             settings=settings,
         )
         _write_outputs(spool, outputs, rules, seed, eval_fraction, result)
-        with _atomic_file(output.with_name(f"{output.stem}.report.json")) as file:
+        result.sizes = [path.stat().st_size for path in outputs]
+        with _atomic_file(report_path) as file:
             file.write(json.dumps(asdict(result), indent=2, ensure_ascii=False).encode() + b"\n")
     shutil.rmtree(partial)
     return result
+
+
+def _read_report(path: Path, outputs: list[Path], settings: dict) -> PrepareReport | None:
+    """The report of a run with these settings that has finished, its outputs still there."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        sizes = [output.stat().st_size for output in outputs]
+        if report["settings"] == settings and report["sizes"] == sizes:
+            return PrepareReport(**report)
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    return None
 
 
 def _identity(item: Path | str) -> list:
@@ -513,7 +535,8 @@ def _parser() -> argparse.ArgumentParser:
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="go on where an interrupted run of the same command stopped (default: yes)",
+        help="go on where an interrupted run of the same command stopped, and do nothing where "
+        "one has finished (default: yes)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
 
