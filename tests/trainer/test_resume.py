@@ -1,0 +1,219 @@
+"""Checkpoints and teachers: a resumed run equals an uninterrupted one, and teachers move as told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+pytest.importorskip("peft")
+from peft import LoraConfig
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a step, as a signal does; the schedule is still that of the whole run."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+class Record(TrainerCallback):
+    """Weights after every step."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.weights.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+
+
+def adapter():
+    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"])
+
+
+def train(lab, folder, *, stop_at=None, resume=None, lora=False, callbacks=(), **changes):
+    callbacks = [*callbacks, *([StopAt(stop_at)] if stop_at else [])]
+    settings = {"num_train_epochs": 2, "lr_scheduler_type": "cosine", "learning_rate": 3e-3,
+                "ema_rate": 0.3, "save_strategy": "steps", "save_steps": 1000}  # fmt: skip
+    trainer = lab.make_trainer(
+        folder,
+        peft_config=adapter() if lora else None,
+        callbacks=callbacks,
+        **{**settings, **changes},
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+# 12 interactions in batches of 4: three steps an epoch; 2 is within the first, 3 at its end, 4 within
+# the second.
+@pytest.mark.parametrize("stop_at", [2, 3, 4])
+@pytest.mark.parametrize("teacher", ["live", "ema"])
+def test_resumed_equals_uninterrupted(tmp_path, lab, teacher, stop_at):
+    whole = train(lab, tmp_path / "whole", teacher=teacher)
+    part = train(lab, tmp_path / "part", teacher=teacher, stop_at=stop_at)
+    checkpoint = tmp_path / "part" / f"checkpoint-{stop_at}"
+    assert (checkpoint / "teacher_ema.safetensors").exists() == (teacher == "ema")
+    assert lab.largest_difference(lab.weights_of(part), lab.weights_of(whole)) > 1e-4
+    # From another model's weights: everything has to come from the checkpoint.
+    resumed = train(
+        lab,
+        tmp_path / "part",
+        model=lab.make_model(seed=5),
+        teacher=teacher,
+        resume=str(checkpoint),
+    )
+    assert resumed.state.global_step == whole.state.global_step == 6
+    assert lab.largest_difference(lab.weights_of(resumed), lab.weights_of(whole)) < 1e-6
+    if teacher == "ema":
+        assert lab.largest_difference(resumed._ema.values, whole._ema.values) < 1e-6
+        assert lab.largest_difference(whole._ema.values, lab.weights_of(whole)) > 1e-3
+    logged = [
+        [row["loss"] for row in t.state.log_history if "loss" in row] for t in (whole, resumed)
+    ]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [
+    {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    {"teacher": "frozen"},
+    {"teacher": "trust_region", "reference_kl": 0.1},
+    {"teacher": "ema", "lora": True},
+    {"teacher": "frozen", "lora": True},
+])  # fmt: skip
+def test_resume_of_other_settings(tmp_path, lab, settings):
+    whole = train(lab, tmp_path / "whole", **settings)
+    train(lab, tmp_path / "part", stop_at=4, **settings)
+    # An adapter's checkpoint holds the adapter alone, so the base has to be the same.
+    model = lab.make_model(seed=0 if "lora" in settings else 5)
+    resumed = train(lab, tmp_path / "part", model=model, resume=True, **settings)
+    assert resumed.state.global_step == 6
+    assert lab.largest_difference(lab.weights_of(resumed), lab.weights_of(whole)) < 1e-6
+
+
+@pytest.mark.parametrize("update", ["float32_master", "stochastic_rounding"])
+def test_resume_of_bfloat16_weights(tmp_path, lab, update):
+    def run(folder, **more):
+        return train(
+            lab, folder, model=lab.make_model(dtype=torch.bfloat16), weight_update=update, **more
+        )
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "part", stop_at=4)
+    resumed = run(tmp_path / "part", resume=True)
+    assert lab.largest_difference(lab.weights_of(resumed), lab.weights_of(whole)) == 0
+
+
+def test_a_checkpoint_without_the_teacher_is_refused(tmp_path, lab):
+    train(lab, tmp_path, stop_at=2)
+    with pytest.raises(FileNotFoundError, match="was it written with another teacher"):
+        train(lab, tmp_path, teacher="ema", resume=True)
+
+
+def test_ema_is_the_average_of_the_weights(tmp_path, lab):
+    record, initial = Record(), [p.detach().clone() for p in lab.make_model().parameters()]
+    trainer = train(lab, tmp_path, teacher="ema", callbacks=[record])
+    wanted = initial
+    for weights in record.weights:
+        wanted = [w + 0.3 * (s - w) for w, s in zip(wanted, weights)]
+    for value, want in zip(trainer._ema.values.values(), wanted):
+        assert (value - want).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_teachers_see_their_own_weights(tmp_path, lab, lora):
+    """After some steps: whose log-probabilities the loss compares with."""
+
+    def teacher_logps(trainer):
+        item = trainer.train_dataset[0]
+        with torch.no_grad():
+            _, statistics = trainer.run_pass(trainer.model, [item], 1)
+        return statistics.teacher_logps
+
+    def hindsight_logps(trainer):
+        item = trainer.train_dataset[0]
+        ids = torch.tensor([item.teacher_prompt_ids + item.completion_ids])
+        with torch.no_grad():
+            logits = trainer.model(input_ids=ids, use_cache=False).logits[0]
+        rows = logits[len(item.teacher_prompt_ids) - 1 : -1].log_softmax(-1)
+        return rows.gather(-1, torch.tensor(item.completion_ids)[:, None])[:, 0]
+
+    fresh = lab.make_trainer(tmp_path, peft_config=adapter() if lora else None)
+    initial = hindsight_logps(fresh)
+    found, live = {}, {}
+    for teacher in ("live", "ema", "frozen", "trust_region"):
+        trainer = train(lab, tmp_path, teacher=teacher, lora=lora, save_strategy="no", max_steps=3)
+        found[teacher], live[teacher] = teacher_logps(trainer), hindsight_logps(trainer)
+        assert (live[teacher] - initial).abs().max() > 1e-3
+    assert (found["live"] - live["live"]).abs().max() < 1e-5
+    assert (found["frozen"] - initial).abs().max() < 1e-5
+    for teacher in ("ema", "trust_region"):  # between the two: neither of them
+        assert (found[teacher] - initial).abs().max() > 1e-4, teacher
+        assert (found[teacher] - live[teacher]).abs().max() > 1e-4, teacher
+
+
+def test_trust_region_mixes_log_probabilities(tmp_path, lab):
+    """q proportional to exp((1-a) log frozen + a log live), against plain forward passes."""
+    mix = 0.3
+    trainer = train(lab, tmp_path, teacher="trust_region", trust_region_mix=mix, save_strategy="no",
+                    mode="sampled_token")  # fmt: skip
+    item = trainer.train_dataset[1]
+    with torch.no_grad():
+        _, statistics = trainer.run_pass(trainer.model, [item], 1)
+        ids = torch.tensor([item.teacher_prompt_ids + item.completion_ids])
+        logps = []
+        for model in (lab.make_model(), trainer.model):
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+            logps.append(logits[len(item.teacher_prompt_ids) - 1 : -1].log_softmax(-1))
+    mixed = ((1 - mix) * logps[0] + mix * logps[1]).log_softmax(-1)
+    wanted = mixed.gather(-1, torch.tensor(item.completion_ids)[:, None])[:, 0]
+    assert (statistics.teacher_logps - wanted).abs().max() < 1e-4
+
+
+def test_reference_kl_holds_the_model_back(tmp_path, lab):
+    distances = []
+    for beta in (0.0, 5.0):
+        trainer = train(lab, tmp_path, reference_kl=beta, save_strategy="no", optim="sgd",
+                        learning_rate=0.05, mode="sampled_token")  # fmt: skip
+        distances.append(mean_kl(trainer, lab.make_model()))
+        logged = [row for row in trainer.state.log_history if "sdpo/reference_kl" in row]
+        assert bool(logged) == (beta > 0)
+    # Zero at the first step, before the weights moved.
+    assert logged[0]["sdpo/reference_kl"] == pytest.approx(0, abs=1e-6)
+    assert logged[-1]["sdpo/reference_kl"] > 1e-6
+    assert distances[1] < 0.7 * distances[0]
+
+
+def mean_kl(trainer, reference):
+    """KL(trained || initial) over the answers' positions, by plain passes."""
+    total = []
+    for index in range(len(trainer.train_dataset)):
+        item = trainer.train_dataset[index]
+        ids = torch.tensor([item.prompt_ids + item.completion_ids])
+        with torch.no_grad():
+            p, q = (
+                m(input_ids=ids, use_cache=False).logits[0, len(item.prompt_ids) - 1 : -1]
+                for m in (trainer.model, reference)
+            )
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
+        total.append((p.exp() * (p - q)).sum(-1))
+    return float(torch.cat(total).mean())
+
+
+def test_lora_trains_the_adapter_alone(tmp_path, lab):
+    base = lab.make_model().state_dict()
+    for teacher in ("frozen", "ema"):
+        trainer = train(lab, tmp_path, teacher=teacher, lora=True, save_strategy="no")
+        assert all("lora_" in name for name in lab.weights_of(trainer))
+        assert trainer._frozen is None  # the initial model is the adapter disabled
+        assert (trainer._ema is not None) == (teacher == "ema")
+        state = trainer.model.get_base_model().state_dict()
+        for name, value in state.items():
+            if "lora_" not in name:
+                assert torch.equal(value, base[name.replace(".base_layer", "")]), name
+        moved = [v for n, v in lab.weights_of(trainer).items() if "lora_B" in n]
+        assert all(value.abs().max() > 0 for value in moved)
