@@ -586,9 +586,11 @@ def _elements(text: _Text, limit: int, array: bool) -> Iterator[Piece]:
         else:
             problem = Problem("not JSON", f"not JSON: a record cannot start with {first!r}")
         if end is not None:
-            record, problem = _parse_json(bytes(text.buffer[:end]))
-            # Where the text is not JSON, its braces may have matched past its end.
-            if problem is None or problem.kind != "not JSON" or first == b"[":
+            data = bytes(text.buffer[:end])
+            record, problem = _parse_json(data)
+            # Where the text is not JSON, whatever its bytes, its braces may match past its end.
+            readable = data.decode(errors="replace").encode() if problem else b""
+            if problem is None or _parse_json(readable)[1] is None or first == b"[":
                 text.skip(end)
                 yield line, record, problem
                 continue
