@@ -51,10 +51,12 @@ gpu: $(VENV)/.dev
 	$(PYTEST) tests/ops/test_losses.py tests/ops/test_token_logps.py tests/ops/test_linear.py -k triton
 	$(BIN)/fastsdpo doctor
 
+# The native kernels under AddressSanitizer and UBSan.
 native-sanitize: $(VENV)/.dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -DFASTSDPO_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DFASTSDPO_SANITIZE=ON \
+		-DFASTSDPO_OUTPUT_DIRECTORY=$(CURDIR)/build/sanitize
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize --target fastsdpo_driver
-	./build/sanitize/fastsdpo_driver
+	build/sanitize/fastsdpo_driver
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow tests

@@ -26,11 +26,11 @@ PROMPTS = (
 )
 # Short conversations, so that a few minutes on two cores are enough steps to see the loss fall.
 PREPARE = ["--limit", "4000", "--max-user-chars", "500", "--max-assistant-chars", "900",
-           "--max-history-messages", "3", "--max-conversations", "120", "--eval-fraction", "0.15",
+           "--max-history-messages", "1", "--max-conversations", "120", "--eval-fraction", "0.06",
            "--overwrite"]  # fmt: skip
 TRAIN = ["--template", "note", "--learning-rate", "2e-5", "--batch-size", "8", "--warmup", "2",
-         "--max-prompt-length", "192", "--max-completion-length", "96", "--logging-steps", "4",
-         "--max-followup-length", "64", "--seed", "1", "--overwrite"]  # fmt: skip
+         "--max-prompt-length", "96", "--max-completion-length", "48", "--logging-steps", "2",
+         "--max-followup-length", "48", "--seed", "1", "--set", "teacher_check=2", "--overwrite"]  # fmt: skip
 
 
 def package_file(package: str, pattern: str) -> Path:
@@ -71,7 +71,7 @@ def answers(model: Any, tokenizer: Any) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastsdpo.demo", description=__doc__)
     parser.add_argument("--output", default="demo_output", metavar="FOLDER")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of 8 interactions")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of 8 interactions")
     options = parser.parse_args(argv)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
