@@ -146,7 +146,7 @@ class SDPOTrainer(Trainer):
         self.sharing = self._choose_sharing()
         self._make_teacher()
         self._sampler: GroupSampler | None = None
-        self._metrics = SignalMetrics()
+        self._metrics = SignalMetrics(reference_kl=args.reference_kl > 0)
         self._step: list[tuple[list[TokenizedInteraction], Tensor]] = []
         self.skipped_steps = 0
         self.add_callback(_StepCallback(self))
@@ -513,7 +513,8 @@ class SDPOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """The loss over the whole set, normalized as in training, and the signal's statistics."""
-        training, self._metrics = self._metrics, SignalMetrics()
+        training = self._metrics
+        self._metrics = SignalMetrics(reference_kl=self.args.reference_kl > 0)
         step, self._step = self._step, []
         self._eval_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         try:

@@ -1,0 +1,63 @@
+"""Trains two steps and saves weights, loss and metrics; one process or two. See test_two_processes.
+
+Usage: two_processes_worker.py FOLDER SETTINGS_JSON   (RANK, WORLD_SIZE, MASTER_* in the environment)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+
+def load_lab():
+    path = Path(__file__).parent / "conftest.py"
+    spec = importlib.util.spec_from_file_location("trainer_conftest", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main(folder: str, runs: dict) -> None:
+    torch.set_num_threads(1)
+    lab = load_lab()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for name, settings in runs.items():
+        settings = dict(settings)
+        interactions = lab.make_interactions(settings.pop("conversations"))
+        interactions = interactions[: settings.pop("interactions", None)]
+        # Momentum-free SGD shows the gradients themselves; Adam would hide their size.
+        trainer = lab.make_trainer(
+            f"{folder}/{name}-{world}",
+            interactions=interactions,
+            eval_dataset=lab.make_interactions(2, seed=7)[:3],
+            optim="sgd",
+            learning_rate=0.5,
+            max_grad_norm=0.0,
+            ddp_backend="gloo" if world > 1 else None,
+            **settings,
+        )
+        trainer.train()
+        evaluation = trainer.evaluate()
+        assert trainer.args.world_size == world
+        if rank == 0:
+            history = [row for row in trainer.state.log_history if "loss" in row]
+            torch.save(
+                {
+                    "weights": lab.weights_of(trainer),
+                    "teacher": None if trainer._ema is None else trainer._ema.values,
+                    "history": history,
+                    "evaluation": evaluation,
+                },
+                f"{folder}/{name}-{world}.pt",
+            )
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
