@@ -516,6 +516,7 @@ def command_report(arguments: argparse.Namespace) -> None:
         lines += _memory_table(template, [r for r in runs if r["kind"] == "memory"])
         lines += _flops_table(template, [r for r in runs if r["kind"] == "flops"])
     lines += stored.get("notes", [])
+    lines = [line.replace("| nan ", "| - ") for line in lines]
     path.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
     print("\n".join(lines))
 
@@ -534,7 +535,8 @@ def _time_table(template: str, runs: list[dict]) -> list[str]:
         key = (run["conversation"], run["threads"])
         sizes[key] = run
         for variant, seconds in run["seconds"].items():
-            pairs = zip(seconds, run["cpu_seconds"][variant])
+            cpu = run.get("cpu_seconds", {}).get(variant, [float("nan")] * len(seconds))
+            pairs = zip(seconds, cpu)
             found.setdefault(key, {}).setdefault(variant, []).extend(pairs)
     totals: dict[str, list[float]] = {}
     for key in sorted(found):
