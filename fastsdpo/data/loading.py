@@ -17,6 +17,7 @@ import glob
 import json
 import logging
 import re
+import reprlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -211,7 +212,7 @@ def parse_conversation(record: Any) -> Conversation:
     hint = "; is this a list of messages without the list around it?" if "role" in record else ""
     raise TypeError(
         f"a record must have one of {', '.join(MESSAGE_KEYS)}, or {', '.join(INTERACTION_KEYS)}; "
-        f"got the keys {', '.join(map(repr, list(record)[:8])) or '(none)'}{hint}"
+        f"got the keys {', '.join(map(reprlib.repr, list(record)[:8])) or '(none)'}{hint}"
     )
 
 
