@@ -475,7 +475,7 @@ class TestBoundedMemory:
         count, report, peak = self.peak(tmp_path / name, max_record_bytes=1 << 20)
         assert count == 1 and report.damaged == {"too long": 1}
         assert 4 << 20 < report.lost_bytes < 5 << 20
-        assert peak < 4 << 20
+        assert peak < 5 << 20  # the record limit, its buffer and the decoder's copy
 
     def test_objects_that_never_close(self, tmp_path):
         """Each start could be scanned to the end of the file again; the work stays bounded."""

@@ -349,8 +349,9 @@ def test_float16_gradients_do_not_underflow(monkeypatch):
             out.copy_(grad.float() @ self.weight.float())
 
         @staticmethod
-        def accumulate(grad, x, total):
-            total += grad.float().T @ x.float()
+        def accumulate(grad, x, total, first):
+            new = grad.float().T @ x.float()
+            total.copy_(new if first else total + new)
 
     monkeypatch.setattr(linear, "_Head", HalfTiles)
     monkeypatch.setattr(linear, "_dtypes", lambda *_: (torch.float16, torch.float32, torch.float32))
