@@ -45,6 +45,15 @@ EAGER_FLOAT32 = {"sampled": 48, "forward_kl": 80, "reverse_kl": 104, "jsd": 276}
 EAGER_LAUNCHES = {"sampled": 14, "forward_kl": 12, "reverse_kl": 14, "jsd": 32}
 
 
+# The same for bf16 logits as published code spends them, forward + backward, by mode; read from the
+# sources: TRL 1.16.0 (its SDPO trainer), Liger-Kernel 0.8.5 (`liger_jsd`), Fast-LLM's entropy loss.
+RIVAL_BYTES_BFLOAT16 = {
+    "TRL SDPO, eager": {"sampled": 36, "forward_kl": 52, "reverse_kl": 64, "jsd": 170},
+    "Liger JSD from logits": {"forward_kl": 78, "reverse_kl": 78, "jsd": 78},
+    "Fast-LLM": {"forward_kl": 10, "reverse_kl": 10},
+}
+
+
 class Cost(NamedTuple):
     """Work of one part of a step; parts add up."""
 
@@ -97,9 +106,9 @@ class LinearRival:
     vocabulary_chunk: int | None = None
 
 
-def default_chunk(tokens: int, vocabulary: int, budget: int = 2**26) -> int:
-    """The library's own chunk (tested to be), without importing it."""
-    chunk = max(256, budget // vocabulary // 64 * 64)
+def default_chunk(tokens: int, vocabulary: int, *, budget: int = 2**26, least: int = 1024) -> int:
+    """The library's own chunk on a GPU (tested to be), without importing it."""
+    chunk = max(least, budget // vocabulary // 64 * 64)
     if tokens <= chunk:
         return max(1, tokens)
     return min(chunk, math.ceil(tokens / math.ceil(tokens / chunk) / 8) * 8)
@@ -121,28 +130,37 @@ def linear_loss(
     gradients: bool = True,
     frozen_head: bool = False,
     chunk: int | None = None,
-) -> Cost:
-    """`linear_sdpo_loss`: the GEMMs with what they read and write, and the kernel between them.
+) -> dict[str, Cost]:
+    """`linear_sdpo_loss` by kind of kernel: the GEMMs with what they read and write, and the loss's own.
 
     Per chunk of n tokens: logits of both (reads 2nD + VD operands, writes 2nV of ``tile`` bytes), the
     fused kernel on the tiles, dHidden (reads nV + VD operands), dWeight (reads nV + nD operands, reads
-    and writes VD float32).
+    and writes VD float32). So dWeight moves 8 VD bytes for 2 n V D FLOPs: it takes n of about 1000 on
+    an H100 until arithmetic is its limit, whatever V and D are.
     """
     chunk = chunk or default_chunk(tokens, vocabulary)
-    total = Cost()
+    parts = dict.fromkeys(("logits", "loss kernel", "dHidden", "dWeight"), Cost())
     for start in range(0, tokens, chunk):
         n = min(chunk, tokens - start)
         cells, head = n * vocabulary, vocabulary * hidden
         gemm = 2.0 * cells * hidden
-        total += Cost(2 * gemm, operand * (2 * n * hidden + head) + 2 * tile * cells, 2)
-        if not gradients:
-            total += Cost(4.0 * cells, PASSES[mode][0] * tile * cells, 1)
-            continue
-        total += Cost(8.0 * cells, FUSED_READS[mode] * tile * cells + operand * cells, 1)
-        total += Cost(gemm, operand * (cells + head + n * hidden), 1)
-        if not frozen_head:
-            total += Cost(gemm, operand * (cells + n * hidden) + 8 * head, 1)
-    return total
+        made = {
+            "logits": Cost(2 * gemm, operand * (2 * n * hidden + head) + 2 * tile * cells, 1),
+            "loss kernel": Cost(4.0 * cells, PASSES[mode][0] * tile * cells, 1),
+        }
+        if gradients:
+            written = operand * cells
+            made["loss kernel"] = Cost(8.0 * cells, FUSED_READS[mode] * tile * cells + written, 1)
+            made["dHidden"] = Cost(gemm, operand * (cells + head + n * hidden), 1)
+            if not frozen_head:
+                made["dWeight"] = Cost(gemm, operand * (cells + n * hidden) + 8 * head, 1)
+        for name, cost in made.items():
+            parts[name] = parts[name] + cost
+    return parts
+
+
+def total(parts: dict[str, Cost]) -> Cost:
+    return sum(parts.values(), Cost())
 
 
 def linear_loss_peak(
@@ -188,22 +206,22 @@ RIVALS = (
 
 def rival_linear_loss(
     rival: LinearRival, mode: str, tokens: int, vocabulary: int, hidden: int, operand: int = 2
-) -> tuple[Cost, int]:
-    """A rival's cost and peak bytes above its inputs, with a trainable head."""
+) -> tuple[dict[str, Cost], int]:
+    """A rival's cost by kind of kernel, and peak bytes above its inputs, with a trainable head."""
     cells, head = tokens * vocabulary, vocabulary * hidden
     gemms = rival.gemms[mode]
     chunks = math.ceil(tokens / (rival.chunk or tokens))
-    weights = chunks * head * (operand * (gemms - 1) + 8)
-    cost = Cost(
-        2.0 * cells * hidden * gemms,
-        rival.bytes_per_cell[mode] * cells + weights,
-        chunks * (gemms + 20),
-    )
+    product = 2.0 * cells * hidden
+    parts = {
+        "products but dWeight": Cost(product * (gemms - 1), chunks * head * operand * (gemms - 1)),
+        "dWeight": Cost(product, chunks * 8 * head, chunks),
+        "loss kernels": Cost(20.0 * cells, rival.bytes_per_cell[mode] * cells, 20 * chunks),
+    }
     tile = min(rival.chunk or tokens, tokens) * min(
         rival.vocabulary_chunk or vocabulary, vocabulary
     )
     peak = tile * rival.tile_bytes_per_cell + head * (4 * rival.weight_copies + operand)
-    return cost, int(peak + tokens * hidden * 4)
+    return parts, int(peak + tokens * hidden * 4)
 
 
 # ------------------------------------------------------------------------------------- transformer
@@ -386,7 +404,8 @@ def step(
     elif loss == "eager":
         gemms = Cost(8.0 * rows * model.head, 4 * element * (model.head + rows * vocabulary), 4)
         upcast = Cost(0, 2 * (2 * element + 8) * rows * vocabulary, 4)  # to float32, and back
-        head = gemms + upcast + eager_loss_from_logits(mode, rows, vocabulary)
+        head = {"products": gemms}
+        head["logits"] = upcast + eager_loss_from_logits(mode, rows, vocabulary)
         # both logits, both float32 log-softmaxes, a float32 gradient and the gradient of the logits
         head_peak = rows * vocabulary * (2 * element + 3 * 4 + element) + model.head * 4.0
     else:
@@ -397,7 +416,7 @@ def step(
     costs = {
         "student forward": student.times(micro_batches),
         "teacher forward": teacher.times(micro_batches),
-        "loss": head.times(micro_batches),
+        **{f"loss: {name}": cost.times(micro_batches) for name, cost in head.items()},
         "backward": back.times(micro_batches),
         "optimizer": optimizer,
     }
@@ -450,18 +469,22 @@ def step_seconds(costs: dict[str, Cost], gpu: GPU) -> float:
     return sum(seconds(cost, gpu) for cost in costs.values())
 
 
-def fsdp_seconds(model: Model, costs: dict[str, Cost], gpu: GPU, processes: int, element: int = 2):
-    """A step over ``processes`` with the weights sharded: each process has the given work.
+LINK_SHARE = 0.7  # of a link's bandwidth
+HIDDEN_SHARE = 0.5  # of the computation, behind which an exchange can hide
 
-    Gathers for forward and backward and a scatter of the gradients, 3 P (n - 1) / n elements a
-    process, half hidden behind the computation they overlap.
+
+def fsdp_seconds(
+    model: Model, costs: dict[str, Cost], gpu: GPU, processes: int, micro_batches: int, element: int
+) -> float:
+    """A step over ``processes`` with the weights sharded (FSDP2); each process has the given work.
+
+    Every micro-batch gathers the weights for forward and for backward; the gradients are scattered
+    after the last: (2 micro_batches + 1) P (n - 1) / n elements a process.
     """
     compute = step_seconds(costs, gpu)
-    if processes == 1:
-        return compute
-    moved = 3 * model.parameters * element * (processes - 1) / processes
-    exchange = moved / (gpu.link * 0.7)
-    return max(compute, 0.5 * compute + exchange) if exchange > 0.5 * compute else compute
+    moved = (2 * micro_batches + 1) * model.parameters * element * (processes - 1) / processes
+    exchange = moved / (gpu.link * LINK_SHARE)
+    return compute + max(0.0, exchange - HIDDEN_SHARE * compute)
 
 
 # ----------------------------------------------------------------------------------------- prediction
@@ -562,28 +585,29 @@ def _prediction_whole_step(model: Model, interactions: int, table: Any) -> list[
 def _prediction_losses(table: Any) -> list[str]:
     tokens, vocabulary, hidden = 8192, 151936, 4096
     logits = []
+    cells = tokens * vocabulary
     for mode in PASSES:
-        ours = loss_from_logits(mode, tokens, vocabulary, 2)
-        line = [mode, f"{ours.bytes / tokens / vocabulary:.0f}", f"{ours.bytes / 1e9:.1f}"]
-        logits.append(line + [f"{seconds(ours, g) * 1e3:.1f}" for g in GPUS])
+        everyone = {"fastsdpo": loss_from_logits(mode, tokens, vocabulary, 2)}
+        for name, by_mode in RIVAL_BYTES_BFLOAT16.items():
+            if mode in by_mode:
+                everyone[name] = Cost(20.0 * cells, by_mode[mode] * cells, 20)
+        for name, cost in everyone.items():
+            line = [mode, name, f"{cost.bytes / cells:.0f}", f"{cost.bytes / 1e9:.0f}"]
+            logits.append(line + [f"{seconds(cost, g) * 1e3:.1f}" for g in GPUS])
     linear = []
     for mode in ("sampled", *KL, "topk"):
-        cost = linear_loss(mode, tokens, vocabulary, hidden)
-        rows = [("fastsdpo", cost, linear_loss_peak(tokens, vocabulary, hidden))]
+        parts = linear_loss(mode, tokens, vocabulary, hidden)
+        rows = [("fastsdpo", parts, linear_loss_peak(tokens, vocabulary, hidden))]
         for rival in RIVALS:
             if mode in rival.gemms:
                 rows.append(
                     (rival.name, *rival_linear_loss(rival, mode, tokens, vocabulary, hidden))
                 )
-        for name, cost, peak in rows:
-            # Nothing overlaps here: a chunk's kernels wait for its GEMMs.
-            times = [
-                cost.flops / (g.flops * g.gemm)
-                + max(0.0, cost.bytes) / (g.bandwidth * g.bandwidth_share)
-                for g in GPUS
-            ]
+        for name, parts, peak in rows:
+            # Every kind of kernel waits for the one before it; inside one, arithmetic hides memory.
+            times = [step_seconds(parts, gpu) for gpu in GPUS]
             linear.append(
-                [mode, name, f"{cost.flops / 1e12:.0f}", f"{cost.bytes / 1e9:.0f}"]
+                [mode, name, f"{total(parts).flops / 1e12:.0f}", f"{total(parts).bytes / 1e9:.0f}"]
                 + [f"{peak / 1e9:.2f}"]
                 + [f"{time * 1e3:.0f}" for time in times]
             )
@@ -591,10 +615,15 @@ def _prediction_losses(table: Any) -> list[str]:
     size = f"T = {tokens}, V = {vocabulary}"
     return [
         f"## Losses from bf16 logits, forward and backward, {size}\n",
-        table(["loss", "bytes per token and word", "GB", *names], logits),
+        table(["loss", "who", "bytes per token and word", "GB", *names], logits),
         f"## Losses from hidden states with a trainable head, {size}, D = {hidden}\n",
-        "GEMMs and the kernels between them one after the other. Peak: above the inputs, gradients "
-        "included (the head's gradient alone is 2.5 GB in float32).\n",
+        "GEMMs and the kernels between them one after the other; rivals in their default chunks. "
+        "Peak: above the inputs, gradients included (the head's gradient alone is 2.5 GB in float32). "
+        "The four bare products alone would take "
+        + ", ".join(
+            f"{8 * tokens * vocabulary * hidden / g.flops / g.gemm * 1e3:.0f}" for g in GPUS
+        )
+        + " ms.\n",
         table(["loss", "who", "TFLOP", "GB", "peak GB", *names], linear),
     ]
 
@@ -602,13 +631,15 @@ def _prediction_losses(table: Any) -> list[str]:
 def _prediction_scaling(model: Model, interactions: int, table: Any) -> list[str]:
     work = recorded_tokens("think", interactions)["conversation"]
     costs, memory = step(model, work, **SETUP)
+    # The embedding, the head and two layers are whole on every process while they are used.
+    gathered = 2 * (2 * model.head + 2 * model.layer_weights)
     lines = []
     for gpu in GPUS:
         alone = step_seconds(costs, gpu)
         for processes in (1, 2, 4, 8):
-            time = fsdp_seconds(model, costs, gpu, processes)
+            time = fsdp_seconds(model, costs, gpu, processes, SETUP["micro_batches"], 2)
             peak = memory["weights, gradients, optimizer"] / processes
-            peak += memory["activations"] + memory["loss"]
+            peak += memory["activations"] + memory["loss"] + (gathered if processes > 1 else 0)
             fits = "yes" if peak < 0.95 * gpu.memory else "no"
             lines.append(
                 [gpu.name, str(processes), f"{processes * interactions / time:.1f}",
@@ -616,9 +647,9 @@ def _prediction_scaling(model: Model, interactions: int, table: Any) -> list[str
             )  # fmt: skip
     return [
         f"## {model.name}, sharded over processes (FSDP2), {interactions} interactions a process\n",
-        "Shared per conversation, template think. Weights are gathered twice and gradients "
-        "scattered once a step, 0.7 of the link's bandwidth, hidden behind half of the "
-        "computation.\n",
+        "Shared per conversation, template think. Every one of the 8 backward passes gathers the "
+        f"weights twice, gradients are scattered once; {LINK_SHARE} of the link's bandwidth, hidden "
+        f"behind {HIDDEN_SHARE} of the computation. Processes are assumed to have equal work.\n",
         table(["GPU", "processes", "interactions/s", "efficiency", "peak GB each", "fits"], lines),
     ]
 

@@ -28,7 +28,7 @@ PROMPTS = (
 PREPARE = ["--limit", "4000", "--max-user-chars", "500", "--max-assistant-chars", "900",
            "--max-history-messages", "1", "--max-conversations", "120", "--eval-fraction", "0.06",
            "--overwrite"]  # fmt: skip
-TRAIN = ["--template", "note", "--learning-rate", "2e-5", "--batch-size", "8", "--warmup", "2",
+TRAIN = ["--template", "note", "--learning-rate", "1e-5", "--batch-size", "8", "--warmup", "2",
          "--max-prompt-length", "96", "--max-completion-length", "48", "--logging-steps", "2",
          "--max-followup-length", "48", "--seed", "1", "--set", "teacher_check=2", "--overwrite"]  # fmt: skip
 

@@ -161,7 +161,8 @@ def test_linear_loss(mode, head):
     with Watch(student, teacher, weight, ids) as watch:
         run()
     options = {"gradients": needs[0], "frozen_head": not needs[1], "chunk": chunk, "operand": 4}
-    predicted = costmodel.linear_loss(mode, tokens, vocabulary, hidden, **options)
+    parts = costmodel.linear_loss(mode, tokens, vocabulary, hidden, **options)
+    predicted = costmodel.total(parts)
     products = 2.0 * tokens * vocabulary * hidden
     products *= costmodel.linear_gemms(gradients=needs[0], frozen_head=not needs[1])
     assert watch.flops == products
@@ -189,7 +190,7 @@ def test_default_chunk_is_the_library_s():
             want = linear.default_chunk_size(tokens, vocabulary, torch.device("cuda"))
             assert costmodel.default_chunk(tokens, vocabulary) == want
             want = linear.default_chunk_size(tokens, vocabulary, torch.device("cpu"))
-            assert costmodel.default_chunk(tokens, vocabulary, 2**24) == want
+            assert costmodel.default_chunk(tokens, vocabulary, budget=2**24, least=256) == want
 
 
 def test_qwen3_8b_has_its_published_size():

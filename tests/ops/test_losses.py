@@ -46,7 +46,9 @@ def backend(request):
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 @pytest.mark.parametrize(
     ("temperature", "softcap"), [(1.0, None), (0.7, 4.0)], ids=["plain", "temp-cap"]
 )

@@ -20,7 +20,9 @@ def backend(request):
     return request.param
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_values_entropy_and_gradient(backend, dtype, softcap):
     if backend != "reference" and dtype == torch.float64:

@@ -223,7 +223,7 @@ def divergence_gradient_tile(
     x = load_c(s_ptr, mask, cap, HAS_CAP)
     y = load_c(t_ptr, mask, cap, HAS_CAP)
     if MODE == 2:
-        p, ds, q, dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
+        p, ds, _q, _dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
         g = times(p, ds - kl * LOG2E) * (coef * (1.0 - alpha) * LN2)
     else:
         s = (x - sm) * k - sl
