@@ -61,7 +61,7 @@ class MemoryEstimate(NamedTuple):
 def estimate_memory(
     model: nn.Module, args: SDPOConfig, tokens_per_pass: int, response_tokens: int
 ) -> MemoryEstimate:
-    """A forecast of peak memory, within a factor of about 1.5.
+    """A forecast of peak memory, from shapes alone; never compared with a measurement.
 
     Weights, gradients, AdamW's two float32 moments (and the float32 master of a bfloat16 weight),
     the teacher's copies and the float32 tiles of logits follow from the sizes. Activations of the
