@@ -75,30 +75,24 @@ struct PairStats {
   }
 };
 
-// p, q and the logs of p / m and q / m for the mixture m = (1 - a) p + a q, in base 2. With hi and
-// lo the larger and smaller of s and t, m = 2^hi (w_hi + w_lo 2^(lo - hi)): two exponentials, and
-// an argument near 1 where student and teacher agree, which is where their difference counts.
+// With d = t - s, the ratio of the mixture m = (1 - a) p + a q to p is m / p = (1 - a) + a 2^d,
+// near 1 where student and teacher agree, which is where the difference of their logs counts: no
+// digits are lost there. From 2^-126 down a probability counts as 2^-126 in d, so that -inf stays
+// out of it.
+constexpr float SMALLEST = -126.f;
+
 template <int U>
 struct Mixture {
-  Lanes<U> p, q, log_p_m, log_q_m;
+  Lanes<U> student, difference, ratio, log_m_p;  // max(s, -126), d, 2^d = q / p, log2(m / p)
 };
 
 template <int U>
 INLINE Mixture<U> mixture(Lanes<U> s, Lanes<U> t, vf weight_s, vf weight_t) {
-  s = max_or_b(-127.f, s);  // probabilities are 0 from there on; keeps -inf out of differences
-  t = max_or_b(-127.f, t);
-  Lanes<U> d = t - s, lower, hi;
-  FASTSDPO_EACH lower.v[j] = (vf)((vi)d.v[j] | INT32_MIN);  // -|d|
-  FASTSDPO_EACH hi.v[j] = max_or_b(t.v[j], s.v[j]);
-  Lanes<U> e = exp2v(lower), top = exp2v(hi), rest = top * e;
-  Lanes<U> sum_s = e * weight_t + weight_s, sum_t = e * weight_s + weight_t;
-  FASTSDPO_EACH sum_s.v[j] = d.v[j] > 0.f ? sum_t.v[j] : sum_s.v[j];
-  Lanes<U> log_m = log2v(sum_s);
   Mixture<U> m;
-  FASTSDPO_EACH m.p.v[j] = d.v[j] > 0.f ? rest.v[j] : top.v[j];
-  FASTSDPO_EACH m.q.v[j] = d.v[j] > 0.f ? top.v[j] : rest.v[j];
-  m.log_p_m = (s - hi) - log_m;
-  m.log_q_m = (t - hi) - log_m;
+  m.student = max_or_b(SMALLEST, s);
+  m.difference = max_or_b(SMALLEST, t) - m.student;
+  m.ratio = exp2v(m.difference);
+  m.log_m_p = log2v(m.ratio * weight_t + weight_s);
   return m;
 }
 
@@ -202,8 +196,9 @@ struct DivergenceOp {
         prefetch_next(t + i);
         Mixture<2> m = mixture((load_lanes<2>(s + i) - s0) * scale - s1,
                                (load_lanes<2>(t + i) - t0) * scale - t1, weight_s, weight_t);
-        sum_p = sum_p + m.p * m.log_p_m;
-        sum_q = sum_q + m.q * m.log_q_m;
+        Lanes<2> p = exp2v(m.student);
+        sum_p = sum_p - p * m.log_m_p;
+        sum_q = sum_q + p * m.ratio * (m.difference - m.log_m_p);
       }
       part.kl_student += horizontal_sum(sum_p);
       part.kl_teacher += horizontal_sum(sum_q);
@@ -217,7 +212,7 @@ struct DivergenceOp {
     const vf t0 = all(state.teacher.max), t1 = all(state.teacher.log2sum);
     const vf difference = all(state.student.log2sum - state.teacher.log2sum);
     const vf factor = all(MODE == JSD ? state.scale * (1 - alpha) : state.scale);
-    const vf divergence = all(state.divergence);
+    const vf minus_factor = -factor, divergence = all(state.divergence);
     auto compute = [&](auto* s, auto* t, auto* g, int n) {
       constexpr int U = 2;
       for (int i = 0; i < padded(n); i += U * W) {
@@ -232,7 +227,7 @@ struct DivergenceOp {
           store_lanes(g + i, where_nonzero(p, p * inner * factor));
         } else {
           Mixture<U> m = mixture(x - s1, y - t1, weight_s, weight_t);
-          store_lanes(g + i, m.p * (m.log_p_m * LN2 - divergence) * factor);
+          store_lanes(g + i, exp2v(x - s1) * (m.log_m_p * LN2 + divergence) * minus_factor);
         }
       }
     };
