@@ -14,7 +14,7 @@ help:
 	@echo "make test       the test suite (under 15 minutes on 2 cores)"
 	@echo "make test-slow  the long tests"
 	@echo "make lint       ruff, clang-format"
-	@echo "make types      pyright (not clean yet)"
+	@echo "make types      pyright"
 	@echo "make gpu        tests and benchmarks that need a GPU"
 
 $(VENV)/bin/python:

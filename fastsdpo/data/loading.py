@@ -265,8 +265,7 @@ def expand_source(source: str | PathLike | Iterable[str | PathLike]) -> list[Pat
         files = sorted(file for file in path.rglob("*") if file.is_file() and _is_data(file))
         if not files:
             raise FileNotFoundError(
-                f"load_conversations: folder {path} holds no file that ends in "
-                f"{', '.join(SUFFIXES)}"
+                f"folder {path} holds no file that ends in {', '.join(SUFFIXES)}"
             )
         return list(files)
     if path.exists():
@@ -276,12 +275,12 @@ def expand_source(source: str | PathLike | Iterable[str | PathLike]) -> list[Pat
         files = sorted(Path(name) for name in glob.glob(text, recursive=True))
         files = [file for file in files if file.is_file()]
         if not files:
-            raise FileNotFoundError(f"load_conversations: no file matches {text}")
+            raise FileNotFoundError(f"no file matches {text}")
         return list(files)
     is_name = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text)
     if is_name and path.suffix not in (*SUFFIXES, *COMPRESSIONS):
         return [text]
-    raise FileNotFoundError(f"load_conversations: no such file: {text}")
+    raise FileNotFoundError(f"no such file: {text}")
 
 
 def _is_data(path: Path) -> bool:
@@ -333,7 +332,7 @@ def _dataset_events(
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"load_conversations: {str(name)!r} is not a file, and to read it as a Hugging Face "
+            f"{str(name)!r} is not a file, and to read it as a Hugging Face "
             "dataset needs the package datasets; install it with: pip install datasets"
         ) from error
     if isinstance(name, Path):
@@ -344,7 +343,7 @@ def _dataset_events(
             rows = datasets.load_dataset(name, config, split=split, streaming=True)
         except Exception as error:  # of many libraries: hub, HTTP, parsing
             raise FileNotFoundError(
-                f"load_conversations: {name!r} is neither a file nor a dataset that can be loaded: "
+                f"{name!r} is neither a file nor a dataset that can be loaded: "
                 f"{type(error).__name__}: {error}"
             ) from error
     first = 0 if start is None else start["row"]
@@ -360,8 +359,7 @@ def _parquet_events(
         import pyarrow.parquet as pq
     except ImportError as error:
         raise ImportError(
-            f"load_conversations: {path} needs the package pyarrow; install it with: "
-            "pip install pyarrow"
+            f"{path} needs the package pyarrow; install it with: pip install pyarrow"
         ) from error
     first = 0 if start is None else start["row"]
     try:
@@ -482,8 +480,7 @@ class _Text:
                 import zstandard
             except ImportError as error:
                 raise ImportError(
-                    f"load_conversations: {path} needs the package zstandard; install it with: "
-                    "pip install zstandard"
+                    f"{path} needs the package zstandard; install it with: pip install zstandard"
                 ) from error
             self._chunks = self._decompressed(lambda: zstandard.ZstdDecompressor().decompressobj())
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,13 @@ def shape_text(shape: Sequence[int]) -> str:
     return "(" + ", ".join(str(int(n)) for n in shape) + ("," if len(shape) == 1 else "") + ")"
 
 
-def check_tensor(name: str, argument: str, value: object) -> Tensor:
+def check_tensor(name: str, argument: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(value).__name__}")
     return value
 
 
-def check_logits(name: str, argument: str, logits: object) -> Tensor:
+def check_logits(name: str, argument: str, logits: Any) -> Tensor:
     """A floating tensor (..., V) with V >= 1."""
     logits = check_tensor(name, argument, logits)
     if logits.dtype not in FLOAT_DTYPES:
@@ -43,7 +44,7 @@ def check_logits(name: str, argument: str, logits: object) -> Tensor:
 def check_like(
     name: str,
     argument: str,
-    value: object,
+    value: Any,
     shape: Sequence[int],
     device: torch.device,
     *,

@@ -20,6 +20,8 @@ it moves 8 V D bytes (its float32 sum, read and written) for 2 chunk V D operati
 Peak extra memory: two float32 tiles of chunk * V, one gradient tile, and the gradients.
 """
 
+# Calls with unpacked lists: pyright cannot count their arguments.
+# pyright: reportCallIssue=false
 from __future__ import annotations
 
 import math
@@ -511,7 +513,7 @@ def _gathered(tensor: Tensor | None) -> Tensor | None:
 
 
 def _check_head(
-    name: str, argument: str, hidden: Tensor, weight: object, bias: object
+    name: str, argument: str, hidden: Tensor, weight: Any, bias: Any
 ) -> tuple[Tensor, Tensor | None]:
     weight = check_tensor(name, argument, weight)
     if weight.dtype not in FLOAT_DTYPES:
@@ -532,7 +534,7 @@ def _check_head(
     return weight, bias
 
 
-def _check_hidden(name: str, argument: str, hidden: object) -> Tensor:
+def _check_hidden(name: str, argument: str, hidden: Any) -> Tensor:
     hidden = check_tensor(name, argument, hidden)
     if hidden.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: {argument} must be floating, got {hidden.dtype}")
@@ -720,6 +722,7 @@ def linear_sdpo_loss(
             teacher_weight, teacher_bias = _check_head(
                 name, "teacher_weight", teacher, teacher_weight, teacher_bias
             )
+            assert teacher_weight is not None
             if teacher_weight.shape[0] != weight.shape[0]:
                 raise ValueError(
                     f"{name}: teacher_weight must have V = {weight.shape[0]} rows, "

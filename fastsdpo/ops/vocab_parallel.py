@@ -14,6 +14,8 @@ and of its rows of the weight; the hidden states' gradient is summed over the gr
 The algebra runs in eager PyTorch on tiles of chunk_size x V / P.
 """
 
+# Calls with unpacked lists: pyright cannot count their arguments.
+# pyright: reportCallIssue=false
 from __future__ import annotations
 
 import math

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastsdpo.ops._checks import check_tensor, shape_text
 
 
-def _mask(name: str, mask: object) -> Tensor:
+def _mask(name: str, mask: Any) -> Tensor:
     mask = check_tensor(name, "mask", mask)
     if mask.dtype.is_floating_point or mask.dtype.is_complex:
         raise TypeError(f"{name}: mask must be bool or integer (1 = counts), got {mask.dtype}")
     return mask != 0
 
 
-def _divisor(name: str, argument: str, given: object, counted: Tensor) -> Tensor:
+def _divisor(name: str, argument: str, given: Any, counted: Tensor) -> Tensor:
     """The divisor as a scalar tensor on the mask's device; never zero."""
     if given is None:
         return counted.clamp(min=1).to(torch.float32)

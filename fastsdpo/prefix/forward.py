@@ -119,6 +119,8 @@ def shared_forward(
     if sharing == "off":
         students = [_alone(i.prompt_ids, i.completion_ids) for i in interactions]
         teachers = [_alone(i.teacher_prompt_ids, i.completion_ids) for i in interactions]
+        if live and all(list(i.teacher_prompt_ids) == list(i.prompt_ids) for i in interactions):
+            teachers = []  # a pass over the history alone: both are the same
     elif live:
         plan = build_plan(interactions, sharing=sharing)
         keys_values: dict[int, tuple[Tensor, Tensor]] = {}
@@ -134,16 +136,16 @@ def shared_forward(
 
     teacher_hidden = None
     if not live:  # before the student's pass, whose activations stay in memory until the backward
-        with _no_grad(), (teacher_context or nullcontext)():
+        with no_grad_pass(), (teacher_context or nullcontext)():
             teacher_hidden = _run_inside(teacher, teachers[0], lambda run: _rows(teachers, run))
 
     def body(run: Callable[[_Call], Tensor]) -> Any:
         student_rows = _rows(students, run)
-        with _no_grad():
+        with no_grad_pass():
             if not live:
                 teacher_rows = teacher_hidden
             elif sharing == "off":
-                teacher_rows = _rows(teachers, run)
+                teacher_rows = _rows(teachers, run) if teachers else student_rows.detach()
             else:
                 teacher_rows = _live_teacher_rows(students[0], teachers[0], run)
                 if students[0].shared is not None:  # checkpointing runs the layers again later
@@ -343,7 +345,8 @@ def causal_lm(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _no_grad() -> Iterator[None]:
+def no_grad_pass() -> Iterator[None]:
+    """`torch.no_grad`, without the warnings of gradient checkpointing that is of no use in it."""
     with torch.no_grad(), warnings.catch_warnings():
         # Reentrant checkpointing says so of every layer, here as it should be.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")

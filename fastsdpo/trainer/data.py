@@ -8,7 +8,7 @@ import os
 import random
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -164,6 +164,10 @@ class InteractionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.ids)
 
+    @overload
+    def __getitem__(self, index: int) -> TokenizedInteraction: ...
+    @overload
+    def __getitem__(self, index: None) -> None: ...
     def __getitem__(self, index: int | None) -> TokenizedInteraction | None:
         if index is None:
             return None
@@ -230,7 +234,7 @@ def collate(items: list[TokenizedInteraction | None]) -> dict[str, list[Tokenize
 
 
 def split_packs(
-    interactions: Sequence[TokenizedInteraction], max_tokens: int | None, sharing: str
+    interactions: Sequence[TokenizedInteraction], max_tokens: int | None, sharing: Any
 ) -> list[list[TokenizedInteraction]]:
     """A micro-batch in packs of at most ``max_tokens`` tokens, conversations kept together."""
     if max_tokens is None or len(interactions) <= 1:

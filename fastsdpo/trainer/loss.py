@@ -75,7 +75,7 @@ def token_weights(
     weights = counts.to(torch.float32)
     if normalization == "sequence":
         weights = weights / (sizes - ignore_first_k).clamp(min=1).repeat_interleave(sizes)
-    if isinstance(num_items, Tensor):
+    if not isinstance(num_items, (int, float)):
         weights = weights.to(num_items.device)
         return weights / num_items.clamp(min=1), counts
     return weights / max(1, num_items), counts

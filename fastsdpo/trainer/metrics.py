@@ -27,10 +27,12 @@ class SignalMetrics:
     Args:
         reference_kl: whether the loss has the reference term, which is then reported. (Told, not
             seen from the passes: a process may have none, and all have to send the same numbers.)
+        divergence: whether the per-token loss is a divergence (else it is the sampled token's).
     """
 
-    def __init__(self, *, reference_kl: bool = False):
+    def __init__(self, *, reference_kl: bool = False, divergence: bool = True):
         self.reference_kl = reference_kl
+        self.loss_name = "sdpo/divergence" if divergence else "sdpo/sampled_token_loss"
         self.reset()
 
     def reset(self) -> None:
@@ -101,7 +103,7 @@ class SignalMetrics:
             "sdpo/log_ratio_abs_mean": absolute / count,
             "sdpo/student_logp": student / count,
             "sdpo/teacher_logp": teacher / count,
-            "sdpo/divergence": divergence / count,
+            self.loss_name: divergence / count,
         }
         if self.reference_kl:
             metrics["sdpo/reference_kl"] = kl / count

@@ -105,7 +105,7 @@ def gigabytes(size: float) -> str:
 
 
 def dry_run_report(model: nn.Module, args: SDPOConfig, train: InteractionDataset, eval_: Any,
-                   sharing: str) -> str:  # fmt: skip
+                   sharing: Any) -> str:  # fmt: skip
     """What `fastsdpo train --dry-run` prints."""
     lines = [f"{'tokens':<20} {'median':>8} {'95%':>8} {'longest':>8} {'sum':>12}"]
     for name, row in length_table(train).items():
@@ -127,7 +127,7 @@ def dry_run_report(model: nn.Module, args: SDPOConfig, train: InteractionDataset
     for start in range(0, len(order), batch):
         items = [train[index] for index in order[start : start + batch]]
         for pack in split_packs(items, args.max_tokens_per_pack, sharing):
-            counts = count_tokens(pack, sharing=sharing)  # type: ignore[arg-type]
+            counts = count_tokens(pack, sharing=sharing)
             tokens += counts.student + counts.teacher
             unshared += counts.unshared_student + counts.unshared_teacher
             widest = max(widest, counts.student)

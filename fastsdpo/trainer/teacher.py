@@ -221,4 +221,10 @@ def teacher_check(
             "reacts to the template, not to what the user said. Another template (such as 'note'), or "
             "a larger model, may help"
         )
+    elif real_abs < unrelated_abs:
+        warning = (
+            f"unrelated follow-ups move the answer's log-probabilities more ({unrelated_abs:.3f} nats "
+            f"per token) than the real ones ({real_abs:.3f}), on {len(rows)} interactions: the signal "
+            "may be the template's more than the users'. A larger teacher_check tells more"
+        )
     return TeacherCheck(rows, real_abs, unrelated_abs, warning)

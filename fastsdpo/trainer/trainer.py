@@ -15,6 +15,7 @@ What is overridden of `transformers.Trainer`, and why:
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -34,6 +35,7 @@ from fastsdpo.prefix import (
     head_parameters,
     shared_forward,
 )
+from fastsdpo.prefix.forward import no_grad_pass
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import GroupSampler, InteractionDataset, collate, split_packs
 from fastsdpo.trainer.loss import (
@@ -100,21 +102,26 @@ class SDPOTrainer(Trainer):
         args = SDPOConfig(output_dir="sdpo_output") if args is None else args
         if not isinstance(args, SDPOConfig):
             raise TypeError(f"SDPOTrainer: args must be an SDPOConfig, got {type(args).__name__}")
+        module: Any = model
         if isinstance(model, (str, os.PathLike)):
-            model, tokenizer = load_model_and_tokenizer(model, device="cpu")
+            module, tokenizer = load_model_and_tokenizer(model, device="cpu")
             processing_class = processing_class or tokenizer
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"SDPOTrainer: model must be a model or a name, got {type(model).__name__}"
+            )
         if peft_config is not None:
             from peft import get_peft_model
 
-            if is_peft(model):
+            if is_peft(module):
                 raise ValueError("SDPOTrainer: peft_config must be None, the model has an adapter")
-            model = get_peft_model(model, peft_config)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
+            module = get_peft_model(module, peft_config)
+        if not any(parameter.requires_grad for parameter in module.parameters()):
             raise ValueError("SDPOTrainer: model must have weights to train, all are frozen")
         if args.disable_dropout:
-            for module in model.modules():
-                if isinstance(module, nn.modules.dropout._DropoutNd):
-                    module.p = 0.0
+            for layer in module.modules():
+                if isinstance(layer, nn.modules.dropout._DropoutNd):
+                    layer.p = 0.0
 
         self._tokenizer_for_check = None
         if processing_class is not None:
@@ -125,7 +132,7 @@ class SDPOTrainer(Trainer):
         for name, source in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             datasets[name] = self._dataset(args, source, processing_class, name)
         super().__init__(
-            model=model,
+            model=module,
             args=args,
             data_collator=collate,
             processing_class=processing_class,
@@ -140,13 +147,19 @@ class SDPOTrainer(Trainer):
                 "SDPOTrainer: nn.DataParallel is not supported; start one process per GPU "
                 "(torchrun or accelerate launch), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
+        if self.is_deepspeed_enabled and args.max_tokens_per_pack is not None:
+            # Its engine counts backward passes and steps by itself.
+            logger.warning(
+                "max_tokens_per_pack does not apply under DeepSpeed, which takes one backward pass per "
+                "micro-batch: per_device_train_batch_size bounds the memory"
+            )
         good, reason = check_head(self.model)
         if not good:
             raise NotImplementedError(f"SDPOTrainer: the model's head is not supported: {reason}")
         self.sharing = self._choose_sharing()
         self._make_teacher()
         self._sampler: GroupSampler | None = None
-        self._metrics = SignalMetrics(reference_kl=args.reference_kl > 0)
+        self._metrics = self._new_metrics()
         self._step: list[tuple[list[TokenizedInteraction], Tensor]] = []
         self.skipped_steps = 0
         self.add_callback(_StepCallback(self))
@@ -226,7 +239,7 @@ class SDPOTrainer(Trainer):
 
         frozen_hidden = reference_hidden = frozen_head = teacher_head = None
         context = None
-        if args.teacher == "ema":
+        if self._ema is not None:
             context = self._ema.swapped_in
         elif args.teacher == "frozen":
             context = self._initial
@@ -240,7 +253,7 @@ class SDPOTrainer(Trainer):
                     TokenizedInteraction(i.prompt_ids, i.prompt_ids, i.completion_ids)
                     for i in interactions
                 ]
-            with torch.no_grad(), self._initial():
+            with no_grad_pass(), self._initial():
                 states = shared_forward(model, read, **shared)
             reference_hidden, frozen_hidden = states.student_hidden, states.teacher_hidden
 
@@ -287,7 +300,13 @@ class SDPOTrainer(Trainer):
         return count_items(lengths, self.args.normalization, self.args.ignore_first_k)
 
     def _packs(self, interactions: Sequence[TokenizedInteraction]) -> list[list]:
-        return split_packs(interactions, self.args.max_tokens_per_pack, self.sharing)
+        limit = None if self.is_deepspeed_enabled else self.args.max_tokens_per_pack
+        return split_packs(interactions, limit, self.sharing)
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether the processes have to run the model equally often, to gather its weights."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     # -------------------------------------------------------------------------------- training
 
@@ -301,8 +320,7 @@ class SDPOTrainer(Trainer):
             return batches, torch.tensor(items, device=device)
         mine = torch.tensor([[items, *packs]], device=device)
         counted = self.accelerator.gather(mine)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            # Every process has to run the model equally often: sharded weights are gathered together.
+        if self._sharded:
             for batch, passes in zip(batches, counted[:, 1:].amax(0).tolist()):
                 batch["passes"] = passes
         return batches, counted[:, 0].sum()
@@ -350,6 +368,12 @@ class SDPOTrainer(Trainer):
             self._record(interactions, statistics)
             loss = loss * self.accelerator.num_processes
         return (loss, statistics) if return_outputs else loss
+
+    def _new_metrics(self) -> SignalMetrics:
+        return SignalMetrics(
+            reference_kl=self.args.reference_kl > 0,
+            divergence=self.args.mode != "sampled_token",
+        )
 
     def _record(
         self, interactions: Sequence[TokenizedInteraction], statistics: TokenStatistics
@@ -424,10 +448,14 @@ class SDPOTrainer(Trainer):
             return
         what, offenders = self._find_offenders()
         if self.args.world_size > 1:
-            offenders = gather_object(offenders)
+            found = gather_object([(what, offenders)])
+            certain = [names for what, names in found if what == "the loss"]
+            what = "the loss" if certain else "the gradient"
+            chosen = certain or [names for _, names in found]
+            offenders = [name for names in chosen for name in names]
         step = self.state.global_step + 1
         names = ", ".join(offenders[:10]) + (", ..." if len(offenders) > 10 else "")
-        message = f"step {step}: {what} is not finite; interactions: {names or 'unknown'}"
+        message = f"step {step}: {what} is not finite; interactions: {names}"
         if self.args.non_finite == "stop":
             raise NonFiniteError(
                 f"SDPOTrainer: {message}. Set non_finite='skip' to leave such steps out"
@@ -452,9 +480,11 @@ class SDPOTrainer(Trainer):
             for interactions, values in self._step
             for item, value in zip(interactions, values.tolist())
         ]
-        bad = [name(item) for item, value in losses if not torch.tensor(value).isfinite()]
-        if bad or self.args.world_size > 1:
-            return "the loss" if bad else "the loss or gradient", bad
+        bad = [name(item) for item, value in losses if not math.isfinite(value)]
+        if bad:
+            return "the loss", bad
+        if self.args.world_size > 1:  # the processes' gradients are summed by now
+            return "the gradient", [name(item) for item, _ in losses]
         # The loss is fine and its gradient is not: one interaction at a time shows whose it is.
         kept = [(p, p.grad) for p in self.model.parameters()]
         for item, _ in losses:
@@ -493,14 +523,18 @@ class SDPOTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Adds a batch to the evaluation's sums; returns its loss sum, which `evaluation_loop` drops."""
         interactions = inputs["interactions"]
-        with torch.no_grad():
-            for pack in self._packs(interactions):
-                with self.compute_loss_context_manager():
-                    loss, statistics = self.run_pass(model, pack, 1)
+        packs = self._packs(interactions)
+        idle = 0
+        if self._sharded:
+            mine = torch.tensor([len(packs)], device=self.args.device)
+            idle = int(self.accelerator.gather(mine).max()) - len(packs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for pack in packs:
+                loss, statistics = self.run_pass(model, pack, 1)
                 self._eval_sums[0] += loss.double()
                 self._record(pack, statistics)
-            if not interactions and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-                self.run_pass(model, [self.eval_dataset[0]], 1)
+            for _ in range(idle):
+                self.run_pass(model, [self._idle], 1)
         self._eval_sums[1] += self._count(interactions)
         return self._eval_sums[0].float(), None, None
 
@@ -514,8 +548,9 @@ class SDPOTrainer(Trainer):
     ) -> Any:
         """The loss over the whole set, normalized as in training, and the signal's statistics."""
         training = self._metrics
-        self._metrics = SignalMetrics(reference_kl=self.args.reference_kl > 0)
+        self._metrics = self._new_metrics()
         step, self._step = self._step, []
+        self._idle = dataloader.dataset[0]
         self._eval_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         try:
             output = super().evaluation_loop(

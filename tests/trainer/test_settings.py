@@ -1,0 +1,187 @@
+"""Settings that change how a step is computed, or what is said before it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+import fastsdpo
+from fastsdpo.trainer import NonFiniteError
+
+
+def gradients(trainer):
+    """Loss and gradients of one step over the whole training set."""
+    items = [trainer.train_dataset[index] for index in range(len(trainer.train_dataset))]
+    total = torch.tensor(trainer._count(items))
+    trainer.model.train()
+    trainer.model.zero_grad()
+    trainer.create_optimizer()
+    loss = trainer.training_step(trainer.model, {"interactions": items}, total)
+    return float(loss), {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
+
+
+def assert_close(found, wanted, relative):
+    for name, value in wanted.items():
+        error = (found[name] - value).norm() / value.norm()
+        assert error < relative, f"{name}: {float(error):.2e}"
+
+
+@pytest.mark.parametrize("sharing", ["off", "conversation"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(tmp_path, lab, sharing, reentrant):
+    settings = {"mode": "full", "sharing": sharing, "reference_kl": 0.2}
+    loss, wanted = gradients(lab.make_trainer(tmp_path, **settings))
+    checkpointed = lab.make_trainer(
+        tmp_path,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+        **settings,
+    )
+    checkpointed.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        checkpointed.model.enable_input_require_grads()
+    other, found = gradients(checkpointed)
+    assert other == pytest.approx(loss, rel=1e-6)
+    assert_close(found, wanted, 1e-5)
+
+
+def separate_logps(model, prompt, completion):
+    """Log-probabilities of the completion's tokens, by the model's own logits."""
+    ids = torch.tensor([[*prompt, *completion]])
+    logps = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return logps.gather(-1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def test_the_importance_ratio_is_that_to_the_initial_model(tmp_path, lab):
+    """After the student has moved: r_t = min(p_student / p_initial, is_clip), without gradient."""
+    clip = 1.1
+    trainer = lab.make_trainer(tmp_path, mode="sampled_token", is_clip=clip)
+    initial = lab.make_model()
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter += 0.05 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(1)
+            )
+    loss, found = gradients(trainer)
+
+    model = trainer.model
+    model.zero_grad()
+    answers, ratios = [], []
+    for index in range(len(trainer.train_dataset)):
+        item = trainer.train_dataset[index]
+        student = separate_logps(model, item.prompt_ids, item.completion_ids)
+        with torch.no_grad():
+            teacher = separate_logps(model, item.teacher_prompt_ids, item.completion_ids)
+            before = separate_logps(initial, item.prompt_ids, item.completion_ids)
+            ratio = (student - before).exp().clamp(max=clip)
+        ratios.append(ratio)
+        answers.append(-(ratio * (teacher - student.detach()) * student).mean())
+    wanted = torch.stack(answers).mean()
+    wanted.backward()
+    ratios = torch.cat(ratios)
+    assert (ratios == clip).any() and (ratios < clip).any()
+    assert loss == pytest.approx(float(wanted.detach()), rel=1e-5)
+    assert_close(found, {n: p.grad for n, p in model.named_parameters()}, 1e-5)
+
+
+# ------------------------------------------------------------------------------ the teacher check
+
+
+def check_with(tmp_path, lab, real, unrelated):
+    """The check's warning when real and unrelated follow-ups have these log-ratios per token."""
+    trainer = lab.make_trainer(tmp_path)
+    sample = lab.make_interactions(3, turns=1)
+    said = {item.followup.strip() for item in sample}
+    from fastsdpo.trainer.teacher import teacher_check
+
+    calls = []
+
+    def log_ratios(items):
+        calls.append(items)
+        level = real if len(calls) == 1 else unrelated
+        return [torch.full((len(item.completion_ids),), level) for item in items]
+
+    check = teacher_check(sample, trainer._tokenizer_for_check, log_ratios)
+    assert len(said) == len(check.rows) == 3
+    # The second call has every answer under another conversation's follow-up.
+    for mine, other in zip(*calls):
+        assert mine.completion_ids == other.completion_ids
+        assert mine.teacher_prompt_ids != other.teacher_prompt_ids
+    return check
+
+
+def test_teacher_check_warnings(tmp_path, lab):
+    assert "nothing to teach" in check_with(tmp_path, lab, 0.001, 0.5).warning
+    assert "react" in check_with(tmp_path, lab, 0.3, 0.301).warning
+    assert "unrelated follow-ups move" in check_with(tmp_path, lab, 0.2, 0.3).warning
+    fine = check_with(tmp_path, lab, -0.4, 0.1)
+    assert fine.warning is None
+    assert (fine.real_abs, fine.unrelated_abs) == pytest.approx((0.4, 0.1))
+
+
+def test_teacher_check_measures_the_model(tmp_path, lab, caplog):
+    trainer = lab.make_trainer(tmp_path, teacher_check=3, max_steps=1)
+    check = trainer.check_teacher()
+    item = trainer.train_dataset[0]
+    with torch.no_grad():
+        teacher = separate_logps(trainer.model, item.teacher_prompt_ids, item.completion_ids)
+        student = separate_logps(trainer.model, item.prompt_ids, item.completion_ids)
+    assert check.rows[0].real == pytest.approx(float((teacher - student).mean()), abs=1e-5)
+    with caplog.at_level(logging.INFO, logger="fastsdpo.trainer"):
+        trainer.train()
+    assert any("teacher check" in record.message for record in caplog.records)
+
+
+# ---------------------------------------------------------------------------------- what is told
+
+
+def test_the_sampled_token_loss_has_its_own_name(tmp_path, lab):
+    held_out = lab.make_interactions(2, seed=7)
+    sampled = lab.make_trainer(tmp_path, mode="sampled_token", eval_dataset=held_out).evaluate()
+    full = lab.make_trainer(tmp_path, mode="full", eval_dataset=held_out).evaluate()
+    assert "eval_sdpo/sampled_token_loss" in sampled and "eval_sdpo/divergence" not in sampled
+    assert "eval_sdpo/divergence" in full and "eval_sdpo/sampled_token_loss" not in full
+
+
+def test_several_held_out_sets(tmp_path, lab):
+    sets = {"a": lab.make_interactions(2, seed=7), "b": lab.make_interactions(3, seed=8)}
+    metrics = lab.make_trainer(tmp_path, eval_dataset=sets).evaluate()
+    for name, held_out in sets.items():
+        alone = lab.make_trainer(tmp_path, eval_dataset=held_out).evaluate()
+        assert metrics[f"eval_{name}_loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
+
+
+def test_an_infinite_gradient_names_the_interaction(tmp_path, lab):
+    """A finite loss whose gradient overflows, in one interaction of four."""
+    interactions = lab.make_interactions(4, turns=1)
+    trainer = lab.make_trainer(tmp_path, interactions=interactions, max_steps=1, sharing="off")
+    poisoned = trainer.train_dataset[2].completion_ids
+    run_pass = trainer.run_pass
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * float("inf")
+
+    def run(model, items, num_items):
+        loss, statistics = run_pass(model, items, num_items)
+        if any(item.completion_ids == poisoned for item in items):
+            loss = Overflow.apply(loss)
+        return loss, statistics
+
+    trainer.run_pass = run
+    with pytest.raises(NonFiniteError, match=r"the gradient is not finite; interactions: 'c2:0'\."):
+        trainer.train()
+
+
+def test_a_missing_file_is_named(tmp_path, lab):
+    with pytest.raises(FileNotFoundError, match=r"^no such file: .*missing\.jsonl$"):
+        list(fastsdpo.load_conversations(tmp_path / "missing.jsonl"))
+    with pytest.raises(FileNotFoundError, match=r"missing\.jsonl"):
+        lab.make_trainer(tmp_path, interactions=str(tmp_path / "missing.jsonl"))
