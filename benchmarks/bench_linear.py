@@ -201,19 +201,19 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines, commands = [], []
     ratios: dict[str, list[float]] = {}
     for row in rows:
-        bare, ours = row["rivals"]["bare GEMMs"]["fastest"], row["rivals"]["fastsdpo"]["fastest"]
+        bare, ours = row["rivals"]["bare GEMMs"]["median"], row["rivals"]["fastsdpo"]["median"]
         shape = f"{row['tokens']} x {row['vocabulary']} x {row['hidden']}"
         for name, timing in row["rivals"].items():
             gemms = 4 if row["what"] == "step" else 2
-            peak, fastest = timing["peak_bytes"], timing["fastest"]
+            peak, seconds = timing["peak_bytes"], timing["median"]
             lines.append([
-                shape, row["what"], row["mode"], name, f"{fastest:.2f}", f"{timing['median']:.2f}",
-                f"{timing['slowest']:.2f}", f"{fastest / bare:.2f}", f"{fastest / ours:.2f}",
-                f"{gemms * row['gemm'] / fastest / 1e9:.0f}",
+                shape, row["what"], row["mode"], name, f"{seconds:.2f}", f"{timing['fastest']:.2f}",
+                f"{timing['slowest']:.2f}", f"{seconds / bare:.2f}", f"{seconds / ours:.2f}",
+                f"{gemms * row['gemm'] / seconds / 1e9:.0f}",
                 "" if peak is None else f"{peak / 2**20:.0f}",
             ])  # fmt: skip
             if row["what"] == "step" and name != "fastsdpo":
-                ratios.setdefault(name, []).append(fastest / ours)
+                ratios.setdefault(name, []).append(seconds / ours)
         commands.append(
             f"- {shape} {row['what']} {row['mode']}: "
             f"`{row['environment']['command']}` at {row['environment']['commit']}, "
@@ -227,7 +227,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     first = rows[0]["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     header = [
-        "T x V x D", "what", "loss", "who", "s", "median", "slowest", "times bare GEMMs",
+        "T x V x D", "what", "loss", "who", "s", "fastest", "slowest", "times bare GEMMs",
         "times fastsdpo", "useful GFLOP/s", "peak MiB above start",
     ]  # fmt: skip
     return (
@@ -235,8 +235,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"{first['device']}; {first['native']}; Python {first['python']}; {versions}. float32. "
         "No GPU was used.\n\n"
         "Rivals and method: `benchmarks/bench_linear.py`. One interleaved run per case, all rivals "
-        "in one process. Seconds and ratios are of the fastest round: the machine is virtual and "
-        "slows down at times by a factor of two, which the slowest round shows.\n\n"
+        "in one process. Seconds and ratios are medians of the rounds.\n\n"
         "## Steps: time of a rival over fastsdpo's\n\n"
         + table(["who", "cases", "least", "median", "most"], summary)
         + "\n## All\n\n" + table(header, lines) + "\n## Commands\n\n" + "\n".join(commands) + "\n"
@@ -266,7 +265,7 @@ def main() -> None:
             for name, timing in timings.items():
                 print(
                     f"  {what} {name:15s} {timing.median:7.2f} s ({timing.fastest:.2f} to "
-                    f"{timing.slowest:.2f}), {timing.fastest / timings['bare GEMMs'].fastest:.2f}x "
+                    f"{timing.slowest:.2f}), {timing.median / timings['bare GEMMs'].median:.2f}x "
                     f"bare, peak {(timing.peak_bytes or 0) / 2**20:.0f} MiB",
                     flush=True,
                 )

