@@ -1,0 +1,4 @@
+"""fastsdpo as the loss of other trainers; each module needs its own package, so import it by name.
+
+``fastsdpo.integrations.trl``, ``.verl``, ``.transformers``, ``.vllm``.
+"""
