@@ -267,7 +267,8 @@ def _topk_with_tail(
     if topk_logps is not None:  # unchanged: the tail's bound is ours to set
         topk_logps = topk_logps.detach().reshape(-1, checked.topk).to(accumulation)
     rows = _Tokens(tokens.target_ids, tokens.weights, tokens.old_logps, tokens.topk_ids, topk_logps)
-    if weight is None:
+    found: Any
+    if head is None:
         teacher = None if teacher is None else as_rows(teacher.detach())
         found = _LogitsTopK.apply(as_rows(student), teacher, rows, options)
     else:
@@ -276,7 +277,8 @@ def _topk_with_tail(
             student, None if teacher is None else teacher.detach(), weight, head.bias,
             other.weight, other.bias, rows, options,
         )  # fmt: skip
-    return loss_output(*found, target_ids.shape)
+    loss, per_token, student_logps, teacher_logps = found
+    return loss_output(loss, per_token, student_logps, teacher_logps, target_ids.shape)
 
 
 def _total(coef: Tensor, per_token: Tensor) -> Tensor:
