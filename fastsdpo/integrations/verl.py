@@ -1,0 +1,362 @@
+"""verl, and the fork of it by the authors of "Reinforcement Learning via Self-Distillation".
+
+The fork (https://github.com/lasgroup/SDPO) computes the loss of
+https://arxiv.org/abs/2601.20802 in ``compute_self_distillation_loss``. Here are
+
+- `compute_self_distillation_loss`: its signature and its numbers, from the same tensors. Whole
+  distributions may be logits as well as log-probs, and make one gradient instead of five copies;
+- `self_distillation_loss`: the same loss from hidden states and heads, or logits and the response's
+  tokens, with nothing of vocabulary size but a gradient;
+- `patch_sdpo_fork`: puts the first in place of the fork's;
+- `register_distillation_loss`: the sampled-token loss in verl's own registry.
+
+    loss = sum w_t r_t v_t l_t      r: clipped importance ratio, v: rollout correction, l: divergence
+
+with w by ``loss_agg_mode``, m the mask, n_i the tokens of sequence i that count, S the sequences with
+any, T the padded length:
+
+    "token-mean"               w = m / max(1, sum n)
+    "seq-mean-token-sum"       w = m / S
+    "seq-mean-token-mean"      w = m / (n_i + 1e-8) / S
+    "seq-mean-token-sum-norm"  w = m / T
+
+Where no token counts the loss is 0; the fork's sequence means are then NaN.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsdpo.integrations._losses import (
+    add_tail_class,
+    class_gradients,
+    distillation_loss,
+    targets_where,
+)
+
+AGGREGATIONS = (
+    "token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum-norm",
+)
+LOSS_NAME = "fastsdpo_sampled_token"
+
+
+def aggregation_weights(mask: Tensor, loss_agg_mode: str) -> Tensor:
+    """``[B, T]`` float32 weights w of the module's table, from a ``[B, T]`` mask."""
+    mask = mask.to(torch.float32)
+    tokens = mask.sum(-1, keepdim=True)
+    sequences = (tokens > 0).sum().clamp(min=1)
+    if loss_agg_mode == "token-mean":
+        return mask / tokens.sum().clamp(min=1.0)
+    if loss_agg_mode == "seq-mean-token-sum":
+        return mask / sequences
+    if loss_agg_mode == "seq-mean-token-mean":
+        return mask / (tokens + 1e-8) / sequences
+    if loss_agg_mode == "seq-mean-token-sum-norm":
+        return mask / mask.shape[-1]
+    raise ValueError(
+        f"aggregation_weights: loss_agg_mode must be one of {AGGREGATIONS}, got {loss_agg_mode!r}"
+    )
+
+
+def compute_self_distillation_loss(
+    student_log_probs: Tensor,
+    teacher_log_probs: Tensor,
+    response_mask: Tensor,
+    self_distillation_config: Any,
+    old_log_probs: Tensor | None = None,
+    student_all_log_probs: Tensor | None = None,
+    teacher_all_log_probs: Tensor | None = None,
+    student_topk_log_probs: Tensor | None = None,
+    teacher_topk_log_probs: Tensor | None = None,
+    self_distillation_mask: Tensor | None = None,
+    loss_agg_mode: str = "token-mean",
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """The fork's function: the same arguments, the same loss.
+
+    Args:
+        student_log_probs, teacher_log_probs: ``[B, T]`` of the response's tokens.
+        response_mask: ``[B, T]``, 1 where a token counts.
+        self_distillation_config: attributes or keys ``full_logit_distillation``,
+            ``distillation_topk``, ``distillation_add_tail``, ``alpha``, ``is_clip``.
+        old_log_probs: ``[B, T]`` under the policy that wrote the response; needed with ``is_clip``.
+        student_all_log_probs, teacher_all_log_probs: ``[B, T, V]`` log-probs *or logits* (over the
+            temperature), for ``full_logit_distillation`` without top-k.
+        student_topk_log_probs, teacher_topk_log_probs: ``[B, T, K]`` log-probs at the same tokens,
+            for ``full_logit_distillation`` with ``distillation_topk``.
+        self_distillation_mask: ``[B]``, 1 where the sequence has a teacher.
+        loss_agg_mode: one of `AGGREGATIONS`.
+        rollout_is_weights: ``[B, T]`` rollout correction.
+
+    Returns:
+        ``(loss, metrics)``: a scalar with the gradient of the student's tensors, and an empty dict.
+
+    Raises:
+        ValueError: a tensor that the configuration needs is missing; an alpha other than 1 for the
+            sampled-token loss; an unknown aggregation.
+    """
+    name = "compute_self_distillation_loss"
+    config = _settings(name, self_distillation_config)
+    mask, weights = _weights(
+        response_mask, self_distillation_mask, loss_agg_mode, rollout_is_weights
+    )
+    if config["is_clip"] is not None:
+        if old_log_probs is None:
+            raise ValueError(f"{name}: old_log_probs must be given with is_clip, got None")
+        ratio = (student_log_probs.detach() - old_log_probs).clamp(-20, 20).exp()
+        weights = weights * torch.where(mask == 0, 0.0, ratio.clamp(max=config["is_clip"]))
+    if config["mode"] == "sampled_token":
+        return (weights * _sampled_token(student_log_probs, teacher_log_probs, weights)).sum(), {}
+    kind = "topk" if config["mode"] == "topk" else "all"
+    given = (
+        (student_topk_log_probs, teacher_topk_log_probs)
+        if kind == "topk"
+        else (student_all_log_probs, teacher_all_log_probs)
+    )
+    student, teacher = given
+    if student is None or teacher is None:
+        raise ValueError(
+            f"{name}: student_{kind}_log_probs and teacher_{kind}_log_probs must be given for "
+            f"distillation_topk={config['topk']}, got None"
+        )
+    if kind == "topk":
+        per_token = _SupportDivergence.apply(
+            student, teacher.detach(), config["alpha"], config["add_tail"]
+        )
+        assert isinstance(per_token, Tensor)
+        return _masked_sum(weights, per_token), {}
+    out = distillation_loss(
+        student, teacher, targets_where(mask, mask.new_zeros(mask.shape, dtype=torch.int64)),
+        mode="full", alpha=config["alpha"], weights=weights,
+    )  # fmt: skip
+    return out.loss, {}
+
+
+def self_distillation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    responses: Tensor,
+    response_mask: Tensor,
+    self_distillation_config: Any,
+    *,
+    head: Any = None,
+    teacher_head: Any = None,
+    temperature: float = 1.0,
+    old_log_probs: Tensor | None = None,
+    self_distillation_mask: Tensor | None = None,
+    loss_agg_mode: str = "token-mean",
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """The fork's loss straight from logits, or from hidden states: no log-probs are formed first.
+
+    Args:
+        student, teacher: ``[B, T, V]`` logits, or with a head ``[B, T, D]`` hidden states, at the
+            positions that predict the response.
+        responses: ``[B, T]`` the response's tokens.
+        head: None for logits; `fastsdpo.prefix.HeadParameters` or `Head` for hidden states.
+        teacher_head: the teacher's, where it is another than the student's.
+        temperature: of both distributions.
+        others: as `compute_self_distillation_loss`.
+
+    Returns:
+        ``(loss, metrics)``; the metrics are detached tensors: ``self_distillation/log_ratio_mean``
+        (teacher's minus student's log-prob of a token that counts, in nats) and
+        ``self_distillation/loss_per_token``.
+    """
+    name = "self_distillation_loss"
+    config = _settings(name, self_distillation_config)
+    mask, weights = _weights(
+        response_mask, self_distillation_mask, loss_agg_mode, rollout_is_weights
+    )
+    if config["is_clip"] is not None and old_log_probs is None:
+        raise ValueError(f"{name}: old_log_probs must be given with is_clip, got None")
+    out = distillation_loss(
+        student, teacher, targets_where(mask, responses), head=head, teacher_head=teacher_head,
+        weights=weights, old_logps=old_log_probs if config["is_clip"] is not None else None,
+        temperature=temperature, **config,
+    )  # fmt: skip
+    count = (mask != 0).sum().clamp(min=1)
+    return out.loss, {
+        "self_distillation/log_ratio_mean": out.log_ratio.sum() / count,
+        "self_distillation/loss_per_token": out.per_token_loss.sum() / count,
+    }
+
+
+def _settings(name: str, config: Any) -> dict[str, Any]:
+    """The configuration as keyword arguments of `distillation_loss`."""
+
+    def read(key: str) -> Any:
+        if isinstance(config, Mapping):
+            return config.get(key)
+        return getattr(config, key, None)
+
+    full, topk = read("full_logit_distillation"), read("distillation_topk")
+    alpha = 1.0 if read("alpha") is None else float(read("alpha"))
+    mode = "sampled_token" if not full else "full" if topk is None else "topk"
+    if mode == "sampled_token" and alpha != 1.0:
+        raise ValueError(f"{name}: alpha must be 1.0 without full_logit_distillation, got {alpha}")
+    return {
+        "mode": mode,
+        "alpha": alpha,
+        "topk": topk if mode == "topk" else None,
+        "add_tail": bool(read("distillation_add_tail")) and mode == "topk",
+        "is_clip": read("is_clip"),
+    }
+
+
+def _weights(
+    response_mask: Tensor,
+    self_distillation_mask: Tensor | None,
+    loss_agg_mode: str,
+    rollout_is_weights: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    mask = response_mask
+    if self_distillation_mask is not None:
+        mask = mask * self_distillation_mask.unsqueeze(1)
+    weights = aggregation_weights(mask, loss_agg_mode)
+    if rollout_is_weights is not None:
+        weights = weights * torch.where(mask == 0, 0.0, rollout_is_weights)
+    return mask, weights
+
+
+def _sampled_token(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """``stopgrad(s - t) s``; 0 and without gradient where the mask is 0, whatever stands there."""
+    student, teacher = (torch.where(mask == 0, 0.0, logps) for logps in (student, teacher))
+    return (student - teacher).detach() * student
+
+
+def _masked_sum(weights: Tensor, values: Tensor) -> Tensor:
+    """A token of weight 0 costs and gives nothing, whatever its value."""
+    return (weights * torch.where(weights == 0, 0.0, values)).sum()
+
+
+class _SupportDivergence(torch.autograd.Function):
+    """Divergence ``[...]`` of log-probs ``[..., K]`` on a support, its tail added or renormalized."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, alpha: float, add_tail: bool) -> Tensor:
+        s, t = (x.flatten(0, -2).float() for x in (student, teacher))
+        if add_tail:
+            s, bounded = add_tail_class(s)
+            t, _ = add_tail_class(t)
+            loss, g = class_gradients(s, t, alpha)
+            # d log(1 - P) / ds_j = -p_j / (1 - P), none at the bound
+            through = torch.where(bounded, 0.0, g[:, -1:] / s[:, -1:].exp())
+            grad = g[:, :-1] - s[:, :-1].exp() * through
+        else:
+            s, t = (x - x.logsumexp(-1, keepdim=True) for x in (s, t))
+            loss, g = class_gradients(s, t, alpha)
+            grad = g - s.exp() * g.sum(-1, keepdim=True)
+        ctx.save_for_backward(grad)
+        ctx.shape, ctx.dtype = student.shape, student.dtype
+        return loss.view(student.shape[:-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:  # type: ignore[override]
+        (grad,) = ctx.saved_tensors
+        grad = torch.where(grad_loss.reshape(-1, 1) == 0, 0.0, grad * grad_loss.reshape(-1, 1))
+        return grad.view(ctx.shape).to(ctx.dtype), None, None, None
+
+
+# ---------------------------------------------------------------------------- inside verl
+
+
+def _verl(module: str, needs: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"fastsdpo.integrations.verl: {needs}, which cannot be imported: {error}"
+        ) from error
+
+
+class SDPOForkPatch:
+    """A patch of the fork that is on; `unpatch`, or leaving it as a context manager, takes it off."""
+
+    def __init__(self) -> None:
+        needs = "patch_sdpo_fork needs the verl of https://github.com/lasgroup/SDPO"
+        core = _verl("verl.trainer.ppo.core_algos", needs)
+        if not hasattr(core, "compute_self_distillation_loss"):
+            raise ImportError(
+                f"fastsdpo.integrations.verl: {needs}; the verl that is installed has no "
+                "compute_self_distillation_loss (see register_distillation_loss for it)"
+            )
+        actor = _verl("verl.workers.actor.dp_actor", needs)  # imports the function by name
+        self._before = [
+            (module, module.compute_self_distillation_loss)
+            for module in (core, actor)
+            if hasattr(module, "compute_self_distillation_loss")
+        ]
+        for module, _ in self._before:
+            module.compute_self_distillation_loss = compute_self_distillation_loss
+
+    def unpatch(self) -> None:
+        for module, function in self._before:
+            module.compute_self_distillation_loss = function
+        self._before = []
+
+    def __enter__(self) -> SDPOForkPatch:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.unpatch()
+
+
+def patch_sdpo_fork() -> SDPOForkPatch:
+    """Puts `compute_self_distillation_loss` in place of the fork's, for the process or a ``with``.
+
+    Raises:
+        ImportError: verl is not installed, or is not the fork.
+    """
+    return SDPOForkPatch()
+
+
+def register_distillation_loss(name: str = LOSS_NAME) -> None:
+    """Registers the sampled-token loss in verl's registry of distillation losses.
+
+    Then ``distillation.distillation_loss.loss_mode=fastsdpo_sampled_token`` with
+    ``use_policy_gradient=False`` trains with ``stopgrad(log p_S - log p_T) * log p_S`` per token,
+    whose gradient is that of the reverse KL in expectation. Has to run in every worker process.
+
+    verl's top-k losses do not come from this registry: its logits processor calls a fixed function.
+
+    Raises:
+        ImportError: verl is not installed or has no such registry.
+        ValueError: the name is taken (verl's own error).
+    """
+    losses = _verl(
+        "verl.trainer.distillation.losses",
+        "register_distillation_loss needs a verl with verl.trainer.distillation (0.8 or newer)",
+    )
+    settings = losses.DistillationLossSettings(names=[name], use_estimator=True)
+    losses.register_distillation_loss(settings)(_sampled_token_for_verl)
+
+
+def _sampled_token_for_verl(
+    config: Any, distillation_config: Any, model_output: Any, data: Any
+) -> tuple[Tensor, dict[str, Any]]:
+    """``([B, T] per-token losses, metrics)``, as verl's registry wants it; verl aggregates."""
+    padding = _verl("verl.workers.utils.padding", "the registered loss needs verl")
+    student = padding.no_padding_2_padding(model_output["log_probs"], data)
+    teacher = padding.no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1)
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"{LOSS_NAME}: teacher_logprobs must have one log-prob per token "
+            f"{tuple(student.shape)}, got {tuple(teacher.shape)}"
+        )
+    mask = data["response_mask"]
+    mask = (mask.to_padded_tensor(0) if mask.is_nested else mask).bool()
+    # verl takes the largest loss and a mean: padding must be finite.
+    per_token = _sampled_token(student, teacher, mask)
+    gap = (teacher - student).detach()[mask]
+    mean = gap.mean().item() if gap.numel() else 0.0
+    return per_token, {"distillation/log_ratio_mean": mean}
