@@ -8,7 +8,7 @@ hidden states ahead of the head, and the head's logits exist a chunk of tokens a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastsdpo.integrations._losses import IGNORE_INDEX
 from fastsdpo.ops._checks import shape_text
+from fastsdpo.ops.divergence import sdpo_loss
 from fastsdpo.ops.linear import linear_token_logps
 from fastsdpo.prefix import HeadParameters, head_parameters, run_inside
 from fastsdpo.prefix.forward import causal_lm
@@ -136,3 +137,92 @@ def label_logps(
     vectors = found if isinstance(found, tuple) else (found,)
     whole = vectors[0].new_zeros(target_ids.shape)
     return tuple(whole.masked_scatter(keep, vector.to(whole.device)) for vector in vectors)
+
+
+# --------------------------------------------------------------------- Hugging Face Trainer
+
+
+class SDPOLabels(dict):
+    """The labels of a batch for `sdpo_loss_func`: target ids and what the teacher says of them.
+
+    A dict with ``labels [B, L]`` (aligned with ``input_ids``, -100 where a token does not count) and
+    one teacher, aligned with the labels: ``teacher_logps [B, L]``, or ``teacher_topk_ids`` and
+    ``teacher_topk_logps [B, L, K]``. Further keys: ``old_logps [B, L]`` for ``is_clip``.
+
+    `Trainer` counts the tokens of a step as it would those of a tensor of labels.
+    """
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        return super().__getitem__("labels")[key]
+
+    def ne(self, value: int) -> Tensor:
+        return self["labels"].ne(value)
+
+
+def sdpo_loss_func(
+    *,
+    mode: str = "sampled_token",
+    alpha: float = 1.0,
+    add_tail: bool = True,
+    is_clip: float | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    inplace_grad: bool = False,
+) -> Callable[..., Tensor]:
+    """A ``compute_loss_func`` for `transformers.Trainer`: the teacher's scores come in the labels.
+
+        Trainer(model, args, compute_loss_func=sdpo_loss_func(mode="topk"), data_collator=...)
+
+    The collator puts an `SDPOLabels` under ``"labels"``; the scores come from `fused_logps` of the
+    teacher, from `fastsdpo.integrations.vllm`, or from a data set. The mean is over all tokens of the
+    optimizer step (``num_items_in_batch``), so gradient accumulation and data parallelism change
+    nothing. The model forms its logits; to do without them override ``Trainer.compute_loss`` with
+    `fused_logps`.
+
+    Args:
+        mode: "sampled_token" with ``teacher_logps``, "topk" with ``teacher_topk_ids`` and ``_logps``.
+        inplace_grad: lets the gradient overwrite the logits, for models whose head is the last
+            operation (autograd raises where it is not).
+        others: as `fastsdpo.sdpo_loss`; ``softcap`` only where the model has not applied its own.
+
+    Raises:
+        ValueError: another mode, as only one-token and top-k teachers can come in the labels.
+    """
+    name = "sdpo_loss_func"
+    teachers = {
+        "sampled_token": ("teacher_logps",),
+        "topk": ("teacher_topk_ids", "teacher_topk_logps"),
+    }
+    if mode not in teachers:
+        raise ValueError(f"{name}: mode must be one of {tuple(teachers)}, got {mode!r}")
+
+    def compute_loss(
+        outputs: Any, labels: Any, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        needed = ("labels", *teachers[mode], *(("old_logps",) if is_clip is not None else ()))
+        if not isinstance(labels, Mapping) or not set(needed) <= set(labels):
+            got = sorted(labels) if isinstance(labels, Mapping) else type(labels).__name__
+            raise ValueError(
+                f"{name}: labels must be SDPOLabels with {', '.join(needed)} for mode={mode!r}, "
+                f"got {got}"
+            )
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
+        # Aligned with the labels: row t of the logits predicts label t + 1.
+        target_ids, *teacher = (labels[key][:, 1:] for key in needed[: 1 + len(teachers[mode])])
+        counts = target_ids != IGNORE_INDEX
+        items = counts.sum() if num_items_in_batch is None else num_items_in_batch
+        items = torch.as_tensor(items, device=logits.device).clamp(min=1)
+        given: dict[str, Any] = {"teacher_logps": teacher[0]}
+        if mode == "topk":
+            given = {"teacher_topk": tuple(teacher), "add_tail": add_tail}
+        if is_clip is not None:
+            given |= {"old_logps": labels["old_logps"][:, 1:], "is_clip": is_clip}
+        return sdpo_loss(
+            logits[:, :-1], None, target_ids, mode=mode, alpha=alpha,  # type: ignore[arg-type]
+            weights=counts / items, temperature=temperature, softcap=softcap,
+            inplace_grad=inplace_grad, **given,
+        ).loss  # fmt: skip
+
+    return compute_loss
