@@ -166,16 +166,27 @@ def _why_not_hidden(trainer: Any, model: nn.Module) -> str | None:
         return (
             "the policy loss needs the head in the backward pass, where DeepSpeed ZeRO-3 freed it"
         )
-    for checked, role in (
-        ((model, "model"), (teacher, "teacher")) if separate else ((model, "model"),)
-    ):
-        # With dropout a forward pass draws random numbers; the run's own draws must not move.
-        devices = [p.device for p in unwrap(checked).parameters() if p.device.type == "cuda"][:1]
-        with torch.random.fork_rng(devices), no_grad_pass(), gathered_head(checked):
-            right, reason = check_head(checked)
+    for checked, role in ((model, "model"), (teacher, "teacher"))[: 2 if separate else 1]:
+        right, reason = _check_head(checked)
         if not right:
             return f"the {role}'s head: {reason}"
     return None
+
+
+def _check_head(model: nn.Module) -> tuple[bool, str]:
+    if is_partitioned(model):
+        # DeepSpeed ZeRO-3: what the configuration says of the head; no pass of the whole model while
+        # its head is gathered, as the head's own hooks would partition it below our feet.
+        try:
+            with gathered_head(model):
+                head_parameters(model)
+        except NotImplementedError as error:
+            return False, str(error)
+        return True, ""
+    # With dropout a forward pass draws random numbers; the run's own draws must not move.
+    devices = [p.device for p in unwrap(model).parameters() if p.device.type == "cuda"][:1]
+    with torch.random.fork_rng(devices), no_grad_pass():
+        return check_head(model)
 
 
 def _from_hidden(trainer: Any, model: nn.Module) -> bool:
