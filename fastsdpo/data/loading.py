@@ -443,7 +443,13 @@ def _json_mode(text: _Text, path: Path, max_record_bytes: int) -> str:
         return {b"[": "array", b"{": "objects"}.get(line, "lines")
     if line[:1] == b"[":
         return "array"
-    return "lines" if _parse_json(line)[1] is None else "objects"
+    if _parse_json(line)[1] is None:
+        return "lines"
+    # The first line may be a damaged one. A line of its own tells: in an object written over several
+    # lines none starts with a brace and is whole.
+    after = text.buffer[max(end, 0) + 1 :].split(b"\n")[:-1] if end >= 0 else []
+    whole = (_parse_json(bytes(line))[1] is None for line in after if line[:1] == b"{")
+    return "lines" if any(whole) else "objects"
 
 
 def _parse_json(data: bytes) -> tuple[Any, Problem | None]:

@@ -151,11 +151,14 @@ def run(cases, tmp_path, tokenizer):
         path.write_bytes(data)
         found, report = check(path, tokenize, control_ids)
         damaged += bool(report.damaged)
-        # Every record that was not touched is there, whole and in order.
+        # Every record that was not touched is there, whole and in order. (A bracket before the first
+        # one touches all: they are elements of an element.)
         untouched = [
             [m["content"] for m in load_one(tmp_path, record)]
             for number, (record, (start, end)) in enumerate(zip(records, spans))
-            if number != changed and (first is None or end < first or start > last)
+            if number != changed
+            and (first is None or end < first or start > last)
+            and (first is None or first >= spans[0][0])
         ]
         kept = iter([m["content"] for m in conversation.messages] for conversation in found)
         for messages in untouched:

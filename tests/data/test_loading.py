@@ -482,3 +482,13 @@ class TestBoundedMemory:
         path = write(tmp_path, "a.json", b'[{"": ' * 200_000)
         ids, report = read(path)
         assert ids == [] and sum(report.damaged.values()) == 1
+
+
+def test_a_damaged_first_line_does_not_hide_the_others(tmp_path):
+    """Without the suffix .jsonl the layout is told by the text."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in RECORDS[:3]]
+    path = tmp_path / "chats.json"
+    path.write_text("\n".join([lines[0][:40] + '{"a":' * 500 + lines[0][40:], *lines[1:]]) + "\n")
+    report = LoadReport()
+    assert len(list(load_conversations(path, report=report))) == 2
+    assert sum(report.damaged.values()) == 1
