@@ -636,9 +636,7 @@ class SDPOTrainer(Trainer):
         if self.args.teacher_check and self.is_world_process_zero():
             check = self.check_teacher()
             if check is not None:
-                logger.info("%s", check)
-                if check.warning:
-                    logger.warning("teacher check: %s", check.warning)
+                logger.log(logging.WARNING if check.warning else logging.INFO, "%s", check)
         return super().train(*args, **kwargs)
 
 
