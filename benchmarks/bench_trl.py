@@ -1,6 +1,6 @@
 """A training step of TRL's SDPO trainer, patched and not: time and peak memory on the CPU.
 
-    python -m benchmarks.bench_trl --cases full-reverse topk
+    python benchmarks/bench_trl.py --cases full-reverse topk
 
 What is timed is ``compute_loss`` and the backward pass of one micro-batch that is already generated:
 student forward, teacher forward, loss, gradients; generation, rewards and the optimizer are TRL's either

@@ -54,6 +54,18 @@ class Head(NamedTuple):
     logit_scale: float = 1.0
 
 
+class PolicyGradient(NamedTuple):
+    """Another loss of the log-probs of tokens, by its gradient; both ``[...]``.
+
+    Attributes:
+        target_ids: -100 where a token has no part in it.
+        grad_logps: derivative of the loss in the log-prob of each target.
+    """
+
+    target_ids: Tensor
+    grad_logps: Tensor
+
+
 def distillation_loss(
     student: Tensor,
     teacher: Tensor | None,
@@ -71,6 +83,7 @@ def distillation_loss(
     old_logps: Tensor | None = None,
     is_clip: float | None = None,
     temperature: float = 1.0,
+    policy: PolicyGradient | None = None,
 ) -> SDPOLossOutput:
     """`sdpo_loss` (no ``head``) or `linear_sdpo_loss` (``head``) with TRL's tail.
 
@@ -79,11 +92,15 @@ def distillation_loss(
         target_ids: ``(...)``, -100 where a token does not count: its row is left out altogether.
         head: a `Head` or `fastsdpo.prefix.HeadParameters`.
         teacher_head: the same for the teacher; None is the student's.
+        policy: a second loss of the same hidden states, whose gradient joins this one's.
         others: as `sdpo_loss`.
     """
     shape = target_ids.shape
     if head is not None:
-        keep = (target_ids != IGNORE_INDEX).reshape(-1).nonzero().squeeze(-1)
+        counts = target_ids != IGNORE_INDEX
+        if policy is not None:
+            counts = counts | (policy.target_ids != IGNORE_INDEX)
+        keep = counts.reshape(-1).nonzero().squeeze(-1)
 
         def rows(tensor: Tensor | None, width: int = 0) -> Tensor | None:
             if tensor is None:
@@ -95,6 +112,8 @@ def distillation_loss(
         target_ids, weights, old_logps, teacher_logps = (
             rows(tensor) for tensor in (target_ids, weights, old_logps, teacher_logps)
         )  # type: ignore[assignment]
+        if policy is not None:
+            policy = PolicyGradient(*(rows(tensor) for tensor in policy))  # type: ignore[arg-type]
         if teacher_topk is not None:
             teacher_topk = tuple(rows(tensor, 1) for tensor in teacher_topk)  # type: ignore
 
@@ -103,8 +122,8 @@ def distillation_loss(
         "teacher_logps": teacher_logps, "teacher_topk": teacher_topk, "old_logps": old_logps,
         "is_clip": is_clip, "temperature": temperature, "add_tail": add_tail,
     }  # fmt: skip
-    if mode == "topk" and add_tail:
-        out = _topk_with_tail(student, teacher, target_ids, head, teacher_head, given)
+    if (mode == "topk" and add_tail) or policy is not None:
+        out = _own_loss(student, teacher, target_ids, head, teacher_head, policy, given)
     elif head is None:
         out = sdpo_loss(student, teacher, target_ids, **given)
     else:
@@ -173,6 +192,9 @@ class _Tokens(NamedTuple):
     old_logps: Tensor | None
     topk_ids: Tensor | None
     topk_logps: Tensor | None
+    teacher_logps: Tensor | None
+    policy_ids: Tensor | None
+    policy_grads: Tensor | None
 
     def chunk(self, rows: slice) -> _Tokens:
         return _Tokens(*(None if tensor is None else tensor[rows] for tensor in self))  # type: ignore
@@ -185,6 +207,39 @@ def _tile_loss(
 
     Writes the gradient of ``sum coef * per_token`` into ``grad``, which may be ``student``.
     """
+    if options.mode == "topk" and options.add_tail:
+        return _tail_tile_loss(student, teacher, tokens, options, grad)
+    kernels = implementation("divergence", options.backend)
+    given = (tokens.target_ids, tokens.weights, tokens.old_logps, options.is_clip or 0.0)
+    tail: tuple = (options.temperature, options.softcap, IGNORE_INDEX)
+    tail += () if grad is None else (grad,)
+    kind = "forward" if grad is None else "fused"
+    if options.mode == "sampled_token":
+        run = getattr(kernels, f"sampled_token_{kind}")
+        return run(student, teacher, tokens.teacher_logps, *given, *tail)[:4]
+    if options.mode == "full":
+        run = getattr(kernels, f"divergence_{kind}")
+        return run(student, teacher, *given, options.alpha, *tail)[:4]
+    run, support = getattr(kernels, f"topk_{kind}"), student_support(student, options.topk)
+    return run(student, teacher, support, None, *given, options.alpha, False, *tail)[:4]
+
+
+def _policy_gradient(logits: Tensor, tokens: _Tokens, options: Any, grad: Tensor) -> None:
+    """Writes the gradient of ``sum grad_logps * logps`` of a tile ``[1, N, V]`` into ``grad``."""
+    kernels = implementation("token_logps", options.backend)
+    scales = (options.temperature, options.softcap)
+    _, _, *stats = kernels.token_logps_forward(
+        logits, tokens.policy_ids, *scales, IGNORE_INDEX, False
+    )
+    kernels.token_logps_backward(
+        tokens.policy_grads, logits, tokens.policy_ids, *stats, *scales, IGNORE_INDEX, grad
+    )
+
+
+def _tail_tile_loss(
+    student: Tensor, teacher: Tensor | None, tokens: _Tokens, options: Any, grad: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_tile_loss` of top-k with a tail."""
     ids, ignored = tokens.target_ids, tokens.target_ids == IGNORE_INDEX
     scales = (options.temperature, options.softcap)
     kernels = implementation("token_logps", options.backend)
@@ -231,20 +286,23 @@ def _tile_loss(
 
 
 class _Options(NamedTuple):
+    mode: str
     alpha: float
     topk: int
+    add_tail: bool
     is_clip: float | None
     temperature: float
     softcap: float
     backend: str
 
 
-def _topk_with_tail(
+def _own_loss(
     student: Tensor,
     teacher: Tensor | None,
     target_ids: Tensor,
     head: Any,
     teacher_head: Any,
+    policy: PolicyGradient | None,
     given: dict[str, Any],
 ) -> SDPOLossOutput:
     name = "distillation_loss"
@@ -260,20 +318,26 @@ def _topk_with_tail(
     )  # fmt: skip
     probe = student.new_empty(0, dtype=student.dtype if weight is None else accumulation)
     options = _Options(
-        checked.alpha, checked.topk, checked.is_clip, checked.temperature / scale,
-        checked.softcap / scale, resolve_backend(name, "auto", probe),
+        checked.mode, checked.alpha, checked.topk, given["add_tail"], checked.is_clip,
+        checked.temperature / scale, checked.softcap / scale, resolve_backend(name, "auto", probe),
     )  # fmt: skip
     topk_logps = given["teacher_topk"] and given["teacher_topk"][1]
     if topk_logps is not None:  # unchanged: the tail's bound is ours to set
         topk_logps = topk_logps.detach().reshape(-1, checked.topk).to(accumulation)
-    rows = _Tokens(tokens.target_ids, tokens.weights, tokens.old_logps, tokens.topk_ids, topk_logps)
+    second: tuple = (None, None)
+    if policy is not None:
+        second = (policy.target_ids.contiguous(), policy.grad_logps.to(accumulation).contiguous())
+    rows = _Tokens(
+        tokens.target_ids, tokens.weights, tokens.old_logps, tokens.topk_ids, topk_logps,
+        tokens.teacher_logps, *second,
+    )  # fmt: skip
     found: Any
     if head is None:
         teacher = None if teacher is None else as_rows(teacher.detach())
         found = _LogitsTopK.apply(as_rows(student), teacher, rows, options)
     else:
         other = head if teacher_head is None else teacher_head
-        found = _LinearTopK.apply(
+        found = _LinearLoss.apply(
             student, None if teacher is None else teacher.detach(), weight, head.bias,
             other.weight, other.bias, rows, options,
         )  # fmt: skip
@@ -305,7 +369,7 @@ class _LogitsTopK(torch.autograd.Function):
         return None if grad_loss is None else grad * grad_loss, None, None, None
 
 
-class _LinearTopK(torch.autograd.Function):
+class _LinearLoss(torch.autograd.Function):
     """In chunks of tokens, 4 GEMMs, as `fastsdpo.ops.linear.linear_sdpo_op` does it."""
 
     @staticmethod
@@ -327,9 +391,15 @@ class _LinearTopK(torch.autograd.Function):
         teacher_head = head if shared else _Head(teacher_weight, teacher_bias, operand)
         need_hidden, need_weight, need_bias = (ctx.needs_input_grad[i] for i in (0, 2, 3))
         need = need_hidden or need_weight or need_bias
-        scale = _gradient_scale(tokens.weights, operand) if need else None
+        slopes = tokens.weights
+        if tokens.policy_grads is not None:
+            slopes = torch.cat([slopes, tokens.policy_grads])
+        scale = _gradient_scale(slopes, operand) if need else None
         if scale is not None:
-            tokens = tokens._replace(weights=tokens.weights * scale)
+            tokens = tokens._replace(
+                weights=tokens.weights * scale,
+                policy_grads=None if tokens.policy_grads is None else tokens.policy_grads * scale,
+            )
 
         per_token, coef, student_logps, teacher_logps = tokens.weights.new_zeros(4, n).unbind()
         grad_hidden = torch.empty_like(student, dtype=accumulation) if need_hidden else None
@@ -338,6 +408,9 @@ class _LinearTopK(torch.autograd.Function):
         chunk = max(1, default_chunk_size(n, vocabulary, student.device))
         tiles = student.new_empty(2, min(chunk, n), vocabulary, dtype=tile_dtype)
         grad_tile = tiles[0] if tile_dtype == operand else tiles[0].to(operand)
+        second_tile = None
+        if need and tokens.policy_grads is not None:
+            second_tile = torch.empty_like(grad_tile)
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
             size = rows.stop - start
@@ -348,11 +421,13 @@ class _LinearTopK(torch.autograd.Function):
                 z_teacher = tiles[1, :size]
                 teacher_head.logits(teacher[rows].to(operand), z_teacher)
                 z_teacher = z_teacher[None]
-            grad = grad_tile[:size]
-            found = _tile_loss(
-                z[None], z_teacher, tokens.chunk(rows), options, grad[None] if need else None
-            )
+            grad, part = grad_tile[:size], tokens.chunk(rows)
+            if second_tile is not None:  # first, as the other may overwrite the logits
+                _policy_gradient(z[None], part, options, second_tile[None, :size])
+            found = _tile_loss(z[None], z_teacher, part, options, grad[None] if need else None)
             per_token[rows], coef[rows], student_logps[rows], teacher_logps[rows] = found
+            if second_tile is not None:
+                grad += second_tile[:size]
             if grad_hidden is not None:
                 head.hidden_gradient(grad, grad_hidden[rows])
             if grad_weight is not None:
@@ -385,3 +460,19 @@ class _LinearTopK(torch.autograd.Function):
 def targets_where(mask: Tensor, target_ids: Tensor) -> Tensor:
     """``target_ids`` with -100 where ``mask`` is 0."""
     return target_ids.masked_fill(mask == 0, IGNORE_INDEX)
+
+
+def policy_gradient_loss(
+    student: Tensor, head: Any, policy: PolicyGradient, temperature: float
+) -> Tensor:
+    """0, with the gradient ``grad_logps`` in the log-probs of the targets, to hidden states and head.
+
+    The gradient is formed in the forward pass: 3 GEMMs, where log-probs that are differentiated
+    afterwards take 4, and need the head again.
+    """
+    none = torch.full_like(policy.target_ids, IGNORE_INDEX)
+    zeros = torch.zeros(none.shape, device=none.device)
+    return distillation_loss(
+        student, None, none, head=head, mode="sampled_token", alpha=1.0, temperature=temperature,
+        teacher_logps=zeros, weights=zeros, policy=policy,
+    ).loss  # fmt: skip

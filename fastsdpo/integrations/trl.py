@@ -24,6 +24,7 @@ import inspect
 import logging
 import types
 import warnings
+from collections import defaultdict
 from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
@@ -55,7 +56,13 @@ with warnings.catch_warnings():
 from accelerate.utils import is_peft_model
 from trl.trainer import distillation_trainer as _distillation
 
-from fastsdpo.integrations._losses import Head, distillation_loss, targets_where
+from fastsdpo.integrations._losses import (
+    Head,
+    PolicyGradient,
+    distillation_loss,
+    policy_gradient_loss,
+    targets_where,
+)
 from fastsdpo.integrations.transformers import (
     gathered_head,
     is_partitioned,
@@ -162,10 +169,6 @@ def _why_not_hidden(trainer: Any, model: nn.Module) -> str | None:
     separate = unwrap(teacher) is not unwrap(model)
     if separate and trainer.is_fsdp_enabled:
         return "FSDP frees the separate teacher's head after its forward pass"
-    if trainer.args.distillation_weight != 1.0 and is_partitioned(model):
-        return (
-            "the policy loss needs the head in the backward pass, where DeepSpeed ZeRO-3 freed it"
-        )
     for checked, role in ((model, "model"), (teacher, "teacher"))[: 2 if separate else 1]:
         right, reason = _check_head(checked)
         if not right:
@@ -211,27 +214,32 @@ def _from_hidden(trainer: Any, model: nn.Module) -> bool:
 
 
 class _Found(NamedTuple):
-    """What comes out of the student's forward pass; None for a term that the loss does not have."""
+    """What comes out of the student's forward pass.
 
-    distillation: Tensor | None
+    Attributes:
+        loss: distillation_weight times the distillation loss; its gradient is that of the whole loss.
+        distillation_mean: the metric; None without a distillation loss.
+        policy_logps: ``[B, T]`` detached, what the policy loss is computed from; None without one.
+    """
+
+    loss: Tensor
     distillation_mean: Tensor | None
-    student_logps: Tensor | None  # [B, T], with a gradient
+    policy_logps: Tensor | None
 
 
 def _compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
     if return_outputs or not _from_hidden(self, model):
         return _TRL["compute_loss"](self, model, inputs, return_outputs, num_items_in_batch)
-    weight = self.args.distillation_weight
     found = _hidden_pass(self, model, inputs)
-    loss: Any = 0.0
+    loss = found.loss
     # After the forward pass: these gather metrics over the processes.
-    if found.student_logps is not None:
-        loss = (1 - weight) * self._compute_policy_loss(inputs, _GivenLogps(found.student_logps))
-    if found.distillation is not None:
+    if found.policy_logps is not None:
+        policy = self._compute_policy_loss(inputs, _GivenLogps(found.policy_logps))
+        loss = loss + (1 - self.args.distillation_weight) * policy
+    if found.distillation_mean is not None:
         mode = "train" if model.training else "eval"
         mean = self.accelerator.gather(found.distillation_mean).mean().item()
         self._log_self_distillation_metric(mode, mean)
-        loss = loss + weight * found.distillation
     return loss / (self.current_gradient_accumulation_steps if self.model.training else 1.0)
 
 
@@ -251,19 +259,21 @@ def _hidden_pass(trainer: Any, model: nn.Module, inputs: dict[str, Any]) -> _Fou
         separate = unwrap(trainer.teacher_model) is not unwrap(model)
         with gathered_head(model, *([trainer.teacher_model] if separate else [])):
             head = head_parameters(model)
+            if teacher_head is not None and teacher_head.weight is head.weight:
+                teacher_head = None
             device = head.weight.device
-            logps = loss = mean = None
+            student = student.to(device)
+            logps = policy = None
             if args.distillation_weight < 1:
-                # Every token, padding too, as TRL: sequence-level ratios are its business.
-                (logps,) = label_logps(student, head, ids, trainer.temperature)
-            if teacher is not None:
-                if teacher_head is None or teacher_head.weight is head.weight:
-                    teacher_head = None
-                loss, mean = _distillation_terms(
-                    trainer, student.to(device), teacher.to(device), ids.to(device),
-                    mask.to(device), inputs.get("old_per_token_logps"), head, teacher_head,
-                    trainer.temperature,
-                )  # fmt: skip
+                logps, policy = _policy_terms(trainer, student, inputs, head)
+                if teacher is None:
+                    loss = policy_gradient_loss(student, head, policy, trainer.temperature)
+                    return _Found(loss, None, logps)
+            assert teacher is not None
+            loss, mean = _distillation_terms(
+                trainer, student, teacher.to(device), ids.to(device), mask.to(device),
+                inputs.get("old_per_token_logps"), head, teacher_head, trainer.temperature, policy,
+            )  # fmt: skip
         return _Found(loss, mean, logps)
 
     given = {
@@ -272,6 +282,42 @@ def _hidden_pass(trainer: Any, model: nn.Module, inputs: dict[str, Any]) -> _Fou
         "use_cache": False,
     }
     return run_inside(model, body, given)
+
+
+def _policy_terms(
+    trainer: Any, student: Tensor, inputs: dict[str, Any], head: Any
+) -> tuple[Tensor, PolicyGradient]:
+    """Log-probs of the completion, and the gradient in them of ``(1 - w)`` times TRL's policy loss.
+
+    On the batch's own policy (no old log-probs) the loss depends on differences that are 0, so the
+    log-probs need not be known.
+    """
+    targets = targets_where(inputs["completion_mask"], inputs["completion_ids"])
+    old_logps = inputs.get("old_per_token_logps")
+    if old_logps is None:
+        logps = torch.zeros(targets.shape, device=targets.device)
+    else:
+        with torch.no_grad():
+            (logps,) = label_logps(student, head, targets, trainer.temperature)
+        # Padding: a ratio of 1, which the mask then removes; its own ratio could be infinite.
+        logps = torch.where(targets < 0, old_logps, logps.to(targets.device))
+    with torch.enable_grad():
+        leaf = logps.clone().requires_grad_()
+        loss = _policy_loss_from_logps(_Quiet(trainer), inputs, leaf)
+        (grad,) = torch.autograd.grad((1 - trainer.args.distillation_weight) * loss, leaf)
+    return logps, PolicyGradient(targets.to(student.device), grad.to(student.device))
+
+
+class _Quiet:
+    """A trainer whose metrics go nowhere: TRL's policy loss gathers one over the processes."""
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+        self.accelerator = types.SimpleNamespace(gather=lambda tensor: tensor)
+        self._metrics = defaultdict(lambda: defaultdict(list))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)
 
 
 def _teacher_states(
@@ -318,8 +364,12 @@ def _distillation_terms(
     head: Any,
     teacher_head: Any,
     temperature: float,
+    policy: PolicyGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, a mean over tokens and then over *all* sequences, and the mean over tokens."""
+    """The loss, a mean over tokens and then over *all* sequences, and the mean over tokens.
+
+    With ``policy`` the loss is times distillation_weight, and its gradient the sum of both.
+    """
     args = trainer.args
     mode = MODES.get(args.distillation_mode)
     if mode is None:
@@ -342,10 +392,14 @@ def _distillation_terms(
         alpha=args.distillation_alpha,
         topk=args.distillation_topk if mode == "topk" else None,
         add_tail=args.distillation_add_tail,
-        weights=mask / tokens / mask.shape[0],
+        weights=mask
+        / tokens
+        / mask.shape[0]
+        * (1.0 if policy is None else args.distillation_weight),
         old_logps=old_logps,
         is_clip=clip,
         temperature=temperature,
+        policy=policy,
     )
     per_token = out.per_token_loss
     if old_logps is not None:
