@@ -3,15 +3,17 @@
 A row. One program owns one row. Elements of a row lie at ``ptr + offset + v``; the kernel walks over
 the part between the first and the last 16-byte boundary inside the row in tiles of LANES x VEC
 elements, 16 bytes per access whatever V and the strides are, and takes the at most 2 (A - 1)
-elements outside it (A = elements per 16 bytes, or 8) in one narrow access, the "edge". The pointers
-that come in are 16-byte aligned; what is lost to that is in the row's ``shift``.
+elements outside it (A = 8 elements) in one narrow access, the "edge". The pointers that come in are
+16-byte aligned; what is lost to that is in the row's ``shift``.
 
-Statistics. Each of the LANES x num_warps threads keeps its own running maximum and sums; lanes are
-reduced once per segment, so the loops hold no barrier and no shuffle. A row has a fixed number of
-segments (a function of V alone), added up in order. For few rows a segment is a program of its own
-and a second launch adds them up in the same order: the same bits.
+Statistics. A lane is the VEC elements of one 16-byte access and lives in one thread. Each lane keeps
+its own running maximum and sums; lanes are reduced once per segment, so the loops hold no barrier
+and no shuffle. A row has a fixed number of segments (a function of V alone), added up in order. For
+few rows a segment is a program of its own and a second launch adds them up in the same order: the
+same bits.
 
 Everything is float32 and in units of log2: a weight is 2^((c - max) k), k = log2(e) / temperature.
+Maxima start at the lowest finite float32: c - max is then -inf for a masked token, and never NaN.
 """
 
 from __future__ import annotations
@@ -25,23 +27,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 4096 elements a tile over 8 warps: 16 elements per thread, 32 to 64 registers, no spills on any
-# target of the compile matrix; per-thread loads of 8 elements are one (bf16) or two (float32)
-# 16-byte accesses. Overridable for experiments.
-LANES = int(os.environ.get("FASTSDPO_TRITON_LANES", "512"))
-VEC = 8
+# Launch parameters, the same on every machine. 8 warps, and per thread and tile 16 elements; 8 where
+# the arithmetic needs the registers: two tensors at once, a softcap, top-k with its gradient. Within
+# 64 registers (4 programs of 8 warps per processor) that is what compiles with the fewest spills.
 NUM_WARPS = int(os.environ.get("FASTSDPO_TRITON_WARPS", "8"))
-TILE = LANES * VEC
-MAX_SEGMENTS = 8
-TILES_PER_SEGMENT = 4
+ELEMENTS = int(os.environ.get("FASTSDPO_TRITON_ELEMENTS", "16"))
+MAX_REGISTERS = 64
 ALIGNMENT = 8  # elements; 16 bytes of a 2-byte dtype, 32 bytes of float32
+SEGMENTS, TILES_PER_SEGMENT = 8, 4
+MAX_TILES_PER_SEGMENT = (
+    32  # one bit each, where top-k marks the tiles that hold a token of the support
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-# tl.log2 expands to about 30 instructions for subnormals and rounding; the hardware's approximation
-# is 2^-22 relative. It is inline assembly: not in the interpreter, not on AMD.
-FAST_LOG2 = not INTERPRETED and torch.version.hip is None
+# What only NVIDIA's compiler takes, as inline assembly: an approximate log2 (2^-22 relative; tl.log2
+# expands to about 30 instructions for subnormals and rounding), and two bfloat16 widened by two
+# instructions instead of three.
+FAST = not INTERPRETED and torch.version.hip is None
 
 NEG_INF = tl.constexpr(float("-inf"))
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -57,15 +62,9 @@ RUNTIME = (
 
 
 @triton.jit
-def finite(m):
-    """A maximum of -inf (nothing seen yet) as 0, so that c - max is -inf and never NaN."""
-    return tl.where(m == NEG_INF, 0.0, m)
-
-
-@triton.jit
 def times(weight, value):
     """weight * value with 0 * anything = 0; NaN in the weight stays."""
-    return tl.where(weight == 0.0, 0.0, weight * value)
+    return weight * tl.where(weight == 0.0, 0.0, value)
 
 
 @triton.jit
@@ -79,17 +78,27 @@ def log2(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def widen(z, FAST: tl.constexpr):
+    """A loaded tile in float32."""
+    if FAST and z.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [z], dtype=tl.float32,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return z.to(tl.float32)
+
+
+@triton.jit
 def capped(z, cap, HAS_CAP: tl.constexpr):
     """c = cap * tanh(z / cap); -inf stays -inf. tanh by exp2, near 0 by its series."""
     if HAS_CAP:
-        x = z / cap
-        y = tl.minimum(tl.maximum(x, -20.0), 20.0)
-        e = tl.exp2(y * (2.0 * LOG2E))
-        far = 1.0 - 2.0 / (1.0 + e)
-        s = y * y
-        near = y * (1.0 + s * (-0.3333333333 + s * (0.1333333333 + s * -0.0539682540)))
-        # min and max drop NaN on some targets: put it back.
-        t = tl.where(x != x, x, tl.where(s < 0.04, near, far))
+        x = z * (1.0 / cap)
+        # 2^large is inf and 2^-large is 0: the ends are 1 and -1 without a clamp.
+        far = 1.0 - 2.0 * (1.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E))))
+        s = x * x
+        near = x + x * (s * (-0.3333333333 + s * (0.1333333333 + s * -0.0539682540)))
+        t = tl.where(s < 0.04, near, far)
         return tl.where(z == NEG_INF, z, cap * t)
     else:
         return z
@@ -99,7 +108,7 @@ def capped(z, cap, HAS_CAP: tl.constexpr):
 def slope(c, cap, HAS_CAP: tl.constexpr):
     """dc/dz, 0 for a masked token."""
     if HAS_CAP:
-        t = c / cap
+        t = c * (1.0 / cap)
         return tl.where(c == NEG_INF, 0.0, 1.0 - t * t)
     else:
         return 1.0
@@ -107,8 +116,18 @@ def slope(c, cap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def load_c(ptr, mask, cap, HAS_CAP: tl.constexpr):
-    z = tl.load(ptr, mask=mask, other=NEG_INF).to(tl.float32)
-    return capped(z, cap, HAS_CAP)
+    """Capped logits, -inf outside the mask: single ones, and edges."""
+    return capped(tl.load(ptr, mask=mask, other=NEG_INF).to(tl.float32), cap, HAS_CAP)
+
+
+@triton.jit
+def load_tile(ptr, mask, cap, HAS_CAP: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr):
+    """Capped logits of a tile; without MASKED all of it is inside the row."""
+    if MASKED:
+        z = tl.load(ptr, mask=mask, other=NEG_INF)
+    else:
+        z = tl.load(ptr)
+    return capped(widen(z, FAST), cap, HAS_CAP)
 
 
 @triton.jit
@@ -155,11 +174,38 @@ def tile_positions(LANES: tl.constexpr, VEC: tl.constexpr):
 def merge(m, z, e, m2, z2, e2, k):
     """Two partial (max, sum of weights, sum of weights x (c - max)) as one."""
     top = tl.maximum(m, m2)
-    f = finite(top)
-    a = tl.exp2((m - f) * k)
-    b = tl.exp2((m2 - f) * k)
-    e = times(a, e + times(z, m - f)) + times(b, e2 + times(z2, m2 - f))
+    a = tl.exp2((m - top) * k)
+    b = tl.exp2((m2 - top) * k)
+    e = times(a, e + times(z, m - top)) + times(b, e2 + times(z2, m2 - top))
     return top, z * a + z2 * b, e
+
+
+@triton.jit
+def absorb(x, m, z, e, k, ENTROPY: tl.constexpr):
+    """A tile [LANES, VEC] into the lanes' (max, sum, sum x (c - max))."""
+    top = tl.maximum(m, tl.max(x, 1))
+    a = tl.exp2((m - top) * k)
+    d = x - top[:, None]
+    w = tl.exp2(d * k)
+    if ENTROPY:  # d is at most 0, and -inf only where w is 0
+        e = times(a, e + times(z, m - top)) + tl.sum(w * tl.maximum(d, LOWEST), 1)
+    return top, z * a + tl.sum(w, 1), e
+
+
+@triton.jit
+def skipped_lanes(
+    ids, skip_ptr, begin, end, lead, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Per lane, bit t set where it holds an id of the support in tile t of elements [begin, end)."""
+    lane = tl.arange(0, LANES)
+    lanes = tl.zeros([LANES], tl.int32)
+    from_id = tl.sum((ids < lead + begin).to(tl.int32), 0)
+    to_id = tl.sum((ids < lead + end).to(tl.int32), 0)
+    for j in range(from_id, to_id):
+        at = (tl.load(skip_ptr + j) - lead - begin).to(tl.int32)
+        bit = tl.full([], 1, tl.int32) << (at // (LANES * VEC))
+        lanes = lanes | tl.where(lane == at % (LANES * VEC) // VEC, bit, 0)
+    return lanes
 
 
 @triton.jit
@@ -167,75 +213,91 @@ def row_partial(
     ptr, offset, vocabulary, first_segment, last_segment, tiles_per_segment, k, cap,
     skip_ptr, topk,
     HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, SKIP: tl.constexpr, KP: tl.constexpr,
-    A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    FAST: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """(max, sum, sum x (c - max)) over segments [first, last) of a row; the edge counts as segment 0's.
 
-    SKIP leaves out the ``topk`` ids at ``skip_ptr``, which are sorted.
+    SKIP leaves out the ``topk`` sorted ids at ``skip_ptr``: in the edge each by itself, in the tiles
+    with their whole lanes, whose other elements `skipped_rest` adds.
     """
     first, last = aligned_part(offset, vocabulary, A)
-    m = tl.full([], float("-inf"), tl.float32)
+    n = whole_pieces((last - first).to(tl.int32), A)
+    start = ptr + whole_pieces(first, A)
+    lead = (first - offset).to(tl.int32)
+    at = tile_positions(LANES, VEC)
+    ids = tl.full([KP], -1, tl.int32)
+    if SKIP:
+        slot = tl.arange(0, KP)
+        ids = tl.load(skip_ptr + slot, mask=slot < topk, other=2**31 - 1).to(tl.int32)
+    m = tl.full([], LOWEST, tl.float32)
     z = tl.full([], 0.0, tl.float32)
     e = tl.full([], 0.0, tl.float32)
     if first_segment == 0:
         v, edge = edge_positions(offset, first, last, vocabulary, A)
         if SKIP:
-            j = tl.arange(0, KP)
-            ids = tl.load(skip_ptr + j, mask=j < topk, other=-1)
-            hit = tl.sum((ids[:, None] == v[None, :]).to(tl.int32), 0) > 0
+            hit = tl.sum((ids[:, None] == v[None, :]).to(tl.int32), 0)
             edge = edge & (hit == 0)
         x = load_c(ptr + offset + v, edge, cap, HAS_CAP)
-        m = tl.max(x, 0)
-        w = tl.exp2((x - finite(m)) * k)
+        m = tl.maximum(tl.max(x, 0), LOWEST)
+        d = x - m
+        w = tl.exp2(d * k)
         z = tl.sum(w, 0)
         if ENTROPY:
-            e = tl.sum(times(w, x - finite(m)), 0)
-    n = whole_pieces((last - first).to(tl.int32), A)
-    start = ptr + whole_pieces(first, A)
-    lead = (first - offset).to(tl.int32)
-    at = tile_positions(LANES, VEC)
+            e = tl.sum(w * tl.maximum(d, LOWEST), 0)
     for segment in range(first_segment, last_segment):
-        lm = tl.full([LANES], float("-inf"), tl.float32)
+        lm = tl.full([LANES], LOWEST, tl.float32)
         lz = tl.zeros([LANES], tl.float32)
         le = tl.zeros([LANES], tl.float32)
         begin = segment * tiles_per_segment * (LANES * VEC)
         end = tl.minimum(begin + tiles_per_segment * (LANES * VEC), n)
-        following = 0
         if SKIP:
-            while (following < topk) & (
-                tl.load(skip_ptr + following, mask=following < topk, other=0) < lead + begin
-            ):
-                following += 1
-        for o in range(begin, end, LANES * VEC):
-            c = o + at
-            mask = c < n
-            if SKIP:
-                keep = mask
-                while (following < topk) & (
-                    tl.load(skip_ptr + following, mask=following < topk, other=0)
-                    < lead + o + LANES * VEC
-                ):
-                    keep = keep & (c + lead != tl.load(skip_ptr + following))
-                    following += 1
-                x = load_c(start + c, mask, cap, HAS_CAP)
-                x = tl.where(keep, x, NEG_INF)
-            else:
-                x = load_c(start + c, mask, cap, HAS_CAP)
-            top = tl.maximum(lm, tl.max(x, 1))
-            f = finite(top)
-            a = tl.exp2((lm - f) * k)
-            w = tl.exp2((x - f[:, None]) * k)
-            if ENTROPY:
-                le = times(a, le + times(lz, lm - f)) + tl.sum(times(w, x - f[:, None]), 1)
-            lz = lz * a + tl.sum(w, 1)
-            lm = top
+            skip = skipped_lanes(ids, skip_ptr, begin, end, lead, LANES, VEC)
+            for o in range(begin, end, LANES * VEC):
+                keep = ((skip & 1) == 0)[:, None] & (o + at < n)
+                x = load_tile(start + o + at, keep, cap, HAS_CAP, True, FAST)
+                lm, lz, le = absorb(x, lm, lz, le, k, False)
+                skip = skip >> 1
+        else:
+            whole = begin + tl.maximum(end - begin, 0) // (LANES * VEC) * (LANES * VEC)
+            for o in range(begin, whole, LANES * VEC):
+                x = load_tile(start + o + at, None, cap, HAS_CAP, False, FAST)
+                lm, lz, le = absorb(x, lm, lz, le, k, ENTROPY)
+            if whole < end:
+                x = load_tile(start + whole + at, whole + at < n, cap, HAS_CAP, True, FAST)
+                lm, lz, le = absorb(x, lm, lz, le, k, ENTROPY)
         top = tl.max(lm, 0)
-        f = finite(top)
-        a = tl.exp2((lm - f) * k)
+        a = tl.exp2((lm - top) * k)
         if ENTROPY:
-            le = times(a, le + times(lz, lm - f))
+            le = times(a, le + times(lz, lm - top))
         m, z, e = merge(m, z, e, top, tl.sum(lz * a, 0), tl.sum(le, 0), k)
     return m, z, e
+
+
+@triton.jit
+def skipped_rest(
+    ptr, offset, vocabulary, m, z, k, cap, skip_ptr, topk,
+    HAS_CAP: tl.constexpr, A: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """(max, sum) with the elements outside the support of the lanes that `row_partial` skipped."""
+    first, last = aligned_part(offset, vocabulary, A)
+    lead = first - offset
+    n = last - first
+    for begin in range(0, topk, 32):
+        j = begin + tl.arange(0, 32)
+        id = tl.load(skip_ptr + j, mask=j < topk, other=-1) - lead
+        before = tl.load(skip_ptr + j - 1, mask=(j > 0) & (j < topk), other=-1) - lead
+        # A lane counts once, for the first of its ids. (Division rounds towards 0.)
+        keep = (j < topk) & (id >= 0) & (id < n) & ((before < 0) | (before // VEC != id // VEC))
+        at = (id // VEC * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+        inside = at < 0
+        for further in tl.static_range(VEC):
+            other = tl.load(skip_ptr + j + further, mask=j + further < topk, other=-1) - lead
+            inside = inside | (at == other[:, None])
+        x = load_c(ptr + first + at, keep[:, None] & (inside == 0), cap, HAS_CAP)
+        top = tl.maximum(m, tl.max(tl.max(x, 1), 0))
+        z = z * tl.exp2((m - top) * k) + tl.sum(tl.sum(tl.exp2((x - top) * k), 1), 0)
+        m = top
+    return m, z
 
 
 @triton.jit
@@ -294,11 +356,11 @@ def same_phase(*rows: Rows) -> bool:
     return all(r.aligned for r in rows) and len({r.phase() for r in rows}) == 1
 
 
-def segments_of(vocabulary: int) -> tuple[int, int]:
+def segments_of(vocabulary: int, tile: int) -> tuple[int, int]:
     """(number of segments, tiles per segment) of a row: by V alone, so that sums never differ."""
-    tiles = -(-vocabulary // TILE)
-    segments = max(1, min(MAX_SEGMENTS, tiles // TILES_PER_SEGMENT))
-    tiles_per_segment = -(-tiles // segments)
+    tiles = -(-vocabulary // tile)
+    segments = max(1, min(SEGMENTS, tiles // TILES_PER_SEGMENT))
+    tiles_per_segment = min(-(-tiles // segments), MAX_TILES_PER_SEGMENT)
     return -(-tiles // tiles_per_segment), tiles_per_segment
 
 
@@ -327,4 +389,15 @@ def scale_of(temperature: float) -> float:
     return LOG2E.value / temperature
 
 
-LAUNCH = {"LANES": LANES, "VEC": VEC, "A": ALIGNMENT, "num_warps": NUM_WARPS}
+def launch(*element_sizes: int, heavy: bool = False) -> dict[str, Any]:
+    """Tile shape and warps for tensors of these element sizes; ``heavy`` halves the tile."""
+    vec = 16 // min(element_sizes)  # a lane is one 16-byte access of the narrowest
+    elements = ELEMENTS // 2 if heavy else ELEMENTS
+    lanes = elements * 32 * NUM_WARPS // vec
+    options = {"LANES": lanes, "VEC": vec, "A": ALIGNMENT, "FAST": FAST, "num_warps": NUM_WARPS}
+    # The compiler's own choice is now and then 32 registers and a spill.
+    return {**options, "maxnreg": MAX_REGISTERS} if FAST else options
+
+
+def tile_of(options: dict[str, Any]) -> int:
+    return options["LANES"] * options["VEC"]

@@ -20,17 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsdpo.ops._triton_common import (
-    FAST_LOG2,
-    LAUNCH,
     LN2,
     LOG2E,
+    LOWEST,
     NEG_INF,
     RUNTIME,
     aligned_part,
     coefficient,
     edge_positions,
-    finite,
+    launch,
     load_c,
+    load_tile,
     log2,
     log_prob,
     merge,
@@ -41,14 +41,25 @@ from fastsdpo.ops._triton_common import (
     same_phase,
     scale_of,
     segments_of,
+    skipped_rest,
     slope,
     splits_rows,
+    tile_of,
     tile_positions,
     times,
     whole_pieces,
 )
 from fastsdpo.ops.token_logps import _triton as token_kernels
-from fastsdpo.ops.token_logps._triton import FINISH, PARTIAL, WHOLE, gradient_grid, zero_tile
+from fastsdpo.ops.token_logps._triton import (
+    FINISH,
+    PARTIAL,
+    WHOLE,
+    beside,
+    gradient_bounds,
+    gradient_grid,
+    store_tile,
+    zero_tile,
+)
 
 FORWARD_KL, REVERSE_KL, JSD = 0, 1, 2
 
@@ -62,10 +73,10 @@ def merge_pair(sm, sz, tm, tz, d, sm2, sz2, tm2, tz2, d2, k, MODE: tl.constexpr)
     """
     s_top = tl.maximum(sm, sm2)
     t_top = tl.maximum(tm, tm2)
-    a = tl.exp2((sm - finite(s_top)) * k)
-    b = tl.exp2((sm2 - finite(s_top)) * k)
-    p = tl.exp2((tm - finite(t_top)) * k)
-    q = tl.exp2((tm2 - finite(t_top)) * k)
+    a = tl.exp2((sm - s_top) * k)
+    b = tl.exp2((sm2 - s_top) * k)
+    p = tl.exp2((tm - t_top) * k)
+    q = tl.exp2((tm2 - t_top) * k)
     if MODE == 0:
         d = times(p, d) + times(q, d2)
     if MODE == 1:
@@ -75,7 +86,7 @@ def merge_pair(sm, sz, tm, tz, d, sm2, sz2, tm2, tz2, d2, k, MODE: tl.constexpr)
 
 @triton.jit
 def pair_terms(x, y, s_top, t_top, k, MODE: tl.constexpr):
-    """(student's weights, teacher's weights, their KL terms) of a tile, for given maxima."""
+    """(student's weights, teacher's weights, their KL terms) for given maxima."""
     ws = tl.exp2((x - s_top) * k)
     wt = tl.exp2((y - t_top) * k)
     d = ws
@@ -87,66 +98,69 @@ def pair_terms(x, y, s_top, t_top, k, MODE: tl.constexpr):
 
 
 @triton.jit
+def absorb_pair(x, y, sm, sz, tm, tz, d, k, MODE: tl.constexpr):
+    """Tiles [LANES, VEC] of both rows into the lanes' statistics."""
+    s_top = tl.maximum(sm, tl.max(x, 1))
+    t_top = tl.maximum(tm, tl.max(y, 1))
+    a = tl.exp2((sm - s_top) * k)
+    p = tl.exp2((tm - t_top) * k)
+    ws, wt, terms = pair_terms(x, y, s_top[:, None], t_top[:, None], k, MODE)
+    if MODE == 0:
+        d = times(p, d) + tl.sum(terms, 1)
+    if MODE == 1:
+        d = times(a, d) + tl.sum(terms, 1)
+    return s_top, sz * a + tl.sum(ws, 1), t_top, tz * p + tl.sum(wt, 1), d
+
+
+@triton.jit
 def pair_partial(
     s_ptr, s_offset, t_ptr, t_offset, vocabulary, first_segment, last_segment, tiles_per_segment, k, cap,
-    HAS_CAP: tl.constexpr, MODE: tl.constexpr, SAME: tl.constexpr, A: tl.constexpr,
-    LANES: tl.constexpr, VEC: tl.constexpr,
+    HAS_CAP: tl.constexpr, MODE: tl.constexpr, SAME: tl.constexpr, FAST: tl.constexpr,
+    A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Joint statistics of student and teacher over segments [first, last) of a row."""
     first, last = aligned_part(s_offset, vocabulary, A)
-    sm = tl.full([], float("-inf"), tl.float32)
+    sm = tl.full([], LOWEST, tl.float32)
     sz = tl.full([], 0.0, tl.float32)
-    tm = tl.full([], float("-inf"), tl.float32)
+    tm = tl.full([], LOWEST, tl.float32)
     tz = tl.full([], 0.0, tl.float32)
     d = tl.full([], 0.0, tl.float32)
     if first_segment == 0:
         v, edge = edge_positions(s_offset, first, last, vocabulary, A)
-        x_edge = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP)
-        y_edge = load_c(t_ptr + t_offset + v, edge, cap, HAS_CAP)
-        sm = tl.max(x_edge, 0)
-        tm = tl.max(y_edge, 0)
-        s_edge, t_edge, d_edge = pair_terms(x_edge, y_edge, finite(sm), finite(tm), k, MODE)
+        x = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP)
+        y = load_c(t_ptr + t_offset + v, edge, cap, HAS_CAP)
+        sm = tl.maximum(tl.max(x, 0), LOWEST)
+        tm = tl.maximum(tl.max(y, 0), LOWEST)
+        s_edge, t_edge, d_edge = pair_terms(x, y, sm, tm, k, MODE)
         sz = tl.sum(s_edge, 0)
         tz = tl.sum(t_edge, 0)
         d = tl.sum(d_edge, 0)
     n = whole_pieces((last - first).to(tl.int32), A)
-    t_first = t_offset + (first - s_offset)
-    if SAME:
-        t_first = whole_pieces(t_first, A)
     s_start = s_ptr + whole_pieces(first, A)
-    t_start = t_ptr + t_first
+    t_start = t_ptr + beside(t_offset, (first - s_offset).to(tl.int32), SAME, A)
     at = tile_positions(LANES, VEC)
     for segment in range(first_segment, last_segment):
-        lsm = tl.full([LANES], float("-inf"), tl.float32)
-        ltm = tl.full([LANES], float("-inf"), tl.float32)
+        lsm = tl.full([LANES], LOWEST, tl.float32)
+        ltm = tl.full([LANES], LOWEST, tl.float32)
         lsz = tl.zeros([LANES], tl.float32)
         ltz = tl.zeros([LANES], tl.float32)
         ld = tl.zeros([LANES], tl.float32)
         begin = segment * tiles_per_segment * (LANES * VEC)
         end = tl.minimum(begin + tiles_per_segment * (LANES * VEC), n)
-        for o in range(begin, end, LANES * VEC):
-            c = o + at
-            x = load_c(s_start + c, c < n, cap, HAS_CAP)
-            y = load_c(t_start + c, c < n, cap, HAS_CAP)
-            s_top = tl.maximum(lsm, tl.max(x, 1))
-            t_top = tl.maximum(ltm, tl.max(y, 1))
-            a = tl.exp2((lsm - finite(s_top)) * k)
-            p = tl.exp2((ltm - finite(t_top)) * k)
-            ws, wt, terms = pair_terms(
-                x, y, finite(s_top)[:, None], finite(t_top)[:, None], k, MODE
-            )
-            lsz = lsz * a + tl.sum(ws, 1)
-            ltz = ltz * p + tl.sum(wt, 1)
-            if MODE == 0:
-                ld = times(p, ld) + tl.sum(terms, 1)
-            if MODE == 1:
-                ld = times(a, ld) + tl.sum(terms, 1)
-            lsm = s_top
-            ltm = t_top
+        whole = begin + tl.maximum(end - begin, 0) // (LANES * VEC) * (LANES * VEC)
+        for o in range(begin, whole, LANES * VEC):
+            xs = load_tile(s_start + o + at, None, cap, HAS_CAP, False, FAST)
+            ys = load_tile(t_start + o + at, None, cap, HAS_CAP, False, FAST)
+            lsm, lsz, ltm, ltz, ld = absorb_pair(xs, ys, lsm, lsz, ltm, ltz, ld, k, MODE)
+        if whole < end:
+            mask = whole + at < n
+            xs = load_tile(s_start + whole + at, mask, cap, HAS_CAP, True, FAST)
+            ys = load_tile(t_start + whole + at, mask, cap, HAS_CAP, True, FAST)
+            lsm, lsz, ltm, ltz, ld = absorb_pair(xs, ys, lsm, lsz, ltm, ltz, ld, k, MODE)
         s_top = tl.max(lsm, 0)
         t_top = tl.max(ltm, 0)
-        a = tl.exp2((lsm - finite(s_top)) * k)
-        p = tl.exp2((ltm - finite(t_top)) * k)
+        a = tl.exp2((lsm - s_top) * k)
+        p = tl.exp2((ltm - t_top) * k)
         if MODE == 0:
             ld = times(p, ld)
         if MODE == 1:
@@ -191,11 +205,8 @@ def jsd_partial(
         of_s = tl.sum(times(p_edge, ds_edge), 0)
         of_t = tl.sum(times(q_edge, dt_edge), 0)
     n = whole_pieces((last - first).to(tl.int32), A)
-    t_first = t_offset + (first - s_offset)
-    if SAME:
-        t_first = whole_pieces(t_first, A)
     s_start = s_ptr + whole_pieces(first, A)
-    t_start = t_ptr + t_first
+    t_start = t_ptr + beside(t_offset, (first - s_offset).to(tl.int32), SAME, A)
     at = tile_positions(LANES, VEC)
     for segment in range(first_segment, last_segment):
         ls = tl.zeros([LANES], tl.float32)
@@ -203,9 +214,9 @@ def jsd_partial(
         begin = segment * tiles_per_segment * (LANES * VEC)
         end = tl.minimum(begin + tiles_per_segment * (LANES * VEC), n)
         for o in range(begin, end, LANES * VEC):
-            c = o + at
-            x = load_c(s_start + c, c < n, cap, HAS_CAP)
-            y = load_c(t_start + c, c < n, cap, HAS_CAP)
+            mask = o + at < n
+            x = load_tile(s_start + o + at, mask, cap, HAS_CAP, True, FAST)
+            y = load_tile(t_start + o + at, mask, cap, HAS_CAP, True, FAST)
             p, ds, q, dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
             ls += tl.sum(times(p, ds), 1)
             lt += tl.sum(times(q, dt), 1)
@@ -215,13 +226,11 @@ def jsd_partial(
 
 
 @triton.jit
-def divergence_gradient_tile(
-    s_ptr, t_ptr, g_ptr, mask, coef, sm, sl, tm, tl_, kl, k, cap, alpha,
+def divergence_gradient(
+    x, y, coef, sm, sl, tm, tl_, kl, k, cap, alpha,
     HAS_CAP: tl.constexpr, MODE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """coef x dL/du x dc/dz of one tile; ``kl`` in nats as the rows' statistics hold it."""
-    x = load_c(s_ptr, mask, cap, HAS_CAP)
-    y = load_c(t_ptr, mask, cap, HAS_CAP)
+    """coef x dL/du x dc/dz; ``kl`` in nats as the rows' statistics hold it."""
     if MODE == 2:
         p, ds, _q, _dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
         g = times(p, ds - kl * LOG2E) * (coef * (1.0 - alpha) * LN2)
@@ -233,8 +242,7 @@ def divergence_gradient_tile(
             g = (p - tl.exp2(t)) * coef
         else:
             g = times(p, s - t - kl * LOG2E) * (coef * LN2)
-    g = g * slope(x, cap, HAS_CAP)
-    tl.store(g_ptr, g.to(g_ptr.dtype.element_ty), mask=mask)
+    return g * slope(x, cap, HAS_CAP)
 
 
 @triton.jit
@@ -245,39 +253,34 @@ def divergence_gradient_row(
     A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Tiles [begin, stop) of a row's gradient; zeros, without a read, where ``live`` is false."""
-    first, last = aligned_part(s_offset, vocabulary, A)
+    first, last, lead, n, end = gradient_bounds(g_offset, vocabulary, begin, stop, A)
     if with_edge:
-        v, mask = edge_positions(s_offset, first, last, vocabulary, A)
+        v, edge = edge_positions(g_offset, first, last, vocabulary, A)
         if live:
-            divergence_gradient_tile(
-                s_ptr + s_offset + v, t_ptr + t_offset + v, g_ptr + g_offset + v, mask, coef, sm,
-                sl, tm, tl_, kl, k, cap, alpha, HAS_CAP, MODE, FAST,
-            )  # fmt: skip
+            x = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP)
+            y = load_c(t_ptr + t_offset + v, edge, cap, HAS_CAP)
+            g = divergence_gradient(
+                x, y, coef, sm, sl, tm, tl_, kl, k, cap, alpha, HAS_CAP, MODE, FAST
+            )
+            store_tile(g_ptr + g_offset + v, g, edge)
         else:
-            zero_tile(g_ptr + g_offset + v, mask)
-    n = whole_pieces((last - first).to(tl.int32), A)
-    lead = first - s_offset
-    t_first = t_offset + lead
-    g_first = g_offset + lead
-    if SAME:
-        t_first = whole_pieces(t_first, A)
-        g_first = whole_pieces(g_first, A)
-    s_start = s_ptr + whole_pieces(first, A)
-    t_start = t_ptr + t_first
-    g_start = g_ptr + g_first
+            zero_tile(g_ptr + g_offset + v, edge)
+    s_start = s_ptr + beside(s_offset, lead, SAME, A)
+    t_start = t_ptr + beside(t_offset, lead, SAME, A)
+    g_start = g_ptr + whole_pieces(first, A)
     at = tile_positions(LANES, VEC)
-    end = tl.minimum(stop, n)
     if live:
         for o in range(begin, end, LANES * VEC):
-            c = o + at
-            divergence_gradient_tile(
-                s_start + c, t_start + c, g_start + c, c < n, coef, sm, sl, tm, tl_, kl, k, cap,
-                alpha, HAS_CAP, MODE, FAST,
-            )  # fmt: skip
+            mask = o + at < n
+            x = load_tile(s_start + o + at, mask, cap, HAS_CAP, True, FAST)
+            y = load_tile(t_start + o + at, mask, cap, HAS_CAP, True, FAST)
+            g = divergence_gradient(
+                x, y, coef, sm, sl, tm, tl_, kl, k, cap, alpha, HAS_CAP, MODE, FAST
+            )
+            store_tile(g_start + o + at, g, mask)
     else:
         for o in range(begin, end, LANES * VEC):
-            c = o + at
-            zero_tile(g_start + c, c < n)
+            zero_tile(g_start + o + at, o + at < n)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -299,9 +302,9 @@ def _divergence_fwd_kernel(
     s_offset = row_offset(row, n_l, s_shift, s_b, s_l)
     t_offset = row_offset(row, n_l, t_shift, t_b, t_l)
     if STAGE == 2:
-        sm = tl.full([], float("-inf"), tl.float32)
+        sm = tl.full([], LOWEST, tl.float32)
         sz = tl.full([], 0.0, tl.float32)
-        tm = tl.full([], float("-inf"), tl.float32)
+        tm = tl.full([], LOWEST, tl.float32)
         tz = tl.full([], 0.0, tl.float32)
         d = tl.full([], 0.0, tl.float32)
         for segment in range(0, segments):
@@ -318,7 +321,7 @@ def _divergence_fwd_kernel(
             stop = begin + 1
         sm, sz, tm, tz, d = pair_partial(
             s_ptr, s_offset, t_ptr, t_offset, width, begin, stop, tiles_per_segment, k, cap,
-            HAS_CAP, MODE, SAME, A, LANES, VEC,
+            HAS_CAP, MODE, SAME, FAST, A, LANES, VEC,
         )  # fmt: skip
 
     if STAGE == 1:
@@ -503,29 +506,20 @@ def classes_loss(s, t, keep, s_tail, t_tail, alpha, MODE: tl.constexpr, TAIL: tl
 
 
 @triton.jit
-def topk_dense_tile(s_ptr, g_ptr, mask, factor, row_max, row_log2sum, k, cap, HAS_CAP: tl.constexpr,
-                    TAIL: tl.constexpr):  # fmt: skip
-    if TAIL:
-        c = load_c(s_ptr, mask, cap, HAS_CAP)
-        p = tl.exp2((c - row_max) * k - row_log2sum)
-        g = times(p, factor) * slope(c, cap, HAS_CAP)
-        tl.store(g_ptr, g.to(g_ptr.dtype.element_ty), mask=mask)
-    else:
-        zero_tile(g_ptr, mask)
+def topk_tail_gradient(c, factor, row_max, row_log2sum, k, cap, HAS_CAP: tl.constexpr):
+    p = tl.exp2((c - row_max) * k - row_log2sum)
+    return times(p, factor) * slope(c, cap, HAS_CAP)
 
 
 @triton.jit
 def topk_gradient_row(
     s_ptr, s_offset, g_ptr, g_offset, id_ptr, class_grads, vocabulary, begin, stop, with_edge,
     live, coef, factor, row_max, row_log2sum, topk, k, cap,
-    HAS_CAP: tl.constexpr, TAIL: tl.constexpr, SAME: tl.constexpr, KP: tl.constexpr,
-    A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    HAS_CAP: tl.constexpr, TAIL: tl.constexpr, SAME: tl.constexpr, FAST: tl.constexpr,
+    KP: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Tiles [begin, stop): the tail's share everywhere, then the support's own gradients over it."""
-    first, last = aligned_part(s_offset, vocabulary, A)
-    n = whole_pieces((last - first).to(tl.int32), A)
-    lead = (first - s_offset).to(tl.int32)
-    end = tl.minimum(stop, n)
+    first, last, lead, n, end = gradient_bounds(g_offset, vocabulary, begin, stop, A)
     # The support's ids that this program writes, and their slopes before anything is overwritten.
     j = tl.arange(0, KP)
     ids = tl.load(id_ptr + j, mask=j < topk, other=0)
@@ -534,37 +528,33 @@ def topk_gradient_row(
     if with_edge:
         mine = mine | (at_id < 0) | (at_id >= n)
     mine = mine & (j < topk) & live
-    at_support = load_c(s_ptr + s_offset + ids, mine, cap, HAS_CAP)
-    support = class_grads * coef * slope(at_support, cap, HAS_CAP)
-    tl.debug_barrier()
+    support = class_grads * coef
+    if HAS_CAP:
+        support *= slope(load_c(s_ptr + s_offset + ids, mine, cap, HAS_CAP), cap, HAS_CAP)
+        tl.debug_barrier()
+    share = factor * coef
     if with_edge:
-        v, mask = edge_positions(s_offset, first, last, vocabulary, A)
-        if live:
-            topk_dense_tile(
-                s_ptr + s_offset + v, g_ptr + g_offset + v, mask, factor * coef, row_max,
-                row_log2sum, k, cap, HAS_CAP, TAIL,
-            )  # fmt: skip
+        v, edge = edge_positions(g_offset, first, last, vocabulary, A)
+        if live & TAIL:
+            c = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP)
+            g = topk_tail_gradient(c, share, row_max, row_log2sum, k, cap, HAS_CAP)
+            store_tile(g_ptr + g_offset + v, g, edge)
         else:
-            zero_tile(g_ptr + g_offset + v, mask)
-    g_first = g_offset + lead
-    if SAME:
-        g_first = whole_pieces(g_first, A)
-    s_start = s_ptr + whole_pieces(first, A)
-    g_start = g_ptr + g_first
+            zero_tile(g_ptr + g_offset + v, edge)
+    s_start = s_ptr + beside(s_offset, lead, SAME, A)
+    g_start = g_ptr + whole_pieces(first, A)
     at = tile_positions(LANES, VEC)
-    if live:
+    if live & TAIL:
         for o in range(begin, end, LANES * VEC):
-            c = o + at
-            topk_dense_tile(
-                s_start + c, g_start + c, c < n, factor * coef, row_max, row_log2sum, k, cap,
-                HAS_CAP, TAIL,
-            )  # fmt: skip
+            mask = o + at < n
+            c = load_tile(s_start + o + at, mask, cap, HAS_CAP, True, FAST)
+            g = topk_tail_gradient(c, share, row_max, row_log2sum, k, cap, HAS_CAP)
+            store_tile(g_start + o + at, g, mask)
     else:
         for o in range(begin, end, LANES * VEC):
-            c = o + at
-            zero_tile(g_start + c, c < n)
+            zero_tile(g_start + o + at, o + at < n)
     tl.debug_barrier()  # the support's stores come after the dense ones of the same program
-    tl.store(g_ptr + g_offset + ids, support.to(g_ptr.dtype.element_ty), mask=mine)
+    store_tile(g_ptr + g_offset + ids, support, mine)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -576,7 +566,7 @@ def _topk_fwd_kernel(
     ignore_index,
     MODE: tl.constexpr, TAIL: tl.constexpr, GIVEN: tl.constexpr, HAS_OLD: tl.constexpr,
     HAS_CAP: tl.constexpr, FUSED: tl.constexpr, SAME: tl.constexpr, STAGE: tl.constexpr,
-    KP: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    FAST: tl.constexpr, KP: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
@@ -586,9 +576,9 @@ def _topk_fwd_kernel(
     t_offset = row_offset(row, n_l, t_shift, t_b, t_l)
     skip = sorted_ptr + row * topk
     if STAGE == 2:
-        sm = tl.full([], float("-inf"), tl.float32)
+        sm = tl.full([], LOWEST, tl.float32)
         sz = tl.full([], 0.0, tl.float32)
-        tm = tl.full([], float("-inf"), tl.float32)
+        tm = tl.full([], LOWEST, tl.float32)
         tz = tl.full([], 0.0, tl.float32)
         for segment in range(0, segments):
             at = partial_ptr + (row * segments + segment) * 4
@@ -602,14 +592,14 @@ def _topk_fwd_kernel(
             stop = begin + 1
         sm, sz, _ = row_partial(
             s_ptr, s_offset, width, begin, stop, tiles_per_segment, k, cap, skip, topk,
-            HAS_CAP, False, True, KP, A, LANES, VEC,
+            HAS_CAP, False, True, KP, FAST, A, LANES, VEC,
         )  # fmt: skip
         tm = sm
         tz = sz
         if not GIVEN:
             tm, tz, _ = row_partial(
                 t_ptr, t_offset, width, begin, stop, tiles_per_segment, k, cap, skip, topk,
-                HAS_CAP, False, True, KP, A, LANES, VEC,
+                HAS_CAP, False, True, KP, FAST, A, LANES, VEC,
             )  # fmt: skip
 
     if STAGE == 1:
@@ -619,13 +609,21 @@ def _topk_fwd_kernel(
         tl.store(at + 2, tm)
         tl.store(at + 3, tz)
     else:
+        sm, sz = skipped_rest(s_ptr, s_offset, width, sm, sz, k, cap, skip, topk, HAS_CAP, A, VEC)
+        if GIVEN:
+            tm = sm
+            tz = sz
+        else:
+            tm, tz = skipped_rest(
+                t_ptr, t_offset, width, tm, tz, k, cap, skip, topk, HAS_CAP, A, VEC
+            )
         j = tl.arange(0, KP)
         inside = j < topk
         keep = inside & live
         ids = tl.load(id_ptr + row * topk + j, mask=inside, other=0)
         c = load_c(s_ptr + s_offset + ids, keep, cap, HAS_CAP)
         top = tl.maximum(sm, tl.max(c, 0))
-        sz = sz * tl.exp2((sm - finite(top)) * k)
+        sz = sz * tl.exp2((sm - top) * k)
         sm = tl.where(live, top, 0.0)
         sl, s, s_tail = support_classes(c, keep, sm, sz, k, TAIL)
         sl = tl.where(live, sl, 0.0)
@@ -647,7 +645,7 @@ def _topk_fwd_kernel(
         else:
             y = load_c(t_ptr + t_offset + ids, keep, cap, HAS_CAP)
             top = tl.maximum(tm, tl.max(y, 0))
-            tz = tz * tl.exp2((tm - finite(top)) * k)
+            tz = tz * tl.exp2((tm - top) * k)
             tm = tl.where(live, top, 0.0)
             t_whole, t, t_tail = support_classes(y, keep, tm, tz, k, TAIL)
             z = load_c(t_ptr + t_offset + target, live, cap, HAS_CAP)
@@ -674,7 +672,7 @@ def _topk_fwd_kernel(
                 s_ptr, s_offset, g_ptr, row_offset(row, n_l, g_shift, g_b, g_l),
                 id_ptr + row * topk, grads, vocabulary, 0, vocabulary, True, live,
                 coef * inv_temperature, factor, sm, sl, topk, k, cap,
-                HAS_CAP, TAIL, SAME, KP, A, LANES, VEC,
+                HAS_CAP, TAIL, SAME, FAST, KP, A, LANES, VEC,
             )  # fmt: skip
 
 
@@ -683,8 +681,8 @@ def _topk_bwd_kernel(
     s_ptr, s_shift, s_b, s_l, g_ptr, g_shift, g_b, g_l,
     target_ptr, id_ptr, grad_ptr, coef_ptr, stats_ptr, class_ptr,
     n_l, vocabulary, tiles_per_program, topk, k, cap, inv_temperature, ignore_index,
-    TAIL: tl.constexpr, HAS_CAP: tl.constexpr, SAME: tl.constexpr, KP: tl.constexpr,
-    A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    TAIL: tl.constexpr, HAS_CAP: tl.constexpr, SAME: tl.constexpr, FAST: tl.constexpr,
+    KP: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -698,7 +696,8 @@ def _topk_bwd_kernel(
         (part + 1) * tiles_per_program * (LANES * VEC), part == 0, live,
         tl.load(coef_ptr + row) * tl.load(grad_ptr) * inv_temperature,
         tl.load(stats_ptr + row * 4 + 2), tl.load(stats_ptr + row * 4),
-        tl.load(stats_ptr + row * 4 + 1), topk, k, cap, HAS_CAP, TAIL, SAME, KP, A, LANES, VEC,
+        tl.load(stats_ptr + row * 4 + 1), topk, k, cap, HAS_CAP, TAIL, SAME, FAST, KP, A, LANES,
+        VEC,
     )  # fmt: skip
 
 
@@ -759,7 +758,11 @@ def _divergence(
     if rows == 0:
         return per_token, coef, student, teacher, stats
     mode, fused = _mode(alpha), grad_logits is not None
-    segments, tiles_per_segment = segments_of(vocabulary)
+    sizes = [
+        t.element_size() for t in (student_logits, teacher_logits, grad_logits) if t is not None
+    ]
+    options = launch(*sizes, heavy=True)
+    segments, tiles_per_segment = segments_of(vocabulary, tile_of(options))
     split = not fused and splits_rows(rows, segments, student_logits.device)
     stages = (PARTIAL, FINISH) if split else (WHOLE,)
     partial = _new(student_logits, rows, segments, 5) if split else per_token
@@ -769,7 +772,7 @@ def _divergence(
         "n_l": student_logits.shape[1], "vocabulary": vocabulary, "segments": segments,
         "tiles_per_segment": tiles_per_segment, "k": scale_of(temperature), "cap": softcap, "alpha": alpha,
         "ignore_index": ignore_index, "HAS_CAP": softcap != 0.0, "SAME": same_phase(s, t, g),
-        "FAST": FAST_LOG2, **LAUNCH,
+        **options,
     }  # fmt: skip
     for stage in stages:
         grid = (rows, segments) if stage == PARTIAL else (rows,)
@@ -818,15 +821,18 @@ def divergence_backward(
     if rows == 0:
         return
     s, t, g = rows_of(student_logits), rows_of(teacher_logits), rows_of(grad_logits)
-    grid, tiles_per_program = gradient_grid(rows, vocabulary, student_logits.device)
+    sizes = (t.element_size() for t in (student_logits, teacher_logits, grad_logits))
+    options = launch(*sizes, heavy=True)
+    grid, tiles_per_program = gradient_grid(
+        rows, vocabulary, tile_of(options), student_logits.device
+    )
     with on_device(student_logits):
         _divergence_bwd_kernel[grid](
             *s[:4], *t[:4], *g[:4], target_ids, grad_loss, coef, row_stats,
             n_l=student_logits.shape[1], vocabulary=vocabulary,
             tiles_per_program=tiles_per_program, k=scale_of(temperature), cap=softcap,
             inv_temperature=1.0 / temperature, alpha=alpha, ignore_index=ignore_index,
-            MODE=_mode(alpha), HAS_CAP=softcap != 0.0, SAME=same_phase(s, t, g), FAST=FAST_LOG2,
-            **LAUNCH,
+            MODE=_mode(alpha), HAS_CAP=softcap != 0.0, SAME=same_phase(s, t, g), **options,
         )  # fmt: skip
 
 
@@ -840,7 +846,11 @@ def _topk(
     if rows == 0:
         return per_token, coef, student, teacher, stats, class_grads
     fused = grad_logits is not None
-    segments, tiles_per_segment = segments_of(vocabulary)
+    sizes = [
+        t.element_size() for t in (student_logits, teacher_logits, grad_logits) if t is not None
+    ]
+    options = launch(*sizes, heavy=fused or softcap != 0.0)
+    segments, tiles_per_segment = segments_of(vocabulary, tile_of(options))
     split = not fused and splits_rows(rows, segments, student_logits.device)
     partial = _new(student_logits, rows, segments, 4) if split else per_token
     s = rows_of(student_logits)
@@ -861,7 +871,7 @@ def _topk(
                 ignore_index=ignore_index, MODE=_mode(alpha), TAIL=add_tail,
                 GIVEN=teacher_logits is None, HAS_OLD=old_logps is not None,
                 HAS_CAP=softcap != 0.0, FUSED=fused, SAME=same_phase(s, g), STAGE=stage,
-                KP=triton.next_power_of_2(topk), **LAUNCH,
+                KP=triton.next_power_of_2(topk), **options,
             )  # fmt: skip
     return per_token, coef, student, teacher, stats, class_grads
 
@@ -894,7 +904,12 @@ def topk_backward(
     if rows == 0:
         return
     s, g = rows_of(student_logits), rows_of(grad_logits)
-    grid, tiles_per_program = gradient_grid(rows, vocabulary, student_logits.device)
+    options = launch(
+        student_logits.element_size(), grad_logits.element_size(), heavy=softcap != 0.0
+    )
+    grid, tiles_per_program = gradient_grid(
+        rows, vocabulary, tile_of(options), student_logits.device
+    )
     with on_device(student_logits):
         _topk_bwd_kernel[grid](
             *s[:4], *g[:4], target_ids, topk_ids.contiguous(), grad_loss, coef, row_stats,
@@ -902,5 +917,5 @@ def topk_backward(
             tiles_per_program=tiles_per_program, topk=topk, k=scale_of(temperature), cap=softcap,
             inv_temperature=1.0 / temperature, ignore_index=ignore_index, TAIL=add_tail,
             HAS_CAP=softcap != 0.0, SAME=same_phase(s, g), KP=triton.next_power_of_2(topk),
-            **LAUNCH,
+            **options,
         )  # fmt: skip

@@ -19,15 +19,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsdpo.ops._triton_common import (
-    LAUNCH,
     LN2,
+    LOWEST,
     RUNTIME,
-    TILE,
     Rows,
     aligned_part,
     coefficient,
     edge_positions,
+    launch,
     load_c,
+    load_tile,
     log_prob,
     log_ratio,
     merge,
@@ -41,6 +42,7 @@ from fastsdpo.ops._triton_common import (
     segments_of,
     slope,
     splits_rows,
+    tile_of,
     tile_positions,
     times,
     whole_pieces,
@@ -51,12 +53,14 @@ NO_TEACHER, TEACHER_LOGITS, TEACHER_LOGPS = 0, 1, 2
 
 
 @triton.jit
-def gradient_tile(s_ptr, g_ptr, mask, v, target, coef, row_max, row_log2sum, k, cap,
-                  HAS_CAP: tl.constexpr):  # fmt: skip
-    """coef x (1[v = y] - p) x dc/dz of one tile; ``coef`` is 0 where nothing counts."""
-    c = load_c(s_ptr, mask, cap, HAS_CAP)
+def logp_gradient(c, at_target, coef, row_max, row_log2sum, k, cap, HAS_CAP: tl.constexpr):
+    """coef x (1[v = y] - p) x dc/dz; ``coef`` is 0 where nothing counts."""
     p = tl.exp2((c - row_max) * k - row_log2sum)
-    g = (tl.where(v == target, 1.0, 0.0) - p) * coef * slope(c, cap, HAS_CAP)
+    return (tl.where(at_target, 1.0, 0.0) - p) * coef * slope(c, cap, HAS_CAP)
+
+
+@triton.jit
+def store_tile(g_ptr, g, mask):
     tl.store(g_ptr, g.to(g_ptr.dtype.element_ty), mask=mask)
 
 
@@ -66,43 +70,53 @@ def zero_tile(g_ptr, mask):
 
 
 @triton.jit
+def gradient_bounds(g_offset, vocabulary, begin, stop, A: tl.constexpr):
+    """(first, last, elements before the first, end of this program's tiles): where the tiles of a
+    gradient lie. It is the gradient's alignment that leads, so that stores are 16 bytes."""
+    first, last = aligned_part(g_offset, vocabulary, A)
+    n = whole_pieces((last - first).to(tl.int32), A)
+    return first, last, (first - g_offset).to(tl.int32), n, tl.minimum(stop, n)
+
+
+@triton.jit
+def beside(offset, lead, SAME: tl.constexpr, A: tl.constexpr):
+    """Where the tiles start in a row that is read beside the leading one; aligned where SAME."""
+    if SAME:
+        return whole_pieces(offset + lead, A)
+    else:
+        return offset + lead
+
+
+@triton.jit
 def logp_gradient_row(
     s_ptr, s_offset, g_ptr, g_offset, vocabulary, begin, stop, with_edge, live, target, coef,
     row_max, row_log2sum, k, cap,
-    HAS_CAP: tl.constexpr, SAME: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
-    VEC: tl.constexpr,
+    HAS_CAP: tl.constexpr, SAME: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Tiles [begin, stop) of a row's gradient; zeros, without a read, where ``live`` is false."""
-    first, last = aligned_part(s_offset, vocabulary, A)
+    first, last, lead, n, end = gradient_bounds(g_offset, vocabulary, begin, stop, A)
     if with_edge:
-        v, mask = edge_positions(s_offset, first, last, vocabulary, A)
+        v, edge = edge_positions(g_offset, first, last, vocabulary, A)
         if live:
-            gradient_tile(
-                s_ptr + s_offset + v, g_ptr + g_offset + v, mask, v, target, coef, row_max,
-                row_log2sum, k, cap, HAS_CAP,
-            )  # fmt: skip
+            c = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP)
+            g = logp_gradient(c, v == target, coef, row_max, row_log2sum, k, cap, HAS_CAP)
+            store_tile(g_ptr + g_offset + v, g, edge)
         else:
-            zero_tile(g_ptr + g_offset + v, mask)
-    n = whole_pieces((last - first).to(tl.int32), A)
-    lead = (first - s_offset).to(tl.int32)
-    s_start = s_ptr + whole_pieces(first, A)
-    g_first = g_offset + lead
-    if SAME:
-        g_first = whole_pieces(g_first, A)
-    g_start = g_ptr + g_first
+            zero_tile(g_ptr + g_offset + v, edge)
+    s_start = s_ptr + beside(s_offset, lead, SAME, A)
+    g_start = g_ptr + whole_pieces(first, A)
+    target_at = (target - lead).to(tl.int32)
     at = tile_positions(LANES, VEC)
-    end = tl.minimum(stop, n)
     if live:
         for o in range(begin, end, LANES * VEC):
-            c = o + at
-            gradient_tile(
-                s_start + c, g_start + c, c < n, c + lead, target, coef, row_max, row_log2sum, k,
-                cap, HAS_CAP,
-            )  # fmt: skip
+            mask = o + at < n
+            c = load_tile(s_start + o + at, mask, cap, HAS_CAP, True, FAST)
+            g = logp_gradient(c, at == target_at - o, coef, row_max, row_log2sum, k, cap, HAS_CAP)
+            store_tile(g_start + o + at, g, mask)
     else:
         for o in range(begin, end, LANES * VEC):
-            c = o + at
-            zero_tile(g_start + c, c < n)
+            zero_tile(g_start + o + at, o + at < n)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -113,7 +127,8 @@ def _sampled_token_fwd_kernel(
     n_l, vocabulary, segments, tiles_per_segment, k, cap, inv_temperature, is_clip, ignore_index,
     STAT_STRIDE: tl.constexpr, TEACHER: tl.constexpr, LOSS: tl.constexpr, HAS_OLD: tl.constexpr,
     HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, FUSED: tl.constexpr, SAME: tl.constexpr,
-    STAGE: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    STAGE: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
+    VEC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
@@ -123,10 +138,10 @@ def _sampled_token_fwd_kernel(
     t_offset = row_offset(row, n_l, t_shift, t_b, t_l)
 
     if STAGE == 2:
-        m = tl.full([], float("-inf"), tl.float32)
+        m = tl.full([], LOWEST, tl.float32)
         z = tl.full([], 0.0, tl.float32)
         e = tl.full([], 0.0, tl.float32)
-        tm = tl.full([], float("-inf"), tl.float32)
+        tm = tl.full([], LOWEST, tl.float32)
         tz = tl.full([], 0.0, tl.float32)
         for segment in range(0, segments):
             p = partial_ptr + (row * segments + segment) * 5
@@ -140,14 +155,14 @@ def _sampled_token_fwd_kernel(
             stop = begin + 1
         m, z, e = row_partial(
             s_ptr, s_offset, width, begin, stop, tiles_per_segment, k, cap, target_ptr, 0,
-            HAS_CAP, ENTROPY, False, 1, A, LANES, VEC,
+            HAS_CAP, ENTROPY, False, 1, FAST, A, LANES, VEC,
         )  # fmt: skip
         tm = m
         tz = z
         if TEACHER == 1:
             tm, tz, _ = row_partial(
                 t_ptr, t_offset, width, begin, stop, tiles_per_segment, k, cap, target_ptr, 0,
-                HAS_CAP, False, False, 1, A, LANES, VEC,
+                HAS_CAP, False, False, 1, FAST, A, LANES, VEC,
             )  # fmt: skip
 
     if STAGE == 1:
@@ -189,7 +204,7 @@ def _sampled_token_fwd_kernel(
                 logp_gradient_row(
                     s_ptr, s_offset, g_ptr, g_offset, vocabulary, 0, vocabulary, True, live,
                     target, -ratio * coef * inv_temperature, m, log2sum, k, cap,
-                    HAS_CAP, SAME, A, LANES, VEC,
+                    HAS_CAP, SAME, FAST, A, LANES, VEC,
                 )  # fmt: skip
 
 
@@ -199,7 +214,7 @@ def _sampled_token_bwd_kernel(
     target_ptr, grad_ptr, coef_ptr, student_ptr, teacher_ptr, max_ptr, log2sum_ptr,
     n_l, vocabulary, tiles_per_program, k, cap, inv_temperature, ignore_index,
     STAT_STRIDE: tl.constexpr, LOSS: tl.constexpr, HAS_CAP: tl.constexpr, SAME: tl.constexpr,
-    A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    FAST: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -216,16 +231,18 @@ def _sampled_token_bwd_kernel(
         (part + 1) * tiles_per_program * (LANES * VEC), part == 0,
         target != ignore_index, target, coef * inv_temperature,
         tl.load(max_ptr + row * STAT_STRIDE), tl.load(log2sum_ptr + row * STAT_STRIDE), k, cap,
-        HAS_CAP, SAME, A, LANES, VEC,
+        HAS_CAP, SAME, FAST, A, LANES, VEC,
     )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ launchers
 
 
-def gradient_grid(rows: int, vocabulary: int, device: torch.device) -> tuple[tuple[int, int], int]:
+def gradient_grid(
+    rows: int, vocabulary: int, tile: int, device: torch.device
+) -> tuple[tuple[int, int], int]:
     """Programs of an elementwise pass, and tiles per program: several per row where rows are few."""
-    tiles = max(1, -(-vocabulary // TILE))
+    tiles = max(1, -(-vocabulary // tile))
     wanted = -(-2 * processors(device) // max(1, rows))
     parts = max(1, min(tiles, wanted))
     per_program = -(-tiles // parts)
@@ -256,7 +273,9 @@ def forward(
     out["entropy"] = new(rows if entropy else 0)
     if rows == 0:
         return out
-    segments, tiles_per_segment = segments_of(vocabulary)
+    given = [t for t in (student_logits, teacher_logits, grad_logits) if t is not None]
+    options = launch(*(t.element_size() for t in given), heavy=softcap != 0.0)
+    segments, tiles_per_segment = segments_of(vocabulary, tile_of(options))
     split = grad_logits is None and splits_rows(rows, segments, student_logits.device)
     s = rows_of(student_logits)
     t = s if teacher_logits is None else rows_of(teacher_logits)
@@ -282,7 +301,7 @@ def forward(
                 inv_temperature=1.0 / temperature, is_clip=is_clip, ignore_index=ignore_index,
                 STAT_STRIDE=2, TEACHER=teacher, LOSS=loss, HAS_OLD=old_logps is not None,
                 HAS_CAP=softcap != 0.0, ENTROPY=entropy, FUSED=grad_logits is not None,
-                SAME=same_phase(s, g), STAGE=stage, **LAUNCH,
+                SAME=same_phase(s, g), STAGE=stage, **options,
             )  # fmt: skip
     return out
 
@@ -308,7 +327,12 @@ def backward(
         return
     s: Rows = rows_of(student_logits)
     g: Rows = rows_of(grad_logits)
-    grid, tiles_per_program = gradient_grid(rows, vocabulary, student_logits.device)
+    options = launch(
+        student_logits.element_size(), grad_logits.element_size(), heavy=softcap != 0.0
+    )
+    grid, tiles_per_program = gradient_grid(
+        rows, vocabulary, tile_of(options), student_logits.device
+    )
     with on_device(student_logits):
         _sampled_token_bwd_kernel[grid](
             *s[:4], *g[:4], target_ids, grad,
@@ -318,7 +342,7 @@ def backward(
             tiles_per_program=tiles_per_program, k=scale_of(temperature), cap=softcap,
             inv_temperature=1.0 / temperature, ignore_index=ignore_index,
             STAT_STRIDE=row_max.stride(0), LOSS=coef is not None, HAS_CAP=softcap != 0.0,
-            SAME=same_phase(s, g), **LAUNCH,
+            SAME=same_phase(s, g), **options,
         )  # fmt: skip
 
 
