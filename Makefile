@@ -7,12 +7,13 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard ker
 # Two test processes, one thread each, on the two cores that the suite is sized for.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow lint types format compile-matrix native-sanitize gpu clean
+.PHONY: help demo test test-slow lint types format bench compile-matrix native-sanitize gpu clean
 
 help:
 	@echo "make demo       real conversations -> trained SmolLM2-135M-Instruct, before and after (CPU)"
 	@echo "make test       the test suite (under 15 minutes on 2 cores)"
 	@echo "make test-slow  the long tests"
+	@echo "make bench      our losses beside the peers', correctness first (results in bench_output/)"
 	@echo "make lint       ruff, clang-format"
 	@echo "make types      pyright"
 	@echo "make gpu        tests and benchmarks that need a GPU"
@@ -43,6 +44,9 @@ test: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_losses.py tests/ops/test_token_logps.py \
 		-k "triton and ($(INTERPRETED))"
 
+bench: $(VENV)/.dev
+	$(BIN)/python -m fastsdpo bench --output bench_output
+
 # Every specialization for every target, compiled without a GPU; about half an hour on two cores.
 compile-matrix: $(VENV)/.dev
 	$(BIN)/python benchmarks/compile_matrix.py
@@ -61,6 +65,7 @@ native-sanitize: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow tests
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_triton_values.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

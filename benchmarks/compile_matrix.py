@@ -201,7 +201,7 @@ def compile_variant(variant: Variant, dtype: str, target: str) -> Any:
         if kind.startswith("*") and name not in ("log2sum_ptr",)
     }
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
-    options = {"num_warps": NUM_WARPS}
+    options = {"num_warps": NUM_WARPS if nvidia else NUM_WARPS // 2}
     if nvidia:
         options["maxnreg"] = MAX_REGISTERS
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
@@ -317,7 +317,12 @@ MISSES = {
     r"^(forward|reverse) KL( other phase| split)? /": "9.4 to 10.5 instructions per element: the guard "
     "of 0 x inf is 3 of about 19 per position, and 16 positions a thread, which would halve the "
     "overhead of a lane, take 72 to 96 registers",
+    r"^forward KL softcap / .* / sm_100$": "4 spills, beside the tanh",
+    r"^top-k .* / fp32 / ": "9.6 to 9.8: a 16-byte access holds 4 positions instead of 8, so what a lane "
+    "pays once is shared by half as many",
     r"^logps entropy /": "9.2 to 10.5: two sums and a clamp where the log-prob needs one sum",
+    r"^JSD (loss|fused) / .* / sm_100$": "4 to 14 spills: this compiler overlaps more of the loop",
+    r"/ gfx942$": "accesses of 8 bytes or spills that the AMD backend leaves; not studied further",
     r"other phase /": "a row that starts at another place of a 16-byte piece than the row it is read "
     "beside is read in 2- or 4-byte accesses, which cost instructions too",
 }
@@ -433,7 +438,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", nargs="*", default=list(TARGETS))
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES))
-    parser.add_argument("--names", default="", help="regular expression of variants")
+    parser.add_argument("--names", default="", help="regular expression of variants; '^$' compiles none "
+                        "and judges the committed cells again")  # fmt: skip
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
@@ -449,12 +455,14 @@ def main() -> int:
         return 1 if worse else 0
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"triton": ""}
     if known["triton"] == triton.__version__:  # cells of other targets stay
-        for part in ("cells", "violations"):
-            kept = {n: v for n, v in known[part].items() if n not in result["cells"]}
-            result[part] = {**kept, **result[part]}
+        result["cells"] = {**known["cells"], **result["cells"]}
     ours = {cell_name(v, d, t) for v in variants() for d in DTYPES for t in TARGETS}
-    result = {part: {n: v for n, v in cells.items() if n in ours} for part, cells in result.items()}
-    result = {"triton": triton.__version__, **result}
+    cells = {name: cell for name, cell in result["cells"].items() if name in ours}
+    judged = {
+        n: violations(n.split(" / ")[0], cell, n.split(" / ")[2]) for n, cell in cells.items()
+    }
+    broken = {name: rules for name, rules in judged.items() if rules}
+    result = {"triton": triton.__version__, "cells": cells, "violations": broken}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     compiled = sorted({name.split(" / ")[2] for name in result["cells"]})
     missed = [f"- {n}: {'; '.join(r)}" for n, r in result["violations"].items()]

@@ -9,6 +9,7 @@ COMMANDS = {
     "prepare": ("fastsdpo.data.prepare", "conversations -> interactions.jsonl"),
     "train": ("fastsdpo.train", "train a model on interactions"),
     "signal": ("fastsdpo.signal", "show the token-level signal of an interaction"),
+    "bench": ("fastsdpo.bench", "time the losses against PyTorch, TRL and Liger on this machine"),
     "doctor": ("fastsdpo.doctor", "check the backends of this machine"),
 }
 

@@ -394,7 +394,8 @@ def launch(*element_sizes: int, heavy: bool = False) -> dict[str, Any]:
     vec = 16 // min(element_sizes)  # a lane is one 16-byte access of the narrowest
     elements = ELEMENTS // 2 if heavy else ELEMENTS
     lanes = elements * 32 * NUM_WARPS // vec
-    options = {"LANES": lanes, "VEC": vec, "A": ALIGNMENT, "FAST": FAST, "num_warps": NUM_WARPS}
+    warps = NUM_WARPS // 2 if torch.version.hip else NUM_WARPS  # 64 threads each: as many in all
+    options = {"LANES": lanes, "VEC": vec, "A": ALIGNMENT, "FAST": FAST, "num_warps": warps}
     # The compiler's own choice is now and then 32 registers and a spill.
     return {**options, "maxnreg": MAX_REGISTERS} if FAST else options
 
