@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastsdpo.ops.divergence import SDPOLossOutput
 from fastsdpo.ops.linear import linear_sdpo_loss, linear_token_logps
 from fastsdpo.prefix import HeadParameters, ResponseStates
 
@@ -95,6 +96,9 @@ def sdpo_step_loss(
     reference_kl: float = 0.0,
     is_clip: float | None = None,
     old_logps: Tensor | None = None,
+    advantages: Tensor | None = None,
+    ppo_clip: float | None = None,
+    center_advantages: bool = False,
     **options: Any,
 ) -> tuple[Tensor, TokenStatistics]:
     """The loss of one pass.
@@ -113,6 +117,10 @@ def sdpo_step_loss(
         is_clip: cap of the importance ratio r_t.
         old_logps: ``[N]`` log-probabilities under the policy that wrote the answers; with
             ``is_clip`` and without these, the initial model's.
+        advantages: ``[N]`` A_t for `ppo_clip`; None: the log-ratio of this pass.
+        ppo_clip: l_t is the clipped policy loss (`ppo_token_loss`), for ``mode="sampled_token"``;
+            without `old_logps` the answers are taken as drawn from the student as it is.
+        center_advantages: with `ppo_clip`, subtract each answer's mean A_t.
         options: ``mode``, ``alpha``, ``topk``, ``add_tail``, ``temperature``, ``backend``,
             ``chunk_size`` of `linear_sdpo_loss`.
 
@@ -130,24 +138,37 @@ def sdpo_step_loss(
         "chunk_size": options.get("chunk_size"),
         "backend": options.get("backend", "auto"),
     }
-    if is_clip is not None and old_logps is None:
+    if is_clip is not None and old_logps is None and ppo_clip is None:
         written_by = head if reference_head is None else reference_head
         with torch.no_grad():
             old_logps = linear_token_logps(
                 reference_hidden, written_by.weight, targets, **{**shared, "bias": written_by.bias}
             )
-    out = linear_sdpo_loss(
-        states.student_hidden,
-        states.teacher_hidden if teacher_hidden is None else teacher_hidden,
-        head.weight,
-        targets,
-        teacher_weight=None if teacher_head is None else teacher_head.weight,
-        teacher_bias=None if teacher_head is None else teacher_head.bias,
-        weights=weights,
-        old_logps=old_logps if is_clip is not None else None,
-        is_clip=is_clip,
-        **{**options, **shared},
-    )
+    teacher_rows = states.teacher_hidden if teacher_hidden is None else teacher_hidden
+    if ppo_clip is not None:
+        teacher = head if teacher_head is None else teacher_head
+        with torch.no_grad():
+            teacher_logps = linear_token_logps(
+                teacher_rows, teacher.weight, targets, **{**shared, "bias": teacher.bias}
+            )
+        out = ppo_token_loss(
+            linear_token_logps(states.student_hidden, head.weight, targets, **shared),
+            teacher_logps, weights, states.sequence_ids, counts, clip=ppo_clip, old_logps=old_logps,
+            advantages=advantages, center=center_advantages,
+        )  # fmt: skip
+    else:
+        out = linear_sdpo_loss(
+            states.student_hidden,
+            teacher_rows,
+            head.weight,
+            targets,
+            teacher_weight=None if teacher_head is None else teacher_head.weight,
+            teacher_bias=None if teacher_head is None else teacher_head.bias,
+            weights=weights,
+            old_logps=old_logps if is_clip is not None else None,
+            is_clip=is_clip,
+            **{**options, **shared},
+        )
     loss, per_token, kl = out.loss, out.per_token_loss, None
     if reference_kl > 0:
         reference = linear_sdpo_loss(
@@ -172,6 +193,50 @@ def sdpo_step_loss(
         sequence_loss,
     )  # fmt: skip
     return loss, statistics
+
+
+def ppo_token_loss(
+    logps: Tensor,
+    teacher_logps: Tensor,
+    weights: Tensor,
+    sequence_ids: Tensor,
+    counts: Tensor,
+    *,
+    clip: float,
+    old_logps: Tensor | None = None,
+    advantages: Tensor | None = None,
+    center: bool = False,
+) -> SDPOLossOutput:
+    r"""The clipped policy loss of the published online recipe (https://arxiv.org/abs/2603.12273).
+
+        l_t = -min(r_t A_t, clamp(r_t, 1 - c, 1 + c) A_t),    r_t = exp(log p_S - log p_old)
+
+    Args:
+        logps: ``[N]`` the student's, with gradient.
+        teacher_logps: ``[N]``
+        weights: ``[N]`` w_t.
+        sequence_ids: ``[N]`` which answer the token belongs to.
+        counts: ``[N]`` bool, tokens that are part of the loss.
+        clip: c.
+        old_logps: ``[N]`` at sampling time; None: the student's own, r_t = 1.
+        advantages: ``[N]`` A_t; None: teacher's minus student's log-probability.
+        center: subtract from A_t its mean over the answer's tokens that count.
+    """
+    student = logps.detach()
+    log_ratio = teacher_logps.detach() - student
+    advantage = log_ratio if advantages is None else advantages.to(student)
+    advantage = torch.where(counts, advantage, 0.0)
+    if center and len(sequence_ids):
+        answers = int(sequence_ids.max()) + 1
+        sums = advantage.new_zeros(answers).index_add_(0, sequence_ids, advantage)
+        sizes = advantage.new_zeros(answers).index_add_(0, sequence_ids, counts.to(advantage))
+        advantage = torch.where(counts, advantage - (sums / sizes.clamp(min=1))[sequence_ids], 0.0)
+    old = student if old_logps is None else old_logps.to(student)
+    ratio = (logps - old).clamp(-20, 20).exp()
+    per_token = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    per_token = torch.where(counts, per_token, 0.0)
+    loss = (weights.to(per_token) * per_token).sum()
+    return SDPOLossOutput(loss, per_token.detach(), log_ratio, student, teacher_logps.detach())
 
 
 def mix_teachers(

@@ -275,13 +275,17 @@ class SDPOTrainer(Trainer):
                 reference_hidden=reference_hidden,
                 reference_head=frozen_head,
                 reference_kl=args.reference_kl,
-                is_clip=args.is_clip,
+                **self.pass_options(interactions),
                 **self.loss_options(),
             )
 
         return shared_forward(
             model, interactions, teacher_context=context, loss_fn=loss_fn, **shared
         )
+
+    def pass_options(self, interactions: Sequence[TokenizedInteraction]) -> dict[str, Any]:
+        """Arguments of `sdpo_step_loss` that may depend on the interactions of a pass."""
+        return {"is_clip": self.args.is_clip}
 
     def loss_options(self) -> dict[str, Any]:
         args = self.args
@@ -313,6 +317,7 @@ class SDPOTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, and S or N over all of them and all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = self.prepare_batches(batches)
         self._step = []
         packs = [len(self._packs(batch["interactions"])) for batch in batches]
         items = sum(self._count(batch["interactions"]) for batch in batches)
@@ -325,6 +330,14 @@ class SDPOTrainer(Trainer):
                 batch["passes"] = passes
         return batches, counted[:, 0].sum()
 
+    def prepare_batches(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The micro-batches of one optimizer step with their ``interactions``; a hook for subclasses."""
+        return batches
+
+    def idle_interaction(self) -> TokenizedInteraction:
+        """What a process without interactions runs the model on, with weight 0."""
+        return self.train_dataset[0]
+
     def training_step(
         self,
         model: nn.Module,
@@ -335,7 +348,7 @@ class SDPOTrainer(Trainer):
         packs = self._packs(inputs["interactions"])
         # A process without interactions (at the end of an epoch), or with fewer passes than another,
         # runs the model all the same, with weight 0.
-        idle = [self.train_dataset[0]]
+        idle = [self.idle_interaction()]
         empty = max(1, inputs.get("passes", 0)) - len(packs)
         passes = [(pack, num_items_in_batch) for pack in packs]
         passes += [(idle, None)] * max(0, empty)

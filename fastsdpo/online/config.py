@@ -1,0 +1,170 @@
+"""`OnlineSDPOConfig`: the settings of `SDPOConfig`, and how answers are sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastsdpo.trainer.config import SDPOConfig
+
+# The published online recipe of https://arxiv.org/abs/2603.12273.
+PAPER: dict[str, Any] = {
+    "mode": "sampled_token",
+    "alpha": 1.0,
+    "teacher": "live",
+    "ppo_clip": 0.2,
+    "center_advantages": True,
+    "normalization": "sequence",
+    "template": "online-v1",
+    "sampling_temperature": 1.0,
+    "learning_rate": 5e-6,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "per_device_train_batch_size": 16,
+    "max_grad_norm": 1.0,
+}
+
+# The reverse KL over the whole vocabulary on sampled answers (equation 2).
+EXACT: dict[str, Any] = {"mode": "full", "alpha": 1.0}
+
+# What moved a small model to what its user wants without harming it: see docs/online.md.
+GENTLE: dict[str, Any] = {"mode": "full", "alpha": 1.0, "template": "note"}
+
+PRESETS = {"paper": PAPER, "exact": EXACT, "gentle": GENTLE}
+
+
+@dataclass
+class OnlineSDPOConfig(SDPOConfig):
+    """All settings of an online run.
+
+    One optimizer step samples ``per_device_train_batch_size * gradient_accumulation_steps *
+    processes`` prompts, ``num_generations`` answers each, asks the user about each answer, and
+    trains on the interactions that have a follow-up. ``OnlineSDPOConfig.preset("paper",
+    output_dir=...)`` is the published online recipe.
+
+    ``is_clip`` weighs tokens by ``min(p_student / p_sampling, is_clip)`` here: the answers' own
+    sampling-time probabilities, not the initial model's.
+
+    Changed defaults of `SDPOConfig`: ``template="online-v1"``, ``learning_rate=5e-6``,
+    ``lr_scheduler_type="constant"``, ``warmup_steps=0``, ``max_grad_norm=1``,
+    ``num_train_epochs=1``, ``logging_steps=1``, ``teacher_check=0`` (there is no follow-up to check
+    before the first answer).
+    """
+
+    # Answers
+    num_generations: int = field(default=1, metadata={"help": "Answers sampled per prompt."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of an answer."})
+    sampling_temperature: float = field(
+        default=1.0,
+        metadata={"help": "Of the answers. Only at 1 are they the model's own distribution."},
+    )
+    generation_batch_size: int | None = field(
+        default=None, metadata={"help": "Answers sampled at once; None: all of a step."}
+    )
+    eval_temperature: float = field(
+        default=0.0, metadata={"help": "Of held-out answers; 0: the likeliest token."}
+    )
+    generation_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "OpenAI-compatible server (vLLM) that samples the answers; None: generate."
+        },
+    )
+    generation_model: str | None = field(
+        default=None, metadata={"help": "The model's name on that server; None: its first."}
+    )
+    generation_sync: str = field(
+        default="lora",
+        metadata={"help": "How the server gets the trained weights: lora (the adapter is loaded by "
+                  "name at each step), or none (its answers are off-policy; use is_clip or ppo_clip)."},
+    )  # fmt: skip
+
+    # The online objective
+    updates_per_batch: int = field(
+        default=1, metadata={"help": "Optimizer steps on each batch of sampled answers."}
+    )
+    ppo_clip: float | None = field(
+        default=None,
+        metadata={"help": "mode=sampled_token: clip the probability ratio to sampling time to "
+                  "1 +- this. None: no ratio."},
+    )  # fmt: skip
+    center_advantages: bool = field(
+        default=False, metadata={"help": "With ppo_clip: subtract each answer's mean advantage."}
+    )
+
+    # Safety
+    stop_when_degenerate: float | None = field(
+        default=None,
+        metadata={"help": "Stop, with a checkpoint, where this share of the answers of the last "
+                  "degenerate_window interactions is degenerate. None: report only."},
+    )  # fmt: skip
+    degenerate_window: int = field(default=32, metadata={"help": "See stop_when_degenerate."})
+    min_entropy_share: float = field(
+        default=0.2,
+        metadata={"help": "Entropy collapse: below this share of the first window's entropy."},
+    )
+    log_interactions: bool = field(
+        default=True,
+        metadata={"help": "Write interactions.jsonl and eval_answers.jsonl to the output folder."},
+    )
+
+    # Changed defaults
+    template: str = field(
+        default="online-v1",
+        metadata={"help": "How the follow-up enters: a preset's name, or a text with {o}."},
+    )
+    teacher_check: int = field(default=0, metadata={"help": "Unused online."})
+    learning_rate: float = field(default=5e-6, metadata={"help": "The initial learning rate."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The schedule."})
+    warmup_steps: float = field(default=0, metadata={"help": "Steps, or a share below 1."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the prompts."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping."})
+    logging_steps: float = field(default=1, metadata={"help": "As in TrainingArguments."})
+
+    def __post_init__(self):
+        for name in ("num_generations", "max_new_tokens", "updates_per_batch",
+                     "degenerate_window"):  # fmt: skip
+            self._check(getattr(self, name) >= 1, name, "be at least 1")
+        size = self.generation_batch_size
+        self._check(size is None or size >= 1, "generation_batch_size", "be at least 1 or None")
+        self._check(self.sampling_temperature > 0, "sampling_temperature", "be > 0")
+        self._check(self.eval_temperature >= 0, "eval_temperature", "be >= 0")
+        self._check(self.generation_sync in ("lora", "none"), "generation_sync",
+                    "be lora or none")  # fmt: skip
+        clip = self.ppo_clip
+        self._check(clip is None or 0 < clip < 1, "ppo_clip", "be in (0, 1) or None")
+        self._check(clip is None or self.mode == "sampled_token", "ppo_clip",
+                    "be None unless mode='sampled_token'")  # fmt: skip
+        self._check(clip is None or self.is_clip is None, "is_clip", "be None with ppo_clip")
+        self._check(not self.center_advantages or clip is not None, "center_advantages",
+                    "be off without ppo_clip")  # fmt: skip
+        share = self.stop_when_degenerate
+        self._check(share is None or 0 < share <= 1, "stop_when_degenerate", "be in (0, 1] or None")
+        self._check(0 <= self.min_entropy_share < 1, "min_entropy_share", "be in [0, 1)")
+        self.teacher_check = 0
+        super().__post_init__()
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> OnlineSDPOConfig:
+        """A preset, and changes to it.
+
+        Args:
+            name: "exact" (the reverse KL over the whole vocabulary), "paper" (the published online
+                recipe: sampled token, PPO clip 0.2, mean-centered advantages, learning rate 5e-6,
+                constant) or "gentle" (for models below a billion parameters, docs/online.md).
+        """
+        if name not in PRESETS:
+            raise ValueError(
+                f"OnlineSDPOConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}"
+            )
+        chosen = dict(PRESETS[name])
+        if name == "paper":
+            chosen["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return cls(**{**chosen, **settings})
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the initial model's distribution (without the follow-up) is used."""
+        return self.reference_kl > 0

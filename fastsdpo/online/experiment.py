@@ -1,0 +1,208 @@
+"""Personalization at small scale on a CPU: ``make personalization``.
+
+The experiment of https://arxiv.org/abs/2603.12273 (section on online learning) with
+SmolLM2-135M-Instruct and users that follow rules, so that satisfaction is counted, not judged:
+
+    short      a user who wants one short sentence
+    flip       the same user, who half-way wants long answers instead
+    unrelated  a control: follow-ups that have nothing to do with the answer; nothing should move
+
+After every few steps the model answers held-out prompts; counted are the share of answers that each
+wish is fulfilled by, their length, degenerate ones, and the perplexity of ordinary conversations.
+Everything lands in one folder: results.json, answers.jsonl, personalization.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONDITIONS = ("short", "flip", "unrelated")
+SHORT = ["max_sentences=1", "max_words=25"]
+SHORT_WISH = "Please answer in one very short sentence."
+LONG = ["min_sentences=3"]
+LONG_WISH = "Please answer in detail, in several sentences."
+UNRELATED = ("My cat is called Minka.", "It rained here all day yesterday.",
+             "I am going to the dentist tomorrow.", "My neighbour bought a red bicycle.")  # fmt: skip
+# Found by the search in docs/online.md.
+RECIPE: dict[str, Any] = {
+    "mode": "full", "alpha": 1.0, "teacher": "frozen", "template": "note", "learning_rate": 1e-5,
+    "per_device_train_batch_size": 8, "max_new_tokens": 48, "reference_kl": 0.0,
+}  # fmt: skip
+INTERACTIONS = 200
+
+
+def user_for(condition: str, interactions: int) -> Any:
+    """The simulated user of a condition."""
+    from fastsdpo.online import ConstantUser, RuleUser, SwitchingUser
+
+    short = RuleUser(SHORT, wish=SHORT_WISH, praise=SHORT_WISH)
+    long = RuleUser(LONG, wish=LONG_WISH, praise=LONG_WISH)
+    if condition == "short":
+        return short
+    if condition == "flip":
+        return SwitchingUser([(0, short), (interactions // 2, long)])
+    return ConstantUser(UNRELATED)
+
+
+def prompts_and_texts(source: str, train: int, held_out: int, ordinary: int) -> tuple[list, list, list]:
+    """First questions of real conversations to ask, others held out, and ordinary interactions."""
+    from fastsdpo.data import extract_interactions, load_conversations
+
+    questions: list[str] = []
+    texts: list[Any] = []
+    seen = set()
+    for conversation in load_conversations(source):
+        if not conversation.messages:
+            continue
+        found = extract_interactions(conversation, max_history_messages=1)
+        first = conversation.messages[0]
+        text = first["content"].strip()
+        usable = first["role"] == "user" and text.isascii() and 20 <= len(text) <= 160
+        if usable and "\n" not in text and text not in seen:
+            seen.add(text)
+            questions.append(text)
+        elif len(texts) < ordinary and found and found[0].completion.isascii():
+            if 100 <= len(found[0].completion) <= 800 and len(found[0].prompt[-1]["content"]) <= 400:
+                texts.append(found[0])
+        if len(questions) >= train + held_out and len(texts) >= ordinary:
+            break
+    return questions[held_out : held_out + train], questions[:held_out], texts
+
+
+def perplexity(model: Any, tokenizer: Any, interactions: list, *, max_tokens: int = 192) -> float:
+    """exp of the mean negative log-probability of the answers' tokens."""
+    from fastsdpo.data import tokenize_interactions
+    from fastsdpo.data.tokenization import TokenizedInteraction
+    from fastsdpo.ops.linear import linear_token_logps
+    from fastsdpo.prefix import head_parameters, no_grad_pass, shared_forward
+
+    total, count = 0.0, 0
+    training = model.training
+    model.eval()
+    head = head_parameters(model)
+    tokenized = tokenize_interactions(tokenizer, interactions, "note", errors=[],
+                                      max_completion_length=max_tokens)  # fmt: skip
+    for item in tokenized:
+        alone = TokenizedInteraction(item.prompt_ids, item.prompt_ids, item.completion_ids)
+        with no_grad_pass():
+            states = shared_forward(model, [alone])
+            logps = linear_token_logps(
+                states.student_hidden, head.weight, states.target_ids, bias=head.bias,
+                softcap=head.softcap, logit_scale=head.logit_scale,
+            )  # fmt: skip
+        total -= float(logps.double().sum())
+        count += logps.numel()
+    model.train(training)
+    return float(torch.tensor(total / max(1, count)).exp())
+
+
+def run_one(options: argparse.Namespace) -> int:
+    """One condition and seed; writes ``<folder>/<condition>-<seed>/points.json``."""
+    from transformers import TrainerCallback
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    from fastsdpo.modeling import load_model_and_tokenizer
+    from fastsdpo.online import OnlineSDPOConfig, OnlineSDPOTrainer, RuleUser
+    from fastsdpo.online.degeneration import degenerate
+
+    disable_progress_bar()
+    set_verbosity_error()
+    torch.set_num_threads(options.threads)
+    recipe = {**RECIPE, **json.loads(options.recipe)}
+    folder = Path(options.output) / f"{options.condition}-{options.seed}"
+    last = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    data = json.loads(Path(options.data).read_text(encoding="utf-8"))
+    from fastsdpo.data import Interaction
+
+    ordinary = [Interaction(**item) for item in data["ordinary"]]
+    model, tokenizer = load_model_and_tokenizer(options.model)
+    wishes = {"short": RuleUser(SHORT), "long": RuleUser(LONG)}
+    steps = options.interactions // recipe["per_device_train_batch_size"]
+    config = OnlineSDPOConfig(
+        output_dir=str(folder), max_steps=steps, seed=options.seed, use_cpu=True, report_to=[],
+        disable_tqdm=True, save_strategy="steps" if options.save_steps else "no",
+        save_steps=options.save_steps or 500, save_total_limit=1, dataloader_pin_memory=False,
+        **recipe,
+    )  # fmt: skip
+    trainer = OnlineSDPOTrainer(
+        model, config, user_for(options.condition, options.interactions), data["train"],
+        data["held_out"], tokenizer,
+    )  # fmt: skip
+    points_file = folder / "points.json"
+    points: list[dict] = []
+    if last and points_file.exists():
+        done = int(last[-1].name.split("-")[1])
+        points = [p for p in json.loads(points_file.read_text("utf-8")) if p["step"] <= done]
+    started = time.perf_counter()
+
+    def measure() -> None:
+        answers = answer_all(trainer, data["held_out"])
+        point: dict[str, Any] = {"step": trainer.state.global_step,
+                                 "interactions": trainer.interactions}  # fmt: skip
+        for name, user in wishes.items():
+            point[name] = sum(user.satisfied([], answers)) / len(answers)
+        point["words"] = sum(len(text.split()) for text in answers) / len(answers)
+        point["degenerate"] = sum(degenerate(t) is not None for t in answers) / len(answers)
+        point["perplexity"] = perplexity(trainer.model, tokenizer, ordinary)
+        point["answers"] = dict(zip(data["held_out"][:4], answers))
+        point["seconds"] = time.perf_counter() - started
+        points.append(point)
+        folder.mkdir(parents=True, exist_ok=True)
+        part = points_file.with_suffix(".part")
+        part.write_text(json.dumps(points, indent=1, ensure_ascii=False), "utf-8")
+        os.replace(part, points_file)
+        print(f"{options.condition} seed {options.seed}: {point['interactions']:>4} interactions  "
+              f"short {point['short']:.0%}  long {point['long']:.0%}  {point['words']:.1f} words  "
+              f"degenerate {point['degenerate']:.0%}  perplexity {point['perplexity']:.2f}",
+              flush=True)  # fmt: skip
+
+    class Measure(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % options.every == 0 or state.global_step == steps:
+                measure()
+
+    trainer.add_callback(Measure())
+    if not points:
+        measure()
+    trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
+    if not options.save_steps:
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    return 0
+
+
+def answer_all(trainer: Any, prompts: list[str]) -> list[str]:
+    """Greedy answers of the model as it is."""
+    from fastsdpo.data import Interaction
+    from fastsdpo.online.sampling import generate
+
+    tokenize = trainer._tokenizer_for_check
+    tokens = [
+        tokenize(Interaction([{"role": "user", "content": text}], "", "-")).prompt_ids
+        for text in prompts
+    ]
+    samples = generate(
+        trainer.model, tokens, max_new_tokens=trainer.args.max_new_tokens, temperature=0.0,
+        end_ids=trainer.end_ids,
+    )  # fmt: skip
+    return [trainer._text(sample) for sample in samples]
+
+
+def write_data(folder: Path, source: str, train: int, held_out: int, ordinary: int) -> Path:
+    path = folder / "data.json"
+    if not path.exists():
+        asked, held, texts = prompts_and_texts(source, train, held_out, ordinary)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = {"train": asked, "held_out": held,
+                "ordinary": [vars(item) for item in texts]}  # fmt: skip
+        path.write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
+    return path

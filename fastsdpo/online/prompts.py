@@ -1,0 +1,125 @@
+"""What users ask: a dataset of prompts, and the order in which they are asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset, Sampler
+
+from fastsdpo.data.interactions import parse_messages
+
+
+class PromptDataset(Dataset):
+    """Prompts as message lists; ``dataset[i]`` is ``(i, messages)``, ``dataset[None]`` None.
+
+    Args:
+        prompts: each a user's message (text), a list of messages that ends with a user's, or a mapping
+            with ``prompt`` of either kind (an interaction's row is one: its answer is ignored), or an
+            `Interaction`.
+        name: the argument, in messages.
+
+    Raises:
+        TypeError, ValueError: a prompt is none of these; the text says which.
+    """
+
+    def __init__(self, prompts: Iterable[Any], name: str = "train_dataset"):
+        self.prompts = [_parse(p, f"{name}[{index}]") for index, p in enumerate(prompts)]
+        if not self.prompts:
+            raise ValueError(f"OnlineSDPOTrainer: {name} must hold a prompt, got none")
+
+    @classmethod
+    def from_source(cls, source: Any, name: str) -> PromptDataset:
+        """A dataset of this kind, a collection of prompts, or a file: JSONL of prompts, or lines of text.
+
+        Raises:
+            OSError, TypeError, ValueError: not readable, with file and line.
+        """
+        if isinstance(source, cls):
+            return source
+        if isinstance(source, (str, os.PathLike)):
+            return cls(_read(Path(source)), name)
+        if not isinstance(source, Iterable) or isinstance(source, Mapping):
+            raise TypeError(
+                f"OnlineSDPOTrainer: {name} must be a path or a collection of prompts, "
+                f"got {type(source).__name__}"
+            )
+        return cls(source, name)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int | None) -> tuple[int, list[dict]] | None:
+        return None if index is None else (index, self.prompts[index])
+
+
+def _parse(prompt: Any, where: str) -> list[dict]:
+    prompt = getattr(prompt, "prompt", prompt)
+    if isinstance(prompt, Mapping):
+        if "prompt" not in prompt:
+            raise ValueError(f"OnlineSDPOTrainer: {where} must have 'prompt', got {list(prompt)}")
+        prompt = prompt["prompt"]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    try:
+        messages = parse_messages(prompt, "prompt")
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"OnlineSDPOTrainer: {where}: {error}") from error
+    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        raise ValueError(f"OnlineSDPOTrainer: {where} must end with a user's message of some text")
+    return messages
+
+
+def _read(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            if path.suffix not in (".jsonl", ".json"):
+                yield line.strip()
+                continue
+            try:
+                row = json.loads(line)
+                _parse(row, "prompt")
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
+            yield row
+
+
+class PromptSampler(Sampler):
+    """Shuffled prompts in steps of `step` prompts, each step `repeats` times; filled up with None.
+
+    The order depends on ``seed`` and the epoch only.
+    """
+
+    def __init__(self, size: int, *, step: int, repeats: int = 1, seed: int = 0,
+                 shuffle: bool = True):  # fmt: skip
+        self.size, self.step, self.repeats, self.seed = size, step, repeats, seed
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.size // self.step) * self.step * self.repeats
+
+    def __iter__(self) -> Iterator[int | None]:
+        order: list[int | None] = list(range(self.size))
+        if self.shuffle:
+            random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        order += [None] * (-self.size % self.step)
+        for start in range(0, len(order), self.step):
+            for _ in range(self.repeats):
+                yield from order[start : start + self.step]
+
+
+def collate_prompts(items: list[tuple[int, list[dict]] | None]) -> dict[str, list]:
+    """A micro-batch: its prompts, without the fill."""
+    return {"prompts": [item for item in items if item is not None]}

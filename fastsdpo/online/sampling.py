@@ -1,0 +1,190 @@
+"""Answers drawn from the model: by `generate` here, or by a server that holds its weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Sample(NamedTuple):
+    """One answer.
+
+    Attributes:
+        ids: its tokens, with the end-of-turn token unless it was cut.
+        logps: ``[tokens]`` log-probabilities at sampling time, where the sampler gives them.
+    """
+
+    ids: list[int]
+    logps: Tensor | None = None
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    end_ids: Sequence[int],
+    batch_size: int | None = None,
+    seed: str | None = None,
+) -> list[Sample]:
+    """One answer per prompt, from the model's whole distribution (no top-k, top-p or penalties).
+
+    Args:
+        model: a causal LM of transformers, unwrapped.
+        prompts: token ids, each with its generation prompt.
+        temperature: 0: the likeliest token.
+        end_ids: tokens that end an answer.
+        batch_size: prompts at once, padded on the left; None: all.
+        seed: of the draws, which then depend on nothing else; None: torch's generator.
+
+    Returns:
+        samples in the order of `prompts`, cut after the first of `end_ids`.
+    """
+    from transformers import GenerationConfig
+
+    settings: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(end_ids),
+        pad_token_id=end_ids[0],
+        **settings,
+    )
+    device = model.get_input_embeddings().weight.device
+    samples: list[Sample] = []
+    training = model.training
+    model.eval()
+    devices = [device] if device.type == "cuda" else []
+    # The model's own generation config may add penalties, a top-p, ...: not its distribution.
+    own, model.generation_config = model.generation_config, config
+    try:
+        with torch.random.fork_rng(devices, enabled=seed is not None), torch.no_grad():
+            if seed is not None:
+                import random
+
+                torch.manual_seed(random.Random(seed).getrandbits(63))
+            size = batch_size or max(1, len(prompts))
+            for start in range(0, len(prompts), size):
+                ids, mask = left_pad(prompts[start : start + size], end_ids[0])
+                out = model.generate(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    generation_config=config,
+                )
+                for row in out[:, ids.shape[1] :].tolist():
+                    samples.append(Sample(cut(row, end_ids)))
+    finally:
+        model.generation_config = own
+        model.train(training)
+    return samples
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """``(ids, mask)``, ``[prompts, longest]`` int64."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def cut(ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
+    """Up to and with the first end token."""
+    for index, token in enumerate(ids):
+        if token in end_ids:
+            return list(ids[: index + 1])
+    return list(ids)
+
+
+class ServerSampler:
+    """Samples from a vLLM server through its OpenAI-compatible API.
+
+    The server is asked for token ids (``return_token_ids``, vLLM 0.10.2 and later) and the
+    log-probabilities it drew them with, so what is trained on is what was sampled. The trained adapter
+    is loaded into it with ``/v1/load_lora_adapter``, which needs ``--enable-lora`` and
+    ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`` there, and a folder that both machines see.
+
+    Args:
+        url: ``http://host:8000/v1``.
+        model: the served model's name; None: the first that the server lists.
+        folder: where adapters are written for the server.
+
+    Raises:
+        ImportError: the package openai is missing.
+        ConnectionError: the server cannot be reached.
+    """
+
+    def __init__(self, url: str, model: str | None = None, *, folder: str | os.PathLike = "adapters",
+                 timeout: float = 600.0):  # fmt: skip
+        from fastsdpo.online.endpoint import connect
+
+        self.client = connect(url, timeout=timeout)
+        self.url, self.folder = url, os.path.abspath(folder)
+        if model is None:
+            try:
+                listed = self.client.models.list().data
+            except Exception as error:
+                raise ConnectionError(f"ServerSampler: {url} cannot be reached: {error}") from error
+            if not listed:
+                raise ConnectionError(f"ServerSampler: {url} lists no models")
+            model = listed[0].id
+        self.model = model
+        self._loaded: str | None = None
+
+    def load_adapter(self, model: Any, name: str) -> None:
+        """Writes the adapter and has the server answer with it from now on."""
+        path = os.path.join(self.folder, name)
+        model.save_pretrained(path)
+        self.client.post("/load_lora_adapter", body={"lora_name": name, "lora_path": path},
+                         cast_to=str)  # fmt: skip
+        before, self._loaded = self._loaded, name
+        if before is not None:
+            self.client.post("/unload_lora_adapter", body={"lora_name": before}, cast_to=str)
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        end_ids: Sequence[int],
+        seed: int | None = None,
+    ) -> list[Sample]:
+        """One answer per prompt.
+
+        Raises:
+            RuntimeError: the server's answer lacks token ids or log-probabilities.
+        """
+        reply = self.client.completions.create(
+            model=self._loaded or self.model,
+            prompt=[list(prompt) for prompt in prompts],
+            max_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=1.0,
+            logprobs=0,
+            seed=seed,
+            extra_body={"return_token_ids": True, "top_k": 0, "stop_token_ids": list(end_ids)},
+        )
+        samples: list[Sample | None] = [None] * len(prompts)
+        for choice in reply.choices:
+            ids = getattr(choice, "token_ids", None)
+            if not ids or choice.logprobs is None or choice.logprobs.token_logprobs is None:
+                raise RuntimeError(
+                    f"ServerSampler: {self.url} gave no token ids or log-probabilities; vLLM 0.10.2 or "
+                    "later is needed"
+                )
+            logps = torch.tensor([float(p) for p in choice.logprobs.token_logprobs])
+            kept = cut(ids, end_ids)
+            samples[choice.index] = Sample(kept, logps[: len(kept)])
+        missing = [index for index, sample in enumerate(samples) if sample is None]
+        if missing:
+            raise RuntimeError(f"ServerSampler: {self.url} left out prompts {missing}")
+        return samples  # type: ignore[return-value]

@@ -1,0 +1,226 @@
+"""Users that answer the model: by rule, by language model, by endpoint, at the terminal.
+
+A user is anything with ``feedback(prompts, responses) -> list[str]``. It may also have
+
+    satisfied(prompts, responses) -> list[bool]    reported as satisfaction
+    at(interactions)                               told before each batch how many answers users were
+                                                   asked about so far, over all processes
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from fastsdpo.online.endpoint import ChatEndpoint
+from fastsdpo.online.rules import Rule, parse_rule
+
+Messages = list[dict]
+
+
+class UserSimulator(Protocol):
+    """Who reacts to answers."""
+
+    def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
+        """One follow-up per answer, what the user says next; empty where there is none.
+
+        Args:
+            prompts: message lists that end with a user's message.
+            responses: the model's answers.
+        """
+        ...
+
+
+def ask(user: Any, prompts: list[Messages], responses: list[str]) -> list[str | None]:
+    """The user's follow-ups, checked: one text (or None) per answer.
+
+    Raises:
+        TypeError, ValueError: the simulator broke its contract.
+    """
+    followups = user.feedback(prompts, responses) if prompts else []
+    if not isinstance(followups, Sequence) or isinstance(followups, str):
+        raise TypeError(
+            f"{type(user).__name__}.feedback must return a list of texts, got {type(followups).__name__}"
+        )
+    if len(followups) != len(responses):
+        raise ValueError(
+            f"{type(user).__name__}.feedback must return {len(responses)} follow-ups, one per answer, "
+            f"got {len(followups)}"
+        )
+    for index, text in enumerate(followups):
+        if text is not None and not isinstance(text, str):
+            raise TypeError(
+                f"{type(user).__name__}.feedback: [{index}] must be text or None, "
+                f"got {type(text).__name__}"
+            )
+    return list(followups)
+
+
+class RuleUser:
+    """A user with fixed wishes: deterministic, and it knows whether it got them.
+
+    Args:
+        rules: `Rule` objects or texts like ``"max_words=20"`` (`fastsdpo.online.rules.RULES`).
+        wish: said where any rule is broken; None: the wishes of the rules that are broken.
+        praise: said where none is; None: nothing, so that nothing is learned from it.
+    """
+
+    def __init__(
+        self, rules: Sequence[Rule | str], *, wish: str | None = None, praise: str | None = None
+    ):
+        self.rules = [parse_rule(rule) if isinstance(rule, str) else rule for rule in rules]
+        if not self.rules and not wish:
+            raise ValueError("RuleUser: rules must not be empty (or wish must be given)")
+        self.wish, self.praise = wish, praise
+
+    def satisfied(self, prompts: list[Messages], responses: list[str]) -> list[bool]:
+        return [all(rule.holds(text) for rule in self.rules) for text in responses]
+
+    def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
+        followups = []
+        for text in responses:
+            broken = [rule for rule in self.rules if not rule.holds(text)]
+            if not broken and self.rules:
+                followups.append(self.praise or "")
+            else:
+                followups.append(self.wish or " ".join(rule.wish for rule in broken))
+        return followups
+
+
+class ConstantUser:
+    """Says the same whatever the answer; as a control, something unrelated to it."""
+
+    def __init__(self, text: str | Sequence[str]):
+        self.texts = [text] if isinstance(text, str) else list(text)
+        if not self.texts or not all(isinstance(t, str) and t.strip() for t in self.texts):
+            raise ValueError(f"ConstantUser: text must not be blank, got {text!r}")
+
+    def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
+        return [self.texts[index % len(self.texts)] for index in range(len(responses))]
+
+
+class SwitchingUser:
+    """Another user from a given interaction on: a preference that changes.
+
+    Args:
+        users: pairs ``(first interaction, user)``, ascending, from 0.
+    """
+
+    def __init__(self, users: Sequence[tuple[int, Any]]):
+        starts = [start for start, _ in users]
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+            raise ValueError(f"SwitchingUser: users must start at 0 and then ascend, got {starts}")
+        self.users = list(users)
+        self.current: Any = users[0][1]
+
+    def at(self, interactions: int) -> None:
+        for start, user in self.users:
+            if interactions >= start:
+                self.current = user
+        if hasattr(self.current, "at"):
+            self.current.at(interactions)
+
+    def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
+        return self.current.feedback(prompts, responses)
+
+    def satisfied(self, prompts: list[Messages], responses: list[str]) -> list[bool]:
+        return self.current.satisfied(prompts, responses)
+
+
+PERSONA_SYSTEM = (
+    "You play a user who talks to an assistant. This is who you are and what you want:\n{persona}\n\n"
+    "You will see the conversation and the assistant's last answer. Write the user's next message, and "
+    "nothing else: react to that answer as this user would, and say what should have been different."
+)
+PERSONA_TURN = "{history}\n\nassistant: {response}\n\nThe user's next message:"
+
+
+def persona_messages(persona: str, prompt: Messages, response: str) -> Messages:
+    """What a language model that plays the user is asked: persona, conversation, answer."""
+    history = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return [
+        {"role": "system", "content": PERSONA_SYSTEM.replace("{persona}", persona)},
+        {"role": "user", "content": PERSONA_TURN.replace("{history}", history)
+         .replace("{response}", response)},
+    ]  # fmt: skip
+
+
+class EndpointUser:
+    """A user played by a model behind an OpenAI-compatible endpoint.
+
+    A request that fails after its retries gives no follow-up: that interaction is left out, and
+    ``failures`` counts it.
+
+    Args:
+        endpoint: where to ask.
+        persona: who the user is and what they want.
+    """
+
+    def __init__(self, endpoint: ChatEndpoint, persona: str):
+        self.endpoint, self.persona = endpoint, persona
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Requests without a follow-up, by kind of error."""
+        return dict(self.endpoint.failures)
+
+    def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
+        asked = [persona_messages(self.persona, p, r) for p, r in zip(prompts, responses)]
+        return [text or "" for text in self.endpoint.replies(asked)]
+
+
+class LanguageModelUser:
+    """A user played by a local model of transformers.
+
+    Args:
+        model, tokenizer: a causal LM and its tokenizer, with a chat template.
+        persona: who the user is and what they want.
+        max_new_tokens, temperature: of the follow-ups.
+        batch_size: follow-ups written at once.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, persona: str, *, max_new_tokens: int = 96,
+                 temperature: float = 0.7, batch_size: int | None = None):  # fmt: skip
+        self.model, self.tokenizer, self.persona = model, tokenizer, persona
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.batch_size = batch_size
+
+    def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
+        from fastsdpo.data import InteractionTokenizer
+        from fastsdpo.data.interactions import Interaction
+        from fastsdpo.online.sampling import generate
+
+        tokenize = InteractionTokenizer(self.tokenizer, "note")
+        asked = [
+            tokenize(Interaction(persona_messages(self.persona, p, r), "", "-")).prompt_ids
+            for p, r in zip(prompts, responses)
+        ]
+        ends = [tokenize.end_of_turn_id, self.tokenizer.eos_token_id]
+        samples = generate(
+            self.model, asked, max_new_tokens=self.max_new_tokens, temperature=self.temperature,
+            end_ids=[token for token in dict.fromkeys(ends) if token is not None],
+            batch_size=self.batch_size,
+        )  # fmt: skip
+        return [
+            self.tokenizer.decode(sample.ids, skip_special_tokens=True).strip()
+            for sample in samples
+        ]
+
+
+class TerminalUser:
+    """A person at the terminal: sees each answer and types what comes next; an empty line skips."""
+
+    def __init__(self, stream_in: Any = None, stream_out: Any = None):
+        self.stream_in = sys.stdin if stream_in is None else stream_in
+        self.stream_out = sys.stdout if stream_out is None else stream_out
+
+    def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
+        followups = []
+        for prompt, response in zip(prompts, responses):
+            print(
+                f"\nuser       {prompt[-1]['content']}\nassistant  {response}", file=self.stream_out
+            )
+            print("follow-up (empty: none) > ", end="", file=self.stream_out, flush=True)
+            followups.append(self.stream_in.readline().strip())
+        return followups
