@@ -35,6 +35,9 @@ _LAZY = {
     "shared_forward": "fastsdpo.prefix",
     "SDPOConfig": "fastsdpo.trainer",
     "SDPOTrainer": "fastsdpo.trainer",
+    "OnlineSDPOConfig": "fastsdpo.online",
+    "OnlineSDPOTrainer": "fastsdpo.online",
+    "UserSimulator": "fastsdpo.online",
 }
 
 __all__ = [

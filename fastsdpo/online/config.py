@@ -29,10 +29,7 @@ PAPER: dict[str, Any] = {
 # The reverse KL over the whole vocabulary on sampled answers (equation 2).
 EXACT: dict[str, Any] = {"mode": "full", "alpha": 1.0}
 
-# What moved a small model to what its user wants without harming it: see docs/online.md.
-GENTLE: dict[str, Any] = {"mode": "full", "alpha": 1.0, "template": "note"}
-
-PRESETS = {"paper": PAPER, "exact": EXACT, "gentle": GENTLE}
+PRESETS = {"paper": PAPER, "exact": EXACT}
 
 
 @dataclass
@@ -151,9 +148,9 @@ class OnlineSDPOConfig(SDPOConfig):
         """A preset, and changes to it.
 
         Args:
-            name: "exact" (the reverse KL over the whole vocabulary), "paper" (the published online
+            name: "exact" (the reverse KL over the whole vocabulary) or "paper" (the published online
                 recipe: sampled token, PPO clip 0.2, mean-centered advantages, learning rate 5e-6,
-                constant) or "gentle" (for models below a billion parameters, docs/online.md).
+                constant).
         """
         if name not in PRESETS:
             raise ValueError(

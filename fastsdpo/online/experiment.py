@@ -1,4 +1,4 @@
-"""Personalization at small scale on a CPU: ``make personalization``.
+"""Personalization at small scale on a CPU: one run per condition and seed (`run_one`).
 
 The experiment of https://arxiv.org/abs/2603.12273 (section on online learning) with
 SmolLM2-135M-Instruct and users that follow rules, so that satisfaction is counted, not judged:
@@ -9,7 +9,6 @@ SmolLM2-135M-Instruct and users that follow rules, so that satisfaction is count
 
 After every few steps the model answers held-out prompts; counted are the share of answers that each
 wish is fulfilled by, their length, degenerate ones, and the perplexity of ordinary conversations.
-Everything lands in one folder: results.json, answers.jsonl, personalization.png.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -33,10 +30,10 @@ LONG = ["min_sentences=3"]
 LONG_WISH = "Please answer in detail, in several sentences."
 UNRELATED = ("My cat is called Minka.", "It rained here all day yesterday.",
              "I am going to the dentist tomorrow.", "My neighbour bought a red bicycle.")  # fmt: skip
-# Found by the search in docs/online.md.
+# The best so far: satisfies the user, but perplexity still rises by more than 10%.
 RECIPE: dict[str, Any] = {
-    "mode": "full", "alpha": 1.0, "teacher": "frozen", "template": "note", "learning_rate": 1e-5,
-    "per_device_train_batch_size": 8, "max_new_tokens": 48, "reference_kl": 0.0,
+    "mode": "full", "alpha": 1.0, "teacher": "trust_region", "template": "note", "learning_rate": 3e-5,
+    "per_device_train_batch_size": 8, "max_new_tokens": 40, "reference_kl": 0.0,
 }  # fmt: skip
 INTERACTIONS = 200
 
@@ -54,7 +51,9 @@ def user_for(condition: str, interactions: int) -> Any:
     return ConstantUser(UNRELATED)
 
 
-def prompts_and_texts(source: str, train: int, held_out: int, ordinary: int) -> tuple[list, list, list]:
+def prompts_and_texts(
+    source: str, train: int, held_out: int, ordinary: int
+) -> tuple[list, list, list]:
     """First questions of real conversations to ask, others held out, and ordinary interactions."""
     from fastsdpo.data import extract_interactions, load_conversations
 
@@ -68,18 +67,25 @@ def prompts_and_texts(source: str, train: int, held_out: int, ordinary: int) -> 
         first = conversation.messages[0]
         text = first["content"].strip()
         usable = first["role"] == "user" and text.isascii() and 20 <= len(text) <= 160
-        if usable and "\n" not in text and text not in seen:
+        if usable and "\n" not in text and text.endswith("?") and text not in seen:
             seen.add(text)
             questions.append(text)
-        elif len(texts) < ordinary and found and found[0].completion.isascii():
-            if 100 <= len(found[0].completion) <= 800 and len(found[0].prompt[-1]["content"]) <= 400:
-                texts.append(found[0])
+        elif (
+            len(texts) < ordinary
+            and found
+            and found[0].completion.isascii()
+            and (
+                100 <= len(found[0].completion) <= 500
+                and len(found[0].prompt[-1]["content"]) <= 300
+            )
+        ):
+            texts.append(found[0])
         if len(questions) >= train + held_out and len(texts) >= ordinary:
             break
     return questions[held_out : held_out + train], questions[:held_out], texts
 
 
-def perplexity(model: Any, tokenizer: Any, interactions: list, *, max_tokens: int = 192) -> float:
+def perplexity(model: Any, tokenizer: Any, interactions: list, *, max_tokens: int = 96) -> float:
     """exp of the mean negative log-probability of the answers' tokens."""
     from fastsdpo.data import tokenize_interactions
     from fastsdpo.data.tokenization import TokenizedInteraction
