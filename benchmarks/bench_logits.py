@@ -37,50 +37,13 @@ from benchmarks._harness import (
     record,
     table,
 )
+from fastsdpo.bench import MODES, liger_loss, plain_loss, trl_loss
 from fastsdpo.ops.divergence import _native
 
-MODES = {"sampled": None, "forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 STREAMED = {"sampled": 4, "forward_kl": 5, "reverse_kl": 5, "jsd": 7}
 # (T, V) tensors of the student's dtype that a rival holds at its peak beyond its inputs, rounded up;
 # used only to leave out what would not fit.
 TEMPORARIES = {"sampled": 6, "forward_kl": 8, "reverse_kl": 8, "jsd": 18}
-
-
-def plain_loss(mode: str, student: Tensor, teacher: Tensor, target_ids: Tensor) -> Tensor:
-    """The token-mean loss in plain PyTorch with float32 log-softmaxes; what `torch.compile` gets."""
-    s = torch.log_softmax(student.float(), -1)
-    t = torch.log_softmax(teacher.float(), -1)
-    if mode == "sampled":
-        s_y = s.gather(-1, target_ids[:, None]).squeeze(-1)
-        t_y = t.gather(-1, target_ids[:, None]).squeeze(-1)
-        return (-(t_y - s_y).detach() * s_y).mean()
-    alpha = MODES[mode]
-    if alpha == 0:
-        return (t.exp() * (t - s)).sum(-1).mean()
-    if alpha == 1:
-        return (s.exp() * (s - t)).sum(-1).mean()
-    p, q = s.exp(), t.exp()
-    m = ((1 - alpha) * p + alpha * q).log()
-    return ((1 - alpha) * p * (s - m) + alpha * q * (t - m)).sum(-1).mean()
-
-
-def trl_loss(mode: str, student: Tensor, teacher: Tensor, target_ids: Tensor) -> Tensor:
-    from trl.experimental.sdpo import loss_utils
-
-    if mode == "sampled":
-        return loss_utils.compute_sampled_token_self_distillation_loss(
-            student[None], teacher[None], target_ids[None], distillation_alpha=1.0
-        ).mean()
-    return loss_utils.compute_full_logit_self_distillation_loss(
-        student, teacher, distillation_alpha=MODES[mode]
-    ).mean()
-
-
-def liger_loss(mode: str, student: Tensor, teacher: Tensor, target_ids: Tensor) -> Tensor:
-    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
-
-    total = LigerFusedLinearJSDFunction.distillation_loss_fn(student, teacher, beta=MODES[mode])
-    return total / len(target_ids)
 
 
 class Case:

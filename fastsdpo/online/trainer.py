@@ -62,7 +62,7 @@ class OnlineSDPOTrainer(SDPOTrainer):
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `SDPOTrainer`, and where answers cannot be
-            sampled: sharded weights without a server, a server without LoRA to synchronize.
+            sampled: sharded weights, or a server without LoRA to synchronize.
     """
 
     args: OnlineSDPOConfig
@@ -94,6 +94,11 @@ class OnlineSDPOTrainer(SDPOTrainer):
         self.data_collator = collate_prompts
         if self._tokenizer_for_check is None:
             raise ValueError("OnlineSDPOTrainer: processing_class must be a tokenizer, got None")
+        if self._sharded:
+            raise NotImplementedError(
+                "OnlineSDPOTrainer: FSDP and DeepSpeed hold the weights in shards, from which answers "
+                "cannot be sampled (and adapters not be written for a server); use DDP"
+            )
         self.user: Any = user
         self.server: ServerSampler | None = None
         if args.generation_url is not None:
@@ -106,11 +111,6 @@ class OnlineSDPOTrainer(SDPOTrainer):
                 args.generation_url, args.generation_model,
                 folder=os.path.join(args.output_dir, "adapters"),
             )  # fmt: skip
-        elif self._sharded:
-            raise NotImplementedError(
-                "OnlineSDPOTrainer: FSDP and DeepSpeed hold the weights in shards, from which "
-                "generate cannot sample; use DDP, or a server (generation_url)"
-            )
         tokenize = self._tokenizer_for_check
         ends = [tokenize.end_of_turn_id, getattr(processing_class or self.processing_class,
                                                  "eos_token_id", None)]  # fmt: skip
@@ -293,7 +293,7 @@ class OnlineSDPOTrainer(SDPOTrainer):
         for name in ("old_logps", "advantages") if args.ppo_clip is not None else ("old_logps",):
             values = [getattr(item, name, None) for item in interactions]
             if all(value is not None for value in values):
-                flat = [number for value in values for number in value]
+                flat = [number for value in values for number in value or ()]
                 options[name] = torch.tensor(flat, device=args.device)
         if args.ppo_clip is not None:
             options.update(ppo_clip=args.ppo_clip, center_advantages=args.center_advantages)

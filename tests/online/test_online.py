@@ -1,0 +1,283 @@
+"""Online training: the clipped loss against float64, resumed runs, users, and answers that degenerate."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+from fastsdpo.online import (
+    ConstantUser,
+    OnlineSDPOConfig,
+    OnlineSDPOTrainer,
+    RuleUser,
+    SwitchingUser,
+    degenerate,
+)
+from fastsdpo.online.rules import parse_rule
+from fastsdpo.trainer.loss import ppo_token_loss
+
+WORDS = [f"w{number}" for number in range(40)]
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def make_tokenizer():
+    special = ["<pad>", "<end>", "<user>", "<assistant>", "<system>", "<unk>"]
+    vocabulary = {word: number for number, word in enumerate([*special, "note", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def make_model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=47, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0,
+        eos_token_id=1, bos_token_id=None, tie_word_embeddings=True, initializer_range=0.2,
+    ))  # fmt: skip
+
+
+def make_trainer(folder, *, user=None, callbacks=None, **changes):
+    settings = {
+        "output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True,
+        "template": " note {o}", "learning_rate": 3e-3, "per_device_train_batch_size": 4,
+        "max_new_tokens": 12, "dataloader_pin_memory": False, "save_strategy": "no", "max_steps": 4,
+    }  # fmt: skip
+    prompts = [f"w{i} w{i + 1} w{i + 2}" for i in range(24)]
+    return OnlineSDPOTrainer(
+        make_model(), OnlineSDPOConfig(**{**settings, **changes}),
+        ConstantUser("w3 w4") if user is None else user, prompts, prompts[:3], make_tokenizer(),
+        callbacks=callbacks,
+    )  # fmt: skip
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_clipped_loss_and_gradient(center):
+    g = torch.Generator().manual_seed(0)
+    logps, teacher, old = (-3 * torch.rand(9, generator=g, dtype=torch.float64) for _ in range(3))
+    weights = torch.rand(9, generator=g, dtype=torch.float64)
+    ids = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
+    counts = torch.tensor([False, True, True, True, True, True, True, False, True])
+    leaf = logps.float().requires_grad_()
+    out = ppo_token_loss(leaf, teacher.float(), weights.float(), ids, counts, clip=0.2,
+                         old_logps=old.float(), center=center)  # fmt: skip
+    out.loss.backward()
+    exact = torch.zeros(9, dtype=torch.float64)
+    loss = 0.0
+    for t in range(9):
+        if not counts[t]:
+            continue
+        mates = [i for i in range(9) if ids[i] == ids[t] and counts[i]]
+        advantage = teacher[t] - logps[t]
+        if center:
+            advantage = advantage - sum(teacher[i] - logps[i] for i in mates) / len(mates)
+        ratio = (logps[t] - old[t]).exp()
+        clipped = min(max(ratio, 0.8), 1.2)
+        loss -= weights[t] * min(ratio * advantage, clipped * advantage)
+        if ratio * advantage <= clipped * advantage:
+            exact[t] = -weights[t] * ratio * advantage
+    torch.testing.assert_close(out.loss.double(), torch.as_tensor(loss), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(leaf.grad.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_at_sampling_time_the_ratio_is_one():
+    """Then the gradient is that of the sampled-token loss, -A grad log p."""
+    logps = torch.tensor([-1.0, -2.0], requires_grad=True)
+    teacher, weights = torch.tensor([-0.5, -4.0]), torch.tensor([0.5, 0.5])
+    ppo_token_loss(logps, teacher, weights, torch.zeros(2, dtype=torch.long),
+                   torch.ones(2, dtype=torch.bool), clip=0.2).loss.backward()  # fmt: skip
+    torch.testing.assert_close(logps.grad, -weights * torch.tensor([0.5, -2.0]))
+
+
+@pytest.mark.parametrize("settings", [
+    {"mode": "full"},
+    {"mode": "sampled_token", "ppo_clip": 0.2, "center_advantages": True, "updates_per_batch": 2,
+     "num_generations": 2},
+    {"mode": "full", "is_clip": 2.0, "updates_per_batch": 3, "teacher": "ema", "reference_kl": 0.1},
+])  # fmt: skip
+def test_resumed_run_is_the_same_run(settings, tmp_path):
+    whole = make_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    cut = make_trainer(tmp_path / "cut", callbacks=[StopAt(3)], **settings)
+    cut.train()
+    resumed = make_trainer(tmp_path / "cut", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    logs = [(tmp_path / name / "interactions.jsonl").read_text() for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+    assert logs[0].count("\n") == len(set(logs[0].splitlines())) > 0
+
+
+def test_a_failed_user_drops_that_interaction(tmp_path):
+    class Moody:
+        def feedback(self, prompts, responses):
+            return ["w1" if index % 2 else "" for index in range(len(responses))]
+
+    trainer = make_trainer(tmp_path, user=Moody(), max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["online/followups"] == 0.5
+
+
+def test_no_followup_at_all_changes_nothing(tmp_path):
+    class Silent:
+        def feedback(self, prompts, responses):
+            return [""] * len(responses)
+
+    trainer = make_trainer(tmp_path, user=Silent(), max_steps=1)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+
+
+def test_evaluation_asks_the_user(tmp_path):
+    trainer = make_trainer(tmp_path, user=RuleUser(["max_words=3"], praise="w1"))
+    metrics = trainer.evaluate()
+    rows = [json.loads(line) for line in (tmp_path / "eval_answers.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    assert metrics["eval_satisfaction"] == sum(row["satisfied"] for row in rows) / 3
+
+
+def test_degeneration_stops_the_run_with_a_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, stop_when_degenerate=0.5, degenerate_window=4)
+    with torch.no_grad():  # the same word for ever
+        trainer.model.lm_head.weight.zero_()
+        trainer.model.lm_head.weight[20] = 1.0
+        trainer.model.model.norm.weight.fill_(1.0)
+    trainer._text = lambda sample: "again " * 8
+    trainer.train()
+    assert trainer.degenerate_stop is not None
+    assert (tmp_path / "checkpoint-1").is_dir()
+
+
+@pytest.mark.parametrize(("text", "reason"), [
+    ("", "empty"), ("  ...!", "empty"), ("yes " * 6, "repetition"),
+    ("I like tea. " * 9, "repetition"),
+    ("Water it weekly, keep it in the sun, and pinch the tips so that it stays bushy.", None),
+    ("Yes.", None),
+])  # fmt: skip
+def test_degenerate(text, reason):
+    assert degenerate(text) == reason
+
+
+@pytest.mark.parametrize(("rule", "good", "bad"), [
+    ("max_words=3", "one two three", "one two three four"),
+    ("min_words=2", "one two", "one"),
+    ("max_sentences=1", "It costs 3.50 euros.", "Yes. No."),
+    ("min_sentences=2", "Yes! No?", "Yes, no"),
+    ("forbid=cat|dog", "category", "A Dog."),
+    ("require=tea", "Tea, please", "coffee"),
+    ("starts_with=TL;DR:", "TL;DR: x", "x"),
+    ("regex=^\\d+$", "12", "x12"),
+    ("case=lower", "abc.", "Abc."),
+    ("format=json", '{"a": 1}', "{a}"),
+    ("format=list", "- a\n- b", "a"),
+    ("format=plain", "a b", "**a** b"),
+])  # fmt: skip
+def test_rules(rule, good, bad):
+    assert parse_rule(rule).holds(good)
+    assert not parse_rule(rule).holds(bad)
+
+
+@pytest.mark.parametrize("rule", ["", "max_words", "max_words=x", "max_words=0", "size=3", "regex=(",
+                                  "case=odd", "format=xml", "forbid="])  # fmt: skip
+def test_rule_errors(rule):
+    with pytest.raises(ValueError, match="rule"):
+        parse_rule(rule)
+
+
+def test_preference_switches_at_the_interaction():
+    user = SwitchingUser([(0, ConstantUser("a")), (10, ConstantUser("b"))])
+    said = []
+    for interactions in (0, 9, 10, 5):  # 5: a run resumed from before the switch
+        user.at(interactions)
+        said += user.feedback([], ["x"])
+    assert said == ["a", "a", "b", "a"]
+
+
+def test_broken_simulators_are_named(tmp_path):
+    class Short:
+        def feedback(self, prompts, responses):
+            return []
+
+    with pytest.raises(ValueError, match=r"Short\.feedback must return 4 follow-ups"):
+        make_trainer(tmp_path, user=Short()).train()
+    with pytest.raises(TypeError, match="user must have feedback"):
+        make_trainer(tmp_path, user=object())
+
+
+@pytest.fixture
+def server():
+    """An endpoint that fails as told by the last message: status, malformed JSON, empty, slow."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = body["messages"][-1]["content"]
+            status, reply = 200, {"choices": [{"index": 0, "message": {
+                "role": "assistant", "content": "Shorter, please."}}]}  # fmt: skip
+            data = json.dumps(reply).encode()
+            if "status 500" in text:
+                status, data = 500, b"{}"
+            if "malformed" in text:
+                data = b'{"choices": ['
+            if "no choices" in text:
+                data = b'{"choices": []}'
+            if "empty" in text:
+                data = data.replace(b"Shorter, please.", b"  ")
+            if "slow" in text:
+                done.wait(5)
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the client may have gone
+                self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    done = threading.Event()
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}/v1"
+    done.set()
+    running.shutdown()
+    running.server_close()
+
+
+def test_endpoint_failures_are_counted_and_drop_the_interaction(server):
+    pytest.importorskip("openai")
+    from fastsdpo.online import ChatEndpoint, EndpointUser
+
+    endpoint = ChatEndpoint(server, "m", timeout=1.0, max_retries=0, concurrency=3)
+    user = EndpointUser(endpoint, "wants short answers")
+    answers = ["fine", "status 500", "malformed", "no choices", "empty", "slow", "fine"]
+    said = user.feedback([[{"role": "user", "content": "hi"}]] * len(answers), answers)
+    assert said == ["Shorter, please.", "", "", "", "", "", "Shorter, please."]
+    assert sum(user.failures.values()) == 5
+    assert user.failures["EmptyReply"] == 1
+    assert user.failures["APITimeoutError"] == 1
