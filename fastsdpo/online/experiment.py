@@ -103,11 +103,10 @@ def perplexity(model: Any, tokenizer: Any, interactions: list, *, max_tokens: in
         alone = TokenizedInteraction(item.prompt_ids, item.prompt_ids, item.completion_ids)
         with no_grad_pass():
             states = shared_forward(model, [alone])
-            logps = linear_token_logps(
+            logps: Any = linear_token_logps(
                 states.student_hidden, head.weight, states.target_ids, bias=head.bias,
                 softcap=head.softcap, logit_scale=head.logit_scale,
             )  # fmt: skip
-        assert isinstance(logps, torch.Tensor)
         total -= float(logps.double().sum())
         count += logps.numel()
     model.train(training)
@@ -217,7 +216,7 @@ def write_data(folder: Path, source: str, train: int, held_out: int, ordinary: i
 def main(argv: list[str] | None = None) -> int:
     from fastsdpo.demo import package_file
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--condition", choices=CONDITIONS, default="short")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", default="personalization", metavar="FOLDER")
