@@ -43,6 +43,7 @@ test: $(VENV)/.dev
 	$(PYTEST) -n 2 --dist loadfile tests
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_losses.py tests/ops/test_token_logps.py \
 		-k "triton and ($(INTERPRETED))"
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_triton_values.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m fastsdpo bench --output bench_output
@@ -65,7 +66,6 @@ native-sanitize: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow tests
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_triton_values.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
