@@ -30,9 +30,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks._harness import Rival, environment, interleave, record, table
-from fastsdpo.prefix import HeadParameters
 from fastsdpo.integrations.transformers import fused_logps
 from fastsdpo.integrations.verl import self_distillation_loss
+from fastsdpo.prefix import HeadParameters
 
 CONFIGS = {
     "sampled": {"full_logit_distillation": False},

@@ -126,6 +126,7 @@ def run_one(options: argparse.Namespace) -> int:
     set_verbosity_error()
     torch.set_num_threads(options.threads)
     recipe = {**RECIPE, **json.loads(options.recipe)}
+    rank = recipe.pop("lora", None)
     folder = Path(options.output) / f"{options.condition}-{options.seed}"
     last = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     data = json.loads(Path(options.data).read_text(encoding="utf-8"))
@@ -135,6 +136,13 @@ def run_one(options: argparse.Namespace) -> int:
     model, tokenizer = load_model_and_tokenizer(options.model)
     wishes = {"short": RuleUser(SHORT), "long": RuleUser(LONG)}
     steps = options.interactions // recipe["per_device_train_batch_size"]
+    adapter = None
+    if rank:
+        from peft import LoraConfig
+
+        adapter = LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
     config = OnlineSDPOConfig(
         output_dir=str(folder), max_steps=steps, seed=options.seed, use_cpu=True, report_to=[],
         disable_tqdm=True, save_strategy="steps" if options.save_steps else "no",
@@ -143,7 +151,7 @@ def run_one(options: argparse.Namespace) -> int:
     )  # fmt: skip
     trainer = OnlineSDPOTrainer(
         model, config, user_for(options.condition, options.interactions), data["train"],
-        data["held_out"], tokenizer,
+        data["held_out"], tokenizer, peft_config=adapter,
     )  # fmt: skip
     points_file = folder / "points.json"
     points: list[dict] = []
