@@ -55,6 +55,13 @@ def build_parser() -> argparse.ArgumentParser:
                      help="start anew in a folder that holds a run")  # fmt: skip
     run.add_argument("--quiet", action="store_true", default=False, help="print nothing but errors")
 
+    add_model_options(parser)
+    add_setting_options(parser)
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, from where, and what of it is trained; read by `load`."""
     model = parser.add_argument_group("model")
     model.add_argument("--model", required=True, help="folder, hub id or GGUF file")
     model.add_argument(
@@ -71,8 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
                        help="train a LoRA adapter of this rank on all linear layers")  # fmt: skip
     model.add_argument("--lora-alpha", type=int, default=None, help="default: twice the rank")
 
+
+def add_setting_options(parser: argparse.ArgumentParser, presets: Any = PRESETS) -> None:
+    """Flags named as the fields of `SDPOConfig` that they set; read by `read_config`."""
     method = parser.add_argument_group("method")
-    method.add_argument("--preset", default="exact", choices=list(PRESETS),
+    method.add_argument("--preset", default="exact", choices=list(presets),
                         help="exact: reverse KL over the whole vocabulary (default); paper: the "
                         "published recipe")  # fmt: skip
     method.add_argument("--mode", choices=("full", "topk", "sampled_token"))
@@ -120,32 +130,30 @@ def build_parser() -> argparse.ArgumentParser:
     logs.add_argument("--save-total-limit", type=int)
     logs.add_argument("--report-to", nargs="+", help="wandb, tensorboard, ... (default: none)")
     logs.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
-                      help="any other field of SDPOConfig; the value is JSON or text")  # fmt: skip
-    return parser
+                      help="any other field of the configuration; the value is JSON or text")  # fmt: skip
 
 
-NOT_SETTINGS = ("data", "output", "eval_data", "dry_run", "resume", "overwrite", "quiet", "model",
-                "gguf_file", "tokenizer", "revision", "dtype", "attn_implementation",
-                "trust_remote_code", "lora", "lora_alpha", "preset", "set")  # fmt: skip
+def read_config(options: argparse.Namespace, config: Any = SDPOConfig, **settings: Any) -> Any:
+    """The preset, changed by ``settings`` and then by the flags that were given.
 
-
-def read_config(options: argparse.Namespace) -> SDPOConfig:
-    """The preset, changed by the flags that were given.
+    Args:
+        config: `SDPOConfig`, or a subclass with presets of the same kind.
 
     Raises:
         ValueError: a setting is unknown or out of range.
     """
-    settings: dict[str, Any] = {"report_to": [], "save_total_limit": 2}
-    settings["dataloader_pin_memory"] = torch.cuda.is_available()
-    given = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
+    names = {field.name for field in dataclasses.fields(config)}
+    flags = {*names, "gradient_checkpointing"}
+    given = {name: value for name, value in vars(options).items() if name in flags}
     for steps, strategy in (("eval_steps", "eval_strategy"), ("save_steps", "save_strategy")):
         if steps in given:
             given[strategy] = "steps"
-    names = {field.name for field in dataclasses.fields(SDPOConfig)}
     for text in options.set:
         name, equals, value = text.partition("=")
         if not equals or name not in names:
-            raise ValueError(f"--set must be NAME=VALUE with a field of SDPOConfig, got {text!r}")
+            raise ValueError(
+                f"--set must be NAME=VALUE with a field of {config.__name__}, got {text!r}"
+            )
         try:
             given[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -154,8 +162,43 @@ def read_config(options: argparse.Namespace) -> SDPOConfig:
         # transformers is renaming it; the new name where there is one.
         new = "activation_checkpointing"
         given[new if new in names else "gradient_checkpointing"] = True
-    settings["disable_tqdm"] = True  # the progress shown is our own
-    return SDPOConfig.preset(options.preset, output_dir=options.output, **{**settings, **given})
+    defaults: dict[str, Any] = {
+        "report_to": [],
+        "save_total_limit": 2,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,  # the progress shown is our own
+    }
+    given = {**defaults, **settings, **given}
+    return config.preset(options.preset, output_dir=options.output, **given)
+
+
+def load(options: argparse.Namespace, config: Any) -> tuple[Any, Any, Any]:
+    """``(model, tokenizer, adapter)`` of the model options; the adapter a `LoraConfig` or None."""
+    from fastsdpo.modeling import load_model_and_tokenizer
+
+    model, tokenizer = load_model_and_tokenizer(
+        options.model,
+        gguf_file=options.gguf_file,
+        tokenizer=options.tokenizer,
+        revision=options.revision,
+        dtype=options.dtype,
+        device=config.device,
+        attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+    )
+    if not options.lora:
+        return model, tokenizer, None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError(
+            "--lora needs the package peft; install it with: pip install 'fastsdpo[peft]'"
+        ) from error
+
+    alpha = options.lora_alpha or 2 * options.lora
+    return model, tokenizer, LoraConfig(
+        r=options.lora, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )  # fmt: skip
 
 
 def held_out(options: argparse.Namespace) -> str | None:
@@ -169,23 +212,27 @@ def held_out(options: argparse.Namespace) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see the module for the exit status."""
-    options = build_parser().parse_args(argv)
+    return run_command("train", train, build_parser().parse_args(argv))
+
+
+def run_command(name: str, run: Any, options: argparse.Namespace) -> int:
+    """``run(options)`` with errors as sentences and exit statuses; see the module."""
     from fastsdpo.trainer import NonFiniteError
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("fastsdpo").setLevel(logging.ERROR if options.quiet else logging.INFO)
     try:
-        return train(options)
+        return run(options)
     except NonFiniteError as error:
-        print(f"fastsdpo train: {error}", file=sys.stderr)
+        print(f"fastsdpo {name}: {error}", file=sys.stderr)
         return 3
     except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
         if os.environ.get("FASTSDPO_TRACEBACK"):
             raise
-        print(f"fastsdpo train: {error}", file=sys.stderr)
+        print(f"fastsdpo {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("fastsdpo train: stopped at once, without a checkpoint", file=sys.stderr)
+        print(f"fastsdpo {name}: stopped at once, without a checkpoint", file=sys.stderr)
         return STOPPED + 2
 
 
@@ -193,7 +240,6 @@ def train(options: argparse.Namespace) -> int:
     """The run, in order."""
     from transformers import PrinterCallback
 
-    from fastsdpo.modeling import load_model_and_tokenizer
     from fastsdpo.trainer import SDPOTrainer
     from fastsdpo.trainer.callbacks import Progress, StopOnSignal, clock
     from fastsdpo.trainer.report import dry_run_report, plot_history, write_report
@@ -209,24 +255,7 @@ def train(options: argparse.Namespace) -> int:
         if show:
             print(text, flush=True)
 
-    model, tokenizer = load_model_and_tokenizer(
-        options.model,
-        gguf_file=options.gguf_file,
-        tokenizer=options.tokenizer,
-        revision=options.revision,
-        dtype=options.dtype,
-        device=config.device,
-        attn_implementation=options.attn_implementation,
-        trust_remote_code=options.trust_remote_code,
-    )
-    adapter = None
-    if options.lora is not None:
-        from peft import LoraConfig
-
-        alpha = options.lora_alpha or 2 * options.lora
-        adapter = LoraConfig(
-            r=options.lora, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+    model, tokenizer, adapter = load(options, config)
     stop = StopOnSignal()
     trainer = SDPOTrainer(
         model=model,

@@ -86,31 +86,39 @@ def prompts_and_texts(
     return questions[held_out : held_out + train], questions[:held_out], texts
 
 
-def perplexity(model: Any, tokenizer: Any, interactions: list, *, max_tokens: int = 96) -> float:
-    """exp of the mean negative log-probability of the answers' tokens."""
-    from fastsdpo.data import tokenize_interactions
-    from fastsdpo.data.tokenization import TokenizedInteraction
-    from fastsdpo.ops.linear import linear_token_logps
-    from fastsdpo.prefix import head_parameters, no_grad_pass, shared_forward
+def perplexities(
+    model: Any, tokenizer: Any, interactions: list, *, max_tokens: int = 160
+) -> tuple[float, float]:
+    """exp of the mean negative log-probability per token, of conversations and of answers alone.
 
-    total, count = 0.0, 0
+    The first counts the text of both roles, not the template around it; the second the answers with
+    the token that ends them, which a user who wants short answers moves by intent.
+    """
+    from fastsdpo.integrations.transformers import fused_logps
+
+    sums = torch.zeros(2, 2, dtype=torch.float64)
     training = model.training
     model.eval()
-    head = head_parameters(model)
-    tokenized = tokenize_interactions(tokenizer, interactions, "note", errors=[],
-                                      max_completion_length=max_tokens)  # fmt: skip
-    for item in tokenized:
-        alone = TokenizedInteraction(item.prompt_ids, item.prompt_ids, item.completion_ids)
-        with no_grad_pass():
-            states = shared_forward(model, [alone])
-            logps: Any = linear_token_logps(
-                states.student_hidden, head.weight, states.target_ids, bias=head.bias,
-                softcap=head.softcap, logit_scale=head.logit_scale,
-            )  # fmt: skip
-        total -= float(logps.double().sum())
-        count += logps.numel()
+    for item in interactions:
+        messages = [*item.prompt, {"role": "assistant", "content": item.completion}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        starts, ends = torch.tensor(encoded["offset_mapping"][:max_tokens]).T
+        ids = torch.tensor([encoded["input_ids"][:max_tokens]])
+        both = torch.zeros_like(starts, dtype=torch.bool)
+        position = 0
+        for message in messages:
+            start = text.index(message["content"], position)
+            position = start + len(message["content"])
+            both |= (starts < position) & (ends > start)
+        answer = (ends > start) & (starts <= position)  # the last message's, and its end
+        with torch.no_grad():
+            logps: Any = fused_logps(model, ids, None, ids)
+        for row, chosen in zip(sums, (both, answer)):
+            row += torch.tensor([-float(logps[0][chosen].double().sum()), float(chosen.sum())])
     model.train(training)
-    return float(torch.tensor(total / max(1, count)).exp())
+    conversations, answers = (sums[:, 0] / sums[:, 1]).exp().tolist()
+    return conversations, answers
 
 
 def run_one(options: argparse.Namespace) -> int:
@@ -168,7 +176,9 @@ def run_one(options: argparse.Namespace) -> int:
             point[name] = sum(user.satisfied([], answers)) / len(answers)
         point["words"] = sum(len(text.split()) for text in answers) / len(answers)
         point["degenerate"] = sum(degenerate(t) is not None for t in answers) / len(answers)
-        point["perplexity"] = perplexity(trainer.model, tokenizer, ordinary)
+        point["perplexity"], point["perplexity_answers"] = perplexities(
+            trainer.model, tokenizer, ordinary
+        )
         point["answers"] = dict(zip(data["held_out"][:4], answers))
         point["seconds"] = time.perf_counter() - started
         points.append(point)
@@ -178,7 +188,8 @@ def run_one(options: argparse.Namespace) -> int:
         os.replace(part, points_file)
         print(f"{options.condition} seed {options.seed}: {point['interactions']:>4} interactions  "
               f"short {point['short']:.0%}  long {point['long']:.0%}  {point['words']:.1f} words  "
-              f"degenerate {point['degenerate']:.0%}  perplexity {point['perplexity']:.2f}",
+              f"degenerate {point['degenerate']:.0%}  perplexity {point['perplexity']:.2f} "
+              f"(answers {point['perplexity_answers']:.2f})",
               flush=True)  # fmt: skip
 
     class Measure(TrainerCallback):

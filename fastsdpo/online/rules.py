@@ -176,6 +176,22 @@ RULES: dict[str, Callable[[str], Rule]] = {
 }
 
 
+EXAMPLES = ("max_words=20", "min_words=50", "max_sentences=1", "min_sentences=3", "forbid=very|really",
+            "require=source", "starts_with=Answer:", "regex=^Yes|^No", "case=lower", "format=json",
+            "format=list", "format=plain", "language=de")  # fmt: skip
+
+
+def describe() -> str:
+    """The rules by example, one a line, with the wish that each would voice."""
+    lines = []
+    for example in EXAMPLES:
+        try:
+            lines.append(f"{example:20} {parse_rule(example).wish}")
+        except ImportError as error:
+            lines.append(f"{example:20} ({error})")
+    return "\n".join(lines)
+
+
 def parse_rule(text: str) -> Rule:
     """``name=value`` of `RULES`.
 

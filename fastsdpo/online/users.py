@@ -146,66 +146,75 @@ def persona_messages(persona: str, prompt: Messages, response: str) -> Messages:
     ]  # fmt: skip
 
 
+class LocalChat:
+    """Chat completions of a local model of transformers; `ChatEndpoint` without a server.
+
+    Args:
+        model, tokenizer: a causal LM and its tokenizer, with a chat template.
+        max_new_tokens, temperature: of the replies; temperature 0: the likeliest token.
+        batch_size: replies written at once; None: all.
+        seed: of the draws: the n-th call of `replies` then always draws the same; None: torch's.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_new_tokens: int = 96,
+                 temperature: float = 0.7, batch_size: int | None = None,
+                 seed: int | None = None):  # fmt: skip
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.batch_size, self.seed = batch_size, seed
+        self.calls = 0
+
+    def replies(self, conversations: Sequence[Messages]) -> list[str | None]:
+        """One per conversation, in order; None where the model said nothing."""
+        from fastsdpo.data import InteractionTokenizer
+        from fastsdpo.data.interactions import Interaction
+        from fastsdpo.online.sampling import generate
+
+        tokenize = InteractionTokenizer(self.tokenizer, "note")
+        asked = [tokenize(Interaction(messages, "", "-")).prompt_ids for messages in conversations]
+        ends = [tokenize.end_of_turn_id, self.tokenizer.eos_token_id]
+        samples = generate(
+            self.model, asked, max_new_tokens=self.max_new_tokens, temperature=self.temperature,
+            end_ids=[token for token in dict.fromkeys(ends) if token is not None],
+            batch_size=self.batch_size,
+            seed=None if self.seed is None else f"{self.seed}/{self.calls}",
+        )  # fmt: skip
+        self.calls += 1
+        texts = [self.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in samples]
+        return [text.strip() or None for text in texts]
+
+
 class EndpointUser:
-    """A user played by a model behind an OpenAI-compatible endpoint.
+    """A user played by a language model: who it is stands in its system prompt.
 
     A request that fails after its retries gives no follow-up: that interaction is left out, and
     ``failures`` counts it.
 
     Args:
-        endpoint: where to ask.
+        endpoint: where to ask, a `ChatEndpoint` or a `LocalChat`.
         persona: who the user is and what they want.
     """
 
-    def __init__(self, endpoint: ChatEndpoint, persona: str):
+    def __init__(self, endpoint: ChatEndpoint | LocalChat, persona: str):
+        if not persona.strip():
+            raise ValueError("EndpointUser: persona must not be blank")
         self.endpoint, self.persona = endpoint, persona
 
     @property
     def failures(self) -> dict[str, int]:
         """Requests without a follow-up, by kind of error."""
-        return dict(self.endpoint.failures)
+        return dict(getattr(self.endpoint, "failures", {}))
 
     def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
         asked = [persona_messages(self.persona, p, r) for p, r in zip(prompts, responses)]
         return [text or "" for text in self.endpoint.replies(asked)]
 
 
-class LanguageModelUser:
-    """A user played by a local model of transformers.
+class LanguageModelUser(EndpointUser):
+    """A user played by a local model of transformers; arguments as `LocalChat` and `EndpointUser`."""
 
-    Args:
-        model, tokenizer: a causal LM and its tokenizer, with a chat template.
-        persona: who the user is and what they want.
-        max_new_tokens, temperature: of the follow-ups.
-        batch_size: follow-ups written at once.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, persona: str, *, max_new_tokens: int = 96,
-                 temperature: float = 0.7, batch_size: int | None = None):  # fmt: skip
-        self.model, self.tokenizer, self.persona = model, tokenizer, persona
-        self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self.batch_size = batch_size
-
-    def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
-        from fastsdpo.data import InteractionTokenizer
-        from fastsdpo.data.interactions import Interaction
-        from fastsdpo.online.sampling import generate
-
-        tokenize = InteractionTokenizer(self.tokenizer, "note")
-        asked = [
-            tokenize(Interaction(persona_messages(self.persona, p, r), "", "-")).prompt_ids
-            for p, r in zip(prompts, responses)
-        ]
-        ends = [tokenize.end_of_turn_id, self.tokenizer.eos_token_id]
-        samples = generate(
-            self.model, asked, max_new_tokens=self.max_new_tokens, temperature=self.temperature,
-            end_ids=[token for token in dict.fromkeys(ends) if token is not None],
-            batch_size=self.batch_size,
-        )  # fmt: skip
-        return [
-            self.tokenizer.decode(sample.ids, skip_special_tokens=True).strip()
-            for sample in samples
-        ]
+    def __init__(self, model: Any, tokenizer: Any, persona: str, **options: Any):
+        super().__init__(LocalChat(model, tokenizer, **options), persona)
 
 
 class TerminalUser:

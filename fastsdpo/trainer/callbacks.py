@@ -50,6 +50,11 @@ class Progress(TrainerCallback):
         if "eval_loss" in logs:
             self._write(f"step {state.global_step}/{state.max_steps}  held-out loss "
                         f"{logs['eval_loss']:.4f}")  # fmt: skip
+        elif "eval_response_length" in logs:
+            satisfied = logs.get("eval_satisfaction")
+            self._write(f"step {state.global_step}/{state.max_steps}  held-out answers: "
+                        + ("" if satisfied is None else f"satisfied {satisfied:.0%}  ")
+                        + f"{logs['eval_response_length']:.0f} tokens")  # fmt: skip
         if "loss" not in logs:
             return
         values = {
@@ -57,6 +62,10 @@ class Progress(TrainerCallback):
             "signal": f"{logs.get('sdpo/log_ratio_abs_mean', float('nan')):.3f}",
             "tok/s": f"{logs.get('sdpo/tokens_per_second', 0):.0f}",
         }
+        if "online/satisfaction" in logs:
+            values["satisfied"] = f"{logs['online/satisfaction']:.0%}"
+        if "online/response_length" in logs:
+            values["answer tokens"] = f"{logs['online/response_length']:.0f}"
         if self.bar is not None:
             self.bar.set_postfix(values, refresh=True)
             return

@@ -2,68 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import TrainerCallback
 
 from fastsdpo.online import (
     ConstantUser,
-    OnlineSDPOConfig,
-    OnlineSDPOTrainer,
     RuleUser,
     SwitchingUser,
     degenerate,
 )
 from fastsdpo.online.rules import parse_rule
 from fastsdpo.trainer.loss import ppo_token_loss
-
-WORDS = [f"w{number}" for number in range(40)]
-CHAT = (
-    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
-)
-
-
-def make_tokenizer():
-    special = ["<pad>", "<end>", "<user>", "<assistant>", "<system>", "<unk>"]
-    vocabulary = {word: number for number, word in enumerate([*special, "note", *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = CHAT
-    return tokenizer
-
-
-def make_model():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=47, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0,
-        eos_token_id=1, bos_token_id=None, tie_word_embeddings=True, initializer_range=0.2,
-    ))  # fmt: skip
-
-
-def make_trainer(folder, *, user=None, callbacks=None, **changes):
-    settings = {
-        "output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True,
-        "template": " note {o}", "learning_rate": 3e-3, "per_device_train_batch_size": 4,
-        "max_new_tokens": 12, "dataloader_pin_memory": False, "save_strategy": "no", "max_steps": 4,
-    }  # fmt: skip
-    prompts = [f"w{i} w{i + 1} w{i + 2}" for i in range(24)]
-    return OnlineSDPOTrainer(
-        make_model(), OnlineSDPOConfig(**{**settings, **changes}),
-        ConstantUser("w3 w4") if user is None else user, prompts, prompts[:3], make_tokenizer(),
-        callbacks=callbacks,
-    )  # fmt: skip
 
 
 class StopAt(TrainerCallback):
@@ -119,12 +71,12 @@ def test_at_sampling_time_the_ratio_is_one():
      "num_generations": 2},
     {"mode": "full", "is_clip": 2.0, "updates_per_batch": 3, "teacher": "ema", "reference_kl": 0.1},
 ])  # fmt: skip
-def test_resumed_run_is_the_same_run(settings, tmp_path):
-    whole = make_trainer(tmp_path / "whole", **settings)
+def test_resumed_run_is_the_same_run(lab, settings, tmp_path):
+    whole = lab.trainer(tmp_path / "whole", **settings)
     whole.train()
-    cut = make_trainer(tmp_path / "cut", callbacks=[StopAt(3)], **settings)
+    cut = lab.trainer(tmp_path / "cut", callbacks=[StopAt(3)], **settings)
     cut.train()
-    resumed = make_trainer(tmp_path / "cut", **settings)
+    resumed = lab.trainer(tmp_path / "cut", **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
     for a, b in zip(whole.model.parameters(), resumed.model.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -133,37 +85,37 @@ def test_resumed_run_is_the_same_run(settings, tmp_path):
     assert logs[0].count("\n") == len(set(logs[0].splitlines())) > 0
 
 
-def test_a_failed_user_drops_that_interaction(tmp_path):
+def test_a_failed_user_drops_that_interaction(lab, tmp_path):
     class Moody:
         def feedback(self, prompts, responses):
             return ["w1" if index % 2 else "" for index in range(len(responses))]
 
-    trainer = make_trainer(tmp_path, user=Moody(), max_steps=1)
+    trainer = lab.trainer(tmp_path, user=Moody(), max_steps=1)
     trainer.train()
     assert trainer.state.log_history[0]["online/followups"] == 0.5
 
 
-def test_no_followup_at_all_changes_nothing(tmp_path):
+def test_no_followup_at_all_changes_nothing(lab, tmp_path):
     class Silent:
         def feedback(self, prompts, responses):
             return [""] * len(responses)
 
-    trainer = make_trainer(tmp_path, user=Silent(), max_steps=1)
+    trainer = lab.trainer(tmp_path, user=Silent(), max_steps=1)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
 
 
-def test_evaluation_asks_the_user(tmp_path):
-    trainer = make_trainer(tmp_path, user=RuleUser(["max_words=3"], praise="w1"))
+def test_evaluation_asks_the_user(lab, tmp_path):
+    trainer = lab.trainer(tmp_path, user=RuleUser(["max_words=3"], praise="w1"))
     metrics = trainer.evaluate()
     rows = [json.loads(line) for line in (tmp_path / "eval_answers.jsonl").read_text().splitlines()]
     assert len(rows) == 3
     assert metrics["eval_satisfaction"] == sum(row["satisfied"] for row in rows) / 3
 
 
-def test_degeneration_stops_the_run_with_a_checkpoint(tmp_path):
-    trainer = make_trainer(tmp_path, stop_when_degenerate=0.5, degenerate_window=4)
+def test_degeneration_stops_the_run_with_a_checkpoint(lab, tmp_path):
+    trainer = lab.trainer(tmp_path, stop_when_degenerate=0.5, degenerate_window=4)
     with torch.no_grad():  # the same word for ever
         trainer.model.lm_head.weight.zero_()
         trainer.model.lm_head.weight[20] = 1.0
@@ -219,54 +171,15 @@ def test_preference_switches_at_the_interaction():
     assert said == ["a", "a", "b", "a"]
 
 
-def test_broken_simulators_are_named(tmp_path):
+def test_broken_simulators_are_named(lab, tmp_path):
     class Short:
         def feedback(self, prompts, responses):
             return []
 
     with pytest.raises(ValueError, match=r"Short\.feedback must return 4 follow-ups"):
-        make_trainer(tmp_path, user=Short()).train()
+        lab.trainer(tmp_path, user=Short()).train()
     with pytest.raises(TypeError, match="user must have feedback"):
-        make_trainer(tmp_path, user=object())
-
-
-@pytest.fixture
-def server():
-    """An endpoint that fails as told by the last message: status, malformed JSON, empty, slow."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            text = body["messages"][-1]["content"]
-            status, reply = 200, {"choices": [{"index": 0, "message": {
-                "role": "assistant", "content": "Shorter, please."}}]}  # fmt: skip
-            data = json.dumps(reply).encode()
-            if "status 500" in text:
-                status, data = 500, b"{}"
-            if "malformed" in text:
-                data = b'{"choices": ['
-            if "no choices" in text:
-                data = b'{"choices": []}'
-            if "empty" in text:
-                data = data.replace(b"Shorter, please.", b"  ")
-            if "slow" in text:
-                done.wait(5)
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            with contextlib.suppress(OSError):  # the client may have gone
-                self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    done = threading.Event()
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{running.server_port}/v1"
-    done.set()
-    running.shutdown()
-    running.server_close()
+        lab.trainer(tmp_path, user=object())
 
 
 def test_endpoint_failures_are_counted_and_drop_the_interaction(server):

@@ -1,0 +1,111 @@
+"""A tiny model, a tokenizer whose tokens are words, an online trainer, and an endpoint that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fastsdpo.online import ConstantUser, OnlineSDPOConfig, OnlineSDPOTrainer
+
+WORDS = [f"w{number}" for number in range(40)]
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def make_tokenizer():
+    special = ["<pad>", "<end>", "<user>", "<assistant>", "<system>", "<unk>"]
+    vocabulary = {word: number for number, word in enumerate([*special, "note", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def make_model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=47, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0,
+        eos_token_id=1, bos_token_id=None, tie_word_embeddings=True, initializer_range=0.2,
+    ))  # fmt: skip
+
+
+def make_trainer(folder, *, user=None, callbacks=None, **changes):
+    settings = {
+        "output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True,
+        "template": " note {o}", "learning_rate": 3e-3, "per_device_train_batch_size": 4,
+        "max_new_tokens": 12, "dataloader_pin_memory": False, "save_strategy": "no", "max_steps": 4,
+    }  # fmt: skip
+    prompts = [f"w{i} w{i + 1} w{i + 2}" for i in range(24)]
+    return OnlineSDPOTrainer(
+        make_model(), OnlineSDPOConfig(**{**settings, **changes}),
+        ConstantUser("w3 w4") if user is None else user, prompts, prompts[:3], make_tokenizer(),
+        callbacks=callbacks,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def lab():
+    return SimpleNamespace(model=make_model, tokenizer=make_tokenizer, trainer=make_trainer)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The tiny model and its tokenizer in a folder."""
+    folder = tmp_path / "model"
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def server():
+    """An endpoint that fails as told by the last message: status, malformed JSON, empty, slow."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = body["messages"][-1]["content"]
+            status, reply = 200, {"choices": [{"index": 0, "message": {
+                "role": "assistant", "content": "Shorter, please."}}]}  # fmt: skip
+            data = json.dumps(reply).encode()
+            if "status 500" in text:
+                status, data = 500, b"{}"
+            if "malformed" in text:
+                data = b'{"choices": ['
+            if "no choices" in text:
+                data = b'{"choices": []}'
+            if "empty" in text:
+                data = data.replace(b"Shorter, please.", b"  ")
+            if "slow" in text:
+                done.wait(5)
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the client may have gone
+                self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    done = threading.Event()
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}/v1"
+    done.set()
+    running.shutdown()
+    running.server_close()

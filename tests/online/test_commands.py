@@ -1,0 +1,321 @@
+"""`fastsdpo online`, `chat` and `eval` from the command line, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fastsdpo.cli import main
+from fastsdpo.online import RuleUser
+from fastsdpo.online.chat import Learner
+from fastsdpo.online.rules import parse_rule
+from fastsdpo.online.winrate import (
+    WinRate,
+    compare_by_judge,
+    compare_by_rules,
+    read_verdict,
+    wilson,
+)
+
+TEMPLATE = " note {o}"
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f"w{i} w{i + 1}\n" for i in range(8)))
+    return str(file)
+
+
+def online(prompts, saved, output, *more):
+    return main([
+        "online", prompts, "--model", saved, "-o", str(output), "--template", TEMPLATE,
+        "--max-new-tokens", "6", "--batch-size", "4", "--max-steps", "2", "--cpu",
+        "--learning-rate", "1e-3", *more,
+    ])  # fmt: skip
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+# ------------------------------------------------------------------------------------------ online
+
+
+def test_online_trains_reports_and_saves(prompts, saved, tmp_path, capsys):
+    output = tmp_path / "run"
+    status = online(prompts, saved, output, "--rule", "max_words=2", "--wish", "w5",
+                    "--eval-prompts", prompts)  # fmt: skip
+    assert status == 0
+    said = capsys.readouterr().out
+    assert "before   satisfied" in said
+    assert "trained 2 steps" in said
+    report = json.loads((output / "report.json").read_text())
+    assert report["interactions"] == 8
+    assert report["user"] == {"rule": ["max_words=2"], "wish": "w5"}
+    assert 0 <= report["after"]["eval_satisfaction"] <= 1
+    rows = [json.loads(line) for line in (output / "interactions.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    before, after = weights(saved), weights(output / "model")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert online(prompts, saved, output, "--rule", "max_words=2") == 1
+    assert "holds a run" in capsys.readouterr().err
+
+
+def test_online_flips_the_preference(prompts, saved, tmp_path):
+    status = online(prompts, saved, tmp_path / "run", "--wish", "w5", "--flip-at", "4",
+                    "--then-wish", "w6", "--quiet")  # fmt: skip
+    assert status == 0
+    rows = (tmp_path / "run" / "interactions.jsonl").read_text().splitlines()
+    said = [json.loads(line)["user_response"]["content"] for line in rows]
+    assert said == ["w5"] * 4 + ["w6"] * 4
+
+
+def test_a_local_model_plays_the_user(prompts, saved, tmp_path):
+    status = online(prompts, saved, tmp_path / "run", "--persona", "w1 w2", "--user-local", saved,
+                    "--quiet", "--max-steps", "1")  # fmt: skip
+    assert status == 0
+    rows = (tmp_path / "run" / "interactions.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["user_response"]["content"] for line in rows)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ([], "name one user"),
+    (["--rule", "max_words=2", "--terminal"], "name one user"),
+    (["--rule", "max_word=2"], "a rule must be NAME=VALUE"),
+    (["--rule", "max_words=2", "--flip-at", "4"], "--flip-at needs --then-rule"),
+    (["--rule", "max_words=2", "--then-wish", "x"], "they need --flip-at"),
+    (["--persona", "x"], "--user-url with --user-model"),
+    (["--persona", "x", "--user-url", "http://localhost:1/v1"], "needs --user-model"),
+    (["--rule", "max_words=2", "--set", "spin=1"], "field of OnlineSDPOConfig"),
+    (["--rule", "max_words=2", "--set", "num_generations=0"], "num_generations must"),
+])  # fmt: skip
+def test_online_errors(options, message, prompts, saved, tmp_path, capsys):
+    assert online(prompts, saved, tmp_path / "run", *options) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "interactions.jsonl").exists()
+
+
+def test_the_rules_are_listed(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["online", "--list-rules"])
+    assert stopped.value.code == 0
+    assert "max_words=20" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------- chat
+
+
+def talk(monkeypatch, lines):
+    lines = iter(lines)
+
+    def read(question=""):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+
+
+def chat(saved, output, *more):
+    return main(["chat", "--model", saved, "-o", str(output), "--template", TEMPLATE, "--cpu",
+                 "--max-new-tokens", "6", "--learning-rate", "1e-2", *more])  # fmt: skip
+
+
+@pytest.mark.parametrize("lora", ["0", "4"])
+def test_chat_learns_saves_and_undoes(lora, saved, tmp_path, monkeypatch, capsys):
+    if lora != "0":
+        pytest.importorskip("peft")
+    output = tmp_path / "chat"
+    talk(monkeypatch, ["w1 w2", "w3 w4", "w5", "/undo", "/learn off", "w6", f"/save {tmp_path}/now",
+                       "/new", "w7", "/nonsense", "/quit"])  # fmt: skip
+    assert chat(saved, output, "--lora", lora) == 0
+    said = capsys.readouterr()
+    assert said.out.count("model > ") == 5
+    assert "[update 2: loss" in said.err
+    assert "[update 2 is taken back]" in said.err
+    assert "/learn off|on" in said.err
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == [
+        "checkpoint-0",
+        "checkpoint-1",
+    ]
+    rows = [json.loads(line) for line in (output / "interactions.jsonl").read_text().splitlines()]
+    assert [row["user_response"]["content"] for row in rows] == ["w3 w4"]
+    assert rows[0]["prompt"] == [{"role": "user", "content": "w1 w2"}]
+
+    talk(monkeypatch, ["/undo", "/undo"])  # goes on in the same folder, and back to the start
+    assert chat(saved, output, "--lora", lora) == 0
+    said = capsys.readouterr().err
+    assert "goes on after update 1" in said
+    assert "there is no update to take back" in said
+    assert (output / "interactions.jsonl").read_text() == ""
+
+
+def learner(lab, folder, **changes):
+    from fastsdpo.online import OnlineSDPOConfig
+
+    settings = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "learning_rate": 1e-2,
+                "template": TEMPLATE, "max_new_tokens": 6, "save_total_limit": 3}  # fmt: skip
+    return Learner(lab.model(), OnlineSDPOConfig(**{**settings, **changes}), lab.tokenizer())
+
+
+def step(one, followup="w9"):
+    messages = [{"role": "user", "content": "w1 w2"}]
+    _, answer = one.answer(messages)
+    return one.learn(messages, answer, followup)
+
+
+@pytest.mark.parametrize("teacher", ["live", "ema", "frozen"])
+def test_undo_and_restart_restore_everything(teacher, lab, tmp_path):
+    one = learner(lab, tmp_path, teacher=teacher)
+    step(one)
+    step(one)
+    kept = {name: value.clone() for name, value in one.model.state_dict().items()}
+    figures = step(one)
+    after = {name: value.clone() for name, value in one.model.state_dict().items()}
+    assert one.undo() == 2
+    for name, value in one.model.state_dict().items():
+        assert torch.equal(value, kept[name])
+    one.answers -= 1  # the same draw again
+    assert step(one) == figures
+    for name, value in one.model.state_dict().items():
+        assert torch.equal(value, after[name])
+    again = learner(lab, tmp_path, teacher=teacher)
+    assert again.updates == 3
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, after[name])
+
+
+def test_undo_as_far_as_checkpoints_are_kept(lab, tmp_path):
+    one = learner(lab, tmp_path)
+    for _ in range(4):
+        step(one)
+    assert one.checkpoints() == [2, 3, 4]
+    assert one.undo() == 3
+    assert one.undo() == 2
+    with pytest.raises(ValueError, match="not kept any more"):
+        one.undo()
+
+
+def test_a_step_that_is_not_finite_changes_nothing(lab, tmp_path):
+    from fastsdpo.trainer import NonFiniteError
+
+    one = learner(lab, tmp_path)
+    messages = [{"role": "user", "content": "w1 w2"}]
+    _, answer = one.answer(messages)
+    before = {name: value.clone() for name, value in one.model.state_dict().items()}
+    run_pass = one.trainer.run_pass
+
+    def broken(*arguments):
+        loss, statistics = run_pass(*arguments)
+        return loss * math.nan, statistics._replace(
+            sequence_loss=statistics.sequence_loss * math.nan
+        )
+
+    one.trainer.run_pass = broken
+    with pytest.raises(NonFiniteError, match="update 1"):
+        one.learn(messages, answer, "w9")
+    assert one.updates == 0
+    for name, value in one.model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+# -------------------------------------------------------------------------------------------- eval
+
+
+def test_eval_by_rule(prompts, saved, tmp_path, capsys):
+    report = tmp_path / "win.json"
+    status = main(["eval", prompts, "--model", saved, "--base", saved, "--rule", "max_words=3",
+                   "--max-new-tokens", "6", "-o", str(report)])  # fmt: skip
+    assert status == 0
+    assert "win rate 50.0%" in capsys.readouterr().out  # against itself
+    found = json.loads(report.read_text())
+    assert (found["wins"], found["ties"], found["losses"]) == (0, 8, 0)
+    assert len(found["answers"]) == 8
+
+
+def test_eval_by_a_local_judge(prompts, saved, capsys):
+    status = main(["eval", prompts, "--model", saved, "--base", saved, "--judge-local", saved,
+                   "--max-new-tokens", "6", "--persona", "w1", "--limit", "3"])  # fmt: skip
+    assert status == 0
+    assert "3 left out" in capsys.readouterr().out  # this judge speaks in w's
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ([], "name either --rule, or a judge"),
+    (["--rule", "max_words=3", "--judge-local", "x"], "name either --rule, or a judge"),
+    (["--judge-url", "http://localhost:1/v1"], "--judge-url needs --judge-model"),
+    (["--rule", "max_words=3", "--limit", "0"], "--limit must be at least 1"),
+    (["--rule", "max_words=3", "--base", "/no/such/folder"], "no such file or folder"),
+])  # fmt: skip
+def test_eval_errors(options, message, prompts, saved, capsys):
+    given = [] if "--base" in options else ["--base", saved]
+    assert main(["eval", prompts, "--model", saved, *given, *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_rules_compare_answer_by_answer():
+    rules = [parse_rule("max_words=2"), parse_rule("case=lower")]
+    answers, base = ["a b", "a b c", "A", "a"], ["a b c", "a b", "a b c", "b"]
+    assert compare_by_rules(rules, answers, base) == [1, 0, 0.5, 0.5]
+
+
+def test_a_judge_is_asked_in_both_orders():
+    """Wins only count in both orders; a judge that always says A sees ties."""
+    seen = []
+
+    def judge_by(verdict):
+        def replies(conversations):
+            seen.extend(c[-1]["content"] for c in conversations)
+            return [verdict(c[-1]["content"]) for c in conversations]
+
+        return SimpleNamespace(replies=replies)
+
+    prompts = [[{"role": "user", "content": "{first} question"}]] * 2
+    answers, base = ["good {second}", "bad"], ["bad", "good"]
+
+    def honest(text):
+        return "A" if "Answer A:\ngood" in text else "Answer: B."
+
+    assert compare_by_judge(judge_by(honest), prompts, answers, base, "p") == [1.0, 0.0]
+    assert len(seen) == 4
+    assert all("{" not in text for text in seen)
+    assert compare_by_judge(judge_by(lambda _: "A"), prompts, answers, base) == [0.5, 0.5]
+    assert compare_by_judge(judge_by(lambda _: "C"), prompts, answers, base) == [0.5, 0.5]
+    assert compare_by_judge(judge_by(lambda _: None), prompts, answers, base) == [None, None]
+
+
+@pytest.mark.parametrize(("reply", "verdict"), [
+    ("A", "A"), ("B.", "B"), ("**C**", "C"), ("Answer B is better than A", "B"), ("Both", None),
+    ("", None), (None, None),
+])  # fmt: skip
+def test_read_verdict(reply, verdict):
+    assert read_verdict(reply) == verdict
+
+
+def test_win_rate_and_its_interval():
+    found = WinRate.of([1.0, 1.0, 0.5, 0.0, None])
+    assert (found.wins, found.ties, found.losses, found.left_out) == (2, 1, 1, 1)
+    assert found.rate == 0.625
+    # 8 of 10: the interval as published, e.g. in Agresti and Coull (1998), to 4 digits
+    low, high = wilson(0.8, 10)
+    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
+    assert wilson(1.0, 5)[1] == 1.0
+    nothing = WinRate.of([None])
+    assert math.isnan(nothing.rate)
+    assert (nothing.low, nothing.high) == (0.0, 1.0)
+
+
+def test_a_rule_user_says_its_wishes():
+    user = RuleUser(["max_words=1", "case=lower"])
+    assert user.feedback([], ["A b", "a b", "a"]) == [
+        "Please answer in at most 1 words. Please write everything in lower case.",
+        "Please answer in at most 1 words.",
+        "",
+    ]
