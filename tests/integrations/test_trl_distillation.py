@@ -146,3 +146,112 @@ def test_properties(beta):
             "teacher_lm_head_weight": given["student_lm_head_weight"].detach(),
         }
         torch.testing.assert_close(ours(**swapped)[0], ours(**given)[0].detach())
+
+
+def exact(given):
+    """Loss and entropy sum from whole float32 logits of the operands as they are given."""
+
+    def log_probs(role):
+        logits = (
+            given[f"{role}_hidden_states"].float() @ given[f"{role}_lm_head_weight"].float().mT
+            + given[f"{role}_lm_head_bias"].float()
+        )
+        return logits.log_softmax(-1)
+
+    s, t, a = log_probs("student"), log_probs("teacher"), given["beta"]
+    if a in (0.0, 1.0):
+        p, q = (t, s) if a == 0.0 else (s, t)
+        per_token = (p.exp() * (p - q)).sum(-1)
+    else:
+        weights = torch.tensor([1 - a, a]).log()
+        m = torch.stack([s + weights[0], t + weights[1]]).logsumexp(0)
+        per_token = ((1 - a) * s.exp() * (s - m) + a * t.exp() * (t - m)).sum(-1)
+    mask = given["completion_mask"]
+    entropy = -(s.exp() * s).sum(-1)
+    return (per_token * mask).sum() / mask.sum(), (entropy * mask).sum().detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_in_half_precision(dtype, beta, autocast):
+    """The logits stay float32: with a wide spread, half-precision ones would spoil the gradient."""
+    spread = 10.0 if beta == 0.5 else 30.0
+    given = inputs(
+        beta=beta, student_hidden_states=torch.randn(2, 5, 64), teacher_hidden_states=torch.randn(2, 5, 64),
+        student_lm_head_weight=torch.randn(33, 64) * spread / 8,
+        teacher_lm_head_weight=torch.randn(33, 64) * spread / 8,
+        student_lm_head_bias=torch.linspace(-1, 1, 33), teacher_lm_head_bias=torch.linspace(1, -1, 33),
+    )  # fmt: skip
+    operands = [key for key in given if key.endswith(("_states", "_weight"))]
+    leaves = ["student_hidden_states", "student_lm_head_weight", "student_lm_head_bias"]
+
+    def arguments(kept):
+        cast = {key: given[key].to(dtype).to(kept) for key in operands}
+        chosen = {**given, **cast}
+        return {**chosen, **{key: chosen[key].clone().requires_grad_() for key in leaves}}
+
+    found = arguments(torch.float32 if autocast else dtype)
+    with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+        loss, entropy, _ = ours(**found)
+    loss.backward()
+    wanted = arguments(torch.float32)
+    exact_loss, exact_entropy = exact(wanted)
+    exact_loss.backward()
+    torch.testing.assert_close(loss, exact_loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy, exact_entropy, rtol=1e-5, atol=1e-5)
+    for key in leaves:
+        a, b = found[key].grad.float(), wanted[key].grad
+        assert (a - b).abs().max() < 0.01 * b.abs().max(), key
+
+
+def test_mixed_dtypes():
+    given = inputs(student_lm_head_bias=torch.zeros(33), teacher_lm_head_bias=torch.zeros(33))
+    half = {**given, "student_hidden_states": given["student_hidden_states"].bfloat16(),
+            "teacher_hidden_states": given["teacher_hidden_states"].bfloat16()}  # fmt: skip
+    torch.testing.assert_close(ours(**half)[0], exact(half)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_probabilities_that_underflow():
+    """All but two tokens have probability exp(-120), and student and teacher prefer different ones."""
+    heads = torch.full((2, 2053, 1), -120.0)
+    heads[0, :2, 0], heads[1, :2, 0] = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
+    given = inputs(
+        student_hidden_states=torch.ones(1, 3, 1, requires_grad=True), beta=0.5,
+        teacher_hidden_states=torch.ones(1, 3, 1), student_lm_head_weight=heads[0],
+        teacher_lm_head_weight=heads[1], completion_mask=torch.tensor([[1, 1, 0]]),
+        student_lm_head_bias=torch.zeros(2053), teacher_lm_head_bias=torch.zeros(2053),
+    )  # fmt: skip
+    loss, entropy, _ = ours(**given)
+    torch.testing.assert_close(loss, exact(given)[0])
+    loss.backward()
+    assert entropy.isfinite()
+    assert given["student_hidden_states"].grad.isfinite().all()
+
+
+def test_masked_tokens_change_nothing():
+    given = inputs()
+    loss, entropy, count = ours(**given)
+    loss.backward()
+    masked = given["completion_mask"] == 0
+    assert (given["student_hidden_states"].grad[masked] == 0).all()
+    assert (given["student_hidden_states"].grad[~masked].abs().sum(-1) > 0).all()
+    other = {**given}
+    for key in ("student_hidden_states", "teacher_hidden_states"):
+        other[key] = torch.where(masked[..., None], torch.nan, given[key].detach())
+    for a, b in zip(ours(**other), (loss, entropy, count)):
+        assert torch.equal(a, b)
+
+
+def test_a_batch_without_tokens_reaches_every_parameter():
+    """Else the processes of a data-parallel run would wait for each other."""
+    given = inputs(
+        completion_mask=torch.zeros(2, 5),
+        student_lm_head_bias=torch.zeros(33, requires_grad=True),
+        teacher_lm_head_bias=torch.zeros(33),
+    )
+    loss, _, count = ours(**given)
+    loss.backward()
+    assert count == 0
+    for key in ("student_hidden_states", "student_lm_head_weight", "student_lm_head_bias"):
+        assert torch.count_nonzero(given[key].grad) == 0
