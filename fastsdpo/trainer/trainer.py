@@ -247,15 +247,24 @@ class SDPOTrainer(Trainer):
             teacher_head = other_head(model, context)
         if args.teacher == "trust_region" or args.needs_reference:
             frozen_head = other_head(model, self._initial)
-            read = interactions
-            if args.teacher != "trust_region":  # the history alone, without the follow-up
+            # What of the two distributions is needed: given the history alone, or with the follow-up.
+            read = list(interactions)
+            if args.teacher != "trust_region":
                 read = [
                     TokenizedInteraction(i.prompt_ids, i.prompt_ids, i.completion_ids)
                     for i in interactions
                 ]
+            elif not args.needs_reference:
+                read = [
+                    TokenizedInteraction(
+                        i.teacher_prompt_ids, i.teacher_prompt_ids, i.completion_ids
+                    )
+                    for i in interactions
+                ]
             with no_grad_pass(), self._initial():
                 states = shared_forward(model, read, **shared)
-            reference_hidden, frozen_hidden = states.student_hidden, states.teacher_hidden
+            frozen_hidden = states.teacher_hidden
+            reference_hidden = states.student_hidden if args.needs_reference else None
 
         def loss_fn(states: ResponseStates) -> tuple[Tensor, TokenStatistics]:
             head = head_parameters(model)

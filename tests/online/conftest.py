@@ -44,7 +44,7 @@ def make_model():
     ))  # fmt: skip
 
 
-def make_trainer(folder, *, user=None, callbacks=None, **changes):
+def make_trainer(folder, *, user=None, callbacks=None, peft_config=None, **changes):
     settings = {
         "output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True,
         "template": " note {o}", "learning_rate": 3e-3, "per_device_train_batch_size": 4,
@@ -54,7 +54,7 @@ def make_trainer(folder, *, user=None, callbacks=None, **changes):
     return OnlineSDPOTrainer(
         make_model(), OnlineSDPOConfig(**{**settings, **changes}),
         ConstantUser("w3 w4") if user is None else user, prompts, prompts[:3], make_tokenizer(),
-        callbacks=callbacks,
+        callbacks=callbacks, peft_config=peft_config,
     )  # fmt: skip
 
 
