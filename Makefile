@@ -7,10 +7,11 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard ker
 # Two test processes, one thread each, on the two cores that the suite is sized for.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow lint types format bench compile-matrix native-sanitize gpu clean
+.PHONY: help demo personalization test test-slow lint types format bench compile-matrix native-sanitize gpu clean
 
 help:
 	@echo "make demo       real conversations -> trained SmolLM2-135M-Instruct, before and after (CPU)"
+	@echo "make personalization   a user's wish learned online, one seed (CPU; SEEDS=\"1 2 3\" for more)"
 	@echo "make test       the test suite (under 15 minutes on 2 cores)"
 	@echo "make test-slow  the long tests"
 	@echo "make bench      our losses beside the peers', correctness first (results in bench_output/)"
@@ -35,6 +36,11 @@ $(VENV)/.dev: $(VENV)/.demo
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m fastsdpo.demo
+
+# Goes on where it was stopped; delete personalization/ to start anew.
+SEEDS := 1
+personalization: $(VENV)/.dev
+	$(BIN)/python -m fastsdpo.online.experiment --output personalization --seeds $(SEEDS)
 
 # The Triton kernels run in Triton's interpreter, in a process of their own: it is chosen at import.
 INTERPRETED := bfloat16 or vocabulary or ignored or masked or infinite or inplace or slice or nothing or values
@@ -81,4 +87,4 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i kernels/cpu/*.cpp kernels/cpu/*.h
 
 clean:
-	rm -rf build dist *.egg-info demo_output .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info demo_output personalization .pytest_cache .ruff_cache
