@@ -1,0 +1,80 @@
+"""Online training in one process or two (gloo): the same weights, logs and files."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch without distributed"
+)
+
+# The same batch of 4 prompts, whatever the number of processes.
+RUNS = {
+    "full": {},
+    "clipped": {"mode": "sampled_token", "ppo_clip": 0.2, "center_advantages": True,
+                "updates_per_batch": 2, "num_generations": 2},
+}  # fmt: skip
+
+
+def start(folder, rank, world, port):
+    runs = {name: {**run, "per_device_train_batch_size": 4 // world} for name, run in RUNS.items()}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if world > 1:
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    worker = Path(__file__).parent / "two_processes_worker.py"
+    return subprocess.Popen(
+        [sys.executable, str(worker), str(folder), json.dumps(runs)], env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start(folder, 0, 1, port), *(start(folder, rank, 2, port) for rank in range(2))]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(outputs)
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_weights_logs_and_files(name, folder, lab):
+    one, two = (torch.load(folder / f"{name}-{world}.pt", weights_only=False) for world in (1, 2))
+    before = lab.model().state_dict()
+    assert max(float((before[key] - one["weights"][key]).abs().max()) for key in before) > 1e-3
+    for key, value in one["weights"].items():
+        torch.testing.assert_close(two["weights"][key], value, rtol=0, atol=2e-6)
+    for left, right in [
+        *zip(one["history"], two["history"]),
+        (one["evaluation"], two["evaluation"]),
+    ]:
+        assert left.keys() == right.keys()
+        for key in left:
+            if "per_second" not in key and "runtime" not in key:
+                assert right[key] == pytest.approx(left[key], rel=1e-4, abs=1e-5), key
+    for file, text in (("interactions.jsonl", ("completion", "user_response")),
+                       ("eval_answers.jsonl", ("response", "satisfied"))):  # fmt: skip
+        lines = [(folder / f"{name}-{world}" / file).read_text().splitlines() for world in (1, 2)]
+        said = [
+            sorted(str([row["prompt"], row["step"], *(row[key] for key in text)])
+                   for row in map(json.loads, found))
+            for found in lines
+        ]  # fmt: skip
+        assert said[0] == said[1]
+        assert said[0]

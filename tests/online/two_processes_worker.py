@@ -1,0 +1,53 @@
+"""Two online steps in one process or two; saves weights, logs and files. See test_two_processes.
+
+Usage: two_processes_worker.py FOLDER SETTINGS_JSON   (RANK, WORLD_SIZE, MASTER_* in the environment)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from fastsdpo.online import RuleUser
+
+
+def load_lab():
+    path = Path(__file__).parent / "conftest.py"
+    spec = importlib.util.spec_from_file_location("online_conftest", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main(folder: str, runs: dict) -> None:
+    torch.set_num_threads(1)
+    lab = load_lab()
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for name, settings in runs.items():
+        # So cold that every process draws the likeliest token: its seed then changes nothing.
+        trainer = lab.make_trainer(
+            f"{folder}/{name}-{world}", user=RuleUser(["max_words=6"], wish="w3 w4", praise="w5"),
+            sampling_temperature=1e-4, optim="sgd", learning_rate=0.5, max_grad_norm=0.0, max_steps=2,
+            ddp_backend="gloo" if world > 1 else None, **settings,
+        )  # fmt: skip
+        trainer.train()
+        evaluation = trainer.evaluate()
+        assert trainer.args.world_size == world
+        if trainer.is_world_process_zero():
+            weights = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+            history = [row for row in trainer.state.log_history if "loss" in row]
+            torch.save(
+                {"weights": weights, "history": history, "evaluation": evaluation},
+                f"{folder}/{name}-{world}.pt",
+            )
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
