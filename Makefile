@@ -53,6 +53,8 @@ test: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m fastsdpo bench --output bench_output
+	$(BIN)/python -m pytest --import-mode=importlib benchmarks/test_losses.py \
+		--benchmark-json bench_output/losses.json
 
 # Every specialization for every target, compiled without a GPU; about half an hour on two cores.
 compile-matrix: $(VENV)/.dev

@@ -81,7 +81,7 @@ THEMES: list[tuple[str, str, Bars | None]] = [
      _of_rows(lambda who: who != "TRL", lambda row: (row["case"], row["shape"]))),
     ("integrations_cpu", "plain PyTorch's time over ours",
      _of_rows(lambda who: who.startswith("ours"), _integration_base)),
-    ("personalization_cpu", "", None),
+    ("personalization_search_cpu", "", None),
     ("goals_cpu", "", None),
     ("traffic", "", None),
     ("compile_matrix", "", None),

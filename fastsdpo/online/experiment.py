@@ -37,7 +37,7 @@ UNRELATED = ("My cat is called Minka.", "It rained here all day yesterday.",
 RECIPE: dict[str, Any] = {
     "mode": "full", "alpha": 1.0, "teacher": "trust_region", "template": "note", "lora": 16,
     "learning_rate": 3e-4, "lr_scheduler_type": "linear", "per_device_train_batch_size": 8,
-    "max_new_tokens": 40,
+    "max_new_tokens": 40, "sampling_temperature": 0.5,
 }  # fmt: skip
 INTERACTIONS = {"short": 160, "flip": 240, "unrelated": 80}
 
