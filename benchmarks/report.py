@@ -76,6 +76,7 @@ THEMES: list[tuple[str, str, Bars | None]] = [
      _of_rivals(lambda row: row["mode"], "native fused", ("native",))),
     ("linear_cpu", "rival's time over ours, loss and gradients",
      _of_rivals(lambda row: f"{row['mode']} {row['vocabulary']} x {row['hidden']}", "fastsdpo")),
+    ("memory_cpu", "", None),
     ("sharing_cpu", "", None),
     ("trl_cpu", "TRL's time over that with the patch",
      _of_rows(lambda who: who != "TRL", lambda row: (row["case"], row["shape"]))),
