@@ -46,7 +46,7 @@ def user_for(condition: str, interactions: int) -> Any:
     """The simulated user of a condition."""
     from fastsdpo.online import ConstantUser, RuleUser, SwitchingUser
 
-    # Said after every answer: learning from broken wishes alone stops at three quarters fulfilled.
+    # A standing wish: said after every answer, whether it fulfils it or not.
     short = RuleUser(SHORT, wish=SHORT_WISH, praise=SHORT_WISH)
     long = RuleUser(LONG, wish=LONG_WISH, praise=LONG_WISH)
     if condition == "short":
@@ -128,7 +128,7 @@ def perplexities(
 
 def run_one(options: argparse.Namespace) -> int:
     """One condition and seed; writes ``<folder>/<condition>-<seed>/points.json``."""
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from fastsdpo.modeling import load_model_and_tokenizer
@@ -167,6 +167,7 @@ def run_one(options: argparse.Namespace) -> int:
         model, config, user_for(options.condition, interactions), data["train"],
         data["held_out"], tokenizer, peft_config=adapter,
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
     points_file = folder / "points.json"
     points: list[dict] = []
     if last and points_file.exists():
@@ -324,7 +325,7 @@ def plot(runs: dict[tuple[str, int], list[dict]], path: Path) -> bool:
             if name != condition:
                 continue
             x = [point["interactions"] for point in points]
-            label = dict.fromkeys(("short", "long"), None)
+            label: dict[str, str | None] = {"short": None, "long": None}
             if seed == min(s for c, s in runs if c == condition):
                 label = {"short": "one short sentence", "long": "several sentences"}
             for wish, color in (("short", "#4477aa"), ("long", "#cc3311")):
@@ -344,8 +345,9 @@ def plot(runs: dict[tuple[str, int], list[dict]], path: Path) -> bool:
     grid[0, 0].set_ylabel("held-out answers, %")
     grid[1, 0].set_ylabel("words in an answer")
     grid[2, 0].set_ylabel("perplexity, change in %")
-    grid[0, 0].legend(frameon=False)
-    grid[2, 0].legend(frameon=False)
+    for axes in grid[[0, 2]].flat:
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     return True
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 
 from fastsdpo.data import InteractionTokenizer, TokenizedInteraction
 from fastsdpo.modeling import load_model_and_tokenizer
@@ -115,6 +115,7 @@ class SDPOTrainer(Trainer):
 
             if is_peft(module):
                 raise ValueError("SDPOTrainer: peft_config must be None, the model has an adapter")
+            set_seed(args.seed)  # Trainer sets it later than the adapter draws its weights
             module = get_peft_model(module, peft_config)
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise ValueError("SDPOTrainer: model must have weights to train, all are frozen")

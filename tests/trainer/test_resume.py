@@ -204,6 +204,15 @@ def mean_kl(trainer, reference):
     return float(torch.cat(total).mean())
 
 
+def test_the_seed_fixes_the_adapter(tmp_path, lab):
+    runs = []
+    for name in ("first", "second"):
+        torch.manual_seed(len(name))  # whatever was drawn before
+        runs.append(train(lab, tmp_path / name, lora=True, save_strategy="no"))
+    first, second = map(lab.weights_of, runs)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
 def test_lora_trains_the_adapter_alone(tmp_path, lab):
     base = lab.make_model().state_dict()
     for teacher in ("frozen", "ema"):
