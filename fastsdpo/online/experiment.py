@@ -33,7 +33,7 @@ LONG = ["min_sentences=3"]
 LONG_WISH = "Please answer in detail, in several sentences."
 UNRELATED = ("My cat is called Minka.", "It rained here all day yesterday.",
              "I am going to the dentist tomorrow.", "My neighbour bought a red bicycle.")  # fmt: skip
-# Found by search (docs/online.md): an adapter, and a teacher held half-way to the initial model.
+# The best so far; it does not reach the goal yet (docs/online.md).
 RECIPE: dict[str, Any] = {
     "mode": "full", "alpha": 1.0, "teacher": "trust_region", "template": "note", "lora": 16,
     "learning_rate": 3e-4, "lr_scheduler_type": "linear", "per_device_train_batch_size": 8,
