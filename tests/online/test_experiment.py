@@ -9,7 +9,6 @@ import math
 import pytest
 import torch
 
-from fastsdpo.data import Interaction
 from fastsdpo.online import experiment
 
 pytest.importorskip("peft")
@@ -20,10 +19,8 @@ def options(folder, model, condition="short"):
     rows = {
         "train": [f"w{i} w{i + 1} w{i + 2}" for i in range(12)],
         "held_out": ["w1 w2", "w3 w4"],
-        "ordinary": [
-            {"prompt": [{"role": "user", "content": "w1 w2 w3"}], "completion": "w4 w5 w6 w7",
-             "followup": "w8", "id": None, "conversation_id": None},
-        ],
+        "ordinary": [messages("w1 w2 w3", "w4 w5 w6 w7", "w8")],
+        "brief": [messages("w1", "w2 w3")],
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
     data.write_text(json.dumps(rows))
@@ -33,6 +30,10 @@ def options(folder, model, condition="short"):
         output=str(folder), model=model, condition=condition, seed=1, recipe=json.dumps(recipe),
         interactions=16, every=1, threads=1, data=str(data),
     )  # fmt: skip
+
+
+def messages(*texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 def points(folder, condition="short"):
@@ -47,7 +48,7 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(saved, tmp_path, monkeypat
 
     def failing(*arguments):
         calls.append(1)
-        if len(calls) == 4:  # after the third step, before its checkpoint
+        if len(calls) == 7:  # two a measurement: after the third step, before its checkpoint
             raise RuntimeError("killed")
         return measure(*arguments)
 
@@ -76,8 +77,7 @@ def test_the_report_shows_every_point(saved, tmp_path):
 def test_perplexities_are_those_of_the_text(lab):
     """Against the plain log-softmax, word by word."""
     model, tokenizer = lab.model(), lab.tokenizer()
-    item = Interaction([{"role": "user", "content": "w1 w2"}], "w4 w5 w6", "w8")
-    found = experiment.perplexities(model, tokenizer, [item])
+    found = experiment.perplexities(model, tokenizer, [messages("w1 w2", "w4 w5 w6")])
     words = ["<user>", "w1", "w2", "<end>", "<assistant>", "w4", "w5", "w6", "<end>"]
     ids = torch.tensor([tokenizer.convert_tokens_to_ids(words)])
     with torch.no_grad():
@@ -87,3 +87,21 @@ def test_perplexities_are_those_of_the_text(lab):
               "perplexity_answers": answers}  # fmt: skip
     for name, values in wanted.items():
         assert found[name] == pytest.approx(math.exp(-values.mean()), rel=1e-4), name
+
+
+def test_the_data_are_questions_whole_conversations_and_brief_exchanges(tmp_path):
+    rows = [
+        messages("What is the answer to everything?", "It is 42.", "Why is that?", "Nobody knows."),
+        messages("What is the answer to everything?", "Asked once more."),
+        messages("Tell me about cats", "Cats are small animals. " * 10, "More."),
+        messages("Tell me about dogs", "Dogs are loyal animals. " * 40, "Thanks."),
+        messages("Erz\u00e4hl mir etwas", "Gern. " * 100),
+        [{"role": "assistant", "content": "I speak first."}],
+    ]
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    found = experiment.read_data(str(file), train=1, held_out=1, ordinary=3)
+    assert found["held_out"] == ["What is the answer to everything?"]
+    assert found["train"] == []
+    assert [len(c) for c in found["brief"]] == [2]
+    assert [c[0]["content"] for c in found["ordinary"]] == ["Tell me about dogs"]

