@@ -12,8 +12,12 @@ several processes are started with ``torchrun -m fastsdpo.train`` or ``accelerat
 
 Every setting that has no flag here is a field of `SDPOConfig`: ``--set name=value``.
 
-Exit status: 0 done; 1 an input, model or setting cannot be used; 2 wrong options; 3 a loss or
-gradient was not finite; 130 / 143 stopped by Ctrl-C / SIGTERM with a checkpoint (``--resume``).
+With --resume the same command, given again and again, goes on from the newest whole checkpoint (or
+begins, where there is none) and comes to the same result as a run that nothing stopped.
+
+Exit status: 0 done; 1 an input, model or setting cannot be used, or the output cannot be written; 2
+wrong options; 3 a loss or gradient was not finite, with a checkpoint of the state before it; 130 / 143
+stopped by Ctrl-C / SIGTERM with a checkpoint.
 """
 
 from __future__ import annotations
@@ -51,7 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", default=False,
                      help="load, tokenize, report lengths, memory and steps, and stop")  # fmt: skip
     run.add_argument("--resume", nargs="?", const=True, default=None, metavar="CHECKPOINT",
-                     help="go on from a checkpoint, or from the output folder's last")  # fmt: skip
+                     help="go on from a checkpoint, or from the output folder's newest; without "
+                     "one, begin")  # fmt: skip
     run.add_argument("--overwrite", action="store_true", default=False,
                      help="start anew in a folder that holds a run")  # fmt: skip
     run.add_argument("--quiet", action="store_true", default=False, help="print nothing but errors")
@@ -151,6 +156,8 @@ def read_config(options: argparse.Namespace, config: Any = SDPOConfig, **setting
             given[strategy] = "steps"
     for text in options.set:
         name, equals, value = text.partition("=")
+        if name.endswith("_token"):
+            raise ValueError(f"--set {name}: tokens are read from the environment only (HF_TOKEN)")
         if not equals or name not in names:
             raise ValueError(
                 f"--set must be NAME=VALUE with a field of {config.__name__}, got {text!r}"
@@ -211,6 +218,39 @@ def held_out(options: argparse.Namespace) -> str | None:
     return str(beside) if beside.is_file() else None
 
 
+def choose_checkpoint(trainer: Any, options: argparse.Namespace, say: Any) -> str | None:
+    """Where to go on from: what --resume names, or the newest whole checkpoint, or None: begin.
+
+    Raises:
+        ValueError: all checkpoints are damaged, or a finished run has none to go on from.
+    """
+    if options.resume is not True:
+        return options.resume
+    checkpoint = trainer.find_checkpoint()
+    if checkpoint is None and (Path(options.output) / "report.json").exists():
+        raise ValueError(
+            f"{options.output} holds a run that ended without checkpoints; --overwrite starts anew"
+        )
+    say(f"no checkpoint in {options.output}: from the beginning" if checkpoint is None else
+        f"going on from {checkpoint}")  # fmt: skip
+    return checkpoint
+
+
+def measure_before(trainer: Any, output: Path, checkpoint: str | None) -> dict | None:
+    """The held-out figures before the first step; those of ``before.json`` where a run goes on."""
+    from fastsdpo.trainer.report import write_report
+
+    if trainer.eval_dataset is None:
+        return None
+    path = output / "before.json"
+    if checkpoint is not None:
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
+    before = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        write_report(path, before)
+    return before
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see the module for the exit status."""
     return run_command("train", train, build_parser().parse_args(argv))
@@ -245,6 +285,7 @@ def train(options: argparse.Namespace) -> int:
 
     from fastsdpo.trainer import SDPOTrainer
     from fastsdpo.trainer.callbacks import Progress, StopOnSignal, clock
+    from fastsdpo.trainer.checkpoints import writing
     from fastsdpo.trainer.report import dry_run_report, plot_history, write_report
 
     config = read_config(options)
@@ -281,19 +322,21 @@ def train(options: argparse.Namespace) -> int:
         say("" if check is None else str(check))
         return 0
 
-    before = None
-    if trainer.eval_dataset is not None and not options.resume:
-        before = trainer.evaluate()
+    trainer.check_output(model=True)
+    checkpoint = choose_checkpoint(trainer, options, say)
+    before = measure_before(trainer, output, checkpoint)
+    if before is not None:
         say(f"held-out loss before training: {before['eval_loss']:.4f}")
     started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=options.resume)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     if stop.received is not None:
         say(f"stopped at step {result.global_step} of {trainer.state.max_steps}; "
             "the same command with --resume goes on")  # fmt: skip
         return STOPPED + stop.received
     after = None if trainer.eval_dataset is None else trainer.evaluate()
-    trainer.save_model(str(output / "model"))
+    with writing(f"{output / 'model'}"):
+        trainer.save_model(str(output / "model"))
     if trainer.is_world_process_zero():
         names = {field.name for field in dataclasses.fields(SDPOConfig)}
         settings = {name: value for name, value in config.to_dict().items() if name in names}

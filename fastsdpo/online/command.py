@@ -34,7 +34,9 @@ from fastsdpo.train import (
     STOPPED,
     add_model_options,
     add_setting_options,
+    choose_checkpoint,
     load,
+    measure_before,
     read_config,
     run_command,
 )
@@ -56,7 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("-o", "--output", required=True, metavar="FOLDER")
     run.add_argument("--eval-prompts", metavar="FILE", default=None, help="held-out prompts")
     run.add_argument("--resume", nargs="?", const=True, default=None, metavar="CHECKPOINT",
-                     help="go on from a checkpoint, or from the output folder's last")  # fmt: skip
+                     help="go on from a checkpoint, or from the output folder's newest; without "
+                     "one, begin")  # fmt: skip
     run.add_argument("--overwrite", action="store_true", default=False,
                      help="start anew in a folder that holds a run")  # fmt: skip
     run.add_argument("--quiet", action="store_true", default=False, help="print nothing but errors")
@@ -186,6 +189,7 @@ def online(options: argparse.Namespace) -> int:
 
     from fastsdpo.online.trainer import OnlineSDPOTrainer
     from fastsdpo.trainer.callbacks import Progress, StopOnSignal, clock
+    from fastsdpo.trainer.checkpoints import writing
     from fastsdpo.trainer.report import write_report
 
     config = read_config(options, OnlineSDPOConfig)
@@ -212,21 +216,26 @@ def online(options: argparse.Namespace) -> int:
         f"{sum(p.numel() for p in trainer.model.parameters()):,} weights are trained, on "
         f"{config.device}; {len(trainer.train_dataset)} prompts, "
         f"{trainer._step_prompts * config.num_generations} answers a step")  # fmt: skip
-    before = None
-    if trainer.eval_dataset is not None and not options.resume:
-        before = trainer.evaluate()
+    trainer.check_output(model=True)
+    checkpoint = choose_checkpoint(trainer, options, say)
+    if checkpoint is None:
+        trainer.forget_answers(0)  # those of a run before, of which nothing else is left
+    before = measure_before(trainer, output, checkpoint)
+    if before is not None:
         say(f"before   {summary(before, 'eval_')}")
     started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=options.resume)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     if stop.received is not None:
         say(f"stopped at step {result.global_step} of {trainer.state.max_steps}; "
             "the same command with --resume goes on")  # fmt: skip
         return STOPPED + stop.received
+    trainer.forget_answers(result.global_step)  # they are given again, the same
     after = None if trainer.eval_dataset is None else trainer.evaluate()
     if after is not None:
         say(f"after    {summary(after, 'eval_')}")
-    trainer.save_model(str(output / "model"))
+    with writing(f"{output / 'model'}"):
+        trainer.save_model(str(output / "model"))
     if trainer.is_world_process_zero():
         names = {field.name for field in dataclasses.fields(OnlineSDPOConfig)}
         write_report(output / "report.json", {

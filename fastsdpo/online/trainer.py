@@ -451,24 +451,31 @@ class OnlineSDPOTrainer(SDPOTrainer):
 
     def forget_after(self, step: int) -> None:
         """Drops what the output folder's files tell of later steps: a resumed run repeats them."""
-        if not self.is_world_process_zero():
+        self._keep_rows(INTERACTIONS_FILE, step - 1)
+        self._keep_rows(ANSWERS_FILE, step)
+
+    def forget_answers(self, step: int) -> None:
+        """Drops held-out answers of this step and later ones, before they are given again."""
+        self._keep_rows(ANSWERS_FILE, step - 1)
+
+    def _keep_rows(self, name: str, last: int) -> None:
+        """Cuts a file of the output folder to its rows up to step ``last``."""
+        path = os.path.join(self.args.output_dir, name)
+        wanted = self.args.log_interactions and self.is_world_process_zero()
+        if not wanted or not os.path.exists(path):
             return
-        for name, last in ((INTERACTIONS_FILE, step - 1), (ANSWERS_FILE, step)):
-            path = os.path.join(self.args.output_dir, name)
-            if not os.path.exists(path):
-                continue
-            kept = []
-            with open(path, encoding="utf-8") as file:
-                for line in file:
-                    try:
-                        row = json.loads(line)
-                    except ValueError:
-                        continue  # cut off by the end of the run before
-                    if row["step"] <= last:
-                        kept.append(line)
-            with open(f"{path}.part", "w", encoding="utf-8") as file:
-                file.writelines(kept)
-            os.replace(f"{path}.part", path)
+        kept = []
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue  # cut off by the end of the run before
+                if row["step"] <= last:
+                    kept.append(line)
+        with open(f"{path}.part", "w", encoding="utf-8") as file:
+            file.writelines(kept)
+        os.replace(f"{path}.part", path)
 
 
 class _Sums:
@@ -500,8 +507,7 @@ class _OnlineCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.log_interactions:
-            self.trainer.forget_after(state.global_step)
+        self.trainer.forget_after(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         problem = self.trainer.check_collapse()

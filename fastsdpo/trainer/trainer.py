@@ -8,6 +8,7 @@ What is overridden of `transformers.Trainer`, and why:
     prediction_step, evaluation_loop    the same on held-out interactions, weighted exactly
     create_optimizer           AdamW that keeps small steps in bfloat16
     _get_train_sampler         order by conversation; no repeated interactions
+    _save_checkpoint, train    checkpoints that are whole, and found again (see checkpoints.py)
     _save_optimizer_and_scheduler, _load_optimizer_and_scheduler    the teacher's weights
     log                        the statistics of the signal
 """
@@ -17,12 +18,14 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 
@@ -35,6 +38,15 @@ from fastsdpo.prefix import (
     head_parameters,
     no_grad_pass,
     shared_forward,
+)
+from fastsdpo.trainer.checkpoints import (
+    PART,
+    check_output_folder,
+    damage_of,
+    delete_old_checkpoints,
+    find_checkpoint,
+    finish_checkpoint,
+    writing,
 )
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import GroupSampler, InteractionDataset, collate, split_packs
@@ -163,6 +175,7 @@ class SDPOTrainer(Trainer):
         self._metrics = self._new_metrics()
         self._step: list[tuple[list[TokenizedInteraction], Tensor]] = []
         self.skipped_steps = 0
+        self._writing_checkpoint = False
         self.add_callback(_StepCallback(self))
 
     @staticmethod
@@ -326,6 +339,11 @@ class SDPOTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, and S or N over all of them and all processes."""
+        if self.state.global_step >= self.state.max_steps:
+            return (
+                [],
+                None,
+            )  # goes on from its last checkpoint; transformers would take one step more
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = self.prepare_batches(batches)
         self._step = []
@@ -619,6 +637,100 @@ class SDPOTrainer(Trainer):
             for name, weights in self._teachers().items():
                 weights.load(os.path.join(checkpoint, TEACHER_FILE.format(name)))
 
+    def _get_output_dir(self, trial: Any = None) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, PART) if self._writing_checkpoint else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """A whole checkpoint, or OSError and none; the older ones go once it is there."""
+        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        part = folder / PART
+        if self.args.should_save:
+            shutil.rmtree(part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step:
+            best = folder / f"checkpoint-{self.state.best_global_step}"
+            if best.exists():
+                self.state.best_model_checkpoint = str(best)
+        self._writing_checkpoint = True
+        try:
+            with writing(f"{folder / name}"):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    if self.state.best_global_step == self.state.global_step:
+                        self.state.best_model_checkpoint = str(folder / name)
+                        self.state.save_to_json(str(part / name / "trainer_state.json"))
+                    finish_checkpoint(part / name, folder / name)
+                    delete_old_checkpoints(
+                        folder, self.args.save_total_limit, self.state.best_model_checkpoint
+                    )
+        finally:
+            self._writing_checkpoint = False
+            if self.args.should_save:
+                shutil.rmtree(part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def save_before_stop(self) -> str:
+        """Saves the state after the last whole step; a sentence that says where.
+
+        For what is found during a step, before the optimizer has changed anything.
+        """
+        if self.state.global_step == 0:
+            return "No step was taken before"
+        place = os.path.join(self._get_output_dir(), f"checkpoint-{self.state.global_step}")
+        if not os.path.isdir(place):
+            self._save_checkpoint(self.model)
+        return f"The state before it is in {place}"
+
+    def check_output(self, *, model: bool = False) -> None:
+        """Finds out now whether the output folder can take a checkpoint (and the trained model).
+
+        Raises:
+            OSError: it cannot be written to, or has less room than these take at the least.
+        """
+        if not self.args.should_save:
+            return
+
+        def size(parameters: Any) -> int:
+            return sum(p.numel() * p.element_size() for p in parameters)
+
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        saved = size(trained) if is_peft(self.model) else size(self.model.parameters())
+        needed = saved if model else 0
+        if self.args.save_strategy != "no" and not self.args.save_only_model:
+            moments = str(getattr(self.args.optim, "value", self.args.optim)) in ADAMW
+            teachers = sum(size(teacher.values.values()) for teacher in self._teachers().values())
+            needed += saved + teachers + (2 * size(trained) if moments else 0)
+        check_output_folder(self.args.output_dir, needed)
+
+    def find_checkpoint(self) -> str | None:
+        """The newest whole checkpoint of the output folder, the same in all processes.
+
+        Damaged ones are named in a warning.
+
+        Raises:
+            ValueError: there are checkpoints, and all are damaged.
+        """
+        found = [find_checkpoint(self.args.output_dir)] if self.args.process_index == 0 else [None]
+        if self.args.world_size > 1:
+            broadcast_object_list(found)
+        path, damaged = found[0]  # type: ignore[misc]
+        if path is None and damaged:
+            raise ValueError(f"SDPOTrainer: no checkpoint is whole: {'; '.join(damaged)}")
+        if self.args.process_index == 0:
+            for problem in damaged:
+                logger.warning("%s; going on from %s", problem, path)
+        return path
+
+    def _check_checkpoint(self, checkpoint: str | os.PathLike) -> None:
+        """Raises ValueError, in all processes, where the checkpoint is damaged."""
+        problem = [damage_of(checkpoint) if self.args.process_index == 0 else None]
+        if self.args.world_size > 1:
+            broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise ValueError(f"SDPOTrainer: checkpoint {checkpoint} is damaged: {problem[0]}")
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.is_in_train:
             logs.update(self._metrics.flush(reduce_sum=self._reduce_sum, gather=self._gather))
@@ -654,13 +766,33 @@ class SDPOTrainer(Trainer):
         finally:
             self.model.train(training)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.train`, after the teacher check."""
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `transformers.Trainer.train`, after a look at the teacher and the output folder.
+
+        Args:
+            resume_from_checkpoint: a folder; or True for the output folder's newest whole
+                checkpoint.
+
+        Raises:
+            OSError: the output folder cannot take a checkpoint, at the start or later.
+            ValueError: the checkpoint is damaged, or there is none.
+            NonFiniteError: a loss or gradient is not finite (``non_finite="stop"``).
+        """
+        if self.args.save_strategy != "no":
+            self.check_output()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self.find_checkpoint()
+            if resume_from_checkpoint is None:
+                raise ValueError(f"SDPOTrainer: {self.args.output_dir} holds no checkpoint")
+        elif resume_from_checkpoint:
+            self._check_checkpoint(resume_from_checkpoint)
         if self.args.teacher_check and self.is_world_process_zero():
             check = self.check_teacher()
             if check is not None:
                 logger.log(logging.WARNING if check.warning else logging.INFO, "%s", check)
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
 
 class _StepCallback(TrainerCallback):
@@ -677,7 +809,10 @@ class _StepCallback(TrainerCallback):
             self.trainer._sampler.set_epoch(int(state.epoch or 0))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.check_finite()
+        try:
+            self.trainer.check_finite()
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}. {self.trainer.save_before_stop()}") from None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._ema is not None:

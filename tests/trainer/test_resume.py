@@ -95,6 +95,14 @@ def test_resume_of_other_settings(tmp_path, lab, settings):
     assert lab.largest_difference(lab.weights_of(resumed), lab.weights_of(whole)) < 1e-6
 
 
+def test_a_finished_run_takes_no_further_step(tmp_path, lab):
+    """5 steps end within the second epoch: from their checkpoint there is nothing left to do."""
+    whole = train(lab, tmp_path, max_steps=5, save_steps=5)
+    again = train(lab, tmp_path, max_steps=5, resume=True)
+    assert again.state.global_step == whole.state.global_step == 5
+    assert lab.largest_difference(lab.weights_of(again), lab.weights_of(whole)) == 0
+
+
 @pytest.mark.parametrize("update", ["float32_master", "stochastic_rounding"])
 def test_resume_of_bfloat16_weights(tmp_path, lab, update):
     def run(folder, **more):
