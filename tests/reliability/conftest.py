@@ -1,0 +1,253 @@
+"""Counts of cases, their results file, and commands on tiny models that can be killed.
+
+With ``FASTSDPO_LONG=1`` (`make fuzz`) every test tries its long count of cases. With
+``FASTSDPO_RESULTS=FILE.json`` what was tried, injected, survived and lost is written there, with a
+table beside it (``.md``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent
+LONG = os.environ.get("FASTSDPO_LONG") == "1"
+
+
+def load_module(path):
+    """A module of another folder of tests, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"reliability_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def count():
+    """count(short, long): how many cases to try."""
+    return lambda short, long: long if LONG else short
+
+
+# --------------------------------------------------------------------------------- the results file
+
+
+class Results:
+    """What was tried, by test: ``add`` before the test asserts that nothing was lost."""
+
+    def __init__(self, path):
+        self.path = None if path is None else Path(path)
+
+    def add(self, name, *, tried, faults=0, survived, lost=0, **figures):
+        """Keeps the counts of one kind of case; ``figures`` are whatever else was measured."""
+        if self.path is None:
+            return
+        found = {"rows": {}}
+        if self.path.exists():
+            found = json.loads(self.path.read_text("utf-8"))
+        import transformers
+
+        found["rows"][name] = {
+            "tried": tried, "faults": faults, "survived": survived, "lost": lost,
+            "figures": figures, "command": os.environ.get("FASTSDPO_COMMAND", "pytest"),
+            "date": time.strftime("%Y-%m-%d"),
+        }  # fmt: skip
+        found["machine"] = {
+            "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "cores": os.cpu_count(),
+            "system": platform.system(),
+        }  # fmt: skip
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", "utf-8")
+        self.path.with_suffix(".md").write_text(table(found), "utf-8")
+
+
+def table(found):
+    """The results file as Markdown."""
+    machine = ", ".join(f"{name} {value}" for name, value in sorted(found["machine"].items()))
+    lines = [
+        "# Reliability: what was tried", "",
+        "Tried: cases. Faults: kills, signals, damaged files, mutations. Lost: cases that did not come to "
+        "the right result.", "", f"{machine}.", "",
+        "| what | tried | faults | survived | lost | measured | command, date |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for name, row in sorted(found["rows"].items()):
+        figures = "; ".join(
+            f"{key.replace('_', ' ')} {value}" for key, value in row["figures"].items()
+        )
+        lines.append(
+            f"| {name} | {row['tried']:,} | {row['faults']:,} | {row['survived']:,} | {row['lost']:,} "
+            f"| {figures} | `{row['command']}`, {row['date']} |"
+        )
+    rows = found["rows"].values()
+    sums = [sum(row[key] for row in rows) for key in ("tried", "faults", "survived", "lost")]
+    lines.append("| **all** | " + " | ".join(f"{value:,}" for value in sums) + " | | |")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="session")
+def results():
+    return Results(os.environ.get("FASTSDPO_RESULTS"))
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+
+class Runner:
+    """Commands in processes of their own; see runner.py."""
+
+    def __init__(self):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(FOLDER / "runner.py")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+
+    def __call__(self, folder, argv, *, send=signal.SIGKILL, after=None, **fault):
+        """Runs a command in a folder.
+
+        Args:
+            send, after: the signal to send to it so many seconds after its start.
+            fault: of the job; see runner.py.
+
+        Returns:
+            its status (negative: the signal that ended it), its log and its number of events on files.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "log"
+        Path(f"{log}.events").unlink(missing_ok=True)
+        job = {"argv": [str(part) for part in argv], "cwd": str(folder), "log": str(log), **fault}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        pid, started = self._answer()["pid"], time.perf_counter()
+        if after is not None and not select.select([self.process.stdout], [], [], after)[0]:
+            os.kill(pid, send)
+        status = self._answer()["status"]
+        counted = Path(f"{log}.events")
+        return SimpleNamespace(
+            status=status,
+            log=log.read_text("utf-8"),
+            seconds=time.perf_counter() - started,
+            events=int(counted.read_text()) if counted.exists() else None,
+        )
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        assert line, "the runner has ended"
+        return json.loads(line)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def runner():
+    running = Runner()
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="session")
+def lab():
+    """The tiny model, tokenizer and interactions of the trainer's tests."""
+    return load_module(FOLDER.parent / "trainer" / "conftest.py")
+
+
+@pytest.fixture(scope="session")
+def commands(lab, tmp_path_factory):
+    """The arguments of `prepare`, `train` and `online` on tiny inputs; outputs are ``out*``."""
+    place = tmp_path_factory.mktemp("inputs")
+    lab.make_model().save_pretrained(place / "model")
+    lab.make_tokenizer().save_pretrained(place / "model")
+    interactions = lab.make_interactions(6) + lab.make_interactions(3, seed=7)
+    for name, part in (("data", interactions[:12]), ("data.eval", interactions[12:])):
+        rows = [
+            {
+                "prompt": item.prompt,
+                "completion": {"role": "assistant", "content": item.completion},
+                "user_response": {"role": "user", "content": item.followup},
+                "id": item.id,
+                "conversation_id": item.conversation_id,
+            }
+            for item in part
+        ]
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "prompts.txt").write_text("".join(f"w{i} w{i + 1} w{i + 2}\n" for i in range(24)))
+    (place / "held_out.txt").write_text("w1 w2\nw3 w4\nw5\n")
+    with open(place / "conversations.jsonl", "w") as file:
+        for number in range(12_000):
+            words = lab.WORDS[number % 50 :][:5]
+            messages = [
+                {"role": ("user", "assistant")[turn % 2], "content": f"{number} {word}"}
+                for turn, word in enumerate(words)
+            ]
+            file.write(json.dumps({"id": f"c{number}", "messages": messages}) + "\n")
+            if number % 1000 == 500:
+                file.write('{"messages": [\n')
+    shared = [
+        "--model", place / "model", "-o", "out", "--cpu", "--template", lab.TEMPLATE,
+        "--batch-size", 4, "--save-steps", 1, "--logging-steps", 1, "--learning-rate", 1e-3,
+        "--set", "dataloader_pin_memory=false", "--resume",
+    ]  # fmt: skip
+    return {
+        "prepare": ["prepare", place / "conversations.jsonl", "-o", "out.jsonl", "--eval-fraction", 0.1,
+                    "--preset", "none"],
+        "train": ["train", place / "data.jsonl", *shared, "--teacher", "ema", "--epochs", 2],
+        "online": ["online", place / "prompts.txt", *shared, "--rule", "max_words=3", "--wish", "w5",
+                   "--eval-prompts", place / "held_out.txt", "--max-new-tokens", 6, "--max-steps", 5,
+                   "--updates-per-batch", 2, "--eval-steps", 2],
+    }  # fmt: skip
+
+
+# What depends on time, or is transformers' account of one process.
+CLOCKS = ("seconds", "time", "per_second", "train_loss", "stateful_callbacks")
+
+
+def without_clocks(value):
+    """A report without `CLOCKS`."""
+    if isinstance(value, dict):
+        return {
+            key: without_clocks(inner)
+            for key, inner in value.items()
+            if not any(clock in key for clock in CLOCKS)
+        }
+    return [without_clocks(inner) for inner in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="session")
+def outcome():
+    """What a command left in its folder, as it has to be again: contents by name."""
+
+    def read(folder):
+        found = {}
+        for path in sorted(folder.glob("out*/**/*")) + sorted(folder.glob("out*")):
+            name = str(path.relative_to(folder))
+            if path.is_dir() or path.name in ("training_args.bin", "checksums.json", "report.png"):
+                continue
+            if path.name in ("report.json", "before.json", "trainer_state.json"):
+                found[name] = without_clocks(json.loads(path.read_text("utf-8")))
+            elif path.name == "out.report.json":
+                report = json.loads(path.read_text("utf-8"))
+                for key in ("output", "eval_output"):
+                    report[key] = Path(report[key]).name
+                report["settings"].pop("outputs")
+                found[name] = report
+            else:
+                found[name] = path.read_bytes()
+        return found
+
+    return read

@@ -1,0 +1,379 @@
+"""Kills, signals, full and read-only disks, damaged checkpoints, dying workers: nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+NOT_ALLOWED = 77  # of runner.py: no mount namespace here
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runner, commands, outcome, tmp_path_factory):
+    """undisturbed(name): what a command leaves, its seconds, and its number of events on files."""
+    kept = {}
+
+    def run(name):
+        if name not in kept:
+            folder = tmp_path_factory.mktemp(f"whole-{name}")
+            ended = runner(folder, commands[name], kill_at=0)
+            assert ended.status == 0, ended.log
+            kept[name] = (outcome(folder), ended.seconds, ended.events, folder)
+        return kept[name]
+
+    return run
+
+
+def differences(found, wanted, name=""):
+    """The places where what was found is not what was wanted, by name."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        names = sorted(found.keys() | wanted.keys())
+        return [
+            text
+            for key in names
+            for text in differences(found.get(key), wanted.get(key), f"{name} {key}")
+        ]
+    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        return [
+            text
+            for place, (left, right) in enumerate(zip(found, wanted))
+            for text in differences(left, right, f"{name}[{place}]")
+        ]
+    return [] if found == wanted else [f"{name}: {str(found)[:60]} instead of {str(wanted)[:60]}"]
+
+
+# In `make fuzz`: 16 + 17 + 17 = 50 kills.
+@pytest.mark.parametrize(("name", "kills"), [("prepare", 16), ("train", 17), ("online", 17)])
+def test_killed_and_run_again(
+    name, kills, runner, commands, outcome, undisturbed, count, results, tmp_path
+):
+    """SIGKILL at random events on files and at random times; the same command ends as if undisturbed."""
+    wanted, seconds, events, _ = undisturbed(name)
+    assert events > 20
+    draw = random.Random(f"kills of {name}")
+    done = cases = 0
+    lost = []
+    while done < count(2, kills):
+        cases += 1
+        folder = tmp_path / str(cases)
+        for _ in range(draw.choice([1, 1, 2])):  # some are killed again on the way
+            if cases % 2:
+                ended = runner(folder, commands[name], kill_at=draw.randint(1, events))
+            else:
+                ended = runner(folder, commands[name], after=draw.uniform(0.1, seconds))
+            assert ended.status in (0, -signal.SIGKILL), ended.log
+            done += ended.status != 0
+        ended = runner(folder, commands[name])
+        found = outcome(folder) if ended.status == 0 else {}
+        if ended.status != 0 or differences(found, wanted):
+            lost.append((cases, ended.status, differences(found, wanted), ended.log[-500:]))
+        shutil.rmtree(folder)
+    results.add(f"SIGKILL during `{name}`", tried=cases, faults=done, survived=cases - len(lost),
+                lost=len(lost))  # fmt: skip
+    assert not lost
+
+
+@pytest.mark.parametrize("name", ["train", "online"])
+def test_sigterm_saves_and_exits(
+    name, runner, commands, outcome, undisturbed, count, results, tmp_path
+):
+    """Status 143 with a checkpoint, and the same end as if undisturbed."""
+    wanted, seconds, events, _ = undisturbed(name)
+    draw = random.Random(f"signals to {name}")
+    stopped = outside = 0
+    lost = []
+    for case in range(count(1, 20)):
+        folder = tmp_path / str(case)
+        if case % 2:  # at any time: outside the steps the system ends it
+            ended = runner(
+                folder, commands[name], send=signal.SIGTERM, after=draw.uniform(0.1, 0.9) * seconds
+            )
+        else:
+            at = draw.randint(events // 4, events // 2)
+            ended = runner(folder, commands[name], kill_at=at, signal=signal.SIGTERM)
+            assert ended.status == 128 + signal.SIGTERM, ended.log
+        assert ended.status in (0, -signal.SIGTERM, 128 + signal.SIGTERM), ended.log
+        if ended.status == 128 + signal.SIGTERM:
+            stopped += 1
+            step = re.search(r"stopped at step (\d+) of", ended.log)[1]
+            assert (folder / "out" / f"checkpoint-{step}" / "checksums.json").exists()
+        outside += ended.status == -signal.SIGTERM
+        again = runner(folder, commands[name])
+        if again.status != 0 or differences(outcome(folder), wanted):
+            lost.append(
+                (case, again.status, differences(outcome(folder), wanted), again.log[-500:])
+            )
+    tried = case + 1
+    results.add(f"SIGTERM to `{name}`", tried=tried, faults=stopped + outside, lost=len(lost),
+                survived=tried - len(lost), exit_status_143=stopped, outside_the_steps=outside)  # fmt: skip
+    assert not lost
+
+
+# ------------------------------------------------------------------------------ damaged checkpoints
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    path.write_bytes(data)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+FILES = ["model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth", "scheduler.pt",
+         "teacher_ema.safetensors", "checksums.json"]  # fmt: skip
+DAMAGES = {"flip": flip, "truncate": truncate, "delete": Path.unlink}
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    runner, commands, outcome, undisturbed, count, results, tmp_path
+):
+    wanted, _, _, whole = undisturbed("train")
+    cases = [(file, damage) for file in FILES for damage in DAMAGES]
+    cases.remove(("checksums.json", "delete"))  # then nothing tells of what was in the folder
+    cases = random.Random(3).sample(cases, count(3, len(cases)))
+    lost = []
+    for file, damage in cases:
+        folder = tmp_path / f"{file}-{damage}"
+        shutil.copytree(whole / "out", folder / "out")
+        (folder / "out" / "report.json").unlink()
+        shutil.rmtree(folder / "out" / "model")
+        DAMAGES[damage](folder / "out" / "checkpoint-6" / file)
+        ended = runner(folder, commands["train"])
+        named = re.search(r"checkpoint out/checkpoint-6 is damaged: .*; going on from out/checkpoint-5",
+                          ended.log)  # fmt: skip
+        if ended.status != 0 or not named or (file not in named[0] and file != "checksums.json"):
+            lost.append((file, damage, ended.log[-500:]))
+        elif differences(outcome(folder), wanted):
+            lost.append((file, damage, differences(outcome(folder), wanted)))
+    results.add("damaged newest checkpoint", tried=len(cases), faults=len(cases), lost=len(lost),
+                survived=len(cases) - len(lost))  # fmt: skip
+    assert not lost
+
+
+def test_without_a_whole_checkpoint_nothing_is_begun_anew(runner, commands, undisturbed, tmp_path):
+    _, _, _, whole = undisturbed("train")
+    shutil.copytree(whole / "out", tmp_path / "out")
+    for step in (5, 6):
+        flip(tmp_path / "out" / f"checkpoint-{step}" / "model.safetensors")
+    ended = runner(tmp_path, commands["train"])
+    assert ended.status == 1
+    assert (
+        "no checkpoint is whole: checkpoint out/checkpoint-6 is damaged: the content of"
+        in ended.log
+    )
+    assert "out/checkpoint-5" in ended.log
+    ended = runner(tmp_path, [*commands["train"], "--resume", "out/checkpoint-5"])
+    assert ended.status == 1
+    assert "checkpoint out/checkpoint-5 is damaged: the content of model.safetensors" in ended.log
+
+
+# ----------------------------------------------------------------------- full and read-only outputs
+
+
+def mounted(ended):
+    if ended.status == NOT_ALLOWED:
+        pytest.skip("mounting a file system of one's own is not allowed here")
+    return ended
+
+
+@pytest.mark.parametrize("name", ["prepare", "train", "online"])
+def test_a_read_only_output_is_reported_before_any_work(name, runner, commands, tmp_path):
+    argv = list(commands[name])
+    argv[argv.index("-o") + 1] = "out/out.jsonl" if name == "prepare" else "out"
+    ended = mounted(runner(tmp_path, argv, disk={"size": 2**20, "read_only": True}))
+    assert ended.status == 1, ended.log
+    assert "Read-only file system" in ended.log
+    assert "Traceback" not in ended.log
+    assert "step 1/" not in ended.log
+
+
+@pytest.mark.parametrize("name", ["train", "online"])
+def test_a_disk_without_room_is_reported_before_any_work(name, runner, commands, tmp_path):
+    ended = mounted(runner(tmp_path, commands[name], disk={"size": 2**18, "read_only": False}))
+    assert ended.status == 1, ended.log
+    assert re.search(r"the output folder out (cannot be written|has \d+ MB free)", ended.log)
+    assert "held-out" not in ended.log
+    assert "step 1/" not in ended.log
+
+
+@pytest.mark.parametrize("name", ["prepare", "train", "online"])
+def test_a_disk_that_fills_up_leaves_what_was_saved(
+    name, runner, commands, outcome, undisturbed, count, results, tmp_path
+):
+    """On a file system of a few megabytes: a sentence, status 1; with more room the run goes on."""
+    wanted, *_ = undisturbed(name)
+    argv = list(commands[name])
+    if name == "prepare":
+        argv[argv.index("-o") + 1] = "out/out.jsonl"
+        wanted = {f"out/{key}": value for key, value in wanted.items()}
+        sizes = [300_000, 1_000_000, 2_000_000, 4_000_000]
+    else:
+        argv += ["--save-total-limit", 100]
+        sizes = [1_200_000, 1_500_000, 1_900_000, 2_300_000]
+        whole = runner(tmp_path / "whole", argv)
+        assert whole.status == 0, whole.log
+        wanted = outcome(tmp_path / "whole")
+    sizes = sizes[1:2] if count(1, 4) == 1 else sizes
+    failed, lost = 0, []
+    for size in sizes:
+        folder = tmp_path / str(size)
+        ended = mounted(runner(folder, argv, disk={"size": size, "read_only": False}))
+        if ended.status == 0:
+            continue
+        failed += 1
+        clear = ended.status == 1 and "Traceback" not in ended.log
+        clear = clear and ("No space left" in ended.log or "cannot be written" in ended.log)
+        shutil.copytree(folder / "kept", folder / "out", dirs_exist_ok=True)
+        if name != "prepare":
+            found = [path.name for path in (folder / "out").glob("checkpoint*")]
+            clear = clear and found and "checkpoint.part" not in found
+        again = runner(folder, argv)
+        if not clear or again.status != 0 or differences(outcome(folder), wanted):
+            lost.append((size, clear, again.status, differences(outcome(folder), wanted), ended.log[-600:],
+                         again.log[-600:]))  # fmt: skip
+    results.add(f"disk that fills up during `{name}`", tried=len(sizes), faults=failed, lost=len(lost),
+                survived=len(sizes) - len(lost), file_system="tmpfs")  # fmt: skip
+    assert failed and not lost
+
+
+def test_a_file_that_cannot_grow_stands_in_for_a_full_disk(runner, commands, tmp_path):
+    """RLIMIT_FSIZE, which needs no rights: no checkpoint rather than half of one."""
+    ended = runner(tmp_path, commands["train"], file_limit=150_000)
+    assert ended.status == 1, ended.log
+    assert "cannot be written" in ended.log
+    assert "Traceback" not in ended.log
+    assert not [path.name for path in (tmp_path / "out").glob("checkpoint*")]
+
+
+# ------------------------------------------------------------------------------ loss not finite
+
+
+@pytest.fixture
+def poisoned(commands, lab, tmp_path):
+    """The arguments of `train` for a model that has NaN for a word of two interactions."""
+    word = lab.WORDS[-1]
+    model = lab.make_model(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[lab.make_tokenizer().convert_tokens_to_ids(word)] = (
+            float("nan")
+        )
+    model.save_pretrained(tmp_path / "model")
+    lab.make_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [json.loads(line) for line in Path(commands["train"][1]).read_text().splitlines()]
+    text = json.dumps(rows).replace(f'{word}"', 'w0"').replace(f"{word} ", "w0 ")
+    rows = json.loads(text)
+    for row in (rows[4], rows[9]):
+        row["prompt"][-1]["content"] += f" {word}"
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = list(commands["train"])
+    argv[1] = tmp_path / "data.jsonl"
+    argv[argv.index("--model") + 1] = tmp_path / "model"
+    # One interaction a step, each by itself, so that good steps come before the bad one.
+    argv[argv.index("--batch-size") + 1] = 1
+    return [*argv, "--set", "group_by_conversation=false", "--epochs", 1], [
+        rows[i]["id"] for i in (4, 9)
+    ]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_state(
+    poisoned, runner, outcome, results, tmp_path
+):
+    """It names the interactions, saves the state before the step, and goes on when told to skip."""
+    argv, ids = poisoned
+    wanted = runner(tmp_path / "skipped", [*argv, "--set", "non_finite=skip"])
+    assert wanted.status == 0, wanted.log
+    stops, argv_now = [], argv
+    ended = runner(tmp_path / "stopped", argv_now)
+    found = re.search(r"step (\d+): the loss is not finite; interactions: '([^']+)'", ended.log)
+    assert ended.status == 3, ended.log
+    assert found[2] in ids
+    step = int(found[1]) - 1
+    assert step > 0, "the first step is the bad one: nothing to save"
+    stops.append(found[2])
+    assert f"The state before it is in out/checkpoint-{step}" in ended.log
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "stopped/out" / f"checkpoint-{step}")
+    bad_rows = weights.get_input_embeddings().weight.isnan().any(1).sum()
+    assert bad_rows == 1  # the one that the model came with
+    again = runner(tmp_path / "stopped", argv)
+    assert again.status == 3, "the same command meets the same interaction"
+    assert f"'{stops[0]}'" in again.log
+    ended = runner(tmp_path / "stopped", [*argv, "--set", "non_finite=skip"])
+    assert ended.status == 0, ended.log
+    left, right = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "out/model").state_dict()
+        for name in ("skipped", "stopped")
+    )
+    for name, value in left.items():
+        assert torch.equal(value.nan_to_num(7.0), right[name].nan_to_num(7.0)), name
+    results.add(
+        "loss that is not finite", tried=3, faults=3, survived=3, stopped=2, skipped_and_counted=1
+    )
+
+
+# -------------------------------------------------------------------------------- a worker that dies
+
+
+def run_workers(folder, how, argv, log):
+    """`torchrun` with two processes (gloo), of which the second dies in step 2; its status."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+        str(Path(__file__).parent / "dying_worker.py"), how, *map(str, argv[1:]),
+        "--set", "ddp_backend=gloo",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DYING_PIDS": str(folder)}
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=file, stderr=file, env=environment, start_new_session=True
+        )
+        try:
+            return process.wait(timeout=240)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_a_worker_that_dies_ends_the_others_with_its_error(
+    commands, runner, outcome, undisturbed, count, results, tmp_path
+):
+    argv = commands["train"]
+    ways = ["raise", "kill"][: count(1, 2)]
+    for how in ways:
+        folder = tmp_path / how
+        folder.mkdir()
+        status = run_workers(folder, how, argv, folder / "log")
+        log = (folder / "log").read_text()
+        assert status == 1, log[-3000:]
+        wanted = {"raise": "the memory of this worker is broken", "kill": "Signal 9 (SIGKILL)"}
+        assert wanted[how] in log, log[-3000:]
+        pids = [int(path.name[4:]) for path in folder.glob("pid-*")]
+        assert len(pids) == 2
+        assert not any(alive(pid) for pid in pids)
+        # One process goes on from the checkpoint of step 1 and ends at the same number of steps.
+        assert (folder / "out" / "checkpoint-1" / "checksums.json").exists()
+        assert not (folder / "out" / "report.json").exists()
+    results.add(
+        "worker that dies in a run of two", tried=len(ways), faults=len(ways), survived=len(ways)
+    )
