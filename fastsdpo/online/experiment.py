@@ -33,13 +33,13 @@ LONG = ["min_sentences=3"]
 LONG_WISH = "Please answer in detail, in several sentences."
 UNRELATED = ("My cat is called Minka.", "It rained here all day yesterday.",
              "I am going to the dentist tomorrow.", "My neighbour bought a red bicycle.")  # fmt: skip
-# The best so far; it does not reach the goal yet (docs/online.md).
+# Found by the search that docs/online.md tells of.
 RECIPE: dict[str, Any] = {
-    "mode": "full", "alpha": 1.0, "teacher": "trust_region", "template": "note", "lora": 16,
+    "mode": "full", "alpha": 1.0, "teacher": "live", "template": "note", "lora": 16,
     "learning_rate": 3e-4, "lr_scheduler_type": "linear", "per_device_train_batch_size": 8,
     "max_new_tokens": 40, "sampling_temperature": 0.5,
 }  # fmt: skip
-INTERACTIONS = {"short": 160, "flip": 240, "unrelated": 80}
+INTERACTIONS = {"short": 120, "flip": 160, "unrelated": 80}
 
 
 def user_for(condition: str, interactions: int) -> Any:
@@ -206,9 +206,20 @@ def run_one(options: argparse.Namespace) -> int:
 
     trainer.add_callback(Measure())
     if not points:
+        points += initial_point(folder)
+    if not points:
         measure()
     trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
     return 0
+
+
+def initial_point(folder: Path) -> list[dict]:
+    """The measurement of the initial model, if a run beside this one has taken it: it is the same."""
+    for path in sorted(folder.parent.glob("*-*/points.json")):
+        for point in json.loads(path.read_text("utf-8")):
+            if point["step"] == 0:
+                return [point]
+    return []
 
 
 def answer_all(trainer: Any, prompts: list[str]) -> list[str]:
