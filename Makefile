@@ -7,13 +7,15 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard ker
 # Two test processes, one thread each, on the two cores that the suite is sized for.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help demo personalization test test-slow lint types format bench compile-matrix native-sanitize gpu clean
+.PHONY: help demo personalization test test-slow fuzz soak lint types format bench compile-matrix native-sanitize gpu clean
 
 help:
 	@echo "make demo       real conversations -> trained SmolLM2-135M-Instruct, before and after (CPU)"
 	@echo "make personalization   a user's wish learned online, one seed (CPU; SEEDS=\"1 2 3\" for more)"
 	@echo "make test       the test suite (under 15 minutes on 2 cores)"
 	@echo "make test-slow  the long tests"
+	@echo "make fuzz       kills, full disks, mutated data, drawn numbers: long (about an hour on 2 cores)"
+	@echo "make soak       MINUTES of training with flat memory (10), 100,000 interactions in bounded memory"
 	@echo "make bench      our losses beside the peers', correctness first (results in bench_output/)"
 	@echo "make lint       ruff, clang-format"
 	@echo "make types      pyright"
@@ -50,6 +52,19 @@ test: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_losses.py tests/ops/test_token_logps.py \
 		-k "triton and ($(INTERPRETED))"
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_triton_values.py
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/reliability/test_numerics.py -k "permuting or swapping"
+
+# The long counts of tests/reliability; what was tried, injected, survived and lost goes to the results file.
+RESULTS = benchmarks/results/reliability_$(shell date +%F).json
+LONG = FASTSDPO_LONG=1 FASTSDPO_RESULTS=$(RESULTS) FASTSDPO_COMMAND="make $@" $(PYTEST) --timeout 7200
+
+fuzz: $(VENV)/.dev
+	$(LONG) tests/reliability --ignore tests/reliability/test_soak.py
+	TRITON_INTERPRET=1 $(LONG) tests/reliability/test_numerics.py
+
+MINUTES := 10
+soak: $(VENV)/.dev
+	FASTSDPO_MINUTES=$(MINUTES) $(LONG) tests/reliability/test_soak.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m fastsdpo bench --output bench_output
@@ -60,10 +75,9 @@ bench: $(VENV)/.dev
 compile-matrix: $(VENV)/.dev
 	$(BIN)/python benchmarks/compile_matrix.py
 
+# Tests, doctor and benchmark on a GPU; writes benchmarks/results/gpu_<device>_<date>.{json,md}.
 gpu: $(VENV)/.dev
-	$(PYTEST) -m gpu tests
-	$(PYTEST) tests/ops/test_losses.py tests/ops/test_token_logps.py tests/ops/test_linear.py -k triton
-	$(BIN)/fastsdpo doctor
+	$(BIN)/python -m benchmarks.run_gpu
 
 # The native kernels under AddressSanitizer and UBSan.
 native-sanitize: $(VENV)/.dev
