@@ -39,6 +39,8 @@ RECIPE: dict[str, Any] = {
     "learning_rate": 3e-4, "lr_scheduler_type": "linear", "per_device_train_batch_size": 8,
     "max_new_tokens": 40, "sampling_temperature": 0.5,
 }  # fmt: skip
+# A user whose wish may change at any time needs a rate that is still there when it does.
+CHANGES = {"flip": {"learning_rate": 2e-4, "lr_scheduler_type": "constant"}}
 INTERACTIONS = {"short": 120, "flip": 160, "unrelated": 80}
 
 
@@ -140,7 +142,7 @@ def run_one(options: argparse.Namespace) -> int:
     disable_progress_bar()
     set_verbosity_error()
     torch.set_num_threads(options.threads)
-    recipe = {**RECIPE, **json.loads(options.recipe)}
+    recipe = {**RECIPE, **CHANGES.get(options.condition, {}), **json.loads(options.recipe)}
     rank = recipe.pop("lora", None)
     folder = Path(options.output) / f"{options.condition}-{options.seed}"
     last = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
@@ -289,6 +291,13 @@ def read_points(folder: Path) -> dict[tuple[str, int], list[dict]]:
 def write_report(folder: Path) -> None:
     """``report.md`` (every point, sample answers beside it) and ``report.png`` from the runs' points."""
     runs = read_points(folder)
+    lines = [*table(runs), "", *answers(runs)]
+    (folder / "report.md").write_text("\n".join(lines), "utf-8")
+    plot(runs, folder / "report.png")
+
+
+def table(runs: dict[tuple[str, int], list[dict]]) -> list[str]:
+    """Every point as a line of a Markdown table; perplexities as changes from the first point."""
     lines = [
         "| condition | seed | interactions | one short sentence | several sentences | words | "
         "degenerate | perplexity | of users' text | of answers | of brief exchanges |",
@@ -302,7 +311,12 @@ def write_report(folder: Path) -> None:
                 f"{point['long']:.0%} | {point['words']:.1f} | {point['degenerate']:.0%} | "
                 + " | ".join(f"{value:+.1%}" for value in change) + " |"
             )  # fmt: skip
-    lines.append("")
+    return lines
+
+
+def answers(runs: dict[tuple[str, int], list[dict]]) -> list[str]:
+    """The sample answers of every point."""
+    lines = []
     for (condition, seed), points in runs.items():
         lines += [f"## Answers: {condition}, seed {seed}", ""]
         for point in points:
@@ -310,8 +324,7 @@ def write_report(folder: Path) -> None:
             for question, answer in point["answers"].items():
                 lines.append(f"- {question} **{' '.join(answer.split())}**")
             lines.append("")
-    (folder / "report.md").write_text("\n".join(lines), "utf-8")
-    plot(runs, folder / "report.png")
+    return lines
 
 
 PERPLEXITIES = ("perplexity", "perplexity_users", "perplexity_answers", "perplexity_brief")

@@ -70,8 +70,19 @@ def test_the_report_shows_every_point(saved, tmp_path):
     for condition in ("flip", "unrelated"):
         assert text.count(f"| {condition} | 1 |") == 5
     assert "- w1 w2 **" in text
-    if pytest.importorskip("matplotlib"):
-        assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    from benchmarks import record_personalization
+
+    results = tmp_path / "results"
+    assert record_personalization.main([str(tmp_path), "--results", str(results)]) == 0
+    (stored,) = (json.loads(path.read_text()) for path in results.glob("*.json"))
+    assert [len(run["points"]) for run in stored["runs"]] == [5, 5]
+    (page,) = results.glob("personalization_cpu_*.md")
+    assert page.read_text().count("| flip | 1 |") == 5
+    assert page.with_suffix(".png").exists()
+    (samples,) = results.glob("personalization_answers_*.md")
+    assert "- w1 w2 **" in samples.read_text()
 
 
 def test_perplexities_are_those_of_the_text(lab):
