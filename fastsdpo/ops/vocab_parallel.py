@@ -154,7 +154,8 @@ def _chunk(
             assert tokens.teacher_logps is not None
             teacher_logps = torch.where(ignored, 0.0, tokens.teacher_logps[rows])
         ratio = log_ratio(student_logps, teacher_logps)
-        per_token = torch.where(ratio == 0, 0.0, -ratio * student_logps)
+        nothing = (ratio == 0) | ((student_logps == 0) & ~ratio.isnan())  # 0 * inf = 0
+        per_token = torch.where(nothing, 0.0, -ratio * student_logps)
         mine, local = group.owned(safe)
         onehot = torch.zeros_like(p).scatter_(1, local[:, None], mine[:, None].to(p.dtype))
         grad = -ratio[:, None] * (onehot - p)

@@ -381,3 +381,13 @@ def test_near_teacher_gradient_in_float32(backend):
             _, grad = run(rows, backend, **options(loss))
             relative = (grad.double() - expected.grad).norm() / expected.grad.norm()
             assert relative < 2e-4
+
+
+@pytest.mark.parametrize(("teacher", "wanted"), [(math.nan, math.nan), (-math.inf, 0.0)])
+def test_sampled_values_where_the_student_is_certain(backend, teacher, wanted):
+    """log p_S = 0: nothing times infinity is nothing, and NaN stays NaN."""
+    student = torch.tensor([[60.0, 0.0, -10.0]])
+    given = torch.tensor([[teacher, 0.0, 1.0]])
+    out = fastsdpo.sdpo_loss(student, given, torch.tensor([0]), backend=backend)
+    assert float(out.student_logps) == 0
+    torch.testing.assert_close(out.per_token_loss, torch.tensor([wanted]), equal_nan=True)

@@ -94,7 +94,8 @@ def sampled_token_forward(
         target_ids == ignore_index, 0.0, teacher_logps.to(student_logps.dtype)
     )
     ratio = log_ratio(student_logps, teacher_logps)
-    per_token = torch.where(ratio == 0, 0.0, -ratio * student_logps)
+    nothing = (ratio == 0) | ((student_logps == 0) & ~ratio.isnan())  # 0 * inf = 0
+    per_token = torch.where(nothing, 0.0, -ratio * student_logps)
     coef = coefficients(weights, student_logps, old_logps, is_clip, target_ids, ignore_index)
     row_stats = torch.stack([row_max, row_log2sum], -1)
     return per_token, coef, student_logps, teacher_logps, row_stats

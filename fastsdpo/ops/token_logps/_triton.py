@@ -44,7 +44,6 @@ from fastsdpo.ops._triton_common import (
     splits_rows,
     tile_of,
     tile_positions,
-    times,
     whole_pieces,
 )
 
@@ -194,7 +193,8 @@ def _sampled_token_fwd_kernel(
             tl.store(teacher_ptr + row, teacher)
         if LOSS:
             ratio = log_ratio(student, teacher)
-            tl.store(per_token_ptr + row, -times(ratio, student))
+            nothing = (ratio == 0.0) | ((student == 0.0) & (ratio == ratio))  # 0 * inf = 0
+            tl.store(per_token_ptr + row, tl.where(nothing, 0.0, -ratio * student))
             weight = tl.load(weight_ptr + row)
             coef = coefficient(weight, student, old_ptr, row, is_clip, HAS_OLD)
             coef = tl.where(live, coef, 0.0)
