@@ -1,13 +1,18 @@
 """``fastsdpo bench``: the losses of this installation against what one would use instead, on this machine.
 
     fastsdpo bench --quick                        # about a minute
+    fastsdpo bench --model Qwen3-8B --tokens 256  # vocabulary, width and softcap of a model
     fastsdpo bench --device cuda --output bench   # JSON, a Markdown table and a plot in bench/
 
 Two questions: a loss with its gradient from two logits tensors (``logits``), and from hidden states and
-the head (``hidden``). Rivals are plain PyTorch, `torch.compile` of it, and TRL's and Liger's functions where
-they are installed. A rival is checked against float64 before it is timed; all run in turns in one process
-(A B C, A B C, ...), so that a change of the machine's clock or load meets all alike. The device's own copy
-bandwidth and matrix-product rate are measured beside them.
+the head (``hidden``). Rivals are plain PyTorch, `torch.compile` of it, and, where they are installed, the
+functions of TRL, Liger and Apple's cut-cross-entropy (CCE). A rival is checked against float64 before it is
+timed; all run in turns in one process (A B C, A B C, ...), so that a change of the machine's clock or load
+meets all alike. The device's own copy bandwidth and matrix-product rate are measured beside them.
+
+With a softcap, plain PyTorch, `torch.compile`, TRL's and Liger's losses from logits get logits that are
+capped before, as a Hugging Face model's are; TRL's kernels and CCE cap by themselves; Liger's loss from
+hidden states cannot and is left out.
 """
 
 from __future__ import annotations
@@ -22,10 +27,10 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +40,31 @@ MODES: dict[str, float | None] = {
     "forward_kl": 0.0,
     "reverse_kl": 1.0,
     "jsd": 0.5,
+}
+
+
+class Shape(NamedTuple):
+    """Vocabulary, width of the hidden states, softcap of the final logits."""
+
+    vocabulary: int
+    hidden: int
+    softcap: float | None = None
+
+
+# From the models' config.json. Gemma-3 has the field for a softcap and leaves it empty; Gemma-2 and
+# Gemma-3n set it to 30.
+MODELS = {
+    "SmolLM2-135M": Shape(49152, 576),
+    "SmolLM2-360M": Shape(49152, 960),
+    "SmolLM2-1.7B": Shape(49152, 2048),
+    "Qwen3-0.6B": Shape(151936, 1024),
+    "Qwen3-4B": Shape(151936, 2560),
+    "Qwen3-8B": Shape(151936, 4096),
+    "Llama-3-8B": Shape(128256, 4096),
+    "Gemma-2-2B": Shape(256000, 2304, 30.0),
+    "Gemma-3-1B": Shape(262144, 1152),
+    "Gemma-3-4B": Shape(262208, 2560),
+    "Gemma-3n-E4B": Shape(262400, 2048, 30.0),
 }
 
 
@@ -126,17 +156,24 @@ def interleave(rivals: list[Rival], rounds: int, device: str = "cpu") -> dict[st
     }
 
 
-def copy_bandwidth(megabytes: int = 256, device: str = "cpu") -> float:
-    """Bytes read plus written per second by ``Tensor.copy_`` between two warm buffers."""
+def copy_bandwidth(megabytes: int | None = None, device: str = "cpu") -> float:
+    """Bytes read plus written per second by ``Tensor.copy_`` between two warm buffers.
+
+    Of 256 MiB each, on a GPU of 2 GiB: far above its caches, and long beside the launch.
+    """
+    megabytes = megabytes or (256 if torch.device(device).type == "cpu" else 2048)
     source = torch.ones(megabytes * 2**20 // 4, device=device)
     target = torch.empty_like(source)
     timing = interleave([Rival("copy", lambda: target.copy_(source))], 7, device)["copy"]
     return 2 * source.numel() * 4 / timing.median
 
 
-def gemm_flops(size: int = 2048, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a square matrix product."""
-    a, b, c = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(3))
+def gemm_flops(
+    size: int | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> float:
+    """FLOP/s of a square matrix product, of 2048, on a GPU of 8192 (random: zeros take less power)."""
+    size = size or (2048 if torch.device(device).type == "cpu" else 8192)
+    a, b, c = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
     timing = interleave([Rival("gemm", lambda: torch.mm(a, b, out=c))], 5, device)["gemm"]
     return 2 * size**3 / timing.median
 
@@ -162,10 +199,11 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     """Device, versions and command of this run."""
     from fastsdpo._native import native_available
 
-    packages = ("fastsdpo", "torch", "triton", "liger-kernel", "trl", "transformers")
+    packages = ("fastsdpo", "torch", "triton", "liger-kernel", "trl", "cut-cross-entropy",
+                "transformers")  # fmt: skip
     name = f"{_cpu_name()}, {torch.get_num_threads()} threads of {os.cpu_count()} CPUs"
     if torch.device(device).type == "cuda":
-        name = f"{torch.cuda.get_device_name(device)}; {name}"
+        name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}; {name}"
     return {
         "device": name,
         "native": native_available()[1],
@@ -185,11 +223,13 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 # ------------------------------------------------------------------------------------- the losses
 
 
-def plain_loss(mode: str, student: Tensor, teacher: Tensor, target_ids: Tensor) -> Tensor:
+def plain_loss(
+    mode: str, student: Tensor, teacher: Tensor, target_ids: Tensor, softcap: float | None = None
+) -> Tensor:
     """The token-mean loss in plain PyTorch with float32 log-softmaxes; what `torch.compile` gets."""
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
-    s = torch.log_softmax(student.to(wide), -1)
-    t = torch.log_softmax(teacher.to(wide), -1)
+    s = torch.log_softmax(capped(student.to(wide), softcap), -1)
+    t = torch.log_softmax(capped(teacher.to(wide), softcap), -1)
     alpha = MODES[mode]
     if alpha is None:
         s_y = s.gather(-1, target_ids[:, None]).squeeze(-1)
@@ -204,9 +244,16 @@ def plain_loss(mode: str, student: Tensor, teacher: Tensor, target_ids: Tensor) 
     return ((1 - alpha) * p * (s - m) + alpha * q * (t - m)).sum(-1).mean()
 
 
-def trl_loss(mode: str, student: Tensor, teacher: Tensor, target_ids: Tensor) -> Tensor:
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def trl_loss(
+    mode: str, student: Tensor, teacher: Tensor, target_ids: Tensor, softcap: float | None = None
+) -> Tensor:
     from trl.experimental.sdpo import loss_utils
 
+    student, teacher = capped(student, softcap), capped(teacher, softcap)
     if mode == "sampled":
         return loss_utils.compute_sampled_token_self_distillation_loss(
             student[None], teacher[None], target_ids[None], distillation_alpha=1.0
@@ -216,26 +263,47 @@ def trl_loss(mode: str, student: Tensor, teacher: Tensor, target_ids: Tensor) ->
     ).mean()
 
 
-def liger_loss(mode: str, student: Tensor, teacher: Tensor, target_ids: Tensor) -> Tensor:
+def liger_loss(
+    mode: str, student: Tensor, teacher: Tensor, target_ids: Tensor, softcap: float | None = None
+) -> Tensor:
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
 
+    student, teacher = capped(student, softcap), capped(teacher, softcap)
     total = LigerFusedLinearJSDFunction.distillation_loss_fn(student, teacher, beta=MODES[mode])
     return total / len(target_ids)
 
 
-def _options(mode: str) -> dict[str, Any]:
+def _options(mode: str, softcap: float | None) -> dict[str, Any]:
     alpha = MODES[mode]
-    return {"mode": "sampled_token"} if alpha is None else {"mode": "full", "alpha": alpha}
+    options = {"mode": "sampled_token"} if alpha is None else {"mode": "full", "alpha": alpha}
+    return {**options, "softcap": softcap}
 
 
 # A call gives the loss and the gradients of the case's leaves.
 Call = Callable[[], tuple[Tensor, tuple[Tensor, ...]]]
 
 
+def _at_first_call(make: Callable[[], Call]) -> Call:
+    """A package that cannot be imported costs its own row, where it is first called."""
+    made: list[Call] = []
+
+    def run() -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not made:
+            made.append(make())
+        return made[0]()
+
+    return run
+
+
 class LogitsCase:
     """Student and teacher logits ``[T, V]``; the student's are restored before each run."""
 
-    def __init__(self, tokens: int, vocabulary: int, dtype: torch.dtype, device: str):
+    def __init__(
+        self, tokens: int, vocabulary: int, dtype: torch.dtype, device: str,
+        softcap: float | None = None,
+    ):  # fmt: skip
+        self.sizes = (vocabulary, dtype, device, softcap)
+        self.softcap = softcap
         g = torch.Generator().manual_seed(0)
         rows = 2.5 * torch.randn(tokens, vocabulary, generator=g)
         noise = 0.3 * torch.randn(tokens, vocabulary, generator=g)
@@ -245,6 +313,11 @@ class LogitsCase:
         self.target_ids = torch.randint(vocabulary, (tokens,), generator=g).to(device)
         self.label = f"{tokens} x {vocabulary}"
         self.unit = self.student.numel() * self.student.element_size()
+        self.gemm = None
+
+    def small(self) -> LogitsCase:
+        """A few tokens of the same kind: what rivals are checked on."""
+        return LogitsCase(CHECKED_TOKENS, *self.sizes)
 
     def restore(self) -> None:
         self.student.copy_(self.original)
@@ -252,7 +325,7 @@ class LogitsCase:
     def loss_of(self, function: Callable[..., Tensor], mode: str) -> Call:
         def run() -> tuple[Tensor, tuple[Tensor, ...]]:
             leaf = self.student.detach().requires_grad_()
-            loss = function(mode, leaf, self.teacher, self.target_ids)
+            loss = function(mode, leaf, self.teacher, self.target_ids, self.softcap)
             return loss.detach(), torch.autograd.grad(loss, leaf)
 
         return run
@@ -260,14 +333,15 @@ class LogitsCase:
     def ours(self, mode: str) -> Call:
         from fastsdpo.ops.divergence import sdpo_loss
 
+        options = _options(mode, self.softcap)
         return self.loss_of(
-            lambda _, s, t, ids: sdpo_loss(s, t, ids, inplace_grad=True, **_options(mode)).loss,
+            lambda _, s, t, ids, __: sdpo_loss(s, t, ids, inplace_grad=True, **options).loss,
             mode,
         )
 
     def exact(self, mode: str) -> tuple[Tensor, tuple[Tensor, ...]]:
         leaf = self.original.double().requires_grad_()
-        loss = plain_loss(mode, leaf, self.teacher.double(), self.target_ids)
+        loss = plain_loss(mode, leaf, self.teacher.double(), self.target_ids, self.softcap)
         return loss.detach(), torch.autograd.grad(loss, leaf)
 
     def calls(self, mode: str, compiled: Callable[..., Tensor]) -> dict[str, Call]:
@@ -286,7 +360,12 @@ class LogitsCase:
 class HiddenCase:
     """Hidden states ``[T, D]`` of both and one head ``[V, D]``; gradients of student and head."""
 
-    def __init__(self, tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype, device: str):
+    def __init__(
+        self, tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype, device: str,
+        softcap: float | None = None,
+    ):  # fmt: skip
+        self.sizes = (vocabulary, min(hidden, CHECKED_HIDDEN), dtype, device, softcap)
+        self.softcap = softcap
         g = torch.Generator().manual_seed(0)
         student = torch.randn(tokens, hidden, generator=g)
         self.student = student.to(device, dtype)
@@ -298,6 +377,10 @@ class HiddenCase:
         self.unit = tokens * vocabulary * self.weight.element_size()
         self.gemm = 2 * tokens * vocabulary * hidden
 
+    def small(self) -> HiddenCase:
+        """A few tokens of the same kind: what rivals are checked on."""
+        return HiddenCase(CHECKED_TOKENS, *self.sizes)
+
     def restore(self) -> None:
         pass
 
@@ -308,7 +391,7 @@ class HiddenCase:
         def whole(student: Tensor, weight: Tensor) -> Tensor:
             with torch.no_grad():
                 teacher = self.teacher @ weight.T
-            return function(mode, student @ weight.T, teacher, self.target_ids)
+            return function(mode, student @ weight.T, teacher, self.target_ids, self.softcap)
 
         def run() -> tuple[Tensor, tuple[Tensor, ...]]:
             leaves = self._leaves()
@@ -322,7 +405,9 @@ class HiddenCase:
 
         def run() -> tuple[Tensor, tuple[Tensor, ...]]:
             student, weight = self._leaves()
-            out = linear_sdpo_loss(student, self.teacher, weight, self.target_ids, **_options(mode))
+            out = linear_sdpo_loss(
+                student, self.teacher, weight, self.target_ids, **_options(mode, self.softcap)
+            )
             return out.loss.detach(), torch.autograd.grad(out.loss, (student, weight))
 
         return run
@@ -330,7 +415,7 @@ class HiddenCase:
     def exact(self, mode: str) -> tuple[Tensor, tuple[Tensor, ...]]:
         student, weight = (t.double().requires_grad_() for t in (self.student, self.weight))
         teacher = self.teacher.double() @ weight.detach().T
-        loss = plain_loss(mode, student @ weight.T, teacher, self.target_ids)
+        loss = plain_loss(mode, student @ weight.T, teacher, self.target_ids, self.softcap)
         return loss.detach(), torch.autograd.grad(loss, (student, weight))
 
     def bare_gemms(self) -> Call:
@@ -349,20 +434,67 @@ class HiddenCase:
             "PyTorch": self.loss_of(plain_loss, mode),
             "torch.compile": self.loss_of(compiled, mode),
         }
-        if _version("trl") and mode != "sampled":
-            found["TRL"] = self._trl(mode)
-        if _version("liger-kernel") and mode != "sampled":
-            found["Liger"] = self._liger(mode)
+        if _version("trl"):
+            make = self._trl_sampled if mode == "sampled" else lambda: self._trl(mode)
+            found["TRL"] = _at_first_call(make)
+        if _version("liger-kernel") and mode != "sampled" and self.softcap is None:
+            found["Liger"] = _at_first_call(lambda: self._liger(mode))
+        if _version("cut-cross-entropy") and mode == "sampled":
+            found["CCE"] = _at_first_call(self._cce)
         return found
+
+    def _sampled(self, logps_of: Callable[[Tensor, Tensor], Tensor]) -> Call:
+        """The sampled token's loss from a function that gives the targets' log-probabilities."""
+
+        def run() -> tuple[Tensor, tuple[Tensor, ...]]:
+            student, weight = self._leaves()
+            with torch.no_grad():
+                teacher_logps = logps_of(self.teacher, self.weight)
+            logps = logps_of(student, weight)
+            loss = (-(teacher_logps - logps).detach() * logps).mean()
+            return loss.detach(), torch.autograd.grad(loss, (student, weight))
+
+        return run
+
+    def _trl_sampled(self) -> Call:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+        # 32768 words at a time, as in its divergence; the last argument: log-probabilities only
+        return self._sampled(
+            lambda hidden, weight: ChunkedLogProbFunction.apply(
+                hidden, weight, None, self.target_ids, 1.0, 32768, self.softcap, 1.0, ()
+            )[0]
+        )
+
+    def _cce(self) -> Call:
+        from cut_cross_entropy import linear_cross_entropy
+
+        # Its kernels need a GPU; elsewhere its own torch.compile variant, which keeps the logits.
+        impl = "cce" if self.weight.device.type == "cuda" else "torch_compile"
+        return self._sampled(
+            lambda hidden, weight: (
+                -linear_cross_entropy(
+                    hidden,
+                    weight,
+                    self.target_ids,
+                    softcap=self.softcap,
+                    reduction="none",
+                    impl=impl,
+                )
+            )
+        )
 
     def _trl(self, mode: str) -> Call:
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
+        cap = self.softcap
+
         def run() -> tuple[Tensor, tuple[Tensor, ...]]:
             student, weight = self._leaves()
             per_token, _ = ChunkedDivergenceFunction.apply(
-                student, weight, None, self.teacher, self.weight, None, MODES[mode]
-            )
+                student, weight, None, self.teacher, self.weight, None, MODES[mode],
+                1.0, 1.0, cap, 1.0, cap,
+            )  # fmt: skip
             loss = per_token.mean()
             return loss.detach(), torch.autograd.grad(loss, (student, weight))
 
@@ -386,6 +518,11 @@ class HiddenCase:
 # ------------------------------------------------------------------------------------ the command
 
 
+# What is checked has at most so many cells of (T, V): float64 copies of the whole would not fit where a
+# loss just does. Above, a case of so many tokens (and width) of the same vocabulary stands for it.
+CHECKED_CELLS, CHECKED_TOKENS, CHECKED_HIDDEN = 2**25, 48, 512
+
+
 def check(case: Any, mode: str, calls: dict[str, Call]) -> dict[str, str]:
     """Names of rivals that are wrong, and how; ours must not be among them."""
     loss, gradients = case.exact(mode)
@@ -405,10 +542,13 @@ def check(case: Any, mode: str, calls: dict[str, Call]) -> dict[str, str]:
     return wrong
 
 
-def measure(case: Any, question: str, mode: str, rounds: int, device: str) -> dict[str, Any]:
+def measure(
+    case: Any, question: str, mode: str, rounds: int, device: str, without: Sequence[str] = ()
+) -> dict[str, Any]:
     """One row of the results: every rival's timing on one case."""
     torch._dynamo.reset()
     calls = case.calls(mode, torch.compile(plain_loss, dynamic=False))
+    calls = {name: call for name, call in calls.items() if name not in without}
     left_out: dict[str, str] = {}
     for name in [n for n in calls if n != "fastsdpo"]:
         try:
@@ -417,7 +557,13 @@ def measure(case: Any, question: str, mode: str, rounds: int, device: str) -> di
         except Exception as error:  # another version, no compiler, out of memory: said in the row
             left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             del calls[name]
-    for name, reason in check(case, mode, calls).items():
+            if torch.device(device).type == "cuda":
+                torch.cuda.empty_cache()
+    checked = case if case.unit // case.teacher.element_size() <= CHECKED_CELLS else case.small()
+    wanted = calls
+    if checked is not case:
+        wanted = checked.calls(mode, torch.compile(plain_loss, dynamic=False))
+    for name, reason in check(checked, mode, {name: wanted[name] for name in calls}).items():
         left_out[name] = reason
         del calls[name]
     if isinstance(case, HiddenCase):
@@ -427,9 +573,19 @@ def measure(case: Any, question: str, mode: str, rounds: int, device: str) -> di
     return {
         "question": question, "shape": case.label, "mode": mode,
         "dtype": str(case.teacher.dtype).removeprefix("torch."), "rounds": rounds,
-        "tensor_bytes": case.unit, "rivals": {n: asdict(t) for n, t in timings.items()},
+        "softcap": case.softcap, "tensor_bytes": case.unit, "gemm": case.gemm,
+        "rivals": {name: asdict(timing) for name, timing in timings.items()},
         "left_out": left_out,
     }  # fmt: skip
+
+
+def share_of_ceiling(row: dict[str, Any], seconds: float, ceilings: dict[str, float]) -> float:
+    """From logits: the three (T, V) tensors that cannot be avoided (both read, the gradient written) per
+    second over the copy bandwidth; from hidden states: four products over the matrix-product rate.
+    """
+    if row["question"] == "logits":
+        return 3 * row["tensor_bytes"] / seconds / ceilings["copy"]
+    return 4 * row["gemm"] / seconds / ceilings["gemm"]
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -441,20 +597,24 @@ def markdown(results: dict[str, Any]) -> str:
         for name, timing in row["rivals"].items():
             peak = timing["peak_bytes"]
             lines.append([
-                row["question"], row["shape"], row["dtype"], row["mode"], name,
+                row["question"], row["shape"] + (f", softcap {row['softcap']:g}" if row["softcap"] else ""),
+                row["dtype"], row["mode"], name,
                 f"{timing['median'] * 1e3:.2f}",
                 f"{timing['fastest'] * 1e3:.2f} to {timing['slowest'] * 1e3:.2f}",
                 f"{timing['median'] / ours:.2f}",
                 "" if peak is None else f"{peak / row['tensor_bytes']:.2f}",
+                f"{share_of_ceiling(row, timing['median'], ceilings):.2f}",
             ])  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     header = ["from", "shape", "dtype", "loss", "who", "ms", "spread", "times fastsdpo",
-              "peak memory / (T, V) tensor"]  # fmt: skip
+              "peak memory / (T, V) tensor", "share of the ceiling"]  # fmt: skip
     out = ["# fastsdpo bench", "", f"{about['device']}; {about['native']}; Python {about['python']}; "
            f"{versions}; {about['date']}.", "",
            f"Command: `{about['command']}`. Copy {ceilings['copy'] / 1e9:.1f} GB/s, square matrix product "
            f"{ceilings['gemm'] / 1e9:.0f} GFLOP/s. Loss and gradient; medians of the rounds of one "
-           "interleaved run. On a CPU, memory that the allocator kept from an earlier call is not seen.",
+           "interleaved run. The ceiling of a loss from logits is the time in which the copy would move "
+           "the three tensors that cannot be avoided, from hidden states that of four matrix products. "
+           "On a CPU, memory that the allocator kept from an earlier call is not seen.",
            "", table(header, lines)]  # fmt: skip
     for row in results["rows"]:
         for name, reason in row["left_out"].items():
@@ -502,6 +662,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--questions", nargs="+", choices=["logits", "hidden"],
                         default=["logits", "hidden"])  # fmt: skip
+    parser.add_argument("--model", choices=list(MODELS), metavar="NAME",
+                        help="vocabulary, width and softcap of " + ", ".join(MODELS))  # fmt: skip
+    parser.add_argument(
+        "--softcap", type=float, help="of the logits; default: none, or the model's"
+    )
+    parser.add_argument("--without", nargs="+", default=[], metavar="RIVAL",
+                        help="leave out, as in --without torch.compile Liger")  # fmt: skip
     parser.add_argument("--tokens", type=int, help="T; default: 512, or 8192 on a GPU")
     parser.add_argument("--vocabulary", type=int, help="V; default: 49152, or 151936 on a GPU")
     parser.add_argument("--hidden", type=int, help="D; default: 576, or 4096 on a GPU")
@@ -513,6 +680,13 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
+    if args.softcap is not None and not args.softcap > 0:
+        parser.error(f"--softcap must be above 0, got {args.softcap:g}")
+    if args.model is not None:
+        shape = MODELS[args.model]
+        for name in ("vocabulary", "hidden", "softcap"):
+            if getattr(args, name) is None:
+                setattr(args, name, getattr(shape, name))
     gpu = torch.device(args.device).type == "cuda"
     if gpu and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: this PyTorch sees no GPU")
@@ -540,11 +714,11 @@ def main(argv: list[str] | None = None) -> int:
     }
     for question in args.questions:
         if question == "logits":
-            case: Any = LogitsCase(tokens, vocabulary, dtype, args.device)
+            case: Any = LogitsCase(tokens, vocabulary, dtype, args.device, args.softcap)
         else:
-            case = HiddenCase(tokens, vocabulary, hidden, dtype, args.device)
+            case = HiddenCase(tokens, vocabulary, hidden, dtype, args.device, args.softcap)
         for mode in args.modes:
-            row = measure(case, question, mode, rounds, args.device)
+            row = measure(case, question, mode, rounds, args.device, args.without)
             results["rows"].append(row)
             ours = row["rivals"]["fastsdpo"]["median"]
             text = "  ".join(
