@@ -36,6 +36,7 @@ p { margin: .25rem 0; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   padding: .75rem 1rem; margin: 0 0 .75rem; }
+header, .role, #readout { overflow-wrap: anywhere; }
 .role { font-size: .8rem; color: var(--quiet); margin: .5rem 0 0; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
   gap: 1.5rem; margin: 1.25rem 0; }

@@ -275,6 +275,12 @@ def test_browser_shows_markup_as_text(opened, attacked):
     assert opened.evaluate("document.images.length + document.querySelectorAll('svg').length") == 0
     assert opened.evaluate(token(0, 0) + ".textContent") == ATTACK
     assert ATTACK in opened.evaluate("document.querySelector('.panel .card').textContent")
+    # Every field that comes from outside is on the page, as text: a role and three messages,
+    # two follow-ups, model, note, and a token under both follow-ups and in the table.
+    page = "document.body.cloneNode(true)"
+    text = f"(() => {{ const b = {page}; b.querySelector('script').remove(); return b.textContent }})()"
+    assert opened.evaluate(text).count(ATTACK) == 4 + 2 + 2 + 3
+    assert "</style>{o}<script>" in opened.evaluate(text)
     assert opened.complaints() == []
 
 
