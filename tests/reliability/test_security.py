@@ -1,0 +1,256 @@
+"""Nothing that comes as data is run; nothing is sent but where told; no key is written down.
+
+That markup in messages stays text is shown in a real browser, by tests/signal/test_page.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fastsdpo.modeling import load_model_and_tokenizer
+from fastsdpo.train import build_parser, main, read_config
+
+ROOT = Path(__file__).parents[2]
+SOURCES = [*sorted((ROOT / "fastsdpo").rglob("*.py")), *sorted((ROOT / "examples").rglob("*.py"))]
+KEY = "sk-this-is-the-secret-0123456789"
+
+
+class Bomb:
+    """Unpickled, it makes a folder."""
+
+    planted = 0
+
+    def __init__(self, path):
+        self.path = str(path)
+        Bomb.planted += 1
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _counted(request, results):
+    failed = request.session.testsfailed
+    yield
+    tests = sum(item.path == request.path for item in request.session.items)
+    lost = request.session.testsfailed - failed
+    results.add("security: files that would run code, connections, keys (tests)", tried=tests,
+                faults=Bomb.planted, survived=tests - lost, lost=lost)  # fmt: skip
+
+
+def calls():
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call):
+                yield path, node, ast.unparse(node.func)
+
+
+# ------------------------------------------------------------------------------------ in the source
+
+
+def test_the_source_unpickles_and_evaluates_nothing():
+    forbidden = {"eval", "exec", "pickle.load", "pickle.loads", "joblib.load", "yaml.load", "os.system",
+                 "marshal.loads", "dill.load", "cloudpickle.load", "numpy.load", "np.load"}  # fmt: skip
+    looked_at = 0
+    for path, node, name in calls():
+        looked_at += 1
+        where = f"{path}:{node.lineno}: {ast.unparse(node)}"
+        assert name not in forbidden, where
+        options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+        if name == "torch.load":
+            assert options.get("weights_only") == "True", where
+        if name.startswith("subprocess."):
+            assert options.get("shell", "False") == "False", where
+        # Off, or what the user said.
+        assert options.get("trust_remote_code", "False") in (
+            "False", "trust_remote_code", "options.trust_remote_code", "args.trust_remote_code",
+        ), where  # fmt: skip
+    assert looked_at > 1000
+    for path in SOURCES:
+        assert not re.search(r"^\s*(import|from) (pickle|dill|marshal|shelve)\b", path.read_text("utf-8"),
+                             re.MULTILINE), path  # fmt: skip
+
+
+def test_trust_remote_code_is_off_unless_asked():
+    options = build_parser().parse_args(["d", "--model", "m", "-o", "o"])
+    assert options.trust_remote_code is False
+    options = build_parser().parse_args(["d", "--model", "m", "-o", "o", "--trust-remote-code"])
+    assert options.trust_remote_code is True
+
+
+# ---------------------------------------------------------------------------------------- bad files
+
+
+@pytest.fixture
+def saved(lab, tmp_path):
+    lab.make_model().save_pretrained(tmp_path / "model")
+    lab.make_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_pickled_weights_run_nothing(saved, tmp_path):
+    (saved / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Bomb(tmp_path / "boom")}, saved / "pytorch_model.bin")
+    with pytest.raises((ValueError, OSError, pickle.UnpicklingError, RuntimeError)):
+        load_model_and_tokenizer(saved)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_code_that_comes_with_a_model_is_not_run(saved, tmp_path):
+    """`auto_map` names a module of the folder, which makes a folder when it is imported."""
+    code = (
+        f"import os\nos.mkdir({str(tmp_path / 'boom')!r})\nfrom transformers import LlamaConfig\n"
+    )
+    code += "class Config(LlamaConfig):\n    model_type = 'strange'\n"
+    (saved / "strange.py").write_text(code)
+    config = json.loads((saved / "config.json").read_text())
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "strange.Config"}}
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ValueError, OSError), match="trust_remote_code"):
+        load_model_and_tokenizer(saved)
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.fixture(scope="module")
+def begun(runner, commands, tmp_path_factory):
+    """A run of two steps, and its arguments."""
+    folder = tmp_path_factory.mktemp("begun")
+    argv = [*commands["train"], "--max-steps", "2"]
+    assert runner(folder, argv).status == 0
+    shutil.rmtree(folder / "out" / "checkpoint-2")
+    (folder / "out" / "report.json").unlink()
+    return folder, argv
+
+
+@pytest.mark.parametrize(
+    "file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"]
+)
+@pytest.mark.parametrize("summed", [True, False], ids=["with-checksums", "without"])
+def test_a_checkpoint_from_elsewhere_runs_nothing(file, summed, runner, begun, tmp_path):
+    """A pickle in place of a checkpoint's file; without checksums, as someone else would send it."""
+    folder, argv = begun
+    shutil.copytree(folder / "out", tmp_path / "out")
+    place = tmp_path / "out" / "checkpoint-1"
+    with open(place / file, "wb") as out:
+        pickle.dump(Bomb(tmp_path / "boom"), out)
+    if not summed:
+        (place / "checksums.json").unlink()
+    ended = runner(tmp_path, argv)
+    assert not (tmp_path / "boom").exists()
+    if file != "training_args.bin":  # which nothing reads
+        assert ended.status != 0
+        assert file in ended.log if summed else "Weights only load failed" in ended.log
+
+
+def test_a_pickle_is_no_data_file(tmp_path, saved, capsys):
+    for name in ("data.jsonl", "data.parquet", "data.pkl"):
+        with open(tmp_path / name, "wb") as file:
+            pickle.dump(Bomb(tmp_path / "boom"), file)
+        status = main(
+            [str(tmp_path / name), "--model", str(saved), "-o", str(tmp_path / "out"), "--cpu"]
+        )
+        assert status == 1
+        assert name in capsys.readouterr().err
+    assert not (tmp_path / "boom").exists()
+
+
+def test_templates_of_a_tokenizer_reach_no_python(saved, tmp_path, lab):
+    """A chat template that tries to get out of its sandbox is an error, not a call."""
+    tokenizer = lab.make_tokenizer()
+    tokenizer.chat_template = (
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+        "{{ cycler.__init__.__globals__.os.mkdir('" + str(tmp_path / "boom") + "') }}"
+    )
+    from fastsdpo.data import InteractionTokenizer
+
+    with pytest.raises(ValueError, match="the chat template fails"):
+        InteractionTokenizer(tokenizer, "note")
+    assert not (tmp_path / "boom").exists()
+
+
+# ------------------------------------------------------------------------------ network and secrets
+
+
+@pytest.mark.parametrize("name", ["prepare", "train", "online"])
+def test_commands_on_local_files_connect_to_nothing(name, runner, commands, tmp_path):
+    ended = runner(tmp_path, commands[name], no_network=True)
+    assert "connects to" not in ended.log
+    assert ended.status == 0, ended.log
+
+
+def test_an_endpoint_is_asked_only_where_configured(runner, commands, tmp_path):
+    """The audit hook that forbids connections does see one: that of --user-url."""
+    argv = list(commands["online"])
+    for option in ("--rule", "--wish"):
+        at = argv.index(option)
+        del argv[at : at + 2]
+    argv += ["--persona", "w1", "--user-url", "http://127.0.0.1:9/v1", "--user-model", "m"]
+    ended = runner(tmp_path, argv, no_network=True)
+    assert ended.status == 99, ended.log
+    assert set(re.findall(r"connects to \('([^']+)', (\d+)", ended.log)) == {("127.0.0.1", "9")}
+
+
+def test_keys_come_from_the_environment_and_are_not_written(
+    runner, commands, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    from fastsdpo.online.endpoint import ChatEndpoint
+
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    try:
+        # The port of "discard": refused at once.
+        endpoint = ChatEndpoint("http://127.0.0.1:9/v1", "m", max_retries=0, timeout=2)
+        assert endpoint.client.api_key == KEY
+        assert endpoint.reply([{"role": "user", "content": "hello"}]) is None
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert endpoint.failures
+    assert records
+    assert not any(KEY in text for text in records)
+    assert KEY not in repr(vars(endpoint) | {"client": None})
+
+
+def test_no_option_takes_a_key(tmp_path):
+    """A key given as an option would be in the shell's history, the process list and the report."""
+    from fastsdpo.online.command import build_parser as online_parser
+
+    for parser in (build_parser(), online_parser()):
+        names = [option for action in parser._actions for option in action.option_strings]
+        assert not [name for name in names if re.search("key|token$|secret|password", name)]
+    options = build_parser().parse_args(
+        ["d", "--model", "m", "-o", str(tmp_path), "--set", f"hub_token={KEY}"]
+    )
+    with pytest.raises(ValueError, match="tokens are read from the environment only") as caught:
+        read_config(options)
+    assert KEY not in str(caught.value)
+
+
+def test_a_run_leaves_no_key_in_its_files(commands, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("HF_TOKEN", KEY)
+    monkeypatch.chdir(tmp_path)
+    argv = [str(part) for part in commands["train"]][1:]
+    assert main([*argv, "--max-steps", "1"]) == 0
+    said = capsys.readouterr()
+    assert KEY not in said.out + said.err
+    looked_at = 0
+    for path in (tmp_path / "out").rglob("*"):
+        if path.is_file():
+            looked_at += 1
+            assert KEY.encode() not in path.read_bytes(), path
+    assert looked_at > 10
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model") is not None
