@@ -1,11 +1,13 @@
 """Results files of the benchmarks; the timing itself is `fastsdpo.bench`'s.
 
-Results go to ``benchmarks/results/<name>.json`` and, made from it, ``.md``; a run replaces the rows it
-measured and keeps the others, so that a long benchmark can be taken in parts.
+Results go to ``benchmarks/results/<name>.json`` (another folder with ``--output``) and, made from it,
+``.md``; a run replaces the rows it measured and keeps the others, so that a long benchmark can be taken in
+parts.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 from collections.abc import Callable
@@ -44,15 +46,23 @@ def environment() -> dict[str, Any]:
     return {**bench.environment(), "commit": _commit()}
 
 
+def add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, metavar="FOLDER",
+        help="where results files go (default: benchmarks/results)",
+    )  # fmt: skip
+
+
 def record(
     name: str,
     rows: list[dict[str, Any]],
     key: tuple[str, ...],
     markdown: Callable[[list[dict[str, Any]]], str],
+    folder: Path = RESULTS,
 ) -> None:
-    """Merges ``rows`` (equal ``key`` fields replace) into ``results/<name>.json`` and rewrites ``.md``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    """Merges ``rows`` (equal ``key`` fields replace) into ``<folder>/<name>.json`` and rewrites ``.md``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     new_keys = {tuple(row[field] for field in key) for row in rows}
     kept = [row for row in old if tuple(row[field] for field in key) not in new_keys]

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks._harness import Rival, environment, interleave, record, table
+from benchmarks._harness import Rival, add_output, environment, interleave, record, table
 from fastsdpo.integrations.transformers import fused_logps
 from fastsdpo.integrations.verl import self_distillation_loss
 from fastsdpo.prefix import HeadParameters
@@ -222,10 +222,11 @@ def main() -> None:
     parser.add_argument(
         "--record", default="", help="name of the results file; none is written without"
     )
+    add_output(parser)
     args = parser.parse_args()
     rows = measure(args)
     if args.record:
-        record(args.record, rows, ("theme", "case", "shape", "who"), markdown)
+        record(args.record, rows, ("theme", "case", "shape", "who"), markdown, args.output)
 
 
 if __name__ == "__main__":

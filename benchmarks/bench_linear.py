@@ -10,6 +10,8 @@ student's hidden states and the head that student and teacher share:
                      buffers that exist already: no loss, no allocation; what the step cannot beat
     TRL              trl.kernels: ChunkedDivergenceFunction (KL, JSD), ChunkedLogProbFunction twice
                      (sampled token); their CPU path
+    CCE              cut_cross_entropy, where installed (sampled token): log-probabilities of the targets,
+                     twice; its kernels need a GPU, so this is its own torch.compile variant
     Liger            LigerFusedLinearJSDLoss, soft loss only, eager (KL, JSD)
     Liger compiled   the same with compiled=True, its default
     eager            logits of all tokens, then the plain PyTorch loss (float32 log-softmaxes)
@@ -23,6 +25,7 @@ rival computes twice do not count for it.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import statistics
 from collections.abc import Callable
@@ -32,14 +35,23 @@ import torch
 from torch import Tensor
 
 import fastsdpo
-from benchmarks._harness import Rival, environment, gemm_flops, interleave, record, table
+from benchmarks._harness import (
+    Rival,
+    add_output,
+    environment,
+    gemm_flops,
+    interleave,
+    record,
+    table,
+)
 from benchmarks.bench_logits import plain_loss
 from fastsdpo.ops.linear import default_chunk_size
 from fastsdpo.testing import oracle_sdpo_loss
 
 MODES = {"sampled": None, "forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5, "topk": 1.0}
 TOPK = 100
-RIVALS = ["fastsdpo", "bare GEMMs", "TRL", "Liger", "Liger compiled", "eager", "torch.compile"]
+RIVALS = ["fastsdpo", "bare GEMMs", "TRL", "CCE", "Liger", "Liger compiled", "eager",
+          "torch.compile"]  # fmt: skip
 
 
 def options(mode: str) -> dict[str, Any]:
@@ -133,6 +145,19 @@ def losses(
             student, weight, None, teacher, weight.detach(), None, alpha
         )[0].mean()
 
+    def cce(student: Tensor, weight: Tensor) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        def logps(hidden: Tensor) -> Tensor:
+            return -linear_cross_entropy(
+                hidden, weight, ids, reduction="none", impl="torch_compile"
+            )
+
+        with torch.no_grad():
+            teacher_logps = logps(teacher)
+        student_logps = logps(student)
+        return (-(teacher_logps - student_logps).detach() * student_logps).mean()
+
     def liger(compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -145,6 +170,8 @@ def losses(
     everyone: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"fastsdpo": ours}
     if mode != "topk":
         everyone["TRL"] = trl
+    if mode == "sampled" and importlib.util.find_spec("cut_cross_entropy"):
+        everyone["CCE"] = cce
     if mode in ("forward_kl", "reverse_kl", "jsd"):
         everyone["Liger"] = liger(False)
         everyone["Liger compiled"] = liger(True)
@@ -252,6 +279,7 @@ def main() -> None:
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=RIVALS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", help="name of the results files; none are written without it")
+    add_output(parser)
     args = parser.parse_args()
 
     flops = gemm_flops()
@@ -283,7 +311,7 @@ def main() -> None:
             }
             if args.results:
                 keys = ("tokens", "vocabulary", "hidden", "what", "mode")
-                record(args.results, [row], keys, markdown)
+                record(args.results, [row], keys, markdown, args.output)
 
 
 if __name__ == "__main__":

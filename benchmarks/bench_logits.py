@@ -30,6 +30,7 @@ from torch import Tensor
 import fastsdpo
 from benchmarks._harness import (
     Rival,
+    add_output,
     copy_bandwidth,
     environment,
     gemm_flops,
@@ -205,6 +206,7 @@ def main() -> None:
     parser.add_argument("--rivals", nargs="+", default=None, help="default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results", help="name of the results files; none are written without it")
+    add_output(parser)
     args = parser.parse_args()
 
     dtype = getattr(torch, args.dtype)
@@ -254,7 +256,8 @@ def main() -> None:
             }
         )
         if args.results:  # after each mode, so that an interrupted run keeps what it has
-            record(args.results, rows, ("dtype", "tokens", "vocabulary", "mode"), markdown)
+            record(args.results, rows, ("dtype", "tokens", "vocabulary", "mode"), markdown,
+                   args.output)  # fmt: skip
 
 
 if __name__ == "__main__":

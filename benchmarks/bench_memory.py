@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._harness import environment, record, table
+from benchmarks._harness import add_output, environment, record, table
 from benchmarks.costmodel import default_chunk, linear_loss_peak
 from fastsdpo import bench
 
@@ -76,12 +76,14 @@ def main() -> None:
     parser.add_argument(
         "--record", default="", help="name of the results file; none is written without"
     )
+    parser.add_argument("--points", type=int, default=len(POINTS), help="the first so many only")
+    add_output(parser)
     args = parser.parse_args()
     if args.point is not None:
         print(json.dumps(one(*map(int, args.point[:3]), args.point[3])))
         return
     rows = []
-    for tokens, vocabulary, hidden in POINTS:
+    for tokens, vocabulary, hidden in POINTS[: args.points]:
         for who in ("fastsdpo", "PyTorch"):
             command = [sys.executable, "-m", "benchmarks.bench_memory", "--point", str(tokens),
                        str(vocabulary), str(hidden), who]  # fmt: skip
@@ -102,7 +104,7 @@ def main() -> None:
                 flush=True,
             )
     if args.record:
-        record(args.record, rows, ("tokens", "vocabulary", "hidden", "who"), markdown)
+        record(args.record, rows, ("tokens", "vocabulary", "hidden", "who"), markdown, args.output)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
-from benchmarks._harness import Rival, environment, interleave, record, table
+from benchmarks._harness import Rival, add_output, environment, interleave, record, table
 from fastsdpo.integrations.trl import patch_trl
 
 CASES: dict[str, dict[str, Any]] = {
@@ -214,11 +214,12 @@ def main() -> None:
     parser.add_argument(
         "--record", default="", help="name of the results file; none is written without"
     )
+    add_output(parser)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = measure(args)
     if args.record:
-        record(args.record, rows, ("case", "shape", "who"), markdown)
+        record(args.record, rows, ("case", "shape", "who"), markdown, args.output)
 
 
 if __name__ == "__main__":

@@ -204,12 +204,16 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     name = f"{_cpu_name()}, {torch.get_num_threads()} threads of {os.cpu_count()} CPUs"
     if torch.device(device).type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}; {name}"
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = os.path.relpath(sys.argv[0])
+    if spec is not None:  # python -m ...
+        program = "-m " + spec.name.removesuffix(".__main__")
     return {
         "device": name,
         "native": native_available()[1],
         "python": platform.python_version(),
         "versions": {name: version for name in packages if (version := _version(name))},
-        "command": "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": "python " + " ".join([program, *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
     }
 
