@@ -16,7 +16,7 @@ help:
 	@echo "make test-slow  the long tests"
 	@echo "make fuzz       kills, full disks, mutated data, drawn numbers: long (about an hour on 2 cores)"
 	@echo "make soak       MINUTES of training with flat memory (10), 100,000 interactions in bounded memory"
-	@echo "make bench      our losses beside the peers', correctness first (results in bench_output/)"
+	@echo "make bench      every benchmark beside the peers, half an hour (bench_output/index.md); QUICK=1: 3 minutes"
 	@echo "make lint       ruff, clang-format"
 	@echo "make types      pyright"
 	@echo "make gpu        tests and benchmarks that need a GPU"
@@ -66,10 +66,10 @@ MINUTES := 10
 soak: $(VENV)/.dev
 	FASTSDPO_MINUTES=$(MINUTES) $(LONG) tests/reliability/test_soak.py
 
+# Every question's script in a bounded size, under half an hour on two cores; QUICK=1: tiny, three minutes.
+# ARGS="--only linear data", ARGS=--record: see benchmarks/run_all.py.
 bench: $(VENV)/.dev
-	$(BIN)/python -m fastsdpo bench --output bench_output
-	$(BIN)/python -m pytest --import-mode=importlib benchmarks/test_losses.py \
-		--benchmark-json bench_output/losses.json
+	$(BIN)/python -m benchmarks.run_all $(if $(QUICK),--quick) $(ARGS)
 
 # Every specialization for every target, compiled without a GPU; about half an hour on two cores.
 compile-matrix: $(VENV)/.dev

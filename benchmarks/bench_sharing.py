@@ -137,7 +137,7 @@ def read_conversations(
     return found
 
 
-def read_steps(arguments: argparse.Namespace) -> list[list[TokenizedInteraction]]:
+def read_steps(arguments: argparse.Namespace, count: int = 60) -> list[list[TokenizedInteraction]]:
     """A step's interactions are one whole conversation; the conversations are those of the file."""
     tokenizer = load_tokenizer()
     if arguments.template == "think":
@@ -150,7 +150,7 @@ def read_steps(arguments: argparse.Namespace) -> list[list[TokenizedInteraction]
     )
     return [
         [tokenize(item) for item in extract_interactions(messages)]
-        for messages in read_conversations(arguments.conversations, 60, arguments.characters)
+        for messages in read_conversations(arguments.conversations, count, arguments.characters)
     ]
 
 
@@ -393,12 +393,14 @@ def command_check(arguments: argparse.Namespace) -> None:
 
 def command_time(arguments: argparse.Namespace) -> None:
     """One step per conversation, the variants in turns, after a warm-up on a short interaction."""
-    steps = read_steps(arguments)
+    wanted = arguments.conversation
+    steps = read_steps(arguments, 60 if min(wanted) < 0 else 1 + max(wanted))
     model = load_model()
     optimizer = new_optimizer(model)
+    warm_up = min((items[:1] for items in steps), key=lambda i: count_tokens(i).unshared_student)
     for variant in arguments.variants:
-        step(variant, model, optimizer, shortest(steps)[:1])
-    for number in arguments.conversation:
+        step(variant, model, optimizer, warm_up)
+    for number in wanted:
         number = steps.index(shortest(steps)) if number < 0 else number
         items = steps[number]
         seconds: dict[str, list[float]] = {v: [] for v in arguments.variants}
@@ -420,7 +422,7 @@ def command_time(arguments: argparse.Namespace) -> None:
 def command_memory(arguments: argparse.Namespace) -> None:
     """Peak resident memory of one step, each variant in a process of its own."""
     if arguments.in_child:
-        items = read_steps(arguments)[arguments.conversation[0]]
+        items = read_steps(arguments, arguments.conversation[0] + 1)[-1]
         model = load_model()
         optimizer = new_optimizer(model)
         for parameter in model.parameters():  # gradients and Adam's states, as in any later step
@@ -454,7 +456,7 @@ def command_memory(arguments: argparse.Namespace) -> None:
         *peaks[variant], seconds[variant] = json.loads(out.strip().splitlines()[-1])
         print(f"{variant:16s} {peaks[variant][0]:.2f} -> {peaks[variant][1]:.2f} GiB, "
               f"{seconds[variant]:.1f} s", flush=True)  # fmt: skip
-    items = read_steps(arguments)[arguments.conversation[0]]
+    items = read_steps(arguments, arguments.conversation[0] + 1)[-1]
     measured = {"gib": peaks, "seconds": seconds}
     record(arguments, {"kind": "memory", **measured, **describe(items)})
 
@@ -652,18 +654,22 @@ def command_sizes(arguments: argparse.Namespace) -> None:
             print(number, json.dumps(describe(items)))
         return
     stored = json.loads(path.read_text())
+    lacking: dict[tuple, list[dict]] = {}
     for run in stored["runs"]:
         if run["kind"] in ("time", "memory") and "sizes" not in run:
-            for name in ("template", "characters"):
-                setattr(arguments, name, run.get(name, getattr(arguments, name)))
-            run.setdefault("max_prompt_length", 4096 if run.get("characters", [0])[0] else 2048)
-            arguments.max_prompt_length = run["max_prompt_length"]
-            items = read_steps(arguments)[run["conversation"]]
-            found = describe(items)
+            characters = tuple(run.get("characters", (0, 8000)))
+            limit = run.get("max_prompt_length", 4096 if characters[0] else 2048)
+            lacking.setdefault((run["template"], characters, limit), []).append(run)
+    for (template, characters, limit), runs in lacking.items():
+        arguments.template, arguments.characters = template, characters
+        arguments.max_prompt_length = limit
+        steps = read_steps(arguments, 1 + max(run["conversation"] for run in runs))
+        for run in runs:
+            found = describe(steps[run["conversation"]])
             same = ("interactions", "response_tokens", "shared_tokens", "padded_tokens")
             if any(found[name] != run[name] for name in same):
                 raise SystemExit(f"bench_sharing: other interactions than those of {run}")
-            run["sizes"] = found["sizes"]
+            run |= {"sizes": found["sizes"], "max_prompt_length": limit}
     path.write_text(json.dumps(stored, indent=1) + "\n")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,8 @@ INTRODUCTION = """# Performance
 
 Made by `python -m benchmarks.report` from the files in `benchmarks/results/`, each with machine, versions,
 commit and commands. Times are medians of interleaved runs on one machine: what carries over to another is at
-most the ratios. `make bench` (or `fastsdpo bench`) measures the losses anew on yours.
+most the ratios. `make bench` measures all of it anew on yours and sets its ratios beside these
+(`benchmarks/compare.py`); `fastsdpo bench` does the losses where the package is installed.
 
 **Nothing here has run on a GPU.** What is known of the GPU kernels is in the sections on traffic and on
 compiled code, and what is expected of them in the predictions, which are arithmetic.
@@ -69,6 +71,32 @@ def _integration_base(row: dict) -> tuple:
     return row["theme"], row["case"], row["who"].partition(",")[2]
 
 
+def _of_runs(data: Any) -> list[tuple[str, str, float]]:
+    """Of bench_sharing: the official step's time over each variant's."""
+    pooled: dict[str, dict[str, list[float]]] = {}
+    for run in data["runs"]:
+        if run["kind"] == "time":
+            where = pooled.setdefault(f"{run['template']}, conversation {run['conversation']}", {})
+            for who, seconds in run["seconds"].items():
+                where.setdefault(who, []).extend(seconds)
+    return [
+        (group, who, statistics.median(found["official"]) / statistics.median(seconds))
+        for group, found in pooled.items()
+        for who, seconds in found.items()
+        if who != "official" and "official" in found
+    ]
+
+
+def _of_stages(data: Any) -> list[tuple[str, str, float]]:
+    """Of bench_data: each rival's time over ours."""
+    ours = {row["stage"]: row["seconds"] for row in data["rows"] if row["who"] == "fastsdpo"}
+    return [
+        (row["stage"], row["who"], row["seconds"] / ours[row["stage"]])
+        for row in data["rows"]
+        if row["who"] != "fastsdpo"
+    ]
+
+
 THEMES: list[tuple[str, str, Bars | None]] = [
     ("logits_cpu_float32", "rival's time over ours, loss and gradient",
      _of_rivals(lambda row: row["mode"], "native fused", ("native",))),
@@ -76,12 +104,16 @@ THEMES: list[tuple[str, str, Bars | None]] = [
      _of_rivals(lambda row: row["mode"], "native fused", ("native",))),
     ("linear_cpu", "rival's time over ours, loss and gradients",
      _of_rivals(lambda row: f"{row['mode']} {row['vocabulary']} x {row['hidden']}", "fastsdpo")),
+    ("models_cpu", "rival's time over ours, loss and gradients",
+     _of_rivals(lambda row: f"{row['question']} {row['mode']} {row['model']}", "fastsdpo")),
     ("memory_cpu", "", None),
-    ("sharing_cpu", "", None),
+    ("sharing_cpu", "time of the padded two-pass step over that of the variant", _of_runs),
     ("trl_cpu", "TRL's time over that with the patch",
      _of_rows(lambda who: who != "TRL", lambda row: (row["case"], row["shape"]))),
     ("integrations_cpu", "plain PyTorch's time over ours",
      _of_rows(lambda who: who.startswith("ours"), _integration_base)),
+    ("data_cpu", "rival's time over ours (below 1: ours takes longer)", _of_stages),
+    ("processes_cpu", "", None),
     ("personalization_search_cpu", "", None),
     ("goals_cpu", "", None),
     ("traffic", "", None),

@@ -14,9 +14,9 @@ import torch
 
 from fastsdpo import bench
 
-TOKENS, VOCABULARY, HIDDEN = 128, 49152, 576
+TOKENS, VOCABULARY, HIDDEN = 64, 49152, 576
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RIVALS = ("fastsdpo", "PyTorch", "torch.compile", "TRL", "Liger")
+RIVALS = ("fastsdpo", "PyTorch", "torch.compile", "TRL", "Liger", "CCE")
 
 
 @pytest.fixture(scope="module")

@@ -34,3 +34,29 @@ def test_a_plot_of_ratios(tmp_path):
     report.draw([("kl", "TRL", 2.0), ("kl", "Liger", 1.5), ("jsd", "TRL", 3.0)], "x",
                 tmp_path / "plot.png")  # fmt: skip
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bars_of_steps_and_stages():
+    runs = [
+        {
+            "kind": "time",
+            "template": "t",
+            "conversation": 1,
+            "seconds": {"official": [8.0], "a": [2.0]},
+        },
+        {"kind": "time", "template": "t", "conversation": 1, "seconds": {"a": [4.0]}},
+        {"kind": "time", "template": "t", "conversation": 2, "seconds": {"a": [4.0]}},
+        {"kind": "memory", "gib": {}},
+    ]
+    assert report._of_runs({"runs": runs}) == [("t, conversation 1", "a", 8 / 3)]
+    rows = [
+        {"stage": "load", "who": who, "seconds": s} for who, s in (("x", 1.0), ("fastsdpo", 2.0))
+    ]
+    assert report._of_stages({"rows": rows}) == [("load", "x", 0.5)]
+
+
+def test_a_theme_without_a_file_is_left_out(monkeypatch):
+    monkeypatch.setattr(report, "THEMES", [("no_such_theme", "", None), ("traffic", "", None)])
+    text = report.page()
+    assert "no_such_theme" not in text
+    assert "traffic_" in text
