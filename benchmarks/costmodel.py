@@ -5,8 +5,9 @@
 
 The formulas stand in the docstrings below. `tests/benchmarks/test_costmodel.py` holds them against what
 can be counted or measured without a GPU: FLOPs of torch's FlopCounterMode, bytes of every operator of the
-eager losses, tensors that autograd saves, and the memory of a process. What they say about a GPU is a
-**prediction**: nothing of it has been measured on one.
+eager losses and of TRL's and Liger's, tensors that autograd saves, and the recorded peaks of processes
+(bench_memory, bench_sharing); `test_traffic.py` holds them against the loads and stores of the Triton
+kernels. What they say about a GPU is a **prediction**: nothing of it has been measured on one.
 
 Conventions: a product of (m, k) and (k, n) is 2 m k n FLOPs. Bytes are what kernels read plus write in
 device memory if nothing stays in a cache between two kernels. GB = 10^9 bytes.
@@ -30,11 +31,21 @@ HERE = Path(__file__).parent
 # gradient needs KL(p_S || m), which needs both normalizers. Top-k: as sampled, and selecting the
 # support reads the student's once more; the support's own K entries are not counted.
 PASSES = {
+    "log_ratio": (2, 0, 0),
     "sampled": (2, 1, 1),
     "forward_kl": (2, 2, 1),
     "reverse_kl": (2, 2, 1),
     "jsd": (4, 2, 1),
     "topk": (3, 1, 1),
+}
+# Kernels of forward and backward; JSD's forward is two, top-k's selection (torch.topk) counts as one.
+LAUNCHES = {
+    "log_ratio": 1,
+    "sampled": 2,
+    "forward_kl": 2,
+    "reverse_kl": 2,
+    "jsd": 3,
+    "topk": 3,
 }
 FUSED_READS = {"sampled": 3, "forward_kl": 4, "reverse_kl": 4, "jsd": 6, "topk": 4}
 
@@ -52,6 +63,11 @@ RIVAL_BYTES_BFLOAT16 = {
     "Liger JSD from logits": {"forward_kl": 78, "reverse_kl": 78, "jsd": 78},
     "Fast-LLM": {"forward_kl": 10, "reverse_kl": 10},
 }
+
+
+# (T, V) tensors of the logits' dtype alive at once in TRL's losses, both logits and their copies over the
+# temperature among them.
+TRL_LIVE = {"sampled": 6, "forward_kl": 9, "reverse_kl": 9, "jsd": 18}
 
 
 class Cost(NamedTuple):
@@ -76,7 +92,7 @@ def loss_from_logits(
     reads = FUSED_READS[mode] if fused else forward + backward
     # 8 passes of arithmetic (scale, exp, sum, ...) stand for all modes: never the limit on a GPU.
     cells = tokens * vocabulary
-    return Cost(8.0 * cells, (reads + writes) * element * cells, 1 if fused else 2)
+    return Cost(8.0 * cells, (reads + writes) * element * cells, 1 if fused else LAUNCHES[mode])
 
 
 def eager_loss_from_logits(mode: str, tokens: int, vocabulary: int) -> Cost:
@@ -92,16 +108,16 @@ def eager_loss_from_logits(mode: str, tokens: int, vocabulary: int) -> Cost:
 class LinearRival:
     """How an implementation spends one loss from hidden states.
 
-    ``gemms`` of T x V x D by mode; bytes per (token, word) of everything between the GEMMs (PEERS and
-    the sources of the named version); ``tile`` elements held at the peak, as a function of T and V;
-    ``weight_copies`` of V x D float32 gradients held at once.
+    By mode: ``gemms`` of T x V x D; ``bytes_per_cell``, moved per (token, word) between the GEMMs;
+    ``tile_bytes_per_cell``, held at the peak per cell of a tile of ``chunk`` tokens (and
+    ``vocabulary_chunk`` words). ``weight_copies`` of V x D float32 gradients are held at once.
     """
 
     name: str
     gemms: dict[str, int]
     bytes_per_cell: dict[str, float]
     chunk: int | None
-    tile_bytes_per_cell: float
+    tile_bytes_per_cell: dict[str, float]
     weight_copies: float
     vocabulary_chunk: int | None = None
 
@@ -189,17 +205,34 @@ def linear_loss_peak(
     return total
 
 
+# (T, V) float32 tensors alive at once in `plain_loss` on float32 logits, both logits among them, before
+# the backward pass frees any.
+EAGER_LIVE = {"sampled": 4, "forward_kl": 7, "reverse_kl": 7, "jsd": 14}
+
+
+def eager_linear_peak(mode: str, tokens: int, vocabulary: int, hidden: int) -> int:
+    """Bytes above the inputs of plain PyTorch in float32: the loss at its peak, or, where the head is
+    wide beside the tokens, the gradients with the last two tensors of the logits' size.
+    """
+    tensor = 4 * tokens * vocabulary
+    gradients = 4 * (tokens + vocabulary) * hidden
+    return max(EAGER_LIVE[mode] * tensor, 2 * tensor + gradients)
+
+
 KL = ("forward_kl", "reverse_kl", "jsd")
-# Bytes per cell in bf16 with float32 tiles, fused linear, from the sources of Liger-Kernel 0.8.5 and
-# TRL 1.16.0; memory factors from their buffers.
+# Per cell in bf16, from hidden states. Liger-Kernel 0.8.5: counted and held alive as its operators run
+# one by one (its default compiles them, which spares some). TRL 1.16.0: its kernels for CUDA and their
+# buffers, read from the source; only its products can be counted here.
 RIVALS = (
     LinearRival(
         "TRL chunked divergence", {"forward_kl": 6, "reverse_kl": 6, "jsd": 8},
-        {"forward_kl": 46, "reverse_kl": 46, "jsd": 62}, 4096, 2 * 4 + 2, 1.0, 32768,
+        {"forward_kl": 46, "reverse_kl": 46, "jsd": 62}, 4096, dict.fromkeys(KL, 2 * 4 + 2), 1.0,
+        32768,
     ),
     LinearRival(
         "Liger chunked JSD", dict.fromkeys(KL, 4),
-        {"forward_kl": 64, "reverse_kl": 76, "jsd": 190}, 1024, 5 * 4, 2.0,
+        {"forward_kl": 57, "reverse_kl": 69, "jsd": 179}, 1024,
+        {"forward_kl": 16, "reverse_kl": 18, "jsd": 36}, 2.0,
     ),
 )  # fmt: skip
 
@@ -220,7 +253,7 @@ def rival_linear_loss(
     tile = min(rival.chunk or tokens, tokens) * min(
         rival.vocabulary_chunk or vocabulary, vocabulary
     )
-    peak = tile * rival.tile_bytes_per_cell + head * (4 * rival.weight_copies + operand)
+    peak = tile * rival.tile_bytes_per_cell[mode] + head * (4 * rival.weight_copies + operand)
     return parts, int(peak + tokens * hidden * 4)
 
 
@@ -380,8 +413,8 @@ def step(
     """Cost of one optimizer step by part, and its memory by part.
 
     Args:
-        loss: "fastsdpo", "eager" (logits of ``head_rows`` rows in float32, plain PyTorch) or a name
-            in `RIVALS`.
+        loss: "fastsdpo", "eager" (logits of ``head_rows`` rows in float32, plain PyTorch), "TRL" (its
+            SDPO trainer's, in the logits' own dtype) or a name in `RIVALS`.
         element: bytes of activations and GEMM operands; ``weight``: of a stored parameter and its
             gradient; ``state``: of the optimizer's states per parameter.
         micro_batches: backward passes that the step is cut into (memory falls, launches rise).
@@ -401,6 +434,13 @@ def step(
     if loss == "fastsdpo":
         head = linear_loss(mode, rows, vocabulary, hidden, operand=element)
         head_peak = float(linear_loss_peak(rows, vocabulary, hidden, operand=element))
+    elif loss == "TRL":
+        cells = rows * vocabulary
+        head = {
+            "products": Cost(8.0 * rows * model.head, 4 * element * (model.head + cells), 4),
+            "logits": Cost(20.0 * cells, RIVAL_BYTES_BFLOAT16["TRL SDPO, eager"][mode] * cells, 20),
+        }
+        head_peak = TRL_LIVE[mode] * element * cells + model.head * float(element)
     elif loss == "eager":
         gemms = Cost(8.0 * rows * model.head, 4 * element * (model.head + rows * vocabulary), 4)
         upcast = Cost(0, 2 * (2 * element + 8) * rows * vocabulary, 4)  # to float32, and back
@@ -428,6 +468,56 @@ def step(
         "loss": head_peak,
     }
     return costs, memory
+
+
+# ------------------------------------------------------------------------- memory of a process on a CPU
+
+# Python, torch, transformers and the tokenizer before anything is allocated: an assumption, the one
+# figure here that is neither a shape nor a count.
+LIBRARIES = 0.45 * 2**30
+
+
+def process_peak(model: Model, variant: str, sizes: dict[str, Any]) -> tuple[float, float]:
+    """Resident bytes of bench_sharing's process (float32) before its step, and what the step adds.
+
+    ``sizes`` are those that bench_sharing records of the step's interactions. Before: weights, gradients
+    and Adam's two states. Padded steps: the batch that needs most; its activations, with keys and
+    values repeated to the query heads, and a float32 mask of all pairs that every layer's attention
+    keeps; the logits of every position (TRL: of the response), their gradient, and the log-softmax
+    of the response's and its gradient.
+    """
+    element = 4
+    before = 16.0 * model.parameters + LIBRARIES
+    vocabulary, hidden = model.vocabulary, model.hidden
+
+    def padded(batch: list[int]) -> float:
+        count, prompt, _, response = batch
+        length = prompt + response
+        repeated = 2 * (model.heads - model.kv_heads) * model.head_dim * element
+        kept = activation_memory(model, count * length, element)
+        kept += model.layers * (count * length * repeated + count * length**2 * element)
+        rows = count * response * vocabulary * element
+        if variant.startswith(
+            "trl"
+        ):  # logits, their copy over the temperature, log-softmax, gradient
+            return kept + 4 * rows
+        return kept + count * length * vocabulary * element + 2 * rows
+
+    if variant in ("official", "trl-sdpo", "trl-sdft"):
+        return before, max(map(padded, sizes["batches"]))
+    student, _, response = sizes["longest"]
+    if variant in ("unpadded", "response-logits"):  # one interaction at a time
+        rows = student if variant == "unpadded" else response
+        logits = (rows + 2 * response) * vocabulary * element
+        return before, activation_memory(model, student, element) + logits
+    tokens, rows = (student, response)
+    if variant in ("conversation", "checkpointed"):
+        tokens, rows = sizes["student"], sizes["response"]
+    kept = activation_memory(model, tokens, element, checkpointing=variant == "checkpointed")
+    cached = 2 * model.layers * model.kv_heads * model.head_dim * element
+    chunk = default_chunk(rows, vocabulary, budget=2**24, least=256)
+    loss = linear_loss_peak(rows, vocabulary, hidden, operand=element, chunk=chunk)
+    return before, kept + cached * (tokens + sizes["teacher"]) + loss
 
 
 # ---------------------------------------------------------------------------------------------- GPUs
@@ -511,7 +601,20 @@ def recorded_tokens(template: str, interactions: float) -> dict[str, Tokens]:
         off["student_pairs"] * waste**2, off["teacher_pairs"] * waste**2,
         response, off["student_tokens"] * waste,
     )  # fmt: skip
-    return {"padded": padded.scaled(share), **found}
+    histogram = counts["histograms"]["completion"]
+    longest = expected_longest(histogram, json.loads((HERE / "lengths.json").read_text())["bin"], 4)
+    trl = replace(padded, head_rows=longest * counts["interactions"])
+    return {"padded": padded.scaled(share), "TRL": trl.scaled(share), **found}
+
+
+def expected_longest(histogram: dict[str, int], width: int, draws: int) -> float:
+    """Expected largest of ``draws`` values of a histogram, each taken in the middle of its bin."""
+    every, below, expected = sum(histogram.values()), 0, 0.0
+    for edge, count in histogram.items():
+        share = ((below + count) / every) ** draws - (below / every) ** draws
+        expected += share * (int(edge) + width / 2)
+        below += count
+    return expected
 
 
 def markdown(model: Model = QWEN3_8B, interactions: int = 32) -> str:
@@ -529,7 +632,8 @@ def markdown(model: Model = QWEN3_8B, interactions: int = 32) -> str:
         "of one part the slowest counts; batches of "
         f"{interactions} interactions with the average lengths of the recorded conversations in 8 "
         "backward passes; bf16 weights and gradients, two 8-bit optimizer states, gradient "
-        "checkpointing; bf16 activations. Peaks assumed: "
+        "checkpointing; bf16 activations; padded steps in batches of 4, TRL's responses padded to the "
+        "expected longest of 4. Peaks assumed: "
         + "; ".join(
             f"{g.name} {g.flops / 1e12:.0f} TFLOP/s, {g.bandwidth / 1e12:.2f} TB/s, "
             f"{g.link / 1e9:.0f} GB/s to its neighbours"
@@ -546,12 +650,19 @@ def markdown(model: Model = QWEN3_8B, interactions: int = 32) -> str:
 SETUP: dict[str, Any] = {"weight": 2, "state": 2, "micro_batches": 8}
 
 
+SCALED = (
+    "TRL's SDPO: padded, logits at response positions",
+    "sharing per conversation",
+)
+
+
 def variants(template: str, interactions: float) -> dict[str, tuple[Tokens, str]]:
     work = recorded_tokens(template, interactions)
     alone = work["off"]
     every = replace(alone, head_rows=alone.student)
     return {
         "published step: padded, logits everywhere": (work["padded"], "eager"),
+        "TRL's SDPO: padded, logits at response positions": (work["TRL"], "TRL"),
         "unpadded": (every, "eager"),
         "logits at response tokens": (alone, "eager"),
         "fused loss": (alone, "fastsdpo"),
@@ -586,7 +697,7 @@ def _prediction_losses(table: Any) -> list[str]:
     tokens, vocabulary, hidden = 8192, 151936, 4096
     logits = []
     cells = tokens * vocabulary
-    for mode in PASSES:
+    for mode in FUSED_READS:
         everyone = {"fastsdpo": loss_from_logits(mode, tokens, vocabulary, 2)}
         for name, by_mode in RIVAL_BYTES_BFLOAT16.items():
             if mode in by_mode:
@@ -617,7 +728,8 @@ def _prediction_losses(table: Any) -> list[str]:
         f"## Losses from bf16 logits, forward and backward, {size}\n",
         table(["loss", "who", "bytes per token and word", "GB", *names], logits),
         f"## Losses from hidden states with a trainable head, {size}, D = {hidden}\n",
-        "GEMMs and the kernels between them one after the other; rivals in their default chunks. "
+        "GEMMs and the kernels between them one after the other; rivals in their default chunks, Liger's "
+        "operators one by one (compiled, its default, they move less). "
         "Peak: above the inputs, gradients included (the head's gradient alone is 2.5 GB in float32). "
         "The four bare products alone would take "
         + ", ".join(
@@ -629,38 +741,43 @@ def _prediction_losses(table: Any) -> list[str]:
 
 
 def _prediction_scaling(model: Model, interactions: int, table: Any) -> list[str]:
-    work = recorded_tokens("think", interactions)["conversation"]
-    costs, memory = step(model, work, **SETUP)
     # The embedding, the head and two layers are whole on every process while they are used.
     gathered = 2 * (2 * model.head + 2 * model.layer_weights)
     lines = []
-    for gpu in GPUS:
-        alone = step_seconds(costs, gpu)
-        for processes in (1, 2, 4, 8):
-            time = fsdp_seconds(model, costs, gpu, processes, SETUP["micro_batches"], 2)
-            peak = memory["weights, gradients, optimizer"] / processes
-            peak += memory["activations"] + memory["loss"] + (gathered if processes > 1 else 0)
-            fits = "yes" if peak < 0.95 * gpu.memory else "no"
-            lines.append(
-                [gpu.name, str(processes), f"{processes * interactions / time:.1f}",
-                 f"{alone / time:.2f}", f"{peak / 1e9:.1f}", fits]
-            )  # fmt: skip
+    everyone = variants("think", interactions)
+    for name in SCALED:
+        work, loss = everyone[name]
+        costs, memory = step(model, work, loss=loss, **SETUP)
+        for gpu in GPUS:
+            alone = step_seconds(costs, gpu)
+            for processes in (1, 2, 4, 8):
+                time = fsdp_seconds(model, costs, gpu, processes, SETUP["micro_batches"], 2)
+                peak = memory["weights, gradients, optimizer"] / processes
+                peak += memory["activations"] + memory["loss"] + (gathered if processes > 1 else 0)
+                fits = "yes" if peak < 0.95 * gpu.memory else "no"
+                lines.append(
+                    [name, gpu.name, str(processes), f"{processes * interactions / time:.1f}",
+                     f"{alone / time:.2f}", f"{peak / 1e9:.1f}", fits]
+                )  # fmt: skip
     return [
         f"## {model.name}, sharded over processes (FSDP2), {interactions} interactions a process\n",
-        "Shared per conversation, template think. Every one of the 8 backward passes gathers the "
+        "Template think. Every one of the 8 backward passes gathers the "
         f"weights twice, gradients are scattered once; {LINK_SHARE} of the link's bandwidth, hidden "
         f"behind {HIDDEN_SHARE} of the computation. Processes are assumed to have equal work.\n",
-        table(["GPU", "processes", "interactions/s", "efficiency", "peak GB each", "fits"], lines),
-    ]
+        table(["what is computed", "GPU", "processes", "interactions/s", "efficiency", "peak GB each",
+               "fits"], lines),
+    ]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", help="name of the results file; stdout without it")
+    parser.add_argument("--output", type=Path, default=HERE / "results", metavar="FOLDER")
     args = parser.parse_args()
     text = markdown()
     if args.results:
-        (HERE / "results" / f"{args.results}.md").write_text(text)
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / f"{args.results}.md").write_text(text)
     else:
         print(text)
 

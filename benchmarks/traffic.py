@@ -2,6 +2,7 @@
 
     python benchmarks/traffic.py                       # table -> results/traffic_<date>.md
     python benchmarks/traffic.py --vocabulary 50257    # print one vocabulary's
+    python benchmarks/traffic.py --linear --json       # the fused kernels of the losses from hidden states
 
 A kernel's loads and stores are counted where they are not masked off, at the size of their element;
 "unique" counts each address once for reading and once for writing (a perfect cache). A PyTorch
@@ -161,23 +162,38 @@ def measure(step: Callable[[], Any], elements: int) -> dict[str, Any]:
     }
 
 
-def ours(mode: str, rows: Any) -> Callable[[], Any]:
-    options = {
-        "sampled token": {},
-        "forward KL": {"mode": "full", "alpha": 0.0},
-        "reverse KL": {"mode": "full", "alpha": 1.0},
-        "JSD": {"mode": "full", "alpha": 0.5},
-        "top-k": {"mode": "topk", "alpha": 0.5, "topk": TOPK},
-    }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sampled token": {},
+    "forward KL": {"mode": "full", "alpha": 0.0},
+    "reverse KL": {"mode": "full", "alpha": 1.0},
+    "JSD": {"mode": "full", "alpha": 0.5},
+    "top-k": {"mode": "topk", "alpha": 0.5, "topk": TOPK},
+}
 
+
+def ours(mode: str, rows: Any) -> Callable[[], Any]:
     def step() -> None:
         if mode == "log-ratio":
             fastsdpo.token_log_ratio(rows.student, rows.teacher, rows.target_ids, backend="triton")
             return
         fastsdpo.sdpo_loss(
             rows.student.requires_grad_(), rows.teacher, rows.target_ids, backend="triton",
-            weights=rows.weights, **options[mode],
+            weights=rows.weights, **OPTIONS[mode],
         ).loss.backward()  # fmt: skip
+
+    return step
+
+
+def linear(mode: str, vocabulary: int) -> Callable[[], Any]:
+    """`linear_sdpo_loss` on ``ROWS`` tokens of width 16, float32; its kernel runs on tiles of logits."""
+    student, teacher = torch.randn(2, ROWS, 16).unbind()
+    weight = torch.randn(vocabulary, 16).requires_grad_()
+    target_ids = torch.randint(vocabulary, (ROWS,))
+
+    def step() -> None:
+        fastsdpo.linear_sdpo_loss(
+            student.requires_grad_(), teacher, weight, target_ids, backend="triton", **OPTIONS[mode]
+        ).loss.backward()
 
     return step
 
@@ -264,11 +280,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--ours", action="store_true", help="without the rivals")
+    parser.add_argument(
+        "--linear", action="store_true", help="losses from hidden states, ours only"
+    )
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
     args = parser.parse_args()
     round_interpreted_bfloat16()
     np.seterr(all="ignore")  # lanes that the kernels discard
     torch.manual_seed(0)
+    if args.linear:
+        size = args.vocabulary or VOCABULARIES[-1]
+        cells = [{"V": size, "loss": mode, "by": "fastsdpo, from hidden states",
+                  **measure(linear(mode, size), ROWS * size)} for mode in OPTIONS]  # fmt: skip
+        print(json.dumps(cells) if args.json else table(cells))
+        return 0
     sizes = VOCABULARIES if args.vocabulary is None else (args.vocabulary,)
     cells = [cell for size in sizes for cell in run(size, not args.ours)]
     print(json.dumps(cells) if args.json else table(cells))
@@ -281,7 +307,8 @@ def main() -> int:
             "operations count operands and results: a lower bound. TRL's chunked divergence "
             "takes its kernels on CUDA only and is left out.\n\n"
         )
-        path = RESULTS / f"traffic_{datetime.date.today()}.md"
+        args.output.mkdir(parents=True, exist_ok=True)
+        path = args.output / f"traffic_{datetime.date.today()}.md"
         path.write_text(text + table(cells) + "\n")
     return 0
 

@@ -1,27 +1,51 @@
 """The cost model against what can be counted or measured: FLOPs, bytes, saved tensors, memory."""
 
+import json
 import math
+import warnings
+import weakref
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_logits, costmodel
+from benchmarks import bench_logits, costmodel, report
+from fastsdpo import bench
 from fastsdpo.ops import linear
 
 MODES = ["sampled", "forward_kl", "reverse_kl", "jsd"]
 
 
 class ByteCounter(TorchDispatchMode):
-    """Bytes that operators read and write, views and metadata left out; calls counted."""
+    """Bytes that operators read and write, views and metadata left out; calls; the peak of what is alive."""
 
-    def __init__(self):
+    def __init__(self, *inputs):
         super().__init__()
         self.bytes = self.calls = 0
+        self.inputs = {t.untyped_storage()._cdata for t in inputs}
+        self.live, self.now, self.peak = set(), 0, 0  # bytes of the tensors that are alive
+
+    def watch(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.inputs or key in self.live:
+            return
+        self.live.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def freed():
+            self.live.discard(key)
+            self.now -= size
+
+        weakref.finalize(storage, freed)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple) else (out,):
+            if torch.is_tensor(tensor):
+                self.watch(tensor)
         if func.is_view or "detach" in str(func) or "empty" in str(func):
             return out
         self.calls += 1
@@ -31,6 +55,22 @@ class ByteCounter(TorchDispatchMode):
         self.bytes += sum(
             min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in read + written
         )
+        return out
+
+
+class Products(ByteCounter):
+    """Matrix products are counted, and not their bytes."""
+
+    def __init__(self, *inputs):
+        super().__init__(*inputs)
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = self.bytes
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            self.products += 1
+            self.bytes = before
         return out
 
 
@@ -47,6 +87,93 @@ def test_bytes_of_the_eager_losses(mode):
         tokens * vocabulary
     )
     assert counter.calls / predicted.launches == pytest.approx(1, abs=0.1), counter.calls
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bytes_and_tensors_of_trl_s_losses(mode, monkeypatch):
+    """As its trainer calls them: both logits over the temperature first."""
+    pytest.importorskip("trl")
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    case = bench.LogitsCase(32, 4096, torch.bfloat16, "cpu")
+    cells, leaf = case.student.numel(), case.student.detach().requires_grad_()
+    with warnings.catch_warnings(), ByteCounter() as counter:
+        warnings.simplefilter("ignore")
+        student, teacher = leaf / 1.0, case.teacher / 1.0
+        bench.trl_loss(mode, student, teacher, case.target_ids).backward()
+    predicted = costmodel.RIVAL_BYTES_BFLOAT16["TRL SDPO, eager"][mode]
+    assert counter.bytes / cells == pytest.approx(predicted, rel=0.1)
+    live = 2 + counter.peak / cells / 2  # the logits themselves were there before
+    assert live == pytest.approx(costmodel.TRL_LIVE[mode], rel=0.2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tensors_alive_in_the_eager_loss_from_hidden_states(mode):
+    tokens, vocabulary, hidden = 64, 4096, 8
+    case = bench.HiddenCase(tokens, vocabulary, hidden, torch.float32, "cpu")
+    run = case.loss_of(bench.plain_loss, mode)
+    with ByteCounter(case.student, case.weight) as counter:
+        run()
+    predicted = costmodel.eager_linear_peak(mode, tokens, vocabulary, hidden)
+    assert counter.peak == pytest.approx(predicted, rel=0.2)
+
+
+@pytest.mark.parametrize("mode", costmodel.KL)
+def test_rivals_from_hidden_states(mode):
+    """Their products, and, of Liger's plain PyTorch, the bytes between them and what is alive."""
+    pytest.importorskip("trl")
+    chunked_loss = pytest.importorskip("liger_kernel.chunked_loss")
+    case = bench.HiddenCase(64, 4096, 8, torch.bfloat16, "cpu")
+    trl, liger = costmodel.RIVALS
+    with Products() as counter:
+        case._trl(mode)()
+    assert counter.products == trl.gemms[mode]
+
+    loss = chunked_loss.LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=bench.MODES[mode], compiled=False
+    )
+    student, weight = case._leaves()
+    with Products(student, weight, case.teacher) as counter:
+        loss(student, weight, case.teacher, case.weight, case.target_ids).backward()
+    cells = 64 * 4096
+    assert counter.products == liger.gemms[mode]
+    assert counter.bytes / cells == pytest.approx(liger.bytes_per_cell[mode], rel=0.1)
+    assert counter.peak / cells == pytest.approx(liger.tile_bytes_per_cell[mode], rel=0.2)
+
+
+def recorded(theme):
+    path = report.newest(theme)
+    assert path is not None, theme
+    return json.loads(path.with_suffix(".json").read_text())
+
+
+def test_recorded_peaks_of_the_losses_from_hidden_states():
+    """Rise of resident memory in a process of its own: bench_memory."""
+    rows = recorded("memory_cpu")["rows"]
+    assert len(rows) >= 14
+    for row in rows:
+        shape = row["tokens"], row["vocabulary"], row["hidden"]
+        predicted = costmodel.eager_linear_peak("reverse_kl", *shape)
+        if row["who"] == "fastsdpo":
+            chunk = costmodel.default_chunk(*shape[:2], budget=2**24, least=256)
+            predicted = costmodel.linear_loss_peak(*shape, operand=4, chunk=chunk)
+        assert predicted / row["peak_bytes"] == pytest.approx(1, abs=0.2), (shape, row["who"])
+
+
+def test_recorded_peaks_of_whole_steps():
+    """Resident memory of a process with weights, gradients and Adam's states: bench_sharing."""
+    runs = [run for run in recorded("sharing_cpu")["runs"] if run["kind"] == "memory"]
+    assert runs
+    for run in runs:
+        for variant, (before, peak) in run["gib"].items():
+            said = costmodel.process_peak(costmodel.SMOLLM2_135M, variant, run["sizes"])
+            found = (run["conversation"], variant, [part / 2**30 for part in said], before, peak)
+            assert said[0] / before / 2**30 == pytest.approx(1, abs=0.2), found
+            assert sum(said) / peak / 2**30 == pytest.approx(1, abs=0.2), found
+
+
+def test_expected_longest_of_several_draws():
+    assert costmodel.expected_longest({"0": 1, "64": 1}, 64, 1) == 64
+    assert costmodel.expected_longest({"0": 1, "64": 1}, 64, 2) == 0.25 * 32 + 0.75 * 96
 
 
 def tiny(kind):
