@@ -308,13 +308,13 @@ class LogitsCase:
     ):  # fmt: skip
         self.sizes = (vocabulary, dtype, device, softcap)
         self.softcap = softcap
-        g = torch.Generator().manual_seed(0)
-        rows = 2.5 * torch.randn(tokens, vocabulary, generator=g)
-        noise = 0.3 * torch.randn(tokens, vocabulary, generator=g)
-        self.original = rows.to(device, dtype)
-        self.teacher = (rows + noise).to(device, dtype)
+        g = torch.Generator(device).manual_seed(0)
+        rows = torch.randn(tokens, vocabulary, generator=g, device=device).mul_(2.5)
+        noise = torch.randn(tokens, vocabulary, generator=g, device=device).mul_(0.3)
+        self.original = rows.to(dtype, copy=True)
+        self.teacher = rows.add_(noise).to(dtype)
         self.student = self.original.clone()
-        self.target_ids = torch.randint(vocabulary, (tokens,), generator=g).to(device)
+        self.target_ids = torch.randint(vocabulary, (tokens,), generator=g, device=device)
         self.label = f"{tokens} x {vocabulary}"
         self.unit = self.student.numel() * self.student.element_size()
         self.gemm = None
@@ -370,13 +370,14 @@ class HiddenCase:
     ):  # fmt: skip
         self.sizes = (vocabulary, min(hidden, CHECKED_HIDDEN), dtype, device, softcap)
         self.softcap = softcap
-        g = torch.Generator().manual_seed(0)
-        student = torch.randn(tokens, hidden, generator=g)
-        self.student = student.to(device, dtype)
-        self.teacher = (student + 0.2 * torch.randn(tokens, hidden, generator=g)).to(device, dtype)
-        weight = torch.randn(vocabulary, hidden, generator=g) * 2.5 / hidden**0.5
-        self.weight = weight.to(device, dtype)
-        self.target_ids = torch.randint(vocabulary, (tokens,), generator=g).to(device)
+        g = torch.Generator(device).manual_seed(0)
+        student = torch.randn(tokens, hidden, generator=g, device=device)
+        noise = torch.randn(tokens, hidden, generator=g, device=device)
+        self.student = student.to(dtype)
+        self.teacher = (student + 0.2 * noise).to(dtype)
+        weight = torch.randn(vocabulary, hidden, generator=g, device=device)
+        self.weight = weight.mul_(2.5 / hidden**0.5).to(dtype)
+        self.target_ids = torch.randint(vocabulary, (tokens,), generator=g, device=device)
         self.label = f"{tokens} x {vocabulary} x {hidden}"
         self.unit = tokens * vocabulary * self.weight.element_size()
         self.gemm = 2 * tokens * vocabulary * hidden
@@ -629,28 +630,36 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Bars of each rival's time over fastsdpo's. Needs matplotlib."""
+    """Bars of each rival's time over fastsdpo's, and of everyone's peak memory. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = results["rows"]
-    names = list(dict.fromkeys(n for row in rows for n in row["rivals"] if n != "fastsdpo"))
-    figure, axes = pyplot.subplots(figsize=(1.4 * len(rows) + 3, 4), layout="constrained")
+    names = list(dict.fromkeys(name for row in rows for name in row["rivals"]))
+    figure, (time, memory) = pyplot.subplots(
+        2, figsize=(1.4 * len(rows) + 3, 7), sharex=True, layout="constrained"
+    )
     width = 0.8 / len(names)
     for number, name in enumerate(names):
-        places, heights = [], []
+        places, times, peaks = [], [], []
         for place, row in enumerate(rows):
             if name in row["rivals"]:
+                timing = row["rivals"][name]
                 places.append(place + (number - (len(names) - 1) / 2) * width)
-                heights.append(row["rivals"][name]["median"] / row["rivals"]["fastsdpo"]["median"])
-        axes.bar(places, heights, width, label=name)
-    axes.axhline(1.0, color="black", linewidth=1)
-    axes.set_xticks(range(len(rows)), [f"{r['question']}\n{r['mode']}\n{r['shape']}" for r in rows])
-    axes.tick_params(axis="x", labelsize=7)
-    axes.set_ylabel("time / fastsdpo's")
-    axes.legend(fontsize=8)
+                times.append(timing["median"] / row["rivals"]["fastsdpo"]["median"])
+                peaks.append((timing["peak_bytes"] or 0) / row["tensor_bytes"])
+        time.bar(places, times, width, label=name, color=f"C{number}")
+        memory.bar(places, peaks, width, color=f"C{number}")
+    time.axhline(1.0, color="black", linewidth=1)
+    time.set_ylabel("time / fastsdpo's")
+    time.legend(fontsize=8)
+    memory.set_ylabel("peak memory / (T, V) tensor")
+    memory.set_xticks(
+        range(len(rows)), [f"{r['question']}\n{r['mode']}\n{r['shape']}" for r in rows]
+    )
+    memory.tick_params(axis="x", labelsize=7)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
