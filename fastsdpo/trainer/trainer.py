@@ -6,6 +6,7 @@ What is overridden of `transformers.Trainer`, and why:
     training_step              a micro-batch in packs of bounded size
     compute_loss               the objective
     prediction_step, evaluation_loop    the same on held-out interactions, weighted exactly
+    evaluate                   leaves no loader behind
     create_optimizer           AdamW that keeps small steps in bfloat16
     _get_train_sampler         order by conversation; no repeated interactions
     _save_checkpoint, train    checkpoints that are whole, and found again (see checkpoints.py)
@@ -540,6 +541,18 @@ class SDPOTrainer(Trainer):
         return "the gradient", bad or [name(item) for item, _ in losses]
 
     # ------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `transformers.Trainer.evaluate`; the loader it prepares is not kept.
+
+        accelerate holds on to each of them, and with it to the indices of the whole set.
+        """
+        loaders = self.accelerator._dataloaders
+        before = len(loaders)
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            del loaders[before:]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         if eval_dataset is not None and not isinstance(eval_dataset, (str, InteractionDataset)):

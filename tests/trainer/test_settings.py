@@ -185,3 +185,12 @@ def test_a_missing_file_is_named(tmp_path, lab):
         list(fastsdpo.load_conversations(tmp_path / "missing.jsonl"))
     with pytest.raises(FileNotFoundError, match=r"missing\.jsonl"):
         lab.make_trainer(tmp_path, interactions=str(tmp_path / "missing.jsonl"))
+
+
+def test_evaluations_leave_no_loader_behind(tmp_path, lab):
+    held_out = lab.make_interactions(2, seed=7)
+    trainer = lab.make_trainer(tmp_path, eval_dataset={"a": held_out, "b": held_out[:1]})
+    trainer.evaluate()
+    kept = len(trainer.accelerator._dataloaders)
+    trainer.evaluate()
+    assert len(trainer.accelerator._dataloaders) == kept == 0
