@@ -16,6 +16,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fastsdpo.trainer import NonFiniteError
+
 NOT_ALLOWED = 77  # of runner.py: no mount namespace here
 
 
@@ -324,6 +326,63 @@ def test_a_loss_that_is_not_finite_stops_with_the_state(
     )
 
 
+class _Overflows(torch.autograd.Function):
+    """The identity, with a gradient that overflows."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float("inf")
+
+
+@pytest.mark.parametrize("option", ["stop", "skip"])
+def test_a_gradient_that_is_not_finite_stops_with_the_state_or_is_skipped(
+    option, lab, results, tmp_path
+):
+    """The loss is finite; the step changes nothing, and what was before it is in the checkpoint."""
+    interactions = lab.make_interactions(5)
+    # Single steps in the order of the list: the third one is bad.
+    trainer = lab.make_trainer(
+        tmp_path / "out", interactions=interactions, per_device_train_batch_size=1,
+        group_by_conversation=False, non_finite=option, save_strategy="steps", save_steps=100,
+        max_steps=5,
+    )  # fmt: skip
+    before, steps = {}, []
+    step = trainer.training_step
+
+    def training_step(model, inputs, *arguments):
+        steps.append(inputs["interactions"][0].id)
+        if len(steps) == 3:
+            before.update(lab.weights_of(trainer))
+        trainer.bad = len(steps) == 3
+        return step(model, inputs, *arguments)
+
+    def overflow(module, inputs, output):
+        return _Overflows.apply(output) if trainer.bad and output.requires_grad else output
+
+    trainer.training_step = training_step
+    trainer.model.model.embed_tokens.register_forward_hook(overflow)
+    if option == "stop":
+        with pytest.raises(NonFiniteError, match="step 3: the gradient is not finite") as caught:
+            trainer.train()
+        assert f"interactions: '{steps[2]}'" in str(caught.value)
+        assert f"The state before it is in {tmp_path / 'out' / 'checkpoint-2'}" in str(caught.value)
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-2")
+        for name, value in saved.named_parameters():
+            assert torch.equal(value, before[name]), name
+    else:
+        trainer.train()
+        assert trainer.skipped_steps == 1
+        assert trainer.state.global_step == 5
+        assert trainer.state.log_history[-2]["sdpo/skipped_steps"] == 1.0
+        assert all(value.isfinite().all() for value in lab.weights_of(trainer).values())
+        assert lab.largest_difference(before, lab.weights_of(trainer)) > 0
+    results.add(f"gradient that is not finite: {option}", tried=1, faults=1, survived=1)
+
+
 # -------------------------------------------------------------------------------- a worker that dies
 
 
@@ -371,9 +430,13 @@ def test_a_worker_that_dies_ends_the_others_with_its_error(
         pids = [int(path.name[4:]) for path in folder.glob("pid-*")]
         assert len(pids) == 2
         assert not any(alive(pid) for pid in pids)
-        # One process goes on from the checkpoint of step 1 and ends at the same number of steps.
         assert (folder / "out" / "checkpoint-1" / "checksums.json").exists()
         assert not (folder / "out" / "report.json").exists()
+        # One process goes on from there.
+        again = runner(folder, argv)
+        assert again.status == 0, again.log
+        assert "going on from out/checkpoint-1" in again.log
+        assert (folder / "out" / "report.json").exists()
     results.add(
         "worker that dies in a run of two", tried=len(ways), faults=len(ways), survived=len(ways)
     )
