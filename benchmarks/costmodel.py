@@ -1,7 +1,7 @@
 """Cost of a training step from shapes alone: FLOPs, bytes, kernel launches, peak memory; and time on a GPU.
 
     python benchmarks/costmodel.py                 # predictions for Qwen3-8B, as Markdown on stdout
-    python benchmarks/costmodel.py --results costmodel_predictions_2026-11-24
+    python benchmarks/costmodel.py --results costmodel_predictions_2026-11-25
 
 The formulas stand in the docstrings below. `tests/benchmarks/test_costmodel.py` holds them against what
 can be counted or measured without a GPU: FLOPs of torch's FlopCounterMode, bytes of every operator of the
@@ -156,17 +156,20 @@ def linear_loss(
     """
     chunk = chunk or default_chunk(tokens, vocabulary)
     parts = dict.fromkeys(("logits", "loss kernel", "dHidden", "dWeight"), Cost())
+    launched = 1 + (mode == "topk")  # the selection of the support
     for start in range(0, tokens, chunk):
         n = min(chunk, tokens - start)
         cells, head = n * vocabulary, vocabulary * hidden
         gemm = 2.0 * cells * hidden
         made = {
             "logits": Cost(2 * gemm, operand * (2 * n * hidden + head) + 2 * tile * cells, 1),
-            "loss kernel": Cost(4.0 * cells, PASSES[mode][0] * tile * cells, 1),
+            "loss kernel": Cost(4.0 * cells, PASSES[mode][0] * tile * cells, launched),
         }
         if gradients:
             written = operand * cells
-            made["loss kernel"] = Cost(8.0 * cells, FUSED_READS[mode] * tile * cells + written, 1)
+            made["loss kernel"] = Cost(
+                8.0 * cells, FUSED_READS[mode] * tile * cells + written, launched
+            )
             made["dHidden"] = Cost(gemm, operand * (cells + head + n * hidden), 1)
             if not frozen_head:
                 made["dWeight"] = Cost(gemm, operand * (cells + n * hidden) + 8 * head, 1)

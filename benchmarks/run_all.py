@@ -83,7 +83,7 @@ THEMES = [
          f"benchmarks.bench_sharing memory {STEP} --conversation 15 "
          "--variants official,trl-sdpo,conversation",
          f"benchmarks.bench_sharing report {STEP}"],
-        [f"benchmarks.bench_sharing time {STEP} --conversation 14 "
+        [f"benchmarks.bench_sharing time {STEP} --conversation 14 --max-prompt-length 128 "
          "--variants official,conversation",
          f"benchmarks.bench_sharing report {STEP}"],
     ),
