@@ -7,7 +7,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard ker
 # Two test processes, one thread each, on the two cores that the suite is sized for.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help demo personalization test test-slow fuzz soak lint types format bench compile-matrix native-sanitize gpu clean
+.PHONY: help demo personalization test test-slow fuzz soak compatibility lint types format bench compile-matrix native-sanitize gpu clean
 
 help:
 	@echo "make demo       real conversations -> trained SmolLM2-135M-Instruct, before and after (CPU)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-slow  the long tests"
 	@echo "make fuzz       kills, full disks, mutated data, drawn numbers: long (about an hour on 2 cores)"
 	@echo "make soak       MINUTES of training with flat memory (10), 100,000 interactions in bounded memory"
+	@echo "make compatibility   oldest and newest torch, transformers and Triton (downloads gigabytes)"
 	@echo "make bench      every benchmark beside the peers, half an hour (bench_output/index.md); QUICK=1: 3 minutes"
 	@echo "make lint       ruff, clang-format"
 	@echo "make types      pyright"
@@ -61,10 +62,17 @@ LONG = FASTSDPO_LONG=1 FASTSDPO_RESULTS=$(RESULTS) FASTSDPO_COMMAND="make $@" $(
 fuzz: $(VENV)/.dev
 	$(LONG) tests/reliability --ignore tests/reliability/test_soak.py
 	TRITON_INTERPRET=1 $(LONG) tests/reliability/test_numerics.py
+	$(BIN)/python -m benchmarks.reliability
 
 MINUTES := 10
 soak: $(VENV)/.dev
 	FASTSDPO_MINUTES=$(MINUTES) $(LONG) tests/reliability/test_soak.py
+	$(BIN)/python -m benchmarks.reliability
+
+# Oldest and newest torch, transformers and Triton, each in an environment of its own; downloads gigabytes.
+compatibility: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.compatibility
+	$(BIN)/python -m benchmarks.reliability
 
 # Every question's script in a bounded size, under half an hour on two cores; QUICK=1: tiny, three minutes.
 # ARGS="--only linear data", ARGS=--record: see benchmarks/run_all.py.
