@@ -2,14 +2,19 @@
 //
 // float32, bfloat16 or float16 in (student and teacher may differ) -> float32 arithmetic, double
 // sums between blocks -> float32 statistics; the gradient in any of the three, rounded once.
-// Formulas: fastsdpo/ops/divergence/__init__.py. A KL is summed together with the softmax
-// statistics, so KL goes over the logits once and JSD twice before the gradient; exponentials are
-// computed again, never stored.
+// Formulas: fastsdpo/ops/divergence/__init__.py. The first pass takes the exponentials of both rows
+// and sums the softmax statistics, and a KL with them. Where the gradient follows in the same call,
+// it keeps the exponentials (Exponentials in rows.h), so that a position costs two of them in every
+// mode; JSD's second pass puts log2(m / p) in the place of the teacher's.
 #include "rows.h"
 
 namespace {
 
 enum Mode { FORWARD_KL, REVERSE_KL, JSD };
+
+// JSD counts an exponential below 2^-125 as 2^-125 in the logarithm of its ratio to another, so
+// that -inf stays out of it; log2_ratio can take half of it and still has a normal number.
+constexpr float SMALLEST = -125.f, SMALLEST_EXP = 0x1p-125f;
 
 // Statistics of both rows and dot = sum of w (x_own - x_other) for the KL: w is the teacher's
 // unnormalized probability for the forward KL and the student's for the reverse one, x = (c - max)
@@ -46,24 +51,30 @@ struct PairStats {
     dot += other.dot;
   }
 
+  // Adds a block; stores the exponentials in es and et and returns, for JSD, the sum of et (y - x).
   template <class T>
-  INLINE_MEMBER void add_block(const T* s, const T* t, int n, double k) {
+  INLINE_MEMBER float add_block(const T* s, const T* t, int n, double k, float* es, float* et) {
     raise(block_max(s, n), block_max(t, n), k);
     const vf scale = all((float)k), s0 = all(student.origin()), t0 = all(teacher.origin());
-    Lanes<2> sum_s = {}, sum_t = {}, sum_d = {};
-    for (int i = 0; i < padded(n); i += sum_s.SIZE) {
+    vf sum_s = {}, sum_t = {}, sum_d = {};
+    for (int i = 0; i < padded(n); i += 2 * W) {
       prefetch_next(s + i);
       prefetch_next(t + i);
       Lanes<2> x = (load_lanes<2>(s + i) - s0) * scale, y = (load_lanes<2>(t + i) - t0) * scale;
-      Lanes<2> es = exp2v(x), et = exp2v(y);
-      sum_s = sum_s + es;
-      sum_t = sum_t + et;
-      if (MODE == FORWARD_KL) sum_d = sum_d + where_nonzero(et, et * (y - x));
-      if (MODE == REVERSE_KL) sum_d = sum_d + where_nonzero(es, es * (x - y));
+      Lanes<2> p = exp2v(x), q = exp2v(y);
+      store_lanes(es + i, p);
+      if (MODE != REVERSE_KL) store_lanes(et + i, q);
+      sum_s += sum_of(p);
+      sum_t += sum_of(q);
+      if (MODE == FORWARD_KL) sum_d += sum_of(where_nonzero(q, q * (y - x)));
+      if (MODE == REVERSE_KL) sum_d += sum_of(where_nonzero(p, p * (x - y)));
+      if (MODE == JSD) sum_d += sum_of(q * (max_or_b(SMALLEST, y) - max_or_b(SMALLEST, x)));
     }
     student.sum += horizontal_sum(sum_s);
     teacher.sum += horizontal_sum(sum_t);
-    if (MODE != JSD) dot += horizontal_sum(sum_d);
+    if (MODE == JSD) return horizontal_sum(sum_d);
+    dot += horizontal_sum(sum_d);
+    return 0;
   }
 
   // In nats.
@@ -75,34 +86,40 @@ struct PairStats {
   }
 };
 
-// With d = t - s, the ratio of the mixture m = (1 - a) p + a q to p is m / p = (1 - a) + a 2^d,
-// near 1 where student and teacher agree, which is where the difference of their logs counts: no
-// digits are lost there. From 2^-126 down a probability counts as 2^-126 in d, so that -inf stays
-// out of it.
-constexpr float SMALLEST = -126.f;
-
-template <int U>
-struct Mixture {
-  Lanes<U> student, difference, ratio, log_m_p;  // max(s, -126), d, 2^d = q / p, log2(m / p)
+// What a block's mixture m = (1 - a) p + a q needs beside its exponentials, p_v = e_v student.
+struct Factors {
+  float student, teacher;
+  float log_ratio;  // log2(teacher / student)
 };
 
-template <int U>
-INLINE Mixture<U> mixture(Lanes<U> s, Lanes<U> t, vf weight_s, vf weight_t) {
-  Mixture<U> m;
-  m.student = max_or_b(SMALLEST, s);
-  m.difference = max_or_b(SMALLEST, t) - m.student;
-  m.ratio = exp2v(m.difference);
-  m.log_m_p = log2v(m.ratio * weight_t + weight_s);
-  return m;
+// Beyond 2^100, student and teacher of a block no longer matter to each other: the larger one is
+// the mixture.
+constexpr double FARTHEST = 100;
+
+INLINE Factors factors(Row student, Row teacher, float student_origin, float teacher_origin,
+                       double k) {
+  const double s = log2_factor(student, student_origin, k);
+  const double t = log2_factor(teacher, teacher_origin, k);
+  const double r = t - s;
+  return {(float)exp2(s), (float)exp2(t),
+          (float)(r < -FARTHEST  ? -FARTHEST
+                  : r > FARTHEST ? FARTHEST
+                                 : r)};
 }
 
 template <int MODE>
 struct DivergenceOp {
   enum Phase { STATS, MIXTURE, GRADIENT };
+  struct Block {
+    float student, teacher;  // origins of the exponentials
+    float dot;               // JSD: the sum of e_teacher log2(e_teacher / e_student)
+  };
   struct State {
     Row student, teacher;
     float divergence;  // what the gradient subtracts, in nats: KL(p || q) or KL(p || m)
     float scale;
+    Exponentials es, et;  // et becomes log2(m / p) in JSD's second pass
+    Block* blocks;
   };
   struct Part {
     PairStats<MODE> stats;
@@ -131,7 +148,12 @@ struct DivergenceOp {
     if (call.passes & FASTSDPO_GRADIENT) order[phases++] = GRADIENT;
   }
 
-  size_t scratch_bytes() const { return 0; }
+  // Exponentials are kept where a later pass in the same call needs them.
+  int64_t kept_columns() const { return phases > 1 ? Exponentials::columns(call.V) : 0; }
+  int64_t blocks() const { return (call.V + BLOCK - 1) / BLOCK; }
+  size_t scratch_bytes() const {
+    return kept_columns() * (MODE == REVERSE_KL ? 1 : 2) * sizeof(float) + blocks() * sizeof(Block);
+  }
 
   void ignore(int64_t row) const {
     if (call.passes & FASTSDPO_FORWARD) {
@@ -142,7 +164,13 @@ struct DivergenceOp {
     if (call.passes & FASTSDPO_GRADIENT) write_zero_row(grad, row, call.V);
   }
 
-  void open(int64_t row, State& state, char*) const {
+  void open(int64_t row, State& state, char* scratch) const {
+    const int64_t kept = kept_columns();
+    float* exponentials = (float*)scratch;
+    state.es = {exponentials, kept};
+    if (MODE != REVERSE_KL) exponentials += kept;
+    state.et = {exponentials, MODE == REVERSE_KL ? 0 : kept};
+    state.blocks = (Block*)(exponentials + kept);
     if (call.passes & FASTSDPO_FORWARD) return;
     auto stat = [&](int i) { return call.stats[i][row * call.stats_stride]; };
     state.student = {stat(0), stat(1)};
@@ -155,94 +183,151 @@ struct DivergenceOp {
     state.scale = (float)(upstream / call.temperature);
   }
 
-  // Both rows' blocks lie in place in bfloat16, and a loop reads them as they are.
-  bool both_bf16(int n) const {
+  // Both rows' blocks lie in place in bfloat16, and a loop reads them as they are, in pairs.
+  bool pairs_in(int n) const {
     return in_place(student, softcap, n) && student.dtype == FASTSDPO_BFLOAT16 &&
            teacher.dtype == FASTSDPO_BFLOAT16;
   }
 
-  // Calls f(s, t, n, column) for every block of both rows, with pointers of one type.
+  // Calls f(s, t) for a block of both rows, with pointers of one type.
   template <class F>
-  INLINE_MEMBER void for_pairs(int64_t row, Span span, F f) const {
+  INLINE_MEMBER void with_pair(int64_t row, int64_t column, int n, bool pairs, F f) const {
     alignas(64) float student_block[BLOCK], teacher_block[BLOCK];
-    for_blocks(span, [&](int64_t column, int n) {
-      if (both_bf16(n))
-        f((const bf16*)student.at(row, column), (const bf16*)teacher.at(row, column), n, column);
-      else
-        f(read_block(student, softcap, row, column, n, student_block),
-          read_block(teacher, softcap, row, column, n, teacher_block), n, column);
-    });
+    if (pairs)
+      f((const bf16*)student.at(row, column), (const bf16*)teacher.at(row, column));
+    else
+      f(read_block(student, softcap, row, column, n, student_block),
+        read_block(teacher, softcap, row, column, n, teacher_block));
   }
 
   __attribute__((noinline)) void visit(int phase, int64_t row, Span span, const State& state,
                                        Part& part) const {
     if (order[phase] == STATS)
-      for_pairs(row, span,
-                [&](auto* s, auto* t, int n, int64_t) { part.stats.add_block(s, t, n, k); });
+      statistics(row, span, state, part.stats);
     else if (order[phase] == MIXTURE)
       mixture_kl(row, span, state, part);
     else
       gradient(row, span, state);
   }
 
+  void statistics(int64_t row, Span span, const State& state, PairStats<MODE>& stats) const {
+    alignas(64) float student_block[BLOCK], teacher_block[BLOCK];
+    for_blocks(span, [&](int64_t column, int n) {
+      float dot = 0;
+      with_pair(row, column, n, pairs_in(n), [&](auto* s, auto* t) {
+        dot = stats.add_block(s, t, n, k, state.es.at(column, student_block),
+                              state.et.at(column, teacher_block));
+      });
+      state.blocks[column / BLOCK] = {stats.student.max, stats.teacher.max, dot};
+    });
+  }
+
+  // The exponentials of a block again, as the statistics took them.
+  void again(int64_t row, int64_t column, int n, bool pairs, const Block& block, float* es,
+             float* et) const {
+    with_pair(row, column, n, pairs, [&](auto* s, auto* t) {
+      exponentials(s, n, block.student, k, es);
+      if (MODE != REVERSE_KL) exponentials(t, n, block.teacher, k, et);
+    });
+  }
+
+  // log2(m / p) of a block goes to `log_m_p`, which may be et, and the sums of e_s log2(m / p) and
+  // of e_t log2(q / m) but for `dot` to the end. The ratio m / p is near 1 where student and
+  // teacher agree, which is where its logarithm counts: no digits are lost there.
+  __attribute__((noinline)) void mixture(const float* es, const float* et, int n, Factors f,
+                                         float* log_m_p, float* sum_p, float* sum_q) const {
+    const vf weight_s = all(1 - alpha), weight_t = all((float)(call.alpha * exp2(f.log_ratio)));
+    const vf log_ratio = all(f.log_ratio);
+    vf to_p = {}, to_q = {};
+    for (int i = 0; i < padded(n); i += 4 * W) {
+      Lanes<4> p = load_lanes<4>(es + i), q = load_lanes<4>(et + i);
+      Lanes<4> positive = max_or_b(SMALLEST_EXP, p);
+      Lanes<4> l = log2_ratio(positive * weight_s + q * weight_t, positive);
+      for (int j = 0; j < 4; j++) to_p += p.v[j] * l.v[j];
+      for (int j = 0; j < 4; j++) to_q += q.v[j] * (log_ratio - l.v[j]);
+      store_lanes(log_m_p + i, l);
+    }
+    *sum_p = horizontal_sum(to_p);
+    *sum_q = horizontal_sum(to_q);
+  }
+
   void mixture_kl(int64_t row, Span span, const State& state, Part& part) const {
-    const vf scale = all((float)k), weight_t = all(alpha), weight_s = all(1 - alpha);
-    const vf s0 = all(state.student.max), s1 = all(state.student.log2sum);
-    const vf t0 = all(state.teacher.max), t1 = all(state.teacher.log2sum);
-    for_pairs(row, span, [&](auto* s, auto* t, int n, int64_t) {
-      Lanes<2> sum_p = {}, sum_q = {};
-      for (int i = 0; i < padded(n); i += sum_p.SIZE) {
-        prefetch_next(s + i);
-        prefetch_next(t + i);
-        Mixture<2> m = mixture((load_lanes<2>(s + i) - s0) * scale - s1,
-                               (load_lanes<2>(t + i) - t0) * scale - t1, weight_s, weight_t);
-        Lanes<2> p = exp2v(m.student);
-        sum_p = sum_p - p * m.log_m_p;
-        sum_q = sum_q + p * m.ratio * (m.difference - m.log_m_p);
-      }
-      part.kl_student += horizontal_sum(sum_p);
-      part.kl_teacher += horizontal_sum(sum_q);
+    alignas(64) float student_block[BLOCK], teacher_block[BLOCK];
+    for_blocks(span, [&](int64_t column, int n) {
+      const Block& block = state.blocks[column / BLOCK];
+      float* es = state.es.at(column, student_block);
+      float* et = state.et.at(column, teacher_block);
+      if (es == student_block) again(row, column, n, pairs_in(n), block, es, et);
+      const Factors f = factors(state.student, state.teacher, block.student, block.teacher, k);
+      float sum_p, sum_q;
+      mixture(es, et, n, f, et, &sum_p, &sum_q);
+      part.kl_student -= (double)f.student * sum_p;
+      part.kl_teacher += (double)f.teacher * ((double)block.dot + sum_q);
     });
   }
 
   void gradient(int64_t row, Span span, const State& state) const {
+    alignas(64) float student_block[BLOCK], teacher_block[BLOCK], logits_block[BLOCK];
     alignas(64) float grad_block[BLOCK];
-    const vf scale = all((float)k), weight_t = all(alpha), weight_s = all(1 - alpha);
-    const vf s0 = all(state.student.max), s1 = all(state.student.log2sum);
-    const vf t0 = all(state.teacher.max), t1 = all(state.teacher.log2sum);
-    const vf difference = all(state.student.log2sum - state.teacher.log2sum);
-    const vf factor = all(MODE == JSD ? state.scale * (1 - alpha) : state.scale);
-    const vf minus_factor = -factor, divergence = all(state.divergence);
-    auto compute = [&](auto* s, auto* t, auto* g, int n) {
-      constexpr int U = 2;
-      for (int i = 0; i < padded(n); i += U * W) {
-        prefetch_next(s + i);
-        prefetch_next(t + i);
-        Lanes<U> x = (load_lanes<U>(s + i) - s0) * scale, y = (load_lanes<U>(t + i) - t0) * scale;
-        if (MODE == FORWARD_KL) {
-          store_lanes(g + i, (exp2v(x - s1) - exp2v(y - t1)) * factor);
-        } else if (MODE == REVERSE_KL) {
-          Lanes<U> p = exp2v(x - s1);
-          Lanes<U> inner = ((x - y) - difference) * LN2 - divergence;
-          store_lanes(g + i, where_nonzero(p, p * inner * factor));
-        } else {
-          Mixture<U> m = mixture(x - s1, y - t1, weight_s, weight_t);
-          store_lanes(g + i, exp2v(x - s1) * (m.log_m_p * LN2 + divergence) * minus_factor);
-        }
-      }
-    };
-    alignas(64) float student_block[BLOCK], teacher_block[BLOCK];
+    PairStats<JSD> stats;  // the running max where the exponentials are computed again
     for_blocks(span, [&](int64_t column, int n) {
-      if (both_bf16(n) && grad.dtype == FASTSDPO_BFLOAT16)
-        return compute((const bf16*)student.at(row, column), (const bf16*)teacher.at(row, column),
-                       (bf16*)grad.at(row, column), n);
-      const float* s = read_block(student, softcap, row, column, n, student_block);
-      const float* t = read_block(teacher, softcap, row, column, n, teacher_block);
+      // bfloat16 goes through in pairs, unless the gradient is of another dtype.
+      const bool pairs = pairs_in(n) && grad.dtype == FASTSDPO_BFLOAT16;
+      float* es = state.es.at(column, student_block);
+      float* et = state.et.at(column, teacher_block);
+      Block& block = state.blocks[column / BLOCK];
+      if (!(call.passes & FASTSDPO_FORWARD)) {
+        with_pair(row, column, n, pairs,
+                  [&](auto* s, auto* t) { stats.raise(block_max(s, n), block_max(t, n), k); });
+        block = {stats.student.max, stats.teacher.max, 0};
+      }
+      const Factors f = factors(state.student, state.teacher, block.student, block.teacher, k);
+      if (es == student_block || pairs != pairs_in(n)) {
+        es = student_block, et = teacher_block;
+        again(row, column, n, pairs, block, es, et);
+        float unused[2];
+        if (MODE == JSD) mixture(es, et, n, f, et, unused, unused + 1);
+      }
+      if (pairs)
+        return block_gradient(row, column, n, state, f, es, et, (bf16*)grad.at(row, column));
+      const float* c = softcap == 0 ? nullptr  // read before the gradient may overwrite it
+                                    : read_block(student, softcap, row, column, n, logits_block);
       float* g = gradient_block(grad, row, column, n, grad_block);
-      compute(s, t, g, n);
-      apply_softcap_slope(softcap, s, g, n);
+      block_gradient(row, column, n, state, f, es, et, g);
+      apply_softcap_slope(softcap, c, g, n);
       write_block(grad, row, column, n, g);
     });
+  }
+
+  template <class G>
+  INLINE_MEMBER void block_gradient(int64_t row, int64_t column, int n, const State& state,
+                                    Factors f, const float* es, const float* et, G* g) const {
+    constexpr int U = 2;
+    if (MODE == FORWARD_KL) {
+      const vf student = all(state.scale * f.student), teacher = all(-state.scale * f.teacher);
+      for (int i = 0; i < padded(n); i += U * W)
+        store_lanes(g + i, load_lanes<U>(es + i) * student + load_lanes<U>(et + i) * teacher);
+    } else if (MODE == REVERSE_KL) {
+      const float ln2 = state.scale * LN2,
+                  difference = state.student.log2sum - state.teacher.log2sum;
+      const vf factor = all(f.student), slope = all((float)k * ln2);
+      const vf constant = all(-ln2 * difference - state.scale * state.divergence);
+      const vf s0 = all(state.student.max), t0 = all(state.teacher.max);
+      with_pair(row, column, n, __is_same(G, bf16), [&](auto* s, auto* t) {
+        for (int i = 0; i < padded(n); i += U * W) {
+          prefetch_next(s + i);
+          prefetch_next(t + i);
+          Lanes<U> p = load_lanes<U>(es + i) * factor;
+          Lanes<U> difference = (load_lanes<U>(s + i) - s0) - (load_lanes<U>(t + i) - t0);
+          store_lanes(g + i, where_nonzero(p, p * (difference * slope + constant)));
+        }
+      });
+    } else {
+      const float scale = -state.scale * (1 - alpha) * f.student;
+      const vf slope = all(scale * LN2), constant = all(scale * state.divergence);
+      for (int i = 0; i < padded(n); i += U * W)
+        store_lanes(g + i, load_lanes<U>(es + i) * (load_lanes<U>(et + i) * slope + constant));
+    }
   }
 
   void close(int phase, int64_t row, State& state, const Part* parts, int64_t segments) const {
@@ -263,7 +348,10 @@ struct DivergenceOp {
       }
       call.per_token[row] =
           (float)(((1 - call.alpha) * kl_student + call.alpha * kl_teacher) * 0.6931471805599453);
-      state.divergence = (float)(kl_student * 0.6931471805599453);
+      // The integer steps of log2_ratio lose a NaN; the loss has it.
+      state.divergence = call.per_token[row] != call.per_token[row]
+                             ? call.per_token[row]
+                             : (float)(kl_student * 0.6931471805599453);
     }
     finish(row, state);
   }

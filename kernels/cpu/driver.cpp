@@ -131,6 +131,10 @@ int main() {
           check(2, 3, V, dtype, (dtype + V) % 3, threads, 0, false);
           check(1, 2, V, dtype, dtype, threads, V % 2 ? 15 : 0, V > 2);
         }
+    for (int64_t dtype = 0; dtype < 3;
+         dtype++)  // more columns than those whose exponentials are kept
+      check(1, 4, 256 * 1024 + 1061, dtype, dtype, 1, 0, true);
+    check(1, 2, 256 * 1024 + 1061, 0, 1, 9, 0, false);
     check(0, 3, 10, 0, 0, 2, 0, false);
     check(3, 0, 10, 0, 0, 2, 0, false);
     printf("%s: done\n", name);

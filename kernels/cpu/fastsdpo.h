@@ -19,7 +19,7 @@ extern "C" {
 #endif
 
 // Raised with every change of this file; fastsdpo/_native.py refuses another number.
-#define FASTSDPO_ABI 1
+#define FASTSDPO_ABI 2
 
 enum { FASTSDPO_FLOAT32 = 0, FASTSDPO_BFLOAT16 = 1, FASTSDPO_FLOAT16 = 2 };
 enum { FASTSDPO_FORWARD = 1, FASTSDPO_GRADIENT = 2 };  // both: the fused form, grad_loss = 1
@@ -65,7 +65,7 @@ FASTSDPO_EXPORT int fastsdpo_divergence(const fastsdpo_call* call);
 FASTSDPO_EXPORT int fastsdpo_topk(const fastsdpo_call* call);
 
 // y[i] = f(x[i]) with the kernels' own functions, for tests of their accuracy: 0 exp2, 1 log2, 2
-// tanh.
+// tanh, 3 log2(x[i] / y[i]) of the y[i] that is there.
 FASTSDPO_EXPORT int fastsdpo_math(int function, const float* x, float* y, int64_t n);
 // y[i] = x[i] through the kernels' conversions between dtypes.
 FASTSDPO_EXPORT int fastsdpo_convert(const void* x, int64_t x_dtype, void* y, int64_t y_dtype,

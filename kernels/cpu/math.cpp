@@ -6,10 +6,11 @@ namespace {
 template <class F>
 void map(const float* x, float* y, int64_t n, F f) {
   for (int64_t i = 0; i < n; i += W) {
-    float in[W] = {}, out[W];
+    float in[W] = {}, out[W] = {};
     const size_t bytes = (n - i < W ? n - i : W) * sizeof(float);
     memcpy(in, x + i, bytes);
-    store(out, f(load(in)));
+    memcpy(out, y + i, bytes);
+    store(out, f(load(in), load(out)));
     memcpy(y + i, out, bytes);
   }
 }
@@ -17,9 +18,12 @@ void map(const float* x, float* y, int64_t n, F f) {
 }  // namespace
 
 int FASTSDPO_NAME(math)(int function, const float* x, float* y, int64_t n) {
-  if (function == 0) map(x, y, n, [](vf v) { return exp2v(Lanes<1>{v}).v[0]; });
-  if (function == 1) map(x, y, n, [](vf v) { return log2v(Lanes<1>{v}).v[0]; });
-  if (function == 2) map(x, y, n, [](vf v) { return tanhv(Lanes<1>{v}).v[0]; });
+  if (function == 0) map(x, y, n, [](vf v, vf) { return exp2v(Lanes<1>{v}).v[0]; });
+  if (function == 1)
+    map(x, y, n, [](vf v, vf) { return log2_ratio(Lanes<1>{v}, Lanes<1>{all(1.f)}).v[0]; });
+  if (function == 2) map(x, y, n, [](vf v, vf) { return tanhv(Lanes<1>{v}).v[0]; });
+  if (function == 3)
+    map(x, y, n, [](vf v, vf w) { return log2_ratio(Lanes<1>{v}, Lanes<1>{w}).v[0]; });
   return 0;
 }
 

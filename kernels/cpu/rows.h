@@ -3,8 +3,12 @@
 //
 // A row is cut into segments of fixed length and a segment into blocks that fit the L1 cache.
 // Statistics are summed in that order alone, so that a row's result depends neither on the number
-// of threads nor on the other rows. No memory of size V is allocated: a block per tensor lives on
-// the stack, and a row keeps a few numbers per segment.
+// of threads nor on the other rows.
+//
+// Memory: a block per tensor on the stack, a few numbers per block and segment of a row, and, where
+// loss and gradient are formed in one call, the exponentials of up to KEPT columns of the row that
+// a thread works on (Exponentials below). Nothing grows with the number of rows, and beyond KEPT
+// columns the exponentials are computed again.
 #pragma once
 #include <stdlib.h>
 
@@ -20,6 +24,10 @@ namespace {
 constexpr int BLOCK = 1024;  // floats: 4 KiB a tensor, two inputs and an output fit L1
 constexpr int STEP = 64;     // a block is padded to it: loops have no scalar tail
 constexpr int64_t SEGMENT = 16 * BLOCK;
+// Columns of a row whose exponentials a thread keeps: 1 MiB of floats, which holds every vocabulary
+// in use today (the largest has 262144 words) and stays in a cache. Reading them back takes a tenth
+// of the time that computing them takes.
+constexpr int64_t KEPT = 256 * BLOCK;
 
 constexpr int padded(int n) { return (n + STEP - 1) & ~(STEP - 1); }
 
@@ -147,6 +155,14 @@ INLINE void write_block(const Rows& rows, int64_t row, int64_t column, int n, co
   if (!rows.direct(n)) store_block(rows, rows.at(row, column), n, block);
 }
 
+// Where value i of a block lies in a block that a loop over bfloat16 pairs wrote (simd.h).
+INLINE int lane_of_pair(int i) { return i / (2 * W) * (2 * W) + i % 2 * W + i % (2 * W) / 2; }
+
+INLINE void write_one(const Rows& rows, int64_t row, int64_t column, float value) {
+  float block[STEP] = {value};
+  store_block(rows, rows.at(row, column), 1, block);
+}
+
 INLINE void write_zero_row(const Rows& rows, int64_t row, int64_t V) {
   if (rows.data) memset(rows.at(row, 0), 0, V * rows.size);
 }
@@ -209,16 +225,54 @@ template <bool WITH_DOT, class T>
 INLINE void add_block(Stats& stats, const T* c, int n, double k) {
   stats.raise(block_max(c, n), k);
   const vf scale = all((float)k), origin = all(stats.origin());
-  Lanes<4> sum = {}, dot = {};
-  for (int i = 0; i < padded(n); i += sum.SIZE) {
+  vf sum = {}, dot = {};
+  for (int i = 0; i < padded(n); i += 4 * W) {
     prefetch_next(c + i);
     Lanes<4> x = (load_lanes<4>(c + i) - origin) * scale;
     Lanes<4> e = exp2v(x);
-    sum = sum + e;
-    if (WITH_DOT) dot = dot + where_nonzero(e, e * x);
+    sum += sum_of(e);
+    if (WITH_DOT) dot += sum_of(where_nonzero(e, e * x));
   }
   stats.sum += horizontal_sum(sum);
   if (WITH_DOT) stats.dot += horizontal_sum(dot);
+}
+
+// The exponentials of a row, e_v = 2^((c_v - origin) k), where the origin of a block is the largest
+// value in its segment up to and including the block: the statistics are summed from them, and
+// later p_v = e_v * 2^log2_factor costs one exponential for a block. They are kept for the first
+// `count` columns; those of other columns, and all in a backward of its own, are computed again in
+// a block that the caller has, with the same bits.
+struct Exponentials {
+  float* kept;
+  int64_t count;  // a multiple of BLOCK
+
+  static int64_t columns(int64_t V) {
+    const int64_t whole = (V + BLOCK - 1) / BLOCK * BLOCK;
+    return whole < KEPT ? whole : KEPT;
+  }
+  // Where the block at `column` is kept, or else `block`.
+  float* at(int64_t column, float* block) const { return column < count ? kept + column : block; }
+};
+
+// The exponentials of a block and their sum.
+template <class T>
+INLINE float exponentials(const T* c, int n, float origin, double k, float* e) {
+  const vf scale = all((float)k), shift = all(origin == -INF ? 0 : origin);
+  vf sum = {};
+  for (int i = 0; i < padded(n); i += 4 * W) {
+    prefetch_next(c + i);
+    Lanes<4> values = exp2v((load_lanes<4>(c + i) - shift) * scale);
+    store_lanes(e + i, values);
+    sum += sum_of(values);
+  }
+  return horizontal_sum(sum);
+}
+
+// log2(p_v / e_v) in a block. A block of probability 0 is far below, not at -inf: differences of
+// two such factors are numbers.
+INLINE double log2_factor(Row row, float origin, double k) {
+  if (origin == -INF && row.max != -INF) return -1e30;
+  return ((double)origin - row.max) * k - row.log2sum;
 }
 
 // log p of one value, in nats.
@@ -257,12 +311,13 @@ int run_rows(const Op& op, const fastsdpo_call& call) {
   typedef typename Op::State State;
   typedef typename Op::Part Part;
   const int64_t N = call.B * call.L, segments = (call.V + SEGMENT - 1) / SEGMENT;
-  // One piece of memory holds a row's State, its Parts and what the operation asks for, each
-  // aligned.
-  auto aligned = [](size_t bytes) { return (bytes + 15) & ~(size_t)15; };
+  // One piece of memory holds a row's State, its Parts and what the operation asks for, each on a
+  // cache line of its own.
+  auto aligned = [](size_t bytes) { return (bytes + 63) & ~(size_t)63; };
   const size_t parts_offset = aligned(sizeof(State));
   const size_t extra_offset = parts_offset + aligned(segments * sizeof(Part));
   const size_t scratch = extra_offset + aligned(op.scratch_bytes());
+  auto on_line = [&](char* memory) { return (char*)aligned((size_t)memory); };
   const int threads = call.threads < 1 ? 1 : (int)(call.threads < 1024 ? call.threads : 1024);
   int status = 0;
 
@@ -278,10 +333,11 @@ int run_rows(const Op& op, const fastsdpo_call& call) {
   if (threads == 1 || segments == 1 || N >= 2 * threads) {
 #pragma omp parallel num_threads(threads < N ? threads : (int)N)
     {
-      char* memory = (char*)malloc(scratch);
+      char* allocated = (char*)malloc(scratch + 64);
+      char* memory = on_line(allocated);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t row = 0; row < N; row++) {
-        if (!memory) {
+        if (!allocated) {
 #pragma omp atomic write
           status = -3;
           continue;
@@ -297,13 +353,14 @@ int run_rows(const Op& op, const fastsdpo_call& call) {
           op.close(phase, row, *state_at(memory), parts_at(memory), segments);
         }
       }
-      free(memory);
+      free(allocated);
     }
     return status;
   }
 
-  char* memory = (char*)malloc(N * scratch);
-  if (!memory) return -3;
+  char* allocated = (char*)malloc(N * scratch + 64);
+  if (!allocated) return -3;
+  char* memory = on_line(allocated);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
@@ -325,7 +382,7 @@ int run_rows(const Op& op, const fastsdpo_call& call) {
         }
     }
   }
-  free(memory);
+  free(allocated);
   return status;
 }
 

@@ -1,4 +1,4 @@
-// One vector type for every instruction set, with exp2, log2 and tanh.
+// One vector type for every instruction set, with exp2, log2 of a ratio and tanh.
 //
 // GCC/Clang vector extensions: the width follows the compiler's target, so one source is the SSE,
 // AVX2, AVX-512, NEON and scalar version. Intrinsics stand only where the extensions have no good
@@ -105,10 +105,15 @@ INLINE Lanes<U> where_nonzero(const Lanes<U>& mask, Lanes<U> value) {
   return value;
 }
 
+// The sum over the group, vector by vector: a loop that adds it to one vector needs one register
+// for its sum, not U.
 template <int U>
-INLINE float horizontal_sum(const Lanes<U>& a) {
-  vf v = a.v[0];
-  for (int j = 1; j < U; j++) v += a.v[j];
+INLINE vf sum_of(Lanes<U> a) {
+  for (int half = U / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; j++) a.v[j] += a.v[j + half];
+  return a.v[0];
+}
+INLINE float horizontal_sum(vf v) {
   float sum = 0;
   for (int i = 0; i < W; i++) sum += v[i];
   return sum;
@@ -137,27 +142,27 @@ INLINE Lanes<U> exp2v(Lanes<U> t) {
   return p * shifted;
 }
 
-// log2(x) for normal x > 0: error at most 1.2e-7 of max(|log2 x|, |x - 1|), so it is relative
-// near 1. About -127 for x = 0: callers multiply that by 0. x = 2^e * (1 + u), 1 + u in [sqrt(1/2),
-// sqrt(2)).
+// log2(a / b) for a, b > 0, b >= 2^-125: error at most 1.9e-7 of max(|log2(a / b)|, |a / b - 1|)
+// for a / b in [1/sqrt(2), sqrt(2)], so it is relative near a = b, and 2.8e-7 elsewhere. The
+// difference of the bit patterns is nearly log2(a / b); with its integer part e taken off, a * 2^-e
+// / b lies in [0.63, 1.42] and z = (a - b) / (a + b) in [-0.227, 0.173]. The logarithm of the
+// quotient is an odd function of z, which takes 4 coefficients (error 7.9e-9 before rounding); of
+// the first, 2.885, the 2 goes apart, because doubling is exact.
 template <int U>
-INLINE Lanes<U> log2v(const Lanes<U>& x) {
-  Lanes<U> u, exponent;
+INLINE Lanes<U> log2_ratio(Lanes<U> a, const Lanes<U>& b) {
+  Lanes<U> exponent;
   FASTSDPO_EACH {
-    vi bits = (vi)x.v[j];
-    vi e = (bits - 0x3f3504f3) >> 23;
+    vi e = ((vi)a.v[j] - (vi)b.v[j] + 0x4afb0d) >> 23;  // up from sqrt(2) for b = 1
     exponent.v[j] = __builtin_convertvector(e, vf);
-    u.v[j] = (vf)(bits - (e << 23)) - 1.f;
+    a.v[j] = (vf)((vi)a.v[j] - (e << 23));
   }
-  Lanes<U> p = u * 0.12583689391613007f + -0.20726968348026276f;
-  p = p * u + 0.21571561694145203f;
-  p = p * u + -0.23894482851028442f;
-  p = p * u + 0.28791624307632446f;
-  p = p * u + -0.3607036769390106f;
-  p = p * u + 0.48091062903404236f;
-  p = p * u + -0.7213473320007324f;
-  p = p * u + 1.4426950216293335f;
-  return exponent + p * u;
+  Lanes<U> z;
+  FASTSDPO_EACH z.v[j] = (a.v[j] - b.v[j]) / (a.v[j] + b.v[j]);
+  Lanes<U> w = z * z;
+  Lanes<U> p = w * 0.4458230137825012f + 0.5760546326637268f;
+  p = p * w + 0.9618054628372192f;
+  p = p * w + 0.8853901028633118f;
+  return exponent + ((z + z) + p * z);
 }
 
 // tanh(x): relative error at most 2e-7. Odd polynomial up to 5/8, then (1 - e) / (1 + e), e =

@@ -15,6 +15,8 @@ struct TokenOp {
   struct State {
     Row student, teacher;
     float scale;  // the row's gradient is scale * (1[v = y] - p_v)
+    Exponentials exponentials;
+    float* origins;  // of the student's blocks
   };
   struct Part {
     Stats stats;
@@ -44,7 +46,12 @@ struct TokenOp {
     if (call.passes & FASTSDPO_GRADIENT) order[phases++] = GRADIENT;
   }
 
-  size_t scratch_bytes() const { return 0; }
+  // Only where the gradient follows in the same call are exponentials kept.
+  int64_t kept_columns() const {
+    return phases > 1 && order[phases - 1] == GRADIENT ? Exponentials::columns(call.V) : 0;
+  }
+  int64_t blocks() const { return (call.V + BLOCK - 1) / BLOCK; }
+  size_t scratch_bytes() const { return (kept_columns() + blocks()) * sizeof(float); }
 
   void ignore(int64_t row) const {
     if (call.passes & FASTSDPO_FORWARD) {
@@ -59,7 +66,9 @@ struct TokenOp {
   }
 
   // In a backward the statistics come from the forward.
-  void open(int64_t row, State& state, char*) const {
+  void open(int64_t row, State& state, char* scratch) const {
+    state.exponentials = {(float*)scratch, kept_columns()};
+    state.origins = (float*)scratch + kept_columns();
     if (call.passes & FASTSDPO_FORWARD) return;
     state.student = {call.stats[0][row * call.stats_stride],
                      call.stats[1][row * call.stats_stride]};
@@ -78,8 +87,12 @@ struct TokenOp {
                                        Part& part) const {
     if (order[phase] == GRADIENT)
       gradient(row, span, state);
+    else if (order[phase] == TEACHER_STATS)
+      statistics(teacher, row, span, part.stats);
+    else if (kind == SAMPLED_TOKEN)
+      student_exponentials(row, span, state, part.stats);
     else
-      statistics(order[phase] == STUDENT_STATS ? student : teacher, row, span, part.stats);
+      statistics(student, row, span, part.stats);
   }
 
   void statistics(const Rows& rows, int64_t row, Span span, Stats& stats) const {
@@ -94,30 +107,63 @@ struct TokenOp {
     });
   }
 
-  void gradient(int64_t row, Span span, const State& state) const {
-    alignas(64) float logits_block[BLOCK], grad_block[BLOCK];
-    const vf max = all(state.student.max), log2sum = all(state.student.log2sum);
-    const vf minus_scale = all(-state.scale), scale_k = all((float)k);
-    const int64_t y = call.target_ids[row];
-    auto compute = [&](auto* c, auto* g, int n) {
-      for (int i = 0; i < padded(n); i += 4 * W) {
-        prefetch_next(c + i);
-        store_lanes(g + i, exp2v((load_lanes<4>(c + i) - max) * scale_k - log2sum) * minus_scale);
-      }
-    };
+  // The student's statistics where a gradient may follow.
+  void student_exponentials(int64_t row, Span span, const State& state, Stats& stats) const {
+    alignas(64) float block[BLOCK], unkept[BLOCK];
     for_blocks(span, [&](int64_t column, int n) {
+      with_block(student, softcap, row, column, n, block, [&](auto* c) {
+        stats.raise(block_max(c, n), k);
+        stats.sum += exponentials(c, n, stats.max, k, state.exponentials.at(column, unkept));
+      });
+      state.origins[column / BLOCK] = stats.max;
+    });
+  }
+
+  void gradient(int64_t row, Span span, const State& state) const {
+    alignas(64) float logits_block[BLOCK], exponentials_block[BLOCK], grad_block[BLOCK];
+    const int64_t y = call.target_ids[row];
+    Stats stats;  // the running max where the exponentials are computed again
+    for_blocks(span, [&](int64_t column, int n) {
+      // bfloat16 goes through in pairs, unless the gradient is of another dtype.
+      const bool pairs = in_place(student, softcap, n) && student.dtype == FASTSDPO_BFLOAT16;
+      const bool pairs_out = pairs && grad.dtype == FASTSDPO_BFLOAT16;
+      float* e = state.exponentials.at(column, exponentials_block);
+      float& origin = state.origins[column / BLOCK];
+      if (e == exponentials_block || pairs != pairs_out) {
+        e = exponentials_block;
+        auto again = [&](auto* c) {
+          if (!(call.passes & FASTSDPO_FORWARD)) {
+            stats.raise(block_max(c, n), k);
+            origin = stats.max;
+          }
+          exponentials(c, n, origin, k, e);
+        };
+        if (pairs_out)
+          again((const bf16*)student.at(row, column));
+        else
+          again(read_block(student, softcap, row, column, n, logits_block));
+      }
+      const float factor = (float)(-state.scale * exp2(log2_factor(state.student, origin, k)));
       const bool has_target = y >= column && y < column + n;
-      // Straight from bfloat16 to bfloat16 where the block needs nothing else done to it.
-      if (in_place(student, softcap, n) && !has_target && student.dtype == FASTSDPO_BFLOAT16 &&
-          grad.dtype == FASTSDPO_BFLOAT16)
-        return compute((const bf16*)student.at(row, column), (bf16*)grad.at(row, column), n);
-      const float* c = read_block(student, softcap, row, column, n, logits_block);
+      if (pairs_out) {
+        scaled(e, n, factor, (bf16*)grad.at(row, column));
+        if (has_target)
+          write_one(grad, row, y, e[lane_of_pair((int)(y - column))] * factor + state.scale);
+        return;
+      }
+      const float* c = softcap == 0 ? nullptr  // read before the gradient may overwrite it
+                                    : read_block(student, softcap, row, column, n, logits_block);
       float* g = gradient_block(grad, row, column, n, grad_block);
-      compute(c, g, n);
+      scaled(e, n, factor, g);
       if (has_target) g[y - column] += state.scale;
       apply_softcap_slope(softcap, c, g, n);
       write_block(grad, row, column, n, g);
     });
+  }
+
+  template <class T>
+  INLINE_MEMBER void scaled(const float* e, int n, float factor, T* g) const {
+    for (int i = 0; i < padded(n); i += 4 * W) store_lanes(g + i, load_lanes<4>(e + i) * factor);
   }
 
   void close(int phase, int64_t row, State& state, const Part* parts, int64_t segments) const {

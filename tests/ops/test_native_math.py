@@ -65,6 +65,23 @@ def test_log2_accuracy_is_relative_near_one():
     assert evaluate(1, torch.ones(1)).item() == 0
 
 
+def test_log2_of_a_ratio_is_relative_near_one():
+    g = torch.Generator().manual_seed(0)
+    b = torch.rand(400_000, generator=g) * 4.0 ** torch.randint(-40, 40, (400_000,), generator=g)
+    near, far = (
+        1 + (torch.rand(400_000, generator=g) - 0.5) * 1e-2,
+        torch.randn(400_000, generator=g),
+    )
+    for a in (b * near, b * (8 * far).exp2(), b * 1.4999, b * 0.6667, b):
+        ratio = a.double() / b.double()
+        exact = ratio.log2()
+        allowed = 3e-7 * torch.maximum(exact.abs(), (ratio - 1).abs())
+        got = b.clone()
+        status = _native.library().fastsdpo_math(3, a.data_ptr(), got.data_ptr(), a.numel())
+        assert status == 0
+        assert ((got.double() - exact).abs() <= allowed).all()
+
+
 def test_tanh_accuracy():
     x = torch.cat([torch.randn(300_000), torch.rand(300_001) * 24 - 12, torch.randn(1000) * 1e-5])
     x = x[x != 0]

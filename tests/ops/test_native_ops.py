@@ -1,7 +1,8 @@
 """The native backend's functions against float64, and the guarantees they give.
 
-Sizes: V = 1 and 2 (nothing to sum), 127 to 129 (around a padded block), 1000 and 4097 (a partial and
-one more block), 32000 and 50257 (several segments, the second odd).
+Sizes: V = 1 and 2 (nothing to sum), 127 to 129 (around a padded block), 1000 to 1025 and 4097 (a
+partial, a whole and one more block), 16385 (one value more than a segment), 32000 and 50257 (several
+segments, the second odd).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.skipif(
 )
 INSTRUCTION_SETS = _native.instruction_sets() if _native.native_available()[0] else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-VOCABULARIES = [1, 2, 127, 128, 129, 1000, 4097, 32000, 50257]
+VOCABULARIES = [1, 2, 127, 128, 129, 1000, 1024, 1025, 4097, 16385, 32000, 50257]
+KEPT = 256 * 1024  # columns whose exponentials the kernels keep (kernels/cpu/rows.h)
 LOSSES = {
     "sampled": {"mode": "sampled_token"},
     "forward_kl": {"mode": "full", "alpha": 0.0},
@@ -181,6 +183,77 @@ def test_fused_is_bitwise_forward_and_backward(name, dtype, isa):
     for one, other in zip(forward[:4], (a, b, c, d)):
         assert torch.equal(one, other)
     assert torch.equal(grad, fused_grad)
+
+
+def check_fused(case, name):
+    """Loss and gradient of one call: against float64, and the same bits as forward and backward."""
+    options = {**LOSSES.get(name, {}), "weights": case.weights, "temperature": 0.9}
+    old = torch.full_like(case.weights, -6.0)
+    expected = oracle_sdpo_loss(
+        case.student, case.teacher, case.target_ids, old_logps=old, is_clip=2.0, **options
+    )
+    *forward, grad, a, b, c, d, fused_grad = all_results(case, name)
+    for one, other in zip(forward[:4], (a, b, c, d)):
+        assert torch.equal(one, other)
+    assert torch.equal(grad, fused_grad)
+    torch.testing.assert_close(a.double(), expected.per_token_loss.flatten(), rtol=1e-5, atol=2e-5)
+    leaf = case.student.float().requires_grad_()
+    out = fastsdpo.sdpo_loss(
+        leaf, case.teacher.float(), case.target_ids, old_logps=old, is_clip=2.0,
+        backend="reference", **options,
+    )  # fmt: skip
+    plain = torch.autograd.grad(out.loss, leaf)[0].to(case.student.dtype)
+    assert_gradient_close(fused_grad, expected.grad, plain, floor=2e-6)
+
+
+@pytest.mark.parametrize("name", ["sampled", "forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_columns_than_are_kept(name, dtype, isa):
+    """The columns beyond are computed again; the target lies there in one row, before in the other."""
+    case = make_rows((1, 2), KEPT + 1500, dtype=dtype, ignored=0)
+    case.target_ids[:] = torch.tensor([KEPT + 1100, KEPT - 1])
+    check_fused(case, name)
+
+
+@pytest.mark.parametrize("name", ["sampled", "forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("teacher", ["rises", "falls", "stays"])
+def test_maximum_that_rises_late(name, teacher, isa):
+    """Exponentials are taken from the max so far: here it rises in every block, by e^150 in all."""
+    case = make_rows((1, 3), 40000, ignored=0)
+    ramp = torch.linspace(-150, 0, 40000)
+    case.student += ramp
+    case.teacher += {"rises": ramp, "falls": ramp.flip(0), "stays": 0 * ramp}[teacher]
+    case.target_ids[:] = torch.tensor([39999, 39000, 20000])
+    check_fused(case, name)
+
+
+@pytest.mark.parametrize("name", ["sampled", "forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("low", [-1e4, -math.inf])
+def test_blocks_without_a_probability(name, low, isa):
+    """Whole blocks that are far below the rest or masked: of both, of the student, of the teacher."""
+    case = make_rows((1, 3), 9000, ignored=0)
+    case.student[0, 0, :5000] = case.teacher[0, 0, :5000] = low
+    if name != "forward_kl":  # which would be infinite
+        case.student[0, 1, :2048] = low
+    if name != "reverse_kl":
+        case.teacher[0, 2, :2048] = low
+    case.target_ids[:] = 8000
+    check_fused(case, name)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_nan_of_the_teacher_reaches_loss_and_gradient(alpha, isa):
+    case = make_rows((1, 2), 3000, ignored=0)
+    case.teacher[0, 1, 7] = math.nan
+    grad = torch.empty_like(case.student)
+    loss = divergence.divergence_fused(
+        case.student, case.teacher, case.target_ids.flatten(), case.weights.flatten(), None, 0.0,
+        alpha, 1.0, 0.0, -100, grad,
+    )[0]  # fmt: skip
+    assert loss[1].isnan()
+    assert grad[0, 1].isnan().any()
+    assert loss[0].isfinite()
+    assert grad[0, 0].isfinite().all()
 
 
 @pytest.mark.parametrize("name", BITWISE)

@@ -1,8 +1,12 @@
 """The losses by the native CPU kernels (kernels/cpu/token_logps.cpp, divergence.cpp, topk.cpp).
 
 Functions and arguments as in `reference.py`; float32, bfloat16 and float16, student, teacher and
-gradient each in its own. Nothing of size V is allocated here or there. A ``*_fused`` function visits a
-row once for statistics, loss and gradient, and gives bit for bit what forward and backward give.
+gradient each in its own. A ``*_fused`` function visits a row once for statistics, loss and gradient, and
+gives bit for bit what forward and backward give.
+
+Memory: a few numbers per token. The fused functions (and the forward of JSD) also keep the exponentials
+of the row that a thread works on, at most 262,144 of student and of teacher: 2 MiB a thread, whatever the
+number of tokens; the rest of a longer row is computed again.
 """
 
 from __future__ import annotations
