@@ -10,17 +10,19 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import fastsdpo
 from fastsdpo.ops._backend import resolve_backend
-from fastsdpo.testing import ROUNDING, make_rows, oracle_sdpo_loss
+from fastsdpo.testing import ROUNDING, Rows, make_rows, oracle_sdpo_loss
 
 PACKAGES = (
     "torch",
@@ -39,9 +41,20 @@ LOSSES: dict[str, dict[str, Any]] = {
     "JSD": {"mode": "full", "alpha": 0.5},
     "top-k, tail": {"mode": "topk", "alpha": 1.0, "topk": 20},
     "top-k, renormalized": {"mode": "topk", "alpha": 0.5, "topk": 20, "add_tail": False},
-}
-# Logits elements read and written, forward + backward, per token and vocabulary position.
-MOVED = {"sampled token": 4, "forward KL": 5, "reverse KL": 5, "JSD": 7}
+    "softcap, temperature, clipped ratio": {
+        "mode": "full", "alpha": 1.0, "softcap": 30.0, "temperature": 0.7, "is_clip": 1.5,
+    },
+}  # fmt: skip
+OPERATIONS = (
+    "token_logps",
+    "token_log_ratio",
+    "sdpo_loss",
+    "linear_token_logps",
+    "linear_sdpo_loss",
+)
+# Logits elements read and written, forward + backward, per token and vocabulary position; top-k's
+# torch.topk reads the student's once more.
+MOVED = {"sampled token": 4, "forward KL": 5, "reverse KL": 5, "JSD": 7, "top-k, tail": 5}
 LOSS_TOLERANCE, GRADIENT_FLOOR = 1e-5, 4e-6
 
 
@@ -83,6 +96,18 @@ def choices(device: str) -> dict[str, str]:
     }
 
 
+def why(device: str, kind: str, backend: str) -> str:
+    """The reason of a choice."""
+    if kind == "float64":
+        return "only the reference computes float64"
+    if backend == "triton":
+        return "tensors on a GPU"
+    if backend == "native":
+        return "tensors on the CPU, the compiled library is there"
+    missing = "native" if device == "cpu" else "triton"
+    return f"{missing} is missing: {fastsdpo.available_backends()[missing]}"
+
+
 def backends_on(device: str) -> list[str]:
     names = []
     for name in ("triton", "native", "reference"):
@@ -94,44 +119,134 @@ def backends_on(device: str) -> list[str]:
     return names
 
 
+def sizes_on(device: str) -> list[tuple[tuple[int, ...], int]]:
+    """Shapes of the rows and vocabularies to check. Odd vocabularies: rows start at every place of a
+    16-byte piece. On a GPU also rows of many tiles: few of them, each split over several programs, and as
+    many as there are processors, one program each."""
+    sizes: list[tuple[tuple[int, ...], int]] = [((2, 3), 1003)]
+    if device != "cpu":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        sizes += [((2, 3), 50257), ((2, -(-processors // 2)), 20001)]
+    return sizes
+
+
+class Errors(NamedTuple):
+    right: bool
+    loss_error: float
+    gradient_error: float
+
+
+def judge(
+    values: Iterable[tuple[Tensor, Tensor]], grad: Tensor, wanted: Tensor, dtype: torch.dtype
+) -> Errors:
+    """Values and a gradient against float64."""
+    pairs = [(got.detach().cpu().double(), want) for got, want in values]
+    error = max(float((got - want).abs().max()) for got, want in pairs)
+    near = all(
+        bool(((got - want).abs() <= LOSS_TOLERANCE * (1 + want.abs())).all()) for got, want in pairs
+    )
+    grad, largest = grad.cpu().double(), float(wanted.abs().max())
+    allowed = ROUNDING[dtype] * wanted.abs() + GRADIENT_FLOOR * largest + 2.0**-25
+    within = bool(((grad - wanted).abs() <= allowed).all())
+    return Errors(near and within, error, float((grad - wanted).abs().max() / largest))
+
+
+def check_loss(rows: Rows, options: dict[str, Any], backend: str, device: str) -> Errors:
+    """One loss on a slice of longer rows, as a trainer shifts its logits."""
+    if "is_clip" in options:
+        options = {**options, "old_logps": torch.full_like(rows.weights, -6.0)}
+    if "topk" in options:  # ties in half precision: the support is the one torch.topk takes here
+        ids = rows.student.to(device).topk(options["topk"], -1).indices.cpu()
+        expected = oracle_sdpo_loss(
+            rows.student, rows.teacher, rows.target_ids, topk_ids=ids, **options
+        )
+    else:
+        expected = oracle_sdpo_loss(rows.student, rows.teacher, rows.target_ids, **options)
+    on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    leaf = longer(rows.student).to(device).requires_grad_()
+    out = fastsdpo.sdpo_loss(
+        leaf[:, :-1], rows.teacher.to(device), rows.target_ids.to(device), backend=backend,
+        **on_device,
+    )  # fmt: skip
+    out.loss.backward()
+    assert leaf.grad is not None
+    values = ((out.loss, expected.loss), (out.per_token_loss, expected.per_token_loss),
+              (out.student_logps, expected.student_logps))  # fmt: skip
+    return judge(values, leaf.grad[:, :-1], expected.grad, rows.student.dtype)
+
+
+def check_statistics(rows: Rows, options: dict[str, Any], backend: str, device: str) -> Errors:
+    """`token_logps` with entropy and gradient, and `token_log_ratio`."""
+    keep = rows.target_ids != -100
+    y = rows.target_ids.clamp(min=0)[..., None]
+    exact = rows.student.double().requires_grad_()
+    log_probs = torch.log_softmax(exact, -1)
+    logps = log_probs.gather(-1, y)[..., 0] * keep
+    teacher = torch.log_softmax(rows.teacher.double(), -1).gather(-1, y)[..., 0] * keep
+    logps.sum().backward()
+    assert exact.grad is not None
+    leaf = longer(rows.student).to(device).requires_grad_()
+    targets = rows.target_ids.to(device)
+    got, entropy = fastsdpo.token_logps(leaf[:, :-1], targets, return_entropy=True, backend=backend)
+    got.sum().backward()
+    ratio = fastsdpo.token_log_ratio(
+        leaf[:, :-1].detach(), rows.teacher.to(device), targets, backend=backend
+    )
+    assert leaf.grad is not None
+    values = (
+        (got, logps.detach()), (entropy, -(log_probs.exp() * log_probs).sum(-1).detach() * keep),
+        (ratio.teacher_logps, teacher),
+    )  # fmt: skip
+    return judge(values, leaf.grad[:, :-1], exact.grad, rows.student.dtype)
+
+
+def check_hidden_states(rows: Rows, options: dict[str, Any], backend: str, device: str) -> Errors:
+    """`linear_sdpo_loss` with an identity for a head: its logits are the rows themselves."""
+    expected = oracle_sdpo_loss(rows.student, rows.teacher, rows.target_ids, **options)
+    head = torch.eye(rows.student.shape[-1], dtype=rows.student.dtype, device=device)
+    leaf = rows.student.to(device, copy=True).requires_grad_()
+    out = fastsdpo.linear_sdpo_loss(
+        leaf, rows.teacher.to(device), head, rows.target_ids.to(device), chunk_size=4,
+        backend=backend, **options,
+    )  # fmt: skip
+    out.loss.backward()
+    assert leaf.grad is not None
+    values = ((out.loss, expected.loss), (out.per_token_loss, expected.per_token_loss))
+    return judge(values, leaf.grad, expected.grad, rows.student.dtype)
+
+
+def longer(student: Tensor) -> Tensor:
+    """[B, L, V] with one more position, whose logits nobody reads."""
+    full = student.new_zeros(student.shape[0], student.shape[1] + 1, student.shape[2])
+    full[:, :-1] = student
+    return full
+
+
 def check_kernels(device: str) -> Iterator[dict[str, Any]]:
-    """Each loss, dtype and backend on an odd vocabulary and an unaligned slice, against float64."""
+    """Every operation, dtype and backend against float64."""
+    checks: list[tuple[str, Callable[..., Errors], dict[str, Any], bool]] = [
+        (name, check_loss, options, True) for name, options in LOSSES.items()
+    ]
+    checks += [
+        ("log-probs, entropy, log-ratio", check_statistics, {}, True),
+        ("JSD from hidden states", check_hidden_states, LOSSES["JSD"], False),
+    ]
     for backend in backends_on(device):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            rows = make_rows((2, 3), 1003, dtype=dtype)
-            full = torch.zeros(2, 4, 1003, dtype=dtype)
-            full[:, :-1] = rows.student
-            for name, options in LOSSES.items():
-                cell = {
-                    "backend": backend,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "loss": name,
-                }
-                try:
-                    expected = oracle_sdpo_loss(
-                        rows.student, rows.teacher, rows.target_ids, **options
-                    )
-                    leaf = full.clone().to(device).requires_grad_()
-                    out = fastsdpo.sdpo_loss(
-                        leaf[:, :-1], rows.teacher.to(device), rows.target_ids.to(device),
-                        backend=backend, **options,
-                    )  # fmt: skip
-                    out.loss.backward()
-                    error = float((out.loss.detach().cpu().double() - expected.loss).abs())
-                    grad = leaf.grad[:, :-1].cpu().double()
-                    largest = float(expected.grad.abs().max())
-                    allowed = (
-                        ROUNDING[dtype] * expected.grad.abs() + GRADIENT_FLOOR * largest + 2.0**-25
-                    )
-                    excess = float(((grad - expected.grad).abs() - allowed).max())
-                    right = (
-                        error <= LOSS_TOLERANCE * (1 + float(expected.loss.abs())) and excess <= 0
-                    )
-                    worst = float((grad - expected.grad).abs().max() / largest)
-                    cell |= {"right": right, "loss_error": error, "gradient_error": worst}
-                except Exception as problem:  # the report goes on; the exit status tells
-                    cell |= {"right": False, "problem": f"{type(problem).__name__}: {problem}"}
-                yield cell
+            for shape, vocabulary in sizes_on(device):
+                rows = make_rows(shape, vocabulary, dtype=dtype)
+                for name, check, options, any_size in checks:
+                    if vocabulary > 2000 and (backend == "reference" or not any_size):
+                        continue
+                    cell: dict[str, Any] = {
+                        "backend": backend, "dtype": str(dtype).removeprefix("torch."),
+                        "loss": name, "rows": math.prod(shape), "vocabulary": vocabulary,
+                    }  # fmt: skip
+                    try:
+                        cell |= check(rows, options, backend, device)._asdict()
+                    except Exception as problem:  # the report goes on; the exit status tells
+                        cell |= {"right": False, "problem": f"{type(problem).__name__}: {problem}"}
+                    yield cell
 
 
 def _seconds(device: str, call: Callable[[], Any], repeats: int) -> float:
@@ -156,7 +271,7 @@ def bandwidth(device: str, repeats: int = 5) -> list[dict[str, Any]]:
     y = torch.randint(0, vocabulary, (tokens,), device=device)
     target = torch.empty_like(student)
     copied = 2 * student.numel() * 2
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "what": "copy",
             "gb_per_s": copied / _seconds(device, lambda: target.copy_(student), repeats) / 1e9,
@@ -183,7 +298,12 @@ def report(measure: bool = True) -> dict[str, Any]:
     names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     result: dict[str, Any] = {
         "versions": versions(), "platform": platform.platform(), "devices": devices(),
-        "backends": fastsdpo.available_backends(), "auto": {name: choices(name) for name in names},
+        "backends": fastsdpo.available_backends(), "operations": OPERATIONS,
+        "auto": {name: choices(name) for name in names},
+        "why": {
+            name: {kind: why(name, kind, took) for kind, took in choices(name).items()}
+            for name in names
+        },
         "kernels": {name: list(check_kernels(name)) for name in names},
     }  # fmt: skip
     if measure:
@@ -201,7 +321,9 @@ def show(result: dict[str, Any]) -> None:
     for name, reason in result["backends"].items():
         print(f"backend    {name}: {reason}")
     for device, found in result["auto"].items():
-        print(f"auto       {device}: " + ", ".join(f"{k} -> {v}" for k, v in found.items()))
+        print(f"auto       {device}, every operation ({', '.join(result['operations'])}):")
+        for kind, took in found.items():
+            print(f"           {kind} -> {took} ({result['why'][device][kind]})")
     for device, cells in result["kernels"].items():
         for backend in dict.fromkeys(cell["backend"] for cell in cells):
             mine = [cell for cell in cells if cell["backend"] == backend]
@@ -209,7 +331,8 @@ def show(result: dict[str, Any]) -> None:
             print(f"kernels    {device} {backend}: {len(mine) - len(wrong)} of {len(mine)} right")
             for cell in wrong:
                 print(
-                    f"           WRONG {cell['loss']} {cell['dtype']}: {cell.get('problem', cell)}"
+                    f"           WRONG {cell['loss']} {cell['dtype']} {cell['rows']} x "
+                    f"{cell['vocabulary']}: {cell.get('problem', cell)}"
                 )
     for device, rows in result.get("bandwidth", {}).items():
         copy = rows[0]["gb_per_s"]

@@ -9,7 +9,12 @@ def test_every_available_kernel_is_right(capsys):
     assert doctor.main(["--json", "--no-bandwidth"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["wrong"] == 0
-    assert report["checked"] >= 18
+    cells = report["kernels"]["cpu"]
+    assert report["checked"] == len(cells) >= 27
+    for name in (*doctor.LOSSES, "log-probs, entropy, log-ratio", "JSD from hidden states"):
+        dtypes = {cell["dtype"] for cell in cells if cell["loss"] == name}
+        assert dtypes == {"float32", "bfloat16", "float16"}, name
+    assert all(report["why"]["cpu"][kind] for kind in report["auto"]["cpu"])
     assert set(report["backends"]) == {"triton", "native", "reference"}
     assert report["auto"]["cpu"]["float64"] == "reference"
     assert report["versions"]["torch"] != "not installed"
