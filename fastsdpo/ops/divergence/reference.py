@@ -186,8 +186,9 @@ def support_log_probs(log_probs: Tensor, topk_ids: Tensor, add_tail: bool) -> Te
     on_support = log_probs.gather(1, topk_ids)
     if not add_tail:
         return on_support - on_support.logsumexp(-1, keepdim=True)
-    tail = log_probs.exp().scatter(1, topk_ids, 0.0).sum(-1, keepdim=True)
-    return torch.cat([on_support, tail.log()], -1)
+    # Not the log of a sum of probabilities, which is 0 where the support holds nearly all.
+    tail = log_probs.scatter(1, topk_ids, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([on_support, tail], -1)
 
 
 def given_support_log_probs(topk_logps: Tensor, add_tail: bool) -> Tensor:
@@ -232,14 +233,13 @@ def topk_forward(
         teacher_logps = torch.where(hit.any(-1), teacher_logps, math.nan)
         teacher_logps = torch.where(ignored, 0.0, teacher_logps)
         t = given_support_log_probs(given, add_tail)
-    loss, k, class_grads = row_divergence(s, t, alpha)
-    tail_factor = torch.zeros_like(loss)
+    loss, _, class_grads = row_divergence(s, t, alpha)
+    log_tail = tail_grad = torch.zeros_like(loss)
     if add_tail:
-        tail = s[:, -1].exp()
-        tail_factor = torch.where(tail == 0, 0.0, class_grads[:, -1] / tail)
+        log_tail, tail_grad = s[:, -1], class_grads[:, -1]
         class_grads = class_grads[:, :-1]
     coef = coefficients(weights, student_logps, old_logps, is_clip, target_ids, ignore_index)
-    row_stats = torch.stack([row_max, row_log2sum, tail_factor, k], -1)
+    row_stats = torch.stack([row_max, row_log2sum, log_tail, tail_grad], -1)
     row_stats = torch.where(ignored[:, None], 0.0, row_stats)
     class_grads = torch.where(ignored[:, None], 0.0, class_grads)
     loss = torch.where(ignored, 0.0, loss)
@@ -262,8 +262,10 @@ def topk_backward(
 ) -> None:
     c = capped_rows(student_logits, softcap)
     if add_tail:
-        p = row_log_probs(c, row_stats[:, 0], row_stats[:, 1], temperature).exp()
-        grad = weighted(p, row_stats[:, 2:3].expand_as(p))
+        # The tail's gradient, shared out by each token's part of the tail.
+        log_probs = row_log_probs(c, row_stats[:, 0], row_stats[:, 1], temperature)
+        part = torch.where(log_probs == -math.inf, 0.0, (log_probs - row_stats[:, 2:3]).exp())
+        grad = weighted(part, row_stats[:, 3:4].expand_as(part))
     else:
         grad = torch.zeros_like(c)
     grad = grad.scatter(1, topk_ids, class_grads)
