@@ -125,8 +125,9 @@ Tested by `tests/reliability/test_soak.py`, with a bound on the bytes for each f
     Section("Several processes", "^training in one", """
 Two processes compute what one does: DDP in `tests/trainer/test_two_processes.py` and
 `tests/online/test_two_processes.py` (weights, losses, statistics, files), DDP and FSDP2 in
-`tests/prefix/test_distributed.py` (gradients). The rates below are of a small model on the cores that the
-machine had to spare, and are no measure of scaling.
+`tests/prefix/test_distributed.py` (gradients, in float64, with and without gradient checkpointing). The
+trainer itself has not run under FSDP2, which accelerate turns on for accelerators only. The rates below are
+of a small model on the cores that the machine had to spare, and are no measure of scaling.
 """),
 ]  # fmt: skip
 

@@ -73,13 +73,13 @@ def main(rank: int, store: str) -> None:
             model.zero_grad()
 
     # With reshard the root's parameters are gone after its forward pass: hence loss_fn.
-    for checkpointing, reshard in ((False, None), (True, True)):
+    for checkpointing, options in ((False, {}), (True, {"reshard_after_forward": True})):
         model = copy.deepcopy(plain)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in model.model.layers:
             fully_shard(layer)
-        fully_shard(model, reshard_after_forward=reshard)
+        fully_shard(model, **options)
         assert check_sharing(model) == (True, "") and check_head(model) == (True, "")
         for sharing in ("conversation", "off"):
             loss, states = shared_forward(
@@ -89,7 +89,7 @@ def main(rank: int, store: str) -> None:
                 loss_fn=lambda states, model=model: (logps(model, states).sum(), states),
             )
             loss.backward()
-            compare(f"FSDP2 {sharing} {checkpointing} {reshard}", model, states)
+            compare(f"FSDP2 {sharing} {checkpointing} {options}", model, states)
             model.zero_grad()
         with pytest.raises(NotImplementedError, match="sharded"):
             head_parameters(model)
