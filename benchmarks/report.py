@@ -114,6 +114,7 @@ THEMES: list[tuple[str, str, Bars | None]] = [
      _of_rows(lambda who: who.startswith("ours"), _integration_base)),
     ("data_cpu", "rival's time over ours (below 1: ours takes longer)", _of_stages),
     ("processes_cpu", "", None),
+    ("personalization_cpu", "", None),
     ("personalization_search_cpu", "", None),
     ("goals_cpu", "", None),
     ("traffic", "", None),

