@@ -118,6 +118,7 @@ def worker(args: argparse.Namespace) -> None:
         }  # fmt: skip
         print("RESULT " + json.dumps(result), flush=True)
     if world > 1:
+        torch.distributed.barrier()  # a process that ends while another still talks to it aborts it
         torch.distributed.destroy_process_group()
 
 

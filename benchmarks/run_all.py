@@ -26,7 +26,7 @@ from pathlib import Path
 from benchmarks import compare
 from benchmarks._harness import RESULTS, table
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -119,8 +119,10 @@ THEMES = [
 
 
 def words(command: str, name: str, folder: Path) -> list[str]:
+    # Relative where it can be: the command is written into the results.
+    place = str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
     return [
-        word.replace("#", " ").replace("{name}", name).replace("{folder}", str(folder))
+        word.replace("#", " ").replace("{name}", name).replace("{folder}", place)
         for word in command.split()
     ]
 
@@ -190,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.quick and args.record:
         parser.error("--record needs the full sizes")
-    folder = (RESULTS if args.record else args.output).absolute()
+    folder = (RESULTS if args.record else args.output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [
         theme
