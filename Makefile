@@ -62,6 +62,7 @@ LONG = FASTSDPO_LONG=1 FASTSDPO_RESULTS=$(RESULTS) FASTSDPO_COMMAND="make $@" $(
 fuzz: $(VENV)/.dev
 	$(LONG) tests/reliability --ignore tests/reliability/test_soak.py
 	TRITON_INTERPRET=1 $(LONG) tests/reliability/test_numerics.py
+	TRITON_INTERPRET=1 FASTSDPO_EXAMPLES=500 $(PYTEST) -n 2 --timeout 7200 tests/ops/test_triton_values.py -k drawn
 	$(BIN)/python -m benchmarks.reliability
 
 MINUTES := 10

@@ -202,9 +202,11 @@ def make_rows(
 
 
 def round_interpreted_bfloat16() -> None:
-    """Makes the Triton interpreter round float32 to bfloat16 to nearest even, as the hardware does.
+    """Makes the Triton interpreter round as the hardware does: float32 to bfloat16 to nearest even, and a
+    fused multiply-add once.
 
-    It drops the low bits otherwise. Call it before the first kernel runs under TRITON_INTERPRET=1.
+    It drops the low bits otherwise, and rounds the product. Call it before the first kernel runs under
+    TRITON_INTERPRET=1.
     """
     import numpy as np
     import triton.language as tl
@@ -227,3 +229,10 @@ def round_interpreted_bfloat16() -> None:
     builder.cast_impl = cast
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(builder, name, lambda self, source, target: self.cast_impl(source, target))
+
+    def fma(self: object, x: Any, y: Any, z: Any) -> Any:
+        with np.errstate(all="ignore"):  # lanes that the kernels discard overflow
+            exact = x.data.astype(np.float64) * y.data + z.data  # a product of float32 is exact
+            return interpreter.TensorHandle(exact.astype(x.data.dtype), z.dtype.scalar)
+
+    builder.create_fma = fma

@@ -6,14 +6,29 @@ elements, 16 bytes per access whatever V and the strides are, and takes the at m
 elements outside it (A = 8 elements) in one narrow access, the "edge". The pointers that come in are
 16-byte aligned; what is lost to that is in the row's ``shift``.
 
-Statistics. A lane is the VEC elements of one 16-byte access and lives in one thread. Each lane keeps
-its own running maximum and sums; lanes are reduced once per segment, so the loops hold no barrier
-and no shuffle. A row has a fixed number of segments (a function of V alone), added up in order. For
-few rows a segment is a program of its own and a second launch adds them up in the same order: the
-same bits.
+Two rows at once. One leads: its boundaries are the tiles'. A row that starts at another place of a
+16-byte piece is read in pairs of aligned accesses and moved into place in registers (`load_shifted`);
+the edge is then 2 A wider, so that no access reaches beyond the row. Every element still comes from
+memory once (the second access of a pair hits the L1 cache), but is loaded twice.
 
-Everything is float32 and in units of log2: a weight is 2^((c - max) k), k = log2(e) / temperature.
-Maxima start at the lowest finite float32: c - max is then -inf for a masked token, and never NaN.
+Statistics. Each thread keeps its own running maximum and sums of the one to four accesses that it has
+in a tile; threads are reduced once per segment, so the loops hold no barrier and no shuffle. A row has
+a fixed number of segments (a function of V alone), added up in order. For few rows a segment is a
+program of its own and a second launch adds them up in the same order: the same bits.
+
+So a row's results are the same bits whatever the number and order of rows and wherever it lies, as long
+as it starts at the same place of a 16-byte piece (V and strides that are multiples of 8 elements: always
+so). At another place the tiles begin elsewhere and sums differ in their last bits. To have the same bits
+there too, every row that is off a boundary would be read in shifted accesses: twice the loads and 2 more
+instructions per element for 7 of 8 rows of an odd vocabulary.
+
+Everything is float32 and in units of log2: a weight is 2^((c - max) k), k = log2(e) / temperature. Maxima
+start at the lowest finite float32: c - max is then -inf for a masked token, and never NaN. The loops
+spend one fused multiply-add on the exponent, c k - shift, where the shift is the largest c k as rounded.
+At the end of a segment a thread divides its sums by its own maximum's weight, so a certain token's
+probability is 1 to the last bit. The shift's rounding is harmless as long as it is far below 1: a segment
+whose maximum is beyond 2^19 / k is summed again with (c - max) k. (A softcap's tanh drowns what this
+saves: with it, (c - max) k at once.)
 """
 
 from __future__ import annotations
@@ -28,8 +43,8 @@ import triton.language as tl
 from torch import Tensor
 
 # Launch parameters, the same on every machine. 8 warps, and per thread and tile 16 elements; 8 where
-# the arithmetic needs the registers: two tensors at once, a softcap, top-k with its gradient. Within
-# 64 registers (4 programs of 8 warps per processor) that is what compiles with the fewest spills.
+# the arithmetic needs the registers: two tensors at once, a softcap, top-k with its gradient, shifted
+# accesses of float32. Within 64 registers (4 programs of 8 warps per processor) that compiles without spills.
 NUM_WARPS = int(os.environ.get("FASTSDPO_TRITON_WARPS", "8"))
 ELEMENTS = int(os.environ.get("FASTSDPO_TRITON_ELEMENTS", "16"))
 MAX_REGISTERS = 64
@@ -49,6 +64,8 @@ NEG_INF = tl.constexpr(float("-inf"))
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
+THREADS = tl.constexpr(32 * NUM_WARPS)
+FAR = tl.constexpr(524288.0)  # 2^19: a shift up to it is rounded by at most 2^-6
 
 # Arguments whose values never compile another variant.
 RUNTIME = (
@@ -131,18 +148,116 @@ def load_tile(ptr, mask, cap, HAS_CAP: tl.constexpr, MASKED: tl.constexpr, FAST:
 
 
 @triton.jit
+def words_of(tile):
+    """The four columns of a tile [accesses, threads, 4]."""
+    pairs = tl.reshape(tile, [tile.shape[0], tile.shape[1], 2, 2])
+    even, odd = tl.split(pairs)
+    w0, w2 = tl.split(even)
+    w1, w3 = tl.split(odd)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def bit_mask(bit):
+    """All ones for 1, zeros for 0."""
+    return (0 - bit).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def either(mask, a, b):
+    """a where the mask is ones, b where it is zeros: one instruction, where a selection takes two."""
+    return b ^ ((a ^ b) & mask)
+
+
+@triton.jit
+def shifted_word(w, w_next, bits):
+    """32 bits from bit ``bits`` (0 or 16) on."""
+    return (((w_next.to(tl.uint64) << 32) | w.to(tl.uint64)) >> bits).to(tl.uint32)
+
+
+@triton.jit
+def load_shifted(
+    ptr, o, n, by, cap,
+    HAS_CAP: tl.constexpr, MASKED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Capped logits of the tile at o, of a row whose tiles start ``by`` elements behind the boundary
+    ``ptr``: two 16-byte accesses side by side, moved into place within the thread's registers. (The
+    second one is the next thread's first: it comes from the L1 cache.)"""
+    kind: tl.constexpr = ptr.dtype.element_ty
+    PER_WORD: tl.constexpr = VEC // 4
+    words = ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+    at = o // VEC * 4 + tile_positions(LANES, 4)
+    if MASKED:  # -inf in all elements of a word
+        nothing: tl.constexpr = (
+            0xFF80FF80 if kind == tl.bfloat16 else 0xFC00FC00 if kind == tl.float16 else 0xFF800000
+        )
+        mask = at < n // VEC * 4
+        here = tl.load(words + at, mask=mask, other=nothing)
+        beyond = tl.load(words + at + 4, mask=mask, other=nothing)
+    else:
+        here = tl.load(words + at)
+        beyond = tl.load(words + at + 4)
+    w0, w1, w2, w3 = words_of(here)
+    w4, w5, w6, w7 = words_of(beyond)
+    two = bit_mask(by // PER_WORD // 2 % 2)
+    w0, w1, w2 = either(two, w2, w0), either(two, w3, w1), either(two, w4, w2)
+    w3, w4, w5 = either(two, w5, w3), either(two, w6, w4), either(two, w7, w5)
+    one = bit_mask(by // PER_WORD % 2)
+    w0, w1, w2 = either(one, w1, w0), either(one, w2, w1), either(one, w3, w2)
+    w3, w4 = either(one, w4, w3), either(one, w5, w4)
+    if PER_WORD == 2:
+        bits = (by % 2 * 16).to(tl.uint64)
+        w0, w1, w2, w3 = (
+            shifted_word(w0, w1, bits), shifted_word(w1, w2, bits), shifted_word(w2, w3, bits),
+            shifted_word(w3, w4, bits),
+        )  # fmt: skip
+    word = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    if kind == tl.bfloat16:
+        x = tl.join(
+            (word << 16).to(tl.float32, bitcast=True),
+            (word & 0xFFFF0000).to(tl.float32, bitcast=True),
+        )
+    elif kind == tl.float16:
+        x = tl.join(
+            (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32),
+            (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32),
+        )
+    else:
+        x = word.to(tl.float32, bitcast=True)
+    return capped(tl.reshape(x, [here.shape[0], here.shape[1], VEC]), cap, HAS_CAP)
+
+
+@triton.jit
+def load_beside(
+    start, o, at, n, by, cap,
+    HAS_CAP: tl.constexpr, MASKED: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Capped logits at o of the row that `beside` gave."""
+    if BESIDE == 1:
+        return load_shifted(start, o, n, by, cap, HAS_CAP, MASKED, LANES, VEC)
+    else:
+        return load_tile(start + o + at, o + at < n, cap, HAS_CAP, MASKED, FAST)
+
+
+@triton.jit
 def row_offset(row, n_l, shift, stride_b, stride_l):
     """First element of a row; 64-bit, rows over two axes."""
     return (row // n_l) * stride_b + (row % n_l) * stride_l + shift
 
 
 @triton.jit
-def aligned_part(offset, vocabulary, A: tl.constexpr):
-    """(start, stop) of the whole 16-byte pieces inside the row, from the aligned pointer."""
+def aligned_part(offset, vocabulary, BESIDE: tl.constexpr, A: tl.constexpr):
+    """(start, stop) of the whole 16-byte pieces inside the row, from the aligned pointer. One less at
+    either end where another row is read in shifted accesses beside it: they then stay inside that row."""
     stop = offset + vocabulary
-    first = tl.minimum((offset + (A - 1)) // A * A, stop)
-    last = tl.maximum(stop // A * A, first)
-    return first, last
+    first = (offset + (A - 1)) // A * A
+    last = stop // A * A
+    if BESIDE == 1:
+        first += A
+        last -= A
+    first = tl.minimum(first, stop)
+    return first, tl.maximum(last, first)
 
 
 @triton.jit
@@ -153,18 +268,52 @@ def whole_pieces(n, A: tl.constexpr):
 
 
 @triton.jit
-def edge_positions(offset, first, last, vocabulary, A: tl.constexpr):
-    """(v, mask) of the elements of the row outside its aligned part, in 2 A lanes."""
-    j = tl.arange(0, 2 * A)
-    head = j < A
-    at = tl.where(head, offset + j, last + j - A)
+def edge_positions(offset, first, last, vocabulary, BESIDE: tl.constexpr, A: tl.constexpr):
+    """(v, mask) of the elements of the row outside its aligned part, in 2 A lanes (4 A)."""
+    SIDE: tl.constexpr = 2 * A if BESIDE == 1 else A
+    j = tl.arange(0, 2 * SIDE)
+    head = j < SIDE
+    at = tl.where(head, offset + j, last + j - SIDE)
     mask = tl.where(head, at < first, at < offset + vocabulary)
     return (at - offset).to(tl.int32), mask
 
 
 @triton.jit
 def tile_positions(LANES: tl.constexpr, VEC: tl.constexpr):
-    return tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    """[accesses of a thread, threads, VEC], in the order of memory."""
+    WIDTH: tl.constexpr = min(LANES, THREADS)
+    access = tl.arange(0, LANES // WIDTH)[:, None, None]
+    thread = tl.arange(0, WIDTH)[None, :, None]
+    return (access * WIDTH + thread) * VEC + tl.arange(0, VEC)[None, None, :]
+
+
+@triton.jit
+def beside(ptr, offset, lead, BESIDE: tl.constexpr, A: tl.constexpr, VEC: tl.constexpr):
+    """(start, by) of the tiles in a row that is read beside the leading one, ``lead`` elements after its
+    start: the start of an access, and how many elements behind it the tiles begin."""
+    at = offset + lead
+    if BESIDE == 0:
+        return ptr + whole_pieces(at, A), 0
+    elif BESIDE == 1:
+        return ptr + at // VEC * VEC, (at % VEC).to(tl.int32)
+    else:
+        return ptr + at, 0
+
+
+@triton.jit
+def per_thread(value, LANES: tl.constexpr):
+    """A running value of each thread."""
+    return tl.full([min(LANES, THREADS)], value, tl.float32)
+
+
+@triton.jit
+def thread_max(x):
+    return tl.max(tl.max(x, 2), 0)
+
+
+@triton.jit
+def thread_sum(x):
+    return tl.sum(tl.sum(x, 2), 0)
 
 
 # ------------------------------------------------------------------------- device: statistics of a row
@@ -172,40 +321,100 @@ def tile_positions(LANES: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def merge(m, z, e, m2, z2, e2, k):
-    """Two partial (max, sum of weights, sum of weights x (c - max)) as one."""
+    """Two partial (max, sum of weights, sum of weights x their log2) as one."""
     top = tl.maximum(m, m2)
-    a = tl.exp2((m - top) * k)
-    b = tl.exp2((m2 - top) * k)
-    e = times(a, e + times(z, m - top)) + times(b, e2 + times(z2, m2 - top))
+    u = (m - top) * k
+    v = (m2 - top) * k
+    a = tl.exp2(u)
+    b = tl.exp2(v)
+    e = times(a, e + times(z, u)) + times(b, e2 + times(z2, v))
     return top, z * a + z2 * b, e
 
 
 @triton.jit
-def absorb(x, m, z, e, k, ENTROPY: tl.constexpr):
-    """A tile [LANES, VEC] into the lanes' (max, sum, sum x (c - max))."""
-    top = tl.maximum(m, tl.max(x, 1))
-    a = tl.exp2((m - top) * k)
-    d = x - top[:, None]
-    w = tl.exp2(d * k)
-    if ENTROPY:  # d is at most 0, and -inf only where w is 0
-        e = times(a, e + times(z, m - top)) + tl.sum(w * tl.maximum(d, LOWEST), 1)
-    return top, z * a + tl.sum(w, 1), e
+def exponents(x, top, m, shift, k, EXACT: tl.constexpr):
+    """For a tile with the threads' maxima ``top``: (log2 of its weights, the new maxima and shifts, log2 of
+    the factor of what was summed before)."""
+    new_m = tl.maximum(m, top)
+    if EXACT:
+        return (x - new_m[None, :, None]) * k, new_m, shift, (m - new_m) * k
+    else:
+        new_shift = tl.maximum(shift, top * k)
+        return tl.fma(x, k, -new_shift[None, :, None]), new_m, new_shift, shift - new_shift
 
 
 @triton.jit
-def skipped_lanes(
+def absorb(x, m, shift, z, e, k, ENTROPY: tl.constexpr, EXACT: tl.constexpr):
+    """A tile [accesses, threads, VEC] into the threads' (max, shift, sum, sum of weights x their log2)."""
+    t, m, shift, change = exponents(x, thread_max(x), m, shift, k, EXACT)
+    a = tl.exp2(change)
+    w = tl.exp2(t)
+    if ENTROPY:  # t is -inf only where w is 0
+        e = times(a, e + times(z, change)) + thread_sum(w * tl.maximum(t, LOWEST))
+    return m, shift, z * a + thread_sum(w), e
+
+
+@triton.jit
+def own_weight(m, shift, k):
+    """(log2 of the weight that a thread's maximum has in its sums, what divides them by that weight)."""
+    t = tl.fma(m, k, -shift)
+    w = tl.exp2(t)
+    return t, tl.where(w == 0.0, 1.0, w)  # 0: the thread has summed zeros only
+
+
+@triton.jit
+def skipped_accesses(
     ids, skip_ptr, begin, end, lead, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Per lane, bit t set where it holds an id of the support in tile t of elements [begin, end)."""
-    lane = tl.arange(0, LANES)
-    lanes = tl.zeros([LANES], tl.int32)
+    """[accesses, threads]: bit t set where the access holds an id of the support in tile t of elements
+    [begin, end)."""
+    WIDTH: tl.constexpr = min(LANES, THREADS)
+    access = tl.arange(0, LANES // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    bits = tl.zeros([LANES // WIDTH, WIDTH], tl.int32)
     from_id = tl.sum((ids < lead + begin).to(tl.int32), 0)
     to_id = tl.sum((ids < lead + end).to(tl.int32), 0)
     for j in range(from_id, to_id):
         at = (tl.load(skip_ptr + j) - lead - begin).to(tl.int32)
         bit = tl.full([], 1, tl.int32) << (at // (LANES * VEC))
-        lanes = lanes | tl.where(lane == at % (LANES * VEC) // VEC, bit, 0)
-    return lanes
+        bits = bits | tl.where(access == at % (LANES * VEC) // VEC, bit, 0)
+    return bits
+
+
+@triton.jit
+def row_segment(
+    start, begin, end, n, ids, lead, k, cap, skip_ptr,
+    HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, SKIP: tl.constexpr, EXACT: tl.constexpr,
+    FAST: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """(max, sum, sum of weights x their log2) of each thread over elements [begin, end)."""
+    at = tile_positions(LANES, VEC)
+    m = per_thread(LOWEST, LANES)
+    shift = per_thread(-2.0 * FAR, LANES)
+    z = per_thread(0.0, LANES)
+    e = per_thread(0.0, LANES)
+    if SKIP:
+        skip = skipped_accesses(ids, skip_ptr, begin, end, lead, LANES, VEC)
+        for o in range(begin, end, LANES * VEC):
+            keep = ((skip & 1) == 0)[:, :, None] & (o + at < n)
+            x = load_tile(start + o + at, keep, cap, HAS_CAP, True, FAST)
+            m, shift, z, e = absorb(x, m, shift, z, e, k, False, EXACT)
+            skip = skip >> 1
+    else:
+        whole = begin
+        if not EXACT:
+            whole = begin + tl.maximum(end - begin, 0) // (LANES * VEC) * (LANES * VEC)
+            for o in range(begin, whole, LANES * VEC):
+                x = load_tile(start + o + at, None, cap, HAS_CAP, False, FAST)
+                m, shift, z, e = absorb(x, m, shift, z, e, k, ENTROPY, EXACT)
+        for o in range(whole, end, LANES * VEC):
+            x = load_tile(start + o + at, o + at < n, cap, HAS_CAP, True, FAST)
+            m, shift, z, e = absorb(x, m, shift, z, e, k, ENTROPY, EXACT)
+    if not EXACT:
+        t, w = own_weight(m, shift, k)
+        if ENTROPY:
+            e = (e - times(z, t)) / w
+        z = z / w
+    return m, z, e
 
 
 @triton.jit
@@ -215,16 +424,16 @@ def row_partial(
     HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, SKIP: tl.constexpr, KP: tl.constexpr,
     FAST: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """(max, sum, sum x (c - max)) over segments [first, last) of a row; the edge counts as segment 0's.
+    """(max, sum, sum of weights x their log2) over segments [first, last) of a row; the edge counts as
+    segment 0's.
 
     SKIP leaves out the ``topk`` sorted ids at ``skip_ptr``: in the edge each by itself, in the tiles
-    with their whole lanes, whose other elements `skipped_rest` adds.
+    with the whole access, whose other elements `skipped_rest` adds.
     """
-    first, last = aligned_part(offset, vocabulary, A)
+    first, last = aligned_part(offset, vocabulary, 0, A)
     n = whole_pieces((last - first).to(tl.int32), A)
     start = ptr + whole_pieces(first, A)
     lead = (first - offset).to(tl.int32)
-    at = tile_positions(LANES, VEC)
     ids = tl.full([KP], -1, tl.int32)
     if SKIP:
         slot = tl.arange(0, KP)
@@ -233,42 +442,35 @@ def row_partial(
     z = tl.full([], 0.0, tl.float32)
     e = tl.full([], 0.0, tl.float32)
     if first_segment == 0:
-        v, edge = edge_positions(offset, first, last, vocabulary, A)
+        v, edge = edge_positions(offset, first, last, vocabulary, 0, A)
         if SKIP:
             hit = tl.sum((ids[:, None] == v[None, :]).to(tl.int32), 0)
             edge = edge & (hit == 0)
         x = load_c(ptr + offset + v, edge, cap, HAS_CAP)
         m = tl.maximum(tl.max(x, 0), LOWEST)
-        d = x - m
-        w = tl.exp2(d * k)
+        t = (x - m) * k
+        w = tl.exp2(t)
         z = tl.sum(w, 0)
         if ENTROPY:
-            e = tl.sum(w * tl.maximum(d, LOWEST), 0)
+            e = tl.sum(w * tl.maximum(t, LOWEST), 0)
     for segment in range(first_segment, last_segment):
-        lm = tl.full([LANES], LOWEST, tl.float32)
-        lz = tl.zeros([LANES], tl.float32)
-        le = tl.zeros([LANES], tl.float32)
         begin = segment * tiles_per_segment * (LANES * VEC)
         end = tl.minimum(begin + tiles_per_segment * (LANES * VEC), n)
-        if SKIP:
-            skip = skipped_lanes(ids, skip_ptr, begin, end, lead, LANES, VEC)
-            for o in range(begin, end, LANES * VEC):
-                keep = ((skip & 1) == 0)[:, None] & (o + at < n)
-                x = load_tile(start + o + at, keep, cap, HAS_CAP, True, FAST)
-                lm, lz, le = absorb(x, lm, lz, le, k, False)
-                skip = skip >> 1
-        else:
-            whole = begin + tl.maximum(end - begin, 0) // (LANES * VEC) * (LANES * VEC)
-            for o in range(begin, whole, LANES * VEC):
-                x = load_tile(start + o + at, None, cap, HAS_CAP, False, FAST)
-                lm, lz, le = absorb(x, lm, lz, le, k, ENTROPY)
-            if whole < end:
-                x = load_tile(start + whole + at, whole + at < n, cap, HAS_CAP, True, FAST)
-                lm, lz, le = absorb(x, lm, lz, le, k, ENTROPY)
+        lm, lz, le = row_segment(
+            start, begin, end, n, ids, lead, k, cap, skip_ptr, HAS_CAP, ENTROPY, SKIP, HAS_CAP,
+            FAST, LANES, VEC,
+        )  # fmt: skip
         top = tl.max(lm, 0)
-        a = tl.exp2((lm - top) * k)
+        if not HAS_CAP:  # noqa: SIM102 (known when compiling; the next is not)
+            if (tl.abs(top) * k >= FAR) & (begin < end):
+                lm, lz, le = row_segment(
+                    start, begin, end, n, ids, lead, k, cap, skip_ptr, HAS_CAP, ENTROPY, SKIP,
+                    True, FAST, LANES, VEC,
+                )  # fmt: skip
+        u = (lm - top) * k
+        a = tl.exp2(u)
         if ENTROPY:
-            le = times(a, le + times(lz, lm - top))
+            le = times(a, le + times(lz, u))
         m, z, e = merge(m, z, e, top, tl.sum(lz * a, 0), tl.sum(le, 0), k)
     return m, z, e
 
@@ -278,15 +480,15 @@ def skipped_rest(
     ptr, offset, vocabulary, m, z, k, cap, skip_ptr, topk,
     HAS_CAP: tl.constexpr, A: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """(max, sum) with the elements outside the support of the lanes that `row_partial` skipped."""
-    first, last = aligned_part(offset, vocabulary, A)
+    """(max, sum) with the elements outside the support of the accesses that `row_partial` skipped."""
+    first, last = aligned_part(offset, vocabulary, 0, A)
     lead = first - offset
     n = last - first
     for begin in range(0, topk, 32):
         j = begin + tl.arange(0, 32)
         id = tl.load(skip_ptr + j, mask=j < topk, other=-1) - lead
         before = tl.load(skip_ptr + j - 1, mask=(j > 0) & (j < topk), other=-1) - lead
-        # A lane counts once, for the first of its ids. (Division rounds towards 0.)
+        # An access counts once, for the first of its ids. (Division rounds towards 0.)
         keep = (j < topk) & (id >= 0) & (id < n) & ((before < 0) | (before // VEC != id // VEC))
         at = (id // VEC * VEC)[:, None] + tl.arange(0, VEC)[None, :]
         inside = at < 0
@@ -325,6 +527,9 @@ def coefficient(weight, student_logp, old_ptr, row, is_clip, HAS_OLD: tl.constex
 # ---------------------------------------------------------------------------------------------- host
 
 
+SAME_PHASE, SHIFTED_BESIDE, ELEMENTS_BESIDE = 0, 1, 2
+
+
 class Rows(NamedTuple):
     """A tensor [B, L, V] as the kernels take it: a 16-byte aligned pointer and where rows start."""
 
@@ -351,9 +556,15 @@ def rows_of(tensor: Tensor) -> Rows:
     return Rows(pointer, shift, tensor.stride(0), tensor.stride(1), True)
 
 
-def same_phase(*rows: Rows) -> bool:
-    """Whether the rows start at the same place of a 16-byte piece in all tensors, whatever the row."""
-    return all(r.aligned for r in rows) and len({r.phase() for r in rows}) == 1
+def beside_of(*rows: Rows) -> int:
+    """How rows are read beside one another: at the same place of a 16-byte piece whatever the row (0); in
+    shifted accesses (1); element by element, where memory or dtypes rule that out (2)."""
+    if not all(r.aligned for r in rows):
+        return ELEMENTS_BESIDE
+    if len({r.phase() for r in rows}) == 1:
+        return SAME_PHASE
+    one_size = len({r.pointer.element_size() for r in rows}) == 1
+    return SHIFTED_BESIDE if one_size else ELEMENTS_BESIDE
 
 
 def segments_of(vocabulary: int, tile: int) -> tuple[int, int]:
@@ -389,9 +600,11 @@ def scale_of(temperature: float) -> float:
     return LOG2E.value / temperature
 
 
-def launch(*element_sizes: int, heavy: bool = False) -> dict[str, Any]:
-    """Tile shape and warps for tensors of these element sizes; ``heavy`` halves the tile."""
+def launch(*element_sizes: int, heavy: bool = False, beside: int = SAME_PHASE) -> dict[str, Any]:
+    """Tile shape and warps for tensors of these element sizes; ``heavy`` halves the tile, and so do
+    shifted accesses of float32."""
     vec = 16 // min(element_sizes)  # a lane is one 16-byte access of the narrowest
+    heavy = heavy or (beside == SHIFTED_BESIDE and vec == 4)
     elements = ELEMENTS // 2 if heavy else ELEMENTS
     lanes = elements * 32 * NUM_WARPS // vec
     warps = NUM_WARPS // 2 if torch.version.hip else NUM_WARPS  # 64 threads each: as many in all

@@ -1,6 +1,7 @@
-"""Bugs known from other kernels, one test each, on ours in Triton's interpreter.
+"""Bugs known from other kernels, one test each, on ours in Triton's interpreter; drawn values; layouts.
 
 Run as `TRITON_INTERPRET=1 pytest tests/ops/test_triton_values.py`; without it the module is skipped.
+``FASTSDPO_EXAMPLES=500`` draws 500 cases per loss (`make fuzz`).
 """
 
 import math
@@ -12,7 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastsdpo
-from fastsdpo.testing import assert_gradient_close, make_rows, oracle_sdpo_loss
+from fastsdpo.testing import (
+    assert_gradient_close,
+    effective_logits,
+    make_rows,
+    oracle_sdpo_loss,
+)
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
@@ -39,34 +45,194 @@ def loss(request):
     return request.param
 
 
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
-@given(
-    vocabulary=st.sampled_from([4, 5, 127, 128, 129, 2049, 4111]),
+def placed(tensor, shift):
+    """The same values as a slice whose rows start ``shift`` elements behind an odd stride's."""
+    wide = torch.randn(*tensor.shape[:-1], tensor.shape[-1] + shift + 3 - shift % 2)
+    wide = wide.to(tensor.dtype)
+    wide[..., shift : shift + tensor.shape[-1]] = tensor
+    return wide[..., shift : shift + tensor.shape[-1]]
+
+
+DRAWN = dict(
+    vocabulary=st.sampled_from([1, 2, 4, 5, 17, 47, 127, 128, 129, 2049, 4111]),
     rows=st.integers(1, 3),
     spread=st.sampled_from([0.1, 3.0, 30.0]),
     temperature=st.sampled_from([0.5, 1.0, 3.0]),
     softcap=st.sampled_from([None, 5.0, 30.0]),
     masked=st.booleans(),
+    shift=st.sampled_from([None, 0, 1, 5, 8]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 1000),
 )
-def test_drawn_values(loss, vocabulary, rows, spread, temperature, softcap, masked, seed):
-    case = make_rows((rows,), vocabulary, spread=spread, seed=seed)
+drawn = settings(
+    max_examples=EXAMPLES, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+
+
+@drawn
+@given(**DRAWN)
+def test_drawn_values(
+    loss, vocabulary, rows, spread, temperature, softcap, masked, shift, dtype, seed
+):
+    case = make_rows((rows,), vocabulary, spread=spread, seed=seed, dtype=dtype)
     if masked:
         case.student[:, 1::3] = case.teacher[:, 1::3] = -math.inf
         case.target_ids[case.target_ids >= 0] = 0
     options = {**loss, "temperature": temperature, "softcap": softcap, "weights": case.weights}
-    ids = {"topk_ids": case.student.topk(3, -1).indices} if "topk" in loss else {}
-    if ids and masked and vocabulary < 6:
-        return  # fewer than three tokens are left
+    ids = {}
+    if "topk" in loss:
+        if vocabulary < (6 if masked else 3):
+            return  # fewer than three tokens are left
+        ids = {"topk_ids": case.student.topk(3, -1).indices}
     want = oracle_sdpo_loss(case.student, case.teacher, case.target_ids, **options, **ids)
-    out, grad = run(case.student, case.teacher, case.target_ids, **options)
+    student, teacher = case.student, case.teacher
+    if (
+        shift is not None
+    ):  # the student's rows lie at another place than the teacher's and the gradient's
+        student, teacher = placed(student, 3), placed(teacher, shift)
+    leaf = student.detach().requires_grad_()
+    out = fastsdpo.sdpo_loss(leaf, teacher, case.target_ids, backend="triton", **options)
+    (grad,) = torch.autograd.grad(out.loss, leaf)
     # Where a gradient nearly cancels, its float32 digits are gone in any kernel: plain PyTorch's error
     # in float32 is what ours is held to.
     plain, plain_grad = run(case.student, case.teacher, case.target_ids, "reference", **options)
     slack = 2 * (plain.loss.double() - want.loss).abs().item()
     torch.testing.assert_close(out.loss.double(), want.loss, rtol=2e-5, atol=1e-5 + slack)
     assert_gradient_close(grad, want.grad, plain_grad, floor=2e-5)
+
+
+@drawn
+@given(**DRAWN)
+def test_drawn_token_statistics(
+    vocabulary, rows, spread, temperature, softcap, masked, shift, dtype, seed
+):
+    case = make_rows((rows,), vocabulary, spread=spread, seed=seed, dtype=dtype)
+    if masked:
+        case.student[:, 1::3] = -math.inf
+        case.target_ids[case.target_ids >= 0] = 0
+    log_probs = torch.log_softmax(effective_logits(case.student, temperature, softcap), -1)
+    keep = case.target_ids != -100
+    want = log_probs.gather(-1, case.target_ids.clamp(min=0)[..., None])[..., 0] * keep
+    entropy = -(log_probs.exp() * log_probs.masked_fill(log_probs == -math.inf, 0.0)).sum(-1) * keep
+    student = case.student if shift is None else placed(case.student, shift)
+    logps, found = fastsdpo.token_logps(
+        student, case.target_ids, temperature=temperature, softcap=softcap, return_entropy=True,
+        backend="triton",
+    )  # fmt: skip
+    torch.testing.assert_close(logps.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.double(), entropy, rtol=1e-5, atol=1e-5)
+    ratio = fastsdpo.token_log_ratio(
+        student, case.teacher, case.target_ids, temperature=temperature, softcap=softcap,
+        backend="triton",
+    )  # fmt: skip
+    assert torch.equal(ratio.student_logps, logps)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype"),
+    [(32000, torch.float16), (50257, torch.bfloat16), (151936, torch.float32)],
+    ids=str,
+)
+def test_real_vocabularies(loss, vocabulary, dtype):
+    """Whole rows, many tiles and segments; the teacher at another place of a 16-byte piece."""
+    case = make_rows((1,), vocabulary, dtype=dtype, ignored=0)
+    ids = {"topk_ids": case.student.topk(3, -1).indices} if "topk" in loss else {}
+    want = oracle_sdpo_loss(case.student, case.teacher, case.target_ids, **loss, **ids)
+    out, grad = run(case.student, placed(case.teacher, 1), case.target_ids, **loss)
+    torch.testing.assert_close(
+        out.per_token_loss.double(), want.per_token_loss, rtol=1e-5, atol=1e-5
+    )
+    assert_gradient_close(grad, want.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("by", [1, 2, 4, 7])
+def test_rows_at_every_place_of_a_piece(loss, dtype, by):
+    """A teacher ``by`` elements further than the student: shifted accesses, the same values."""
+    case = make_rows((2,), 2100, dtype=dtype, ignored=0)
+    plain, grad = run(case.student, case.teacher, case.target_ids, **loss)
+    wide = torch.full((2, 2112), math.nan, dtype=dtype)  # what lies beside a row is never used
+    wide[:, by : by + 2100] = case.teacher
+    out, moved = run(case.student, wide[:, by : by + 2100], case.target_ids, **loss)
+    torch.testing.assert_close(out.per_token_loss, plain.per_token_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        moved, grad, rtol=2.0**-7 if dtype != torch.float32 else 1e-4, atol=1e-6
+    )
+
+
+def test_memory_that_starts_off_a_boundary(loss):
+    """Of another library: no access of 16 bytes is possible, and none is made."""
+    case = make_rows((2,), 300, dtype=torch.bfloat16, ignored=0)
+    plain, grad = run(case.student, case.teacher, case.target_ids, **loss)
+    memory = bytearray(2 * 300 * 2 + 64)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 16 + 2
+    foreign = torch.frombuffer(memory, dtype=torch.bfloat16, offset=start, count=600).view(2, 300)
+    foreign.copy_(case.teacher)
+    assert foreign.data_ptr() % 16 == 2
+    out, moved = run(case.student, foreign, case.target_ids, **loss)
+    torch.testing.assert_close(out.per_token_loss, plain.per_token_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moved, grad, rtol=2.0**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("largest", [3e5, 4e5, 1e12, 1e37])
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_logits_beyond_the_rounding_of_a_shift(loss, largest, temperature):
+    """One token far above the others, in the second of three segments, and its neighbour equal to it."""
+    case = make_rows((1,), 3 * 8200, ignored=0)
+    case.student[:, 9000:9002] = case.teacher[:, 9001:9003] = largest
+    case.target_ids[:] = 9001
+    options = {**loss, "temperature": temperature}
+    if "topk" in loss:
+        options["topk"] = 2  # a third would be a tie in float32
+    ids = {"topk_ids": case.student.topk(2, -1).indices} if "topk" in loss else {}
+    want = oracle_sdpo_loss(case.student, case.teacher, case.target_ids, **options, **ids)
+    out, grad = run(case.student, case.teacher, case.target_ids, **options)
+    torch.testing.assert_close(out.student_logps, torch.tensor([math.log(0.5)]))
+    torch.testing.assert_close(
+        out.per_token_loss.double(), want.per_token_loss, rtol=1e-5, atol=1e-5
+    )
+    if want.grad.isfinite().all():
+        assert_gradient_close(grad, want.grad)
+
+
+@pytest.mark.parametrize("lowest", [-1e5, -1e9, -1e30, torch.finfo(torch.float32).min])
+def test_masks_that_are_finite(loss, lowest):
+    """Tokens masked with a large negative number instead of -inf have probability 0."""
+    case = make_rows((2,), 6000, ignored=0)
+    case.target_ids[:] = 4
+    case.student[:, 2000:] = case.teacher[:, 2000:] = lowest
+    out, grad = run(case.student, case.teacher, case.target_ids, **loss)
+    alone, alone_grad = run(case.student[:, :2000].clone(), case.teacher[:, :2000].clone(),
+                            case.target_ids, **loss)  # fmt: skip
+    torch.testing.assert_close(out.per_token_loss, alone.per_token_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad[:, :2000], alone_grad, rtol=1e-4, atol=1e-7)
+    assert not grad[:, 2000:].any()
+
+
+def test_a_certain_token_has_probability_one_to_the_last_bit():
+    """Whatever the rounding of its own logit x log2(e): log-prob 0, entropy 0, gradient 0."""
+    student = torch.randn(6, 2100) - 300
+    top = torch.tensor([0.1, 3.3, 77.7, 1234.567, 98765.4, 3.3e4])
+    student[:, 1050] = top
+    y = torch.full((6,), 1050)
+    logps, entropy = fastsdpo.token_logps(student, y, return_entropy=True, backend="triton")
+    assert not logps.any()
+    assert not entropy.any()
+    out, grad = run(student, student + 1, y)
+    assert not out.per_token_loss.any()
+    assert not grad.any()
+
+
+def test_a_row_split_over_programs_has_the_same_bits(loss, monkeypatch):
+    case = make_rows((2,), 20001, ignored=0)
+    found = []
+    for split in ("0", "1"):
+        monkeypatch.setenv("FASTSDPO_TRITON_SPLIT", split)
+        found.append(run(case.student, case.teacher, case.target_ids, **loss))
+    (whole, whole_grad), (parts, parts_grad) = found
+    assert torch.equal(whole.per_token_loss, parts.per_token_loss)
+    assert torch.equal(whole_grad, parts_grad)
 
 
 def test_bfloat16_gradient_is_rounded_to_nearest(loss):
@@ -146,7 +312,31 @@ def test_same_values_as_trl_and_liger(alpha):
     theirs.mean().backward()
     torch.testing.assert_close(ours.per_token_loss, theirs.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grad, leaf.grad, rtol=1e-4, atol=1e-6)
+    for k, tail in ((5, True), (5, False)):
+        ours, grad = run(case.student, case.teacher, case.target_ids, mode="topk", alpha=alpha, topk=k,
+                         add_tail=tail)  # fmt: skip
+        leaf = case.student.clone().requires_grad_()
+        theirs = losses.compute_topk_self_distillation_loss(
+            leaf, case.teacher, distillation_topk=k, distillation_alpha=alpha,
+            distillation_add_tail=tail,
+        )  # fmt: skip
+        theirs.mean().backward()
+        torch.testing.assert_close(ours.per_token_loss, theirs.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(grad, leaf.grad, rtol=1e-4, atol=1e-6)
     value = liger.LigerJSDFunction.apply(
         torch.log_softmax(case.student, -1), torch.log_softmax(case.teacher, -1), None, alpha, -100
     )
     torch.testing.assert_close(ours.loss, value, rtol=1e-4, atol=1e-5)
+
+
+def test_same_sampled_token_values_as_trl():
+    losses = pytest.importorskip("trl.experimental.sdpo.loss_utils")
+    case = make_rows((3,), 257, ignored=0)
+    ours, grad = run(case.student, case.teacher, case.target_ids)
+    leaf = case.student.clone().requires_grad_()
+    theirs = losses.compute_sampled_token_self_distillation_loss(
+        leaf, case.teacher, case.target_ids, distillation_alpha=1.0
+    )
+    theirs.mean().backward()
+    torch.testing.assert_close(ours.per_token_loss, theirs.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, leaf.grad, rtol=1e-4, atol=1e-6)

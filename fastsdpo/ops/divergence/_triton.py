@@ -7,8 +7,9 @@ row once, leaving the support out of the sums, and gathers the K tokens of the s
 
     bytes per element in bfloat16, forward + backward:  KL 10, JSD 14, top-k 8
 
-Student and teacher are read at the same v. Where their rows start at different places of a 16-byte
-piece, the teacher's (and the gradient's) accesses are narrow: the student's alignment leads.
+Student and teacher are read at the same v. One row's alignment leads (the student's, or the gradient's
+where one is written); a row that starts at another place of a 16-byte piece is read beside it in pairs of
+aligned accesses, shifted into place in registers.
 The sampled-token loss lives in `ops/token_logps/_triton.py`: it needs the statistics only.
 """
 
@@ -20,30 +21,38 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsdpo.ops._triton_common import (
+    FAR,
     LN2,
     LOG2E,
     LOWEST,
     NEG_INF,
     RUNTIME,
     aligned_part,
+    beside,
+    beside_of,
     coefficient,
     edge_positions,
+    exponents,
     launch,
+    load_beside,
     load_c,
     load_tile,
     log2,
     log_prob,
     merge,
     on_device,
+    own_weight,
+    per_thread,
     row_offset,
     row_partial,
     rows_of,
-    same_phase,
     scale_of,
     segments_of,
     skipped_rest,
     slope,
     splits_rows,
+    thread_max,
+    thread_sum,
     tile_of,
     tile_positions,
     times,
@@ -54,7 +63,6 @@ from fastsdpo.ops.token_logps._triton import (
     FINISH,
     PARTIAL,
     WHOLE,
-    beside,
     gradient_bounds,
     gradient_grid,
     store_tile,
@@ -85,80 +93,121 @@ def merge_pair(sm, sz, tm, tz, d, sm2, sz2, tm2, tz2, d2, k, MODE: tl.constexpr)
 
 
 @triton.jit
-def pair_terms(x, y, s_top, t_top, k, MODE: tl.constexpr):
-    """(student's weights, teacher's weights, their KL terms) for given maxima."""
-    ws = tl.exp2((x - s_top) * k)
-    wt = tl.exp2((y - t_top) * k)
-    d = ws
+def kl_terms(x, y, ws, wt, MODE: tl.constexpr):
+    """weights x (own - other) of forward or reverse KL."""
     if MODE == 0:
-        d = times(wt, y - x)
-    if MODE == 1:
-        d = times(ws, x - y)
-    return ws, wt, d
+        return times(wt, y - x)
+    else:
+        return times(ws, x - y)
 
 
 @triton.jit
-def absorb_pair(x, y, sm, sz, tm, tz, d, k, MODE: tl.constexpr):
-    """Tiles [LANES, VEC] of both rows into the lanes' statistics."""
-    s_top = tl.maximum(sm, tl.max(x, 1))
-    t_top = tl.maximum(tm, tl.max(y, 1))
-    a = tl.exp2((sm - s_top) * k)
-    p = tl.exp2((tm - t_top) * k)
-    ws, wt, terms = pair_terms(x, y, s_top[:, None], t_top[:, None], k, MODE)
+def pair_segment(
+    s_start, t_start, t_by, begin, end, n, k, cap,
+    HAS_CAP: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, BESIDE: tl.constexpr,
+    FAST: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Joint statistics of each thread over elements [begin, end)."""
+    at = tile_positions(LANES, VEC)
+    sm = per_thread(LOWEST, LANES)
+    tm = per_thread(LOWEST, LANES)
+    s_shift = per_thread(-2.0 * FAR, LANES)
+    t_shift = per_thread(-2.0 * FAR, LANES)
+    sz = per_thread(0.0, LANES)
+    tz = per_thread(0.0, LANES)
+    d = per_thread(0.0, LANES)
+    whole = begin
+    if not EXACT:
+        whole = begin + tl.maximum(end - begin, 0) // (LANES * VEC) * (LANES * VEC)
+        for o in range(begin, whole, LANES * VEC):
+            x = load_tile(s_start + o + at, None, cap, HAS_CAP, False, FAST)
+            y = load_beside(t_start, o, at, n, t_by, cap, HAS_CAP, False, BESIDE, FAST, LANES, VEC)
+            sm, s_shift, sz, tm, t_shift, tz, d = absorb_pair(
+                x, y, sm, s_shift, sz, tm, t_shift, tz, d, k, MODE, EXACT
+            )
+    for o in range(whole, end, LANES * VEC):
+        x = load_tile(s_start + o + at, o + at < n, cap, HAS_CAP, True, FAST)
+        y = load_beside(t_start, o, at, n, t_by, cap, HAS_CAP, True, BESIDE, FAST, LANES, VEC)
+        sm, s_shift, sz, tm, t_shift, tz, d = absorb_pair(
+            x, y, sm, s_shift, sz, tm, t_shift, tz, d, k, MODE, EXACT
+        )
+    if not EXACT:
+        _, ws = own_weight(sm, s_shift, k)
+        _, wt = own_weight(tm, t_shift, k)
+        sz = sz / ws
+        tz = tz / wt
+        if MODE == 0:
+            d = d / wt
+        if MODE == 1:
+            d = d / ws
+    return sm, sz, tm, tz, d
+
+
+@triton.jit
+def absorb_pair(
+    x, y, sm, s_shift, sz, tm, t_shift, tz, d, k, MODE: tl.constexpr, EXACT: tl.constexpr
+):
+    """Tiles [accesses, threads, VEC] of both rows into the threads' statistics."""
+    s, sm, s_shift, s_change = exponents(x, thread_max(x), sm, s_shift, k, EXACT)
+    t, tm, t_shift, t_change = exponents(y, thread_max(y), tm, t_shift, k, EXACT)
+    a = tl.exp2(s_change)
+    p = tl.exp2(t_change)
+    ws = tl.exp2(s)
+    wt = tl.exp2(t)
     if MODE == 0:
-        d = times(p, d) + tl.sum(terms, 1)
+        d = times(p, d) + thread_sum(kl_terms(x, y, ws, wt, MODE))
     if MODE == 1:
-        d = times(a, d) + tl.sum(terms, 1)
-    return s_top, sz * a + tl.sum(ws, 1), t_top, tz * p + tl.sum(wt, 1), d
+        d = times(a, d) + thread_sum(kl_terms(x, y, ws, wt, MODE))
+    return sm, s_shift, sz * a + thread_sum(ws), tm, t_shift, tz * p + thread_sum(wt), d
 
 
 @triton.jit
 def pair_partial(
     s_ptr, s_offset, t_ptr, t_offset, vocabulary, first_segment, last_segment, tiles_per_segment, k, cap,
-    HAS_CAP: tl.constexpr, MODE: tl.constexpr, SAME: tl.constexpr, FAST: tl.constexpr,
+    HAS_CAP: tl.constexpr, MODE: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr,
     A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Joint statistics of student and teacher over segments [first, last) of a row."""
-    first, last = aligned_part(s_offset, vocabulary, A)
+    first, last = aligned_part(s_offset, vocabulary, BESIDE, A)
     sm = tl.full([], LOWEST, tl.float32)
     sz = tl.full([], 0.0, tl.float32)
     tm = tl.full([], LOWEST, tl.float32)
     tz = tl.full([], 0.0, tl.float32)
     d = tl.full([], 0.0, tl.float32)
     if first_segment == 0:
-        v, edge = edge_positions(s_offset, first, last, vocabulary, A)
+        v, edge = edge_positions(s_offset, first, last, vocabulary, BESIDE, A)
         x = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP)
         y = load_c(t_ptr + t_offset + v, edge, cap, HAS_CAP)
         sm = tl.maximum(tl.max(x, 0), LOWEST)
         tm = tl.maximum(tl.max(y, 0), LOWEST)
-        s_edge, t_edge, d_edge = pair_terms(x, y, sm, tm, k, MODE)
-        sz = tl.sum(s_edge, 0)
-        tz = tl.sum(t_edge, 0)
-        d = tl.sum(d_edge, 0)
+        ws = tl.exp2((x - sm) * k)
+        wt = tl.exp2((y - tm) * k)
+        sz = tl.sum(ws, 0)
+        tz = tl.sum(wt, 0)
+        if MODE != 2:
+            d = tl.sum(kl_terms(x, y, ws, wt, MODE), 0)
     n = whole_pieces((last - first).to(tl.int32), A)
     s_start = s_ptr + whole_pieces(first, A)
-    t_start = t_ptr + beside(t_offset, (first - s_offset).to(tl.int32), SAME, A)
-    at = tile_positions(LANES, VEC)
+    lead = (first - s_offset).to(tl.int32)
+    t_start, t_by = beside(t_ptr, t_offset, lead, BESIDE, A, VEC)
+    # Without a KL term a loop is short enough, and a kernel that goes on to JSD's loss has no registers
+    # to spare.
+    EXACT: tl.constexpr = HAS_CAP or MODE == 2
     for segment in range(first_segment, last_segment):
-        lsm = tl.full([LANES], LOWEST, tl.float32)
-        ltm = tl.full([LANES], LOWEST, tl.float32)
-        lsz = tl.zeros([LANES], tl.float32)
-        ltz = tl.zeros([LANES], tl.float32)
-        ld = tl.zeros([LANES], tl.float32)
         begin = segment * tiles_per_segment * (LANES * VEC)
         end = tl.minimum(begin + tiles_per_segment * (LANES * VEC), n)
-        whole = begin + tl.maximum(end - begin, 0) // (LANES * VEC) * (LANES * VEC)
-        for o in range(begin, whole, LANES * VEC):
-            xs = load_tile(s_start + o + at, None, cap, HAS_CAP, False, FAST)
-            ys = load_tile(t_start + o + at, None, cap, HAS_CAP, False, FAST)
-            lsm, lsz, ltm, ltz, ld = absorb_pair(xs, ys, lsm, lsz, ltm, ltz, ld, k, MODE)
-        if whole < end:
-            mask = whole + at < n
-            xs = load_tile(s_start + whole + at, mask, cap, HAS_CAP, True, FAST)
-            ys = load_tile(t_start + whole + at, mask, cap, HAS_CAP, True, FAST)
-            lsm, lsz, ltm, ltz, ld = absorb_pair(xs, ys, lsm, lsz, ltm, ltz, ld, k, MODE)
+        lsm, lsz, ltm, ltz, ld = pair_segment(
+            s_start, t_start, t_by, begin, end, n, k, cap,
+            HAS_CAP, MODE, EXACT, BESIDE, FAST, LANES, VEC,
+        )  # fmt: skip
         s_top = tl.max(lsm, 0)
         t_top = tl.max(ltm, 0)
+        if not EXACT:  # noqa: SIM102 (known when compiling; the next is not)
+            if (tl.maximum(tl.abs(s_top), tl.abs(t_top)) * k >= FAR) & (begin < end):
+                lsm, lsz, ltm, ltz, ld = pair_segment(
+                    s_start, t_start, t_by, begin, end, n, k, cap,
+                    HAS_CAP, MODE, True, BESIDE, FAST, LANES, VEC,
+                )  # fmt: skip
         a = tl.exp2((lsm - s_top) * k)
         p = tl.exp2((ltm - t_top) * k)
         if MODE == 0:
@@ -174,52 +223,53 @@ def pair_partial(
 
 @triton.jit
 def jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST: tl.constexpr):
-    """(p, log2 p - log2 m, q, log2 q - log2 m) of a tile, m the mixture."""
+    """(p, log2 p - log2 m, q, log2 q - log2 m) of a tile, m the mixture. The differences are finite where p
+    (q) is 0, so that their products need no guard."""
     s = (x - sm) * k - sl
     t = (y - tm) * k - tl_
     p = tl.exp2(s)
     q = tl.exp2(t)
     m = (1.0 - alpha) * p + alpha * q
     lm = log2(tl.where(m == 0.0, 1.0, m), FAST)
-    return p, s - lm, q, t - lm
+    return p, tl.maximum(s, LOWEST) - lm, q, tl.maximum(t, LOWEST) - lm
 
 
 @triton.jit
 def jsd_partial(
     s_ptr, s_offset, t_ptr, t_offset, vocabulary, first_segment, last_segment, tiles_per_segment, sm, sl,
     tm, tl_, k, cap, alpha,
-    HAS_CAP: tl.constexpr, SAME: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr,
+    HAS_CAP: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """(KL(p || m), KL(q || m)) in log2 over segments [first, last) of a row."""
-    first, last = aligned_part(s_offset, vocabulary, A)
+    first, last = aligned_part(s_offset, vocabulary, BESIDE, A)
     of_s = tl.full([], 0.0, tl.float32)
     of_t = tl.full([], 0.0, tl.float32)
     if first_segment == 0:
-        v, edge = edge_positions(s_offset, first, last, vocabulary, A)
+        v, edge = edge_positions(s_offset, first, last, vocabulary, BESIDE, A)
         x_edge = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP)
         y_edge = load_c(t_ptr + t_offset + v, edge, cap, HAS_CAP)
         p_edge, ds_edge, q_edge, dt_edge = jsd_terms(
             x_edge, y_edge, sm, sl, tm, tl_, k, alpha, FAST
         )
-        of_s = tl.sum(times(p_edge, ds_edge), 0)
-        of_t = tl.sum(times(q_edge, dt_edge), 0)
+        of_s = tl.sum(p_edge * ds_edge, 0)
+        of_t = tl.sum(q_edge * dt_edge, 0)
     n = whole_pieces((last - first).to(tl.int32), A)
     s_start = s_ptr + whole_pieces(first, A)
-    t_start = t_ptr + beside(t_offset, (first - s_offset).to(tl.int32), SAME, A)
+    lead = (first - s_offset).to(tl.int32)
+    t_start, t_by = beside(t_ptr, t_offset, lead, BESIDE, A, VEC)
     at = tile_positions(LANES, VEC)
     for segment in range(first_segment, last_segment):
-        ls = tl.zeros([LANES], tl.float32)
-        lt = tl.zeros([LANES], tl.float32)
+        ls = per_thread(0.0, LANES)
+        lt = per_thread(0.0, LANES)
         begin = segment * tiles_per_segment * (LANES * VEC)
         end = tl.minimum(begin + tiles_per_segment * (LANES * VEC), n)
         for o in range(begin, end, LANES * VEC):
-            mask = o + at < n
-            x = load_tile(s_start + o + at, mask, cap, HAS_CAP, True, FAST)
-            y = load_tile(t_start + o + at, mask, cap, HAS_CAP, True, FAST)
+            x = load_tile(s_start + o + at, o + at < n, cap, HAS_CAP, True, FAST)
+            y = load_beside(t_start, o, at, n, t_by, cap, HAS_CAP, True, BESIDE, FAST, LANES, VEC)
             p, ds, q, dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
-            ls += tl.sum(times(p, ds), 1)
-            lt += tl.sum(times(q, dt), 1)
+            ls += thread_sum(p * ds)
+            lt += thread_sum(q * dt)
         of_s += tl.sum(ls, 0)
         of_t += tl.sum(lt, 0)
     return of_s, of_t
@@ -233,7 +283,7 @@ def divergence_gradient(
     """coef x dL/du x dc/dz; ``kl`` in nats as the rows' statistics hold it."""
     if MODE == 2:
         p, ds, _q, _dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
-        g = times(p, ds - kl * LOG2E) * (coef * (1.0 - alpha) * LN2)
+        g = p * (ds - kl * LOG2E) * (coef * (1.0 - alpha) * LN2)
     else:
         s = (x - sm) * k - sl
         t = (y - tm) * k - tl_
@@ -249,13 +299,13 @@ def divergence_gradient(
 def divergence_gradient_row(
     s_ptr, s_offset, t_ptr, t_offset, g_ptr, g_offset, vocabulary, begin, stop, with_edge, live,
     coef, sm, sl, tm, tl_, kl, k, cap, alpha,
-    HAS_CAP: tl.constexpr, MODE: tl.constexpr, SAME: tl.constexpr, FAST: tl.constexpr,
+    HAS_CAP: tl.constexpr, MODE: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr,
     A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Tiles [begin, stop) of a row's gradient; zeros, without a read, where ``live`` is false."""
-    first, last, lead, n, end = gradient_bounds(g_offset, vocabulary, begin, stop, A)
+    first, last, lead, n, end = gradient_bounds(g_offset, vocabulary, begin, stop, BESIDE, A)
     if with_edge:
-        v, edge = edge_positions(g_offset, first, last, vocabulary, A)
+        v, edge = edge_positions(g_offset, first, last, vocabulary, BESIDE, A)
         if live:
             x = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP)
             y = load_c(t_ptr + t_offset + v, edge, cap, HAS_CAP)
@@ -265,15 +315,15 @@ def divergence_gradient_row(
             store_tile(g_ptr + g_offset + v, g, edge)
         else:
             zero_tile(g_ptr + g_offset + v, edge)
-    s_start = s_ptr + beside(s_offset, lead, SAME, A)
-    t_start = t_ptr + beside(t_offset, lead, SAME, A)
+    s_start, s_by = beside(s_ptr, s_offset, lead, BESIDE, A, VEC)
+    t_start, t_by = beside(t_ptr, t_offset, lead, BESIDE, A, VEC)
     g_start = g_ptr + whole_pieces(first, A)
     at = tile_positions(LANES, VEC)
     if live:
         for o in range(begin, end, LANES * VEC):
             mask = o + at < n
-            x = load_tile(s_start + o + at, mask, cap, HAS_CAP, True, FAST)
-            y = load_tile(t_start + o + at, mask, cap, HAS_CAP, True, FAST)
+            x = load_beside(s_start, o, at, n, s_by, cap, HAS_CAP, True, BESIDE, FAST, LANES, VEC)
+            y = load_beside(t_start, o, at, n, t_by, cap, HAS_CAP, True, BESIDE, FAST, LANES, VEC)
             g = divergence_gradient(
                 x, y, coef, sm, sl, tm, tl_, kl, k, cap, alpha, HAS_CAP, MODE, FAST
             )
@@ -290,7 +340,7 @@ def _divergence_fwd_kernel(
     student_ptr, teacher_ptr, per_token_ptr, coef_ptr, stats_ptr,
     n_l, vocabulary, segments, tiles_per_segment, k, cap, inv_temperature, alpha, is_clip, ignore_index,
     MODE: tl.constexpr, HAS_OLD: tl.constexpr, HAS_CAP: tl.constexpr, FUSED: tl.constexpr,
-    SAME: tl.constexpr, STAGE: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr,
+    BESIDE: tl.constexpr, STAGE: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Statistics, the targets' log-probs and, for KL, the loss. JSD's comes from `_jsd_kernel`, or from
@@ -321,7 +371,7 @@ def _divergence_fwd_kernel(
             stop = begin + 1
         sm, sz, tm, tz, d = pair_partial(
             s_ptr, s_offset, t_ptr, t_offset, width, begin, stop, tiles_per_segment, k, cap,
-            HAS_CAP, MODE, SAME, FAST, A, LANES, VEC,
+            HAS_CAP, MODE, BESIDE, FAST, A, LANES, VEC,
         )  # fmt: skip
 
     if STAGE == 1:
@@ -360,7 +410,7 @@ def _divergence_fwd_kernel(
         if MODE == 2 and FUSED:
             of_s, of_t = jsd_partial(
                 s_ptr, s_offset, t_ptr, t_offset, width, 0, segments, tiles_per_segment, sm, sl, tm, tl_,
-                k, cap, alpha, HAS_CAP, SAME, FAST, A, LANES, VEC,
+                k, cap, alpha, HAS_CAP, BESIDE, FAST, A, LANES, VEC,
             )  # fmt: skip
             kl = tl.where(live, of_s * LN2, 0.0)
             loss = tl.where(live, ((1.0 - alpha) * of_s + alpha * of_t) * LN2, 0.0)
@@ -371,7 +421,7 @@ def _divergence_fwd_kernel(
             divergence_gradient_row(
                 s_ptr, s_offset, t_ptr, t_offset, g_ptr, row_offset(row, n_l, g_shift, g_b, g_l),
                 vocabulary, 0, vocabulary, True, live, coef * inv_temperature, sm, sl, tm, tl_, kl,
-                k, cap, alpha, HAS_CAP, MODE, SAME, FAST, A, LANES, VEC,
+                k, cap, alpha, HAS_CAP, MODE, BESIDE, FAST, A, LANES, VEC,
             )  # fmt: skip
 
 
@@ -380,7 +430,7 @@ def _jsd_kernel(
     s_ptr, s_shift, s_b, s_l, t_ptr, t_shift, t_b, t_l,
     target_ptr, partial_ptr, per_token_ptr, stats_ptr,
     n_l, vocabulary, segments, tiles_per_segment, k, cap, alpha, ignore_index,
-    HAS_CAP: tl.constexpr, SAME: tl.constexpr, STAGE: tl.constexpr, FAST: tl.constexpr,
+    HAS_CAP: tl.constexpr, BESIDE: tl.constexpr, STAGE: tl.constexpr, FAST: tl.constexpr,
     A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """The Jensen-Shannon loss of each row from its finished statistics."""
@@ -404,7 +454,7 @@ def _jsd_kernel(
             s_ptr, row_offset(row, n_l, s_shift, s_b, s_l),
             t_ptr, row_offset(row, n_l, t_shift, t_b, t_l), tl.where(live, vocabulary, 0),
             begin, stop, tiles_per_segment, tl.load(stats), tl.load(stats + 1), tl.load(stats + 2),
-            tl.load(stats + 3), k, cap, alpha, HAS_CAP, SAME, FAST, A, LANES, VEC,
+            tl.load(stats + 3), k, cap, alpha, HAS_CAP, BESIDE, FAST, A, LANES, VEC,
         )  # fmt: skip
     if STAGE == 1:
         at = partial_ptr + (row * segments + tl.program_id(1)) * 2
@@ -421,7 +471,7 @@ def _divergence_bwd_kernel(
     s_ptr, s_shift, s_b, s_l, t_ptr, t_shift, t_b, t_l, g_ptr, g_shift, g_b, g_l,
     target_ptr, grad_ptr, coef_ptr, stats_ptr,
     n_l, vocabulary, tiles_per_program, k, cap, inv_temperature, alpha, ignore_index,
-    MODE: tl.constexpr, HAS_CAP: tl.constexpr, SAME: tl.constexpr, FAST: tl.constexpr,
+    MODE: tl.constexpr, HAS_CAP: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr,
     A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -435,7 +485,7 @@ def _divergence_bwd_kernel(
         part * tiles_per_program * (LANES * VEC), (part + 1) * tiles_per_program * (LANES * VEC),
         part == 0, live, tl.load(coef_ptr + row) * tl.load(grad_ptr) * inv_temperature,
         tl.load(stats), tl.load(stats + 1), tl.load(stats + 2), tl.load(stats + 3),
-        tl.load(stats + 4), k, cap, alpha, HAS_CAP, MODE, SAME, FAST, A, LANES, VEC,
+        tl.load(stats + 4), k, cap, alpha, HAS_CAP, MODE, BESIDE, FAST, A, LANES, VEC,
     )  # fmt: skip
 
 
@@ -446,13 +496,14 @@ def _divergence_bwd_kernel(
 def support_classes(c, keep, sm, sz_tail, k, TAIL: tl.constexpr):
     """From capped logits of the support and (max, sum) of the rest, scaled to the same max:
     (log2 of the normalizer over everything, class log2-probs, tail's log2-prob)."""
-    w = tl.where(keep, tl.exp2((c - sm) * k), 0.0)
+    u = (c - sm) * k
+    w = tl.where(keep, tl.exp2(u), 0.0)
     inside = tl.sum(w, 0)
     whole = tl.log2(inside + sz_tail)
     over = whole
     if not TAIL:
         over = tl.log2(inside)
-    s = (c - sm) * k - over
+    s = u - over
     tail = tl.where(sz_tail == 0.0, NEG_INF, tl.log2(tl.where(sz_tail == 0.0, 1.0, sz_tail)) - over)
     return whole, s, tail
 
@@ -515,11 +566,11 @@ def topk_tail_gradient(c, factor, row_max, row_log2sum, k, cap, HAS_CAP: tl.cons
 def topk_gradient_row(
     s_ptr, s_offset, g_ptr, g_offset, id_ptr, class_grads, vocabulary, begin, stop, with_edge,
     live, coef, factor, row_max, row_log2sum, topk, k, cap,
-    HAS_CAP: tl.constexpr, TAIL: tl.constexpr, SAME: tl.constexpr, FAST: tl.constexpr,
+    HAS_CAP: tl.constexpr, TAIL: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr,
     KP: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Tiles [begin, stop): the tail's share everywhere, then the support's own gradients over it."""
-    first, last, lead, n, end = gradient_bounds(g_offset, vocabulary, begin, stop, A)
+    first, last, lead, n, end = gradient_bounds(g_offset, vocabulary, begin, stop, BESIDE, A)
     # The support's ids that this program writes, and their slopes before anything is overwritten.
     j = tl.arange(0, KP)
     ids = tl.load(id_ptr + j, mask=j < topk, other=0)
@@ -534,20 +585,20 @@ def topk_gradient_row(
         tl.debug_barrier()
     share = factor * coef
     if with_edge:
-        v, edge = edge_positions(g_offset, first, last, vocabulary, A)
+        v, edge = edge_positions(g_offset, first, last, vocabulary, BESIDE, A)
         if live & TAIL:
             c = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP)
             g = topk_tail_gradient(c, share, row_max, row_log2sum, k, cap, HAS_CAP)
             store_tile(g_ptr + g_offset + v, g, edge)
         else:
             zero_tile(g_ptr + g_offset + v, edge)
-    s_start = s_ptr + beside(s_offset, lead, SAME, A)
+    s_start, s_by = beside(s_ptr, s_offset, lead, BESIDE, A, VEC)
     g_start = g_ptr + whole_pieces(first, A)
     at = tile_positions(LANES, VEC)
     if live & TAIL:
         for o in range(begin, end, LANES * VEC):
             mask = o + at < n
-            c = load_tile(s_start + o + at, mask, cap, HAS_CAP, True, FAST)
+            c = load_beside(s_start, o, at, n, s_by, cap, HAS_CAP, True, BESIDE, FAST, LANES, VEC)
             g = topk_tail_gradient(c, share, row_max, row_log2sum, k, cap, HAS_CAP)
             store_tile(g_start + o + at, g, mask)
     else:
@@ -565,7 +616,7 @@ def _topk_fwd_kernel(
     n_l, vocabulary, segments, tiles_per_segment, topk, k, cap, inv_temperature, alpha, is_clip,
     ignore_index,
     MODE: tl.constexpr, TAIL: tl.constexpr, GIVEN: tl.constexpr, HAS_OLD: tl.constexpr,
-    HAS_CAP: tl.constexpr, FUSED: tl.constexpr, SAME: tl.constexpr, STAGE: tl.constexpr,
+    HAS_CAP: tl.constexpr, FUSED: tl.constexpr, BESIDE: tl.constexpr, STAGE: tl.constexpr,
     FAST: tl.constexpr, KP: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -672,7 +723,7 @@ def _topk_fwd_kernel(
                 s_ptr, s_offset, g_ptr, row_offset(row, n_l, g_shift, g_b, g_l),
                 id_ptr + row * topk, grads, vocabulary, 0, vocabulary, True, live,
                 coef * inv_temperature, factor, sm, sl, topk, k, cap,
-                HAS_CAP, TAIL, SAME, FAST, KP, A, LANES, VEC,
+                HAS_CAP, TAIL, BESIDE, FAST, KP, A, LANES, VEC,
             )  # fmt: skip
 
 
@@ -681,7 +732,7 @@ def _topk_bwd_kernel(
     s_ptr, s_shift, s_b, s_l, g_ptr, g_shift, g_b, g_l,
     target_ptr, id_ptr, grad_ptr, coef_ptr, stats_ptr, class_ptr,
     n_l, vocabulary, tiles_per_program, topk, k, cap, inv_temperature, ignore_index,
-    TAIL: tl.constexpr, HAS_CAP: tl.constexpr, SAME: tl.constexpr, FAST: tl.constexpr,
+    TAIL: tl.constexpr, HAS_CAP: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr,
     KP: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -696,7 +747,7 @@ def _topk_bwd_kernel(
         (part + 1) * tiles_per_program * (LANES * VEC), part == 0, live,
         tl.load(coef_ptr + row) * tl.load(grad_ptr) * inv_temperature,
         tl.load(stats_ptr + row * 4 + 2), tl.load(stats_ptr + row * 4),
-        tl.load(stats_ptr + row * 4 + 1), topk, k, cap, HAS_CAP, TAIL, SAME, FAST, KP, A, LANES,
+        tl.load(stats_ptr + row * 4 + 1), topk, k, cap, HAS_CAP, TAIL, BESIDE, FAST, KP, A, LANES,
         VEC,
     )  # fmt: skip
 
@@ -771,7 +822,7 @@ def _divergence(
     common = {
         "n_l": student_logits.shape[1], "vocabulary": vocabulary, "segments": segments,
         "tiles_per_segment": tiles_per_segment, "k": scale_of(temperature), "cap": softcap, "alpha": alpha,
-        "ignore_index": ignore_index, "HAS_CAP": softcap != 0.0, "SAME": same_phase(s, t, g),
+        "ignore_index": ignore_index, "HAS_CAP": softcap != 0.0, "BESIDE": beside_of(s, t, g),
         **options,
     }  # fmt: skip
     for stage in stages:
@@ -832,7 +883,7 @@ def divergence_backward(
             n_l=student_logits.shape[1], vocabulary=vocabulary,
             tiles_per_program=tiles_per_program, k=scale_of(temperature), cap=softcap,
             inv_temperature=1.0 / temperature, alpha=alpha, ignore_index=ignore_index,
-            MODE=_mode(alpha), HAS_CAP=softcap != 0.0, SAME=same_phase(s, t, g), **options,
+            MODE=_mode(alpha), HAS_CAP=softcap != 0.0, BESIDE=beside_of(s, t, g), **options,
         )  # fmt: skip
 
 
@@ -870,7 +921,7 @@ def _topk(
                 cap=softcap, inv_temperature=1.0 / temperature, alpha=alpha, is_clip=is_clip,
                 ignore_index=ignore_index, MODE=_mode(alpha), TAIL=add_tail,
                 GIVEN=teacher_logits is None, HAS_OLD=old_logps is not None,
-                HAS_CAP=softcap != 0.0, FUSED=fused, SAME=same_phase(s, g), STAGE=stage,
+                HAS_CAP=softcap != 0.0, FUSED=fused, BESIDE=beside_of(s, g), STAGE=stage,
                 KP=triton.next_power_of_2(topk), **options,
             )  # fmt: skip
     return per_token, coef, student, teacher, stats, class_grads
@@ -904,9 +955,11 @@ def topk_backward(
     if rows == 0:
         return
     s, g = rows_of(student_logits), rows_of(grad_logits)
+    beside_rows = beside_of(s, g)
     options = launch(
-        student_logits.element_size(), grad_logits.element_size(), heavy=softcap != 0.0
-    )
+        student_logits.element_size(), grad_logits.element_size(),
+        heavy=softcap != 0.0, beside=beside_rows,
+    )  # fmt: skip
     grid, tiles_per_program = gradient_grid(
         rows, vocabulary, tile_of(options), student_logits.device
     )
@@ -916,6 +969,6 @@ def topk_backward(
             class_grads, n_l=student_logits.shape[1], vocabulary=vocabulary,
             tiles_per_program=tiles_per_program, topk=topk, k=scale_of(temperature), cap=softcap,
             inv_temperature=1.0 / temperature, ignore_index=ignore_index, TAIL=add_tail,
-            HAS_CAP=softcap != 0.0, SAME=same_phase(s, g), KP=triton.next_power_of_2(topk),
+            HAS_CAP=softcap != 0.0, BESIDE=beside_rows, KP=triton.next_power_of_2(topk),
             **options,
         )  # fmt: skip

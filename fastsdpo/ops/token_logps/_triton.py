@@ -24,11 +24,13 @@ from fastsdpo.ops._triton_common import (
     RUNTIME,
     Rows,
     aligned_part,
+    beside,
+    beside_of,
     coefficient,
     edge_positions,
     launch,
+    load_beside,
     load_c,
-    load_tile,
     log_prob,
     log_ratio,
     merge,
@@ -37,7 +39,6 @@ from fastsdpo.ops._triton_common import (
     row_offset,
     row_partial,
     rows_of,
-    same_phase,
     scale_of,
     segments_of,
     slope,
@@ -69,48 +70,39 @@ def zero_tile(g_ptr, mask):
 
 
 @triton.jit
-def gradient_bounds(g_offset, vocabulary, begin, stop, A: tl.constexpr):
+def gradient_bounds(g_offset, vocabulary, begin, stop, BESIDE: tl.constexpr, A: tl.constexpr):
     """(first, last, elements before the first, end of this program's tiles): where the tiles of a
     gradient lie. It is the gradient's alignment that leads, so that stores are 16 bytes."""
-    first, last = aligned_part(g_offset, vocabulary, A)
+    first, last = aligned_part(g_offset, vocabulary, BESIDE, A)
     n = whole_pieces((last - first).to(tl.int32), A)
     return first, last, (first - g_offset).to(tl.int32), n, tl.minimum(stop, n)
-
-
-@triton.jit
-def beside(offset, lead, SAME: tl.constexpr, A: tl.constexpr):
-    """Where the tiles start in a row that is read beside the leading one; aligned where SAME."""
-    if SAME:
-        return whole_pieces(offset + lead, A)
-    else:
-        return offset + lead
 
 
 @triton.jit
 def logp_gradient_row(
     s_ptr, s_offset, g_ptr, g_offset, vocabulary, begin, stop, with_edge, live, target, coef,
     row_max, row_log2sum, k, cap,
-    HAS_CAP: tl.constexpr, SAME: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr,
+    HAS_CAP: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Tiles [begin, stop) of a row's gradient; zeros, without a read, where ``live`` is false."""
-    first, last, lead, n, end = gradient_bounds(g_offset, vocabulary, begin, stop, A)
+    first, last, lead, n, end = gradient_bounds(g_offset, vocabulary, begin, stop, BESIDE, A)
     if with_edge:
-        v, edge = edge_positions(g_offset, first, last, vocabulary, A)
+        v, edge = edge_positions(g_offset, first, last, vocabulary, BESIDE, A)
         if live:
             c = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP)
             g = logp_gradient(c, v == target, coef, row_max, row_log2sum, k, cap, HAS_CAP)
             store_tile(g_ptr + g_offset + v, g, edge)
         else:
             zero_tile(g_ptr + g_offset + v, edge)
-    s_start = s_ptr + beside(s_offset, lead, SAME, A)
+    s_start, s_by = beside(s_ptr, s_offset, lead, BESIDE, A, VEC)
     g_start = g_ptr + whole_pieces(first, A)
     target_at = (target - lead).to(tl.int32)
     at = tile_positions(LANES, VEC)
     if live:
         for o in range(begin, end, LANES * VEC):
             mask = o + at < n
-            c = load_tile(s_start + o + at, mask, cap, HAS_CAP, True, FAST)
+            c = load_beside(s_start, o, at, n, s_by, cap, HAS_CAP, True, BESIDE, FAST, LANES, VEC)
             g = logp_gradient(c, at == target_at - o, coef, row_max, row_log2sum, k, cap, HAS_CAP)
             store_tile(g_start + o + at, g, mask)
     else:
@@ -125,7 +117,7 @@ def _sampled_token_fwd_kernel(
     student_ptr, teacher_ptr, per_token_ptr, coef_ptr, max_ptr, log2sum_ptr, entropy_ptr,
     n_l, vocabulary, segments, tiles_per_segment, k, cap, inv_temperature, is_clip, ignore_index,
     STAT_STRIDE: tl.constexpr, TEACHER: tl.constexpr, LOSS: tl.constexpr, HAS_OLD: tl.constexpr,
-    HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, FUSED: tl.constexpr, SAME: tl.constexpr,
+    HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, FUSED: tl.constexpr, BESIDE: tl.constexpr,
     STAGE: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +173,7 @@ def _sampled_token_fwd_kernel(
             tl.store(max_ptr + row * STAT_STRIDE, m)
             tl.store(log2sum_ptr + row * STAT_STRIDE, log2sum)
         if ENTROPY:
-            h = (log2sum - e / z * k) * LN2
+            h = (log2sum - e / z) * LN2
             tl.store(entropy_ptr + row, tl.where(live, h, 0.0))
         teacher = student
         if TEACHER == 1:
@@ -204,7 +196,7 @@ def _sampled_token_fwd_kernel(
                 logp_gradient_row(
                     s_ptr, s_offset, g_ptr, g_offset, vocabulary, 0, vocabulary, True, live,
                     target, -ratio * coef * inv_temperature, m, log2sum, k, cap,
-                    HAS_CAP, SAME, FAST, A, LANES, VEC,
+                    HAS_CAP, BESIDE, FAST, A, LANES, VEC,
                 )  # fmt: skip
 
 
@@ -213,7 +205,7 @@ def _sampled_token_bwd_kernel(
     s_ptr, s_shift, s_b, s_l, g_ptr, g_shift, g_b, g_l,
     target_ptr, grad_ptr, coef_ptr, student_ptr, teacher_ptr, max_ptr, log2sum_ptr,
     n_l, vocabulary, tiles_per_program, k, cap, inv_temperature, ignore_index,
-    STAT_STRIDE: tl.constexpr, LOSS: tl.constexpr, HAS_CAP: tl.constexpr, SAME: tl.constexpr,
+    STAT_STRIDE: tl.constexpr, LOSS: tl.constexpr, HAS_CAP: tl.constexpr, BESIDE: tl.constexpr,
     FAST: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -231,7 +223,7 @@ def _sampled_token_bwd_kernel(
         (part + 1) * tiles_per_program * (LANES * VEC), part == 0,
         target != ignore_index, target, coef * inv_temperature,
         tl.load(max_ptr + row * STAT_STRIDE), tl.load(log2sum_ptr + row * STAT_STRIDE), k, cap,
-        HAS_CAP, SAME, FAST, A, LANES, VEC,
+        HAS_CAP, BESIDE, FAST, A, LANES, VEC,
     )  # fmt: skip
 
 
@@ -273,13 +265,16 @@ def forward(
     out["entropy"] = new(rows if entropy else 0)
     if rows == 0:
         return out
-    given = [t for t in (student_logits, teacher_logits, grad_logits) if t is not None]
-    options = launch(*(t.element_size() for t in given), heavy=softcap != 0.0)
-    segments, tiles_per_segment = segments_of(vocabulary, tile_of(options))
-    split = grad_logits is None and splits_rows(rows, segments, student_logits.device)
     s = rows_of(student_logits)
     t = s if teacher_logits is None else rows_of(teacher_logits)
     g = s if grad_logits is None else rows_of(grad_logits)
+    beside_rows = beside_of(s, g)
+    options = launch(
+        *(rows.pointer.element_size() for rows in (s, t, g)),
+        heavy=softcap != 0.0, beside=beside_rows,
+    )  # fmt: skip
+    segments, tiles_per_segment = segments_of(vocabulary, tile_of(options))
+    split = grad_logits is None and splits_rows(rows, segments, student_logits.device)
     none = out["student_logps"]
     partial = new(rows, segments, 5) if split else none
     teacher = NO_TEACHER
@@ -301,7 +296,7 @@ def forward(
                 inv_temperature=1.0 / temperature, is_clip=is_clip, ignore_index=ignore_index,
                 STAT_STRIDE=2, TEACHER=teacher, LOSS=loss, HAS_OLD=old_logps is not None,
                 HAS_CAP=softcap != 0.0, ENTROPY=entropy, FUSED=grad_logits is not None,
-                SAME=same_phase(s, g), STAGE=stage, **options,
+                BESIDE=beside_rows, STAGE=stage, **options,
             )  # fmt: skip
     return out
 
@@ -327,9 +322,11 @@ def backward(
         return
     s: Rows = rows_of(student_logits)
     g: Rows = rows_of(grad_logits)
+    beside_rows = beside_of(s, g)
     options = launch(
-        student_logits.element_size(), grad_logits.element_size(), heavy=softcap != 0.0
-    )
+        student_logits.element_size(), grad_logits.element_size(),
+        heavy=softcap != 0.0, beside=beside_rows,
+    )  # fmt: skip
     grid, tiles_per_program = gradient_grid(
         rows, vocabulary, tile_of(options), student_logits.device
     )
@@ -342,7 +339,7 @@ def backward(
             tiles_per_program=tiles_per_program, k=scale_of(temperature), cap=softcap,
             inv_temperature=1.0 / temperature, ignore_index=ignore_index,
             STAT_STRIDE=row_max.stride(0), LOSS=coef is not None, HAS_CAP=softcap != 0.0,
-            SAME=same_phase(s, g), **options,
+            BESIDE=beside_rows, **options,
         )  # fmt: skip
 
 
