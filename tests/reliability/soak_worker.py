@@ -117,6 +117,7 @@ class Meter(TrainerCallback):
         if state.global_step == self.period:
             gc.collect()
             gc.freeze()  # modules and functions: what is looked for is younger
+            tracemalloc.start()
         if state.global_step % self.period:
             return
         gone = time.monotonic() - self.started
@@ -176,7 +177,6 @@ def train(make):
     def part(settings):
         meter = Meter(settings)
         trainer = make(settings, meter)
-        tracemalloc.start()
         trainer.train()
         return {"readings": meter.flat, "leaking": meter.readings, "steps": meter.steps,
                 "seconds": meter.took}  # fmt: skip
@@ -196,8 +196,7 @@ def compiled(settings):
     from torch._dynamo.utils import counters
 
     draw = random.Random(0)
-    every = max(1, settings["calls"] // 40)
-    tracemalloc.start()
+    every = max(4, settings["calls"] // 40)
     for call in range(settings["calls"]):
         tokens = draw.randint(2, 60)
         student = torch.randn(tokens, 50, requires_grad=True)
@@ -205,6 +204,7 @@ def compiled(settings):
         if call == every:
             gc.collect()
             gc.freeze()
+            tracemalloc.start()
         if call % every == 0 and call > every:
             readings.append({"step": call, "graphs": counters["stats"]["unique_graphs"], **gauge()})
     return {"readings": readings, "steps": settings["calls"]}
