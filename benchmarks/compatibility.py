@@ -24,10 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
-
-from benchmarks.run_gpu import read_junit
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -141,6 +140,23 @@ def pytest(python: Path, work: Path, tests: list[str], *options: str, **environm
     if not report.exists():
         return {"passed": 0, "skipped": 0, "failed": {"pytest": done.stdout[-2000:]}}
     return read_junit(report)
+
+
+def read_junit(path: Path) -> dict[str, Any]:
+    """``{"passed", "skipped", "failed": {test: end of its report}}`` of a JUnit XML file."""
+    found: dict[str, Any] = {"passed": 0, "skipped": 0, "failed": {}}
+    for case in ElementTree.parse(path).getroot().iter("testcase"):
+        problem = next(
+            (case.find(kind) for kind in ("failure", "error") if case.find(kind) is not None), None
+        )
+        if problem is not None:
+            text = f"{problem.get('message', '')}\n{problem.text or ''}"
+            found["failed"][f"{case.get('classname')}::{case.get('name')}"] = text[-3000:]
+        elif case.find("skipped") is not None:
+            found["skipped"] += 1
+        else:
+            found["passed"] += 1
+    return found
 
 
 def doctor(python: Path, work: Path) -> dict[str, Any]:
@@ -306,8 +322,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
         text += f"\n## Failures with {row['name']}\n\n"
         failed = {**row["tests"]["failed"], **row.get("compiled", {}).get("failed", {})}
         for name, message in failed.items():
-            first = " ".join(message.split())[:300]
-            text += f"- `{name}`: {first}\n"
+            last = " ".join(message.split())[-300:]
+            text += f"- `{name}`: {last}\n"
         if row.get("doctor", {}).get("wrong"):
             text += f"- doctor: {row['doctor'].get('problem', row['doctor']['wrong'])}\n"
     path.with_suffix(".md").write_text(text, "utf-8")
