@@ -384,11 +384,11 @@ def measure(variant: Variant, dtype: str, target: str) -> dict[str, Any]:
 # Cells known to break a rule, by name, with the reason. `violations` of the committed table are these
 # and no others.
 MISSES = {
-    r"^((forward|reverse) KL|JSD) other phase /": "9.1 to 9.9 instructions per element: a row that starts "
+    r"^((forward|reverse) KL|JSD) other phase /": "9.4 to 9.9 instructions per element: a row that starts "
     "at another place of a 16-byte piece than the row it is read beside takes a second access and 15 "
     "instructions (float32: 11 for half as many elements) that move it into place within the thread",
-    r"^(sampled|(forward|reverse) KL) gradient other phase /": "7.1 to 7.8, likewise; both rows of a KL "
-    "are moved to where the gradient's lies",
+    r"^(sampled|reverse KL) gradient other phase /": "7.1 to 7.8, likewise; both rows of a KL are moved to "
+    "where the gradient's lies",
 }
 
 
@@ -417,7 +417,8 @@ def violations(name: str, cell: dict[str, Any], target: str) -> list[str]:
 def bar(name: str) -> float:
     """SASS instructions per element moved, at most. A softcap's tanh costs about 18 more."""
     cap = 24.0 if "softcap" in name else 0.0
-    if "JSD" in name and "top-k" not in name and name not in ("JSD", "JSD split"):
+    statistics = ("JSD", "JSD split", "JSD other phase")
+    if "JSD" in name and "top-k" not in name and name not in statistics:
         return 14.0 + cap
     return (7.0 if "gradient" in name else 9.0) + cap
 
