@@ -140,7 +140,12 @@ ROUNDING = {
 
 
 def assert_gradient_close(
-    actual: Tensor, expected: Tensor, plain: Tensor | None = None, *, floor: float = 4e-6
+    actual: Tensor,
+    expected: Tensor,
+    plain: Tensor | None = None,
+    *,
+    floor: float = 4e-6,
+    absolute: float = 0.0,
 ) -> None:
     """The error budget for gradients: 2 x the error of plain PyTorch in the same dtype + one rounding.
 
@@ -149,9 +154,10 @@ def assert_gradient_close(
         expected: float64 gradient.
         plain: the gradient that plain PyTorch gives in the same dtype, or None (error 0).
         floor: absolute slack relative to the largest entry, for float32 statistics.
+        absolute: slack that does not shrink with the gradient.
     """
     scale = expected.abs().max().clamp(min=1e-30)
-    allowed = ROUNDING[actual.dtype] * expected.abs() + floor * scale
+    allowed = ROUNDING[actual.dtype] * expected.abs() + floor * scale + absolute
     if actual.dtype == torch.float16:
         allowed = allowed + 2.0**-25  # half a subnormal step
     if plain is not None:
