@@ -276,12 +276,7 @@ def _tail_tile_loss(
         g = g[:, :-1] - weighted(p, through_tail.expand_as(p))
         total = g.sum(-1, keepdim=True)
         class_grads = torch.where(ignored[:, None], 0.0, g - weighted(p, total.expand_as(p)))
-        # Outside the support the gradient is -total p. The kernels take that factor; the reference takes a
-        # logarithm of the mass to share it out by (here of 1) and what is shared.
-        factor = [-total, torch.zeros_like(total)]
-        row_stats = torch.cat(
-            [stats, *(factor[::-1] if options.backend == "reference" else factor)], -1
-        )
+        row_stats = torch.cat([stats, -total, torch.zeros_like(total)], -1)
         row_stats = torch.where(ignored[:, None], 0.0, row_stats)
         implementation("divergence", options.backend).topk_backward(
             coef.new_ones(1), coef, student, support, ids, row_stats, class_grads.contiguous(),

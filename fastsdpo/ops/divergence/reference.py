@@ -234,12 +234,17 @@ def topk_forward(
         teacher_logps = torch.where(ignored, 0.0, teacher_logps)
         t = given_support_log_probs(given, add_tail)
     loss, _, class_grads = row_divergence(s, t, alpha)
-    log_tail = tail_grad = torch.zeros_like(loss)
+    # Outside the support the gradient is a factor times exp of a log-prob: the tail's gradient times the
+    # token's part of the tail, which a normalizer moved by the log of the tail gives without a quotient.
+    log2_mass, tail_grad = row_log2sum, torch.zeros_like(loss)
     if add_tail:
         log_tail, tail_grad = s[:, -1], class_grads[:, -1]
+        log2_mass = row_log2sum + torch.where(
+            log_tail == -math.inf, 0.0, log_tail * math.log2(math.e)
+        )
         class_grads = class_grads[:, :-1]
     coef = coefficients(weights, student_logps, old_logps, is_clip, target_ids, ignore_index)
-    row_stats = torch.stack([row_max, row_log2sum, log_tail, tail_grad], -1)
+    row_stats = torch.stack([row_max, log2_mass, tail_grad, torch.zeros_like(loss)], -1)
     row_stats = torch.where(ignored[:, None], 0.0, row_stats)
     class_grads = torch.where(ignored[:, None], 0.0, class_grads)
     loss = torch.where(ignored, 0.0, loss)
@@ -262,10 +267,8 @@ def topk_backward(
 ) -> None:
     c = capped_rows(student_logits, softcap)
     if add_tail:
-        # The tail's gradient, shared out by each token's part of the tail.
-        log_probs = row_log_probs(c, row_stats[:, 0], row_stats[:, 1], temperature)
-        part = torch.where(log_probs == -math.inf, 0.0, (log_probs - row_stats[:, 2:3]).exp())
-        grad = weighted(part, row_stats[:, 3:4].expand_as(part))
+        p = row_log_probs(c, row_stats[:, 0], row_stats[:, 1], temperature).exp()
+        grad = weighted(p, row_stats[:, 2:3].expand_as(p))
     else:
         grad = torch.zeros_like(c)
     grad = grad.scatter(1, topk_ids, class_grads)
