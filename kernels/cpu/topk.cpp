@@ -17,7 +17,8 @@ struct TopkOp {
   };
   struct State {
     Row student;
-    float tail_factor;  // the gradient outside the support is p_v * tail_factor
+    Row outside;      // statistics of what lies outside the support
+    float tail_grad;  // the gradient of the tail, shared out by each token's part of it
     float scale;
     Entry* support;         // sorted by id
     double *log_p, *log_q;  // [K + 1] in nats, in the order of `support`, the tail last
@@ -71,8 +72,8 @@ struct TopkOp {
     qsort(state.support, K, sizeof(Entry), by_id);
     if (call.passes & FASTSDPO_FORWARD) return;
     auto stat = [&](int i) { return call.stats[i][row * call.stats_stride]; };
-    state.student = {stat(0), stat(1)};
-    state.tail_factor = stat(2);
+    state.outside = {stat(0), stat(1)};
+    state.tail_grad = stat(2);
     set_scale(state, call.coef[row] * grad_loss(call));
   }
 
@@ -119,8 +120,8 @@ struct TopkOp {
 
   void gradient(int64_t row, Span span, const State& state) const {
     alignas(64) float logits_block[BLOCK], grad_block[BLOCK];
-    const vf max = all(state.student.max), log2sum = all(state.student.log2sum);
-    const vf scale_k = all((float)k), factor = all(state.tail_factor), scale = all(state.scale);
+    const vf max = all(state.outside.max), log2sum = all(state.outside.log2sum);
+    const vf scale_k = all((float)k), factor = all(state.tail_grad), scale = all(state.scale);
     const float* class_grads = call.class_grads + row * K;
     for_blocks(span, [&](int64_t column, int n) {
       const float* c = nullptr;
@@ -187,6 +188,8 @@ struct TopkOp {
     }
     const int64_t y = call.target_ids[row];
     state.student = classes(student, row, state, outside, state.log_p);
+    state.outside = outside.row();
+    if (outside.sum == 0) state.outside = {0, 0};  // an empty tail: every logit in it is -inf
     const float student_logps = log_prob(state.student, read_one(student, softcap, row, y), k);
     float teacher_logps =
         NAN;  // unknown where only the teacher's top k is given and y is not in it
@@ -234,7 +237,7 @@ struct TopkOp {
       }
       loss = (1 - alpha) * divergence + alpha * kl_teacher;
     }
-    state.tail_factor = 0;
+    state.tail_grad = 0;
     for (int64_t j = 0; j < count; j++) {
       double p = exp(s[j]), class_grad;
       if (alpha == 0)
@@ -246,11 +249,11 @@ struct TopkOp {
       if (j < K)
         call.class_grads[row * K + state.support[j].position] = (float)class_grad;
       else
-        state.tail_factor = p == 0 ? 0 : (float)(class_grad / p);
+        state.tail_grad = (float)class_grad;
     }
     call.per_token[row] = (float)loss;
     if (!call.stats[0]) return;
-    const float stats[4] = {state.student.max, state.student.log2sum, state.tail_factor,
+    const float stats[4] = {state.outside.max, state.outside.log2sum, state.tail_grad,
                             (float)divergence};
     for (int i = 0; i < 4; i++) call.stats[i][row * call.stats_stride] = stats[i];
   }

@@ -270,12 +270,13 @@ def test_extreme_temperatures_equal_the_formula(backend, loss, data, temperature
     assert bool(grad.isfinite().all())
 
 
-def test_a_tail_too_small_for_a_float_has_a_gradient():
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+def test_a_tail_too_small_for_a_float_has_a_gradient(backend):
     """Top-k where the student has e^-375 outside the support, and the teacher all but e^-800."""
     student = torch.tensor([[0.7812, -0.1562, -1.0938, 0.2812, -0.5312, -0.6875, 0.1875, 0.4062]])
     teacher = torch.tensor([[-0.6562, -0.9688, -2.2812, 0.6562, -2.25, 1.5, -1.9688, 0.6562]])
     options = {"mode": "topk", "alpha": 0.0, "topk": 3, "temperature": 1e-3}
-    out, grad = run(student, teacher, torch.tensor([3]), "reference", **options)
+    out, grad = run(student, teacher, torch.tensor([3]), backend, **options)
     want = oracle_sdpo_loss(student, teacher, torch.tensor([3]), **options)
     close(out.per_token_loss, want.per_token_loss)
     close(grad, want.grad, 1000 * want.per_token_loss)
