@@ -493,19 +493,20 @@ def _divergence_bwd_kernel(
 
 
 @triton.jit
-def support_classes(c, keep, sm, sz_tail, k, TAIL: tl.constexpr):
-    """From capped logits of the support and (max, sum) of the rest, scaled to the same max:
-    (log2 of the normalizer over everything, class log2-probs, tail's log2-prob)."""
-    u = (c - sm) * k
-    w = tl.where(keep, tl.exp2(u), 0.0)
-    inside = tl.sum(w, 0)
-    whole = tl.log2(inside + sz_tail)
+def support_classes(c, keep, live, outside_max, outside_sum, k, TAIL: tl.constexpr):
+    """From capped logits of the support and (max, sum) of the rest: (max over everything, log2 of
+    the normalizer beside it, class log2-probs, tail's log2-prob: finite where its sum underflows)."""
+    row_max = tl.where(live, tl.maximum(outside_max, tl.max(c, 0)), 0.0)
+    u = (c - row_max) * k
+    inside = tl.sum(tl.where(keep, tl.exp2(u), 0.0), 0)
+    empty = outside_sum == 0.0
+    tail = (outside_max - row_max) * k + tl.log2(tl.where(empty, 1.0, outside_sum))
+    tail = tl.where(empty, NEG_INF, tail)
+    whole = tl.where(live, tl.log2(inside + tl.exp2(tail)), 0.0)
     over = whole
     if not TAIL:
         over = tl.log2(inside)
-    s = u - over
-    tail = tl.where(sz_tail == 0.0, NEG_INF, tl.log2(tl.where(sz_tail == 0.0, 1.0, sz_tail)) - over)
-    return whole, s, tail
+    return row_max, whole, u - over, tail - over
 
 
 @triton.jit
@@ -553,23 +554,24 @@ def classes_loss(s, t, keep, s_tail, t_tail, alpha, MODE: tl.constexpr, TAIL: tl
             g_tail = times(p_tail, s_tail - lm_tail - of_s) * (LN2 * (1.0 - alpha))
         loss = ((1.0 - alpha) * of_s + alpha * of_t) * LN2
         kl = of_s * LN2
-    return loss, kl, tl.where(keep, g, 0.0), g_tail, p_tail
+    return loss, kl, tl.where(keep, g, 0.0), g_tail
 
 
 @triton.jit
-def topk_tail_gradient(c, factor, row_max, row_log2sum, k, cap, HAS_CAP: tl.constexpr):
-    p = tl.exp2((c - row_max) * k - row_log2sum)
-    return times(p, factor) * slope(c, cap, HAS_CAP)
+def topk_tail_gradient(c, share, outside_max, outside_log2sum, k, cap, HAS_CAP: tl.constexpr):
+    part = tl.exp2((c - outside_max) * k - outside_log2sum)
+    return times(part, share) * slope(c, cap, HAS_CAP)
 
 
 @triton.jit
 def topk_gradient_row(
     s_ptr, s_offset, g_ptr, g_offset, id_ptr, class_grads, vocabulary, begin, stop, with_edge,
-    live, coef, factor, row_max, row_log2sum, topk, k, cap,
+    live, coef, tail_grad, outside_max, outside_log2sum, topk, k, cap,
     HAS_CAP: tl.constexpr, TAIL: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr,
     KP: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Tiles [begin, stop): the tail's share everywhere, then the support's own gradients over it."""
+    """Tiles [begin, stop): the tail's gradient, shared out by each token's part of it, everywhere;
+    then the support's own gradients over it."""
     first, last, lead, n, end = gradient_bounds(g_offset, vocabulary, begin, stop, BESIDE, A)
     # The support's ids that this program writes, and their slopes before anything is overwritten.
     j = tl.arange(0, KP)
@@ -583,12 +585,12 @@ def topk_gradient_row(
     if HAS_CAP:
         support *= slope(load_c(s_ptr + s_offset + ids, mine, cap, HAS_CAP), cap, HAS_CAP)
         tl.debug_barrier()
-    share = factor * coef
+    share = tail_grad * coef
     if with_edge:
         v, edge = edge_positions(g_offset, first, last, vocabulary, BESIDE, A)
         if live & TAIL:
             c = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP)
-            g = topk_tail_gradient(c, share, row_max, row_log2sum, k, cap, HAS_CAP)
+            g = topk_tail_gradient(c, share, outside_max, outside_log2sum, k, cap, HAS_CAP)
             store_tile(g_ptr + g_offset + v, g, edge)
         else:
             zero_tile(g_ptr + g_offset + v, edge)
@@ -599,7 +601,7 @@ def topk_gradient_row(
         for o in range(begin, end, LANES * VEC):
             mask = o + at < n
             c = load_beside(s_start, o, at, n, s_by, cap, HAS_CAP, True, BESIDE, FAST, LANES, VEC)
-            g = topk_tail_gradient(c, share, row_max, row_log2sum, k, cap, HAS_CAP)
+            g = topk_tail_gradient(c, share, outside_max, outside_log2sum, k, cap, HAS_CAP)
             store_tile(g_start + o + at, g, mask)
     else:
         for o in range(begin, end, LANES * VEC):
@@ -673,13 +675,9 @@ def _topk_fwd_kernel(
         keep = inside & live
         ids = tl.load(id_ptr + row * topk + j, mask=inside, other=0)
         c = load_c(s_ptr + s_offset + ids, keep, cap, HAS_CAP)
-        top = tl.maximum(sm, tl.max(c, 0))
-        sz = sz * tl.exp2((sm - top) * k)
-        sm = tl.where(live, top, 0.0)
-        sl, s, s_tail = support_classes(c, keep, sm, sz, k, TAIL)
-        sl = tl.where(live, sl, 0.0)
+        row_max, whole, s, s_tail = support_classes(c, keep, live, sm, sz, k, TAIL)
         z = load_c(s_ptr + s_offset + target, live, cap, HAS_CAP)
-        student = tl.where(live, log_prob(z, sm, sl, k), 0.0)
+        student = tl.where(live, log_prob(z, row_max, whole, k), 0.0)
         if GIVEN:
             given = tl.load(given_ptr + row * topk + j, mask=keep, other=float("-inf"))
             t = given * LOG2E
@@ -695,18 +693,15 @@ def _topk_fwd_kernel(
             teacher = tl.where(found > 0, teacher, float("nan"))
         else:
             y = load_c(t_ptr + t_offset + ids, keep, cap, HAS_CAP)
-            top = tl.maximum(tm, tl.max(y, 0))
-            tz = tz * tl.exp2((tm - top) * k)
-            tm = tl.where(live, top, 0.0)
-            t_whole, t, t_tail = support_classes(y, keep, tm, tz, k, TAIL)
+            t_max, t_whole, t, t_tail = support_classes(y, keep, live, tm, tz, k, TAIL)
             z = load_c(t_ptr + t_offset + target, live, cap, HAS_CAP)
-            teacher = log_prob(z, tm, t_whole, k)
+            teacher = log_prob(z, t_max, t_whole, k)
         teacher = tl.where(live, teacher, 0.0)
-        loss, kl, grads, g_tail, p_tail = classes_loss(
-            s, t, keep, s_tail, t_tail, alpha, MODE, TAIL
-        )
-        factor = tl.where(p_tail == 0.0, 0.0, g_tail / tl.where(p_tail == 0.0, 1.0, p_tail))
-        factor = tl.where(live, factor, 0.0)
+        loss, kl, grads, tail_grad = classes_loss(s, t, keep, s_tail, t_tail, alpha, MODE, TAIL)
+        tail_grad = tl.where(live, tail_grad, 0.0)
+        # An empty tail: every logit in it is -inf.
+        sm = tl.where(sz == 0.0, 0.0, sm)
+        sl = tl.log2(tl.where(sz == 0.0, 1.0, sz))
         coef = coefficient(tl.load(weight_ptr + row), student, old_ptr, row, is_clip, HAS_OLD)
         coef = tl.where(live, coef, 0.0)
         tl.store(student_ptr + row, student)
@@ -715,14 +710,14 @@ def _topk_fwd_kernel(
         tl.store(coef_ptr + row, coef)
         tl.store(stats_ptr + row * 4, sm)
         tl.store(stats_ptr + row * 4 + 1, sl)
-        tl.store(stats_ptr + row * 4 + 2, factor)
+        tl.store(stats_ptr + row * 4 + 2, tail_grad)
         tl.store(stats_ptr + row * 4 + 3, tl.where(live, kl, 0.0))
         tl.store(class_ptr + row * topk + j, grads, mask=inside)
         if FUSED:
             topk_gradient_row(
                 s_ptr, s_offset, g_ptr, row_offset(row, n_l, g_shift, g_b, g_l),
                 id_ptr + row * topk, grads, vocabulary, 0, vocabulary, True, live,
-                coef * inv_temperature, factor, sm, sl, topk, k, cap,
+                coef * inv_temperature, tail_grad, sm, sl, topk, k, cap,
                 HAS_CAP, TAIL, BESIDE, FAST, KP, A, LANES, VEC,
             )  # fmt: skip
 
