@@ -53,7 +53,6 @@ class Variant(NamedTuple):
     reads: int  # elements read and written per vocabulary position in the loop that is counted
 
 
-COMMON = "fastsdpo.ops._triton_common"
 TOKENS = "fastsdpo.ops.token_logps._triton"
 PAIRS = "fastsdpo.ops.divergence._triton"
 
@@ -200,15 +199,21 @@ def tiles(variant: Variant, dtype: str) -> dict[str, Any]:
 
 
 def source_of(variant: Variant) -> str:
-    """Names the source that a cell was compiled from: its module's functions for the device."""
+    """Names the source that a cell was compiled from: the kernel and all that it calls."""
     import importlib
 
     import triton
 
-    modules = map(importlib.import_module, (COMMON, TOKENS, variant.module))
-    found = (value for module in modules for value in vars(module).values())
-    functions = sorted({f.src for f in found if isinstance(f, triton.JITFunction)})
-    return hashlib.sha256("".join(functions).encode()).hexdigest()[:10]
+    waiting = [getattr(importlib.import_module(variant.module), variant.kernel)]
+    found = set()
+    while waiting:
+        function = waiting.pop()
+        if not isinstance(function, triton.JITFunction) or function.src in found:
+            continue
+        found.add(function.src)
+        known = vars(sys.modules[function.__module__])
+        waiting += [known.get(name) for name in re.findall(r"\w+", function.src)]
+    return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()[:10]
 
 
 def compile_variant(variant: Variant, dtype: str, target: str) -> Any:
