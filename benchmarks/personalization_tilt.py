@@ -9,6 +9,7 @@ as long as A stays what it was, where
     log p = log p_0 + A / reference_kl + constant,
 
 a tilt of 1 / reference_kl; a frozen teacher alone ends at a tilt of 1, a live teacher alone nowhere.
+With a neutral follow-up n, A is log p(. | x, o) - log p(. | x, n) instead.
 Without training, greedy answers from p_0 exp(tilt A) then show which tilt fulfils the wish, and what the
 same tilt does with follow-ups that have nothing to do with the answer (A is their mean). What they do
 not show is the path there: A changes with the model, and the adapter does not reach every tilt.
@@ -41,12 +42,17 @@ MAX_NEW_TOKENS = experiment.RECIPE["max_new_tokens"]
 
 @torch.no_grad()
 def tilted_answers(
-    model: Any, prompts: list[list[list[int]]], tilt: float, end_ids: list[int], max_new_tokens: int
+    model: Any,
+    prompts: list[list[list[int]]],
+    tilt: float,
+    end_ids: list[int],
+    max_new_tokens: int,
 ) -> list[list[int]]:
-    """Greedy answers from ``log p_0 + tilt * mean(log p_o - log p_0)``.
+    """Greedy answers from ``log p_0 + tilt * mean(log p_o - log p_n)``.
 
     Args:
-        prompts: for each question the token ids of the prompt without a follow-up, and then with each.
+        prompts: for each question the token ids of the prompt without a follow-up, with a neutral one
+            (or again without), and then with each of the wish's.
     """
     size = len(prompts[0])
     current, mask = left_pad([ids for group in prompts for ids in group], end_ids[0])
@@ -60,8 +66,7 @@ def tilted_answers(
         )  # fmt: skip
         past = out.past_key_values
         logps: Tensor = out.logits[:, -1].log_softmax(-1).unflatten(0, (len(prompts), size))
-        plain = logps[:, 0]
-        best = (plain + tilt * (logps[:, 1:].mean(1) - plain)).argmax(-1)
+        best = (logps[:, 0] + tilt * (logps[:, 2:].mean(1) - logps[:, 1])).argmax(-1)
         for answer, token in zip(answers, best.tolist()):
             answer.append(token)
         if all(len(cut(answer, end_ids)) < len(answer) for answer in answers):
@@ -71,7 +76,9 @@ def tilted_answers(
     return [cut(answer, end_ids) for answer in answers]
 
 
-def measure(questions: int, wishes: list[str], tilts: list[float]) -> list[dict[str, Any]]:
+def measure(
+    questions: int, wishes: list[str], tilts: list[float], neutral: str | None
+) -> list[dict[str, Any]]:
     """One row per wish and tilt."""
     from fastsdpo.data import Interaction, InteractionTokenizer
     from fastsdpo.demo import package_file
@@ -91,12 +98,16 @@ def measure(questions: int, wishes: list[str], tilts: list[float]) -> list[dict[
         for question in data["held_out"]:
             messages = [{"role": "user", "content": question}]
             items = [tokenize(Interaction(messages, "", text)) for text in WISHES[name]]
-            prompts.append([items[0].prompt_ids, *(item.teacher_prompt_ids for item in items)])
+            subtracted = items[0].prompt_ids
+            if neutral is not None:
+                subtracted = tokenize(Interaction(messages, "", neutral)).teacher_prompt_ids
+            told = [item.teacher_prompt_ids for item in items]
+            prompts.append([items[0].prompt_ids, subtracted, *told])
         for tilt in tilts:
             found = tilted_answers(model, prompts, tilt, end_ids, MAX_NEW_TOKENS)
             texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
             row = {
-                "wish": name, "tilt": tilt, "questions": len(texts),
+                "wish": name, "neutral": neutral or "-", "tilt": tilt, "questions": len(texts),
                 "short": share(RuleUser(experiment.SHORT).satisfied([], texts)),
                 "long": share(RuleUser(experiment.LONG).satisfied([], texts)),
                 "words": sum(len(text.split()) for text in texts) / len(texts),
@@ -120,14 +131,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "Greedy answers of SmolLM2-135M-Instruct from p_0 exp(tilt A), A the advantage of the follow-up "
         "(`benchmarks/personalization_tilt.py` has the formula); wishes and measures are those of "
         "`make personalization`, template `note`. A live teacher with `reference_kl` r is drawn to a tilt of "
-        "1 / r.", "",
-        "| follow-up | tilt | questions | one short sentence | several sentences | words | degenerate |",
-        "| --- " * 7 + "|",
+        "1 / r; where a neutral follow-up is named, A is the advantage over that one.", "",
+        "| follow-up | neutral | tilt | questions | one short sentence | at least 26 words | words "
+        "| degenerate |",
+        "| --- " * 8 + "|",
     ]  # fmt: skip
     for row in rows:
         lines.append(
-            f"| {row['wish']} | {row['tilt']:g} | {row['questions']} | {row['short']:.0%} | "
-            f"{row['long']:.0%} | {row['words']:.1f} | {row['degenerate']:.0%} |"
+            f"| {row['wish']} | {row['neutral']} | {row['tilt']:g} | {row['questions']} | "
+            f"{row['short']:.0%} | {row['long']:.0%} | {row['words']:.1f} | {row['degenerate']:.0%} |"
         )
     lines += ["", "## Commands", ""]
     commands = {f"- `{row['command']}` at {row['environment']['commit']}" for row in rows}
@@ -139,11 +151,12 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--wishes", nargs="+", choices=list(WISHES), default=list(WISHES))
     parser.add_argument("--tilts", type=float, nargs="+", default=[0.0, 1.0, 1.5, 2.0, 3.0])
+    parser.add_argument("--neutral", default=None, metavar="TEXT", help="the neutral follow-up")
     parser.add_argument("--record", default=None, metavar="NAME", help="in benchmarks/results")
     options = parser.parse_args()
-    rows = measure(options.questions, options.wishes, options.tilts)
+    rows = measure(options.questions, options.wishes, options.tilts, options.neutral)
     if options.record:
-        _harness.record(options.record, rows, ("wish", "tilt"), markdown)
+        _harness.record(options.record, rows, ("wish", "neutral", "tilt"), markdown)
     return 0
 
 

@@ -91,6 +91,13 @@ class OnlineSDPOConfig(SDPOConfig):
         default=False, metadata={"help": "With ppo_clip: subtract each answer's mean advantage."}
     )
 
+    neutral_followup: str | None = field(
+        default=None,
+        metadata={"help": "teacher=live: a follow-up that says nothing (Okay.), whose effect on the "
+                  "answer is subtracted from that of the user's: the teacher is then proportional to "
+                  "p_S p(. | x, o) / p(. | x, neutral). None: the teacher is p(. | x, o)."},
+    )  # fmt: skip
+
     # Safety
     stop_when_degenerate: float | None = field(
         default=None,
@@ -137,6 +144,11 @@ class OnlineSDPOConfig(SDPOConfig):
         self._check(clip is None or self.is_clip is None, "is_clip", "be None with ppo_clip")
         self._check(not self.center_advantages or clip is not None, "center_advantages",
                     "be off without ppo_clip")  # fmt: skip
+        neutral = self.neutral_followup
+        self._check(neutral is None or bool(neutral.strip()), "neutral_followup",
+                    "have a text, or be None")  # fmt: skip
+        self._check(neutral is None or self.teacher == "live", "neutral_followup",
+                    "be None unless teacher='live'")  # fmt: skip
         share = self.stop_when_degenerate
         self._check(share is None or 0 < share <= 1, "stop_when_degenerate", "be in (0, 1] or None")
         self._check(0 <= self.min_entropy_share < 1, "min_entropy_share", "be in [0, 1)")

@@ -29,7 +29,7 @@ import torch
 CONDITIONS = ("short", "flip", "unrelated")
 SHORT = ["max_sentences=1", "max_words=25"]
 SHORT_WISH = "Please answer in one very short sentence."
-LONG = ["min_sentences=3"]
+LONG = ["min_words=26"]
 LONG_WISH = "Please answer in detail, in several sentences."
 UNRELATED = ("My cat is called Minka.", "It rained here all day yesterday.",
              "I am going to the dentist tomorrow.", "My neighbour bought a red bicycle.")  # fmt: skip
@@ -299,7 +299,7 @@ def write_report(folder: Path) -> None:
 def table(runs: dict[tuple[str, int], list[dict]]) -> list[str]:
     """Every point as a line of a Markdown table; perplexities as changes from the first point."""
     lines = [
-        "| condition | seed | interactions | one short sentence | several sentences | words | "
+        "| condition | seed | interactions | one short sentence | at least 26 words | words | "
         "degenerate | perplexity | of users' text | of answers | of brief exchanges |",
         "| --- " * 11 + "|",
     ]
@@ -340,7 +340,7 @@ def plot(runs: dict[tuple[str, int], list[dict]], path: Path) -> bool:
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(3, 3, sharex="col", squeeze=False)
-    titles = {"short": "wants one short sentence", "flip": "short, then several sentences",
+    titles = {"short": "wants one short sentence", "flip": "short, then long answers",
               "unrelated": "unrelated follow-ups"}  # fmt: skip
     for column, condition in enumerate(CONDITIONS):
         top, middle, bottom = grid[:, column]
@@ -351,7 +351,7 @@ def plot(runs: dict[tuple[str, int], list[dict]], path: Path) -> bool:
             x = [point["interactions"] for point in points]
             label: dict[str, str | None] = {"short": None, "long": None}
             if seed == min(s for c, s in runs if c == condition):
-                label = {"short": "one short sentence", "long": "several sentences"}
+                label = {"short": "one short sentence", "long": "at least 26 words"}
             for wish, color in (("short", "#4477aa"), ("long", "#cc3311")):
                 y = [100 * point[wish] for point in points]
                 top.plot(x, y, "o-", markersize=3, color=color, label=label[wish])

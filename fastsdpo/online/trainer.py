@@ -25,6 +25,7 @@ from fastsdpo.online.degeneration import CollapseDetector, degenerate
 from fastsdpo.online.prompts import PromptDataset, PromptSampler, collate_prompts
 from fastsdpo.online.sampling import Sample, ServerSampler, generate
 from fastsdpo.online.users import UserSimulator, ask
+from fastsdpo.prefix import head_parameters
 from fastsdpo.trainer.teacher import is_peft
 from fastsdpo.trainer.trainer import SDPOTrainer
 
@@ -42,10 +43,12 @@ class SampledInteraction(TokenizedInteraction):
     Attributes:
         old_logps: per token of the completion; None: those of the model as it is.
         advantages: the same, teacher's minus student's.
+        neutral_prompt_ids: the teacher's prompt with `neutral_followup` instead of the user's.
     """
 
     old_logps: tuple[float, ...] | None = None
     advantages: tuple[float, ...] | None = None
+    neutral_prompt_ids: list[int] | None = None
 
 
 class OnlineSDPOTrainer(SDPOTrainer):
@@ -98,6 +101,11 @@ class OnlineSDPOTrainer(SDPOTrainer):
             raise NotImplementedError(
                 "OnlineSDPOTrainer: FSDP and DeepSpeed hold the weights in shards, from which answers "
                 "cannot be sampled (and adapters not be written for a server); use DDP"
+            )
+        if args.neutral_followup is not None and head_parameters(self.model).softcap is not None:
+            raise NotImplementedError(
+                "OnlineSDPOTrainer: neutral_followup is not possible for a model with a softcap on its "
+                "logits: their difference is not linear in the hidden states"
             )
         self.user: Any = user
         self.server: ServerSampler | None = None
@@ -229,9 +237,14 @@ class OnlineSDPOTrainer(SDPOTrainer):
             if not followup or not followup.strip():
                 continue
             one = tokenize(Interaction(messages, "", followup, row["id"], row["conversation_id"]))
+            neutral = None
+            if args.neutral_followup is not None:
+                other = tokenize(Interaction(messages, "", args.neutral_followup))
+                neutral = other.teacher_prompt_ids
             found[micro].append(SampledInteraction(
                 one.prompt_ids, one.teacher_prompt_ids, sample.ids, one.id, one.conversation_id,
                 None if sample.logps is None else tuple(sample.logps.tolist()),
+                neutral_prompt_ids=neutral,
             ))  # fmt: skip
         if args.updates_per_batch > 1:
             found = [self._score(interactions) for interactions in found]
@@ -286,6 +299,20 @@ class OnlineSDPOTrainer(SDPOTrainer):
                     scored.append(replace(item, old_logps=old, advantages=tuple(ratio.tolist())))
         self.model.train(training)
         return scored
+
+    def neutral_interactions(
+        self, interactions: Sequence[TokenizedInteraction]
+    ) -> list[TokenizedInteraction] | None:
+        if self.args.neutral_followup is None:
+            return None
+        prompts = [
+            getattr(item, "neutral_prompt_ids", None) or item.teacher_prompt_ids
+            for item in interactions
+        ]
+        return [
+            TokenizedInteraction(prompt, prompt, item.completion_ids)
+            for prompt, item in zip(prompts, interactions)
+        ]
 
     def pass_options(self, interactions: Sequence[TokenizedInteraction]) -> dict[str, Any]:
         args = self.args

@@ -239,6 +239,23 @@ def ppo_token_loss(
     return SDPOLossOutput(loss, per_token.detach(), log_ratio, student, teacher_logps.detach())
 
 
+def contrast(states: ResponseStates, neutral_hidden: Tensor) -> Tensor:
+    """Hidden states of the teacher q proportional to p_S p_o / p_n.
+
+    p_o and p_n are the live model's distributions after the user's follow-up and after a neutral
+    one: what any follow-up does to the answer cancels, what this one says remains. As in
+    `mix_teachers`, logits under one head (without a softcap) are linear in the hidden states:
+
+        z_S + z_o - z_n = W (h_S + h_o - h_n) + b
+
+    Args:
+        states: student's h_S and teacher's h_o, ``[N, D]``.
+        neutral_hidden: ``[N, D]`` h_n.
+    """
+    student, followup = states.student_hidden.detach(), states.teacher_hidden
+    return (student.float() + followup.float() - neutral_hidden.float()).to(student.dtype)
+
+
 def mix_teachers(
     frozen_hidden: Tensor,
     live_hidden: Tensor,

@@ -53,6 +53,7 @@ from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import GroupSampler, InteractionDataset, collate, split_packs
 from fastsdpo.trainer.loss import (
     TokenStatistics,
+    contrast,
     count_items,
     mix_teachers,
     sdpo_step_loss,
@@ -252,8 +253,12 @@ class SDPOTrainer(Trainer):
         weights, counts = token_weights(lengths, args.normalization, args.ignore_first_k, num_items)
         weights, counts = weights.to(args.device), counts.to(args.device)
 
-        frozen_hidden = reference_hidden = frozen_head = teacher_head = None
+        frozen_hidden = reference_hidden = frozen_head = teacher_head = neutral_hidden = None
         context = None
+        neutral = self.neutral_interactions(interactions)
+        if neutral is not None:
+            with no_grad_pass():
+                neutral_hidden = shared_forward(model, neutral, **shared).student_hidden
         if self._ema is not None:
             context = self._ema.swapped_in
         elif args.teacher == "frozen":
@@ -288,6 +293,8 @@ class SDPOTrainer(Trainer):
                 teacher_hidden, its_head = mix_teachers(
                     frozen_hidden, states.teacher_hidden, frozen_head, head, args.trust_region_mix
                 )
+            elif neutral_hidden is not None:
+                teacher_hidden = contrast(states, neutral_hidden)
             return sdpo_step_loss(
                 states,
                 head,
@@ -306,6 +313,12 @@ class SDPOTrainer(Trainer):
         return shared_forward(
             model, interactions, teacher_context=context, loss_fn=loss_fn, **shared
         )
+
+    def neutral_interactions(
+        self, interactions: Sequence[TokenizedInteraction]
+    ) -> list[TokenizedInteraction] | None:
+        """The answers after a prompt whose effect is subtracted from the teacher's (`contrast`)."""
+        return None
 
     def pass_options(self, interactions: Sequence[TokenizedInteraction]) -> dict[str, Any]:
         """Arguments of `sdpo_step_loss` that may depend on the interactions of a pass."""

@@ -23,7 +23,7 @@ def model():
     return transformers.LlamaForCausalLM(config).eval()
 
 
-# Questions of different lengths: the prompts are padded.
+# Questions of different lengths (the prompts are padded), and the same with a follow-up.
 PROMPTS = [
     [[5, 6, 7], [5, 6, 7, 9, 9, 10]],
     [[8, 11, 12, 13, 14], [8, 11, 12, 13, 14, 9]],
@@ -31,9 +31,14 @@ PROMPTS = [
 ]
 
 
+def answers(model, tilt, *, subtracted=0, told=(1,), tokens=12):
+    groups = [[group[0], group[subtracted], *(group[i] for i in told)] for group in PROMPTS]
+    return tilted_answers(model, groups, tilt, END, tokens)
+
+
 @pytest.mark.parametrize(("tilt", "which"), [(0.0, 0), (1.0, 1)])
 def test_the_ends_are_the_models_own_answers(model, tilt, which):
-    found = tilted_answers(model, PROMPTS, tilt, END, 12)
+    found = answers(model, tilt)
     alone = [group[which] for group in PROMPTS]
     samples = generate(model, alone, max_new_tokens=12, temperature=0.0, end_ids=END)
     assert found == [sample.ids for sample in samples]
@@ -41,5 +46,8 @@ def test_the_ends_are_the_models_own_answers(model, tilt, which):
 
 
 def test_follow_ups_are_averaged(model):
-    twice = [[*group, group[1]] for group in PROMPTS]
-    assert tilted_answers(model, twice, 2.0, END, 8) == tilted_answers(model, PROMPTS, 2.0, END, 8)
+    assert answers(model, 2.0, told=(1, 1)) == answers(model, 2.0)
+
+
+def test_a_follow_up_that_says_what_the_neutral_one_does_changes_nothing(model):
+    assert answers(model, 2.0, subtracted=1) == answers(model, 0.0)

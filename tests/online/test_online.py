@@ -70,6 +70,7 @@ def test_at_sampling_time_the_ratio_is_one():
     {"mode": "sampled_token", "ppo_clip": 0.2, "center_advantages": True, "updates_per_batch": 2,
      "num_generations": 2},
     {"mode": "full", "is_clip": 2.0, "updates_per_batch": 3, "teacher": "ema", "reference_kl": 0.1},
+    {"mode": "full", "updates_per_batch": 2, "reference_kl": 0.1, "neutral_followup": "w9"},
 ])  # fmt: skip
 def test_resumed_run_is_the_same_run(lab, settings, tmp_path):
     whole = lab.trainer(tmp_path / "whole", **settings)
@@ -83,6 +84,59 @@ def test_resumed_run_is_the_same_run(lab, settings, tmp_path):
     logs = [(tmp_path / name / "interactions.jsonl").read_text() for name in ("whole", "cut")]
     assert logs[0] == logs[1]
     assert logs[0].count("\n") == len(set(logs[0].splitlines())) > 0
+
+
+@pytest.mark.parametrize("mode", ["full", "sampled_token"])
+def test_a_neutral_followup_is_subtracted(lab, mode, tmp_path):
+    """Loss, log-ratio and gradients against separate passes in float64: q ~ p_S p_o / p_n."""
+    clip = {"ppo_clip": 0.2} if mode == "sampled_token" else {}
+    trainer = lab.trainer(tmp_path, neutral_followup="w9 w8", mode=mode, **clip)
+    model = lab.model().double()
+    batch = next(iter(trainer.get_train_dataloader()))
+    items = trainer._roll_out([batch["prompts"]], 0)[0]
+    count = sum(len(item.completion_ids) for item in items)
+    loss, statistics = trainer.compute_loss(
+        trainer.model, {"interactions": items}, return_outputs=True,
+        num_items_in_batch=len(items),
+    )  # fmt: skip
+    loss.backward()
+
+    def log_probs(prompt, answer):
+        logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1)
+
+    whole, ratios = 0.0, []
+    note = lab.tokenizer()("note w9 w8")["input_ids"]
+    for item in items:
+        answer, prompt = item.completion_ids, item.prompt_ids  # <user> question <end> <assistant>
+        assert item.neutral_prompt_ids == [*prompt[:-2], *note, *prompt[-2:]]
+        student = log_probs(item.prompt_ids, answer)
+        with torch.no_grad():
+            followup = log_probs(item.teacher_prompt_ids, answer)
+            neutral = log_probs(item.neutral_prompt_ids, answer)
+            teacher = (student + followup - neutral).log_softmax(-1)
+        chosen = torch.arange(len(answer)), torch.tensor(answer)
+        ratio = (teacher - student.detach())[chosen]
+        ratios.append(ratio)
+        terms = -ratio * student[chosen] if clip else (student.exp() * (student - teacher)).sum(-1)
+        whole = whole + terms.mean() / len(items)
+    whole.backward()
+    assert count == len(torch.cat(ratios)) == len(statistics.log_ratio)
+    torch.testing.assert_close(
+        statistics.log_ratio.double(), torch.cat(ratios), rtol=1e-4, atol=1e-5
+    )
+    if not clip:
+        torch.testing.assert_close(loss.detach().double(), whole.detach(), rtol=1e-4, atol=1e-6)
+    for (name, ours), exact in zip(trainer.model.named_parameters(), model.parameters()):
+        error = (ours.grad.double() - exact.grad).norm() / exact.grad.norm()
+        assert error < 1e-4, (name, error)
+
+
+def test_where_a_neutral_followup_is_refused(lab, tmp_path):
+    with pytest.raises(ValueError, match="neutral_followup must have a text"):
+        lab.trainer(tmp_path, neutral_followup=" ")
+    with pytest.raises(ValueError, match="neutral_followup must be None unless teacher='live'"):
+        lab.trainer(tmp_path, neutral_followup="w1", teacher="frozen")
 
 
 def test_a_failed_user_drops_that_interaction(lab, tmp_path):
