@@ -8,8 +8,8 @@ as long as A stays what it was, where
 
     log p = log p_0 + A / reference_kl + constant,
 
-a tilt of 1 / reference_kl; a frozen teacher alone ends at a tilt of 1, a live teacher alone nowhere.
-With a neutral follow-up n, A is log p(. | x, o) - log p(. | x, n) instead.
+a tilt of 1 / reference_kl; a live teacher alone ends nowhere. A frozen teacher ends at a tilt of its
+``guidance``, exactly, where with a neutral follow-up n A is log p(. | x, o) - log p(. | x, n).
 Without training, greedy answers from p_0 exp(tilt A) then show which tilt fulfils the wish, and what the
 same tilt does with follow-ups that have nothing to do with the answer (A is their mean). What they do
 not show is the path there: A changes with the model, and the adapter does not reach every tilt.
@@ -130,8 +130,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "# Online: what a wish can end at, without training", "",
         "Greedy answers of SmolLM2-135M-Instruct from p_0 exp(tilt A), A the advantage of the follow-up "
         "(`benchmarks/personalization_tilt.py` has the formula); wishes and measures are those of "
-        "`make personalization`, template `note`. A live teacher with `reference_kl` r is drawn to a tilt of "
-        "1 / r; where a neutral follow-up is named, A is the advantage over that one.", "",
+        "`make personalization`, template `note`. A frozen teacher with `guidance` g is this tilt "
+        "of g; where a neutral follow-up is named, A is the advantage over that one.", "",
         "| follow-up | neutral | tilt | questions | one short sentence | at least 26 words | words "
         "| degenerate |",
         "| --- " * 8 + "|",

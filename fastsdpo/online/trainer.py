@@ -102,10 +102,10 @@ class OnlineSDPOTrainer(SDPOTrainer):
                 "OnlineSDPOTrainer: FSDP and DeepSpeed hold the weights in shards, from which answers "
                 "cannot be sampled (and adapters not be written for a server); use DDP"
             )
-        if args.neutral_followup is not None and head_parameters(self.model).softcap is not None:
+        if args.is_guided and head_parameters(self.model).softcap is not None:
             raise NotImplementedError(
-                "OnlineSDPOTrainer: neutral_followup is not possible for a model with a softcap on its "
-                "logits: their difference is not linear in the hidden states"
+                "OnlineSDPOTrainer: guidance and neutral_followup are not possible for a model with a "
+                "softcap on its logits: their differences are not linear in the hidden states"
             )
         self.user: Any = user
         self.server: ServerSampler | None = None
@@ -300,19 +300,20 @@ class OnlineSDPOTrainer(SDPOTrainer):
         self.model.train(training)
         return scored
 
-    def neutral_interactions(
+    def guidance(
         self, interactions: Sequence[TokenizedInteraction]
-    ) -> list[TokenizedInteraction] | None:
-        if self.args.neutral_followup is None:
-            return None
-        prompts = [
-            getattr(item, "neutral_prompt_ids", None) or item.teacher_prompt_ids
+    ) -> tuple[float, list[TokenizedInteraction] | None]:
+        if not self.args.is_guided:
+            return 1.0, None
+        between = [
+            TokenizedInteraction(
+                item.prompt_ids,
+                getattr(item, "neutral_prompt_ids", None) or item.prompt_ids,
+                item.completion_ids,
+            )
             for item in interactions
         ]
-        return [
-            TokenizedInteraction(prompt, prompt, item.completion_ids)
-            for prompt, item in zip(prompts, interactions)
-        ]
+        return self.args.guidance, between
 
     def pass_options(self, interactions: Sequence[TokenizedInteraction]) -> dict[str, Any]:
         args = self.args

@@ -239,21 +239,26 @@ def ppo_token_loss(
     return SDPOLossOutput(loss, per_token.detach(), log_ratio, student, teacher_logps.detach())
 
 
-def contrast(states: ResponseStates, neutral_hidden: Tensor) -> Tensor:
-    """Hidden states of the teacher q proportional to p_S p_o / p_n.
+def guide(followup_hidden: Tensor, unguided: ResponseStates, guidance: float) -> Tensor:
+    """Hidden states of a guided teacher, q proportional to p(. | x) (p(. | x, o) / p(. | x, n))^g.
 
-    p_o and p_n are the live model's distributions after the user's follow-up and after a neutral
-    one: what any follow-up does to the answer cancels, what this one says remains. As in
-    `mix_teachers`, logits under one head (without a softcap) are linear in the hidden states:
+    Everything under the teacher's weights; n is a neutral follow-up, or none: then q is proportional
+    to p(. | x)^(1-g) p(. | x, o)^g. What any follow-up does to the answer cancels, and what this one
+    says counts g times. As in `mix_teachers`, logits under one head (without a softcap) are linear
+    in the hidden states:
 
-        z_S + z_o - z_n = W (h_S + h_o - h_n) + b
+        z_x + g (z_o - z_n) = W (h_x + g (h_o - h_n)) + b
+
+    The idea is that of classifier-free guidance with a negative prompt, https://arxiv.org/abs/2306.17806.
 
     Args:
-        states: student's h_S and teacher's h_o, ``[N, D]``.
-        neutral_hidden: ``[N, D]`` h_n.
+        followup_hidden: h_o, ``[N, D]``.
+        unguided: h_x as ``student_hidden`` and h_n as ``teacher_hidden``, ``[N, D]``.
+        guidance: g.
     """
-    student, followup = states.student_hidden.detach(), states.teacher_hidden
-    return (student.float() + followup.float() - neutral_hidden.float()).to(student.dtype)
+    base, neutral = unguided.student_hidden.float(), unguided.teacher_hidden.float()
+    guided = base + guidance * (followup_hidden.float() - neutral)
+    return guided.to(followup_hidden.dtype)
 
 
 def mix_teachers(

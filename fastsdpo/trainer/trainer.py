@@ -53,8 +53,8 @@ from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import GroupSampler, InteractionDataset, collate, split_packs
 from fastsdpo.trainer.loss import (
     TokenStatistics,
-    contrast,
     count_items,
+    guide,
     mix_teachers,
     sdpo_step_loss,
     token_weights,
@@ -253,18 +253,18 @@ class SDPOTrainer(Trainer):
         weights, counts = token_weights(lengths, args.normalization, args.ignore_first_k, num_items)
         weights, counts = weights.to(args.device), counts.to(args.device)
 
-        frozen_hidden = reference_hidden = frozen_head = teacher_head = neutral_hidden = None
+        frozen_hidden = reference_hidden = frozen_head = teacher_head = unguided = None
         context = None
-        neutral = self.neutral_interactions(interactions)
-        if neutral is not None:
-            with no_grad_pass():
-                neutral_hidden = shared_forward(model, neutral, **shared).student_hidden
         if self._ema is not None:
             context = self._ema.swapped_in
         elif args.teacher == "frozen":
             context = self._initial
         if context is not None:
             teacher_head = other_head(model, context)
+        guidance, between = self.guidance(interactions)
+        if between is not None:
+            with no_grad_pass(), nullcontext() if context is None else context():
+                unguided = shared_forward(model, between, **shared)
         if args.teacher == "trust_region" or args.needs_reference:
             frozen_head = other_head(model, self._initial)
             # What of the two distributions is needed: given the history alone, or with the follow-up.
@@ -293,8 +293,8 @@ class SDPOTrainer(Trainer):
                 teacher_hidden, its_head = mix_teachers(
                     frozen_hidden, states.teacher_hidden, frozen_head, head, args.trust_region_mix
                 )
-            elif neutral_hidden is not None:
-                teacher_hidden = contrast(states, neutral_hidden)
+            elif unguided is not None:
+                teacher_hidden = guide(states.teacher_hidden, unguided, guidance)
             return sdpo_step_loss(
                 states,
                 head,
@@ -314,11 +314,11 @@ class SDPOTrainer(Trainer):
             model, interactions, teacher_context=context, loss_fn=loss_fn, **shared
         )
 
-    def neutral_interactions(
+    def guidance(
         self, interactions: Sequence[TokenizedInteraction]
-    ) -> list[TokenizedInteraction] | None:
-        """The answers after a prompt whose effect is subtracted from the teacher's (`contrast`)."""
-        return None
+    ) -> tuple[float, list[TokenizedInteraction] | None]:
+        """The strength of `guide`, and the answers in the two contexts it goes from; or (1, None)."""
+        return 1.0, None
 
     def pass_options(self, interactions: Sequence[TokenizedInteraction]) -> dict[str, Any]:
         """Arguments of `sdpo_step_loss` that may depend on the interactions of a pass."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,7 +71,8 @@ def test_at_sampling_time_the_ratio_is_one():
     {"mode": "sampled_token", "ppo_clip": 0.2, "center_advantages": True, "updates_per_batch": 2,
      "num_generations": 2},
     {"mode": "full", "is_clip": 2.0, "updates_per_batch": 3, "teacher": "ema", "reference_kl": 0.1},
-    {"mode": "full", "updates_per_batch": 2, "reference_kl": 0.1, "neutral_followup": "w9"},
+    {"mode": "full", "updates_per_batch": 2, "teacher": "frozen", "guidance": 2.0,
+     "neutral_followup": "w9"},
 ])  # fmt: skip
 def test_resumed_run_is_the_same_run(lab, settings, tmp_path):
     whole = lab.trainer(tmp_path / "whole", **settings)
@@ -86,42 +88,55 @@ def test_resumed_run_is_the_same_run(lab, settings, tmp_path):
     assert logs[0].count("\n") == len(set(logs[0].splitlines())) > 0
 
 
-@pytest.mark.parametrize("mode", ["full", "sampled_token"])
-def test_a_neutral_followup_is_subtracted(lab, mode, tmp_path):
-    """Loss, log-ratio and gradients against separate passes in float64: q ~ p_S p_o / p_n."""
-    clip = {"ppo_clip": 0.2} if mode == "sampled_token" else {}
-    trainer = lab.trainer(tmp_path, neutral_followup="w9 w8", mode=mode, **clip)
-    model = lab.model().double()
+@pytest.mark.parametrize(("settings", "neutral"), [
+    ({"mode": "full", "guidance": 2.0}, "w9 w8"),
+    ({"mode": "full", "guidance": 1.0, "teacher": "frozen"}, "w9 w8"),
+    ({"mode": "full", "guidance": 2.5, "teacher": "frozen"}, None),
+    ({"mode": "full", "guidance": 2.0, "teacher": "ema", "reference_kl": 0.1}, "w9 w8"),
+    ({"mode": "sampled_token", "guidance": 2.0, "ppo_clip": 0.2}, "w9 w8"),
+])  # fmt: skip
+def test_a_guided_teacher(lab, settings, neutral, tmp_path):
+    """Loss, log-ratio and gradients against separate passes in float64: q ~ p_x (p_o / p_n)^g."""
+    trainer = lab.trainer(tmp_path, neutral_followup=neutral, **settings)
+    first, model = lab.model().double(), lab.model().double()
+    with torch.no_grad():  # a student that is no longer its teacher, where that stays behind
+        for ours, exact in zip(trainer.model.parameters(), model.parameters()):
+            moved = 0.1 * ours.std() * torch.randn(ours.shape)
+            ours += moved
+            exact += moved.double()
+    weights = model if settings.get("teacher", "live") == "live" else first
+    guidance, clip, kl = (settings.get(n, 0) for n in ("guidance", "ppo_clip", "reference_kl"))
     batch = next(iter(trainer.get_train_dataloader()))
     items = trainer._roll_out([batch["prompts"]], 0)[0]
-    count = sum(len(item.completion_ids) for item in items)
     loss, statistics = trainer.compute_loss(
-        trainer.model, {"interactions": items}, return_outputs=True,
-        num_items_in_batch=len(items),
-    )  # fmt: skip
+        trainer.model, {"interactions": items}, return_outputs=True, num_items_in_batch=len(items)
+    )
     loss.backward()
 
-    def log_probs(prompt, answer):
+    def log_probs(model, prompt, answer):
         logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
         return logits.log_softmax(-1)
 
     whole, ratios = 0.0, []
-    note = lab.tokenizer()("note w9 w8")["input_ids"]
+    note = lab.tokenizer()(f"note {neutral}")["input_ids"]
     for item in items:
         answer, prompt = item.completion_ids, item.prompt_ids  # <user> question <end> <assistant>
-        assert item.neutral_prompt_ids == [*prompt[:-2], *note, *prompt[-2:]]
-        student = log_probs(item.prompt_ids, answer)
+        if neutral is not None:
+            assert item.neutral_prompt_ids == [*prompt[:-2], *note, *prompt[-2:]]
+        student = log_probs(model, prompt, answer)
         with torch.no_grad():
-            followup = log_probs(item.teacher_prompt_ids, answer)
-            neutral = log_probs(item.neutral_prompt_ids, answer)
-            teacher = (student + followup - neutral).log_softmax(-1)
+            base = log_probs(weights, prompt, answer)
+            followup = log_probs(weights, item.teacher_prompt_ids, answer)
+            subtracted = log_probs(weights, item.neutral_prompt_ids or prompt, answer)
+            teacher = (base + guidance * (followup - subtracted)).log_softmax(-1)
+            reference = log_probs(first, prompt, answer)
         chosen = torch.arange(len(answer)), torch.tensor(answer)
         ratio = (teacher - student.detach())[chosen]
         ratios.append(ratio)
         terms = -ratio * student[chosen] if clip else (student.exp() * (student - teacher)).sum(-1)
+        terms = terms + kl * (student.exp() * (student - reference)).sum(-1)
         whole = whole + terms.mean() / len(items)
     whole.backward()
-    assert count == len(torch.cat(ratios)) == len(statistics.log_ratio)
     torch.testing.assert_close(
         statistics.log_ratio.double(), torch.cat(ratios), rtol=1e-4, atol=1e-5
     )
@@ -132,11 +147,23 @@ def test_a_neutral_followup_is_subtracted(lab, mode, tmp_path):
         assert error < 1e-4, (name, error)
 
 
-def test_where_a_neutral_followup_is_refused(lab, tmp_path):
-    with pytest.raises(ValueError, match="neutral_followup must have a text"):
-        lab.trainer(tmp_path, neutral_followup=" ")
-    with pytest.raises(ValueError, match="neutral_followup must be None unless teacher='live'"):
-        lab.trainer(tmp_path, neutral_followup="w1", teacher="frozen")
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"neutral_followup": " "}, "neutral_followup must have a text"),
+    ({"guidance": 0.0}, "guidance must be > 0"),
+    ({"guidance": 2.0, "teacher": "trust_region"}, "teacher must be live, ema or frozen with"),
+])  # fmt: skip
+def test_where_guidance_is_refused(lab, settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        lab.trainer(tmp_path, **settings)
+
+
+def test_guidance_needs_logits_without_a_softcap(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "fastsdpo.online.trainer.head_parameters", lambda model: SimpleNamespace(softcap=30.0)
+    )
+    lab.trainer(tmp_path)
+    with pytest.raises(NotImplementedError, match="softcap"):
+        lab.trainer(tmp_path, guidance=2.0)
 
 
 def test_a_failed_user_drops_that_interaction(lab, tmp_path):
