@@ -36,13 +36,12 @@ UNRELATED = ("My cat is called Minka.", "It rained here all day yesterday.",
 # Found by the search that docs/online.md tells of.
 RECIPE: dict[str, Any] = {
     "mode": "full", "alpha": 1.0, "teacher": "frozen", "guidance": 4.0, "neutral_followup": "Okay.",
-    "template": "note", "lora": 16, "learning_rate": 4e-4, "lr_scheduler_type": "linear",
+    "template": "note", "lora": 16, "learning_rate": 3.5e-4, "lr_scheduler_type": "constant",
     "per_device_train_batch_size": 16, "max_new_tokens": 40, "sampling_temperature": 0.5,
 }  # fmt: skip
-# A user whose wish may change at any time needs a rate that is still there when it does.
-CHANGES = {"flip": {"learning_rate": 3.5e-4, "lr_scheduler_type": "constant"}}
-INTERACTIONS = {"short": 128, "flip": 160, "unrelated": 96}
-EVERY = {"short": 4, "flip": 5, "unrelated": 6}  # steps between measurements
+# What is learned less firmly is sooner unlearned, by a user whose wish changes.
+CHANGES = {"flip": {"guidance": 2.0}}
+INTERACTIONS = {"short": 80, "flip": 160, "unrelated": 80}
 
 
 def user_for(condition: str, interactions: int) -> Any:
@@ -145,7 +144,6 @@ def run_one(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     recipe = {**RECIPE, **CHANGES.get(options.condition, {}), **json.loads(options.recipe)}
     rank = recipe.pop("lora", None)
-    every = options.every or EVERY[options.condition]
     folder = Path(options.output) / f"{options.condition}-{options.seed}"
     last = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     data = json.loads(Path(options.data).read_text(encoding="utf-8"))
@@ -162,7 +160,7 @@ def run_one(options: argparse.Namespace) -> int:
         )
     config = OnlineSDPOConfig(
         output_dir=str(folder), max_steps=steps, seed=options.seed, use_cpu=True, report_to=[],
-        disable_tqdm=True, save_strategy="steps", save_steps=every, save_total_limit=1,
+        disable_tqdm=True, save_strategy="steps", save_steps=options.every, save_total_limit=1,
         dataloader_pin_memory=False,
         **recipe,
     )  # fmt: skip
@@ -205,7 +203,7 @@ def run_one(options: argparse.Namespace) -> int:
 
     class Measure(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step % every == 0 or state.global_step == steps:
+            if state.global_step % options.every == 0 or state.global_step == steps:
                 measure()
 
     trainer.add_callback(Measure())
@@ -391,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--recipe", default="{}", help="JSON, changes to RECIPE")
     parser.add_argument("--interactions", type=int, default=0, help="0: INTERACTIONS")
-    parser.add_argument("--every", type=int, default=0, help="steps between measurements; 0: EVERY")
+    parser.add_argument("--every", type=int, default=5, help="steps between measurements")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     options = parser.parse_args(argv)
     if options.model is None:
