@@ -20,10 +20,11 @@ from fastsdpo.online import experiment
 PAGE = """# Online: a user's wish learned, on a CPU
 
 SmolLM2-135M-Instruct and users that follow rules: `short` wants one short sentence (at most 25 words),
-`flip` the same and after half of its interactions several sentences instead, `unrelated` says things that
-have nothing to do with the answers. {questions} held-out questions, greedy answers. Perplexity: change on
-{ordinary} ordinary conversations as they are (their first 384 tokens); beside it that of {brief} brief
-exchanges, answers of 100 to 500 characters, which a wish for short answers is nearest to.
+`flip` the same and after half of its interactions long answers instead (at least 26 words), `unrelated`
+says things that have nothing to do with the answers. {questions} held-out questions, greedy answers.
+Perplexity: change on {ordinary} ordinary conversations as they are (their first 384 tokens); beside it
+that of {brief} brief exchanges, answers of 100 to 500 characters, which a wish for short answers is
+nearest to.
 
 Recipe: `{recipe}`; for `flip` with `{flip}`. Sample answers of every point: `{answers}`.
 

@@ -96,6 +96,10 @@ def add_setting_options(parser: argparse.ArgumentParser, presets: Any = PRESETS)
     method.add_argument("--topk", type=int)
     method.add_argument("--teacher", choices=("live", "ema", "frozen", "trust_region"))
     method.add_argument("--ema-rate", type=float)
+    method.add_argument("--guidance", type=float, metavar="G",
+                        help="how much a follow-up counts in the teacher (default: 1)")  # fmt: skip
+    method.add_argument("--neutral-followup", metavar="TEXT",
+                        help="one that says nothing; its effect is subtracted")  # fmt: skip
     method.add_argument("--reference-kl", type=float, help="times KL(student || initial model)")
     method.add_argument("--normalization", choices=("sequence", "token"))
     method.add_argument("--ignore-first-k", type=int, help="tokens of each answer")

@@ -39,6 +39,8 @@ class TokenizedInteraction:
         teacher_prompt_ids: the same with the follow-up in the last user message.
         completion_ids: y and, unless y was cut, the end-of-turn token.
         id, conversation_id: the interaction's.
+        neutral_prompt_ids: as teacher_prompt_ids, with the tokenizer's neutral follow-up; None: it
+            has none.
     """
 
     prompt_ids: list[int]
@@ -46,6 +48,7 @@ class TokenizedInteraction:
     completion_ids: list[int]
     id: str | None = None
     conversation_id: str | None = None
+    neutral_prompt_ids: list[int] | None = None
 
 
 class InteractionTokenizer:
@@ -73,6 +76,8 @@ class InteractionTokenizer:
         chat_template_kwargs: for the chat template. ``enable_thinking=False`` is passed where the
             template knows the word, unless given here.
         allow_special_tokens: let the spelling of a control token in a message be that token.
+        neutral_followup: a follow-up that says nothing, with which the teacher's prompt is made once
+            more.
 
     Raises:
         ValueError: no chat template, no end-of-turn token, an unknown option or limit below 1.
@@ -90,6 +95,7 @@ class InteractionTokenizer:
         end_of_turn: str = "template",
         chat_template_kwargs: Mapping[str, Any] | None = None,
         allow_special_tokens: bool = False,
+        neutral_followup: str | None = None,
     ):
         limits = {
             "max_prompt_length": max_prompt_length,
@@ -117,6 +123,7 @@ class InteractionTokenizer:
         self.max_followup_length = max_followup_length
         self.truncation = truncation
         self.allow_special_tokens = allow_special_tokens
+        self.neutral_followup = neutral_followup
         self._template_kwargs = dict(chat_template_kwargs or {})
         if "enable_thinking" in str(chat_template):
             self._template_kwargs.setdefault("enable_thinking", False)
@@ -130,19 +137,16 @@ class InteractionTokenizer:
                 the end of the last message fits; the text names the interaction.
         """
         try:
-            prompt, followup = interaction.prompt, interaction.followup
+            prompt, neutral_ids = interaction.prompt, None
             if self.truncation == "independent-left":
                 prompt_ids = self._encode_prompt(prompt)
-                teacher_ids = self._encode_prompt(self.template.apply(prompt, followup))
                 if self.max_prompt_length is not None:
                     prompt_ids = prompt_ids[-self.max_prompt_length :]
-                    teacher_ids = teacher_ids[-self.max_prompt_length :]
             else:
                 prompt, prompt_ids = self._fit(prompt)
-                followup = self._cut(
-                    followup.strip(), self._encode_text, self.max_followup_length, keep="start"
-                )
-                teacher_ids = self._encode_prompt(self.template.apply(prompt, followup))
+            teacher_ids = self._teacher_prompt(prompt, interaction.followup)
+            if self.neutral_followup is not None:
+                neutral_ids = self._teacher_prompt(prompt, self.neutral_followup)
             completion_ids = self._encode_text(interaction.completion.rstrip())
         except (TypeError, ValueError) as error:
             name = "" if interaction.id is None else f"interaction {interaction.id!r}: "
@@ -154,9 +158,19 @@ class InteractionTokenizer:
             completion_ids=completion_ids[: self.max_completion_length],
             id=interaction.id,
             conversation_id=interaction.conversation_id,
+            neutral_prompt_ids=neutral_ids,
         )
 
     # Length limits
+
+    def _teacher_prompt(self, prompt: list[dict], followup: str) -> list[int]:
+        if self.truncation == "independent-left":
+            ids = self._encode_prompt(self.template.apply(prompt, followup))
+            return ids if self.max_prompt_length is None else ids[-self.max_prompt_length :]
+        followup = self._cut(
+            followup.strip(), self._encode_text, self.max_followup_length, keep="start"
+        )
+        return self._encode_prompt(self.template.apply(prompt, followup))
 
     def _fit(self, prompt: list[dict]) -> tuple[list[dict], list[int]]:
         """(messages, ids): as much of the end of the prompt as the limit holds."""

@@ -23,6 +23,7 @@ was not finite.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -110,9 +111,7 @@ class Learner:
         """
         trainer = self.trainer
         read = self.tokenize(Interaction(messages, "", followup, f"update {self.updates + 1}"))
-        item = TokenizedInteraction(
-            read.prompt_ids, read.teacher_prompt_ids, answer.completion_ids, read.id
-        )
+        item = dataclasses.replace(read, completion_ids=answer.completion_ids)
         trainer.model.train()
         loss, statistics = trainer.run_pass(trainer.model, [item], trainer._count([item]))
         loss.backward()

@@ -74,10 +74,6 @@ def build_parser() -> argparse.ArgumentParser:
     answers.add_argument("--generation-batch-size", type=int)
     answers.add_argument("--generation-url", help="a vLLM server that samples the answers")
     answers.add_argument("--updates-per-batch", type=int, help="steps on each batch of answers")
-    answers.add_argument("--guidance", type=float, metavar="G",
-                         help="how much the follow-up counts (default: 1)")  # fmt: skip
-    answers.add_argument("--neutral-followup", metavar="TEXT",
-                         help="a follow-up that says nothing; its effect is subtracted")  # fmt: skip
     answers.add_argument("--stop-when-degenerate", type=float, metavar="SHARE",
                          help="stop, with a checkpoint, at this share of degenerate answers")  # fmt: skip
     add_setting_options(parser, PRESETS)

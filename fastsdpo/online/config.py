@@ -91,17 +91,6 @@ class OnlineSDPOConfig(SDPOConfig):
         default=False, metadata={"help": "With ppo_clip: subtract each answer's mean advantage."}
     )
 
-    guidance: float = field(
-        default=1.0,
-        metadata={"help": "g: the teacher is proportional to p(. | x) (p(. | x, o) / p(. | x, n))^g, "
-                  "all of the teacher's weights; 1 without neutral_followup: p(. | x, o)."},
-    )  # fmt: skip
-    neutral_followup: str | None = field(
-        default=None,
-        metadata={"help": "n: a follow-up that says nothing (Okay.), whose effect on the answer is "
-                  "subtracted from that of the user's. None: no follow-up, n is empty."},
-    )  # fmt: skip
-
     # Safety
     stop_when_degenerate: float | None = field(
         default=None,
@@ -148,12 +137,6 @@ class OnlineSDPOConfig(SDPOConfig):
         self._check(clip is None or self.is_clip is None, "is_clip", "be None with ppo_clip")
         self._check(not self.center_advantages or clip is not None, "center_advantages",
                     "be off without ppo_clip")  # fmt: skip
-        neutral = self.neutral_followup
-        self._check(neutral is None or bool(neutral.strip()), "neutral_followup",
-                    "have a text, or be None")  # fmt: skip
-        self._check(self.guidance > 0, "guidance", "be > 0")
-        self._check(not self.is_guided or self.teacher != "trust_region", "teacher",
-                    "be live, ema or frozen with guidance or neutral_followup")  # fmt: skip
         share = self.stop_when_degenerate
         self._check(share is None or 0 < share <= 1, "stop_when_degenerate", "be in (0, 1] or None")
         self._check(0 <= self.min_entropy_share < 1, "min_entropy_share", "be in [0, 1)")
@@ -177,11 +160,6 @@ class OnlineSDPOConfig(SDPOConfig):
         if name == "paper":
             chosen["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         return cls(**{**chosen, **settings})
-
-    @property
-    def is_guided(self) -> bool:
-        """Whether the teacher is another than p(. | x, o)."""
-        return self.guidance != 1 or self.neutral_followup is not None
 
     @property
     def needs_reference(self) -> bool:

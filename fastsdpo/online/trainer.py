@@ -25,7 +25,6 @@ from fastsdpo.online.degeneration import CollapseDetector, degenerate
 from fastsdpo.online.prompts import PromptDataset, PromptSampler, collate_prompts
 from fastsdpo.online.sampling import Sample, ServerSampler, generate
 from fastsdpo.online.users import UserSimulator, ask
-from fastsdpo.prefix import head_parameters
 from fastsdpo.trainer.teacher import is_peft
 from fastsdpo.trainer.trainer import SDPOTrainer
 
@@ -43,12 +42,10 @@ class SampledInteraction(TokenizedInteraction):
     Attributes:
         old_logps: per token of the completion; None: those of the model as it is.
         advantages: the same, teacher's minus student's.
-        neutral_prompt_ids: the teacher's prompt with `neutral_followup` instead of the user's.
     """
 
     old_logps: tuple[float, ...] | None = None
     advantages: tuple[float, ...] | None = None
-    neutral_prompt_ids: list[int] | None = None
 
 
 class OnlineSDPOTrainer(SDPOTrainer):
@@ -101,11 +98,6 @@ class OnlineSDPOTrainer(SDPOTrainer):
             raise NotImplementedError(
                 "OnlineSDPOTrainer: FSDP and DeepSpeed hold the weights in shards, from which answers "
                 "cannot be sampled (and adapters not be written for a server); use DDP"
-            )
-        if args.is_guided and head_parameters(self.model).softcap is not None:
-            raise NotImplementedError(
-                "OnlineSDPOTrainer: guidance and neutral_followup are not possible for a model with a "
-                "softcap on its logits: their differences are not linear in the hidden states"
             )
         self.user: Any = user
         self.server: ServerSampler | None = None
@@ -237,14 +229,10 @@ class OnlineSDPOTrainer(SDPOTrainer):
             if not followup or not followup.strip():
                 continue
             one = tokenize(Interaction(messages, "", followup, row["id"], row["conversation_id"]))
-            neutral = None
-            if args.neutral_followup is not None:
-                other = tokenize(Interaction(messages, "", args.neutral_followup))
-                neutral = other.teacher_prompt_ids
             found[micro].append(SampledInteraction(
                 one.prompt_ids, one.teacher_prompt_ids, sample.ids, one.id, one.conversation_id,
+                one.neutral_prompt_ids,
                 None if sample.logps is None else tuple(sample.logps.tolist()),
-                neutral_prompt_ids=neutral,
             ))  # fmt: skip
         if args.updates_per_batch > 1:
             found = [self._score(interactions) for interactions in found]
@@ -299,21 +287,6 @@ class OnlineSDPOTrainer(SDPOTrainer):
                     scored.append(replace(item, old_logps=old, advantages=tuple(ratio.tolist())))
         self.model.train(training)
         return scored
-
-    def guidance(
-        self, interactions: Sequence[TokenizedInteraction]
-    ) -> tuple[float, list[TokenizedInteraction] | None]:
-        if not self.args.is_guided:
-            return 1.0, None
-        between = [
-            TokenizedInteraction(
-                item.prompt_ids,
-                getattr(item, "neutral_prompt_ids", None) or item.prompt_ids,
-                item.completion_ids,
-            )
-            for item in interactions
-        ]
-        return self.args.guidance, between
 
     def pass_options(self, interactions: Sequence[TokenizedInteraction]) -> dict[str, Any]:
         args = self.args

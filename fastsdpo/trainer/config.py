@@ -106,6 +106,16 @@ class SDPOConfig(TrainingArguments):
     trust_region_mix: float = field(
         default=0.5, metadata={"help": "a of the trust region: 0 frozen, 1 live."}
     )
+    guidance: float = field(
+        default=1.0,
+        metadata={"help": "g: the teacher is proportional to p(. | x) (p(. | x, o) / p(. | x, n))^g, "
+                  "all of the teacher's weights; 1 without neutral_followup: p(. | x, o)."},
+    )  # fmt: skip
+    neutral_followup: str | None = field(
+        default=None,
+        metadata={"help": "n: a follow-up that says nothing (Okay.), whose effect on the answer is "
+                  "subtracted from that of the user's. None: no follow-up, n is empty."},
+    )  # fmt: skip
     teacher_check: int = field(
         default=8,
         metadata={"help": "Interactions on which to compare real and unrelated follow-ups before "
@@ -205,6 +215,12 @@ class SDPOConfig(TrainingArguments):
         self._check(self.ignore_first_k >= 0, "ignore_first_k", "be >= 0")
         self._check(0 < self.ema_rate <= 1, "ema_rate", "be in (0, 1]")
         self._check(0 <= self.trust_region_mix <= 1, "trust_region_mix", "be in [0, 1]")
+        self._check(self.guidance > 0, "guidance", "be > 0")
+        neutral = self.neutral_followup
+        self._check(neutral is None or bool(neutral.strip()), "neutral_followup",
+                    "have a text, or be None")  # fmt: skip
+        self._check(not self.is_guided or self.teacher != "trust_region", "teacher",
+                    "be live, ema or frozen with guidance or neutral_followup")  # fmt: skip
         self._check(self.teacher_check >= 0, "teacher_check", "be >= 0")
         for name in ("max_prompt_length", "max_completion_length", "max_followup_length",
                      "max_tokens_per_pack", "chunk_size"):  # fmt: skip
@@ -242,9 +258,14 @@ class SDPOConfig(TrainingArguments):
     def tokenizer_options(self) -> dict[str, Any]:
         """The keyword arguments of `fastsdpo.data.InteractionTokenizer`."""
         names = ("max_prompt_length", "max_completion_length", "max_followup_length",
-                 "truncation", "end_of_turn", "chat_template_kwargs",
-                 "allow_special_tokens")  # fmt: skip
+                 "truncation", "end_of_turn", "chat_template_kwargs", "allow_special_tokens",
+                 "neutral_followup")  # fmt: skip
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the teacher is another than p(. | x, o)."""
+        return self.guidance != 1 or self.neutral_followup is not None
 
     @property
     def needs_reference(self) -> bool:

@@ -27,6 +27,7 @@ logger = logging.getLogger("fastsdpo.trainer")
 
 SAMPLE_SIZE = 64  # interactions of which the text is kept, for the teacher check
 MESSAGES = 3  # of dropped interactions, in warnings
+NO_NEUTRAL = "which must have neutral_prompt_ids for neutral_followup"
 
 
 class InteractionDataset(Dataset):
@@ -62,6 +63,8 @@ class InteractionDataset(Dataset):
                     )
                 tokens.extend(ids)
                 ends.append(len(tokens))
+            tokens.extend(item.neutral_prompt_ids or [])
+            ends.append(len(tokens))
             self.ids.append(item.id)
             self.conversation_ids.append(item.conversation_id)
         self.tokens = torch.frombuffer(tokens, dtype=torch.int32) if tokens else torch.zeros(0)
@@ -92,7 +95,10 @@ class InteractionDataset(Dataset):
             TypeError: not a dataset, or an item of another type.
             ValueError: a malformed row, by index; text without a tokenizer; nothing is left.
         """
+        neutral = options.get("neutral_followup") is not None
         if isinstance(source, cls):
+            if neutral and not source.has_neutral_prompts():
+                raise ValueError(f"SDPOTrainer: {name} came as tokens, {NO_NEUTRAL}")
             return source
         if isinstance(source, (str, os.PathLike)):
             source = load_interactions(source)
@@ -116,6 +122,10 @@ class InteractionDataset(Dataset):
                 items = tqdm(source, desc=f"tokenizing {name}", unit=" interactions", leave=False)
             for index, item in enumerate(items):
                 if isinstance(item, TokenizedInteraction):
+                    if neutral and not item.neutral_prompt_ids:
+                        raise ValueError(
+                            f"SDPOTrainer: {name}[{index}] came as tokens, {NO_NEUTRAL}"
+                        )
                     yield item
                     continue
                 if isinstance(item, Mapping):
@@ -173,17 +183,22 @@ class InteractionDataset(Dataset):
             return None
         if not 0 <= index < len(self):
             raise IndexError(f"InteractionDataset: index must be in [0, {len(self)}), got {index}")
-        ends = self.ends[3 * index : 3 * index + 4].tolist()
-        prompt, teacher, completion = (
+        ends = self.ends[4 * index : 4 * index + 5].tolist()
+        prompt, teacher, completion, neutral = (
             self.tokens[start:stop].tolist() for start, stop in itertools.pairwise(ends)
         )
         return TokenizedInteraction(
-            prompt, teacher, completion, self.ids[index], self.conversation_ids[index]
-        )
+            prompt, teacher, completion, self.ids[index], self.conversation_ids[index],
+            neutral or None,
+        )  # fmt: skip
 
     def lengths(self) -> Tensor:
         """``[len, 3]`` tokens of prompt, teacher's prompt and completion."""
-        return self.ends.diff().view(-1, 3)
+        return self.ends.diff().view(-1, 4)[:, :3]
+
+    def has_neutral_prompts(self) -> bool:
+        """Whether every interaction has `neutral_prompt_ids`."""
+        return bool((self.ends.diff().view(-1, 4)[:, 3] > 0).all())
 
     def groups(self, by_conversation: bool) -> list[list[int]]:
         """Indices by conversation, in order of first appearance; or each by itself."""

@@ -219,6 +219,11 @@ class SDPOTrainer(Trainer):
                 "SDPOTrainer: teacher='trust_region' is not possible for a model with a softcap on "
                 "its logits: their mixture is not linear in the hidden states"
             )
+        if args.is_guided and head_parameters(self.model).softcap is not None:
+            raise NotImplementedError(
+                "SDPOTrainer: guidance and neutral_followup are not possible for a model with a softcap "
+                "on its logits: their differences are not linear in the hidden states"
+            )
         self._ema = self._frozen = None
         copies = args.teacher == "ema" or (frozen and not is_peft(self.model))
         if copies and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -261,10 +266,9 @@ class SDPOTrainer(Trainer):
             context = self._initial
         if context is not None:
             teacher_head = other_head(model, context)
-        guidance, between = self.guidance(interactions)
-        if between is not None:
+        if args.is_guided:
             with no_grad_pass(), nullcontext() if context is None else context():
-                unguided = shared_forward(model, between, **shared)
+                unguided = shared_forward(model, self._unguided(interactions), **shared)
         if args.teacher == "trust_region" or args.needs_reference:
             frozen_head = other_head(model, self._initial)
             # What of the two distributions is needed: given the history alone, or with the follow-up.
@@ -294,7 +298,7 @@ class SDPOTrainer(Trainer):
                     frozen_hidden, states.teacher_hidden, frozen_head, head, args.trust_region_mix
                 )
             elif unguided is not None:
-                teacher_hidden = guide(states.teacher_hidden, unguided, guidance)
+                teacher_hidden = guide(states.teacher_hidden, unguided, args.guidance)
             return sdpo_step_loss(
                 states,
                 head,
@@ -314,11 +318,16 @@ class SDPOTrainer(Trainer):
             model, interactions, teacher_context=context, loss_fn=loss_fn, **shared
         )
 
-    def guidance(
-        self, interactions: Sequence[TokenizedInteraction]
-    ) -> tuple[float, list[TokenizedInteraction] | None]:
-        """The strength of `guide`, and the answers in the two contexts it goes from; or (1, None)."""
-        return 1.0, None
+    def _unguided(self, interactions: Sequence[TokenizedInteraction]) -> list[TokenizedInteraction]:
+        """The answers in the two contexts that `guide` goes from: x, and x with n."""
+        found = []
+        for item in interactions:
+            neutral = item.prompt_ids
+            if self.args.neutral_followup is not None:
+                assert item.neutral_prompt_ids is not None  # the dataset has seen to that
+                neutral = item.neutral_prompt_ids
+            found.append(TokenizedInteraction(item.prompt_ids, neutral, item.completion_ids))
+        return found
 
     def pass_options(self, interactions: Sequence[TokenizedInteraction]) -> dict[str, Any]:
         """Arguments of `sdpo_step_loss` that may depend on the interactions of a pass."""

@@ -1,6 +1,7 @@
 """Ids equal to the published code's for ordinary text; no control tokens from text; shared cuts."""
 
 import copy
+import dataclasses
 import random
 
 import pytest
@@ -124,6 +125,21 @@ class TestAsPublished:
             )
             prompt, teacher, completion = published(smollm2, source, OFFLINE.text)
             assert ids(item) == (prompt[-48:], teacher[-48:], completion[:16])
+
+    @pytest.mark.parametrize("truncation", ["shared", "independent-left"])
+    def test_a_neutral_follow_up_in_the_place_of_the_users(self, smollm2, truncation):
+        options = {"max_prompt_length": 48, "truncation": truncation}
+        for source in ORDINARY:
+            both = tokenize_interaction(
+                smollm2, source, OFFLINE, neutral_followup=" Okay. ", **options
+            )
+            neutral = tokenize_interaction(
+                smollm2, dataclasses.replace(source, followup=" Okay. "), OFFLINE, **options
+            )
+            assert both.neutral_prompt_ids == neutral.teacher_prompt_ids
+            assert neutral.neutral_prompt_ids is None
+            alone = tokenize_interaction(smollm2, source, OFFLINE, **options)
+            assert ids(both) == ids(alone)
 
     def test_special_tokens_when_asked(self, smollm2):
         source = interaction("a<|im_end|>\n<|im_start|>assistant\nb", completion="c<|im_end|>d")

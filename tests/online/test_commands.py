@@ -192,6 +192,13 @@ def test_undo_and_restart_restore_everything(teacher, lab, tmp_path):
         assert torch.equal(value, after[name])
 
 
+def test_chat_learns_from_a_guided_teacher(lab, tmp_path):
+    """A follow-up that is the neutral one says nothing: the teacher is then the student."""
+    one = learner(lab, tmp_path, neutral_followup="w9", guidance=3.0)
+    assert step(one, "w9")["signal"] == pytest.approx(0.0, abs=1e-6)
+    assert step(one, "w8")["signal"] > 1e-3
+
+
 def test_undo_as_far_as_checkpoints_are_kept(lab, tmp_path):
     one = learner(lab, tmp_path)
     for _ in range(4):

@@ -159,7 +159,7 @@ def test_where_guidance_is_refused(lab, settings, message, tmp_path):
 
 def test_guidance_needs_logits_without_a_softcap(lab, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "fastsdpo.online.trainer.head_parameters", lambda model: SimpleNamespace(softcap=30.0)
+        "fastsdpo.trainer.trainer.head_parameters", lambda model: SimpleNamespace(softcap=30.0)
     )
     lab.trainer(tmp_path)
     with pytest.raises(NotImplementedError, match="softcap"):

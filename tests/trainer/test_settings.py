@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import fastsdpo
 from fastsdpo.trainer import NonFiniteError
+from fastsdpo.trainer.data import InteractionDataset
 
 
 def gradients(trainer):
@@ -143,6 +145,24 @@ def test_the_sampled_token_loss_has_its_own_name(tmp_path, lab):
     full = lab.make_trainer(tmp_path, mode="full", eval_dataset=held_out).evaluate()
     assert "eval_sdpo/sampled_token_loss" in sampled and "eval_sdpo/divergence" not in sampled
     assert "eval_sdpo/divergence" in full and "eval_sdpo/sampled_token_loss" not in full
+
+
+def test_a_guided_teacher_of_logged_interactions(tmp_path, lab):
+    """Of text it is made; tokens must have it. Where the follow-up is the neutral one: no signal."""
+    texts = [dataclasses.replace(i, followup="w3 w4") for i in lab.make_interactions(2)]
+    settings = {"neutral_followup": "w3 w4", "guidance": 2.0}
+    trainer = lab.make_trainer(tmp_path, interactions=texts, eval_dataset=texts[:1], **settings)
+    loss, found = gradients(trainer)
+    assert loss == pytest.approx(0.0, abs=1e-6)
+    assert max(float(gradient.norm()) for gradient in found.values()) < 1e-5
+    _, plain = gradients(lab.make_trainer(tmp_path, interactions=texts))
+    assert max(float(gradient.norm()) for gradient in plain.values()) > 1e-2
+    tokens = list(lab.make_trainer(tmp_path, interactions=texts).train_dataset)
+    for source in (tokens, InteractionDataset(tokens)):
+        with pytest.raises(ValueError, match="came as tokens, which must have neutral"):
+            lab.make_trainer(tmp_path, interactions=source, **settings)
+    again = lab.make_trainer(tmp_path, interactions=list(trainer.train_dataset), **settings)
+    assert again.train_dataset[1] == trainer.train_dataset[1]
 
 
 def test_several_held_out_sets(tmp_path, lab):
