@@ -102,9 +102,7 @@ permuting the vocabulary permutes the gradient; gradient rows sum to zero; piece
 swapping student and teacher maps alpha to 1 - alpha; values stay within their bounds. Values and gradients
 against float64, infinities, NaN in ignored rows and huge logits are in `tests/ops/`.
 
-Tested by `tests/reliability/test_numerics.py`; the Triton kernels in the interpreter. Known and open: where
-the tail of a top-k loss underflows in float32 (temperatures far below 1), the Triton kernels drop the
-gradient outside the support; the reference and the native kernels keep it.
+Tested by `tests/reliability/test_numerics.py`; the Triton kernels in the interpreter.
 """),
     Section("Long runs", "^soak", """
 Memory does not grow with the steps: resident memory, traced Python memory, objects, tensors, graph nodes,
