@@ -203,7 +203,8 @@ def run_one(options: argparse.Namespace) -> int:
 
     class Measure(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step % options.every == 0 or state.global_step == steps:
+            # The half of a flip is the last point before the wish changes.
+            if state.global_step % options.every == 0 or state.global_step in (steps // 2, steps):
                 measure()
 
     trainer.add_callback(Measure())
@@ -389,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--recipe", default="{}", help="JSON, changes to RECIPE")
     parser.add_argument("--interactions", type=int, default=0, help="0: INTERACTIONS")
-    parser.add_argument("--every", type=int, default=5, help="steps between measurements")
+    parser.add_argument("--every", type=int, default=2, help="steps between measurements")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     options = parser.parse_args(argv)
     if options.model is None:
