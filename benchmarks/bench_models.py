@@ -72,6 +72,8 @@ def main() -> None:
                         default=["sampled", "reverse_kl"])  # fmt: skip
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=6.0,
+                        help="more rounds of a case while this has not passed")  # fmt: skip
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--without", nargs="+", default=[], metavar="RIVAL")
@@ -99,7 +101,8 @@ def main() -> None:
             else:
                 case = bench.HiddenCase(args.tokens, *shape[:2], dtype, args.device, shape.softcap)
             for mode in modes:
-                row = bench.measure(case, question, mode, args.rounds, args.device, args.without)
+                row = bench.measure(case, question, mode, args.rounds, args.device, args.without,
+                                    args.seconds)  # fmt: skip
                 row |= {"model": model, "ceilings": ceilings, "environment": about}
                 ours = row["rivals"]["fastsdpo"]["median"]
                 said = "  ".join(

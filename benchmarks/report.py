@@ -100,6 +100,8 @@ def _of_stages(data: Any) -> list[tuple[str, str, float]]:
 THEMES: list[tuple[str, str, Bars | None]] = [
     ("logits_cpu_float32", "rival's time over ours, loss and gradient",
      _of_rivals(lambda row: row["mode"], "native fused", ("native",))),
+    ("logits_cpu_float32_pages_kept", "rival's time over ours, loss and gradient",
+     _of_rivals(lambda row: row["mode"], "native fused", ("native",))),
     ("logits_cpu_bfloat16", "rival's time over ours, loss and gradient",
      _of_rivals(lambda row: row["mode"], "native fused", ("native",))),
     ("linear_cpu", "rival's time over ours, loss and gradients",

@@ -6,9 +6,9 @@
     python -m benchmarks.run_all --record        # the same sizes, as dated files in benchmarks/results,
                                                  # which go on from the newest of their theme
 
-Results go to bench_output/, each theme's ratios are set beside the recorded ones of the same cases
-(`benchmarks/compare.py`). A theme that fails is said on the page and the others run; the exit status is
-then 1. Ratios that differ do not fail: another machine has other ratios.
+Results go to bench_output/ (quick ones to bench_output/quick), each theme's ratios are set beside the
+recorded ones of the same cases (`benchmarks/compare.py`). A theme that fails is said on the page and the
+others run; the exit status is then 1. Ratios that differ do not fail: another machine has other ratios.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ THEMES = [
     Theme(
         "logits_cpu_float32", "losses from logits",
         [f"benchmarks.bench_logits {OLD} {LOGITS_RIVALS} torch.compile"],
-        [f"benchmarks.bench_logits {OLD} --tokens 32 --vocabulary 8192 --rounds 2 "
+        [f"benchmarks.bench_logits {OLD} --tokens 32 --vocabulary 8192 --rounds 2 --seconds 0 "
          f"--modes reverse_kl {LOGITS_RIVALS}"],
     ),
     Theme(
@@ -72,8 +72,8 @@ THEMES = [
     ),
     Theme(
         "models_cpu", "shapes of real models, with softcap",
-        [f"benchmarks.bench_models {NEW}"],
-        [f"benchmarks.bench_models {NEW} --tokens 4 --rounds 1 --logits Gemma-2-2B --hidden "
+        [f"benchmarks.bench_models {NEW} --rounds 2"],
+        [f"benchmarks.bench_models {NEW} --tokens 4 --rounds 1 --seconds 0 --logits Gemma-2-2B --hidden "
          "--without torch.compile"],
     ),
     Theme(
@@ -81,7 +81,7 @@ THEMES = [
         ["benchmarks.bench_sharing check",
          f"benchmarks.bench_sharing time {STEP} --conversation 15",
          f"benchmarks.bench_sharing memory {STEP} --conversation 15 "
-         "--variants official,trl-sdpo,conversation",
+         "--variants official,conversation",
          f"benchmarks.bench_sharing report {STEP}"],
         [f"benchmarks.bench_sharing time {STEP} --conversation 14 --max-prompt-length 128 "
          "--variants official,conversation",
@@ -186,13 +186,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, under three minutes")
     parser.add_argument("--only", nargs="+", default=[], metavar="THEME",
                         help="themes whose name begins so: " + ", ".join(t.name for t in THEMES))  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path("bench_output"), metavar="FOLDER")
+    parser.add_argument("--output", type=Path, metavar="FOLDER",
+                        help="default: bench_output, with --quick bench_output/quick")  # fmt: skip
     parser.add_argument("--record", action="store_true",
                         help="as dated files in benchmarks/results")  # fmt: skip
     args = parser.parse_args(argv)
     if args.quick and args.record:
         parser.error("--record needs the full sizes")
-    folder = (RESULTS if args.record else args.output).resolve()
+    output = args.output or Path("bench_output", "quick" if args.quick else "")
+    folder = (RESULTS if args.record else output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [
         theme

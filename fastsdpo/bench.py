@@ -124,8 +124,14 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> int | None:
     return max(0, _status("VmHWM") - before)
 
 
-def interleave(rivals: list[Rival], rounds: int, device: str = "cpu") -> dict[str, Timing]:
-    """Median and spread of ``rounds`` runs of each rival, after one that also measures its memory."""
+def interleave(
+    rivals: list[Rival], rounds: int, device: str = "cpu", least_seconds: float = 0.0
+) -> dict[str, Timing]:
+    """Median and spread of the runs of each rival, after one that also measures its memory.
+
+    At least ``rounds`` rounds, and as many more as ``least_seconds`` has not passed for: the median of
+    a few runs of milliseconds is a matter of luck.
+    """
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {rival.name: [] for rival in rivals}
     cpu: dict[str, list[float]] = {rival.name: [] for rival in rivals}
@@ -134,7 +140,9 @@ def interleave(rivals: list[Rival], rounds: int, device: str = "cpu") -> dict[st
         if rival.prepare:
             rival.prepare()
         peak[rival.name] = peak_memory(rival.run, device)
-    for _ in range(rounds):
+    done, begun = 0, time.perf_counter()
+    while done < rounds or time.perf_counter() - begun < least_seconds:
+        done += 1
         for rival in rivals:
             if rival.prepare:
                 rival.prepare()
@@ -548,8 +556,9 @@ def check(case: Any, mode: str, calls: dict[str, Call]) -> dict[str, str]:
 
 
 def measure(
-    case: Any, question: str, mode: str, rounds: int, device: str, without: Sequence[str] = ()
-) -> dict[str, Any]:
+    case: Any, question: str, mode: str, rounds: int, device: str, without: Sequence[str] = (),
+    least_seconds: float = 0.0
+) -> dict[str, Any]:  # fmt: skip
     """One row of the results: every rival's timing on one case."""
     torch._dynamo.reset()
     calls = case.calls(mode, torch.compile(plain_loss, dynamic=False))
@@ -574,7 +583,7 @@ def measure(
     if isinstance(case, HiddenCase):
         calls["bare GEMMs"] = case.bare_gemms()
     rivals = [Rival(name, call, case.restore) for name, call in calls.items()]
-    timings = interleave(rivals, rounds, device)
+    timings = interleave(rivals, rounds, device, least_seconds)
     return {
         "question": question, "shape": case.label, "mode": mode,
         "dtype": str(case.teacher.dtype).removeprefix("torch."), "rounds": rounds,

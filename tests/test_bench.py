@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 
 import pytest
 import torch
@@ -157,6 +158,16 @@ def test_on_a_gpu_every_timing_waits_for_it_and_memory_is_its_own(monkeypatch):
     assert timing.peak_bytes == 250
     measured = ["prepare", "wait", "run", "wait"]
     assert said == ["prepare", "wait", "reset", "run", "wait", *measured, *measured]
+
+
+def test_rounds_go_on_until_the_time_has_passed():
+    runs = []
+    rival = bench.Rival("x", lambda: (runs.append(1), time.sleep(0.02)))
+    bench.interleave([rival], 2, least_seconds=0.1)
+    assert 1 + 2 < len(runs) <= 1 + 6
+    runs.clear()
+    bench.interleave([rival], 2)
+    assert len(runs) == 1 + 2
 
 
 def test_ceilings_and_shares():

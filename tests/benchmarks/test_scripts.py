@@ -155,6 +155,15 @@ def test_themes_by_name(tmp_path, monkeypatch, capsys):
         run_all.main(["--record", "--quick"])
 
 
+def test_a_quick_run_leaves_the_results_of_a_full_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_all, "THEMES", THEMES[:1])
+    monkeypatch.chdir(tmp_path)
+    assert run_all.main([]) == 0
+    assert run_all.main(["--quick"]) == 0
+    assert "January 2026" in (tmp_path / "bench_output" / "good_cpu.log").read_text()
+    assert "tiny sizes" in (tmp_path / "bench_output" / "quick" / "index.md").read_text()
+
+
 def test_a_recording_goes_on_from_the_newest_file(tmp_path, monkeypatch):
     monkeypatch.setattr(run_all.compare, "RESULTS", tmp_path)
     (tmp_path / "a_cpu_2026-01-01.json").write_text("1")
