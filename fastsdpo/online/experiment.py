@@ -340,7 +340,7 @@ def plot(runs: dict[tuple[str, int], list[dict]], path: Path) -> bool:
         return False
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(3, 3, sharex="col", squeeze=False)
+    grid = figure.subplots(3, 3, sharex="col", sharey="row", squeeze=False)
     titles = {"short": "wants one short sentence", "flip": "short, then long answers",
               "unrelated": "unrelated follow-ups"}  # fmt: skip
     for column, condition in enumerate(CONDITIONS):
@@ -370,9 +370,11 @@ def plot(runs: dict[tuple[str, int], list[dict]], path: Path) -> bool:
     grid[0, 0].set_ylabel("held-out answers, %")
     grid[1, 0].set_ylabel("words in an answer")
     grid[2, 0].set_ylabel("perplexity, change in %")
-    for axes in grid[[0, 2]].flat:
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
+    grid[1, 0].set_ylim(bottom=0)
+    for row in grid[[0, 2]]:
+        drawn = next((axes for axes in row if axes.get_legend_handles_labels()[0]), None)
+        if drawn is not None:
+            drawn.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     return True
 
