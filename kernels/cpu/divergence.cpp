@@ -289,19 +289,22 @@ struct DivergenceOp {
         if (MODE == JSD) mixture(es, et, n, f, et, unused, unused + 1);
       }
       if (pairs)
-        return block_gradient(row, column, n, state, f, es, et, (bf16*)grad.at(row, column));
+        return block_gradient(row, column, n, state, f, es, et, nullptr,
+                              (bf16*)grad.at(row, column));
       const float* c = softcap == 0 ? nullptr  // read before the gradient may overwrite it
                                     : read_block(student, softcap, row, column, n, logits_block);
       float* g = gradient_block(grad, row, column, n, grad_block);
-      block_gradient(row, column, n, state, f, es, et, g);
+      block_gradient(row, column, n, state, f, es, et, c, g);
       apply_softcap_slope(softcap, c, g, n);
       write_block(grad, row, column, n, g);
     });
   }
 
+  // `capped`: the student's block, where a softcap had to be applied to it, else null.
   template <class G>
   INLINE_MEMBER void block_gradient(int64_t row, int64_t column, int n, const State& state,
-                                    Factors f, const float* es, const float* et, G* g) const {
+                                    Factors f, const float* es, const float* et,
+                                    const float* capped, G* g) const {
     constexpr int U = 2;
     if (MODE == FORWARD_KL) {
       const vf student = all(state.scale * f.student), teacher = all(-state.scale * f.teacher);
@@ -313,7 +316,7 @@ struct DivergenceOp {
       const vf factor = all(f.student), slope = all((float)k * ln2);
       const vf constant = all(-ln2 * difference - state.scale * state.divergence);
       const vf s0 = all(state.student.max), t0 = all(state.teacher.max);
-      with_pair(row, column, n, __is_same(G, bf16), [&](auto* s, auto* t) {
+      auto write = [&](auto* s, auto* t) {
         for (int i = 0; i < padded(n); i += U * W) {
           prefetch_next(s + i);
           prefetch_next(t + i);
@@ -321,7 +324,12 @@ struct DivergenceOp {
           Lanes<U> difference = (load_lanes<U>(s + i) - s0) - (load_lanes<U>(t + i) - t0);
           store_lanes(g + i, where_nonzero(p, p * (difference * slope + constant)));
         }
-      });
+      };
+      alignas(64) float teacher_block[BLOCK];
+      if (capped)
+        write(capped, read_block(teacher, softcap, row, column, n, teacher_block));
+      else
+        with_pair(row, column, n, __is_same(G, bf16), write);
     } else {
       const float scale = -state.scale * (1 - alpha) * f.student;
       const vf slope = all(scale * LN2), constant = all(scale * state.divergence);
