@@ -33,7 +33,8 @@ def _commit() -> str:
             [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
         )
         dirty = subprocess.run(
-            [*git, "status", "--porcelain", "--", "../kernels", "../fastsdpo/ops", "."],
+            [*git, "status", "--porcelain", "--", "../kernels", "../fastsdpo/ops", ".",
+             ":(exclude)results"],
             capture_output=True, text=True,
         )  # fmt: skip
     except FileNotFoundError:

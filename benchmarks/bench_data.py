@@ -164,7 +164,8 @@ def measure(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
     def time(
         stage: str, runs: dict[str, Callable[[], Any]], size: int, count: int, tokens: int = 0
     ):
-        timings = interleave([Rival(who, run) for who, run in runs.items()], args.rounds)
+        timings = interleave([Rival(who, run) for who, run in runs.items()], args.rounds,
+                             least_seconds=args.seconds)  # fmt: skip
         for who, timing in timings.items():
             rows.append({
                 "stage": stage, "who": who, "conversations": conversations, "interactions": count,
@@ -271,6 +272,8 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=2000)
     parser.add_argument("--tokenized", type=int, default=400, help="interactions to tokenize")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=10.0,
+                        help="more rounds of a stage while this has not passed")  # fmt: skip
     parser.add_argument(
         "--record", default="", help="name of the results file; none is written without"
     )

@@ -96,7 +96,7 @@ THEMES = [
     Theme(
         "data_cpu", "data preparation",
         [f"benchmarks.bench_data {NEW}"],
-        [f"benchmarks.bench_data {NEW} --conversations 40 --tokenized 20 --rounds 1"],
+        [f"benchmarks.bench_data {NEW} --conversations 40 --tokenized 20 --rounds 1 --seconds 0"],
     ),
     Theme(
         "processes_cpu", "scaling with processes",

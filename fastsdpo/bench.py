@@ -18,6 +18,7 @@ hidden states cannot and is left out.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import gc
 import importlib.metadata
@@ -86,8 +87,7 @@ class Timing:
 
     ``cpu`` is the median of the processor seconds of all threads: on a machine that does other work
     at the same time it tells more than the wall clock. Memory is the device's allocations on a GPU and
-    resident memory on a CPU, where what the allocator kept from an earlier call is not seen;
-    None where the system does not say.
+    resident memory on a CPU; None where the system does not say.
     """
 
     median: float
@@ -114,6 +114,11 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> int | None:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    if sys.platform == "linux":
+        # What the C library kept from an earlier call goes back, or this one's use of it is not seen.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
         before = _status("VmRSS")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 
 import pytest
@@ -158,6 +159,16 @@ def test_on_a_gpu_every_timing_waits_for_it_and_memory_is_its_own(monkeypatch):
     assert timing.peak_bytes == 250
     measured = ["prepare", "wait", "run", "wait"]
     assert said == ["prepare", "wait", "reset", "run", "wait", *measured, *measured]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_memory_that_the_allocator_kept_from_an_earlier_call_is_seen():
+    def run():
+        torch.ones(24 * 2**18)  # 24 MiB, below what glibc always gives back
+
+    for _ in range(3):
+        peak = bench.peak_memory(run)
+        assert peak is not None and 23 * 2**20 < peak < 40 * 2**20
 
 
 def test_rounds_go_on_until_the_time_has_passed():

@@ -54,7 +54,7 @@ def source(tmp_path):
 
 
 def options(source):
-    return argparse.Namespace(source=str(source), conversations=9, tokenized=9, rounds=1)
+    return argparse.Namespace(source=str(source), conversations=9, tokenized=9, rounds=1, seconds=0)
 
 
 def test_data_preparation_against_rivals_that_give_the_same(source, tokenizer):
