@@ -61,13 +61,13 @@ THEMES = [
     ),
     Theme(
         "linear_cpu", "losses from hidden states",
-        [f"benchmarks.bench_linear {OLD} --modes sampled reverse_kl --rounds 3"],
+        [f"benchmarks.bench_linear {OLD} --modes sampled reverse_kl --rounds 2"],
         [f"benchmarks.bench_linear {OLD} --tokens 64 --vocabulary 8192 --hidden 128 --rounds 2 "
          "--modes reverse_kl --rivals fastsdpo bare#GEMMs TRL Liger eager"],
     ),
     Theme(
         "memory_cpu", "memory against tokens, vocabulary and width",
-        [f"benchmarks.bench_memory {NEW} --points 4"],
+        [f"benchmarks.bench_memory {NEW} --points 3"],
         [f"benchmarks.bench_memory {NEW} --points 1"],
     ),
     Theme(
