@@ -158,9 +158,10 @@ def launch(arguments: list[str], processes: int, threads: int) -> dict[str, Any]
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     names = ("batch", "steps", "vocabulary", "hidden", "layers", "shrink")
     arguments = [text for name in names for text in (f"--{name}", str(getattr(args, name)))]
-    runs: dict[tuple[int, int], list[dict[str, Any]]] = {setting: [] for setting in SETTINGS}
+    settings = [(p, t) for p, t in SETTINGS if t == 1 or not args.processes_only]
+    runs: dict[tuple[int, int], list[dict[str, Any]]] = {setting: [] for setting in settings}
     for _ in range(args.rounds):
-        for processes, threads in SETTINGS:
+        for processes, threads in settings:
             result = launch(arguments, processes, threads)
             runs[processes, threads].append(result)
             print(
@@ -229,6 +230,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--shrink", type=int, default=2, help="divides all lengths")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--processes-only", action="store_true",
+                        help="without one process of two threads")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(

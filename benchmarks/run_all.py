@@ -72,18 +72,20 @@ THEMES = [
     ),
     Theme(
         "models_cpu", "shapes of real models, with softcap",
-        [f"benchmarks.bench_models {NEW} --rounds 2"],
+        [f"benchmarks.bench_models {NEW} --rounds 2 --logits SmolLM2-135M Qwen3-8B Gemma-2-2B "
+         "--hidden-modes reverse_kl"],
         [f"benchmarks.bench_models {NEW} --tokens 4 --rounds 1 --seconds 0 --logits Gemma-2-2B --hidden "
          "--without torch.compile"],
     ),
     Theme(
         "sharing_cpu", "a whole optimizer step, and what each part of ours gives",
         ["benchmarks.bench_sharing check",
-         f"benchmarks.bench_sharing time {STEP} --conversation 15",
+         f"benchmarks.bench_sharing time {STEP} --conversation 15 --variants "
+         "official,trl-sdpo,response-logits,fused-loss,interaction,conversation",
          f"benchmarks.bench_sharing memory {STEP} --conversation 15 "
          "--variants official,conversation",
          f"benchmarks.bench_sharing report {STEP}"],
-        [f"benchmarks.bench_sharing time {STEP} --conversation 14 --max-prompt-length 128 "
+        [f"benchmarks.bench_sharing time {STEP} --conversation shortest --max-prompt-length 64 "
          "--variants official,conversation",
          f"benchmarks.bench_sharing report {STEP}"],
     ),
@@ -100,9 +102,9 @@ THEMES = [
     ),
     Theme(
         "processes_cpu", "scaling with processes",
-        [f"benchmarks.bench_processes {NEW}"],
+        [f"benchmarks.bench_processes {NEW} --rounds 1"],
         [f"benchmarks.bench_processes {NEW} --batch 4 --steps 1 --vocabulary 512 --hidden 64 "
-         "--layers 1 --shrink 16 --rounds 1"],
+         "--layers 1 --shrink 16 --rounds 1 --processes-only"],
     ),
     Theme(
         "costmodel_predictions", "predictions for GPUs (no measurement)",
@@ -111,7 +113,8 @@ THEMES = [
     ),
     Theme(
         "losses", "the same losses as pytest-benchmark entries",
-        ["pytest -q --import-mode=importlib benchmarks/test_losses.py -k not#compile "
+        ["pytest -q --import-mode=importlib benchmarks/test_losses.py "
+         "-k reverse_kl#and#not#compile "
          "--benchmark-json {folder}/{name}.json"],
         record=False,
     ),

@@ -132,19 +132,24 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> int | None:
 def interleave(
     rivals: list[Rival], rounds: int, device: str = "cpu", least_seconds: float = 0.0
 ) -> dict[str, Timing]:
-    """Median and spread of the runs of each rival, after one that also measures its memory.
+    """Median and spread of the runs of each rival, between two that measure its memory.
 
     At least ``rounds`` rounds, and as many more as ``least_seconds`` has not passed for: the median of
-    a few runs of milliseconds is a matter of luck.
+    a few runs of milliseconds is a matter of luck. Of the two peaks the lower counts: now and then a
+    tensor of the run before is still held by a cycle, or by the allocator.
     """
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {rival.name: [] for rival in rivals}
     cpu: dict[str, list[float]] = {rival.name: [] for rival in rivals}
-    peak = {}
-    for rival in rivals:
-        if rival.prepare:
-            rival.prepare()
-        peak[rival.name] = peak_memory(rival.run, device)
+    peaks: dict[str, list[int | None]] = {rival.name: [] for rival in rivals}
+
+    def measure_peaks() -> None:
+        for rival in rivals:
+            if rival.prepare:
+                rival.prepare()
+            peaks[rival.name].append(peak_memory(rival.run, device))
+
+    measure_peaks()
     done, begun = 0, time.perf_counter()
     while done < rounds or time.perf_counter() - begun < least_seconds:
         done += 1
@@ -157,13 +162,14 @@ def interleave(
             wait()
             seconds[rival.name].append(time.perf_counter() - start)
             cpu[rival.name].append(time.process_time() - start_cpu)
+    measure_peaks()
     return {
         name: Timing(
             statistics.median(times),
             min(times),
             max(times),
             statistics.median(cpu[name]),
-            peak[name],
+            min((peak for peak in peaks[name] if peak is not None), default=None),
         )
         for name, times in seconds.items()
     }
