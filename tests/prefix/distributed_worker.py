@@ -39,6 +39,10 @@ def main(rank: int, store: str) -> None:
     def logps(model, states):
         return lab.hidden_logps(states.student_hidden, states.target_ids, head_parameters(model))
 
+    def check(model):
+        sharing, head = check_sharing(model), check_head(model)
+        assert sharing == (True, "") and head == (True, ""), (sharing, head)
+
     # What both wrappers promise: the gradients of the processes, averaged.
     plain = lab.tiny_model("llama")
     for other in items_of:
@@ -65,7 +69,7 @@ def main(rank: int, store: str) -> None:
         if checkpointing:
             inner.gradient_checkpointing_enable({"use_reentrant": False})
         model = DistributedDataParallel(inner)
-        assert check_sharing(model) == (True, "") and check_head(model) == (True, "")
+        check(model)
         for sharing in ("conversation", "off"):
             states = shared_forward(model, items, sharing=sharing)
             logps(model, states).sum().backward()
@@ -80,7 +84,7 @@ def main(rank: int, store: str) -> None:
         for layer in model.model.layers:
             fully_shard(layer)
         fully_shard(model, **options)
-        assert check_sharing(model) == (True, "") and check_head(model) == (True, "")
+        check(model)
         for sharing in ("conversation", "off"):
             loss, states = shared_forward(
                 model,
