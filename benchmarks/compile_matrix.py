@@ -239,7 +239,16 @@ def compile_variant(variant: Variant, dtype: str, target: str) -> Any:
     options = {"num_warps": NUM_WARPS if nvidia else NUM_WARPS // 2}
     if nvidia:
         options["maxnreg"] = MAX_REGISTERS
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    if triton.__version__.startswith("3.2."):
+        from triton.backends.compiler import AttrsDescriptor
+
+        pieces = {"tt.divisibility": [place for (place,) in aligned], "tt.equal_to": []}
+        described = {"cls": "AttrsDescriptor", "arg_properties": pieces}
+        attrs = AttrsDescriptor.from_dict(described)
+        types = {name: kind for name, kind in types.items() if name not in constants}
+        source = ASTSource(fn=kernel, signature=types, constants=constants, attrs=attrs)
+    else:
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=gpu, options=options)
 
 

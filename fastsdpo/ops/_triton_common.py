@@ -281,7 +281,7 @@ def edge_positions(offset, first, last, vocabulary, BESIDE: tl.constexpr, A: tl.
 @triton.jit
 def tile_positions(LANES: tl.constexpr, VEC: tl.constexpr):
     """[accesses of a thread, threads, VEC], in the order of memory."""
-    WIDTH: tl.constexpr = min(LANES, THREADS)
+    WIDTH: tl.constexpr = LANES if LANES < THREADS else THREADS
     access = tl.arange(0, LANES // WIDTH)[:, None, None]
     thread = tl.arange(0, WIDTH)[None, :, None]
     return (access * WIDTH + thread) * VEC + tl.arange(0, VEC)[None, None, :]
@@ -303,7 +303,8 @@ def beside(ptr, offset, lead, BESIDE: tl.constexpr, A: tl.constexpr, VEC: tl.con
 @triton.jit
 def per_thread(value, LANES: tl.constexpr):
     """A running value of each thread."""
-    return tl.full([min(LANES, THREADS)], value, tl.float32)
+    WIDTH: tl.constexpr = LANES if LANES < THREADS else THREADS
+    return tl.full([WIDTH], value, tl.float32)
 
 
 @triton.jit
@@ -368,7 +369,7 @@ def skipped_accesses(
 ):  # fmt: skip
     """[accesses, threads]: bit t set where the access holds an id of the support in tile t of elements
     [begin, end)."""
-    WIDTH: tl.constexpr = min(LANES, THREADS)
+    WIDTH: tl.constexpr = LANES if LANES < THREADS else THREADS
     access = tl.arange(0, LANES // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     bits = tl.zeros([LANES // WIDTH, WIDTH], tl.int32)
     from_id = tl.sum((ids < lead + begin).to(tl.int32), 0)

@@ -1,0 +1,32 @@
+"""What the Triton kernels' source must not contain, because older compilers cannot read it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import fastsdpo.ops
+
+OPS = Path(fastsdpo.ops.__file__).parent
+FILES = [OPS / "_triton_common.py", *sorted(OPS.glob("*/_triton.py"))]
+
+
+def device_functions(path: Path) -> list[ast.FunctionDef]:
+    found = []
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            marks = [ast.unparse(mark).partition("(")[0] for mark in node.decorator_list]
+            if "triton.jit" in marks:
+                found.append(node)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name + "/" + path.stem)
+def test_no_min_or_max_of_constants(path):
+    """Before Triton 3.6 Python's min and max are operations on tensors, and no constants."""
+    functions = device_functions(path)
+    assert functions
+    for function in functions:
+        calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+        names = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+        assert not names & {"min", "max"}, function.name
