@@ -68,13 +68,11 @@ TESTS = [
     "tests/online/test_online.py", "tests/integrations/test_transformers.py",
 ]  # fmt: skip
 # What a version cannot do, and is refused by name: (package, its versions, pattern of tests, why).
+GPT2 = "GPT-2 passes its attention nothing, so its prefixes are not shared"
 REFUSED = [
-    (
-        "transformers",
-        "5.0.",
-        "gpt2",
-        "GPT-2 passes its attention nothing, so its prefixes are not shared",
-    ),
+    ("transformers", "5.0.", "gpt2", GPT2),
+    ("transformers", "5.0.", "active_dropout", GPT2),
+    ("torch", "2.6.", "fsdp2", "its FSDP2 does not run on a CPU"),
 ]
 INTERPRETED = ["tests/ops/test_token_logps.py", "tests/ops/test_losses.py"]
 INTERPRETED_NAMES = "triton and (ignored or nothing or slice)"

@@ -1,6 +1,6 @@
-"""One of two processes: DDP and FSDP2 around a model, shared passes inside. Run by test_distributed.
+"""One of two processes: DDP or FSDP2 around a model, shared passes inside. Run by test_distributed.
 
-Usage: distributed_worker.py RANK STORE_FILE
+Usage: distributed_worker.py RANK STORE_FILE ddp|fsdp2
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def load_lab():
     return module
 
 
-def main(rank: int, store: str) -> None:
+def main(rank: int, store: str, wrapper: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     lab = load_lab()
@@ -64,41 +64,45 @@ def main(rank: int, store: str) -> None:
             got = got.full_tensor() if hasattr(got, "full_tensor") else got
             assert (got - wanted).abs().max() < 1e-12 * wanted.abs().max().clamp(min=1), (name, key)
 
-    for checkpointing in (False, True):
-        inner = copy.deepcopy(plain)
-        if checkpointing:
-            inner.gradient_checkpointing_enable({"use_reentrant": False})
-        model = DistributedDataParallel(inner)
-        check(model)
-        for sharing in ("conversation", "off"):
-            states = shared_forward(model, items, sharing=sharing)
-            logps(model, states).sum().backward()
-            compare(f"DDP {sharing} {checkpointing}", inner, states)
-            model.zero_grad()
+    def run_ddp():
+        for checkpointing in (False, True):
+            inner = copy.deepcopy(plain)
+            if checkpointing:
+                inner.gradient_checkpointing_enable({"use_reentrant": False})
+            model = DistributedDataParallel(inner)
+            check(model)
+            for sharing in ("conversation", "off"):
+                states = shared_forward(model, items, sharing=sharing)
+                logps(model, states).sum().backward()
+                compare(f"DDP {sharing} {checkpointing}", inner, states)
+                model.zero_grad()
 
-    # With reshard the root's parameters are gone after its forward pass: hence loss_fn.
-    for checkpointing, options in ((False, {}), (True, {"reshard_after_forward": True})):
-        model = copy.deepcopy(plain)
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model, **options)
-        check(model)
-        for sharing in ("conversation", "off"):
-            loss, states = shared_forward(
-                model,
-                items,
-                sharing=sharing,
-                loss_fn=lambda states, model=model: (logps(model, states).sum(), states),
-            )
-            loss.backward()
-            compare(f"FSDP2 {sharing} {checkpointing} {options}", model, states)
-            model.zero_grad()
-        with pytest.raises(NotImplementedError, match="sharded"):
-            head_parameters(model)
+    def run_fsdp2():
+        # With reshard the root's parameters are gone after its forward pass: hence loss_fn.
+        for checkpointing, options in ((False, {}), (True, {"reshard_after_forward": True})):
+            model = copy.deepcopy(plain)
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model, **options)
+            check(model)
+            for sharing in ("conversation", "off"):
+                loss, states = shared_forward(
+                    model,
+                    items,
+                    sharing=sharing,
+                    loss_fn=lambda states, model=model: (logps(model, states).sum(), states),
+                )
+                loss.backward()
+                compare(f"FSDP2 {sharing} {checkpointing} {options}", model, states)
+                model.zero_grad()
+            with pytest.raises(NotImplementedError, match="sharded"):
+                head_parameters(model)
+
+    {"ddp": run_ddp, "fsdp2": run_fsdp2}[wrapper]()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -12,12 +12,13 @@ import torch.distributed
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_ddp_and_fsdp2(tmp_path):
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_two_processes(tmp_path, wrapper):
     worker = Path(__file__).parent / "distributed_worker.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(tmp_path / "store")],
+            [sys.executable, str(worker), str(rank), str(tmp_path / "store"), wrapper],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
