@@ -79,9 +79,8 @@ INTERPRETED_NAMES = "triton and (ignored or nothing or slice)"
 # The interpreters before Triton 3.7 make a scalar of an array of one element, which numpy 2.4 refuses.
 OLD_INTERPRETERS, OLD_NUMPY = ("3.2.", "3.3.", "3.4.", "3.5.", "3.6."), "numpy==2.3.*"
 # What a version's interpreter cannot do, as REFUSED above.
-NOT_INTERPRETED = [
-    ("3.2.", "renorm", "its interpreter has no False, which the renormalized top-k loss takes")
-]
+NO_FALSE = "its interpreter has no False, which the renormalized top-k loss takes"
+NOT_INTERPRETED = [("3.2.", "renorm", NO_FALSE), ("3.3.", "renorm", NO_FALSE)]
 
 
 def run(command: list[Any], **options: Any) -> subprocess.CompletedProcess:
