@@ -204,7 +204,9 @@ def test_pieces_of_the_tokens_add_up(backend, loss, data):
         torch.cat([out.per_token_loss for out, _ in parts]),
         torch.cat([g for _, g in parts]),
     )
-    if backend == "reference":  # PyTorch sums a row differently where there are fewer rows
+    # PyTorch sums a row differently where there are fewer rows; Triton's kernels where the row starts at
+    # another place of a 16-byte piece (fastsdpo/ops/_triton_common.py).
+    if backend == "reference" or (backend == "triton" and student.shape[1] % 8):
         close(values, whole.per_token_loss, scale_of(whole))
         close(grads, grad, scale_of(whole), rel=2e-5 if grad.dtype == torch.float32 else 2.0**-7)
     else:
