@@ -308,7 +308,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         found = {text for row in rows if row["kind"] == kind for text in row.get("refused", [])}
         return [
             "",
-            *(f"Refused by name, and left out of the tests: {text}." for text in sorted(found)),
+            *(f"- Left out of the tests: {text}." for text in sorted(found)),
         ]
 
     lines += left_out("combination")
