@@ -54,8 +54,8 @@ TRITONS = ["3.2.0", "3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1", ""]  # "": the 
 TARGETS = ("sm_80", "sm_90", "gfx942")
 VARIANTS = "^(logps|sampled|sampled gradient|reverse KL|JSD gradient|top-k JSD fused)$"
 
-# Stands in for ROCm's linker, which Triton takes from the system before 3.5: gfx942 is compiled to
-# machine code all the same, and not linked.
+# Stands in for ROCm's linker, which older versions of Triton (3.4, not 3.6) take from the system: there
+# gfx942 is compiled to machine code all the same, and not linked.
 LINKER = '#!/bin/sh\nif [ "$1" = --version ]; then echo none; else cp "$4" "$6"; fi\n'
 
 # What touches the other packages: autograd, torch.library, compile, attention masks and hooks of
