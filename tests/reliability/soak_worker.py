@@ -140,9 +140,8 @@ class Meter(TrainerCallback):
         found = {"step": state.global_step, **gauge()}
         lines = state.log_history
         kept = [*lines, *self.readings, *self.flat]
-        found["traced"] -= sum(
-            sys.getsizeof(line) + sum(map(sys.getsizeof, line.values())) for line in kept
-        )
+        parts = {id(part): part for line in kept for part in (line, *line, *line.values())}
+        found["traced"] -= sum(map(sys.getsizeof, parts.values()))
         found["objects"] -= sum(map(gc.is_tracked, kept))
         return found
 
