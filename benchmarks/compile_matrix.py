@@ -80,7 +80,10 @@ def variants() -> list[Variant]:
     add("sampled given teacher", TOKENS, fwd, 1, **token, TEACHER=2)
     add("sampled split", TOKENS, fwd, 1, **{**token, "STAGE": 1}, TEACHER=1)
     add("sampled finish", TOKENS, fwd, 1, **{**token, "STAGE": 2}, TEACHER=1)
-    add("sampled fused", TOKENS, fwd, 2, **{**token, "FUSED": True}, TEACHER=1)
+    for same in (True, False):
+        name = f"sampled fused{'' if same else ' other phase'}"
+        fused = {**token, "FUSED": True, "BESIDE": int(not same)}
+        add(name, TOKENS, fwd, 2, **fused, TEACHER=1)
     back = {"STAT_STRIDE": 2, "LOSS": True, "HAS_CAP": False}
     for same in (True, False):
         add(
@@ -95,12 +98,16 @@ def variants() -> list[Variant]:
     add("logps gradient", TOKENS, bwd, 2, **{**back, "LOSS": False, "STAT_STRIDE": 1}, BESIDE=0)
     for mode, label in enumerate(("forward KL", "reverse KL", "JSD")):
         pair = {**base, "MODE": mode, "FUSED": False, "BESIDE": 0}
-        add(label, PAIRS, "_divergence_fwd_kernel", 2, **pair)
-        add(f"{label} other phase", PAIRS, "_divergence_fwd_kernel", 2, **{**pair, "BESIDE": 1})
-        add(f"{label} softcap", PAIRS, "_divergence_fwd_kernel", 2, **{**pair, "HAS_CAP": True})
-        add(f"{label} split", PAIRS, "_divergence_fwd_kernel", 2, **{**pair, "STAGE": 1})
-        add(f"{label} finish", PAIRS, "_divergence_fwd_kernel", 2, **{**pair, "STAGE": 2})
-        add(f"{label} fused", PAIRS, "_divergence_fwd_kernel", 3, **{**pair, "FUSED": True})
+        reads = 1 if label == "JSD" else 2  # JSD's statistics are of each row by itself
+        add(label, PAIRS, "_divergence_fwd_kernel", reads, **pair)
+        add(f"{label} other phase", PAIRS, "_divergence_fwd_kernel", reads, **{**pair, "BESIDE": 1})
+        add(f"{label} softcap", PAIRS, "_divergence_fwd_kernel", reads, **{**pair, "HAS_CAP": True})
+        add(f"{label} split", PAIRS, "_divergence_fwd_kernel", reads, **{**pair, "STAGE": 1})
+        add(f"{label} finish", PAIRS, "_divergence_fwd_kernel", reads, **{**pair, "STAGE": 2})
+        for same in (True, False):
+            name = f"{label} fused{'' if same else ' other phase'}"
+            fused = {**pair, "FUSED": True, "BESIDE": int(not same)}
+            add(name, PAIRS, "_divergence_fwd_kernel", 3, **fused)
         grad = {"MODE": mode, "HAS_CAP": False}
         for same in (True, False):
             add(
@@ -143,15 +150,10 @@ def variants() -> list[Variant]:
             TAIL=True,
             GIVEN=False,
         )
-        add(
-            f"top-k {label} fused",
-            PAIRS,
-            "_topk_fwd_kernel",
-            2,
-            **{**top, "FUSED": True},
-            TAIL=True,
-            GIVEN=False,
-        )
+        for same in (True, False):
+            name = f"top-k {label} fused{'' if same else ' other phase'}"
+            fused = {**top, "FUSED": True, "BESIDE": int(not same)}
+            add(name, PAIRS, "_topk_fwd_kernel", 2, **fused, TAIL=True, GIVEN=False)
     jsd = {"HAS_CAP": False, "BESIDE": 0}
     add("JSD loss", PAIRS, "_jsd_kernel", 2, **jsd, STAGE=0)
     add("JSD loss other phase", PAIRS, "_jsd_kernel", 2, **{**jsd, "BESIDE": 1}, STAGE=0)
@@ -159,16 +161,10 @@ def variants() -> list[Variant]:
     add("JSD loss split", PAIRS, "_jsd_kernel", 2, **jsd, STAGE=1)
     add("JSD loss finish", PAIRS, "_jsd_kernel", 2, **jsd, STAGE=2)
     for tail in (True, False):
-        add(
-            f"top-k gradient {'tail' if tail else 'renormalized'}",
-            PAIRS,
-            "_topk_bwd_kernel",
-            2,
-            TAIL=tail,
-            HAS_CAP=False,
-            BESIDE=0,
-            KP=32,
-        )
+        for same in (True, False):
+            name = f"top-k gradient {'tail' if tail else 'renormalized'}{'' if same else ' other phase'}"
+            back = {"HAS_CAP": False, "BESIDE": int(not same), "KP": 32}
+            add(name, PAIRS, "_topk_bwd_kernel", 2, **back, TAIL=tail)
     return found  # fmt: skip
 
 
@@ -191,6 +187,7 @@ def tiles(variant: Variant, dtype: str) -> dict[str, Any]:
 
     topk = "topk" in variant.kernel
     heavy = variant.module == PAIRS and (not topk or variant.constants.get("FUSED", False))
+    heavy = heavy or (variant.kernel == "_topk_fwd_kernel" and dtype == "fp32")
     options = launch(
         4 if dtype == "fp32" else 2, heavy=heavy or variant.constants["HAS_CAP"],
         beside=variant.constants["BESIDE"],
@@ -269,7 +266,7 @@ def hot_loop(sass: str) -> list[str]:
         instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
         if instruction:
             code.append(instruction.group(1))
-    return hottest(inner_loops(code, labels, r"BRA.*`\((\.L_x_\d+)\)"), widths, "LDG")
+    return hottest(inner_loops(code, labels, r"BRA.*`\((\.L_x_\d+)\)"), widths, "LDG", "STG")
 
 
 def amd_loops(assembly: str) -> list[list[str]]:
@@ -298,14 +295,16 @@ def inner_loops(code: list[str], labels: dict[str, int], jump: str) -> list[list
 
 
 def hottest(
-    loops: list[list[str]], widths: Callable[[list[str]], list[int]], load: str
+    loops: list[list[str]], widths: Callable[[list[str]], list[int]], load: str, store: str
 ) -> list[str]:
-    """The loop over tiles has the widest accesses; one that only stores zeros (ignored rows) comes last."""
+    """The loop over tiles has the widest accesses; of several, the gradient's. One that only stores zeros
+    (ignored rows) comes last."""
     return max(
         (body for body in loops if widths(body)),
         key=lambda body: (
             any(re.search(load, text) for text in body),
             max(widths(body)),
+            any(re.search(store, text) for text in body),
             len(widths(body)),
         ),
         default=[],
@@ -352,7 +351,7 @@ def measure(variant: Variant, dtype: str, target: str) -> dict[str, Any]:
             match = re.search(rf"\.{key}:\s+(\d+)", assembly)
             return int(match.group(1)) if match else 0
 
-        loop = hottest(amd_loops(assembly), amd_widths, r"_load_")
+        loop = hottest(amd_loops(assembly), amd_widths, r"_load_", r"_store_")
         accesses = amd_widths(loop)
         return {
             "registers": number("vgpr_count"),
@@ -398,14 +397,12 @@ def measure(variant: Variant, dtype: str, target: str) -> dict[str, Any]:
 # Cells known to break a rule, by name, with the reason. `violations` of the committed table are these
 # and no others.
 MISSES = {
-    r"^((forward|reverse) KL|JSD) other phase /": "9.1 to 10.4 instructions per element: a row that starts "
-    "at another place of a 16-byte piece than the row it is read beside takes a second access and 15 "
+    r"^(forward|reverse) KL other phase /": "9.1 to 10.4 instructions per element: a row that starts at "
+    "another place of a 16-byte piece than the row it is read beside takes a second access and 15 "
     "instructions (float32: 11 for half as many elements) that move it into place within the thread",
     r"^(sampled|forward KL|reverse KL) gradient other phase /": "7.1 to 8.1, likewise; both rows of a KL are "
     "moved to where the gradient's lies",
-    r"^JSD (loss|fused|loss softcap|loss split) / fp16 / sm_100$": "8 to 28 spills, which bfloat16 has not: "
-    "this compiler keeps more of the loop in registers where it converts float16",
-    r"^top-k .* teacher logits / fp32 / sm_100$": "2 spills, for two rows of logits and the support",
+    r"^JSD fused other phase / fp32 / sm_100$": "6 spills, for two rows that are moved",
 }
 
 

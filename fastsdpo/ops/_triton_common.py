@@ -43,8 +43,9 @@ import triton.language as tl
 from torch import Tensor
 
 # Launch parameters, the same on every machine. 8 warps, and per thread and tile 16 elements; 8 where
-# the arithmetic needs the registers: two tensors at once, a softcap, top-k with its gradient, shifted
-# accesses of float32. Within 64 registers (4 programs of 8 warps per processor) that compiles without spills.
+# the arithmetic needs the registers: two tensors at once, a softcap, top-k with its gradient or in
+# float32, shifted accesses of float32. Within 64 registers (4 programs of 8 warps per processor) that
+# compiles without spills, but for JSD's fused kernel on shifted float32 rows for sm_100.
 NUM_WARPS = int(os.environ.get("FASTSDPO_TRITON_WARPS", "8"))
 ELEMENTS = int(os.environ.get("FASTSDPO_TRITON_ELEMENTS", "16"))
 MAX_REGISTERS = 64
@@ -95,12 +96,18 @@ def log2(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def widen(z, FAST: tl.constexpr):
-    """A loaded tile in float32."""
+def widen(z, FAST: tl.constexpr, SINGLY: tl.constexpr = False):
+    """A loaded tile in float32. SINGLY keeps the compiler from converting pairs of float16 and working on
+    in pairs of registers, which saves instructions but takes registers that not every loop has."""
     if FAST and z.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [z], dtype=tl.float32,
             is_pure=True, pack=2,
+        )  # fmt: skip
+    elif FAST and SINGLY and z.dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
+            "=f,=f,r", [z], dtype=tl.float32, is_pure=True, pack=2,
         )  # fmt: skip
     else:
         return z.to(tl.float32)
@@ -138,13 +145,16 @@ def load_c(ptr, mask, cap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptr, mask, cap, HAS_CAP: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr):
+def load_tile(
+    ptr, mask, cap, HAS_CAP: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr,
+    SINGLY: tl.constexpr = False,
+):  # fmt: skip
     """Capped logits of a tile; without MASKED all of it is inside the row."""
     if MASKED:
         z = tl.load(ptr, mask=mask, other=NEG_INF)
     else:
         z = tl.load(ptr)
-    return capped(widen(z, FAST), cap, HAS_CAP)
+    return capped(widen(z, FAST, SINGLY), cap, HAS_CAP)
 
 
 @triton.jit
@@ -231,13 +241,13 @@ def load_shifted(
 def load_beside(
     start, o, at, n, by, cap,
     HAS_CAP: tl.constexpr, MASKED: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr,
-    LANES: tl.constexpr, VEC: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, SINGLY: tl.constexpr = False,
 ):  # fmt: skip
     """Capped logits at o of the row that `beside` gave."""
     if BESIDE == 1:
         return load_shifted(start, o, n, by, cap, HAS_CAP, MASKED, LANES, VEC)
     else:
-        return load_tile(start + o + at, o + at < n, cap, HAS_CAP, MASKED, FAST)
+        return load_tile(start + o + at, o + at < n, cap, HAS_CAP, MASKED, FAST, SINGLY)
 
 
 @triton.jit
@@ -424,6 +434,7 @@ def row_partial(
     skip_ptr, topk,
     HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, SKIP: tl.constexpr, KP: tl.constexpr,
     FAST: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    EXACT: tl.constexpr = False,
 ):  # fmt: skip
     """(max, sum, sum of weights x their log2) over segments [first, last) of a row; the edge counts as
     segment 0's.
@@ -458,11 +469,11 @@ def row_partial(
         begin = segment * tiles_per_segment * (LANES * VEC)
         end = tl.minimum(begin + tiles_per_segment * (LANES * VEC), n)
         lm, lz, le = row_segment(
-            start, begin, end, n, ids, lead, k, cap, skip_ptr, HAS_CAP, ENTROPY, SKIP, HAS_CAP,
-            FAST, LANES, VEC,
+            start, begin, end, n, ids, lead, k, cap, skip_ptr, HAS_CAP, ENTROPY, SKIP,
+            HAS_CAP or EXACT, FAST, LANES, VEC,
         )  # fmt: skip
         top = tl.max(lm, 0)
-        if not HAS_CAP:  # noqa: SIM102 (known when compiling; the next is not)
+        if not (HAS_CAP or EXACT):  # noqa: SIM102 (known when compiling; the next is not)
             if (tl.abs(top) * k >= FAR) & (begin < end):
                 lm, lz, le = row_segment(
                     start, begin, end, n, ids, lead, k, cap, skip_ptr, HAS_CAP, ENTROPY, SKIP,

@@ -187,7 +187,8 @@ struct TokenOp {
     if (kind != SAMPLED_TOKEN) return;
     if (!teacher.data) call.teacher_logps[row] = call.given_teacher_logps[row];
     float ratio = log_ratio(student_logps, call.teacher_logps[row]);
-    const bool nothing = ratio == 0 || (student_logps == 0 && !std::isnan(ratio));  // 0 * inf = 0
+    // 0 * inf = 0, and NaN stays.
+    const bool nothing = ratio == 0 || (student_logps == 0 && ratio == ratio);
     call.per_token[row] = nothing ? 0 : -ratio * student_logps;
     call.coef[row] = coefficient(call, row, student_logps);
     set_scale(state, -ratio * call.coef[row]);

@@ -184,25 +184,21 @@ def pair_partial(
         wt = tl.exp2((y - tm) * k)
         sz = tl.sum(ws, 0)
         tz = tl.sum(wt, 0)
-        if MODE != 2:
-            d = tl.sum(kl_terms(x, y, ws, wt, MODE), 0)
+        d = tl.sum(kl_terms(x, y, ws, wt, MODE), 0)
     n = whole_pieces((last - first).to(tl.int32), A)
     s_start = s_ptr + whole_pieces(first, A)
     lead = (first - s_offset).to(tl.int32)
     t_start, t_by = beside(t_ptr, t_offset, lead, BESIDE, A, VEC)
-    # Without a KL term a loop is short enough, and a kernel that goes on to JSD's loss has no registers
-    # to spare.
-    EXACT: tl.constexpr = HAS_CAP or MODE == 2
     for segment in range(first_segment, last_segment):
         begin = segment * tiles_per_segment * (LANES * VEC)
         end = tl.minimum(begin + tiles_per_segment * (LANES * VEC), n)
         lsm, lsz, ltm, ltz, ld = pair_segment(
             s_start, t_start, t_by, begin, end, n, k, cap,
-            HAS_CAP, MODE, EXACT, BESIDE, FAST, LANES, VEC,
+            HAS_CAP, MODE, HAS_CAP, BESIDE, FAST, LANES, VEC,
         )  # fmt: skip
         s_top = tl.max(lsm, 0)
         t_top = tl.max(ltm, 0)
-        if not EXACT:  # noqa: SIM102 (known when compiling; the next is not)
+        if not HAS_CAP:  # noqa: SIM102 (known when compiling; the next is not)
             if (tl.maximum(tl.abs(s_top), tl.abs(t_top)) * k >= FAR) & (begin < end):
                 lsm, lsz, ltm, ltz, ld = pair_segment(
                     s_start, t_start, t_by, begin, end, n, k, cap,
@@ -265,8 +261,10 @@ def jsd_partial(
         begin = segment * tiles_per_segment * (LANES * VEC)
         end = tl.minimum(begin + tiles_per_segment * (LANES * VEC), n)
         for o in range(begin, end, LANES * VEC):
-            x = load_tile(s_start + o + at, o + at < n, cap, HAS_CAP, True, FAST)
-            y = load_beside(t_start, o, at, n, t_by, cap, HAS_CAP, True, BESIDE, FAST, LANES, VEC)
+            x = load_tile(s_start + o + at, o + at < n, cap, HAS_CAP, True, FAST, True)
+            y = load_beside(
+                t_start, o, at, n, t_by, cap, HAS_CAP, True, BESIDE, FAST, LANES, VEC, True
+            )
             p, ds, q, dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
             ls += thread_sum(p * ds)
             lt += thread_sum(q * dt)
@@ -369,10 +367,23 @@ def _divergence_fwd_kernel(
         if STAGE == 1:
             begin = tl.program_id(1)
             stop = begin + 1
-        sm, sz, tm, tz, d = pair_partial(
-            s_ptr, s_offset, t_ptr, t_offset, width, begin, stop, tiles_per_segment, k, cap,
-            HAS_CAP, MODE, BESIDE, FAST, A, LANES, VEC,
-        )  # fmt: skip
+        # JSD needs each row's own statistics first. EXACT, as the kernel that goes on to JSD's loss has no
+        # registers for a second form of the loop.
+        if MODE == 2:
+            sm, sz, _ = row_partial(
+                s_ptr, s_offset, width, begin, stop, tiles_per_segment, k, cap, target_ptr, 0,
+                HAS_CAP, False, False, 1, FAST, A, LANES, VEC, True,
+            )  # fmt: skip
+            tm, tz, _ = row_partial(
+                t_ptr, t_offset, width, begin, stop, tiles_per_segment, k, cap, target_ptr, 0,
+                HAS_CAP, False, False, 1, FAST, A, LANES, VEC, True,
+            )  # fmt: skip
+            d = tl.full([], 0.0, tl.float32)
+        else:
+            sm, sz, tm, tz, d = pair_partial(
+                s_ptr, s_offset, t_ptr, t_offset, width, begin, stop, tiles_per_segment, k, cap,
+                HAS_CAP, MODE, BESIDE, FAST, A, LANES, VEC,
+            )  # fmt: skip
 
     if STAGE == 1:
         at = partial_ptr + (row * segments + tl.program_id(1)) * 5
@@ -895,7 +906,7 @@ def _topk(
     sizes = [
         t.element_size() for t in (student_logits, teacher_logits, grad_logits) if t is not None
     ]
-    options = launch(*sizes, heavy=fused or softcap != 0.0)
+    options = launch(*sizes, heavy=fused or softcap != 0.0 or min(sizes) == 4)
     segments, tiles_per_segment = segments_of(vocabulary, tile_of(options))
     split = not fused and splits_rows(rows, segments, student_logits.device)
     partial = _new(student_logits, rows, segments, 4) if split else per_token
