@@ -14,7 +14,7 @@ help:
 	@echo "make personalization   a user's wish learned online, one seed (CPU; SEEDS=\"1 2 3\" for more)"
 	@echo "make test       the test suite (under 15 minutes on 2 cores)"
 	@echo "make test-slow  the long tests"
-	@echo "make fuzz       kills, full disks, mutated data, drawn numbers: long (about an hour on 2 cores)"
+	@echo "make fuzz       kills, full disks, mutated data, drawn numbers: long (20 minutes to an hour on 2 cores)"
 	@echo "make soak       MINUTES of training with flat memory (10), 100,000 interactions in bounded memory"
 	@echo "make compatibility   oldest and newest torch, transformers and Triton (downloads gigabytes)"
 	@echo "make bench      every benchmark beside the peers, half an hour (bench_output/index.md); QUICK=1: 3 minutes"
