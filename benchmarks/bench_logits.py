@@ -144,7 +144,7 @@ def check(case: Case, mode: str, calls: dict[str, Callable[[], tuple[Any, Tensor
         )
         loss = terms.sum(-1).mean()
     (grad,) = torch.autograd.grad(loss, leaf)
-    # Rounded once: half of a small float16 gradient is below its normal numbers.
+    # Rounded once: small gradients lie among float16's subnormal numbers.
     rounded = grad.to(case.student.dtype).double()
     exact = loss.item()
     for name, call in calls.items():

@@ -104,7 +104,7 @@ def widen(z, FAST: tl.constexpr, SINGLY: tl.constexpr = False):
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [z], dtype=tl.float32,
             is_pure=True, pack=2,
         )  # fmt: skip
-    elif FAST and SINGLY and z.dtype == tl.float16:
+    elif FAST and (SINGLY and z.dtype == tl.float16):
         return tl.inline_asm_elementwise(
             "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
             "=f,=f,r", [z], dtype=tl.float32, is_pure=True, pack=2,

@@ -30,3 +30,11 @@ def test_no_min_or_max_of_constants(path):
         calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
         names = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
         assert not names & {"min", "max"}, function.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name + "/" + path.stem)
+def test_no_chained_boolean_operators(path):
+    """Triton 3.2 takes `a and (b and c)`, not `a and b and c`."""
+    for function in device_functions(path):
+        chains = [node for node in ast.walk(function) if isinstance(node, ast.BoolOp)]
+        assert all(len(chain.values) == 2 for chain in chains), function.name
