@@ -53,7 +53,7 @@ test: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_losses.py tests/ops/test_token_logps.py \
 		-k "triton and ($(INTERPRETED))"
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_triton_values.py
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/reliability/test_numerics.py -k "permuting or swapping"
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/reliability/test_numerics.py -k "permuting or swapping or strides"
 
 # The long counts of tests/reliability; what was tried, injected, survived and lost goes to the results file.
 RESULTS = benchmarks/results/reliability_$(shell date +%F).json

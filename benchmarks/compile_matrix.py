@@ -64,7 +64,8 @@ def variants() -> list[Variant]:
     def add(name: str, module: str, kernel: str, reads: int, **constants: Any) -> None:
         found.append(Variant(name, module, kernel, constants, reads))
 
-    token = {**base, "STAT_STRIDE": 2, "LOSS": True, "ENTROPY": False, "FUSED": False, "BESIDE": 0}
+    token = {**base, "STAT_STRIDE": 2, "LOSS": True, "ENTROPY": False, "FUSED": False, "BESIDE": 0,
+             "ALIGNED": True}  # fmt: skip
     fwd, bwd = "_sampled_token_fwd_kernel", "_sampled_token_bwd_kernel"
     add("logps", TOKENS, fwd, 1, **{**token, "TEACHER": 0, "LOSS": False, "HAS_OLD": False})
     add(
@@ -126,7 +127,7 @@ def variants() -> list[Variant]:
             **{**grad, "HAS_CAP": True},
             BESIDE=0,
         )
-        top = {**base, "MODE": mode, "FUSED": False, "BESIDE": 0, "KP": 32}
+        top = {**base, "MODE": mode, "FUSED": False, "BESIDE": 0, "ALIGNED": True, "KP": 32}
         for tail in (True, False):
             for given in (True, False):
                 source = "given teacher" if given else "teacher logits"
@@ -188,9 +189,10 @@ def tiles(variant: Variant, dtype: str) -> dict[str, Any]:
     topk = "topk" in variant.kernel
     heavy = variant.module == PAIRS and (not topk or variant.constants.get("FUSED", False))
     heavy = heavy or (variant.kernel == "_topk_fwd_kernel" and dtype == "fp32")
+    heavy = heavy or variant.constants["HAS_CAP"] or variant.constants.get("ENTROPY", False)
+    joint = variant.kernel in ("_divergence_fwd_kernel", "_jsd_kernel")
     options = launch(
-        4 if dtype == "fp32" else 2, heavy=heavy or variant.constants["HAS_CAP"],
-        beside=variant.constants["BESIDE"],
+        4 if dtype == "fp32" else 2, heavy=heavy, joint=joint, beside=variant.constants["BESIDE"],
     )  # fmt: skip
     return {name: options[name] for name in ("LANES", "VEC", "A")}
 
@@ -305,7 +307,9 @@ def hottest(
             any(re.search(load, text) for text in body),
             max(widths(body)),
             any(re.search(store, text) for text in body),
+            any(re.search(r"EX2|v_exp_f32", text) for text in body),
             len(widths(body)),
+            -len(body),
         ),
         default=[],
     )
@@ -337,6 +341,14 @@ def widths(body: list[str]) -> list[int]:
 
 def opcode(text: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
+
+
+def unrolled(variant: Variant, bytes_per_position: float, dtype: str) -> int:
+    """How many tiles the compiler made one round of the loop."""
+    once = variant.reads * (4 if dtype == "fp32" else 2)
+    if variant.constants["BESIDE"] == 1 and variant.name != "JSD other phase":
+        once *= 2  # an access is one of a pair: at most twice as many
+    return max(1, int(bytes_per_position / once))
 
 
 def measure(variant: Variant, dtype: str, target: str) -> dict[str, Any]:
@@ -380,6 +392,7 @@ def measure(variant: Variant, dtype: str, target: str) -> dict[str, Any]:
     bad = sorted({opcode(t).split(".")[0] for t in loop} & set(FORBIDDEN))
     tile = tiles(variant, dtype)
     per_thread = tile["LANES"] * tile["VEC"] / (NUM_WARPS * WARP)
+    moved = per_thread * variant.reads * unrolled(variant, sum(accesses) / per_thread, dtype)
     warps = REGISTER_FILE // (-(-registers // 8) * 8 * WARP)
     return {
         "registers": registers,
@@ -390,7 +403,7 @@ def measure(variant: Variant, dtype: str, target: str) -> dict[str, Any]:
         "widest": max(accesses, default=0),
         "narrowest": min(accesses, default=0),
         "in loop": bad,
-        "per element": round(len(loop) / per_thread / variant.reads, 1) if loop else 0.0,
+        "per element": round(len(loop) / moved, 1) if loop else 0.0,
     }
 
 

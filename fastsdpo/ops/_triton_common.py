@@ -1,38 +1,41 @@
 """What the Triton kernels share: tiles, loads, row statistics; and on the host, layouts and launches.
 
-A row. One program owns one row. Elements of a row lie at ``ptr + offset + v``; the kernel walks over
-the part between the first and the last 16-byte boundary inside the row in tiles of LANES x VEC
-elements, 16 bytes per access whatever V and the strides are, and takes the at most 2 (A - 1)
-elements outside it (A = 8 elements) in one narrow access, the "edge". The pointers that come in are
-16-byte aligned; what is lost to that is in the row's ``shift``.
+A row. One program owns one row. Elements of a row lie at ``ptr + offset + v``; the pointers that come in
+are 16-byte aligned, and what is lost to that is in the row's ``shift``. The kernel walks over the row in
+tiles of LANES x VEC elements, 16 bytes per access whatever V and the strides are.
+
+Statistics. A row has a fixed number of segments, a function of V alone. A segment's tiles begin at the
+16-byte boundary at or before it, ``phase`` elements early; what its first and last piece hold of others is
+read and left out. Every place of a tile, a "slot", has its own running sum, so that an element v is added
+to the sum of v modulo the tile, in order, wherever the row lies: another phase only turns the slots round.
+At the segment's end all slots are added in integers (`sum_slots`), where order changes nothing. The loops
+hold no barrier and no shuffle. Segments' sums go through a few numbers of memory per row and are added up in
+order; for few rows a segment is a program of its own and a second launch adds up: the same bits.
+
+So a row's results are the same bits whatever the number and order of rows, their strides and their
+alignment. (Not of other launch parameters: a softcap, or entropy asked for, has other tiles.)
 
 Two rows at once. One leads: its boundaries are the tiles'. A row that starts at another place of a
-16-byte piece is read in pairs of aligned accesses and moved into place in registers (`load_shifted`);
-the edge is then 2 A wider, so that no access reaches beyond the row. Every element still comes from
-memory once (the second access of a pair hits the L1 cache), but is loaded twice.
+16-byte piece is read in pairs of aligned accesses and moved into place in registers (`load_shifted`).
+Every element still comes from memory once (the second access of a pair hits the L1 cache), but is loaded
+twice. For gradients, whose stores must not touch a neighbour, the row's elements outside its whole pieces
+(2 A more, A = 8, beside a shifted row) are taken in one narrow access, the "edge".
 
-Statistics. Each thread keeps its own running maximum and sums of the one to four accesses that it has
-in a tile; threads are reduced once per segment, so the loops hold no barrier and no shuffle. A row has
-a fixed number of segments (a function of V alone), added up in order. For few rows a segment is a
-program of its own and a second launch adds them up in the same order: the same bits.
-
-So a row's results are the same bits whatever the number and order of rows and wherever it lies, as long
-as it starts at the same place of a 16-byte piece (V and strides that are multiples of 8 elements: always
-so). At another place the tiles begin elsewhere and sums differ in their last bits. To have the same bits
-there too, every row that is off a boundary would be read in shifted accesses: twice the loads and 2 more
-instructions per element for 7 of 8 rows of an odd vocabulary.
-
-Everything is float32 and in units of log2: a weight is 2^((c - max) k), k = log2(e) / temperature. Maxima
-start at the lowest finite float32: c - max is then -inf for a masked token, and never NaN. The loops
-spend one fused multiply-add on the exponent, c k - shift, where the shift is the largest c k as rounded.
-At the end of a segment a thread divides its sums by its own maximum's weight, so a certain token's
-probability is 1 to the last bit. The shift's rounding is harmless as long as it is far below 1: a segment
-whose maximum is beyond 2^19 / k is summed again with (c - max) k. (A softcap's tanh drowns what this
-saves: with it, (c - max) k at once.)
+Weights. Everything is float32 and in units of log2: a weight is 2^((c - r) k), k = log2(e) / temperature,
+beside a reference logit r known before the row is read: the larger of the target's and the first 64
+tokens'; for top-k, the lowest of the support instead of the target's.
+With it the loops keep no maximum and rescale nothing: per element they widen, multiply and add, take an
+exponential, add. The exponent c k - shift, shift = r k as rounded, is one operation; sums are divided by
+the weight that r itself got, so a certain token's probability is 1 to the last bit. Exponents are exact
+enough while the row's maximum is at most 2^16 times as likely as the reference: a segment that sums to
+more in one slot, or whose reference is beyond 2^19 / k, is marked and then summed again with (c - maximum) k
+(two more passes over a segment, from a cache, where the target has less than e^-11 of the best token's
+probability). Masked tokens have weight 0; a NaN makes all of its row's results NaN.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -42,18 +45,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Launch parameters, the same on every machine. 8 warps, and per thread and tile 16 elements; 8 where
-# the arithmetic needs the registers: two tensors at once, a softcap, top-k with its gradient or in
-# float32, shifted accesses of float32. Within 64 registers (4 programs of 8 warps per processor) that
-# compiles without spills, but for JSD's fused kernel on shifted float32 rows for sm_100.
+# Launch parameters, the same on every machine. 8 warps, and per thread and tile 16 elements; 8 where the
+# arithmetic or the slots need the registers: a softcap, entropy, top-k with its gradient or in float32,
+# shifted accesses of float32, gradients of two tensors; one access of each tensor for joint statistics.
+# Within 64 registers (4 programs of 8 warps per processor) nearly all of that compiles without spills: the
+# exceptions are in benchmarks/compile_matrix.py.
 NUM_WARPS = int(os.environ.get("FASTSDPO_TRITON_WARPS", "8"))
 ELEMENTS = int(os.environ.get("FASTSDPO_TRITON_ELEMENTS", "16"))
 MAX_REGISTERS = 64
 ALIGNMENT = 8  # elements; 16 bytes of a 2-byte dtype, 32 bytes of float32
 SEGMENTS, TILES_PER_SEGMENT = 8, 4
-MAX_TILES_PER_SEGMENT = (
-    32  # one bit each, where top-k marks the tiles that hold a token of the support
-)
+MAX_TILES_PER_SEGMENT = 32  # what `sum_slots` has room for
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 # What only NVIDIA's compiler takes, as inline assembly: an approximate log2 (2^-22 relative; tl.log2
@@ -61,16 +63,23 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 # instructions instead of three.
 FAST = not INTERPRETED and torch.version.hip is None
 
+# Loops over segments keep what they need from being computed before them and held in registers; Triton
+# before 3.5 cannot be told, and spills a few.
+STAYS = tl.constexpr("disable_licm" in inspect.signature(tl.range.__init__).parameters)
+
 NEG_INF = tl.constexpr(float("-inf"))
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 THREADS = tl.constexpr(32 * NUM_WARPS)
 FAR = tl.constexpr(524288.0)  # 2^19: a shift up to it is rounded by at most 2^-6
+AGAIN = tl.constexpr(float("inf"))  # in the place of a segment's reference
+# A slot's sum of weights that calls for a better reference: exponents up to 16 are rounded by 2^-21.
+TOO_LARGE, TOO_SMALL = tl.constexpr(65536.0), tl.constexpr(2.0**-60)
 
 # Arguments whose values never compile another variant.
 RUNTIME = (
-    "n_l", "vocabulary", "segments", "tiles_per_segment", "s_shift", "s_b", "s_l", "t_shift", "t_b",
+    "n_l", "vocabulary", "segments", "pieces", "s_shift", "s_b", "s_l", "t_shift", "t_b",
     "t_l", "g_shift", "g_b", "g_l", "k", "cap", "inv_temperature", "alpha", "is_clip",
     "ignore_index", "topk", "tiles_per_program",
 )  # fmt: skip
@@ -93,6 +102,18 @@ def log2(x, FAST: tl.constexpr):
         )
     else:
         return tl.log2(x)
+
+
+@triton.jit
+def plus(a, b, FAST: tl.constexpr):
+    """a + b, kept from being paired with another addition: pairs of registers, which sm_100 adds at once, do
+    not fit into 64."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "add.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return a + b
 
 
 @triton.jit
@@ -187,12 +208,13 @@ def shifted_word(w, w_next, bits):
 
 @triton.jit
 def load_shifted(
-    ptr, o, n, by, cap,
+    ptr, o, low, high, by, cap,
     HAS_CAP: tl.constexpr, MASKED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Capped logits of the tile at o, of a row whose tiles start ``by`` elements behind the boundary
     ``ptr``: two 16-byte accesses side by side, moved into place within the thread's registers. (The
-    second one is the next thread's first: it comes from the L1 cache.)"""
+    second one is the next thread's first: it comes from the L1 cache.) MASKED reads no access from ``high``
+    on, 2 none before ``low`` either: elements counted from ``ptr``."""
     kind: tl.constexpr = ptr.dtype.element_ty
     PER_WORD: tl.constexpr = VEC // 4
     words = ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
@@ -201,9 +223,18 @@ def load_shifted(
         nothing: tl.constexpr = (
             0xFF80FF80 if kind == tl.bfloat16 else 0xFC00FC00 if kind == tl.float16 else 0xFF800000
         )
-        mask = at < n // VEC * 4
+        last = high // VEC * 4
+        next_last = last
+        if MASKED == 2:  # only what holds an element of the row
+            last = (high + (VEC - 1)) // VEC * 4
+            next_last = last - 4
+        mask = at < last
+        next_mask = at < next_last
+        if MASKED == 2:
+            mask = mask & (at >= low // VEC * 4)
+            next_mask = next_mask & (at >= low // VEC * 4 - 4)
         here = tl.load(words + at, mask=mask, other=nothing)
-        beyond = tl.load(words + at + 4, mask=mask, other=nothing)
+        beyond = tl.load(words + at + 4, mask=next_mask, other=nothing)
     else:
         here = tl.load(words + at)
         beyond = tl.load(words + at + 4)
@@ -245,7 +276,7 @@ def load_beside(
 ):  # fmt: skip
     """Capped logits at o of the row that `beside` gave."""
     if BESIDE == 1:
-        return load_shifted(start, o, n, by, cap, HAS_CAP, MASKED, LANES, VEC)
+        return load_shifted(start, o, 0, n, by, cap, HAS_CAP, MASKED, LANES, VEC)
     else:
         return load_tile(start + o + at, o + at < n, cap, HAS_CAP, MASKED, FAST, SINGLY)
 
@@ -318,6 +349,13 @@ def per_thread(value, LANES: tl.constexpr):
 
 
 @triton.jit
+def per_slot(value, LANES: tl.constexpr, VEC: tl.constexpr):
+    """A running value of each place in a tile."""
+    WIDTH: tl.constexpr = LANES if LANES < THREADS else THREADS
+    return tl.full([LANES // WIDTH, WIDTH, VEC], value, tl.float32)
+
+
+@triton.jit
 def thread_max(x):
     return tl.max(tl.max(x, 2), 0)
 
@@ -343,175 +381,393 @@ def merge(m, z, e, m2, z2, e2, k):
 
 
 @triton.jit
-def exponents(x, top, m, shift, k, EXACT: tl.constexpr):
-    """For a tile with the threads' maxima ``top``: (log2 of its weights, the new maxima and shifts, log2 of
-    the factor of what was summed before)."""
-    new_m = tl.maximum(m, top)
-    if EXACT:
-        return (x - new_m[None, :, None]) * k, new_m, shift, (m - new_m) * k
+def segment_bounds(segment, pieces, phase, vocabulary, A: tl.constexpr):
+    """(begin, low, high): elements [low, high) of a segment and where its tiles begin, counted from the
+    16-byte boundary at or before the row's start, ``phase`` elements before it. Nothing: begin = high."""
+    begin = (segment * pieces) * A
+    low = begin + phase
+    high = tl.minimum(begin + pieces * A, vocabulary) + phase
+    return begin, low, tl.where(low < high, high, begin)
+
+
+@triton.jit
+def whole_tiles(first, high, BESIDE: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
+    """Where the tiles from ``first`` on end that are all inside the segment, and with them the second
+    access of a shifted pair."""
+    TILE: tl.constexpr = LANES * VEC
+    end = high
+    if BESIDE == 1:
+        end = high - VEC
+    return first + tl.maximum(end - first, 0) // TILE * TILE
+
+
+@triton.jit
+def power_of_two(n):
+    """2^n for an integer n of -126 to 127."""
+    return ((n + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def largest_slot(x):
+    """The largest |x|, inf where one is NaN."""
+    total = thread_sum(x)
+    return tl.max(tl.where(total == total, thread_max(tl.abs(x)), -NEG_INF), 0)
+
+
+@triton.jit
+def whole_number(x):
+    """x, |x| < 2^22, rounded: (as float32, as int32). Adding 1.5 x 2^23 leaves no place for a fraction."""
+    y = x + 12582912.0
+    return y - 12582912.0, y.to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def sum_all(x):
+    return tl.sum(tl.sum(tl.sum(x, 2), 0), 0)
+
+
+@triton.jit
+def sum_slots(x, largest):
+    """Sum of all of x, each to 2^-37 of the largest: in integers, so that their order changes no bit. Twice
+    18 bits; a tile has at most 2^13 places."""
+    up = 144 - (largest.to(tl.int32, bitcast=True) >> 23)
+    up = tl.minimum(tl.maximum(up, -126), 100)
+    x = x * power_of_two(up)
+    whole, high = whole_number(x)
+    _, low = whole_number((x - whole) * 262144.0)
+    high_sum = sum_all(high).to(tl.float32) * power_of_two(-up)
+    return high_sum + sum_all(low).to(tl.float32) * power_of_two(-up - 18)
+
+
+@triton.jit
+def sum_finite(x, largest):
+    """`sum_slots`; NaN where the largest is inf."""
+    total = tl.full([], float("nan"), tl.float32)
+    if largest < -NEG_INF:
+        total = sum_slots(x, largest)
+    return total
+
+
+@triton.jit
+def sum_signed_slots(x):
+    """As `sum_slots`; inf and NaN as a sum has them."""
+    largest = largest_slot(x)
+    total = tl.full([], 0.0, tl.float32)
+    if largest < -NEG_INF:
+        total = sum_slots(x, largest)
     else:
-        new_shift = tl.maximum(shift, top * k)
-        return tl.fma(x, k, -new_shift[None, :, None]), new_m, new_shift, shift - new_shift
+        total = tl.sum(thread_sum(x), 0)
+    return total
 
 
 @triton.jit
-def absorb(x, m, shift, z, e, k, ENTROPY: tl.constexpr, EXACT: tl.constexpr):
-    """A tile [accesses, threads, VEC] into the threads' (max, shift, sum, sum of weights x their log2)."""
-    t, m, shift, change = exponents(x, thread_max(x), m, shift, k, EXACT)
-    a = tl.exp2(change)
-    w = tl.exp2(t)
-    if ENTROPY:  # t is -inf only where w is 0
-        e = times(a, e + times(z, change)) + thread_sum(w * tl.maximum(t, LOWEST))
-    return m, shift, z * a + thread_sum(w), e
+def first_max(ptr, vocabulary, live, cap, HAS_CAP: tl.constexpr):
+    v = tl.arange(0, 64)
+    return tl.max(load_c(ptr + v, (v < vocabulary) & live, cap, HAS_CAP), 0)
 
 
 @triton.jit
-def own_weight(m, shift, k):
-    """(log2 of the weight that a thread's maximum has in its sums, what divides them by that weight)."""
-    t = tl.fma(m, k, -shift)
-    w = tl.exp2(t)
-    return t, tl.where(w == 0.0, 1.0, w)  # 0: the thread has summed zeros only
+def reference_of(ptr, target, vocabulary, live, cap, HAS_CAP: tl.constexpr):
+    """A logit of the row that is likely to be near its maximum: the largest of the target's and the first
+    tokens'."""
+    first = first_max(ptr, vocabulary, live, cap, HAS_CAP)
+    return tl.maximum(load_c(ptr + target, live, cap, HAS_CAP), first)
 
 
 @triton.jit
-def skipped_accesses(
-    ids, skip_ptr, begin, end, lead, LANES: tl.constexpr, VEC: tl.constexpr,
+def usable(reference, k):
+    return tl.abs(reference) * k < FAR
+
+
+@triton.jit
+def own_weight(reference, k):
+    """(log2 of the weight that the reference itself has, that weight): not 0 and 1, as k x reference is
+    rounded. What is summed is divided by it."""
+    t = tl.fma(reference, k, -(reference * k))
+    return t, tl.exp2(t)
+
+
+@triton.jit
+def log2_weight(x, m, shift, k, EXACT: tl.constexpr):
+    if EXACT:
+        return (x - m) * k
+    else:
+        return tl.fma(x, k, -shift)
+
+
+@triton.jit
+def has_bit(bits, VEC: tl.constexpr):
+    """[accesses, threads, VEC] of bits 0 to VEC - 1 of [accesses, threads]."""
+    element = tl.arange(0, VEC)[None, None, :].to(tl.uint32)
+    return ((bits[:, :, None] >> element) & 1) != 0
+
+
+@triton.jit
+def inside_part(o, low, high, LANES: tl.constexpr, VEC: tl.constexpr):
+    """Which elements of the tile at o are in [low, high): comparisons of constants with a number per access,
+    where the elements' positions would each take a register."""
+    WIDTH: tl.constexpr = LANES if LANES < THREADS else THREADS
+    access = (
+        tl.arange(0, LANES // WIDTH)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, :, None]
+    )
+    element = tl.arange(0, VEC)[None, None, :]
+    at = o + access * VEC
+    return (element >= low - at) & (element < high - at)
+
+
+@triton.jit
+def load_part(
+    start, o, at, low, high, cap,
+    HAS_CAP: tl.constexpr, ALIGNED: tl.constexpr, FAST: tl.constexpr, LANES: tl.constexpr,
+    VEC: tl.constexpr, SINGLY: tl.constexpr = False,
 ):  # fmt: skip
-    """[accesses, threads]: bit t set where the access holds an id of the support in tile t of elements
-    [begin, end)."""
+    """Capped logits of a tile, -inf outside [low, high). Of a 16-byte piece that lies half in the row all
+    is read: such a piece never reaches beyond the memory that the tensor's allocation has."""
+    v = o + at
+    inside = inside_part(o, low, high, LANES, VEC)
+    if ALIGNED:
+        z = tl.load(start + v, mask=v < (high + (VEC - 1)) // VEC * VEC, other=NEG_INF)
+    else:
+        z = tl.load(start + v, mask=inside, other=NEG_INF)
+    return tl.where(inside, capped(widen(z, FAST, SINGLY), cap, HAS_CAP), NEG_INF)
+
+
+@triton.jit
+def beside_row(ptr, offset, phase, BESIDE: tl.constexpr, A: tl.constexpr, VEC: tl.constexpr):
+    """(start, by) of the tiles in a row that is read beside one which starts ``phase`` elements behind a
+    boundary: as `beside`, for statistics."""
+    at = offset - phase + A
+    if BESIDE == 0:
+        return ptr + (whole_pieces(at, A) - A), 0
+    elif BESIDE == 1:
+        return ptr + (at // VEC * VEC - A), (at % VEC).to(tl.int32)
+    else:
+        return ptr + (at - A), 0
+
+
+@triton.jit
+def load_part_beside(
+    start, o, at, low, high, by, cap,
+    HAS_CAP: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr, LANES: tl.constexpr,
+    VEC: tl.constexpr, SINGLY: tl.constexpr = False,
+):  # fmt: skip
+    """`load_part` of the row that `beside_row` gave."""
+    if BESIDE == 1:
+        x = load_shifted(start, o, low + by, high + by, by, cap, HAS_CAP, 2, LANES, VEC)
+        return tl.where(inside_part(o, low, high, LANES, VEC), x, NEG_INF)
+    else:
+        return load_part(
+            start, o, at, low, high, cap, HAS_CAP, BESIDE == 0, FAST, LANES, VEC, SINGLY
+        )
+
+
+@triton.jit
+def absorb(
+    x, m, z, e, reference, shift, k, ENTROPY: tl.constexpr, WHAT: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
+    """A tile [accesses, threads, VEC] into the slots' sums, or (WHAT = 2) the threads' maxima."""
+    if WHAT == 2:
+        return tl.maximum(m, thread_max(x)), z, e
+    else:
+        t = log2_weight(x, reference, shift, k, WHAT == 1)
+        w = tl.exp2(t)
+        if ENTROPY:  # t is -inf only where w is 0
+            e += w * tl.maximum(t, LOWEST)
+        return m, plus(z, w, FAST), e
+
+
+@triton.jit
+def support_bits(
+    ids, skip_ptr, begin, low, high, phase, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """[accesses, threads]: VEC bits for each of the 32 / VEC tiles from ``begin`` on, set for ids of the
+    support and for what is outside [low, high)."""
+    TILE: tl.constexpr = LANES * VEC
     WIDTH: tl.constexpr = LANES if LANES < THREADS else THREADS
     access = tl.arange(0, LANES // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    bits = tl.zeros([LANES // WIDTH, WIDTH], tl.int32)
-    from_id = tl.sum((ids < lead + begin).to(tl.int32), 0)
-    to_id = tl.sum((ids < lead + end).to(tl.int32), 0)
+    one = tl.full([], 1, tl.uint32)
+    bits = tl.zeros([LANES // WIDTH, WIDTH], tl.uint32)
+    if low > begin:  # the row's start: less than A elements
+        before = tl.minimum(tl.maximum(low - begin - access * VEC, 0), VEC)
+        bits = bits | ((one << before.to(tl.uint32)) - 1)
+    end = tl.minimum(begin + 32 // VEC * TILE, high)
+    if (end == high) & (high % VEC != 0):
+        at = high - begin
+        rest = ((one << VEC) - (one << (at % VEC).to(tl.uint32))) << (at // TILE * VEC).to(
+            tl.uint32
+        )
+        bits = bits | tl.where(access == at % TILE // VEC, rest, 0)
+    from_id = tl.sum((ids < tl.maximum(begin, low) - phase).to(tl.int32), 0)
+    to_id = tl.sum((ids < end - phase).to(tl.int32), 0)
     for j in range(from_id, to_id):
-        at = (tl.load(skip_ptr + j) - lead - begin).to(tl.int32)
-        bit = tl.full([], 1, tl.int32) << (at // (LANES * VEC))
-        bits = bits | tl.where(access == at % (LANES * VEC) // VEC, bit, 0)
+        at = tl.load(skip_ptr + j).to(tl.int32) + (phase - begin)
+        bit = one << (at // TILE * VEC + at % VEC).to(tl.uint32)
+        bits = bits | tl.where(access == at % TILE // VEC, bit, 0)
     return bits
 
 
 @triton.jit
 def row_segment(
-    start, begin, end, n, ids, lead, k, cap, skip_ptr,
-    HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, SKIP: tl.constexpr, EXACT: tl.constexpr,
-    FAST: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    start, begin, low, high, phase, ids, reference, k, cap, skip_ptr,
+    HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, SKIP: tl.constexpr, WHAT: tl.constexpr,
+    ALIGNED: tl.constexpr, FAST: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """(max, sum, sum of weights x their log2) of each thread over elements [begin, end)."""
+    """(max, slots' sums, slots' sums of weights x their log2) over elements [low, high): WHAT = 0 the sums,
+    1 the sums for any logits, 2 the maximum."""
+    TILE: tl.constexpr = LANES * VEC
     at = tile_positions(LANES, VEC)
+    shift = reference * k
     m = per_thread(LOWEST, LANES)
-    shift = per_thread(-2.0 * FAR, LANES)
-    z = per_thread(0.0, LANES)
-    e = per_thread(0.0, LANES)
+    z = per_slot(0.0, LANES, VEC)
+    e = per_slot(0.0, LANES, VEC)
     if SKIP:
-        skip = skipped_accesses(ids, skip_ptr, begin, end, lead, LANES, VEC)
-        for o in range(begin, end, LANES * VEC):
-            keep = ((skip & 1) == 0)[:, :, None] & (o + at < n)
-            x = load_tile(start + o + at, keep, cap, HAS_CAP, True, FAST)
-            m, shift, z, e = absorb(x, m, shift, z, e, k, False, EXACT)
-            skip = skip >> 1
+        for group in range(begin, high, 32 // VEC * TILE):
+            bits = support_bits(ids, skip_ptr, group, low, high, phase, LANES, VEC)
+            for o in range(group, tl.minimum(group + 32 // VEC * TILE, high), TILE):
+                keep = has_bit(bits, VEC) == 0
+                v = o + at
+                if ALIGNED:
+                    c = tl.load(start + v, mask=v < (high + (VEC - 1)) // VEC * VEC, other=NEG_INF)
+                else:
+                    c = tl.load(start + v, mask=keep & (v < high), other=NEG_INF)
+                x = tl.where(keep, capped(widen(c, FAST), cap, HAS_CAP), NEG_INF)
+                m, z, e = absorb(x, m, z, e, reference, shift, k, False, WHAT, FAST)
+                bits = bits >> VEC
     else:
         whole = begin
-        if not EXACT:
-            whole = begin + tl.maximum(end - begin, 0) // (LANES * VEC) * (LANES * VEC)
-            for o in range(begin, whole, LANES * VEC):
+        if WHAT == 0:
+            whole = tl.minimum(begin + TILE, high)
+            for o in range(begin, whole, TILE):  # one, or none
+                x = load_part(start, o, at, low, high, cap, HAS_CAP, ALIGNED, FAST, LANES, VEC)
+                m, z, e = absorb(x, m, z, e, reference, shift, k, ENTROPY, WHAT, FAST)
+            first = begin + TILE
+            whole = first + tl.maximum(high - first, 0) // TILE * TILE
+            for o in range(first, whole, TILE):
                 x = load_tile(start + o + at, None, cap, HAS_CAP, False, FAST)
-                m, shift, z, e = absorb(x, m, shift, z, e, k, ENTROPY, EXACT)
-        for o in range(whole, end, LANES * VEC):
-            x = load_tile(start + o + at, o + at < n, cap, HAS_CAP, True, FAST)
-            m, shift, z, e = absorb(x, m, shift, z, e, k, ENTROPY, EXACT)
-    if not EXACT:
-        t, w = own_weight(m, shift, k)
+                m, z, e = absorb(x, m, z, e, reference, shift, k, ENTROPY, WHAT, FAST)
+        for o in range(whole, high, TILE):
+            x = load_part(start, o, at, low, high, cap, HAS_CAP, ALIGNED, FAST, LANES, VEC)
+            m, z, e = absorb(x, m, z, e, reference, shift, k, ENTROPY, WHAT, FAST)
+    return tl.max(m, 0), z, e
+
+
+@triton.jit
+def store_segment(
+    out_ptr, start, phase, vocabulary, segment, pieces, ids, reference, good, k, cap, skip_ptr,
+    HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, SKIP: tl.constexpr, STEP: tl.constexpr,
+    ALIGNED: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Stores (reference, sum, sum of weights x their log2) of a segment; AGAIN for the reference where
+    another one is needed."""
+    begin, low, high = segment_bounds(segment, pieces, phase, vocabulary, A)
+    out = out_ptr + segment * STEP
+    if begin < high:
+        _, z, e = row_segment(
+            start, begin, low, high, phase, ids, reference, k, cap, skip_ptr, HAS_CAP, ENTROPY, SKIP, 0,
+            ALIGNED, FAST, LANES, VEC,
+        )  # fmt: skip
+        t, w = own_weight(reference, k)
+        largest = largest_slot(z)
+        well = good & (largest < TOO_LARGE)
+        if SKIP:  # the reference may be of the support, and far above all else
+            well = well & (largest > TOO_SMALL)
         if ENTROPY:
-            e = (e - times(z, t)) / w
-        z = z / w
-    return m, z, e
+            tl.store(out + 2, sum_signed_slots(e - z * t) / w)
+        tl.store(out, tl.where(well, reference, AGAIN))
+        tl.store(out + 1, sum_finite(z, largest) / w)
+    else:
+        store_nothing(out, 2 + ENTROPY)
+
+
+@triton.jit
+def store_segment_again(
+    out_ptr, start, phase, vocabulary, segment, pieces, ids, k, cap, skip_ptr,
+    HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, SKIP: tl.constexpr, STEP: tl.constexpr,
+    ALIGNED: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Sums the segment beside its own maximum, if `store_segment` asked for it."""
+    out = out_ptr + segment * STEP
+    if tl.load(out) == AGAIN:
+        begin, low, high = segment_bounds(segment, pieces, phase, vocabulary, A)
+        top, _, _ = row_segment(
+            start, begin, low, high, phase, ids, 0.0, k, cap, skip_ptr, HAS_CAP, ENTROPY, SKIP, 2,
+            ALIGNED, FAST, LANES, VEC,
+        )  # fmt: skip
+        _, z, e = row_segment(
+            start, begin, low, high, phase, ids, top, k, cap, skip_ptr, HAS_CAP, ENTROPY, SKIP, 1,
+            ALIGNED, FAST, LANES, VEC,
+        )  # fmt: skip
+        if ENTROPY:
+            tl.store(out + 2, sum_signed_slots(e))
+        tl.store(out, top)
+        tl.store(out + 1, sum_finite(z, largest_slot(z)))
 
 
 @triton.jit
 def row_partial(
-    ptr, offset, vocabulary, first_segment, last_segment, tiles_per_segment, k, cap,
-    skip_ptr, topk,
+    out_ptr, ptr, offset, vocabulary, first_segment, last_segment, pieces, reference, k, cap, skip_ptr, topk,
     HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, SKIP: tl.constexpr, KP: tl.constexpr,
-    FAST: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-    EXACT: tl.constexpr = False,
+    STEP: tl.constexpr, ALIGNED: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
+    VEC: tl.constexpr,
 ):  # fmt: skip
-    """(max, sum, sum of weights x their log2) over segments [first, last) of a row; the edge counts as
-    segment 0's.
-
-    SKIP leaves out the ``topk`` sorted ids at ``skip_ptr``: in the edge each by itself, in the tiles
-    with the whole access, whose other elements `skipped_rest` adds.
-    """
-    first, last = aligned_part(offset, vocabulary, 0, A)
-    n = whole_pieces((last - first).to(tl.int32), A)
-    start = ptr + whole_pieces(first, A)
-    lead = (first - offset).to(tl.int32)
+    """Stores (reference, sum, sum of weights x their log2) of segments [first, last) of a row, each at
+    ``out_ptr`` + STEP x segment. ``reference``: a logit that is near the row's maximum, or not. SKIP leaves
+    out the ``topk`` sorted ids at ``skip_ptr``."""
+    start = ptr + whole_pieces(offset, A)
+    phase = (offset % A).to(tl.int32)
     ids = tl.full([KP], -1, tl.int32)
     if SKIP:
         slot = tl.arange(0, KP)
         ids = tl.load(skip_ptr + slot, mask=slot < topk, other=2**31 - 1).to(tl.int32)
-    m = tl.full([], LOWEST, tl.float32)
-    z = tl.full([], 0.0, tl.float32)
-    e = tl.full([], 0.0, tl.float32)
-    if first_segment == 0:
-        v, edge = edge_positions(offset, first, last, vocabulary, 0, A)
-        if SKIP:
-            hit = tl.sum((ids[:, None] == v[None, :]).to(tl.int32), 0)
-            edge = edge & (hit == 0)
-        x = load_c(ptr + offset + v, edge, cap, HAS_CAP)
-        m = tl.maximum(tl.max(x, 0), LOWEST)
-        t = (x - m) * k
-        w = tl.exp2(t)
-        z = tl.sum(w, 0)
-        if ENTROPY:
-            e = tl.sum(w * tl.maximum(t, LOWEST), 0)
-    for segment in range(first_segment, last_segment):
-        begin = segment * tiles_per_segment * (LANES * VEC)
-        end = tl.minimum(begin + tiles_per_segment * (LANES * VEC), n)
-        lm, lz, le = row_segment(
-            start, begin, end, n, ids, lead, k, cap, skip_ptr, HAS_CAP, ENTROPY, SKIP,
-            HAS_CAP or EXACT, FAST, LANES, VEC,
-        )  # fmt: skip
-        top = tl.max(lm, 0)
-        if not (HAS_CAP or EXACT):  # noqa: SIM102 (known when compiling; the next is not)
-            if (tl.abs(top) * k >= FAR) & (begin < end):
-                lm, lz, le = row_segment(
-                    start, begin, end, n, ids, lead, k, cap, skip_ptr, HAS_CAP, ENTROPY, SKIP,
-                    True, FAST, LANES, VEC,
-                )  # fmt: skip
-        u = (lm - top) * k
-        a = tl.exp2(u)
-        if ENTROPY:
-            le = times(a, le + times(lz, u))
-        m, z, e = merge(m, z, e, top, tl.sum(lz * a, 0), tl.sum(le, 0), k)
-    return m, z, e
+    good = usable(reference, k)
+    reference = tl.where(good, reference, 0.0)
+    if STAYS:
+        for segment in tl.range(first_segment, last_segment, disable_licm=True):
+            store_segment(
+                out_ptr, start, phase, vocabulary, segment, pieces, ids, reference, good, k, cap, skip_ptr,
+                HAS_CAP, ENTROPY, SKIP, STEP, ALIGNED, FAST, A, LANES, VEC,
+            )  # fmt: skip
+        tl.debug_barrier()  # what was stored is read, by other threads as well
+        for segment in tl.range(first_segment, last_segment, disable_licm=True):
+            store_segment_again(
+                out_ptr, start, phase, vocabulary, segment, pieces, ids, k, cap, skip_ptr,
+                HAS_CAP, ENTROPY, SKIP, STEP, ALIGNED, FAST, A, LANES, VEC,
+            )  # fmt: skip
+    else:
+        for segment in range(first_segment, last_segment):
+            store_segment(
+                out_ptr, start, phase, vocabulary, segment, pieces, ids, reference, good, k, cap, skip_ptr,
+                HAS_CAP, ENTROPY, SKIP, STEP, ALIGNED, FAST, A, LANES, VEC,
+            )  # fmt: skip
+        tl.debug_barrier()
+        for segment in range(first_segment, last_segment):
+            store_segment_again(
+                out_ptr, start, phase, vocabulary, segment, pieces, ids, k, cap, skip_ptr,
+                HAS_CAP, ENTROPY, SKIP, STEP, ALIGNED, FAST, A, LANES, VEC,
+            )  # fmt: skip
 
 
 @triton.jit
-def skipped_rest(
-    ptr, offset, vocabulary, m, z, k, cap, skip_ptr, topk,
-    HAS_CAP: tl.constexpr, A: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
-    """(max, sum) with the elements outside the support of the accesses that `row_partial` skipped."""
-    first, last = aligned_part(offset, vocabulary, 0, A)
-    lead = first - offset
-    n = last - first
-    for begin in range(0, topk, 32):
-        j = begin + tl.arange(0, 32)
-        id = tl.load(skip_ptr + j, mask=j < topk, other=-1) - lead
-        before = tl.load(skip_ptr + j - 1, mask=(j > 0) & (j < topk), other=-1) - lead
-        # An access counts once, for the first of its ids. (Division rounds towards 0.)
-        keep = (j < topk) & (id >= 0) & (id < n) & ((before < 0) | (before // VEC != id // VEC))
-        at = (id // VEC * VEC)[:, None] + tl.arange(0, VEC)[None, :]
-        inside = at < 0
-        for further in tl.static_range(VEC):
-            other = tl.load(skip_ptr + j + further, mask=j + further < topk, other=-1) - lead
-            inside = inside | (at == other[:, None])
-        x = load_c(ptr + first + at, keep[:, None] & (inside == 0), cap, HAS_CAP)
-        top = tl.maximum(m, tl.max(tl.max(x, 1), 0))
-        z = z * tl.exp2((m - top) * k) + tl.sum(tl.sum(tl.exp2((x - top) * k), 1), 0)
-        m = top
-    return m, z
+def store_nothing(ptr, N: tl.constexpr):
+    """The partial statistics of a segment without elements."""
+    tl.store(ptr, LOWEST)
+    for i in tl.static_range(1, N):
+        tl.store(ptr + i, 0.0)
+
+
+@triton.jit
+def merged(ptr, segments, k, ENTROPY: tl.constexpr, STEP: tl.constexpr):
+    """What `row_partial` stored, added up in order."""
+    m = tl.full([], LOWEST, tl.float32)
+    z = tl.full([], 0.0, tl.float32)
+    e = tl.full([], 0.0, tl.float32)
+    for segment in range(0, segments):
+        at = ptr + segment * STEP
+        other = tl.full([], 0.0, tl.float32)
+        if ENTROPY:
+            other = tl.load(at + 2)
+        m, z, e = merge(m, z, e, tl.load(at), tl.load(at + 1), other, k)
+    return m, z, e
 
 
 @triton.jit
@@ -580,11 +836,12 @@ def beside_of(*rows: Rows) -> int:
 
 
 def segments_of(vocabulary: int, tile: int) -> tuple[int, int]:
-    """(number of segments, tiles per segment) of a row: by V alone, so that sums never differ."""
-    tiles = -(-vocabulary // tile)
-    segments = max(1, min(SEGMENTS, tiles // TILES_PER_SEGMENT))
-    tiles_per_segment = min(-(-tiles // segments), MAX_TILES_PER_SEGMENT)
-    return -(-tiles // tiles_per_segment), tiles_per_segment
+    """(number of segments, length of each in units of ALIGNMENT elements) of a row: by V alone, so that
+    sums never differ. A segment is a unit shorter than its tiles, wherever in a unit the row starts."""
+    wanted = max(1, min(SEGMENTS, vocabulary // (tile * TILES_PER_SEGMENT)))
+    tiles = -(-(-(-vocabulary // wanted) + ALIGNMENT) // tile)
+    length = min(tiles, MAX_TILES_PER_SEGMENT) * tile - ALIGNMENT
+    return max(1, -(-vocabulary // length)), length // ALIGNMENT
 
 
 def processors(device: torch.device) -> int:
@@ -612,12 +869,14 @@ def scale_of(temperature: float) -> float:
     return LOG2E.value / temperature
 
 
-def launch(*element_sizes: int, heavy: bool = False, beside: int = SAME_PHASE) -> dict[str, Any]:
+def launch(
+    *element_sizes: int, heavy: bool = False, joint: bool = False, beside: int = SAME_PHASE
+) -> dict[str, Any]:
     """Tile shape and warps for tensors of these element sizes; ``heavy`` halves the tile, and so do
-    shifted accesses of float32."""
+    shifted accesses of float32. ``joint`` statistics of two rows take one access of each."""
     vec = 16 // min(element_sizes)  # a lane is one 16-byte access of the narrowest
     heavy = heavy or (beside == SHIFTED_BESIDE and vec == 4)
-    elements = ELEMENTS // 2 if heavy else ELEMENTS
+    elements = vec if joint else ELEMENTS // 2 if heavy else ELEMENTS
     lanes = elements * 32 * NUM_WARPS // vec
     warps = NUM_WARPS // 2 if torch.version.hip else NUM_WARPS  # 64 threads each: as many in all
     options = {"LANES": lanes, "VEC": vec, "A": ALIGNMENT, "FAST": FAST, "num_warps": warps}

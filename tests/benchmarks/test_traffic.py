@@ -22,7 +22,8 @@ BUDGETS = {
     "JSD": (14.0, 3),
     "top-k": (8.5, 2),
 }
-PER_ROW = 200  # bytes of statistics, targets and weights that a row moves beside its logits
+# Bytes that a row moves beside its logits: the segments' statistics and the row's, weights, the first logits.
+PER_ROW = 800
 
 
 # Their names in the cost model.

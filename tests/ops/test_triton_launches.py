@@ -73,7 +73,7 @@ def test_values_never_compile_another_variant(name):
 def test_launch_parameters_are_a_function_of_dtypes_alone():
     from fastsdpo.ops import _triton_common as common
 
-    assert inspect.signature(common.launch).parameters.keys() == {
+    assert inspect.signature(common.launch).parameters.keys() - {"joint"} == {
         "element_sizes", "heavy", "beside"
     }  # fmt: skip
     assert common.tile_of(common.launch(2, 2)) == 4096
@@ -96,10 +96,12 @@ def test_segments_of_a_row_are_a_function_of_its_length(vocabulary):
     from fastsdpo.ops import _triton_common as common
 
     for tile in (2048, 4096):
-        segments, tiles = common.segments_of(vocabulary, tile)
-        assert segments * tiles * tile >= vocabulary
-        assert 1 <= tiles <= common.MAX_TILES_PER_SEGMENT
-        assert (segments - 1) * tiles * tile < vocabulary
+        segments, pieces = common.segments_of(vocabulary, tile)
+        length = pieces * common.ALIGNMENT
+        assert segments * length >= vocabulary > (segments - 1) * length
+        # Tiles begin at a boundary at most ALIGNMENT - 1 elements before the segment.
+        assert (length + common.ALIGNMENT) % tile == 0
+        assert length < common.MAX_TILES_PER_SEGMENT * tile
 
 
 def test_few_rows_are_split_and_many_are_not(monkeypatch):

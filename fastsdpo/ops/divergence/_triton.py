@@ -21,42 +21,56 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsdpo.ops._triton_common import (
-    FAR,
+    AGAIN,
     LN2,
     LOG2E,
     LOWEST,
     NEG_INF,
     RUNTIME,
-    aligned_part,
+    STAYS,
+    TOO_LARGE,
     beside,
     beside_of,
+    beside_row,
     coefficient,
     edge_positions,
-    exponents,
+    first_max,
+    largest_slot,
     launch,
     load_beside,
     load_c,
+    load_part,
+    load_part_beside,
     load_tile,
     log2,
+    log2_weight,
     log_prob,
-    merge,
+    merged,
     on_device,
     own_weight,
+    per_slot,
     per_thread,
+    plus,
+    reference_of,
     row_offset,
     row_partial,
     rows_of,
     scale_of,
+    segment_bounds,
     segments_of,
-    skipped_rest,
     slope,
     splits_rows,
+    store_nothing,
+    sum_finite,
+    sum_signed_slots,
+    sum_slots,
     thread_max,
-    thread_sum,
     tile_of,
     tile_positions,
     times,
+    usable,
     whole_pieces,
+    whole_tiles,
 )
 from fastsdpo.ops.token_logps import _triton as token_kernels
 from fastsdpo.ops.token_logps._triton import (
@@ -102,117 +116,195 @@ def kl_terms(x, y, ws, wt, MODE: tl.constexpr):
 
 
 @triton.jit
-def pair_segment(
-    s_start, t_start, t_by, begin, end, n, k, cap,
-    HAS_CAP: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, BESIDE: tl.constexpr,
-    FAST: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+def absorb_pair(
+    x, y, sz, tz, d, s_reference, s_shift, t_reference, t_shift, k,
+    MODE: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Joint statistics of each thread over elements [begin, end)."""
-    at = tile_positions(LANES, VEC)
-    sm = per_thread(LOWEST, LANES)
-    tm = per_thread(LOWEST, LANES)
-    s_shift = per_thread(-2.0 * FAR, LANES)
-    t_shift = per_thread(-2.0 * FAR, LANES)
-    sz = per_thread(0.0, LANES)
-    tz = per_thread(0.0, LANES)
-    d = per_thread(0.0, LANES)
-    whole = begin
-    if not EXACT:
-        whole = begin + tl.maximum(end - begin, 0) // (LANES * VEC) * (LANES * VEC)
-        for o in range(begin, whole, LANES * VEC):
-            x = load_tile(s_start + o + at, None, cap, HAS_CAP, False, FAST)
-            y = load_beside(t_start, o, at, n, t_by, cap, HAS_CAP, False, BESIDE, FAST, LANES, VEC)
-            sm, s_shift, sz, tm, t_shift, tz, d = absorb_pair(
-                x, y, sm, s_shift, sz, tm, t_shift, tz, d, k, MODE, EXACT
-            )
-    for o in range(whole, end, LANES * VEC):
-        x = load_tile(s_start + o + at, o + at < n, cap, HAS_CAP, True, FAST)
-        y = load_beside(t_start, o, at, n, t_by, cap, HAS_CAP, True, BESIDE, FAST, LANES, VEC)
-        sm, s_shift, sz, tm, t_shift, tz, d = absorb_pair(
-            x, y, sm, s_shift, sz, tm, t_shift, tz, d, k, MODE, EXACT
-        )
-    if not EXACT:
-        _, ws = own_weight(sm, s_shift, k)
-        _, wt = own_weight(tm, t_shift, k)
-        sz = sz / ws
-        tz = tz / wt
-        if MODE == 0:
-            d = d / wt
-        if MODE == 1:
-            d = d / ws
-    return sm, sz, tm, tz, d
+    """Tiles [accesses, threads, VEC] of both rows into the slots' sums."""
+    ws = tl.exp2(log2_weight(x, s_reference, s_shift, k, EXACT))
+    wt = tl.exp2(log2_weight(y, t_reference, t_shift, k, EXACT))
+    d = plus(d, kl_terms(x, y, ws, wt, MODE), FAST)
+    return plus(sz, ws, FAST), plus(tz, wt, FAST), d
 
 
 @triton.jit
-def absorb_pair(
-    x, y, sm, s_shift, sz, tm, t_shift, tz, d, k, MODE: tl.constexpr, EXACT: tl.constexpr
-):
-    """Tiles [accesses, threads, VEC] of both rows into the threads' statistics."""
-    s, sm, s_shift, s_change = exponents(x, thread_max(x), sm, s_shift, k, EXACT)
-    t, tm, t_shift, t_change = exponents(y, thread_max(y), tm, t_shift, k, EXACT)
-    a = tl.exp2(s_change)
-    p = tl.exp2(t_change)
-    ws = tl.exp2(s)
-    wt = tl.exp2(t)
-    if MODE == 0:
-        d = times(p, d) + thread_sum(kl_terms(x, y, ws, wt, MODE))
-    if MODE == 1:
-        d = times(a, d) + thread_sum(kl_terms(x, y, ws, wt, MODE))
-    return sm, s_shift, sz * a + thread_sum(ws), tm, t_shift, tz * p + thread_sum(wt), d
+def pair_segment(
+    s_start, t_start, t_by, begin, low, high, s_reference, t_reference, k, cap,
+    HAS_CAP: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, BESIDE: tl.constexpr,
+    FAST: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Joint sums of each slot over elements [low, high)."""
+    TILE: tl.constexpr = LANES * VEC
+    at = tile_positions(LANES, VEC)
+    s_shift = s_reference * k
+    t_shift = t_reference * k
+    sz = per_slot(0.0, LANES, VEC)
+    tz = per_slot(0.0, LANES, VEC)
+    d = per_slot(0.0, LANES, VEC)
+    whole = begin
+    if not EXACT:
+        for o in range(begin, tl.minimum(begin + TILE, high), TILE):  # one, or none
+            x = load_part(s_start, o, at, low, high, cap, HAS_CAP, BESIDE != 2, FAST, LANES, VEC)
+            y = load_part_beside(
+                t_start, o, at, low, high, t_by, cap, HAS_CAP, BESIDE, FAST, LANES, VEC
+            )
+            sz, tz, d = absorb_pair(
+                x, y, sz, tz, d, s_reference, s_shift, t_reference, t_shift, k, MODE, EXACT, FAST
+            )
+        first = begin + TILE
+        whole = whole_tiles(first, high, BESIDE, LANES, VEC)
+        for o in range(first, whole, TILE):
+            x = load_tile(s_start + o + at, None, cap, HAS_CAP, False, FAST)
+            y = load_beside(t_start, o, at, 0, t_by, cap, HAS_CAP, False, BESIDE, FAST, LANES, VEC)
+            sz, tz, d = absorb_pair(
+                x, y, sz, tz, d, s_reference, s_shift, t_reference, t_shift, k, MODE, EXACT, FAST
+            )
+    for o in range(whole, high, TILE):
+        x = load_part(s_start, o, at, low, high, cap, HAS_CAP, BESIDE != 2, FAST, LANES, VEC)
+        y = load_part_beside(
+            t_start, o, at, low, high, t_by, cap, HAS_CAP, BESIDE, FAST, LANES, VEC
+        )
+        sz, tz, d = absorb_pair(
+            x, y, sz, tz, d, s_reference, s_shift, t_reference, t_shift, k, MODE, EXACT, FAST
+        )
+    return sz, tz, d
+
+
+@triton.jit
+def pair_max(
+    s_start, t_start, t_by, begin, low, high, cap,
+    HAS_CAP: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr, LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):  # fmt: skip
+    """Both rows' maxima over elements [low, high)."""
+    at = tile_positions(LANES, VEC)
+    sm = per_thread(LOWEST, LANES)
+    tm = per_thread(LOWEST, LANES)
+    for o in range(begin, high, LANES * VEC):
+        x = load_part(s_start, o, at, low, high, cap, HAS_CAP, BESIDE != 2, FAST, LANES, VEC)
+        y = load_part_beside(
+            t_start, o, at, low, high, t_by, cap, HAS_CAP, BESIDE, FAST, LANES, VEC
+        )
+        sm = tl.maximum(sm, thread_max(x))
+        tm = tl.maximum(tm, thread_max(y))
+    return tl.max(sm, 0), tl.max(tm, 0)
+
+
+@triton.jit
+def store_pair(
+    out_ptr, s_start, t_start, t_by, phase, vocabulary, segment, pieces, s_reference, t_reference, good, k,
+    cap,
+    HAS_CAP: tl.constexpr, MODE: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr,
+    A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """`store_segment` of both rows: (reference, sum) of each and the sum of weights x (own - other)."""
+    begin, low, high = segment_bounds(segment, pieces, phase, vocabulary, A)
+    out = out_ptr + segment * 5
+    if begin < high:
+        sz, tz, d = pair_segment(
+            s_start, t_start, t_by, begin, low, high, s_reference, t_reference, k, cap,
+            HAS_CAP, MODE, False, BESIDE, FAST, LANES, VEC,
+        )  # fmt: skip
+        _, ws = own_weight(s_reference, k)
+        _, wt = own_weight(t_reference, k)
+        # One after the other, so that the slots' registers become free.
+        d_sum = sum_signed_slots(d)
+        s_largest = largest_slot(sz)
+        s_sum = sum_finite(sz, s_largest)
+        t_largest = largest_slot(tz)
+        t_sum = sum_finite(tz, t_largest)
+        well = good & (tl.maximum(s_largest, t_largest) < TOO_LARGE)
+        tl.store(out, tl.where(well, s_reference, AGAIN))
+        tl.store(out + 1, s_sum / ws)
+        tl.store(out + 2, t_reference)
+        tl.store(out + 3, t_sum / wt)
+        if MODE == 0:
+            tl.store(out + 4, d_sum / wt)
+        if MODE == 1:
+            tl.store(out + 4, d_sum / ws)
+    else:
+        store_nothing(out, 2)
+        store_nothing(out + 2, 3)
+
+
+@triton.jit
+def store_pair_again(
+    out_ptr, s_start, t_start, t_by, phase, vocabulary, segment, pieces, k, cap,
+    HAS_CAP: tl.constexpr, MODE: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr,
+    A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Sums the segment beside its own maxima, if `store_pair` asked for it."""
+    out = out_ptr + segment * 5
+    if tl.load(out) == AGAIN:
+        begin, low, high = segment_bounds(segment, pieces, phase, vocabulary, A)
+        s_top, t_top = pair_max(
+            s_start, t_start, t_by, begin, low, high, cap, HAS_CAP, BESIDE, FAST, LANES, VEC
+        )
+        sz, tz, d = pair_segment(
+            s_start, t_start, t_by, begin, low, high, s_top, t_top, k, cap,
+            HAS_CAP, MODE, True, BESIDE, FAST, LANES, VEC,
+        )  # fmt: skip
+        tl.store(out, s_top)
+        tl.store(out + 1, sum_finite(sz, largest_slot(sz)))
+        tl.store(out + 2, t_top)
+        tl.store(out + 3, sum_finite(tz, largest_slot(tz)))
+        tl.store(out + 4, sum_signed_slots(d))
 
 
 @triton.jit
 def pair_partial(
-    s_ptr, s_offset, t_ptr, t_offset, vocabulary, first_segment, last_segment, tiles_per_segment, k, cap,
+    out_ptr, s_ptr, s_offset, t_ptr, t_offset, vocabulary, first_segment, last_segment, pieces,
+    s_reference, t_reference, k, cap,
     HAS_CAP: tl.constexpr, MODE: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr,
     A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Joint statistics of student and teacher over segments [first, last) of a row."""
-    first, last = aligned_part(s_offset, vocabulary, BESIDE, A)
+    """Stores the joint statistics of student and teacher of segments [first, last) of a row, five numbers
+    each."""
+    s_start = s_ptr + whole_pieces(s_offset, A)
+    phase = (s_offset % A).to(tl.int32)
+    t_start, t_by = beside_row(t_ptr, t_offset, phase, BESIDE, A, VEC)
+    good = usable(s_reference, k) & usable(t_reference, k)
+    s_reference = tl.where(good, s_reference, 0.0)
+    t_reference = tl.where(good, t_reference, 0.0)
+    if STAYS:
+        for segment in tl.range(first_segment, last_segment, disable_licm=True):
+            store_pair(
+                out_ptr, s_start, t_start, t_by, phase, vocabulary, segment, pieces, s_reference, t_reference,
+                good, k, cap, HAS_CAP, MODE, BESIDE, FAST, A, LANES, VEC,
+            )  # fmt: skip
+        tl.debug_barrier()  # what was stored is read, by other threads as well
+        for segment in tl.range(first_segment, last_segment, disable_licm=True):
+            store_pair_again(
+                out_ptr, s_start, t_start, t_by, phase, vocabulary, segment, pieces, k, cap,
+                HAS_CAP, MODE, BESIDE, FAST, A, LANES, VEC,
+            )  # fmt: skip
+    else:
+        for segment in range(first_segment, last_segment):
+            store_pair(
+                out_ptr, s_start, t_start, t_by, phase, vocabulary, segment, pieces, s_reference, t_reference,
+                good, k, cap, HAS_CAP, MODE, BESIDE, FAST, A, LANES, VEC,
+            )  # fmt: skip
+        tl.debug_barrier()
+        for segment in range(first_segment, last_segment):
+            store_pair_again(
+                out_ptr, s_start, t_start, t_by, phase, vocabulary, segment, pieces, k, cap,
+                HAS_CAP, MODE, BESIDE, FAST, A, LANES, VEC,
+            )  # fmt: skip
+
+
+@triton.jit
+def merged_pair(ptr, segments, k, MODE: tl.constexpr):
+    """What `pair_partial` stored, added up in order."""
     sm = tl.full([], LOWEST, tl.float32)
     sz = tl.full([], 0.0, tl.float32)
     tm = tl.full([], LOWEST, tl.float32)
     tz = tl.full([], 0.0, tl.float32)
     d = tl.full([], 0.0, tl.float32)
-    if first_segment == 0:
-        v, edge = edge_positions(s_offset, first, last, vocabulary, BESIDE, A)
-        x = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP)
-        y = load_c(t_ptr + t_offset + v, edge, cap, HAS_CAP)
-        sm = tl.maximum(tl.max(x, 0), LOWEST)
-        tm = tl.maximum(tl.max(y, 0), LOWEST)
-        ws = tl.exp2((x - sm) * k)
-        wt = tl.exp2((y - tm) * k)
-        sz = tl.sum(ws, 0)
-        tz = tl.sum(wt, 0)
-        d = tl.sum(kl_terms(x, y, ws, wt, MODE), 0)
-    n = whole_pieces((last - first).to(tl.int32), A)
-    s_start = s_ptr + whole_pieces(first, A)
-    lead = (first - s_offset).to(tl.int32)
-    t_start, t_by = beside(t_ptr, t_offset, lead, BESIDE, A, VEC)
-    for segment in range(first_segment, last_segment):
-        begin = segment * tiles_per_segment * (LANES * VEC)
-        end = tl.minimum(begin + tiles_per_segment * (LANES * VEC), n)
-        lsm, lsz, ltm, ltz, ld = pair_segment(
-            s_start, t_start, t_by, begin, end, n, k, cap,
-            HAS_CAP, MODE, HAS_CAP, BESIDE, FAST, LANES, VEC,
-        )  # fmt: skip
-        s_top = tl.max(lsm, 0)
-        t_top = tl.max(ltm, 0)
-        if not HAS_CAP:  # noqa: SIM102 (known when compiling; the next is not)
-            if (tl.maximum(tl.abs(s_top), tl.abs(t_top)) * k >= FAR) & (begin < end):
-                lsm, lsz, ltm, ltz, ld = pair_segment(
-                    s_start, t_start, t_by, begin, end, n, k, cap,
-                    HAS_CAP, MODE, True, BESIDE, FAST, LANES, VEC,
-                )  # fmt: skip
-        a = tl.exp2((lsm - s_top) * k)
-        p = tl.exp2((ltm - t_top) * k)
-        if MODE == 0:
-            ld = times(p, ld)
-        if MODE == 1:
-            ld = times(a, ld)
+    for segment in range(0, segments):
+        at = ptr + segment * 5
         sm, sz, tm, tz, d = merge_pair(
-            sm, sz, tm, tz, d, s_top, tl.sum(lsz * a, 0), t_top, tl.sum(ltz * p, 0),
-            tl.sum(ld, 0), k, MODE,
+            sm, sz, tm, tz, d, tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3),
+            tl.load(at + 4), k, MODE,
         )  # fmt: skip
     return sm, sz, tm, tz, d
 
@@ -231,46 +323,81 @@ def jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST: tl.constexpr):
 
 
 @triton.jit
+def jsd_segment(
+    of_s, of_t, s_start, t_start, t_by, phase, vocabulary, segment, pieces, sm, sl, tm, tl_, k, cap, alpha,
+    known,
+    HAS_CAP: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """``of_s`` and ``of_t`` with a segment's part."""
+    TILE: tl.constexpr = LANES * VEC
+    at = tile_positions(LANES, VEC)
+    begin, low, high = segment_bounds(segment, pieces, phase, vocabulary, A)
+    if (begin < high) & (known == 0.0):
+        ls = per_slot(0.0, LANES, VEC)
+        lt = per_slot(0.0, LANES, VEC)
+        for o in range(begin, tl.minimum(begin + TILE, high), TILE):  # one, or none
+            x = load_part(
+                s_start, o, at, low, high, cap, HAS_CAP, BESIDE != 2, FAST, LANES, VEC, True
+            )
+            y = load_part_beside(
+                t_start, o, at, low, high, t_by, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, True
+            )
+            p, ds, q, dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
+            ls = plus(ls, p * ds, FAST)
+            lt = plus(lt, q * dt, FAST)
+        first = begin + TILE
+        whole = whole_tiles(first, high, BESIDE, LANES, VEC)
+        for o in range(first, whole, TILE):
+            x = load_tile(s_start + o + at, None, cap, HAS_CAP, False, FAST, True)
+            y = load_beside(
+                t_start, o, at, 0, t_by, cap, HAS_CAP, False, BESIDE, FAST, LANES, VEC, True
+            )
+            p, ds, q, dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
+            ls = plus(ls, p * ds, FAST)
+            lt = plus(lt, q * dt, FAST)
+        for o in range(whole, high, TILE):
+            x = load_part(
+                s_start, o, at, low, high, cap, HAS_CAP, BESIDE != 2, FAST, LANES, VEC, True
+            )
+            y = load_part_beside(
+                t_start, o, at, low, high, t_by, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, True
+            )
+            p, ds, q, dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
+            ls = plus(ls, p * ds, FAST)
+            lt = plus(lt, q * dt, FAST)
+        of_s += sum_slots(ls, largest_slot(ls))
+        of_t += sum_slots(lt, largest_slot(lt))
+    return of_s, of_t
+
+
+@triton.jit
 def jsd_partial(
-    s_ptr, s_offset, t_ptr, t_offset, vocabulary, first_segment, last_segment, tiles_per_segment, sm, sl,
+    s_ptr, s_offset, t_ptr, t_offset, vocabulary, first_segment, last_segment, pieces, sm, sl,
     tm, tl_, k, cap, alpha,
     HAS_CAP: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """(KL(p || m), KL(q || m)) in log2 over segments [first, last) of a row."""
-    first, last = aligned_part(s_offset, vocabulary, BESIDE, A)
+    s_start = s_ptr + whole_pieces(s_offset, A)
+    phase = (s_offset % A).to(tl.int32)
+    t_start, t_by = beside_row(t_ptr, t_offset, phase, BESIDE, A, VEC)
     of_s = tl.full([], 0.0, tl.float32)
     of_t = tl.full([], 0.0, tl.float32)
-    if first_segment == 0:
-        v, edge = edge_positions(s_offset, first, last, vocabulary, BESIDE, A)
-        x_edge = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP)
-        y_edge = load_c(t_ptr + t_offset + v, edge, cap, HAS_CAP)
-        p_edge, ds_edge, q_edge, dt_edge = jsd_terms(
-            x_edge, y_edge, sm, sl, tm, tl_, k, alpha, FAST
-        )
-        of_s = tl.sum(p_edge * ds_edge, 0)
-        of_t = tl.sum(q_edge * dt_edge, 0)
-    n = whole_pieces((last - first).to(tl.int32), A)
-    s_start = s_ptr + whole_pieces(first, A)
-    lead = (first - s_offset).to(tl.int32)
-    t_start, t_by = beside(t_ptr, t_offset, lead, BESIDE, A, VEC)
-    at = tile_positions(LANES, VEC)
-    for segment in range(first_segment, last_segment):
-        ls = per_thread(0.0, LANES)
-        lt = per_thread(0.0, LANES)
-        begin = segment * tiles_per_segment * (LANES * VEC)
-        end = tl.minimum(begin + tiles_per_segment * (LANES * VEC), n)
-        for o in range(begin, end, LANES * VEC):
-            x = load_tile(s_start + o + at, o + at < n, cap, HAS_CAP, True, FAST, True)
-            y = load_beside(
-                t_start, o, at, n, t_by, cap, HAS_CAP, True, BESIDE, FAST, LANES, VEC, True
-            )
-            p, ds, q, dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
-            ls += thread_sum(p * ds)
-            lt += thread_sum(q * dt)
-        of_s += tl.sum(ls, 0)
-        of_t += tl.sum(lt, 0)
-    return of_s, of_t
+    known = (sl - sl) + (tl_ - tl_)  # NaN where a row has one
+    if STAYS:
+        for segment in tl.range(first_segment, last_segment, disable_licm=True):
+            of_s, of_t = jsd_segment(
+                of_s, of_t, s_start, t_start, t_by, phase, vocabulary, segment, pieces, sm, sl, tm, tl_, k,
+                cap, alpha, known, HAS_CAP, BESIDE, FAST, A, LANES, VEC,
+            )  # fmt: skip
+    else:
+        for segment in range(first_segment, last_segment):
+            of_s, of_t = jsd_segment(
+                of_s, of_t, s_start, t_start, t_by, phase, vocabulary, segment, pieces, sm, sl, tm, tl_, k,
+                cap, alpha, known, HAS_CAP, BESIDE, FAST, A, LANES, VEC,
+            )  # fmt: skip
+    return of_s + known, of_t + known
 
 
 @triton.jit
@@ -336,7 +463,7 @@ def _divergence_fwd_kernel(
     s_ptr, s_shift, s_b, s_l, t_ptr, t_shift, t_b, t_l, g_ptr, g_shift, g_b, g_l,
     target_ptr, weight_ptr, old_ptr, partial_ptr,
     student_ptr, teacher_ptr, per_token_ptr, coef_ptr, stats_ptr,
-    n_l, vocabulary, segments, tiles_per_segment, k, cap, inv_temperature, alpha, is_clip, ignore_index,
+    n_l, vocabulary, segments, pieces, k, cap, inv_temperature, alpha, is_clip, ignore_index,
     MODE: tl.constexpr, HAS_OLD: tl.constexpr, HAS_CAP: tl.constexpr, FUSED: tl.constexpr,
     BESIDE: tl.constexpr, STAGE: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr,
@@ -349,50 +476,37 @@ def _divergence_fwd_kernel(
     width = tl.where(live, vocabulary, 0)
     s_offset = row_offset(row, n_l, s_shift, s_b, s_l)
     t_offset = row_offset(row, n_l, t_shift, t_b, t_l)
-    if STAGE == 2:
-        sm = tl.full([], LOWEST, tl.float32)
-        sz = tl.full([], 0.0, tl.float32)
-        tm = tl.full([], LOWEST, tl.float32)
-        tz = tl.full([], 0.0, tl.float32)
-        d = tl.full([], 0.0, tl.float32)
-        for segment in range(0, segments):
-            at = partial_ptr + (row * segments + segment) * 5
-            sm, sz, tm, tz, d = merge_pair(
-                sm, sz, tm, tz, d, tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3),
-                tl.load(at + 4), k, MODE,
-            )  # fmt: skip
-    else:
+    partial = partial_ptr + row * segments * 5
+    if STAGE != 2:
         begin = 0
         stop = segments
         if STAGE == 1:
             begin = tl.program_id(1)
             stop = begin + 1
-        # JSD needs each row's own statistics first. EXACT, as the kernel that goes on to JSD's loss has no
-        # registers for a second form of the loop.
-        if MODE == 2:
-            sm, sz, _ = row_partial(
-                s_ptr, s_offset, width, begin, stop, tiles_per_segment, k, cap, target_ptr, 0,
-                HAS_CAP, False, False, 1, FAST, A, LANES, VEC, True,
+        x = reference_of(s_ptr + s_offset, target, width, live, cap, HAS_CAP)
+        y = reference_of(t_ptr + t_offset, target, width, live, cap, HAS_CAP)
+        if MODE == 2:  # JSD needs each row's own statistics first
+            row_partial(
+                partial, s_ptr, s_offset, width, begin, stop, pieces, x, k, cap, target_ptr, 0,
+                HAS_CAP, False, False, 1, 5, BESIDE != 2, FAST, A, LANES, VEC,
             )  # fmt: skip
-            tm, tz, _ = row_partial(
-                t_ptr, t_offset, width, begin, stop, tiles_per_segment, k, cap, target_ptr, 0,
-                HAS_CAP, False, False, 1, FAST, A, LANES, VEC, True,
+            row_partial(
+                partial + 2, t_ptr, t_offset, width, begin, stop, pieces, y, k, cap, target_ptr, 0,
+                HAS_CAP, False, False, 1, 5, BESIDE != 2, FAST, A, LANES, VEC,
             )  # fmt: skip
-            d = tl.full([], 0.0, tl.float32)
         else:
-            sm, sz, tm, tz, d = pair_partial(
-                s_ptr, s_offset, t_ptr, t_offset, width, begin, stop, tiles_per_segment, k, cap,
+            pair_partial(
+                partial, s_ptr, s_offset, t_ptr, t_offset, width, begin, stop, pieces, x, y, k, cap,
                 HAS_CAP, MODE, BESIDE, FAST, A, LANES, VEC,
             )  # fmt: skip
-
-    if STAGE == 1:
-        at = partial_ptr + (row * segments + tl.program_id(1)) * 5
-        tl.store(at, sm)
-        tl.store(at + 1, sz)
-        tl.store(at + 2, tm)
-        tl.store(at + 3, tz)
-        tl.store(at + 4, d)
-    else:
+    if STAGE == 0:
+        tl.debug_barrier()
+    if STAGE != 1:
+        if MODE == 2:
+            sm, sz, _ = merged(partial, segments, k, False, 5)
+            tm, tz, _ = merged(partial + 2, segments, k, False, 5)
+        else:
+            sm, sz, tm, tz, d = merged_pair(partial, segments, k, MODE)
         sl = tl.where(live, tl.log2(sz), 0.0)
         tl_ = tl.where(live, tl.log2(tz), 0.0)
         sm = tl.where(live, sm, 0.0)
@@ -420,7 +534,7 @@ def _divergence_fwd_kernel(
             loss = kl
         if MODE == 2 and FUSED:
             of_s, of_t = jsd_partial(
-                s_ptr, s_offset, t_ptr, t_offset, width, 0, segments, tiles_per_segment, sm, sl, tm, tl_,
+                s_ptr, s_offset, t_ptr, t_offset, width, 0, segments, pieces, sm, sl, tm, tl_,
                 k, cap, alpha, HAS_CAP, BESIDE, FAST, A, LANES, VEC,
             )  # fmt: skip
             kl = tl.where(live, of_s * LN2, 0.0)
@@ -440,7 +554,7 @@ def _divergence_fwd_kernel(
 def _jsd_kernel(
     s_ptr, s_shift, s_b, s_l, t_ptr, t_shift, t_b, t_l,
     target_ptr, partial_ptr, per_token_ptr, stats_ptr,
-    n_l, vocabulary, segments, tiles_per_segment, k, cap, alpha, ignore_index,
+    n_l, vocabulary, segments, pieces, k, cap, alpha, ignore_index,
     HAS_CAP: tl.constexpr, BESIDE: tl.constexpr, STAGE: tl.constexpr, FAST: tl.constexpr,
     A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -464,7 +578,7 @@ def _jsd_kernel(
         of_s, of_t = jsd_partial(
             s_ptr, row_offset(row, n_l, s_shift, s_b, s_l),
             t_ptr, row_offset(row, n_l, t_shift, t_b, t_l), tl.where(live, vocabulary, 0),
-            begin, stop, tiles_per_segment, tl.load(stats), tl.load(stats + 1), tl.load(stats + 2),
+            begin, stop, pieces, tl.load(stats), tl.load(stats + 1), tl.load(stats + 2),
             tl.load(stats + 3), k, cap, alpha, HAS_CAP, BESIDE, FAST, A, LANES, VEC,
         )  # fmt: skip
     if STAGE == 1:
@@ -569,6 +683,19 @@ def classes_loss(s, t, keep, s_tail, t_tail, alpha, MODE: tl.constexpr, TAIL: tl
 
 
 @triton.jit
+def support_reference(
+    ptr, id_ptr, topk, vocabulary, live, cap, HAS_CAP: tl.constexpr, KP: tl.constexpr
+):  # fmt: skip
+    """A logit near the largest outside the support: the lowest of the support, or of the first tokens."""
+    j = tl.arange(0, KP)
+    keep = (j < topk) & live
+    ids = tl.load(id_ptr + j, mask=keep, other=0)
+    c = load_c(ptr + ids, keep, cap, HAS_CAP)
+    lowest = tl.min(tl.where(c == NEG_INF, -LOWEST, c), 0)
+    return tl.maximum(lowest, first_max(ptr, vocabulary, live, cap, HAS_CAP))
+
+
+@triton.jit
 def topk_tail_gradient(c, share, outside_max, outside_log2sum, k, cap, HAS_CAP: tl.constexpr):
     part = tl.exp2((c - outside_max) * k - outside_log2sum)
     return times(part, share) * slope(c, cap, HAS_CAP)
@@ -626,11 +753,12 @@ def _topk_fwd_kernel(
     s_ptr, s_shift, s_b, s_l, t_ptr, t_shift, t_b, t_l, g_ptr, g_shift, g_b, g_l,
     target_ptr, id_ptr, sorted_ptr, given_ptr, weight_ptr, old_ptr, partial_ptr,
     student_ptr, teacher_ptr, per_token_ptr, coef_ptr, stats_ptr, class_ptr,
-    n_l, vocabulary, segments, tiles_per_segment, topk, k, cap, inv_temperature, alpha, is_clip,
+    n_l, vocabulary, segments, pieces, topk, k, cap, inv_temperature, alpha, is_clip,
     ignore_index,
     MODE: tl.constexpr, TAIL: tl.constexpr, GIVEN: tl.constexpr, HAS_OLD: tl.constexpr,
-    HAS_CAP: tl.constexpr, FUSED: tl.constexpr, BESIDE: tl.constexpr, STAGE: tl.constexpr,
-    FAST: tl.constexpr, KP: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    HAS_CAP: tl.constexpr, FUSED: tl.constexpr, BESIDE: tl.constexpr, ALIGNED: tl.constexpr,
+    STAGE: tl.constexpr, FAST: tl.constexpr, KP: tl.constexpr, A: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
@@ -639,48 +767,32 @@ def _topk_fwd_kernel(
     s_offset = row_offset(row, n_l, s_shift, s_b, s_l)
     t_offset = row_offset(row, n_l, t_shift, t_b, t_l)
     skip = sorted_ptr + row * topk
-    if STAGE == 2:
-        sm = tl.full([], LOWEST, tl.float32)
-        sz = tl.full([], 0.0, tl.float32)
-        tm = tl.full([], LOWEST, tl.float32)
-        tz = tl.full([], 0.0, tl.float32)
-        for segment in range(0, segments):
-            at = partial_ptr + (row * segments + segment) * 4
-            sm, sz, _ = merge(sm, sz, 0.0, tl.load(at), tl.load(at + 1), 0.0, k)
-            tm, tz, _ = merge(tm, tz, 0.0, tl.load(at + 2), tl.load(at + 3), 0.0, k)
-    else:
+    partial = partial_ptr + row * segments * 4
+    if STAGE != 2:
         begin = 0
         stop = segments
         if STAGE == 1:
             begin = tl.program_id(1)
             stop = begin + 1
-        sm, sz, _ = row_partial(
-            s_ptr, s_offset, width, begin, stop, tiles_per_segment, k, cap, skip, topk,
-            HAS_CAP, False, True, KP, FAST, A, LANES, VEC,
+        c = support_reference(s_ptr + s_offset, skip, topk, vocabulary, live, cap, HAS_CAP, KP)
+        row_partial(
+            partial, s_ptr, s_offset, width, begin, stop, pieces, c, k, cap, skip, topk,
+            HAS_CAP, False, True, KP, 4, ALIGNED, FAST, A, LANES, VEC,
         )  # fmt: skip
+        if not GIVEN:
+            c = support_reference(t_ptr + t_offset, skip, topk, vocabulary, live, cap, HAS_CAP, KP)
+            row_partial(
+                partial + 2, t_ptr, t_offset, width, begin, stop, pieces, c, k, cap, skip, topk,
+                HAS_CAP, False, True, KP, 4, ALIGNED, FAST, A, LANES, VEC,
+            )  # fmt: skip
+    if STAGE == 0:
+        tl.debug_barrier()
+    if STAGE != 1:
+        sm, sz, _ = merged(partial, segments, k, False, 4)
         tm = sm
         tz = sz
         if not GIVEN:
-            tm, tz, _ = row_partial(
-                t_ptr, t_offset, width, begin, stop, tiles_per_segment, k, cap, skip, topk,
-                HAS_CAP, False, True, KP, FAST, A, LANES, VEC,
-            )  # fmt: skip
-
-    if STAGE == 1:
-        at = partial_ptr + (row * segments + tl.program_id(1)) * 4
-        tl.store(at, sm)
-        tl.store(at + 1, sz)
-        tl.store(at + 2, tm)
-        tl.store(at + 3, tz)
-    else:
-        sm, sz = skipped_rest(s_ptr, s_offset, width, sm, sz, k, cap, skip, topk, HAS_CAP, A, VEC)
-        if GIVEN:
-            tm = sm
-            tz = sz
-        else:
-            tm, tz = skipped_rest(
-                t_ptr, t_offset, width, tm, tz, k, cap, skip, topk, HAS_CAP, A, VEC
-            )
+            tm, tz, _ = merged(partial + 2, segments, k, False, 4)
         j = tl.arange(0, KP)
         inside = j < topk
         keep = inside & live
@@ -818,16 +930,16 @@ def _divergence(
     sizes = [
         t.element_size() for t in (student_logits, teacher_logits, grad_logits) if t is not None
     ]
-    options = launch(*sizes, heavy=True)
-    segments, tiles_per_segment = segments_of(vocabulary, tile_of(options))
+    options = launch(*sizes, heavy=True, joint=True)
+    segments, pieces = segments_of(vocabulary, tile_of(options))
     split = not fused and splits_rows(rows, segments, student_logits.device)
     stages = (PARTIAL, FINISH) if split else (WHOLE,)
-    partial = _new(student_logits, rows, segments, 5) if split else per_token
+    partial = _new(student_logits, rows, segments, 5)
     s, t = rows_of(student_logits), rows_of(teacher_logits)
     g = rows_of(grad_logits) if fused else s
     common = {
         "n_l": student_logits.shape[1], "vocabulary": vocabulary, "segments": segments,
-        "tiles_per_segment": tiles_per_segment, "k": scale_of(temperature), "cap": softcap, "alpha": alpha,
+        "pieces": pieces, "k": scale_of(temperature), "cap": softcap, "alpha": alpha,
         "ignore_index": ignore_index, "HAS_CAP": softcap != 0.0, "BESIDE": beside_of(s, t, g),
         **options,
     }  # fmt: skip
@@ -907,9 +1019,9 @@ def _topk(
         t.element_size() for t in (student_logits, teacher_logits, grad_logits) if t is not None
     ]
     options = launch(*sizes, heavy=fused or softcap != 0.0 or min(sizes) == 4)
-    segments, tiles_per_segment = segments_of(vocabulary, tile_of(options))
+    segments, pieces = segments_of(vocabulary, tile_of(options))
     split = not fused and splits_rows(rows, segments, student_logits.device)
-    partial = _new(student_logits, rows, segments, 4) if split else per_token
+    partial = _new(student_logits, rows, segments, 4)
     s = rows_of(student_logits)
     t = s if teacher_logits is None else rows_of(teacher_logits)
     g = rows_of(grad_logits) if fused else s
@@ -923,12 +1035,12 @@ def _topk(
                 weights if teacher_topk_logps is None else teacher_topk_logps, weights,
                 weights if old_logps is None else old_logps, partial, student, teacher, per_token,
                 coef, stats, class_grads, n_l=student_logits.shape[1], vocabulary=vocabulary,
-                segments=segments, tiles_per_segment=tiles_per_segment, topk=topk, k=scale_of(temperature),
+                segments=segments, pieces=pieces, topk=topk, k=scale_of(temperature),
                 cap=softcap, inv_temperature=1.0 / temperature, alpha=alpha, is_clip=is_clip,
                 ignore_index=ignore_index, MODE=_mode(alpha), TAIL=add_tail,
                 GIVEN=teacher_logits is None, HAS_OLD=old_logps is not None,
-                HAS_CAP=softcap != 0.0, FUSED=fused, BESIDE=beside_of(s, g), STAGE=stage,
-                KP=triton.next_power_of_2(topk), **options,
+                HAS_CAP=softcap != 0.0, FUSED=fused, BESIDE=beside_of(s, g), ALIGNED=s.aligned and t.aligned,
+                STAGE=stage, KP=triton.next_power_of_2(topk), **options,
             )  # fmt: skip
     return per_token, coef, student, teacher, stats, class_grads
 

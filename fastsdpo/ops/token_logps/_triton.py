@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fastsdpo.ops._triton_common import (
     LN2,
-    LOWEST,
     RUNTIME,
     Rows,
     aligned_part,
@@ -33,9 +32,10 @@ from fastsdpo.ops._triton_common import (
     load_c,
     log_prob,
     log_ratio,
-    merge,
+    merged,
     on_device,
     processors,
+    reference_of,
     row_offset,
     row_partial,
     rows_of,
@@ -115,10 +115,10 @@ def _sampled_token_fwd_kernel(
     s_ptr, s_shift, s_b, s_l, t_ptr, t_shift, t_b, t_l, g_ptr, g_shift, g_b, g_l,
     target_ptr, given_ptr, weight_ptr, old_ptr, partial_ptr,
     student_ptr, teacher_ptr, per_token_ptr, coef_ptr, max_ptr, log2sum_ptr, entropy_ptr,
-    n_l, vocabulary, segments, tiles_per_segment, k, cap, inv_temperature, is_clip, ignore_index,
+    n_l, vocabulary, segments, pieces, k, cap, inv_temperature, is_clip, ignore_index,
     STAT_STRIDE: tl.constexpr, TEACHER: tl.constexpr, LOSS: tl.constexpr, HAS_OLD: tl.constexpr,
     HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, FUSED: tl.constexpr, BESIDE: tl.constexpr,
-    STAGE: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
+    ALIGNED: tl.constexpr, STAGE: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -128,42 +128,32 @@ def _sampled_token_fwd_kernel(
     s_offset = row_offset(row, n_l, s_shift, s_b, s_l)
     t_offset = row_offset(row, n_l, t_shift, t_b, t_l)
 
-    if STAGE == 2:
-        m = tl.full([], LOWEST, tl.float32)
-        z = tl.full([], 0.0, tl.float32)
-        e = tl.full([], 0.0, tl.float32)
-        tm = tl.full([], LOWEST, tl.float32)
-        tz = tl.full([], 0.0, tl.float32)
-        for segment in range(0, segments):
-            p = partial_ptr + (row * segments + segment) * 5
-            m, z, e = merge(m, z, e, tl.load(p), tl.load(p + 1), tl.load(p + 2), k)
-            tm, tz, _ = merge(tm, tz, 0.0, tl.load(p + 3), tl.load(p + 4), 0.0, k)
-    else:
+    partial = partial_ptr + row * segments * 5
+    if STAGE != 2:
         begin = 0
         stop = segments
         if STAGE == 1:
             begin = tl.program_id(1)
             stop = begin + 1
-        m, z, e = row_partial(
-            s_ptr, s_offset, width, begin, stop, tiles_per_segment, k, cap, target_ptr, 0,
-            HAS_CAP, ENTROPY, False, 1, FAST, A, LANES, VEC,
+        c = reference_of(s_ptr + s_offset, target, width, live, cap, HAS_CAP)
+        row_partial(
+            partial, s_ptr, s_offset, width, begin, stop, pieces, c, k, cap, target_ptr, 0,
+            HAS_CAP, ENTROPY, False, 1, 5, ALIGNED, FAST, A, LANES, VEC,
         )  # fmt: skip
+        if TEACHER == 1:
+            c = reference_of(t_ptr + t_offset, target, width, live, cap, HAS_CAP)
+            row_partial(
+                partial + 3, t_ptr, t_offset, width, begin, stop, pieces, c, k, cap, target_ptr, 0,
+                HAS_CAP, False, False, 1, 5, ALIGNED, FAST, A, LANES, VEC,
+            )  # fmt: skip
+    if STAGE == 0:
+        tl.debug_barrier()
+    if STAGE != 1:
+        m, z, e = merged(partial, segments, k, ENTROPY, 5)
         tm = m
         tz = z
         if TEACHER == 1:
-            tm, tz, _ = row_partial(
-                t_ptr, t_offset, width, begin, stop, tiles_per_segment, k, cap, target_ptr, 0,
-                HAS_CAP, False, False, 1, FAST, A, LANES, VEC,
-            )  # fmt: skip
-
-    if STAGE == 1:
-        p = partial_ptr + (row * segments + tl.program_id(1)) * 5
-        tl.store(p, m)
-        tl.store(p + 1, z)
-        tl.store(p + 2, e)
-        tl.store(p + 3, tm)
-        tl.store(p + 4, tz)
-    else:
+            tm, tz, _ = merged(partial + 3, segments, k, False, 5)
         log2sum = tl.where(live, tl.log2(z), 0.0)
         m = tl.where(live, m, 0.0)
         c = load_c(s_ptr + s_offset + target, live, cap, HAS_CAP)
@@ -271,12 +261,12 @@ def forward(
     beside_rows = beside_of(s, g)
     options = launch(
         *(rows.pointer.element_size() for rows in (s, t, g)),
-        heavy=softcap != 0.0, beside=beside_rows,
+        heavy=softcap != 0.0 or entropy, beside=beside_rows,
     )  # fmt: skip
-    segments, tiles_per_segment = segments_of(vocabulary, tile_of(options))
+    segments, pieces = segments_of(vocabulary, tile_of(options))
     split = grad_logits is None and splits_rows(rows, segments, student_logits.device)
     none = out["student_logps"]
-    partial = new(rows, segments, 5) if split else none
+    partial = new(rows, segments, 5)
     teacher = NO_TEACHER
     if teacher_logits is not None:
         teacher = TEACHER_LOGITS
@@ -292,11 +282,11 @@ def forward(
                 out["student_logps"], out["teacher_logps"], out["per_token"], out["coef"],
                 out["stats"], out["stats"][:, 1], out["entropy"],
                 n_l=student_logits.shape[1], vocabulary=vocabulary, segments=segments,
-                tiles_per_segment=tiles_per_segment, k=scale_of(temperature), cap=softcap,
+                pieces=pieces, k=scale_of(temperature), cap=softcap,
                 inv_temperature=1.0 / temperature, is_clip=is_clip, ignore_index=ignore_index,
                 STAT_STRIDE=2, TEACHER=teacher, LOSS=loss, HAS_OLD=old_logps is not None,
                 HAS_CAP=softcap != 0.0, ENTROPY=entropy, FUSED=grad_logits is not None,
-                BESIDE=beside_rows, STAGE=stage, **options,
+                BESIDE=beside_rows, ALIGNED=s.aligned and t.aligned, STAGE=stage, **options,
             )  # fmt: skip
     return out
 
