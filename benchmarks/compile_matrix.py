@@ -11,8 +11,9 @@ that breaks one, or is worse than the committed table, fails with its name. On g
 the same but instructions per element; scalar registers that the compiler keeps in lanes of a vector
 register ("scalar spills") never reach memory and are counted apart.
 
-The statistics kernels hold a second, colder loop beside the hot one: it sums a segment again whose
-logits are beyond 2^19 (see `fastsdpo.ops._triton_common`). The hot loop is the one that comes first.
+The statistics kernels hold colder loops beside the hot one: for a segment's first and last tile, and for a
+segment that is summed again (see `fastsdpo.ops._triton_common`). The hot loop is the shortest of those that
+have its accesses and its exponentials.
 """
 
 from __future__ import annotations
