@@ -192,6 +192,7 @@ def tiles(variant: Variant, dtype: str) -> dict[str, Any]:
     heavy = heavy or (variant.kernel == "_topk_fwd_kernel" and dtype == "fp32")
     heavy = heavy or variant.constants["HAS_CAP"] or variant.constants.get("ENTROPY", False)
     joint = variant.kernel in ("_divergence_fwd_kernel", "_jsd_kernel")
+    joint = joint or (dtype == "fp32" and variant.name.startswith("sampled fused"))
     options = launch(
         4 if dtype == "fp32" else 2, heavy=heavy, joint=joint, beside=variant.constants["BESIDE"],
     )  # fmt: skip
@@ -308,7 +309,7 @@ def hottest(
             any(re.search(load, text) for text in body),
             max(widths(body)),
             any(re.search(store, text) for text in body),
-            any(re.search(r"EX2|v_exp_f32", text) for text in body),
+            sum(bool(re.search(r"EX2|v_exp_f32", text)) for text in body) / len(widths(body)),
             len(widths(body)),
             -len(body),
         ),

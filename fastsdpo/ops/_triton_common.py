@@ -73,6 +73,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 THREADS = tl.constexpr(32 * NUM_WARPS)
 FAR = tl.constexpr(524288.0)  # 2^19: a shift up to it is rounded by at most 2^-6
+INFINITY = tl.constexpr(0x7F800000)  # its bits
 AGAIN = tl.constexpr(float("inf"))  # in the place of a segment's reference
 # A slot's sum of weights that calls for a better reference: exponents up to 16 are rounded by 2^-21.
 TOO_LARGE, TOO_SMALL = tl.constexpr(65536.0), tl.constexpr(2.0**-60)
@@ -102,6 +103,17 @@ def log2(x, FAST: tl.constexpr):
         )
     else:
         return tl.log2(x)
+
+
+@triton.jit
+def reciprocal(x, FAST: tl.constexpr):
+    """1 / x for x >= 1, to 2^-23: one instruction, where a division expands to six."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
 
 
 @triton.jit
@@ -135,12 +147,12 @@ def widen(z, FAST: tl.constexpr, SINGLY: tl.constexpr = False):
 
 
 @triton.jit
-def capped(z, cap, HAS_CAP: tl.constexpr):
+def capped(z, cap, HAS_CAP: tl.constexpr, FAST: tl.constexpr):
     """c = cap * tanh(z / cap); -inf stays -inf. tanh by exp2, near 0 by its series."""
     if HAS_CAP:
         x = z * (1.0 / cap)
         # 2^large is inf and 2^-large is 0: the ends are 1 and -1 without a clamp.
-        far = 1.0 - 2.0 * (1.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E))))
+        far = 1.0 - 2.0 * reciprocal(1.0 + tl.exp2(x * (2.0 * LOG2E)), FAST)
         s = x * x
         near = x + x * (s * (-0.3333333333 + s * (0.1333333333 + s * -0.0539682540)))
         t = tl.where(s < 0.04, near, far)
@@ -160,9 +172,9 @@ def slope(c, cap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def load_c(ptr, mask, cap, HAS_CAP: tl.constexpr):
+def load_c(ptr, mask, cap, HAS_CAP: tl.constexpr, FAST: tl.constexpr):
     """Capped logits, -inf outside the mask: single ones, and edges."""
-    return capped(tl.load(ptr, mask=mask, other=NEG_INF).to(tl.float32), cap, HAS_CAP)
+    return capped(tl.load(ptr, mask=mask, other=NEG_INF).to(tl.float32), cap, HAS_CAP, FAST)
 
 
 @triton.jit
@@ -175,7 +187,7 @@ def load_tile(
         z = tl.load(ptr, mask=mask, other=NEG_INF)
     else:
         z = tl.load(ptr)
-    return capped(widen(z, FAST, SINGLY), cap, HAS_CAP)
+    return capped(widen(z, FAST, SINGLY), cap, HAS_CAP, FAST)
 
 
 @triton.jit
@@ -209,7 +221,7 @@ def shifted_word(w, w_next, bits):
 @triton.jit
 def load_shifted(
     ptr, o, low, high, by, cap,
-    HAS_CAP: tl.constexpr, MASKED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    HAS_CAP: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Capped logits of the tile at o, of a row whose tiles start ``by`` elements behind the boundary
     ``ptr``: two 16-byte accesses side by side, moved into place within the thread's registers. (The
@@ -265,7 +277,7 @@ def load_shifted(
         )
     else:
         x = word.to(tl.float32, bitcast=True)
-    return capped(tl.reshape(x, [here.shape[0], here.shape[1], VEC]), cap, HAS_CAP)
+    return capped(tl.reshape(x, [here.shape[0], here.shape[1], VEC]), cap, HAS_CAP, FAST)
 
 
 @triton.jit
@@ -276,7 +288,7 @@ def load_beside(
 ):  # fmt: skip
     """Capped logits at o of the row that `beside` gave."""
     if BESIDE == 1:
-        return load_shifted(start, o, 0, n, by, cap, HAS_CAP, MASKED, LANES, VEC)
+        return load_shifted(start, o, 0, n, by, cap, HAS_CAP, FAST, MASKED, LANES, VEC)
     else:
         return load_tile(start + o + at, o + at < n, cap, HAS_CAP, MASKED, FAST, SINGLY)
 
@@ -381,10 +393,22 @@ def merge(m, z, e, m2, z2, e2, k):
 
 
 @triton.jit
-def segment_bounds(segment, pieces, phase, vocabulary, A: tl.constexpr):
+def opaque(x, FAST: tl.constexpr):
+    """x, an integer, of which the compiler knows no more. What it knows of segments, it keeps sums of in
+    registers all along."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        return x
+
+
+@triton.jit
+def segment_bounds(segment, pieces, phase, vocabulary, A: tl.constexpr, FAST: tl.constexpr):
     """(begin, low, high): elements [low, high) of a segment and where its tiles begin, counted from the
     16-byte boundary at or before the row's start, ``phase`` elements before it. Nothing: begin = high."""
-    begin = (segment * pieces) * A
+    begin = segment * pieces * A
     low = begin + phase
     high = tl.minimum(begin + pieces * A, vocabulary) + phase
     return begin, low, tl.where(low < high, high, begin)
@@ -408,13 +432,6 @@ def power_of_two(n):
 
 
 @triton.jit
-def largest_slot(x):
-    """The largest |x|, inf where one is NaN."""
-    total = thread_sum(x)
-    return tl.max(tl.where(total == total, thread_max(tl.abs(x)), -NEG_INF), 0)
-
-
-@triton.jit
 def whole_number(x):
     """x, |x| < 2^22, rounded: (as float32, as int32). Adding 1.5 x 2^23 leaves no place for a fraction."""
     y = x + 12582912.0
@@ -422,56 +439,97 @@ def whole_number(x):
 
 
 @triton.jit
-def sum_all(x):
-    return tl.sum(tl.sum(tl.sum(x, 2), 0), 0)
+def largest_bits(x):
+    """Of each thread, the bits of its largest |x|; more than an infinity's where one is NaN."""
+    return thread_max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
 
 
 @triton.jit
-def sum_slots(x, largest):
-    """Sum of all of x, each to 2^-37 of the largest: in integers, so that their order changes no bit. Twice
-    18 bits; a tile has at most 2^13 places."""
-    up = 144 - (largest.to(tl.int32, bitcast=True) >> 23)
-    up = tl.minimum(tl.maximum(up, -126), 100)
+def bits_of(x):
+    return tl.full([], x, tl.float32).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def in_parts(x, largest):
+    """(power, high, low) of each thread, the sum of whose x is 2^-power (high + 2^-18 low): integers, so
+    that the order in which all threads' are added changes no bit. ``largest``: the bits of the largest |x|,
+    to 2^-37 of which each x is exact. A tile has at most 2^13 places."""
+    up = tl.minimum(tl.maximum(144 - (largest >> 23), -126), 100)
     x = x * power_of_two(up)
     whole, high = whole_number(x)
     _, low = whole_number((x - whole) * 262144.0)
-    high_sum = sum_all(high).to(tl.float32) * power_of_two(-up)
-    return high_sum + sum_all(low).to(tl.float32) * power_of_two(-up - 18)
+    return up, thread_sum(high), thread_sum(low)
 
 
 @triton.jit
-def sum_finite(x, largest):
-    """`sum_slots`; NaN where the largest is inf."""
-    total = tl.full([], float("nan"), tl.float32)
-    if largest < -NEG_INF:
-        total = sum_slots(x, largest)
-    return total
+def from_parts(up, high, low, largest):
+    """The sum of which all threads' parts have been added up; inf or NaN where the largest is."""
+    total = high.to(tl.float32) * power_of_two(-up) + low.to(tl.float32) * power_of_two(-up - 18)
+    return tl.where(largest < INFINITY, total, largest.to(tl.float32, bitcast=True))
 
 
 @triton.jit
-def sum_signed_slots(x):
-    """As `sum_slots`; inf and NaN as a sum has them."""
-    largest = largest_slot(x)
-    total = tl.full([], 0.0, tl.float32)
-    if largest < -NEG_INF:
-        total = sum_slots(x, largest)
-    else:
-        total = tl.sum(thread_sum(x), 0)
-    return total
+def total_2(a, b):
+    """Both summed over the threads. Jointly: a reduction keeps a register all through the loop around it."""
+    return tl.split(tl.sum(tl.join(a, b), 0))
 
 
 @triton.jit
-def first_max(ptr, vocabulary, live, cap, HAS_CAP: tl.constexpr):
+def total_4(a, b, c, d):
+    ab, cd = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 0))
+    a, b = tl.split(ab)
+    c, d = tl.split(cd)
+    return a, b, c, d
+
+
+@triton.jit
+def largest_2(a, b):
+    """The largest of both over the threads."""
+    return tl.split(tl.max(tl.join(a, b), 0))
+
+
+@triton.jit
+def largest_4(a, b, c, d):
+    ab, cd = tl.split(tl.max(tl.join(tl.join(a, b), tl.join(c, d)), 0))
+    a, b = tl.split(ab)
+    c, d = tl.split(cd)
+    return a, b, c, d
+
+
+@triton.jit
+def sum_slots(x):
+    """(sum of all of x, the bits of the largest |x|)."""
+    largest = tl.max(largest_bits(x), 0)
+    up, high, low = in_parts(x, largest)
+    high, low = total_2(high, low)
+    return from_parts(up, high, low, largest), largest
+
+
+@triton.jit
+def sum_slots_2(x, y):
+    """((sum, bits of the largest) of x, of y)."""
+    x_largest, y_largest = largest_2(largest_bits(x), largest_bits(y))
+    x_up, x_high, x_low = in_parts(x, x_largest)
+    y_up, y_high, y_low = in_parts(y, y_largest)
+    x_high, x_low, y_high, y_low = total_4(x_high, x_low, y_high, y_low)
+    return (
+        from_parts(x_up, x_high, x_low, x_largest), x_largest,
+        from_parts(y_up, y_high, y_low, y_largest), y_largest,
+    )  # fmt: skip
+
+
+@triton.jit
+def first_max(ptr, vocabulary, live, cap, HAS_CAP: tl.constexpr, FAST: tl.constexpr):
     v = tl.arange(0, 64)
-    return tl.max(load_c(ptr + v, (v < vocabulary) & live, cap, HAS_CAP), 0)
+    return tl.max(load_c(ptr + v, (v < vocabulary) & live, cap, HAS_CAP, FAST), 0)
 
 
 @triton.jit
-def reference_of(ptr, target, vocabulary, live, cap, HAS_CAP: tl.constexpr):
+def reference_of(ptr, target, vocabulary, live, cap, HAS_CAP: tl.constexpr, FAST: tl.constexpr):
     """A logit of the row that is likely to be near its maximum: the largest of the target's and the first
     tokens'."""
-    first = first_max(ptr, vocabulary, live, cap, HAS_CAP)
-    return tl.maximum(load_c(ptr + target, live, cap, HAS_CAP), first)
+    first = first_max(ptr, vocabulary, live, cap, HAS_CAP, FAST)
+    return tl.maximum(load_c(ptr + target, live, cap, HAS_CAP, FAST), first)
 
 
 @triton.jit
@@ -529,7 +587,7 @@ def load_part(
         z = tl.load(start + v, mask=v < (high + (VEC - 1)) // VEC * VEC, other=NEG_INF)
     else:
         z = tl.load(start + v, mask=inside, other=NEG_INF)
-    return tl.where(inside, capped(widen(z, FAST, SINGLY), cap, HAS_CAP), NEG_INF)
+    return tl.where(inside, capped(widen(z, FAST, SINGLY), cap, HAS_CAP, FAST), NEG_INF)
 
 
 @triton.jit
@@ -553,7 +611,7 @@ def load_part_beside(
 ):  # fmt: skip
     """`load_part` of the row that `beside_row` gave."""
     if BESIDE == 1:
-        x = load_shifted(start, o, low + by, high + by, by, cap, HAS_CAP, 2, LANES, VEC)
+        x = load_shifted(start, o, low + by, high + by, by, cap, HAS_CAP, FAST, 2, LANES, VEC)
         return tl.where(inside_part(o, low, high, LANES, VEC), x, NEG_INF)
     else:
         return load_part(
@@ -597,8 +655,9 @@ def support_bits(
             tl.uint32
         )
         bits = bits | tl.where(access == at % TILE // VEC, rest, 0)
-    from_id = tl.sum((ids < tl.maximum(begin, low) - phase).to(tl.int32), 0)
-    to_id = tl.sum((ids < end - phase).to(tl.int32), 0)
+    from_id, to_id = total_2(
+        (ids < tl.maximum(begin, low) - phase).to(tl.int32), (ids < end - phase).to(tl.int32)
+    )
     for j in range(from_id, to_id):
         at = tl.load(skip_ptr + j).to(tl.int32) + (phase - begin)
         bit = one << (at // TILE * VEC + at % VEC).to(tl.uint32)
@@ -630,7 +689,7 @@ def row_segment(
                     c = tl.load(start + v, mask=v < (high + (VEC - 1)) // VEC * VEC, other=NEG_INF)
                 else:
                     c = tl.load(start + v, mask=keep & (v < high), other=NEG_INF)
-                x = tl.where(keep, capped(widen(c, FAST), cap, HAS_CAP), NEG_INF)
+                x = tl.where(keep, capped(widen(c, FAST), cap, HAS_CAP, FAST), NEG_INF)
                 m, z, e = absorb(x, m, z, e, reference, shift, k, False, WHAT, FAST)
                 bits = bits >> VEC
     else:
@@ -653,28 +712,33 @@ def row_segment(
 
 @triton.jit
 def store_segment(
-    out_ptr, start, phase, vocabulary, segment, pieces, ids, reference, good, k, cap, skip_ptr,
+    out_ptr, start, phase, vocabulary, segment, pieces, ids, k, cap, skip_ptr,
     HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, SKIP: tl.constexpr, STEP: tl.constexpr,
     ALIGNED: tl.constexpr, FAST: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Stores (reference, sum, sum of weights x their log2) of a segment; AGAIN for the reference where
-    another one is needed."""
-    begin, low, high = segment_bounds(segment, pieces, phase, vocabulary, A)
+    """Stores the sum and the sum of weights x their log2 of a segment behind the reference, which is there
+    already (kept, it would take a register from the sums of tiles); AGAIN for it where another one is
+    needed."""
+    segment = opaque(segment, FAST)
+    begin, low, high = segment_bounds(segment, pieces, phase, vocabulary, A, FAST)
     out = out_ptr + segment * STEP
     if begin < high:
         _, z, e = row_segment(
-            start, begin, low, high, phase, ids, reference, k, cap, skip_ptr, HAS_CAP, ENTROPY, SKIP, 0,
+            start, begin, low, high, phase, ids, tl.load(out), k, cap, skip_ptr, HAS_CAP, ENTROPY, SKIP, 0,
             ALIGNED, FAST, LANES, VEC,
         )  # fmt: skip
+        reference = tl.load(out, volatile=True)  # anew
         t, w = own_weight(reference, k)
-        largest = largest_slot(z)
-        well = good & (largest < TOO_LARGE)
-        if SKIP:  # the reference may be of the support, and far above all else
-            well = well & (largest > TOO_SMALL)
         if ENTROPY:
-            tl.store(out + 2, sum_signed_slots(e - z * t) / w)
+            z_sum, largest, e_sum, _ = sum_slots_2(z, e - z * t)
+            tl.store(out + 2, e_sum / w)
+        else:
+            z_sum, largest = sum_slots(z)
+        well = largest < bits_of(TOO_LARGE)
+        if SKIP:  # the reference may be of the support, and far above all else
+            well = well & (largest > bits_of(TOO_SMALL))
         tl.store(out, tl.where(well, reference, AGAIN))
-        tl.store(out + 1, sum_finite(z, largest) / w)
+        tl.store(out + 1, z_sum / w)
     else:
         store_nothing(out, 2 + ENTROPY)
 
@@ -688,7 +752,8 @@ def store_segment_again(
     """Sums the segment beside its own maximum, if `store_segment` asked for it."""
     out = out_ptr + segment * STEP
     if tl.load(out) == AGAIN:
-        begin, low, high = segment_bounds(segment, pieces, phase, vocabulary, A)
+        segment = opaque(segment, FAST)
+        begin, low, high = segment_bounds(segment, pieces, phase, vocabulary, A, FAST)
         top, _, _ = row_segment(
             start, begin, low, high, phase, ids, 0.0, k, cap, skip_ptr, HAS_CAP, ENTROPY, SKIP, 2,
             ALIGNED, FAST, LANES, VEC,
@@ -698,9 +763,12 @@ def store_segment_again(
             ALIGNED, FAST, LANES, VEC,
         )  # fmt: skip
         if ENTROPY:
-            tl.store(out + 2, sum_signed_slots(e))
+            z_sum, _, e_sum, _ = sum_slots_2(z, e)
+            tl.store(out + 2, e_sum)
+        else:
+            z_sum, _ = sum_slots(z)
         tl.store(out, top)
-        tl.store(out + 1, sum_finite(z, largest_slot(z)))
+        tl.store(out + 1, z_sum)
 
 
 @triton.jit
@@ -719,15 +787,17 @@ def row_partial(
     if SKIP:
         slot = tl.arange(0, KP)
         ids = tl.load(skip_ptr + slot, mask=slot < topk, other=2**31 - 1).to(tl.int32)
-    good = usable(reference, k)
-    reference = tl.where(good, reference, 0.0)
+    reference = tl.where(usable(reference, k), reference, AGAIN)
+    for segment in range(first_segment, last_segment):
+        tl.store(out_ptr + segment * STEP, reference)
+    tl.debug_barrier()  # what was stored is read, by other threads as well
     if STAYS:
         for segment in tl.range(first_segment, last_segment, disable_licm=True):
             store_segment(
-                out_ptr, start, phase, vocabulary, segment, pieces, ids, reference, good, k, cap, skip_ptr,
+                out_ptr, start, phase, vocabulary, segment, pieces, ids, k, cap, skip_ptr,
                 HAS_CAP, ENTROPY, SKIP, STEP, ALIGNED, FAST, A, LANES, VEC,
             )  # fmt: skip
-        tl.debug_barrier()  # what was stored is read, by other threads as well
+        tl.debug_barrier()
         for segment in tl.range(first_segment, last_segment, disable_licm=True):
             store_segment_again(
                 out_ptr, start, phase, vocabulary, segment, pieces, ids, k, cap, skip_ptr,
@@ -736,7 +806,7 @@ def row_partial(
     else:
         for segment in range(first_segment, last_segment):
             store_segment(
-                out_ptr, start, phase, vocabulary, segment, pieces, ids, reference, good, k, cap, skip_ptr,
+                out_ptr, start, phase, vocabulary, segment, pieces, ids, k, cap, skip_ptr,
                 HAS_CAP, ENTROPY, SKIP, STEP, ALIGNED, FAST, A, LANES, VEC,
             )  # fmt: skip
         tl.debug_barrier()
@@ -873,7 +943,7 @@ def launch(
     *element_sizes: int, heavy: bool = False, joint: bool = False, beside: int = SAME_PHASE
 ) -> dict[str, Any]:
     """Tile shape and warps for tensors of these element sizes; ``heavy`` halves the tile, and so do
-    shifted accesses of float32. ``joint`` statistics of two rows take one access of each."""
+    shifted accesses of float32. ``joint`` statistics of two rows, or with more, take one access of each."""
     vec = 16 // min(element_sizes)  # a lane is one 16-byte access of the narrowest
     heavy = heavy or (beside == SHIFTED_BESIDE and vec == 4)
     elements = vec if joint else ELEMENTS // 2 if heavy else ELEMENTS

@@ -178,6 +178,34 @@ def test_rows_at_every_place_of_a_piece(loss, dtype, by, monkeypatch):
         assert torch.equal(other, grad), (s_by, t_by)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fused_rows_at_every_place_of_a_piece(loss, dtype):
+    """One launch for statistics, loss and gradient: the same bits, wherever student and gradient lie."""
+    from fastsdpo.ops.divergence import _triton as kernels
+
+    case = make_rows((1, 2), 9001, dtype=dtype, ignored=0)
+    ids, weights = case.target_ids.flatten(), case.weights.flatten()
+    support = case.student.topk(3, -1).indices.view(2, 3)
+
+    def fused(student, teacher, grad):
+        rest = (ids, weights, None, 0.0)
+        common = (0.9, 0.0, -100, grad)
+        if not loss:
+            return kernels.sampled_token_fused(student, teacher, None, *rest, *common)
+        if "topk" in loss:
+            return kernels.topk_fused(student, teacher, support, None, *rest, 0.4, True, *common)
+        return kernels.divergence_fused(student, teacher, *rest, loss["alpha"], *common)
+
+    grad = torch.empty_like(case.student)
+    want = fused(case.student, case.teacher, grad)
+    for s_by, t_by in ((1, 3), (4, 0)):
+        student, teacher = placed(case.student, s_by), placed(case.teacher, t_by)
+        moved = torch.empty_like(case.student)
+        got = fused(student, teacher, moved)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert torch.equal(moved, grad)
+
+
 def test_memory_that_starts_off_a_boundary(loss):
     """Of another library: no access of 16 bytes is possible, and none is made."""
     case = make_rows((2,), 300, dtype=torch.bfloat16, ignored=0)

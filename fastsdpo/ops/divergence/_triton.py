@@ -32,10 +32,15 @@ from fastsdpo.ops._triton_common import (
     beside,
     beside_of,
     beside_row,
+    bits_of,
     coefficient,
     edge_positions,
     first_max,
-    largest_slot,
+    from_parts,
+    in_parts,
+    largest_2,
+    largest_4,
+    largest_bits,
     launch,
     load_beside,
     load_c,
@@ -47,6 +52,7 @@ from fastsdpo.ops._triton_common import (
     log_prob,
     merged,
     on_device,
+    opaque,
     own_weight,
     per_slot,
     per_thread,
@@ -61,13 +67,13 @@ from fastsdpo.ops._triton_common import (
     slope,
     splits_rows,
     store_nothing,
-    sum_finite,
-    sum_signed_slots,
-    sum_slots,
+    sum_slots_2,
     thread_max,
     tile_of,
     tile_positions,
     times,
+    total_2,
+    total_4,
     usable,
     whole_pieces,
     whole_tiles,
@@ -107,6 +113,32 @@ def merge_pair(sm, sz, tm, tz, d, sm2, sz2, tm2, tz2, d2, k, MODE: tl.constexpr)
 
 
 @triton.jit
+def load_pair(
+    s_start, t_start, t_by, o, at, cap,
+    HAS_CAP: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    SINGLY: tl.constexpr,
+):  # fmt: skip
+    """Both rows' tiles at o, inside the segment as a whole."""
+    x = load_tile(s_start + o + at, None, cap, HAS_CAP, False, FAST, SINGLY)
+    y = load_beside(t_start, o, at, 0, t_by, cap, HAS_CAP, False, BESIDE, FAST, LANES, VEC, SINGLY)
+    return x, y
+
+
+@triton.jit
+def load_pair_part(
+    s_start, t_start, t_by, o, at, low, high, cap,
+    HAS_CAP: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    SINGLY: tl.constexpr,
+):  # fmt: skip
+    """Both rows' tiles at o, -inf outside [low, high)."""
+    x = load_part(s_start, o, at, low, high, cap, HAS_CAP, BESIDE != 2, FAST, LANES, VEC, SINGLY)
+    y = load_part_beside(
+        t_start, o, at, low, high, t_by, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, SINGLY
+    )
+    return x, y
+
+
+@triton.jit
 def kl_terms(x, y, ws, wt, MODE: tl.constexpr):
     """weights x (own - other) of forward or reverse KL."""
     if MODE == 0:
@@ -142,11 +174,24 @@ def pair_segment(
     tz = per_slot(0.0, LANES, VEC)
     d = per_slot(0.0, LANES, VEC)
     whole = begin
-    if not EXACT:
+    # With 8 slots, a softcap leaves no registers for what two more loops keep: all tiles are masked ones.
+    if not (EXACT or (HAS_CAP and VEC > 4)):
         for o in range(begin, tl.minimum(begin + TILE, high), TILE):  # one, or none
-            x = load_part(s_start, o, at, low, high, cap, HAS_CAP, BESIDE != 2, FAST, LANES, VEC)
-            y = load_part_beside(
-                t_start, o, at, low, high, t_by, cap, HAS_CAP, BESIDE, FAST, LANES, VEC
+            x, y = load_pair_part(
+                s_start,
+                t_start,
+                t_by,
+                o,
+                at,
+                low,
+                high,
+                cap,
+                HAS_CAP,
+                BESIDE,
+                FAST,
+                LANES,
+                VEC,
+                False,
             )
             sz, tz, d = absorb_pair(
                 x, y, sz, tz, d, s_reference, s_shift, t_reference, t_shift, k, MODE, EXACT, FAST
@@ -154,15 +199,15 @@ def pair_segment(
         first = begin + TILE
         whole = whole_tiles(first, high, BESIDE, LANES, VEC)
         for o in range(first, whole, TILE):
-            x = load_tile(s_start + o + at, None, cap, HAS_CAP, False, FAST)
-            y = load_beside(t_start, o, at, 0, t_by, cap, HAS_CAP, False, BESIDE, FAST, LANES, VEC)
+            x, y = load_pair(
+                s_start, t_start, t_by, o, at, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, False
+            )
             sz, tz, d = absorb_pair(
                 x, y, sz, tz, d, s_reference, s_shift, t_reference, t_shift, k, MODE, EXACT, FAST
             )
     for o in range(whole, high, TILE):
-        x = load_part(s_start, o, at, low, high, cap, HAS_CAP, BESIDE != 2, FAST, LANES, VEC)
-        y = load_part_beside(
-            t_start, o, at, low, high, t_by, cap, HAS_CAP, BESIDE, FAST, LANES, VEC
+        x, y = load_pair_part(
+            s_start, t_start, t_by, o, at, low, high, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, False
         )
         sz, tz, d = absorb_pair(
             x, y, sz, tz, d, s_reference, s_shift, t_reference, t_shift, k, MODE, EXACT, FAST
@@ -181,42 +226,58 @@ def pair_max(
     sm = per_thread(LOWEST, LANES)
     tm = per_thread(LOWEST, LANES)
     for o in range(begin, high, LANES * VEC):
-        x = load_part(s_start, o, at, low, high, cap, HAS_CAP, BESIDE != 2, FAST, LANES, VEC)
-        y = load_part_beside(
-            t_start, o, at, low, high, t_by, cap, HAS_CAP, BESIDE, FAST, LANES, VEC
+        x, y = load_pair_part(
+            s_start, t_start, t_by, o, at, low, high, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, False
         )
         sm = tl.maximum(sm, thread_max(x))
         tm = tl.maximum(tm, thread_max(y))
-    return tl.max(sm, 0), tl.max(tm, 0)
+    return largest_2(sm, tm)
+
+
+@triton.jit
+def pair_sums(sz, tz, d):
+    """(sum, bits of the largest) of both rows' weights, and the sum of d."""
+    zero = tl.zeros(largest_bits(d).shape, tl.int32)
+    # +inf stays; -inf, which an overflow alone can make, is as good as NaN.
+    signed = tl.where(d == NEG_INF, float("nan"), d)
+    s_largest, t_largest, largest, _ = largest_4(
+        largest_bits(sz), largest_bits(tz), largest_bits(signed), zero
+    )
+    up, high, low = in_parts(d, largest)
+    high, low = total_2(high, low)
+    s_up, s_high, s_low = in_parts(sz, s_largest)
+    t_up, t_high, t_low = in_parts(tz, t_largest)
+    s_high, s_low, t_high, t_low = total_4(s_high, s_low, t_high, t_low)
+    return (
+        from_parts(s_up, s_high, s_low, s_largest), s_largest,
+        from_parts(t_up, t_high, t_low, t_largest), t_largest, from_parts(up, high, low, largest),
+    )  # fmt: skip
 
 
 @triton.jit
 def store_pair(
-    out_ptr, s_start, t_start, t_by, phase, vocabulary, segment, pieces, s_reference, t_reference, good, k,
-    cap,
+    out_ptr, s_start, t_start, t_by, phase, vocabulary, segment, pieces, k, cap,
     HAS_CAP: tl.constexpr, MODE: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr,
     A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """`store_segment` of both rows: (reference, sum) of each and the sum of weights x (own - other)."""
-    begin, low, high = segment_bounds(segment, pieces, phase, vocabulary, A)
+    """`store_segment` of both rows: (reference, sum) of each and the sum of weights x (own - other). The
+    references are there already: kept, they would take registers from the sums of tiles."""
+    segment = opaque(segment, FAST)
+    begin, low, high = segment_bounds(segment, pieces, phase, vocabulary, A, FAST)
     out = out_ptr + segment * 5
     if begin < high:
         sz, tz, d = pair_segment(
-            s_start, t_start, t_by, begin, low, high, s_reference, t_reference, k, cap,
+            s_start, t_start, t_by, begin, low, high, tl.load(out), tl.load(out + 2), k, cap,
             HAS_CAP, MODE, False, BESIDE, FAST, LANES, VEC,
         )  # fmt: skip
+        s_reference = tl.load(out, volatile=True)  # anew
+        t_reference = tl.load(out + 2, volatile=True)
         _, ws = own_weight(s_reference, k)
         _, wt = own_weight(t_reference, k)
-        # One after the other, so that the slots' registers become free.
-        d_sum = sum_signed_slots(d)
-        s_largest = largest_slot(sz)
-        s_sum = sum_finite(sz, s_largest)
-        t_largest = largest_slot(tz)
-        t_sum = sum_finite(tz, t_largest)
-        well = good & (tl.maximum(s_largest, t_largest) < TOO_LARGE)
+        s_sum, s_largest, t_sum, t_largest, d_sum = pair_sums(sz, tz, d)
+        well = tl.maximum(s_largest, t_largest) < bits_of(TOO_LARGE)
         tl.store(out, tl.where(well, s_reference, AGAIN))
         tl.store(out + 1, s_sum / ws)
-        tl.store(out + 2, t_reference)
         tl.store(out + 3, t_sum / wt)
         if MODE == 0:
             tl.store(out + 4, d_sum / wt)
@@ -236,7 +297,8 @@ def store_pair_again(
     """Sums the segment beside its own maxima, if `store_pair` asked for it."""
     out = out_ptr + segment * 5
     if tl.load(out) == AGAIN:
-        begin, low, high = segment_bounds(segment, pieces, phase, vocabulary, A)
+        segment = opaque(segment, FAST)
+        begin, low, high = segment_bounds(segment, pieces, phase, vocabulary, A, FAST)
         s_top, t_top = pair_max(
             s_start, t_start, t_by, begin, low, high, cap, HAS_CAP, BESIDE, FAST, LANES, VEC
         )
@@ -244,11 +306,12 @@ def store_pair_again(
             s_start, t_start, t_by, begin, low, high, s_top, t_top, k, cap,
             HAS_CAP, MODE, True, BESIDE, FAST, LANES, VEC,
         )  # fmt: skip
+        s_sum, _, t_sum, _, d_sum = pair_sums(sz, tz, d)
         tl.store(out, s_top)
-        tl.store(out + 1, sum_finite(sz, largest_slot(sz)))
+        tl.store(out + 1, s_sum)
         tl.store(out + 2, t_top)
-        tl.store(out + 3, sum_finite(tz, largest_slot(tz)))
-        tl.store(out + 4, sum_signed_slots(d))
+        tl.store(out + 3, t_sum)
+        tl.store(out + 4, d_sum)
 
 
 @triton.jit
@@ -264,15 +327,18 @@ def pair_partial(
     phase = (s_offset % A).to(tl.int32)
     t_start, t_by = beside_row(t_ptr, t_offset, phase, BESIDE, A, VEC)
     good = usable(s_reference, k) & usable(t_reference, k)
-    s_reference = tl.where(good, s_reference, 0.0)
-    t_reference = tl.where(good, t_reference, 0.0)
+    s_reference = tl.where(good, s_reference, AGAIN)
+    for segment in range(first_segment, last_segment):
+        tl.store(out_ptr + segment * 5, s_reference)
+        tl.store(out_ptr + segment * 5 + 2, t_reference)
+    tl.debug_barrier()  # what was stored is read, by other threads as well
     if STAYS:
         for segment in tl.range(first_segment, last_segment, disable_licm=True):
             store_pair(
-                out_ptr, s_start, t_start, t_by, phase, vocabulary, segment, pieces, s_reference, t_reference,
-                good, k, cap, HAS_CAP, MODE, BESIDE, FAST, A, LANES, VEC,
+                out_ptr, s_start, t_start, t_by, phase, vocabulary, segment, pieces, k, cap,
+                HAS_CAP, MODE, BESIDE, FAST, A, LANES, VEC,
             )  # fmt: skip
-        tl.debug_barrier()  # what was stored is read, by other threads as well
+        tl.debug_barrier()
         for segment in tl.range(first_segment, last_segment, disable_licm=True):
             store_pair_again(
                 out_ptr, s_start, t_start, t_by, phase, vocabulary, segment, pieces, k, cap,
@@ -281,8 +347,8 @@ def pair_partial(
     else:
         for segment in range(first_segment, last_segment):
             store_pair(
-                out_ptr, s_start, t_start, t_by, phase, vocabulary, segment, pieces, s_reference, t_reference,
-                good, k, cap, HAS_CAP, MODE, BESIDE, FAST, A, LANES, VEC,
+                out_ptr, s_start, t_start, t_by, phase, vocabulary, segment, pieces, k, cap,
+                HAS_CAP, MODE, BESIDE, FAST, A, LANES, VEC,
             )  # fmt: skip
         tl.debug_barrier()
         for segment in range(first_segment, last_segment):
@@ -323,6 +389,13 @@ def jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST: tl.constexpr):
 
 
 @triton.jit
+def absorb_jsd(x, y, ls, lt, sm, sl, tm, tl_, k, alpha, FAST: tl.constexpr):
+    """Tiles of both rows into the slots' sums."""
+    p, ds, q, dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
+    return plus(ls, p * ds, FAST), plus(lt, q * dt, FAST)
+
+
+@triton.jit
 def jsd_segment(
     of_s, of_t, s_start, t_start, t_by, phase, vocabulary, segment, pieces, sm, sl, tm, tl_, k, cap, alpha,
     known,
@@ -332,42 +405,57 @@ def jsd_segment(
     """``of_s`` and ``of_t`` with a segment's part."""
     TILE: tl.constexpr = LANES * VEC
     at = tile_positions(LANES, VEC)
-    begin, low, high = segment_bounds(segment, pieces, phase, vocabulary, A)
+    segment = opaque(segment, FAST)
+    begin, low, high = segment_bounds(segment, pieces, phase, vocabulary, A, FAST)
     if (begin < high) & (known == 0.0):
         ls = per_slot(0.0, LANES, VEC)
         lt = per_slot(0.0, LANES, VEC)
         for o in range(begin, tl.minimum(begin + TILE, high), TILE):  # one, or none
-            x = load_part(
-                s_start, o, at, low, high, cap, HAS_CAP, BESIDE != 2, FAST, LANES, VEC, True
+            x, y = load_pair_part(
+                s_start,
+                t_start,
+                t_by,
+                o,
+                at,
+                low,
+                high,
+                cap,
+                HAS_CAP,
+                BESIDE,
+                FAST,
+                LANES,
+                VEC,
+                True,
             )
-            y = load_part_beside(
-                t_start, o, at, low, high, t_by, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, True
-            )
-            p, ds, q, dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
-            ls = plus(ls, p * ds, FAST)
-            lt = plus(lt, q * dt, FAST)
+            ls, lt = absorb_jsd(x, y, ls, lt, sm, sl, tm, tl_, k, alpha, FAST)
         first = begin + TILE
         whole = whole_tiles(first, high, BESIDE, LANES, VEC)
         for o in range(first, whole, TILE):
-            x = load_tile(s_start + o + at, None, cap, HAS_CAP, False, FAST, True)
-            y = load_beside(
-                t_start, o, at, 0, t_by, cap, HAS_CAP, False, BESIDE, FAST, LANES, VEC, True
+            x, y = load_pair(
+                s_start, t_start, t_by, o, at, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, True
             )
-            p, ds, q, dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
-            ls = plus(ls, p * ds, FAST)
-            lt = plus(lt, q * dt, FAST)
+            ls, lt = absorb_jsd(x, y, ls, lt, sm, sl, tm, tl_, k, alpha, FAST)
         for o in range(whole, high, TILE):
-            x = load_part(
-                s_start, o, at, low, high, cap, HAS_CAP, BESIDE != 2, FAST, LANES, VEC, True
+            x, y = load_pair_part(
+                s_start,
+                t_start,
+                t_by,
+                o,
+                at,
+                low,
+                high,
+                cap,
+                HAS_CAP,
+                BESIDE,
+                FAST,
+                LANES,
+                VEC,
+                True,
             )
-            y = load_part_beside(
-                t_start, o, at, low, high, t_by, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, True
-            )
-            p, ds, q, dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
-            ls = plus(ls, p * ds, FAST)
-            lt = plus(lt, q * dt, FAST)
-        of_s += sum_slots(ls, largest_slot(ls))
-        of_t += sum_slots(lt, largest_slot(lt))
+            ls, lt = absorb_jsd(x, y, ls, lt, sm, sl, tm, tl_, k, alpha, FAST)
+        s_sum, _, t_sum, _ = sum_slots_2(ls, lt)
+        of_s += s_sum
+        of_t += t_sum
     return of_s, of_t
 
 
@@ -432,8 +520,8 @@ def divergence_gradient_row(
     if with_edge:
         v, edge = edge_positions(g_offset, first, last, vocabulary, BESIDE, A)
         if live:
-            x = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP)
-            y = load_c(t_ptr + t_offset + v, edge, cap, HAS_CAP)
+            x = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP, FAST)
+            y = load_c(t_ptr + t_offset + v, edge, cap, HAS_CAP, FAST)
             g = divergence_gradient(
                 x, y, coef, sm, sl, tm, tl_, kl, k, cap, alpha, HAS_CAP, MODE, FAST
             )
@@ -483,18 +571,19 @@ def _divergence_fwd_kernel(
         if STAGE == 1:
             begin = tl.program_id(1)
             stop = begin + 1
-        x = reference_of(s_ptr + s_offset, target, width, live, cap, HAS_CAP)
-        y = reference_of(t_ptr + t_offset, target, width, live, cap, HAS_CAP)
+        x = reference_of(s_ptr + s_offset, target, width, live, cap, HAS_CAP, FAST)
         if MODE == 2:  # JSD needs each row's own statistics first
             row_partial(
                 partial, s_ptr, s_offset, width, begin, stop, pieces, x, k, cap, target_ptr, 0,
                 HAS_CAP, False, False, 1, 5, BESIDE != 2, FAST, A, LANES, VEC,
             )  # fmt: skip
+            y = reference_of(t_ptr + t_offset, target, width, live, cap, HAS_CAP, FAST)
             row_partial(
                 partial + 2, t_ptr, t_offset, width, begin, stop, pieces, y, k, cap, target_ptr, 0,
                 HAS_CAP, False, False, 1, 5, BESIDE != 2, FAST, A, LANES, VEC,
             )  # fmt: skip
         else:
+            y = reference_of(t_ptr + t_offset, target, width, live, cap, HAS_CAP, FAST)
             pair_partial(
                 partial, s_ptr, s_offset, t_ptr, t_offset, width, begin, stop, pieces, x, y, k, cap,
                 HAS_CAP, MODE, BESIDE, FAST, A, LANES, VEC,
@@ -511,9 +600,9 @@ def _divergence_fwd_kernel(
         tl_ = tl.where(live, tl.log2(tz), 0.0)
         sm = tl.where(live, sm, 0.0)
         tm = tl.where(live, tm, 0.0)
-        c = load_c(s_ptr + s_offset + target, live, cap, HAS_CAP)
+        c = load_c(s_ptr + s_offset + target, live, cap, HAS_CAP, FAST)
         student = tl.where(live, log_prob(c, sm, sl, k), 0.0)
-        c = load_c(t_ptr + t_offset + target, live, cap, HAS_CAP)
+        c = load_c(t_ptr + t_offset + target, live, cap, HAS_CAP, FAST)
         teacher = tl.where(live, log_prob(c, tm, tl_, k), 0.0)
         tl.store(student_ptr + row, student)
         tl.store(teacher_ptr + row, teacher)
@@ -543,6 +632,8 @@ def _divergence_fwd_kernel(
             tl.store(per_token_ptr + row, loss)
             tl.store(stats_ptr + row * 5 + 4, kl)
         if FUSED:
+            tl.debug_barrier()
+            coef = tl.load(coef_ptr + row, volatile=True)  # not kept while the loss was summed
             divergence_gradient_row(
                 s_ptr, s_offset, t_ptr, t_offset, g_ptr, row_offset(row, n_l, g_shift, g_b, g_l),
                 vocabulary, 0, vocabulary, True, live, coef * inv_temperature, sm, sl, tm, tl_, kl,
@@ -684,15 +775,15 @@ def classes_loss(s, t, keep, s_tail, t_tail, alpha, MODE: tl.constexpr, TAIL: tl
 
 @triton.jit
 def support_reference(
-    ptr, id_ptr, topk, vocabulary, live, cap, HAS_CAP: tl.constexpr, KP: tl.constexpr
+    ptr, id_ptr, topk, vocabulary, live, cap, HAS_CAP: tl.constexpr, KP: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """A logit near the largest outside the support: the lowest of the support, or of the first tokens."""
     j = tl.arange(0, KP)
     keep = (j < topk) & live
     ids = tl.load(id_ptr + j, mask=keep, other=0)
-    c = load_c(ptr + ids, keep, cap, HAS_CAP)
+    c = load_c(ptr + ids, keep, cap, HAS_CAP, FAST)
     lowest = tl.min(tl.where(c == NEG_INF, -LOWEST, c), 0)
-    return tl.maximum(lowest, first_max(ptr, vocabulary, live, cap, HAS_CAP))
+    return tl.maximum(lowest, first_max(ptr, vocabulary, live, cap, HAS_CAP, FAST))
 
 
 @triton.jit
@@ -721,13 +812,13 @@ def topk_gradient_row(
     mine = mine & (j < topk) & live
     support = class_grads * coef
     if HAS_CAP:
-        support *= slope(load_c(s_ptr + s_offset + ids, mine, cap, HAS_CAP), cap, HAS_CAP)
+        support *= slope(load_c(s_ptr + s_offset + ids, mine, cap, HAS_CAP, FAST), cap, HAS_CAP)
         tl.debug_barrier()
     share = tail_grad * coef
     if with_edge:
         v, edge = edge_positions(g_offset, first, last, vocabulary, BESIDE, A)
         if live & TAIL:
-            c = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP)
+            c = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP, FAST)
             g = topk_tail_gradient(c, share, outside_max, outside_log2sum, k, cap, HAS_CAP)
             store_tile(g_ptr + g_offset + v, g, edge)
         else:
@@ -774,13 +865,17 @@ def _topk_fwd_kernel(
         if STAGE == 1:
             begin = tl.program_id(1)
             stop = begin + 1
-        c = support_reference(s_ptr + s_offset, skip, topk, vocabulary, live, cap, HAS_CAP, KP)
+        c = support_reference(
+            s_ptr + s_offset, skip, topk, vocabulary, live, cap, HAS_CAP, KP, FAST
+        )
         row_partial(
             partial, s_ptr, s_offset, width, begin, stop, pieces, c, k, cap, skip, topk,
             HAS_CAP, False, True, KP, 4, ALIGNED, FAST, A, LANES, VEC,
         )  # fmt: skip
         if not GIVEN:
-            c = support_reference(t_ptr + t_offset, skip, topk, vocabulary, live, cap, HAS_CAP, KP)
+            c = support_reference(
+                t_ptr + t_offset, skip, topk, vocabulary, live, cap, HAS_CAP, KP, FAST
+            )
             row_partial(
                 partial + 2, t_ptr, t_offset, width, begin, stop, pieces, c, k, cap, skip, topk,
                 HAS_CAP, False, True, KP, 4, ALIGNED, FAST, A, LANES, VEC,
@@ -797,9 +892,9 @@ def _topk_fwd_kernel(
         inside = j < topk
         keep = inside & live
         ids = tl.load(id_ptr + row * topk + j, mask=inside, other=0)
-        c = load_c(s_ptr + s_offset + ids, keep, cap, HAS_CAP)
+        c = load_c(s_ptr + s_offset + ids, keep, cap, HAS_CAP, FAST)
         row_max, whole, s, s_tail = support_classes(c, keep, live, sm, sz, k, TAIL)
-        z = load_c(s_ptr + s_offset + target, live, cap, HAS_CAP)
+        z = load_c(s_ptr + s_offset + target, live, cap, HAS_CAP, FAST)
         student = tl.where(live, log_prob(z, row_max, whole, k), 0.0)
         if GIVEN:
             given = tl.load(given_ptr + row * topk + j, mask=keep, other=float("-inf"))
@@ -815,9 +910,9 @@ def _topk_fwd_kernel(
             teacher = tl.sum(tl.where(hit, given, 0.0), 0)
             teacher = tl.where(found > 0, teacher, float("nan"))
         else:
-            y = load_c(t_ptr + t_offset + ids, keep, cap, HAS_CAP)
+            y = load_c(t_ptr + t_offset + ids, keep, cap, HAS_CAP, FAST)
             t_max, t_whole, t, t_tail = support_classes(y, keep, live, tm, tz, k, TAIL)
-            z = load_c(t_ptr + t_offset + target, live, cap, HAS_CAP)
+            z = load_c(t_ptr + t_offset + target, live, cap, HAS_CAP, FAST)
             teacher = log_prob(z, t_max, t_whole, k)
         teacher = tl.where(live, teacher, 0.0)
         loss, kl, grads, tail_grad = classes_loss(s, t, keep, s_tail, t_tail, alpha, MODE, TAIL)

@@ -90,7 +90,7 @@ def logp_gradient_row(
     if with_edge:
         v, edge = edge_positions(g_offset, first, last, vocabulary, BESIDE, A)
         if live:
-            c = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP)
+            c = load_c(s_ptr + s_offset + v, edge, cap, HAS_CAP, FAST)
             g = logp_gradient(c, v == target, coef, row_max, row_log2sum, k, cap, HAS_CAP)
             store_tile(g_ptr + g_offset + v, g, edge)
         else:
@@ -135,13 +135,13 @@ def _sampled_token_fwd_kernel(
         if STAGE == 1:
             begin = tl.program_id(1)
             stop = begin + 1
-        c = reference_of(s_ptr + s_offset, target, width, live, cap, HAS_CAP)
+        c = reference_of(s_ptr + s_offset, target, width, live, cap, HAS_CAP, FAST)
         row_partial(
             partial, s_ptr, s_offset, width, begin, stop, pieces, c, k, cap, target_ptr, 0,
             HAS_CAP, ENTROPY, False, 1, 5, ALIGNED, FAST, A, LANES, VEC,
         )  # fmt: skip
         if TEACHER == 1:
-            c = reference_of(t_ptr + t_offset, target, width, live, cap, HAS_CAP)
+            c = reference_of(t_ptr + t_offset, target, width, live, cap, HAS_CAP, FAST)
             row_partial(
                 partial + 3, t_ptr, t_offset, width, begin, stop, pieces, c, k, cap, target_ptr, 0,
                 HAS_CAP, False, False, 1, 5, ALIGNED, FAST, A, LANES, VEC,
@@ -156,7 +156,7 @@ def _sampled_token_fwd_kernel(
             tm, tz, _ = merged(partial + 3, segments, k, False, 5)
         log2sum = tl.where(live, tl.log2(z), 0.0)
         m = tl.where(live, m, 0.0)
-        c = load_c(s_ptr + s_offset + target, live, cap, HAS_CAP)
+        c = load_c(s_ptr + s_offset + target, live, cap, HAS_CAP, FAST)
         student = tl.where(live, log_prob(c, m, log2sum, k), 0.0)
         tl.store(student_ptr + row, student)
         if TEACHER == 0 or LOSS:
@@ -167,7 +167,7 @@ def _sampled_token_fwd_kernel(
             tl.store(entropy_ptr + row, tl.where(live, h, 0.0))
         teacher = student
         if TEACHER == 1:
-            c = load_c(t_ptr + t_offset + target, live, cap, HAS_CAP)
+            c = load_c(t_ptr + t_offset + target, live, cap, HAS_CAP, FAST)
             teacher = tl.where(live, log_prob(c, tm, tl.log2(tz), k), 0.0)
         if TEACHER == 2:
             teacher = tl.where(live, tl.load(given_ptr + row), 0.0)
@@ -259,10 +259,10 @@ def forward(
     t = s if teacher_logits is None else rows_of(teacher_logits)
     g = s if grad_logits is None else rows_of(grad_logits)
     beside_rows = beside_of(s, g)
-    options = launch(
-        *(rows.pointer.element_size() for rows in (s, t, g)),
-        heavy=softcap != 0.0 or entropy, beside=beside_rows,
-    )  # fmt: skip
+    sizes = [rows.pointer.element_size() for rows in (s, t, g)]
+    # Tiles by dtypes alone, never by alignment: sums depend on them.
+    joint = grad_logits is not None and min(sizes) == 4
+    options = launch(*sizes, heavy=softcap != 0.0 or entropy, joint=joint)
     segments, pieces = segments_of(vocabulary, tile_of(options))
     split = grad_logits is None and splits_rows(rows, segments, student_logits.device)
     none = out["student_logps"]
