@@ -73,7 +73,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 THREADS = tl.constexpr(32 * NUM_WARPS)
 FAR = tl.constexpr(524288.0)  # 2^19: a shift up to it is rounded by at most 2^-6
-INFINITY = tl.constexpr(0x7F800000)  # its bits
+INFINITY_BITS = tl.constexpr(0x7F800000)  # of a float32
 AGAIN = tl.constexpr(float("inf"))  # in the place of a segment's reference
 # A slot's sum of weights that calls for a better reference: exponents up to 16 are rounded by 2^-21.
 TOO_LARGE, TOO_SMALL = tl.constexpr(65536.0), tl.constexpr(2.0**-60)
@@ -270,6 +270,12 @@ def load_shifted(
             (word << 16).to(tl.float32, bitcast=True),
             (word & 0xFFFF0000).to(tl.float32, bitcast=True),
         )
+    elif FAST and kind == tl.float16:
+        even, odd = tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
+            "=f,=f,r", [word], dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+        x = tl.join(even, odd)
     elif kind == tl.float16:
         x = tl.join(
             (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32),
@@ -465,12 +471,13 @@ def in_parts(x, largest):
 def from_parts(up, high, low, largest):
     """The sum of which all threads' parts have been added up; inf or NaN where the largest is."""
     total = high.to(tl.float32) * power_of_two(-up) + low.to(tl.float32) * power_of_two(-up - 18)
-    return tl.where(largest < INFINITY, total, largest.to(tl.float32, bitcast=True))
+    return tl.where(largest < INFINITY_BITS, total, largest.to(tl.float32, bitcast=True))
 
 
 @triton.jit
 def total_2(a, b):
-    """Both summed over the threads. Jointly: a reduction keeps a register all through the loop around it."""
+    """Both summed over the threads; jointly, as every reduction takes a register all through the loop around
+    it: it is compiled to a load that only some threads do."""
     return tl.split(tl.sum(tl.join(a, b), 0))
 
 
@@ -950,6 +957,7 @@ def launch(
     lanes = elements * 32 * NUM_WARPS // vec
     warps = NUM_WARPS // 2 if torch.version.hip else NUM_WARPS  # 64 threads each: as many in all
     options = {"LANES": lanes, "VEC": vec, "A": ALIGNMENT, "FAST": FAST, "num_warps": warps}
+    options["enable_fp_fusion"] = True  # the default, until Triton 3.10
     # The compiler's own choice is now and then 32 registers and a spill.
     return {**options, "maxnreg": MAX_REGISTERS} if FAST else options
 

@@ -497,14 +497,15 @@ def divergence_gradient(
     if MODE == 2:
         p, ds, _q, _dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
         g = p * (ds - kl * LOG2E) * (coef * (1.0 - alpha) * LN2)
-    else:
+    elif MODE == 0:
+        p = tl.exp2((x - sm) * k - sl)
+        q = tl.exp2((y - tm) * k - tl_)
+        g = (p - q) * coef
+    else:  # p (log p - log q - kl) coef, the last two factors as one product
+        scale = coef * LN2
         s = (x - sm) * k - sl
-        t = (y - tm) * k - tl_
-        p = tl.exp2(s)
-        if MODE == 0:
-            g = (p - tl.exp2(t)) * coef
-        else:
-            g = times(p, s - t - kl * LOG2E) * (coef * LN2)
+        minus_t = tl.fma(y - tm, -k * scale, (tl_ - kl * LOG2E) * scale)
+        g = times(tl.exp2(s), tl.fma(s, scale, minus_t))
     return g * slope(x, cap, HAS_CAP)
 
 

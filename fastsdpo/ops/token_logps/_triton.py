@@ -56,7 +56,7 @@ NO_TEACHER, TEACHER_LOGITS, TEACHER_LOGPS = 0, 1, 2
 def logp_gradient(c, at_target, coef, row_max, row_log2sum, k, cap, HAS_CAP: tl.constexpr):
     """coef x (1[v = y] - p) x dc/dz; ``coef`` is 0 where nothing counts."""
     p = tl.exp2((c - row_max) * k - row_log2sum)
-    return (tl.where(at_target, 1.0, 0.0) - p) * coef * slope(c, cap, HAS_CAP)
+    return tl.fma(p, -coef, tl.where(at_target, coef, 0.0)) * slope(c, cap, HAS_CAP)
 
 
 @triton.jit
