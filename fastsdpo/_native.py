@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 2
+ABI = 3
+OPERATIONS = ("token_logps", "token_log_ratio", "sampled_token", "divergence", "topk", "support")
 FORWARD, GRADIENT = 1, 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # What setup.py leaves behind instead of the library when the build fails.
@@ -51,7 +52,7 @@ class Call(ctypes.Structure):
         *((name, c_void_p) for name in ("given_teacher_logps", "given_topk_logps")),
         *((name, c_void_p) for name in ("upstream", "grad_loss")),
         *((name, c_void_p) for name in ("student_logps", "teacher_logps", "entropy")),
-        *((name, c_void_p) for name in ("per_token", "coef", "class_grads")),
+        *((name, c_void_p) for name in ("per_token", "coef", "class_grads", "support")),
         ("stats", c_void_p * 5),
         ("stats_stride", c_int64),
     )
@@ -100,7 +101,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     for name in ("fastsdpo_isa", "fastsdpo_isas"):
         getattr(library, name).restype = ctypes.c_char_p
     library.fastsdpo_set_isa.argtypes = [ctypes.c_char_p]
-    for name in ("token_logps", "token_log_ratio", "sampled_token", "divergence", "topk"):
+    for name in OPERATIONS:
         getattr(library, f"fastsdpo_{name}").argtypes = [ctypes.POINTER(Call)]
     library.fastsdpo_math.argtypes = [ctypes.c_int, c_void_p, c_void_p, c_int64]
     library.fastsdpo_convert.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_int64]

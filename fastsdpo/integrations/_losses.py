@@ -220,7 +220,10 @@ def _tile_loss(
     if options.mode == "full":
         run = getattr(kernels, f"divergence_{kind}")
         return run(student, teacher, *given, options.alpha, *tail)[:4]
-    run, support = getattr(kernels, f"topk_{kind}"), student_support(student, options.topk)
+    run = getattr(kernels, f"topk_{kind}")
+    support = student_support(
+        student, options.topk, tokens.target_ids, IGNORE_INDEX, options.backend
+    )
     return run(student, teacher, support, None, *given, options.alpha, False, *tail)[:4]
 
 
@@ -250,7 +253,7 @@ def _tail_tile_loss(
 
     support = tokens.topk_ids
     if support is None:
-        support = student_support(student, options.topk)
+        support = student_support(student, options.topk, ids, IGNORE_INDEX, options.backend)
     student_logps, stats = statistics(student)
     s, bounded = add_tail_class(_support_logps(student, stats, support, *scales))
     if teacher is not None:

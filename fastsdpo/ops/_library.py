@@ -294,6 +294,18 @@ def divergence_backward_inplace_op(
     )  # fmt: skip
 
 
+@custom_op("fastsdpo::topk_support", mutates_args=())
+def support_op(logits: Tensor, target_ids: Tensor, k: int, ignore_index: int) -> Tensor:
+    """The native kernel's choice of a support."""
+    _check_ids(target_ids, logits.shape[-1], "sdpo_loss: target_ids", ignore_index)
+    return implementation("divergence", "native").topk_support(logits, target_ids, k, ignore_index)
+
+
+@support_op.register_fake
+def _(logits, target_ids, k, ignore_index):
+    return target_ids.new_empty(len(target_ids), k)
+
+
 @custom_op("fastsdpo::topk_divergence", mutates_args=())
 def topk_op(
     student_logits: Tensor,

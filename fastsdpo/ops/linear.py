@@ -262,7 +262,10 @@ def linear_sdpo_op(
             out = run(student, teacher, ids, w, old, is_clip, alpha, *tail)
         else:
             given = None if topk_logps is None else topk_logps[rows]
-            support = student_support(student, topk) if topk_ids is None else topk_ids[rows]
+            if topk_ids is None:
+                support = student_support(student, topk, ids, ignore_index, backend)
+            else:
+                support = topk_ids[rows]
             run = kernels.topk_fused if need_grad else kernels.topk_forward
             out = run(
                 student, teacher, support, given, ids, w, old, is_clip, alpha, add_tail, *tail

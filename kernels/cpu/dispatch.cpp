@@ -10,6 +10,7 @@
   int sampled_token_##isa(const fastsdpo_call&);      \
   int divergence_##isa(const fastsdpo_call&);         \
   int topk_##isa(const fastsdpo_call&);               \
+  int support_##isa(const fastsdpo_call&);            \
   int math_##isa(int, const float*, float*, int64_t); \
   int convert_##isa(const fastsdpo_rows&, const fastsdpo_rows&, int64_t);
 #define TABLE(isa, name, supported) \
@@ -20,6 +21,7 @@
    sampled_token_##isa,             \
    divergence_##isa,                \
    topk_##isa,                      \
+   support_##isa,                   \
    math_##isa,                      \
    convert_##isa}
 
@@ -38,7 +40,7 @@ typedef int (*operation)(const fastsdpo_call&);
 struct Table {
   const char* name;
   bool (*supported)();
-  operation token_logps, token_log_ratio, sampled_token, divergence, topk;
+  operation token_logps, token_log_ratio, sampled_token, divergence, topk, support;
   int (*math)(int, const float*, float*, int64_t);
   int (*convert)(const fastsdpo_rows&, const fastsdpo_rows&, int64_t);
 };
@@ -98,6 +100,7 @@ int fastsdpo_token_log_ratio(const fastsdpo_call* call) {
 int fastsdpo_sampled_token(const fastsdpo_call* call) { return run(&Table::sampled_token, call); }
 int fastsdpo_divergence(const fastsdpo_call* call) { return run(&Table::divergence, call); }
 int fastsdpo_topk(const fastsdpo_call* call) { return run(&Table::topk, call); }
+int fastsdpo_support(const fastsdpo_call* call) { return run(&Table::support, call); }
 
 int fastsdpo_math(int function, const float* x, float* y, int64_t n) {
   return current() ? current()->math(function, x, y, n) : -4;

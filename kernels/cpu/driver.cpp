@@ -108,6 +108,13 @@ void check(int64_t B, int64_t L, int64_t V, int64_t dtype, int64_t teacher_dtype
   }
 
   call.passes = FASTSDPO_FORWARD;
+  std::vector<int64_t> support(N * K, -1);
+  call.support = support.data();
+  bool found = fastsdpo_support(&call) == 0;
+  for (int64_t i = 0; i < N * K; i++)
+    found =
+        found && support[i] >= 0 && support[i] < V && (i % K == 0 || support[i - 1] < support[i]);
+  expect(found, "support", call);
   expect(fastsdpo_token_log_ratio(&call) == 0, "token_log_ratio", call);
   call.teacher = {};
   call.entropy = entropy.data();

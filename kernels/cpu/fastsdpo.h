@@ -19,7 +19,7 @@ extern "C" {
 #endif
 
 // Raised with every change of this file; fastsdpo/_native.py refuses another number.
-#define FASTSDPO_ABI 2
+#define FASTSDPO_ABI 3
 
 enum { FASTSDPO_FLOAT32 = 0, FASTSDPO_BFLOAT16 = 1, FASTSDPO_FLOAT16 = 2 };
 enum { FASTSDPO_FORWARD = 1, FASTSDPO_GRADIENT = 2 };  // both: the fused form, grad_loss = 1
@@ -52,6 +52,7 @@ typedef struct {
   float* per_token;                  // [N]
   float* coef;                       // [N]
   float* class_grads;                // [N, K]
+  int64_t* support;                  // [N, K]
   float* stats[5];                   // statistic i of row r is stats[i][r * stats_stride]
   int64_t stats_stride;
 } fastsdpo_call;
@@ -63,6 +64,9 @@ FASTSDPO_EXPORT int fastsdpo_token_log_ratio(const fastsdpo_call* call);
 FASTSDPO_EXPORT int fastsdpo_sampled_token(const fastsdpo_call* call);
 FASTSDPO_EXPORT int fastsdpo_divergence(const fastsdpo_call* call);
 FASTSDPO_EXPORT int fastsdpo_topk(const fastsdpo_call* call);
+// The ids of the K <= V largest logits of the student's rows go to `support`, in ascending order; 0
+// to K - 1 for a row whose target is ignored.
+FASTSDPO_EXPORT int fastsdpo_support(const fastsdpo_call* call);
 
 // y[i] = f(x[i]) with the kernels' own functions, for tests of their accuracy: 0 exp2, 1 log2, 2
 // tanh, 3 log2(x[i] / y[i]) of the y[i] that is there.

@@ -42,6 +42,8 @@ def test_losses(backend):
         opcheck(_library.divergence_op, (z, t, y, w, None, 0.0, alpha, *tail))
     ids = z.detach().topk(4, -1).indices.reshape(6, 4)
     opcheck(_library.topk_op, (z, t, ids, None, y, w, None, 0.0, 0.5, True, *tail))
+    if backend == "native":
+        opcheck(_library.support_op, (z.detach(), y, 4, -100))
     y = ids[
         :, 1
     ].clone()  # a target outside the support has the log-prob NaN, which compares unequal

@@ -64,9 +64,13 @@ def plain_gradient(student, teacher, ids, weights, loss, temperature, softcap):
 
 
 def check_loss(case, loss, temperature=1.0, softcap=None, **options):
+    if "topk" in loss:
+        k = min(loss["topk"], case.student.shape[-1])
+        loss = {**loss, "topk": k}
+        # Of several logits equal to the K-th, the oracle's choice is not the kernel's.
+        equal = case.student == case.student.topk(k, -1).values[..., -1:]
+        case.student[equal & (equal.cumsum(-1) > 1)] -= 1
     student = case.student.clone().requires_grad_()
-    if loss.get("topk", 0) > student.shape[-1]:
-        loss = {**loss, "topk": student.shape[-1]}
     common = {"weights": case.weights, "temperature": temperature, "softcap": softcap, **loss}
     expected = oracle_sdpo_loss(case.student, case.teacher, case.target_ids, **common)
     out = fastsdpo.sdpo_loss(
@@ -169,6 +173,43 @@ def all_results(case, loss_name: str, student: Tensor | None = None) -> list[Ten
             s, t, ids, w, old, 2.0, alpha, 0.9, 0.0, -100, fused_grad
         )
     return [*forward, grad, *fused, fused_grad]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocabulary", [1, 2, 129, 1000, 1025, 5003, 50257])
+def test_topk_support(vocabulary, dtype, isa):
+    """The largest logits and of equal ones the first, whatever a row holds; the values are `torch.topk`'s."""
+    torch.manual_seed(vocabulary)
+    plain = torch.randn(2, 3, vocabulary + 1).to(dtype)[..., 1:]
+    masked = plain.clone()
+    masked[..., ::2] = -math.inf
+    equal = (plain.float() * 2).round().to(dtype) / 2  # many of each, and -0 beside 0
+    odd = plain.clone()
+    odd[..., vocabulary // 2], odd[:, 1, vocabulary // 3] = -math.nan, math.inf
+    rising = plain.sort(-1).values
+    targets = torch.tensor([0, -100, 0, 0, 0, 0])
+    for logits in (plain, masked, equal, odd, rising):
+        for k in {1, min(20, vocabulary), min(700, vocabulary), min(vocabulary, 1025)}:
+            ids = divergence.topk_support(logits, targets, k, -100)
+            assert (ids.diff(dim=-1) > 0).all()
+            assert torch.equal(ids[1], torch.arange(k))
+            flat, live = logits.reshape(6, -1).float(), targets == 0
+            order = torch.where(flat.isnan(), math.inf, flat).sort(
+                dim=-1, descending=True, stable=True
+            )
+            if not (flat.isnan() | flat.isposinf()).any():
+                assert torch.equal(ids[live], order.indices[live, :k].sort(-1).values)
+            got = flat.gather(1, ids).sort(-1, descending=True).values
+            want = flat.topk(k, -1).values
+            torch.testing.assert_close(got[live], want[live], rtol=0, atol=0, equal_nan=True)
+
+
+def test_topk_support_names_a_bad_target():
+    logits = torch.randn(1, 2, 50)
+    with pytest.raises(ValueError, match="target_ids must lie in"):
+        fastsdpo.sdpo_loss(logits, logits, torch.tensor([[1, 50]]), mode="topk", topk=3)
+    with pytest.raises(ValueError, match="target_ids must lie in"):
+        divergence.topk_support(logits, torch.tensor([1, 50]), 3, -100)
 
 
 BITWISE = ["sampled", "forward_kl", "reverse_kl", "jsd", "topk_jsd"]

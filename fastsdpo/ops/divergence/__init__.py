@@ -186,8 +186,14 @@ def check_loss(
     return options, TokenInputs(ids, flat_weights, old_logps, teacher_logps, topk_ids, topk_logps)
 
 
-def student_support(logits: Tensor, k: int) -> Tensor:
-    """Ids ``[N, K]`` of the k most likely tokens of each row of ``logits [B, L, V]``."""
+def student_support(
+    logits: Tensor, k: int, target_ids: Tensor, ignore_index: int, backend: str
+) -> Tensor:
+    """Ids ``[N, K]``, in any order, of the k most likely tokens of each row of ``logits [B, L, V]``. Where
+    the K-th is one of several equal ones, the native kernel takes the first, the others what `torch.topk`
+    does. Rows whose target ``[N]`` is ignored may get any ids."""
+    if backend == "native":
+        return _library.support_op(logits.detach(), target_ids, k, ignore_index)
     return torch.topk(logits.detach(), k, dim=-1).indices.reshape(-1, k)
 
 
@@ -287,7 +293,9 @@ def sdpo_loss(
     else:
         ids = tokens.topk_ids
         if ids is None:
-            ids = student_support(rows, options.topk)
+            ids = student_support(
+                rows, options.topk, tokens.target_ids, options.ignore_index, backend
+            )
         out = _library.topk_op(
             rows, teacher_rows, ids, tokens.topk_logps, tokens.target_ids, *ratio, options.alpha,
             options.add_tail, *tail,

@@ -201,6 +201,17 @@ def divergence_fused(
     )  # fmt: skip
 
 
+def topk_support(logits: Tensor, target_ids: Tensor, k: int, ignore_index: int) -> Tensor:
+    """Ids ``[N, K]`` of the k largest logits of each row of ``logits [B, L, V]``, in ascending order; of
+    equal logits the first. 0 to k - 1 for rows whose target is ignored."""
+    support = torch.empty(len(target_ids), k, dtype=torch.int64)
+    call(
+        "support", logits, target_ids, FORWARD, 1.0, 0.0, ignore_index, K=k,
+        support=vector(support, torch.int64),
+    )  # fmt: skip
+    return support
+
+
 def _topk(
     student_logits, teacher_logits, topk_ids, teacher_topk_logps, target_ids, weights, old_logps,
     is_clip, alpha, add_tail, temperature, softcap, ignore_index, row_stats, grad_logits,
