@@ -526,16 +526,16 @@ def sum_slots_2(x, y):
 
 
 @triton.jit
-def first_max(ptr, vocabulary, live, cap, HAS_CAP: tl.constexpr, FAST: tl.constexpr):
+def first_max(ptr, width, cap, HAS_CAP: tl.constexpr, FAST: tl.constexpr):
     v = tl.arange(0, 64)
-    return tl.max(load_c(ptr + v, (v < vocabulary) & live, cap, HAS_CAP, FAST), 0)
+    return tl.max(load_c(ptr + v, v < width, cap, HAS_CAP, FAST), 0)
 
 
 @triton.jit
-def reference_of(ptr, target, vocabulary, live, cap, HAS_CAP: tl.constexpr, FAST: tl.constexpr):
+def reference_of(ptr, target, width, live, cap, HAS_CAP: tl.constexpr, FAST: tl.constexpr):
     """A logit of the row that is likely to be near its maximum: the largest of the target's and the first
     tokens'."""
-    first = first_max(ptr, vocabulary, live, cap, HAS_CAP, FAST)
+    first = first_max(ptr, width, cap, HAS_CAP, FAST)
     return tl.maximum(load_c(ptr + target, live, cap, HAS_CAP, FAST), first)
 
 

@@ -780,7 +780,7 @@ def classes_loss(s, t, keep, s_tail, t_tail, alpha, MODE: tl.constexpr, TAIL: tl
 
 @triton.jit
 def support_reference(
-    ptr, id_ptr, topk, vocabulary, live, cap, HAS_CAP: tl.constexpr, KP: tl.constexpr, FAST: tl.constexpr,
+    ptr, id_ptr, topk, width, live, cap, HAS_CAP: tl.constexpr, KP: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """A logit near the largest outside the support: the lowest of the support, or of the first tokens."""
     j = tl.arange(0, KP)
@@ -788,7 +788,7 @@ def support_reference(
     ids = tl.load(id_ptr + j, mask=keep, other=0)
     c = load_c(ptr + ids, keep, cap, HAS_CAP, FAST)
     lowest = tl.min(tl.where(c == NEG_INF, -LOWEST, c), 0)
-    return tl.maximum(lowest, first_max(ptr, vocabulary, live, cap, HAS_CAP, FAST))
+    return tl.maximum(lowest, first_max(ptr, width, cap, HAS_CAP, FAST))
 
 
 @triton.jit
@@ -870,17 +870,13 @@ def _topk_fwd_kernel(
         if STAGE == 1:
             begin = tl.program_id(1)
             stop = begin + 1
-        c = support_reference(
-            s_ptr + s_offset, skip, topk, vocabulary, live, cap, HAS_CAP, KP, FAST
-        )
+        c = support_reference(s_ptr + s_offset, skip, topk, width, live, cap, HAS_CAP, KP, FAST)
         row_partial(
             partial, s_ptr, s_offset, width, begin, stop, pieces, c, k, cap, skip, topk,
             HAS_CAP, False, True, KP, 4, ALIGNED, FAST, A, LANES, VEC,
         )  # fmt: skip
         if not GIVEN:
-            c = support_reference(
-                t_ptr + t_offset, skip, topk, vocabulary, live, cap, HAS_CAP, KP, FAST
-            )
+            c = support_reference(t_ptr + t_offset, skip, topk, width, live, cap, HAS_CAP, KP, FAST)
             row_partial(
                 partial + 2, t_ptr, t_offset, width, begin, stop, pieces, c, k, cap, skip, topk,
                 HAS_CAP, False, True, KP, 4, ALIGNED, FAST, A, LANES, VEC,
