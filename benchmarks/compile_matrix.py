@@ -191,7 +191,8 @@ def tiles(variant: Variant, dtype: str) -> dict[str, Any]:
     heavy = variant.module == PAIRS and (not topk or variant.constants.get("FUSED", False))
     heavy = heavy or (variant.kernel == "_topk_fwd_kernel" and dtype == "fp32")
     heavy = heavy or variant.constants["HAS_CAP"] or variant.constants.get("ENTROPY", False)
-    joint = variant.kernel in ("_divergence_fwd_kernel", "_jsd_kernel")
+    pairs = ("_divergence_fwd_kernel", "_jsd_kernel", "_divergence_bwd_kernel")
+    joint = variant.kernel in pairs
     joint = joint or (dtype == "fp32" and variant.name.startswith("sampled fused"))
     options = launch(
         4 if dtype == "fp32" else 2, heavy=heavy, joint=joint, beside=variant.constants["BESIDE"],

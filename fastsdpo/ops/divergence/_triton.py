@@ -501,11 +501,10 @@ def divergence_gradient(
         p = tl.exp2((x - sm) * k - sl)
         q = tl.exp2((y - tm) * k - tl_)
         g = (p - q) * coef
-    else:  # p (log p - log q - kl) coef, the last two factors as one product
-        scale = coef * LN2
+    else:
         s = (x - sm) * k - sl
-        minus_t = tl.fma(y - tm, -k * scale, (tl_ - kl * LOG2E) * scale)
-        g = times(tl.exp2(s), tl.fma(s, scale, minus_t))
+        t = (y - tm) * k - (tl_ - kl * LOG2E)  # with the KL: s - t is what the gradient weighs
+        g = times(tl.exp2(s), s - t) * (coef * LN2)
     return g * slope(x, cap, HAS_CAP)
 
 
@@ -534,7 +533,15 @@ def divergence_gradient_row(
     g_start = g_ptr + whole_pieces(first, A)
     at = tile_positions(LANES, VEC)
     if live:
-        for o in range(begin, end, LANES * VEC):
+        whole = begin + tl.maximum(end - begin, 0) // (LANES * VEC) * (LANES * VEC)
+        for o in range(begin, whole, LANES * VEC):
+            x = load_beside(s_start, o, at, n, s_by, cap, HAS_CAP, False, BESIDE, FAST, LANES, VEC)
+            y = load_beside(t_start, o, at, n, t_by, cap, HAS_CAP, False, BESIDE, FAST, LANES, VEC)
+            g = divergence_gradient(
+                x, y, coef, sm, sl, tm, tl_, kl, k, cap, alpha, HAS_CAP, MODE, FAST
+            )
+            store_tile(g_start + o + at, g, None)
+        for o in range(whole, end, LANES * VEC):
             mask = o + at < n
             x = load_beside(s_start, o, at, n, s_by, cap, HAS_CAP, True, BESIDE, FAST, LANES, VEC)
             y = load_beside(t_start, o, at, n, t_by, cap, HAS_CAP, True, BESIDE, FAST, LANES, VEC)
@@ -1087,7 +1094,7 @@ def divergence_backward(
         return
     s, t, g = rows_of(student_logits), rows_of(teacher_logits), rows_of(grad_logits)
     sizes = (t.element_size() for t in (student_logits, teacher_logits, grad_logits))
-    options = launch(*sizes, heavy=True)
+    options = launch(*sizes, heavy=True, joint=True)
     grid, tiles_per_program = gradient_grid(
         rows, vocabulary, tile_of(options), student_logits.device
     )
