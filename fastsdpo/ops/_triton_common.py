@@ -64,7 +64,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 FAST = not INTERPRETED and torch.version.hip is None
 
 # Loops over segments keep what they need from being computed before them and held in registers, where
-# the version of Triton can be told so (3.2 cannot; what it spills was not measured).
+# the version of Triton can be told so (3.2 cannot; it also spills where a row is read in shifted accesses).
 STAYS = tl.constexpr("disable_licm" in inspect.signature(tl.range.__init__).parameters)
 
 NEG_INF = tl.constexpr(float("-inf"))
@@ -950,7 +950,8 @@ def launch(
     *element_sizes: int, heavy: bool = False, joint: bool = False, beside: int = SAME_PHASE
 ) -> dict[str, Any]:
     """Tile shape and warps for tensors of these element sizes; ``heavy`` halves the tile, and so do
-    shifted accesses of float32. ``joint`` statistics of two rows, or with more, take one access of each."""
+    shifted accesses of float32. ``joint`` passes (over two rows; float32 with its gradient) take one access
+    of each tensor."""
     vec = 16 // min(element_sizes)  # a lane is one 16-byte access of the narrowest
     heavy = heavy or (beside == SHIFTED_BESIDE and vec == 4)
     elements = vec if joint else ELEMENTS // 2 if heavy else ELEMENTS

@@ -231,7 +231,8 @@ def sdpo_loss(
             the vocabulary) or ``"topk"`` (over a support of K tokens).
         alpha: 0 forward KL(p_T || p_S), 1 reverse KL(p_S || p_T), between generalized
             Jensen-Shannon; 1.0 for ``"sampled_token"``.
-        topk: size of the student's support, for ``mode="topk"``.
+        topk: size of the student's support, for ``mode="topk"``; which of several equal logits are the
+            last of it is the backend's choice.
         add_tail: one more class for all tokens outside the support; False renormalizes both
             distributions over it.
         weights: ``(...)`` w_t; None is the mean over the tokens that are not ignored.
