@@ -65,8 +65,10 @@ def record(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     old = json.loads(path.read_text())["rows"] if path.exists() else []
-    new_keys = {tuple(row[field] for field in key) for row in rows}
-    kept = [row for row in old if tuple(row[field] for field in key) not in new_keys]
-    merged = sorted(kept + rows, key=lambda row: tuple(str(row[field]).rjust(12) for field in key))
+    new_keys = {tuple(row.get(field) for field in key) for row in rows}
+    kept = [row for row in old if tuple(row.get(field) for field in key) not in new_keys]
+    merged = sorted(
+        kept + rows, key=lambda row: tuple(str(row.get(field)).rjust(12) for field in key)
+    )
     path.write_text(json.dumps({"rows": merged}, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(merged))

@@ -36,6 +36,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastsdpo.ops.linear import release_tiles
+
 MODES: dict[str, float | None] = {
     "sampled": None,
     "forward_kl": 0.0,
@@ -114,6 +116,7 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> int | None:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    release_tiles()  # and what the C library kept, below
     if sys.platform == "linux":
         # What the C library kept from an earlier call goes back, or this one's use of it is not seen.
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

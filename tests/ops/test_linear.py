@@ -363,3 +363,94 @@ def test_float16_gradients_do_not_underflow(monkeypatch):
     (out.loss * 2**16).backward()  # the caller's loss scale, as GradScaler applies it
     for leaf, want in zip(leaves, grads):
         assert relative(leaf.grad, want * 2**16) < 5e-3
+
+
+def kept_bytes():
+    return [storage.nbytes() for storage in linear._kept_tiles]
+
+
+def full_step(case, **kwargs):
+    leaves = [case.student.clone().requires_grad_(), case.weight.clone().requires_grad_()]
+    out = fastsdpo.linear_sdpo_loss(
+        leaves[0], case.teacher, leaves[1], case.target_ids, weights=case.weights, mode="full",
+        backend="reference", **kwargs,
+    )  # fmt: skip
+    out.loss.backward()
+    return out.loss.detach(), *(leaf.grad for leaf in leaves)
+
+
+@pytest.fixture
+def no_tiles():
+    linear.release_tiles()
+    yield
+    linear.release_tiles()
+
+
+def test_the_next_call_finds_the_memory_of_the_last(no_tiles):
+    small, large = Case(tokens=9, vocabulary=40), Case(tokens=30, vocabulary=70)
+    alone = []
+    for case in (small, large):
+        linear.release_tiles()
+        alone.append(full_step(case))
+    linear.release_tiles()
+    full_step(small)
+    assert kept_bytes() == [2 * 9 * 40 * 4]
+    place = linear._kept_tiles[0].data_ptr()
+    full_step(small)
+    assert [storage.data_ptr() for storage in linear._kept_tiles] == [place]
+    full_step(large)  # too small for it: one of its own size takes its place
+    assert kept_bytes() == [2 * 30 * 70 * 4]
+    for case, want in ((small, alone[0]), (large, alone[1]), (small, alone[0])):
+        linear._kept_tiles[0].fill_(0xFF)  # NaN: what is left there must not matter
+        for got, expected in zip(full_step(case), want):
+            assert torch.equal(got, expected)
+        logps = fastsdpo.linear_token_logps(case.student, case.weight, case.target_ids)
+        assert logps.isfinite().all()
+        assert kept_bytes() == [2 * 30 * 70 * 4]
+    linear.release_tiles()
+    assert kept_bytes() == []
+
+
+def test_kept_memory_outlives_inference_mode(no_tiles):
+    """An inference tensor may not be written outside of inference mode: its storage may."""
+    case = Case()
+    want = full_step(case)
+    linear.release_tiles()
+    for _ in range(2):
+        with torch.inference_mode():
+            fastsdpo.linear_sdpo_loss(
+                case.student, case.teacher, case.weight, case.target_ids, backend="reference"
+            )
+        assert len(kept_bytes()) == 1
+        for got, expected in zip(full_step(case), want):
+            assert torch.equal(got, expected)
+
+
+def test_large_tiles_and_those_of_a_failed_call_are_freed(no_tiles, monkeypatch):
+    monkeypatch.setattr(linear, "_LARGEST_KEPT", 2 * 13 * 50 * 4 - 1)
+    full_step(Case())
+    assert kept_bytes() == []
+    monkeypatch.undo()
+
+    def fail(*args):
+        raise MemoryError("no room")
+
+    full_step(Case())
+    with monkeypatch.context() as patch:
+        patch.setattr(linear._Head, "hidden_gradient", fail)
+        with pytest.raises(MemoryError):
+            full_step(Case())
+    assert kept_bytes() == []
+
+
+def test_threads_do_not_share_tiles(no_tiles):
+    from concurrent.futures import ThreadPoolExecutor
+
+    cases = [Case(tokens=40, vocabulary=60 + i) for i in range(8)]
+    want = [full_step(case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for got, expected in zip(pool.map(full_step, cases), want):
+                for g, e in zip(got, expected):
+                    assert torch.equal(g, e)
+    assert len(kept_bytes()) == 1
