@@ -53,6 +53,8 @@ from fastsdpo.ops._library import (
     _raise_second_derivative,
     _weighted_sum,
 )
+from fastsdpo.ops._memory import advise_huge_pages, borrow_tiles, return_tiles
+from fastsdpo.ops._memory import release_tiles as release_tiles
 from fastsdpo.ops.divergence import (
     LossOptions,
     SDPOLossOutput,
@@ -155,47 +157,10 @@ def _gradient_scale(weights: Tensor, operand: torch.dtype) -> Tensor | None:
     return torch.exp2(-largest.log2().ceil())
 
 
-_kept_tiles: list[torch.UntypedStorage] = []  # at most one, on the CPU, not in use
-_LARGEST_KEPT = 2**29  # bytes; two float32 tiles of 256 tokens and 262,144 words
-
-
-def _borrow_tiles(like: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialized ``(rows, vocabulary)`` for one call, on a CPU in the memory of the last call's.
-
-    An allocation of this size goes back to the system when it is freed and is mapped in anew, page
-    by page, when it is next used: several per cent of a step. On a GPU the caching allocator keeps it.
-    """
-    if like.device.type == "cpu" and _is_real(like):
-        try:
-            storage = _kept_tiles.pop()  # from here on no other thread finds it
-        except IndexError:
-            pass
-        else:
-            if storage.nbytes() >= rows * vocabulary * dtype.itemsize:
-                shape, strides = (rows, vocabulary), (vocabulary, 1)
-                return like.new_empty(0, dtype=dtype).set_(storage, 0, shape, strides)
-            del storage  # before its larger successor is allocated
-    return like.new_empty(rows, vocabulary, dtype=dtype)
-
-
-def _return_tiles(tiles: Tensor) -> None:
-    """Keeps the memory of a finished call's tiles; a call that raised just loses it."""
-    if tiles.device.type == "cpu" and _is_real(tiles):
-        storage = tiles.untyped_storage()
-        if storage.nbytes() <= _LARGEST_KEPT:
-            _kept_tiles.append(storage)
-            del _kept_tiles[1:]
-
-
-def release_tiles() -> None:
-    """Frees the CPU memory that the losses from hidden states keep for their next call."""
-    _kept_tiles.clear()
-
-
 def _new_head_gradient(weight: Tensor, accumulation: torch.dtype, tokens: int) -> Tensor:
     """Uninitialized where a first chunk will write it."""
     make = torch.empty if tokens else torch.zeros
-    return make(weight.shape, dtype=accumulation, device=weight.device)
+    return advise_huge_pages(make(weight.shape, dtype=accumulation, device=weight.device))
 
 
 def _stored_dtype(source: Tensor) -> torch.dtype:
@@ -263,7 +228,7 @@ def linear_sdpo_op(
 
     has_teacher = teacher_hidden is not None
     largest = min(chunk_size, tokens)
-    tiles = _borrow_tiles(student_hidden, (2 if has_teacher else 1) * largest, vocabulary, tile)
+    tiles = borrow_tiles(student_hidden, (2 if has_teacher else 1) * largest, vocabulary, tile)
     grad_tile = None
     if need_grad and tile != operand:
         grad_tile = student_hidden.new_empty(largest, vocabulary, dtype=operand)
@@ -317,7 +282,7 @@ def linear_sdpo_op(
             head.accumulate(grad, x, grad_weight, first=start == 0)
         if need_bias:
             grad_bias += grad.sum(0, dtype=accumulation)
-    _return_tiles(tiles)
+    return_tiles(tiles)
 
     if scale is not None:
         coef = coef / scale
@@ -415,7 +380,7 @@ def linear_token_logps_op(
     kernels = implementation("token_logps", backend)
     head = _Head(weight, bias, operand)
     result = hidden.new_zeros(4, tokens, dtype=accumulation_dtype(hidden, weight))
-    tiles = _borrow_tiles(hidden, min(chunk_size, tokens), vocabulary, tile)
+    tiles = borrow_tiles(hidden, min(chunk_size, tokens), vocabulary, tile)
     for start in range(0, tokens, max(1, chunk_size)):
         rows = slice(start, min(start + chunk_size, tokens))
         logits = tiles[: rows.stop - start]
@@ -427,7 +392,7 @@ def linear_token_logps_op(
         for row, values in zip(result, out):
             if values.numel():
                 row[rows] = values
-    _return_tiles(tiles)
+    return_tiles(tiles)
     logps, entropy, row_max, row_log2sum = (row.clone() for row in result)
     return logps, entropy if return_entropy else entropy.new_empty(0), row_max, row_log2sum
 
@@ -472,7 +437,7 @@ def linear_token_logps_backward_op(
         grad_weight = _new_head_gradient(weight, accumulation, tokens)
     grad_bias = grad_logps.new_zeros(vocabulary if need_bias else 0)
     largest = min(chunk_size, tokens)
-    tiles = _borrow_tiles(hidden, largest, vocabulary, tile)
+    tiles = borrow_tiles(hidden, largest, vocabulary, tile)
     grad_tile = None
     if tile != operand:
         grad_tile = hidden.new_empty(largest, vocabulary, dtype=operand)
@@ -492,7 +457,7 @@ def linear_token_logps_backward_op(
             head.accumulate(grad, x, grad_weight, first=start == 0)
         if need_bias:
             grad_bias += grad.sum(0, dtype=accumulation)
-    _return_tiles(tiles)
+    return_tiles(tiles)
     if scale is not None:
         for grad in (grad_hidden, grad_weight, grad_bias):
             grad.div_(scale)

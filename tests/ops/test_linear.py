@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsdpo
-from fastsdpo.ops import linear
+from fastsdpo.ops import _memory, linear
 from fastsdpo.testing import oracle_sdpo_loss
 
 BACKENDS = [
@@ -366,7 +366,7 @@ def test_float16_gradients_do_not_underflow(monkeypatch):
 
 
 def kept_bytes():
-    return [storage.nbytes() for storage in linear._kept_tiles]
+    return [storage.nbytes() for storage in _memory._kept]
 
 
 def full_step(case, **kwargs):
@@ -381,33 +381,33 @@ def full_step(case, **kwargs):
 
 @pytest.fixture
 def no_tiles():
-    linear.release_tiles()
+    _memory.release_tiles()
     yield
-    linear.release_tiles()
+    _memory.release_tiles()
 
 
 def test_the_next_call_finds_the_memory_of_the_last(no_tiles):
     small, large = Case(tokens=9, vocabulary=40), Case(tokens=30, vocabulary=70)
     alone = []
     for case in (small, large):
-        linear.release_tiles()
+        _memory.release_tiles()
         alone.append(full_step(case))
-    linear.release_tiles()
+    _memory.release_tiles()
     full_step(small)
     assert kept_bytes() == [2 * 9 * 40 * 4]
-    place = linear._kept_tiles[0].data_ptr()
+    place = _memory._kept[0].data_ptr()
     full_step(small)
-    assert [storage.data_ptr() for storage in linear._kept_tiles] == [place]
+    assert [storage.data_ptr() for storage in _memory._kept] == [place]
     full_step(large)  # too small for it: one of its own size takes its place
     assert kept_bytes() == [2 * 30 * 70 * 4]
     for case, want in ((small, alone[0]), (large, alone[1]), (small, alone[0])):
-        linear._kept_tiles[0].fill_(0xFF)  # NaN: what is left there must not matter
+        _memory._kept[0].fill_(0xFF)  # NaN: what is left there must not matter
         for got, expected in zip(full_step(case), want):
             assert torch.equal(got, expected)
         logps = fastsdpo.linear_token_logps(case.student, case.weight, case.target_ids)
         assert logps.isfinite().all()
         assert kept_bytes() == [2 * 30 * 70 * 4]
-    linear.release_tiles()
+    _memory.release_tiles()
     assert kept_bytes() == []
 
 
@@ -415,7 +415,7 @@ def test_kept_memory_outlives_inference_mode(no_tiles):
     """An inference tensor may not be written outside of inference mode: its storage may."""
     case = Case()
     want = full_step(case)
-    linear.release_tiles()
+    _memory.release_tiles()
     for _ in range(2):
         with torch.inference_mode():
             fastsdpo.linear_sdpo_loss(
@@ -427,7 +427,7 @@ def test_kept_memory_outlives_inference_mode(no_tiles):
 
 
 def test_large_tiles_and_those_of_a_failed_call_are_freed(no_tiles, monkeypatch):
-    monkeypatch.setattr(linear, "_LARGEST_KEPT", 2 * 13 * 50 * 4 - 1)
+    monkeypatch.setattr(_memory, "_LARGEST_KEPT", 2 * 13 * 50 * 4 - 1)
     full_step(Case())
     assert kept_bytes() == []
     monkeypatch.undo()
