@@ -1,8 +1,8 @@
 """Large buffers on a CPU: logit tiles kept from call to call, huge pages.
 
 An allocation of this size goes back to the system when it is freed and is mapped in anew, page by
-page, when it is next used: 5% to 10% of a loss from hidden states. On a GPU PyTorch's caching
-allocator takes care of that.
+page, when it is next used: most of what a loss from hidden states takes beside its GEMMs. On a GPU
+PyTorch's caching allocator takes care of that.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def _on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and _is_real(tensor)
 
 
-def advise_huge_pages(tensor: Tensor) -> Tensor:
-    """Asks Linux for huge pages under a tensor that nobody has written yet; returns it.
+def _advise_huge_pages(tensor: Tensor) -> Tensor:
+    """Asks Linux for huge pages under a new tensor, and returns it: advice, which may go unheard.
 
-    It is advice: where the system has none, or is set to ``never``, nothing changes.
+    For memory that stays; under tensors that come and go (the head's gradient) they gained nothing.
     """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     size = tensor.numel() * tensor.element_size()
@@ -52,7 +52,7 @@ def borrow_tiles(like: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -
                 shape, strides = (rows, vocabulary), (vocabulary, 1)
                 return like.new_empty(0, dtype=dtype).set_(storage, 0, shape, strides)
             del storage  # before its larger successor is allocated
-    return advise_huge_pages(like.new_empty(rows, vocabulary, dtype=dtype))
+    return _advise_huge_pages(like.new_empty(rows, vocabulary, dtype=dtype))
 
 
 def return_tiles(tiles: Tensor) -> None:

@@ -53,7 +53,7 @@ from fastsdpo.ops._library import (
     _raise_second_derivative,
     _weighted_sum,
 )
-from fastsdpo.ops._memory import advise_huge_pages, borrow_tiles, return_tiles
+from fastsdpo.ops._memory import borrow_tiles, return_tiles
 from fastsdpo.ops._memory import release_tiles as release_tiles
 from fastsdpo.ops.divergence import (
     LossOptions,
@@ -160,7 +160,7 @@ def _gradient_scale(weights: Tensor, operand: torch.dtype) -> Tensor | None:
 def _new_head_gradient(weight: Tensor, accumulation: torch.dtype, tokens: int) -> Tensor:
     """Uninitialized where a first chunk will write it."""
     make = torch.empty if tokens else torch.zeros
-    return advise_huge_pages(make(weight.shape, dtype=accumulation, device=weight.device))
+    return make(weight.shape, dtype=accumulation, device=weight.device)
 
 
 def _stored_dtype(source: Tensor) -> torch.dtype:
