@@ -97,6 +97,15 @@ def _of_stages(data: Any) -> list[tuple[str, str, float]]:
     ]
 
 
+def _linear_case(row: dict) -> str:
+    """Of bench_linear: the loss, its shape and how it was run."""
+    parts = [row["mode"], f"{row['vocabulary']} x {row['hidden']}"]
+    parts += [row["dtype"]] if row["dtype"] != "float32" else []
+    parts += ["bf16 products"] if row["bf16_products"] else []
+    parts += ["pages kept"] if row["pages_kept"] else []
+    return " ".join(parts)
+
+
 THEMES: list[tuple[str, str, Bars | None]] = [
     ("logits_cpu_float32", "rival's time over ours, loss and gradient",
      _of_rivals(lambda row: row["mode"], "native fused", ("native",))),
@@ -107,10 +116,17 @@ THEMES: list[tuple[str, str, Bars | None]] = [
     ("logits_avx512", "rival's time over ours, loss and gradient",
      _of_rivals(lambda row: f"{row['mode']} {row['dtype']} {row['tokens']} x {row['vocabulary']}",
                 "native fused", ("native",))),
+    ("logits_intel", "rival's time over ours, loss and gradient",
+     _of_rivals(lambda row: f"{row['mode']} {row['dtype']} {row['tokens']} x {row['vocabulary']}",
+                "native fused", ("native",))),
+    ("logits_intel_pages_kept", "rival's time over ours, loss and gradient",
+     _of_rivals(lambda row: row["mode"], "native fused", ("native",))),
     ("linear_cpu", "rival's time over ours, loss and gradients",
      _of_rivals(lambda row: f"{row['mode']} {row['vocabulary']} x {row['hidden']}", "fastsdpo")),
     ("linear_avx512", "rival's time over ours, loss and gradients",
      _of_rivals(lambda row: f"{row['mode']} {row['vocabulary']} x {row['hidden']}", "fastsdpo")),
+    ("linear_intel", "rival's time over ours, loss and gradients",
+     _of_rivals(_linear_case, "fastsdpo")),
     ("models_cpu", "rival's time over ours, loss and gradients",
      _of_rivals(lambda row: f"{row['question']} {row['mode']} {row['model']}", "fastsdpo")),
     ("memory_cpu", "", None),
@@ -125,6 +141,7 @@ THEMES: list[tuple[str, str, Bars | None]] = [
     ("personalization_search_cpu", "", None),
     ("goals_cpu", "", None),
     ("goals_avx512", "", None),
+    ("goals_intel", "", None),
     ("traffic", "", None),
     ("compile_matrix", "", None),
     ("costmodel_predictions", "", None),

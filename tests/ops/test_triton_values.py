@@ -98,6 +98,13 @@ def test_drawn_values(
     # in float32 is what ours is held to.
     plain, plain_grad = run(case.student, case.teacher, case.target_ids, "reference", **options)
     slack = 2 * (plain.loss.double() - want.loss).abs().item()
+    if (
+        loss == {}
+    ):  # A log p: each log-prob is rounded where it is, the difference A may be far smaller
+        s, t = want.student_logps.double(), want.teacher_logps.double()
+        off_s, off_t = (2.0**-22 * x.abs().clamp(min=1.0) for x in (s, t))
+        off = s.abs() * (off_s + off_t) + (t - s).abs() * off_s
+        slack += float((case.weights * off * (case.target_ids >= 0)).nan_to_num().sum())
     torch.testing.assert_close(out.loss.double(), want.loss, rtol=2e-5, atol=1e-5 + slack)
     # A student that is certain (1 - p below 2^-24, which float32 rounds away) has a gradient of that
     # size, of which plain PyTorch may get the digits by luck. There, roundings of what the gradient is a
