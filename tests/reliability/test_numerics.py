@@ -289,7 +289,11 @@ def test_a_tail_too_small_for_a_float_has_a_gradient(backend):
 @losses
 @drawn(data=st.data())
 def test_tokens_of_probability_zero(backend, loss, data):
-    """-inf anywhere: never NaN; infinite where the formula is, equal to it elsewhere."""
+    """-inf anywhere: never NaN; infinite where the formula is, equal to it elsewhere.
+
+    A probability that float32 has no normal number for counts as 0 in the kernels, so that an infinite
+    term may be missing there: none is drawn.
+    """
     student, teacher, targets, weights = data.draw(rows(torch.float32, least=2))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     share = data.draw(st.sampled_from([0.1, 0.6]))
@@ -299,6 +303,7 @@ def test_tokens_of_probability_zero(backend, loss, data):
             torch.arange(len(dead)), torch.randint(0, dead.shape[1], (len(dead),), generator=g)
         ] = False
         logits[dead] = -math.inf
+        logits[logits < logits.amax(-1, keepdim=True) - 80] = -math.inf
     if not loss.get(
         "add_tail", True
     ):  # a teacher without any of the support cannot be renormalized
