@@ -223,8 +223,14 @@ def measure(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
         tokens = sum(len(ids) for parts in want for ids in parts)
         with open(prepared, "rb") as lines:
             size = sum(len(line) for line in itertools.islice(lines, len(items)))
-        time("tokenize", {"fastsdpo": lambda: [tokenize(i) for i in items], **rivals}, size,
-             len(items), tokens)  # fmt: skip
+        if list(tokenize.stream(items)) != ours:
+            raise SystemExit("bench_data: tokenize: a stream gives other ids than one by one")
+        runs = {
+            "fastsdpo": lambda: list(tokenize.stream(items)),
+            "fastsdpo, one by one": lambda: [tokenize(item) for item in items],
+            **rivals,
+        }
+        time("tokenize", runs, size, len(items), tokens)
         groups = [
             list(group) for _, group in itertools.groupby(ours, key=lambda i: i.conversation_id)
         ]

@@ -22,12 +22,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastsdpo.data.interactions import Interaction
 from fastsdpo.data.templates import HindsightTemplate
+
+BATCH = 128  # interactions whose texts a fast tokenizer gets in one call
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class InteractionTokenizer:
         self._template_kwargs = dict(chat_template_kwargs or {})
         if "enable_thinking" in str(chat_template):
             self._template_kwargs.setdefault("enable_thinking", False)
+        self._ahead: dict[str, list[int]] = {}
         self._find_control_tokens(end_of_turn)
 
     def __call__(self, interaction: Interaction) -> TokenizedInteraction:
@@ -136,46 +139,89 @@ class InteractionTokenizer:
             ValueError: the chat template refuses the messages, the follow-up is blank, or not even
                 the end of the last message fits; the text names the interaction.
         """
-        try:
-            prompt, neutral_ids = interaction.prompt, None
-            if self.truncation == "independent-left":
-                prompt_ids = self._encode_prompt(prompt)
-                if self.max_prompt_length is not None:
-                    prompt_ids = prompt_ids[-self.max_prompt_length :]
-            else:
-                prompt, prompt_ids = self._fit(prompt)
-            teacher_ids = self._teacher_prompt(prompt, interaction.followup)
-            if self.neutral_followup is not None:
-                neutral_ids = self._teacher_prompt(prompt, self.neutral_followup)
-            completion_ids = self._encode_text(interaction.completion.rstrip())
-        except (TypeError, ValueError) as error:
-            name = "" if interaction.id is None else f"interaction {interaction.id!r}: "
-            raise ValueError(f"tokenize_interaction: {name}{error}") from error
-        completion_ids = completion_ids + [self.end_of_turn_id]
+        (result,) = self.stream([interaction])
+        if isinstance(result, ValueError):
+            raise result
+        return result
+
+    def stream(
+        self, interactions: Iterable[Interaction]
+    ) -> Iterator[TokenizedInteraction | ValueError]:
+        """Tokenizes interactions in order; in the place of one that cannot be, its error.
+
+        A fast tokenizer gets the texts of 128 interactions at once and encodes them in as many
+        threads as it likes (``TOKENIZERS_PARALLELISM=false``: one). The ids are the same.
+        """
+        interactions = iter(interactions)
+        while batch := list(itertools.islice(interactions, BATCH)):
+            steps = [self._steps(interaction) for interaction in batch]
+            results: dict[int, TokenizedInteraction | ValueError] = {}
+            while len(results) < len(batch):
+                texts: list[str] = []
+                for index, interaction in enumerate(batch):
+                    if index in results:
+                        continue
+                    try:
+                        texts += next(steps[index])
+                    except StopIteration as end:
+                        results[index] = end.value
+                    except (TypeError, ValueError) as error:
+                        name = "" if interaction.id is None else f"interaction {interaction.id!r}: "
+                        results[index] = ValueError(f"tokenize_interaction: {name}{error}")
+                        results[index].__cause__ = error
+                if len(batch) > 1:
+                    self._encode_ahead(texts)
+            self._ahead = {}
+            yield from (results[index] for index in range(len(batch)))
+
+    def _steps(self, interaction: Interaction) -> Generator[list[str], None, TokenizedInteraction]:
+        """Tokenizes one interaction, in steps; yields the texts that the next step will encode."""
+        shared = self.truncation == "shared"
+        prompt, completion = interaction.prompt, interaction.completion.rstrip()
+        rendered = self._render(prompt)
+        first = interaction.followup.strip()[: self.max_followup_length]  # of which `_cut` starts
+        yield [rendered, completion, first] if shared else [rendered, completion]
+
+        if shared:
+            prompt, prompt_ids = self._fit(prompt, rendered)
+        else:
+            prompt_ids = self._cut_left(self._encode_prompt(prompt, rendered))
+        completion_ids = self._encode_text(completion) + [self.end_of_turn_id]
+        followups = [interaction.followup]
+        if self.neutral_followup is not None:
+            followups.append(self.neutral_followup)
+        prompts = [self._teacher_prompt(prompt, followup) for followup in followups]
+        texts = [self._render(messages) for messages in prompts]
+        yield texts
+
+        teachers = [self._encode_prompt(*pair) for pair in zip(prompts, texts, strict=True)]
+        if not shared:
+            teachers = [self._cut_left(ids) for ids in teachers]
         return TokenizedInteraction(
             prompt_ids=prompt_ids,
-            teacher_prompt_ids=teacher_ids,
+            teacher_prompt_ids=teachers[0],
             completion_ids=completion_ids[: self.max_completion_length],
             id=interaction.id,
             conversation_id=interaction.conversation_id,
-            neutral_prompt_ids=neutral_ids,
+            neutral_prompt_ids=teachers[1] if len(teachers) > 1 else None,
         )
 
     # Length limits
 
-    def _teacher_prompt(self, prompt: list[dict], followup: str) -> list[int]:
-        if self.truncation == "independent-left":
-            ids = self._encode_prompt(self.template.apply(prompt, followup))
-            return ids if self.max_prompt_length is None else ids[-self.max_prompt_length :]
-        followup = self._cut(
-            followup.strip(), self._encode_text, self.max_followup_length, keep="start"
-        )
-        return self._encode_prompt(self.template.apply(prompt, followup))
+    def _cut_left(self, ids: list[int]) -> list[int]:
+        return ids if self.max_prompt_length is None else ids[-self.max_prompt_length :]
 
-    def _fit(self, prompt: list[dict]) -> tuple[list[dict], list[int]]:
+    def _teacher_prompt(self, prompt: list[dict], followup: str) -> list[dict]:
+        if self.truncation == "shared":
+            followup = self._cut(
+                followup.strip(), self._encode_text, self.max_followup_length, keep="start"
+            )
+        return self.template.apply(prompt, followup)
+
+    def _fit(self, prompt: list[dict], rendered: str) -> tuple[list[dict], list[int]]:
         """(messages, ids): as much of the end of the prompt as the limit holds."""
         limit = self.max_prompt_length
-        ids = self._encode_prompt(prompt)
+        ids = self._encode_prompt(prompt, rendered)
         if limit is None or len(ids) <= limit:
             return prompt, ids
         system = [message for message in prompt[:1] if message["role"] == "system"]
@@ -311,7 +357,17 @@ class InteractionTokenizer:
         self._strips_right = {t for t in control if getattr(added.get(t), "rstrip", False)}
 
     def _encode(self, text: str) -> list[int]:
+        if text in self._ahead:
+            return list(self._ahead[text])
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _encode_ahead(self, texts: list[str]) -> None:
+        """Encodes what is about to be encoded, where that is faster in one call."""
+        texts = list(dict.fromkeys(filter(None, texts)))
+        self._ahead = {}
+        if texts and getattr(self.tokenizer, "is_fast", False):
+            ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            self._ahead = dict(zip(texts, ids, strict=True))
 
     def _smuggles(self, ids: list[int], wanted: int) -> bool:
         return sum(token_id in self._control_ids for token_id in ids) > wanted
@@ -341,13 +397,14 @@ class InteractionTokenizer:
             )
         return ids
 
-    def _encode_prompt(self, messages: list[dict]) -> list[int]:
-        """The ids of the rendered messages; control tokens only where the template puts them."""
+    def _encode_prompt(self, messages: list[dict], rendered: str | None = None) -> list[int]:
+        """The ids of the messages (`rendered`: by the template); control tokens only where the
+        template puts them."""
         contents = [message["content"] for message in messages]
+        rendered = self._render(messages) if rendered is None else rendered
         if self.allow_special_tokens:
-            return self._encode(self._render(messages))
+            return self._encode(rendered)
         if not any(self._control.search(content) for content in contents):
-            rendered = self._render(messages)
             ids = self._encode(rendered)
             # More control tokens than spelled out: a normalizer made one out of other characters.
             if self._smuggles(ids, len(self._control.findall(rendered))):
@@ -424,14 +481,13 @@ def tokenize_interactions(
         errors: where given, an interaction that cannot be tokenized is left out and the message
             appended here, instead of raised.
     """
-    tokenize = InteractionTokenizer(tokenizer, template, **options)
-    for interaction in interactions:
-        try:
-            yield tokenize(interaction)
-        except ValueError as error:
-            if errors is None:
-                raise
-            errors.append(str(error))
+    for result in InteractionTokenizer(tokenizer, template, **options).stream(interactions):
+        if isinstance(result, TokenizedInteraction):
+            yield result
+        elif errors is None:
+            raise result
+        else:
+            errors.append(str(result))
 
 
 def _alternatives(texts: Iterable[str]) -> re.Pattern:

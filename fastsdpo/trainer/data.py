@@ -109,53 +109,56 @@ class InteractionDataset(Dataset):
             )
         dropped: list[str] = []
         sample: list[Interaction] = []
-        tokenize = None
         draw = random.Random(0)
-        count = 0
 
-        def tokenized() -> Iterator[TokenizedInteraction]:
-            nonlocal tokenize, count
+        def checked() -> Iterator[Interaction | TokenizedInteraction]:
             items: Iterable = source
             if progress:
                 from tqdm.auto import tqdm
 
                 items = tqdm(source, desc=f"tokenizing {name}", unit=" interactions", leave=False)
             for index, item in enumerate(items):
-                if isinstance(item, TokenizedInteraction):
-                    if neutral and not item.neutral_prompt_ids:
-                        raise ValueError(
-                            f"SDPOTrainer: {name}[{index}] came as tokens, {NO_NEUTRAL}"
-                        )
-                    yield item
-                    continue
                 if isinstance(item, Mapping):
                     try:
                         item = parse_interaction(item)
                     except (TypeError, ValueError) as error:
                         raise ValueError(f"SDPOTrainer: {name}[{index}]: {error}") from error
-                if not isinstance(item, Interaction):
+                if isinstance(item, TokenizedInteraction):
+                    if neutral and not item.neutral_prompt_ids:
+                        raise ValueError(
+                            f"SDPOTrainer: {name}[{index}] came as tokens, {NO_NEUTRAL}"
+                        )
+                elif not isinstance(item, Interaction):
                     raise TypeError(
                         f"SDPOTrainer: {name}[{index}] must be an interaction, "
                         f"got {type(item).__name__}"
                     )
-                if tokenizer is None:
+                elif tokenizer is None:
                     raise ValueError(
                         f"SDPOTrainer: {name} holds text, so processing_class must be a tokenizer, "
                         "got None"
                     )
-                tokenize = tokenize or InteractionTokenizer(tokenizer, template, **options)
-                try:
-                    result = tokenize(item)
-                except ValueError as error:
-                    dropped.append(str(error))
+                yield item
+
+        def tokenized() -> Iterator[TokenizedInteraction]:
+            tokenize, count = None, 0
+            for text, items in itertools.groupby(checked(), lambda i: isinstance(i, Interaction)):
+                if not text:
+                    yield from items
                     continue
-                # Reservoir sampling: every interaction is kept with the same probability.
-                count += 1
-                if len(sample) < SAMPLE_SIZE:
-                    sample.append(item)
-                elif (place := draw.randrange(count)) < SAMPLE_SIZE:
-                    sample[place] = item
-                yield result
+                tokenize = tokenize or InteractionTokenizer(tokenizer, template, **options)
+                items, interactions = itertools.tee(items)
+                for item, result in zip(items, tokenize.stream(interactions)):
+                    if isinstance(result, ValueError):
+                        dropped.append(str(result))
+                        continue
+                    # Reservoir sampling: every interaction is kept with the same probability.
+                    count += 1
+                    if len(sample) < SAMPLE_SIZE:
+                        sample.append(item)
+                    elif (place := draw.randrange(count)) < SAMPLE_SIZE:
+                        sample[place] = item
+                    yield result
 
         dataset = cls(tokenized())
         dataset.sample, dataset.dropped = sample, dropped

@@ -437,3 +437,78 @@ def test_anything_with_the_few_methods_will_do():
     words = Words()
     item = tokenize_interaction(words, interaction("a <end> b"), "note")
     assert item.prompt_ids.count(0) == 1 and item.completion_ids[-1] == 0
+
+
+class TestStream:
+    """Many at once: the same ids and errors as one by one, whatever the batch and the limits."""
+
+    MANY = [
+        *ORDINARY,
+        interaction("user <|im_end|> pastes", "the token", "<|im_start|>", followup="<|im_end|>no"),
+        interaction("a blank follow-up", followup=" \n"),
+        interaction("a long one " * 200, "b " * 300, "last " * 100, followup="very " * 700),
+        interaction("an empty answer", completion="  "),
+        interaction("the same"), interaction("the same"),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize("batch", [1, 2, 5, 128])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            NO_LIMITS,
+            dict(max_prompt_length=40, max_completion_length=9, max_followup_length=7),
+            dict(max_prompt_length=30, truncation="independent-left"),
+            dict(allow_special_tokens=True, neutral_followup=" Okay. "),
+        ],
+        ids=str,
+    )
+    def test_same_as_one_by_one(self, smollm2, monkeypatch, batch, options):
+        monkeypatch.setattr("fastsdpo.data.tokenization.BATCH", batch)
+        tokenize = InteractionTokenizer(smollm2, OFFLINE, **options)
+        want = []
+        for item in self.MANY:
+            try:
+                want.append(tokenize(item))
+            except ValueError as error:
+                want.append(str(error))
+        found = [str(x) if isinstance(x, ValueError) else x for x in tokenize.stream(self.MANY)]
+        assert found == want
+        assert sum(isinstance(x, str) for x in found) == 1  # the blank follow-up
+
+    def test_is_one_call_per_step(self, smollm2):
+        class Counting:
+            calls = 0
+
+            def __getattr__(self, name):
+                return getattr(smollm2, name)
+
+            def __call__(self, *args, **kwargs):
+                Counting.calls += 1
+                return smollm2(*args, **kwargs)
+
+        tokenize = InteractionTokenizer(Counting(), OFFLINE)
+        many = [interaction(f"question {i}", followup=f"no, {i}") for i in range(300)]
+        Counting.calls = 0
+        assert len(list(tokenize.stream(iter(many)))) == 300
+        assert Counting.calls == 2 * 3  # two steps of three batches
+
+    def test_reads_no_more_than_a_batch_ahead(self, smollm2):
+        read = 0
+
+        def source():
+            nonlocal read
+            for i in range(1000):
+                read += 1
+                yield interaction(f"question {i}")
+
+        stream = tokenize_interactions(smollm2, source(), OFFLINE)
+        next(stream)
+        assert read == 128
+
+    def test_an_error_comes_after_what_was_done_before_it(self, smollm2):
+        many = [interaction("one"), interaction("two"), interaction("three", followup=" ")]
+        stream = tokenize_interactions(smollm2, many, OFFLINE)
+        assert [next(stream).id, next(stream).id] == ["i7", "i7"]
+        with pytest.raises(ValueError, match="interaction 'i7'"):
+            next(stream)
