@@ -27,10 +27,11 @@ tokens'; for top-k, the lowest of the support instead of the target's.
 With it the loops keep no maximum and rescale nothing: per element they widen, multiply and add, take an
 exponential, add. The exponent c k - shift, shift = r k as rounded, is one operation; sums are divided by
 the weight that r itself got, so a certain token's probability is 1 to the last bit. Exponents are exact
-enough while the row's maximum is at most 2^16 times as likely as the reference: a segment that sums to
-more in one slot, or whose reference is beyond 2^19 / k, is marked and then summed again with (c - maximum) k
-(two more passes over a segment, from a cache, where the target has less than e^-11 of the best token's
-probability). Masked tokens have weight 0; a NaN makes all of its row's results NaN.
+enough while the row's maximum is at most 2^16 times as likely as the reference, twice if it has nearly all of
+the probability: a segment that sums to more in one slot, or whose reference is beyond 2^19 / k, is marked and
+then summed again with (c - maximum) k (two more passes over a segment, from a cache, where the target has
+less than e^-11 of the best token's probability, or less than half of a token's that is all but certain).
+Masked tokens have weight 0; a NaN makes all of its row's results NaN.
 """
 
 from __future__ import annotations
@@ -75,8 +76,10 @@ THREADS = tl.constexpr(32 * NUM_WARPS)
 FAR = tl.constexpr(524288.0)  # 2^19: a shift up to it is rounded by at most 2^-6
 INFINITY_BITS = tl.constexpr(0x7F800000)  # of a float32
 AGAIN = tl.constexpr(float("inf"))  # in the place of a segment's reference
-# A slot's sum of weights that calls for a better reference: exponents up to 16 are rounded by 2^-21.
+# A slot's sum of weights that calls for a better reference: exponents up to 16 are rounded by 2^-21. What
+# has all but 2^-6 of its segment's sum does so from 2 on: of certain tokens the last bits count.
 TOO_LARGE, TOO_SMALL = tl.constexpr(65536.0), tl.constexpr(2.0**-60)
+NEARLY_ALL = tl.constexpr(1.0 - 2.0**-6)
 
 # Arguments whose values never compile another variant.
 RUNTIME = (
@@ -553,6 +556,13 @@ def own_weight(reference, k):
 
 
 @triton.jit
+def well_placed(largest, total):
+    """Whether weights that add up to ``total`` are exact enough: ``largest`` are the bits of a slot's sum."""
+    slot = largest.to(tl.float32, bitcast=True)
+    return (slot < TOO_LARGE) & (slot < tl.maximum(total * NEARLY_ALL, 2.0))
+
+
+@triton.jit
 def log2_weight(x, m, shift, k, EXACT: tl.constexpr):
     if EXACT:
         return (x - m) * k
@@ -741,7 +751,7 @@ def store_segment(
             tl.store(out + 2, e_sum / w)
         else:
             z_sum, largest = sum_slots(z)
-        well = largest < bits_of(TOO_LARGE)
+        well = well_placed(largest, z_sum)
         if SKIP:  # the reference may be of the support, and far above all else
             well = well & (largest > bits_of(TOO_SMALL))
         tl.store(out, tl.where(well, reference, AGAIN))

@@ -28,11 +28,9 @@ from fastsdpo.ops._triton_common import (
     NEG_INF,
     RUNTIME,
     STAYS,
-    TOO_LARGE,
     beside,
     beside_of,
     beside_row,
-    bits_of,
     coefficient,
     edge_positions,
     first_max,
@@ -75,6 +73,7 @@ from fastsdpo.ops._triton_common import (
     total_2,
     total_4,
     usable,
+    well_placed,
     whole_pieces,
     whole_tiles,
 )
@@ -275,7 +274,7 @@ def store_pair(
         _, ws = own_weight(s_reference, k)
         _, wt = own_weight(t_reference, k)
         s_sum, s_largest, t_sum, t_largest, d_sum = pair_sums(sz, tz, d)
-        well = tl.maximum(s_largest, t_largest) < bits_of(TOO_LARGE)
+        well = well_placed(s_largest, s_sum) & well_placed(t_largest, t_sum)
         tl.store(out, tl.where(well, s_reference, AGAIN))
         tl.store(out + 1, s_sum / ws)
         tl.store(out + 3, t_sum / wt)
