@@ -439,17 +439,19 @@ def test_anything_with_the_few_methods_will_do():
     assert item.prompt_ids.count(0) == 1 and item.completion_ids[-1] == 0
 
 
+MANY = [
+    *ORDINARY,
+    interaction("user <|im_end|> pastes", "the token", "<|im_start|>", followup="<|im_end|>no"),
+    interaction("a blank follow-up", followup=" \n"),
+    interaction("a long one " * 200, "b " * 300, "last " * 100, followup="very " * 700),
+    interaction("an empty answer", completion="  "),
+    interaction("the same"),
+    interaction("the same"),
+]
+
+
 class TestStream:
     """Many at once: the same ids and errors as one by one, whatever the batch and the limits."""
-
-    MANY = [
-        *ORDINARY,
-        interaction("user <|im_end|> pastes", "the token", "<|im_start|>", followup="<|im_end|>no"),
-        interaction("a blank follow-up", followup=" \n"),
-        interaction("a long one " * 200, "b " * 300, "last " * 100, followup="very " * 700),
-        interaction("an empty answer", completion="  "),
-        interaction("the same"), interaction("the same"),
-    ]  # fmt: skip
 
     @pytest.mark.parametrize("batch", [1, 2, 5, 128])
     @pytest.mark.parametrize(
@@ -467,12 +469,12 @@ class TestStream:
         monkeypatch.setattr("fastsdpo.data.tokenization.BATCH", batch)
         tokenize = InteractionTokenizer(smollm2, OFFLINE, **options)
         want = []
-        for item in self.MANY:
+        for item in MANY:
             try:
                 want.append(tokenize(item))
             except ValueError as error:
                 want.append(str(error))
-        found = [str(x) if isinstance(x, ValueError) else x for x in tokenize.stream(self.MANY)]
+        found = [str(x) if isinstance(x, ValueError) else x for x in tokenize.stream(MANY)]
         assert found == want
         assert sum(isinstance(x, str) for x in found) == 1  # the blank follow-up
 
