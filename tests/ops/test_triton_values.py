@@ -282,6 +282,22 @@ def test_a_certain_token_has_probability_one_to_the_last_bit():
     assert not grad.any()
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1.0], ids=["forward", "reverse"])
+def test_the_last_bits_of_a_certain_token_that_is_not_the_target(alpha):
+    """Its weight is not taken beside the target's, where 2^16 would leave four roundings of 2^-23."""
+    below = torch.linspace(5, 11, 24)  # nats
+    top = 3 + torch.rand(24, generator=torch.Generator().manual_seed(0)) * 90
+    student = torch.full((24, 129), -200.0)
+    student[:, 100], student[:, 70] = top, top - below  # beyond the first 64 tokens
+    teacher = student.clone()
+    teacher[:, 70] -= 0.1
+    y = torch.full((24,), 70)
+    options = {"mode": "full", "alpha": alpha, "weights": torch.ones(24)}
+    want = oracle_sdpo_loss(student, teacher, y, **options)
+    _, grad = run(student, teacher, y, **options)
+    assert float((grad.double() - want.grad).abs().max()) < 2 * EPSILON
+
+
 def test_a_row_split_over_programs_has_the_same_bits(loss, monkeypatch):
     case = make_rows((2,), 20001, ignored=0)
     found = []
