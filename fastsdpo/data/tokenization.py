@@ -370,7 +370,7 @@ class InteractionTokenizer:
             self._ahead = dict(zip(texts, ids, strict=True))
 
     def _smuggles(self, ids: list[int], wanted: int) -> bool:
-        return sum(token_id in self._control_ids for token_id in ids) > wanted
+        return sum(map(self._control_ids.__contains__, ids)) > wanted
 
     def _encode_text(self, text: str) -> list[int]:
         """The ids of text that comes from data: no control token among them."""
