@@ -29,7 +29,7 @@ from typing import Any, Literal
 from fastsdpo.data.interactions import Interaction
 from fastsdpo.data.templates import HindsightTemplate
 
-BATCH = 128  # interactions whose texts a fast tokenizer gets in one call
+BATCH = 64  # interactions whose texts a fast tokenizer gets in one call
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class InteractionTokenizer:
     ) -> Iterator[TokenizedInteraction | ValueError]:
         """Tokenizes interactions in order; in the place of one that cannot be, its error.
 
-        A fast tokenizer gets the texts of 128 interactions at once and encodes them in as many
+        A fast tokenizer gets the texts of 64 interactions at once and encodes them in as many
         threads as it likes (``TOKENIZERS_PARALLELISM=false``: one). The ids are the same.
         """
         interactions = iter(interactions)
@@ -365,9 +365,13 @@ class InteractionTokenizer:
         """Encodes what is about to be encoded, where that is faster in one call."""
         texts = list(dict.fromkeys(filter(None, texts)))
         self._ahead = {}
-        if texts and getattr(self.tokenizer, "is_fast", False):
+        if not texts or not getattr(self.tokenizer, "is_fast", False):
+            return
+        try:
             ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-            self._ahead = dict(zip(texts, ids, strict=True))
+        except (TypeError, ValueError):
+            return  # one of them (half a surrogate pair): it fails again by itself, and alone
+        self._ahead = dict(zip(texts, ids, strict=True))
 
     def _smuggles(self, ids: list[int], wanted: int) -> bool:
         return sum(map(self._control_ids.__contains__, ids)) > wanted

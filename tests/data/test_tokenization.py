@@ -453,7 +453,7 @@ MANY = [
 class TestStream:
     """Many at once: the same ids and errors as one by one, whatever the batch and the limits."""
 
-    @pytest.mark.parametrize("batch", [1, 2, 5, 128])
+    @pytest.mark.parametrize("batch", [1, 2, 5, 64])
     @pytest.mark.parametrize(
         "options",
         [
@@ -493,7 +493,7 @@ class TestStream:
         many = [interaction(f"question {i}", followup=f"no, {i}") for i in range(300)]
         Counting.calls = 0
         assert len(list(tokenize.stream(iter(many)))) == 300
-        assert Counting.calls == 2 * 3  # two steps of three batches
+        assert Counting.calls == 2 * 5  # two steps of five batches
 
     def test_reads_no_more_than_a_batch_ahead(self, smollm2):
         read = 0
@@ -506,7 +506,7 @@ class TestStream:
 
         stream = tokenize_interactions(smollm2, source(), OFFLINE)
         next(stream)
-        assert read == 128
+        assert read == 64
 
     def test_an_error_comes_after_what_was_done_before_it(self, smollm2):
         many = [interaction("one"), interaction("two"), interaction("three", followup=" ")]
@@ -514,3 +514,10 @@ class TestStream:
         assert [next(stream).id, next(stream).id] == ["i7", "i7"]
         with pytest.raises(ValueError, match="interaction 'i7'"):
             next(stream)
+
+    def test_text_that_no_encoder_takes_fails_alone(self, smollm2):
+        many = [interaction("one"), interaction("half a pair: \ud83d"), interaction("three")]
+        errors = []
+        found = list(tokenize_interactions(smollm2, many, OFFLINE, errors=errors))
+        assert len(found) == 2 and len(errors) == 1
+        assert found == list(tokenize_interactions(smollm2, many[::2], OFFLINE))
