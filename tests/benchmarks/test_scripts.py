@@ -60,7 +60,7 @@ def options(source):
 def test_data_preparation_against_rivals_that_give_the_same(source, tokenizer):
     rows = bench_data.measure(options(source), tokenizer)
     found = {(row["stage"], row["who"]): row for row in rows}
-    assert len(found) == 10
+    assert len(found) == 11
     assert {row["interactions"] for row in rows} == {3}
     assert {row["conversations"] for row in rows} == {2}
     assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in rows)
