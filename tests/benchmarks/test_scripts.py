@@ -65,7 +65,7 @@ def test_data_preparation_against_rivals_that_give_the_same(source, tokenizer):
     assert {row["conversations"] for row in rows} == {2}
     assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in rows)
     page = bench_data.markdown(rows)
-    assert page.count("| tokenize |") == 3
+    assert page.count("| tokenize |") == 4
     assert "2 real conversations" in page
 
 
