@@ -485,11 +485,21 @@ def total_2(a, b):
 
 
 @triton.jit
-def total_4(a, b, c, d):
-    ab, cd = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 0))
+def joined_4(a, b, c, d):
+    return tl.join(tl.join(a, b), tl.join(c, d))
+
+
+@triton.jit
+def split_4(abcd):
+    ab, cd = tl.split(abcd)
     a, b = tl.split(ab)
     c, d = tl.split(cd)
     return a, b, c, d
+
+
+@triton.jit
+def total_4(a, b, c, d):
+    return split_4(tl.sum(joined_4(a, b, c, d), 0))
 
 
 @triton.jit
@@ -500,10 +510,7 @@ def largest_2(a, b):
 
 @triton.jit
 def largest_4(a, b, c, d):
-    ab, cd = tl.split(tl.max(tl.join(tl.join(a, b), tl.join(c, d)), 0))
-    a, b = tl.split(ab)
-    c, d = tl.split(cd)
-    return a, b, c, d
+    return split_4(tl.max(joined_4(a, b, c, d), 0))
 
 
 @triton.jit
@@ -858,9 +865,9 @@ def merged(ptr, segments, k, ENTROPY: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def log_prob(c, row_max, row_log2sum, k):
+def log_prob(c, row_max, row_log2sum, inv_temperature):
     """Of one token, in nats."""
-    return ((c - row_max) * k - row_log2sum) * LN2
+    return tl.fma(c - row_max, inv_temperature, -(row_log2sum * LN2))
 
 
 @triton.jit

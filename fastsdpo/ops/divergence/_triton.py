@@ -95,19 +95,23 @@ FORWARD_KL, REVERSE_KL, JSD = 0, 1, 2
 def merge_pair(sm, sz, tm, tz, d, sm2, sz2, tm2, tz2, d2, k, MODE: tl.constexpr):
     """Two partial (maxima, sums, sum of weights x (own - other)) of a pair of rows as one.
 
-    The weights are the teacher's for forward KL, the student's for reverse KL; d holds differences of c
-    themselves, so only the weights' factor changes with the maximum.
+    The weights are the teacher's for forward KL, the student's for reverse KL; own and other are log2 of the
+    weights, which move with the maxima.
     """
     s_top = tl.maximum(sm, sm2)
     t_top = tl.maximum(tm, tm2)
-    a = tl.exp2((sm - s_top) * k)
-    b = tl.exp2((sm2 - s_top) * k)
-    p = tl.exp2((tm - t_top) * k)
-    q = tl.exp2((tm2 - t_top) * k)
+    s = (sm - s_top) * k
+    s2 = (sm2 - s_top) * k
+    t = (tm - t_top) * k
+    t2 = (tm2 - t_top) * k
+    a = tl.exp2(s)
+    b = tl.exp2(s2)
+    p = tl.exp2(t)
+    q = tl.exp2(t2)
     if MODE == 0:
-        d = times(p, d) + times(q, d2)
+        d = times(p, d + times(tz, t - s)) + times(q, d2 + times(tz2, t2 - s2))
     if MODE == 1:
-        d = times(a, d) + times(b, d2)
+        d = times(a, d + times(sz, s - t)) + times(b, d2 + times(sz2, s2 - t2))
     return s_top, sz * a + sz2 * b, t_top, tz * p + tz2 * q, d
 
 
@@ -138,24 +142,45 @@ def load_pair_part(
 
 
 @triton.jit
-def kl_terms(x, y, ws, wt, MODE: tl.constexpr):
-    """weights x (own - other) of forward or reverse KL."""
-    if MODE == 0:
-        return times(wt, y - x)
-    else:
-        return times(ws, x - y)
-
-
-@triton.jit
 def absorb_pair(
     x, y, sz, tz, d, s_reference, s_shift, t_reference, t_shift, k,
     MODE: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Tiles [accesses, threads, VEC] of both rows into the slots' sums."""
-    ws = tl.exp2(log2_weight(x, s_reference, s_shift, k, EXACT))
-    wt = tl.exp2(log2_weight(y, t_reference, t_shift, k, EXACT))
-    d = plus(d, kl_terms(x, y, ws, wt, MODE), FAST)
+    s = log2_weight(x, s_reference, s_shift, k, EXACT)
+    t = log2_weight(y, t_reference, t_shift, k, EXACT)
+    ws = tl.exp2(s)
+    wt = tl.exp2(t)
+    if MODE == 0:
+        d = plus(d, times(wt, t - s), FAST)
+    else:
+        d = plus(d, times(ws, s - t), FAST)
     return plus(sz, ws, FAST), plus(tz, wt, FAST), d
+
+
+@triton.jit
+def pair_tiles(
+    sz, tz, d, first, end, s_start, t_start, t_by, low, high, s_reference, t_reference, k, cap,
+    HAS_CAP: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, WHOLE_TILES: tl.constexpr,
+    BESIDE: tl.constexpr, FAST: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """The slots' sums with the tiles from ``first`` to ``end``."""
+    at = tile_positions(LANES, VEC)
+    s_shift = s_reference * k
+    t_shift = t_reference * k
+    for o in range(first, end, LANES * VEC):
+        if WHOLE_TILES:
+            x, y = load_pair(
+                s_start, t_start, t_by, o, at, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, False
+            )
+        else:
+            x, y = load_pair_part(
+                s_start, t_start, t_by, o, at, low, high, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, False,
+            )  # fmt: skip
+        sz, tz, d = absorb_pair(
+            x, y, sz, tz, d, s_reference, s_shift, t_reference, t_shift, k, MODE, EXACT, FAST
+        )
+    return sz, tz, d
 
 
 @triton.jit
@@ -166,52 +191,26 @@ def pair_segment(
 ):  # fmt: skip
     """Joint sums of each slot over elements [low, high)."""
     TILE: tl.constexpr = LANES * VEC
-    at = tile_positions(LANES, VEC)
-    s_shift = s_reference * k
-    t_shift = t_reference * k
     sz = per_slot(0.0, LANES, VEC)
     tz = per_slot(0.0, LANES, VEC)
     d = per_slot(0.0, LANES, VEC)
     whole = begin
     # With 8 slots, a softcap leaves no registers for what two more loops keep: all tiles are masked ones.
     if not (EXACT or (HAS_CAP and VEC > 4)):
-        for o in range(begin, tl.minimum(begin + TILE, high), TILE):  # one, or none
-            x, y = load_pair_part(
-                s_start,
-                t_start,
-                t_by,
-                o,
-                at,
-                low,
-                high,
-                cap,
-                HAS_CAP,
-                BESIDE,
-                FAST,
-                LANES,
-                VEC,
-                False,
-            )
-            sz, tz, d = absorb_pair(
-                x, y, sz, tz, d, s_reference, s_shift, t_reference, t_shift, k, MODE, EXACT, FAST
-            )
         first = begin + TILE
         whole = whole_tiles(first, high, BESIDE, LANES, VEC)
-        for o in range(first, whole, TILE):
-            x, y = load_pair(
-                s_start, t_start, t_by, o, at, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, False
-            )
-            sz, tz, d = absorb_pair(
-                x, y, sz, tz, d, s_reference, s_shift, t_reference, t_shift, k, MODE, EXACT, FAST
-            )
-    for o in range(whole, high, TILE):
-        x, y = load_pair_part(
-            s_start, t_start, t_by, o, at, low, high, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, False
-        )
-        sz, tz, d = absorb_pair(
-            x, y, sz, tz, d, s_reference, s_shift, t_reference, t_shift, k, MODE, EXACT, FAST
-        )
-    return sz, tz, d
+        sz, tz, d = pair_tiles(  # one, or none
+            sz, tz, d, begin, tl.minimum(first, high), s_start, t_start, t_by, low, high, s_reference,
+            t_reference, k, cap, HAS_CAP, MODE, EXACT, False, BESIDE, FAST, LANES, VEC,
+        )  # fmt: skip
+        sz, tz, d = pair_tiles(
+            sz, tz, d, first, whole, s_start, t_start, t_by, low, high, s_reference,
+            t_reference, k, cap, HAS_CAP, MODE, EXACT, True, BESIDE, FAST, LANES, VEC,
+        )  # fmt: skip
+    return pair_tiles(
+        sz, tz, d, whole, high, s_start, t_start, t_by, low, high, s_reference,
+        t_reference, k, cap, HAS_CAP, MODE, EXACT, False, BESIDE, FAST, LANES, VEC,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -259,8 +258,9 @@ def store_pair(
     HAS_CAP: tl.constexpr, MODE: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr,
     A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """`store_segment` of both rows: (reference, sum) of each and the sum of weights x (own - other). The
-    references are there already: kept, they would take registers from the sums of tiles."""
+    """`store_segment` of both rows: (reference, sum) of each and the sum of weights x the difference of their
+    log2, own - other. The references are there already: kept, they would take registers from the sums of
+    tiles."""
     segment = opaque(segment, FAST)
     begin, low, high = segment_bounds(segment, pieces, phase, vocabulary, A, FAST)
     out = out_ptr + segment * 5
@@ -271,17 +271,17 @@ def store_pair(
         )  # fmt: skip
         s_reference = tl.load(out, volatile=True)  # anew
         t_reference = tl.load(out + 2, volatile=True)
-        _, ws = own_weight(s_reference, k)
-        _, wt = own_weight(t_reference, k)
+        s, ws = own_weight(s_reference, k)
+        t, wt = own_weight(t_reference, k)
         s_sum, s_largest, t_sum, t_largest, d_sum = pair_sums(sz, tz, d)
         well = well_placed(s_largest, s_sum) & well_placed(t_largest, t_sum)
         tl.store(out, tl.where(well, s_reference, AGAIN))
         tl.store(out + 1, s_sum / ws)
         tl.store(out + 3, t_sum / wt)
         if MODE == 0:
-            tl.store(out + 4, d_sum / wt)
+            tl.store(out + 4, tl.fma(t_sum, s - t, d_sum) / wt)
         if MODE == 1:
-            tl.store(out + 4, d_sum / ws)
+            tl.store(out + 4, tl.fma(s_sum, t - s, d_sum) / ws)
     else:
         store_nothing(out, 2)
         store_nothing(out + 2, 3)
@@ -378,8 +378,8 @@ def merged_pair(ptr, segments, k, MODE: tl.constexpr):
 def jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST: tl.constexpr):
     """(p, log2 p - log2 m, q, log2 q - log2 m) of a tile, m the mixture. The differences are finite where p
     (q) is 0, so that their products need no guard."""
-    s = (x - sm) * k - sl
-    t = (y - tm) * k - tl_
+    s = tl.fma(x - sm, k, -sl)
+    t = tl.fma(y - tm, k, -tl_)
     p = tl.exp2(s)
     q = tl.exp2(t)
     m = (1.0 - alpha) * p + alpha * q
@@ -388,10 +388,26 @@ def jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST: tl.constexpr):
 
 
 @triton.jit
-def absorb_jsd(x, y, ls, lt, sm, sl, tm, tl_, k, alpha, FAST: tl.constexpr):
-    """Tiles of both rows into the slots' sums."""
-    p, ds, q, dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
-    return plus(ls, p * ds, FAST), plus(lt, q * dt, FAST)
+def jsd_tiles(
+    ls, lt, first, end, s_start, t_start, t_by, low, high, sm, sl, tm, tl_, k, cap, alpha,
+    HAS_CAP: tl.constexpr, WHOLE_TILES: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """The slots' sums with the tiles from ``first`` to ``end``."""
+    at = tile_positions(LANES, VEC)
+    for o in range(first, end, LANES * VEC):
+        if WHOLE_TILES:
+            x, y = load_pair(
+                s_start, t_start, t_by, o, at, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, True
+            )
+        else:
+            x, y = load_pair_part(
+                s_start, t_start, t_by, o, at, low, high, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, True,
+            )  # fmt: skip
+        p, ds, q, dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
+        ls = plus(ls, p * ds, FAST)
+        lt = plus(lt, q * dt, FAST)
+    return ls, lt
 
 
 @triton.jit
@@ -402,56 +418,25 @@ def jsd_segment(
     LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """``of_s`` and ``of_t`` with a segment's part."""
-    TILE: tl.constexpr = LANES * VEC
-    at = tile_positions(LANES, VEC)
     segment = opaque(segment, FAST)
     begin, low, high = segment_bounds(segment, pieces, phase, vocabulary, A, FAST)
     if (begin < high) & (known == 0.0):
         ls = per_slot(0.0, LANES, VEC)
         lt = per_slot(0.0, LANES, VEC)
-        for o in range(begin, tl.minimum(begin + TILE, high), TILE):  # one, or none
-            x, y = load_pair_part(
-                s_start,
-                t_start,
-                t_by,
-                o,
-                at,
-                low,
-                high,
-                cap,
-                HAS_CAP,
-                BESIDE,
-                FAST,
-                LANES,
-                VEC,
-                True,
-            )
-            ls, lt = absorb_jsd(x, y, ls, lt, sm, sl, tm, tl_, k, alpha, FAST)
-        first = begin + TILE
+        first = begin + LANES * VEC
+        ls, lt = jsd_tiles(  # one, or none
+            ls, lt, begin, tl.minimum(first, high), s_start, t_start, t_by, low, high, sm, sl, tm, tl_, k,
+            cap, alpha, HAS_CAP, False, BESIDE, FAST, LANES, VEC,
+        )  # fmt: skip
         whole = whole_tiles(first, high, BESIDE, LANES, VEC)
-        for o in range(first, whole, TILE):
-            x, y = load_pair(
-                s_start, t_start, t_by, o, at, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, True
-            )
-            ls, lt = absorb_jsd(x, y, ls, lt, sm, sl, tm, tl_, k, alpha, FAST)
-        for o in range(whole, high, TILE):
-            x, y = load_pair_part(
-                s_start,
-                t_start,
-                t_by,
-                o,
-                at,
-                low,
-                high,
-                cap,
-                HAS_CAP,
-                BESIDE,
-                FAST,
-                LANES,
-                VEC,
-                True,
-            )
-            ls, lt = absorb_jsd(x, y, ls, lt, sm, sl, tm, tl_, k, alpha, FAST)
+        ls, lt = jsd_tiles(
+            ls, lt, first, whole, s_start, t_start, t_by, low, high, sm, sl, tm, tl_, k,
+            cap, alpha, HAS_CAP, True, BESIDE, FAST, LANES, VEC,
+        )  # fmt: skip
+        ls, lt = jsd_tiles(
+            ls, lt, whole, high, s_start, t_start, t_by, low, high, sm, sl, tm, tl_, k,
+            cap, alpha, HAS_CAP, False, BESIDE, FAST, LANES, VEC,
+        )  # fmt: skip
         s_sum, _, t_sum, _ = sum_slots_2(ls, lt)
         of_s += s_sum
         of_t += t_sum
@@ -497,12 +482,12 @@ def divergence_gradient(
         p, ds, _q, _dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
         g = p * (ds - kl * LOG2E) * (coef * (1.0 - alpha) * LN2)
     elif MODE == 0:
-        p = tl.exp2((x - sm) * k - sl)
-        q = tl.exp2((y - tm) * k - tl_)
+        p = tl.exp2(tl.fma(x - sm, k, -sl))
+        q = tl.exp2(tl.fma(y - tm, k, -tl_))
         g = (p - q) * coef
     else:
-        s = (x - sm) * k - sl
-        t = (y - tm) * k - (tl_ - kl * LOG2E)  # with the KL: s - t is what the gradient weighs
+        s = tl.fma(x - sm, k, -sl)
+        t = tl.fma(y - tm, k, kl * LOG2E - tl_)  # with the KL: s - t is what the gradient weighs
         g = times(tl.exp2(s), s - t) * (coef * LN2)
     return g * slope(x, cap, HAS_CAP)
 
@@ -612,9 +597,9 @@ def _divergence_fwd_kernel(
         sm = tl.where(live, sm, 0.0)
         tm = tl.where(live, tm, 0.0)
         c = load_c(s_ptr + s_offset + target, live, cap, HAS_CAP, FAST)
-        student = tl.where(live, log_prob(c, sm, sl, k), 0.0)
+        student = tl.where(live, log_prob(c, sm, sl, inv_temperature), 0.0)
         c = load_c(t_ptr + t_offset + target, live, cap, HAS_CAP, FAST)
-        teacher = tl.where(live, log_prob(c, tm, tl_, k), 0.0)
+        teacher = tl.where(live, log_prob(c, tm, tl_, inv_temperature), 0.0)
         tl.store(student_ptr + row, student)
         tl.store(teacher_ptr + row, teacher)
         coef = coefficient(tl.load(weight_ptr + row), student, old_ptr, row, is_clip, HAS_OLD)
@@ -624,13 +609,12 @@ def _divergence_fwd_kernel(
         tl.store(stats_ptr + row * 5 + 1, sl)
         tl.store(stats_ptr + row * 5 + 2, tm)
         tl.store(stats_ptr + row * 5 + 3, tl_)
-        gap = (sm - tm) * k + (sl - tl_)
         kl = tl.full([], 0.0, tl.float32)
         loss = kl
         if MODE == 0:
-            loss = tl.where(live, (d / tz * k + gap) * LN2, 0.0)
+            loss = tl.where(live, (d / tz + (sl - tl_)) * LN2, 0.0)
         if MODE == 1:
-            kl = tl.where(live, (d / sz * k - gap) * LN2, 0.0)
+            kl = tl.where(live, (d / sz - (sl - tl_)) * LN2, 0.0)
             loss = kl
         if MODE == 2 and FUSED:
             of_s, of_t = jsd_partial(
@@ -902,7 +886,7 @@ def _topk_fwd_kernel(
         c = load_c(s_ptr + s_offset + ids, keep, cap, HAS_CAP, FAST)
         row_max, whole, s, s_tail = support_classes(c, keep, live, sm, sz, k, TAIL)
         z = load_c(s_ptr + s_offset + target, live, cap, HAS_CAP, FAST)
-        student = tl.where(live, log_prob(z, row_max, whole, k), 0.0)
+        student = tl.where(live, log_prob(z, row_max, whole, inv_temperature), 0.0)
         if GIVEN:
             given = tl.load(given_ptr + row * topk + j, mask=keep, other=float("-inf"))
             t = given * LOG2E
@@ -920,7 +904,7 @@ def _topk_fwd_kernel(
             y = load_c(t_ptr + t_offset + ids, keep, cap, HAS_CAP, FAST)
             t_max, t_whole, t, t_tail = support_classes(y, keep, live, tm, tz, k, TAIL)
             z = load_c(t_ptr + t_offset + target, live, cap, HAS_CAP, FAST)
-            teacher = log_prob(z, t_max, t_whole, k)
+            teacher = log_prob(z, t_max, t_whole, inv_temperature)
         teacher = tl.where(live, teacher, 0.0)
         loss, kl, grads, tail_grad = classes_loss(s, t, keep, s_tail, t_tail, alpha, MODE, TAIL)
         tail_grad = tl.where(live, tail_grad, 0.0)

@@ -55,7 +55,7 @@ NO_TEACHER, TEACHER_LOGITS, TEACHER_LOGPS = 0, 1, 2
 @triton.jit
 def logp_gradient(c, at_target, coef, row_max, row_log2sum, k, cap, HAS_CAP: tl.constexpr):
     """coef x (1[v = y] - p) x dc/dz; ``coef`` is 0 where nothing counts."""
-    p = tl.exp2((c - row_max) * k - row_log2sum)
+    p = tl.exp2(tl.fma(c - row_max, k, -row_log2sum))
     return tl.fma(p, -coef, tl.where(at_target, coef, 0.0)) * slope(c, cap, HAS_CAP)
 
 
@@ -157,7 +157,7 @@ def _sampled_token_fwd_kernel(
         log2sum = tl.where(live, tl.log2(z), 0.0)
         m = tl.where(live, m, 0.0)
         c = load_c(s_ptr + s_offset + target, live, cap, HAS_CAP, FAST)
-        student = tl.where(live, log_prob(c, m, log2sum, k), 0.0)
+        student = tl.where(live, log_prob(c, m, log2sum, inv_temperature), 0.0)
         tl.store(student_ptr + row, student)
         if TEACHER == 0 or LOSS:
             tl.store(max_ptr + row * STAT_STRIDE, m)
@@ -168,7 +168,7 @@ def _sampled_token_fwd_kernel(
         teacher = student
         if TEACHER == 1:
             c = load_c(t_ptr + t_offset + target, live, cap, HAS_CAP, FAST)
-            teacher = tl.where(live, log_prob(c, tm, tl.log2(tz), k), 0.0)
+            teacher = tl.where(live, log_prob(c, tm, tl.log2(tz), inv_temperature), 0.0)
         if TEACHER == 2:
             teacher = tl.where(live, tl.load(given_ptr + row), 0.0)
         if TEACHER != 0:
