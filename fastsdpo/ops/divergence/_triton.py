@@ -269,11 +269,11 @@ def store_pair(
             s_start, t_start, t_by, begin, low, high, tl.load(out), tl.load(out + 2), k, cap,
             HAS_CAP, MODE, False, BESIDE, FAST, LANES, VEC,
         )  # fmt: skip
+        s_sum, s_largest, t_sum, t_largest, d_sum = pair_sums(sz, tz, d)
         s_reference = tl.load(out, volatile=True)  # anew
         t_reference = tl.load(out + 2, volatile=True)
         s, ws = own_weight(s_reference, k)
         t, wt = own_weight(t_reference, k)
-        s_sum, s_largest, t_sum, t_largest, d_sum = pair_sums(sz, tz, d)
         well = well_placed(s_largest, s_sum) & well_placed(t_largest, t_sum)
         tl.store(out, tl.where(well, s_reference, AGAIN))
         tl.store(out + 1, s_sum / ws)
