@@ -1,6 +1,11 @@
 """`fastsdpo doctor` reports, and its exit status tells whether a kernel is wrong."""
 
 import json
+import os
+import subprocess
+import sys
+
+import pytest
 
 from fastsdpo import doctor
 
@@ -30,3 +35,16 @@ def test_a_wrong_kernel_is_named_and_fails(monkeypatch, capsys):
     assert doctor.main(["--no-bandwidth"]) == 1
     shown = capsys.readouterr().out
     assert "WRONG reverse KL float32" in shown
+
+
+@pytest.mark.slow
+def test_interpreted_kernels_are_right():
+    """The interpreter truncates to bfloat16; the report is not about that."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "fastsdpo.doctor", "--json", "--no-bandwidth"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    assert report["wrong"] == 0
+    assert sum(cell["backend"] == "triton" for cell in report["kernels"]["cpu"]) >= 27

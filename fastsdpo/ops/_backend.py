@@ -18,7 +18,7 @@ from torch import Tensor
 BACKENDS = ("auto", "triton", "native", "reference")
 
 
-def _triton_interpreted() -> bool:
+def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
@@ -27,7 +27,7 @@ def _triton_reason() -> str | None:
     """Why Triton cannot run at all here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"
-    if not torch.cuda.is_available() and not _triton_interpreted():
+    if not torch.cuda.is_available() and not triton_interpreted():
         return "no CUDA or ROCm device is available (TRITON_INTERPRET=1 runs it on CPU tensors)"
     return None
 
@@ -80,7 +80,7 @@ def resolve_backend(name: str, backend: str, *tensors: Tensor) -> str:
             "use backend='reference'"
         )
     if backend == "triton":
-        if device != "cuda" and not (device == "cpu" and _triton_interpreted()):
+        if device != "cuda" and not (device == "cpu" and triton_interpreted()):
             raise ValueError(
                 f"{name}: backend='triton' must have CUDA or ROCm tensors "
                 f"(CPU tensors under TRITON_INTERPRET=1), got {device}"
