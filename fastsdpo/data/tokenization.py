@@ -167,8 +167,9 @@ class InteractionTokenizer:
                         results[index] = end.value
                     except (TypeError, ValueError) as error:
                         name = "" if interaction.id is None else f"interaction {interaction.id!r}: "
-                        results[index] = ValueError(f"tokenize_interaction: {name}{error}")
-                        results[index].__cause__ = error
+                        failure = ValueError(f"tokenize_interaction: {name}{error}")
+                        failure.__cause__ = error
+                        results[index] = failure
                 if len(batch) > 1:
                     self._encode_ahead(texts)
             self._ahead = {}

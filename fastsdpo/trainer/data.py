@@ -8,7 +8,7 @@ import os
 import random
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -144,10 +144,10 @@ class InteractionDataset(Dataset):
             tokenize, count = None, 0
             for text, items in itertools.groupby(checked(), lambda i: isinstance(i, Interaction)):
                 if not text:
-                    yield from items
+                    yield from cast(Iterator[TokenizedInteraction], items)
                     continue
                 tokenize = tokenize or InteractionTokenizer(tokenizer, template, **options)
-                items, interactions = itertools.tee(items)
+                items, interactions = itertools.tee(cast(Iterator[Interaction], items))
                 for item, result in zip(items, tokenize.stream(interactions)):
                     if isinstance(result, ValueError):
                         dropped.append(str(result))

@@ -1,9 +1,11 @@
 """Triton kernels of the divergences: forward KL, reverse KL, Jensen-Shannon, and over a top-k support.
 
 One program per row (or per segment of a row, where rows are few); tiles, alignment and sums as in
-`fastsdpo.ops._triton_common`. A KL is summed with the softmax statistics in one pass over both rows;
-Jensen-Shannon needs the normalized probabilities first, so it takes a second pass. Top-k walks each
-row once, leaving the support out of the sums, and gathers the K tokens of the support by their ids.
+`fastsdpo.ops._triton_common`. A KL is summed with the softmax statistics in one pass over both rows,
+as the mean difference of the exponents: each is beside its own row's reference, so that a constant on all
+of a row's logits costs no digits. Jensen-Shannon needs the normalized probabilities first, so it takes a
+second pass. Top-k walks each row once, leaving the support out of the sums, and gathers the K tokens of
+the support by their ids.
 
     bytes per element in bfloat16, forward + backward:  KL 10, JSD 14, top-k 8
 
