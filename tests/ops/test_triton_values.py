@@ -95,7 +95,8 @@ def test_drawn_values(
     (grad,) = torch.autograd.grad(out.loss, leaf)
     # What ours is held to is twice plain PyTorch's error in float32 and one rounding: of a probability, of a
     # log-prob for the sampled token. (Of a student certain to 2^-24, plain PyTorch may get those digits by
-    # luck.)
+    # luck.) And 2e-5 of the largest entry: a row's exponents are beside a reference that may lie 16 below its
+    # maximum, where a float32 is rounded by 2^-21.
     plain, plain_grad = run(case.student, case.teacher, case.target_ids, "reference", **options)
     slack = 2 * (plain.loss.double() - want.loss).abs().item()
     size = 1.0
@@ -109,7 +110,7 @@ def test_drawn_values(
         size = float(largest.max()) if keep.any() else 1.0
     torch.testing.assert_close(out.loss.double(), want.loss, rtol=1e-5, atol=1e-5 + slack)
     rounding = EPSILON * size * float(case.weights.abs().max()) / temperature
-    assert_gradient_close(grad, want.grad, plain_grad, floor=4e-6, absolute=rounding)
+    assert_gradient_close(grad, want.grad, plain_grad, floor=2e-5, absolute=rounding)
 
 
 @drawn
