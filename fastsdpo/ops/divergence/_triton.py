@@ -280,10 +280,11 @@ def store_pair(
         tl.store(out, tl.where(well, s_reference, AGAIN))
         tl.store(out + 1, s_sum / ws)
         tl.store(out + 3, t_sum / wt)
+        # Rounded as the terms of the sum were: of one token alone it is 0.
         if MODE == 0:
-            tl.store(out + 4, tl.fma(t_sum, s - t, d_sum) / wt)
+            tl.store(out + 4, plus(d_sum, t_sum * (s - t), FAST) / wt)
         if MODE == 1:
-            tl.store(out + 4, tl.fma(s_sum, t - s, d_sum) / ws)
+            tl.store(out + 4, plus(d_sum, s_sum * (t - s), FAST) / ws)
     else:
         store_nothing(out, 2)
         store_nothing(out + 2, 3)
