@@ -28,10 +28,11 @@ With it the loops keep no maximum and rescale nothing: per element they widen, m
 exponential, add. The exponent c k - shift, shift = r k as rounded, is one operation; sums are divided by
 the weight that r itself got, so a certain token's probability is 1 to the last bit. Exponents are exact
 enough while the row's maximum is at most 2^16 times as likely as the reference, twice if it has nearly all of
-the probability: a segment that sums to more in one slot, or whose reference is beyond 2^19 / k, is marked and
-then summed again with (c - maximum) k (two more passes over a segment, from a cache, where the target has
-less than e^-11 of the best token's probability, or less than half of a token's that is all but certain).
-Masked tokens have weight 0; a NaN makes all of its row's results NaN.
+the probability (of float32 logits 16 times, twice if it has a quarter of a segment's): a segment that sums to
+more in one slot, or whose reference is beyond 2^19 / k, is marked and then summed again with (c - maximum) k
+(two more passes over a segment, from a cache, where the target is that much less likely than the best token).
+What leaves a row's statistics is the logit of probability 1 (`normalizer`): beside it the exponents of likely
+tokens are small again. Masked tokens have weight 0; a NaN makes all of its row's results NaN.
 """
 
 from __future__ import annotations
@@ -77,9 +78,11 @@ FAR = tl.constexpr(524288.0)  # 2^19: a shift up to it is rounded by at most 2^-
 INFINITY_BITS = tl.constexpr(0x7F800000)  # of a float32
 AGAIN = tl.constexpr(float("inf"))  # in the place of a segment's reference
 # A slot's sum of weights that calls for a better reference: exponents up to 16 are rounded by 2^-21. What
-# has all but 2^-6 of its segment's sum does so from 2 on: of certain tokens the last bits count.
-TOO_LARGE, TOO_SMALL = tl.constexpr(65536.0), tl.constexpr(2.0**-60)
-NEARLY_ALL = tl.constexpr(1.0 - 2.0**-6)
+# has all but 2^-6 of its segment's sum does so from 2 on: of certain tokens the last bits count. Of float32
+# logits they count always: exponents up to 4 are rounded by 2^-23.
+TOO_LARGE, NEARLY_ALL = tl.constexpr(2.0**16), tl.constexpr(1.0 - 2.0**-6)
+TOO_LARGE_FLOAT32, MUCH = tl.constexpr(2.0**4), tl.constexpr(2.0**-2)
+TOO_SMALL = tl.constexpr(2.0**-60)
 
 # Arguments whose values never compile another variant.
 RUNTIME = (
@@ -151,15 +154,17 @@ def widen(z, FAST: tl.constexpr, SINGLY: tl.constexpr = False):
 
 @triton.jit
 def capped(z, cap, HAS_CAP: tl.constexpr, FAST: tl.constexpr):
-    """c = cap * tanh(z / cap); -inf stays -inf. tanh by exp2, near 0 by its series."""
+    """c = cap * tanh(z / cap); -inf stays -inf. By exp2, near 0 by a polynomial beside z itself."""
     if HAS_CAP:
         x = z * (1.0 / cap)
-        # 2^large is inf and 2^-large is 0: the ends are 1 and -1 without a clamp.
-        far = 1.0 - 2.0 * reciprocal(1.0 + tl.exp2(x * (2.0 * LOG2E)), FAST)
+        # 2^large is inf and 2^-large is 0: the ends are cap and -cap without a clamp.
+        far = tl.fma(reciprocal(1.0 + tl.exp2(x * (2.0 * LOG2E)), FAST), -2.0 * cap, cap)
         s = x * x
-        near = x + x * (s * (-0.3333333333 + s * (0.1333333333 + s * -0.0539682540)))
-        t = tl.where(s < 0.04, near, far)
-        return tl.where(z == NEG_INF, z, cap * t)
+        # (tanh(x) / x - 1) / s, of least relative error for |x| < 0.7: 2^-26 of tanh(x).
+        near = 0.02011166 + s * -0.00515511
+        near = 0.13329243 + s * (-0.05356699 + s * near)
+        near = tl.fma(z * s, -0.33333197 + s * near, z)
+        return tl.where(z == NEG_INF, z, tl.where(s < 0.49, near, far))
     else:
         return z
 
@@ -563,10 +568,14 @@ def own_weight(reference, k):
 
 
 @triton.jit
-def well_placed(largest, total):
-    """Whether weights that add up to ``total`` are exact enough: ``largest`` are the bits of a slot's sum."""
+def well_placed(largest, total, kind: tl.constexpr):
+    """Whether weights of logits of this dtype, which add up to ``total``, are exact enough: ``largest`` are
+    the bits of a slot's sum."""
     slot = largest.to(tl.float32, bitcast=True)
-    return (slot < TOO_LARGE) & (slot < tl.maximum(total * NEARLY_ALL, 2.0))
+    if kind == tl.float32:
+        return (slot < TOO_LARGE_FLOAT32) & (slot < tl.maximum(total * MUCH, 2.0))
+    else:
+        return (slot < TOO_LARGE) & (slot < tl.maximum(total * NEARLY_ALL, 2.0))
 
 
 @triton.jit
@@ -758,7 +767,7 @@ def store_segment(
             tl.store(out + 2, e_sum / w)
         else:
             z_sum, largest = sum_slots(z)
-        well = well_placed(largest, z_sum)
+        well = well_placed(largest, z_sum, start.dtype.element_ty)
         if SKIP:  # the reference may be of the support, and far above all else
             well = well & (largest > bits_of(TOO_SMALL))
         tl.store(out, tl.where(well, reference, AGAIN))
@@ -862,6 +871,24 @@ def merged(ptr, segments, k, ENTROPY: tl.constexpr, STEP: tl.constexpr):
             other = tl.load(at + 2)
         m, z, e = merge(m, z, e, tl.load(at), tl.load(at + 1), other, k)
     return m, z, e
+
+
+@triton.jit
+def normalizer(m, z, inv_temperature, k):
+    """(c, rest): 2^((x - c) k - rest) is the probability of x, for the sum z of weights beside m. ``c`` is
+    the logit of probability 1, so that the exponents of likely tokens are small and exact; ``rest`` what
+    rounding c lost. (m, log2(z)) where z is 0, infinite or NaN."""
+    power = (z.to(tl.int32, bitcast=True) >> 23) - 127
+    power = tl.minimum(tl.maximum(power, -126), 126)
+    fraction = tl.log2(z * power_of_two(-power))
+    whole = power.to(tl.float32)
+    up = (whole + fraction) * LN2 / inv_temperature
+    c = m + up
+    moved = c - m
+    lost = (m - (c - moved)) + (up - moved)  # c + lost = m + up
+    rest = tl.fma(lost, k, tl.fma(-up, k, whole) + fraction)
+    good = (z > 0.0) & (z < float("inf"))
+    return tl.where(good, c, m), tl.where(good, rest, tl.log2(z))
 
 
 @triton.jit

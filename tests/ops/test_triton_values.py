@@ -110,7 +110,7 @@ def test_drawn_values(
         size = float(largest.max()) if keep.any() else 1.0
     torch.testing.assert_close(out.loss.double(), want.loss, rtol=1e-5, atol=1e-5 + slack)
     rounding = EPSILON * size * float(case.weights.abs().max()) / temperature
-    assert_gradient_close(grad, want.grad, plain_grad, floor=2e-5, absolute=rounding)
+    assert_gradient_close(grad, want.grad, plain_grad, floor=EPSILON, absolute=rounding)
 
 
 @drawn

@@ -51,6 +51,7 @@ from fastsdpo.ops._triton_common import (
     log2_weight,
     log_prob,
     merged,
+    normalizer,
     on_device,
     opaque,
     own_weight,
@@ -119,27 +120,23 @@ def merge_pair(sm, sz, tm, tz, d, sm2, sz2, tm2, tz2, d2, k, MODE: tl.constexpr)
 
 @triton.jit
 def load_pair(
-    s_start, t_start, t_by, o, at, cap,
-    HAS_CAP: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-    SINGLY: tl.constexpr,
-):  # fmt: skip
-    """Both rows' tiles at o, inside the segment as a whole."""
-    x = load_tile(s_start + o + at, None, cap, HAS_CAP, False, FAST, SINGLY)
-    y = load_beside(t_start, o, at, 0, t_by, cap, HAS_CAP, False, BESIDE, FAST, LANES, VEC, SINGLY)
-    return x, y
-
-
-@triton.jit
-def load_pair_part(
     s_start, t_start, t_by, o, at, low, high, cap,
-    HAS_CAP: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-    SINGLY: tl.constexpr,
+    HAS_CAP: tl.constexpr, WHOLE_TILE: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, SINGLY: tl.constexpr = False,
 ):  # fmt: skip
-    """Both rows' tiles at o, -inf outside [low, high)."""
-    x = load_part(s_start, o, at, low, high, cap, HAS_CAP, BESIDE != 2, FAST, LANES, VEC, SINGLY)
-    y = load_part_beside(
-        t_start, o, at, low, high, t_by, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, SINGLY
-    )
+    """Both rows' tiles at o, -inf outside [low, high); a WHOLE_TILE is inside."""
+    if WHOLE_TILE:
+        x = load_tile(s_start + o + at, None, cap, HAS_CAP, False, FAST, SINGLY)
+        y = load_beside(
+            t_start, o, at, 0, t_by, cap, HAS_CAP, False, BESIDE, FAST, LANES, VEC, SINGLY
+        )
+    else:
+        x = load_part(
+            s_start, o, at, low, high, cap, HAS_CAP, BESIDE != 2, FAST, LANES, VEC, SINGLY
+        )
+        y = load_part_beside(
+            t_start, o, at, low, high, t_by, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, SINGLY
+        )
     return x, y
 
 
@@ -171,14 +168,9 @@ def pair_tiles(
     s_shift = s_reference * k
     t_shift = t_reference * k
     for o in range(first, end, LANES * VEC):
-        if WHOLE_TILES:
-            x, y = load_pair(
-                s_start, t_start, t_by, o, at, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, False
-            )
-        else:
-            x, y = load_pair_part(
-                s_start, t_start, t_by, o, at, low, high, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, False,
-            )  # fmt: skip
+        x, y = load_pair(
+            s_start, t_start, t_by, o, at, low, high, cap, HAS_CAP, WHOLE_TILES, BESIDE, FAST, LANES, VEC,
+        )  # fmt: skip
         sz, tz, d = absorb_pair(
             x, y, sz, tz, d, s_reference, s_shift, t_reference, t_shift, k, MODE, EXACT, FAST
         )
@@ -226,8 +218,8 @@ def pair_max(
     sm = per_thread(LOWEST, LANES)
     tm = per_thread(LOWEST, LANES)
     for o in range(begin, high, LANES * VEC):
-        x, y = load_pair_part(
-            s_start, t_start, t_by, o, at, low, high, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, False
+        x, y = load_pair(
+            s_start, t_start, t_by, o, at, low, high, cap, HAS_CAP, False, BESIDE, FAST, LANES, VEC
         )
         sm = tl.maximum(sm, thread_max(x))
         tm = tl.maximum(tm, thread_max(y))
@@ -276,7 +268,8 @@ def store_pair(
         t_reference = tl.load(out + 2, volatile=True)
         s, ws = own_weight(s_reference, k)
         t, wt = own_weight(t_reference, k)
-        well = well_placed(s_largest, s_sum) & well_placed(t_largest, t_sum)
+        well = well_placed(s_largest, s_sum, s_start.dtype.element_ty)
+        well &= well_placed(t_largest, t_sum, t_start.dtype.element_ty)
         tl.store(out, tl.where(well, s_reference, AGAIN))
         tl.store(out + 1, s_sum / ws)
         tl.store(out + 3, t_sum / wt)
@@ -399,14 +392,10 @@ def jsd_tiles(
     """The slots' sums with the tiles from ``first`` to ``end``."""
     at = tile_positions(LANES, VEC)
     for o in range(first, end, LANES * VEC):
-        if WHOLE_TILES:
-            x, y = load_pair(
-                s_start, t_start, t_by, o, at, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, True
-            )
-        else:
-            x, y = load_pair_part(
-                s_start, t_start, t_by, o, at, low, high, cap, HAS_CAP, BESIDE, FAST, LANES, VEC, True,
-            )  # fmt: skip
+        x, y = load_pair(
+            s_start, t_start, t_by, o, at, low, high, cap, HAS_CAP, WHOLE_TILES, BESIDE, FAST, LANES, VEC,
+            True,
+        )  # fmt: skip
         p, ds, q, dt = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
         ls = plus(ls, p * ds, FAST)
         lt = plus(lt, q * dt, FAST)
@@ -595,8 +584,10 @@ def _divergence_fwd_kernel(
             again = opaque(tl.program_id(0), FAST).to(tl.int64)
             s_offset = row_offset(again, n_l, s_shift, s_b, s_l)
             t_offset = row_offset(again, n_l, t_shift, t_b, t_l)
-        sl = tl.where(live, tl.log2(sz), 0.0)
-        tl_ = tl.where(live, tl.log2(tz), 0.0)
+        sm, sl = normalizer(sm, sz, inv_temperature, k)
+        tm, tl_ = normalizer(tm, tz, inv_temperature, k)
+        sl = tl.where(live, sl, 0.0)
+        tl_ = tl.where(live, tl_, 0.0)
         sm = tl.where(live, sm, 0.0)
         tm = tl.where(live, tm, 0.0)
         c = load_c(s_ptr + s_offset + target, live, cap, HAS_CAP, FAST)
@@ -615,9 +606,9 @@ def _divergence_fwd_kernel(
         kl = tl.full([], 0.0, tl.float32)
         loss = kl
         if MODE == 0:
-            loss = tl.where(live, (d / tz + (sl - tl_)) * LN2, 0.0)
+            loss = tl.where(live, (d / tz + tl.log2(sz / tz)) * LN2, 0.0)
         if MODE == 1:
-            kl = tl.where(live, (d / sz - (sl - tl_)) * LN2, 0.0)
+            kl = tl.where(live, (d / sz - tl.log2(sz / tz)) * LN2, 0.0)
             loss = kl
         if MODE == 2 and FUSED:
             of_s, of_t = jsd_partial(

@@ -33,6 +33,7 @@ from fastsdpo.ops._triton_common import (
     log_prob,
     log_ratio,
     merged,
+    normalizer,
     on_device,
     processors,
     reference_of,
@@ -154,7 +155,9 @@ def _sampled_token_fwd_kernel(
         tz = z
         if TEACHER == 1:
             tm, tz, _ = merged(partial + 3, segments, k, False, 5)
-        log2sum = tl.where(live, tl.log2(z), 0.0)
+        h = (tl.log2(z) - e / z) * LN2
+        m, log2sum = normalizer(m, z, inv_temperature, k)
+        log2sum = tl.where(live, log2sum, 0.0)
         m = tl.where(live, m, 0.0)
         c = load_c(s_ptr + s_offset + target, live, cap, HAS_CAP, FAST)
         student = tl.where(live, log_prob(c, m, log2sum, inv_temperature), 0.0)
@@ -163,12 +166,12 @@ def _sampled_token_fwd_kernel(
             tl.store(max_ptr + row * STAT_STRIDE, m)
             tl.store(log2sum_ptr + row * STAT_STRIDE, log2sum)
         if ENTROPY:
-            h = (log2sum - e / z) * LN2
             tl.store(entropy_ptr + row, tl.where(live, h, 0.0))
         teacher = student
         if TEACHER == 1:
             c = load_c(t_ptr + t_offset + target, live, cap, HAS_CAP, FAST)
-            teacher = tl.where(live, log_prob(c, tm, tl.log2(tz), inv_temperature), 0.0)
+            tm, tl_ = normalizer(tm, tz, inv_temperature, k)
+            teacher = tl.where(live, log_prob(c, tm, tl_, inv_temperature), 0.0)
         if TEACHER == 2:
             teacher = tl.where(live, tl.load(given_ptr + row), 0.0)
         if TEACHER != 0:
