@@ -28,9 +28,9 @@ With it the loops keep no maximum and rescale nothing: per element they widen, m
 exponential, add. The exponent c k - shift, shift = r k as rounded, is one operation; sums are divided by
 the weight that r itself got, so a certain token's probability is 1 to the last bit. Exponents are exact
 enough while the row's maximum is at most 2^16 times as likely as the reference, twice if it has nearly all of
-the probability (of float32 logits 16 times, twice if it has a quarter of a segment's): a segment that sums to
-more in one slot, or whose reference is beyond 2^19 / k, is marked and then summed again with (c - maximum) k
-(two more passes over a segment, from a cache, where the target is that much less likely than the best token).
+the probability: a segment that sums to more in one slot, or whose reference is beyond 2^19 / k, is marked and
+then summed again with (c - maximum) k (two more passes over a segment, from a cache, where the target has
+less than e^-11 of the best token's probability, or less than half of a token's that is all but certain).
 What leaves a row's statistics is the logit of probability 1 (`normalizer`): beside it the exponents of likely
 tokens are small again. Masked tokens have weight 0; a NaN makes all of its row's results NaN.
 """
@@ -78,10 +78,10 @@ FAR = tl.constexpr(524288.0)  # 2^19: a shift up to it is rounded by at most 2^-
 INFINITY_BITS = tl.constexpr(0x7F800000)  # of a float32
 AGAIN = tl.constexpr(float("inf"))  # in the place of a segment's reference
 # A slot's sum of weights that calls for a better reference: exponents up to 16 are rounded by 2^-21. What
-# has all but 2^-6 of its segment's sum does so from 2 on: of certain tokens the last bits count. Of float32
-# logits they count always: exponents up to 4 are rounded by 2^-23.
+# has all but 2^-6 of its segment's sum does so from 2 on: of certain tokens the last bits count. (For
+# float32 2^4 and 2^-2 halve the error that is left, but likely targets too then cost up to two more passes.)
 TOO_LARGE, NEARLY_ALL = tl.constexpr(2.0**16), tl.constexpr(1.0 - 2.0**-6)
-TOO_LARGE_FLOAT32, MUCH = tl.constexpr(2.0**4), tl.constexpr(2.0**-2)
+TOO_LARGE_FLOAT32, MUCH = TOO_LARGE, NEARLY_ALL
 TOO_SMALL = tl.constexpr(2.0**-60)
 
 # Arguments whose values never compile another variant.
