@@ -329,7 +329,8 @@ def test_a_kl_does_not_depend_on_where_a_row_lies(alpha):
         out, grad = run(student, moved, y, **options)
         _, plain = run(student, moved, y, "reference", **options)
         assert float((out.per_token_loss - want.per_token_loss).abs().max()) < 4 * EPSILON
-        assert_gradient_close(grad, want.grad, plain, absolute=EPSILON)
+        # Two roundings: the reverse KL and the rows' normalizers are rounded each by itself.
+        assert_gradient_close(grad, want.grad, plain, absolute=2 * EPSILON)
 
 
 def test_a_row_split_over_programs_has_the_same_bits(loss, monkeypatch):
