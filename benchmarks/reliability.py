@@ -104,7 +104,7 @@ against float64, infinities, NaN in ignored rows and huge logits are in `tests/o
 
 Tested by `tests/reliability/test_numerics.py`; the Triton kernels in the interpreter.
 
-A loss of the Triton kernels is held to 1e-5 of float64, and a gradient to twice the error of plain
+A loss of the Triton kernels is held to 1e-5 of float64, and a gradient, as a whole, to twice that of plain
 PyTorch in the same dtype and one rounding (2^-23 of the largest entry and of a probability; for the
 sampled token, of a log-prob; two for a reverse KL near its teacher): `tests/ops/test_triton_values.py`,
 with 500 drawn cases a loss in `make fuzz`. The interpreter's exponential is exact to a float32; a GPU's
