@@ -24,13 +24,13 @@ twice. For gradients, whose stores must not touch a neighbour, the row's element
 Weights. Everything is float32 and in units of log2: a weight is 2^((c - r) k), k = log2(e) / temperature,
 beside a reference logit r known before the row is read: the larger of the target's and the first 64
 tokens'; for top-k, the lowest of the support instead of the target's.
-With it the loops keep no maximum and rescale nothing: per element they widen, multiply and add, take an
-exponential, add. The exponent c k - shift, shift = r k as rounded, is one operation; sums are divided by
-the weight that r itself got, so a certain token's probability is 1 to the last bit. Exponents are exact
-enough while the row's maximum is at most 2^16 times as likely as the reference, twice if it has nearly all of
-the probability: a segment that sums to more in one slot, or whose reference is beyond 2^19 / k, is marked and
-then summed again with (c - maximum) k (two more passes over a segment, from a cache, where the target has
-less than e^-11 of the best token's probability, or less than half of a token's that is all but certain).
+With it the loops keep no maximum and rescale nothing: per element they widen, subtract, multiply, take an
+exponential, add. Of logits near the reference c - r is exact, whatever constant a row has on all of them; r
+itself has weight 1, so a certain token's probability is 1 to the last bit. Exponents are exact enough while
+the row's maximum is at most 2^16 times as likely as the reference, twice if it has nearly all of the
+probability: a segment that sums to more in one slot is marked and then summed again beside its maximum (two
+more passes over a segment, from a cache, where the target has less than e^-11 of the best token's
+probability, or less than half of a token's that is all but certain).
 What leaves a row's statistics is the logit of probability 1 (`normalizer`): beside it the exponents of likely
 tokens are small again. Masked tokens have weight 0; a NaN makes all of its row's results NaN.
 """
@@ -74,14 +74,12 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 THREADS = tl.constexpr(32 * NUM_WARPS)
-FAR = tl.constexpr(524288.0)  # 2^19: a shift up to it is rounded by at most 2^-6
 INFINITY_BITS = tl.constexpr(0x7F800000)  # of a float32
 AGAIN = tl.constexpr(float("inf"))  # in the place of a segment's reference
 # A slot's sum of weights that calls for a better reference: exponents up to 16 are rounded by 2^-21. What
 # has all but 2^-6 of its segment's sum does so from 2 on: of certain tokens the last bits count. (For
 # float32 2^4 and 2^-2 halve the error that is left, but likely targets too then cost up to two more passes.)
 TOO_LARGE, NEARLY_ALL = tl.constexpr(2.0**16), tl.constexpr(1.0 - 2.0**-6)
-TOO_LARGE_FLOAT32, MUCH = TOO_LARGE, NEARLY_ALL
 TOO_SMALL = tl.constexpr(2.0**-60)
 
 # Arguments whose values never compile another variant.
@@ -555,35 +553,10 @@ def reference_of(ptr, target, width, live, cap, HAS_CAP: tl.constexpr, FAST: tl.
 
 
 @triton.jit
-def usable(reference, k):
-    return tl.abs(reference) * k < FAR
-
-
-@triton.jit
-def own_weight(reference, k):
-    """(log2 of the weight that the reference itself has, that weight): not 0 and 1, as k x reference is
-    rounded. What is summed is divided by it."""
-    t = tl.fma(reference, k, -(reference * k))
-    return t, tl.exp2(t)
-
-
-@triton.jit
-def well_placed(largest, total, kind: tl.constexpr):
-    """Whether weights of logits of this dtype, which add up to ``total``, are exact enough: ``largest`` are
-    the bits of a slot's sum."""
+def well_placed(largest, total):
+    """Whether weights that add up to ``total`` are exact enough: ``largest`` are the bits of a slot's sum."""
     slot = largest.to(tl.float32, bitcast=True)
-    if kind == tl.float32:
-        return (slot < TOO_LARGE_FLOAT32) & (slot < tl.maximum(total * MUCH, 2.0))
-    else:
-        return (slot < TOO_LARGE) & (slot < tl.maximum(total * NEARLY_ALL, 2.0))
-
-
-@triton.jit
-def log2_weight(x, m, shift, k, EXACT: tl.constexpr):
-    if EXACT:
-        return (x - m) * k
-    else:
-        return tl.fma(x, k, -shift)
+    return (slot < TOO_LARGE) & (slot < tl.maximum(total * NEARLY_ALL, 2.0))
 
 
 @triton.jit
@@ -654,13 +627,13 @@ def load_part_beside(
 
 @triton.jit
 def absorb(
-    x, m, z, e, reference, shift, k, ENTROPY: tl.constexpr, WHAT: tl.constexpr, FAST: tl.constexpr
+    x, m, z, e, reference, k, ENTROPY: tl.constexpr, WHAT: tl.constexpr, FAST: tl.constexpr
 ):  # fmt: skip
     """A tile [accesses, threads, VEC] into the slots' sums, or (WHAT = 2) the threads' maxima."""
     if WHAT == 2:
         return tl.maximum(m, thread_max(x)), z, e
     else:
-        t = log2_weight(x, reference, shift, k, WHAT == 1)
+        t = (x - reference) * k
         w = tl.exp2(t)
         if ENTROPY:  # t is -inf only where w is 0
             e += w * tl.maximum(t, LOWEST)
@@ -705,10 +678,9 @@ def row_segment(
     ALIGNED: tl.constexpr, FAST: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """(max, slots' sums, slots' sums of weights x their log2) over elements [low, high): WHAT = 0 the sums,
-    1 the sums for any logits, 2 the maximum."""
+    1 the sums by less code, one loop for all tiles, 2 the maximum by as little."""
     TILE: tl.constexpr = LANES * VEC
     at = tile_positions(LANES, VEC)
-    shift = reference * k
     m = per_thread(LOWEST, LANES)
     z = per_slot(0.0, LANES, VEC)
     e = per_slot(0.0, LANES, VEC)
@@ -723,7 +695,7 @@ def row_segment(
                 else:
                     c = tl.load(start + v, mask=keep & (v < high), other=NEG_INF)
                 x = tl.where(keep, capped(widen(c, FAST), cap, HAS_CAP, FAST), NEG_INF)
-                m, z, e = absorb(x, m, z, e, reference, shift, k, False, WHAT, FAST)
+                m, z, e = absorb(x, m, z, e, reference, k, False, WHAT, FAST)
                 bits = bits >> VEC
     else:
         whole = begin
@@ -731,15 +703,15 @@ def row_segment(
             whole = tl.minimum(begin + TILE, high)
             for o in range(begin, whole, TILE):  # one, or none
                 x = load_part(start, o, at, low, high, cap, HAS_CAP, ALIGNED, FAST, LANES, VEC)
-                m, z, e = absorb(x, m, z, e, reference, shift, k, ENTROPY, WHAT, FAST)
+                m, z, e = absorb(x, m, z, e, reference, k, ENTROPY, WHAT, FAST)
             first = begin + TILE
             whole = first + tl.maximum(high - first, 0) // TILE * TILE
             for o in range(first, whole, TILE):
                 x = load_tile(start + o + at, None, cap, HAS_CAP, False, FAST)
-                m, z, e = absorb(x, m, z, e, reference, shift, k, ENTROPY, WHAT, FAST)
+                m, z, e = absorb(x, m, z, e, reference, k, ENTROPY, WHAT, FAST)
         for o in range(whole, high, TILE):
             x = load_part(start, o, at, low, high, cap, HAS_CAP, ALIGNED, FAST, LANES, VEC)
-            m, z, e = absorb(x, m, z, e, reference, shift, k, ENTROPY, WHAT, FAST)
+            m, z, e = absorb(x, m, z, e, reference, k, ENTROPY, WHAT, FAST)
     return tl.max(m, 0), z, e
 
 
@@ -760,18 +732,17 @@ def store_segment(
             start, begin, low, high, phase, ids, tl.load(out), k, cap, skip_ptr, HAS_CAP, ENTROPY, SKIP, 0,
             ALIGNED, FAST, LANES, VEC,
         )  # fmt: skip
-        reference = tl.load(out, volatile=True)  # anew
-        t, w = own_weight(reference, k)
         if ENTROPY:
-            z_sum, largest, e_sum, _ = sum_slots_2(z, e - z * t)
-            tl.store(out + 2, e_sum / w)
+            z_sum, largest, e_sum, _ = sum_slots_2(z, e)
+            tl.store(out + 2, e_sum)
         else:
             z_sum, largest = sum_slots(z)
-        well = well_placed(largest, z_sum, start.dtype.element_ty)
+        well = well_placed(largest, z_sum)
         if SKIP:  # the reference may be of the support, and far above all else
             well = well & (largest > bits_of(TOO_SMALL))
-        tl.store(out, tl.where(well, reference, AGAIN))
-        tl.store(out + 1, z_sum / w)
+        if not well:
+            tl.store(out, AGAIN)
+        tl.store(out + 1, z_sum)
     else:
         store_nothing(out, 2 + ENTROPY)
 
@@ -820,7 +791,6 @@ def row_partial(
     if SKIP:
         slot = tl.arange(0, KP)
         ids = tl.load(skip_ptr + slot, mask=slot < topk, other=2**31 - 1).to(tl.int32)
-    reference = tl.where(usable(reference, k), reference, AGAIN)
     for segment in range(first_segment, last_segment):
         tl.store(out_ptr + segment * STEP, reference)
     tl.debug_barrier()  # what was stored is read, by other threads as well

@@ -1,11 +1,12 @@
 """Triton kernels of the divergences: forward KL, reverse KL, Jensen-Shannon, and over a top-k support.
 
 One program per row (or per segment of a row, where rows are few); tiles, alignment and sums as in
-`fastsdpo.ops._triton_common`. A KL is summed with the softmax statistics in one pass over both rows,
-as the mean difference of the exponents: each is beside its own row's reference, so that a constant on all
-of a row's logits costs no digits. Jensen-Shannon needs the normalized probabilities first, so it takes a
-second pass. Top-k walks each row once, leaving the support out of the sums, and gathers the K tokens of
-the support by their ids.
+`fastsdpo.ops._triton_common`. A KL is summed with the softmax statistics in one pass over both rows, as the
+mean difference of the logits, each less its own row's reference, so that a constant on all of a row's
+logits costs no digits. It is put together from the normalizers that the gradient has, so that in the
+gradient's log-ratio less KL their roundings cancel. Jensen-Shannon needs the normalized probabilities
+first, so it takes a second pass. Top-k walks each row once, leaving the support out of the sums, and
+gathers the K tokens of the support by their ids.
 
     bytes per element in bfloat16, forward + backward:  KL 10, JSD 14, top-k 8
 
@@ -48,13 +49,11 @@ from fastsdpo.ops._triton_common import (
     load_part_beside,
     load_tile,
     log2,
-    log2_weight,
     log_prob,
     merged,
     normalizer,
     on_device,
     opaque,
-    own_weight,
     per_slot,
     per_thread,
     plus,
@@ -75,7 +74,6 @@ from fastsdpo.ops._triton_common import (
     times,
     total_2,
     total_4,
-    usable,
     well_placed,
     whole_pieces,
     whole_tiles,
@@ -98,19 +96,19 @@ FORWARD_KL, REVERSE_KL, JSD = 0, 1, 2
 def merge_pair(sm, sz, tm, tz, d, sm2, sz2, tm2, tz2, d2, k, MODE: tl.constexpr):
     """Two partial (maxima, sums, sum of weights x (own - other)) of a pair of rows as one.
 
-    The weights are the teacher's for forward KL, the student's for reverse KL; own and other are log2 of the
-    weights, which move with the maxima.
+    The weights are the teacher's for forward KL, the student's for reverse KL; own and other are logits
+    beside the maxima, with which they move.
     """
     s_top = tl.maximum(sm, sm2)
     t_top = tl.maximum(tm, tm2)
-    s = (sm - s_top) * k
-    s2 = (sm2 - s_top) * k
-    t = (tm - t_top) * k
-    t2 = (tm2 - t_top) * k
-    a = tl.exp2(s)
-    b = tl.exp2(s2)
-    p = tl.exp2(t)
-    q = tl.exp2(t2)
+    s = sm - s_top
+    s2 = sm2 - s_top
+    t = tm - t_top
+    t2 = tm2 - t_top
+    a = tl.exp2(s * k)
+    b = tl.exp2(s2 * k)
+    p = tl.exp2(t * k)
+    q = tl.exp2(t2 * k)
     if MODE == 0:
         d = times(p, d + times(tz, t - s)) + times(q, d2 + times(tz2, t2 - s2))
     if MODE == 1:
@@ -142,14 +140,14 @@ def load_pair(
 
 @triton.jit
 def absorb_pair(
-    x, y, sz, tz, d, s_reference, s_shift, t_reference, t_shift, k,
-    MODE: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
+    x, y, sz, tz, d, s_reference, t_reference, k, MODE: tl.constexpr, FAST: tl.constexpr
 ):  # fmt: skip
-    """Tiles [accesses, threads, VEC] of both rows into the slots' sums."""
-    s = log2_weight(x, s_reference, s_shift, k, EXACT)
-    t = log2_weight(y, t_reference, t_shift, k, EXACT)
-    ws = tl.exp2(s)
-    wt = tl.exp2(t)
+    """Tiles [accesses, threads, VEC] of both rows into the slots' sums. What is weighed are logits less their
+    row's reference, mostly exact: scaled, they would be rounded, and the reverse KL with them."""
+    s = x - s_reference
+    t = y - t_reference
+    ws = tl.exp2(s * k)
+    wt = tl.exp2(t * k)
     if MODE == 0:
         d = plus(d, times(wt, t - s), FAST)
     else:
@@ -160,50 +158,46 @@ def absorb_pair(
 @triton.jit
 def pair_tiles(
     sz, tz, d, first, end, s_start, t_start, t_by, low, high, s_reference, t_reference, k, cap,
-    HAS_CAP: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, WHOLE_TILES: tl.constexpr,
-    BESIDE: tl.constexpr, FAST: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    HAS_CAP: tl.constexpr, MODE: tl.constexpr, WHOLE_TILES: tl.constexpr, BESIDE: tl.constexpr,
+    FAST: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """The slots' sums with the tiles from ``first`` to ``end``."""
     at = tile_positions(LANES, VEC)
-    s_shift = s_reference * k
-    t_shift = t_reference * k
     for o in range(first, end, LANES * VEC):
         x, y = load_pair(
             s_start, t_start, t_by, o, at, low, high, cap, HAS_CAP, WHOLE_TILES, BESIDE, FAST, LANES, VEC,
         )  # fmt: skip
-        sz, tz, d = absorb_pair(
-            x, y, sz, tz, d, s_reference, s_shift, t_reference, t_shift, k, MODE, EXACT, FAST
-        )
+        sz, tz, d = absorb_pair(x, y, sz, tz, d, s_reference, t_reference, k, MODE, FAST)
     return sz, tz, d
 
 
 @triton.jit
 def pair_segment(
     s_start, t_start, t_by, begin, low, high, s_reference, t_reference, k, cap,
-    HAS_CAP: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, BESIDE: tl.constexpr,
+    HAS_CAP: tl.constexpr, MODE: tl.constexpr, BRIEF: tl.constexpr, BESIDE: tl.constexpr,
     FAST: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Joint sums of each slot over elements [low, high)."""
+    """Joint sums of each slot over elements [low, high). BRIEF code has one loop for all tiles."""
     TILE: tl.constexpr = LANES * VEC
     sz = per_slot(0.0, LANES, VEC)
     tz = per_slot(0.0, LANES, VEC)
     d = per_slot(0.0, LANES, VEC)
     whole = begin
     # With 8 slots, a softcap leaves no registers for what two more loops keep: all tiles are masked ones.
-    if not (EXACT or (HAS_CAP and VEC > 4)):
+    if not (BRIEF or (HAS_CAP and VEC > 4)):
         first = begin + TILE
         whole = whole_tiles(first, high, BESIDE, LANES, VEC)
         sz, tz, d = pair_tiles(  # one, or none
             sz, tz, d, begin, tl.minimum(first, high), s_start, t_start, t_by, low, high, s_reference,
-            t_reference, k, cap, HAS_CAP, MODE, EXACT, False, BESIDE, FAST, LANES, VEC,
+            t_reference, k, cap, HAS_CAP, MODE, False, BESIDE, FAST, LANES, VEC,
         )  # fmt: skip
         sz, tz, d = pair_tiles(
             sz, tz, d, first, whole, s_start, t_start, t_by, low, high, s_reference,
-            t_reference, k, cap, HAS_CAP, MODE, EXACT, True, BESIDE, FAST, LANES, VEC,
+            t_reference, k, cap, HAS_CAP, MODE, True, BESIDE, FAST, LANES, VEC,
         )  # fmt: skip
     return pair_tiles(
         sz, tz, d, whole, high, s_start, t_start, t_by, low, high, s_reference,
-        t_reference, k, cap, HAS_CAP, MODE, EXACT, False, BESIDE, FAST, LANES, VEC,
+        t_reference, k, cap, HAS_CAP, MODE, False, BESIDE, FAST, LANES, VEC,
     )  # fmt: skip
 
 
@@ -252,9 +246,9 @@ def store_pair(
     HAS_CAP: tl.constexpr, MODE: tl.constexpr, BESIDE: tl.constexpr, FAST: tl.constexpr,
     A: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """`store_segment` of both rows: (reference, sum) of each and the sum of weights x the difference of their
-    log2, own - other. The references are there already: kept, they would take registers from the sums of
-    tiles."""
+    """`store_segment` of both rows: (reference, sum) of each and the sum of weights x the difference of the
+    logits beside their references, own - other. The references are there already: kept, they would take
+    registers from the sums of tiles."""
     segment = opaque(segment, FAST)
     begin, low, high = segment_bounds(segment, pieces, phase, vocabulary, A, FAST)
     out = out_ptr + segment * 5
@@ -264,20 +258,11 @@ def store_pair(
             HAS_CAP, MODE, False, BESIDE, FAST, LANES, VEC,
         )  # fmt: skip
         s_sum, s_largest, t_sum, t_largest, d_sum = pair_sums(sz, tz, d)
-        s_reference = tl.load(out, volatile=True)  # anew
-        t_reference = tl.load(out + 2, volatile=True)
-        s, ws = own_weight(s_reference, k)
-        t, wt = own_weight(t_reference, k)
-        well = well_placed(s_largest, s_sum, s_start.dtype.element_ty)
-        well &= well_placed(t_largest, t_sum, t_start.dtype.element_ty)
-        tl.store(out, tl.where(well, s_reference, AGAIN))
-        tl.store(out + 1, s_sum / ws)
-        tl.store(out + 3, t_sum / wt)
-        # Rounded as the terms of the sum were: of one token alone it is 0.
-        if MODE == 0:
-            tl.store(out + 4, plus(d_sum, t_sum * (s - t), FAST) / wt)
-        if MODE == 1:
-            tl.store(out + 4, plus(d_sum, s_sum * (t - s), FAST) / ws)
+        if not (well_placed(s_largest, s_sum) & well_placed(t_largest, t_sum)):
+            tl.store(out, AGAIN)
+        tl.store(out + 1, s_sum)
+        tl.store(out + 3, t_sum)
+        tl.store(out + 4, d_sum)
     else:
         store_nothing(out, 2)
         store_nothing(out + 2, 3)
@@ -321,8 +306,6 @@ def pair_partial(
     s_start = s_ptr + whole_pieces(s_offset, A)
     phase = (s_offset % A).to(tl.int32)
     t_start, t_by = beside_row(t_ptr, t_offset, phase, BESIDE, A, VEC)
-    good = usable(s_reference, k) & usable(t_reference, k)
-    s_reference = tl.where(good, s_reference, AGAIN)
     for segment in range(first_segment, last_segment):
         tl.store(out_ptr + segment * 5, s_reference)
         tl.store(out_ptr + segment * 5 + 2, t_reference)
@@ -368,6 +351,16 @@ def merged_pair(ptr, segments, k, MODE: tl.constexpr):
             tl.load(at + 4), k, MODE,
         )  # fmt: skip
     return sm, sz, tm, tz, d
+
+
+@triton.jit
+def log2_kl(mean, m, c, rest, other_m, other_c, other_rest, k):
+    """KL in units of log2, from the mean of own - other logits beside m and other_m, by the `normalizer`s
+    (c, rest) that a gradient has: their roundings cancel in own - other - KL."""
+    moved = c - m
+    other_moved = other_c - other_m
+    lost = ((c - moved) - m) - ((other_c - other_moved) - other_m)
+    return tl.fma(mean - (moved - other_moved), k, tl.fma(-lost, k, other_rest - rest))
 
 
 @triton.jit
@@ -584,8 +577,14 @@ def _divergence_fwd_kernel(
             again = opaque(tl.program_id(0), FAST).to(tl.int64)
             s_offset = row_offset(again, n_l, s_shift, s_b, s_l)
             t_offset = row_offset(again, n_l, t_shift, t_b, t_l)
+        s_base = sm
+        t_base = tm
         sm, sl = normalizer(sm, sz, inv_temperature, k)
         tm, tl_ = normalizer(tm, tz, inv_temperature, k)
+        if MODE == 0:
+            d = log2_kl(d / tz, t_base, tm, tl_, s_base, sm, sl, k)
+        if MODE == 1:
+            d = log2_kl(d / sz, s_base, sm, sl, t_base, tm, tl_, k)
         sl = tl.where(live, sl, 0.0)
         tl_ = tl.where(live, tl_, 0.0)
         sm = tl.where(live, sm, 0.0)
@@ -606,9 +605,9 @@ def _divergence_fwd_kernel(
         kl = tl.full([], 0.0, tl.float32)
         loss = kl
         if MODE == 0:
-            loss = tl.where(live, (d / tz + tl.log2(sz / tz)) * LN2, 0.0)
+            loss = tl.where(live, d * LN2, 0.0)
         if MODE == 1:
-            kl = tl.where(live, (d / sz - tl.log2(sz / tz)) * LN2, 0.0)
+            kl = tl.where(live, d * LN2, 0.0)
             loss = kl
         if MODE == 2 and FUSED:
             of_s, of_t = jsd_partial(
