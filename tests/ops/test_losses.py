@@ -220,6 +220,29 @@ def test_inplace_gradient_lives_in_the_logits(backend, loss):
         out.loss.backward()
 
 
+@pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
+def test_rows_beyond_two_to_the_31_elements(backend, loss):
+    """Offsets of rows have 64 bits, read and written. (Of the memory only the rows' pages are touched.)"""
+    rows = make_rows((2,), 64, dtype=torch.float16, ignored=0)
+    plain, expected = run(rows, backend, **options(loss))
+    stride = 2**31 + 9
+    memory = torch.UntypedStorage(2 * (stride + 64))
+    far = (
+        torch.empty(0, dtype=torch.float16)
+        .set_(memory, 0, (2, 64), (stride, 1))
+        .copy_(rows.student)
+    )
+    leaf = far.requires_grad_()
+    logits = leaf.view_as(leaf)
+    out = fastsdpo.sdpo_loss(
+        logits, rows.teacher, rows.target_ids, inplace_grad=True, backend=backend, **options(loss)
+    )
+    assert torch.equal(out.per_token_loss, plain.per_token_loss)
+    (grad,) = torch.autograd.grad(out.loss, logits)
+    assert grad.stride() == (stride, 1) and grad.data_ptr() == memory.data_ptr()
+    assert torch.equal(grad, expected)
+
+
 def test_inplace_gradient_of_an_expanded_tensor_is_allocated(backend):
     row = torch.randn(1, 12)
     y = torch.tensor([1, 2, 3])
