@@ -549,18 +549,21 @@ def _divergence_fwd_kernel(
             begin = tl.program_id(1)
             stop = begin + 1
         x = reference_of(s_ptr + s_offset, target, width, live, cap, HAS_CAP, FAST)
+        y = reference_of(t_ptr + t_offset, target, width, live, cap, HAS_CAP, FAST)
         if MODE == 2:  # JSD needs each row's own statistics first
             row_partial(
                 partial, s_ptr, s_offset, width, begin, stop, pieces, x, k, cap, target_ptr, 0,
                 HAS_CAP, False, False, 1, 5, BESIDE != 2, FAST, A, LANES, VEC,
             )  # fmt: skip
-            y = reference_of(t_ptr + t_offset, target, width, live, cap, HAS_CAP, FAST)
+            # Anew: kept, these would take registers from the sums.
+            again = opaque(tl.program_id(0), FAST).to(tl.int64)
+            partial = partial_ptr + again * segments * 5
+            t_offset = row_offset(again, n_l, t_shift, t_b, t_l)
             row_partial(
                 partial + 2, t_ptr, t_offset, width, begin, stop, pieces, y, k, cap, target_ptr, 0,
                 HAS_CAP, False, False, 1, 5, BESIDE != 2, FAST, A, LANES, VEC,
             )  # fmt: skip
         else:
-            y = reference_of(t_ptr + t_offset, target, width, live, cap, HAS_CAP, FAST)
             pair_partial(
                 partial, s_ptr, s_offset, t_ptr, t_offset, width, begin, stop, pieces, x, y, k, cap,
                 HAS_CAP, MODE, BESIDE, FAST, A, LANES, VEC,
