@@ -46,7 +46,7 @@ personalization: $(VENV)/.dev
 	$(BIN)/python -m fastsdpo.online.experiment --output personalization --seeds $(SEEDS)
 
 # The Triton kernels run in Triton's interpreter, in a process of their own: it is chosen at import.
-INTERPRETED := bfloat16 or vocabulary or ignored or masked or infinite or inplace or slice or nothing or values
+INTERPRETED := beyond or bfloat16 or vocabulary or ignored or masked or infinite or inplace or slice or nothing or values
 
 test: $(VENV)/.dev
 	$(PYTEST) -n 2 --dist loadfile tests

@@ -555,7 +555,7 @@ def _divergence_fwd_kernel(
                 partial, s_ptr, s_offset, width, begin, stop, pieces, x, k, cap, target_ptr, 0,
                 HAS_CAP, False, False, 1, 5, BESIDE != 2, FAST, A, LANES, VEC,
             )  # fmt: skip
-            # Anew: kept, these would take registers from the sums.
+            # Addresses anew: kept, they would take registers from the sums. Below, too.
             again = opaque(tl.program_id(0), FAST).to(tl.int64)
             partial = partial_ptr + again * segments * 5
             t_offset = row_offset(again, n_l, t_shift, t_b, t_l)
@@ -576,10 +576,9 @@ def _divergence_fwd_kernel(
             tm, tz, _ = merged(partial + 2, segments, k, False, 5)
         else:
             sm, sz, tm, tz, d = merged_pair(partial, segments, k, MODE)
-            # Anew: kept, these would take registers from the sums.
-            again = opaque(tl.program_id(0), FAST).to(tl.int64)
-            s_offset = row_offset(again, n_l, s_shift, s_b, s_l)
-            t_offset = row_offset(again, n_l, t_shift, t_b, t_l)
+        again = opaque(tl.program_id(0), FAST).to(tl.int64)
+        s_offset = row_offset(again, n_l, s_shift, s_b, s_l)
+        t_offset = row_offset(again, n_l, t_shift, t_b, t_l)
         s_base = sm
         t_base = tm
         sm, sl = normalizer(sm, sz, inv_temperature, k)
