@@ -101,6 +101,7 @@ def main(rank: int, store: str, wrapper: str) -> None:
                 head_parameters(model)
 
     {"ddp": run_ddp, "fsdp2": run_fsdp2}[wrapper]()
+    dist.barrier()  # neither ends its threads while the other still talks to them
     dist.destroy_process_group()
 
 
