@@ -231,7 +231,7 @@ def test_memory_that_starts_off_a_boundary(loss):
 
 @pytest.mark.parametrize("largest", [3e5, 4e5, 1e12, 1e37])
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
-def test_logits_beyond_the_rounding_of_a_shift(loss, largest, temperature):
+def test_logits_far_above_all_others(loss, largest, temperature):
     """One token far above the others, in the second of three segments, and its neighbour equal to it."""
     case = make_rows((1,), 3 * 8200, ignored=0)
     case.student[:, 9000:9002] = case.teacher[:, 9001:9003] = largest
@@ -331,7 +331,7 @@ def approximate(function):
 
 @pytest.mark.parametrize("spread", [3.0, 30.0])
 def test_exponentials_that_are_as_exact_as_those_of_a_gpu(loss, spread, monkeypatch):
-    """ex2.approx is exact to 2^-22, lg2.approx to 2^-22 beside 1: no kernel makes much more of that."""
+    """2^-22 is what PTX documents for ex2.approx, and for lg2.approx near 1: no kernel makes much more of it."""
     builder = interpreter.InterpreterBuilder
     monkeypatch.setattr(
         builder, "create_exp2", approximate(lambda x, error: np.exp2(x) * (1 + error))
