@@ -331,7 +331,7 @@ def approximate(function):
 
 @pytest.mark.parametrize("spread", [3.0, 30.0])
 def test_exponentials_that_are_as_exact_as_those_of_a_gpu(loss, spread, monkeypatch):
-    """2^-22 is what PTX documents for ex2.approx, and for lg2.approx near 1: no kernel makes much more of it."""
+    """PTX documents 2^-22 for ex2.approx, and for lg2.approx near 1: no kernel makes much more of it."""
     builder = interpreter.InterpreterBuilder
     monkeypatch.setattr(
         builder, "create_exp2", approximate(lambda x, error: np.exp2(x) * (1 + error))
