@@ -110,7 +110,8 @@ sampled token, of a log-prob): `tests/ops/test_triton_values.py`, with 500 drawn
 fuzz`. One row of a KL by itself can need a few roundings where its target is far less likely than the best
 token. The interpreter's exponential is exact to a float32; for NVIDIA's `ex2.approx` 2^-22 is
 [documented](https://docs.nvidia.com/cuda/parallel-thread-execution/). With errors of that size put into the
-interpreter, a loss is held to the same bound, and a gradient to five roundings; neither was measured on one.
+interpreter, a loss is held to the same bound, and a gradient to five roundings. Nothing of this was measured
+on a GPU.
 """),
     Section("Long runs", "^soak", """
 Memory does not grow with the steps: resident memory, traced Python memory, objects, tensors, graph nodes,
