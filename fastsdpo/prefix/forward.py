@@ -1,9 +1,10 @@
 """Runs a Hugging Face causal LM on interactions and returns the states that predict responses.
 
 Everything happens inside one forward call of the model as the caller wrapped it, so the hooks of
-DDP, FSDP, PEFT, Accelerate and autocast all run: a hook on the decoder (the model below the head)
-takes its hidden states, runs the teacher's pass, and hands an empty tensor on to the head, which
-thus never forms a logit; a hook on the wrapped model returns the states in place of the logits.
+DDP, FSDP, PEFT, Accelerate and autocast all run. The teacher's pass and the loss take the place of
+the head's own forward: whatever unit of FSDP or ZeRO the head belongs to is gathered there, and its
+gradient is reduced as always. No logit is formed; a hook on the wrapped model returns the result in
+place of the logits.
 
 The attention of a shared pass comes in through the model's keyword arguments, and the attention
 modules use it in the calls that carry them: hooks on these modules switch the implementation for
@@ -35,6 +36,7 @@ from fastsdpo.prefix.pack import (
 Result = TypeVar("Result")
 
 ATTENTION_NAME = "fastsdpo_plan"
+WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 AttentionInterface.register(ATTENTION_NAME, plan_attention)
 
 
@@ -96,8 +98,9 @@ def shared_forward(
             "interaction" those of each interaction's own two sequences, "off" runs every sequence
             alone and unpadded, with any model.
         attention: "auto", or a backend of `fastsdpo.prefix.attention`, which then runs or raises.
-        loss_fn: called with the states inside the model's forward pass, where FSDP holds the
-            head's parameters gathered; what it returns is returned in place of the states.
+        loss_fn: called with the states in place of the head's forward pass, where FSDP and ZeRO hold
+            its parameters gathered; what it returns (a tensor or a tuple) is returned in place of the
+            states.
 
     Returns:
         ResponseStates, or what ``loss_fn`` returned.
@@ -204,27 +207,38 @@ def check_head(model: nn.Module) -> tuple[bool, str]:
 
     Runs the model on a few tokens; where it is sharded, on all processes.
     """
+    states: list[Tensor] = []
     found: list[Any] = []
     dtypes: list[torch.dtype] = []
+    causal = causal_lm(model)
+    output_embeddings = causal.get_output_embeddings()
+    own = unwrap(output_embeddings).forward
 
-    def logits_from_head(_module: nn.Module, _args: Any, output: Any) -> None:
-        try:  # inside the forward pass, where FSDP holds the head gathered
+    def take_states(_module: nn.Module, _args: Any, output: Any) -> None:
+        states.append(output.last_hidden_state)
+
+    def logits_from_head(*args: Any, **kwargs: Any) -> Any:
+        logits = own(*args, **kwargs)
+        try:  # inside the head's forward pass, where FSDP holds it gathered
             head = head_parameters(model)
         except NotImplementedError as error:
             found.append(error)
-            return
-        dtypes.append(_computing_dtype(output.last_hidden_state))
-        hidden = output.last_hidden_state.to(head.weight.dtype)
+            return logits
+        dtypes.append(_computing_dtype(states[0]))
+        hidden = states[0].to(head.weight.dtype)
         z = nn.functional.linear(hidden, head.weight, head.bias).double() * head.logit_scale
         found.append(z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap))
+        return logits
 
     ids = torch.tensor([_check_ids(model, 8)], device=_device(model))
-    hook = causal_lm(model).get_decoder().register_forward_hook(logits_from_head, prepend=True)
+    hook = causal.get_decoder().register_forward_hook(take_states, prepend=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _forward_replaced(output_embeddings, logits_from_head):
             logits = model(input_ids=ids, use_cache=False).logits
     finally:
         hook.remove()
+    if not found:
+        return False, f"{type(causal).__name__} does not call its head"
     if isinstance(found[0], NotImplementedError):
         return False, str(found[0])
     error = float((logits.double() - found[0]).norm() / logits.double().norm().clamp(min=1e-30))
@@ -318,14 +332,21 @@ def unsupported(model: nn.Module) -> str | None:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model below DDP, FSDP1, DeepSpeed and torch.compile; FSDP2 and PEFT stay in place."""
-    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
-        elif type(model).__name__ in wrappers:
+        elif type(model).__name__ in WRAPPERS:
             model = model.module
         else:
             return model
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether something averages the gradients of several processes: DDP, FSDP or DeepSpeed."""
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model._orig_mod
+    names = {kind.__name__ for kind in type(model).__mro__}
+    return bool(names & {*WRAPPERS, "FSDPModule"})
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
@@ -371,43 +392,69 @@ def run_inside(
     body: Callable[[Tensor], Result],
     inputs: dict[str, Any],
 ) -> Result:
-    """``body(hidden)`` inside one forward call ``model(**inputs)``, and its result.
+    """``body(hidden)`` in place of the head, inside one forward call ``model(**inputs)``.
 
-    Inside, what wraps the model (DDP, FSDP, DeepSpeed, autocast) has gathered and cast the weights, the
-    head's too; the head itself is applied to no position, so that there are no logits.
+    What wraps the model (DDP, FSDP, DeepSpeed, autocast) has gathered and cast the weights there, the
+    head's too, and sees the result as the head's output. There are no logits.
 
     Args:
         model: a causal LM of transformers, wrapped or not.
         body: gets the decoder's last hidden states ``[B, L, D]``, and may run the decoder again. DDP and
             FSDP look for the tensors to differentiate in its result: a tensor or a tuple.
-        inputs: the model's keyword arguments.
-    """
-    top, decoder = unwrap(model), causal_lm(model).get_decoder()
-    result: list[Result] = []
-    running = False
+        inputs: the model's keyword arguments, ``input_ids [B, L]`` among them.
 
-    def take_states(_module: nn.Module, _args: Any, output: Any) -> Any:
-        nonlocal running
-        if running:
-            return None  # a call made by `body`
-        running = True
-        result.append(body(output.last_hidden_state))
-        output.last_hidden_state = output.last_hidden_state[:, :0]
-        return output
+    Raises:
+        NotImplementedError: the model does not call its head, or not on all its positions.
+    """
+    top, causal = unwrap(model), causal_lm(model)
+    vocabulary = causal.config.get_text_config().vocab_size
+    shape = tuple(inputs["input_ids"].shape)
+    result: list[Result] = []
+
+    def in_place_of_head(hidden: Tensor) -> Result:
+        if tuple(hidden.shape[:-1]) != shape:
+            raise NotImplementedError(
+                f"run_inside: {type(causal).__name__} must call its head on all positions "
+                f"{list(shape)}, got {list(hidden.shape[:-1])}"
+            )
+        return body(hidden)
+
+    def no_logits(_module: nn.Module, args: Any, output: Any) -> Tensor:
+        # The last hook of the head: those of FSDP and ZeRO have seen the result.
+        result.append(output)
+        return args[0].new_empty(*shape[:-1], 0, vocabulary)
 
     def return_result(_module: nn.Module, _args: Any, _output: Any) -> Any:
+        if not result:
+            raise NotImplementedError(f"run_inside: {type(causal).__name__} does not call its head")
         return result[0]
 
-    # Ahead of the hooks of FSDP2, which look for the tensors to differentiate in what is returned.
+    head = causal.get_output_embeddings()
     hooks = [
-        decoder.register_forward_hook(take_states, prepend=True),
+        head.register_forward_hook(no_logits),
+        # Ahead of the hooks of FSDP2, which look for the tensors to differentiate in what is returned.
         top.register_forward_hook(return_result, prepend=True),
     ]
     try:
-        return model(**inputs)
+        with _forward_replaced(head, in_place_of_head):
+            return model(**inputs)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """``module`` runs ``forward`` in place of its own; its hooks run as always."""
+    module = unwrap(module)
+    # A module that Accelerate placed on a device calls its own forward from a wrapper.
+    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    own = vars(module).get(name)
+    setattr(module, name, forward)
+    try:
+        yield
+    finally:
+        delattr(module, name) if own is None else setattr(module, name, own)
 
 
 def _run_inside(
@@ -592,6 +639,7 @@ def _check_layers(model: nn.Module, shared: SharedPass) -> None:
 
 def _linear_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a linear layer, its LoRA adapters merged in."""
+    head = unwrap(head)
     if hasattr(head, "modules_to_save") and hasattr(head, "active_adapters"):  # PEFT's trained copy
         active = [name for name in head.active_adapters if name in head.modules_to_save]
         if active and not getattr(head, "disable_adapters", False):
@@ -608,7 +656,8 @@ def _linear_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
                 raise NotImplementedError("head_parameters: DoRA or LoRA dropout on the head")
             weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
         return weight, bias
-    if type(head) is not nn.Linear:
+    # FSDP2 makes a subclass of its own; one that computes otherwise (quantized, ...) is no linear layer.
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise NotImplementedError(
             f"head_parameters: the head must be a torch.nn.Linear, got {type(head).__name__}"
         )

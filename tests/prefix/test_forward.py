@@ -190,12 +190,14 @@ def test_an_error_inside_leaves_no_hook(lab):
 
 
 def test_no_logits_are_computed(lab):
-    """The head sees no token, whatever the number of tokens in the pass."""
+    """The head's own forward never runs; what wraps the head sees the result as its output."""
     model = lab.tiny_model("llama")
     seen = []
-    model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.shape))
-    shared_forward(model, lab.conversation(3))
-    assert seen == [(1, 0, lab.VOCABULARY)]
+    model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out))
+    model.lm_head.weight = None
+    states = shared_forward(model, lab.conversation(3))
+    assert len(seen) == 1 and seen[0] is states
+    assert len(model.lm_head._forward_hooks) == 1 and "forward" not in vars(model.lm_head)
 
 
 def test_keys_and_values_are_freed_and_held_once(lab):
