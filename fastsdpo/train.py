@@ -30,12 +30,16 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastsdpo.trainer.config import PRESETS, SDPOConfig
+
+if TYPE_CHECKING:
+    from fastsdpo.trainer.callbacks import BeforeTraining
 
 STOPPED = 128  # + the signal's number, as shells count: 130 for Ctrl-C, 143 for SIGTERM
 
@@ -240,18 +244,22 @@ def choose_checkpoint(trainer: Any, options: argparse.Namespace, say: Any) -> st
     return checkpoint
 
 
-def measure_before(trainer: Any, output: Path, checkpoint: str | None) -> dict | None:
-    """The held-out figures before the first step; those of ``before.json`` where a run goes on."""
-    from fastsdpo.trainer.report import write_report
+def measure_before(
+    trainer: Any, output: Path, checkpoint: str | None, tell: Callable[[dict[str, float]], None]
+) -> BeforeTraining:
+    """Has the held-out figures measured before the first step; a run that goes on reads them.
 
-    if trainer.eval_dataset is None:
-        return None
-    path = output / "before.json"
-    if checkpoint is not None:
-        return json.loads(path.read_text("utf-8")) if path.exists() else None
-    before = trainer.evaluate()
-    if trainer.is_world_process_zero():
-        write_report(path, before)
+    Args:
+        tell: called with the figures when they are measured.
+    """
+    from fastsdpo.trainer.callbacks import BeforeTraining
+
+    before = BeforeTraining(output / "before.json", tell)
+    if trainer.eval_dataset is not None and checkpoint is None:
+        trainer.args.eval_on_start = True
+        trainer.add_callback(before)
+    elif trainer.eval_dataset is not None and before.path.exists():
+        before.metrics = json.loads(before.path.read_text("utf-8"))
     return before
 
 
@@ -328,9 +336,10 @@ def train(options: argparse.Namespace) -> int:
 
     trainer.check_output(model=True)
     checkpoint = choose_checkpoint(trainer, options, say)
-    before = measure_before(trainer, output, checkpoint)
-    if before is not None:
-        say(f"held-out loss before training: {before['eval_loss']:.4f}")
+    first = measure_before(
+        trainer, output, checkpoint,
+        lambda metrics: say(f"held-out loss before training: {metrics['eval_loss']:.4f}"),
+    )  # fmt: skip
     started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
@@ -338,7 +347,9 @@ def train(options: argparse.Namespace) -> int:
         say(f"stopped at step {result.global_step} of {trainer.state.max_steps}; "
             "the same command with --resume goes on")  # fmt: skip
         return STOPPED + stop.received
-    after = None if trainer.eval_dataset is None else trainer.evaluate()
+    before, after = first.metrics, None
+    if trainer.eval_dataset is not None:
+        after = trainer.evaluate()
     with writing(f"{output / 'model'}"):
         trainer.save_model(str(output / "model"))
     if trainer.is_world_process_zero():

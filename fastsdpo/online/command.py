@@ -220,9 +220,9 @@ def online(options: argparse.Namespace) -> int:
     checkpoint = choose_checkpoint(trainer, options, say)
     if checkpoint is None:
         trainer.forget_answers(0)  # those of a run before, of which nothing else is left
-    before = measure_before(trainer, output, checkpoint)
-    if before is not None:
-        say(f"before   {summary(before, 'eval_')}")
+    first = measure_before(
+        trainer, output, checkpoint, lambda metrics: say(f"before   {summary(metrics, 'eval_')}")
+    )
     started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
@@ -249,7 +249,7 @@ def online(options: argparse.Namespace) -> int:
             "interactions": trainer.interactions,
             "steps": result.global_step,
             "seconds": seconds,
-            "before": before,
+            "before": first.metrics,
             "after": after,
             "stopped": trainer.degenerate_stop,
             "settings": {k: v for k, v in config.to_dict().items() if k in names},

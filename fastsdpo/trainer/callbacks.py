@@ -5,10 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+from fastsdpo.trainer.report import write_report
 
 
 def clock(seconds: float) -> str:
@@ -47,10 +51,12 @@ class Progress(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs or not self.started:
             return
+        if "eval_loss" in logs and state.global_step == 0:
+            return  # told by `BeforeTraining`
         if "eval_loss" in logs:
             self._write(f"step {state.global_step}/{state.max_steps}  held-out loss "
                         f"{logs['eval_loss']:.4f}")  # fmt: skip
-        elif "eval_response_length" in logs:
+        elif "eval_response_length" in logs and state.global_step > 0:
             satisfied = logs.get("eval_satisfaction")
             self._write(f"step {state.global_step}/{state.max_steps}  held-out answers: "
                         + ("" if satisfied is None else f"satisfied {satisfied:.0%}  ")
@@ -85,6 +91,33 @@ class Progress(TrainerCallback):
             self.bar.write(line, file=self.stream)
         else:
             print(line, file=self.stream, flush=True)
+
+
+class BeforeTraining(TrainerCallback):
+    """Keeps the held-out figures before the first step, also in a file, for a run that goes on.
+
+    They are measured inside the training loop (``eval_on_start``), where the model is wrapped.
+
+    Args:
+        path: the file, JSON.
+        tell: called with the figures.
+
+    Attributes:
+        metrics: the figures; None as long as there are none.
+    """
+
+    def __init__(self, path: Path, tell: Callable[[dict[str, float]], None]):
+        self.path, self.tell = path, tell
+        self.metrics: dict[str, float] | None = None
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        if state.global_step == 0 and self.metrics is None:
+            self.metrics = dict(metrics)
+            if state.is_world_process_zero:
+                write_report(self.path, self.metrics)
+            self.tell(self.metrics)
 
 
 class StopOnSignal(TrainerCallback):

@@ -54,6 +54,12 @@ def check_output_folder(folder: str | os.PathLike, needed: int) -> None:
         )
 
 
+def check_saved_model(folder: str | os.PathLike) -> None:
+    """Raises OSError where a folder holds no weights, of a model or of an adapter."""
+    if not any(any(Path(folder).glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.pt")):
+        raise OSError(f"the model was not saved: {folder} holds no weights")
+
+
 def finish_checkpoint(part: Path, place: Path) -> None:
     """``part`` becomes the checkpoint ``place``, which it replaces."""
     sums = {}

@@ -20,7 +20,8 @@ class AdamWBF16(torch.optim.Optimizer):
         rounding: "float32_master" keeps a float32 copy of each half-precision weight, which takes
             the steps; "stochastic_rounding" keeps none and rounds each step up or down with the
             probability that makes it right on average. Float32 weights take their steps as usual.
-        seed: of the rounding; the same on all processes, so that their weights stay equal.
+        seed: of the rounding; the same on all processes, so that their weights stay equal. Under FSDP
+            each process rounds its own shard, with numbers of its own.
     """
 
     def __init__(
@@ -78,8 +79,10 @@ class AdamWBF16(torch.optim.Optimizer):
                 if "master" in state:
                     parameter.copy_(weight)
                 else:
-                    seed = hash((self.seed, number, t)) % 2**63  # of integers: the same everywhere
-                    parameter.copy_(stochastic_round(weight, parameter.dtype, seed))
+                    # A hash of integers: the same everywhere.
+                    key = (self.seed, number, t, *_shard(parameter))
+                    local, weight = _local(parameter), _local(weight)
+                    local.copy_(stochastic_round(weight, local.dtype, hash(key) % 2**63))
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -92,6 +95,17 @@ class AdamWBF16(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     value = value.to(parameter.device, torch.float32, copy=True)
                 self.state[parameter][name] = value
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this process holds; another tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _shard(tensor: Tensor) -> tuple[int, ...]:
+    """Where on the mesh of processes this part of a sharded tensor lies; empty for another tensor."""
+    mesh = getattr(tensor, "device_mesh", None)
+    return () if mesh is None else tuple(mesh.get_coordinate() or ())
 
 
 def stochastic_round(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:

@@ -6,7 +6,8 @@ What is overridden of `transformers.Trainer`, and why:
     training_step              a micro-batch in packs of bounded size
     compute_loss               the objective
     prediction_step, evaluation_loop    the same on held-out interactions, weighted exactly
-    evaluate                   leaves no loader behind
+    evaluate                   leaves no loader behind, and the model to be wrapped for training
+    save_model                 the whole weights, however they are sharded
     create_optimizer           AdamW that keeps small steps in bfloat16
     _get_train_sampler         order by conversation; no repeated interactions
     _save_checkpoint, train    checkpoints that are whole, and found again (see checkpoints.py)
@@ -37,12 +38,14 @@ from fastsdpo.prefix import (
     check_head,
     check_sharing,
     head_parameters,
+    is_wrapped,
     no_grad_pass,
     shared_forward,
 )
 from fastsdpo.trainer.checkpoints import (
     PART,
     check_output_folder,
+    check_saved_model,
     damage_of,
     delete_old_checkpoints,
     find_checkpoint,
@@ -168,7 +171,7 @@ class SDPOTrainer(Trainer):
                 "max_tokens_per_pack does not apply under DeepSpeed, which takes one backward pass per "
                 "micro-batch: per_device_train_batch_size bounds the memory"
             )
-        good, reason = check_head(self.model)
+        good, reason = self._agreed(check_head(self.model))
         if not good:
             raise NotImplementedError(f"SDPOTrainer: the model's head is not supported: {reason}")
         self.sharing = self._choose_sharing()
@@ -200,13 +203,20 @@ class SDPOTrainer(Trainer):
         wanted = self.args.sharing
         if wanted == "off":
             return "off"
-        good, reason = check_sharing(self.model, attention=self.args.attention)
+        good, reason = self._agreed(check_sharing(self.model, attention=self.args.attention))
         if good:
             return "conversation" if wanted == "auto" else wanted
         if wanted != "auto":
             raise NotImplementedError(f"SDPOTrainer: sharing={wanted!r} is not possible: {reason}")
         logger.warning("prefixes are not shared (sharing='off'): %s", reason)
         return "off"
+
+    def _agreed(self, found: tuple[bool, str]) -> tuple[bool, str]:
+        """The first process's finding, in all processes: FSDP may load the weights there alone."""
+        if self.args.world_size > 1:
+            broadcast_object_list(shared := [found])
+            found = shared[0]
+        return found
 
     # ------------------------------------------------------------------------------- the teacher
 
@@ -258,19 +268,15 @@ class SDPOTrainer(Trainer):
         weights, counts = token_weights(lengths, args.normalization, args.ignore_first_k, num_items)
         weights, counts = weights.to(args.device), counts.to(args.device)
 
-        frozen_hidden = reference_hidden = frozen_head = teacher_head = unguided = None
-        context = None
+        frozen_hidden = reference_hidden = unguided = context = None
         if self._ema is not None:
             context = self._ema.swapped_in
         elif args.teacher == "frozen":
             context = self._initial
-        if context is not None:
-            teacher_head = other_head(model, context)
         if args.is_guided:
             with no_grad_pass(), nullcontext() if context is None else context():
                 unguided = shared_forward(model, self._unguided(interactions), **shared)
         if args.teacher == "trust_region" or args.needs_reference:
-            frozen_head = other_head(model, self._initial)
             # What of the two distributions is needed: given the history alone, or with the follow-up.
             read = list(interactions)
             if args.teacher != "trust_region":
@@ -291,8 +297,12 @@ class SDPOTrainer(Trainer):
             reference_hidden = states.student_hidden if args.needs_reference else None
 
         def loss_fn(states: ResponseStates) -> tuple[Tensor, TokenStatistics]:
+            # All heads are taken here, inside the head's own forward pass, where FSDP has gathered it.
             head = head_parameters(model)
-            teacher_hidden, its_head = None, teacher_head
+            teacher_hidden = frozen_head = None
+            its_head = None if context is None else other_head(model, context)
+            if frozen_hidden is not None:
+                frozen_head = other_head(model, self._initial)
             if args.teacher == "trust_region":
                 teacher_hidden, its_head = mix_teachers(
                     frozen_hidden, states.teacher_hidden, frozen_head, head, args.trust_region_mix
@@ -396,6 +406,12 @@ class SDPOTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Loss of a micro-batch; its gradient is added, pack by pack."""
+        if self.args.world_size > 1 and not is_wrapped(model):
+            raise RuntimeError(
+                f"SDPOTrainer: with {self.args.world_size} processes the model must be wrapped by DDP, "
+                f"FSDP or DeepSpeed, got {type(model).__name__}: each process would train a model of "
+                "its own. Was it prepared before train()?"
+            )
         packs = self._packs(inputs["interactions"])
         # A process without interactions (at the end of an epoch), or with fewer passes than another,
         # runs the model all the same, with weight 0.
@@ -565,16 +581,35 @@ class SDPOTrainer(Trainer):
     # ------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As `transformers.Trainer.evaluate`; the loader it prepares is not kept.
+        """As `transformers.Trainer.evaluate`; before training too, but not under FSDP2.
 
-        accelerate holds on to each of them, and with it to the indices of the whole set.
+        The loader that it prepares is not kept: accelerate holds on to each of them, and with it to
+        the indices of the whole set. Nor is what marks the model as prepared: accelerate would
+        return it as it is when training begins, and nothing would average the gradients of several
+        processes (accelerate 1.15).
+
+        Raises:
+            NotImplementedError: before training under FSDP2, which shards a model only together with
+                its optimizer.
         """
-        loaders = self.accelerator._dataloaders
-        before = len(loaders)
+        accelerator, model = self.accelerator, self.model
+        first = not accelerator._models and not self.is_in_train
+        if first and getattr(accelerator, "is_fsdp2", False):
+            raise NotImplementedError(
+                "SDPOTrainer: evaluate() before train() is not possible under FSDP2; set "
+                "eval_on_start=True, which evaluates before the first step"
+            )
+        loaders, forward = len(accelerator._dataloaders), vars(model).get("forward")
         try:
             return super().evaluate(*args, **kwargs)
         finally:
-            del loaders[before:]
+            del accelerator._dataloaders[loaders:]
+            if first and not self._sharded:
+                accelerator._models.clear()
+                for name in ("_is_accelerate_prepared", "_original_forward", "forward"):
+                    vars(model).pop(name, None)
+                if forward is not None:
+                    vars(model)["forward"] = forward
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         if eval_dataset is not None and not isinstance(eval_dataset, (str, InteractionDataset)):
@@ -671,6 +706,23 @@ class SDPOTrainer(Trainer):
         if checkpoint is not None:
             for name, weights in self._teachers().items():
                 weights.load(os.path.join(checkpoint, TEACHER_FILE.format(name)))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The whole model (or adapter) and the tokenizer, for ``from_pretrained``.
+
+        Under FSDP the weights are gathered to the first process, whatever kind of state dict its
+        checkpoints have (transformers writes none where that kind is sharded).
+
+        Raises:
+            OSError: nothing that holds weights was written.
+        """
+        if self.is_fsdp_enabled and not _internal_call:
+            folder = output_dir or self.args.output_dir
+            self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not _internal_call:
+            check_saved_model(output_dir or self.args.output_dir)
 
     def _get_output_dir(self, trial: Any = None) -> str:
         folder = super()._get_output_dir(trial)
@@ -823,7 +875,9 @@ class SDPOTrainer(Trainer):
                 raise ValueError(f"SDPOTrainer: {self.args.output_dir} holds no checkpoint")
         elif resume_from_checkpoint:
             self._check_checkpoint(resume_from_checkpoint)
-        if self.args.teacher_check and self.is_world_process_zero():
+        # A model that is sharded already (a second call) would have to run in all processes.
+        whole = not (self._sharded and is_wrapped(self.model_wrapped))
+        if self.args.teacher_check and whole and self.is_world_process_zero():
             check = self.check_teacher()
             if check is not None:
                 logger.log(logging.WARNING if check.warning else logging.INFO, "%s", check)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from types import SimpleNamespace
 
@@ -70,6 +71,21 @@ def make_interactions(conversations=6, *, turns=2, seed=0):
             interactions.append(Interaction(history, answer, followup, f"c{c}:{t}", f"c{c}"))
             history = [*history, {"role": "assistant", "content": answer}]
     return interactions
+
+
+def write_rows(path, interactions):
+    """A file as `fastsdpo prepare` writes it."""
+    path.write_text("".join(json.dumps(row(item)) + "\n" for item in interactions))
+
+
+def row(item):
+    return {
+        "prompt": item.prompt,
+        "completion": {"role": "assistant", "content": item.completion},
+        "user_response": {"role": "user", "content": item.followup},
+        "id": item.id,
+        "conversation_id": item.conversation_id,
+    }
 
 
 def make_config(folder, **changes):
@@ -141,6 +157,7 @@ def lab():
         make_tokenizer=make_tokenizer,
         make_model=make_model,
         make_interactions=make_interactions,
+        write_rows=write_rows,
         make_config=make_config,
         make_trainer=make_trainer,
         weights_of=weights_of,

@@ -234,3 +234,12 @@ def test_lora_trains_the_adapter_alone(tmp_path, lab):
                 assert torch.equal(value, base[name.replace(".base_layer", "")]), name
         moved = [v for n, v in lab.weights_of(trainer).items() if "lora_B" in n]
         assert all(value.abs().max() > 0 for value in moved)
+
+
+def test_a_save_without_weights_raises(tmp_path, lab, monkeypatch):
+    """Whatever the reason: transformers writes none where a state dict is sharded, and says nothing."""
+    trainer = lab.make_trainer(tmp_path / "out", max_steps=1)
+    trainer.save_model(str(tmp_path / "good"))
+    monkeypatch.setattr(trainer, "_save", lambda *args, **kwargs: (tmp_path / "bad").mkdir())
+    with pytest.raises(OSError, match=r"the model was not saved: .*bad holds no weights"):
+        trainer.save_model(str(tmp_path / "bad"))

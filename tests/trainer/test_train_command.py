@@ -16,28 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from fastsdpo.train import main
 
 
-def write_rows(path, interactions):
-    path.write_text("".join(json.dumps(row(item)) + "\n" for item in interactions))
-
-
-def row(item):
-    return {
-        "prompt": item.prompt,
-        "completion": {"role": "assistant", "content": item.completion},
-        "user_response": {"role": "user", "content": item.followup},
-        "id": item.id,
-        "conversation_id": item.conversation_id,
-    }
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, lab):
     """A folder with ``model/``, ``data.jsonl`` (12 interactions) and ``data.eval.jsonl`` (4)."""
     folder = tmp_path_factory.mktemp("train")
     lab.make_model().save_pretrained(folder / "model")
     lab.make_tokenizer().save_pretrained(folder / "model")
-    write_rows(folder / "data.jsonl", lab.make_interactions())
-    write_rows(folder / "data.eval.jsonl", lab.make_interactions(2, seed=9))
+    lab.write_rows(folder / "data.jsonl", lab.make_interactions())
+    lab.write_rows(folder / "data.eval.jsonl", lab.make_interactions(2, seed=9))
     return folder
 
 
@@ -89,7 +75,7 @@ def test_run_report_and_reload(place, tmp_path, capsys):
     for key in ("sdpo/log_ratio_mean", "sdpo/log_ratio_std", "sdpo/log_ratio_p05",
                 "sdpo/student_logp", "sdpo/teacher_logp", "sdpo/eos_log_ratio",
                 "sdpo/tokens_per_second"):  # fmt: skip
-        assert key in report["history"][0], key
+        assert key in report["history"][1], key
         if key != "sdpo/tokens_per_second":
             assert f"eval_{key}" in report["before"]
 
@@ -203,7 +189,7 @@ def poisoned(place, tmp_path, lab):
         model.get_input_embeddings().weight[number] = float("nan")
     model.save_pretrained(tmp_path / "model")
     lab.make_tokenizer().save_pretrained(tmp_path / "model")
-    write_rows(tmp_path / "data.jsonl", interactions)
+    lab.write_rows(tmp_path / "data.jsonl", interactions)
     return tmp_path
 
 

@@ -81,9 +81,10 @@ def test_weights_and_statistics(results, lab, name):
     if one["teacher"] is not None:
         assert lab.largest_difference(one["teacher"], two["teacher"]) < 1e-6
     assert len(one["history"]) == len(two["history"]) == 2
-    logs = [*zip(one["history"], two["history"]), (one["evaluation"], two["evaluation"])]
+    logs = [*zip(one["history"], two["history"])]
+    logs += [(one[key], two[key]) for key in ("before", "evaluation")]
     for left, right in logs:
         assert left.keys() == right.keys()
         for key in left:
-            if "per_second" not in key and "runtime" not in key:
+            if "per_second" not in key and "time" not in key:
                 assert right[key] == pytest.approx(left[key], rel=1e-4, abs=1e-5), key

@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 
@@ -41,6 +42,7 @@ def main(folder: str, runs: dict) -> None:
             ddp_backend="gloo" if world > 1 else None,
             **settings,
         )
+        before = trainer.evaluate()  # must not keep the model from being wrapped
         trainer.train()
         evaluation = trainer.evaluate()
         assert trainer.args.world_size == world
@@ -51,11 +53,16 @@ def main(folder: str, runs: dict) -> None:
                     "weights": lab.weights_of(trainer),
                     "teacher": None if trainer._ema is None else trainer._ema.values,
                     "history": history,
+                    "before": before,
                     "evaluation": evaluation,
                 },
                 f"{folder}/{name}-{world}.pt",
             )
     if world > 1:
+        trainer = lab.make_trainer(f"{folder}/unwrapped", max_steps=1, ddp_backend="gloo")
+        trainer.model._is_accelerate_prepared = True  # accelerate then returns it as it is
+        with pytest.raises(RuntimeError, match="with 2 processes the model must be wrapped by DDP"):
+            trainer.train()
         torch.distributed.destroy_process_group()
 
 
