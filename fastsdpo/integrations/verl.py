@@ -323,9 +323,13 @@ def patch_sdpo_fork() -> SDPOForkPatch:
 def register_distillation_loss(name: str = LOSS_NAME) -> None:
     """Registers the sampled-token loss in verl's registry of distillation losses.
 
-    Then ``distillation.distillation_loss.loss_mode=fastsdpo_sampled_token`` with
-    ``use_policy_gradient=False`` trains with ``stopgrad(log p_S - log p_T) * log p_S`` per token,
-    whose gradient is that of the reverse KL in expectation. Has to run in every worker process.
+    Then ``distillation.distillation_loss.loss_mode=fastsdpo_sampled_token`` trains, per token of the
+    answer, with the gradient ``(log p_S - log p_T) * grad log p_S``: in expectation over answers of
+    the student that of the reverse KL. Has to run in every process that reads the configuration.
+
+    ``use_policy_gradient=False`` backpropagates it; with True verl takes the value ``log p_S - log p_T``
+    as a penalty in its clipped policy loss, as it does with its own ``k1``. ``loss_max_clamp`` bounds
+    ``|log p_S - log p_T|`` of a token, in both.
 
     verl's top-k losses do not come from this registry: its logits processor calls a fixed function.
 
@@ -344,19 +348,43 @@ def register_distillation_loss(name: str = LOSS_NAME) -> None:
 def _sampled_token_for_verl(
     config: Any, distillation_config: Any, model_output: Any, data: Any
 ) -> tuple[Tensor, dict[str, Any]]:
-    """``([B, T] per-token losses, metrics)``, as verl's registry wants it; verl aggregates."""
+    """``([B, T] per-token losses, metrics)``, as verl's registry wants it; verl aggregates.
+
+    verl makes ``-value`` the advantage of a policy loss (``use_policy_gradient``) or backpropagates.
+    Value and gradient are therefore set apart: g and w g grad log p_S, with g = log p_S - log p_T and
+    w the rollout correction, which verl itself multiplies in the policy loss only.
+    """
+    name = f"{LOSS_NAME}: distillation.distillation_loss"
+    bound = distillation_config.distillation_loss.loss_max_clamp
+    if bound is not None and not bound > 0:
+        raise ValueError(
+            f"{name}.loss_max_clamp must be null or above 0, got {bound}: it bounds "
+            "|log p_S - log p_T| of a token, and nothing would be learned"
+        )
     padding = _verl("verl.workers.utils.padding", "the registered loss needs verl")
+    metric = _verl("verl.utils.metric", "the registered loss needs verl")
+    mask = _padded(data["response_mask"]).bool()
     student = padding.no_padding_2_padding(model_output["log_probs"], data)
     teacher = padding.no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1)
-    if teacher.shape != student.shape:
-        raise ValueError(
-            f"{LOSS_NAME}: teacher_logprobs must have one log-prob per token "
-            f"{tuple(student.shape)}, got {tuple(teacher.shape)}"
-        )
-    mask = data["response_mask"]
-    mask = (mask.to_padded_tensor(0) if mask.is_nested else mask).bool()
+    for key, logps in (("log_probs", student), ("teacher_logprobs", teacher)):
+        if logps.shape != mask.shape:
+            raise ValueError(
+                f"{LOSS_NAME}: {key} must have one log-prob per token of response_mask "
+                f"{tuple(mask.shape)}, got {tuple(logps.shape)}"
+            )
     # verl takes the largest loss and a mean: padding must be finite.
-    per_token = _sampled_token(student, teacher, mask)
-    gap = (teacher - student).detach()[mask]
-    mean = gap.mean().item() if gap.numel() else 0.0
+    student = torch.where(mask, student, 0.0)
+    gap = (student - torch.where(mask, teacher, 0.0)).detach()
+    # Cut here, verl's clamp of the value leaves it as it is, and its gradient with it.
+    value = gap if bound is None else gap.clamp(-bound, bound)
+    rollout = data.get("rollout_is_weights", None)
+    weight = value if rollout is None else value * torch.where(mask, _padded(rollout), 0.0)
+    per_token = value + weight * (student - student.detach())
+    # A sum over micro-batches and a mean over replicas, as verl reports its own losses.
+    tokens = data["batch_num_tokens"] or max(1, int(mask.sum()))
+    mean = metric.Metric("sum", -gap.sum() / tokens * data["dp_size"])
     return per_token, {"distillation/log_ratio_mean": mean}
+
+
+def _padded(tensor: Tensor) -> Tensor:
+    return tensor.to_padded_tensor(0) if tensor.is_nested else tensor

@@ -233,84 +233,27 @@ def test_errors(given):
         )
 
 
-def install(monkeypatch, **modules):
-    """Stands in for an installed verl: modules by dotted name."""
-    for name, contents in modules.items():
-        dotted = name.replace("__", ".")
-        parts = dotted.split(".")
-        for end in range(1, len(parts) + 1):
-            parent = ".".join(parts[:end])
-            if parent not in sys.modules:
-                monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
-        for key, value in contents.items():
-            setattr(sys.modules[dotted], key, value)
-
-
 def test_without_verl(monkeypatch):
-    monkeypatch.setitem(sys.modules, "verl", None)
+    for name in ("verl", "verl.trainer.distillation.losses", "verl.trainer.ppo.core_algos"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"verl\.trainer\.distillation \(0\.8 or newer\)"):
         verl.register_distillation_loss()
     with pytest.raises(ImportError, match=r"github\.com/lasgroup/SDPO"):
         verl.patch_sdpo_fork()
 
 
-def test_registered_loss(monkeypatch, given):
-    registry = {}
-
-    def register(loss_settings):
-        def decorator(function):
-            for name in loss_settings.names:
-                if name in registry:
-                    raise ValueError(f"'{name}' is already registered.")
-                registry[name] = function
-            return function
-
-        return decorator
-
-    install(
-        monkeypatch,
-        verl__trainer__distillation__losses={
-            "DistillationLossSettings": SimpleNamespace,
-            "register_distillation_loss": register,
-        },
-        verl__workers__utils__padding={"no_padding_2_padding": lambda tensor, data: tensor},
-    )
-    verl.register_distillation_loss()
-    with pytest.raises(ValueError, match="already registered"):
-        verl.register_distillation_loss()
-    loss_fn = registry["fastsdpo_sampled_token"]
-    student = (-3 * torch.rand(B, T)).requires_grad_()
-    teacher = -3 * torch.rand(B, T)
-    teacher[0, 4] = -torch.inf  # padding
-    per_token, metrics = loss_fn(
-        config=None,
-        distillation_config=None,
-        model_output={"log_probs": student},
-        data={"teacher_logprobs": teacher[..., None], "response_mask": given.mask},
-    )
-    counts = given.mask.bool()
-    want = (student - teacher).detach() * student
-    torch.testing.assert_close(per_token[counts], want[counts])
-    assert (per_token[~counts] == 0).all()
-    assert metrics["distillation/log_ratio_mean"] == pytest.approx(
-        (teacher - student)[counts].mean().item()
-    )
-    per_token.sum().backward()
-    torch.testing.assert_close(student.grad, torch.where(counts, (student - teacher).detach(), 0.0))
-
-
 def test_patched_fork(monkeypatch):
+    """The fork is on no package index: modules of its names stand in for it."""
+
     def original():
         raise AssertionError
 
-    install(
-        monkeypatch,
-        verl__trainer__ppo__core_algos={"compute_self_distillation_loss": original},
-        verl__workers__actor__dp_actor={"compute_self_distillation_loss": original},
-    )
     modules = [
-        sys.modules[n] for n in ("verl.trainer.ppo.core_algos", "verl.workers.actor.dp_actor")
+        ModuleType(name) for name in ("verl.trainer.ppo.core_algos", "verl.workers.actor.dp_actor")
     ]
+    for module in modules:
+        module.compute_self_distillation_loss = original
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     with verl.patch_sdpo_fork():
         for module in modules:
             assert module.compute_self_distillation_loss is verl.compute_self_distillation_loss

@@ -1,0 +1,291 @@
+"""The registered loss inside the installed verl: its configuration, its batches, its loss function."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastsdpo.integrations import verl as integration
+
+PROMPTS, ANSWERS = [2, 4, 3], [5, 1, 3]
+MASKS = [[1, 1, 0, 0, 1], [1], [1, 1, 1]]  # a tool wrote two tokens of the first answer
+AGGREGATIONS = (*integration.AGGREGATIONS, "token-sum")
+NAME = integration.LOSS_NAME
+
+
+@pytest.fixture(scope="module")
+def verl():
+    """What is used of verl; imported here because that takes seconds."""
+    pytest.importorskip("verl", reason="needs verl: see docs/integrations/verl.md for the install")
+    from omegaconf import OmegaConf
+    from tensordict import TensorDict
+    from verl.trainer.distillation import losses
+    from verl.utils import tensordict_utils
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.utils.metric import reduce_metrics
+    from verl.utils.py_functional import append_to_dict
+    from verl.workers.config import DistillationConfig, DistillationLossConfig, FSDPActorConfig
+    from verl.workers.utils.padding import left_right_2_no_padding
+
+    integration.register_distillation_loss()
+    folder = os.path.dirname(importlib.import_module("verl").__file__)
+    yaml = OmegaConf.load(f"{folder}/trainer/config/distillation/distillation.yaml")
+
+    def settings(loss_mode=NAME, **changes):
+        """verl's YAML with changes, as its trainer reads it."""
+        changed = OmegaConf.merge(yaml.distillation_loss, {"loss_mode": loss_mode, **changes})
+        return DistillationConfig(distillation_loss=omega_conf_to_dataclass(changed))
+
+    def actor(loss_agg_mode="token-mean"):
+        return FSDPActorConfig(
+            rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode=loss_agg_mode
+        )
+
+    yield SimpleNamespace(
+        settings=settings, actor=actor, loss=losses.distillation_ppo_loss, TensorDict=TensorDict,
+        DistillationConfig=DistillationConfig, DistillationLossConfig=DistillationLossConfig,
+        assign=tensordict_utils.assign_non_tensor, unpad=left_right_2_no_padding,
+        append_to_dict=append_to_dict, reduce_metrics=reduce_metrics,
+    )  # fmt: skip
+    for registry in (losses.DISTILLATION_LOSS_REGISTRY, losses.DISTILLATION_SETTINGS_REGISTRY):
+        del registry[NAME]
+
+
+def nested(rows):
+    return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
+
+
+@pytest.fixture
+def given():
+    """Per sequence, in float64: log-probs of its tokens, each at the position before the token's."""
+    torch.manual_seed(5)
+
+    def rows(lengths, draw=torch.rand):
+        return [draw(n, dtype=torch.float64) for n in lengths]
+
+    lengths = [prompt + answer for prompt, answer in zip(PROMPTS, ANSWERS)]
+    values = {
+        "student": [-30 * row for row in rows(lengths)],
+        "teacher": [-30 * row for row in rows(lengths)],
+        "advantages": rows(ANSWERS, torch.randn),  # of the task's rewards
+        "weights": [row + 0.5 for row in rows(ANSWERS)],  # of the rollout correction
+    }
+    values["teacher"][0][4] = -torch.inf  # of a token that a tool wrote
+    return [
+        SimpleNamespace(mask=mask, **{name: row[i] for name, row in values.items()})
+        for i, mask in enumerate(MASKS)
+    ]
+
+
+def answer(row, n):
+    """The log-probs of the answer's ``n`` tokens, in a row of the whole sequence."""
+    return row[len(row) - n - 1 : -1]
+
+
+def make_batch(verl, given, layout, dtype, stale, corrected):
+    """``(leaf, model_output, data)`` as verl's engine hands them to a loss, for one micro-batch."""
+    leaf = torch.cat([row.student for row in given]).to(dtype).requires_grad_()
+    answers = [len(row.mask) for row in given]
+    lengths = [len(row.student) for row in given]
+    columns = {
+        "response_mask": [torch.tensor(row.mask) for row in given],
+        "old_log_probs": [
+            answer(row.student, n).to(dtype) - stale for row, n in zip(given, answers)
+        ],
+        "advantages": [row.advantages.to(dtype) for row in given],
+    }
+    if corrected:
+        columns["rollout_is_weights"] = [row.weights.to(dtype) for row in given]
+    if layout == "nested":
+        tensors = {name: nested(rows) for name, rows in columns.items()}
+        tensors["prompts"] = nested(torch.zeros(n - m) for n, m in zip(lengths, answers))
+        tensors["responses"] = nested(torch.zeros(n) for n in answers)
+        tensors["teacher_logprobs"] = nested(row.teacher.to(dtype)[:, None] for row in given)
+        data = verl.TensorDict(tensors, batch_size=len(given))
+    else:
+        width = max(n - m for n, m in zip(lengths, answers))
+        used = torch.zeros(len(given), width + max(answers), dtype=torch.long)
+        teacher = torch.zeros(*used.shape, 1, dtype=dtype)
+        for i, (n, m) in enumerate(zip(lengths, answers)):
+            used[i, width + m - n : width + m] = 1
+            teacher[i, width + m - n : width + m, 0] = given[i].teacher
+        tensors = {
+            name: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            for name, rows in columns.items()
+        }
+        tensors |= {"prompts": used[:, :width], "responses": used[:, width:]}
+        tensors |= {"input_ids": used, "position_ids": used, "attention_mask": used}
+        tensors |= {"teacher_logprobs": teacher, "teacher_ids": used[..., None]}
+        data = verl.unpad(verl.TensorDict(tensors, batch_size=len(given)))
+    tokens = sum(map(sum, MASKS))  # of the whole batch, of which this may be a part
+    verl.assign(data, dp_size=1, batch_num_tokens=tokens, global_batch_size=len(MASKS))
+    return leaf, {"log_probs": nested(leaf.split(lengths))}, data
+
+
+def run(
+    verl, given, config, *, aggregation="token-mean", layout="nested", dtype=torch.float64,
+    stale=0.0, corrected=False,
+):  # fmt: skip
+    """``(loss, gradient of the student's log-probs, metrics)`` from verl's own function.
+
+    ``stale``: log-probs of now minus those of the policy that wrote the answers, in nats.
+    """
+    leaf, output, data = make_batch(verl, given, layout, dtype, stale, corrected)
+    loss, metrics = verl.loss(verl.actor(aggregation), config, output, data)
+    loss.backward()
+    return loss.detach(), leaf.grad, metrics
+
+
+def defined(given, aggregation="token-mean", bound=None, corrected=False, task=None):
+    """The gradient of ``-sum_i w_i A_i log p_S`` with the constants ``A = log p_T - log p_S``."""
+    leaf = torch.cat([row.student for row in given]).requires_grad_()
+    counts = [sum(row.mask) for row in given]
+    total = torch.zeros((), dtype=torch.float64)
+    for i, (whole, row) in enumerate(zip(leaf.split([len(r.student) for r in given]), given)):
+        counted = torch.tensor(row.mask) == 1
+        student, teacher = (answer(x, len(row.mask))[counted] for x in (whole, row.teacher))
+        advantage = (teacher - student).detach()
+        if bound is not None:
+            advantage = advantage.clamp(-bound, bound)
+        if task is not None:
+            advantage = task * advantage + row.advantages[counted]
+        if corrected:
+            advantage = advantage * row.weights[counted]
+        total = total - (advantage * student).sum() * {
+            "token-mean": 1 / sum(counts),
+            "token-sum": 1.0,
+            "seq-mean-token-sum": 1 / len(counts),
+            "seq-mean-token-mean": 1 / counts[i] / len(counts),
+            "seq-mean-token-sum-norm": 1 / len(counts) / max(ANSWERS),
+        }[aggregation]  # fmt: skip
+    total.backward()
+    return leaf.grad
+
+
+def assert_same(found, want, tolerance=1e-6):
+    assert want.norm() > 0
+    assert (found.double() - want).norm() <= tolerance * want.norm()
+
+
+def gaps(given):
+    """``log p_S - log p_T`` of the tokens that count."""
+    return torch.cat([
+        answer(row.student - row.teacher, len(row.mask))[torch.tensor(row.mask) == 1]
+        for row in given
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("policy_gradient", [False, True])
+@pytest.mark.parametrize("bound", [None, 10.0])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_gradient_is_the_definitions(verl, given, aggregation, bound, policy_gradient):
+    assert (gaps(given) > 10).any() and (gaps(given) < -10).any()
+    config = verl.settings(
+        use_policy_gradient=policy_gradient, loss_max_clamp=bound, use_task_rewards=False
+    )
+    _, found, _ = run(verl, given, config, aggregation=aggregation)
+    assert_same(found, defined(given, aggregation, bound))
+
+
+@pytest.mark.parametrize("policy_gradient", [False, True])
+def test_padded_batch(verl, given, policy_gradient):
+    """The layout of verl's older trainer."""
+    config = verl.settings(use_policy_gradient=policy_gradient, use_task_rewards=False)
+    _, found, _ = run(verl, given, config, layout="padded")
+    assert_same(found, defined(given))
+
+
+@pytest.mark.parametrize("policy_gradient", [False, True])
+def test_beside_task_rewards(verl, given, policy_gradient):
+    config = verl.settings(use_policy_gradient=policy_gradient, distillation_loss_coef=0.5)
+    assert config.distillation_loss.use_task_rewards
+    _, found, _ = run(verl, given, config)
+    assert_same(found, defined(given, task=0.5))
+
+
+def test_defaults_of_the_dataclass(verl, given):
+    """Not those of the YAML: policy gradient, clamp 10, task rewards."""
+    config = verl.DistillationConfig(distillation_loss=verl.DistillationLossConfig(loss_mode=NAME))
+    _, found, _ = run(verl, given, config)
+    assert_same(found, defined(given, bound=10.0, task=1.0))
+
+
+@pytest.mark.parametrize(
+    ("layout", "policy_gradient"), [("nested", False), ("padded", False), ("padded", True)]
+)
+def test_rollout_correction(verl, given, layout, policy_gradient):
+    """verl multiplies by it in its policy loss only; backpropagation must not lose it."""
+    config = verl.settings(
+        use_policy_gradient=policy_gradient, loss_max_clamp=10.0, use_task_rewards=False
+    )
+    _, found, _ = run(verl, given, config, layout=layout, corrected=True)
+    assert_same(found, defined(given, bound=10.0, corrected=True))
+
+
+@pytest.mark.parametrize("bound", [0.1, 3.3])
+def test_bound_that_float32_rounds(verl, given, bound):
+    config = verl.settings(loss_max_clamp=bound, use_task_rewards=False)
+    _, found, _ = run(verl, given, config, dtype=torch.float32)
+    assert_same(found, defined(given, bound=bound), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("stale", [0.0, 0.5, -0.5])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"loss_max_clamp": 10.0, "log_prob_min_clamp": -10.0, "topk": 4, "use_chunked_topk": True},
+        {"use_task_rewards": False, "clip_ratio_low": 0.6, "clip_ratio_high": 0.7},
+    ],
+    ids=str,
+)
+def test_policy_gradient_is_verls_k1(verl, given, changes, stale):
+    """Every setting means what it means there, the clipping of stale answers included."""
+    changes = {"use_policy_gradient": True, **changes}
+    given[0].teacher[4] = -3.0  # k1 makes NaN of infinity, also where it does not count
+    ours = run(verl, given, verl.settings(**changes), stale=stale)
+    theirs = run(verl, given, verl.settings(loss_mode="k1", **changes), stale=stale)
+    torch.testing.assert_close(ours[:2], theirs[:2], rtol=0, atol=0)
+    assert theirs[1].norm() > 0
+
+
+def test_metrics_of_micro_batches(verl, given):
+    """Per token of the batch, however it is split: tokens count 3, and 1 and 3."""
+    config = verl.settings(use_task_rewards=False, loss_max_clamp=10.0)
+    metrics = {}
+    for part in (given[:1], given[1:]):
+        verl.append_to_dict(metrics, run(verl, part, config)[2])
+    reduced = verl.reduce_metrics(metrics)
+    assert reduced["distillation/log_ratio_mean"] == pytest.approx(-gaps(given).mean().item())
+    assert reduced["distillation/loss"] == pytest.approx(gaps(given).clamp(-10, 10).mean().item())
+
+
+@pytest.mark.parametrize("policy_gradient", [False, True])
+@pytest.mark.parametrize("bound", [0.0, -10.0])
+def test_bound_below_zero(verl, given, bound, policy_gradient):
+    config = verl.settings(use_policy_gradient=policy_gradient, loss_max_clamp=bound)
+    with pytest.raises(ValueError, match=r"loss_max_clamp must be null or above 0, got -?[01]"):
+        run(verl, given, config)
+
+
+def test_more_than_one_teacher_logprob(verl, given):
+    _, output, data = make_batch(verl, given, "nested", torch.float64, 0.0, False)
+    data["teacher_logprobs"] = nested(row.teacher[:, None].expand(-1, 2) for row in given)
+    with pytest.raises(
+        ValueError, match=r"teacher_logprobs must have one .* \(3, 5\), got \(3, 5, 2\)"
+    ):
+        verl.loss(verl.actor(), verl.settings(), output, data)
+
+
+def test_registered_twice(verl):
+    with pytest.raises(ValueError, match="already registered"):
+        integration.register_distillation_loss()
+
+
+def test_not_the_fork(verl):
+    with pytest.raises(ImportError, match="has no compute_self_distillation_loss"):
+        integration.patch_sdpo_fork()
