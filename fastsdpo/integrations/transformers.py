@@ -188,7 +188,9 @@ def sdpo_loss_func(
         others: as `fastsdpo.sdpo_loss`; ``softcap`` only where the model has not applied its own.
 
     Raises:
-        ValueError: another mode, as only one-token and top-k teachers can come in the labels.
+        ValueError: another mode, as only one-token and top-k teachers can come in the labels; from the
+            loss: labels that are no `SDPOLabels`, or lack a key.
+        NotImplementedError: from the loss, under `torch.nn.DataParallel`.
     """
     name = "sdpo_loss_func"
     teachers = {
@@ -202,11 +204,20 @@ def sdpo_loss_func(
         outputs: Any, labels: Any, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         needed = ("labels", *teachers[mode], *(("old_logps",) if is_clip is not None else ()))
-        if not isinstance(labels, Mapping) or not set(needed) <= set(labels):
-            got = sorted(labels) if isinstance(labels, Mapping) else type(labels).__name__
+        # Trainer counts the tokens of SDPOLabels; of another mapping it does not, and without the
+        # count every micro-batch would weigh as much as a whole step.
+        if not isinstance(labels, SDPOLabels) or not set(needed) <= set(labels):
+            got = type(labels).__name__
+            if isinstance(labels, Mapping):
+                got += f" of {sorted(labels)}"
             raise ValueError(
                 f"{name}: labels must be SDPOLabels with {', '.join(needed)} for mode={mode!r}, "
                 f"got {got}"
+            )
+        if getattr(num_items_in_batch, "ndim", 0):
+            raise NotImplementedError(
+                f"{name}: torch.nn.DataParallel (several GPUs in one process) is not supported: "
+                "Trainer multiplies the loss by their number; start one process per GPU with torchrun"
             )
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
         # Aligned with the labels: row t of the logits predicts label t + 1.

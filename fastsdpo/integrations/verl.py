@@ -26,6 +26,7 @@ Where no token counts the loss is 0; the fork's sequence means are then NaN.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,7 +87,8 @@ def compute_self_distillation_loss(
         student_log_probs, teacher_log_probs: ``[B, T]`` of the response's tokens.
         response_mask: ``[B, T]``, 1 where a token counts.
         self_distillation_config: attributes or keys ``full_logit_distillation``,
-            ``distillation_topk``, ``distillation_add_tail``, ``alpha``, ``is_clip``.
+            ``alpha``, ``distillation_topk``, ``distillation_add_tail``, ``is_clip``. What decides
+            the divergence has no default: the first, alpha with it, the tail with top-k.
         old_log_probs: ``[B, T]`` under the policy that wrote the response; needed with ``is_clip``.
         student_all_log_probs, teacher_all_log_probs: ``[B, T, V]`` log-probs *or logits* (over the
             temperature), for ``full_logit_distillation`` without top-k.
@@ -100,8 +102,8 @@ def compute_self_distillation_loss(
         ``(loss, metrics)``: a scalar with the gradient of the student's tensors, and an empty dict.
 
     Raises:
-        ValueError: a tensor that the configuration needs is missing; an alpha other than 1 for the
-            sampled-token loss; an unknown aggregation.
+        ValueError: a tensor or a setting that decides the loss is missing; an alpha other than 1 for
+            the sampled-token loss; an unknown aggregation.
     """
     name = "compute_self_distillation_loss"
     config = _settings(name, self_distillation_config)
@@ -193,21 +195,23 @@ def self_distillation_loss(
 def _settings(name: str, config: Any) -> dict[str, Any]:
     """The configuration as keyword arguments of `distillation_loss`."""
 
-    def read(key: str) -> Any:
-        if isinstance(config, Mapping):
-            return config.get(key)
-        return getattr(config, key, None)
+    def read(key: str, needed: bool = False) -> Any:
+        given = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+        if needed and given is None:
+            raise ValueError(f"{name}: self_distillation_config must have {key}, got none")
+        return given
 
-    full, topk = read("full_logit_distillation"), read("distillation_topk")
-    alpha = 1.0 if read("alpha") is None else float(read("alpha"))
+    full, topk = read("full_logit_distillation", needed=True), read("distillation_topk")
     mode = "sampled_token" if not full else "full" if topk is None else "topk"
+    alpha = read("alpha", needed=bool(full))
+    alpha = 1.0 if alpha is None else float(alpha)
     if mode == "sampled_token" and alpha != 1.0:
         raise ValueError(f"{name}: alpha must be 1.0 without full_logit_distillation, got {alpha}")
     return {
         "mode": mode,
         "alpha": alpha,
         "topk": topk if mode == "topk" else None,
-        "add_tail": bool(read("distillation_add_tail")) and mode == "topk",
+        "add_tail": mode == "topk" and bool(read("distillation_add_tail", needed=True)),
         "is_clip": read("is_clip"),
     }
 
@@ -296,6 +300,15 @@ class SDPOForkPatch:
             for module in (core, actor)
             if hasattr(module, "compute_self_distillation_loss")
         ]
+        ours = tuple(inspect.signature(compute_self_distillation_loss).parameters)
+        for module, function in self._before:
+            theirs = tuple(inspect.signature(function).parameters)
+            if theirs != ours:
+                raise ImportError(
+                    f"fastsdpo.integrations.verl: {needs}; {module.__name__}."
+                    f"compute_self_distillation_loss has the arguments ({', '.join(theirs)}), not "
+                    f"({', '.join(ours)}): it may compute another loss, and is left as it is"
+                )
         for module, _ in self._before:
             module.compute_self_distillation_loss = compute_self_distillation_loss
 
@@ -315,7 +328,8 @@ def patch_sdpo_fork() -> SDPOForkPatch:
     """Puts `compute_self_distillation_loss` in place of the fork's, for the process or a ``with``.
 
     Raises:
-        ImportError: verl is not installed, or is not the fork.
+        ImportError: verl is not installed, is not the fork, or is a version of it whose function has
+            other arguments (some compute other divergences under the same settings).
     """
     return SDPOForkPatch()
 

@@ -154,7 +154,7 @@ def collate(rows):
     }
 
 
-def train(folder, output, *, batch_size, accumulate, **options):
+def train(folder, output, *, batch_size, accumulate, collator=collate, **options):
     trainer = Trainer(
         model=AutoModelForCausalLM.from_pretrained(folder),
         args=TrainingArguments(
@@ -163,7 +163,7 @@ def train(folder, output, *, batch_size, accumulate, **options):
             lr_scheduler_type="constant", save_strategy="no", report_to="none", use_cpu=True,
             remove_unused_columns=False, disable_tqdm=True,
         ),
-        train_dataset=examples(), data_collator=collate,
+        train_dataset=examples(), data_collator=collator,
         compute_loss_func=sdpo_loss_func(**options),
     )  # fmt: skip
     trainer.train()
@@ -183,6 +183,18 @@ def test_trainer_and_accumulation(options, qwen2_folder, tmp_path):
     assert small[0] == pytest.approx(large[0], rel=1e-4)
     for got, want in zip(small[1], large[1]):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_trainer_with_labels_that_it_does_not_count(qwen2_folder, tmp_path):
+    """Uncounted, each of four micro-batches would weigh as much as the whole step."""
+
+    def plain(rows):
+        batch = collate(rows)
+        return batch | {"labels": dict(batch["labels"])}
+
+    # From Python 3.12 on Trainer itself stumbles over the dict, with a KeyError.
+    with pytest.raises((ValueError, KeyError), match=r"labels must be SDPOLabels|slice"):
+        train(qwen2_folder, tmp_path, batch_size=1, accumulate=4, collator=plain)
 
 
 def test_loss_func_value(qwen2_folder):
@@ -211,8 +223,13 @@ def test_loss_func_errors():
     ):
         sdpo_loss_func()(SimpleNamespace(logits=None), torch.zeros(2, 3))
     labels = SDPOLabels(labels=torch.zeros(1, 2), teacher_logps=torch.zeros(1, 2))
-    with pytest.raises(ValueError, match=r"old_logps for .*got \['labels', 'teacher_logps'\]"):
+    with pytest.raises(
+        ValueError, match=r"old_logps for .*got SDPOLabels of \['labels', 'teacher_logps'\]"
+    ):
         sdpo_loss_func(is_clip=2.0)(SimpleNamespace(logits=None), labels)
+    items = torch.full((2, 1), 7)  # what Trainer gives where a process has two GPUs
+    with pytest.raises(NotImplementedError, match=r"DataParallel .*torchrun"):
+        sdpo_loss_func()(SimpleNamespace(logits=None), labels, items)
 
 
 # --------------------------------------------------------------------- DeepSpeed ZeRO-3, imitated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -225,6 +226,16 @@ def test_errors(given):
         ValueError, match=r"alpha must be 1\.0 without full_logit_distillation, got 0"
     ):
         call({"full_logit_distillation": False, "alpha": 0.0})
+    for config, missing in [
+        ({"full_logits": True, "alpha": 0.0}, "full_logit_distillation"),
+        ({"full_logit_distillation": True}, "alpha"),
+        (
+            {"full_logit_distillation": True, "alpha": 0.0, "distillation_topk": 3},
+            "distillation_add_tail",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=f"self_distillation_config must have {missing}, got"):
+            call(config)
     with pytest.raises(ValueError, match="loss_agg_mode must be one of"):
         call(settings(full_logit_distillation=False), loss_agg_mode="mean")
     with pytest.raises(ValueError, match="self_distillation_loss: old_log_probs must be given"):
@@ -243,11 +254,12 @@ def test_without_verl(monkeypatch):
 
 
 def test_patched_fork(monkeypatch):
-    """The fork is on no package index: modules of its names stand in for it."""
+    """The fork is on no package index: modules with its names stand in for it."""
 
-    def original():
+    def original(*arguments):
         raise AssertionError
 
+    original.__signature__ = inspect.signature(verl.compute_self_distillation_loss)
     modules = [
         ModuleType(name) for name in ("verl.trainer.ppo.core_algos", "verl.workers.actor.dp_actor")
     ]
@@ -258,6 +270,15 @@ def test_patched_fork(monkeypatch):
         for module in modules:
             assert module.compute_self_distillation_loss is verl.compute_self_distillation_loss
     assert all(module.compute_self_distillation_loss is original for module in modules)
+
+    def other(student_log_probs, teacher_log_probs, ref_all_log_probs):
+        raise AssertionError
+
+    modules[1].compute_self_distillation_loss = other
+    with pytest.raises(ImportError, match=r"dp_actor\.compute_.*\(.*, ref_all_log_probs\), not"):
+        verl.patch_sdpo_fork()
+    assert modules[0].compute_self_distillation_loss is original
+    assert modules[1].compute_self_distillation_loss is other
     del modules[0].compute_self_distillation_loss
     with pytest.raises(ImportError, match="has no compute_self_distillation_loss"):
         verl.patch_sdpo_fork()
