@@ -70,7 +70,13 @@ from fastsdpo.integrations.transformers import (
 )
 from fastsdpo.ops.linear import linear_sdpo_loss, linear_token_logps
 from fastsdpo.ops.token_logps import token_logps
-from fastsdpo.prefix import check_head, head_parameters, no_grad_pass, run_inside
+from fastsdpo.prefix import (
+    above_the_decoder,
+    check_head,
+    head_parameters,
+    no_grad_pass,
+    run_inside,
+)
 from fastsdpo.prefix.forward import causal_lm, unwrap
 
 logger = logging.getLogger("fastsdpo.integrations.trl")
@@ -162,9 +168,9 @@ def _why_not_hidden(trainer: Any, model: nn.Module) -> str | None:
         return f"distillation_mode={trainer.args.distillation_mode!r} is not known"
     if trainer.args.torch_compile or hasattr(model, "_orig_mod"):
         return "the model is compiled, and hooks on it would break its graph"
-    config = getattr(unwrap(model), "active_peft_config", None)
-    if config is not None and getattr(config, "is_prompt_learning", False):
-        return f"the {config.peft_type} adapter puts virtual tokens into the sequence"
+    reason = above_the_decoder(model)
+    if reason is not None:
+        return reason
     teacher = trainer.teacher_model
     separate = unwrap(teacher) is not unwrap(model)
     if separate and trainer.is_fsdp_enabled:

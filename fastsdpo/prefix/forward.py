@@ -107,8 +107,9 @@ def shared_forward(
 
     Raises:
         ValueError: an empty prompt or completion, an unknown sharing or attention.
-        NotImplementedError: sharing is not "off" and the model does something that sharing would
-            get wrong; the message says what. See `check_sharing`.
+        NotImplementedError: an adapter works above the decoder (prompt learning, ...); or sharing is
+            not "off" and the model does something that sharing would get wrong. The message says
+            what. See `check_passes` and `check_sharing`.
     """
     name = "shared_forward"
     check_interactions(name, interactions)
@@ -116,6 +117,10 @@ def shared_forward(
     check_backend(attention)
     if teacher_model is not None and teacher_context is not None:
         raise ValueError(f"{name}: teacher_model and teacher_context must not both be given")
+    for checked in (model, teacher_model):
+        reason = None if checked is None else above_the_decoder(checked)
+        if reason is not None:
+            raise NotImplementedError(f"{name}: the model is not supported: {reason}")
     live = (teacher_model is None or teacher_model is model) and teacher_context is None
     teacher = model if teacher_model is None else teacher_model
 
@@ -247,6 +252,43 @@ def check_head(model: nn.Module) -> tuple[bool, str]:
     return False, f"the model's logits differ from those of its head's weights by {error:.1e}"
 
 
+def check_passes(model: nn.Module) -> tuple[bool, str]:
+    """Whether the passes of `shared_forward` give the model's own logits: (True, "") or (False, reason).
+
+    All but one of them call the decoder alone, below what an adapter may do above it. Compares both
+    passes of an interaction with calls of the model; where it is sharded, on all processes.
+    """
+    ids = _check_ids(model, 20)
+    item = _Item(ids[:5], ids[5:12], ids[12:])
+
+    def logits(states: ResponseStates) -> tuple[Tensor, Tensor, torch.dtype]:
+        head = head_parameters(model)
+        found = []
+        for hidden in (states.student_hidden, states.teacher_hidden):
+            z = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).double()
+            z = z * head.logit_scale
+            found.append(z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap))
+        return found[0], found[1], _computing_dtype(states.student_hidden)
+
+    try:
+        with torch.no_grad(), training_mode(model, False):
+            *found, dtype = shared_forward(model, [item], sharing="off", loss_fn=logits)
+            for got, prompt in zip(found, (item.prompt_ids, item.teacher_prompt_ids)):
+                call = torch.tensor([[*prompt, *item.completion_ids]], device=_device(model))
+                own = model(input_ids=call, use_cache=False).logits[0].double()
+                want = own[-len(got) - 1 : -1]
+                error = float((got - want).norm() / want.norm().clamp(min=1e-30))
+                if not error <= _tolerance(dtype):
+                    return False, (
+                        "its decoder, called alone, gives other logits than the whole model (relative "
+                        f"difference {error:.1e}): something above the decoder takes part, such as an "
+                        "adapter"
+                    )
+    except (NotImplementedError, ValueError, TypeError) as error:
+        return False, str(error)
+    return True, ""
+
+
 def check_sharing(model: nn.Module, *, attention: str = "auto") -> tuple[bool, str]:
     """Whether shared passes give this model's values: (True, "") or (False, reason).
 
@@ -259,16 +301,11 @@ def check_sharing(model: nn.Module, *, attention: str = "auto") -> tuple[bool, s
     """
     ids = _check_ids(model, 96)
 
-    class Item(NamedTuple):
-        prompt_ids: list[int]
-        teacher_prompt_ids: list[int]
-        completion_ids: list[int]
-
     first, second = ids[:24], ids[:40]
     items = [
-        Item(first, first + ids[80:88], ids[24:36]),
-        Item(second, second[:-2] + ids[84:96], ids[60:72]),
-        Item(second, second + ids[90:96], ids[60:66] + ids[72:80]),
+        _Item(first, first + ids[80:88], ids[24:36]),
+        _Item(second, second[:-2] + ids[84:96], ids[60:72]),
+        _Item(second, second + ids[90:96], ids[60:66] + ids[72:80]),
     ]
 
     def with_dtype(states: ResponseStates) -> tuple[ResponseStates, torch.dtype]:
@@ -299,6 +336,29 @@ def check_sharing(model: nn.Module, *, attention: str = "auto") -> tuple[bool, s
     return True, ""
 
 
+# Adapters that are more than layers of the decoder, by the type that PEFT gives them.
+ABOVE_THE_DECODER = {
+    "POLY": "needs task_ids, which interactions do not have",
+    "SHADOW": "begins its own pass above the decoder",
+    "XLORA": "weighs its experts by a pass of its own, above the decoder",
+}
+
+
+def above_the_decoder(model: nn.Module) -> str | None:
+    """What an adapter of PEFT does above the decoder, which calls of the decoder alone lack; or None."""
+    config = getattr(unwrap(model), "active_peft_config", None)
+    if config is None:
+        return None
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if config.is_prompt_learning:
+        return f"the {kind} adapter puts virtual tokens into the sequence, above the decoder"
+    if kind in ABOVE_THE_DECODER:
+        return f"the {kind} adapter {ABOVE_THE_DECODER[kind]}"
+    if getattr(config, "alora_invocation_tokens", None):
+        return f"the {kind} adapter looks for its alora_invocation_tokens above the decoder"
+    return None
+
+
 def unsupported(model: nn.Module) -> str | None:
     """What of this model sharing is known to get wrong, or None."""
     causal = causal_lm(model)
@@ -318,9 +378,6 @@ def unsupported(model: nn.Module) -> str | None:
         return f"{kind} softcaps its attention scores"
     if getattr(config, "output_router_logits", False):
         return f"{kind} adds an auxiliary loss over all routed tokens (output_router_logits=True)"
-    adapter = getattr(unwrap(model), "active_peft_config", None)
-    if adapter is not None and getattr(adapter, "is_prompt_learning", False):
-        return f"the {adapter.peft_type} adapter puts virtual tokens into the sequence"
     for name, module in causal.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             return f"dropout is active ({name} has p={module.p}): branches would share its mask"
@@ -372,6 +429,18 @@ def no_grad_pass() -> Iterator[None]:
         # Reentrant checkpointing says so of every layer, here as it should be.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
         yield
+
+
+@contextmanager
+def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in training mode, or not, and afterwards every module as it was."""
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -665,6 +734,12 @@ def _linear_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 # ---------------------------------------------------------------------------------- for the checks
+
+
+class _Item(NamedTuple):
+    prompt_ids: list[int]
+    teacher_prompt_ids: list[int]
+    completion_ids: list[int]
 
 
 def _check_ids(model: nn.Module, count: int) -> list[int]:

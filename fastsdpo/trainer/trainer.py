@@ -35,7 +35,9 @@ from fastsdpo.data import InteractionTokenizer, TokenizedInteraction
 from fastsdpo.modeling import load_model_and_tokenizer
 from fastsdpo.prefix import (
     ResponseStates,
+    above_the_decoder,
     check_head,
+    check_passes,
     check_sharing,
     head_parameters,
     is_wrapped,
@@ -98,8 +100,8 @@ class SDPOTrainer(Trainer):
 
     Raises:
         TypeError, ValueError: a setting or dataset is unusable; the text says which and why.
-        NotImplementedError: the model's head or a sharing asked for by name cannot be computed, or
-            a teacher that this kind of distributed training cannot hold.
+        NotImplementedError: the model's head, its kind of adapter or a sharing asked for by name
+            cannot be computed, or a teacher that this kind of distributed training cannot hold.
     """
 
     args: SDPOConfig
@@ -134,6 +136,9 @@ class SDPOTrainer(Trainer):
                 raise ValueError("SDPOTrainer: peft_config must be None, the model has an adapter")
             set_seed(args.seed)  # Trainer sets it later than the adapter draws its weights
             module = get_peft_model(module, peft_config)
+        reason = above_the_decoder(module)
+        if reason is not None:
+            raise NotImplementedError(f"SDPOTrainer: the model is not supported: {reason}")
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise ValueError("SDPOTrainer: model must have weights to train, all are frozen")
         if args.disable_dropout:
@@ -174,6 +179,9 @@ class SDPOTrainer(Trainer):
         good, reason = self._agreed(check_head(self.model))
         if not good:
             raise NotImplementedError(f"SDPOTrainer: the model's head is not supported: {reason}")
+        good, reason = check_passes(self.model)
+        if not good:
+            raise NotImplementedError(f"SDPOTrainer: the model is not supported: {reason}")
         self.sharing = self._choose_sharing()
         self._make_teacher()
         self._sampler: GroupSampler | None = None

@@ -6,7 +6,13 @@ import pytest
 import torch
 import transformers
 
-from fastsdpo.prefix import check_head, check_sharing, head_parameters, shared_forward
+from fastsdpo.prefix import (
+    check_head,
+    check_passes,
+    check_sharing,
+    head_parameters,
+    shared_forward,
+)
 
 SHAPE = dict(
     vocab_size=211,
@@ -178,13 +184,81 @@ def test_active_dropout(lab):
     refused(lab, lora, "lora_dropout")
 
 
-def test_virtual_tokens(lab):
+def adapter(name):
     import peft
 
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    model = peft.get_peft_model(lab.tiny_model("llama", torch.float32), config)
-    ok, reason = check_sharing(model)
-    assert not ok and "virtual tokens" in reason
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    if name == "PROMPT_TUNING":
+        return peft.PromptTuningConfig(**options)
+    if name == "PREFIX_TUNING":
+        return peft.PrefixTuningConfig(**options)
+    if name == "P_TUNING":
+        return peft.PromptEncoderConfig(**options)
+    if name == "MULTITASK_PROMPT_TUNING":
+        return peft.MultitaskPromptTuningConfig(**options, num_tasks=2)
+    if name == "CPT":
+        four = [1, 2, 3, 4]
+        return peft.CPTConfig("CAUSAL_LM", cpt_token_ids=four, cpt_tokens_type_mask=four)
+    if name == "POLY":
+        return peft.PolyConfig(target_modules=["q_proj"], r=4)
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("PROMPT_TUNING", "the PROMPT_TUNING adapter puts virtual tokens into the sequence"),
+        ("PREFIX_TUNING", "the PREFIX_TUNING adapter puts virtual tokens into the sequence"),
+        ("P_TUNING", "the P_TUNING adapter puts virtual tokens into the sequence"),
+        ("MULTITASK_PROMPT_TUNING", "adapter puts virtual tokens into the sequence"),
+        ("CPT", "the CPT adapter puts virtual tokens into the sequence"),
+        ("POLY", "the POLY adapter needs task_ids"),
+        ("aLoRA", "the LORA adapter looks for its alora_invocation_tokens"),
+    ],
+)
+def test_adapters_above_the_decoder(lab, name, words):
+    """Calls of the decoder alone would lack them: also without sharing."""
+    import peft
+
+    adapted = peft.get_peft_model(lab.tiny_model("llama", torch.float32), adapter(name))
+    for sharing in ("off", "conversation"):
+        with pytest.raises(NotImplementedError, match=words):
+            shared_forward(adapted, lab.conversation(1), sharing=sharing)
+    with pytest.raises(NotImplementedError, match=words):
+        shared_forward(
+            lab.tiny_model("llama"), lab.conversation(1), teacher_model=adapted, sharing="off"
+        )
+    ok, reason = check_sharing(adapted)
+    assert not ok and words in reason
+
+
+def test_experts_weighed_by_a_pass_of_their_own(lab, tmp_path):
+    import peft
+
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(lab.tiny_model("llama"), lora).save_pretrained(tmp_path)
+    model = lab.tiny_model("llama", torch.float32)
+    model.config.use_cache = False
+    config = peft.XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=model.config.hidden_size, adapters={"0": str(tmp_path)}
+    )
+    with pytest.raises(NotImplementedError, match="XLORA adapter weighs its experts"):
+        shared_forward(peft.get_peft_model(model, config), lab.conversation(1), sharing="off")
+
+
+def test_check_passes_finds_what_no_attribute_tells(lab):
+    """Whatever stands above the decoder and changes what it is given."""
+    model = lab.tiny_model("llama", torch.float32)
+    assert check_passes(model) == (True, "")
+
+    def shift(_module, _args, kwargs):
+        return _args, {**kwargs, "input_ids": (kwargs["input_ids"] + 1) % 200}
+
+    model.register_forward_pre_hook(shift, with_kwargs=True)
+    ok, reason = check_passes(model)
+    assert not ok and "its decoder, called alone, gives other logits" in reason
 
 
 def test_head_scales(lab):
