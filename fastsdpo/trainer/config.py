@@ -184,8 +184,9 @@ class SDPOConfig(TrainingArguments):
     )  # fmt: skip
     disable_dropout: bool = field(
         default=True,
-        metadata={"help": "Set every dropout to 0 (a teacher with noise is no teacher)."},
-    )
+        metadata={"help": "Turn off every dropout and router jitter, and refuse a model that stays "
+                  "noisy in training (a teacher with noise is no teacher)."},
+    )  # fmt: skip
 
     # Changed defaults
     learning_rate: float = field(default=2e-6, metadata={"help": "The initial learning rate."})
@@ -221,6 +222,8 @@ class SDPOConfig(TrainingArguments):
                     "have a text, or be None")  # fmt: skip
         self._check(not self.is_guided or self.teacher != "trust_region", "teacher",
                     "be live, ema or frozen with guidance or neutral_followup")  # fmt: skip
+        self._check(self.neftune_noise_alpha is None, "neftune_noise_alpha",
+                    "be None: the teacher would be noisy too")  # fmt: skip
         self._check(self.teacher_check >= 0, "teacher_check", "be >= 0")
         for name in ("max_prompt_length", "max_completion_length", "max_followup_length",
                      "max_tokens_per_pack", "chunk_size"):  # fmt: skip

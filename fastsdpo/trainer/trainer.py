@@ -65,6 +65,7 @@ from fastsdpo.trainer.loss import (
     token_weights,
 )
 from fastsdpo.trainer.metrics import SignalMetrics
+from fastsdpo.trainer.noise import check_noise, dropout_rates, turn_off
 from fastsdpo.trainer.optim import AdamWBF16
 from fastsdpo.trainer.teacher import (
     TeacherCheck,
@@ -101,7 +102,8 @@ class SDPOTrainer(Trainer):
     Raises:
         TypeError, ValueError: a setting or dataset is unusable; the text says which and why.
         NotImplementedError: the model's head, its kind of adapter or a sharing asked for by name
-            cannot be computed, or a teacher that this kind of distributed training cannot hold.
+            cannot be computed, a noise that ``disable_dropout`` cannot turn off, or a teacher that
+            this kind of distributed training cannot hold.
     """
 
     args: SDPOConfig
@@ -142,9 +144,7 @@ class SDPOTrainer(Trainer):
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise ValueError("SDPOTrainer: model must have weights to train, all are frozen")
         if args.disable_dropout:
-            for layer in module.modules():
-                if isinstance(layer, nn.modules.dropout._DropoutNd):
-                    layer.p = 0.0
+            turn_off(dropout_rates(module))
 
         self._tokenizer_for_check = None
         if processing_class is not None:
@@ -182,7 +182,8 @@ class SDPOTrainer(Trainer):
         good, reason = check_passes(self.model)
         if not good:
             raise NotImplementedError(f"SDPOTrainer: the model is not supported: {reason}")
-        self.sharing = self._choose_sharing()
+        noisy = check_noise(self.model, disable_dropout=args.disable_dropout)
+        self.sharing = self._choose_sharing(noisy)
         self._make_teacher()
         self._sampler: GroupSampler | None = None
         self._metrics = self._new_metrics()
@@ -206,12 +207,14 @@ class SDPOTrainer(Trainer):
             **args.tokenizer_options(),
         )  # fmt: skip
 
-    def _choose_sharing(self) -> str:
-        """The sharing to use: as asked for, or what the model allows."""
+    def _choose_sharing(self, noisy: str | None) -> str:
+        """The sharing to use: as asked for, or what the model allows, given its ``noisy`` module."""
         wanted = self.args.sharing
         if wanted == "off":
             return "off"
         good, reason = self._agreed(check_sharing(self.model, attention=self.args.attention))
+        if noisy is not None:
+            good, reason = False, f"branches would share the noise of {noisy} in training mode"
         if good:
             return "conversation" if wanted == "auto" else wanted
         if wanted != "auto":

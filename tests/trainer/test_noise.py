@@ -1,0 +1,162 @@
+"""Noise in training mode: turned off for student and teacher, refused by name, or said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PveraConfig, get_peft_model
+from torch import nn
+
+SHAPE = {
+    "vocab_size": 68, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def build(config):
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).double()
+
+
+def seed_oss():
+    return build(transformers.SeedOssConfig(**SHAPE, head_dim=8))  # 0.1 by default, in two places
+
+
+def granite():
+    return build(transformers.GraniteConfig(**SHAPE, attention_dropout=0.1))
+
+
+def opt():
+    return build(transformers.OPTConfig(
+        vocab_size=68, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512, word_embed_proj_dim=32, layerdrop=0.3, init_std=0.2,
+    ))  # fmt: skip
+
+
+def falcon():
+    """Reads its rates from the configuration in every forward pass."""
+    return build(transformers.FalconConfig(
+        vocab_size=68, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        hidden_dropout=0.1, attention_dropout=0.1, initializer_range=0.2,
+    ))  # fmt: skip
+
+
+def gpt2():
+    return build(transformers.GPT2Config(
+        vocab_size=68, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.2,
+    ))  # fmt: skip
+
+
+def minimax():
+    """A mixture of experts with jitter in front of its router."""
+    return build(transformers.MiniMaxConfig(
+        **SHAPE, head_dim=8, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.2,
+        layer_types=["full_attention"] * 2,
+    )).float()  # fmt: skip
+
+
+def lora_dropout():
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.2,
+                        init_lora_weights=False)  # fmt: skip
+    return get_peft_model(granite(), config, autocast_adapter_dtype=False)
+
+
+@pytest.mark.parametrize(
+    "make", [seed_oss, granite, opt, falcon, gpt2, minimax, lora_dropout], ids=lambda m: m.__name__
+)
+def test_training_computes_the_loss_of_evaluation(lab, tmp_path, make):
+    trainer = lab.make_trainer(tmp_path, model=make(), interactions=lab.make_interactions(2))
+    items = [trainer.train_dataset[index] for index in range(4)]
+    losses = []
+    for training in (False, True, True):
+        trainer.model.train(training)
+        with torch.no_grad():
+            losses.append(float(trainer.run_pass(trainer.model, items, 4)[0]))
+    assert losses[0] > 1e-3
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-9)
+
+
+def test_a_run_draws_no_random_numbers(lab, tmp_path):
+    losses = []
+    for seed in (1, 2):
+        trainer = lab.make_trainer(tmp_path, model=seed_oss(), max_steps=2)
+        torch.manual_seed(seed)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("kind", ["online", "chat"])
+def test_online_and_chat_have_no_noise_either(lab, tmp_path, kind):
+    from fastsdpo.online import ConstantUser, OnlineSDPOConfig, OnlineSDPOTrainer
+    from fastsdpo.online.chat import Learner
+
+    config = OnlineSDPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], save_strategy="no",
+                              template=lab.TEMPLATE)  # fmt: skip
+    tokenizer = lab.make_tokenizer()
+    if kind == "online":
+        trainer = OnlineSDPOTrainer(
+            seed_oss(), config, ConstantUser("w1"), ["w1 w2"], processing_class=tokenizer
+        )
+    else:
+        trainer = Learner(seed_oss(), config, tokenizer).trainer
+    tokens = trainer._tokenizer_for_check(lab.make_interactions(1)[1])
+    trainer.model.train()
+    with torch.no_grad():
+        losses = {float(trainer.run_pass(trainer.model, [tokens], 1)[0]) for _ in range(3)}
+    assert len(losses) == 1
+
+
+class Noise(nn.Module):
+    def forward(self, hidden):
+        return hidden + 0.1 * torch.randn_like(hidden) if self.training else hidden
+
+
+def test_other_noise_is_refused_with_the_module_s_name(lab, tmp_path):
+    model = lab.make_model()
+    model.model.layers[1].mlp = nn.Sequential(model.model.layers[1].mlp, Noise())
+    with pytest.raises(NotImplementedError, match=r"noise of model\.layers\.1\.mlp\.1 \(Noise\)"):
+        lab.make_trainer(tmp_path, model=model.eval())
+    assert not model.training
+
+
+def test_noise_of_an_adapter_is_refused(lab, tmp_path):
+    config = PveraConfig(r=4, target_modules=["q_proj"])
+    model = get_peft_model(lab.make_model(), config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight += 0.1
+    with pytest.raises(NotImplementedError, match=r"noise of .*q_proj \(Linear\)"):
+        lab.make_trainer(tmp_path, model=model)
+
+
+def test_neftune_is_refused(lab, tmp_path):
+    message = "SDPOConfig: neftune_noise_alpha must be None: the teacher would be noisy too, got 5"
+    with pytest.raises(ValueError, match=message):
+        lab.make_config(tmp_path, neftune_noise_alpha=5)
+    model = lab.make_model()
+    transformers.integrations.neftune.activate_neftune(model, 5.0)  # by hand, before the trainer
+    with pytest.raises(NotImplementedError, match=r"noise of model\.embed_tokens"):
+        lab.make_trainer(tmp_path, model=model)
+
+
+def test_dropout_that_is_asked_for_is_said_and_not_shared(lab, tmp_path, caplog):
+    trainer = lab.make_trainer(tmp_path, model=seed_oss(), disable_dropout=False)
+    assert "student and teacher are noisy in training" in caplog.text
+    assert trainer.sharing == "off"
+    assert "branches would share the noise of model.layers.0.self_attn" in caplog.text
+    assert trainer.model.model.layers[0].self_attn.residual_dropout == 0.1
+    with pytest.raises(NotImplementedError, match="sharing='conversation' is not possible"):
+        lab.make_trainer(tmp_path, model=seed_oss(), disable_dropout=False, sharing="conversation")
+
+
+def test_a_rate_in_the_configuration_that_is_read_is_set_to_0_and_said(lab, tmp_path, caplog):
+    model, kept = falcon(), granite()
+    lab.make_trainer(tmp_path, model=model)
+    assert model.config.hidden_dropout == model.config.attention_dropout == 0.0
+    assert "hidden_dropout=0.1" in caplog.text
+    lab.make_trainer(tmp_path, model=kept)
+    assert kept.config.attention_dropout == 0.1  # it has its own copies: saved as it was loaded
