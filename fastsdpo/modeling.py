@@ -1,4 +1,4 @@
-"""Loads a causal language model and its tokenizer: a folder, a hub id, or a GGUF file.
+"""Loads a causal language model and its tokenizer: a folder, a hub id, a GGUF file, or an adapter.
 
 One loader for every command, so that `fastsdpo signal`, `train` and `online` accept the same names
 and fail with the same sentences.
@@ -10,13 +10,15 @@ import importlib.util
 import json
 import os
 import re
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file, find_adapter_config_file
 
 DTYPES = {
     "float32": torch.float32,
@@ -42,11 +44,13 @@ def load_model_and_tokenizer(
 
     Args:
         name: a folder with a saved model, a file ``*.gguf``, a folder with one GGUF file and no
-            ``config.json``, or a hub id (``"HuggingFaceTB/SmolLM2-135M-Instruct"``).
-        gguf_file: the GGUF file in the folder or hub repository `name`. GGUF weights are
-            dequantized to `dtype`, and the model keeps no trace of the file: it trains, saves and
-            loads again like any other.
-        tokenizer: folder, hub id or GGUF file of the tokenizer; None: the model's.
+            ``config.json``, or a hub id (``"HuggingFaceTB/SmolLM2-135M-Instruct"``). Where it holds
+            an adapter of PEFT, the base model that the adapter names is loaded, and the adapter on it.
+        gguf_file: the GGUF file in the folder or hub repository `name` (of an adapter: of its base).
+            GGUF weights are dequantized to `dtype`, and the model keeps no trace of the file: it
+            trains, saves and loads again like any other.
+        tokenizer: folder, hub id or GGUF file of the tokenizer; None: the model's (an adapter's own,
+            or its base model's).
         revision: branch, tag or commit of a hub id.
         dtype: a torch dtype, its name, ``"auto"`` (the checkpoint's; float32 for GGUF), or None:
             float32 on a CPU, where half precision is slow, and ``"auto"`` elsewhere.
@@ -56,31 +60,47 @@ def load_model_and_tokenizer(
         require_chat_template: raise where the tokenizer has no chat template.
 
     Returns:
-        ``(model, tokenizer)``, transformers objects. A tokenizer without a pad token pads with its
-        eos token.
+        ``(model, tokenizer)``, transformers objects; the model of an adapter is a `peft.PeftModel`,
+        whose adapter is trainable and nothing else (prompt learning, which PEFT cannot go on with,
+        is frozen). A tokenizer without a pad token pads with its eos token.
 
     Raises:
         FileNotFoundError: nothing at that path, or the file is not in the folder.
         OSError: the hub id does not exist or the hub cannot be reached.
         ValueError: not a GGUF file, several to choose from, weights missing in the checkpoint, no
             chat template, token ids that the model has no embedding for, an unknown dtype.
-        ImportError: a GGUF file without the packages gguf and accelerate.
+        ImportError: a GGUF file without the packages gguf and accelerate; an adapter without peft.
     """
-    place, gguf_file, local = _locate("name", name, gguf_file)
+    adapter = _find_adapter(name, revision)
+    if adapter is None:
+        place, gguf_file, local = _locate("name", name, gguf_file)
+    else:
+        place, gguf_file, local = _locate(adapter.says, adapter.base, gguf_file)
+        if local and (Path(place) / "adapter_config.json").exists():
+            raise ValueError(
+                f"load_model_and_tokenizer: {adapter.says} must be a whole model, but {place} is an "
+                "adapter too; merge that into its own base model (merge_and_unload of PEFT)"
+            )
+    at = revision if adapter is None else adapter.base_revision
     device = _device(device)
     model = _load_model(
         place,
         gguf_file=gguf_file,
         local=local,
-        revision=revision,
+        revision=at,
         dtype=_dtype(dtype, device, gguf_file),
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )
+    if adapter is not None:
+        model = _load_adapter(model, adapter)
+    if tokenizer is not None:
+        place, gguf_file, local = _locate("tokenizer", tokenizer)
+        at = None
+    elif adapter is not None and adapter.has_tokenizer:
+        place, gguf_file, local, at = adapter.place, None, adapter.local, revision
     loaded: Any = _load_tokenizer(
-        *((place, gguf_file, local) if tokenizer is None else _locate("tokenizer", tokenizer)),
-        revision=revision if tokenizer is None else None,
-        trust_remote_code=trust_remote_code,
+        place, gguf_file, local, revision=at, trust_remote_code=trust_remote_code
     )
     if require_chat_template and not loaded.chat_template:
         raise ValueError(
@@ -112,8 +132,7 @@ def _locate(
         path, gguf_file = path.parent, path.name
     elif path.is_dir():
         if gguf_file is None and not any(
-            (path / file).exists()
-            for file in ("config.json", "adapter_config.json", "tokenizer_config.json")
+            (path / file).exists() for file in ("config.json", "tokenizer_config.json")
         ):
             found = sorted(file.name for file in path.glob("*.gguf"))
             if not found:
@@ -128,9 +147,7 @@ def _locate(
                 )
             gguf_file = found[0]
     else:
-        # A hub id is "model" or "owner/model"; anything else can only have meant a path.
-        looks_local = not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name))
-        if looks_local or str(name).endswith(".gguf"):
+        if not _is_hub_id(str(name)):
             raise FileNotFoundError(f"{function}: {argument}: no such file or folder: {name}")
         return str(name), gguf_file, False
     if gguf_file is not None:
@@ -143,6 +160,84 @@ def _locate(
                 f"{function}: {path / gguf_file} must be a GGUF file, but it starts with {start!r}"
             )
     return str(path), gguf_file, True
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether it is "model" or "owner/model"; anything else can only have meant a path."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)) and not name.endswith(".gguf")
+
+
+class _Adapter(NamedTuple):
+    """An adapter of PEFT on the disk or the hub, and the base model that it names."""
+
+    place: str
+    local: bool
+    revision: str | None
+    base: str
+    base_revision: str | None
+    has_tokenizer: bool
+    says: str  # where the base model is named, for messages
+
+
+def _find_adapter(name: str | os.PathLike, revision: str | None) -> _Adapter | None:
+    """The adapter that ``name`` holds in place of a whole model, or None."""
+    path = Path(name).expanduser()
+    local = path.exists()
+    place = str(path) if local else str(name)
+    if path.is_file() or not (local or _is_hub_id(place)):
+        return None
+    try:
+        config = find_adapter_config_file(place, revision=revision, local_files_only=local)
+    except OSError:
+        return None  # no such repository: whoever loads the model says so
+    if config is None:
+        return None
+    says = f"base_model_name_or_path of {os.path.join(place, 'adapter_config.json')}"
+    if any(path.glob("model*.safetensors")) or any(path.glob("pytorch_model*.bin")):
+        raise ValueError(
+            f"load_model_and_tokenizer: folder {name} must hold a model or an adapter, got both; "
+            "move adapter_config.json and the adapter's weights to a folder of their own"
+        )
+    content = json.loads(Path(config).read_text("utf-8"))
+    if not content.get("base_model_name_or_path"):
+        raise ValueError(
+            f"load_model_and_tokenizer: {says} must be a folder or hub id, got "
+            f"{content.get('base_model_name_or_path')!r}"
+        )
+    tokenizer = cached_file(
+        place, "tokenizer_config.json", revision=revision, local_files_only=local,
+        _raise_exceptions_for_missing_entries=False,
+    )  # fmt: skip
+    return _Adapter(
+        place, local, revision, content["base_model_name_or_path"], content.get("revision"),
+        tokenizer is not None, says,
+    )  # fmt: skip
+
+
+def _load_adapter(model: Any, adapter: _Adapter) -> Any:
+    """The `peft.PeftModel` of a base model and an adapter on it, ready to be trained on."""
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise ImportError(
+            f"load_model_and_tokenizer: {adapter.place} is an adapter, which needs the package peft; "
+            "install it with: pip install 'fastsdpo[peft]'"
+        ) from error
+    options = {} if adapter.revision is None else {"revision": adapter.revision}
+    try:
+        config = PeftConfig.from_pretrained(adapter.place, **options)
+        with warnings.catch_warnings():
+            # Otherwise these weights would start from random values.
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            loaded = PeftModel.from_pretrained(
+                model, adapter.place, is_trainable=not config.is_prompt_learning, **options
+            )
+    except (OSError, ValueError, TypeError, RuntimeError, UserWarning) as error:
+        raise ValueError(
+            f"load_model_and_tokenizer: the adapter in {adapter.place} cannot be put on its base "
+            f"model {adapter.base}: {error}"
+        ) from error
+    return loaded.eval()
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -185,6 +280,8 @@ def _load_model(
         "trust_remote_code": trust_remote_code,
         "revision": revision or "main",
         "local_files_only": local,
+        # What is loaded here is known to be no adapter: the hub need not be asked once more.
+        "adapter_kwargs": {"local_files_only": True},
     }
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation

@@ -10,6 +10,8 @@ for ``AutoModelForCausalLM.from_pretrained``; with --lora the adapter), ``checkp
 ``report.json`` and ``report.png``. It does not prepare conversations, and it knows no scheduler:
 several processes are started with ``torchrun -m fastsdpo.train`` or ``accelerate launch``.
 
+Where --model is the folder of an adapter (``model/`` of a run with --lora), training goes on with it.
+
 Every setting that has no flag here is a field of `SDPOConfig`: ``--set name=value``.
 
 With --resume the same command, given again and again, goes on from the newest whole checkpoint (or
@@ -40,6 +42,8 @@ from fastsdpo.trainer.config import PRESETS, SDPOConfig
 
 if TYPE_CHECKING:
     from fastsdpo.trainer.callbacks import BeforeTraining
+
+logger = logging.getLogger("fastsdpo.train")
 
 STOPPED = 128  # + the signal's number, as shells count: 130 for Ctrl-C, 143 for SIGTERM
 
@@ -73,7 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model, from where, and what of it is trained; read by `load`."""
     model = parser.add_argument_group("model")
-    model.add_argument("--model", required=True, help="folder, hub id or GGUF file")
+    model.add_argument("--model", required=True,
+                       help="folder, hub id or GGUF file; an adapter is trained on")  # fmt: skip
     model.add_argument(
         "--gguf-file", default=None, help="the GGUF file in that folder or repository"
     )
@@ -85,7 +90,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--attn-implementation", default=None)
     model.add_argument("--trust-remote-code", action="store_true", default=False)
     model.add_argument("--lora", type=int, default=None, metavar="RANK",
-                       help="train a LoRA adapter of this rank on all linear layers")  # fmt: skip
+                       help="train a new LoRA adapter of this rank on all linear layers")  # fmt: skip
     model.add_argument("--lora-alpha", type=int, default=None, help="default: twice the rank")
 
 
@@ -188,9 +193,22 @@ def read_config(options: argparse.Namespace, config: Any = SDPOConfig, **setting
     return config.preset(options.preset, output_dir=options.output, **given)
 
 
-def load(options: argparse.Namespace, config: Any) -> tuple[Any, Any, Any]:
-    """``(model, tokenizer, adapter)`` of the model options; the adapter a `LoraConfig` or None."""
+def load(
+    options: argparse.Namespace, config: Any, *, lora: int | None = None
+) -> tuple[Any, Any, Any]:
+    """``(model, tokenizer, adapter)`` of the model options.
+
+    The adapter is the `LoraConfig` of a new one, or None: all weights are trained, or the adapter
+    that --model names, which the model then has.
+
+    Args:
+        lora: the rank where --lora is not given; None: no new adapter.
+
+    Raises:
+        ValueError: --lora asks for another adapter than the one that --model names.
+    """
     from fastsdpo.modeling import load_model_and_tokenizer
+    from fastsdpo.trainer.teacher import is_peft
 
     model, tokenizer = load_model_and_tokenizer(
         options.model,
@@ -202,7 +220,12 @@ def load(options: argparse.Namespace, config: Any) -> tuple[Any, Any, Any]:
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
     )
-    if not options.lora:
+    if is_peft(model):
+        check_same_adapter(options, model.active_peft_config)
+        logger.info("training goes on with the adapter of %s", options.model)
+        return model, tokenizer, None
+    rank = lora if options.lora is None else options.lora
+    if not rank:
         return model, tokenizer, None
     try:
         from peft import LoraConfig
@@ -211,10 +234,26 @@ def load(options: argparse.Namespace, config: Any) -> tuple[Any, Any, Any]:
             "--lora needs the package peft; install it with: pip install 'fastsdpo[peft]'"
         ) from error
 
-    alpha = options.lora_alpha or 2 * options.lora
+    alpha = options.lora_alpha or 2 * rank
     return model, tokenizer, LoraConfig(
-        r=options.lora, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )  # fmt: skip
+
+
+def check_same_adapter(options: argparse.Namespace, adapter: Any) -> None:
+    """Raises ValueError where --lora or --lora-alpha differ from the adapter that is trained on."""
+    kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+    for flag, wanted, name in (("--lora", options.lora, "r"),
+                               ("--lora-alpha", options.lora_alpha, "lora_alpha")):  # fmt: skip
+        found = getattr(adapter, name, None) if kind == "LORA" else None
+        if wanted is None or wanted == found:
+            continue
+        has = f"{kind} adapter" if found is None else f"LoRA adapter with {name}={found}"
+        raise ValueError(
+            f"{flag} must be left out for --model {options.model}, got {wanted}: it is a {has}, and "
+            "training goes on with that. For anything else merge it into its base model first "
+            "(merge_and_unload of PEFT)"
+        )
 
 
 def held_out(options: argparse.Namespace) -> str | None:

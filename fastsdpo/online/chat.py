@@ -4,7 +4,8 @@
 
 Each message that you write after an answer is the follow-up to it: the model takes one optimizer step
 towards what it would have answered had it known your message, saves a checkpoint, and answers on. By
-default a LoRA adapter is trained (--lora 0: all weights, and checkpoints of their size).
+default a new LoRA adapter is trained (--lora 0: all weights, and checkpoints of their size); where
+--model is the folder of an adapter, that one.
 
     /undo          takes back the last update
     /new           a new conversation: the next message is no follow-up
@@ -188,7 +189,6 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--quiet", action="store_true", default=False, help="the answers only")
     add_model_options(parser)
     add_setting_options(parser, PRESETS)
-    parser.set_defaults(lora=16)
     return parser
 
 
@@ -205,7 +205,7 @@ def chat(options: argparse.Namespace) -> int:
     if options.keep < 2:
         raise ValueError(f"--keep must be at least 2, got {options.keep}")
     config = read_config(options, OnlineSDPOConfig, **CHAT, save_total_limit=options.keep)
-    model, tokenizer, adapter = load(options, config)
+    model, tokenizer, adapter = load(options, config, lora=16)
     learner = Learner(model, config, tokenizer, adapter)
     start = [{"role": "system", "content": options.system}] if options.system else []
 

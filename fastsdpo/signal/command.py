@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument("--seed", type=int, default=0, help="of an answer that the model writes")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model", required=True, help="folder, hub id or GGUF file")
+    model.add_argument("--model", required=True, help="folder, hub id or GGUF file, or an adapter")
     model.add_argument("--gguf-file", help="the GGUF file in that folder or repository")
     model.add_argument("--tokenizer", help="folder, hub id or GGUF file (default: the model's)")
     model.add_argument("--revision", help="branch, tag or commit of a hub id")

@@ -3,8 +3,8 @@
 A moving average or the initial model needs one copy of the *trained* weights and nothing else: the
 module, its frozen weights and its buffers serve student and teacher. For the teacher's pass the
 parameters point at the teacher's values, and back. With LoRA the copy is the adapter alone (a moving
-average then starts as a copy of the adapter), and the initial model is the model with the adapter
-disabled.
+average then starts as a copy of the adapter); where the adapter is new, the initial model is the model
+with the adapter disabled, and there is nothing to copy.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastsdpo.data import Interaction, InteractionTokenizer, TokenizedInteraction
-from fastsdpo.prefix import HeadParameters, head_parameters
+from fastsdpo.prefix import HeadParameters, head_parameters, training_mode
+from fastsdpo.prefix.forward import unwrap
+from fastsdpo.trainer.noise import few_logits
 
 TeacherContext = Callable[[], AbstractContextManager]
 
@@ -104,7 +106,39 @@ def _copy(value: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def is_peft(model: nn.Module) -> bool:
+    """Whether it is a `peft.PeftModel`; not a model whose layers alone are PEFT's."""
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+
+
+def check_adapter(model: nn.Module, peft_config: Any) -> None:
+    """Raises ValueError where an adapter would be lost or hidden.
+
+    Args:
+        peft_config: of the adapter to add; None: the model is trained as it is.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "SDPOTrainer: model must be a whole model or a peft.PeftModel, got a transformers model with "
+            "an adapter in its layers (what from_pretrained makes of an adapter's folder); pass that "
+            "folder's name, or PeftModel.from_pretrained(base_model, folder, is_trainable=True)"
+        )
+    if is_peft(model) and peft_config is not None:
+        raise ValueError(
+            "SDPOTrainer: peft_config must be None, the model has an adapter, which training goes on "
+            "with; for a new one, merge it into its base model first (merge_and_unload)"
+        )
+
+
+def adapter_is_silent(model: Any) -> bool:
+    """Whether a `peft.PeftModel` gives its base model's logits, as with a new adapter."""
+    inner: Any = unwrap(model)
+    for config in inner.peft_config.values():
+        if getattr(config, "trainable_token_indices", None) or hasattr(config, "token_indices"):
+            return False  # what it does depends on the tokens, of which only a few are tried
+    with training_mode(model, False):
+        with_adapter = few_logits(model)
+        with inner.disable_adapter():
+            return torch.equal(few_logits(model), with_adapter)
 
 
 def other_head(model: nn.Module, context: TeacherContext) -> HeadParameters | None:

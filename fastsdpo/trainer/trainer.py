@@ -70,6 +70,8 @@ from fastsdpo.trainer.optim import AdamWBF16
 from fastsdpo.trainer.teacher import (
     TeacherCheck,
     TeacherWeights,
+    adapter_is_silent,
+    check_adapter,
     is_peft,
     other_head,
     teacher_check,
@@ -96,7 +98,8 @@ class SDPOTrainer(Trainer):
             `TokenizedInteraction` or rows as `fastsdpo prepare` writes them.
         eval_dataset: the same, held out; or a dict of several.
         processing_class: the tokenizer; None: the one that comes with a model given by name.
-        peft_config: of the adapter to train (`peft.LoraConfig`, ...).
+        peft_config: of a new adapter to train (`peft.LoraConfig`, ...); None where the model is an
+            adapter on its base already (the folder of one, a `peft.PeftModel`): training goes on.
         callbacks, optimizers: as in `transformers.Trainer`.
 
     Raises:
@@ -131,18 +134,20 @@ class SDPOTrainer(Trainer):
             raise TypeError(
                 f"SDPOTrainer: model must be a model or a name, got {type(model).__name__}"
             )
+        check_adapter(module, peft_config)
         if peft_config is not None:
             from peft import get_peft_model
 
-            if is_peft(module):
-                raise ValueError("SDPOTrainer: peft_config must be None, the model has an adapter")
             set_seed(args.seed)  # Trainer sets it later than the adapter draws its weights
             module = get_peft_model(module, peft_config)
         reason = above_the_decoder(module)
         if reason is not None:
             raise NotImplementedError(f"SDPOTrainer: the model is not supported: {reason}")
         if not any(parameter.requires_grad for parameter in module.parameters()):
-            raise ValueError("SDPOTrainer: model must have weights to train, all are frozen")
+            raise ValueError(
+                "SDPOTrainer: model must have weights to train, all are frozen"
+                + (" (load an adapter with is_trainable=True)" if is_peft(module) else "")
+            )
         if args.disable_dropout:
             turn_off(dropout_rates(module))
 
@@ -246,20 +251,22 @@ class SDPOTrainer(Trainer):
                 "on its logits: their differences are not linear in the hidden states"
             )
         self._ema = self._frozen = None
-        copies = args.teacher == "ema" or (frozen and not is_peft(self.model))
+        # An adapter that changes nothing yet is the initial model when it is off.
+        frozen_copy = frozen and not (is_peft(self.model) and adapter_is_silent(self.model))
+        copies = args.teacher == "ema" or frozen_copy
         if copies and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise NotImplementedError(
                 f"SDPOTrainer: teacher={args.teacher!r} (or a reference) copies the trained weights, "
-                "which FSDP and DeepSpeed hold in shards; use teacher='live', LoRA with a frozen "
-                "teacher, or DDP"
+                "which FSDP and DeepSpeed hold in shards; use teacher='live', a new LoRA adapter "
+                "with a frozen teacher, or DDP"
             )
         if args.teacher == "ema":
             self._ema = TeacherWeights(self.model, moving=True)
-        if frozen and not is_peft(self.model):
+        if frozen_copy:
             self._frozen = TeacherWeights(self.model, moving=False)
 
     def _initial(self) -> AbstractContextManager:
-        """The model as it was at the start: other weights, or the adapter disabled."""
+        """The model as it was at the start: other weights, or the new adapter disabled."""
         if self._frozen is not None:
             return self._frozen.swapped_in()
         return self.accelerator.unwrap_model(self.model).disable_adapter()

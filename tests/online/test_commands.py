@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastsdpo.cli import main
 from fastsdpo.online import RuleUser
@@ -231,6 +232,81 @@ def test_a_step_that_is_not_finite_changes_nothing(lab, tmp_path):
     assert one.updates == 0
     for name, value in one.model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+# ------------------------------------------------------------------------------- on an adapter
+
+
+@pytest.fixture
+def adapter(saved, tmp_path):
+    """Folders of an adapter of rank 4 that changes the model much, and of the two merged."""
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(saved)
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False,
+                             lora_alpha=1, task_type="CAUSAL_LM")  # fmt: skip
+    model = peft.get_peft_model(base, config)
+    folders = str(tmp_path / "adapter"), str(tmp_path / "merged")
+    model.save_pretrained(folders[0])
+    model.merge_and_unload().save_pretrained(folders[1])
+    for folder in folders:
+        AutoTokenizer.from_pretrained(saved).save_pretrained(folder)
+    return folders
+
+
+def distance(folder, other):
+    """Between the weights of two adapters, relative; both of one set of names."""
+    mine, base = (load_file(f"{place}/adapter_model.safetensors") for place in (folder, other))
+    assert mine.keys() == base.keys()
+    moved = sum(float((mine[name] - base[name]).square().sum()) for name in base)
+    return math.sqrt(moved / sum(float(value.square().sum()) for value in base.values()))
+
+
+def test_chat_goes_on_with_an_adapter(adapter, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "chat"
+    talk(monkeypatch, ["w1 w2", f"/save {tmp_path}/start", "w3 w4", f"/save {tmp_path}/end"])
+    assert chat(adapter[0], output, "--learning-rate", "1e-4") == 0
+    assert "[update 1: loss" in capsys.readouterr().err
+    assert distance(tmp_path / "start", adapter[0]) == 0
+    assert 0 < distance(tmp_path / "end", adapter[0]) < 0.01
+
+    talk(monkeypatch, [f"/save {tmp_path}/again", "/undo", f"/save {tmp_path}/undone"])
+    assert chat(adapter[0], output, "--learning-rate", "1e-4") == 0
+    assert distance(tmp_path / "again", tmp_path / "end") == 0
+    assert distance(tmp_path / "undone", adapter[0]) == 0
+
+    for rank in ("0", "16"):
+        assert chat(adapter[0], tmp_path / "other", "--lora", rank) == 1
+        assert f"got {rank}: it is a LoRA adapter with r=4" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_online_goes_on_with_an_adapter(adapter, prompts, tmp_path):
+    output = tmp_path / "run"
+    status = online(prompts, adapter[0], output, "--rule", "max_words=2", "--learning-rate", "1e-4",
+                    "--teacher", "frozen", "--quiet")  # fmt: skip
+    assert status == 0
+    assert 0 < distance(output / "model", adapter[0]) < 0.01
+
+
+def test_eval_answers_with_the_adapter(adapter, prompts, saved, tmp_path):
+    report = tmp_path / "win.json"
+    for base, same in ((adapter[1], True), (saved, False)):
+        assert main(["eval", prompts, "--model", adapter[0], "--base", base, "--rule", "max_words=3",
+                     "--max-new-tokens", "6", "--quiet", "-o", str(report)]) == 0  # fmt: skip
+        answers = json.loads(report.read_text())["answers"]
+        assert all(row["model"] == row["base"] for row in answers) is same
+
+
+def test_signal_is_that_of_the_adapter(adapter, saved, tmp_path):
+    found = []
+    for number, model in enumerate((adapter[0], adapter[1], saved)):
+        file = tmp_path / f"{number}.json"
+        assert main(["signal", "--model", model, "--prompt", "w1", "--completion", "w2 w3",
+                     "--followup", "w4", "--json", str(file), "--quiet"]) == 0  # fmt: skip
+        found.append(json.loads(file.read_text())["real"]["log_ratio"])
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+    assert found[0] != pytest.approx(found[2], abs=1e-2)
 
 
 # -------------------------------------------------------------------------------------------- eval

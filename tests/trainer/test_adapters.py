@@ -1,0 +1,315 @@
+"""Adapters of PEFT: trained on from round to round, computed right, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from fastsdpo.modeling import load_model_and_tokenizer
+from fastsdpo.train import main
+from fastsdpo.trainer import SDPOTrainer
+
+peft = pytest.importorskip("peft")
+
+LINEAR = ["q_proj", "v_proj", "down_proj"]
+
+
+def lora(**changes):
+    return peft.LoraConfig(
+        **{
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": "all-linear",
+            "task_type": "CAUSAL_LM",
+            **changes,
+        }
+    )
+
+
+def row(item):
+    return {
+        "prompt": item.prompt,
+        "completion": {"role": "assistant", "content": item.completion},
+        "user_response": {"role": "user", "content": item.followup},
+        "id": item.id,
+        "conversation_id": item.conversation_id,
+    }
+
+
+def command(place, output, *more, model="model"):
+    return [
+        str(place / "data.jsonl"), "--model", str(place / model), "-o", str(output), "--cpu",
+        "--template", " note {o}", "--batch-size", "4", "--epochs", "1", "--learning-rate", "1e-2",
+        "--set", "save_strategy=no", "--set", "dataloader_pin_memory=false", *more,
+    ]  # fmt: skip
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(6, 40)[None]).logits
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, lab):
+    """``model/``, ``data.jsonl``, ``data.eval.jsonl``, and ``first/``, a run of `train --lora 4`."""
+    folder = tmp_path_factory.mktemp("adapters")
+    lab.make_model().save_pretrained(folder / "model")
+    lab.make_tokenizer().save_pretrained(folder / "model")
+    for name, items in (("data.jsonl", lab.make_interactions()),
+                        ("data.eval.jsonl", lab.make_interactions(2, seed=9))):  # fmt: skip
+        (folder / name).write_text("".join(json.dumps(row(item)) + "\n" for item in items))
+    assert main(command(folder, folder / "first", "--lora", "4", "--quiet")) == 0
+    return folder
+
+
+# ----------------------------------------------------------------------------- the next round
+
+
+@pytest.mark.parametrize("more", [[], ["--lora", "4", "--lora-alpha", "8"]], ids=["", "same-lora"])
+def test_a_second_round_begins_where_the_first_ended(place, tmp_path, more):
+    first, second = report_of(place / "first"), tmp_path / "second"
+    assert first["after"]["eval_loss"] < 0.99 * first["before"]["eval_loss"]
+    assert main(command(place, second, "--quiet", *more, model="first/model")) == 0
+    report = report_of(second)
+    assert report["before"]["eval_loss"] == pytest.approx(first["after"]["eval_loss"], rel=1e-5)
+    assert report["after"]["eval_loss"] < 0.99 * report["before"]["eval_loss"]
+
+    # Base model and saved adapter together are what was measured at the end.
+    config = json.loads((second / "model" / "adapter_config.json").read_text())
+    assert (config["r"], config["base_model_name_or_path"]) == (4, str(place / "model"))
+    assert main(command(place, tmp_path / "third", "--quiet", model=second / "model")) == 0
+    third = report_of(tmp_path / "third")
+    assert third["before"]["eval_loss"] == pytest.approx(report["after"]["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--lora", "8"], "--lora must be left out for --model .*, got 8: it is a LoRA adapter with r=4"),
+    (["--lora", "0"], "--lora must be left out for --model .*, got 0: it is a LoRA adapter with r=4"),
+    (["--lora-alpha", "4"], "--lora-alpha must be left out .* LoRA adapter with lora_alpha=8"),
+])  # fmt: skip
+def test_another_adapter_than_the_one_that_is_there(place, tmp_path, capsys, more, message):
+    arguments = command(place, tmp_path / "out", *more, model="first/model")
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_round_resumes_to_the_same_end(place, tmp_path):
+    """With the frozen teacher, which is the adapter as the first round left it."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    more = ["--quiet", "--teacher", "frozen", "--schedule", "constant", "--set", "save_strategy=steps",
+            "--save-steps", "1"]  # fmt: skip
+    assert main(command(place, whole, *more, "--max-steps", "4", model="first/model")) == 0
+    assert main(command(place, cut, *more, "--max-steps", "2", model="first/model")) == 0
+    assert (
+        main(command(place, cut, *more, "--max-steps", "4", "--resume", model="first/model")) == 0
+    )
+    ends = [load_model_and_tokenizer(folder / "model")[0] for folder in (whole, cut)]
+    assert torch.equal(*map(logits, ends))
+
+
+def test_the_frozen_teacher_is_the_adapter_as_it_was_at_the_start(place, lab, tmp_path):
+    model, tokenizer = load_model_and_tokenizer(place / "first" / "model")
+    start = logits(model)
+    config = lab.make_config(tmp_path, teacher="frozen", max_steps=3)
+    trainer = SDPOTrainer(model, config, lab.make_interactions(), processing_class=tokenizer)
+    assert trainer._frozen is not None
+    trainer.train()
+    assert float((logits(trainer.model) - start).abs().max()) > 1e-2
+    with trainer._initial():
+        assert torch.equal(logits(trainer.model), start)
+
+    # A new adapter needs no copy: switched off, it leaves the initial model.
+    base, _ = load_model_and_tokenizer(place / "model")
+    start = logits(base)
+    trainer = SDPOTrainer(base, config, lab.make_interactions(), processing_class=tokenizer,
+                          peft_config=lora())  # fmt: skip
+    assert trainer._frozen is None
+    trainer.train()
+    with trainer._initial():
+        assert torch.equal(logits(trainer.model), start)
+
+
+@pytest.mark.parametrize("adapter", [
+    lora(init_lora_weights="pissa", target_modules=LINEAR),
+    peft.TrainableTokensConfig(token_indices=[9, 10], target_modules=["embed_tokens"]),
+], ids=["pissa", "tokens"])  # fmt: skip
+def test_a_new_adapter_that_changes_the_model_has_a_copy(lab, tmp_path, adapter):
+    """PiSSA takes its first weights out of the base model's; a token's row is seldom looked at."""
+    model = lab.make_model(tie_word_embeddings=False)
+    start = logits(model)
+    trainer = lab.make_trainer(
+        tmp_path, model=model, peft_config=adapter, teacher="frozen", max_steps=2
+    )
+    trainer.train()
+    assert trainer._frozen is not None
+    with trainer._initial():
+        torch.testing.assert_close(logits(trainer.model), start, rtol=1e-4, atol=1e-4)
+
+
+def test_a_name_that_is_an_adapter(place, lab, tmp_path):
+    folder = str(place / "first" / "model")
+    config = lab.make_config(tmp_path, max_steps=1)
+    trainer = SDPOTrainer(folder, config, lab.make_interactions())
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    with pytest.raises(ValueError, match="peft_config must be None, the model has an adapter"):
+        SDPOTrainer(folder, config, lab.make_interactions(), peft_config=lora())
+
+
+def test_models_whose_adapter_would_be_lost_or_is_frozen(place, lab, tmp_path):
+    folder = place / "first" / "model"
+    tokenizer = lab.make_tokenizer()
+    injected = AutoModelForCausalLM.from_pretrained(folder)
+    for adapter in (None, lora()):
+        with pytest.raises(
+            ValueError, match="got a transformers model with an adapter in its layers"
+        ):
+            SDPOTrainer(injected, lab.make_config(tmp_path), processing_class=tokenizer,
+                        peft_config=adapter)  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    frozen = peft.PeftModel.from_pretrained(base, folder)
+    with pytest.raises(
+        ValueError, match=r"all are frozen \(load an adapter with is_trainable=True\)"
+    ):
+        SDPOTrainer(frozen, lab.make_config(tmp_path), processing_class=tokenizer)
+
+
+# ----------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_loading_puts_the_adapter_on_its_base(place, dtype):
+    model, tokenizer = load_model_and_tokenizer(place / "first" / "model", dtype=dtype)
+    assert isinstance(model, peft.PeftModel) and not model.training
+    assert len(tokenizer) == 67
+    base = AutoModelForCausalLM.from_pretrained(place / "model", dtype=dtype)
+    by_hand = peft.PeftModel.from_pretrained(base, place / "first" / "model")
+    assert torch.equal(logits(model), logits(by_hand))
+    assert {p.dtype for p in model.get_base_model().model.norm.parameters()} == {dtype}
+
+
+def test_an_adapter_without_a_tokenizer_takes_its_base_s(place, tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(place / "first" / "model" / name, tmp_path / name)
+    _, tokenizer = load_model_and_tokenizer(tmp_path)
+    assert len(tokenizer) == 67
+
+
+def broken(place, folder, **changes):
+    shutil.copytree(place / "first" / "model", folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+def test_adapters_that_cannot_be_loaded(place, tmp_path):
+    gone = broken(place, tmp_path / "gone", base_model_name_or_path="/nowhere/base")
+    with pytest.raises(FileNotFoundError, match=r"base_model_name_or_path of .*adapter_config.json: "
+                       "no such file or folder: /nowhere/base"):  # fmt: skip
+        load_model_and_tokenizer(gone)
+    nameless = broken(place, tmp_path / "nameless", base_model_name_or_path=None)
+    with pytest.raises(ValueError, match="must be a folder or hub id, got None"):
+        load_model_and_tokenizer(nameless)
+    chain = broken(
+        place, tmp_path / "chain", base_model_name_or_path=str(place / "first" / "model")
+    )
+    with pytest.raises(ValueError, match=r"must be a whole model, but .* is an adapter too"):
+        load_model_and_tokenizer(chain)
+    other = broken(place, tmp_path / "other", r=2)
+    with pytest.raises(ValueError, match=r"the adapter in .* cannot be put on its base model"):
+        load_model_and_tokenizer(other)
+    missing = broken(place, tmp_path / "missing", target_modules=[*LINEAR, "o_proj", "up_proj"])
+    weights = load_file(missing / "adapter_model.safetensors")
+    some = {name: value for name, value in weights.items() if "o_proj" not in name}
+    save_file(some, missing / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="Found missing adapter keys"):
+        load_model_and_tokenizer(missing)
+    both = broken(place, tmp_path / "both")
+    shutil.copy(place / "model" / "config.json", both)
+    shutil.copy(place / "model" / "model.safetensors", both)
+    with pytest.raises(ValueError, match="must hold a model or an adapter, got both"):
+        load_model_and_tokenizer(both)
+
+
+# ----------------------------------------------------------------------------- kinds of adapters
+
+
+def by_definition(model, items):
+    """Mean over the answers' tokens of KL(student || teacher), each from a pass of its own."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for item in items:
+            n, found = len(item.completion_ids), []
+            for prompt in (item.prompt_ids, item.teacher_prompt_ids):
+                z = model(input_ids=torch.tensor([[*prompt, *item.completion_ids]])).logits[0]
+                found.append(z[-n - 1 : -1].double().log_softmax(-1))
+            total += float((found[0].exp() * (found[0] - found[1])).sum())
+            count += n
+    return total / count
+
+
+COMPUTED = {
+    "lora": lora(lora_dropout=0.2),
+    "dora": lora(use_dora=True, target_modules=LINEAR),
+    "head": lora(target_modules=["q_proj", "lm_head"]),
+    "modules_to_save": lora(modules_to_save=["lm_head"]),
+    "ia3": peft.IA3Config(target_modules=LINEAR, feedforward_modules=["down_proj"]),
+    "loha": peft.LoHaConfig(target_modules=LINEAR, r=4, rank_dropout=0.2, module_dropout=0.2),
+    "oft": peft.OFTConfig(target_modules=["q_proj"], oft_block_size=4, module_dropout=0.2),
+    "tokens": peft.TrainableTokensConfig(token_indices=[9, 10], target_modules=["embed_tokens"]),
+    "adaption_prompt": peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2),
+    "lily": peft.LilyConfig(target_modules=LINEAR, r=4),
+}
+for _config in COMPUTED.values():
+    _config.task_type = "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_the_loss_is_that_of_two_passes_of_the_adapted_model(lab, tmp_path, name, training):
+    model = peft.get_peft_model(lab.make_model(tie_word_embeddings=False), COMPUTED[name])
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight += 0.3 * torch.randn_like(weight)
+    trainer = lab.make_trainer(
+        tmp_path, model=model, normalization="token", interactions=lab.make_interactions(2)
+    )
+    items = [trainer.train_dataset[index] for index in range(4)]
+    model.train(training)
+    with torch.no_grad():
+        loss = float(trainer.run_pass(model, items, sum(len(i.completion_ids) for i in items))[0])
+    model.eval()
+    assert loss == pytest.approx(by_definition(model, items), rel=1e-4)
+
+
+@pytest.mark.parametrize("adapter", [
+    peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+], ids=["prompt", "prefix", "p-tuning"])  # fmt: skip
+@pytest.mark.parametrize("sharing", ["auto", "off"])
+def test_virtual_tokens_are_refused(lab, tmp_path, adapter, sharing):
+    with pytest.raises(NotImplementedError, match="puts virtual tokens into the sequence"):
+        lab.make_trainer(tmp_path, peft_config=adapter, sharing=sharing)
+
+
+def test_a_saved_prompt_is_refused(place, tmp_path, capsys):
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "prompt")
+    assert main(command(place, tmp_path / "out", model=tmp_path / "prompt")) == 1
+    assert "PROMPT_TUNING adapter puts virtual tokens" in capsys.readouterr().err
