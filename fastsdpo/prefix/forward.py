@@ -217,7 +217,7 @@ def check_head(model: nn.Module) -> tuple[bool, str]:
     dtypes: list[torch.dtype] = []
     causal = causal_lm(model)
     output_embeddings = causal.get_output_embeddings()
-    own = unwrap(output_embeddings).forward
+    own = getattr(unwrap(output_embeddings), _forward_name(output_embeddings))
 
     def take_states(_module: nn.Module, _args: Any, output: Any) -> None:
         states.append(output.last_hidden_state)
@@ -512,12 +512,15 @@ def run_inside(
             hook.remove()
 
 
+def _forward_name(module: nn.Module) -> str:
+    """A module that Accelerate placed on a device keeps its own forward under another name."""
+    return "_old_forward" if "_old_forward" in vars(unwrap(module)) else "forward"
+
+
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """``module`` runs ``forward`` in place of its own; its hooks run as always."""
-    module = unwrap(module)
-    # A module that Accelerate placed on a device calls its own forward from a wrapper.
-    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    module, name = unwrap(module), _forward_name(module)
     own = vars(module).get(name)
     setattr(module, name, forward)
     try:

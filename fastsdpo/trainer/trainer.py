@@ -184,10 +184,10 @@ class SDPOTrainer(Trainer):
         good, reason = self._agreed(check_head(self.model))
         if not good:
             raise NotImplementedError(f"SDPOTrainer: the model's head is not supported: {reason}")
-        good, reason = check_passes(self.model)
+        good, reason = self._agreed(check_passes(self.model))
         if not good:
             raise NotImplementedError(f"SDPOTrainer: the model is not supported: {reason}")
-        noisy = check_noise(self.model, disable_dropout=args.disable_dropout)
+        noisy = self._agreed(check_noise(self.model, disable_dropout=args.disable_dropout))
         self.sharing = self._choose_sharing(noisy)
         self._make_teacher()
         self._sampler: GroupSampler | None = None
@@ -227,7 +227,7 @@ class SDPOTrainer(Trainer):
         logger.warning("prefixes are not shared (sharing='off'): %s", reason)
         return "off"
 
-    def _agreed(self, found: tuple[bool, str]) -> tuple[bool, str]:
+    def _agreed(self, found: Any) -> Any:
         """The first process's finding, in all processes: FSDP may load the weights there alone."""
         if self.args.world_size > 1:
             broadcast_object_list(shared := [found])

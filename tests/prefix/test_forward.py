@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from fastsdpo.prefix import head_parameters, shared_forward
+from fastsdpo.prefix import check_head, head_parameters, shared_forward
 
 MODELS = ["llama", "qwen3", "gemma3", "mistral", "qwen3_moe", "gpt2", "granite"]
 
@@ -198,6 +198,18 @@ def test_no_logits_are_computed(lab):
     states = shared_forward(model, lab.conversation(3))
     assert len(seen) == 1 and seen[0] is states
     assert len(model.lm_head._forward_hooks) == 1 and "forward" not in vars(model.lm_head)
+
+
+def test_a_head_that_accelerate_placed(lab):
+    """As with ``device_map``: hooks move the head's input, and call its forward from a wrapper."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = lab.tiny_model("llama")
+    add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="cpu"))
+    wrapper, own = model.lm_head.forward, model.lm_head._old_forward
+    assert check_head(model) == (True, "")
+    compare(lab, model, lab.conversation(2), 1e-12)
+    assert model.lm_head.forward is wrapper and model.lm_head._old_forward == own
 
 
 def test_keys_and_values_are_freed_and_held_once(lab):
