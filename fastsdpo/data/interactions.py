@@ -133,7 +133,8 @@ def parse_message(message: Any) -> dict:
     """
     if not isinstance(message, Mapping):
         raise TypeError(f"must be a message, got {_show(message)}")
-    if "role" in message:
+    # A table of both forms has all four columns in every message.
+    if "role" in message and (message["role"] is not None or message.get("from") is None):
         speaker, content = message["role"], message.get("content")
     elif "from" in message:
         speaker, content = message["from"], message.get("value")

@@ -196,7 +196,9 @@ def parse_conversation(record: Any) -> Conversation:
         raise TypeError(f"a record must be a JSON object, got {type(record).__name__}")
     language = record.get("language")
     language = language if isinstance(language, str) else None
-    if all(key in record for key in INTERACTION_KEYS):
+    # A table of several layouts has all columns in every row: the one that is filled counts.
+    filled = next((key for key in MESSAGE_KEYS if record.get(key)), None)
+    if all(record.get(key) if filled else key in record for key in INTERACTION_KEYS):
         row = parse_interaction(record)
         messages = [
             *row.prompt,
@@ -205,7 +207,7 @@ def parse_conversation(record: Any) -> Conversation:
         ]
         conversation_id = row.id if row.conversation_id is None else row.conversation_id
         return Conversation(messages, conversation_id, language, True, row.id)
-    for key in MESSAGE_KEYS:
+    for key in [filled] if filled else MESSAGE_KEYS:
         if record.get(key) is not None:
             messages = parse_messages(record[key], key)
             return Conversation(messages, _identifier(record, ID_KEYS), language)

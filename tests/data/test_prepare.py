@@ -180,6 +180,33 @@ class TestOutput:
         assert names == {"source.jsonl:1", "1/source.jsonl:1"}
 
 
+HI = [
+    {"role": role, "content": text}
+    for role, text in (("user", "Hi"), ("assistant", "y"), ("user", "o"))
+]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [], "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "y"},
+                                           {"from": "human", "value": "o"}]},
+        {"messages": None, "conversation": HI},
+        {"prompt": None, "completion": None, "user_response": None, "messages": HI},
+        {"prompt": [], "completion": "", "user_response": "", "items": HI},
+        {"messages": [], "prompt": HI[:1], "completion": "y", "user_response": "o"},
+        {"messages": [{"from": ("user", "assistant")[n % 2], "value": text, "role": None, "content": None}
+                      for n, text in enumerate(("Hi", "y", "o"))]},
+    ],
+)  # fmt: skip
+def test_the_filled_column_is_read(tmp_path, record):
+    """A table of several layouts has all columns in every row."""
+    source = write_source(tmp_path / "in.jsonl", records=[record])
+    assert main([str(source), "-o", str(tmp_path / "out.jsonl"), "--preset", "none"]) == 0
+    (row,) = rows(tmp_path / "out.jsonl")
+    assert [*row["prompt"], row["completion"], row["user_response"]] == HI
+
+
 class TestRefusals:
     def test_existing_output(self, source, tmp_path, capsys):
         output = tmp_path / "out.jsonl"
