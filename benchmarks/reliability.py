@@ -125,9 +125,9 @@ two-hour-equivalent is here: it shows what leaks by the step, and says nothing o
 with size.
 """),
     Section("Many interactions", "^interactions", """
-`fastsdpo prepare` streams: of each conversation its place stays in memory. The dataset of `train` keeps the
-tokens, four bytes each, and ids; the planner works on a batch at a time. Measured is what each adds at its
-peak.
+`fastsdpo prepare` streams: of each record some 40 bytes stay in memory. The dataset of `train` keeps the
+tokens, four bytes each, ids, and 16 bytes for each user's message in a prompt; the planner works on a batch
+at a time. Measured is what each adds at its peak.
 
 Tested by `tests/reliability/test_soak.py`, with a bound on the bytes for each further interaction.
 """),

@@ -90,10 +90,11 @@ class Conversation:
 
     Attributes:
         messages: ``{"role", "content"}`` dicts; roles are user, assistant, system or tool.
-        id: the record's own id, or None.
+        id: names the conversation, or None.
         language: as the record names it (``"English"``, ``"en"``), or None.
         single: True for a record that already is one interaction; only its last answer counts.
         interaction_id: the id of that interaction.
+        own_id: True where `id` names the record, within its source, and not its conversation.
     """
 
     messages: list[dict]
@@ -101,6 +102,7 @@ class Conversation:
     language: str | None = None
     single: bool = False
     interaction_id: str | None = None
+    own_id: bool = True
 
 
 def message_text(content: Any) -> str:

@@ -34,7 +34,11 @@ logger = logging.getLogger("fastsdpo.data")
 # ShareGPT `conversations` (its first form: `items`), WildFeedback's annotations `history`.
 MESSAGE_KEYS = ("messages", "conversation", "conversations", "items", "history")
 INTERACTION_KEYS = ("prompt", "completion", "user_response")
-ID_KEYS = ("conversation_id", "conversation_hash", "id", "uuid")
+# Where it names its conversation, and where it names itself (in its own source only).
+CONVERSATION_ID_KEYS = (
+    "conversation_id", "conversation_hash", "session_id", "thread_id", "chat_id",
+)  # fmt: skip
+RECORD_ID_KEYS = ("id", "uuid")
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet")
@@ -205,12 +209,16 @@ def parse_conversation(record: Any) -> Conversation:
             {"role": "assistant", "content": row.completion},
             {"role": "user", "content": row.followup},
         ]
-        conversation_id = row.id if row.conversation_id is None else row.conversation_id
-        return Conversation(messages, conversation_id, language, True, row.id)
+        own = row.conversation_id is None
+        name = row.id if own else row.conversation_id
+        return Conversation(messages, name, language, True, row.id, own)
     for key in [filled] if filled else MESSAGE_KEYS:
         if record.get(key) is not None:
             messages = parse_messages(record[key], key)
-            return Conversation(messages, _identifier(record, ID_KEYS), language)
+            name = _identifier(record, CONVERSATION_ID_KEYS)
+            own = name is None
+            name = _identifier(record, RECORD_ID_KEYS) if own else name
+            return Conversation(messages, name, language, own_id=own)
     hint = "; is this a list of messages without the list around it?" if "role" in record else ""
     raise TypeError(
         f"a record must have one of {', '.join(MESSAGE_KEYS)}, or {', '.join(INTERACTION_KEYS)}; "
@@ -241,7 +249,7 @@ def parse_interaction(record: Any) -> Interaction:
         completion=texts["completion"],
         followup=texts["user_response"],
         id=_identifier(record, ("id",)),
-        conversation_id=_identifier(record, ("conversation_id", "conversation_hash")),
+        conversation_id=_identifier(record, CONVERSATION_ID_KEYS),
     )
 
 
@@ -372,7 +380,9 @@ def _parquet_events(
             yield str(path), None, problem, {"row": 1}
         return
     with file:
-        wanted = {*MESSAGE_KEYS, *INTERACTION_KEYS, *ID_KEYS, "language"}
+        wanted = {
+            *MESSAGE_KEYS, *INTERACTION_KEYS, *CONVERSATION_ID_KEYS, *RECORD_ID_KEYS, "language",
+        }  # fmt: skip
         columns = [name for name in file.schema_arrow.names if name in wanted]
         total, row = max(1, file.metadata.num_rows), 0
         size = path.stat().st_size

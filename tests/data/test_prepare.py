@@ -170,8 +170,8 @@ class TestOutput:
         assert prepare._rules(parse(["s", "-o", "o", "--languages"])).languages is None
 
     def test_conversations_without_ids_are_named_by_place(self, tmp_path):
-        for name in ("a", "b"):
-            records = [{"messages": conversation(0)["conversation"]}]
+        for number, name in enumerate(("a", "b")):
+            records = [{"messages": conversation(number)["conversation"]}]
             (tmp_path / name).mkdir()
             write_source(tmp_path / name / "source.jsonl", records=records)
         sources = [tmp_path / name / "source.jsonl" for name in ("a", "b")]
@@ -450,7 +450,7 @@ class TestKilled:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_memory_does_not_grow_with_the_data(tmp_path):
-    """125,000 interactions take no more memory than 31,250, but for 12 bytes a conversation."""
+    """125,000 interactions take no more memory than 31,250, but for some 40 bytes a record."""
     code = """
         from fastsdpo.data.prepare import main
         status = main(sys.argv[1:])

@@ -109,7 +109,7 @@ def test_a_compiled_loss_keeps_no_graph_per_length(results, count):
 
 # ------------------------------------------------------------------------------------ many interactions
 
-# Bytes in memory for each further interaction, at most. `prepare` keeps the place of a conversation; the
+# Bytes in memory for each further interaction, at most. `prepare` keeps numbers of each record; the
 # dataset the tokens (4 bytes each), three ends (24) and the ids; the planner whole numbers.
 BYTES_EACH = {"prepare": 100, "groups": 200, "pack_conversations": 200, "batches and plans": 100}
 IDS, TOKEN = (
