@@ -60,6 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("-o", "--output", required=True, metavar="FOLDER")
     run.add_argument("--eval-data", metavar="FILE", default=None,
                      help="held-out interactions (default: DATA's .eval file, if there)")  # fmt: skip
+    run.add_argument("--allow-leaks", action="store_true",
+                     help="warn, and do not refuse, where held-out conversations are in DATA")  # fmt: skip
     run.add_argument("--dry-run", action="store_true", default=False,
                      help="load, tokenize, report lengths, memory and steps, and stop")  # fmt: skip
     run.add_argument("--resume", nargs="?", const=True, default=None, metavar="CHECKPOINT",

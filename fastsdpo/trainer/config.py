@@ -182,6 +182,11 @@ class SDPOConfig(TrainingArguments):
         metadata={"help": "A loss or gradient that is not finite: stop with the interactions' "
                   "ids, or skip the step and count."},
     )  # fmt: skip
+    allow_leaks: bool = field(
+        default=False,
+        metadata={"help": "Warn, and do not refuse, where a held-out interaction or another part of "
+                  "its conversation is in the training data."},
+    )  # fmt: skip
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Turn off every dropout and router jitter, and refuse a model that stays "

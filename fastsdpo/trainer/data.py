@@ -8,6 +8,8 @@ import os
 import random
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, cast, overload
 
 import torch
@@ -20,6 +22,7 @@ from fastsdpo.data import (
     TokenizedInteraction,
     load_interactions,
 )
+from fastsdpo.data.keys import TextKeys, extend
 from fastsdpo.data.loading import parse_interaction
 from fastsdpo.prefix import pack_conversations
 
@@ -41,6 +44,10 @@ class InteractionDataset(Dataset):
     Attributes:
         sample: up to 64 interactions as text, drawn evenly, where they came as text.
         dropped: messages about the interactions that could not be used.
+        keys: of each interaction, a 61-bit key of its prompt, answer and follow-up; 0 where it came
+            as tokens.
+        history_keys: of each interaction, in ``history_ends[i] : history_ends[i + 1]``, such keys of
+            what begins its prompt and ends with a user's message; `message_keys`: of that message.
     """
 
     def __init__(self, interactions: Iterable[TokenizedInteraction]):
@@ -67,6 +74,9 @@ class InteractionDataset(Dataset):
             ends.append(len(tokens))
             self.ids.append(item.id)
             self.conversation_ids.append(item.conversation_id)
+        self.keys = array("Q", [0]) * len(self.ids)
+        self.history_keys, self.message_keys = array("Q"), array("Q")
+        self.history_ends = array("Q", [0]) * (len(self.ids) + 1)
         self.tokens = torch.frombuffer(tokens, dtype=torch.int32) if tokens else torch.zeros(0)
         self.ends = torch.frombuffer(ends, dtype=torch.int64)
 
@@ -110,6 +120,23 @@ class InteractionDataset(Dataset):
         dropped: list[str] = []
         sample: list[Interaction] = []
         draw = random.Random(0)
+        texts = TextKeys()
+        keys, history_keys, message_keys = array("Q"), array("Q"), array("Q")
+        history_ends = array("Q", [0])
+
+        def add_keys(item: Interaction) -> None:
+            nonlocal texts
+            if len(texts) > 1000:  # what it holds speeds up the next interactions of a conversation
+                texts = TextKeys()
+            history = 0
+            for message in item.prompt:
+                history = extend(history, texts[message["role"]], texts[message["content"]])
+                if message["role"] == "user":
+                    history_keys.append(history)
+                    message_keys.append(texts[message["content"]])
+            history = extend(history, texts["assistant"], texts[item.completion])
+            keys.append(extend(history, texts["user"], texts[item.followup]))
+            history_ends.append(len(history_keys))
 
         def checked() -> Iterator[Interaction | TokenizedInteraction]:
             items: Iterable = source
@@ -144,7 +171,10 @@ class InteractionDataset(Dataset):
             tokenize, count = None, 0
             for text, items in itertools.groupby(checked(), lambda i: isinstance(i, Interaction)):
                 if not text:
-                    yield from cast(Iterator[TokenizedInteraction], items)
+                    for item in items:
+                        keys.append(0)
+                        history_ends.append(len(history_keys))
+                        yield cast(TokenizedInteraction, item)
                     continue
                 tokenize = tokenize or InteractionTokenizer(tokenizer, template, **options)
                 items, interactions = itertools.tee(cast(Iterator[Interaction], items))
@@ -158,10 +188,13 @@ class InteractionDataset(Dataset):
                         sample.append(item)
                     elif (place := draw.randrange(count)) < SAMPLE_SIZE:
                         sample[place] = item
+                    add_keys(item)
                     yield result
 
         dataset = cls(tokenized())
         dataset.sample, dataset.dropped = sample, dropped
+        dataset.keys, dataset.history_ends = keys, history_ends
+        dataset.history_keys, dataset.message_keys = history_keys, message_keys
         if dropped:
             logger.warning(
                 "%s: %d interactions cannot be tokenized and are left out, for example:\n  %s",
@@ -203,6 +236,17 @@ class InteractionDataset(Dataset):
         """Whether every interaction has `neutral_prompt_ids`."""
         return bool((self.ends.diff().view(-1, 4)[:, 3] > 0).all())
 
+    def messages_of(self, index: int) -> array:
+        """The keys of the users' messages in an interaction's prompt; none where it came as tokens."""
+        start, end = self.history_ends[index : index + 2]
+        return self.message_keys[start:end]
+
+    def token_key(self, index: int) -> int:
+        """A 64-bit key of an interaction's tokens."""
+        start, _, _, _, end = self.ends[4 * index : 4 * index + 5].tolist()
+        tokens = array("i", self.tokens[start:end].tolist()).tobytes()
+        return int.from_bytes(blake2b(tokens, digest_size=8).digest(), "little")
+
     def groups(self, by_conversation: bool) -> list[list[int]]:
         """Indices by conversation, in order of first appearance; or each by itself."""
         if not by_conversation:
@@ -212,6 +256,67 @@ class InteractionDataset(Dataset):
             key = ("alone", index) if conversation is None else conversation
             groups.setdefault(key, []).append(index)
         return list(groups.values())
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """Held-out interactions that stand in the training data.
+
+    Attributes:
+        same: that are there themselves: prompt, answer and follow-up.
+        conversation: of which another part of the conversation is there: one of both stands, with
+            its follow-up, in the other's prompt; or both have the conversation id and a user's
+            message in common (as tokens: the id).
+        total: that are one or the other.
+        example: the id (or else the number) of the first.
+    """
+
+    same: int
+    conversation: int
+    total: int
+    example: str
+
+
+def find_leaks(train: InteractionDataset, held_out: InteractionDataset) -> Leaks | None:
+    """Which held-out interactions, or parts of their conversations, are trained on; None: none."""
+    keys, train_keys = held_out.keys, train.keys
+    if 0 in keys or 0 in train_keys:  # some came as tokens
+        keys, train_keys = (
+            array("Q", map(dataset.token_key, range(len(dataset)))) for dataset in (held_out, train)
+        )
+    same = set(keys).intersection(train_keys)
+    in_history = set(held_out.keys).intersection(train.history_keys)
+    in_training = set(held_out.history_keys).intersection(train.keys)
+    # Of conversations with ids that are in both: the users' messages in training.
+    messages: dict[str, set[int]] = {}
+    ids = set(held_out.conversation_ids).intersection(train.conversation_ids)
+    for index, conversation in enumerate(train.conversation_ids):
+        if conversation is not None and conversation in ids:
+            messages.setdefault(conversation, set()).update(train.messages_of(index))
+
+    def is_related(index: int) -> bool:
+        start, end = held_out.history_ends[index : index + 2]
+        if held_out.keys[index] in in_history or not in_training.isdisjoint(
+            held_out.history_keys[start:end]
+        ):
+            return True
+        there, here = (
+            messages.get(held_out.conversation_ids[index] or ""),
+            held_out.messages_of(index),
+        )
+        return there is not None and not (there and here and there.isdisjoint(here))
+
+    found = [(index, keys[index] in same, is_related(index)) for index in range(len(held_out))]
+    found = [item for item in found if item[1] or item[2]]
+    if not found:
+        return None
+    first = held_out.ids[found[0][0]]
+    return Leaks(
+        same=sum(item[1] for item in found),
+        conversation=sum(item[2] for item in found),
+        total=len(found),
+        example=f"number {found[0][0]}" if first is None else repr(first),
+    )
 
 
 class GroupSampler(Sampler):

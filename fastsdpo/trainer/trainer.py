@@ -55,7 +55,13 @@ from fastsdpo.trainer.checkpoints import (
     writing,
 )
 from fastsdpo.trainer.config import SDPOConfig
-from fastsdpo.trainer.data import GroupSampler, InteractionDataset, collate, split_packs
+from fastsdpo.trainer.data import (
+    GroupSampler,
+    InteractionDataset,
+    collate,
+    find_leaks,
+    split_packs,
+)
 from fastsdpo.trainer.loss import (
     TokenStatistics,
     count_items,
@@ -103,7 +109,8 @@ class SDPOTrainer(Trainer):
         callbacks, optimizers: as in `transformers.Trainer`.
 
     Raises:
-        TypeError, ValueError: a setting or dataset is unusable; the text says which and why.
+        TypeError, ValueError: a setting or dataset is unusable; the text says which and why. So is
+            held-out data of which a conversation is trained on (see `SDPOConfig.allow_leaks`).
         NotImplementedError: the model's head, its kind of adapter or a sharing asked for by name
             cannot be computed, a noise that ``disable_dropout`` cannot turn off, or a teacher that
             this kind of distributed training cannot hold.
@@ -159,6 +166,7 @@ class SDPOTrainer(Trainer):
         datasets = {}
         for name, source in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             datasets[name] = self._dataset(args, source, processing_class, name)
+        self._check_held_out(args, datasets["train_dataset"], datasets["eval_dataset"])
         super().__init__(
             model=module,
             args=args,
@@ -211,6 +219,35 @@ class SDPOTrainer(Trainer):
             source, tokenizer, args.template, name=name, progress=progress,
             **args.tokenizer_options(),
         )  # fmt: skip
+
+    @staticmethod
+    def _check_held_out(
+        args: SDPOConfig, train: Any, held_out: Any, name: str = "eval_dataset"
+    ) -> None:
+        """Refuses, or with `allow_leaks` reports, held-out interactions that are trained on."""
+        if isinstance(held_out, dict):
+            for key, value in held_out.items():
+                SDPOTrainer._check_held_out(args, train, value, f"{name}[{key!r}]")
+            return
+        if not isinstance(train, InteractionDataset) or not isinstance(
+            held_out, InteractionDataset
+        ):
+            return
+        leaks = find_leaks(train, held_out)
+        if leaks is None:
+            return
+        found = (
+            f"{leaks.total:,} of its {len(held_out):,} interactions are in train_dataset: "
+            f"{leaks.same:,} themselves, of {leaks.conversation:,} another part of the conversation "
+            f"(the first: {leaks.example})"
+        )
+        if not args.allow_leaks:
+            raise ValueError(
+                f"SDPOTrainer: {name} must hold no conversation that is trained on, got {found}; "
+                "split the conversations with fastsdpo prepare --eval-fraction, or pass "
+                "allow_leaks=True (--allow-leaks) to go on"
+            )
+        logger.warning("%s is no measure of what was learned: %s; allow_leaks is set", name, found)
 
     def _choose_sharing(self, noisy: str | None) -> str:
         """The sharing to use: as asked for, or what the model allows, given its ``noisy`` module."""
@@ -634,6 +671,8 @@ class SDPOTrainer(Trainer):
             eval_dataset = self._dataset(
                 self.args, eval_dataset, self.processing_class, "eval_dataset"
             )
+        if eval_dataset is not self.train_dataset:  # else the loss in training is asked for
+            self._check_held_out(self.args, self.train_dataset, eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> GroupSampler:

@@ -150,7 +150,7 @@ def test_the_sampled_token_loss_has_its_own_name(tmp_path, lab):
 def test_a_guided_teacher_of_logged_interactions(tmp_path, lab):
     """Of text it is made; tokens must have it. Where the follow-up is the neutral one: no signal."""
     texts = [dataclasses.replace(i, followup="w3 w4") for i in lab.make_interactions(2)]
-    settings = {"neutral_followup": "w3 w4", "guidance": 2.0}
+    settings = {"neutral_followup": "w3 w4", "guidance": 2.0, "allow_leaks": True}
     trainer = lab.make_trainer(tmp_path, interactions=texts, eval_dataset=texts[:1], **settings)
     loss, found = gradients(trainer)
     assert loss == pytest.approx(0.0, abs=1e-6)
