@@ -133,9 +133,9 @@ Tested by `tests/reliability/test_soak.py`, with a bound on the bytes for each f
 """),
     Section("Several processes", "^training in one", """
 Several processes compute what one does, with held-out data too: DDP and FSDP2, started by `torchrun`, in
-`tests/trainer/test_launched.py` (losses, gradient norms and the saved model; full, tied and untied heads, LoRA,
-gradient checkpointing, bfloat16, a resumed run; two and four processes). FSDP2 is accelerate's own, let run on
-CPU processes; it has not run on a GPU. DDP from Python in `tests/trainer/test_two_processes.py` and
+`tests/trainer/test_launched.py` (losses, gradient norms and the saved model; tied and untied heads, LoRA,
+gradient checkpointing, bfloat16, a resumed run; two and four processes). FSDP2 is accelerate's own, let
+run on CPU processes; it has not run on a GPU. DDP from Python in `tests/trainer/test_two_processes.py` and
 `tests/online/test_two_processes.py` (weights, losses, statistics, files); both in
 `tests/prefix/test_distributed.py` (gradients, in float64). The rates below are
 of a small model on the cores that the machine had to spare, and are no measure of scaling.

@@ -26,7 +26,7 @@ PROMPTS = (
 )
 # Short conversations, so that a few minutes on two cores are enough steps to see the loss fall.
 PREPARE = ["--limit", "4000", "--max-user-chars", "500", "--max-assistant-chars", "900",
-           "--max-history-messages", "1", "--max-conversations", "120", "--eval-fraction", "0.06",
+           "--max-history-messages", "1", "--max-conversations", "120", "--eval-fraction", "0.12",
            "--overwrite"]  # fmt: skip
 TRAIN = ["--template", "note", "--learning-rate", "1e-5", "--batch-size", "8", "--warmup", "2",
          "--max-prompt-length", "96", "--max-completion-length", "48", "--logging-steps", "2",
