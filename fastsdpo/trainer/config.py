@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-# The published offline recipe of https://arxiv.org/abs/2603.12273. Its 8-bit AdamW is not set here:
-# it needs bitsandbytes (optim="adamw_bnb_8bit").
+# The published offline recipe of https://arxiv.org/abs/2603.12273. Its 8-bit AdamW on bfloat16 weights
+# is not set here: it needs bitsandbytes, and most of its steps are rounded away (see lost_steps). The
+# same with those: optim="adamw_bnb_8bit", weight_update="plain".
 PAPER: dict[str, Any] = {
     "mode": "sampled_token",
     "alpha": 1.0,
@@ -174,8 +175,10 @@ class SDPOConfig(TrainingArguments):
     )  # fmt: skip
     weight_update: str = field(
         default="auto",
-        metadata={"help": "For bfloat16 weights: plain, float32_master, stochastic_rounding; auto: "
-                  "float32_master where any trained weight is bfloat16 and optim is AdamW."},
+        metadata={"help": "For bfloat16 weights: plain (most small steps are rounded away), "
+                  "float32_master (optim=adamw_torch), stochastic_rounding (optim=adamw_torch, or "
+                  "adamw_torch_8bit of torchao: 6 bytes a weight in all). auto: float32_master with "
+                  "adamw_torch, stochastic_rounding with adamw_torch_8bit, else plain and a warning."},
     )  # fmt: skip
     non_finite: str = field(
         default="stop",

@@ -12,6 +12,77 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+TORCHAO = ("adamw_torch_8bit", "adamw_torch_4bit")  # AdamW with states of 8 or 4 bits
+
+
+def choose_update(wanted: str, optim: str, dtypes: set[torch.dtype]) -> str:
+    """How steps reach the weights: "plain", "float32_master" or "stochastic_rounding".
+
+    ``wanted="auto"`` takes what loses no steps where the optimizer has it: for bfloat16 weights a
+    float32 master with torch's AdamW, stochastic rounding with torchao's, and plain steps else.
+
+    Args:
+        wanted: `SDPOConfig.weight_update`.
+        optim: the optimizer's name in transformers.
+        dtypes: of the trained weights.
+
+    Raises:
+        ValueError: the optimizer or the weights cannot take the update asked for.
+    """
+    if wanted == "auto":
+        if torch.bfloat16 not in dtypes or torch.float16 in dtypes:
+            return "plain"
+        if optim in ADAMW:
+            return "float32_master"
+        return "stochastic_rounding" if optim in TORCHAO else "plain"
+    if wanted == "plain":
+        return wanted
+    able = {"float32_master": ADAMW, "stochastic_rounding": (*ADAMW, *TORCHAO)}[wanted]
+    if optim not in able:
+        raise ValueError(
+            f"SDPOTrainer: optim must be one of {', '.join(able)} with weight_update={wanted!r}, "
+            f"got {optim!r}"
+        )
+    other = sorted(str(dtype) for dtype in dtypes - {torch.bfloat16, torch.float32})
+    if other:
+        raise ValueError(
+            f"SDPOTrainer: weight_update={wanted!r} needs bfloat16 or float32 weights, got "
+            f"{', '.join(other)}"
+        )
+    return wanted
+
+
+def lost_steps(name: str, dtype: torch.dtype, learning_rate: float) -> str:
+    """The warning for half-precision weights whose steps are rounded to nearest."""
+    share = torch.finfo(dtype).eps / 4  # a smaller step of a weight is less than half its spacing
+    return (
+        f"{name} trains {str(dtype).removeprefix('torch.')} weights without a float32 copy: a step "
+        f"below 1/{1 / share:.0f} of a weight is rounded away. At learning rate {learning_rate:g} "
+        f"AdamW moves next to no weight above {learning_rate / share:.2g}. Use optim='adamw_torch' "
+        "(float32 master, 16 bytes per weight), with weight_update='stochastic_rounding' (12 bytes), "
+        "or optim='adamw_torch_8bit' (stochastic rounding, 6 bytes, needs the package torchao); "
+        "weight_update='plain' keeps it as it is"
+    )
+
+
+def seeded(optimizer: type, seed: int) -> type:
+    """The optimizer class with random numbers in `step` that depend on the seed and the step alone.
+
+    Processes that hold the same weights then round them alike, and a resumed run as an unbroken one.
+    """
+
+    class Seeded(optimizer):
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            state = next(iter(self.state.values()), {})
+            cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+            with torch.random.fork_rng(devices=cuda):
+                torch.manual_seed(hash((seed, int(state.get("step", 0)))) % 2**63)
+                return super().step(closure)
+
+    Seeded.__name__ = Seeded.__qualname__ = optimizer.__name__
+    return Seeded
+
 
 class AdamWBF16(torch.optim.Optimizer):
     """`torch.optim.AdamW` with float32 arithmetic and state for weights of any dtype.

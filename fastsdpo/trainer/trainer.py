@@ -72,7 +72,14 @@ from fastsdpo.trainer.loss import (
 )
 from fastsdpo.trainer.metrics import SignalMetrics
 from fastsdpo.trainer.noise import check_noise, dropout_rates, turn_off
-from fastsdpo.trainer.optim import AdamWBF16
+from fastsdpo.trainer.optim import (
+    ADAMW,
+    TORCHAO,
+    AdamWBF16,
+    choose_update,
+    lost_steps,
+    seeded,
+)
 from fastsdpo.trainer.teacher import (
     TeacherCheck,
     TeacherWeights,
@@ -86,7 +93,6 @@ from fastsdpo.trainer.teacher import (
 logger = logging.getLogger("fastsdpo.trainer")
 
 TEACHER_FILE = "teacher_{}.safetensors"
-ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 class NonFiniteError(RuntimeError):
@@ -542,29 +548,36 @@ class SDPOTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         args, trained = self.args, [p for p in self.model.parameters() if p.requires_grad]
-        half = any(p.dtype == torch.bfloat16 for p in trained)
-        known = str(getattr(args.optim, "value", args.optim)) in ADAMW
-        update = args.weight_update
-        if update == "auto":
-            update = "float32_master" if half and known else "plain"
-        if update != "plain" and self.optimizer is None:
-            if not known:
+        optim = str(getattr(args.optim, "value", args.optim))
+        given = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
+        if given is None:
+            update = choose_update(args.weight_update, optim, {p.dtype for p in trained})
+            if optim in TORCHAO:
+                cls, settings = self.get_optimizer_cls_and_kwargs(args, self.model)
+                settings["bf16_stochastic_round"] |= update == "stochastic_rounding"
+                self.optimizer_cls_and_kwargs = (seeded(cls, args.seed), settings)
+            elif update != "plain":
+                settings = {
+                    "lr": args.learning_rate,
+                    "betas": (args.adam_beta1, args.adam_beta2),
+                    "eps": args.adam_epsilon,
+                    "rounding": update,
+                    "seed": args.seed,
+                }
+                self.optimizer_cls_and_kwargs = (AdamWBF16, settings)
+            name = f"optim={optim!r}"
+        else:
+            name = f"the optimizer {type(given).__name__}"
+            keeps = isinstance(given, AdamWBF16) or getattr(given, "bf16_stochastic_round", False)
+            update = args.weight_update if keeps else "plain"
+            if args.weight_update not in ("auto", update):
                 raise ValueError(
-                    f"SDPOTrainer: weight_update={update!r} needs optim='adamw_torch', got "
-                    f"{getattr(args.optim, 'value', args.optim)!r}"
+                    f"SDPOTrainer: weight_update must be 'auto' or 'plain' with {name}, which was "
+                    f"given, got {args.weight_update!r}; pass optim instead of optimizers"
                 )
-            if any(p.dtype not in (torch.bfloat16, torch.float32) for p in trained):
-                raise ValueError(
-                    f"SDPOTrainer: weight_update={update!r} needs bfloat16 or float32 weights"
-                )
-            settings = {
-                "lr": args.learning_rate,
-                "betas": (args.adam_beta1, args.adam_beta2),
-                "eps": args.adam_epsilon,
-                "rounding": update,
-                "seed": args.seed,
-            }
-            self.optimizer_cls_and_kwargs = (AdamWBF16, settings)
+        lossy = next((p.dtype for p in trained if p.dtype in (torch.bfloat16, torch.float16)), None)
+        if args.weight_update == "auto" and update == "plain" and lossy is not None:
+            logger.warning("%s", lost_steps(name, lossy, args.learning_rate))
         return super().create_optimizer() if model is None else super().create_optimizer(model)
 
     def check_finite(self) -> None:

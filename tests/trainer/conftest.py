@@ -124,7 +124,7 @@ def interactions():
 
 
 def make_trainer(folder, *, model=None, interactions=None, eval_dataset=None, peft_config=None,
-                 callbacks=None, **changes):  # fmt: skip
+                 callbacks=None, optimizers=(None, None), **changes):  # fmt: skip
     return SDPOTrainer(
         model=make_model() if model is None else model,
         args=make_config(folder, **changes),
@@ -133,6 +133,7 @@ def make_trainer(folder, *, model=None, interactions=None, eval_dataset=None, pe
         processing_class=make_tokenizer(),
         peft_config=peft_config,
         callbacks=callbacks,
+        optimizers=optimizers,
     )
 
 

@@ -1,0 +1,166 @@
+"""How optimizer steps reach bfloat16 weights: every optimizer with every `weight_update`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+import pytest
+import torch
+
+from fastsdpo.trainer.optim import ADAMW, TORCHAO, choose_update
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+STEPS, RATE = 12, 2e-6
+
+
+NAMES = ["adamw_torch", "adamw_torch_8bit"]
+
+
+@pytest.fixture(params=NAMES)
+def optim(request):
+    """torchao's optimizer as it is, but step by step instead of compiled for each shape."""
+    if request.param != "adamw_torch":
+        pytest.importorskip("torchao")
+    with torch.compiler.set_stance("force_eager"):
+        yield request.param
+
+
+@pytest.mark.parametrize(("dtypes", "optim", "chosen"), [
+    ({FP32}, ADAMW[0], "plain"),
+    ({BF16}, ADAMW[0], "float32_master"),
+    ({BF16, FP32}, ADAMW[1], "float32_master"),
+    ({BF16}, TORCHAO[0], "stochastic_rounding"),
+    ({BF16}, TORCHAO[1], "stochastic_rounding"),
+    ({FP32}, TORCHAO[0], "plain"),
+    ({BF16}, "adamw_bnb_8bit", "plain"),
+    ({BF16}, "sgd", "plain"),
+    ({FP16}, ADAMW[0], "plain"),
+])  # fmt: skip
+def test_auto(dtypes, optim, chosen):
+    assert choose_update("auto", optim, dtypes) == chosen
+
+
+@pytest.mark.parametrize(("update", "optim", "dtypes", "fault"), [
+    ("plain", ADAMW[0], {BF16}, None),
+    ("plain", TORCHAO[0], {BF16}, None),
+    ("plain", "sgd", {FP16}, None),
+    ("float32_master", ADAMW[0], {BF16}, None),
+    ("float32_master", TORCHAO[0], {BF16}, "optim must be one of adamw_torch, adamw_torch_fused "
+     "with weight_update='float32_master', got 'adamw_torch_8bit'"),
+    ("float32_master", "adamw_bnb_8bit", {BF16}, "got 'adamw_bnb_8bit'"),
+    ("float32_master", ADAMW[0], {FP16}, "needs bfloat16 or float32 weights, got torch.float16"),
+    ("stochastic_rounding", ADAMW[0], {BF16, FP32}, None),
+    ("stochastic_rounding", TORCHAO[0], {BF16}, None),
+    ("stochastic_rounding", "adamw_bnb_8bit", {BF16}, "one of adamw_torch, adamw_torch_fused, "
+     "adamw_torch_8bit, adamw_torch_4bit with weight_update='stochastic_rounding'"),
+    ("stochastic_rounding", TORCHAO[0], {FP16}, "needs bfloat16 or float32 weights"),
+])  # fmt: skip
+def test_asked_for(update, optim, dtypes, fault):
+    if fault is None:
+        assert choose_update(update, optim, dtypes) == update
+    else:
+        with pytest.raises(ValueError, match=fault):
+            choose_update(update, optim, dtypes)
+
+
+def wide_model(lab, dtype):
+    """The same weights in both dtypes; matrices large enough for states of 8 bits."""
+    return lab.make_model(dtype=BF16, hidden_size=64, intermediate_size=96).to(dtype)
+
+
+def movement(lab, folder, dtype, **settings):
+    """How far each weight (or its float32 master) came at the learning rate of the paper."""
+    model = wide_model(lab, dtype)
+    before = [p.detach().float().clone() for p in model.parameters()]
+    trainer = lab.make_trainer(
+        folder, model=model, learning_rate=RATE, max_steps=STEPS, logging_steps=STEPS, **settings
+    )
+    trainer.train()
+    state = trainer.optimizer.state
+    after = [state[p].get("master", p.detach()).float() for p in trainer.model.parameters()]
+    return torch.cat([(new - old).flatten() for new, old in zip(after, before)])
+
+
+@pytest.fixture(scope="module")
+def float32_movement(lab, tmp_path_factory):
+    return movement(lab, tmp_path_factory.mktemp("float32"), FP32)
+
+
+def followed(found, wanted):
+    """The mean movement in the direction of the float32 run, as a share of that run's."""
+    return float((found * wanted.sign()).mean() / wanted.abs().mean())
+
+
+@pytest.mark.parametrize("update", ["auto", "stochastic_rounding"])
+def test_bfloat16_weights_follow_the_float32_run(
+    tmp_path, lab, float32_movement, optim, update, caplog
+):
+    with caplog.at_level(logging.WARNING, logger="fastsdpo.trainer"):
+        found = movement(lab, tmp_path, BF16, optim=optim, weight_update=update)
+    assert followed(found, float32_movement) == pytest.approx(1, abs=0.15)
+    assert not caplog.records
+
+
+def test_plain_steps_are_lost(tmp_path, lab, float32_movement, optim, caplog):
+    """And nothing is said: it was asked for."""
+    with caplog.at_level(logging.WARNING, logger="fastsdpo.trainer"):
+        found = movement(lab, tmp_path, BF16, optim=optim, weight_update="plain")
+    assert followed(found, float32_movement) < 0.15
+    assert not caplog.records
+
+
+def warnings_of(trainer, caplog):
+    with caplog.at_level(logging.WARNING, logger="fastsdpo.trainer"):
+        with contextlib.suppress(ImportError):  # of the optimizer's own package, which comes after
+            trainer.create_optimizer()
+    return [record.message for record in caplog.records]
+
+
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "adafactor", "sgd"])
+def test_an_optimizer_that_loses_steps_is_named(tmp_path, lab, caplog, optim):
+    model = lab.make_model(dtype=BF16)
+    trainer = lab.make_trainer(tmp_path, model=model, optim=optim, learning_rate=RATE)
+    (said,) = warnings_of(trainer, caplog)
+    assert said.startswith(f"optim={optim!r} trains bfloat16 weights without a float32 copy: a step "
+                           "below 1/512 of a weight is rounded away. At learning rate 2e-06 AdamW "
+                           "moves next to no weight above 0.001. Use optim='adamw_torch'")  # fmt: skip
+    assert "optim='adamw_torch_8bit' (stochastic rounding" in said
+
+
+def test_a_given_optimizer(tmp_path, lab, caplog):
+    model = lab.make_model(dtype=BF16)
+    optimizers = (torch.optim.AdamW(model.parameters(), lr=RATE), None)
+    (said,) = warnings_of(lab.make_trainer(tmp_path, model=model, optimizers=optimizers), caplog)
+    assert said.startswith("the optimizer AdamW trains bfloat16 weights without a float32 copy")
+    trainer = lab.make_trainer(
+        tmp_path, model=model, optimizers=optimizers, weight_update="stochastic_rounding"
+    )
+    with pytest.raises(
+        ValueError, match="weight_update must be 'auto' or 'plain' with the optimizer"
+    ):
+        trainer.create_optimizer()
+
+
+def test_float16_weights_are_named(tmp_path, lab, caplog):
+    trainer = lab.make_trainer(tmp_path, model=lab.make_model(dtype=FP16), learning_rate=RATE)
+    (said,) = warnings_of(trainer, caplog)
+    assert "float16 weights" in said and "1/4096" in said
+
+
+@pytest.mark.parametrize("optim", NAMES[1:], indirect=True)
+def test_a_resumed_run_with_eight_bit_states(tmp_path, lab, optim):
+    """The rounding depends on seed and step, not on what else has drawn numbers."""
+
+    def run(checkpoint=None, noise=0):
+        trainer = lab.make_trainer(
+            tmp_path, model=wide_model(lab, BF16), optim=optim, max_steps=3,
+            save_strategy="steps", save_steps=2,
+        )  # fmt: skip
+        torch.rand(noise)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return lab.weights_of(trainer)
+
+    whole = run()
+    assert lab.largest_difference(run(noise=5), whole) == 0
+    assert lab.largest_difference(run(str(tmp_path / "checkpoint-2")), whole) == 0
