@@ -53,7 +53,7 @@ def load_model_and_tokenizer(
             or its base model's).
         revision: branch, tag or commit of a hub id.
         dtype: a torch dtype, its name, ``"auto"`` (the checkpoint's; float32 for GGUF), or None:
-            float32 on a CPU, where half precision is slow, and ``"auto"`` elsewhere.
+            `default_dtype` of the device.
         device: where to put the model; None: CUDA where there is one, else the CPU.
         attn_implementation: as in transformers (``"eager"``, ``"sdpa"``, ...); None: its default.
         trust_remote_code: run Python code that comes with the model.
@@ -249,13 +249,22 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"load_model_and_tokenizer: device must be a device: {error}") from None
 
 
+def default_dtype(device: torch.device) -> str:
+    """The dtype of weights that are loaded by name: the one rule of trainers and commands.
+
+    ``"float32"`` on a CPU, where half precision is slow; elsewhere ``"auto"``, the checkpoint's:
+    bfloat16 for most models, which then train with a float32 master (`SDPOConfig.weight_update`).
+    """
+    return "float32" if device.type == "cpu" else "auto"
+
+
 def _dtype(
     dtype: str | torch.dtype | None, device: torch.device, gguf_file: str | None
 ) -> str | torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is None:
-        dtype = "float32" if device.type == "cpu" else "auto"
+        dtype = default_dtype(device)
     if dtype == "auto":
         return torch.float32 if gguf_file is not None else "auto"
     if dtype not in DTYPES:

@@ -86,7 +86,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--tokenizer", default=None, help="default: the model's")
     model.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
-    model.add_argument("--dtype", default=None,
+    model.add_argument("--dtype",
                        help="of the weights: float32, bfloat16, auto (default: float32 on a CPU, "
                        "else the checkpoint's)")  # fmt: skip
     model.add_argument("--attn-implementation", default=None)
@@ -217,7 +217,7 @@ def load(
         gguf_file=options.gguf_file,
         tokenizer=options.tokenizer,
         revision=options.revision,
-        dtype=options.dtype,
+        dtype=config.dtype,
         device=config.device,
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,

@@ -168,6 +168,11 @@ class SDPOConfig(TrainingArguments):
     )  # fmt: skip
 
     # Batches, weights, safety
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "Of the weights of a model given by name: float32, bfloat16, float16, auto "
+                  "(the checkpoint's). None: float32 on a CPU, else auto."},
+    )  # fmt: skip
     group_by_conversation: bool | None = field(
         default=None,
         metadata={"help": "Keep a conversation's interactions together in the shuffled order. "

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 
 from fastsdpo.data import InteractionTokenizer, TokenizedInteraction
-from fastsdpo.modeling import load_model_and_tokenizer
+from fastsdpo.modeling import default_dtype, load_model_and_tokenizer
 from fastsdpo.prefix import (
     ResponseStates,
     above_the_decoder,
@@ -104,7 +104,8 @@ class SDPOTrainer(Trainer):
 
     Args:
         model: a transformers causal LM (or PEFT's), or a name that `load_model_and_tokenizer`
-            takes: a folder, a GGUF file or a hub id.
+            takes: a folder, a GGUF file or a hub id. By name, it has the dtype of
+            ``SDPOConfig.dtype``: the checkpoint's on a GPU, float32 on a CPU.
         args: the settings.
         train_dataset: a path to interactions, or a collection of `Interaction`,
             `TokenizedInteraction` or rows as `fastsdpo prepare` writes them.
@@ -141,7 +142,9 @@ class SDPOTrainer(Trainer):
             raise TypeError(f"SDPOTrainer: args must be an SDPOConfig, got {type(args).__name__}")
         module: Any = model
         if isinstance(model, (str, os.PathLike)):
-            module, tokenizer = load_model_and_tokenizer(model, device="cpu")
+            # Loaded on the CPU: Trainer puts it, or its shards, where it trains.
+            dtype = default_dtype(args.device) if args.dtype is None else args.dtype
+            module, tokenizer = load_model_and_tokenizer(model, dtype=dtype, device="cpu")
             processing_class = processing_class or tokenizer
         if not isinstance(module, nn.Module):
             raise TypeError(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastsdpo.modeling import load_model_and_tokenizer
+from fastsdpo.modeling import default_dtype, load_model_and_tokenizer
 
 
 def copy_of(folder, tmp_path, *without):
@@ -34,6 +34,13 @@ def test_options(folder):
     assert loaded.dtype == torch.bfloat16
     assert loaded.config._attn_implementation == "eager"
     assert load_model_and_tokenizer(folder, dtype=torch.float64)[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize(("device", "dtype"), [
+    ("cpu", "float32"), ("cuda", "auto"), ("cuda:1", "auto"), ("xpu", "auto"), ("mps", "auto"),
+])  # fmt: skip
+def test_default_dtype(device, dtype):
+    assert default_dtype(torch.device(device)) == dtype
 
 
 def test_missing_weights(folder, tmp_path):

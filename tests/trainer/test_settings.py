@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import fastsdpo
-from fastsdpo.trainer import NonFiniteError
+from fastsdpo.modeling import default_dtype
+from fastsdpo.online import ConstantUser, OnlineSDPOConfig, OnlineSDPOTrainer
+from fastsdpo.train import build_parser, load, read_config
+from fastsdpo.trainer import NonFiniteError, SDPOTrainer, trainer
 from fastsdpo.trainer.data import InteractionDataset
 
 
@@ -134,6 +137,62 @@ def test_teacher_check_measures_the_model(tmp_path, lab, caplog):
     with caplog.at_level(logging.INFO, logger="fastsdpo.trainer"):
         trainer.train()
     assert any("teacher check" in record.message for record in caplog.records)
+
+
+# ------------------------------------------------------------------------------ models by name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, lab):
+    """A checkpoint in bfloat16."""
+    path = tmp_path_factory.mktemp("model")
+    lab.make_model(dtype=torch.bfloat16).save_pretrained(path)
+    lab.make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def train_by_name(lab, folder, output, **changes):
+    return SDPOTrainer(folder, lab.make_config(output, **changes), lab.make_interactions())
+
+
+def online_by_name(lab, folder, output, **changes):
+    config = OnlineSDPOConfig(output_dir=str(output), use_cpu=True, report_to=[], **changes)
+    return OnlineSDPOTrainer(folder, config, ConstantUser("w3"), ["w1 w2"])
+
+
+@pytest.mark.parametrize("by_name", [train_by_name, online_by_name])
+def test_a_model_by_name_follows_the_rule_of_the_commands(
+    tmp_path, lab, folder, by_name, monkeypatch
+):
+    """float32 on a CPU; where the device has a GPU's rule, bfloat16 with a float32 master."""
+    assert by_name(lab, folder, tmp_path).model.dtype == torch.float32
+    asked = []
+
+    def rule_of_a_gpu(device):
+        asked.append(device)
+        return default_dtype(torch.device("cuda"))
+
+    monkeypatch.setattr(trainer, "default_dtype", rule_of_a_gpu)
+    made = by_name(lab, folder, tmp_path)
+    assert made.model.dtype == torch.bfloat16
+    assert asked == [made.args.device]
+    assert made.create_optimizer().rounding == "float32_master"
+    asked.clear()
+    assert by_name(lab, folder, tmp_path, dtype="float32").model.dtype == torch.float32
+    assert not asked
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [
+    ([], torch.float32), (["--dtype", "auto"], torch.bfloat16),
+    (["--set", "dtype=bfloat16"], torch.bfloat16),
+])  # fmt: skip
+def test_the_command_s_dtype(tmp_path, lab, folder, flags, dtype):
+    options = build_parser().parse_args(
+        ["data", "--model", folder, "-o", str(tmp_path), "--cpu", *flags]
+    )
+    config = read_config(options)
+    assert load(options, config)[0].dtype == dtype
+    assert train_by_name(lab, folder, tmp_path, dtype=config.dtype).model.dtype == dtype
 
 
 # ---------------------------------------------------------------------------------- what is told

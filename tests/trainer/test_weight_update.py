@@ -111,9 +111,9 @@ def test_plain_steps_are_lost(tmp_path, lab, float32_movement, optim, caplog):
 
 
 def warnings_of(trainer, caplog):
-    with caplog.at_level(logging.WARNING, logger="fastsdpo.trainer"):
-        with contextlib.suppress(ImportError):  # of the optimizer's own package, which comes after
-            trainer.create_optimizer()
+    told = caplog.at_level(logging.WARNING, logger="fastsdpo.trainer")
+    with told, contextlib.suppress(ImportError):  # of the optimizer's own package, which comes after
+        trainer.create_optimizer()
     return [record.message for record in caplog.records]
 
 
