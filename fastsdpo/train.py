@@ -125,6 +125,9 @@ def add_setting_options(parser: argparse.ArgumentParser, presets: Any = PRESETS)
     steps.add_argument("--learning-rate", type=float)
     steps.add_argument("--epochs", type=float, dest="num_train_epochs")
     steps.add_argument("--max-steps", type=int)
+    steps.add_argument("--global-batch-size", type=int, metavar="N",
+                       help="interactions per step over all processes; --batch-size is then the "
+                       "most of one micro-batch")  # fmt: skip
     steps.add_argument("--batch-size", type=int, dest="per_device_train_batch_size",
                        help="interactions per process and step, times --accumulate")  # fmt: skip
     steps.add_argument("--accumulate", type=int, dest="gradient_accumulation_steps")

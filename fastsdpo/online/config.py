@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from fastsdpo.trainer.config import SDPOConfig
+from fastsdpo.trainer.config import SDPOConfig, with_preset
 
 # The published online recipe of https://arxiv.org/abs/2603.12273.
 PAPER: dict[str, Any] = {
@@ -22,7 +20,7 @@ PAPER: dict[str, Any] = {
     "learning_rate": 5e-6,
     "lr_scheduler_type": "constant",
     "warmup_steps": 0,
-    "per_device_train_batch_size": 16,
+    "global_batch_size": 16,
     "max_grad_norm": 1.0,
 }
 
@@ -36,10 +34,10 @@ PRESETS = {"paper": PAPER, "exact": EXACT}
 class OnlineSDPOConfig(SDPOConfig):
     """All settings of an online run.
 
-    One optimizer step samples ``per_device_train_batch_size * gradient_accumulation_steps *
-    processes`` prompts, ``num_generations`` answers each, asks the user about each answer, and
-    trains on the interactions that have a follow-up. ``OnlineSDPOConfig.preset("paper",
-    output_dir=...)`` is the published online recipe.
+    One optimizer step samples ``global_batch_size`` prompts (without it
+    ``per_device_train_batch_size * gradient_accumulation_steps * processes``), ``num_generations``
+    answers each, asks the user about each answer, and trains on the interactions that have a
+    follow-up. ``OnlineSDPOConfig.preset("paper", output_dir=...)`` is the published online recipe.
 
     ``is_clip`` weighs tokens by ``min(p_student / p_sampling, is_clip)`` here: the answers' own
     sampling-time probabilities, not the initial model's.
@@ -150,16 +148,14 @@ class OnlineSDPOConfig(SDPOConfig):
         Args:
             name: "exact" (the reverse KL over the whole vocabulary) or "paper" (the published online
                 recipe: sampled token, PPO clip 0.2, mean-centered advantages, learning rate 5e-6,
-                constant).
+                constant, 16 prompts a step over all processes).
+            settings: as for `SDPOConfig.preset`.
         """
         if name not in PRESETS:
             raise ValueError(
                 f"OnlineSDPOConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}"
             )
-        chosen = dict(PRESETS[name])
-        if name == "paper":
-            chosen["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return cls(**{**chosen, **settings})
+        return cls(**with_preset(PRESETS[name], settings, bf16=name == "paper"))
 
     @property
     def needs_reference(self) -> bool:

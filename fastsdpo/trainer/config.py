@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ PAPER: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "num_train_epochs": 2.0,
-    "per_device_train_batch_size": 32,
+    "global_batch_size": 32,
     "max_grad_norm": 10.0,
 }
 
@@ -48,16 +49,61 @@ CHOICES = {
 }
 
 
+def with_preset(
+    preset: dict[str, Any], settings: dict[str, Any], *, bf16: bool = False
+) -> dict[str, Any]:
+    """A preset changed by settings; with ``bf16``, autocast where there is a GPU that has it."""
+    chosen = dict(preset)
+    if {"per_device_train_batch_size", "gradient_accumulation_steps"} & settings.keys():
+        chosen.pop("global_batch_size", None)
+    if bf16:
+        chosen["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return {**chosen, **settings}
+
+
+def split_batch(
+    global_batch: int, processes: int, per_device: int, accumulation: int = 1
+) -> tuple[int, int]:
+    """``(per_device_train_batch_size, gradient_accumulation_steps)`` of a global batch.
+
+    Args:
+        per_device: the most interactions of a process in one micro-batch.
+        accumulation: 1, or what follows from the other three.
+
+    Raises:
+        ValueError: the processes cannot have equal shares, or the accumulation contradicts them.
+    """
+    if global_batch < 1 or global_batch % processes:
+        below = max(1, global_batch // processes) * processes
+        raise ValueError(
+            f"SDPOConfig: global_batch_size must be a multiple of the {processes} processes, got "
+            f"{global_batch}; take {below} or {below + processes}, or another number of processes"
+        )
+    share = global_batch // processes
+    if per_device * accumulation == share:
+        return per_device, accumulation
+    if accumulation != 1:
+        raise ValueError(
+            "SDPOConfig: gradient_accumulation_steps must be left out with global_batch_size (it "
+            f"follows from it), got {accumulation}: {per_device} x {accumulation} x {processes} "
+            f"processes is not {global_batch}"
+        )
+    micro = max(size for size in range(1, min(per_device, share) + 1) if share % size == 0)
+    return micro, share // micro
+
+
 @dataclass
 class SDPOConfig(TrainingArguments):
     """All settings of a run: those below, and every one of `transformers.TrainingArguments`.
 
-    One optimizer step trains on ``per_device_train_batch_size * gradient_accumulation_steps *
-    processes`` interactions; how they are split changes memory and speed, not the result.
+    One optimizer step trains on ``global_batch_size`` interactions, however many processes share
+    them; without it on ``per_device_train_batch_size * gradient_accumulation_steps * processes``. How
+    they are split changes memory and speed, not the result.
     ``SDPOConfig.preset("paper", output_dir=...)`` is the published offline recipe.
 
     Changed defaults of TrainingArguments: ``learning_rate=2e-6``, ``lr_scheduler_type="cosine"``,
-    ``warmup_steps=0.05`` (a share), ``num_train_epochs=2``: the paper's; ``remove_unused_columns``
+    ``warmup_steps=0.05`` (a share), ``num_train_epochs=2``: the paper's; ``logging_steps=10`` and
+    ``logging_first_step``, so that every run shows a loss; ``remove_unused_columns``
     and ``logging_nan_inf_filter`` off (the latter waits for the GPU in every micro-step; see
     ``non_finite``); ``ddp_broadcast_buffers`` off (language models have constant buffers).
     """
@@ -168,6 +214,12 @@ class SDPOConfig(TrainingArguments):
     )  # fmt: skip
 
     # Batches, weights, safety
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Interactions (online: prompts) per optimizer step over all processes. Sets "
+                  "per_device_train_batch_size, at most to its given value, and "
+                  "gradient_accumulation_steps. None: these two decide."},
+    )  # fmt: skip
     dtype: str | None = field(
         default=None,
         metadata={"help": "Of the weights of a model given by name: float32, bfloat16, float16, auto "
@@ -206,6 +258,8 @@ class SDPOConfig(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The schedule."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or a share below 1."})
     num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the data."})
+    logging_steps: float = field(default=10, metadata={"help": "As in TrainingArguments."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep this off."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "See non_finite."})
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "As in DDP."})
@@ -246,7 +300,20 @@ class SDPOConfig(TrainingArguments):
             import json
 
             self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+        # Before the processes have met, since plugins read the batch sizes in super().__post_init__;
+        # launchers other than torchrun and accelerate tell their number only there.
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        batch = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        self._split_global_batch(processes, *batch)
         super().__post_init__()
+        if self.world_size != processes:
+            self._split_global_batch(self.world_size, *batch)
+
+    def _split_global_batch(self, processes: int, per_device: int, accumulation: int) -> None:
+        if self.global_batch_size is not None:
+            self.per_device_train_batch_size, self.gradient_accumulation_steps = split_batch(
+                self.global_batch_size, processes, per_device, accumulation
+            )
 
     def _check(self, holds: bool, name: str, rule: str) -> None:
         if not holds:
@@ -259,17 +326,16 @@ class SDPOConfig(TrainingArguments):
         Args:
             name: "exact" (the defaults: reverse KL over the whole vocabulary) or "paper" (the
                 published offline recipe: sampled token, live teacher, the first two tokens left
-                out, learning rate 2e-6 with a cosine schedule, batch 32, gradient clip 10; bf16
-                autocast where there is a GPU).
+                out, learning rate 2e-6 with a cosine schedule, 32 interactions a step over all
+                processes, gradient clip 10; bf16 autocast where there is a GPU).
+            settings: a batch of one's own (``per_device_train_batch_size`` or
+                ``gradient_accumulation_steps``) replaces the preset's ``global_batch_size``.
         """
         if name not in PRESETS:
             raise ValueError(
                 f"SDPOConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}"
             )
-        chosen = dict(PRESETS[name])
-        if name == "paper":
-            chosen["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return cls(**{**chosen, **settings})
+        return cls(**with_preset(PRESETS[name], settings, bf16=name == "paper"))
 
     def tokenizer_options(self) -> dict[str, Any]:
         """The keyword arguments of `fastsdpo.data.InteractionTokenizer`."""

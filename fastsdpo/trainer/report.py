@@ -137,11 +137,7 @@ def dry_run_report(model: nn.Module, args: SDPOConfig, train: InteractionDataset
         f"sharing {sharing}: {tokens:,} of {unshared:,} tokens are computed per epoch, "
         f"in {passes:,} passes of at most {args.max_tokens_per_pack or 'any number of'} tokens"
     )
-    steps = steps_per_run(len(train), args)
-    lines.append(
-        f"{steps:,} optimizer steps of {batch * args.gradient_accumulation_steps * args.world_size} "
-        f"interactions, {args.num_train_epochs:g} epochs"
-    )
+    lines.append(step_text(len(train), args))
     memory = estimate_memory(model, args, widest, responses)
     parts = ", ".join(
         f"{name} {gigabytes(size)}" for name, size in memory._asdict().items() if size
@@ -154,12 +150,29 @@ def dry_run_report(model: nn.Module, args: SDPOConfig, train: InteractionDataset
     return "\n".join(lines)
 
 
-def steps_per_run(interactions: int, args: SDPOConfig) -> int:
-    """Optimizer steps of a run from its start."""
-    if args.max_steps > 0:
-        return args.max_steps
+def steps_per_run(interactions: int, args: SDPOConfig) -> tuple[int, float]:
+    """Optimizer steps of a run from its start, and the epochs that they are."""
     batches = math.ceil(interactions / (args.per_device_train_batch_size * args.world_size))
-    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+    epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    if args.max_steps > 0:
+        return args.max_steps, args.max_steps / epoch
+    return math.ceil(args.num_train_epochs * epoch), args.num_train_epochs
+
+
+def step_text(interactions: int, args: SDPOConfig) -> str:
+    """Length of a run: "12 optimizer steps of 8 interactions, 0.2 epochs"."""
+    steps, epochs = steps_per_run(interactions, args)
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def counted(number: float, what: str, form: str) -> str:
+        text = format(number, form)
+        return f"{text} {what}" + ("" if text == "1" else "s")
+
+    shared = f" over {args.world_size} processes" if args.world_size > 1 else ""
+    return (
+        f"{counted(steps, 'optimizer step', ',')} of {counted(size, 'interaction', ',')}{shared}, "
+        f"{counted(epochs, 'epoch', '.3g')}"
+    )
 
 
 def write_report(path: str | os.PathLike, report: dict[str, Any]) -> None:

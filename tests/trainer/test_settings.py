@@ -12,8 +12,10 @@ import fastsdpo
 from fastsdpo.modeling import default_dtype
 from fastsdpo.online import ConstantUser, OnlineSDPOConfig, OnlineSDPOTrainer
 from fastsdpo.train import build_parser, load, read_config
-from fastsdpo.trainer import NonFiniteError, SDPOTrainer, trainer
+from fastsdpo.trainer import NonFiniteError, SDPOConfig, SDPOTrainer, trainer
+from fastsdpo.trainer.config import split_batch
 from fastsdpo.trainer.data import InteractionDataset
+from fastsdpo.trainer.report import step_text
 
 
 def gradients(trainer):
@@ -139,6 +141,44 @@ def test_teacher_check_measures_the_model(tmp_path, lab, caplog):
     assert any("teacher check" in record.message for record in caplog.records)
 
 
+# ------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize(("batch", "processes", "most", "accumulation", "split"), [
+    (32, 1, 8, 1, (8, 4)), (32, 2, 8, 1, (8, 2)), (32, 4, 8, 1, (8, 1)), (32, 8, 8, 1, (4, 1)),
+    (32, 1, 32, 1, (32, 1)), (30, 1, 8, 1, (6, 5)), (14, 2, 4, 1, (1, 7)), (3, 3, 8, 1, (1, 1)),
+    (32, 2, 8, 2, (8, 2)),  # of a configuration that is read back
+])  # fmt: skip
+def test_split_of_a_global_batch(batch, processes, most, accumulation, split):
+    found = split_batch(batch, processes, most, accumulation)
+    assert found == split
+    assert found[0] * found[1] * processes == batch and found[0] <= most
+
+
+@pytest.mark.parametrize(("batch", "processes", "accumulation", "fault"), [
+    (32, 3, 1, "global_batch_size must be a multiple of the 3 processes, got 32; take 30 or 33"),
+    (2, 4, 1, "a multiple of the 4 processes, got 2; take 4 or 8"),
+    (0, 1, 1, "got 0; take 1 or 2"),
+    (32, 2, 4, "gradient_accumulation_steps must be left out .* got 4: 8 x 4 x 2 processes is not 32"),
+])  # fmt: skip
+def test_global_batches_that_cannot_be_split(batch, processes, accumulation, fault):
+    with pytest.raises(ValueError, match=fault):
+        split_batch(batch, processes, 8, accumulation)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize(("config", "batch"), [(SDPOConfig, 32), (OnlineSDPOConfig, 16)])
+def test_the_paper_s_batch_is_global(tmp_path, monkeypatch, processes, config, batch):
+    """Where only the launcher knows the number of processes; test_two_processes: torchrun's variables."""
+    monkeypatch.setattr(config, "world_size", property(lambda self: processes))
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    args = config.preset("paper", **settings)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * processes == batch
+    assert args.per_device_train_batch_size <= 8
+    own = config.preset("paper", per_device_train_batch_size=4, **settings)
+    assert (own.per_device_train_batch_size, own.gradient_accumulation_steps) == (4, 1)
+
+
 # ------------------------------------------------------------------------------ models by name
 
 
@@ -196,6 +236,30 @@ def test_the_command_s_dtype(tmp_path, lab, folder, flags, dtype):
 
 
 # ---------------------------------------------------------------------------------- what is told
+
+
+@pytest.mark.parametrize(("interactions", "settings", "text"), [
+    (477, {"per_device_train_batch_size": 8, "max_steps": 12},
+     "12 optimizer steps of 8 interactions, 0.2 epochs"),
+    (12, {"per_device_train_batch_size": 2, "max_steps": 30},
+     "30 optimizer steps of 2 interactions, 5 epochs"),
+    (8, {"per_device_train_batch_size": 8, "num_train_epochs": 1},
+     "1 optimizer step of 8 interactions, 1 epoch"),
+    (9, {"per_device_train_batch_size": 1, "max_steps": 9}, "9 optimizer steps of 1 interaction, 1 epoch"),
+    (2000, {"global_batch_size": 32}, "126 optimizer steps of 32 interactions, 2 epochs"),
+])  # fmt: skip
+def test_length_of_a_run(tmp_path, interactions, settings, text):
+    args = SDPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+    assert step_text(interactions, args) == text
+
+
+def test_a_run_of_defaults_shows_its_loss(tmp_path, lab):
+    args = SDPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], template=lab.TEMPLATE,
+                      max_steps=11, save_strategy="no", teacher_check=0, disable_tqdm=True,
+                      dataloader_pin_memory=False)  # fmt: skip
+    made = SDPOTrainer(lab.make_model(), args, lab.make_interactions(), None, lab.make_tokenizer())
+    made.train()
+    assert [row["step"] for row in made.state.log_history if "loss" in row] == [1, 10]
 
 
 def test_the_sampled_token_loss_has_its_own_name(tmp_path, lab):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 # By world size: the same global batch. 7 interactions in batches of 4: the second process has one
 # interaction less in the second step, or (5 interactions) none at all.
 RUNS = {
-    "sequence": {"conversations": 4, "interactions": 7, "max_steps": 2},
+    "sequence": {"conversations": 4, "interactions": 7, "max_steps": 2, "global_batch_size": 4},
     "token": {"conversations": 4, "interactions": 5, "max_steps": 2, "normalization": "token",
               "ignore_first_k": 1, "teacher": "ema"},
     "accumulated": {"conversations": 8, "max_steps": 2, "gradient_accumulation_steps": 2,
@@ -29,7 +29,9 @@ RUNS = {
 
 def start(folder, rank, world, port):
     runs = {
-        name: {**settings, "per_device_train_batch_size": 4 // world}
+        name: {"per_device_train_batch_size": 4 // world, **settings}
+        if "global_batch_size" not in settings
+        else settings
         for name, settings in RUNS.items()
     }
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -112,7 +112,7 @@ def test_plain_steps_are_lost(tmp_path, lab, float32_movement, optim, caplog):
 
 def warnings_of(trainer, caplog):
     told = caplog.at_level(logging.WARNING, logger="fastsdpo.trainer")
-    with told, contextlib.suppress(ImportError):  # of the optimizer's own package, which comes after
+    with told, contextlib.suppress(ImportError):  # of the optimizer's package, asked for later
         trainer.create_optimizer()
     return [record.message for record in caplog.records]
 
