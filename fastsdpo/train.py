@@ -100,9 +100,11 @@ def add_setting_options(parser: argparse.ArgumentParser, presets: Any = PRESETS)
     """Flags named as the fields of `SDPOConfig` that they set; read by `read_config`."""
     method = parser.add_argument_group("method")
     method.add_argument("--preset", default="exact", choices=list(presets),
-                        help="exact: reverse KL over the whole vocabulary (default); paper: the "
-                        "published recipe")  # fmt: skip
-    method.add_argument("--mode", choices=("full", "topk", "sampled_token"))
+                        help="exact (default): reverse KL, summed over the whole vocabulary; paper: "
+                        "the published recipe, which is another objective (docs/objectives.md)")  # fmt: skip
+    method.add_argument("--mode", choices=("full", "topk", "sampled_token"),
+                        help="the divergence over all tokens, over the likeliest, or the policy "
+                        "gradient of the answer's own tokens")  # fmt: skip
     method.add_argument("--alpha", type=float, help="0 forward KL, 1 reverse KL, between JSD")
     method.add_argument("--topk", type=int)
     method.add_argument("--teacher", choices=("live", "ema", "frozen", "trust_region"))

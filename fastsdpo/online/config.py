@@ -24,7 +24,8 @@ PAPER: dict[str, Any] = {
     "max_grad_norm": 1.0,
 }
 
-# The reverse KL over the whole vocabulary on sampled answers (equation 2).
+# The reverse KL over the whole vocabulary on sampled answers (equation 2); another objective than the
+# paper's runs have (docs/objectives.md).
 EXACT: dict[str, Any] = {"mode": "full", "alpha": 1.0}
 
 PRESETS = {"paper": PAPER, "exact": EXACT}
@@ -146,9 +147,10 @@ class OnlineSDPOConfig(SDPOConfig):
         """A preset, and changes to it.
 
         Args:
-            name: "exact" (the reverse KL over the whole vocabulary) or "paper" (the published online
-                recipe: sampled token, PPO clip 0.2, mean-centered advantages, learning rate 5e-6,
-                constant, 16 prompts a step over all processes).
+            name: "exact" (the reverse KL, summed over the whole vocabulary; another objective than
+                the paper's runs, see docs/objectives.md) or "paper" (the published online recipe:
+                sampled token, PPO clip 0.2, mean-centered advantages, learning rate 5e-6, constant,
+                16 prompts a step over all processes).
             settings: as for `SDPOConfig.preset`.
         """
         if name not in PRESETS:

@@ -33,7 +33,8 @@ PAPER: dict[str, Any] = {
     "max_grad_norm": 10.0,
 }
 
-# The objective on logged data itself: the reverse KL over the whole vocabulary (equation 4).
+# The reverse KL over the whole vocabulary (equation 4): exact in that no token is sampled for it. It is
+# another objective than the paper's runs have (docs/objectives.md).
 EXACT: dict[str, Any] = {"mode": "full", "alpha": 1.0}
 
 PRESETS = {"paper": PAPER, "exact": EXACT}
@@ -111,8 +112,10 @@ class SDPOConfig(TrainingArguments):
     # The objective
     mode: str = field(
         default="full",
-        metadata={"help": "full (whole vocabulary), topk, or sampled_token (the paper's runs)."},
-    )
+        metadata={"help": "full: a divergence over the whole vocabulary; topk: over the likeliest "
+                  "tokens; sampled_token: -A log p of the answer's own tokens (the paper's runs), "
+                  "another objective and no estimate of full where follow-ups depend on answers."},
+    )  # fmt: skip
     alpha: float = field(
         default=1.0, metadata={"help": "0 forward KL, 1 reverse KL, between: Jensen-Shannon."}
     )
@@ -324,10 +327,11 @@ class SDPOConfig(TrainingArguments):
         """A preset, and changes to it.
 
         Args:
-            name: "exact" (the defaults: reverse KL over the whole vocabulary) or "paper" (the
-                published offline recipe: sampled token, live teacher, the first two tokens left
-                out, learning rate 2e-6 with a cosine schedule, 32 interactions a step over all
-                processes, gradient clip 10; bf16 autocast where there is a GPU).
+            name: "exact" (the defaults: reverse KL, summed over the whole vocabulary; another
+                objective than the paper's runs, see docs/objectives.md) or "paper" (the published
+                offline recipe: sampled token, live teacher, the first two tokens left out, learning
+                rate 2e-6 with a cosine schedule, 32 interactions a step over all processes, gradient
+                clip 10; bf16 autocast where there is a GPU).
             settings: a batch of one's own (``per_device_train_batch_size`` or
                 ``gradient_accumulation_steps``) replaces the preset's ``global_batch_size``.
         """

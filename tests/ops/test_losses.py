@@ -384,6 +384,36 @@ def test_swapping_the_policies_maps_alpha_to_one_minus_alpha(backend):
         torch.testing.assert_close(a.per_token_loss, b.per_token_loss, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("rate", "sampled", "full"), [
+    (0.1, 0.1092, -0.1266), (0.3, 0.1114, -0.1477), (0.5, 0.0, 0.0), (0.9, -0.1092, 0.1266),
+])  # fmt: skip
+def test_sampled_token_and_full_divergence_are_two_objectives(backend, rate, sampled, full):
+    """Two answers a, a follow-up o with P(o = a | a) = 0.9, and the teacher's P(a | o) by Bayes' rule.
+
+    Expected ascent on the logit of a = 1. One sampled token stands for the whole divergence where o is
+    drawn whatever a is; where o depends on a the two have opposite signs.
+    """
+    prior = torch.tensor([1 - rate, rate])
+    joint = prior[:, None] * torch.tensor([[0.9, 0.1], [0.1, 0.9]])  # P(a, o)
+    posterior = joint / joint.sum(0)
+    answers = torch.tensor([0, 0, 1, 1])
+    follow_ups = torch.tensor([0, 1, 0, 1])
+
+    def ascent(mode, probabilities):
+        student = prior.log().repeat(4, 1).requires_grad_()
+        fastsdpo.sdpo_loss(
+            student, posterior.T[follow_ups].log(), answers, mode=mode, alpha=1.0,
+            weights=probabilities[answers, follow_ups], backend=backend,
+        ).loss.backward()  # fmt: skip
+        return -float(student.grad[:, 1].sum())
+
+    independent = prior[:, None] * joint.sum(0)
+    assert ascent("sampled_token", joint) == pytest.approx(sampled, abs=1e-4)
+    assert ascent("full", joint) == pytest.approx(full, abs=1e-4)
+    assert ascent("sampled_token", independent) == pytest.approx(full, abs=1e-4)
+    assert ascent("full", independent) == pytest.approx(full, abs=1e-4)
+
+
 def test_near_teacher_gradient_in_float32(backend):
     """Teacher a hair away from the student at large logits: merged log-sum-exps lose it."""
     rows = make_rows((4,), 1000, spread=1.0, distance=1e-2, ignored=0)

@@ -14,6 +14,10 @@ With p, q the student's and teacher's probabilities of one row, s and t their lo
 and reverse KL, where the mixture formula tends to 0). The total is ``sum_t w_t r_t l_t`` with r_t the
 clipped importance ratio, so a row of the gradient is ``w_t r_t / temperature * dL/du * dc/dz``.
 
+sampled_token and alpha = 1 are two objectives. For a y drawn from p they have the same expected gradient
+only if the teacher's context does not depend on y; a follow-up answers y, so for it they differ, and can
+have opposite signs (docs/objectives.md).
+
 Saved between forward and backward: both logits and at most five float32 numbers per row. Bytes per
 token and vocabulary element in bf16, forward + backward: sampled 8, KL 10, JSD 14, top-k 8 to 10 plus
 the selection of the support; plain PyTorch moves 36 to 170.
@@ -228,7 +232,8 @@ def sdpo_loss(
             ``teacher_logps`` or ``teacher_topk`` stands for it.
         target_ids: ``(...)`` integer in [0, V), the response's tokens, or ``ignore_index``.
         mode: ``"sampled_token"`` (``-stopgrad(A_t) log p_S[y_t]``), ``"full"`` (the divergence over
-            the vocabulary) or ``"topk"`` (over a support of K tokens).
+            the vocabulary) or ``"topk"`` (over a support of K tokens). The first is no estimate of the
+            second where the teacher's context answers the response (see the module).
         alpha: 0 forward KL(p_T || p_S), 1 reverse KL(p_S || p_T), between generalized
             Jensen-Shannon; 1.0 for ``"sampled_token"``.
         topk: size of the student's support, for ``mode="topk"``; which of several equal logits are the
