@@ -366,9 +366,16 @@ class TokenCounts(NamedTuple):
 
 
 def count_tokens(
-    interactions: Sequence[TokenizedInteraction], *, sharing: Sharing = "conversation"
+    interactions: Sequence[TokenizedInteraction],
+    *,
+    sharing: Sharing = "conversation",
+    live: bool = True,
 ) -> TokenCounts:
-    """Tokens computed with sharing and without, for a live teacher.
+    """Tokens computed with sharing and without.
+
+    Args:
+        live: the teacher is the student's own model and reads its prefixes; else it has weights of
+            its own, and computes its sequences (shared among themselves) anew.
 
     Raises:
         ValueError: as `build_plan`.
@@ -385,6 +392,7 @@ def count_tokens(
         root = _Node((), 0, None, False)
         for i in group:
             student += _insert(root, [*i.prompt_ids, *i.completion_ids], False)[1]
+        root = root if live else _Node((), 0, None, False)
         for i in group:
             teacher += _insert(root, [*i.teacher_prompt_ids, *i.completion_ids], True)[1]
     return TokenCounts(student, teacher, unshared_student, unshared_teacher)

@@ -37,15 +37,18 @@ class SignalMetrics:
 
     def reset(self) -> None:
         self.passes: list[tuple[Tensor, Tensor]] = []
-        self.tokens = 0
+        self.computed = self.sequences = 0
         self.started = time.perf_counter()
 
-    def add(self, statistics: TokenStatistics, ends: Tensor, tokens: int) -> None:
+    def add(
+        self, statistics: TokenStatistics, ends: Tensor, *, computed: int, sequences: int
+    ) -> None:
         """One pass.
 
         Args:
             ends: ``[interactions]`` int64 rows of the end-of-turn tokens; -1 where an answer was cut.
-            tokens: tokens of the student's and the teacher's sequences, sharing aside.
+            computed: tokens that went through the model, shared prefixes once.
+            sequences: tokens of the student's and the teacher's sequences, each whole.
         """
         kl = statistics.reference_kl
         columns = [
@@ -57,7 +60,8 @@ class SignalMetrics:
             torch.zeros_like(statistics.per_token_loss) if kl is None else kl,
         ]
         self.passes.append((torch.stack([c.float() for c in columns]), ends))
-        self.tokens += tokens
+        self.computed += computed
+        self.sequences += sequences
 
     def flush(
         self,
@@ -66,6 +70,11 @@ class SignalMetrics:
         gather: Callable[[Tensor], Tensor],
     ) -> dict[str, float]:
         """Means, spread and quantiles (nats) since the last flush; empty where nothing was added.
+
+        ``sdpo/tokens_per_second`` counts the tokens that all processes computed, of every forward pass
+        of student and teachers, shared prefixes once; ``sdpo/sequence_tokens_per_second`` those of the
+        student's and the teacher's whole sequences, as a trainer without sharing would compute them.
+        Seconds are wall time, sampling and data included.
 
         Args:
             reduce_sum: sums a ``[n]`` tensor over the processes.
@@ -83,7 +92,7 @@ class SignalMetrics:
         values, ends = values.cpu().double(), ends.cpu().double()
         ratio = values[1]
         sums = torch.tensor([
-            ratio.numel(), self.tokens, ends.numel(), float(ends.sum()), float(ratio.sum()),
+            ratio.numel(), self.computed, self.sequences, ends.numel(), float(ends.sum()), float(ratio.sum()),
             float(ratio.square().sum()), float(ratio.abs().sum()),
             *(float(row.sum()) for row in values[2:]),
         ], dtype=torch.float64)  # fmt: skip
@@ -91,9 +100,8 @@ class SignalMetrics:
         sums, sample = reduce_sum(sums), gather(ratio[::step])
         self.reset()
 
-        count, tokens, eos, eos_sum, total, squares, absolute, student, teacher, divergence, kl = (
-            sums.tolist()
-        )
+        count, computed, sequences, eos, eos_sum, total, squares, absolute = sums[:8].tolist()
+        student, teacher, divergence, kl = sums[8:].tolist()
         if count == 0:
             return {}
         mean = total / count
@@ -113,5 +121,6 @@ class SignalMetrics:
         for name, value in zip(QUANTILES, sample.double().quantile(points).tolist()):
             metrics[f"sdpo/log_ratio_{name}"] = value
         metrics["sdpo/response_tokens"] = count
-        metrics["sdpo/tokens_per_second"] = tokens / max(seconds, 1e-9)
+        metrics["sdpo/tokens_per_second"] = computed / max(seconds, 1e-9)
+        metrics["sdpo/sequence_tokens_per_second"] = sequences / max(seconds, 1e-9)
         return metrics

@@ -123,11 +123,12 @@ def dry_run_report(model: nn.Module, args: SDPOConfig, train: InteractionDataset
         grouped = sharing == "conversation"
     order = [index for group in train.groups(grouped) for index in group]
     batch = args.per_device_train_batch_size
+    live = args.teacher in ("live", "trust_region")
     tokens = unshared = widest = responses = passes = 0
     for start in range(0, len(order), batch):
         items = [train[index] for index in order[start : start + batch]]
         for pack in split_packs(items, args.max_tokens_per_pack, sharing):
-            counts = count_tokens(pack, sharing=sharing)
+            counts = count_tokens(pack, sharing=sharing, live=live)
             tokens += counts.student + counts.teacher
             unshared += counts.unshared_student + counts.unshared_teacher
             widest = max(widest, counts.student)

@@ -39,6 +39,7 @@ from fastsdpo.prefix import (
     check_head,
     check_passes,
     check_sharing,
+    count_tokens,
     head_parameters,
     is_wrapped,
     no_grad_pass,
@@ -337,9 +338,12 @@ class SDPOTrainer(Trainer):
             context = self._ema.swapped_in
         elif args.teacher == "frozen":
             context = self._initial
+        self._computed = self._count_tokens(interactions, live=context is None)
         if args.is_guided:
+            others = self._unguided(interactions)
+            self._computed += self._count_tokens(others)
             with no_grad_pass(), nullcontext() if context is None else context():
-                unguided = shared_forward(model, self._unguided(interactions), **shared)
+                unguided = shared_forward(model, others, **shared)
         if args.teacher == "trust_region" or args.needs_reference:
             # What of the two distributions is needed: given the history alone, or with the follow-up.
             read = list(interactions)
@@ -355,6 +359,7 @@ class SDPOTrainer(Trainer):
                     )
                     for i in interactions
                 ]
+            self._computed += self._count_tokens(read)
             with no_grad_pass(), self._initial():
                 states = shared_forward(model, read, **shared)
             frozen_hidden = states.teacher_hidden
@@ -391,6 +396,13 @@ class SDPOTrainer(Trainer):
         return shared_forward(
             model, interactions, teacher_context=context, loss_fn=loss_fn, **shared
         )
+
+    def _count_tokens(self, items: Sequence[TokenizedInteraction], *, live: bool = True) -> int:
+        """Tokens that a `shared_forward` sends through the model."""
+        counts = count_tokens(items, sharing=self.sharing, live=live)
+        if live and all(item.teacher_prompt_ids == item.prompt_ids for item in items):
+            return counts.student  # both are the same, and one pass
+        return counts.student + counts.teacher
 
     def _unguided(self, interactions: Sequence[TokenizedInteraction]) -> list[TokenizedInteraction]:
         """The answers in the two contexts that `guide` goes from: x, and x with n."""
@@ -522,13 +534,14 @@ class SDPOTrainer(Trainer):
     def _record(
         self, interactions: Sequence[TokenizedInteraction], statistics: TokenStatistics
     ) -> None:
-        ends, row, tokens = [], -1, 0
+        ends, row, sequences = [], -1, 0
         for item in interactions:
             row += len(item.completion_ids)
             ends.append(row if self._ended(item) else -1)
-            tokens += len(item.prompt_ids) + len(item.teacher_prompt_ids)
-            tokens += 2 * len(item.completion_ids)
-        self._metrics.add(statistics, torch.tensor(ends, device=statistics.counts.device), tokens)
+            sequences += len(item.prompt_ids) + len(item.teacher_prompt_ids)
+            sequences += 2 * len(item.completion_ids)
+        ends = torch.tensor(ends, device=statistics.counts.device)
+        self._metrics.add(statistics, ends, computed=self._computed, sequences=sequences)
         self._step.append((list(interactions), statistics.sequence_loss))
 
     def _ended(self, item: TokenizedInteraction) -> bool:

@@ -253,6 +253,37 @@ def test_length_of_a_run(tmp_path, interactions, settings, text):
     assert step_text(interactions, args) == text
 
 
+@pytest.mark.parametrize("sharing", ["conversation", "off"])
+@pytest.mark.parametrize("settings", [
+    {}, {"teacher": "ema"}, {"teacher": "frozen", "reference_kl": 0.1}, {"teacher": "trust_region"},
+    {"guidance": 2.0}, {"neutral_followup": "w3 w4", "max_tokens_per_pack": 60},
+], ids=["live", "ema", "frozen", "trust_region", "guidance", "neutral"])  # fmt: skip
+def test_tokens_per_second_are_those_computed(tmp_path, lab, sharing, settings):
+    """Counted at the embedding, through which every token goes once per forward pass."""
+    made = lab.make_trainer(tmp_path, sharing=sharing, max_steps=1, **settings)
+    computed = []
+    made.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: computed.append(args[0].numel())
+    )
+    items = []
+    run_pass = made.run_pass
+
+    def noted(model, interactions, num_items):
+        items.extend(interactions)
+        return run_pass(model, interactions, num_items)
+
+    made.run_pass = noted
+    made.train()
+    whole = sum(
+        len(i.prompt_ids) + len(i.teacher_prompt_ids) + 2 * len(i.completion_ids) for i in items
+    )
+    (row,) = [row for row in made.state.log_history if "loss" in row]
+    rates = row["sdpo/tokens_per_second"], row["sdpo/sequence_tokens_per_second"]
+    assert rates[0] / rates[1] == pytest.approx(sum(computed) / whole, rel=1e-6)
+    if sharing == "conversation" and not settings:
+        assert sum(computed) < 0.8 * whole
+
+
 def test_a_run_of_defaults_shows_its_loss(tmp_path, lab):
     args = SDPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], template=lab.TEMPLATE,
                       max_steps=11, save_strategy="no", teacher_check=0, disable_tqdm=True,
