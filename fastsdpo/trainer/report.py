@@ -8,13 +8,13 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from fastsdpo.prefix import count_tokens
 from fastsdpo.prefix.forward import causal_lm
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import InteractionDataset, split_packs
+from fastsdpo.trainer.memory import memory_text
 
 
 class Lengths(NamedTuple):
@@ -41,67 +41,6 @@ def length_table(dataset: InteractionDataset) -> dict[str, Lengths]:
         at = [ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.5, 0.95)]
         table[name] = Lengths(int(at[0]), int(at[1]), int(ordered[-1]), int(ordered.sum()))
     return table
-
-
-class MemoryEstimate(NamedTuple):
-    """Bytes on each device (without sharding), by what they are for."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    teacher: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        return sum(self)
-
-
-def estimate_memory(
-    model: nn.Module, args: SDPOConfig, tokens_per_pass: int, response_tokens: int
-) -> MemoryEstimate:
-    """A forecast of peak memory, from shapes alone; never compared with a measurement.
-
-    Weights, gradients, AdamW's two float32 moments (and the float32 master of a bfloat16 weight),
-    the teacher's copies and the float32 tiles of logits follow from the sizes. Activations of the
-    student's pass: per token and layer 2 D for the norms, 2 D for queries and attention outputs,
-    2 D_kv for keys and values, 2 D for the residuals and 4 I for the gated MLP, each in the type
-    that the layers compute in; with gradient checkpointing D per token and layer and one layer's rest.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    gradients = sum(p.numel() * p.element_size() for p in trained)
-    half = sum(p.numel() for p in trained if p.dtype in (torch.bfloat16, torch.float16))
-    optimizer = 8 * sum(p.numel() for p in trained)
-    if args.weight_update in ("auto", "float32_master"):
-        optimizer += 4 * half
-    teacher = 4 * sum(p.numel() for p in trained) if args.teacher == "ema" else 0
-    if (args.teacher in ("frozen", "trust_region") or args.needs_reference) and not hasattr(
-        model, "peft_config"
-    ):
-        teacher += gradients
-
-    config = causal_lm(model).config.get_text_config()
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or hidden // heads
-    keys = (getattr(config, "num_key_value_heads", None) or heads) * head
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    compute = 2 if args.bf16 or args.fp16 else next(model.parameters()).element_size()
-    per_layer = compute * (4 * hidden + 2 * heads * head + 2 * keys + 4 * inner)
-    if args.gradient_checkpointing:
-        activations = tokens_per_pass * (compute * hidden * layers + per_layer)
-    else:
-        activations = tokens_per_pass * per_layer * layers
-    vocabulary = causal_lm(model).get_output_embeddings().weight.shape[0]
-    budget = 2**23 if args.device.type == "cpu" else 2**26
-    logits = 3 * 4 * vocabulary * min(max(64, budget // vocabulary), response_tokens)
-    return MemoryEstimate(weights, gradients, optimizer, teacher, activations, logits)
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
 
 
 def dry_run_report(model: nn.Module, args: SDPOConfig, train: InteractionDataset, eval_: Any,
@@ -139,11 +78,7 @@ def dry_run_report(model: nn.Module, args: SDPOConfig, train: InteractionDataset
         f"in {passes:,} passes of at most {args.max_tokens_per_pack or 'any number of'} tokens"
     )
     lines.append(step_text(len(train), args))
-    memory = estimate_memory(model, args, widest, responses)
-    parts = ", ".join(
-        f"{name} {gigabytes(size)}" for name, size in memory._asdict().items() if size
-    )
-    lines.append(f"memory, estimated: {gigabytes(memory.total)} ({parts})")
+    lines.append(memory_text(model, args, widest, responses))
     limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
     longest = length_table(train)["longest sequence"].longest
     if limit and longest > limit:

@@ -47,7 +47,8 @@ def test_dry_run(place, tmp_path, capsys):
         r"12 interactions of 6 conversations; 4 held out; 0 left out",
         r"sharing conversation: [\d,]+ of [\d,]+ tokens are computed per epoch",
         r"3 optimizer steps of 4 interactions, 1 epoch\n",
-        r"memory, estimated: \d+\.\d+ GB \(weights",
+        r"memory per process, an estimate: \d+\.\d+ GB at the peak \(weights",
+        r"smaller with: .*--lora RANK",
         r"teacher check: log-probability of the answer's tokens",
         r"mean absolute value +\d\.\d+ +\d\.\d+",
     ):

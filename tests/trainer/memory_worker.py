@@ -1,0 +1,83 @@
+"""Peak memory of training steps beside `estimate_memory`, as JSON. See test_memory.
+
+A process of its own: what the tests before have allocated and freed would hide a peak.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from fastsdpo.bench import peak_memory
+from fastsdpo.prefix import count_tokens
+from fastsdpo.trainer import SDPOConfig, SDPOTrainer
+from fastsdpo.trainer.data import TokenizedInteraction
+from fastsdpo.trainer.memory import estimate_memory
+
+SHAPE = {
+    "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 8192, "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def interactions(conversations):
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(count):
+        return torch.randint(3, 8192, (count,), generator=draw).tolist()
+
+    found = []
+    for _ in range(conversations):  # of two interactions
+        first = ids(200)
+        for prompt in (first, first + ids(150)):
+            found.append(TokenizedInteraction(prompt, prompt + ids(30), ids(100)))
+    return found
+
+
+def measured(folder, *, kind="Llama", dtype="float32", lora=False, conversations=3, **settings):
+    """Bytes above the model's weights and the teacher's: estimated, measured, and the estimate."""
+    torch.manual_seed(0)
+    config, model = {
+        "Llama": (LlamaConfig, LlamaForCausalLM), "Qwen3": (Qwen3Config, Qwen3ForCausalLM)
+    }[kind]  # fmt: skip
+    head = {"head_dim": 64} if kind == "Qwen3" else {}
+    made = model(config(**SHAPE, **head, tie_word_embeddings=kind == "Qwen3"))
+    adapter = None
+    if lora:
+        from peft import LoraConfig
+
+        adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    args = SDPOConfig(
+        output_dir=folder, use_cpu=True, report_to=[], save_strategy="no", teacher_check=0,
+        disable_tqdm=True, optim="adamw_torch", **settings,
+    )  # fmt: skip
+    items = interactions(conversations)
+    trainer = SDPOTrainer(made.to(getattr(torch, dtype)), args, items, peft_config=adapter)
+    if args.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer.create_optimizer()
+    trainer.model.train()
+
+    def run():  # states come with the first step; with them there are the second pass's gradients too
+        for last in (False, True):
+            trainer.training_step(trainer.model, {"interactions": items}, torch.tensor(len(items)))
+            if not last:
+                trainer.optimizer.step()
+
+    peak = peak_memory(run)
+    tokens = count_tokens(items, sharing=trainer.sharing).student
+    estimate = estimate_memory(
+        trainer.model, args, tokens, sum(len(i.completion_ids) for i in items)
+    )
+    return estimate.total - estimate.weights - estimate.teacher, peak, estimate
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    measured(sys.argv[1], conversations=1)  # loads the libraries
+    for name, settings in json.loads(sys.argv[2]).items():
+        said, peak, parts = measured(sys.argv[1], **settings)
+        print(json.dumps([name, said, peak, parts._asdict()]), flush=True)
