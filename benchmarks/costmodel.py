@@ -1,7 +1,7 @@
 """Cost of a training step from shapes alone: FLOPs, bytes, kernel launches, peak memory; and time on a GPU.
 
     python benchmarks/costmodel.py                 # predictions for Qwen3-8B, as Markdown on stdout
-    python benchmarks/costmodel.py --results costmodel_predictions_2026-11-25
+    python benchmarks/costmodel.py --results costmodel_predictions_2026-11-28
 
 The formulas stand in the docstrings below. `tests/benchmarks/test_costmodel.py` holds them against what
 can be counted or measured without a GPU: FLOPs of torch's FlopCounterMode, bytes of every operator of the
@@ -311,13 +311,30 @@ class Model:
         embeddings = self.head * (1 if self.tied else 2)
         return self.layers * self.layer_weights + embeddings + norms + self.hidden
 
-    def kept_per_token(self, element: int) -> int:
+    def adapter(self, rank: int) -> int:
+        """Elements of a LoRA adapter on all linear layers."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        sides = (
+            2 * (self.hidden + q) + 2 * (self.hidden + kv) + 3 * (self.hidden + self.intermediate)
+        )
+        return self.layers * rank * sides
+
+    def kept_per_token(self, element: int, *, lora: bool = False) -> int:
         """Bytes that one layer saves for backward, per token, with fused attention.
 
         Two norms keep their input, the normalized input and the output (Hugging Face computes them
         in float32: with 2-byte activations 4 + 2 + 2 bytes, else 3 x 4); attention keeps q, k, v
         after rotation and its output; the MLP keeps gate, silu(gate), up and their product.
+
+        With LoRA the frozen layers keep no input and the norms their float32 input alone; peft's
+        float32 adapters keep a float32 copy of every layer's input.
         """
+        if lora:
+            q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+            norms = 4 * (2 * self.hidden + (q + kv if self.qk_norm else 0))
+            inputs = 4 * (5 * self.hidden + q + self.intermediate)
+            kept = element * (2 * q + 2 * kv + 3 * self.intermediate)
+            return norms + inputs + kept + 4 * self.heads
         norm = 3 * element if element >= 4 else 4 + 2 * element
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         kept = 2 * self.hidden * norm
@@ -634,8 +651,9 @@ def markdown(model: Model = QWEN3_8B, interactions: int = 32) -> str:
         "memory at 0.85 of its bandwidth, a launch costs 4 us, and of arithmetic, memory and launches "
         "of one part the slowest counts; batches of "
         f"{interactions} interactions with the average lengths of the recorded conversations in 8 "
-        "backward passes; bf16 weights and gradients, two 8-bit optimizer states, gradient "
-        "checkpointing; bf16 activations; padded steps in batches of 4, TRL's responses padded to the "
+        "backward passes, with the bf16 weights and gradients, 8-bit optimizer states and gradient "
+        f"checkpointing of `fastsdpo train ... {COMMAND}` (not of the defaults: see the table of "
+        "set-ups); bf16 activations; padded steps in batches of 4, TRL's responses padded to the "
         "expected longest of 4. Peaks assumed: "
         + "; ".join(
             f"{g.name} {g.flops / 1e12:.0f} TFLOP/s, {g.bandwidth / 1e12:.2f} TB/s, "
@@ -644,13 +662,60 @@ def markdown(model: Model = QWEN3_8B, interactions: int = 32) -> str:
         )
         + ".\n",
     ]
+    out += _prediction_setups(model, table)
     out += _prediction_whole_step(model, interactions, table)
     out += _prediction_losses(table)
     out += _prediction_scaling(model, interactions, table)
     return "\n".join(out)
 
 
+# bf16 weights and gradients, two 8-bit states: the last but two of SETUPS.
 SETUP: dict[str, Any] = {"weight": 2, "state": 2, "micro_batches": 8}
+COMMAND = "--gradient-checkpointing --set optim=adamw_torch_8bit"
+
+
+class Setup(NamedTuple):
+    """What options of `fastsdpo train` on a GPU make of a bf16 checkpoint."""
+
+    options: str
+    bytes_per_weight: int  # weights, gradients, states
+    checkpointing: bool
+    rank: int = 0
+
+
+SETUPS = (
+    Setup("(defaults: float32 master)", 16, False),
+    Setup("--gradient-checkpointing", 16, True),
+    Setup("--gradient-checkpointing --set weight_update=stochastic_rounding", 12, True),
+    Setup(COMMAND, 6, True),
+    Setup("--lora 16", 2, False, 16),
+    Setup("--lora 16 --gradient-checkpointing", 2, True, 16),
+)
+
+
+def setup_peak(
+    model: Model, setup: Setup, student: float, responses: int, processes: int = 1
+) -> float:
+    """Peak bytes of a process: what is always there, activations, and the most that comes on top.
+
+    Args:
+        student: the student's tokens in the pass; ``responses``: the answers'.
+        processes: over which FSDP2 shards weights, gradients and states.
+    """
+    lora = setup.rank > 0
+    states = model.parameters * setup.bytes_per_weight + 16.0 * model.adapter(setup.rank)
+    states /= processes
+    if processes > 1:  # the embedding, the head and two layers are whole while they are used
+        states += 2.0 * (2 * model.head + 2 * model.layer_weights)
+    kept = student * model.kept_per_token(2, lora=lora)
+    loss = linear_loss_peak(responses, model.vocabulary, model.hidden, frozen_head=lora)
+    if not setup.checkpointing:
+        return states + model.layers * kept + loss
+    inputs = student * model.layers * model.hidden * 2
+    keys_values = student * model.layers * 4 * model.kv_heads * model.head_dim
+    gradients = 2 * student * (3 * model.intermediate + 2 * model.hidden)
+    layer = kept + gradients + (0 if lora else 2 * model.head)
+    return states + inputs + max(loss, keys_values, layer)
 
 
 SCALED = (
@@ -674,6 +739,35 @@ def variants(template: str, interactions: float) -> dict[str, tuple[Tokens, str]
     }
 
 
+PACK = 16384  # SDPOConfig.max_tokens_per_pack
+
+
+def _prediction_setups(model: Model, table: Any) -> list[str]:
+    work = recorded_tokens("think", 32)["conversation"]
+    share = PACK / (work.student + work.teacher)
+    student, responses = work.student * share, round(work.response * share)
+    lines = []
+    for setup in SETUPS:
+        line = [f"`{setup.options}`" if setup.options[0] == "-" else setup.options]
+        line.append(f"{setup.bytes_per_weight}")
+        for processes in (1, 2, 4, 8):
+            peak = setup_peak(model, setup, student, responses, processes)
+            line.append(f"{peak / 1e9:.1f}" + (" (80 GB: yes)" if peak < 0.95 * 80e9 else ""))
+        lines.append(line)
+    return [
+        f"## {model.name}, memory by options of `fastsdpo train`\n",
+        f"Predicted peak GB of each process while it trains on a full pack of {PACK} tokens (the "
+        f"default limit; {student:.0f} of the student, {responses} of them answers), alone or with the "
+        "weights sharded (FSDP2); \"80 GB: yes\" where 5% are left. `fastsdpo train --dry-run` prints "
+        "the same for a model and its data. `adamw_torch_8bit` is torchao's, with stochastic "
+        "rounding.\n",
+        table(
+            ["options", "bytes per weight", *(f"GB, {n} process{'es'[: 2 * (n > 1)]}" for n in (1, 2, 4, 8))],
+            lines,
+        ),
+    ]  # fmt: skip
+
+
 def _prediction_whole_step(model: Model, interactions: int, table: Any) -> list[str]:
     out = []
     for template in ("smollm2", "think"):
@@ -689,6 +783,7 @@ def _prediction_whole_step(model: Model, interactions: int, table: Any) -> list[
             lines.append(line)
         out += [
             f"## {model.name}, whole step, sampled-token loss, template {template}\n",
+            f"With `{COMMAND}`, a batch of {interactions} in 8 passes.\n",
             table(
                 ["what is computed", "PFLOP", "peak GB", *(f"s on {g.name}" for g in GPUS)], lines
             ),
@@ -764,7 +859,7 @@ def _prediction_scaling(model: Model, interactions: int, table: Any) -> list[str
                 )  # fmt: skip
     return [
         f"## {model.name}, sharded over processes (FSDP2), {interactions} interactions a process\n",
-        "Template think. Every one of the 8 backward passes gathers the "
+        f"Template think, options `{COMMAND}`. Every one of the 8 backward passes gathers the "
         f"weights twice, gradients are scattered once; {LINK_SHARE} of the link's bandwidth, hidden "
         f"behind {HIDDEN_SHARE} of the computation. Processes are assumed to have equal work.\n",
         table(["what is computed", "GPU", "processes", "interactions/s", "efficiency", "peak GB each",

@@ -7,12 +7,14 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_logits, costmodel, report
-from fastsdpo import bench
+from fastsdpo import bench, train
 from fastsdpo.ops import linear
+from fastsdpo.trainer import memory
 
 MODES = ["sampled", "forward_kl", "reverse_kl", "jsd"]
 
@@ -326,7 +328,40 @@ def test_qwen3_8b_has_its_published_size():
     assert costmodel.SMOLLM2_135M.parameters == pytest.approx(134.5e6, rel=0.002)
 
 
+@pytest.mark.parametrize(("options", "student", "responses", "walked"), [
+    ("--gradient-checkpointing", 8400, 4800, 139), ("--gradient-checkpointing", 16800, 9600, 142),
+    ("(defaults: float32 master)", 8400, 4800, 202), ("--lora 16", 16800, 9600, 199),
+    ("--lora 16 --gradient-checkpointing", 8400, 4800, 22.9),
+])  # fmt: skip
+def test_memory_of_documented_options(options, student, responses, walked):
+    """Against the peaks of steps that were walked operator by operator on meta tensors."""
+    (setup,) = [s for s in costmodel.SETUPS if s.options == options]
+    found = costmodel.setup_peak(costmodel.QWEN3_8B, setup, student, responses)
+    assert found / 1e9 == pytest.approx(walked, rel=0.1)
+
+
+def test_documented_options_exist_and_give_the_set_up():
+    """The bytes per weight of each set-up, by the trainer's own estimate for these options."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).bfloat16()
+    size = sum(p.numel() for p in model.parameters())
+    for setup in costmodel.SETUPS:
+        options = setup.options.split() if setup.options[0] == "-" else []
+        parsed = train.build_parser().parse_args(
+            ["d", "--model", "m", "-o", "o", "--cpu", *options]
+        )
+        args = train.read_config(parsed)
+        assert bool(parsed.lora) == bool(setup.rank)
+        assert bool(args.gradient_checkpointing) == setup.checkpointing
+        if not setup.rank:
+            parts = memory.estimate_memory(model, args, 10, 10)
+            assert sum(parts[:3]) == setup.bytes_per_weight * size, setup
+    assert train.SDPOConfig(output_dir="o", use_cpu=True).max_tokens_per_pack == costmodel.PACK
+
+
 def test_predictions_are_written():
     text = costmodel.markdown()
+    assert all(setup.options in text for setup in costmodel.SETUPS)
     assert "Predictions, not measurements" in text
     assert all(gpu.name in text for gpu in costmodel.GPUS)
