@@ -21,6 +21,7 @@ PAPER: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "warmup_steps": 0,
     "global_batch_size": 16,
+    "per_device_train_batch_size": 16,  # at most
     "max_grad_norm": 1.0,
 }
 

@@ -30,6 +30,7 @@ PAPER: dict[str, Any] = {
     "warmup_steps": 0.05,
     "num_train_epochs": 2.0,
     "global_batch_size": 32,
+    "per_device_train_batch_size": 32,  # at most: packs bound the memory
     "max_grad_norm": 10.0,
 }
 

@@ -60,11 +60,11 @@ def estimate_memory(
         response_tokens: the answers' tokens in that pack.
         device: where it will train; None: ``args.device``.
     """
-    device = args.device if device is None else device
+    place: Any = args.device if device is None else device
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = _bytes(model.parameters())
     gradients = _bytes(trained)
-    optimizer, step = _optimizer(args, trained, device)
+    optimizer, step = _optimizer(args, trained, place)
     teacher = 0
     if args.teacher == "ema":
         half = sum(p.numel() * p.element_size() for p in trained if p.dtype in HALF)
@@ -88,7 +88,7 @@ def estimate_memory(
         activations += layer.compute * sum(
             p.numel() for p in model.parameters() if p.dtype == torch.float32
         )
-    loss, tiles = _loss(args, layer, response_tokens, device)
+    loss, tiles = _loss(args, layer, response_tokens, place)
     if _checkpointing(args):
         activations -= every * layer.count
         activations += tokens_per_pass * layer.count * layer.hidden * layer.stream
@@ -96,7 +96,7 @@ def estimate_memory(
         keys_values = 2 * layer.keys * layer.compute * layer.count * tokens_per_pass * shared
         # The backward pass of one layer, computed anew; a CPU keeps the loss's tiles for the next.
         back = every + tokens_per_pass * layer.backward + layer.head_gradient
-        loss = max(loss, keys_values, back + (tiles if device.type == "cpu" else 0))
+        loss = max(loss, keys_values, back + (tiles if place.type == "cpu" else 0))
     return MemoryEstimate(weights, gradients, optimizer, teacher, activations, loss, step)
 
 

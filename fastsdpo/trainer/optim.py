@@ -75,9 +75,13 @@ def seeded(optimizer: type, seed: int) -> type:
     class Seeded(optimizer):
         def step(self, closure: Callable[[], Any] | None = None) -> Any:
             state = next(iter(self.state.values()), {})
-            cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-            with torch.random.fork_rng(devices=cuda):
-                torch.manual_seed(hash((seed, int(state.get("step", 0)))) % 2**63)
+            number = hash((seed, int(state.get("step", 0)))) % 2**63
+            device = self.param_groups[0]["params"][0].device
+            places = {} if device.type == "cpu" else {"device_type": device.type}
+            with torch.random.fork_rng(devices=[device] if places else [], **places):
+                torch.default_generator.manual_seed(number)
+                if places:
+                    torch.get_device_module(device).manual_seed(number)
                 return super().step(closure)
 
     Seeded.__name__ = Seeded.__qualname__ = optimizer.__name__

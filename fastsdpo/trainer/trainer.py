@@ -399,7 +399,8 @@ class SDPOTrainer(Trainer):
 
     def _count_tokens(self, items: Sequence[TokenizedInteraction], *, live: bool = True) -> int:
         """Tokens that a `shared_forward` sends through the model."""
-        counts = count_tokens(items, sharing=self.sharing, live=live)
+        sharing: Any = self.sharing
+        counts = count_tokens(items, sharing=sharing, live=live)
         if live and all(item.teacher_prompt_ids == item.prompt_ids for item in items):
             return counts.student  # both are the same, and one pass
         return counts.student + counts.teacher

@@ -173,8 +173,8 @@ def test_the_paper_s_batch_is_global(tmp_path, monkeypatch, processes, config, b
     monkeypatch.setattr(config, "world_size", property(lambda self: processes))
     settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
     args = config.preset("paper", **settings)
-    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * processes == batch
-    assert args.per_device_train_batch_size <= 8
+    assert args.per_device_train_batch_size == batch // processes
+    assert args.gradient_accumulation_steps == 1
     own = config.preset("paper", per_device_train_batch_size=4, **settings)
     assert (own.per_device_train_batch_size, own.gradient_accumulation_steps) == (4, 1)
 
