@@ -56,13 +56,16 @@ def choose_update(wanted: str, optim: str, dtypes: set[torch.dtype]) -> str:
 def lost_steps(name: str, dtype: torch.dtype, learning_rate: float) -> str:
     """The warning for half-precision weights whose steps are rounded to nearest."""
     share = torch.finfo(dtype).eps / 4  # a smaller step of a weight is less than half its spacing
+    still = learning_rate / share
+    example = (
+        f" At learning rate {learning_rate:g} AdamW moves next to no weight above {still:.2g}."
+    )
     return (
         f"{name} trains {str(dtype).removeprefix('torch.')} weights without a float32 copy: a step "
-        f"below 1/{1 / share:.0f} of a weight is rounded away. At learning rate {learning_rate:g} "
-        f"AdamW moves next to no weight above {learning_rate / share:.2g}. Use optim='adamw_torch' "
-        "(float32 master, 16 bytes per weight), with weight_update='stochastic_rounding' (12 bytes), "
-        "or optim='adamw_torch_8bit' (stochastic rounding, 6 bytes, needs the package torchao); "
-        "weight_update='plain' keeps it as it is"
+        f"below 1/{1 / share:.0f} of a weight is rounded away.{example if still < 1 else ''} Use "
+        "optim='adamw_torch' (float32 master, 16 bytes per weight), with "
+        "weight_update='stochastic_rounding' (12 bytes), or optim='adamw_torch_8bit' (stochastic "
+        "rounding, 6 bytes, needs the package torchao); weight_update='plain' keeps it as it is"
     )
 
 
