@@ -1,7 +1,8 @@
 """Builds the native CPU kernels (CMakeLists.txt); everything else is in pyproject.toml.
 
-The kernels are optional: without CMake or a compiler the package installs all the same, leaves the
-reason in ``fastsdpo/native_build_failed.txt``, and ``backend="native"`` shows it at first use.
+The kernels are optional: without CMake or a compiler the package installs all the same and leaves the
+reason in ``fastsdpo/native_build_failed.txt``. pip shows the warning with ``-v`` only; the first loss on
+a CPU, `fastsdpo train` and `fastsdpo doctor` show it again.
 ``FASTSDPO_REQUIRE_NATIVE=1`` makes a failed build fatal.
 """
 
@@ -59,11 +60,13 @@ class BuildNative(build_ext):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / LIBRARY).unlink(missing_ok=True)  # of an earlier build
             (folder / FAILURE).write_text(f"{error}\n", encoding="utf-8")
-        self.warn(f"the native CPU kernels were not built, the package works without: {error}")
+        self.warn(f"THE NATIVE CPU KERNELS WERE NOT BUILT, the losses will be slower on a CPU: {error}")
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / "native"
+        # pip builds each time in another environment, and the cache of CMake names the tools of the last one.
+        shutil.rmtree(build, ignore_errors=True)
         cmake = shutil.which("cmake") or "cmake"
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         _run(

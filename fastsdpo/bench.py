@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastsdpo.ops._backend import describe_backend, usable_device
 from fastsdpo.ops.linear import release_tiles
 
 MODES: dict[str, float | None] = {
@@ -723,9 +724,11 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("vocabulary", "hidden", "softcap"):
             if getattr(args, name) is None:
                 setattr(args, name, getattr(shape, name))
-    gpu = torch.device(args.device).type == "cuda"
-    if gpu and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: this PyTorch sees no GPU")
+    try:
+        device = usable_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    gpu = device.type == "cuda"
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)  # before any work is done
 
@@ -740,6 +743,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    print(describe_backend(device.type), flush=True)
     results: dict[str, Any] = {
         "environment": environment(args.device),
         "ceilings": {

@@ -95,12 +95,14 @@ def devices() -> list[dict[str, Any]]:
 def choices(device: str) -> dict[str, str]:
     """The backend that "auto" takes on ``device``, by dtype."""
     kinds = ("bfloat16", "float16", "float32", "float64")
-    return {
-        kind: resolve_backend(
-            "doctor", "auto", torch.empty(0, dtype=getattr(torch, kind), device=device)
-        )
-        for kind in kinds
-    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `why` says what is missing
+        return {
+            kind: resolve_backend(
+                "doctor", "auto", torch.empty(0, dtype=getattr(torch, kind), device=device)
+            )
+            for kind in kinds
+        }
 
 
 def why(device: str, kind: str, backend: str) -> str:

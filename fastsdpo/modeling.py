@@ -11,14 +11,21 @@ import json
 import os
 import re
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file, find_adapter_config_file
+
+from fastsdpo.ops._backend import usable_device
 
 DTYPES = {
     "float32": torch.float32,
@@ -82,7 +89,7 @@ def load_model_and_tokenizer(
                 "adapter too; merge that into its own base model (merge_and_unload of PEFT)"
             )
     at = revision if adapter is None else adapter.base_revision
-    device = _device(device)
+    device = usable_device(device)
     model = _load_model(
         place,
         gguf_file=gguf_file,
@@ -120,6 +127,11 @@ def load_model_and_tokenizer(
     return model.to(device), loaded
 
 
+def check_name(name: str | os.PathLike) -> None:
+    """Raises what `load_model_and_tokenizer` would where nothing is behind a name; loads nothing."""
+    _locate("name", name)
+
+
 def _locate(
     argument: str, name: str | os.PathLike, gguf_file: str | None = None
 ) -> tuple[str, str | None, bool]:
@@ -149,6 +161,7 @@ def _locate(
     else:
         if not _is_hub_id(str(name)):
             raise FileNotFoundError(f"{function}: {argument}: no such file or folder: {name}")
+        _find_on_hub(str(name))
         return str(name), gguf_file, False
     if gguf_file is not None:
         if not (path / gguf_file).is_file():
@@ -186,6 +199,8 @@ def _find_adapter(name: str | os.PathLike, revision: str | None) -> _Adapter | N
     place = str(path) if local else str(name)
     if path.is_file() or not (local or _is_hub_id(place)):
         return None
+    if not local:
+        _find_on_hub(place)
     try:
         config = find_adapter_config_file(place, revision=revision, local_files_only=local)
     except OSError:
@@ -240,13 +255,34 @@ def _load_adapter(model: Any, adapter: _Adapter) -> Any:
     return loaded.eval()
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@lru_cache  # once for a name
+def _find_on_hub(name: str) -> None:
+    """Asks the hub once whether it has a repository of which nothing is in the cache here.
+
+    The loaders ask for every file, again and again where there is no network: most of a minute for a
+    folder whose name is mistyped.
+
+    Raises:
+        OSError: it has not, or it cannot be reached.
+    """
+    cached = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
+    if (cached / "snapshots").is_dir():
+        return
     try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"load_model_and_tokenizer: device must be a device: {error}") from None
+        HfApi().model_info(name, timeout=10)
+        return
+    except GatedRepoError:
+        return  # the loader says how to ask for access
+    except RepositoryNotFoundError:
+        why = "the hub has no model of that name (or it is private)"
+    except HfHubHTTPError:
+        return  # the loader tries again
+    except Exception as error:  # whatever the hub's HTTP library raises without a network
+        why = f"the hub cannot be reached: {error}"
+    raise OSError(
+        f"load_model_and_tokenizer: {name!r} is no local folder or file, and as a hub id it cannot be "
+        f"loaded: {why}"
+    )
 
 
 def default_dtype(device: torch.device) -> str:
@@ -309,7 +345,7 @@ def _load_model(
         model, info = AutoModelForCausalLM.from_pretrained(
             place, output_loading_info=True, **options
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _not_loaded("model", place, local, error) from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -370,7 +406,7 @@ def _drop_invented_tokens(tokenizer: Any, rows: int) -> None:
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
 
-def _not_loaded(what: str, place: str, local: bool, error: OSError) -> OSError:
+def _not_loaded(what: str, place: str, local: bool, error: Exception) -> OSError:
     if local:
         return OSError(
             f"load_model_and_tokenizer: the {what} in folder {place} cannot be read: {error}"

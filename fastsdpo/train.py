@@ -17,8 +17,8 @@ Every setting that has no flag here is a field of `SDPOConfig`: ``--set name=val
 With --resume the same command, given again and again, goes on from the newest whole checkpoint (or
 begins, where there is none) and comes to the same result as a run that nothing stopped.
 
-Exit status: 0 done; 1 an input, model or setting cannot be used, or the output cannot be written; 2
-wrong options; 3 a loss or gradient was not finite, with a checkpoint of the state before it; 130 / 143
+Exit status: 0 done; 1 an input, model or setting cannot be used, or the output cannot be written (one
+sentence says why; with FASTSDPO_TRACEBACK=1 in the environment a traceback says where); 2 wrong options; 3 a loss or gradient was not finite, with a checkpoint of the state before it; 130 / 143
 stopped by Ctrl-C / SIGTERM with a checkpoint.
 """
 
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import logging
 import os
@@ -38,6 +39,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastsdpo.data import load_interactions
+from fastsdpo.ops._backend import describe_backend
 from fastsdpo.trainer.config import PRESETS, SDPOConfig
 
 if TYPE_CHECKING:
@@ -45,6 +48,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastsdpo.train")
 
+# Shown as one sentence; any other error is a fault of this package and shows its traceback.
+USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, ImportError, torch.OutOfMemoryError)
+TRAINS = ("train", "online")
 STOPPED = 128  # + the signal's number, as shells count: 130 for Ctrl-C, 143 for SIGTERM
 
 
@@ -200,6 +206,45 @@ def read_config(options: argparse.Namespace, config: Any = SDPOConfig, **setting
     return config.preset(options.preset, output_dir=options.output, **given)
 
 
+def check_settings(config: Any, lora: int | None) -> None:
+    """What would otherwise be found out after minutes of loading a model.
+
+    Raises:
+        ValueError: the template or a name of ``report_to`` does not exist.
+        ImportError: a package that ``report_to`` or an adapter of rank ``lora`` needs is missing.
+    """
+    from transformers.integrations import integration_utils
+
+    from fastsdpo.data import HindsightTemplate
+
+    HindsightTemplate.parse(config.template)
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    available = integration_utils.get_available_reporting_integrations()
+    for name in set(config.report_to) - set(available):
+        if name not in known:
+            raise ValueError(f"--report-to must be of {', '.join(known)}, got {name!r}")
+        try:
+            known[name]()
+        except (ImportError, RuntimeError) as error:
+            raise ImportError(f"--report-to {name}: {error}") from error
+    if lora and importlib.util.find_spec("peft") is None:
+        raise ImportError(
+            "a LoRA adapter needs the package peft; install it with: pip install peft, or train all "
+            "weights with --lora 0"
+        )
+
+
+def check_data(*files: str | None) -> None:
+    """Reads the first interaction of each file, before minutes are spent on a model.
+
+    Raises:
+        OSError, TypeError, ValueError: there is none, with file and line.
+    """
+    for file in files:
+        if file is not None and not Path(file).is_fifo():  # that can be read once only
+            next(load_interactions(file), None)
+
+
 def load(
     options: argparse.Namespace, config: Any, *, lora: int | None = None
 ) -> tuple[Any, Any, Any]:
@@ -217,6 +262,8 @@ def load(
     from fastsdpo.modeling import load_model_and_tokenizer
     from fastsdpo.trainer.teacher import is_peft
 
+    rank = lora if options.lora is None else options.lora
+    check_settings(config, rank)
     model, tokenizer = load_model_and_tokenizer(
         options.model,
         gguf_file=options.gguf_file,
@@ -231,15 +278,9 @@ def load(
         check_same_adapter(options, model.active_peft_config)
         logger.info("training goes on with the adapter of %s", options.model)
         return model, tokenizer, None
-    rank = lora if options.lora is None else options.lora
     if not rank:
         return model, tokenizer, None
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ImportError(
-            "--lora needs the package peft; install it with: pip install 'fastsdpo[peft]'"
-        ) from error
+    from peft import LoraConfig
 
     alpha = options.lora_alpha or 2 * rank
     return model, tokenizer, LoraConfig(
@@ -318,8 +359,11 @@ def run_command(name: str, run: Any, options: argparse.Namespace) -> int:
     """``run(options)`` with errors as sentences and exit statuses; see the module."""
     from fastsdpo.trainer import NonFiniteError
 
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("fastsdpo").setLevel(logging.ERROR if options.quiet else logging.INFO)
+    logger = logging.getLogger("fastsdpo")
+    logger.setLevel(logging.ERROR if options.quiet else logging.INFO)
+    # Not on the root: what other packages show themselves would be shown twice.
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
     # What peft asks of transformers is no news to the user.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:
@@ -327,13 +371,14 @@ def run_command(name: str, run: Any, options: argparse.Namespace) -> int:
     except NonFiniteError as error:
         print(f"fastsdpo {name}: {error}", file=sys.stderr)
         return 3
-    except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
+    except USER_ERRORS as error:
         if os.environ.get("FASTSDPO_TRACEBACK"):
             raise
         print(f"fastsdpo {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"fastsdpo {name}: stopped at once, without a checkpoint", file=sys.stderr)
+        lost = ", without a checkpoint of the steps since the last" if name in TRAINS else ""
+        print(f"fastsdpo {name}: stopped at once{lost}", file=sys.stderr)
         return STOPPED + 2
 
 
@@ -357,6 +402,8 @@ def train(options: argparse.Namespace) -> int:
         if show:
             print(text, flush=True)
 
+    check_data(options.data, held_out(options))
+    say(describe_backend(config.device.type, options.dtype))
     model, tokenizer, adapter = load(options, config)
     stop = StopOnSignal()
     trainer = SDPOTrainer(

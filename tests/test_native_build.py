@@ -9,12 +9,16 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
+import fastsdpo
 from fastsdpo import _native
+from fastsdpo.ops import _backend
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ["setup.py", "pyproject.toml", "CMakeLists.txt", "kernels", "fastsdpo"]
@@ -43,12 +47,11 @@ def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
     )
 
 
-def wheel(sources: Path, **environment: str) -> subprocess.CompletedProcess:
+def wheel(sources: Path, *options: str, isolated=False, **environment: str):
     pytest.importorskip("pip")
-    return run(
-        sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q",
-        "-w", "dist", cwd=sources, **environment,
-    )  # fmt: skip
+    more = [*options, *([] if isolated else ["--no-build-isolation"])]
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-w", "dist", *more]
+    return run(*command, cwd=sources, **environment)
 
 
 def unpack(sources: Path) -> Path:
@@ -61,10 +64,17 @@ def unpack(sources: Path) -> Path:
 
 
 USE = """
+import warnings
 import torch, fastsdpo
 z, y = torch.randn(2, 9), torch.tensor([1, 2])
 assert fastsdpo.__file__.startswith({site!r}), fastsdpo.__file__
-fastsdpo.token_logps(z, y)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        fastsdpo.token_logps(z, y)
+    fastsdpo.sdpo_loss(z, z, y, mode="full")
+for warning in seen:
+    print("warned:", warning.message)
 print(fastsdpo.available_backends()["native"])
 try:
     fastsdpo.token_logps(z, y, backend="native")
@@ -82,20 +92,41 @@ def use(site: Path) -> str:
 
 def test_broken_compiler_still_installs_and_explains_itself(sources):
     (sources / "fastsdpo" / "libfastsdpo.so").write_bytes(b"of an earlier build")
-    built = wheel(sources, CXX="/bin/false")
+    built = wheel(sources, "-v", CXX="/bin/false")
     assert built.returncode == 0, built.stderr
+    assert "THE NATIVE CPU KERNELS WERE NOT BUILT" in built.stdout + built.stderr
     site = unpack(sources)
     assert not list(site.glob("fastsdpo/libfastsdpo*"))
     text = use(site)
     assert "its build failed at install" in text
     assert "/bin/false" in text
     assert "FASTSDPO_REQUIRE_NATIVE=1" in text
+    # Once, though four losses were computed, and before anybody asked.
+    assert text.count("warned: losses are computed by the reference (eager PyTorch), slowly: ") == 1
+    assert text.startswith("warned: ")
 
 
 def test_broken_compiler_is_fatal_on_request(sources):
     built = wheel(sources, CXX="/bin/false", FASTSDPO_REQUIRE_NATIVE="1")
     assert built.returncode != 0
     assert "is not able to compile a simple test program" in built.stdout + built.stderr
+
+
+def test_a_second_build_from_the_same_checkout_has_the_library(sources, tmp_path):
+    """pip builds in another environment each time, and the first one's CMake and ninja are gone."""
+    compiler = tmp_path / "c++"  # a real one, without the minutes of optimization
+    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
+    compiler.chmod(0o755)
+    for _ in range(2):
+        shutil.rmtree(sources / "dist", ignore_errors=True)
+        built = wheel(sources, isolated=True, CXX=str(compiler))
+        if "No matching distribution found" in built.stderr:
+            pytest.skip("no package index to build the isolated environment from")
+        assert built.returncode == 0, built.stderr
+        (file,) = (sources / "dist").glob("*.whl")
+        names = zipfile.ZipFile(file).namelist()
+        assert "fastsdpo/libfastsdpo.so" in names
+        assert "fastsdpo/native_build_failed.txt" not in names
 
 
 @pytest.mark.slow
@@ -123,6 +154,36 @@ def test_missing_library_is_explained(monkeypatch, tmp_path):
     finally:
         monkeypatch.undo()
         _native._load.cache_clear()
+
+
+def test_the_fallback_is_said_once_also_under_compile(monkeypatch, tmp_path):
+    monkeypatch.setattr(_native, "_file", lambda: tmp_path / "libfastsdpo.so")
+    monkeypatch.setattr(_backend, "_told", set())
+    _native._load.cache_clear()
+    torch._dynamo.reset()
+    z, y = torch.randn(2, 9), torch.tensor([1, 2])
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def loss(z, y):
+        return fastsdpo.token_logps(z, y)
+
+    try:
+        with pytest.warns(UserWarning, match="losses are computed by the reference") as seen:
+            loss(z, y)
+            fastsdpo.token_logps(z, y)
+            fastsdpo.token_logps(z.double(), y)
+        assert len(seen) == 1
+        assert "libfastsdpo.so was not built" in str(seen[0].message)
+        # Who was told in words is not warned.
+        _backend._told.clear()
+        assert "no native kernels" in _backend.describe_backend("cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fastsdpo.token_logps(z, y)
+    finally:
+        monkeypatch.undo()
+        _native._load.cache_clear()
+        torch._dynamo.reset()
 
 
 needs_native = pytest.mark.skipif(

@@ -228,11 +228,16 @@ def parse_conversation(record: Any) -> Conversation:
 
 def parse_interaction(record: Any) -> Interaction:
     """An interaction row -> `Interaction`; TypeError or ValueError say what is wrong with it."""
+    hint = ""
+    if isinstance(record, list) or (
+        isinstance(record, Mapping) and any(key in record for key in MESSAGE_KEYS)
+    ):
+        hint = "; this looks like a conversation: run `fastsdpo prepare` on the file first"
     if not isinstance(record, Mapping):
-        raise TypeError(f"a row must be a JSON object, got {type(record).__name__}")
+        raise TypeError(f"a row must be a JSON object, got {type(record).__name__}{hint}")
     for key in INTERACTION_KEYS:
         if record.get(key) is None:
-            raise TypeError(f"an interaction row must have {key!r}")
+            raise TypeError(f"an interaction row must have {key!r}{hint}")
     texts = {}
     for key, role in (("completion", "assistant"), ("user_response", "user")):
         value = record[key]

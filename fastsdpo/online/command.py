@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
+from fastsdpo.ops._backend import describe_backend
 from fastsdpo.train import (
     STOPPED,
     add_model_options,
@@ -187,6 +188,7 @@ def online(options: argparse.Namespace) -> int:
     """The run, in order."""
     from transformers import PrinterCallback
 
+    from fastsdpo.online.prompts import PromptDataset
     from fastsdpo.online.trainer import OnlineSDPOTrainer
     from fastsdpo.trainer.callbacks import Progress, StopOnSignal, clock
     from fastsdpo.trainer.checkpoints import writing
@@ -197,6 +199,10 @@ def online(options: argparse.Namespace) -> int:
     used = (output / "report.json").exists() or any(output.glob("checkpoint-*"))
     if used and not (options.resume or options.overwrite):
         raise ValueError(f"{output} holds a run; pass --resume to go on with it, or --overwrite")
+    prompts = PromptDataset.from_source(options.prompts, "train_dataset")
+    eval_prompts = None
+    if options.eval_prompts is not None:
+        eval_prompts = PromptDataset.from_source(options.eval_prompts, "eval_dataset")
     user = make_user(options)
     show = not options.quiet and config.process_index == 0
 
@@ -204,10 +210,11 @@ def online(options: argparse.Namespace) -> int:
         if show:
             print(text, flush=True)
 
+    say(describe_backend(config.device.type, options.dtype))
     model, tokenizer, adapter = load(options, config)
     stop = StopOnSignal()
     trainer = OnlineSDPOTrainer(
-        model, config, user, options.prompts, options.eval_prompts, tokenizer, peft_config=adapter,
+        model, config, user, prompts, eval_prompts, tokenizer, peft_config=adapter,
         callbacks=[stop, *([Progress()] if show else [])],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)

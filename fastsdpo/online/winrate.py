@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     """The comparison, in order."""
-    from fastsdpo.modeling import load_model_and_tokenizer
+    from fastsdpo.modeling import check_name, load_model_and_tokenizer
     from fastsdpo.online.command import chat_model, read_text
     from fastsdpo.online.degeneration import degenerate
     from fastsdpo.online.prompts import PromptDataset
@@ -184,6 +184,8 @@ def evaluate(options: argparse.Namespace) -> int:
     rules = [parse_rule(text) for text in options.rule]
     persona = read_text(options.persona)
     prompts = PromptDataset.from_source(options.prompts, "prompts").prompts[: options.limit]
+    for name in (options.model, options.base):  # the base is loaded long after the model
+        check_name(name)
     judge = chat_model(options, "judge", max_new_tokens=8, temperature=0.0) if judged else None
 
     answers: dict[str, list[str]] = {}

@@ -2,7 +2,7 @@
 
 A backend asked for by name runs or raises. ``"auto"`` takes Triton for CUDA and ROCm tensors, the
 native library for CPU tensors, and the reference where neither can run (float64, another device,
-a missing package).
+a missing package). Where kernels for the device exist and are missing, it warns of that once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from types import ModuleType
 
 import torch
@@ -43,6 +44,49 @@ def _native_reason() -> str | None:
     return None if available else reason
 
 
+KERNELS = {"cpu": ("native", _native_reason), "cuda": ("triton", _triton_reason)}
+REFERENCE = "losses are computed by the reference (eager PyTorch)"
+_told: set[str] = set()  # reasons for a slow backend that the user has been given
+
+
+def _kernels_for(device: str) -> tuple[str | None, str | None]:
+    """Who computes on a device type under ``"auto"``, or None and why not; None, None: nobody could."""
+    if device not in KERNELS:
+        return None, None
+    name, why = KERNELS[device]
+    reason = why()
+    return (name, None) if reason is None else (None, f"no {name} kernels: {reason}")
+
+
+@torch.compiler.assume_constant_result
+def _auto(device: str) -> str:
+    name, reason = _kernels_for(device)
+    if reason is not None and reason not in _told:
+        _told.add(reason)  # once per process, whatever the filters: losses are called in loops
+        warnings.warn(f"{REFERENCE}, slowly: {reason}", stacklevel=2)
+    return name or "reference"
+
+
+def describe_backend(device: str, dtype: str | None = None) -> str:
+    """A line for people: which backend ``"auto"`` takes, and why not a faster one.
+
+    Whoever shows it has said what a loss would warn of, so no loss of this process warns again.
+
+    Args:
+        device: a device type, ``"cpu"`` or ``"cuda"``.
+        dtype: of the logits, ``"float32"``; None: not known.
+    """
+    if dtype == "float64":
+        return f"{REFERENCE}: the kernels do not compute float64"
+    name, reason = _kernels_for(device)
+    if reason is not None:
+        _told.add(reason)
+        return f"{REFERENCE}, slowly: {reason}"
+    if name is None:
+        return f"{REFERENCE}: there are no kernels for the device type {device!r}"
+    return f"losses are computed by the {name} kernels"
+
+
 def available_backends() -> dict[str, str]:
     """Each backend with ``"available"`` or the reason why it is missing."""
     return {
@@ -50,6 +94,20 @@ def available_backends() -> dict[str, str]:
         "native": _native_reason() or "available",
         "reference": "available",
     }
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device, after something was put there; None: CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device, or this PyTorch is built without it.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"device must be one that this PyTorch can use, got {str(device)!r}: {error}") from None
 
 
 def resolve_backend(name: str, backend: str, *tensors: Tensor) -> str:
@@ -67,13 +125,7 @@ def resolve_backend(name: str, backend: str, *tensors: Tensor) -> str:
     device = tensors[0].device.type
     float64 = any(t.dtype == torch.float64 for t in tensors)
     if backend == "auto":
-        if float64:
-            return "reference"
-        if device == "cuda" and _triton_reason() is None:
-            return "triton"
-        if device == "cpu" and _native_reason() is None:
-            return "native"
-        return "reference"
+        return "reference" if float64 else _auto(device)
     if float64:
         raise TypeError(
             f"{name}: backend={backend!r} computes float16, bfloat16 and float32, got float64; "

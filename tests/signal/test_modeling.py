@@ -105,7 +105,7 @@ def test_hub_that_cannot_be_reached(monkeypatch):
 def test_bad_options(folder):
     with pytest.raises(ValueError, match=r"dtype must be auto, float32, .*, got 'int8'"):
         load_model_and_tokenizer(folder, dtype="int8")
-    with pytest.raises(ValueError, match="device must be a device"):
+    with pytest.raises(ValueError, match="device must be one that this PyTorch can use, got 'toaster'"):
         load_model_and_tokenizer(folder, device="toaster")
     with pytest.raises(FileNotFoundError, match=r"no such file: .*none.gguf"):
         load_model_and_tokenizer(folder, gguf_file="none.gguf")
