@@ -60,7 +60,9 @@ class BuildNative(build_ext):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / LIBRARY).unlink(missing_ok=True)  # of an earlier build
             (folder / FAILURE).write_text(f"{error}\n", encoding="utf-8")
-        self.warn(f"THE NATIVE CPU KERNELS WERE NOT BUILT, the losses will be slower on a CPU: {error}")
+        self.warn(
+            f"THE NATIVE CPU KERNELS WERE NOT BUILT, the losses will be slower on a CPU: {error}"
+        )
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent

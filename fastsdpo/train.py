@@ -17,9 +17,10 @@ Every setting that has no flag here is a field of `SDPOConfig`: ``--set name=val
 With --resume the same command, given again and again, goes on from the newest whole checkpoint (or
 begins, where there is none) and comes to the same result as a run that nothing stopped.
 
-Exit status: 0 done; 1 an input, model or setting cannot be used, or the output cannot be written (one
-sentence says why; with FASTSDPO_TRACEBACK=1 in the environment a traceback says where); 2 wrong options; 3 a loss or gradient was not finite, with a checkpoint of the state before it; 130 / 143
-stopped by Ctrl-C / SIGTERM with a checkpoint.
+Exit status: 0 done; 1 an input, model or setting cannot be used, or the output cannot be written; 2
+wrong options; 3 a loss or gradient was not finite, with a checkpoint of the state before it; 130 / 143
+stopped by Ctrl-C / SIGTERM with a checkpoint. Errors are one sentence; the environment variable
+FASTSDPO_TRACEBACK=1 shows where they come from.
 """
 
 from __future__ import annotations
@@ -49,7 +50,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastsdpo.train")
 
 # Shown as one sentence; any other error is a fault of this package and shows its traceback.
-USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, ImportError, torch.OutOfMemoryError)
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    NotImplementedError,
+    OSError,
+    ImportError,
+    torch.OutOfMemoryError,
+)
 TRAINS = ("train", "online")
 STOPPED = 128  # + the signal's number, as shells count: 130 for Ctrl-C, 143 for SIGTERM
 

@@ -60,7 +60,9 @@ def test_command(tmp_path, capsys):
     assert "| logits | 6 x 300 | float32 | jsd | PyTorch |" in page
     assert "torch.compile left out: RuntimeError: no compiler here" in page
     assert (tmp_path / "new" / "bench.png").stat().st_size > 1000
-    assert "hidden 6 x 300 x 16 jsd: fastsdpo" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("losses are computed by the ")
+    assert "hidden 6 x 300 x 16 jsd: fastsdpo" in said
 
 
 def test_a_wrong_rival_is_not_timed(monkeypatch):

@@ -44,6 +44,36 @@ def test_import_and_loss_need_torch_only():
     assert modules == "[]"
 
 
+TORCH_ONLY = """
+from importlib.machinery import PathFinder
+
+ABSENT = {"numpy", "transformers", "accelerate", "datasets", "peft", "tqdm"}
+find = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(
+    lambda name, *more: None if name.split(".")[0] in ABSENT else find(name, *more)
+)
+from fastsdpo.cli import COMMANDS, main
+assert main(["--help"]) == main(["--version"]) == 0
+interaction = ["--model", "m", "--prompt", "x", "--completion", "y", "--followup", "z"]
+for name in COMMANDS:
+    if name in ("prepare", "bench", "doctor"):
+        continue  # they need torch only
+    assert main([name, *(interaction if name == "signal" else [])]) != 0
+"""
+
+
+def test_commands_without_their_packages_say_what_to_install():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TORCH_ONLY], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()
+    assert [line.split(":")[0] for line in said] == [
+        f"fastsdpo {name}" for name in ("train", "online", "chat", "eval", "signal")
+    ]
+    assert all(line.endswith("install it with: pip install 'fastsdpo[train]'") for line in said)
+
+
 def test_kernels_folder_holds_no_python():
     """transformers imports a package named `kernels`: a module here would shadow it."""
     assert (ROOT / "kernels").is_dir()

@@ -107,7 +107,9 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"device must be one that this PyTorch can use, got {str(device)!r}: {error}") from None
+        raise ValueError(
+            f"device must be one that this PyTorch can use, got {str(device)!r}: {error}"
+        ) from None
 
 
 def resolve_backend(name: str, backend: str, *tensors: Tensor) -> str:

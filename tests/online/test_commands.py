@@ -54,6 +54,7 @@ def test_online_trains_reports_and_saves(prompts, saved, tmp_path, capsys):
                     "--eval-prompts", prompts)  # fmt: skip
     assert status == 0
     said = capsys.readouterr().out
+    assert said.startswith("losses are computed by the ")
     assert "before   satisfied" in said
     assert "trained 2 steps" in said
     report = json.loads((output / "report.json").read_text())
@@ -100,6 +101,15 @@ def test_online_errors(options, message, prompts, saved, tmp_path, capsys):
     assert online(prompts, saved, tmp_path / "run", *options) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "interactions.jsonl").exists()
+
+
+@pytest.mark.parametrize("option", ["prompts", "--eval-prompts"])
+def test_prompts_are_looked_for_before_a_model(option, prompts, saved, tmp_path, capsys):
+    files = {"prompts": prompts, option: "nosuch.txt"}
+    more = [] if option == "prompts" else [option, files[option]]
+    status = online(files["prompts"], "/no/such/model", tmp_path / "run", "--wish", "w5", *more)
+    assert status == 1
+    assert capsys.readouterr().err == "fastsdpo online: no such file: nosuch.txt\n"
 
 
 def test_the_rules_are_listed(capsys):
@@ -336,6 +346,7 @@ def test_eval_by_a_local_judge(prompts, saved, capsys):
     (["--judge-url", "http://localhost:1/v1"], "--judge-url needs --judge-model"),
     (["--rule", "max_words=3", "--limit", "0"], "--limit must be at least 1"),
     (["--rule", "max_words=3", "--base", "/no/such/folder"], "no such file or folder"),
+    (["--rule", "max_words=3", "--model", "/nor/this"], "no such file or folder: /nor/this"),
 ])  # fmt: skip
 def test_eval_errors(options, message, prompts, saved, capsys):
     given = [] if "--base" in options else ["--base", saved]

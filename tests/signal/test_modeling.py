@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -102,10 +104,43 @@ def test_hub_that_cannot_be_reached(monkeypatch):
         load_model_and_tokenizer("nobody/nothing")
 
 
+@pytest.mark.parametrize("name", ["mistyped", "runs/mistyped"])
+def test_the_hub_is_asked_once_for_what_it_does_not_have(name, monkeypatch, tmp_path):
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    try:
+        with pytest.raises(
+            OSError, match=f"'{name}' is no local folder .* has no model of that name"
+        ):
+            load_model_and_tokenizer(name)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert asked == [f"/api/models/{name}"]
+
+
 def test_bad_options(folder):
     with pytest.raises(ValueError, match=r"dtype must be auto, float32, .*, got 'int8'"):
         load_model_and_tokenizer(folder, dtype="int8")
-    with pytest.raises(ValueError, match="device must be one that this PyTorch can use, got 'toaster'"):
+    with pytest.raises(
+        ValueError, match="device must be one that this PyTorch can use, got 'toaster'"
+    ):
         load_model_and_tokenizer(folder, device="toaster")
     with pytest.raises(FileNotFoundError, match=r"no such file: .*none.gguf"):
         load_model_and_tokenizer(folder, gguf_file="none.gguf")

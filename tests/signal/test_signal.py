@@ -537,6 +537,9 @@ def test_command_options_that_do_not_fit(capsys, argv, message):
     assert message in capsys.readouterr().err
 
 
+LACKING = "xpu" if torch.cuda.is_available() else "cuda"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -546,7 +549,8 @@ def test_command_options_that_do_not_fit(capsys, argv, message):
         (["{source}", "--template", "x"], "name must be one of offline-v1"),
         (["{source}", "--unrelated", " "], "followup must be text that is not blank"),
         (["{source}", "--dtype", "int8"], "dtype must be auto, float32"),
-        (["{source}", "--device", "toaster"], "device must be a device"),
+        (["{source}", "--device", "toaster"], "device must be one that this PyTorch can use"),
+        (["{source}", "--device", LACKING], f"this PyTorch can use, got '{LACKING}': Torch not"),
     ],
 )
 def test_command_input_that_cannot_be_used(capsys, folder, conversations, argv, message):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from fastsdpo.train import main
 
@@ -40,6 +46,7 @@ def test_dry_run(place, tmp_path, capsys):
     assert main(arguments(place, tmp_path / "out", "--dry-run")) == 0
     printed = capsys.readouterr().out
     for pattern in (
+        r"\Alosses are computed by the (native kernels|reference \(eager PyTorch\), slowly: no native)",
         r"model .*model: [\d,]+ of [\d,]+ weights are trained",
         r"student's prompt +\d+ +\d+ +\d+ +\d+",
         r"teacher's prompt +\d+",
@@ -143,15 +150,76 @@ def test_bad_settings(place, tmp_path, capsys, more, message):
     ("", "bad.jsonl: the file is empty"),
     ('{"prompt": [{"role": "user", "con', "bad.jsonl:1: not JSON"),
     ('{"prompt": "x", "completion": "y"}\n', "bad.jsonl:1: an interaction row must have 'user_response'"),
+    ('{"messages": [{"role": "user", "content": "x"}]}\n', "run `fastsdpo prepare` on the file first"),
+    ('[{"from": "human", "value": "x"}]\n', "run `fastsdpo prepare` on the file first"),
 ])  # fmt: skip
 def test_bad_data(place, tmp_path, capsys, text, message):
     if text is not None:
         (tmp_path / "bad.jsonl").write_text(text)
     command = arguments(place, tmp_path / "out")
-    assert main([str(tmp_path / "bad.jsonl"), *command[1:]]) == 1
-    error = capsys.readouterr().err.strip()
-    assert message in error
-    assert "Traceback" not in error
+    for more in ((), ("--model", "/nowhere/model")):  # said before a model is looked for
+        assert main([str(tmp_path / "bad.jsonl"), *command[1:], *more]) == 1
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert "Traceback" not in error
+
+
+MISSING = next(name for name in INTEGRATION_TO_CALLBACK
+               if name not in get_available_reporting_integrations())  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--report-to", MISSING], rf"--report-to {MISSING}: .*[Ii]nstall"),
+    (["--set", f"report_to={MISSING}"], rf"--report-to {MISSING}: .*[Ii]nstall"),
+    (["--report-to", "nobody"], "--report-to must be of azure_ml, .*, got 'nobody'"),
+    (["--template", "nosuch"], "HindsightTemplate: name must be one of .*, got 'nosuch'"),
+    (["--eval-data", "nosuch.jsonl"], "no such file: nosuch.jsonl"),
+])  # fmt: skip
+def test_mistakes_are_said_before_the_model_is_loaded(place, tmp_path, capsys, more, message):
+    assert main(arguments(place, tmp_path / "out", "--model", "/nowhere/model", *more)) == 1
+    assert re.search(rf"^fastsdpo train: {message}", capsys.readouterr().err)
+
+
+def test_lora_without_peft(place, tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == "peft" else find(name, *more),
+    )
+    assert main(arguments(place, tmp_path / "out", "--model", "/nowhere", "--lora", "4")) == 1
+    assert "install it with: pip install peft, or train all weights" in capsys.readouterr().err
+
+
+def test_a_damaged_model_is_one_sentence(place, tmp_path, capsys, monkeypatch):
+    shutil.copytree(place / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:3000])
+    command = arguments(place, tmp_path / "out", "--model", str(tmp_path / "model"))
+    assert main(command) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(
+        r"^fastsdpo train: .*the model in folder .* cannot be read: Error while", error
+    )
+    monkeypatch.setenv("FASTSDPO_TRACEBACK", "1")
+    with pytest.raises(OSError, match="cannot be read"):
+        main(command)
+
+
+def test_a_mistyped_folder_costs_one_request(place, tmp_path, capsys, monkeypatch):
+    """Offline at once, and in one line: what other packages log is theirs to show."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    for name in ("", "fastsdpo"):  # as without pytest's own handlers
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+    started = time.perf_counter()
+    assert main(arguments(place, tmp_path / "out", "--model", "mode")) == 1
+    assert time.perf_counter() - started < 20  # a minute, with the loaders' retries
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "fastsdpo train: load_model_and_tokenizer: 'mode' is no local folder or file"
+    )
+    assert "the hub cannot be reached" in line
+    assert logging.getLogger().handlers == []
 
 
 def test_options_that_do_not_exist(place, tmp_path, capsys):
