@@ -8,6 +8,7 @@ including the user's message that y_t answers, o_t is the message after y_t. Thi
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,20 @@ class Conversation:
     own_id: bool = True
 
 
+# White space, control characters, what Unicode calls Default_Ignorable_Code_Point (zero-width and
+# direction marks, joiners, fillers, variation selectors, tags), and the empty Braille pattern.
+_UNSEEN = re.compile(
+    r"[\s\0-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8"
+    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]*"
+)
+
+
+def is_blank(text: str) -> bool:
+    """Whether nobody would see anything in a text: a message of this kind says nothing."""
+    return _UNSEEN.fullmatch(text) is not None
+
+
 def message_text(content: Any) -> str:
     """The text of a message's content: a string, None (empty), or a list of text parts.
 
@@ -184,7 +199,7 @@ def extract_interactions(
       that the model saw.
     - A history starts with a user's message (after the system message), so answers before the
       first user's message are left out.
-    - An empty message stays in the histories, but gives no interaction: neither as the message
+    - An empty message (`is_blank`) stays in the histories, but gives no interaction: neither as the message
       that is answered, nor as answer, nor as follow-up.
 
     Args:
@@ -208,7 +223,7 @@ def extract_interactions(
     for t in range(1, len(turns) - 1):
         if turns[t]["role"] != "assistant" or (conversation.single and t != len(turns) - 2):
             continue
-        if not all(turn["content"].strip() for turn in turns[t - 1 : t + 2]):
+        if any(is_blank(turn["content"]) for turn in turns[t - 1 : t + 2]):
             continue
         start = 0 if max_history_messages is None else max(0, t - max_history_messages)
         while turns[start]["role"] != "user":
@@ -238,7 +253,7 @@ def _turns(messages: Sequence[Mapping]) -> tuple[list[dict], list[dict]]:
             break
         place = system if role == "system" else turns
         if place and place[-1]["role"] == role:
-            texts = [text for text in (place[-1]["content"], content) if text.strip()]
+            texts = [text for text in (place[-1]["content"], content) if not is_blank(text)]
             place[-1]["content"] = "\n\n".join(texts)
         else:
             place.append({"role": role, "content": content})

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fastsdpo.data.interactions import message_text
+from fastsdpo.data.interactions import is_blank, message_text
 
 # Wire formats. offline-v1 and online-v1: the code published with https://arxiv.org/abs/2603.12273;
 # paper-table1: that paper's Table 1 (its white space is not given). note is the wording that
@@ -75,7 +75,7 @@ class HindsightTemplate:
 
     def render(self, followup: str) -> str:
         """The text to append for this follow-up."""
-        if not isinstance(followup, str) or not followup.strip():
+        if not isinstance(followup, str) or is_blank(followup):
             raise ValueError(
                 f"HindsightTemplate: followup must be text that is not blank, got {followup!r}"
             )

@@ -1,24 +1,27 @@
-"""Talk to a model that learns from your follow-ups: `fastsdpo chat`.
+"""Talk to a model that learns from your reactions when you say so: `fastsdpo chat`.
 
     fastsdpo chat --model MODEL -o chats/mine
 
-Each message that you write after an answer is the follow-up to it: the model takes one optimizer step
-towards what it would have answered had it known your message, saves a checkpoint, and answers on. By
+You write, the model answers. It learns from a message when you say that it should: it then takes one
+optimizer step towards what it would have answered had it known your message, and saves a checkpoint. By
 default a new LoRA adapter is trained (--lora 0: all weights, and checkpoints of their size); where
 --model is the folder of an adapter, that one.
 
+    /teach TEXT    TEXT is your reaction to the last answer: the model learns from it and answers it
+    /teach         your last message was a reaction to the answer before it: the model learns from it
     /undo          takes back the last update
-    /new           a new conversation: the next message is no follow-up
-    /learn off|on  whether follow-ups are learned from
+    /new           a new conversation
+    /learn always  from now on every message after an answer is learned from; /learn told: as at first
     /save FOLDER   writes the model (the adapter, with LoRA) and its tokenizer
     /help, /quit   (or Ctrl-D)
 
-Started again with the same folder it goes on from the last checkpoint. The folder holds
-``checkpoint-*/`` (--keep of them: so far /undo goes back) and ``interactions.jsonl``, what was learned
-from, which `fastsdpo train` can read.
+A paste of several lines is one message. Ctrl-C while the model answers cancels the answer. Started again
+with the same folder it goes on from the last checkpoint. The folder holds ``checkpoint-*/`` (--keep of
+them: so far /undo goes back) and ``interactions.jsonl``, what was learned from, which `fastsdpo train`
+can read.
 
 Exit status: 0 done; 1 an input, model or setting cannot be used; 2 wrong options; 3 a loss or gradient
-was not finite.
+was not finite; 130 ended by Ctrl-C, with every update saved.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +41,13 @@ import torch
 from torch import Tensor
 
 from fastsdpo.data import Interaction, TokenizedInteraction
+from fastsdpo.data.interactions import is_blank
 from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
 from fastsdpo.online.sampling import generate
+from fastsdpo.online.terminal import read_message, uninterrupted
+from fastsdpo.ops._backend import describe_backend
 from fastsdpo.train import (
+    STOPPED,
     add_model_options,
     add_setting_options,
     load,
@@ -48,6 +57,7 @@ from fastsdpo.train import (
 from fastsdpo.trainer.trainer import SDPOTrainer
 
 LOG_FILE = "interactions.jsonl"
+LEARN = ("told", "always")
 
 
 class Learner:
@@ -182,6 +192,9 @@ def build_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("chat")
     run.add_argument("-o", "--output", required=True, metavar="FOLDER")
     run.add_argument("--system", default=None, metavar="TEXT", help="the system prompt")
+    run.add_argument("--learn", choices=LEARN, default="told",
+                     help="from the messages that /teach names (default), or from every message "
+                     "that follows an answer")  # fmt: skip
     run.add_argument("--keep", type=int, default=10, metavar="CHECKPOINTS",
                      help="how many are kept; /undo goes back one fewer")  # fmt: skip
     run.add_argument("--max-new-tokens", type=int, help="of an answer")
@@ -205,56 +218,163 @@ def chat(options: argparse.Namespace) -> int:
     if options.keep < 2:
         raise ValueError(f"--keep must be at least 2, got {options.keep}")
     config = read_config(options, OnlineSDPOConfig, **CHAT, save_total_limit=options.keep)
-    model, tokenizer, adapter = load(options, config, lora=16)
-    learner = Learner(model, config, tokenizer, adapter)
-    start = [{"role": "system", "content": options.system}] if options.system else []
 
     def say(text: str) -> None:
         if not options.quiet:
             print(text, file=sys.stderr, flush=True)
 
+    say(f"[{describe_backend(config.device.type, config.dtype)}]")
+    model, tokenizer, adapter = load(options, config, lora=16)
+    learner = Learner(model, config, tokenizer, adapter)
     if learner.updates:
         say(f"[goes on after update {learner.updates}]")
-    say("[your messages after an answer are learned from; /help]")
-    messages, answer, learning = list(start), None, True
+    talk = Talk(learner, options, say)
+    say(f"[{talk.learns_from()}; /help]")
     while True:
-        text = _read("you > " if not options.quiet else "")
-        if text is None or text == "/quit":
+        try:
+            text = read_message("you > " if not options.quiet else "")
+        except KeyboardInterrupt:
+            say(f"\n[stopped; {learner.updates} updates are saved in {options.output}]")
+            return STOPPED + signal.SIGINT
+        if text is None or text.strip() in ("/quit", "/exit"):
             return 0
-        if not text:
-            continue
-        if text.startswith("/"):
-            command, _, rest = text.partition(" ")
-            if command == "/undo":
-                try:
-                    left = learner.undo()
-                except ValueError as error:
-                    say(f"[{error}]")
-                else:
-                    _forget(config.output_dir, left)
-                    say(f"[update {left + 1} is taken back]")
-            elif command == "/new":
-                messages, answer = list(start), None
-                say("[a new conversation]")
-            elif command == "/learn" and rest in ("on", "off"):
-                learning = rest == "on"
-                say(f"[learning is {rest}]")
-            elif command == "/save" and rest:
-                learner.trainer.save_model(rest)
-                say(f"[saved in {rest}]")
+        try:
+            talk.take(text)
+        except KeyboardInterrupt:
+            pass  # it waited until the command was done
+        except ValueError as error:
+            print(f"[{error}]", file=sys.stderr, flush=True)
+
+
+class Talk:
+    """What is typed, answered and learned from.
+
+    Args:
+        options: of the command: ``system``, ``learn``, ``quiet``, ``output``.
+        say: shows what is no answer.
+    """
+
+    def __init__(self, learner: Learner, options: argparse.Namespace, say: Callable[[str], None]):
+        self.learner, self.options, self.say = learner, options, say
+        self.always = options.learn == "always"
+        self.start()
+
+    def start(self) -> None:
+        """A new conversation; the model keeps what it has learned."""
+        system = self.options.system
+        self.messages = [{"role": "system", "content": system}] if system else []
+        # By the place of the message: an answer's tokens, and the update that a reaction led to.
+        self.answers: dict[int, TokenizedInteraction] = {}
+        self.learned: dict[int, int] = {}
+
+    def learns_from(self) -> str:
+        if self.always:
+            return "the model learns from every message after an answer; /learn told ends that"
+        return "the model learns only when told: /teach TEXT, your reaction to its last answer"
+
+    def take(self, text: str) -> None:
+        """A message or a command; nothing for what nobody would see.
+
+        Raises:
+            ValueError: there is no such command, or it cannot be done; nothing has changed.
+        """
+        if is_blank(text):
+            return
+        if not text.startswith("/"):
+            self.write(text.strip(), learn=self.always and bool(self.answers))
+            return
+        command, rest = [*text.split(maxsplit=1), ""][:2]
+        rest = rest.strip()
+        if command == "/teach":
+            if not rest:
+                self.teach(len(self.messages) - 2)
+            elif is_blank(rest):
+                raise ValueError("/teach: nobody can see anything in that text")
             else:
-                say(str(__doc__).split("\n\n")[3])
-            continue
-        if answer is not None and learning:
-            history = messages[:-1]
-            figures = learner.learn(history, answer, text)
-            _log(config.output_dir, learner.updates, history, messages[-1]["content"], text)
-            say(f"[update {learner.updates}: loss {figures['loss']:.3f}, signal "
-                f"{figures['signal']:.3f} nats per token]")  # fmt: skip
-        messages.append({"role": "user", "content": text})
-        reply, answer = learner.answer(messages)
-        messages.append({"role": "assistant", "content": reply})
-        print(f"model > {reply}" if not options.quiet else reply, flush=True)
+                self.write(rest, learn=True)
+        elif command == "/learn" and rest in LEARN:
+            self.always = rest == "always"
+            self.say(f"[{self.learns_from()}]")
+        elif command == "/save" and rest and "\n" not in rest:
+            with uninterrupted():
+                self.save(rest)
+        elif rest or command not in ("/undo", "/new", "/help"):
+            raise ValueError(
+                f"there is no command {text.splitlines()[0].strip()!r} (/help lists them), and nothing "
+                "was sent; a space before the / makes it a message"
+            )
+        elif command == "/undo":
+            with uninterrupted():
+                self.undo()
+        elif command == "/new":
+            self.start()
+            self.say("[a new conversation]")
+        else:
+            print(str(__doc__).split("\n\n")[3], file=sys.stderr, flush=True)
+
+    def write(self, text: str, *, learn: bool = False) -> None:
+        """Answers a message of the user's; with ``learn`` the model learns from it first."""
+        place = len(self.messages)
+        try:
+            if learn:
+                self.teach(place, text)
+            self.messages.append({"role": "user", "content": text})
+            reply, answer = self.learner.answer(self.messages)
+        except BaseException as error:
+            del self.messages[place:]
+            self.learned.pop(place, None)
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            self.say("\n[cancelled; your message is left out of the conversation]")
+            return
+        self.messages.append({"role": "assistant", "content": reply})
+        self.answers[place + 1] = answer
+        print(f"model > {reply}" if not self.options.quiet else reply, flush=True)
+
+    def teach(self, place: int, text: str | None = None) -> None:
+        """One update from the message at a place, the reaction to the answer before it.
+
+        Args:
+            text: the message, where it is not there yet.
+
+        Raises:
+            ValueError: there is no answer before it, or it was learned from already.
+        """
+        if place - 1 not in self.answers:
+            raise ValueError("/teach: there is no answer that this would be a reaction to")
+        if place in self.learned:
+            raise ValueError(
+                f"/teach: your last message was learned from in update {self.learned[place]}"
+            )
+        followup = self.messages[place]["content"] if text is None else text
+        history, answer = self.messages[: place - 1], self.messages[place - 1]["content"]
+        with uninterrupted():
+            figures = self.learner.learn(history, self.answers[place - 1], followup)
+            update = self.learned[place] = self.learner.updates
+            _log(self.options.output, update, history, answer, followup)
+            self.say(
+                f"[update {update}: learned from {_short(followup)} as your reaction to {_short(answer)}; "
+                f"/undo takes it back. Loss {figures['loss']:.3f}, signal {figures['signal']:.3f} nats per "
+                "token]"
+            )
+
+    def undo(self) -> None:
+        left = self.learner.undo()
+        _forget(self.options.output, left)
+        self.learned = {place: update for place, update in self.learned.items() if update <= left}
+        self.say(f"[update {left + 1} is taken back]")
+
+    def save(self, folder: str) -> None:
+        try:
+            self.learner.trainer.save_model(folder)
+        except OSError as error:
+            raise ValueError(f"/save: {error}") from error
+        self.say(f"[saved in {folder}]")
+
+
+def _short(text: str, length: int = 40) -> str:
+    line = " ".join(text.split())
+    return repr(line if len(line) <= length else line[: length - 3] + "...")
 
 
 # One interaction a step, and no end to the steps: a teacher that cannot drift with the student, the wording
@@ -265,13 +385,6 @@ CHAT: dict[str, Any] = {
     "learning_rate": 1e-4,
     "sampling_temperature": 0.7,
 }
-
-
-def _read(question: str) -> str | None:
-    try:
-        return input(question).strip()
-    except EOFError:
-        return None
 
 
 def _log(folder: str, update: int, prompt: list[dict], completion: str, followup: str) -> None:

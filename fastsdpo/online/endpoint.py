@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from fastsdpo.data.interactions import is_blank
+
 logger = logging.getLogger("fastsdpo.online")
 
 
@@ -87,7 +89,7 @@ class ChatEndpoint:
         except Exception as error:  # whatever a server can send must not end the run
             self._failed(type(error).__name__, str(error))
             return None
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or is_blank(text):
             self._failed("EmptyReply", "the reply has no text")
             return None
         return text.strip()

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, Sampler
 
-from fastsdpo.data.interactions import parse_messages
+from fastsdpo.data.interactions import is_blank, parse_messages
 
 
 class PromptDataset(Dataset):
@@ -69,7 +69,7 @@ def _parse(prompt: Any, where: str) -> list[dict]:
         messages = parse_messages(prompt, "prompt")
     except (TypeError, ValueError) as error:
         raise type(error)(f"OnlineSDPOTrainer: {where}: {error}") from error
-    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+    if not messages or messages[-1]["role"] != "user" or is_blank(messages[-1]["content"]):
         raise ValueError(f"OnlineSDPOTrainer: {where} must end with a user's message of some text")
     return messages
 
@@ -79,7 +79,7 @@ def _read(path: Path) -> Iterator[Any]:
         raise FileNotFoundError(f"no such file: {path}")
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
+            if is_blank(line):
                 continue
             if path.suffix not in (".jsonl", ".json"):
                 yield line.strip()

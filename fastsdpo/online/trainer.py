@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastsdpo.data import Interaction, TokenizedInteraction
+from fastsdpo.data.interactions import is_blank
 from fastsdpo.online.config import OnlineSDPOConfig
 from fastsdpo.online.degeneration import CollapseDetector, degenerate
 from fastsdpo.online.prompts import PromptDataset, PromptSampler, collate_prompts
@@ -226,7 +227,7 @@ class OnlineSDPOTrainer(SDPOTrainer):
                 "step": self.state.global_step,
             }
             rows.append(row)
-            if not followup or not followup.strip():
+            if followup is None or is_blank(followup):
                 continue
             one = tokenize(Interaction(messages, "", followup, row["id"], row["conversation_id"]))
             found[micro].append(SampledInteraction(
@@ -314,7 +315,9 @@ class OnlineSDPOTrainer(SDPOTrainer):
         self._online.add("response_length", [len(sample.ids) for sample in samples])
         self._online.add("ended", [sample.ids[-1] in self.end_ids for sample in samples])
         self._online.add("degenerate", [degenerate(text) is not None for text in responses])
-        self._online.add("followups", [bool(text and text.strip()) for text in followups])
+        self._online.add(
+            "followups", [text is not None and not is_blank(text) for text in followups]
+        )
         if hasattr(self.user, "satisfied"):
             self._online.add("satisfaction", self.user.satisfied(prompts, responses))
         self.collapse.add(gather_object(responses) if self.args.world_size > 1 else responses)

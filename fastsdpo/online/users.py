@@ -9,12 +9,14 @@ A user is anything with ``feedback(prompts, responses) -> list[str]``. It may al
 
 from __future__ import annotations
 
-import sys
+import signal
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from fastsdpo.data.interactions import is_blank
 from fastsdpo.online.endpoint import ChatEndpoint
 from fastsdpo.online.rules import Rule, parse_rule
+from fastsdpo.online.terminal import interrupt, read_message
 
 Messages = list[dict]
 
@@ -93,7 +95,7 @@ class ConstantUser:
 
     def __init__(self, text: str | Sequence[str]):
         self.texts = [text] if isinstance(text, str) else list(text)
-        if not self.texts or not all(isinstance(t, str) and t.strip() for t in self.texts):
+        if not self.texts or not all(isinstance(t, str) and not is_blank(t) for t in self.texts):
             raise ValueError(f"ConstantUser: text must not be blank, got {text!r}")
 
     def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
@@ -196,7 +198,7 @@ class EndpointUser:
     """
 
     def __init__(self, endpoint: ChatEndpoint | LocalChat, persona: str):
-        if not persona.strip():
+        if is_blank(persona):
             raise ValueError("EndpointUser: persona must not be blank")
         self.endpoint, self.persona = endpoint, persona
 
@@ -218,18 +220,45 @@ class LanguageModelUser(EndpointUser):
 
 
 class TerminalUser:
-    """A person at the terminal: sees each answer and types what comes next; an empty line skips."""
+    """A person at the terminal: sees each answer and types what comes next; an empty line skips.
+
+    Ctrl-C at a question, or the end of the input, asks nothing more and interrupts the process as Ctrl-C
+    does elsewhere: in `fastsdpo online` training stops after this step, with a checkpoint.
+
+    Args:
+        stream_in, stream_out: where follow-ups are read, one a line, and questions written; None: the
+            terminal, where a paste of several lines is one follow-up.
+    """
 
     def __init__(self, stream_in: Any = None, stream_out: Any = None):
-        self.stream_in = sys.stdin if stream_in is None else stream_in
-        self.stream_out = sys.stdout if stream_out is None else stream_out
+        self.stream_in, self.stream_out = stream_in, stream_out
+        self.stopped = False
 
     def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
         followups = []
         for prompt, response in zip(prompts, responses):
-            print(
-                f"\nuser       {prompt[-1]['content']}\nassistant  {response}", file=self.stream_out
-            )
-            print("follow-up (empty: none) > ", end="", file=self.stream_out, flush=True)
-            followups.append(self.stream_in.readline().strip())
+            text = "" if self.stopped else self._ask(prompt[-1]["content"], response)
+            if text is None:
+                self.stopped = True
+                signal.raise_signal(signal.SIGINT)
+            followups.append("" if text is None or is_blank(text) else text.strip())
         return followups
+
+    def _ask(self, message: str, response: str) -> str | None:
+        """What the person says next; None for Ctrl-C and the end of the input."""
+        question = f"\nuser       {message}\nassistant  {response}\nfollow-up (empty: none) > "
+        seen, _, question = question.rpartition("\n")
+        print(seen, file=self.stream_out)
+        if self.stream_out is not None:
+            print(question, end="", file=self.stream_out, flush=True)
+            question = ""
+        try:
+            # The trainer's own handler would wait for the end of the step, and so for the answers to it.
+            with interrupt(signal.default_int_handler):
+                if self.stream_in is None:
+                    return read_message(question)
+                print(question, end="", flush=True)
+                return self.stream_in.readline() or None
+        except KeyboardInterrupt:
+            print(file=self.stream_out)
+            return None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fastsdpo.data import HindsightTemplate, Interaction, InteractionTokenizer, TokenizedInteraction
+from fastsdpo.data.interactions import is_blank
 from fastsdpo.ops.linear import linear_token_logps
 from fastsdpo.signal.tokens import TokenGroup, group_tokens
 
@@ -263,6 +264,7 @@ def choose_unrelated(
 
     for other in interactions:
         different = conversation(other) != conversation(interaction)
-        if different and other.followup.strip() not in ("", interaction.followup.strip()):
+        same = other.followup.strip() == interaction.followup.strip()
+        if different and not same and not is_blank(other.followup):
             return other.followup
     return default

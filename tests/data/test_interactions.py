@@ -12,7 +12,7 @@ from fastsdpo.data import (
     extract_interactions,
 )
 from fastsdpo.data.filters import PRESETS
-from fastsdpo.data.interactions import message_text, parse_messages
+from fastsdpo.data.interactions import is_blank, message_text, parse_messages
 
 
 def messages(*turns):
@@ -102,6 +102,27 @@ class TestExtract:
         interactions = extract_interactions(turns)
         assert [i.followup for i in interactions] == left
         assert interactions[-1].prompt[empty]["content"] == " \n"
+
+    @pytest.mark.parametrize("role", [2, 3, 4])  # what is answered, the answer, the follow-up
+    @pytest.mark.parametrize(
+        "unseen", ["\u200b", "\ufeff", "\u2060\u200d", "\u200e \u200f", " \u200b\n", "\xad\u3164\0"]
+    )
+    def test_what_nobody_sees_is_empty(self, unseen, role):
+        turns = [dict(message) for message in FIVE]
+        turns[role]["content"] = unseen
+        assert is_blank(unseen)
+        expected = [dict(message) for message in FIVE]
+        expected[role]["content"] = " "
+        found, wanted = extract_interactions(turns), extract_interactions(expected)
+        assert [i.followup for i in found] == [i.followup for i in wanted]
+
+    @pytest.mark.parametrize(
+        "text", ["\u200fشكرا \u200b جزيلا", "\u200b.", "❤\ufe0f", "\u0600", "👍"]
+    )
+    def test_what_is_seen_is_kept_as_it_is(self, text):
+        assert not is_blank(text)
+        turns = [*FIVE[:2], {"role": "user", "content": text}]
+        assert [i.followup for i in extract_interactions(turns)] == [text]
 
     def test_input_is_not_changed_or_shared(self):
         turns = [dict(message) for message in FIVE]
@@ -237,6 +258,8 @@ class TestTemplates:
             HindsightTemplate.parse("v1")
         with pytest.raises(ValueError, match="followup must be text that is not blank"):
             HindsightTemplate("{o}").render(" \n")
+        with pytest.raises(ValueError, match="followup must be text that is not blank"):
+            HindsightTemplate("{o}").render("\u200b")
         with pytest.raises(ValueError, match="prompt must end with a user's message"):
             HindsightTemplate("{o}").apply(self.prompt[:2], "o")
 

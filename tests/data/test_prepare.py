@@ -52,6 +52,16 @@ def files(folder):
 
 
 class TestOutput:
+    def test_a_followup_that_nobody_sees_is_none(self, tmp_path, capsys):
+        said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        records = [
+            {"messages": [*said, {"role": "user", "content": text}]}
+            for text in ("\u200b", "Thanks")
+        ]
+        source = write_source(tmp_path / "s.jsonl", records=records)
+        assert main([str(source), "-o", str(tmp_path / "out.jsonl"), "--preset", "none"]) == 0
+        assert [r["user_response"]["content"] for r in rows(tmp_path / "out.jsonl")] == ["Thanks"]
+
     def test_rows_load_back(self, source, tmp_path):
         report = prepare.prepare([source], tmp_path / "out.jsonl")
         written = rows(tmp_path / "out.jsonl")

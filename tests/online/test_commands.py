@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -112,6 +118,35 @@ def test_prompts_are_looked_for_before_a_model(option, prompts, saved, tmp_path,
     assert capsys.readouterr().err == "fastsdpo online: no such file: nosuch.txt\n"
 
 
+def test_a_person_at_the_terminal(prompts, saved, tmp_path, monkeypatch, capsys):
+    talk(monkeypatch, ["w5", "", "\u200b", "w6 w7"])
+    assert online(prompts, saved, tmp_path / "run", "--terminal", "--max-steps", "1") == 0
+    assert followups(tmp_path / "run") == ["w5", "", "", "w6 w7"]
+    assert capsys.readouterr().out.count("assistant  ") == 4
+
+
+@pytest.mark.parametrize("key", ["Ctrl-C", "Ctrl-D"])
+def test_a_person_stops_at_the_question(key, prompts, saved, tmp_path, monkeypatch, capsys):
+    def read(question=""):
+        if len(asked) == 2:
+            if key == "Ctrl-D":
+                raise EOFError
+            signal.raise_signal(signal.SIGINT)
+        asked.append(question)
+        return "w5"
+
+    asked = []
+    monkeypatch.setattr("builtins.input", read)
+    output = tmp_path / "run"
+    assert online(prompts, saved, output, "--terminal", "--set", "save_strategy=no") == 130
+    assert asked == ["follow-up (empty: none) > "] * 2  # neither for the rest of the step nor later
+    assert (
+        "stopped at step 1 of 2; the same command with --resume goes on" in capsys.readouterr().out
+    )
+    assert followups(output) == ["w5", "w5", "", ""]
+    assert (output / "checkpoint-1").is_dir()
+
+
 def test_the_rules_are_listed(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["online", "--list-rules"])
@@ -139,26 +174,36 @@ def chat(saved, output, *more):
                  "--max-new-tokens", "6", "--learning-rate", "1e-2", *more])  # fmt: skip
 
 
+def rows_of(output):
+    file = output / "interactions.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def followups(output):
+    return [row["user_response"]["content"] for row in rows_of(output)]
+
+
+def checkpoints(output):
+    return sorted(path.name for path in output.glob("checkpoint-*"))
+
+
 @pytest.mark.parametrize("lora", ["0", "4"])
 def test_chat_learns_saves_and_undoes(lora, saved, tmp_path, monkeypatch, capsys):
     if lora != "0":
         pytest.importorskip("peft")
     output = tmp_path / "chat"
-    talk(monkeypatch, ["w1 w2", "w3 w4", "w5", "/undo", "/learn off", "w6", f"/save {tmp_path}/now",
-                       "/new", "w7", "/nonsense", "/quit"])  # fmt: skip
+    talk(monkeypatch, ["w1 w2", "/teach w3 w4", "/teach w5", "/undo", "w6", f"/save {tmp_path}/now",
+                       "/new", "w7", "/help", "/quit"])  # fmt: skip
     assert chat(saved, output, "--lora", lora) == 0
     said = capsys.readouterr()
     assert said.out.count("model > ") == 5
-    assert "[update 2: loss" in said.err
+    assert "[losses are computed by the " in said.err
+    assert "[update 1: learned from 'w3 w4' as your reaction to '" in said.err
     assert "[update 2 is taken back]" in said.err
-    assert "/learn off|on" in said.err
-    assert sorted(path.name for path in output.glob("checkpoint-*")) == [
-        "checkpoint-0",
-        "checkpoint-1",
-    ]
-    rows = [json.loads(line) for line in (output / "interactions.jsonl").read_text().splitlines()]
-    assert [row["user_response"]["content"] for row in rows] == ["w3 w4"]
-    assert rows[0]["prompt"] == [{"role": "user", "content": "w1 w2"}]
+    assert "/teach TEXT " in said.err
+    assert checkpoints(output) == ["checkpoint-0", "checkpoint-1"]
+    assert followups(output) == ["w3 w4"]
+    assert rows_of(output)[0]["prompt"] == [{"role": "user", "content": "w1 w2"}]
 
     talk(monkeypatch, ["/undo", "/undo"])  # goes on in the same folder, and back to the start
     assert chat(saved, output, "--lora", lora) == 0
@@ -166,6 +211,128 @@ def test_chat_learns_saves_and_undoes(lora, saved, tmp_path, monkeypatch, capsys
     assert "goes on after update 1" in said
     assert "there is no update to take back" in said
     assert (output / "interactions.jsonl").read_text() == ""
+
+
+def test_chat_learns_from_nothing_unless_told(saved, tmp_path, monkeypatch, capsys):
+    """A next question, thanks, mistyped commands, a text that nobody can see."""
+    output = tmp_path / "chat"
+    talk(monkeypatch, ["/teach", "/teach w1", "w1 w2", "w3", "\u200b", " \ufeff", "/teach \u2060", "/Undo",
+                       "/teech w4", "/learn", "/learn on", "/save", "/undo now", " /w5",
+                       "/exit"])  # fmt: skip
+    assert chat(saved, output, "--lora", "0") == 0
+    said = capsys.readouterr()
+    assert said.out.count("model > ") == 3  # w1 w2, w3 and /w5
+    assert "update" not in said.err
+    for text in ("/Undo", "/teech w4", "/learn", "/learn on", "/save", "/undo now"):
+        assert f"[there is no command '{text}' (/help lists them), and nothing was sent" in said.err
+    assert said.err.count("/teach: there is no answer that this would be a reaction to") == 2
+    assert "/teach: nobody can see anything in that text" in said.err
+    assert checkpoints(output) == ["checkpoint-0"]
+    assert rows_of(output) == []
+
+
+def test_chat_learns_from_the_message_before(saved, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "chat"
+    talk(
+        monkeypatch, ["w1 w2", "w3", "/teach", "/teach", "/undo", "/teach", "w4", "/new", "/teach"]
+    )
+    assert chat(saved, output, "--lora", "0", "--system", "w9") == 0
+    said = capsys.readouterr()
+    assert said.out.count("model > ") == 3
+    assert "your last message was learned from in update 1" in said.err
+    assert "there is no answer that this would be a reaction to" in said.err
+    (row,) = rows_of(output)
+    assert [message["content"] for message in row["prompt"]] == ["w9", "w1 w2"]
+    assert row["user_response"]["content"] == "w3"
+    assert said.out.startswith(f"model > {row['completion']['content']}\n")
+
+
+def test_chat_learns_from_every_message_on_request(saved, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "chat"
+    talk(
+        monkeypatch,
+        ["w1", "w2", "\u200b", "/learn told", "w3", "/learn always", "w4", "/new", "w5"],
+    )
+    assert chat(saved, output, "--lora", "0", "--learn", "always") == 0
+    assert followups(output) == ["w2", "w4"]
+    assert capsys.readouterr().out.count("model > ") == 5
+
+
+def test_ctrl_c_cancels_an_answer_and_no_update(saved, tmp_path, monkeypatch, capsys):
+    """In an answer, and in an update: that is then whole, and its message is not answered."""
+    from fastsdpo.online import chat as module
+
+    calls = []
+    generate, run_pass = module.generate, module.SDPOTrainer.run_pass
+
+    def answer(*arguments, **options):
+        calls.append("answer")
+        if calls.count("answer") == 2:
+            signal.raise_signal(signal.SIGINT)
+        return generate(*arguments, **options)
+
+    def update(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return run_pass(*arguments)
+
+    monkeypatch.setattr(module, "generate", answer)
+    monkeypatch.setattr(module.SDPOTrainer, "run_pass", update)
+    output = tmp_path / "chat"
+    talk(monkeypatch, ["w1", "w2", "/teach w3", "/teach w4", "w5"])
+    assert chat(saved, output, "--lora", "0") == 0
+    said = capsys.readouterr()
+    assert said.out.count("model > ") == 2  # w1 and w5
+    assert said.err.count("[cancelled; your message is left out of the conversation]") == 3
+    assert "without a checkpoint" not in said.err
+    assert checkpoints(output) == ["checkpoint-0", "checkpoint-1", "checkpoint-2"]
+    assert [len(row["prompt"]) for row in rows_of(output)] == [1, 1]  # w2 is in no history
+
+    def stop(question=""):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", stop)
+    assert chat(saved, output, "--lora", "0") == 130
+    assert f"[stopped; 2 updates are saved in {output}]" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_a_paste_is_one_message(saved, tmp_path):
+    """On a real terminal: marked by the terminal as a paste, or only as fast as one."""
+    output = tmp_path / "chat"
+    command = [sys.executable, "-m", "fastsdpo", "chat", "--model", saved, "-o", str(output), "--cpu",
+               "--lora", "0", "--template", TEMPLATE, "--max-new-tokens", "6",
+               "--learn", "always"]  # fmt: skip
+    master, slave = os.openpty()
+    environment = {**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
+    )
+    os.close(slave)
+    seen = ""
+
+    def type_and_wait(keys, *texts):
+        nonlocal seen
+        os.write(master, keys)
+        for text in texts:
+            until = time.monotonic() + 120
+            while text not in seen:
+                assert select.select([master], [], [], max(0, until - time.monotonic()))[0], seen
+                seen += os.read(master, 4096).decode(errors="replace")
+            seen = seen.partition(text)[2]
+
+    try:
+        type_and_wait(b"", "you > ")
+        type_and_wait(b"w1\r", "model > ", "you > ")
+        type_and_wait(b"\x1b[200~w2 w3\nw4\n/undo\x1b[201~\r", "model > ", "you > ")
+        type_and_wait(b"w5\nw6\nw7\n", "model > ", "you > ")
+        type_and_wait(b"w8\nw9", "w9")  # the last line waits for Enter
+        type_and_wait(b"\r", "model > ", "you > ")
+        os.write(master, b"\x04")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        os.close(master)
+    assert followups(output) == ["w2 w3\nw4\n/undo", "w5\nw6\nw7", "w8\nw9"]
 
 
 def learner(lab, folder, **changes):
