@@ -411,7 +411,7 @@ def train(options: argparse.Namespace) -> int:
             print(text, flush=True)
 
     check_data(options.data, held_out(options))
-    say(describe_backend(config.device.type, options.dtype))
+    say(describe_backend(config.device.type, config.dtype))
     model, tokenizer, adapter = load(options, config)
     stop = StopOnSignal()
     trainer = SDPOTrainer(

@@ -210,7 +210,7 @@ def online(options: argparse.Namespace) -> int:
         if show:
             print(text, flush=True)
 
-    say(describe_backend(config.device.type, options.dtype))
+    say(describe_backend(config.device.type, config.dtype))
     model, tokenizer, adapter = load(options, config)
     stop = StopOnSignal()
     trainer = OnlineSDPOTrainer(
