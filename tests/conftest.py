@@ -33,3 +33,25 @@ def _deterministic():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """make(chat_template, special=[...], ordinary=[...], **names): one token per byte."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+
+    def make(chat_template, special=(), ordinary=(), **names):
+        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        backend = tokenizers.Tokenizer(
+            tokenizers.models.BPE({token: id for id, token in enumerate(alphabet)}, [])
+        )
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        backend.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in special])
+        backend.add_tokens([tokenizers.AddedToken(t, special=False) for t in ordinary])
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=backend, chat_template=chat_template, **names
+        )
+
+    return make

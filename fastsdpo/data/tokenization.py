@@ -6,26 +6,33 @@ The ids of ordinary text are those of the code published with https://arxiv.org/
     teacher_prompt_ids = tokenize(chat_template(x with o, add_generation_prompt))
     completion_ids     = tokenize(y.rstrip()) + [end of turn]
 
-where tokenize adds no special tokens (the template writes them), with three differences, each of
-which has a switch back:
+where tokenize adds no special tokens (the template writes them), with these differences:
 
 - Text cannot smuggle in control tokens. Where a message contains the spelling of one (a user pastes
-  ``<|im_end|>``), that text is encoded as text. (`allow_special_tokens`)
+  ``<|im_end|>``), that text is encoded as text. (`allow_special_tokens=True` lets it.)
 - A limit on the prompt cuts the history that student and teacher share in the same place on both
   sides, in whole messages where it can, and never the hindsight text, the template's frame or the
-  generation prompt. (`truncation`)
+  generation prompt. (`truncation="independent-left"`: each prompt by itself.)
 - The answer ends with the token that ends the model's turns in its chat template, which for some
-  models is not their ``eos_token``. (`end_of_turn`)
+  models is not their ``eos_token``. (`end_of_turn="eos"`: with that.)
+- Prompt and answer together are the ids of the conversation as the chat template renders it when the
+  answer is there. What it writes between generation prompt and answer (a channel, an empty think block)
+  belongs to the prompt; white space that it drops is dropped (not with `end_of_turn="eos"`); a space
+  that the tokenizer would put before the answer is not. Both renderings are compared when the tokenizer
+  is made, and a template for which this cannot be had is refused. An answer that the model itself wrote
+  is taken as it was, after the generation prompt alone.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
+from fastsdpo.data.chat_template import ANSWER, REASONING_TAGS, ChatTemplate, Opening, Q, shared
 from fastsdpo.data.interactions import Interaction
 from fastsdpo.data.templates import HindsightTemplate
 
@@ -37,9 +44,9 @@ class TokenizedInteraction:
     """Token ids: student = prompt + completion, teacher = teacher_prompt + completion.
 
     Attributes:
-        prompt_ids: x as the chat template renders it, up to and with the generation prompt.
+        prompt_ids: x as the chat template renders it, up to where the answer begins.
         teacher_prompt_ids: the same with the follow-up in the last user message.
-        completion_ids: y and, unless y was cut, the end-of-turn token.
+        completion_ids: y and, unless y was cut, what ends the turn.
         id, conversation_id: the interaction's.
         neutral_prompt_ids: as teacher_prompt_ids, with the tokenizer's neutral follow-up; None: it
             has none.
@@ -74,15 +81,19 @@ class InteractionTokenizer:
             ``"independent-left"`` is the paper's: the last `max_prompt_length` tokens of each
             prompt, cut apart from each other.
         end_of_turn: ``"template"``: the token that follows an answer in the chat template, or
-            ``eos_token`` where no token does. ``"eos"``: ``eos_token`` (the paper's). Else a token.
+            ``eos_token`` where no token does; where nothing follows the last answer, the token
+            that follows an earlier one. ``"eos"``: ``eos_token`` (the paper's). Else a token.
         chat_template_kwargs: for the chat template. ``enable_thinking=False`` is passed where the
             template knows the word, unless given here.
+        chat_template_date: the date and time, in ISO form, that a chat template with a clock reads.
+            None: now, and the same for all interactions.
         allow_special_tokens: let the spelling of a control token in a message be that token.
         neutral_followup: a follow-up that says nothing, with which the teacher's prompt is made once
             more.
 
     Raises:
-        ValueError: no chat template, no end-of-turn token, an unknown option or limit below 1.
+        ValueError: no chat template, or one whose finished turns cannot be compared with its prompts
+            (see `ChatTemplate`); no end-of-turn token, an unknown option or limit below 1.
     """
 
     def __init__(
@@ -96,6 +107,7 @@ class InteractionTokenizer:
         truncation: Literal["shared", "independent-left"] = "shared",
         end_of_turn: str = "template",
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_date: str | None = None,
         allow_special_tokens: bool = False,
         neutral_followup: str | None = None,
     ):
@@ -126,23 +138,77 @@ class InteractionTokenizer:
         self.truncation = truncation
         self.allow_special_tokens = allow_special_tokens
         self.neutral_followup = neutral_followup
-        self._template_kwargs = dict(chat_template_kwargs or {})
-        if "enable_thinking" in str(chat_template):
-            self._template_kwargs.setdefault("enable_thinking", False)
+        date = None
+        if chat_template_date is not None:
+            try:
+                date = datetime.fromisoformat(chat_template_date)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    "tokenize_interaction: chat_template_date must be a date like 2026-01-31, "
+                    f"got {chat_template_date!r}"
+                ) from None
+        self.chat = ChatTemplate(tokenizer, chat_template_kwargs, date)
+        self._as_rendered = end_of_turn != "eos"
         self._ahead: dict[str, list[int]] = {}
         self._find_control_tokens(end_of_turn)
+        self._align()
 
-    def __call__(self, interaction: Interaction) -> TokenizedInteraction:
+    def __call__(
+        self, interaction: Interaction, completion_ids: Sequence[int] | None = None
+    ) -> TokenizedInteraction:
         """Tokenizes one interaction.
+
+        Args:
+            completion_ids: of an answer that the model wrote after `generation_prompt`; it is taken as
+                it is, in the place of the interaction's text.
 
         Raises:
             ValueError: the chat template refuses the messages, the follow-up is blank, or not even
                 the end of the last message fits; the text names the interaction.
         """
-        (result,) = self.stream([interaction])
+        (result,) = self._run([interaction], completion_ids)
         if isinstance(result, ValueError):
             raise result
         return result
+
+    def generation_prompt(self, messages: list[dict]) -> list[int]:
+        """The ids after which the model is to answer the messages, the last of them a user's.
+
+        Raises:
+            ValueError: as for an interaction.
+        """
+        return self(Interaction(messages, "", "-"), ()).prompt_ids
+
+    def end_ids(self, model: Any) -> list[int]:
+        """What ends an answer that a model writes: the token with which the chat template ends turns,
+        ``eos_token``, and all that the model's own generation config names.
+        """
+        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        own = own if isinstance(own, (list, tuple)) else [own]
+        ids = [self.end_of_turn_id, getattr(self.tokenizer, "eos_token_id", None), *own]
+        return list(dict.fromkeys(token for token in ids if token is not None))
+
+    def said(self, completion_ids: Sequence[int]) -> str:
+        """What an answer of the model says to the reader.
+
+        Without control tokens, and without private reasoning: think blocks, and channels other than
+        the one in which the chat template writes finished answers. Empty where the answer was cut
+        before it came to that.
+        """
+        ids = list(completion_ids)
+        channel = self._channel
+        if channel:
+            starts = [i for i, token in enumerate(ids) if token == channel[0]]
+            found = [i for i in starts if ids[i : i + len(channel)] == channel]
+            if found:
+                ids = ids[found[-1] + len(channel) :]
+                ends = [i for i, token in enumerate(ids) if token in self._control_ids]
+                ids = ids[: ends[0]] if ends else ids
+            elif starts:
+                return ""
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        ids = [token for token in ids if token not in self._control_ids and token != unknown]
+        return self.chat.said(self.tokenizer.decode(ids))
 
     def stream(
         self, interactions: Iterable[Interaction]
@@ -154,54 +220,71 @@ class InteractionTokenizer:
         """
         interactions = iter(interactions)
         while batch := list(itertools.islice(interactions, BATCH)):
-            steps = [self._steps(interaction) for interaction in batch]
-            results: dict[int, TokenizedInteraction | ValueError] = {}
-            while len(results) < len(batch):
-                texts: list[str] = []
-                for index, interaction in enumerate(batch):
-                    if index in results:
-                        continue
-                    try:
-                        texts += next(steps[index])
-                    except StopIteration as end:
-                        results[index] = end.value
-                    except (TypeError, ValueError) as error:
-                        name = "" if interaction.id is None else f"interaction {interaction.id!r}: "
-                        failure = ValueError(f"tokenize_interaction: {name}{error}")
-                        failure.__cause__ = error
-                        results[index] = failure
-                if len(batch) > 1:
-                    self._encode_ahead(texts)
-            self._ahead = {}
-            yield from (results[index] for index in range(len(batch)))
+            yield from self._run(batch)
 
-    def _steps(self, interaction: Interaction) -> Generator[list[str], None, TokenizedInteraction]:
+    def _run(
+        self, batch: list[Interaction], completion_ids: Sequence[int] | None = None
+    ) -> list[TokenizedInteraction | ValueError]:
+        steps = [self._steps(interaction, completion_ids) for interaction in batch]
+        results: dict[int, TokenizedInteraction | ValueError] = {}
+        while len(results) < len(batch):
+            texts: list[str] = []
+            for index, interaction in enumerate(batch):
+                if index in results:
+                    continue
+                try:
+                    texts += next(steps[index])
+                except StopIteration as end:
+                    results[index] = end.value
+                except (TypeError, ValueError) as error:
+                    name = "" if interaction.id is None else f"interaction {interaction.id!r}: "
+                    failure = ValueError(f"tokenize_interaction: {name}{error}")
+                    failure.__cause__ = error
+                    results[index] = failure
+            if len(batch) > 1:
+                self._encode_ahead(texts)
+        self._ahead = {}
+        return [results[index] for index in range(len(batch))]
+
+    def _steps(
+        self, interaction: Interaction, given: Sequence[int] | None
+    ) -> Generator[list[str], None, TokenizedInteraction]:
         """Tokenizes one interaction, in steps; yields the texts that the next step will encode."""
-        shared = self.truncation == "shared"
-        prompt, completion = interaction.prompt, interaction.completion.rstrip()
-        rendered = self._render(prompt)
+        whole_messages = self.truncation == "shared"
+        prompt, opening, completion = interaction.prompt, self.chat.generation, ""
+        if given is None:
+            opening, completion = self.chat.finish(
+                prompt, interaction.completion.rstrip(), trim=self._as_rendered
+            )
+        rendered = self._render(prompt, opening)
         first = interaction.followup.strip()[: self.max_followup_length]  # of which `_cut` starts
-        yield [rendered, completion, first] if shared else [rendered, completion]
+        answer = self._answer_anchor + completion
+        yield [rendered, answer, first] if whole_messages else [rendered, answer]
 
-        if shared:
-            prompt, prompt_ids = self._fit(prompt, rendered)
+        if whole_messages:
+            prompt, prompt_ids = self._fit(prompt, rendered, opening)
         else:
-            prompt_ids = self._cut_left(self._encode_prompt(prompt, rendered))
-        completion_ids = self._encode_text(completion) + [self.end_of_turn_id]
+            prompt_ids = self._cut_left(self._encode_prompt(prompt, opening, rendered))
+        if given is None:
+            completion_ids = self._encode_answer(completion)[: self.max_completion_length]
+        else:
+            completion_ids = list(given)
         followups = [interaction.followup]
         if self.neutral_followup is not None:
             followups.append(self.neutral_followup)
         prompts = [self._teacher_prompt(prompt, followup) for followup in followups]
-        texts = [self._render(messages) for messages in prompts]
+        texts = [self._render(messages, opening) for messages in prompts]
         yield texts
 
-        teachers = [self._encode_prompt(*pair) for pair in zip(prompts, texts, strict=True)]
-        if not shared:
+        teachers = [
+            self._encode_prompt(messages, opening, text) for messages, text in zip(prompts, texts)
+        ]
+        if not whole_messages:
             teachers = [self._cut_left(ids) for ids in teachers]
         return TokenizedInteraction(
             prompt_ids=prompt_ids,
             teacher_prompt_ids=teachers[0],
-            completion_ids=completion_ids[: self.max_completion_length],
+            completion_ids=completion_ids,
             id=interaction.id,
             conversation_id=interaction.conversation_id,
             neutral_prompt_ids=teachers[1] if len(teachers) > 1 else None,
@@ -219,10 +302,12 @@ class InteractionTokenizer:
             )
         return self.template.apply(prompt, followup)
 
-    def _fit(self, prompt: list[dict], rendered: str) -> tuple[list[dict], list[int]]:
+    def _fit(
+        self, prompt: list[dict], rendered: str, opening: Opening
+    ) -> tuple[list[dict], list[int]]:
         """(messages, ids): as much of the end of the prompt as the limit holds."""
         limit = self.max_prompt_length
-        ids = self._encode_prompt(prompt, rendered)
+        ids = self._encode_prompt(prompt, opening, rendered)
         if limit is None or len(ids) <= limit:
             return prompt, ids
         system = [message for message in prompt[:1] if message["role"] == "system"]
@@ -231,12 +316,12 @@ class InteractionTokenizer:
         low, high = 0, len(starts) - 1
         while low < high:
             middle = (low + high) // 2
-            if len(self._encode_prompt(system + prompt[starts[middle] :])) <= limit:
+            if len(self._encode_prompt(system + prompt[starts[middle] :], opening)) <= limit:
                 high = middle
             else:
                 low = middle + 1
         kept = system + prompt[starts[low] :]
-        ids = self._encode_prompt(kept)
+        ids = self._encode_prompt(kept, opening)
         if len(ids) <= limit:
             return kept, ids
         if system and len(self._encode_text(system[0]["content"])) > limit // 2:
@@ -244,7 +329,7 @@ class InteractionTokenizer:
         last = prompt[-1]
 
         def encode(text: str) -> list[int]:
-            return self._encode_prompt([*system, {**last, "content": text}])
+            return self._encode_prompt([*system, {**last, "content": text}], opening)
 
         content = self._cut(last["content"], encode, limit, keep="end")
         if not content:
@@ -294,25 +379,14 @@ class InteractionTokenizer:
 
     # Rendering and encoding
 
-    def _render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self._template_kwargs,
-            )
-        except Exception as error:  # templates raise what they like, jinja2's errors among them
-            roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(
-                f"the chat template fails on the roles {roles}: {type(error).__name__}: {error}"
-            ) from error
+    def _render(self, messages: list[dict], opening: Opening) -> str:
+        return opening(self.chat.render(messages))
 
     def _find_control_tokens(self, end_of_turn: str) -> None:
-        """Finds the end-of-turn token, and the tokens that must not enter from text.
+        """Finds the tokens that end a turn, and those that must not enter from text.
 
         Control tokens are the tokenizer's special tokens and every added token with which the chat
-        template frames messages. Other added tokens (runs of spaces, ``<think>``) are text that
+        template frames messages. Other added tokens (white space, the tags of reasoning) are text that
         happens to have an id of its own, as in the published code.
         """
         tokenizer = self.tokenizer
@@ -322,33 +396,36 @@ class InteractionTokenizer:
         }
         special = {text for text, token in added.items() if getattr(token, "special", True)}
         special.update(str(text) for text in tokenizer.all_special_tokens)
-        every = _alternatives(special | added.keys())
+        special -= REASONING_TAGS
+        text = {token for token in added if token.isspace()} | REASONING_TAGS
+        every = _alternatives(special | (added.keys() - text))
 
-        question = {"role": "user", "content": "sdpoquestion"}
-        answer = {"role": "assistant", "content": "sdpoanswer"}
+        ends = [end_of_turn]
+        self._end_space = ""
         if end_of_turn == "template":
-            rendered = self._render([question, answer], add_generation_prompt=False)
-            after = rendered.rpartition(answer["content"])[2].lstrip()
-            match = every.match(after)
-            end_of_turn = match.group() if match else "eos"
-        if end_of_turn == "eos":
-            end_of_turn = tokenizer.eos_token
-            if end_of_turn is None:
+            self._end_space, ends = self._find_end(every)
+        if not ends or end_of_turn == "eos":
+            if tokenizer.eos_token is None:
                 raise ValueError(
                     "tokenize_interaction: tokenizer must have an eos_token, since its chat "
                     "template ends answers with no token; or pass end_of_turn='<token>'"
                 )
-        token_id = tokenizer.convert_tokens_to_ids(end_of_turn)
-        if token_id is None or token_id == getattr(tokenizer, "unk_token_id", None):
-            raise ValueError(
-                f"tokenize_interaction: end_of_turn must be one token of the tokenizer, got "
-                f"{end_of_turn!r}"
-            )
-        self.end_of_turn: str = end_of_turn
-        self.end_of_turn_id: int = token_id
+            ends = [tokenizer.eos_token]
+        self._end_ids: list[int] = []
+        for end in ends:
+            token_id = tokenizer.convert_tokens_to_ids(end)
+            if token_id is None or token_id == getattr(tokenizer, "unk_token_id", None):
+                raise ValueError(
+                    f"tokenize_interaction: end_of_turn must be one token of the tokenizer, got "
+                    f"{end!r}"
+                )
+            self._end_ids.append(token_id)
+        self.end_of_turn: str = ends[-1]
+        self.end_of_turn_id: int = self._end_ids[-1]
+        self._ending: str = self._end_space + "".join(ends)
 
-        frame = self._render([question, answer, question], add_generation_prompt=False)
-        control = special | set(every.findall(frame)) | {end_of_turn}
+        frames = [match for frame in self.chat.frames for match in every.findall(frame)]
+        control = special | set(frames) | set(ends)
         self._control = _alternatives(control)
         # Text without a token of its own becomes <unk>: that id alone shows no control token.
         control_ids = {tokenizer.convert_tokens_to_ids(text) for text in control}
@@ -356,6 +433,66 @@ class InteractionTokenizer:
         # A token that takes the white space next to it; encoding around it has to do so too.
         self._strips_left = {t for t in control if getattr(added.get(t), "lstrip", False)}
         self._strips_right = {t for t in control if getattr(added.get(t), "rstrip", False)}
+
+    def _find_end(self, every: re.Pattern) -> tuple[str, list[str]]:
+        """``(white space, tokens)`` that end the model's turns in the chat template.
+
+        They are what follows an answer both in the last turn and in an earlier one. Where these have
+        nothing in common, they are the last turn's; and where that has none (the model then writes
+        the token that begins the next turn), the earlier one's.
+        """
+
+        def run(text: str) -> tuple[str, list[str]]:
+            rest = text.lstrip()
+            space, found = text[: len(text) - len(rest)], []
+            while match := every.match(rest):
+                found.append(match.group())
+                rest = rest[match.end() :]
+            return space, found
+
+        (space, last), (space_before, earlier) = run(self.chat.tail), run(self.chat.tail_before)
+        if both := last[: shared(last, earlier)]:
+            return (space if space == space_before else ""), both
+        return (space, last[:1]) if last else (space_before if earlier else "", earlier[:1])
+
+    def _align(self) -> None:
+        """Compares the ids of the pieces with those of a whole turn, and finds how to get them.
+
+        Some tokenizers put a space (``▁``) before any text. What stands inside a rendered conversation
+        must not get one, so it is encoded behind an anchor, whose ids are then taken away.
+        """
+        control, newline = self.end_of_turn, "\n"
+        apart = self._encode(ANSWER)
+        behind_control, behind_text = self._encode(control + ANSWER), self._encode(newline + ANSWER)
+        self._anchor_ids = self._encode(newline)
+        self._text_anchor = "" if behind_text == self._anchor_ids + apart else newline
+        self._control_anchor = "" if behind_control == self._encode(control) + apart else newline
+
+        chat, prompt = self.chat, self.chat.frames[0]
+        turn = chat.answer(prompt) + ANSWER
+        written = turn + (self._ending if chat.finished.startswith(turn + self._ending) else "")
+        whole = self._encode(written)
+        while True:
+            opening = chat.answer(prompt)
+            ends = [m.end() for m in self._control.finditer(opening)]
+            after_control = bool(ends) and ends[-1] == len(opening)
+            self._answer_anchor = self._control_anchor if after_control else self._text_anchor
+            pieces = self._encode(opening) + self._encode_answer(chat.finish([Q], ANSWER)[1])
+            left = pieces[len(whole) :]  # what ends the turn, where the template does not write it
+            if pieces[: len(whole)] == whole and left in ([], self._end_ids):
+                break
+            if not chat.move_space():
+                tokens = getattr(self.tokenizer, "convert_ids_to_tokens", list)
+                raise ValueError(
+                    f"tokenize_interaction: the tokenizer of {chat.name} must encode a prompt and an "
+                    f"answer to the same tokens as the whole turn {written[-120:]!r}, got "
+                    f"{tokens(pieces[-12:])} for {tokens(whole[-12:])}; set tokenizer.chat_template to "
+                    "one that puts a token of its own before answers"
+                )
+        # The markup between generation prompt and answer, where it is more than reasoning left out.
+        between = chat.answer.add if chat.generation == Opening() else ""
+        found = self._control.search(between)
+        self._channel = self._encode(between[found.start() :].rstrip()) if found else []
 
     def _encode(self, text: str) -> list[int]:
         if text in self._ahead:
@@ -377,16 +514,36 @@ class InteractionTokenizer:
     def _smuggles(self, ids: list[int], wanted: int) -> bool:
         return sum(map(self._control_ids.__contains__, ids)) > wanted
 
-    def _encode_text(self, text: str) -> list[int]:
+    def _encode_inside(self, text: str, anchor: str, **options: Any) -> list[int]:
+        """The ids of text that does not begin what is encoded; see `_align`."""
+        if not options:
+            ids = self._encode(anchor + text)
+        else:
+            ids = list(
+                self.tokenizer(anchor + text, add_special_tokens=False, **options)["input_ids"]
+            )
+        if not anchor:
+            return ids
+        count = len(self._anchor_ids)
+        if ids[:count] != self._anchor_ids:
+            raise ValueError(
+                f"the tokenizer encodes {text[:40]!r} in one token with what is before it"
+            )
+        return ids[count:]
+
+    def _encode_answer(self, text: str) -> list[int]:
+        if not text:
+            return list(self._end_ids)
+        return self._encode_text(text + self._end_space, self._answer_anchor) + self._end_ids
+
+    def _encode_text(self, text: str, anchor: str = "") -> list[int]:
         """The ids of text that comes from data: no control token among them."""
         if not text:
             return []
-        ids = self._encode(text)
+        ids = self._encode_inside(text, anchor)
         if self.allow_special_tokens or not (self._control.search(text) or self._smuggles(ids, 0)):
             return ids
-        ids = list(
-            self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        )
+        ids = self._encode_inside(text, anchor, split_special_tokens=True)
         if self._smuggles(ids, 0):
             # An added token that is not marked special is matched all the same: break its spelling
             # after the first character and encode what lies between the breaks.
@@ -394,7 +551,7 @@ class InteractionTokenizer:
             edges = [0, *breaks, len(text)]
             ids = []
             for start, end in itertools.pairwise(edges):
-                ids += self._encode(text[start:end])
+                ids += self._encode_inside(text[start:end], self._text_anchor if start else anchor)
         if self._smuggles(ids, 0):
             raise ValueError(
                 "the text contains the spelling of a control token that this tokenizer cannot "
@@ -402,11 +559,13 @@ class InteractionTokenizer:
             )
         return ids
 
-    def _encode_prompt(self, messages: list[dict], rendered: str | None = None) -> list[int]:
+    def _encode_prompt(
+        self, messages: list[dict], opening: Opening, rendered: str | None = None
+    ) -> list[int]:
         """The ids of the messages (`rendered`: by the template); control tokens only where the
         template puts them."""
         contents = [message["content"] for message in messages]
-        rendered = self._render(messages) if rendered is None else rendered
+        rendered = self._render(messages, opening) if rendered is None else rendered
         if self.allow_special_tokens:
             return self._encode(rendered)
         if not any(self._control.search(content) for content in contents):
@@ -435,7 +594,9 @@ class InteractionTokenizer:
         def restore(segment: str) -> str:
             return re.sub(word + "([0-9]+)z", lambda m: spellings[int(m.group(1))], segment)
 
-        return self._encode_around(self._render(marked), lambda segment: word in segment, restore)
+        return self._encode_around(
+            self._render(marked, opening), lambda segment: word in segment, restore
+        )
 
     def _encode_around(
         self, rendered: str, is_data: Callable[[str], bool], restore: Callable[[str], str]
@@ -458,7 +619,7 @@ class InteractionTokenizer:
                 segment = segment.lstrip()
             if index < len(controls) and controls[index].group() in self._strips_left:
                 segment = segment.rstrip()
-            ids += self._encode_text(restore(segment))
+            ids += self._encode_text(restore(segment), self._control_anchor if index else "")
             done = end
         if done < len(rendered):
             ids += self._encode(rendered[done:])

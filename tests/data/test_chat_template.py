@@ -1,0 +1,544 @@
+"""Chat templates of many kinds: an answer is trained on where its template puts it, or refused.
+
+The templates are short ones in the manner of the families they are named after.
+"""
+
+import datetime
+import re
+
+import pytest
+
+from fastsdpo.data import Interaction, InteractionTokenizer
+from fastsdpo.data.chat_template import ChatTemplate
+
+LAST = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+)
+# c: the answer, r: its reasoning
+SPLIT = (
+    "{% set c = m.content %}{% set r = '' %}{% if '</think>' in c %}"
+    "{% set r = c.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+)
+CHATML = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TODAY = "{{ strftime_now('%d %B %Y') }}"
+THINK = ["<think>", "</think>"]
+
+# name: (template, special tokens, other added tokens, eos, what ends a turn)
+FAMILIES = {
+    "chatml": (
+        "{% for m in messages %}" + CHATML + "{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        CHATML_TOKENS, [], "<|im_end|>", "<|im_end|>",
+    ),
+    "chatml without a generation prompt": (
+        "{% for m in messages %}" + CHATML + "{% endfor %}",
+        CHATML_TOKENS, [], "<|im_end|>", "<|im_end|>",
+    ),
+    "llama 3": (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: "
+        f"{{% if not date_string is defined %}}{TODAY}{{% endif %}}\n\n"
+        "{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}"
+        "{% set messages = messages[1:] %}{% endif %}<|eot_id|>{% for m in messages %}"
+        "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
+        "{% endfor %}{% if add_generation_prompt %}"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+         "<|end_of_text|>"], [], "<|end_of_text|>", "<|eot_id|>",
+    ),
+    "qwen 3": (
+        LAST + "{% for m in messages %}{% if m.role == 'assistant' %}" + SPLIT +
+        "<|im_start|>assistant\n{% if loop.index0 > ns.last %}<think>\n{{ r }}\n</think>\n\n"
+        "{{ c.lstrip('\\n') }}{% else %}{{ c }}{% endif %}<|im_end|>\n{% else %}" + CHATML +
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+        "{% endif %}",
+        CHATML_TOKENS, THINK, "<|im_end|>", "<|im_end|>",
+    ),
+    "qwen 3 thinking": (
+        LAST + "{% for m in messages %}{% if m.role == 'assistant' %}" + SPLIT +
+        "<|im_start|>assistant\n{% if loop.index0 > ns.last %}<think>\n{{ r }}\n</think>\n\n"
+        "{% endif %}{{ c }}<|im_end|>\n{% else %}" + CHATML + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+        CHATML_TOKENS, THINK, "<|im_end|>", "<|im_end|>",
+    ),
+    "gemma 3": (
+        "{{ bos_token }}{% if messages[0].role == 'system' %}"
+        "{% set first = messages[0].content + '\\n\\n' %}{% set messages = messages[1:] %}"
+        "{% endif %}{% for m in messages %}<start_of_turn>"
+        "{{ 'model' if m.role == 'assistant' else 'user' }}\n{{ first if loop.first else '' }}"
+        "{% if m.content is string %}{{ m.content | trim }}{% else %}{% for part in m.content %}"
+        "{{ part.text | trim }}{% endfor %}{% endif %}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], ["\n", "\n\n"], "<eos>",
+        "<end_of_turn>",
+    ),
+    "mistral": (
+        "<s>{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}"
+        "[/SYSTEM_PROMPT]{% elif m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}"
+        "{{ m.content }}</s>{% endif %}{% endfor %}",
+        ["<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"], [], "</s>",
+        "</s>",
+    ),
+    "gpt-oss": (
+        "<|start|>system<|message|>Current date: {{ strftime_now('%Y-%m-%d') }}<|end|>"
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        "<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+        "{% if loop.last and not add_generation_prompt %}<|return|>{% else %}<|end|>{% endif %}"
+        "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant{% endif %}",
+        ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"], [],
+        "<|return|>", "<|return|>",
+    ),
+    "glm 4.5": (
+        "[gMASK]<sop>" + LAST + "{% for m in messages %}{% if m.role == 'assistant' %}" + SPLIT +
+        "<|assistant|>{% if loop.index0 > ns.last and r %}\n<think>{{ r.strip() }}</think>"
+        "{% else %}\n<think></think>{% endif %}{% if c.strip() %}\n{{ c.strip() }}{% endif %}"
+        "{% else %}<|{{ m.role }}|>\n{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% if enable_thinking is defined and not "
+        "enable_thinking %}\n<think></think>{% endif %}{% endif %}",
+        ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>"], THINK,
+        "<|endoftext|>", "<|user|>",
+    ),
+    "deepseek r1": (
+        "<｜begin▁of▁sentence｜>{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
+        "{% elif m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}<｜Assistant｜>"
+        "{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}",
+        ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"], ["<｜User｜>", "<｜Assistant｜>", *THINK],
+        "<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>",
+    ),
+    "deepseek v3.1": (
+        "<｜begin▁of▁sentence｜>{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
+        "{% elif m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}<｜Assistant｜></think>"
+        "{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<｜Assistant｜>{% if thinking is defined and thinking %}<think>"
+        "{% else %}</think>{% endif %}{% endif %}",
+        ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"], ["<｜User｜>", "<｜Assistant｜>", *THINK],
+        "<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>",
+    ),
+    "smollm 3": (
+        "{% set think = not (enable_thinking is defined and not enable_thinking) %}"
+        f"<|im_start|>system\nToday Date: {TODAY}\nReasoning Mode: "
+        "{{ '/think' if think else '/no_think' }}<|im_end|>\n"
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
+        "{% if not think %}<think>\n\n</think>\n{% endif %}{{ m.content.lstrip('\\n') }}<|im_end|>\n"
+        "{% else %}" + CHATML + "{% endif %}{% endfor %}{% if add_generation_prompt %}"
+        "<|im_start|>assistant\n{% if not think %}<think>\n\n</think>\n{% endif %}{% endif %}",
+        CHATML_TOKENS, THINK, "<|im_end|>", "<|im_end|>",
+    ),
+    "granite": (
+        "{% if messages[0].role != 'system' %}<|start_of_role|>system<|end_of_role|>Today's Date: "
+        f"{TODAY}.<|end_of_text|>\n"
+        "{% endif %}{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}"
+        "<|end_of_text|>\n{% endfor %}{% if add_generation_prompt %}"
+        "<|start_of_role|>assistant<|end_of_role|>{% endif %}",
+        ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"], [], "<|end_of_text|>",
+        "<|end_of_text|>",
+    ),
+    "phi 4": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}",
+        [*CHATML_TOKENS, "<|im_sep|>"], [], "<|im_end|>", "<|im_end|>",
+    ),
+    "phi 4 mini": (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}",
+        ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], [],
+        "<|endoftext|>", "<|end|>",
+    ),
+    "command": (
+        "{{ bos_token }}{% for m in messages %}<|START_OF_TURN_TOKEN|>{% if m.role == 'assistant' %}"
+        "<|CHATBOT_TOKEN|><|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>{% else %}"
+        "<|{{ m.role | upper }}_TOKEN|>{{ m.content }}{% endif %}<|END_OF_TURN_TOKEN|>{% endfor %}"
+        "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}",
+        ["<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>",
+         "<|USER_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>",
+         "<|START_THINKING|>", "<|END_THINKING|>"], [], "<|END_OF_TURN_TOKEN|>",
+        "<|END_OF_TURN_TOKEN|>",
+    ),
+    "smolvlm": (
+        "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}: {% for part in m.content %}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}<image>"
+        "{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}",
+        ["<|im_start|>", "<end_of_utterance>", "<image>"], [], "<end_of_utterance>",
+        "<end_of_utterance>",
+    ),
+    "white space before the end": (
+        "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}\n</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]\n{% endif %}",
+        ["</s>"], [], "</s>", "</s>",
+    ),
+}  # fmt: skip
+# Tokenizers that put a space (as ▁) before text, with templates whose roles are plain text.
+SPACED = {
+    "zephyr": (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    ),
+    "llama 2": (
+        "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content | trim }} [/INST]"
+        "{% elif m.role == 'assistant' %} {{ m.content | trim }} </s>{% endif %}{% endfor %}"
+    ),
+    "mistral": (
+        "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+        "{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}{% endfor %}"
+    ),
+    "vicuna": (
+        "<s>{% for m in messages %}{{ m.role | upper }}: {{ m.content }}"
+        "{{ '</s>' if m.role == 'assistant' else ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    ),
+    "right after a control token": (
+        "{% for m in messages %}<s>{{ m.role }}</s>{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant</s>{% endif %}"
+    ),
+}
+REASONING = [name for name, (template, *_) in FAMILIES.items() if "</think>" in template]
+THOUGHT = "<think>\nA greeting.\n</think>\n\nHello"
+
+
+@pytest.fixture(scope="module")
+def family(byte_tokenizer):
+    """make(name): that family's tokenizer, one token per byte."""
+
+    def make(name):
+        template, special, ordinary, eos, _ = FAMILIES[name]
+        names = {"bos_token": special[0], "eos_token": eos, "pad_token": eos}
+        return byte_tokenizer(template, special, ordinary, **names)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def spaced_tokenizer():
+    """make(template, style): a tokenizer of letters that writes ▁ before text, in one of two ways."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    letters = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?:<>|/[]\n"
+    joined = [("▁", letter) for letter in letters[1:] if letter.isalnum()] + [(":", "▁")]
+
+    def make(template, style):
+        vocabulary = {c: i for i, c in enumerate([*letters, *map("".join, joined)])}
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, joined))
+        if style == "first":
+            backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+                prepend_scheme="first", split=False
+            )
+        else:  # always, also after a control token, as Llama 2's
+            backend.normalizer = tokenizers.normalizers.Sequence(
+                [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+            )
+        backend.add_special_tokens(
+            [tokenizers.AddedToken(t, special=True, normalized=False) for t in ("<s>", "</s>")]
+        )
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=backend, chat_template=template, bos_token="<s>", eos_token="</s>",
+            pad_token="</s>",
+        )  # fmt: skip
+
+    return make
+
+
+def conversation(*turns, system=None):
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    roles = ("user", "assistant")
+    return messages + [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+def rendered(tokenizer, messages):
+    """The ids of the conversation as the template itself renders it: with text, or lists of parts."""
+    if "part['type']" in tokenizer.chat_template:
+        messages = [
+            {"role": m["role"], "content": [{"type": "text", "text": m["content"]}]}
+            for m in messages
+        ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def check(tokenizer, tokenize, prompt, answer):
+    """Prompt and answer are the ids of the finished conversation; with the follow-up in it, too."""
+    one = tokenize(Interaction(prompt, answer, " Shorter. "))
+    told = [*prompt[:-1], {"role": "user", "content": prompt[-1]["content"] + "\n\nNote: Shorter."}]
+    turn = {"role": "assistant", "content": answer.rstrip()}
+    for ids, messages in ((one.prompt_ids, prompt), (one.teacher_prompt_ids, told)):
+        whole, got = rendered(tokenizer, [*messages, turn]), ids + one.completion_ids
+        if tokenize.chat.tail == "":  # the token that ends the turn begins the next message
+            assert tokenizer.convert_ids_to_tokens(got.pop()) == tokenize.end_of_turn
+        names = tokenizer.convert_ids_to_tokens
+        assert got == whole[: len(got)], (names(got[-30:]), names(whole[-30:]))
+        rest = tokenizer.decode(whole[len(got) :])
+        assert rest.strip("▁ \n") in ("", "<|endoftext|>"), rest
+    return one
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_day():
+    """What the templates themselves render here must not change at midnight."""
+    import transformers.utils.chat_template_utils as utils
+
+    class Day(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime(2026, 1, 31)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "datetime", Day)
+        yield
+
+
+def tokenizer_of(tokenizer, **options):
+    return InteractionTokenizer(tokenizer, "note", chat_template_date="2026-01-31", **options)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ids_are_those_of_the_finished_conversation(family, name):
+    tokenizer = family(name)
+    tokenize = tokenizer_of(tokenizer)
+    assert tokenize.end_of_turn == FAMILIES[name][-1]
+    for answer in ("Hello", "\n\nHello\n", " two\n\n  lines", "日本 <b> {x}"):
+        check(tokenizer, tokenize, conversation("Hi"), answer)
+        prompt = conversation("Hi", "Yes.", "And\nthen?", system="Be brief.")
+        check(tokenizer, tokenize, prompt, answer)
+
+
+@pytest.mark.parametrize("style", ["first", "always"])
+@pytest.mark.parametrize("name", SPACED)
+def test_no_space_before_an_answer_but_the_templates(spaced_tokenizer, name, style):
+    tokenizer = spaced_tokenizer(SPACED[name], style)
+    tokenize = tokenizer_of(tokenizer)
+    for answer in ("Hello", "so what", "a\nb", "1. x"):
+        check(tokenizer, tokenize, conversation("hello"), answer)
+        check(tokenizer, tokenize, conversation("hello", "Yes.", "more?"), answer)
+    # A control token that is spelled out: no space is added around the text it is in either.
+    one = tokenize(Interaction(conversation("a", "b</s>c", "d"), "e</s>f", "x"))
+    ids = one.prompt_ids + one.completion_ids[:-1]
+    ends = tokenizer.convert_tokens_to_ids("</s>")
+    plain = tokenize(Interaction(conversation("a", "bc", "d"), "ef", "x"))
+    assert ids.count(ends) == (plain.prompt_ids + plain.completion_ids[:-1]).count(ends)
+    said = "".join(tokenizer.convert_ids_to_tokens(ids))
+    text = "".join(tokenizer.convert_ids_to_tokens(plain.prompt_ids + plain.completion_ids[:-1]))
+    assert said.replace("b</s>c", "bc").replace("e</s>f", "ef") == text
+
+
+@pytest.mark.parametrize("name", REASONING)
+@pytest.mark.parametrize("thinking", [False, True])
+def test_an_answer_with_its_own_reasoning_has_one_block(family, name, thinking):
+    tokenizer = family(name)
+    options = {"chat_template_kwargs": {"enable_thinking": True}} if thinking else {}
+    tokenize = tokenizer_of(tokenizer, **options)
+    one = tokenize(Interaction(conversation("Hi"), THOUGHT, "Shorter"))
+    for prompt in (one.prompt_ids, one.teacher_prompt_ids):
+        text = tokenizer.decode(prompt + one.completion_ids)
+        assert text.count("<think>") == text.count("</think>") == 1, text
+        assert re.search(r"<think>\s*A greeting.\s*</think>\s*Hello", text)
+    # Reasoning whose first tag was in the generation prompt, as it is logged from such models.
+    if name in ("qwen 3 thinking", "deepseek r1"):
+        cut = tokenize(
+            Interaction(conversation("Hi"), THOUGHT.removeprefix("<think>\n"), "Shorter")
+        )
+        assert tokenizer.decode(cut.prompt_ids + cut.completion_ids) == tokenizer.decode(
+            one.prompt_ids + one.completion_ids
+        )
+    # In a history it is the template's to keep or to drop.
+    past = conversation("Hi", THOUGHT, "And?")
+    history = tokenize(Interaction(past, "Bye", "Shorter"))
+    kept = tokenizer.apply_chat_template(past, tokenize=False, **tokenize.chat._options)
+    assert tokenizer.decode(history.prompt_ids).startswith(kept)
+
+
+@pytest.mark.parametrize("name", ["glm 4.5", "smollm 3", "qwen 3"])
+def test_the_tags_of_reasoning_are_no_control_tokens(family, name):
+    """Though the template writes an empty block into old turns."""
+    tokenizer = family(name)
+    think = tokenizer.convert_tokens_to_ids("<think>")
+    one, other = (
+        tokenizer_of(tokenizer)(Interaction(conversation(f"what is {text}?"), f"a {text}", "x"))
+        for text in ("<think>", "it")
+    )
+    for ids, without in (
+        (one.completion_ids, other.completion_ids),
+        (one.prompt_ids, other.prompt_ids),
+    ):
+        assert ids.count(think) == without.count(think) + 1
+
+
+def test_white_space_tokens_are_no_control_tokens(family):
+    tokenizer = family("gemma 3")
+    text = "a\n\nb\nc"
+    one = tokenizer_of(tokenizer)(Interaction(conversation(text), "y", "x"))
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) == 5  # a newline, or two, is one token
+    assert str(ids)[1:-1] in str(one.prompt_ids)
+
+
+@pytest.mark.parametrize(("name", "generated", "said"), [
+    ("gpt-oss", "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant<|channel|>final"
+     "<|message|>Hi!<|return|>", "Hi!"),
+    ("gpt-oss", "<|channel|>final<|message|>Hi!", "Hi!"),
+    ("gpt-oss", "<|channel|>analysis<|message|>They gr", ""),
+    ("gpt-oss", "Hi!<|return|>", "Hi!"),
+    ("qwen 3", "Hi!<|im_end|>", "Hi!"),
+    ("qwen 3", "<think>\nThey greet.\n</think>\n\nHi!<|im_end|>", "Hi!"),
+    ("qwen 3", "<think>\nThey gr", ""),
+    ("qwen 3 thinking", "They greet.\n</think>\n\nHi!<|im_end|>", "Hi!"),
+    ("qwen 3 thinking", "They gr", ""),
+    ("deepseek r1", "They greet.\n</think>\n\nHi!<｜end▁of▁sentence｜>", "Hi!"),
+    ("glm 4.5", "\nHi!<|user|>", "Hi!"),
+    ("command", "<|START_THINKING|>They greet.<|END_THINKING|><|START_RESPONSE|>Hi!<|END_RESPONSE|>"
+     "<|END_OF_TURN_TOKEN|>", "Hi!"),
+    ("command", "<|START_THINKING|>They gr", ""),
+    ("chatml", "a <think> b </think> c<|im_end|>", "a <think> b </think> c"),
+    ("chatml without a generation prompt", " Hi!<|im_end|>", "Hi!"),
+])  # fmt: skip
+def test_what_an_answer_says(family, name, generated, said):
+    """Without channels, reasoning and control tokens; all of it stays in what is trained on."""
+    tokenizer = family(name)
+    tokenize = tokenizer_of(tokenizer)
+    ids = tokenizer(generated, add_special_tokens=False)["input_ids"]
+    assert tokenize.said(ids) == said
+    messages = conversation("Hi")
+    one = tokenize(Interaction(messages, "", "Shorter"), ids)
+    assert one.completion_ids == ids
+    assert one.prompt_ids == tokenize.generation_prompt(messages)
+    prompt = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **tokenize.chat._options
+    )
+    header = "<|im_start|>assistant\n" if name.endswith("without a generation prompt") else ""
+    assert tokenizer.decode(one.prompt_ids) == prompt + header
+
+
+def test_plain_roles_and_a_real_vocabulary(smollm2):
+    """Where a space begins a word's token, the space before the answer is the answer's."""
+    import copy
+
+    tokenizer = copy.deepcopy(smollm2)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}"
+    )
+    one = check(
+        tokenizer, tokenizer_of(tokenizer), conversation("Hi", "Yes", "And?"), "Hello there"
+    )
+    assert tokenizer.convert_ids_to_tokens(one.completion_ids) == ["ĠHello", "Ġthere", "<|im_end|>"]
+    assert tokenizer_of(tokenizer).generation_prompt(conversation("Hi", "Yes", "And?")) == (
+        one.prompt_ids
+    )
+
+
+class TestClock:
+    def test_one_date_for_student_teacher_and_neighbours(self, family, monkeypatch):
+        import transformers.utils.chat_template_utils as utils
+
+        class Clock(datetime.datetime):
+            day = 0
+
+            @classmethod
+            def now(cls, tz=None):
+                cls.day += 1  # midnight passes between any two renderings
+                return datetime.datetime(2026, 1, 1) + datetime.timedelta(days=cls.day)
+
+        monkeypatch.setattr(utils, "datetime", Clock)
+        for name in ("gpt-oss", "llama 3", "granite", "smollm 3"):
+            tokenizer = family(name)
+            rendered(tokenizer, conversation("Hi"))
+            assert Clock.day > 0  # it is the clock that templates read
+            for date in (None, "2025-06-07T08:09:10"):
+                tokenize = InteractionTokenizer(tokenizer, "note", chat_template_date=date)
+                items = [tokenize(Interaction(conversation(f"Hi {i}"), "y", "o")) for i in range(2)]
+                heads = {
+                    tokenizer.decode(ids).partition("Hi")[0]
+                    for item in items
+                    for ids in (item.prompt_ids, item.teacher_prompt_ids)
+                }
+                assert len(heads) == 1
+                day = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
+                text = day.strftime("%Y-%m-%d" if name == "gpt-oss" else "%d %B %Y")
+                assert text in heads.pop()
+
+    def test_every_form_of_a_date(self, byte_tokenizer):
+        """As the clock itself writes it, and white space around the template stays."""
+        day = datetime.datetime(2025, 6, 7, 8, 9, 10)
+        form = "%-d. %B (%b, %m) %Y %A %H:%M:%S %p %j"
+        template = (
+            "\n  {% if strftime_now is defined %}[{{ strftime_now('" + form + "') }}]{% endif %} "
+            "{% for m in messages %}{{ m.role }} {{ m.content }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}assistant {% endif %}"
+        )
+        tokenizer = byte_tokenizer(template, ["</s>"], eos_token="</s>")
+        text = ChatTemplate(tokenizer, date=day).render(conversation("Hi"))
+        assert text == f"\n[{day.strftime(form)}] user Hi</s>assistant "
+
+
+class TestRefused:
+    """With a sentence that names the template, shows both texts and says which option helps."""
+
+    @pytest.mark.parametrize(("template", "message"), [
+        ("<s>{% for m in messages %}{{ m.text }}</s>{% endfor %}",
+         "chat template of .* must write the text of messages, got '<s></s>' for the user's message "
+         "'sdpoquestion', and '<s></s></s>' with the answer 'sdpoanswer'; set tokenizer.chat_template"),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}</s>{% endfor %}",
+         "must write the text of messages"),
+        ("{% for m in messages %}<s>{{ m.role }}</s>{{ m.content }}</s>{% endfor %}"
+         "{% if add_generation_prompt %}<s>model</s>{% endif %}",
+         r"must begin a finished answer with its generation prompt, got the generation prompt "
+         r"'<s>user</s>sdpoquestion</s><s>model</s>' and the finished turn "
+         r"'<s>user</s>sdpoquestion</s><s>assistant</s>sdpoanswer'; pass chat_template_kwargs with "
+         r"which both agree, or set tokenizer.chat_template"),
+        ("{% for m in messages %}<s>{{ m.role }}</s>{{ m.content }}</s>{% endfor %}"
+         "{% if add_generation_prompt %}<s>assistant</s>"
+         "{% if enable_thinking %}{% else %}<s>final</s>{% endif %}{% endif %}",
+         r'must begin a finished answer .*\(such as {"enable_thinking": true}\)'),
+    ])  # fmt: skip
+    def test_at_the_start(self, byte_tokenizer, template, message):
+        tokenizer = byte_tokenizer(template, ["<s>", "</s>"], eos_token="</s>")
+        with pytest.raises(ValueError, match=message):
+            InteractionTokenizer(tokenizer, "note")
+        if "enable_thinking" in template:
+            options = {"chat_template_kwargs": {"enable_thinking": True}}
+            check(tokenizer, tokenizer_of(tokenizer, **options), conversation("Hi"), "Hello")
+
+    def test_a_tokenizer_that_joins_prompt_and_answer(self, spaced_tokenizer):
+        import tokenizers
+
+        template = "{% for m in messages %}[{{ m.role }}]:{{ m.content }}</s>{% endfor %}" \
+                   "{% if add_generation_prompt %}[assistant]:{% endif %}"  # fmt: skip
+        tokenizer = spaced_tokenizer(template, "first")
+        vocabulary = {**tokenizer.get_vocab(), ":s": len(tokenizer)}
+        for token in ("<s>", "</s>"):
+            del vocabulary[token]
+        tokenizer.backend_tokenizer.model = tokenizers.models.BPE(vocabulary, [(":", "s")])
+        with pytest.raises(
+            ValueError, match=r"same tokens as the whole turn .* got .*':', 's', 'd'"
+        ):
+            InteractionTokenizer(tokenizer, "note")
+
+    def test_an_answer_that_the_template_writes_elsewhere(self, byte_tokenizer):
+        template = (
+            "{% for m in messages %}<s>{{ m.role }}</s>{% if m.content[0] == '\\n' %}<s>{% endif %}"
+            "{{ m.content | trim }}{{ '!' if m.content[0] == '\\n' }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}<s>assistant</s>{% endif %}"
+        )
+        tokenizer = byte_tokenizer(template, ["<s>", "</s>"], eos_token="</s>")
+        tokenize = InteractionTokenizer(tokenizer, "note")
+        ids = tokenize(Interaction(conversation("Hi"), "Hello", "o")).completion_ids
+        assert tokenizer.decode(ids) == "Hello</s>"
+        with pytest.raises(ValueError, match="writes this answer's turn in another way"):
+            tokenize(Interaction(conversation("Hi"), "\nHello", "o", id="i3"))
+
+    def test_no_date(self, family):
+        with pytest.raises(ValueError, match="chat_template_date must be a date like"):
+            InteractionTokenizer(family("gpt-oss"), "note", chat_template_date="tomorrow")
+
+
+def test_the_published_answer_where_that_is_asked_for(family):
+    """`end_of_turn="eos"` keeps the white space that a template drops, and the tokenizer's end."""
+    tokenizer = family("llama 3")
+    one = tokenizer_of(tokenizer, end_of_turn="eos")(
+        Interaction(conversation("Hi"), "\n\nHello", "o")
+    )
+    assert tokenizer.decode(one.completion_ids) == "\n\nHello<|end_of_text|>"
