@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -201,6 +202,11 @@ class SDPOConfig(TrainingArguments):
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "For the chat template, as JSON."}
     )
+    chat_template_date: str | None = field(
+        default=None,
+        metadata={"help": "What a chat template with a clock reads: date and time in ISO form. None: "
+                  "the run's start, kept in the output folder for when it goes on."},
+    )  # fmt: skip
 
     # Computation; nothing here changes the result
     sharing: str = field(
@@ -304,6 +310,11 @@ class SDPOConfig(TrainingArguments):
             import json
 
             self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+        if self.chat_template_date is not None:
+            try:
+                datetime.fromisoformat(self.chat_template_date)
+            except (TypeError, ValueError):
+                self._check(False, "chat_template_date", "be a date like 2026-01-31")
         # Before the processes have met, since plugins read the batch sizes in super().__post_init__;
         # launchers other than torchrun and accelerate tell their number only there.
         processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -345,8 +356,8 @@ class SDPOConfig(TrainingArguments):
     def tokenizer_options(self) -> dict[str, Any]:
         """The keyword arguments of `fastsdpo.data.InteractionTokenizer`."""
         names = ("max_prompt_length", "max_completion_length", "max_followup_length",
-                 "truncation", "end_of_turn", "chat_template_kwargs", "allow_special_tokens",
-                 "neutral_followup")  # fmt: skip
+                 "truncation", "end_of_turn", "chat_template_kwargs", "chat_template_date",
+                 "allow_special_tokens", "neutral_followup")  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     @property

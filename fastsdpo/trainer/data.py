@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import random
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, cast, overload
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -29,6 +33,7 @@ from fastsdpo.prefix import pack_conversations
 logger = logging.getLogger("fastsdpo.trainer")
 
 SAMPLE_SIZE = 64  # interactions of which the text is kept, for the teacher check
+DATE_FILE = "chat_template_date.json"  # beside the checkpoints, where the template has a clock
 MESSAGES = 3  # of dropped interactions, in warnings
 NO_NEUTRAL = "which must have neutral_prompt_ids for neutral_followup"
 
@@ -317,6 +322,53 @@ def find_leaks(train: InteractionDataset, held_out: InteractionDataset) -> Leaks
         total=len(found),
         example=f"number {found[0][0]}" if first is None else repr(first),
     )
+def run_date(args: Any) -> str:
+    """The date that the run's chat template reads, the same in all processes and when it goes on.
+
+    As set, or that of the run in the output folder, or now.
+    """
+    folder = Path(args.output_dir)
+    date = [args.chat_template_date]
+    if date[0] is None and args.process_index == 0:
+        kept = _kept_date(folder) if any(folder.glob("checkpoint-*")) else None
+        date = [kept or datetime.now().isoformat(timespec="seconds")]
+    if args.world_size > 1:
+        broadcast_object_list(date)
+    return date[0]
+
+
+def keep_date(args: Any, checkpoint: str | os.PathLike | None = None) -> None:
+    """Writes the date for when the run goes on; or compares it with that of a checkpoint's run.
+
+    Raises:
+        ValueError: they differ, so that the run would go on with other tokens.
+    """
+    date = args.chat_template_date
+    if date is None:
+        return
+    if checkpoint is None:
+        if args.process_index == 0:
+            os.makedirs(args.output_dir, exist_ok=True)
+            Path(args.output_dir, DATE_FILE).write_text(json.dumps({"date": date}), "utf-8")
+        return
+    kept = _kept_date(Path(checkpoint).parent)
+    if kept not in (None, date):
+        raise ValueError(
+            f"SDPOTrainer: chat_template_date must be {kept!r}, as in the run of {checkpoint}, got "
+            f"{date!r}: the chat template reads a clock"
+        )
+
+
+def _kept_date(folder: Path) -> str | None:
+    place = folder / DATE_FILE
+    if not place.exists():
+        return None
+    try:
+        date = json.loads(place.read_text("utf-8"))["date"]
+        datetime.fromisoformat(date)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"SDPOTrainer: {place} must hold a date, got {error!r}") from None
+    return date
 
 
 class GroupSampler(Sampler):

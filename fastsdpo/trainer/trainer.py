@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 
 from fastsdpo.data import InteractionTokenizer, TokenizedInteraction
+from fastsdpo.data.chat_template import reads_clock
 from fastsdpo.modeling import default_dtype, load_model_and_tokenizer
 from fastsdpo.prefix import (
     ResponseStates,
@@ -61,6 +62,8 @@ from fastsdpo.trainer.data import (
     InteractionDataset,
     collate,
     find_leaks,
+    keep_date,
+    run_date,
     split_packs,
 )
 from fastsdpo.trainer.loss import (
@@ -170,6 +173,8 @@ class SDPOTrainer(Trainer):
 
         self._tokenizer_for_check = None
         if processing_class is not None:
+            if reads_clock(processing_class, args.chat_template_kwargs):
+                args.chat_template_date = run_date(args)
             self._tokenizer_for_check = InteractionTokenizer(
                 processing_class, args.template, **args.tokenizer_options()
             )
@@ -962,6 +967,7 @@ class SDPOTrainer(Trainer):
                 raise ValueError(f"SDPOTrainer: {self.args.output_dir} holds no checkpoint")
         elif resume_from_checkpoint:
             self._check_checkpoint(resume_from_checkpoint)
+        keep_date(self.args, resume_from_checkpoint or None)
         # A model that is sharded already (a second call) would have to run in all processes.
         whole = not (self._sharded and is_wrapped(self.model_wrapped))
         if self.args.teacher_check and whole and self.is_world_process_zero():

@@ -35,6 +35,13 @@ def make_tokenizer():
     return tokenizer
 
 
+def make_clock_tokenizer():
+    """Its template says what day it is: w1 to w31."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "<system> w{{ strftime_now('%-d') }} <end> " + CHAT
+    return tokenizer
+
+
 def make_model(*, seed=0, dtype=torch.float32, **changes):
     torch.manual_seed(seed)
     shape = {
@@ -124,13 +131,13 @@ def interactions():
 
 
 def make_trainer(folder, *, model=None, interactions=None, eval_dataset=None, peft_config=None,
-                 callbacks=None, optimizers=(None, None), **changes):  # fmt: skip
+                 callbacks=None, tokenizer=None, optimizers=(None, None), **changes):  # fmt: skip
     return SDPOTrainer(
         model=make_model() if model is None else model,
         args=make_config(folder, **changes),
         train_dataset=make_interactions() if interactions is None else interactions,
         eval_dataset=eval_dataset,
-        processing_class=make_tokenizer(),
+        processing_class=make_tokenizer() if tokenizer is None else tokenizer,
         peft_config=peft_config,
         callbacks=callbacks,
         optimizers=optimizers,
@@ -156,6 +163,7 @@ def lab():
     """The helpers above, for the tests of this folder."""
     return SimpleNamespace(
         make_tokenizer=make_tokenizer,
+        make_clock_tokenizer=make_clock_tokenizer,
         make_model=make_model,
         make_interactions=make_interactions,
         write_rows=write_rows,

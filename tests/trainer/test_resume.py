@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import datetime
+
 import pytest
 import torch
+import transformers.utils.chat_template_utils
 from transformers import TrainerCallback
+
+import fastsdpo.trainer.data
 
 pytest.importorskip("peft")
 from peft import LoraConfig
+
+
+@pytest.fixture
+def today(monkeypatch):
+    """set(day): what the clock says from now on, a day of January."""
+
+    def set_clock(day):
+        class Clock(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return datetime.datetime(2026, 1, day)
+
+        for module in (fastsdpo.trainer.data, transformers.utils.chat_template_utils):
+            monkeypatch.setattr(module, "datetime", Clock, raising=False)
+
+    return set_clock
 
 
 class StopAt(TrainerCallback):
@@ -101,6 +122,36 @@ def test_a_finished_run_takes_no_further_step(tmp_path, lab):
     again = train(lab, tmp_path, max_steps=5, resume=True)
     assert again.state.global_step == whole.state.global_step == 5
     assert lab.largest_difference(lab.weights_of(again), lab.weights_of(whole)) == 0
+
+
+def test_the_date_in_the_chat_template_is_the_runs(tmp_path, lab, today):
+    """A run that goes on the next day reads the day it began; another folder has to be told."""
+    tokenizer, day = lab.make_clock_tokenizer(), [f"w{number}" for number in range(32)]
+
+    def days(trainer):
+        found = set()
+        for item in [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]:
+            for ids in (item.prompt_ids, item.teacher_prompt_ids):
+                found.add(tokenizer.convert_ids_to_tokens(ids)[1])
+        (word,) = found
+        return day.index(word)
+
+    today(3)
+    train(lab, tmp_path / "part", tokenizer=tokenizer, stop_at=2)
+    today(4)
+    whole = train(lab, tmp_path / "whole", tokenizer=tokenizer, chat_template_date="2025-06-03")
+    resumed = train(lab, tmp_path / "part", tokenizer=tokenizer, resume=True)
+    assert days(whole) == days(resumed) == 3
+    assert lab.largest_difference(lab.weights_of(resumed), lab.weights_of(whole)) < 1e-6
+    elsewhere = {"tokenizer": tokenizer, "resume": str(tmp_path / "part" / "checkpoint-2")}
+    with pytest.raises(ValueError, match="chat_template_date must be '2026-01-03T00:00:00'"):
+        train(lab, tmp_path / "other", **elsewhere)
+    told = train(lab, tmp_path / "other", chat_template_date="2026-01-03T00:00:00", **elsewhere)
+    assert days(told) == 3
+    assert days(lab.make_trainer(tmp_path / "new", tokenizer=tokenizer)) == 4
+    with pytest.raises(ValueError, match="chat_template_date must be a date like 2026-01-31"):
+        lab.make_config(tmp_path, chat_template_date="today")
+    assert not list((tmp_path / "new").glob("chat_template_date*"))  # written when training begins
 
 
 @pytest.mark.parametrize("update", ["float32_master", "stochastic_rounding"])

@@ -24,6 +24,7 @@ RUNS = {
               "ignore_first_k": 1, "teacher": "ema"},
     "accumulated": {"conversations": 8, "max_steps": 2, "gradient_accumulation_steps": 2,
                     "max_tokens_per_pack": 60, "mode": "sampled_token", "reference_kl": 0.1},
+    "clock": {"conversations": 2, "max_steps": 2, "clock": True},
 }  # fmt: skip
 
 

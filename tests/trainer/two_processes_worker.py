@@ -23,6 +23,21 @@ def load_lab():
     return module
 
 
+def set_clock(day):
+    import datetime
+
+    import transformers.utils.chat_template_utils
+
+    import fastsdpo.trainer.data
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime(2026, 1, day)
+
+    fastsdpo.trainer.data.datetime = transformers.utils.chat_template_utils.datetime = Clock
+
+
 def main(folder: str, runs: dict) -> None:
     torch.set_num_threads(1)
     lab = load_lab()
@@ -31,6 +46,9 @@ def main(folder: str, runs: dict) -> None:
         settings = dict(settings)
         interactions = lab.make_interactions(settings.pop("conversations"))
         interactions = interactions[: settings.pop("interactions", None)]
+        if settings.pop("clock", False):  # a template with a clock, and another day in each process
+            settings["tokenizer"] = lab.make_clock_tokenizer()
+            set_clock(10 + rank)
         # Momentum-free SGD shows the gradients themselves; Adam would hide their size.
         trainer = lab.make_trainer(
             f"{folder}/{name}-{world}",
