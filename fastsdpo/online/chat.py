@@ -27,7 +27,6 @@ was not finite; 130 ended by Ctrl-C, with every update saved.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
@@ -54,6 +53,7 @@ from fastsdpo.train import (
     read_config,
     run_command,
 )
+from fastsdpo.trainer.data import keep_date
 from fastsdpo.trainer.trainer import SDPOTrainer
 
 LOG_FILE = "interactions.jsonl"
@@ -77,14 +77,14 @@ class Learner:
         self.config, self.tokenizer = config, tokenizer
         assert self.trainer._tokenizer_for_check is not None
         self.tokenize = self.trainer._tokenizer_for_check
-        ends = [self.tokenize.end_of_turn_id, tokenizer.eos_token_id]
-        self.end_ids = list(dict.fromkeys(token for token in ends if token is not None))
+        self.end_ids = self.tokenize.end_ids(self.model)
         self.trainer.create_optimizer_and_scheduler(num_training_steps=1_000_000)
         self.answers = 0
         last = self.checkpoints()[-1:]
         if last:
             self._load(last[0])
         else:
+            keep_date(config)
             self._save()
 
     @property
@@ -103,16 +103,15 @@ class Learner:
         return sorted(int(number) for number in found if number.isdigit())
 
     def answer(self, messages: list[dict]) -> tuple[str, TokenizedInteraction]:
-        """An answer to messages that end with the user's, and its tokens."""
-        prompt = self.tokenize(Interaction(messages, "", "-")).prompt_ids
+        """What is said in answer to messages that end with the user's, and all the tokens of it."""
+        prompt = self.tokenize.generation_prompt(messages)
         self.answers += 1
         (sample,) = generate(
             self.model, [prompt], max_new_tokens=self.config.max_new_tokens,
             temperature=self.config.sampling_temperature, end_ids=self.end_ids,
             seed=f"{self.config.seed}/{self.updates}/{self.answers}",
         )  # fmt: skip
-        text = self.tokenizer.decode(sample.ids, skip_special_tokens=True).strip()
-        return text, TokenizedInteraction(prompt, prompt, sample.ids)
+        return self.tokenize.said(sample.ids), TokenizedInteraction(prompt, prompt, sample.ids)
 
     def learn(self, messages: list[dict], answer: TokenizedInteraction, followup: str) -> dict:
         """One step on the answer's own tokens, and a checkpoint; its figures.
@@ -121,8 +120,9 @@ class Learner:
             NonFiniteError: loss or gradient are not finite; the model is as before.
         """
         trainer = self.trainer
-        read = self.tokenize(Interaction(messages, "", followup, f"update {self.updates + 1}"))
-        item = dataclasses.replace(read, completion_ids=answer.completion_ids)
+        item = self.tokenize(
+            Interaction(messages, "", followup, f"update {self.updates + 1}"), answer.completion_ids
+        )
         trainer.model.train()
         loss, statistics = trainer.run_pass(trainer.model, [item], trainer._count([item]))
         loss.backward()
@@ -198,7 +198,8 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--keep", type=int, default=10, metavar="CHECKPOINTS",
                      help="how many are kept; /undo goes back one fewer")  # fmt: skip
     run.add_argument("--max-new-tokens", type=int, help="of an answer")
-    run.add_argument("--sampling-temperature", type=float)
+    run.add_argument("--sampling-temperature", type=float,
+                     help="default: as the model's own generation config samples, or 0.7")  # fmt: skip
     run.add_argument("--quiet", action="store_true", default=False, help="the answers only")
     add_model_options(parser)
     add_setting_options(parser, PRESETS)
@@ -327,6 +328,13 @@ class Talk:
                 raise
             self.say("\n[cancelled; your message is left out of the conversation]")
             return
+        if not reply and len(answer.completion_ids) >= self.learner.config.max_new_tokens:
+            del self.messages[place:]
+            self.say(
+                "[cut while it was still reasoning; raise --max-new-tokens. Your message is left out of "
+                "the conversation]"
+            )
+            return
         self.messages.append({"role": "assistant", "content": reply})
         self.answers[place + 1] = answer
         print(f"model > {reply}" if not self.options.quiet else reply, flush=True)
@@ -378,12 +386,12 @@ def _short(text: str, length: int = 40) -> str:
 
 
 # One interaction a step, and no end to the steps: a teacher that cannot drift with the student, the wording
-# that small models follow best, and answers that are read by a person.
+# that small models follow best, and answers that are read by a person, so drawn as the model's makers do.
 CHAT: dict[str, Any] = {
     "template": "note",
     "teacher": "frozen",
     "learning_rate": 1e-4,
-    "sampling_temperature": 0.7,
+    "sampling_temperature": None,
 }
 
 

@@ -53,10 +53,11 @@ class OnlineSDPOConfig(SDPOConfig):
     # Answers
     num_generations: int = field(default=1, metadata={"help": "Answers sampled per prompt."})
     max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of an answer."})
-    sampling_temperature: float = field(
+    sampling_temperature: float | None = field(
         default=1.0,
-        metadata={"help": "Of the answers. Only at 1 are they the model's own distribution."},
-    )
+        metadata={"help": "Of the answers. Only at 1 are they the model's own distribution. None: as "
+                  "the model's generation config samples, with its top-k, top-p and penalties."},
+    )  # fmt: skip
     generation_batch_size: int | None = field(
         default=None, metadata={"help": "Answers sampled at once; None: all of a step."}
     )
@@ -126,7 +127,8 @@ class OnlineSDPOConfig(SDPOConfig):
             self._check(getattr(self, name) >= 1, name, "be at least 1")
         size = self.generation_batch_size
         self._check(size is None or size >= 1, "generation_batch_size", "be at least 1 or None")
-        self._check(self.sampling_temperature > 0, "sampling_temperature", "be > 0")
+        warm = self.sampling_temperature
+        self._check(warm is None or warm > 0, "sampling_temperature", "be > 0 or None")
         self._check(self.eval_temperature >= 0, "eval_temperature", "be >= 0")
         self._check(self.generation_sync in ("lora", "none"), "generation_sync",
                     "be lora or none")  # fmt: skip

@@ -227,14 +227,10 @@ def initial_point(folder: Path) -> list[dict]:
 
 def answer_all(trainer: Any, prompts: list[str]) -> list[str]:
     """Greedy answers of the model as it is."""
-    from fastsdpo.data import Interaction
     from fastsdpo.online.sampling import generate
 
     tokenize = trainer._tokenizer_for_check
-    tokens = [
-        tokenize(Interaction([{"role": "user", "content": text}], "", "-")).prompt_ids
-        for text in prompts
-    ]
+    tokens = [tokenize.generation_prompt([{"role": "user", "content": text}]) for text in prompts]
     samples = generate(
         trainer.model, tokens, max_new_tokens=trainer.args.max_new_tokens, temperature=0.0,
         end_ids=trainer.end_ids,

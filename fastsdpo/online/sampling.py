@@ -9,6 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+DEFAULT_TEMPERATURE = 0.7  # where neither the caller nor the model names one
+# What a model's generation config says about how to draw.
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff",
+            "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size")  # fmt: skip
+
 
 class Sample(NamedTuple):
     """One answer.
@@ -27,7 +32,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    temperature: float,
+    temperature: float | None,
     end_ids: Sequence[int],
     batch_size: int | None = None,
     seed: str | None = None,
@@ -37,8 +42,9 @@ def generate(
     Args:
         model: a causal LM of transformers, unwrapped.
         prompts: token ids, each with its generation prompt.
-        temperature: 0: the likeliest token.
-        end_ids: tokens that end an answer.
+        temperature: 0: the likeliest token. None: as the model's own generation config has it, with
+            its top-k, top-p and penalties; where that does not sample, 0.7.
+        end_ids: tokens that end an answer; `InteractionTokenizer.end_ids`.
         batch_size: prompts at once, padded on the left; None: all.
         seed: of the draws, which then depend on nothing else; None: torch's generator.
 
@@ -47,9 +53,15 @@ def generate(
     """
     from transformers import GenerationConfig
 
+    own = model.generation_config
     settings: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if temperature is None and own.do_sample:
+        settings = {
+            name: value for name in SAMPLING if (value := getattr(own, name, None)) is not None
+        }
+    elif temperature is None or temperature > 0:
+        drawn = DEFAULT_TEMPERATURE if temperature is None else temperature
+        settings = {"do_sample": True, "temperature": drawn, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(end_ids),
@@ -61,8 +73,8 @@ def generate(
     training = model.training
     model.eval()
     devices = [device] if device.type == "cuda" else []
-    # The model's own generation config may add penalties, a top-p, ...: not its distribution.
-    own, model.generation_config = model.generation_config, config
+    # What is not set here, transformers would take from the model's own generation config.
+    model.generation_config = config
     try:
         with torch.random.fork_rng(devices, enabled=seed is not None), torch.no_grad():
             if seed is not None:
@@ -154,24 +166,30 @@ class ServerSampler:
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        temperature: float,
+        temperature: float | None,
         end_ids: Sequence[int],
         seed: int | None = None,
     ) -> list[Sample]:
-        """One answer per prompt.
+        """One answer per prompt, from the model's whole distribution.
+
+        Args:
+            temperature: None: as the server has it, from the model's own generation config, with its
+                top-k, top-p and penalties.
 
         Raises:
             RuntimeError: the server's answer lacks token ids or log-probabilities.
         """
+        drawing: dict[str, Any] = {}
+        if temperature is not None:  # the server would take what is not set from the model's config
+            drawing = {"temperature": temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
+                       "repetition_penalty": 1.0}  # fmt: skip
         reply = self.client.completions.create(
             model=self._loaded or self.model,
             prompt=[list(prompt) for prompt in prompts],
             max_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=1.0,
             logprobs=0,
             seed=seed,
-            extra_body={"return_token_ids": True, "top_k": 0, "stop_token_ids": list(end_ids)},
+            extra_body={"return_token_ids": True, "stop_token_ids": list(end_ids), **drawing},
         )
         samples: list[Sample | None] = [None] * len(prompts)
         for choice in reply.choices:

@@ -112,10 +112,7 @@ class OnlineSDPOTrainer(SDPOTrainer):
                 args.generation_url, args.generation_model,
                 folder=os.path.join(args.output_dir, "adapters"),
             )  # fmt: skip
-        tokenize = self._tokenizer_for_check
-        ends = [tokenize.end_of_turn_id, getattr(processing_class or self.processing_class,
-                                                 "eos_token_id", None)]  # fmt: skip
-        self.end_ids = list(dict.fromkeys(token for token in ends if token is not None))
+        self.end_ids = self._tokenizer_for_check.end_ids(self.accelerator.unwrap_model(self.model))
         self.collapse = self._new_detector()
         self.degenerate_stop: str | None = None
         self._warned: str | None = None
@@ -207,7 +204,7 @@ class OnlineSDPOTrainer(SDPOTrainer):
             for _ in range(args.num_generations)
         ]
         prompts = [messages for _, _, messages in asked]
-        tokens = [tokenize(Interaction(messages, "", "-")).prompt_ids for messages in prompts]
+        tokens = [tokenize.generation_prompt(messages) for messages in prompts]
         samples = self._sample(tokens, number)
         responses = [self._text(sample) for sample in samples]
         if hasattr(self.user, "at"):
@@ -229,9 +226,11 @@ class OnlineSDPOTrainer(SDPOTrainer):
             rows.append(row)
             if followup is None or is_blank(followup):
                 continue
-            one = tokenize(Interaction(messages, "", followup, row["id"], row["conversation_id"]))
+            one = tokenize(
+                Interaction(messages, "", followup, row["id"], row["conversation_id"]), sample.ids
+            )
             found[micro].append(SampledInteraction(
-                one.prompt_ids, one.teacher_prompt_ids, sample.ids, one.id, one.conversation_id,
+                one.prompt_ids, one.teacher_prompt_ids, one.completion_ids, one.id, one.conversation_id,
                 one.neutral_prompt_ids,
                 None if sample.logps is None else tuple(sample.logps.tolist()),
             ))  # fmt: skip
@@ -266,8 +265,8 @@ class OnlineSDPOTrainer(SDPOTrainer):
         )  # fmt: skip
 
     def _text(self, sample: Sample) -> str:
-        text = self.processing_class.decode(sample.ids, skip_special_tokens=True)
-        return text.strip()
+        assert self._tokenizer_for_check is not None
+        return self._tokenizer_for_check.said(sample.ids)
 
     def _score(self, interactions: list[SampledInteraction]) -> list[SampledInteraction]:
         """With the log-probabilities and advantages of now, before the first update."""
@@ -390,7 +389,7 @@ class OnlineSDPOTrainer(SDPOTrainer):
             prompts = [messages for _, messages in batch["prompts"]]
             if not prompts:
                 continue
-            tokens = [tokenize(Interaction(messages, "", "-")).prompt_ids for messages in prompts]
+            tokens = [tokenize.generation_prompt(messages) for messages in prompts]
             samples = generate(
                 self.accelerator.unwrap_model(self.model), tokens,
                 max_new_tokens=args.max_new_tokens, temperature=args.eval_temperature,

@@ -153,37 +153,36 @@ class LocalChat:
 
     Args:
         model, tokenizer: a causal LM and its tokenizer, with a chat template.
-        max_new_tokens, temperature: of the replies; temperature 0: the likeliest token.
+        max_new_tokens, temperature: of the replies; temperature 0: the likeliest token; None: as the
+            model's own generation config samples, or 0.7.
         batch_size: replies written at once; None: all.
         seed: of the draws: the n-th call of `replies` then always draws the same; None: torch's.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, max_new_tokens: int = 96,
-                 temperature: float = 0.7, batch_size: int | None = None,
+                 temperature: float | None = None, batch_size: int | None = None,
                  seed: int | None = None):  # fmt: skip
+        from fastsdpo.data import InteractionTokenizer
+
         self.model, self.tokenizer = model, tokenizer
+        self.tokenize = InteractionTokenizer(tokenizer, "note")
+        self.end_ids = self.tokenize.end_ids(model)
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.batch_size, self.seed = batch_size, seed
         self.calls = 0
 
     def replies(self, conversations: Sequence[Messages]) -> list[str | None]:
         """One per conversation, in order; None where the model said nothing."""
-        from fastsdpo.data import InteractionTokenizer
-        from fastsdpo.data.interactions import Interaction
         from fastsdpo.online.sampling import generate
 
-        tokenize = InteractionTokenizer(self.tokenizer, "note")
-        asked = [tokenize(Interaction(messages, "", "-")).prompt_ids for messages in conversations]
-        ends = [tokenize.end_of_turn_id, self.tokenizer.eos_token_id]
+        asked = [self.tokenize.generation_prompt(messages) for messages in conversations]
         samples = generate(
             self.model, asked, max_new_tokens=self.max_new_tokens, temperature=self.temperature,
-            end_ids=[token for token in dict.fromkeys(ends) if token is not None],
-            batch_size=self.batch_size,
+            end_ids=self.end_ids, batch_size=self.batch_size,
             seed=None if self.seed is None else f"{self.seed}/{self.calls}",
         )  # fmt: skip
         self.calls += 1
-        texts = [self.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in samples]
-        return [text.strip() or None for text in texts]
+        return [self.tokenize.said(sample.ids) or None for sample in samples]
 
 
 class EndpointUser:

@@ -199,6 +199,11 @@ def _run(args: argparse.Namespace) -> int:
         answer, finished = _generate(
             model, tokenizer, interaction.prompt, args.max_new_tokens, args.seed
         )
+        if not answer:
+            raise ValueError(
+                f"the model said nothing in {args.max_new_tokens} tokens but reasoning or control "
+                "tokens; raise --max-new-tokens or give --completion"
+            )
         interaction = replace(interaction, completion=answer)
         ended = "" if finished else f", stopped after {args.max_new_tokens} tokens"
         notes.append(f"The model wrote this answer itself (seed {args.seed}{ended}).")
@@ -277,18 +282,20 @@ def _generate(
     """An answer drawn from the model, as on-policy data are, and whether it came to an end."""
     import torch
 
-    inputs = tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(model.device)
+    from fastsdpo.data import InteractionTokenizer
+
+    tokenize = InteractionTokenizer(tokenizer, "note", max_prompt_length=None)
+    asked = torch.tensor([tokenize.generation_prompt(prompt)], device=model.device)
+    ends = tokenize.end_ids(model)
     torch.manual_seed(seed)
     with torch.no_grad():
         output = model.generate(
-            **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            max_new_tokens=max_new_tokens,
+            input_ids=asked, attention_mask=torch.ones_like(asked), do_sample=True, temperature=1.0,
+            top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
+            eos_token_id=ends, pad_token_id=ends[0],
         )  # fmt: skip
-    ids = output[0, inputs["input_ids"].shape[1] :].tolist()
-    answer = tokenizer.decode(ids, skip_special_tokens=True)
-    return answer, len(ids) < max_new_tokens or ids[-1] in tokenizer.all_special_ids
+    ids = output[0, asked.shape[1] :].tolist()
+    return tokenize.said(ids), ids[-1] in ends
 
 
 def _write(path: Path, content: bytes) -> None:

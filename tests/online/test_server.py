@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,46 +10,6 @@ import torch
 from fastsdpo.online.sampling import ServerSampler
 
 pytest.importorskip("openai")
-
-
-@pytest.fixture
-def vllm():
-    """Answers every prompt with the tokens 10, 11, 1 (the end); requests are kept in ``asked``."""
-    state = SimpleNamespace(asked=[], spoil=lambda choices: choices, models=["base"])
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.reply({"object": "list", "data": [{"id": name} for name in state.models]})
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            state.asked.append((self.path, body))
-            if self.path.endswith("_lora_adapter"):
-                return self.reply("done")
-            choices = [
-                {"index": index, "text": "", "finish_reason": "stop", "token_ids": [10, 11, 1],
-                 "logprobs": {"token_logprobs": [-1.0, -2.0, -0.5], "tokens": ["a", "b", "c"]}}
-                for index, _ in enumerate(body["prompt"])
-            ]  # fmt: skip
-            return self.reply({"id": "x", "object": "text_completion", "created": 0, "model": "m",
-                               "choices": state.spoil(choices)[::-1]})  # fmt: skip
-
-        def reply(self, content):
-            data = json.dumps(content).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    state.url = f"http://127.0.0.1:{running.server_port}/v1"
-    yield state
-    running.shutdown()
-    running.server_close()
 
 
 def sample(server, prompts=((3, 4), (5,))):
