@@ -34,8 +34,9 @@ REASONING = (
     ("<seed:think>", "</seed:think>"),
     ("<thought>", "</thought>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought", "<channel|>"),
 )
-REASONING_TAGS = frozenset(tag for pair in REASONING for tag in pair)
+REASONING_TAGS = frozenset(tag for pair in REASONING for tag in pair) | {"<|channel>"}
 
 
 class Opening(NamedTuple):
@@ -45,6 +46,11 @@ class Opening(NamedTuple):
     add: str = ""
 
     def __call__(self, prompt: str) -> str:
+        if self.cut and self.add and not prompt.endswith(self.cut):
+            raise ValueError(
+                f"the chat template ends this prompt in another way than others: it must end with "
+                f"{self.cut!r}, got {_end(prompt)!r}"
+            )
         return prompt.removesuffix(self.cut) + self.add
 
 
@@ -221,7 +227,10 @@ class ChatTemplate:
                 self.generation = self.answer
         elif extra and block.fullmatch(extra.strip()) and self._leaves_open is None:
             self.answer = Opening()  # an empty block that only the generation prompt has
-        elif extra and (not extra.strip() or self._leaves_open is not None):
+        elif (extra and not extra.strip()) or (
+            # Closed, or not there, in a finished turn without reasoning.
+            self._leaves_open is not None and prompt.startswith(block.sub("", before))
+        ):
             self.answer = _opening(prompt, before)
         else:
             raise ValueError(
@@ -276,10 +285,9 @@ def _at(date: datetime.datetime, template: str) -> str:
 
 
 def _opening(prompt: str, text: str) -> Opening:
-    """The change that makes `text` of the prompt; one of them begins with the other."""
-    if text.startswith(prompt):
-        return Opening(add=text[len(prompt) :])
-    return Opening(cut=prompt[len(text) :])
+    """The change that makes `text` of the prompt."""
+    count = shared(prompt, text)
+    return Opening(prompt[count:], text[count:])
 
 
 def _end(text: str) -> str:

@@ -167,6 +167,24 @@ FAMILIES = {
         ["<|im_start|>", "<end_of_utterance>", "<image>"], [], "<end_of_utterance>",
         "<end_of_utterance>",
     ),
+    "nemotron 3": (
+        LAST + "{% set think = enable_thinking is not defined or enable_thinking %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}" + SPLIT +
+        "<|im_start|>assistant\n{% if loop.index0 > ns.last and r %}<think>\n{{ r }}\n</think>\n"
+        "{% else %}<think></think>{% endif %}{{ c }}<|im_end|>\n{% else %}" + CHATML +
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{{ '<think>\n' if think else '<think></think>' }}{% endif %}",
+        CHATML_TOKENS, THINK, "<|im_end|>", "<|im_end|>",
+    ),
+    "gemma 4": (
+        "{{ bos_token }}{% for m in messages %}<|turn>"
+        "{{ 'model' if m.role == 'assistant' else m.role }}\n"
+        "{{ m.content.split('<channel|>')[-1] | trim }}<turn|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|turn>model\n"
+        "{% if enable_thinking is defined and not enable_thinking %}<|channel>thought\n<channel|>"
+        "{% endif %}{% endif %}",
+        ["<bos>", "<eos>", "<|turn>", "<turn|>", "<|channel>", "<channel|>"], [], "<eos>", "<turn|>",
+    ),
     "white space before the end": (
         "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}\n</s>\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant]\n{% endif %}",
@@ -249,24 +267,24 @@ def conversation(*turns, system=None):
     return messages + [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
-def rendered(tokenizer, messages):
+def rendered(tokenizer, messages, thinking=False):
     """The ids of the conversation as the template itself renders it: with text, or lists of parts."""
     if "part['type']" in tokenizer.chat_template:
         messages = [
             {"role": m["role"], "content": [{"type": "text", "text": m["content"]}]}
             for m in messages
         ]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=thinking)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def check(tokenizer, tokenize, prompt, answer):
+def check(tokenizer, tokenize, prompt, answer, thinking=False):
     """Prompt and answer are the ids of the finished conversation; with the follow-up in it, too."""
     one = tokenize(Interaction(prompt, answer, " Shorter. "))
     told = [*prompt[:-1], {"role": "user", "content": prompt[-1]["content"] + "\n\nNote: Shorter."}]
     turn = {"role": "assistant", "content": answer.rstrip()}
     for ids, messages in ((one.prompt_ids, prompt), (one.teacher_prompt_ids, told)):
-        whole, got = rendered(tokenizer, [*messages, turn]), ids + one.completion_ids
+        whole, got = rendered(tokenizer, [*messages, turn], thinking), ids + one.completion_ids
         if tokenize.chat.tail == "":  # the token that ends the turn begins the next message
             assert tokenizer.convert_ids_to_tokens(got.pop()) == tokenize.end_of_turn
         names = tokenizer.convert_ids_to_tokens
@@ -295,15 +313,24 @@ def tokenizer_of(tokenizer, **options):
     return InteractionTokenizer(tokenizer, "note", chat_template_date="2026-01-31", **options)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_ids_are_those_of_the_finished_conversation(family, name):
+# Its generation prompt closes a think block that its finished turns do not have: that one is kept.
+ONLY_PROMPTED = "gemma 4"
+
+
+@pytest.mark.parametrize(
+    ("name", "thinking"),
+    [(name, False) for name in FAMILIES if name != ONLY_PROMPTED]
+    + [(name, True) for name in [*REASONING, ONLY_PROMPTED]],
+)
+def test_ids_are_those_of_the_finished_conversation(family, name, thinking):
     tokenizer = family(name)
-    tokenize = tokenizer_of(tokenizer)
+    options = {"chat_template_kwargs": {"enable_thinking": True}} if thinking else {}
+    tokenize = tokenizer_of(tokenizer, **options)
     assert tokenize.end_of_turn == FAMILIES[name][-1]
     for answer in ("Hello", "\n\nHello\n", " two\n\n  lines", "日本 <b> {x}"):
-        check(tokenizer, tokenize, conversation("Hi"), answer)
+        check(tokenizer, tokenize, conversation("Hi"), answer, thinking)
         prompt = conversation("Hi", "Yes.", "And\nthen?", system="Be brief.")
-        check(tokenizer, tokenize, prompt, answer)
+        check(tokenizer, tokenize, prompt, answer, thinking)
 
 
 @pytest.mark.parametrize("style", ["first", "always"])
@@ -323,6 +350,12 @@ def test_no_space_before_an_answer_but_the_templates(spaced_tokenizer, name, sty
     said = "".join(tokenizer.convert_ids_to_tokens(ids))
     text = "".join(tokenizer.convert_ids_to_tokens(plain.prompt_ids + plain.completion_ids[:-1]))
     assert said.replace("b</s>c", "bc").replace("e</s>f", "ef") == text
+
+
+def test_an_empty_block_of_the_generation_prompt_alone_is_kept(family):
+    tokenizer = family(ONLY_PROMPTED)
+    one = tokenizer_of(tokenizer)(Interaction(conversation("Hi"), "Hello", "x"))
+    assert tokenizer.decode(one.prompt_ids).endswith("<|turn>model\n<|channel>thought\n<channel|>")
 
 
 @pytest.mark.parametrize("name", REASONING)
@@ -392,6 +425,8 @@ def test_white_space_tokens_are_no_control_tokens(family):
     ("command", "<|START_THINKING|>They greet.<|END_THINKING|><|START_RESPONSE|>Hi!<|END_RESPONSE|>"
      "<|END_OF_TURN_TOKEN|>", "Hi!"),
     ("command", "<|START_THINKING|>They gr", ""),
+    ("gemma 4", "<|channel>thought\nThey greet.<channel|>Hi!<turn|>", "Hi!"),
+    ("gemma 4", "<|channel>thought\nThey gr", ""),
     ("chatml", "a <think> b </think> c<|im_end|>", "a <think> b </think> c"),
     ("chatml without a generation prompt", " Hi!<|im_end|>", "Hi!"),
 ])  # fmt: skip
