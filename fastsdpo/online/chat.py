@@ -330,6 +330,7 @@ class Talk:
             return
         if not reply and len(answer.completion_ids) >= self.learner.config.max_new_tokens:
             del self.messages[place:]
+            self.learned.pop(place, None)
             self.say(
                 "[cut while it was still reasoning; raise --max-new-tokens. Your message is left out of "
                 "the conversation]"

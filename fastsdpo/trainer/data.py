@@ -322,6 +322,8 @@ def find_leaks(train: InteractionDataset, held_out: InteractionDataset) -> Leaks
         total=len(found),
         example=f"number {found[0][0]}" if first is None else repr(first),
     )
+
+
 def run_date(args: Any) -> str:
     """The date that the run's chat template reads, the same in all processes and when it goes on.
 
