@@ -441,9 +441,9 @@ def distance(folder, other):
 
 def test_chat_goes_on_with_an_adapter(adapter, tmp_path, monkeypatch, capsys):
     output = tmp_path / "chat"
-    talk(monkeypatch, ["w1 w2", f"/save {tmp_path}/start", "w3 w4", f"/save {tmp_path}/end"])
+    talk(monkeypatch, ["w1 w2", f"/save {tmp_path}/start", "/teach w3 w4", f"/save {tmp_path}/end"])
     assert chat(adapter[0], output, "--learning-rate", "1e-4") == 0
-    assert "[update 1: loss" in capsys.readouterr().err
+    assert "[update 1: learned from" in capsys.readouterr().err
     assert distance(tmp_path / "start", adapter[0]) == 0
     assert 0 < distance(tmp_path / "end", adapter[0]) < 0.01
 
