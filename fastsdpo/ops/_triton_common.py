@@ -21,6 +21,13 @@ Every element still comes from memory once (the second access of a pair hits the
 twice. For gradients, whose stores must not touch a neighbour, the row's elements outside its whole pieces
 (2 A more, A = 8, beside a shifted row) are taken in one narrow access, the "edge".
 
+Reads whose value does not count. A row's first and last 16-byte pieces are read whole. So up to 14 bytes of
+bfloat16 (12 of float32) beyond the end of the logits' storage are read: PyTorch's allocator rounds storages
+up to 512 bytes, but compute-sanitizer reports it where it allocates each tensor by itself. Where gradients
+overwrite the logits, such a read can meet another program's store to the neighbouring row; and every warp
+reads the edge, which one warp stores. Both are races by the letter. What is read there is replaced by -inf,
+or its result is not stored, so no value depends on them.
+
 Weights. Everything is float32 and in units of log2: a weight is 2^((c - r) k), k = log2(e) / temperature,
 beside a reference logit r known before the row is read: the larger of the target's and the first 64
 tokens'; for top-k, the lowest of the support instead of the target's.
@@ -81,6 +88,7 @@ AGAIN = tl.constexpr(float("inf"))  # in the place of a segment's reference
 # float32 2^4 and 2^-2 halve the error that is left, but likely targets too then cost up to two more passes.)
 TOO_LARGE, NEARLY_ALL = tl.constexpr(2.0**16), tl.constexpr(1.0 - 2.0**-6)
 TOO_SMALL = tl.constexpr(2.0**-60)
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 # Arguments whose values never compile another variant.
 RUNTIME = (
@@ -101,6 +109,7 @@ def times(weight, value):
 
 @triton.jit
 def log2(x, FAST: tl.constexpr):
+    """log2 of x >= SMALLEST_NORMAL. FAST takes what is smaller for 0 and gives -inf."""
     if FAST:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1

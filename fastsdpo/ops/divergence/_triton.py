@@ -30,6 +30,7 @@ from fastsdpo.ops._triton_common import (
     LOWEST,
     NEG_INF,
     RUNTIME,
+    SMALLEST_NORMAL,
     STAYS,
     beside,
     beside_of,
@@ -366,13 +367,14 @@ def log2_kl(mean, m, c, rest, other_m, other_c, other_rest, k):
 @triton.jit
 def jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST: tl.constexpr):
     """(p, log2 p - log2 m, q, log2 q - log2 m) of a tile, m the mixture. The differences are finite where p
-    (q) is 0, so that their products need no guard."""
+    (q) is 0, so that their products need no guard. A subnormal mixture counts as the smallest normal number:
+    its log2 would be -inf (`log2`) and the row NaN."""
     s = tl.fma(x - sm, k, -sl)
     t = tl.fma(y - tm, k, -tl_)
     p = tl.exp2(s)
     q = tl.exp2(t)
     m = (1.0 - alpha) * p + alpha * q
-    lm = log2(tl.where(m == 0.0, 1.0, m), FAST)
+    lm = log2(tl.maximum(m, SMALLEST_NORMAL), FAST)
     return p, tl.maximum(s, LOWEST) - lm, q, tl.maximum(t, LOWEST) - lm
 
 
@@ -803,7 +805,8 @@ def topk_gradient_row(
     support = class_grads * coef
     if HAS_CAP:
         support *= slope(load_c(s_ptr + s_offset + ids, mine, cap, HAS_CAP, FAST), cap, HAS_CAP)
-        tl.debug_barrier()
+    # All threads have read what the gradient may overwrite: above, and in a fused kernel before.
+    tl.debug_barrier()
     share = tail_grad * coef
     if with_edge:
         v, edge = edge_positions(g_offset, first, last, vocabulary, BESIDE, A)

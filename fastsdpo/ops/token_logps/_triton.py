@@ -185,6 +185,7 @@ def _sampled_token_fwd_kernel(
             coef = tl.where(live, coef, 0.0)
             tl.store(coef_ptr + row, coef)
             if FUSED:
+                tl.debug_barrier()  # all threads have read the target's logit: it may be overwritten
                 g_offset = row_offset(row, n_l, g_shift, g_b, g_l)
                 logp_gradient_row(
                     s_ptr, s_offset, g_ptr, g_offset, vocabulary, 0, vocabulary, True, live,
