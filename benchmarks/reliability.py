@@ -112,6 +112,14 @@ token. The interpreter's exponential is exact to a float32; for NVIDIA's `ex2.ap
 [documented](https://docs.nvidia.com/cuda/parallel-thread-execution/). With errors of that size put into the
 interpreter, a loss is held to the same bound, and a gradient to five roundings. Nothing of this was measured
 on a GPU.
+
+The compiled kernels are executed as well, on the CPU. `tests/ptx/` runs the PTX that Triton's compiler
+writes for sm_90, from the library's own launches, and compares it with float64. Every memory access is
+checked: alignment, bounds, memory that nothing wrote, races between the warps of a program and between
+programs. Warps are also run one after another from barrier to barrier, which a GPU may do: the results are
+the same bits. `make test` takes a sample of losses, dtypes and sizes, `make test-slow` all of them, for sm_80
+and sm_100 too. **No GPU has run these kernels.** The last step to machine code (ptxas), the hardware's own
+exponential and logarithm, caches and time are not in it, and neither is AMD's code.
 """),
     Section("Long runs", "^soak", """
 Memory does not grow with the steps: resident memory, traced Python memory, objects, tensors, graph nodes,
