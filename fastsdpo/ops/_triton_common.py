@@ -24,9 +24,11 @@ twice. For gradients, whose stores must not touch a neighbour, the row's element
 Reads whose value does not count. A row's first and last 16-byte pieces are read whole. So up to 14 bytes of
 bfloat16 (12 of float32) beyond the end of the logits' storage are read: PyTorch's allocator rounds storages
 up to 512 bytes, but compute-sanitizer reports it where it allocates each tensor by itself. Where gradients
-overwrite the logits, such a read can meet another program's store to the neighbouring row; and every warp
-reads the edge, which one warp stores. Both are races by the letter. What is read there is replaced by -inf,
-or its result is not stored, so no value depends on them.
+overwrite the logits, such a read can meet another program's store to the neighbouring row; every warp reads
+the edge, which one warp stores; and where the teacher's row needs shifted accesses, the student's is read in
+pairs as well, of which the second is not used but can meet the next warp's store. These are races by the
+letter. What is read there is replaced by -inf or not used, or its result is not stored, so no value depends
+on it.
 
 Weights. Everything is float32 and in units of log2: a weight is 2^((c - r) k), k = log2(e) / temperature,
 beside a reference logit r known before the row is read: the larger of the target's and the first 64

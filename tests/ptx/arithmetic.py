@@ -7,6 +7,7 @@ rcp) are rounded from float64; hardware is up to two units in the last place off
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -129,6 +130,10 @@ def compare(how: str, a, b):
     return plain[how[:-1]](a, b) | nan if how[-1] == "u" else plain[how](a, b) & ~nan
 
 
+def _of_all(f, *xs):
+    return functools.reduce(f, xs)
+
+
 INTEGER = {
     "add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum, "neg": np.negative,
     "abs": np.abs, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
@@ -149,6 +154,15 @@ FLOAT = {
 
 def function_of(i: Instruction) -> tuple[Callable, list[str]]:
     """(function, types of its operands) of an instruction. The function takes arrays of these types."""
+    f, kinds = _function_of(i)
+    if isinstance(f, np.ufunc) and f.nin != len(
+        kinds
+    ):  # numpy takes one more for the place of its result
+        raise UnknownInstruction(i.text)
+    return f, kinds
+
+
+def _function_of(i: Instruction) -> tuple[Callable, list[str]]:
     op, name, kind = i.op, i.op[0], i.op[-1]
     count = len(i.operands) - 1
     if name == "cvt":
@@ -179,6 +193,8 @@ def function_of(i: Instruction) -> tuple[Callable, list[str]]:
         return pairs, ["u64"] * count
     if kind == "f32" and set(op[1:-1]) <= PLAIN:
         f = {"min": np.minimum, "max": np.maximum}[name] if "NaN" in op else FLOAT[name]
+        if name in ("min", "max"):  # of two or three
+            f = functools.partial(_of_all, f)
         if "ftz" in op:
             return lambda *xs: flush(f(*map(flush, xs))), [kind] * count
         return f, [kind] * count

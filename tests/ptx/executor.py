@@ -73,7 +73,8 @@ class Executor:
 
 
 def harmless(fault: Fault) -> bool:
-    """Whether it is a read whose value does not count: `fastsdpo.ops._triton_common` describes them."""
+    """Whether it is a read whose value does not count: `fastsdpo.ops._triton_common` describes them. (Not of
+    pairs of accesses in place, whose stores look like any other: there the bits in any order tell.)"""
     own, *callers = [place.text() for place in fault.places]
     if fault.kind == PAST_END or not fault.kind.startswith("race"):
         return fault.kind == PAST_END

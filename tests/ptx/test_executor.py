@@ -163,6 +163,18 @@ def test_a_fault_in_ptx_is_found(body, kind):
     assert any(one.startswith(kind) for one in found), found
 
 
-def test_an_unknown_instruction_is_not_guessed():
-    with pytest.raises(UnknownInstruction, match="popc"):
-        executed("popc.b32 %r3, %r1;")
+def test_a_maximum_of_three():
+    """sm_100 has it. A NaN counts for nothing, as with two."""
+    for values in ("0fBF800000, 0f40000000, 0f40E00000", "0f40E00000, 0f7FC00000, 0f40000000"):
+        result, _ = executed(f"max.f32 %r3, {values}; st.global.b32 [%rd3], %r3;")
+        assert result.view(torch.float32).tolist() == [7.0] * 64
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["popc.b32 %r3, %r1;", "add.f32 %r3, %r1, %r2, %r1;", "max.xorsign.abs.f32 %r3, %r1, %r2;"],
+    ids=["popc", "operands", "modifier"],
+)
+def test_an_unknown_instruction_is_not_guessed(text):
+    with pytest.raises(UnknownInstruction, match=text.split()[0]):
+        executed(text)
