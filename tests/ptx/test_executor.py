@@ -60,7 +60,7 @@ STALE = {
         "tl.debug_barrier()  # all threads have read the target's logit", "#",
     ),
     "top-k fused": (
-        pairs.topk_gradient_row, "    tl.debug_barrier()\n    share =", "    share =",
+        pairs._topk_fwd_kernel, "tl.debug_barrier()  # all threads have read the support's logits", "#",
     ),
 }  # fmt: skip
 

@@ -805,8 +805,7 @@ def topk_gradient_row(
     support = class_grads * coef
     if HAS_CAP:
         support *= slope(load_c(s_ptr + s_offset + ids, mine, cap, HAS_CAP, FAST), cap, HAS_CAP)
-    # All threads have read what the gradient may overwrite: above, and in a fused kernel before.
-    tl.debug_barrier()
+        tl.debug_barrier()
     share = tail_grad * coef
     if with_edge:
         v, edge = edge_positions(g_offset, first, last, vocabulary, BESIDE, A)
@@ -921,6 +920,7 @@ def _topk_fwd_kernel(
         tl.store(stats_ptr + row * 4 + 3, tl.where(live, kl, 0.0))
         tl.store(class_ptr + row * topk + j, grads, mask=inside)
         if FUSED:
+            tl.debug_barrier()  # all threads have read the support's logits: they may be overwritten
             topk_gradient_row(
                 s_ptr, s_offset, g_ptr, row_offset(row, n_l, g_shift, g_b, g_l),
                 id_ptr + row * topk, grads, vocabulary, 0, vocabulary, True, live,
