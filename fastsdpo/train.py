@@ -349,9 +349,8 @@ def measure_before(
     """
     from fastsdpo.trainer.callbacks import BeforeTraining
 
-    before = BeforeTraining(output / "before.json", tell)
+    before = BeforeTraining(trainer, output / "before.json", tell)
     if trainer.eval_dataset is not None and checkpoint is None:
-        trainer.args.eval_on_start = True
         trainer.add_callback(before)
     elif trainer.eval_dataset is not None and before.path.exists():
         before.metrics = json.loads(before.path.read_text("utf-8"))

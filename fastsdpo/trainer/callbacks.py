@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from fastsdpo.trainer.report import write_report
 
@@ -94,9 +94,9 @@ class Progress(TrainerCallback):
 
 
 class BeforeTraining(TrainerCallback):
-    """Keeps the held-out figures before the first step, also in a file, for a run that goes on.
+    """Measures the held-out figures before the first step, and keeps them in a file for a run that goes on.
 
-    They are measured inside the training loop (``eval_on_start``), where the model is wrapped.
+    Inside the training loop, where the model is wrapped for several processes.
 
     Args:
         path: the file, JSON.
@@ -106,18 +106,15 @@ class BeforeTraining(TrainerCallback):
         metrics: the figures; None as long as there are none.
     """
 
-    def __init__(self, path: Path, tell: Callable[[dict[str, float]], None]):
-        self.path, self.tell = path, tell
+    def __init__(self, trainer: Trainer, path: Path, tell: Callable[[dict[str, float]], None]):
+        self.trainer, self.path, self.tell = trainer, path, tell
         self.metrics: dict[str, float] | None = None
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
-    ) -> None:
-        if state.global_step == 0 and self.metrics is None:
-            self.metrics = dict(metrics)
-            if state.is_world_process_zero:
-                write_report(self.path, self.metrics)
-            self.tell(self.metrics)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.metrics = self.trainer.evaluate()
+        if state.is_world_process_zero:
+            write_report(self.path, self.metrics)
+        self.tell(self.metrics)
 
 
 class StopOnSignal(TrainerCallback):
