@@ -34,6 +34,12 @@ ROLES = {
     "observation": "tool",
 }
 
+# Where a record keeps a system prompt beside its messages: Anthropic and LLaMA-Factory `system`, ...
+SYSTEM_KEYS = (
+    "system", "system_prompt", "system_message", "system_instruction",
+    "systemPrompt", "systemMessage", "systemInstruction",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Interaction:
@@ -184,6 +190,30 @@ def parse_messages(messages: Any, name: str) -> list[dict]:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}[{index}]: {error}") from None
     return parsed
+
+
+def add_system(record: Mapping, messages: list[dict]) -> list[dict]:
+    """Messages of a record, with the system prompt that stands beside them (`SYSTEM_KEYS`) as the first.
+
+    Raises:
+        TypeError: it is not text.
+        ValueError: the record has two that differ, so that what the model saw is not known.
+    """
+    own = next((n for n, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    texts = {"the messages": "\n\n".join(m["content"] for m in messages[:own])}
+    for key in SYSTEM_KEYS:
+        if record.get(key) is not None:
+            (message,) = parse_messages([{"role": "system", "content": record[key]}], key)
+            texts[key] = message["content"]
+    said = {name: text for name, text in texts.items() if not is_blank(text)}
+    if len({text.strip() for text in said.values()}) > 1:
+        raise ValueError(
+            f"a record must have one system prompt, got different ones in {' and '.join(said)}; "
+            "keep the one that the model saw"
+        )
+    if not said or "the messages" in said:
+        return messages
+    return [{"role": "system", "content": next(iter(said.values()))}, *messages[own:]]
 
 
 def extract_interactions(

@@ -26,7 +26,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from fastsdpo.data.interactions import Conversation, Interaction, parse_message, parse_messages
+from fastsdpo.data.interactions import (
+    SYSTEM_KEYS,
+    Conversation,
+    Interaction,
+    add_system,
+    parse_message,
+    parse_messages,
+)
 
 logger = logging.getLogger("fastsdpo.data")
 
@@ -114,7 +121,9 @@ def load_conversations(
             folder, a glob, a Hugging Face dataset name (streamed), or several of these. The layout
             of each record is told by its keys: OpenAI (``messages``), WildChat and WildFeedback
             (``conversation``), ShareGPT (``conversations``, ``from``/``value``), a bare list of
-            messages, or an interaction row (``prompt``, ``completion``, ``user_response``).
+            messages, or an interaction row (``prompt``, ``completion``, ``user_response``). A system
+            prompt beside the messages (``system``, ``system_prompt``, ...) is their first message; a
+            record that has two different ones is damaged.
         strict: stop at the first damaged record.
         report: filled with counts and messages while reading.
         config, split: of a Hugging Face dataset.
@@ -145,7 +154,8 @@ def load_interactions(
 
     A row has ``prompt`` (a list of messages), ``completion`` and ``user_response`` (messages), each
     message ``{"role", "content"}`` or ``{"from", "value"}``; ``id`` and ``conversation_id`` are
-    kept, other keys are ignored. Arguments and errors are those of `load_conversations`; here
+    kept, a system prompt beside the prompt (``system``, ...) is its first message, other keys are
+    ignored. Arguments and errors are those of `load_conversations`; here
     `strict` is the default, since a prepared file has no damaged rows.
     """
     return _load(
@@ -214,7 +224,7 @@ def parse_conversation(record: Any) -> Conversation:
         return Conversation(messages, name, language, True, row.id, own)
     for key in [filled] if filled else MESSAGE_KEYS:
         if record.get(key) is not None:
-            messages = parse_messages(record[key], key)
+            messages = add_system(record, parse_messages(record[key], key))
             name = _identifier(record, CONVERSATION_ID_KEYS)
             own = name is None
             name = _identifier(record, RECORD_ID_KEYS) if own else name
@@ -250,7 +260,7 @@ def parse_interaction(record: Any) -> Interaction:
             raise type(error)(f"{key}: {error}") from None
         texts[key] = message["content"]
     return Interaction(
-        prompt=parse_messages(record["prompt"], "prompt"),
+        prompt=add_system(record, parse_messages(record["prompt"], "prompt")),
         completion=texts["completion"],
         followup=texts["user_response"],
         id=_identifier(record, ("id",)),
@@ -386,7 +396,8 @@ def _parquet_events(
         return
     with file:
         wanted = {
-            *MESSAGE_KEYS, *INTERACTION_KEYS, *CONVERSATION_ID_KEYS, *RECORD_ID_KEYS, "language",
+            *MESSAGE_KEYS, *INTERACTION_KEYS, *SYSTEM_KEYS, *CONVERSATION_ID_KEYS, *RECORD_ID_KEYS,
+            "language",
         }  # fmt: skip
         columns = [name for name in file.schema_arrow.names if name in wanted]
         total, row = max(1, file.metadata.num_rows), 0

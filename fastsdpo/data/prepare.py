@@ -41,7 +41,7 @@ from fastsdpo.data.interactions import Conversation, Interaction, extract_intera
 from fastsdpo.data.loading import DamagedRecord, LoadReport, expand_source, load_conversations
 from fastsdpo.data.merging import MANY_EACH, ONE_EACH, Merged, RecordKeys, merge, record_keys
 
-FORMAT = 2  # of the partial folder; one of another format is started anew
+FORMAT = 3  # of the partial folder and its rows; one of another format is started anew
 CHECKPOINT_RECORDS = 5000
 INDEX_ENTRY = struct.Struct("<QI?")
 KEY_BLOCK = struct.Struct("<BI")  # which list, keys

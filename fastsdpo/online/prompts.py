@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, Sampler
 
-from fastsdpo.data.interactions import is_blank, parse_messages
+from fastsdpo.data.interactions import add_system, is_blank, parse_messages
 
 
 class PromptDataset(Dataset):
@@ -19,8 +19,8 @@ class PromptDataset(Dataset):
 
     Args:
         prompts: each a user's message (text), a list of messages that ends with a user's, or a mapping
-            with ``prompt`` of either kind (an interaction's row is one: its answer is ignored), or an
-            `Interaction`.
+            with ``prompt`` of either kind (an interaction's row is one: its answer is ignored; a system
+            prompt beside it, ``system``, is its first message), or an `Interaction`.
         name: the argument, in messages.
 
     Raises:
@@ -58,15 +58,15 @@ class PromptDataset(Dataset):
 
 
 def _parse(prompt: Any, where: str) -> list[dict]:
-    prompt = getattr(prompt, "prompt", prompt)
+    prompt, row = getattr(prompt, "prompt", prompt), {}
     if isinstance(prompt, Mapping):
         if "prompt" not in prompt:
             raise ValueError(f"OnlineSDPOTrainer: {where} must have 'prompt', got {list(prompt)}")
-        prompt = prompt["prompt"]
+        row, prompt = prompt, prompt["prompt"]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     try:
-        messages = parse_messages(prompt, "prompt")
+        messages = add_system(row, parse_messages(prompt, "prompt"))
     except (TypeError, ValueError) as error:
         raise type(error)(f"OnlineSDPOTrainer: {where}: {error}") from error
     if not messages or messages[-1]["role"] != "user" or is_blank(messages[-1]["content"]):

@@ -192,6 +192,11 @@ class TestLayouts:
         (loaded,) = load_interactions(path)
         assert loaded.prompt == prompt and loaded.followup == "o"
 
+    def test_a_row_with_a_system_prompt_beside_it(self, tmp_path):
+        row = {"prompt": self.messages[:1], "completion": "y", "user_response": "o", "system": "S"}
+        (loaded,) = load_interactions(write(tmp_path, "a.jsonl", lines([row])))
+        assert [m["role"] for m in loaded.prompt] == ["system", "user"]
+
 
 BAD = b"\xff"
 DAMAGE = {

@@ -217,6 +217,57 @@ def test_the_filled_column_is_read(tmp_path, record):
     assert [*row["prompt"], row["completion"], row["user_response"]] == HI
 
 
+SYSTEM = {"role": "system", "content": "Answer in French."}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"system": "Answer in French.", "conversations": [
+            {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "y"},
+            {"from": "human", "value": "o"}]},
+        {"system_prompt": "Answer in French.", "messages": HI},
+        {"system": [{"type": "text", "text": "Answer in French."}], "messages": HI},
+        {"systemInstruction": "Answer in French.", "conversation": HI},
+        {"system": "Answer in French.", "prompt": HI[:1], "completion": "y", "user_response": "o"},
+        {"system": " Answer in French.\n", "system_prompt": "", "messages": [SYSTEM, *HI]},
+        {"system": "Answer in French.", "messages": [{"role": "system", "content": " "}, *HI]},
+        {"system": None, "system_prompt": " ", "messages": [SYSTEM, *HI]},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_system_prompt_beside_the_messages_is_the_first_message(tmp_path, record, suffix):
+    source = write_source(tmp_path / "in.jsonl", records=[record])
+    if suffix == "parquet":
+        pa = pytest.importorskip("pyarrow")
+        source = tmp_path / "in.parquet"
+        pytest.importorskip("pyarrow.parquet").write_table(pa.Table.from_pylist([record]), source)
+    assert main([str(source), "-o", str(tmp_path / "out.jsonl"), "--preset", "none"]) == 0
+    (row,) = rows(tmp_path / "out.jsonl")
+    assert [*row["prompt"], row["completion"], row["user_response"]] == [SYSTEM, *HI]
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"system": "Be brief.", "messages": [SYSTEM, *HI]}, "in the messages and system; keep"),
+        (
+            {"system": "A", "system_prompt": "B", "messages": HI},
+            "in system and system_prompt; keep",
+        ),
+        ({"system": {"os": "linux"}, "messages": HI}, "system[0]: content must be text, got dict"),
+    ],
+)
+def test_two_system_prompts_are_not_guessed_between(tmp_path, capsys, record, said):
+    source = write_source(tmp_path / "in.jsonl", records=[record, {"messages": HI}])
+    assert main([str(source), "-o", str(tmp_path / "out.jsonl"), "--preset", "none"]) == 0
+    assert [row["prompt"] for row in rows(tmp_path / "out.jsonl")] == [HI[:1]]
+    table = capsys.readouterr().out
+    assert (
+        "damaged           1 wrong layout" in table and f"{source}:1: " in table and said in table
+    )
+
+
 class TestRefusals:
     def test_existing_output(self, source, tmp_path, capsys):
         output = tmp_path / "out.jsonl"
