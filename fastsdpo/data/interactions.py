@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,16 @@ SYSTEM_KEYS = (
     "system", "system_prompt", "system_message", "system_instruction",
     "systemPrompt", "systemMessage", "systemInstruction",
 )  # fmt: skip
+
+
+# Where a message keeps calls of tools beside its text: OpenAI's, its first form, the AI SDK's, ...
+CALL_KEYS = (
+    "tool_calls", "function_call", "tool_call", "function_calls", "toolCalls", "toolInvocations",
+)  # fmt: skip
+
+# Why follow-ups are left out, as counts say it: "3 follow-ups after a tool call or tool message".
+AFTER_TOOL = "after a tool call or tool message"
+AFTER_SYSTEM = "after a later system message"
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,8 @@ class Conversation:
     """A conversation in one form, whatever layout it came in.
 
     Attributes:
-        messages: ``{"role", "content"}`` dicts; roles are user, assistant, system or tool.
+        messages: ``{"role", "content"}`` dicts; roles are user, assistant, system or tool (an
+            answer that calls a tool is of the role tool).
         id: names the conversation, or None.
         language: as the record names it (``"English"``, ``"en"``), or None.
         single: True for a record that already is one interaction; only its last answer counts.
@@ -150,6 +162,8 @@ def message_text(content: Any) -> str:
 def parse_message(message: Any) -> dict:
     """``{"role", "content"}`` or ``{"from", "value"}`` -> ``{"role", "content"}`` of plain text.
 
+    An answer that calls a tool (`CALL_KEYS`) gets the role tool: its text is not all that was said.
+
     Raises:
         TypeError: not a message, or its content is not text.
         ValueError: an unknown role, or text that is not valid Unicode (a lone surrogate).
@@ -176,7 +190,27 @@ def parse_message(message: Any) -> dict:
             raise ValueError(
                 f"content must be valid Unicode, got a lone surrogate at character {error.start}"
             ) from None
+    if role == "assistant" and called_key(message) is not None:
+        role = "tool"
     return {"role": role, "content": text}
+
+
+def called_key(message: Any) -> str | None:
+    """Where a message calls a tool beside its text, or None."""
+    if not isinstance(message, Mapping):
+        return None
+    return next((key for key in CALL_KEYS if message.get(key)), None)
+
+
+def parse_history(messages: Any, name: str) -> list[dict]:
+    """`parse_messages` of a prompt, which is taken as it is; a ValueError where it calls a tool."""
+    parsed = parse_messages(messages, name)
+    for index, message in enumerate(messages):
+        if (key := called_key(message)) is not None:
+            raise ValueError(
+                f"{name}[{index}]: must be text alone, got {key!r}, which would be missing in it"
+            )
+    return parsed
 
 
 def parse_messages(messages: Any, name: str) -> list[dict]:
@@ -220,13 +254,14 @@ def extract_interactions(
     conversation: Conversation | Sequence[Mapping],
     *,
     max_history_messages: int | None = None,
+    left_out: Counter | None = None,
 ) -> list[Interaction]:
     """The interactions of a conversation, in order.
 
     - Messages of one role in a row are one message, joined by an empty line.
-    - System messages at the start stay at the start of every history. From the first tool message
-      or later system message on nothing is taken: histories there would lack, or move, something
-      that the model saw.
+    - System messages at the start stay at the start of every history. From the first tool message,
+      answer that calls a tool, or later system message on nothing is taken: histories there would
+      lack, or move, something that the model saw.
     - A history starts with a user's message (after the system message), so answers before the
       first user's message are left out.
     - An empty message (`is_blank`) stays in the histories, but gives no interaction: neither as the message
@@ -237,6 +272,7 @@ def extract_interactions(
             form.
         max_history_messages: keep at most this many of the last messages of each history (the
             system message not counted), and of these start with the first user's.
+        left_out: the follow-ups that are left out are added to it, by reason.
 
     Raises:
         TypeError, ValueError: a message is malformed; the text says which and how.
@@ -248,7 +284,12 @@ def extract_interactions(
         )
     if not isinstance(conversation, Conversation):
         conversation = Conversation(parse_messages(conversation, "messages"))
-    system, turns = _turns(conversation.messages)
+    system, turns, rest = _turns(conversation.messages)
+    if rest and left_out is not None:
+        lost = _count_followups(conversation.messages) - _count_followups(turns)
+        if lost:
+            reason = AFTER_SYSTEM if rest[0]["role"] == "system" else AFTER_TOOL
+            left_out[reason] += 1 if conversation.single else lost
     interactions: list[Interaction] = []
     for t in range(1, len(turns) - 1):
         if turns[t]["role"] != "assistant" or (conversation.single and t != len(turns) - 2):
@@ -273,13 +314,16 @@ def extract_interactions(
     return interactions
 
 
-def _turns(messages: Sequence[Mapping]) -> tuple[list[dict], list[dict]]:
-    """([the system message] or [], alternating user / assistant messages starting with a user's)"""
+def _turns(messages: Sequence[Mapping]) -> tuple[list[dict], list[dict], Sequence[Mapping]]:
+    """([the system message] or [], alternating user / assistant messages starting with a user's, the
+    messages from which on nothing is taken)"""
     system: list[dict] = []
     turns: list[dict] = []
-    for message in messages:
+    end = len(messages)
+    for number, message in enumerate(messages):
         role, content = message["role"], message["content"]
         if role == "tool" or (role == "system" and turns):
+            end = number
             break
         place = system if role == "system" else turns
         if place and place[-1]["role"] == role:
@@ -289,7 +333,13 @@ def _turns(messages: Sequence[Mapping]) -> tuple[list[dict], list[dict]]:
             place.append({"role": role, "content": content})
     if turns and turns[0]["role"] == "assistant":
         turns = turns[1:]
-    return system, turns
+    return system, turns, messages[end:]
+
+
+def _count_followups(messages: Sequence[Mapping]) -> int:
+    """How often a user's message follows an answer to a user; calls and tools' results are answers."""
+    signs = {"user": "u", "system": ""}
+    return len(re.findall("au", "".join(signs.get(m["role"], "a") for m in messages).lstrip("a")))
 
 
 _repr = reprlib.Repr()

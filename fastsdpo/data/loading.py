@@ -31,6 +31,8 @@ from fastsdpo.data.interactions import (
     Conversation,
     Interaction,
     add_system,
+    called_key,
+    parse_history,
     parse_message,
     parse_messages,
 )
@@ -254,13 +256,17 @@ def parse_interaction(record: Any) -> Interaction:
         value = {"role": role, "content": value} if isinstance(value, str) else value
         try:
             message = parse_message(value)
+            if (called := called_key(value)) is not None:
+                raise ValueError(
+                    f"must be text alone, got {called!r}, which would be missing in it"
+                )
             if message["role"] != role:
                 raise ValueError(f"role must be {role}, got {message['role']}")
         except (TypeError, ValueError) as error:
             raise type(error)(f"{key}: {error}") from None
         texts[key] = message["content"]
     return Interaction(
-        prompt=add_system(record, parse_messages(record["prompt"], "prompt")),
+        prompt=add_system(record, parse_history(record["prompt"], "prompt")),
         completion=texts["completion"],
         followup=texts["user_response"],
         id=_identifier(record, ("id",)),

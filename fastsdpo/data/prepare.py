@@ -60,6 +60,8 @@ class PrepareReport:
             of it is counted for.
         duplicate_interactions: interactions left out because an equal one (same prompt, answer
             and follow-up), or a longer record of the same conversation, is there.
+        left_out: follow-ups of records that were read and not dropped, but that are in no
+            interaction, by reason; counted before records are merged.
         sizes: bytes of the files.
         dropped: records that a rule dropped, by rule, and conversations over the wanted number.
         records, damaged, problems, lost_bytes: as in `LoadReport`.
@@ -74,6 +76,7 @@ class PrepareReport:
     eval_interactions: int = 0
     merged_records: int = 0
     duplicate_interactions: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
     sizes: list[int] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     records: int = 0
@@ -203,6 +206,7 @@ def prepare(
         result = PrepareReport(
             output=str(output),
             eval_output=None if eval_output is None else str(eval_output),
+            left_out=dict(spool.left_out),
             dropped=dict(spool.dropped),
             records=report.records,
             damaged=dict(report.damaged),
@@ -314,14 +318,19 @@ def _keep(
     turns = sum(message["role"] == "assistant" for message in conversation.messages)
     if conversation.single and conversation.interaction_id is None:
         conversation = replace(conversation, interaction_id=f"{conversation.id}:{turns - 1}")
+    left_out: Counter = Counter()
     interactions = extract_interactions(
-        conversation, max_history_messages=rules.max_history_messages
+        conversation, max_history_messages=rules.max_history_messages, left_out=left_out
     )
+    spool.left_out.update(left_out)
     if not interactions:
-        message = f"{report.where}: no answer is followed by a user's message"
+        kind, problem = "no follow-up", "no answer is followed by a user's message"
+        if left_out:
+            kind = problem = f"nothing but follow-ups {' and '.join(left_out)}"
+        message = f"{report.where}: {problem}"
         if strict:
             raise DamagedRecord(message)
-        report.add_problem("no follow-up", message)
+        report.add_problem(kind, message)
         return
     rows = encode_rows(interactions, turns - 1 if conversation.single else 0)
     spool.add(rows, record_keys(conversation, interactions), conversation.single)
@@ -353,6 +362,7 @@ class _Spool:
         self.folder = partial
         self._lock = _lock(partial)
         self.dropped: Counter = Counter(state["dropped"] if state else {})
+        self.left_out: Counter = Counter(state["left_out"] if state else {})
         self.report: dict = state["report"] if state else {}
         self.complete: bool = state["complete"] if state else False
         self.offsets, self.starts, self.single = array("Q"), array("Q"), bytearray()
@@ -438,6 +448,7 @@ class _Spool:
             "complete": self.complete,
             "sizes": sizes,
             "dropped": self.dropped,
+            "left_out": self.left_out,
             "report": vars(report),
         }
         with _atomic_file(self.folder / "state.json") as file:
@@ -678,6 +689,8 @@ def format_report(report: PrepareReport) -> str:
         lines.append(
             f"dropped   {report.duplicate_interactions:>9,} interactions that are there already"
         )
+    for reason, count in sorted(report.left_out.items(), key=lambda item: (-item[1], item[0])):
+        lines.append(f"left out  {count:>9,} follow-ups {reason}")
     for reason, count in sorted(report.dropped.items(), key=lambda item: (-item[1], item[0])):
         lines.append(f"dropped   {count:>9,} {reason}")
     for kind, count in sorted(report.damaged.items(), key=lambda item: (-item[1], item[0])):

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, Sampler
 
-from fastsdpo.data.interactions import add_system, is_blank, parse_messages
+from fastsdpo.data.interactions import add_system, is_blank, parse_history
 
 
 class PromptDataset(Dataset):
@@ -66,7 +66,7 @@ def _parse(prompt: Any, where: str) -> list[dict]:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     try:
-        messages = add_system(row, parse_messages(prompt, "prompt"))
+        messages = add_system(row, parse_history(prompt, "prompt"))
     except (TypeError, ValueError) as error:
         raise type(error)(f"OnlineSDPOTrainer: {where}: {error}") from error
     if not messages or messages[-1]["role"] != "user" or is_blank(messages[-1]["content"]):

@@ -268,6 +268,64 @@ def test_two_system_prompts_are_not_guessed_between(tmp_path, capsys, record, sa
     )
 
 
+def chat(*turns):
+    """("user", "Hi"), ("assistant", None, {"tool_calls": ...}), ... -> messages."""
+    return [{"role": role, "content": text, **dict(*more)} for role, text, *more in turns]
+
+
+FUNCTION = {"name": "weather", "arguments": "{}"}
+CALLS = [
+    {"tool_calls": [{"id": "1", "type": "function", "function": FUNCTION}]},
+    {"function_call": FUNCTION, "tool_calls": None},
+]
+AFTER_TOOL = "follow-ups after a tool call or tool message"
+
+
+class TestToolCalls:
+    @pytest.mark.parametrize("text", [None, "", "Let me look."])
+    @pytest.mark.parametrize("call", CALLS)
+    def test_nothing_from_the_call_on(self, tmp_path, capsys, call, text):
+        turns = chat(
+            ("user", "Hi"), ("assistant", "Hello", {"tool_calls": [], "function_call": None}),
+            ("user", "Weather?"), ("assistant", text, call), ("user", "It said: sunny"),
+            ("assistant", "It is sunny."), ("user", "Thanks, shorter"),
+        )  # fmt: skip
+        shares = [{"from": m["role"], "value": m["content"], **call} for m in turns[3:4]]
+        records = [{"messages": turns}, {"conversations": [*turns[:3], *shares, *turns[4:]]},
+                   {"messages": turns[2:]}]  # fmt: skip
+        source = write_source(tmp_path / "in.jsonl", records=records)
+        output = tmp_path / "out.jsonl"
+        assert main([str(source), "-o", str(output), "--preset", "none"]) == 0
+        assert [row["completion"]["content"] for row in rows(output)] == ["Hello"]
+        table = capsys.readouterr().out
+        assert f"left out          6 {AFTER_TOOL}" in table
+        assert f"damaged           1 nothing but {AFTER_TOOL}" in table
+        assert f"{source}:3: nothing but {AFTER_TOOL}" in table
+        assert "no answer is followed" not in table
+
+    @pytest.mark.parametrize("role", ["tool", "system"])
+    def test_the_reason_is_the_message_that_cuts_off(self, tmp_path, role):
+        turns = chat(("user", "q"), ("assistant", "y"), (role, "x"), ("user", "o"))
+        source = write_source(tmp_path / "in.jsonl", records=[{"messages": turns}])
+        report = prepare.prepare([source], tmp_path / "out.jsonl", rules="none")
+        reason = AFTER_TOOL if role == "tool" else "follow-ups after a later system message"
+        assert report.left_out == {reason.removeprefix("follow-ups "): 1}
+        assert report.problems == {f"nothing but {reason}": [f"{source}:1: nothing but {reason}"]}
+
+    def test_a_row_that_lacks_its_call_is_refused(self, tmp_path):
+        call = chat(("user", "q"), ("assistant", "", CALLS[0]), ("user", "It said: sunny"))
+        whole = {"prompt": HI, "completion": "y", "user_response": "o"}
+        for row, place in (
+            ({**whole, "prompt": call}, r"prompt\[1\]"),
+            ({**whole, "completion": call[1]}, "completion"),
+        ):
+            source = write_source(tmp_path / "in.jsonl", records=[row])
+            with pytest.raises(
+                DamagedRecord, match=f"{place}: must be text alone, got 'tool_calls'"
+            ):
+                list(load_interactions(source))
+
+
 class TestRefusals:
     def test_existing_output(self, source, tmp_path, capsys):
         output = tmp_path / "out.jsonl"
