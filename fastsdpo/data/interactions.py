@@ -50,6 +50,7 @@ CALL_KEYS = (
 # Why follow-ups are left out, as counts say it: "3 follow-ups after a tool call or tool message".
 AFTER_TOOL = "after a tool call or tool message"
 AFTER_SYSTEM = "after a later system message"
+AFTER_SEVERAL = "to several answers in a row"
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,11 @@ def extract_interactions(
 ) -> list[Interaction]:
     """The interactions of a conversation, in order.
 
-    - Messages of one role in a row are one message, joined by an empty line.
+    - User's messages in a row are one message, joined by an empty line, and so are the system messages
+      at the start.
+    - Different answers in a row (regenerated ones) are not joined, as no model gave that text. The last
+      one stands in the histories; a follow-up to them gives no interaction, since it may be about
+      any of them.
     - System messages at the start stay at the start of every history. From the first tool message,
       answer that calls a tool, or later system message on nothing is taken: histories there would
       lack, or move, something that the model saw.
@@ -284,7 +289,7 @@ def extract_interactions(
         )
     if not isinstance(conversation, Conversation):
         conversation = Conversation(parse_messages(conversation, "messages"))
-    system, turns, rest = _turns(conversation.messages)
+    system, turns, several, rest = _turns(conversation.messages)
     if rest and left_out is not None:
         lost = _count_followups(conversation.messages) - _count_followups(turns)
         if lost:
@@ -295,6 +300,10 @@ def extract_interactions(
         if turns[t]["role"] != "assistant" or (conversation.single and t != len(turns) - 2):
             continue
         if any(is_blank(turn["content"]) for turn in turns[t - 1 : t + 2]):
+            continue
+        if several[t]:
+            if left_out is not None:
+                left_out[AFTER_SEVERAL] += 1
             continue
         start = 0 if max_history_messages is None else max(0, t - max_history_messages)
         while turns[start]["role"] != "user":
@@ -314,11 +323,14 @@ def extract_interactions(
     return interactions
 
 
-def _turns(messages: Sequence[Mapping]) -> tuple[list[dict], list[dict], Sequence[Mapping]]:
-    """([the system message] or [], alternating user / assistant messages starting with a user's, the
-    messages from which on nothing is taken)"""
+def _turns(
+    messages: Sequence[Mapping],
+) -> tuple[list[dict], list[dict], list[bool], Sequence[Mapping]]:
+    """([the system message] or [], alternating user / assistant messages starting with a user's, of
+    each whether it is the last of different answers, the messages from which on nothing is taken)"""
     system: list[dict] = []
     turns: list[dict] = []
+    several: list[bool] = []
     end = len(messages)
     for number, message in enumerate(messages):
         role, content = message["role"], message["content"]
@@ -326,14 +338,18 @@ def _turns(messages: Sequence[Mapping]) -> tuple[list[dict], list[dict], Sequenc
             end = number
             break
         place = system if role == "system" else turns
-        if place and place[-1]["role"] == role:
-            texts = [text for text in (place[-1]["content"], content) if not is_blank(text)]
-            place[-1]["content"] = "\n\n".join(texts)
-        else:
+        if not place or place[-1]["role"] != role:
             place.append({"role": role, "content": content})
-    if turns and turns[0]["role"] == "assistant":
-        turns = turns[1:]
-    return system, turns, messages[end:]
+            if place is turns:
+                several.append(False)
+            continue
+        texts = [text for text in (place[-1]["content"], content) if not is_blank(text)]
+        if role == "assistant" and len(texts) == 2:
+            several[-1] = several[-1] or texts[0].strip() != texts[1].strip()
+            texts = texts[1:]
+        place[-1]["content"] = "\n\n".join(texts)
+    first = int(bool(turns) and turns[0]["role"] == "assistant")
+    return system, turns[first:], several[first:], messages[end:]
 
 
 def _count_followups(messages: Sequence[Mapping]) -> int:

@@ -1,6 +1,7 @@
 """Interactions of a conversation, hindsight templates, and which conversations are kept."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 
@@ -79,9 +80,28 @@ class TestExtract:
 
     def test_same_role_in_a_row_is_one_message(self):
         turns = messages(
-            ("u", "q"), ("u", "more"), ("a", "y"), ("a", " "), ("a", "z"), ("u", "o"), ("u", "p")
+            ("u", "q"), ("u", "more"), ("a", "y"), ("a", " "), ("a", "y\n"), ("u", "o"), ("u", "p")
         )
-        assert shown(extract_interactions(turns)) == [(["q\n\nmore"], "y\n\nz", "o\n\np")]
+        assert shown(extract_interactions(turns)) == [(["q\n\nmore"], "y\n", "o\n\np")]
+
+    @pytest.mark.parametrize(
+        "answers", [("y", "z"), ("y", "z", ""), ("z", "y", "z"), ("", "y", "z")]
+    )
+    @pytest.mark.parametrize("before", [(), (("a", "lost context"),), (("s", "be brief"),)])
+    def test_different_answers_in_a_row_are_no_answer(self, before, answers):
+        turns = messages(
+            *before,
+            ("u", "q"),
+            *(("a", text) for text in answers),
+            ("u", "o"),
+            ("a", "x"),
+            ("u", "p"),
+        )
+        left_out = Counter()
+        (interaction,) = extract_interactions(turns, left_out=left_out)
+        assert [m["content"] for m in interaction.prompt][-3:] == ["q", "z", "o"]
+        assert (interaction.completion, interaction.followup) == ("x", "p")
+        assert left_out == {"to several answers in a row": 1}
 
     def test_starts_with_an_answer(self):
         turns = messages(("a", "lost context")) + FIVE[:3]

@@ -326,6 +326,23 @@ class TestToolCalls:
                 list(load_interactions(source))
 
 
+@pytest.mark.parametrize("preset", ["none", "default", "wildchat", "wildfeedback"])
+def test_regenerated_answers_are_counted_and_not_joined(tmp_path, capsys, preset):
+    turns = chat(
+        ("user", "A joke"), ("assistant", "First joke."), ("assistant", "Second joke."),
+        ("user", "This one is better"), ("assistant", "Glad."), ("user", "Bye"),
+    )  # fmt: skip
+    records = [{"conversation": part, "language": "English"} for part in (turns, turns[:4])]
+    source = write_source(tmp_path / "in.jsonl", records=records)
+    assert main([str(source), "-o", str(tmp_path / "out.jsonl"), "--preset", preset]) == 0
+    (row,) = rows(tmp_path / "out.jsonl")
+    assert [m["content"] for m in row["prompt"]] == ["A joke", "Second joke.", "This one is better"]
+    assert row["completion"]["content"] == "Glad."
+    table = capsys.readouterr().out
+    assert "left out          2 follow-ups to several answers in a row" in table
+    assert f"{source}:2: nothing but follow-ups to several answers in a row" in table
+
+
 class TestRefusals:
     def test_existing_output(self, source, tmp_path, capsys):
         output = tmp_path / "out.jsonl"
