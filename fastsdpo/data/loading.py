@@ -168,6 +168,25 @@ def load_interactions(
     )
 
 
+def read_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, record) of a file of JSON or Parquet, whatever its layout, one at a time.
+
+    Raises:
+        DamagedRecord (a ValueError): the first text that is no record, with its place.
+        ImportError: a package that the format needs is missing.
+    """
+    for where, record, problem, _ in _events(path, None, None, "train", MAX_RECORD_BYTES, None):
+        if problem is not None:
+            raise DamagedRecord(f"{where}: {problem.text}")
+        yield where, record
+
+
+def is_data(path: Path) -> bool:
+    """Whether the ending is that of a file that `read_records` reads."""
+    name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
+    return name.suffix in SUFFIXES
+
+
 def _load(
     events: Iterator[Event],
     parse: Callable[[Any], Any],
@@ -293,7 +312,8 @@ def expand_source(source: str | PathLike | Iterable[str | PathLike]) -> list[Pat
     if path.is_dir():
         if (path / "dataset_info.json").exists() and (path / "state.json").exists():
             return [path]
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _is_data(file))
+        found = (file for file in path.rglob("*") if file.is_file() and is_data(file))
+        files = sorted(file for file in found if not file.name.startswith("."))
         if not files:
             raise FileNotFoundError(
                 f"folder {path} holds no file that ends in {', '.join(SUFFIXES)}"
@@ -312,11 +332,6 @@ def expand_source(source: str | PathLike | Iterable[str | PathLike]) -> list[Pat
     if is_name and path.suffix not in (*SUFFIXES, *COMPRESSIONS):
         return [text]
     raise FileNotFoundError(f"no such file: {text}")
-
-
-def _is_data(path: Path) -> bool:
-    name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
-    return name.suffix in SUFFIXES and not path.name.startswith(".")
 
 
 def _events(

@@ -3,7 +3,7 @@
     fastsdpo online prompts.txt --model MODEL -o runs/brief --rule max_sentences=1 \
         --wish "Please answer in one very short sentence."
 
-Prompts (lines of text, or JSONL as `fastsdpo prepare` writes it) are answered by the model, the user
+Prompts (lines of text, or rows as `fastsdpo prepare` writes them) are answered by the model, the user
 reacts to each answer, and the model learns from the reactions. The user is one of
 
     --rule NAME=VALUE ...          fixed wishes, checked by rule (`fastsdpo online --list-rules`)
@@ -55,7 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,  # what is not given stays the preset's
     )
     run = parser.add_argument_group("run")
-    run.add_argument("prompts", help="what users ask: a text file, one per line, or JSONL")
+    run.add_argument("prompts", help="what users ask: a text file, one per line, or rows with "
+                     "'prompt' (JSON, JSON Lines, Parquet)")  # fmt: skip
     run.add_argument("-o", "--output", required=True, metavar="FOLDER")
     run.add_argument("--eval-prompts", metavar="FILE", default=None, help="held-out prompts")
     run.add_argument("--resume", nargs="?", const=True, default=None, metavar="CHECKPOINT",
@@ -176,7 +177,7 @@ def chat_model(options: argparse.Namespace, role: str, **settings: Any) -> Any:
 
 def read_text(given: str) -> str:
     """The text, or what the file after an @ holds."""
-    return Path(given[1:]).read_text("utf-8").strip() if given.startswith("@") else given
+    return Path(given[1:]).read_text("utf-8-sig").strip() if given.startswith("@") else given
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from torch.utils.data import Dataset, Sampler
 
 from fastsdpo.data.interactions import add_system, is_blank, parse_history
+from fastsdpo.data.loading import SUFFIXES, is_data, read_records
 
 
 class PromptDataset(Dataset):
@@ -34,10 +35,13 @@ class PromptDataset(Dataset):
 
     @classmethod
     def from_source(cls, source: Any, name: str) -> PromptDataset:
-        """A dataset of this kind, a collection of prompts, or a file: JSONL of prompts, or lines of text.
+        """A dataset of this kind, a collection of prompts, or a file: rows with ``prompt``, or lines of text.
+
+        Rows are in any file that `load_conversations` reads (JSON Lines, a JSON array, Parquet, ...), or
+        JSON in a file of text. Text is UTF-8, in a file that ends in ``.txt`` or has no ending.
 
         Raises:
-            OSError, TypeError, ValueError: not readable, with file and line.
+            OSError, TypeError, ValueError, ImportError: not readable, with file and line.
         """
         if isinstance(source, cls):
             return source
@@ -77,19 +81,54 @@ def _parse(prompt: Any, where: str) -> list[dict]:
 def _read(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if is_blank(line):
-                continue
-            if path.suffix not in (".jsonl", ".json"):
-                yield line.strip()
-                continue
-            try:
-                row = json.loads(line)
-                _parse(row, "prompt")
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}:{number}: {error}") from error
-            yield row
+    if not is_data(path):
+        lines = [line.strip() for line in _text(path).split("\n") if not is_blank(line)]
+        if not _opens_json(lines):
+            yield from lines
+            return
+    for where, row in read_records(path):
+        try:
+            _parse(row, "prompt")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error
+        yield row
+
+
+def _text(path: Path) -> str:
+    """The text of a file, without a byte order mark, its lines ended by ``"\\n"``.
+
+    Raises:
+        ValueError: the ending is not that of text, or the content is not.
+    """
+    if path.suffix.lower() not in ("", ".txt"):
+        raise ValueError(
+            f"{path}: prompts must be lines of text (a name that ends in .txt, or without an ending) or "
+            f"rows with 'prompt' ({', '.join(SUFFIXES)}), got a name that ends in {path.suffix}"
+        )
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: prompts must be UTF-8 text, got other bytes at {error.start}; save it as UTF-8"
+        ) from error
+    if "\0" in text:
+        raise ValueError(f"{path}: prompts must be UTF-8 text, got a NUL character")
+    return text
+
+
+def _opens_json(lines: list[str]) -> bool:
+    """Whether the first line is an object or a list of some, or opens one that goes on below."""
+    if not lines or lines[0][0] not in "{[":
+        return False
+    if not lines[0].strip("[{ \t"):
+        return True
+    for text in (lines[0], "\n".join(lines)):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        return isinstance(value, dict) or any(isinstance(item, dict) for item in value)
+    return False
 
 
 class PromptSampler(Sampler):

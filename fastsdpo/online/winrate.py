@@ -136,7 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prompts", help="held-out prompts: a text file, one per line, or JSONL")
+    parser.add_argument("prompts", help="held-out prompts: a text file, one per line, or rows with "
+                        "'prompt' (JSON, JSON Lines, Parquet)")  # fmt: skip
     parser.add_argument("--model", required=True, help="folder, hub id or GGUF file, or an adapter")
     parser.add_argument("--base", required=True, help="what it is compared with")
     parser.add_argument("--rule", action="append", default=[], metavar="NAME=VALUE",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastsdpo.cli import main
-from fastsdpo.online import RuleUser
+from fastsdpo.online import PromptDataset, RuleUser
 from fastsdpo.online.chat import Learner
 from fastsdpo.online.rules import parse_rule
 from fastsdpo.online.winrate import (
@@ -116,6 +117,62 @@ def test_prompts_are_looked_for_before_a_model(option, prompts, saved, tmp_path,
     status = online(files["prompts"], "/no/such/model", tmp_path / "run", "--wish", "w5", *more)
     assert status == 1
     assert capsys.readouterr().err == "fastsdpo online: no such file: nosuch.txt\n"
+
+
+ROW = '{"prompt": "First", "label": 1}\n'
+LISTS = [{"prompt": [{"role": "user", "content": "First"}]}, {"prompt": "Second"}]
+
+
+@pytest.mark.parametrize(("name", "data", "texts"), [
+    ("p.txt", "\ufeffFirst\r\n\r\nSecond\r\n".encode(), ["First", "Second"]),
+    ("p.txt", b'[sort] 3 1 2\n{x} as "set"?', ["[sort] 3 1 2", '{x} as "set"?']),
+    ("p.txt", b"[3, 1, 2]\nsort it", ["[3, 1, 2]", "sort it"]),
+    ("p.jsonl", ("\ufeff" + ROW).encode(), ["First"]),
+    ("p.txt", ROW.encode(), ["First"]),
+    ("prompts", ("\n" + ROW * 2).encode(), ["First", "First"]),
+    ("prompts", json.dumps(LISTS, indent=1).encode(), ["First", "Second"]),
+    ("p.json", json.dumps(LISTS).encode(), ["First", "Second"]),
+    ("p.jsonl.gz", gzip.compress(ROW.encode(), mtime=0), ["First"]),
+])  # fmt: skip
+def test_files_of_prompts(tmp_path, name, data, texts):
+    (tmp_path / name).write_bytes(data)
+    prompts = PromptDataset.from_source(tmp_path / name, "prompts").prompts
+    assert prompts == [[{"role": "user", "content": text}] for text in texts]
+
+
+def test_prompts_in_parquet_with_a_system_prompt(tmp_path):
+    pa, file = pytest.importorskip("pyarrow"), tmp_path / "p.parquet"
+    table = pa.Table.from_pylist([{"prompt": "First", "system": "Be brief.", "label": 1}])
+    pytest.importorskip("pyarrow.parquet").write_table(table, file)
+    (prompt,) = PromptDataset.from_source(file, "prompts").prompts
+    assert [message["content"] for message in prompt] == ["Be brief.", "First"]
+
+
+@pytest.mark.parametrize("command", ["online", "eval"])
+@pytest.mark.parametrize(("name", "data", "said"), [
+    ("p.csv", b"prompt,label\nFirst,1\n", "must be lines of text"),
+    ("p.tsv", b"prompt\tlabel\nFirst\t1\n", "must be lines of text"),
+    ("p.yaml", b"- First\n", "got a name that ends in .yaml"),
+    ("p.parquet", b"PAR1\xff\xfe", "not a whole Parquet file"),
+    ("prompts", b"PAR1\xff\xfe", "must be UTF-8 text, got other bytes at 4"),
+    ("p.txt", "Caf\xe9".encode("latin-1"), "must be UTF-8 text, got other bytes at 3"),
+    ("p.txt", "First".encode("utf-16"), "must be UTF-8 text, got other bytes at 0"),
+    ("p.txt", "First".encode("utf-16-le"), "must be UTF-8 text, got a NUL character"),
+    ("prompts", b'{"question": "First"}\n', ":1: OnlineSDPOTrainer: prompt must have 'prompt'"),
+    ("prompts", b'[\n{"prompt": "First"},\n{"prompt": ', "element 1 (line 3): cut off"),
+    ("p.jsonl", b'{"prompt": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, '
+     b'{"role": "user", "content": "It said: sunny"}]}', ":1: OnlineSDPOTrainer: prompt: prompt[0]: must"),
+])  # fmt: skip
+def test_files_that_are_no_prompts(command, name, data, said, prompts, tmp_path, capsys):
+    (tmp_path / name).write_bytes(data)
+    file, nosuch = str(tmp_path / name), "/no/such/model"
+    if command == "online":
+        status = online(prompts, nosuch, tmp_path / "run", "--wish", "w5", "--eval-prompts", file)
+    else:
+        status = main(["eval", file, "--model", nosuch, "--base", nosuch, "--rule", "max_words=3"])
+    assert status == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"fastsdpo {command}: {file}") and said in error
 
 
 def test_a_person_at_the_terminal(prompts, saved, tmp_path, monkeypatch, capsys):
