@@ -41,7 +41,6 @@ SYSTEM_KEYS = (
     "systemPrompt", "systemMessage", "systemInstruction",
 )  # fmt: skip
 
-
 # Where a message keeps calls of tools beside its text: OpenAI's, its first form, the AI SDK's, ...
 CALL_KEYS = (
     "tool_calls", "function_call", "tool_call", "function_calls", "toolCalls", "toolInvocations",
