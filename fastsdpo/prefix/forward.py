@@ -14,6 +14,7 @@ Nothing else of the model changes; evaluation and generation run as before.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -239,7 +240,7 @@ def check_head(model: nn.Module) -> tuple[bool, str]:
     hook = causal.get_decoder().register_forward_hook(take_states, prepend=True)
     try:
         with torch.no_grad(), _forward_replaced(output_embeddings, logits_from_head):
-            logits = model(input_ids=ids, use_cache=False).logits
+            logits = model(**text_inputs(causal, ids)).logits
     finally:
         hook.remove()
     if not found:
@@ -275,7 +276,7 @@ def check_passes(model: nn.Module) -> tuple[bool, str]:
             *found, dtype = shared_forward(model, [item], sharing="off", loss_fn=logits)
             for got, prompt in zip(found, (item.prompt_ids, item.teacher_prompt_ids)):
                 call = torch.tensor([[*prompt, *item.completion_ids]], device=_device(model))
-                own = model(input_ids=call, use_cache=False).logits[0].double()
+                own = model(**text_inputs(causal_lm(model), call)).logits[0].double()
                 want = own[-len(got) - 1 : -1]
                 error = float((got - want).norm() / want.norm().clamp(min=1e-30))
                 if not error <= _tolerance(dtype):
@@ -443,6 +444,23 @@ def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
+def text_inputs(module: nn.Module, input_ids: Tensor) -> dict[str, Any]:
+    """The keyword arguments for a call of ``module`` on text, ``input_ids [B, L]`` among them.
+
+    The forward pass of some multimodal models takes the kinds of its tokens, and may demand them in
+    training: 0 is text.
+    """
+    inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+    config = module.config
+    # Elsewhere 0 is something else: a segment, which has an embedding (GPT-2, BERT), or the part of
+    # the sequence in which tokens see those behind them (PaliGemma).
+    if config.get_text_config() is not config and config.model_type != "paligemma":
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in inspect.signature(type(module).forward).parameters:
+                inputs[name] = torch.zeros_like(input_ids)
+    return inputs
+
+
 def _device(model: nn.Module) -> torch.device:
     return causal_lm(model).get_input_embeddings().weight.device
 
@@ -536,10 +554,11 @@ def _run_inside(
 
     The call ``first`` is the one that the wrapped model itself makes.
     """
-    decoder, device = causal_lm(model).get_decoder(), _device(model)
+    causal, device = causal_lm(model), _device(model)
+    decoder = causal.get_decoder()
 
-    def inputs(call: _Call) -> dict[str, Any]:
-        given: dict[str, Any] = {"input_ids": call.token_ids[None].to(device), "use_cache": False}
+    def inputs(called: nn.Module, call: _Call) -> dict[str, Any]:
+        given = text_inputs(called, call.token_ids[None].to(device))
         if call.shared is not None:
             given["position_ids"] = call.position_ids[None].to(device)
             # A mask with four axes is passed on as it is: none is made, and positions that jump
@@ -553,14 +572,14 @@ def _run_inside(
             if call is first:
                 hidden = first_hidden[0]
             else:
-                hidden = decoder(**inputs(call)).last_hidden_state[0]
+                hidden = decoder(**inputs(decoder, call)).last_hidden_state[0]
             if call.shared is not None:
                 _check_layers(model, call.shared)
             return hidden
 
         return body(run)
 
-    return run_inside(model, with_first, inputs(first))
+    return run_inside(model, with_first, inputs(causal, first))
 
 
 # -------------------------------------------------------------------------------------- the calls

@@ -1,0 +1,132 @@
+"""Text on models that also take images: what their forward pass demands of text is given."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import transformers
+
+from fastsdpo.prefix import check_head, check_passes, check_sharing, head_parameters, shared_forward
+
+SHAPE = dict(
+    vocab_size=211,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=512,
+)
+SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+VISION = dict(
+    hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=14
+)
+
+
+def gemma3():
+    return transformers.Gemma3Config(
+        text_config=dict(**SHAPE, **SPECIAL, sliding_window=8),
+        vision_config=dict(**VISION, image_size=28),
+        mm_tokens_per_image=1,
+        image_token_index=205,
+        boi_token_index=206,
+        eoi_token_index=207,
+    )
+
+
+def molmo2():
+    heads = dict(num_key_value_heads=2, head_dim=16)
+    return transformers.Molmo2Config(
+        text_config=dict(**SHAPE, additional_vocab_size=8),
+        vision_config=dict(**VISION, **heads, image_size=[28, 28], num_position_embeddings=5),
+        adapter_config=dict(
+            **heads,
+            vision_feature_layer=[-1],
+            hidden_size=32,
+            num_attention_heads=2,
+            intermediate_size=32,
+            text_hidden_size=32,
+        ),
+        image_patch_id=205,
+    )
+
+
+def paligemma():
+    return transformers.PaliGemmaConfig(
+        text_config=dict(model_type="gemma", **SHAPE, **SPECIAL),
+        vision_config=dict(model_type="siglip_vision_model", **VISION, image_size=28),
+        image_token_id=205,
+        projection_dim=32,
+    )
+
+
+def qwen2_vl():
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
+    text = {name: value for name, value in SHAPE.items() if name != "head_dim"}
+    return transformers.Qwen2VLConfig(
+        text_config=dict(**text, **SPECIAL, rope_parameters=rope),
+        vision_config=dict(depth=1, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2),
+        image_token_id=205,
+        video_token_id=206,
+        vision_start_token_id=207,
+    )
+
+
+def build(config):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+def demand(model, name):
+    """In training a pass without ``name`` is refused, as some versions of transformers do."""
+
+    def refuse(module, _args, kwargs):
+        if module.training and kwargs.get(name) is None:
+            raise ValueError(f"`{name}` is required as a model input when training")
+
+    model.model.register_forward_pre_hook(refuse, with_kwargs=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "demanded", "shares"),
+    [
+        (gemma3, "token_type_ids", True),
+        (molmo2, "mm_token_type_ids", True),
+        (qwen2_vl, "mm_token_type_ids", True),
+        (paligemma, None, False),  # its zeros are a prefix in which tokens see those behind them
+    ],
+)
+def test_text_equals_the_model_s_own_passes(lab, config, demanded, shares):
+    model, items = build(config()), lab.conversation(2)
+    model.eval()  # nothing is demanded, and no kind of token is given
+    with torch.no_grad():
+        wanted = [lab.independent_logps(model, items, teacher=teacher) for teacher in (False, True)]
+    model.train()
+    if demanded is not None:
+        demand(model, demanded)
+    assert check_head(model) == (True, "")
+    assert check_passes(model) == (True, "")
+    assert check_sharing(model)[0] == shares
+    for sharing in ("off", "conversation") if shares else ("off",):
+        states = shared_forward(model, items, sharing=sharing)
+        head = head_parameters(model)
+        for hidden, logps in zip((states.student_hidden, states.teacher_hidden), wanted):
+            found = lab.hidden_logps(hidden, states.target_ids, head)
+            assert (found - logps).abs().max() < 1e-3
+
+
+def test_text_models_get_no_segments(lab):
+    """GPT-2 adds the embedding of token 0 where it is given token_type_ids of 0."""
+    model, items = lab.tiny_model("gpt2"), lab.conversation(1)
+    assert "token_type_ids" in inspect.signature(type(model).forward).parameters
+    states = shared_forward(model, items, sharing="off")
+    found = lab.hidden_logps(states.student_hidden, states.target_ids, head_parameters(model))
+    assert (found - lab.independent_logps(model, items)).abs().max() < 1e-9
