@@ -9,6 +9,7 @@ from fastsdpo.prefix.forward import check_sharing as check_sharing
 from fastsdpo.prefix.forward import head_parameters as head_parameters
 from fastsdpo.prefix.forward import is_wrapped as is_wrapped
 from fastsdpo.prefix.forward import no_grad_pass as no_grad_pass
+from fastsdpo.prefix.forward import rotary_limit as rotary_limit
 from fastsdpo.prefix.forward import run_inside as run_inside
 from fastsdpo.prefix.forward import shared_forward as shared_forward
 from fastsdpo.prefix.forward import training_mode as training_mode

@@ -385,6 +385,33 @@ def unsupported(model: nn.Module) -> str | None:
     return None
 
 
+class RotaryLimit(NamedTuple):
+    """Rotary embeddings of ``kind``, which are others in a pass over more than ``positions``."""
+
+    kind: str
+    positions: int
+
+    def __str__(self) -> str:
+        return f"its {self.kind} rotary embeddings change beyond {self.positions} positions"
+
+
+def rotary_limit(model: nn.Module) -> RotaryLimit | None:
+    """The longest sequence that can be shared where the rotary embeddings follow the longest at hand.
+
+    Beyond it one long sequence would change those that share a pass with it. None: no limit.
+    """
+    config = causal_lm(model).config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # by layer
+        limit = part.get("original_max_position_embeddings") or getattr(
+            config, "max_position_embeddings", None
+        )
+        if part.get("rope_type") in ("dynamic", "longrope") and limit:
+            limits.append(RotaryLimit(part["rope_type"], limit))
+    return min(limits, key=lambda limit: limit.positions, default=None)
+
+
 # ------------------------------------------------------------------------------------ the wrapping
 
 
@@ -557,7 +584,14 @@ def _run_inside(
     causal, device = causal_lm(model), _device(model)
     decoder = causal.get_decoder()
 
+    limit = rotary_limit(model)
+    dynamic = limit is not None and limit.kind == "dynamic"
+    rotary = [m for m in decoder.modules() if dynamic and hasattr(m, "max_seq_len_cached")]
+
     def inputs(called: nn.Module, call: _Call) -> dict[str, Any]:
+        for module in rotary:  # else a pass takes the frequencies of a longer one before it
+            for name in [n for n in vars(module) if n.endswith("max_seq_len_cached")]:
+                setattr(module, name, 0)
         given = text_inputs(called, call.token_ids[None].to(device))
         if call.shared is not None:
             given["position_ids"] = call.position_ids[None].to(device)
@@ -602,7 +636,9 @@ def _packed(
     keys_values: dict[int, tuple[Tensor, Tensor]] | None = None,
 ) -> _Call:
     """Tokens ``[first, stop)`` of a plan; a pass that begins at 0 fills ``keys_values``, if given."""
-    reason = unsupported(model) or _long_positions(model, plan)
+    reason, changing = unsupported(model), rotary_limit(model)
+    if changing is not None and int(plan.position_ids.max()) >= changing.positions:
+        reason = reason or str(changing)
     if reason is not None:
         raise NotImplementedError(f"shared_forward: sharing must be 'off' here: {reason}")
     causal = causal_lm(model)
@@ -669,23 +705,6 @@ def _windows(config: Any) -> dict[int, int | None]:
     return {
         layer: window if kind == "sliding_attention" else None for layer, kind in enumerate(types)
     }
-
-
-def _long_positions(model: nn.Module, plan: Plan) -> str | None:
-    """Rotary frequencies that change with the longest sequence at hand would differ in a pack."""
-    config = causal_lm(model).config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {
-        rope.get("rope_type"),
-        *(r.get("rope_type") for r in rope.values() if isinstance(r, dict)),
-    }
-    changing = kinds & {"dynamic", "longrope"}
-    limit = rope.get("original_max_position_embeddings") or getattr(
-        config, "max_position_embeddings", None
-    )
-    if changing and limit and int(plan.position_ids.max()) >= limit:
-        return f"its {changing.pop()} rotary embeddings change beyond {limit} positions"
-    return None
 
 
 def _let_attention_switch(decoder: nn.Module) -> None:

@@ -237,6 +237,11 @@ class InteractionDataset(Dataset):
         """``[len, 3]`` tokens of prompt, teacher's prompt and completion."""
         return self.ends.diff().view(-1, 4)[:, :3]
 
+    def longest(self) -> Tensor:
+        """``[len]`` tokens of each interaction's longest sequence."""
+        prompt, teacher, completion, neutral = self.ends.diff().view(-1, 4).T
+        return torch.maximum(torch.maximum(prompt, teacher), neutral) + completion
+
     def has_neutral_prompts(self) -> bool:
         """Whether every interaction has `neutral_prompt_ids`."""
         return bool((self.ends.diff().view(-1, 4)[:, 3] > 0).all())
@@ -410,10 +415,34 @@ def collate(items: list[TokenizedInteraction | None]) -> dict[str, list[Tokenize
     return {"interactions": [item for item in items if item is not None]}
 
 
+def pack_sharing(
+    pack: Sequence[TokenizedInteraction], sharing: Any, longest: int | None = None
+) -> Any:
+    """``sharing``; or "off" where a sequence has more than ``longest`` tokens."""
+    return "off" if any(_is_longer(item, longest) for item in pack) else sharing
+
+
+def _is_longer(item: TokenizedInteraction, longest: int | None) -> bool:
+    if longest is None:
+        return False
+    prompts = item.prompt_ids, item.teacher_prompt_ids, item.neutral_prompt_ids or ()
+    return max(map(len, prompts)) + len(item.completion_ids) > longest
+
+
 def split_packs(
-    interactions: Sequence[TokenizedInteraction], max_tokens: int | None, sharing: Any
+    interactions: Sequence[TokenizedInteraction],
+    max_tokens: int | None,
+    sharing: Any,
+    longest: int | None = None,
 ) -> list[list[TokenizedInteraction]]:
-    """A micro-batch in packs of at most ``max_tokens`` tokens, conversations kept together."""
+    """A micro-batch in packs of at most ``max_tokens`` tokens, conversations kept together.
+
+    An interaction with a sequence of more than ``longest`` tokens is a pack by itself.
+    """
+    alone = [item for item in interactions if _is_longer(item, longest)]
+    if alone:
+        rest = [item for item in interactions if not _is_longer(item, longest)]
+        return split_packs(rest, max_tokens, sharing) + [[item] for item in alone]
     if max_tokens is None or len(interactions) <= 1:
         return [list(interactions)] if interactions else []
     groups: dict[Any, list[int]] = {}

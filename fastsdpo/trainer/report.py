@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastsdpo.prefix import count_tokens
+from fastsdpo.prefix import count_tokens, rotary_limit
 from fastsdpo.prefix.forward import causal_lm
 from fastsdpo.trainer.config import SDPOConfig
-from fastsdpo.trainer.data import InteractionDataset, split_packs
+from fastsdpo.trainer.data import InteractionDataset, pack_sharing, split_packs
 from fastsdpo.trainer.memory import memory_text
 
 
@@ -63,11 +63,13 @@ def dry_run_report(model: nn.Module, args: SDPOConfig, train: InteractionDataset
     order = [index for group in train.groups(grouped) for index in group]
     batch = args.per_device_train_batch_size
     live = args.teacher in ("live", "trust_region")
+    changing = rotary_limit(model)
+    at_most = None if changing is None or sharing == "off" else changing.positions
     tokens = unshared = widest = responses = passes = 0
     for start in range(0, len(order), batch):
         items = [train[index] for index in order[start : start + batch]]
-        for pack in split_packs(items, args.max_tokens_per_pack, sharing):
-            counts = count_tokens(pack, sharing=sharing, live=live)
+        for pack in split_packs(items, args.max_tokens_per_pack, sharing, at_most):
+            counts = count_tokens(pack, sharing=pack_sharing(pack, sharing, at_most), live=live)
             tokens += counts.student + counts.teacher
             unshared += counts.unshared_student + counts.unshared_teacher
             widest = max(widest, counts.student)

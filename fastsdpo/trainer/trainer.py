@@ -44,6 +44,7 @@ from fastsdpo.prefix import (
     head_parameters,
     is_wrapped,
     no_grad_pass,
+    rotary_limit,
     shared_forward,
 )
 from fastsdpo.trainer.checkpoints import (
@@ -63,6 +64,7 @@ from fastsdpo.trainer.data import (
     collate,
     find_leaks,
     keep_date,
+    pack_sharing,
     run_date,
     split_packs,
 )
@@ -212,6 +214,7 @@ class SDPOTrainer(Trainer):
             raise NotImplementedError(f"SDPOTrainer: the model is not supported: {reason}")
         noisy = self._agreed(check_noise(self.model, disable_dropout=args.disable_dropout))
         self.sharing = self._choose_sharing(noisy)
+        self._limit_sharing()
         self._make_teacher()
         self._sampler: GroupSampler | None = None
         self._metrics = self._new_metrics()
@@ -279,6 +282,40 @@ class SDPOTrainer(Trainer):
         logger.warning("prefixes are not shared (sharing='off'): %s", reason)
         return "off"
 
+    def _limit_sharing(self) -> None:
+        """How long the sequences may be that are shared: a named sharing must fit all the data."""
+        self._shared_length: int | None = None
+        self._unshared_reason: str | None = None
+        limit = None if self.sharing == "off" else rotary_limit(self.model)
+        if limit is None:
+            return
+        self._shared_length = limit.positions
+        self._unshared_reason = (
+            f"interactions with a sequence of more than {limit.positions} tokens run alone, and "
+            f"their prefixes are not shared: the model's {limit.kind} rotary embeddings change there"
+        )
+        held_out = (
+            self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        )
+        for dataset in (self.train_dataset, *held_out.values()):
+            if not isinstance(dataset, InteractionDataset):
+                continue
+            longer = int((dataset.longest() > limit.positions).sum())
+            if longer and self.args.sharing != "auto":
+                raise NotImplementedError(
+                    f"SDPOTrainer: sharing={self.args.sharing!r} is not possible for {longer:,} of "
+                    f"{len(dataset):,} interactions: {limit}; set sharing='auto', which shares the "
+                    "prefixes of the others, or a lower max_prompt_length (max_completion_length)"
+                )
+
+    def _sharing_of(self, pack: Sequence[TokenizedInteraction]) -> Any:
+        """The sharing of a pack, which is "off" where a sequence is too long to be shared."""
+        sharing = pack_sharing(pack, self.sharing, self._shared_length)
+        if sharing != self.sharing and self._unshared_reason is not None:
+            logger.warning("%s", self._unshared_reason)
+            self._unshared_reason = None
+        return sharing
+
     def _agreed(self, found: Any) -> Any:
         """The first process's finding, in all processes: FSDP may load the weights there alone."""
         if self.args.world_size > 1:
@@ -333,7 +370,8 @@ class SDPOTrainer(Trainer):
     ) -> tuple[Tensor, TokenStatistics]:
         """Loss and statistics of one pack; the weights' divisor is ``num_items`` (S or N)."""
         args = self.args
-        shared = {"sharing": self.sharing, "attention": args.attention}
+        sharing = self._sharing_of(interactions)
+        shared = {"sharing": sharing, "attention": args.attention}
         lengths = [len(item.completion_ids) for item in interactions]
         weights, counts = token_weights(lengths, args.normalization, args.ignore_first_k, num_items)
         weights, counts = weights.to(args.device), counts.to(args.device)
@@ -343,10 +381,10 @@ class SDPOTrainer(Trainer):
             context = self._ema.swapped_in
         elif args.teacher == "frozen":
             context = self._initial
-        self._computed = self._count_tokens(interactions, live=context is None)
+        self._computed = self._count_tokens(interactions, sharing, live=context is None)
         if args.is_guided:
             others = self._unguided(interactions)
-            self._computed += self._count_tokens(others)
+            self._computed += self._count_tokens(others, sharing)
             with no_grad_pass(), nullcontext() if context is None else context():
                 unguided = shared_forward(model, others, **shared)
         if args.teacher == "trust_region" or args.needs_reference:
@@ -364,7 +402,7 @@ class SDPOTrainer(Trainer):
                     )
                     for i in interactions
                 ]
-            self._computed += self._count_tokens(read)
+            self._computed += self._count_tokens(read, sharing)
             with no_grad_pass(), self._initial():
                 states = shared_forward(model, read, **shared)
             frozen_hidden = states.teacher_hidden
@@ -402,9 +440,11 @@ class SDPOTrainer(Trainer):
             model, interactions, teacher_context=context, loss_fn=loss_fn, **shared
         )
 
-    def _count_tokens(self, items: Sequence[TokenizedInteraction], *, live: bool = True) -> int:
+    @staticmethod
+    def _count_tokens(
+        items: Sequence[TokenizedInteraction], sharing: Any, *, live: bool = True
+    ) -> int:
         """Tokens that a `shared_forward` sends through the model."""
-        sharing: Any = self.sharing
         counts = count_tokens(items, sharing=sharing, live=live)
         if live and all(item.teacher_prompt_ids == item.prompt_ids for item in items):
             return counts.student  # both are the same, and one pass
@@ -442,8 +482,10 @@ class SDPOTrainer(Trainer):
         return count_items(lengths, self.args.normalization, self.args.ignore_first_k)
 
     def _packs(self, interactions: Sequence[TokenizedInteraction]) -> list[list]:
-        limit = None if self.is_deepspeed_enabled else self.args.max_tokens_per_pack
-        return split_packs(interactions, limit, self.sharing)
+        if self.is_deepspeed_enabled:  # one pass
+            return split_packs(interactions, None, self.sharing)
+        limit = self.args.max_tokens_per_pack
+        return split_packs(interactions, limit, self.sharing, self._shared_length)
 
     @property
     def _sharded(self) -> bool:

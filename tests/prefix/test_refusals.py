@@ -159,6 +159,31 @@ def test_rotary_that_changes_with_length(lab):
         shared_forward(model, lab.conversation(4))
 
 
+def test_rotary_embeddings_of_single_kinds_of_layers(lab):
+    """The length stands with the kind; the configuration's positions are the extended ones."""
+    model = lab.tiny_model("llama", torch.float32)
+    model.config.rope_parameters = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 32},
+    }
+    with pytest.raises(NotImplementedError, match="longrope rotary embeddings change beyond 32"):
+        shared_forward(model, lab.conversation(4))
+
+
+def test_dynamic_rotary_embeddings_forget_the_pass_before(lab):
+    """Each sequence has the frequencies of its own length, as in a model that has seen no other."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    shape = {"max_position_embeddings": 32, "rope_parameters": rope}
+    model, items = lab.tiny_model("llama", **shape), lab.conversation(4)[::-1]  # the longest first
+    states = shared_forward(model, items, sharing="off")
+    head = head_parameters(model)
+    for hidden, teacher in ((states.student_hidden, False), (states.teacher_hidden, True)):
+        alone = [lab.independent_logps(lab.tiny_model("llama", **shape), [i], teacher=teacher)
+                 for i in items]  # fmt: skip
+        found = lab.hidden_logps(hidden, states.target_ids, head)
+        assert (found - torch.cat(alone)).abs().max() < 1e-5
+
+
 def test_router_auxiliary_loss(lab):
     model = lab.tiny_model("qwen3_moe", torch.float32)
     model.config.output_router_logits = True

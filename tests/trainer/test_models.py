@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 import transformers
+
+from fastsdpo.trainer.report import dry_run_report
 
 
 def gemma3(demanding):
@@ -40,3 +44,109 @@ def test_a_model_with_images_is_trained_on_text(tmp_path, lab, settings):
         made.train()
         found.append([row["loss"] for row in made.state.log_history if "loss" in row])
     assert len(found[0]) == 2 and found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def changing_rotary(lab, kind, limit):
+    """A model whose rotary embeddings are others in a pass over more than ``limit`` tokens."""
+    if kind == "dynamic":
+        rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+        return lab.make_model(max_position_embeddings=limit, rope_parameters=rope)
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+            "long_factor": [3.0] * 4, "original_max_position_embeddings": limit}  # fmt: skip
+    return transformers.Phi3ForCausalLM(
+        transformers.Phi3Config(
+            vocab_size=68, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+            original_max_position_embeddings=limit, rope_parameters=rope, pad_token_id=0,
+            bos_token_id=None, eos_token_id=1, initializer_range=0.2,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def long_data(tmp_path_factory, lab):
+    """Interactions, and a length that one of them exceeds."""
+    interactions = lab.make_interactions(2, turns=4)
+    made = lab.make_trainer(tmp_path_factory.mktemp("long"), interactions=interactions)
+    prompt, teacher, completion = made.train_dataset.lengths().T
+    longest = sorted((torch.maximum(prompt, teacher) + completion).tolist())
+    assert longest[-2] + 1 < longest[-1] and longest[-2] > 60
+    return interactions, longest[-2] + 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"teacher": "ema", "max_tokens_per_pack": 200}])
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_long_interaction_runs_alone(tmp_path, lab, long_data, caplog, kind, settings):
+    """Where it would change the rotary embeddings of those that it shares a pass with."""
+    interactions, limit = long_data
+    caplog.set_level(logging.WARNING, logger="fastsdpo.trainer")  # a quiet command raises it
+    found, computed = {}, []
+
+    def count(_module, args, _output):
+        computed.append(args[0].numel())
+
+    for sharing in ("off", "auto"):
+        computed.clear()
+        caplog.clear()
+        made = lab.make_trainer(
+            tmp_path, model=changing_rotary(lab, kind, limit), interactions=interactions,
+            sharing=sharing, per_device_train_batch_size=8, max_steps=2, **settings,
+        )  # fmt: skip
+        items = [made.train_dataset[index] for index in range(8)]
+        longest = [len(i.teacher_prompt_ids) + len(i.completion_ids) for i in items]
+        packs = made._packs(items)
+        if sharing == "auto":
+            assert made.sharing == "conversation"
+            assert packs[-1] == [items[longest.index(max(longest))]]
+            assert sum(map(len, packs)) == 8 and len(packs[0]) > 1
+        made.create_optimizer()
+        hook = made.model.get_input_embeddings().register_forward_hook(count)
+        counted = []
+        for pack in packs:
+            made.run_pass(made.model, pack, 8)
+            counted.append(made._computed)
+        hook.remove()
+        assert sum(computed) == sum(counted)
+        made.training_step(made.model, {"interactions": items}, torch.tensor(8))
+        gradients = {name: p.grad.clone() for name, p in made.model.named_parameters()}
+        made.model.zero_grad()
+        made.train()
+        losses = [row["loss"] for row in made.state.log_history if "loss" in row]
+        said = [r.message for r in caplog.records if "rotary embeddings change" in r.message]
+        found[sharing] = losses, gradients, said, sum(computed)
+    assert found["auto"][0][0] == pytest.approx(found["off"][0][0], rel=1e-5)
+    for name, gradient in found["off"][1].items():
+        assert (found["auto"][1][name] - gradient).norm() < 1e-4 * gradient.norm(), name
+    assert not found["off"][2] and len(found["auto"][2]) == 1
+    assert f"a sequence of more than {limit} tokens run alone" in found["auto"][2][0]
+    assert found["auto"][3] < 0.9 * found["off"][3]
+
+
+def test_the_dry_run_counts_a_long_interaction_alone(tmp_path, lab, long_data):
+    interactions, limit = long_data
+    made = lab.make_trainer(
+        tmp_path, model=changing_rotary(lab, "longrope", limit), interactions=interactions,
+        per_device_train_batch_size=8,
+    )  # fmt: skip
+    items = [made.train_dataset[index] for index in range(8)]
+    tokens = 0
+    for pack in made._packs(items):
+        made.run_pass(made.model, pack, 8)
+        tokens += made._computed
+    report = dry_run_report(made.model, made.args, made.train_dataset, None, made.sharing)
+    assert f"sharing conversation: {tokens:,} of " in report and "in 2 passes of" in report
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_named_sharing_that_does_not_fit_the_data_is_refused(tmp_path, lab, long_data, held_out):
+    interactions, limit = long_data
+    short = lab.make_interactions(1, seed=5)
+    data = {"interactions": short, "eval_dataset": {"one": short, "two": interactions},
+            "allow_leaks": True} if held_out else {"interactions": interactions}  # fmt: skip
+    with pytest.raises(
+        NotImplementedError, match="is not possible for 1 of 8 interactions"
+    ) as error:
+        lab.make_trainer(tmp_path, model=changing_rotary(lab, "longrope", limit),
+                         sharing="interaction", **data)  # fmt: skip
+    assert f"longrope rotary embeddings change beyond {limit} positions" in str(error.value)
