@@ -51,6 +51,35 @@ CHOICES = {
     "non_finite": ("stop", "skip"),
 }
 
+# Settings of TrainingArguments that would break a run, or that nothing here would follow: the only
+# value of each, and why.
+COMPILED = (
+    "the Dynamo of torch.compile cannot trace the hooks that put the loss in place of the head"
+)
+CAST = "evaluation would cast the trained weights themselves, also those that are saved"
+ORDER = "group_by_conversation and data_seed set the order"
+NO_METRICS = "there is no compute_metrics here"
+ONLY: dict[str, tuple[Any, str]] = {
+    "torch_compile": (False, COMPILED),
+    "torch_compile_backend": (None, COMPILED),
+    "torch_compile_mode": (None, COMPILED),
+    "use_liger_kernel": (False, "it exchanges layers after the model was checked"),
+    "neftune_noise_alpha": (None, "the teacher would be noisy too"),
+    "label_smoothing_factor": (0, "the loss is between two policies and has no labels"),
+    "label_names": (None, "interactions have no labels"),
+    "auto_find_batch_size": (
+        False, "it would change the batch of a step; max_tokens_per_pack bounds the memory"
+    ),
+    "average_tokens_across_devices": (True, "the loss is normalized over the whole global batch"),
+    "train_sampling_strategy": ("random", ORDER),
+    "group_by_length": (False, ORDER),
+    "include_num_input_tokens_seen": ("no", "sdpo/tokens_per_second counts what is computed"),
+    "include_for_metrics": ([], NO_METRICS),
+    "batch_eval_metrics": (False, NO_METRICS),
+    "bf16_full_eval": (False, CAST),
+    "fp16_full_eval": (False, CAST),
+}  # fmt: skip
+
 
 def with_preset(
     preset: dict[str, Any], settings: dict[str, Any], *, bf16: bool = False
@@ -109,6 +138,10 @@ class SDPOConfig(TrainingArguments):
     ``logging_first_step``, so that every run shows a loss; ``remove_unused_columns``
     and ``logging_nan_inf_filter`` off (the latter waits for the GPU in every micro-step; see
     ``non_finite``); ``ddp_broadcast_buffers`` off (language models have constant buffers).
+
+    Settings of TrainingArguments that cannot work here, or that nothing would follow, have to keep
+    their defaults (`fastsdpo.trainer.config.ONLY`): ``torch_compile``, ``label_smoothing_factor``,
+    ``auto_find_batch_size``, ``use_liger_kernel``, ``train_sampling_strategy``, ...
     """
 
     # The objective
@@ -281,6 +314,17 @@ class SDPOConfig(TrainingArguments):
                     f"SDPOConfig: {name} must be one of {', '.join(choices)}, "
                     f"got {getattr(self, name)!r}"
                 )
+        for name, (value, why) in ONLY.items():
+            given = getattr(self, name, value)  # not all versions have all
+            if name == "include_num_input_tokens_seen" and given is False:
+                given = "no"
+            self._check(given == value, name, f"be {value!r}: {why}")
+        dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+        if dynamo.lower() != "no":
+            raise ValueError(
+                "SDPOConfig: the environment's ACCELERATE_DYNAMO_BACKEND (accelerate launch "
+                f"--dynamo_backend) must be 'no': {COMPILED}, got {dynamo!r}"
+            )
         self._check(0 <= self.alpha <= 1, "alpha", "be in [0, 1]")
         self._check(self.mode != "sampled_token" or self.alpha == 1, "alpha",
                     "be 1 with mode='sampled_token'")  # fmt: skip
@@ -299,8 +343,6 @@ class SDPOConfig(TrainingArguments):
                     "have a text, or be None")  # fmt: skip
         self._check(not self.is_guided or self.teacher != "trust_region", "teacher",
                     "be live, ema or frozen with guidance or neutral_followup")  # fmt: skip
-        self._check(self.neftune_noise_alpha is None, "neftune_noise_alpha",
-                    "be None: the teacher would be noisy too")  # fmt: skip
         self._check(self.teacher_check >= 0, "teacher_check", "be >= 0")
         for name in ("max_prompt_length", "max_completion_length", "max_followup_length",
                      "max_tokens_per_pack", "chunk_size"):  # fmt: skip
@@ -323,6 +365,11 @@ class SDPOConfig(TrainingArguments):
         super().__post_init__()
         if self.world_size != processes:
             self._split_global_batch(self.world_size, *batch)
+        if self.accelerator_config.split_batches:
+            raise ValueError(
+                "SDPOConfig: split_batches of accelerator_config must be False: it would divide the "
+                "batch of a step by the number of processes, got True"
+            )
 
     def _split_global_batch(self, processes: int, per_device: int, accumulation: int) -> None:
         if self.global_batch_size is not None:

@@ -354,6 +354,54 @@ def test_an_infinite_gradient_names_the_interaction(tmp_path, lab):
         trainer.train()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("torch_compile", True),
+        ("torch_compile_backend", "eager"),
+        ("torch_compile_mode", "default"),
+        ("use_liger_kernel", True),
+        ("label_smoothing_factor", 0.1),
+        ("label_names", ["labels"]),
+        ("auto_find_batch_size", True),
+        ("average_tokens_across_devices", False),
+        ("train_sampling_strategy", "group_by_length"),
+        ("include_num_input_tokens_seen", True),
+        ("include_for_metrics", ["inputs"]),
+        ("batch_eval_metrics", True),
+        ("bf16_full_eval", True),
+        ("fp16_full_eval", True),
+    ],
+)
+def test_settings_that_nothing_would_follow_are_refused(tmp_path, lab, name, value):
+    with pytest.raises(
+        ValueError, match=rf"SDPOConfig: {name} must be .*: .{{20,}}, got "
+    ) as error:
+        lab.make_config(tmp_path, **{name: value})
+    assert str(error.value).endswith(f"got {value!r}")
+
+
+@pytest.mark.parametrize("setting", ["torch_compile=true", "label_smoothing_factor=0.1"])
+def test_settings_of_the_command_that_are_refused(tmp_path, setting):
+    options = build_parser().parse_args(
+        ["data", "--model", "model", "-o", str(tmp_path), "--cpu", "--set", setting]
+    )
+    with pytest.raises(ValueError, match=f"SDPOConfig: {setting.split('=')[0]} must be "):
+        read_config(options)
+
+
+def test_settings_of_the_launcher_that_are_refused(tmp_path, lab, monkeypatch):
+    with pytest.raises(ValueError, match="split_batches of accelerator_config must be False"):
+        lab.make_config(tmp_path, accelerator_config={"split_batches": True})
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(
+        ValueError, match=r"ACCELERATE_DYNAMO_BACKEND .* must be 'no': .*'INDUCTOR'"
+    ):
+        lab.make_config(tmp_path)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as accelerate launch sets it
+    assert not lab.make_config(tmp_path).torch_compile
+
+
 def test_a_missing_file_is_named(tmp_path, lab):
     with pytest.raises(FileNotFoundError, match=r"^no such file: .*missing\.jsonl$"):
         list(fastsdpo.load_conversations(tmp_path / "missing.jsonl"))
