@@ -150,3 +150,17 @@ def test_a_named_sharing_that_does_not_fit_the_data_is_refused(tmp_path, lab, lo
         lab.make_trainer(tmp_path, model=changing_rotary(lab, "longrope", limit),
                          sharing="interaction", **data)  # fmt: skip
     assert f"longrope rotary embeddings change beyond {limit} positions" in str(error.value)
+
+
+@pytest.mark.parametrize("sharing", ["auto", "conversation"])
+def test_long_interactions_that_come_later_run_alone(tmp_path, lab, long_data, caplog, sharing):
+    """A held-out set that is given to evaluate: no error in the middle of a run."""
+    caplog.set_level(logging.WARNING, logger="fastsdpo.trainer")
+    interactions, limit = long_data
+    losses = []
+    for wanted in (sharing, "off"):
+        made = lab.make_trainer(tmp_path, model=changing_rotary(lab, "longrope", limit),
+                                interactions=lab.make_interactions(1, seed=5), sharing=wanted)  # fmt: skip
+        losses.append(made.evaluate(interactions)["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert caplog.text.count("rotary embeddings change there") == 1
