@@ -341,7 +341,8 @@ class SDPOTrainer(Trainer):
             )
         self._ema = self._frozen = None
         # An adapter that changes nothing yet is the initial model when it is off.
-        frozen_copy = frozen and not (is_peft(self.model) and adapter_is_silent(self.model))
+        silent = frozen and is_peft(self.model) and self._agreed(adapter_is_silent(self.model))
+        frozen_copy = frozen and not silent
         copies = args.teacher == "ema" or frozen_copy
         if copies and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise NotImplementedError(

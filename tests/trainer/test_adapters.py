@@ -32,16 +32,6 @@ def lora(**changes):
     )
 
 
-def row(item):
-    return {
-        "prompt": item.prompt,
-        "completion": {"role": "assistant", "content": item.completion},
-        "user_response": {"role": "user", "content": item.followup},
-        "id": item.id,
-        "conversation_id": item.conversation_id,
-    }
-
-
 def command(place, output, *more, model="model"):
     return [
         str(place / "data.jsonl"), "--model", str(place / model), "-o", str(output), "--cpu",
@@ -67,7 +57,7 @@ def place(tmp_path_factory, lab):
     lab.make_tokenizer().save_pretrained(folder / "model")
     for name, items in (("data.jsonl", lab.make_interactions()),
                         ("data.eval.jsonl", lab.make_interactions(2, seed=9))):  # fmt: skip
-        (folder / name).write_text("".join(json.dumps(row(item)) + "\n" for item in items))
+        lab.write_rows(folder / name, items)
     assert main(command(folder, folder / "first", "--lora", "4", "--quiet")) == 0
     return folder
 

@@ -26,6 +26,8 @@ FSDP2 = {
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    # As `accelerate launch` has it: the first process alone loads the weights.
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
 
 
