@@ -7,6 +7,7 @@ import ctypes
 import re
 import struct
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -104,7 +105,8 @@ def buffer_of(tensor: torch.Tensor, name: str) -> Buffer:
 
 
 class PTXBackend(CUDABackend):
-    """Triton's compiler for NVIDIA as far as PTX, with entries of its own in Triton's cache."""
+    """Triton's compiler for NVIDIA as far as PTX, with entries of its own in Triton's cache: one set for each
+    checkout, because the PTX names the files it was compiled from."""
 
     def __init__(self, target: GPUTarget):
         super().__init__(target)
@@ -115,7 +117,7 @@ class PTXBackend(CUDABackend):
         del stages["cubin"]
 
     def hash(self) -> str:
-        return f"executed PTX {triton.__version__} {self.target.arch}"
+        return f"executed PTX {triton.__version__} {self.target.arch} {Path(__file__).parent}"
 
 
 def load(name: str, ptx: bytes, shared: int, device: str) -> tuple:
