@@ -111,10 +111,10 @@ class BeforeTraining(TrainerCallback):
         self.metrics: dict[str, float] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.metrics = self.trainer.evaluate()
+        metrics = self.metrics = self.trainer.evaluate()
         if state.is_world_process_zero:
-            write_report(self.path, self.metrics)
-        self.tell(self.metrics)
+            write_report(self.path, metrics)
+        self.tell(metrics)
 
 
 class StopOnSignal(TrainerCallback):

@@ -335,13 +335,13 @@ def run_date(args: Any) -> str:
     As set, or that of the run in the output folder, or now.
     """
     folder = Path(args.output_dir)
-    date = [args.chat_template_date]
+    date: list[Any] = [args.chat_template_date]
     if date[0] is None and args.process_index == 0:
         kept = _kept_date(folder) if any(folder.glob("checkpoint-*")) else None
         date = [kept or datetime.now().isoformat(timespec="seconds")]
     if args.world_size > 1:
         broadcast_object_list(date)
-    return date[0]
+    return str(date[0])
 
 
 def keep_date(args: Any, checkpoint: str | os.PathLike | None = None) -> None:

@@ -175,7 +175,7 @@ class SDPOTrainer(Trainer):
 
         self._tokenizer_for_check = None
         if processing_class is not None:
-            if reads_clock(processing_class, args.chat_template_kwargs):
+            if reads_clock(processing_class, args.chat_template_kwargs):  # type: ignore[arg-type]
                 args.chat_template_date = run_date(args)
             self._tokenizer_for_check = InteractionTokenizer(
                 processing_class, args.template, **args.tokenizer_options()
