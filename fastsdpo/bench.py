@@ -447,7 +447,7 @@ class HiddenCase:
         return loss.detach(), torch.autograd.grad(loss, (student, weight))
 
     def bare_gemms(self) -> Call:
-        logits = torch.empty(len(self.student), len(self.weight)).to(self.weight)
+        logits = self.weight.new_empty(len(self.student), len(self.weight))
 
         def run() -> tuple[Tensor, tuple[Tensor, ...]]:
             torch.mm(self.teacher, self.weight.T, out=logits)

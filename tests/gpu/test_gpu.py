@@ -15,7 +15,8 @@ import torch
 import fastsdpo
 from fastsdpo.testing import assert_gradient_close, make_rows, oracle_sdpo_loss
 
-pytestmark = pytest.mark.gpu
+# What torch says of TF32, deterministic kernels and prototypes on a GPU is shown, and no error.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 DEVICE = os.environ.get("FASTSDPO_GPU_TEST_DEVICE", "cuda")
 cuda_only = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU's runtime")
 
@@ -68,17 +69,17 @@ def test_values_and_gradients_against_float64(options, dtype, vocabulary):
 
 
 @pytest.mark.parametrize("options", MODES, ids=MODE_IDS)
-@pytest.mark.parametrize("rows_count", [1, 7, 300])
-def test_few_rows_split_over_programs_give_the_same(options, rows_count, monkeypatch):
-    vocabulary = 40000 if DEVICE != "cpu" else 9000
-    rows = make_rows((min(rows_count, 7) if DEVICE == "cpu" else rows_count,), vocabulary)
-    found = []
-    for split in ("0", "1"):
-        monkeypatch.setenv("FASTSDPO_TRITON_SPLIT", split)
-        found.append(loss_of(rows, options))
-    (whole, whole_grad), (split_, split_grad) = found
-    torch.testing.assert_close(split_.per_token_loss, whole.per_token_loss, rtol=0, atol=0)
-    torch.testing.assert_close(split_grad, whole_grad, rtol=0, atol=0)
+def test_rows_alone_give_the_same_bits(options):
+    """The number of rows and their order change nothing (with V a multiple of 8)."""
+    rows = make_rows((300 if DEVICE != "cpu" else 5,), 40000 if DEVICE != "cpu" else 9000)
+    whole, whole_grad = loss_of(rows, options)
+    for which in ([0], [4, 2, 3]):
+        part = type(rows)(
+            rows.student[which], rows.teacher[which], rows.target_ids[which], rows.weights[which]
+        )
+        got, grad = loss_of(part, options)
+        assert torch.equal(got.per_token_loss, whole.per_token_loss[which])
+        assert torch.equal(grad, whole_grad[which])
 
 
 @pytest.mark.parametrize("options", MODES, ids=MODE_IDS)
@@ -108,7 +109,7 @@ def test_no_host_synchronization(options):
 
 
 @cuda_only
-@pytest.mark.parametrize("options", MODES[:4], ids=MODE_IDS[:4])
+@pytest.mark.parametrize("options", MODES, ids=MODE_IDS)
 def test_a_cuda_graph_replays_new_values(options):
     first, second = make_rows((32,), 32001, seed=1), make_rows((32,), 32001, seed=2)
     student = first.student.to(DEVICE).requires_grad_()
@@ -225,11 +226,13 @@ def test_shared_prefixes_on_every_attention_backend(attention):
         items.append(SimpleNamespace(prompt_ids=prompt, teacher_prompt_ids=prompt + ids(12),
                                      completion_ids=answer))  # fmt: skip
         history = prompt + answer
+    direction = torch.randn(4 * 30, 256, generator=draw).to(DEVICE)
     found = []
     for sharing, backend in (("off", "auto"), ("conversation", attention)):
         model.zero_grad()
         states = shared_forward(model, items, sharing=sharing, attention=backend)
-        states.student_hidden.float().square().sum().backward()
+        # The sum of a normed vector's squares would be constant.
+        (states.student_hidden.float() * direction).sum().backward()
         grads = {
             n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None
         }

@@ -1,0 +1,102 @@
+"""The process of one part of `benchmarks.run_gpu`: its rows of numbers go to a file as they come.
+
+    python -m benchmarks.gpu_parts bandwidth --rows rows.jsonl [--rehearsal]
+
+A row with "problem" failed; one with "left_out" says what this machine lacks. A rehearsal takes small sizes
+and the CPU. Times are in milliseconds: the median of several runs after a warm-up, by CUDA events on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import tempfile
+import threading
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu_machine import Machine, Row
+
+ROOT = Path(__file__).parent.parent
+# The module of each part, which is a function there: a Machine -> rows.
+LOSSES, MODELS = "benchmarks.gpu_losses", "benchmarks.gpu_models"
+PARTS = {
+    "kernels": LOSSES, "bandwidth": LOSSES, "linear": LOSSES, "attention": MODELS, "step": MODELS,
+    "host": LOSSES, "tests": "benchmarks.gpu_parts", "peers": LOSSES,
+}  # fmt: skip
+
+
+def tests(machine: Machine) -> Iterator[Row]:
+    """The GPU tests: counts, and a row with the message of each that failed."""
+    import pytest
+
+    files = sorted(ROOT.glob("tests/**/test_*.py"))  # others need not be imported
+    marked = [str(path) for path in files if "mark.gpu" in path.read_text("utf-8")]
+    processes, chosen = "4", []
+    if machine.rehearsal:
+        os.environ["FASTSDPO_GPU_TEST_DEVICE"] = "cpu"
+        processes, chosen = "0", ["-k", "two_runs_agree and sampled"]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "tests.xml"
+        status = pytest.main([
+            "-q", "-m", "gpu", "-n", processes, f"--junitxml={report}", "-p", "no:cacheprovider",
+            # Without pytest-timeout its setting is unknown, and every warning is an error.
+            "-W", "ignore:Unknown config option:pytest.PytestConfigWarning", *chosen, *marked,
+        ])  # fmt: skip
+        if not report.exists():
+            raise RuntimeError(f"pytest ended with {status} and without a report")
+        yield from read_junit(report)
+
+
+def read_junit(path: Path) -> list[Row]:
+    """``{"passed", "skipped", "failed"}`` counts of a JUnit XML file, then a row for each failure."""
+    counts, failures = {"passed": 0, "skipped": 0, "failed": 0}, []
+    for case in ElementTree.parse(path).getroot().iter("testcase"):
+        problem = case.find("failure")
+        problem = case.find("error") if problem is None else problem
+        if problem is not None:
+            counts["failed"] += 1
+            name = f"{case.get('classname')}::{case.get('name')}"
+            lines = [problem.get("message", ""), *(problem.text or "").splitlines()[-6:]]
+            failures.append({"test": name, "problem": "\n".join(lines)})
+        else:
+            counts["skipped" if case.find("skipped") is not None else "passed"] += 1
+    return [counts, *failures]
+
+
+def end_with_parent() -> None:
+    """Ends this process and what it started when standard input does: when run_gpu is killed."""
+    if os.getsid(0) != os.getpid():  # started by hand
+        return
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("part", choices=list(PARTS))
+    parser.add_argument("--rows", type=Path, required=True, help="a row of JSON a line goes there")
+    parser.add_argument("--rehearsal", action="store_true", help="small sizes on the CPU")
+    options = parser.parse_args()
+    end_with_parent()
+    torch.manual_seed(0)
+    with options.rows.open("a", encoding="utf-8") as file:
+        measure = getattr(importlib.import_module(PARTS[options.part]), options.part)
+        for row in measure(Machine(options.rehearsal)):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+
+if __name__ == "__main__":
+    main()
