@@ -45,7 +45,8 @@ from benchmarks._harness import (
     table,
 )
 from fastsdpo.bench import MODES, liger_loss, plain_loss, trl_loss
-from fastsdpo.ops.divergence import _native
+from fastsdpo.ops import rows
+from fastsdpo.ops.rows import LossOptions, Tokens
 
 STREAMED = {
     "native": {"sampled": 4, "forward_kl": 5, "reverse_kl": 5, "jsd": 5},
@@ -103,15 +104,11 @@ def rivals(case: Case, mode: str, names: list[str]) -> dict[str, Callable[[], tu
 
     def fused() -> tuple[Tensor, Tensor]:
         s, t = student[None], teacher[None]
-        if mode == "sampled":
-            out = _native.sampled_token_fused(
-                s, t, None, ids, case.weights, None, 0.0, 1.0, 0.0, -100, s
-            )
-        else:
-            out = _native.divergence_fused(
-                s, t, ids, case.weights, None, 0.0, MODES[mode], 1.0, 0.0, -100, s
-            )
-        return out[0] @ out[1], student
+        options = LossOptions()
+        if mode != "sampled":
+            options = LossOptions(mode="full", alpha=MODES[mode])
+        out = rows.forward(s, t, Tokens(ids, case.weights), options, "native", grad=s)
+        return out.per_token @ out.coef, student
 
     compiled = torch.compile(plain_loss, dynamic=False)
     everyone = {

@@ -38,16 +38,16 @@ PASSES = {
     "jsd": (4, 2, 1),
     "topk": (3, 1, 1),
 }
-# Kernels of forward and backward; JSD's forward is two, top-k's selection (torch.topk) counts as one.
+# Kernels of forward and backward: two passes and what puts parts of rows together between them; JSD has one
+# pass more, top-k's selection (torch.topk) counts as one.
 LAUNCHES = {
-    "log_ratio": 1,
-    "sampled": 2,
-    "forward_kl": 2,
-    "reverse_kl": 2,
-    "jsd": 3,
-    "topk": 3,
+    "log_ratio": 2,
+    "sampled": 3,
+    "forward_kl": 3,
+    "reverse_kl": 3,
+    "jsd": 4,
+    "topk": 4,
 }
-FUSED_READS = {"sampled": 3, "forward_kl": 4, "reverse_kl": 4, "jsd": 6, "topk": 4}
 
 # Bytes per (token, word) of plain PyTorch, forward + backward, as operators read and write float32:
 # the two log-softmaxes (2 reads, 2 writes), the loss's own operators and their backward. Counted from
@@ -84,15 +84,11 @@ class Cost(NamedTuple):
         return Cost(*(factor * value for value in self))
 
 
-def loss_from_logits(
-    mode: str, tokens: int, vocabulary: int, element: int, *, fused: bool = False
-) -> Cost:
-    """`sdpo_loss` on logits of ``element`` bytes, forward and backward (or the fused form)."""
-    forward, backward, writes = PASSES[mode]
-    reads = FUSED_READS[mode] if fused else forward + backward
+def loss_from_logits(mode: str, tokens: int, vocabulary: int, element: int) -> Cost:
+    """`sdpo_loss` on logits of ``element`` bytes, forward and backward."""
     # 8 passes of arithmetic (scale, exp, sum, ...) stand for all modes: never the limit on a GPU.
     cells = tokens * vocabulary
-    return Cost(8.0 * cells, (reads + writes) * element * cells, 1 if fused else LAUNCHES[mode])
+    return Cost(8.0 * cells, sum(PASSES[mode]) * element * cells, LAUNCHES[mode])
 
 
 def eager_loss_from_logits(mode: str, tokens: int, vocabulary: int) -> Cost:
@@ -130,6 +126,11 @@ def default_chunk(tokens: int, vocabulary: int, *, budget: int = 2**26, least: i
     return min(chunk, math.ceil(tokens / math.ceil(tokens / chunk) / 8) * 8)
 
 
+def gradient_chunks(tokens: int, chunk: int) -> int:
+    """Chunks whose gradients wait for one dHidden and one dWeight, as the library's (tested to be)."""
+    return max(1, min(math.ceil(tokens / chunk), 4096 // chunk))
+
+
 def linear_gemms(*, gradients: bool = True, frozen_head: bool = False) -> int:
     """Products of T x V x D: student, teacher, dHidden, dWeight."""
     return 2 + (gradients) + (gradients and not frozen_head)
@@ -149,32 +150,39 @@ def linear_loss(
 ) -> dict[str, Cost]:
     """`linear_sdpo_loss` by kind of kernel: the GEMMs with what they read and write, and the loss's own.
 
-    Per chunk of n tokens: logits of both (reads 2nD + VD operands, writes 2nV of ``tile`` bytes), the
-    fused kernel on the tiles, dHidden (reads nV + VD operands), dWeight (reads nV + nD operands, reads
-    and writes VD float32). So dWeight moves 8 VD bytes for 2 n V D FLOPs: it takes n of about 1000 on
-    an H100 until arithmetic is its limit, whatever V and D are.
+    Per chunk of n tokens: logits of both (reads 2nD + VD operands, writes 2nV of ``tile`` bytes) and the
+    fused kernel on the tiles; per chunk, or where a trained head's gradient has a tile of its own per 4096
+    tokens, dHidden (reads nV + VD operands) and dWeight (reads nV + nD operands, reads and writes VD
+    float32). So dWeight moves 8 VD bytes for 2 n V D FLOPs: it takes n of about 1000 on an H100 until
+    arithmetic is its limit, whatever V and D are.
     """
     chunk = chunk or default_chunk(tokens, vocabulary)
     parts = dict.fromkeys(("logits", "loss kernel", "dHidden", "dWeight"), Cost())
-    launched = 1 + (mode == "topk")  # the selection of the support
+    reads, again, _ = PASSES[mode]
     for start in range(0, tokens, chunk):
         n = min(chunk, tokens - start)
         cells, head = n * vocabulary, vocabulary * hidden
         gemm = 2.0 * cells * hidden
         made = {
             "logits": Cost(2 * gemm, operand * (2 * n * hidden + head) + 2 * tile * cells, 1),
-            "loss kernel": Cost(4.0 * cells, PASSES[mode][0] * tile * cells, launched),
+            "loss kernel": Cost(4.0 * cells, reads * tile * cells, LAUNCHES[mode] - 1),
         }
         if gradients:
             written = operand * cells
-            made["loss kernel"] = Cost(
-                8.0 * cells, FUSED_READS[mode] * tile * cells + written, launched
-            )
-            made["dHidden"] = Cost(gemm, operand * (cells + head + n * hidden), 1)
-            if not frozen_head:
-                made["dWeight"] = Cost(gemm, operand * (cells + n * hidden) + 8 * head, 1)
+            moved = (reads + again) * tile * cells + written
+            made["loss kernel"] = Cost(8.0 * cells, moved, LAUNCHES[mode])
         for name, cost in made.items():
             parts[name] = parts[name] + cost
+    if gradients:
+        waits = operand != tile and not frozen_head
+        step = chunk * (gradient_chunks(tokens, chunk) if waits else 1)
+        for start in range(0, tokens, step):
+            n = min(step, tokens - start)
+            cells, head = n * vocabulary, vocabulary * hidden
+            gemm = 2.0 * cells * hidden
+            parts["dHidden"] += Cost(gemm, operand * (cells + head + n * hidden), 1)
+            if not frozen_head:
+                parts["dWeight"] += Cost(gemm, operand * (cells + n * hidden) + 8 * head, 1)
     return parts
 
 
@@ -195,16 +203,19 @@ def linear_loss_peak(
 ) -> int:
     """Bytes above the inputs at the peak: two tiles, the gradient tile, and the gradients.
 
-    The head's gradient accumulates in float32 and, where the head is of half precision, is then
-    written once more in the head's dtype: both exist at the end, when the tiles still do.
+    The head's gradient accumulates in float32; backward writes it once more in the dtype of a head of half
+    precision, when the tiles are free again.
     """
     chunk = min(chunk or default_chunk(tokens, vocabulary), tokens)
     total = 2 * chunk * vocabulary * tile
     if gradients:
-        total += chunk * vocabulary * operand if operand != tile else 0
-        total += tokens * hidden * operand
+        waiting = 1 if frozen_head else gradient_chunks(tokens, chunk)
+        wide = min(waiting * chunk, tokens)
+        total += wide * vocabulary * operand if operand != tile else 0
         if not frozen_head:
-            total += vocabulary * hidden * (4 + (operand if operand != 4 else 0))
+            total = max(total, vocabulary * hidden * operand if operand != 4 else 0)
+            total += 4 * vocabulary * hidden
+        total += tokens * hidden * operand
     return total
 
 
@@ -795,7 +806,7 @@ def _prediction_losses(table: Any) -> list[str]:
     tokens, vocabulary, hidden = 8192, 151936, 4096
     logits = []
     cells = tokens * vocabulary
-    for mode in FUSED_READS:
+    for mode in EAGER_LAUNCHES | {"topk": 0}:
         everyone = {"fastsdpo": loss_from_logits(mode, tokens, vocabulary, 2)}
         for name, by_mode in RIVAL_BYTES_BFLOAT16.items():
             if mode in by_mode:

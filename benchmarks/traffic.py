@@ -42,12 +42,12 @@ VOCABULARIES = (151936, 50257, 32001)
 ROWS, TOPK = 2, 20
 # Most bytes per element that our kernels may move in bfloat16, forward and backward, and launches.
 BUDGETS = {
-    "log-ratio": (4.0, 1),
-    "sampled token": (8.1, 2),
-    "forward KL": (10.1, 2),
-    "reverse KL": (10.1, 2),
-    "JSD": (14.1, 3),
-    "top-k": (8.5, 2),
+    "log-ratio": (4.0, 2),
+    "sampled token": (8.1, 3),
+    "forward KL": (10.1, 3),
+    "reverse KL": (10.1, 3),
+    "JSD": (14.1, 4),
+    "top-k": (8.5, 3),
 }
 VIEWS = {
     "view", "_unsafe_view", "expand", "transpose", "t", "permute", "slice", "select", "unsqueeze",

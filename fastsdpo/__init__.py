@@ -14,7 +14,7 @@ from fastsdpo.ops._backend import available_backends as available_backends
 from fastsdpo.ops.divergence import SDPOLossOutput as SDPOLossOutput
 from fastsdpo.ops.divergence import sdpo_loss as sdpo_loss
 from fastsdpo.ops.linear import linear_sdpo_loss as linear_sdpo_loss
-from fastsdpo.ops.linear import linear_token_logps as linear_token_logps
+from fastsdpo.ops.linear_token_logps import linear_token_logps as linear_token_logps
 from fastsdpo.ops.modules import LinearSDPOLoss as LinearSDPOLoss
 from fastsdpo.ops.modules import SDPOLoss as SDPOLoss
 from fastsdpo.ops.token_logps import TokenLogRatio as TokenLogRatio

@@ -26,7 +26,7 @@ def test_every_available_kernel_is_right(capsys):
 
 
 def test_a_wrong_kernel_is_named_and_fails(monkeypatch, capsys):
-    from fastsdpo.ops.divergence import reference
+    from fastsdpo.ops import reference
 
     plain = reference.row_divergence
     monkeypatch.setattr(

@@ -206,11 +206,12 @@ def test_one_openmp_runtime():
     """The kernels run on the threads that PyTorch has, not on a second pool."""
     code = """
 import torch
-from fastsdpo.ops.token_logps import _native
+from fastsdpo.ops import _native
+from fastsdpo.ops.rows import LossOptions
 torch.set_num_threads(2)
 torch.randn(512, 512) @ torch.randn(512, 512)
 z = torch.randn(1, 64, 5000)
-_native.token_logps_forward(z, torch.zeros(64, dtype=torch.long), 1.0, 0.0, -100, False)
+_native.token_forward(z, torch.zeros(64, dtype=torch.long), LossOptions())
 files = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.split("/")[-1]}
 print(sorted(files))
 assert len([file for file in files if "libgomp" in file or "libiomp" in file]) == 1, files

@@ -56,7 +56,7 @@ with warnings.catch_warnings():
 from accelerate.utils import is_peft_model
 from trl.trainer import distillation_trainer as _distillation
 
-from fastsdpo.integrations._losses import (
+from fastsdpo.integrations._distillation import (
     Head,
     PolicyGradient,
     distillation_loss,
@@ -68,7 +68,8 @@ from fastsdpo.integrations.transformers import (
     is_partitioned,
     label_logps,
 )
-from fastsdpo.ops.linear import linear_sdpo_loss, linear_token_logps
+from fastsdpo.ops.linear import linear_sdpo_loss
+from fastsdpo.ops.linear_token_logps import linear_token_logps
 from fastsdpo.ops.token_logps import token_logps
 from fastsdpo.prefix import (
     above_the_decoder,

@@ -33,12 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsdpo.integrations._losses import (
-    add_tail_class,
-    class_gradients,
-    distillation_loss,
-    targets_where,
-)
+from fastsdpo.integrations._distillation import distillation_loss, targets_where
+from fastsdpo.ops.bounded_tail import add_tail_class, class_gradients
 
 AGGREGATIONS = (
     "token-mean",

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsdpo.integrations._losses import IGNORE_INDEX
+from fastsdpo.integrations._distillation import IGNORE_INDEX
 
 # Log-probs come rounded to bfloat16 or to a few decimals from some servers.
 ROUNDING = 1e-2

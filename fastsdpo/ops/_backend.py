@@ -7,11 +7,9 @@ a missing package). Where kernels for the device exist and are missing, it warns
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import warnings
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -147,9 +145,3 @@ def resolve_backend(name: str, backend: str, *tensors: Tensor) -> str:
     if reason is not None:
         raise ImportError(f"{name}: backend={backend!r} is not available: {reason}")
     return backend
-
-
-def implementation(op: str, backend: str) -> ModuleType:
-    """The module that holds ``op``'s functions for a resolved backend; imported on first use."""
-    file = {"triton": "_triton", "native": "_native", "reference": "reference"}[backend]
-    return importlib.import_module(f"fastsdpo.ops.{op}.{file}")

@@ -1,12 +1,13 @@
 """Argument checks shared by the ops: shapes, dtypes, ranges; and the flattening of leading axes.
 
-Only shapes, dtypes, devices and Python numbers are read here, so a check never waits for a GPU and
-`torch.compile` traces through it. Checks of tensor values sit in `_library.py`, behind the operator.
+Only shapes, dtypes, devices and Python numbers are read, so a check never waits for a GPU and
+`torch.compile` traces through it; but `check_ids` and `check_distinct`, which operators call.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,6 +103,33 @@ def check_topk(name: str, topk: int | None, vocabulary: int) -> int:
             f"{name}: topk must be an integer in [1, V] = [1, {vocabulary}], got {topk}"
         )
     return int(topk)
+
+
+def _reads_values(tensor: Tensor) -> bool:
+    """Whether values are checked: reading them waits for a GPU, so there only with ``FASTSDPO_CHECK=1``."""
+    return tensor.device.type == "cpu" or os.environ.get("FASTSDPO_CHECK", "0") == "1"
+
+
+def check_ids(ids: Tensor, vocabulary: int, argument: str, ignore_index: int | None) -> None:
+    """Ids must lie in [0, V) (or be ``ignore_index``)."""
+    if not _reads_values(ids):
+        return
+    bad = (ids < 0) | (ids >= vocabulary)
+    if ignore_index is not None:
+        bad &= ids != ignore_index
+    if bool(bad.any()):
+        flat = bad.reshape(-1).nonzero()[0].item()
+        value = int(ids.reshape(-1)[flat])
+        rule = f"lie in [0, V) = [0, {vocabulary})"
+        if ignore_index is not None:
+            rule += f" or be ignore_index = {ignore_index}"
+        raise ValueError(f"{argument} must {rule}, got {value} at flattened position {flat}")
+
+
+def check_distinct(ids: Tensor, argument: str) -> None:
+    """No id stands twice in a row of ``ids [N, K]``."""
+    if _reads_values(ids) and bool((ids.sort(-1).values.diff(dim=-1) == 0).any()):
+        raise ValueError(f"{argument} must be distinct in each row, got a repeated id")
 
 
 def as_rows(logits: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import mmap
 import torch
 from torch import Tensor
 
-from fastsdpo.ops._library import _is_real
+from fastsdpo.ops._operators import is_real
 
 _kept: list[torch.UntypedStorage] = []  # at most one, not in use
 _LARGEST_KEPT = 2**29  # bytes; two float32 tiles of 256 tokens and 262,144 words
@@ -21,7 +21,7 @@ _HUGE = 2**21  # bytes of a huge page
 
 
 def _on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and _is_real(tensor)
+    return tensor.device.type == "cpu" and is_real(tensor)
 
 
 def _advise_huge_pages(tensor: Tensor) -> Tensor:
@@ -40,19 +40,31 @@ def _advise_huge_pages(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _stride(vocabulary: int) -> int:
+    """Elements from row to row: a multiple of 64 (see `ops.head`)."""
+    return -(-vocabulary // 64) * 64
+
+
+def padded(like: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialized ``(rows, vocabulary)`` whose rows begin at multiples of 64 elements."""
+    return like.new_empty(rows, _stride(vocabulary), dtype=dtype)[:, :vocabulary]
+
+
 def borrow_tiles(like: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialized ``(rows, vocabulary)`` for one call, on a CPU in the memory of the last call's."""
+    """`padded` for one call, on a CPU in the memory of the last call's."""
     if _on_cpu(like):
         try:
             storage = _kept.pop()  # from here on no other thread finds it
         except IndexError:
             pass
         else:
-            if storage.nbytes() >= rows * vocabulary * dtype.itemsize:
-                shape, strides = (rows, vocabulary), (vocabulary, 1)
-                return like.new_empty(0, dtype=dtype).set_(storage, 0, shape, strides)
+            stride = _stride(vocabulary)
+            if storage.nbytes() >= rows * stride * dtype.itemsize:
+                return like.new_empty(0, dtype=dtype).set_(
+                    storage, 0, (rows, vocabulary), (stride, 1)
+                )
             del storage  # before its larger successor is allocated
-    return _advise_huge_pages(like.new_empty(rows, vocabulary, dtype=dtype))
+    return _advise_huge_pages(padded(like, rows, vocabulary, dtype))
 
 
 def return_tiles(tiles: Tensor) -> None:

@@ -51,10 +51,15 @@ class SDPOLoss(_Loss):
         old_logps: Tensor | None = None,
     ) -> SDPOLossOutput:
         return sdpo_loss(
-            student_logits, teacher_logits, target_ids, weights=weights,
-            teacher_logps=teacher_logps, teacher_topk=teacher_topk, old_logps=old_logps,
+            student_logits,
+            teacher_logits,
+            target_ids,
+            weights=weights,
+            teacher_logps=teacher_logps,
+            teacher_topk=teacher_topk,
+            old_logps=old_logps,
             **self.options,
-        )  # fmt: skip
+        )
 
 
 class LinearSDPOLoss(_Loss):
@@ -84,8 +89,16 @@ class LinearSDPOLoss(_Loss):
         old_logps: Tensor | None = None,
     ) -> SDPOLossOutput:
         return linear_sdpo_loss(
-            student_hidden, teacher_hidden, weight, target_ids, bias=bias,
-            teacher_weight=teacher_weight, teacher_bias=teacher_bias, weights=weights,
-            teacher_logps=teacher_logps, teacher_topk=teacher_topk, old_logps=old_logps,
+            student_hidden,
+            teacher_hidden,
+            weight,
+            target_ids,
+            bias=bias,
+            teacher_weight=teacher_weight,
+            teacher_bias=teacher_bias,
+            weights=weights,
+            teacher_logps=teacher_logps,
+            teacher_topk=teacher_topk,
+            old_logps=old_logps,
             **self.options,
-        )  # fmt: skip
+        )

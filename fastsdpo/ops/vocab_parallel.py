@@ -1,43 +1,50 @@
 r"""The loss over a vocabulary-parallel head: each process holds V / P rows of the weight.
 
-Every process of the group has the same hidden states and tokens and makes its shard of the logits.
-A row's statistics merge with two small all-reduces of a few float32 numbers per token:
+Every process of the group has the same hidden states and tokens and makes its shard of the logits. The
+kernels see a shard as a vocabulary of its own, with one more token of probability 0 that stands for targets
+of other shards. What they leave of each row is put together with small collectives, a few numbers per token:
 
-    1. max      the row maxima M of both policies
-    2. sum      the sums of 2^((c - M) k), the target's logit (from the process that owns it, 0 from the
-                others) and, for forward and reverse KL, the unnormalized sum of p (s - t)
+    normalizers   one all-gather of each shard's (max, log2 sum), and a sum of the targets' logits
+    KL(p || q)    by the chain rule from the shards' own, w_i and v_i a shard's mass under p and q:
+                  sum_i w_i KL_i + sum_i w_i log(w_i / v_i)
+    JSD           two sums, of the gradient's terms p (s - log m) and q (t - log m) of each shard
+    top-k         the shards' candidates, then the classes' logits; the tail's normalizers with the support
+                  masked
 
-Jensen-Shannon needs the normalized probabilities first and adds one sum; top-k adds one all-gather of
-each shard's candidates and one sum. Each process then has the gradient of its own shard of the logits
-and of its rows of the weight; the hidden states' gradient is summed over the group once.
-
-The algebra runs in eager PyTorch on tiles of chunk_size x V / P.
+Each process then has the kernels write the gradient of its own shard of the logits, from the row's
+statistics; the hidden states' gradient is summed over the group once.
 """
 
-# Calls with unpacked lists: pyright cannot count their arguments.
-# pyright: reportCallIssue=false
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastsdpo.ops import rows
 from fastsdpo.ops._checks import accumulation_dtype
-from fastsdpo.ops._library import _check_ids, _weighted_sum
-from fastsdpo.ops.divergence import LossOptions, SDPOLossOutput, TokenInputs, loss_output
-from fastsdpo.ops.divergence.reference import (
+from fastsdpo.ops.head import Gradients, Head, Needs, through_head
+from fastsdpo.ops.reference import (
+    capped_rows,
     coefficients,
+    given_logps,
     given_support_log_probs,
-    log_ratio,
     row_divergence,
-    weighted,
+    sampled_token_loss,
+    softcap_slope,
+    token_log_ratio,
 )
-from fastsdpo.ops.token_logps.reference import capped_rows, softcap_slope
+from fastsdpo.ops.rows import RowResults, Tokens
 
-LN2 = math.log(2)
+if TYPE_CHECKING:
+    from fastsdpo.ops.linear import LinearCall
+
+LN2, LOG2E = math.log(2), math.log2(math.e)
 
 
 class _Group:
@@ -45,274 +52,242 @@ class _Group:
 
     def __init__(self, group: Any, shard: int):
         self.group = group
+        self.size = dist.get_world_size(group)
         self.start = dist.get_rank(group) * shard
         self.shard = shard
-        self.vocabulary = dist.get_world_size(group) * shard
 
-    def reduce(self, values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    def sum(self, values: Tensor) -> Tensor:
         values = values.contiguous()
-        dist.all_reduce(values, op=op, group=self.group)
+        dist.all_reduce(values, group=self.group)
         return values
 
-    def owned(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """``(whether this shard holds the id, its local position or 0)``."""
+    def gather(self, values: Tensor) -> Tensor:
+        """``[P, ...]``: everyone's ``values``."""
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values.contiguous(), group=self.group)
+        return torch.stack(parts)
+
+    def local(self, ids: Tensor) -> Tensor:
+        """This shard's places of global ids; the column beyond the shard for those of others."""
         local = ids - self.start
-        mine = (local >= 0) & (local < self.shard)
-        return mine, torch.where(mine, local, 0)
+        return torch.where((local >= 0) & (local < self.shard), local, self.shard)
 
-    def take(self, rows: Tensor, ids: Tensor) -> Tensor:
-        """This shard's entries of ``rows [N, V / P]`` at global ``ids [N, K]``, 0 where not owned."""
-        mine, local = self.owned(ids)
-        return torch.where(mine, rows.gather(1, local), 0.0)
+    def normalizers(self, stats: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """``[N, 2]`` (max, log2 sum) of whole rows from the shards', and ``[P, N]`` log2 of each one's mass.
 
-
-class _Policy:
-    """One policy's shard of a chunk: capped logits and, after merging, the statistics of the rows."""
-
-    def __init__(self, logits: Tensor, temperature: float, softcap: float):
-        self.c = capped_rows(logits, softcap)
-        self.k = math.log2(math.e) / temperature
-        self.row_max = self.c.amax(-1)
-        self.log2sum = self.row_max
-
-    def log_probs(self) -> Tensor:
-        return ((self.c - self.row_max[:, None]) * self.k - self.log2sum[:, None]) * LN2
+        ``scale`` is log2(e) / temperature, the step from logits to exponents.
+        """
+        maxima, sums = self.gather(stats).unbind(-1)
+        row_max = maxima.amax(0)
+        apart = torch.where(maxima == -math.inf, -math.inf, (maxima - row_max) * scale)
+        # A shard without any possible token has no sum: it takes no part.
+        parts = torch.where(apart == -math.inf, -math.inf, apart + sums)
+        log2sum = torch.logsumexp(parts * LN2, 0) * LOG2E
+        return torch.stack([row_max, log2sum], -1), parts - log2sum
 
 
-def _merge(
-    group: _Group, policies: list[_Policy], target_ids: Tensor, alpha: float | None
-) -> tuple[list[Tensor], Tensor | None]:
-    """Merged statistics of the policies; the targets' log-probs of each, and for alpha 0 or 1 the KL."""
-    maxima = group.reduce(torch.stack([p.row_max for p in policies]), dist.ReduceOp.MAX)
-    mine, local = group.owned(target_ids)
-    sums = []
-    for policy, row_max in zip(policies, maxima):
-        policy.row_max = row_max
-        scaled = (policy.c - row_max[:, None]) * policy.k
-        target = scaled.gather(1, local[:, None]).squeeze(1)
-        # -inf from the owner must survive the sum with the others' zeros: it does.
-        sums += [torch.exp2(scaled).sum(-1), torch.where(mine, target, 0.0)]
-    if alpha is not None:
-        student, teacher = policies
-        s = (student.c - student.row_max[:, None]) * student.k
-        t = (teacher.c - teacher.row_max[:, None]) * teacher.k
-        terms = weighted(torch.exp2(s), s - t) if alpha == 1 else weighted(torch.exp2(t), t - s)
-        sums.append(terms.sum(-1))
-    merged = group.reduce(torch.stack(sums))
-    logps = []
-    for i, policy in enumerate(policies):
-        policy.log2sum = merged[2 * i].log2()
-        logps.append((merged[2 * i + 1] - policy.log2sum) * LN2)
-    kl = None
-    if alpha is not None:
-        student, teacher = policies
-        if alpha == 1:
-            kl = (merged[4] / merged[0] - student.log2sum + teacher.log2sum) * LN2
+class ShardLoss:
+    """The `head.TileLoss` of one process's shard of the logits."""
+
+    def __init__(self, call: LinearCall, shard: int):
+        from fastsdpo.ops.linear import RowVectors
+
+        self.call, self.options, self.backend = call, call.options, call.backend
+        self.group = _Group(call.vocab_group, shard)
+        self.scale = LOG2E / call.options.temperature
+        self.vectors = RowVectors(call.tokens.weights)
+
+    def __call__(
+        self, student: Tensor, teacher: Tensor | None, which: slice, grad: Tensor | None
+    ) -> None:
+        tokens = self.call.tokens.chunk(which)
+        ignored = tokens.target_ids == self.options.ignore_index
+        ids = torch.where(ignored, tokens.target_ids, self.group.local(tokens.target_ids))
+        run = {"sampled_token": self._sampled_token, "full": self._full, "topk": self._topk}
+        logits = [tile.unsqueeze(0) for tile in (student, teacher) if tile is not None]
+        buffer = None if grad is None else grad.unsqueeze(0)
+        found = run[self.options.mode](logits, tokens, ids, buffer)
+        keep = [torch.where(ignored, 0.0, values) for values in found]
+        self.vectors.write(which, keep)
+
+    def _statistics(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalizers ``[N, 2]`` of whole rows, and the targets' log-probs ``[N]``."""
+        stats = rows.token_forward(logits, ids, self.options, self.backend).stats
+        merged, _ = self.group.normalizers(stats, self.scale)
+        return merged, self._target_logps(logits, ids, merged)
+
+    def _target_logps(self, logits: Tensor, ids: Tensor, merged: Tensor) -> Tensor:
+        return self._class_logps(logits, ids[:, None], merged)[:, 0]
+
+    def _class_logps(self, logits: Tensor, ids: Tensor, merged: Tensor) -> Tensor:
+        """Log-probs ``[N, K]`` of local ids, the sum of what the shards know."""
+        mine = (ids >= 0) & (ids < self.group.shard)
+        z = logits[0].gather(1, torch.where(mine, ids, 0))
+        c = capped_rows(z, self.options.softcap)
+        exponent = self.group.sum(torch.where(mine, (c - merged[:, :1]) * self.scale, 0.0))
+        return (exponent - merged[:, 1:]) * LN2
+
+    def _sampled_token(
+        self, logits: list[Tensor], tokens: Tokens, ids: Tensor, grad: Tensor | None
+    ) -> Sequence[Tensor]:
+        stats, student_logps = self._statistics(logits[0], ids)
+        if len(logits) == 2:
+            teacher_logps = self._statistics(logits[1], ids)[1]
         else:
-            kl = (merged[4] / merged[2] - teacher.log2sum + student.log2sum) * LN2
-    return logps, kl
+            teacher_logps = given_logps(tokens, self.options)
+        coef = coefficients(tokens, student_logps, self.options)
+        if grad is not None:
+            upstream = -token_log_ratio(student_logps, teacher_logps) * coef
+            self._token_gradient(upstream, stats, logits[0], ids, grad)
+        per_token = sampled_token_loss(student_logps, teacher_logps)
+        return per_token, coef, student_logps, teacher_logps
 
+    def _token_gradient(
+        self, upstream: Tensor, stats: Tensor, logits: Tensor, ids: Tensor, grad: Tensor
+    ) -> None:
+        ignored = ids == self.options.ignore_index
+        stats = torch.where(ignored[:, None], 0.0, stats)
+        rows.token_backward(upstream, stats, logits, ids, self.options, self.backend, grad)
 
-def _support(group: _Group, logits: Tensor, k: int) -> Tensor:
-    """Global ids ``[N, K]`` of the student's k most likely tokens over all shards."""
-    size = dist.get_world_size(group.group)
-    values, ids = logits.topk(min(k, group.shard), -1)
-    candidates = [torch.empty_like(values) for _ in range(size)]
-    names = [torch.empty_like(ids) for _ in range(size)]
-    dist.all_gather(candidates, values.contiguous(), group=group.group)
-    dist.all_gather(names, (ids + group.start).contiguous(), group=group.group)
-    best = torch.cat(candidates, -1).topk(k, -1).indices
-    return torch.cat(names, -1).gather(1, best)
-
-
-def _chunk(
-    group: _Group,
-    student: Tensor,
-    teacher: Tensor | None,
-    tokens: TokenInputs,
-    rows: slice,
-    options: LossOptions,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(per_token, coef, student_logps, teacher_logps, d loss / d u of this shard x coef)``."""
-    mode, alpha, ignore = options.mode, options.alpha, options.ignore_index
-    ids, weights = tokens.target_ids[rows], tokens.weights[rows]
-    ignored = ids == ignore
-    safe = torch.where(ignored, 0, ids)
-    policies = [_Policy(student, options.temperature, options.softcap)]
-    if teacher is not None:
-        policies.append(_Policy(teacher, options.temperature, options.softcap))
-    ends = alpha if mode == "full" and alpha in (0.0, 1.0) else None
-    logps, kl = _merge(group, policies, safe, ends)
-    s = policies[0].log_probs()
-    t = policies[1].log_probs() if teacher is not None else None
-    p = s.exp()
-    student_logps = torch.where(ignored, 0.0, logps[0])
-    teacher_logps = torch.where(ignored, 0.0, logps[1]) if teacher is not None else None
-
-    if mode == "sampled_token":
-        if teacher_logps is None:
-            assert tokens.teacher_logps is not None
-            teacher_logps = torch.where(ignored, 0.0, tokens.teacher_logps[rows])
-        ratio = log_ratio(student_logps, teacher_logps)
-        nothing = (ratio == 0) | ((student_logps == 0) & ~ratio.isnan())  # 0 * inf = 0
-        per_token = torch.where(nothing, 0.0, -ratio * student_logps)
-        mine, local = group.owned(safe)
-        onehot = torch.zeros_like(p).scatter_(1, local[:, None], mine[:, None].to(p.dtype))
-        grad = -ratio[:, None] * (onehot - p)
-    elif mode == "full" and ends is not None:
-        assert t is not None and kl is not None
-        per_token = kl
-        if alpha == 0:
-            grad = p - t.exp()
+    def _full(
+        self, logits: list[Tensor], tokens: Tokens, ids: Tensor, grad: Tensor | None
+    ) -> Sequence[Tensor]:
+        student, teacher = logits
+        local = tokens._replace(target_ids=ids)
+        alpha = self.options.alpha
+        # Any divergence's statistics serve: a KL's take one pass, and are what is merged for KLs.
+        options = replace(self.options, alpha=alpha if alpha in (0.0, 1.0) else 1.0)
+        found = rows.forward(student, teacher, local, options, self.backend)
+        own = found.stats
+        p_stats, p_mass = self.group.normalizers(own[:, :2], self.scale)
+        q_stats, q_mass = self.group.normalizers(own[:, 2:4], self.scale)
+        student_logps = self._target_logps(student, ids, p_stats)
+        teacher_logps = self._target_logps(teacher, ids, q_stats)
+        coef = coefficients(tokens, student_logps, self.options)
+        stats = torch.cat([p_stats, q_stats, p_stats.new_zeros(len(ids), 1)], -1)
+        stats = torch.where((ids == self.options.ignore_index)[:, None], 0.0, stats)
+        if alpha in (0.0, 1.0):
+            per_token = self._chain_rule(found.per_token, p_mass, q_mass)
+            stats[:, 4] = per_token
         else:
-            grad = weighted(p, s - t - kl[:, None])
-    elif mode == "full":
-        assert t is not None
-        q = t.exp()
-        m = (1 - alpha) * p + alpha * q
-        log_m = torch.where(m == 0, 1.0, m).log()
-        parts = torch.stack([weighted(p, s - log_m).sum(-1), weighted(q, t - log_m).sum(-1)])
-        of_student, of_teacher = group.reduce(parts)
-        per_token = (1 - alpha) * of_student + alpha * of_teacher
-        grad = (1 - alpha) * weighted(p, s - log_m - of_student[:, None])
-    else:
+            of_student = self._terms(student, teacher, local, stats, alpha)
+            swapped = torch.cat([stats[:, 2:4], stats[:, :2], stats[:, 4:]], -1)
+            of_teacher = self._terms(teacher, student, local, swapped, 1 - alpha)
+            of_student, of_teacher = self.group.sum(torch.stack([of_student, of_teacher]))
+            per_token = of_student + of_teacher
+            stats[:, 4] = of_student / (1 - alpha)
+        if grad is not None:
+            known = RowResults(
+                per_token, coef, student_logps, teacher_logps, stats, coef.new_empty(0)
+            )
+            one = coef.new_ones(1)
+            rows.backward(one, known, student, teacher, local, self.options, self.backend, grad)
+        return per_token, coef, student_logps, teacher_logps
+
+    def _chain_rule(self, own: Tensor, p_mass: Tensor, q_mass: Tensor) -> Tensor:
+        """The KL ``[N]`` of whole rows from the shards' own and log2 of their masses ``[P, N]``."""
+        if self.options.alpha == 0:
+            p_mass, q_mass = q_mass, p_mass
+        weight = torch.exp2(p_mass)
+        terms = self.group.gather(own) + (p_mass - q_mass) * LN2
+        return torch.where(weight == 0, 0.0, weight * terms).sum(0)
+
+    def _terms(
+        self, student: Tensor, teacher: Tensor, tokens: Tokens, stats: Tensor, alpha: float
+    ) -> Tensor:
+        """This shard's sum ``[N]`` of (1 - alpha) p (s - log m): the gradient's terms, but for their mean."""
+        terms = torch.empty_like(student, dtype=accumulation_dtype(student))
+        one = stats.new_ones(len(stats))
+        known = RowResults(one, one, one, one, stats, stats.new_empty(0))
+        # Without softcap and temperature in the chain from u to z, which the sum is not about.
+        s, t = (capped_rows(z, self.options.softcap).view(z.shape) for z in (student, teacher))
+        options = replace(self.options, alpha=alpha, softcap=0.0)
+        rows.backward(one[:1], known, s, t, tokens, options, self.backend, terms)
+        return terms[0].sum(-1) * self.options.temperature
+
+    def _topk(
+        self, logits: list[Tensor], tokens: Tokens, ids: Tensor, grad: Tensor | None
+    ) -> Sequence[Tensor]:
+        options = self.options
         support = tokens.topk_ids
-        support = _support(group, policies[0].c, options.topk) if support is None else support[rows]
-        mine, local = group.owned(support)
-        sums = [group.take(s, support)]
-        inside = torch.zeros_like(s, dtype=torch.bool)
-        inside.scatter_(1, local, mine)
-        # Position 0 stands for every id of another shard: mark it only where it is owned.
-        first = (mine & (local == 0)).any(-1)
-        inside[:, 0] = first
-        if options.add_tail:
-            sums.append(p.masked_fill(inside, 0.0).sum(-1, keepdim=True))
-        if t is not None:
-            sums.append(group.take(t, support))
+        if support is None:
+            support = self._support(logits[0], options.topk)
+        local = self.group.local(support)
+        classes, logps, tails = [], [], []
+        for z in logits:
+            whole, target_logps = self._statistics(z, ids)
+            logps.append(target_logps)
+            s = self._class_logps(z, local, whole)
             if options.add_tail:
-                sums.append(t.exp().masked_fill(inside, 0.0).sum(-1, keepdim=True))
-        merged = group.reduce(torch.cat(sums, -1))
-        width = options.topk + int(options.add_tail)
-        classes = [_classes(merged[:, :width], options.add_tail)]
-        if t is not None:
-            classes.append(_classes(merged[:, width:], options.add_tail))
-        else:
+                stats, log_tail = self._outside(z, local, ids, whole)
+                tails.append(stats)
+                s = torch.cat([s, log_tail], -1)
+            else:
+                s = s - s.logsumexp(-1, keepdim=True)
+            classes.append(s)
+        if len(logits) == 1:
             assert tokens.topk_logps is not None
-            given = tokens.topk_logps[rows]
-            classes.append(given_support_log_probs(given, options.add_tail))
-            hit = support == ids[:, None]
-            teacher_logps = torch.where(hit, given, 0.0).sum(-1)
-            teacher_logps = torch.where(hit.any(-1), teacher_logps, math.nan)
-            teacher_logps = torch.where(ignored, 0.0, teacher_logps)
-        per_token, _, class_grads = row_divergence(*classes, alpha)
-        grad = torch.zeros_like(p)
+            classes.append(given_support_log_probs(tokens.topk_logps, options.add_tail))
+            logps.append(given_logps(tokens._replace(topk_ids=support), options))
+        per_token, _, class_grads = row_divergence(classes[0], classes[1], options.alpha)
+        coef = coefficients(tokens, logps[0], self.options)
+        if grad is not None:
+            self._support_gradient(logits[0], local, ids, class_grads, coef, tails, grad)
+        return per_token, coef, logps[0], logps[1]
+
+    def _support(self, logits: Tensor, k: int) -> Tensor:
+        """Global ids ``[N, K]`` of the student's k most likely tokens over all shards."""
+        shard = self.group.shard
+        values, ids = logits[0, :, :shard].topk(min(k, shard), -1)
+        candidates = torch.cat(self.group.gather(values).unbind(), -1)
+        names = torch.cat(self.group.gather(ids + self.group.start).unbind(), -1)
+        return names.gather(1, candidates.topk(k, -1).indices)
+
+    def _outside(
+        self, logits: Tensor, local: Tensor, ids: Tensor, whole: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Normalizers ``[N, 2]`` of the tokens outside the support, and the log of their mass ``[N, 1]``."""
+        masked = logits[0].scatter(1, local, -math.inf).unsqueeze(0)
+        stats = rows.token_forward(masked, ids, self.options, self.backend).stats
+        merged, _ = self.group.normalizers(stats, self.scale)
+        log2_mass = (merged[:, 0] - whole[:, 0]) * self.scale + merged[:, 1] - whole[:, 1]
+        empty = merged[:, 0] == -math.inf
+        return merged, torch.where(empty, -math.inf, log2_mass * LN2)[:, None]
+
+    def _support_gradient(
+        self,
+        logits: Tensor,
+        local: Tensor,
+        ids: Tensor,
+        class_grads: Tensor,
+        coef: Tensor,
+        tails: list[Tensor],
+        grad: Tensor,
+    ) -> None:
+        """The tail's gradient, shared out by each token's part of it; the support's over it."""
+        options, k = self.options, local.shape[1]
+        on_support = logits[0].gather(1, local)
+        slope = softcap_slope(capped_rows(on_support, options.softcap), options.softcap)
         if options.add_tail:
-            tail = classes[0][:, -1:].exp()
-            grad = weighted(p, torch.where(tail == 0, 0.0, class_grads[:, -1:] / tail).expand_as(p))
-            class_grads = class_grads[:, :-1]
-        grad = grad.masked_fill(inside, 0.0)
-        grad.scatter_add_(1, local, torch.where(mine, class_grads, 0.0))
-
-    assert teacher_logps is not None
-    old = None if tokens.old_logps is None else tokens.old_logps[rows]
-    clip = options.is_clip or 0.0
-    coef = coefficients(weights, student_logps, old, clip, ids, ignore)
-    grad = grad * (coef / options.temperature)[:, None]
-    grad = grad * softcap_slope(policies[0].c, options.softcap)
-    grad = torch.where(ignored[:, None], 0.0, grad)
-    return torch.where(ignored, 0.0, per_token), coef, student_logps, teacher_logps, grad
+            masked = logits[0].scatter(1, local, -math.inf).unsqueeze(0)
+            beyond = torch.where(ids == options.ignore_index, ids, self.group.shard)
+            stats = torch.where(tails[0][:, :1] == -math.inf, 0.0, tails[0])
+            upstream = -class_grads[:, k] * coef
+            self._token_gradient(upstream, stats, masked, beyond, grad)
+        else:
+            grad.zero_()
+        values = class_grads[:, :k] * (coef / options.temperature)[:, None] * slope
+        values = torch.where((ids == options.ignore_index)[:, None], 0.0, values)
+        grad[0].scatter_(1, local, values.to(grad.dtype))
 
 
-def _classes(merged: Tensor, add_tail: bool) -> Tensor:
-    """Class log-probs from merged log-probs of the support and, last, the tail's probability."""
-    if add_tail:
-        return torch.cat([merged[:, :-1], merged[:, -1:].log()], -1)
-    return merged - merged.logsumexp(-1, keepdim=True)
-
-
-class _VocabParallelLoss(torch.autograd.Function):
-    """Forms the gradients in forward, chunk by chunk; backward scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        teacher_hidden: Tensor | None,
-        teacher_weight: Tensor,
-        teacher_bias: Tensor | None,
-        tokens: TokenInputs,
-        options: LossOptions,
-        chunk_size: int,
-        process_group: Any,
-    ) -> tuple[Tensor, ...]:
-        group = _Group(process_group, weight.shape[0])
-        dtype = accumulation_dtype(student_hidden, weight)
-        needs = ctx.needs_input_grad[:3]
-        n = student_hidden.shape[0]
-        vectors = [student_hidden.new_zeros(n, dtype=dtype) for _ in range(4)]
-        grad_hidden = student_hidden.new_zeros(student_hidden.shape, dtype=dtype)
-        grad_weight = weight.new_zeros(weight.shape if needs[1] else (0,), dtype=dtype)
-        grad_bias = weight.new_zeros(weight.shape[0], dtype=dtype)
-
-        def head(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-            z = x.to(dtype) @ w.to(dtype).T
-            return z if b is None else z + b.to(dtype)
-
-        for start in range(0, n, chunk_size):
-            rows = slice(start, min(start + chunk_size, n))
-            x = student_hidden[rows]
-            student = head(x, weight, bias)
-            teacher = None
-            if teacher_hidden is not None:
-                teacher = head(teacher_hidden[rows], teacher_weight, teacher_bias)
-            *found, grad = _chunk(group, student, teacher, tokens, rows, options)
-            for vector, values in zip(vectors, found):
-                vector[rows] = values
-            if needs[0]:
-                grad_hidden[rows] = grad @ weight.to(dtype)
-            if needs[1]:
-                grad_weight.addmm_(grad.T, x.to(dtype))
-            grad_bias += grad.sum(0)
-        if needs[0]:
-            group.reduce(grad_hidden)
-        per_token, coef, student_logps, teacher_logps = vectors
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = [t.dtype if t is not None else dtype for t in (student_hidden, weight, bias)]
-        ctx.mark_non_differentiable(per_token, student_logps, teacher_logps)
-        return _weighted_sum(coef, per_token), per_token, student_logps, teacher_logps
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-        grads = [
-            (grad * grad_loss).to(dtype) if needed else None
-            for grad, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad)
-        ]
-        return (*grads, *(None,) * 7)
-
-
-def vocab_parallel_loss(
-    rows: Tensor,
-    teacher_rows: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    options: LossOptions,
-    tokens: TokenInputs,
-    chunk: int,
-    process_group: Any,
-    shape: torch.Size,
-) -> SDPOLossOutput:
-    """`linear_sdpo_loss` for a checked call whose ``weight`` is this process's shard."""
-    vocabulary = dist.get_world_size(process_group) * weight.shape[0]
-    _check_ids(tokens.target_ids, vocabulary, "linear_sdpo_loss: target_ids", options.ignore_index)
-    shared = teacher_weight is None
-    found = _VocabParallelLoss.apply(
-        rows, weight, bias, teacher_rows,
-        weight.detach() if shared else teacher_weight.detach(),
-        (bias if shared else teacher_bias), tokens, options, chunk, process_group,
-    )  # fmt: skip
-    return loss_output(*found, shape)
+def through_shard(
+    hidden: Tensor, head: Head, call: LinearCall, needs: Needs, **teacher: Any
+) -> tuple[ShardLoss, Gradients]:
+    """`through_head` of one process's shard; the hidden states' gradient is the whole one."""
+    loss = ShardLoss(call, head.vocabulary)
+    grads = through_head(hidden, head, loss, call.plan, needs, columns=1, **teacher)
+    if grads.hidden is not None:
+        whole = loss.group.sum(grads.hidden.to(accumulation_dtype(grads.hidden)))
+        grads = grads._replace(hidden=whole)
+    return loss, grads

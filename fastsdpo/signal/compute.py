@@ -19,7 +19,7 @@ import torch
 
 from fastsdpo.data import HindsightTemplate, Interaction, InteractionTokenizer, TokenizedInteraction
 from fastsdpo.data.interactions import is_blank
-from fastsdpo.ops.linear import linear_token_logps
+from fastsdpo.ops.linear_token_logps import linear_token_logps
 from fastsdpo.signal.tokens import TokenGroup, group_tokens
 
 NEUTRAL_FOLLOWUP = "By the way, what is the difference between a peninsula and an island?"

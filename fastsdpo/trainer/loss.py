@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from fastsdpo.ops.divergence import SDPOLossOutput
-from fastsdpo.ops.linear import linear_sdpo_loss, linear_token_logps
+from fastsdpo.ops.linear import linear_sdpo_loss
+from fastsdpo.ops.linear_token_logps import linear_token_logps
 from fastsdpo.prefix import HeadParameters, ResponseStates
 
 IGNORE_INDEX = -100

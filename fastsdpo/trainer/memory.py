@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastsdpo.ops.linear import default_chunk_size
+from fastsdpo.ops.head import default_chunk_size, gradient_chunks
 from fastsdpo.prefix.forward import causal_lm
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.optim import ADAMW, TORCHAO, choose_update
@@ -175,14 +175,17 @@ def _loss(args: SDPOConfig, layer: _Layer, tokens: int, device: torch.device) ->
     operand = 4 if device.type == "cpu" else layer.compute
     tiles = 2 * 4 * chunk * vocabulary
     total = tiles + 3 * tokens * hidden * layer.stream
-    if operand != 4:
-        total += operand * chunk * vocabulary  # the gradient's tile
+    trained = layer.head.requires_grad
+    if operand != 4:  # the gradient's tile
+        waiting = gradient_chunks(tokens, chunk) if trained else 1
+        total += operand * min(waiting * chunk, tokens) * vocabulary
+    if trained:  # in float32, then in the head's dtype when the tiles are free again
+        total = max(total, vocabulary * hidden * (layer.stream if layer.stream != 4 else 0))
+        total += 4 * vocabulary * hidden
     if layer.autocast and device.type != "cpu":
         total += operand * vocabulary * hidden
-    if layer.head.requires_grad:
-        total += vocabulary * hidden * (4 + (layer.stream if layer.stream != 4 else 0))
     if args.reference_kl:  # the first loss's gradients wait for the second's
-        total += layer.head_gradient + tokens * hidden * layer.stream
+        total += 4 * vocabulary * hidden * trained + tokens * hidden * layer.stream
     if args.teacher == "trust_region":  # two heads side by side
         total += 2 * vocabulary * hidden * layer.stream
     return total, tiles

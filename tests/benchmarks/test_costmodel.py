@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_logits, costmodel, report
 from fastsdpo import bench, train
-from fastsdpo.ops import linear
+from fastsdpo.ops import head, linear, rows
+from fastsdpo.ops.head import Plan
 from fastsdpo.trainer import memory
 
 MODES = ["sampled", "forward_kl", "reverse_kl", "jsd"]
@@ -268,23 +269,28 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mode", ["sampled", "reverse_kl", "jsd"])
-@pytest.mark.parametrize("head", ["trained", "frozen", "no gradients"])
-def test_linear_loss(mode, head):
+@pytest.mark.parametrize("trained", ["trained", "frozen", "no gradients"])
+def test_linear_loss(mode, trained):
     """FLOPs, bytes of the products, and tensors allocated."""
     tokens, vocabulary, hidden, chunk = 192, 4096, 64, 64
     student, teacher = torch.randn(tokens, hidden), torch.randn(tokens, hidden)
     weight, ids = torch.randn(vocabulary, hidden), torch.randint(vocabulary, (tokens,))
-    needs = {"trained": (True, True), "frozen": (True, False), "no gradients": (False, False)}[head]
+    needs = {"trained": (True, True), "frozen": (True, False), "no gradients": (False, False)}[
+        trained
+    ]
     name, alpha = {"sampled": ("sampled_token", 1.0), "reverse_kl": ("full", 1.0)}.get(
         mode, ("full", 0.5)
     )
 
     def run():
-        linear.linear_sdpo_op._init_fn(
-            student, teacher, weight, None, None, None, ids, torch.full((tokens,), 1 / tokens),
-            None, None, None, None, name, alpha, 0, True, 0.0, 1.0, 0.0, -100, chunk,
-            torch.float32, torch.float32, *needs, False, backend,
-        )  # fmt: skip
+        call = linear.LinearCall(
+            rows.Tokens(ids, torch.full((tokens,), 1 / tokens)),
+            rows.LossOptions(mode=name, alpha=alpha),
+            Plan(chunk, torch.float32, torch.float32),
+            backend,
+            teacher,
+        )
+        linear.linear_forward(student, weight, None, call, (*needs, False))
 
     backend = linear.resolve_backend("test", "auto", weight)
     with Watch(student, teacher, weight, ids) as watch:
@@ -302,7 +308,7 @@ def test_linear_loss(mode, head):
     peak = costmodel.linear_loss_peak(tokens, vocabulary, hidden, **options)
     assert watch.peak == pytest.approx(peak, rel=0.2)
     kernel = 4 * tokens * vocabulary
-    kernel *= costmodel.FUSED_READS[mode] + 1 if needs[0] else costmodel.PASSES[mode][0]
+    kernel *= sum(costmodel.PASSES[mode]) if needs[0] else costmodel.PASSES[mode][0]
     assert watch.bytes + kernel == pytest.approx(predicted.bytes, rel=0.1)
 
 
@@ -316,9 +322,10 @@ def test_passes_are_those_of_the_table_in_the_losses():
 def test_default_chunk_is_the_library_s():
     for tokens in (1, 300, 8192, 70_001):
         for vocabulary in (49152, 151936, 262144):
-            want = linear.default_chunk_size(tokens, vocabulary, torch.device("cuda"))
+            want = head.default_chunk_size(tokens, vocabulary, torch.device("cuda"))
             assert costmodel.default_chunk(tokens, vocabulary) == want
-            want = linear.default_chunk_size(tokens, vocabulary, torch.device("cpu"))
+            assert costmodel.gradient_chunks(tokens, want) == head.gradient_chunks(tokens, want)
+            want = head.default_chunk_size(tokens, vocabulary, torch.device("cpu"))
             assert costmodel.default_chunk(tokens, vocabulary, budget=2**24, least=256) == want
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastsdpo.integrations import verl
-from fastsdpo.integrations._losses import Head
+from fastsdpo.integrations._distillation import Head
 
 B, T, V, D, K = 3, 5, 23, 8, 4
 AGGREGATIONS = verl.AGGREGATIONS

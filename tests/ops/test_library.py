@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.library import opcheck
 
 import fastsdpo
-from fastsdpo.ops import _library, linear
+from fastsdpo.ops import _operators, linear, linear_token_logps
+from fastsdpo.ops.head import Plan
+from fastsdpo.ops.rows import LossOptions, Tokens
 
 BACKENDS = [
     name
@@ -28,56 +31,77 @@ def rows(requires_grad=False):
 
 def test_token_logps(backend):
     z, t, y = rows(True)
-    opcheck(_library.token_logps_op, (z, y, 0.9, 2.0, -100, True, backend))
-    opcheck(_library.token_log_ratio_op, (z.detach(), t, y, 0.9, 2.0, -100, backend))
+    options = LossOptions(0.9, 2.0).text()
+    opcheck(_operators.token_logps_op, (z, y, options, True, backend))
+    opcheck(_operators.token_log_ratio_op, (z.detach(), t, y, options, backend))
 
 
 def test_losses(backend):
     z, t, y = rows(True)
     w, old = torch.rand(6), torch.randn(6)
-    tail = (1.0, 0.0, -100, False, backend)
-    opcheck(_library.sampled_token_op, (z, t, None, y, w, old, 2.0, *tail))
-    opcheck(_library.sampled_token_op, (z, None, torch.randn(6), y, w, None, 0.0, *tail))
+
+    def check(teacher, tokens, **options):
+        opcheck(
+            _operators.sdpo_op, (z, teacher, list(tokens), LossOptions(**options).text(), backend)
+        )
+
+    check(t, Tokens(y, w, old), is_clip=2.0)
+    check(None, Tokens(y, w, teacher_logps=torch.randn(6)))
     for alpha in (0.0, 0.5, 1.0):
-        opcheck(_library.divergence_op, (z, t, y, w, None, 0.0, alpha, *tail))
+        check(t, Tokens(y, w), mode="full", alpha=alpha)
     ids = z.detach().topk(4, -1).indices.reshape(6, 4)
-    opcheck(_library.topk_op, (z, t, ids, None, y, w, None, 0.0, 0.5, True, *tail))
-    if backend == "native":
-        opcheck(_library.support_op, (z.detach(), y, 4, -100))
-    y = ids[
-        :, 1
-    ].clone()  # a target outside the support has the log-prob NaN, which compares unequal
+    check(t, Tokens(y, w, topk_ids=ids), mode="topk", alpha=0.5)
+    opcheck(_operators.support_op, (z.detach(), y, 4, -100, backend))
+    y = ids[:, 1].clone()  # outside the support a log-prob is NaN, which compares unequal
     logps = torch.log_softmax(t, -1).reshape(6, 11).gather(1, ids)
-    opcheck(_library.topk_op, (z, None, ids, logps, y, w, None, 0.0, 0.5, False, *tail))
+    tokens = Tokens(y, w, topk_ids=ids, topk_logps=logps)
+    check(None, tokens, mode="topk", alpha=0.5, add_tail=False)
 
 
 def test_linear(backend):
     h, t = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
     weight, bias = torch.randn(11, 4, requires_grad=True), torch.randn(11, requires_grad=True)
     y, w = torch.randint(0, 11, (6,)), torch.rand(6)
-    float32 = torch.float32
-    args = (h, t, weight, bias, None, None, y, w, None, None, None, None)
-    options = ("full", 0.5, 0, True, 0.0, 1.0, 0.0, -100, 4, float32, float32, True, True, True)
+    plan = Plan(4, torch.float32, torch.float32).text()
+    options = LossOptions(mode="full", alpha=0.5).text()
     # Its backward overwrites what forward stored, so a check that runs backward twice cannot pass.
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    opcheck(linear.linear_sdpo_op, (*args, *options, backend), test_utils=checks)
     opcheck(
-        linear.linear_token_logps_op,
-        (h, weight, bias, y, 1.0, 0.0, -100, True, 4, float32, float32, backend),
+        linear.linear_sdpo_op,
+        (h, weight, bias, [t, None, None], list(Tokens(y, w)), options, plan, [True] * 3, backend),
+        test_utils=checks,
+    )
+    opcheck(
+        linear_token_logps.linear_token_logps_op,
+        (h, weight, bias, y, LossOptions().text(), True, plan, backend),
     )
 
 
-def test_inplace_backward_declares_its_mutation(backend):
-    z, t, y = rows()
-    w = torch.rand(6)
-    _, _, s, q, coef, stats = _library.sampled_token_op(
-        z, t, None, y, w, None, 0.0, 1.0, 0.0, -100, False, backend
-    )
-    version = z._version
-    _library.sampled_token_backward_inplace_op(
-        torch.ones(()), coef, s, q, z, y, stats, 1.0, 0.0, -100, backend
-    )
-    assert z._version > version
+def test_options_survive_their_text():
+    for options in (
+        LossOptions(),
+        LossOptions(0.1 + 0.2, 1 / 3, -7, "topk", 0.7, 20, False, 1e-300, True),
+    ):
+        assert LossOptions.from_text(options.text()) == options
+
+
+@pytest.mark.parametrize("mode", ["sampled_token", "full", "topk"])
+def test_compiled_equals_eager(backend, mode):
+    """Compilers go through the operators, eager calls do not."""
+    torch.compiler.reset()
+    z, t, y = rows(True)
+    options = {"mode": mode, "topk": 3 if mode == "topk" else None, "softcap": 3.0}
+
+    def step(z, t, y):
+        out = fastsdpo.sdpo_loss(z, t, y.view(2, 3), temperature=0.7, backend=backend, **options)
+        return out.loss, out.log_ratio
+
+    want, ratio = step(z, t, y)
+    (expected,) = torch.autograd.grad(want, z)
+    got, compiled_ratio = torch.compile(step, fullgraph=True, backend="aot_eager")(z, t, y)
+    (grad,) = torch.autograd.grad(got, z)
+    assert torch.equal(got, want) and torch.equal(ratio, compiled_ratio)
+    assert torch.equal(grad, expected)
 
 
 def test_dynamic_number_of_tokens_compiles_twice_at_most(backend):

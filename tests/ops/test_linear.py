@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsdpo
-from fastsdpo.ops import _memory, linear
+from fastsdpo.ops import _memory, head, linear, rows
 from fastsdpo.testing import oracle_sdpo_loss
 
 BACKENDS = [
@@ -231,7 +231,7 @@ def test_default_chunk_size_bounds_the_tile():
     for vocabulary in (1, 1000, 32000, 151936, 500000):
         for tokens in (1, 63, 64, 1000, 8192, 100000):
             for device, budget, least in ((cpu, 2**24, 256), (cuda, 2**26, 1024)):
-                chunk = linear.default_chunk_size(tokens, vocabulary, device)
+                chunk = head.default_chunk_size(tokens, vocabulary, device)
                 assert 1 <= chunk <= max(least, tokens)
                 assert chunk * vocabulary <= max(budget, least * vocabulary)
                 assert chunk == tokens or chunk >= min(tokens, 8)
@@ -271,31 +271,33 @@ class MetaKernels:
     """Stands for a kernel on meta tensors: the shapes of its results, no work."""
 
     @staticmethod
-    def _rows(student, *args):
+    def forward(student, teacher, tokens, options, grad):
         row = student.new_empty(student.shape[1], dtype=torch.float32)
-        return tuple(torch.empty_like(row) for _ in range(4))
+        return rows.RowResults(*(torch.empty_like(row) for _ in range(6)))
 
-    sampled_token_fused = divergence_fused = topk_fused = _rows
-    sampled_token_forward = divergence_forward = topk_forward = _rows
+    @staticmethod
+    def support(logits, target_ids, k, ignore_index):
+        return logits.new_empty(logits.shape[1], k)
 
 
 def meta_call(
     loss, monkeypatch, *, tokens=8192, dim=4096, vocabulary=151936, chunk, needs, own=False
 ):
-    monkeypatch.setattr(linear, "implementation", lambda op, backend: MetaKernels)
-    monkeypatch.setattr(linear, "student_support", lambda z, k, *rest: z.new_empty(z.shape[1], k))
-    monkeypatch.setattr(linear, "_check_ids", lambda *args: None)
+    monkeypatch.setattr(rows, "implementation", lambda backend: MetaKernels)
+    monkeypatch.setattr(linear, "check_values", lambda *args: None)
     mode, alpha, topk = loss
     empty = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
-    args = (
-        empty(tokens, dim), empty(tokens, dim), empty(vocabulary, dim), None,
-        empty(vocabulary, dim) if own else None, None, empty(tokens, dtype=torch.int64),
-        empty(tokens, dtype=torch.float32), None, None, None, None, mode, alpha, topk or 0,
-        True, 0.0, 1.0, 0.0, -100, chunk, torch.bfloat16, torch.float32, *needs, "triton",
-    )  # fmt: skip
-    watch = Watch()
+    call = linear.LinearCall(
+        rows.Tokens(empty(tokens, dtype=torch.int64), empty(tokens, dtype=torch.float32)),
+        rows.LossOptions(mode=mode, alpha=alpha, topk=topk or 0),
+        head.Plan(chunk, torch.bfloat16, torch.float32),
+        "triton",
+        empty(tokens, dim),
+        empty(vocabulary, dim) if own else None,
+    )
+    watch, hidden, weight = Watch(), empty(tokens, dim), empty(vocabulary, dim)
     with watch:
-        linear.linear_sdpo_op._init_fn(*args)
+        linear.linear_forward(hidden, weight, None, call, needs)
     return watch
 
 
@@ -311,11 +313,17 @@ def meta_call(
     ],
 )
 def test_gemms_and_memory_at_full_size(loss, own, needs, gemms, monkeypatch):
-    """8192 tokens, 151936 words, 4096 hidden: exactly so many T x V x D GEMMs, nothing larger
-    than two tiles but the head's gradient, and with a frozen head not even that."""
-    chunk = linear.default_chunk_size(8192, 151936, torch.device("cuda"))
+    """8192 tokens, 151936 words, 4096 hidden: exactly so many T x V x D GEMMs, nothing larger than two
+    float32 tiles or as many bytes of gradients, but the head's gradient."""
+    chunk = head.default_chunk_size(8192, 151936, torch.device("cuda"))
     watch = meta_call(loss, monkeypatch, chunk=chunk, needs=needs, own=own)
     assert watch.flops == gemms * 2 * 8192 * 151936 * 4096
+    chunks, wide = (
+        8192 // chunk,
+        8192 // head.GRADIENT_ROWS,
+    )  # the head's gradient: one for 4 chunks
+    logits = chunks * (2 if own else 1)
+    assert watch.gemms == logits + (wide if needs[1] else chunks) * (needs[0] + needs[1])
     tiles = 2 * chunk * 151936
     assert watch.largest <= max(tiles, 151936 * 4096 if needs[1] else 0)
 
@@ -324,21 +332,30 @@ def test_bare_scoring_needs_one_gemm_without_a_teacher():
     case = Case(tokens=32, hidden=8, vocabulary=40)
     watch = Watch()
     with watch:
-        linear.linear_sdpo_op._init_fn(
-            case.student, None, case.weight, None, None, None, case.target_ids, case.weights,
-            None, torch.zeros(32), None, None, "sampled_token", 1.0, 0, True, 0.0, 1.0, 0.0,
-            -100, 16, torch.float32, torch.float32, False, False, False, "reference",
-        )  # fmt: skip
+        fastsdpo.linear_sdpo_loss(
+            case.student,
+            None,
+            case.weight,
+            case.target_ids,
+            teacher_logps=torch.zeros(32),
+            chunk_size=16,
+            backend="reference",
+        )
     assert watch.flops == 2 * 32 * 8 * 40
 
 
-def test_float16_gradients_do_not_underflow(monkeypatch):
-    """Weights of 1e-6 a token vanish in a float16 gradient tile unless it is scaled."""
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_float16_gradients_do_not_underflow(chunk, monkeypatch):
+    """Weights of 1e-6 a token vanish in a float16 gradient tile unless it is scaled.
+
+    In chunks of 3, two of them wait for one GEMM of the head's gradient; the last waits alone.
+    """
+    monkeypatch.setattr(head, "GRADIENT_ROWS", 7)
     case = Case(dtype=torch.float16)
     case.weights = torch.full((13,), 1e-6)
     _, grads = case.oracle(False, 1.0, mode="full", alpha=1.0)
 
-    class HalfTiles(linear._Head):
+    class HalfTiles(head.Head):
         """The GPU path on the CPU: half operands, float32 results."""
 
         def logits(self, x, out):
@@ -353,12 +370,12 @@ def test_float16_gradients_do_not_underflow(monkeypatch):
             new = grad.float().T @ x.float()
             total.copy_(new if first else total + new)
 
-    monkeypatch.setattr(linear, "_Head", HalfTiles)
-    monkeypatch.setattr(linear, "_dtypes", lambda *_: (torch.float16, torch.float32, torch.float32))
+    monkeypatch.setattr(linear, "Head", HalfTiles)
+    monkeypatch.setattr(linear, "choose_dtypes", lambda *_: (torch.float16, torch.float32))
     leaves = [case.student.clone().requires_grad_(), case.weight.clone().requires_grad_()]
     out = fastsdpo.linear_sdpo_loss(
         leaves[0], case.teacher, leaves[1], case.target_ids, weights=case.weights, mode="full",
-        backend="reference",
+        backend="reference", chunk_size=chunk,
     )  # fmt: skip
     (out.loss * 2**16).backward()  # the caller's loss scale, as GradScaler applies it
     for leaf, want in zip(leaves, grads):
@@ -394,19 +411,19 @@ def test_the_next_call_finds_the_memory_of_the_last(no_tiles):
         alone.append(full_step(case))
     _memory.release_tiles()
     full_step(small)
-    assert kept_bytes() == [2 * 9 * 40 * 4]
+    assert kept_bytes() == [2 * 9 * 64 * 4]
     place = _memory._kept[0].data_ptr()
     full_step(small)
     assert [storage.data_ptr() for storage in _memory._kept] == [place]
     full_step(large)  # too small for it: one of its own size takes its place
-    assert kept_bytes() == [2 * 30 * 70 * 4]
+    assert kept_bytes() == [2 * 30 * 128 * 4]
     for case, want in ((small, alone[0]), (large, alone[1]), (small, alone[0])):
         _memory._kept[0].fill_(0xFF)  # NaN: what is left there must not matter
         for got, expected in zip(full_step(case), want):
             assert torch.equal(got, expected)
         logps = fastsdpo.linear_token_logps(case.student, case.weight, case.target_ids)
         assert logps.isfinite().all()
-        assert kept_bytes() == [2 * 30 * 70 * 4]
+        assert kept_bytes() == [2 * 30 * 128 * 4]
     _memory.release_tiles()
     assert kept_bytes() == []
 
@@ -427,7 +444,7 @@ def test_kept_memory_outlives_inference_mode(no_tiles):
 
 
 def test_large_tiles_and_those_of_a_failed_call_are_freed(no_tiles, monkeypatch):
-    monkeypatch.setattr(_memory, "_LARGEST_KEPT", 2 * 13 * 50 * 4 - 1)
+    monkeypatch.setattr(_memory, "_LARGEST_KEPT", 2 * 13 * 64 * 4 - 1)
     full_step(Case())
     assert kept_bytes() == []
     monkeypatch.undo()
@@ -437,7 +454,7 @@ def test_large_tiles_and_those_of_a_failed_call_are_freed(no_tiles, monkeypatch)
 
     full_step(Case())
     with monkeypatch.context() as patch:
-        patch.setattr(linear._Head, "hidden_gradient", fail)
+        patch.setattr(head.Head, "hidden_gradient", fail)
         with pytest.raises(MemoryError):
             full_step(Case())
     assert kept_bytes() == []

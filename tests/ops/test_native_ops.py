@@ -16,8 +16,8 @@ from torch import Tensor
 
 import fastsdpo
 from fastsdpo import _native
-from fastsdpo.ops.divergence import _native as divergence
-from fastsdpo.ops.token_logps import _native as token_logps
+from fastsdpo.ops import _native as kernels
+from fastsdpo.ops.rows import LossOptions, Tokens
 from fastsdpo.testing import assert_gradient_close, make_rows, oracle_sdpo_loss
 
 pytestmark = pytest.mark.skipif(
@@ -135,44 +135,32 @@ def test_mixed_dtypes(student, teacher, grad):
     ids, weights = case.target_ids.flatten(), case.weights.flatten()
     expected = oracle_sdpo_loss(s, t, case.target_ids, mode="full", alpha=0.3, weights=weights)
     out = torch.full((1, 4, 1500), math.nan, dtype=grad)
-    results = divergence.divergence_fused(s, t, ids, weights, None, 0.0, 0.3, 1.0, 0.0, -100, out)
+    options = LossOptions(mode="full", alpha=0.3)
+    results = kernels.forward(s, t, Tokens(ids, weights), options, out)
     torch.testing.assert_close(
         results[0].double(), expected.per_token_loss.flatten(), rtol=1e-5, atol=1e-6
     )
     assert_gradient_close(out, expected.grad)
 
 
-def all_results(case, loss_name: str, student: Tensor | None = None) -> list[Tensor]:
-    """Every tensor of forward, backward and fused of one backend op on ``[B, L, V]`` logits."""
-    s = case.student if student is None else student
-    t, ids, w = case.teacher, case.target_ids.flatten(), case.weights.flatten()
-    one, grad, fused_grad = torch.ones(1), torch.empty_like(s), torch.empty_like(s)
-    old = torch.full_like(w, -6.0)
-    if loss_name == "sampled":
-        forward = divergence.sampled_token_forward(s, t, None, ids, w, old, 2.0, 0.9, 0.0, -100)
-        _, coef, s_logps, t_logps, stats = forward
-        divergence.sampled_token_backward(
-            one, coef, s_logps, t_logps, s, ids, stats, 0.9, 0.0, -100, grad
-        )
-        fused = divergence.sampled_token_fused(
-            s, t, None, ids, w, old, 2.0, 0.9, 0.0, -100, fused_grad
-        )
-    elif loss_name.startswith("topk"):
-        support = torch.topk(s, 5, -1).indices.reshape(-1, 5)
-        options = (0.4, True, 0.9, 0.0, -100)
-        forward = divergence.topk_forward(s, t, support, None, ids, w, old, 2.0, *options)
-        _, coef, s_logps, t_logps, stats, class_grads = forward
-        divergence.topk_backward(one, coef, s, support, ids, stats, class_grads, *options[1:], grad)
-        fused = divergence.topk_fused(s, t, support, None, ids, w, old, 2.0, *options, fused_grad)
-    else:
-        alpha = LOSSES[loss_name]["alpha"]
-        forward = divergence.divergence_forward(s, t, ids, w, old, 2.0, alpha, 0.9, 0.0, -100)
-        _, coef, s_logps, t_logps, stats = forward
-        divergence.divergence_backward(one, coef, s, t, ids, stats, alpha, 0.9, 0.0, -100, grad)
-        fused = divergence.divergence_fused(
-            s, t, ids, w, old, 2.0, alpha, 0.9, 0.0, -100, fused_grad
-        )
-    return [*forward, grad, *fused, fused_grad]
+def all_results(case, loss_name: str) -> list[Tensor]:
+    """Every tensor of forward, backward and fused of one loss on ``[B, L, V]`` logits."""
+    s, t = case.student, case.teacher
+    tokens = Tokens(case.target_ids.flatten(), case.weights.flatten())
+    tokens = tokens._replace(old_logps=torch.full_like(tokens.weights, -6.0))
+    mode, alpha = LOSSES.get(loss_name, {}).get("mode", "topk"), 0.4
+    alpha = LOSSES.get(loss_name, {}).get("alpha", alpha)
+    options = LossOptions(0.9, mode=mode, alpha=alpha, is_clip=2.0)
+    if mode == "topk":
+        tokens = tokens._replace(topk_ids=torch.topk(s, 5, -1).indices.reshape(-1, 5))
+    grad, fused_grad = torch.empty_like(s), torch.empty_like(s)
+    forward = kernels.forward(s, t, tokens, options)
+    kernels.backward(torch.ones(1), forward, s, t, tokens, options, grad)
+    fused = kernels.forward(s, t, tokens, options, fused_grad)
+    columns = {"sampled_token": 2, "topk": 4, "full": 5}[mode]
+    stats = forward.stats[:, :columns]
+    left = [stats, forward.class_grads] if mode == "topk" else [stats]
+    return [*forward[:4], *left, grad, *fused[:4], fused_grad]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -190,7 +178,7 @@ def test_topk_support(vocabulary, dtype, isa):
     targets = torch.tensor([0, -100, 0, 0, 0, 0])
     for logits in (plain, masked, equal, odd, rising):
         for k in {1, min(20, vocabulary), min(700, vocabulary), min(vocabulary, 1025)}:
-            ids = divergence.topk_support(logits, targets, k, -100)
+            ids = kernels.support(logits, targets, k, -100)
             assert (ids.diff(dim=-1) > 0).all()
             assert torch.equal(ids[1], torch.arange(k))
             flat, live = logits.reshape(6, -1).float(), targets == 0
@@ -209,7 +197,7 @@ def test_topk_support_names_a_bad_target():
     with pytest.raises(ValueError, match="target_ids must lie in"):
         fastsdpo.sdpo_loss(logits, logits, torch.tensor([[1, 50]]), mode="topk", topk=3)
     with pytest.raises(ValueError, match="target_ids must lie in"):
-        divergence.topk_support(logits, torch.tensor([1, 50]), 3, -100)
+        kernels.support(logits, torch.tensor([1, 50]), 3, -100)
 
 
 BITWISE = ["sampled", "forward_kl", "reverse_kl", "jsd", "topk_jsd"]
@@ -287,10 +275,9 @@ def test_nan_of_the_teacher_reaches_loss_and_gradient(alpha, isa):
     case = make_rows((1, 2), 3000, ignored=0)
     case.teacher[0, 1, 7] = math.nan
     grad = torch.empty_like(case.student)
-    loss = divergence.divergence_fused(
-        case.student, case.teacher, case.target_ids.flatten(), case.weights.flatten(), None, 0.0,
-        alpha, 1.0, 0.0, -100, grad,
-    )[0]  # fmt: skip
+    tokens = Tokens(case.target_ids.flatten(), case.weights.flatten())
+    options = LossOptions(mode="full", alpha=alpha)
+    loss = kernels.forward(case.student, case.teacher, tokens, options, grad).per_token
     assert loss[1].isnan()
     assert grad[0, 1].isnan().any()
     assert loss[0].isfinite()
@@ -352,9 +339,9 @@ def test_infinite_divergence_is_inf(isa):
     teacher[0, 1, 7] = -math.inf  # KL(p || q) in row 1
     ids, weights = torch.zeros(2, dtype=torch.long), torch.ones(2)
     forward, reverse, jsd = (
-        divergence.divergence_forward(
-            student, teacher, ids, weights, None, 0.0, alpha, 1.0, 0.0, -100
-        )[0]
+        kernels.forward(
+            student, teacher, Tokens(ids, weights), LossOptions(mode="full", alpha=alpha)
+        ).per_token
         for alpha in (0.0, 1.0, 0.5)
     )
     assert forward[0] == math.inf
@@ -368,9 +355,8 @@ def test_target_of_probability_zero(isa):
     """Both policies exclude the target: log-ratio and loss are 0; one of them: infinite, not NaN."""
     student, teacher = torch.zeros(1, 2, 100), torch.zeros(1, 2, 100)
     student[0, :, 7] = teacher[0, 0, 7] = -math.inf
-    out = divergence.sampled_token_forward(
-        student, teacher, None, torch.tensor([7, 7]), torch.ones(2), None, 0.0, 1.0, 0.0, -100
-    )
+    tokens = Tokens(torch.tensor([7, 7]), torch.ones(2))
+    out = kernels.forward(student, teacher, tokens, LossOptions())
     assert out[0].tolist() == [0.0, math.inf]
 
 
@@ -421,22 +407,18 @@ def test_token_logps_and_entropy(vocabulary, dtype, isa):
     keep = ids != -100
     expected = torch.where(keep, log_p.gather(1, ids.clamp(min=0)[:, None])[:, 0], 0.0)
     entropy = torch.where(keep, -(log_p.exp() * log_p).sum(-1), 0.0)
-    logps, got_entropy, row_max, log2sum = token_logps.token_logps_forward(
-        case.student, ids, 0.8, 0.0, -100, True
-    )
+    options = LossOptions(0.8)
+    logps, got_entropy, stats = kernels.token_forward(case.student, ids, options, True)
     torch.testing.assert_close(logps.double(), expected.detach(), rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(got_entropy.double(), entropy.detach(), rtol=1e-5, atol=2e-6)
     upstream = torch.linspace(-1, 2, 6)
     (grad,) = torch.autograd.grad((expected * upstream.double()).sum(), leaf)
     got = torch.full_like(case.student, math.nan)
-    token_logps.token_logps_backward(
-        upstream, case.student, ids, row_max, log2sum, 0.8, 0.0, -100, got
-    )
+    kernels.token_backward(upstream, stats, case.student, ids, options, got)
     assert_gradient_close(got, grad)
-    both = token_logps.token_log_ratio_forward(case.student, case.teacher, ids, 0.8, 0.0, -100)
+    both = kernels.log_ratio(case.student, case.teacher, ids, options)
     assert torch.equal(both[0], logps)
-    teacher = token_logps.token_logps_forward(case.teacher, ids, 0.8, 0.0, -100, False)
-    assert torch.equal(both[1], teacher[0])
+    assert torch.equal(both[1], kernels.token_forward(case.teacher, ids, options).logps)
 
 
 def test_given_teacher_statistics(isa):
@@ -497,9 +479,7 @@ def test_id_out_of_range_is_refused():
     case = make_rows((1, 2), 50, ignored=0)
     ids = torch.tensor([3, 50])
     with pytest.raises(ValueError, match=r"target_ids must lie in \[0, V\)"):
-        token_logps.token_logps_forward(case.student, ids, 1.0, 0.0, -100, False)
+        kernels.token_forward(case.student, ids, LossOptions())
+    tokens = Tokens(ids - 3, torch.ones(2), topk_ids=torch.tensor([[0, 50], [0, 1]]))
     with pytest.raises(ValueError, match=r"topk_ids must lie in \[0, V\)"):
-        divergence.topk_forward(
-            case.student, case.teacher, torch.tensor([[0, 50], [0, 1]]), None, ids - 3,
-            torch.ones(2), None, 0.0, 1.0, True, 1.0, 0.0, -100,
-        )  # fmt: skip
+        kernels.forward(case.student, case.teacher, tokens, LossOptions(mode="topk"))

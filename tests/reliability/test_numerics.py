@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastsdpo
-from fastsdpo.ops.divergence import student_support
+from fastsdpo.ops.rows import support
 from fastsdpo.testing import oracle_sdpo_loss
 
 LONG = os.environ.get("FASTSDPO_LONG") == "1"
@@ -206,7 +206,7 @@ def test_pieces_of_the_tokens_add_up(backend, loss, data):
         torch.cat([g for _, g in parts]),
     )
     # PyTorch sums a row differently where there are fewer rows; Triton's kernels where the row starts at
-    # another place of a 16-byte piece (fastsdpo/ops/_triton_common.py).
+    # another place of a 16-byte piece (fastsdpo/ops/_triton_kernels.py).
     if backend == "reference" or (backend == "triton" and student.shape[1] % 8):
         close(values, whole.per_token_loss, scale_of(whole))
         close(grads, grad, scale_of(whole), rel=2e-5 if grad.dtype == torch.float32 else 2.0**-7)
@@ -315,11 +315,11 @@ def test_tokens_of_probability_zero(backend, loss, data):
             logits.scatter_(1, counted, logits.gather(1, counted).clamp(min=-30.0))
     options = {**options_for(loss, student.shape[1]), "weights": weights}
     out, grad = run(student, teacher, targets, backend, **options)
-    support = {}
+    known = {}
     if "topk" in loss:  # where less than K are possible, the rest of it is any backend's own choice
-        ids = student_support(student[None], options["topk"], targets, -100, backend)
-        support = {"topk_ids": ids}
-    want = oracle_sdpo_loss(student, teacher, targets, **options, **support)
+        ids = support(student[None], targets, options["topk"], -100, backend)
+        known = {"topk_ids": ids}
+    want = oracle_sdpo_loss(student, teacher, targets, **options, **known)
     assert not bool(out.per_token_loss.isnan().any())
     finite = want.per_token_loss.isfinite()
     assert bool((out.per_token_loss.isinf() == ~finite).all())

@@ -88,7 +88,7 @@ def test_what_changes_the_estimate(qwen3_8b, monkeypatch):
 
 def test_the_text_names_what_lowers_it(qwen3_8b):
     text = memory_text(qwen3_8b, config(), 8400, 4800)
-    assert text.startswith("memory per process, an estimate: 2")
+    assert text.startswith("memory per process, an estimate: 199.")
     assert "smaller with: --gradient-checkpointing 1" in text
     assert "weight_update=stochastic_rounding" in text and "optim=adamw_torch_8bit" in text
     least = config(gradient_checkpointing=True, optim="adamw_torch_8bit")

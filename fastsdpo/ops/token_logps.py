@@ -17,9 +17,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from fastsdpo.ops import _library
+from fastsdpo.ops import _operators
 from fastsdpo.ops._backend import resolve_backend
 from fastsdpo.ops._checks import (
     as_rows,
@@ -30,6 +31,7 @@ from fastsdpo.ops._checks import (
     flat_ids,
     shape_text,
 )
+from fastsdpo.ops.rows import LossOptions
 
 
 class TokenLogRatio(NamedTuple):
@@ -93,10 +95,10 @@ def token_logps(
     temperature = check_temperature(name, temperature)
     cap = check_softcap(name, softcap)
     backend = resolve_backend(name, backend, logits)
-    logps, entropy, _, _ = _library.token_logps_op(
-        as_rows(logits), flat_ids(target_ids), temperature, cap, ignore_index, return_entropy,
-        backend,
-    )  # fmt: skip
+    options = LossOptions(temperature, cap, ignore_index).text()
+    logps, entropy, _ = _operators.token_logps_op(
+        as_rows(logits), flat_ids(target_ids), options, return_entropy, backend
+    )
     logps = logps.view(shape)
     return (logps, entropy.detach().view(shape)) if return_entropy else logps
 
@@ -134,15 +136,15 @@ def token_log_ratio(
     temperature = check_temperature(name, temperature)
     cap = check_softcap(name, softcap)
     backend = resolve_backend(name, backend, student, teacher)
-    student_logps, teacher_logps = _library.token_log_ratio_op(
-        as_rows(student.detach()), as_rows(teacher.detach()), flat_ids(target_ids), temperature,
-        cap, ignore_index, backend,
-    )  # fmt: skip
+    options = LossOptions(temperature, cap, ignore_index).text()
+    student_logps, teacher_logps = _operators.token_log_ratio_op(
+        as_rows(student.detach()), as_rows(teacher.detach()), flat_ids(target_ids), options, backend
+    )
     student_logps, teacher_logps = student_logps.view(shape), teacher_logps.view(shape)
     return TokenLogRatio(log_ratio(student_logps, teacher_logps), student_logps, teacher_logps)
 
 
 def log_ratio(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
     """``teacher_logps - student_logps``; 0 where both are -inf."""
-    both = (student_logps == -float("inf")) & (teacher_logps == -float("inf"))
-    return (teacher_logps - student_logps).masked_fill(both, 0.0)
+    same = student_logps == teacher_logps
+    return torch.where(same, 0.0, teacher_logps - student_logps)

@@ -25,13 +25,13 @@ the selection of the support; plain PyTorch moves 36 to 170.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsdpo.ops import _library
+from fastsdpo.ops import _operators
 from fastsdpo.ops._backend import resolve_backend
 from fastsdpo.ops._checks import (
     accumulation_dtype,
@@ -47,6 +47,7 @@ from fastsdpo.ops._checks import (
     flat_float,
     flat_ids,
 )
+from fastsdpo.ops.rows import LossOptions, Tokens, support
 from fastsdpo.ops.token_logps import check_pair, log_ratio
 
 MODES = ("sampled_token", "full", "topk")
@@ -64,32 +65,6 @@ class SDPOLossOutput(NamedTuple):
     log_ratio: Tensor
     student_logps: Tensor
     teacher_logps: Tensor
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """The checked numbers of one loss call; `softcap` 0.0 means none."""
-
-    mode: str
-    alpha: float
-    topk: int
-    add_tail: bool
-    is_clip: float | None
-    temperature: float
-    softcap: float
-    ignore_index: int
-
-
-@dataclass(frozen=True)
-class TokenInputs:
-    """The checked, flattened per-token tensors of one loss call, each ``[N]`` (top-k ``[N, K]``)."""
-
-    target_ids: Tensor
-    weights: Tensor
-    old_logps: Tensor | None
-    teacher_logps: Tensor | None
-    topk_ids: Tensor | None
-    topk_logps: Tensor | None
 
 
 def check_loss(
@@ -114,7 +89,8 @@ def check_loss(
     temperature: float,
     softcap: float | None,
     ignore_index: int,
-) -> tuple[LossOptions, TokenInputs]:
+    bounded_tail: bool = False,
+) -> tuple[LossOptions, Tokens]:
     """Checks everything but the logits (or hidden states) themselves and flattens the tokens.
 
     ``teacher`` names the argument that holds the teacher's whole distribution.
@@ -161,17 +137,25 @@ def check_loss(
         topk_logps = logps.detach().reshape(-1, k).to(dtype).contiguous()
     elif mode == "topk":
         topk = check_topk(name, topk, vocabulary)
-    if mode == "topk" and topk == vocabulary:
+    bounded_tail = bounded_tail and mode == "topk" and add_tail
+    if mode == "topk" and topk == vocabulary and not bounded_tail:
         add_tail = False  # nothing lies outside the support: the tail class would be empty
-    if topk_logps is not None and add_tail:
+    if topk_logps is not None and add_tail and not bounded_tail:
         # Rounded log-probs may sum to 1 or more; keep a tail so that the divergence stays finite.
         excess = (topk_logps.logsumexp(-1, keepdim=True) + 1e-7).clamp(min=0)
         topk_logps = topk_logps - excess
 
     options = LossOptions(
-        mode, alpha, topk or 0, bool(add_tail), is_clip,
-        check_temperature(name, temperature), check_softcap(name, softcap), int(ignore_index),
-    )  # fmt: skip
+        temperature=check_temperature(name, temperature),
+        softcap=check_softcap(name, softcap),
+        ignore_index=int(ignore_index),
+        mode=mode,
+        alpha=alpha,
+        topk=topk or 0,
+        add_tail=bool(add_tail),
+        is_clip=float(is_clip or 0.0),
+        bounded_tail=bounded_tail,
+    )
     ids = flat_ids(target_ids)
     if weights is None:
         counts = ids != ignore_index
@@ -187,18 +171,7 @@ def check_loss(
         teacher_logps = flat_float(
             check_like(name, "teacher_logps", teacher_logps, shape, device), dtype
         )
-    return options, TokenInputs(ids, flat_weights, old_logps, teacher_logps, topk_ids, topk_logps)
-
-
-def student_support(
-    logits: Tensor, k: int, target_ids: Tensor, ignore_index: int, backend: str
-) -> Tensor:
-    """Ids ``[N, K]``, in any order, of the k most likely tokens of each row of ``logits [B, L, V]``. Where
-    the K-th is one of several equal ones, the native kernel takes the first, the others what `torch.topk`
-    does. Rows whose target ``[N]`` is ignored may get any ids."""
-    if backend == "native":
-        return _library.support_op(logits.detach(), target_ids, k, ignore_index)
-    return torch.topk(logits.detach(), k, dim=-1).indices.reshape(-1, k)
+    return options, Tokens(ids, flat_weights, old_logps, teacher_logps, topk_ids, topk_logps)
 
 
 def sdpo_loss(
@@ -272,49 +245,65 @@ def sdpo_loss(
     shape, vocabulary = student.shape[:-1], student.shape[-1]
     both = (student,) if teacher_logits is None else (student, teacher_logits)
     options, tokens = check_loss(
-        name, shape, vocabulary, student.device, accumulation_dtype(*both), target_ids,
-        teacher="teacher_logits", has_teacher=teacher_logits is not None, mode=mode, alpha=alpha,
-        topk=topk, add_tail=add_tail, weights=weights, teacher_logps=teacher_logps,
-        teacher_topk=teacher_topk, old_logps=old_logps, is_clip=is_clip, temperature=temperature,
-        softcap=softcap, ignore_index=ignore_index,
-    )  # fmt: skip
-    backend = resolve_backend(name, backend, *both)
-    rows = as_rows(student)
-    teacher_rows = None if teacher_logits is None else as_rows(teacher_logits.detach())
-    # An expanded tensor has several rows in one place; its gradient cannot be stored there.
-    expanded = any(n > 1 and stride == 0 for n, stride in zip(rows.shape, rows.stride()))
-    tail = (
-        options.temperature, options.softcap, options.ignore_index, inplace_grad and not expanded,
-        backend,
-    )  # fmt: skip
-    ratio = (tokens.weights, tokens.old_logps, options.is_clip or 0.0)
-    if mode == "sampled_token":
-        out = _library.sampled_token_op(
-            rows, teacher_rows, tokens.teacher_logps, tokens.target_ids, *ratio, *tail
-        )
-    elif mode == "full":
-        out = _library.divergence_op(
-            rows, teacher_rows, tokens.target_ids, *ratio, options.alpha, *tail
-        )
-    else:
-        ids = tokens.topk_ids
-        if ids is None:
-            ids = student_support(
-                rows, options.topk, tokens.target_ids, options.ignore_index, backend
-            )
-        out = _library.topk_op(
-            rows, teacher_rows, ids, tokens.topk_logps, tokens.target_ids, *ratio, options.alpha,
-            options.add_tail, *tail,
-        )  # fmt: skip
-    loss, per_token, student_out, teacher_out = out[:4]
-    return loss_output(loss, per_token, student_out, teacher_out, shape)
-
-
-def loss_output(
-    loss: Tensor, per_token: Tensor, student_logps: Tensor, teacher_logps: Tensor, shape: torch.Size
-) -> SDPOLossOutput:
-    per_token, student_logps, teacher_logps = (
-        vector.detach().view(shape) for vector in (per_token, student_logps, teacher_logps)
+        name,
+        shape,
+        vocabulary,
+        student.device,
+        accumulation_dtype(*both),
+        target_ids,
+        teacher="teacher_logits",
+        has_teacher=teacher_logits is not None,
+        mode=mode,
+        alpha=alpha,
+        topk=topk,
+        add_tail=add_tail,
+        weights=weights,
+        teacher_logps=teacher_logps,
+        teacher_topk=teacher_topk,
+        old_logps=old_logps,
+        is_clip=is_clip,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
     )
+    backend = resolve_backend(name, backend, *both)
+    return rows_loss(student, teacher_logits, tokens, options, backend, inplace_grad)
+
+
+def rows_loss(
+    student: Tensor,
+    teacher: Tensor | None,
+    tokens: Tokens,
+    options: LossOptions,
+    backend: str,
+    inplace_grad: bool = False,
+) -> SDPOLossOutput:
+    """`sdpo_loss` of a checked call; logits ``(..., V)``."""
+    if teacher is not None:
+        teacher = as_rows(teacher.detach())
+    eager = _operators.is_real(student)
+    if options.mode == "topk" and tokens.topk_ids is None:
+        choose = support if eager else _operators.support_op
+        logits, ids = as_rows(student.detach()), tokens.target_ids
+        ids = choose(logits, ids, options.topk, options.ignore_index, backend)
+        tokens = tokens._replace(topk_ids=ids)
+    if eager:
+        # An expanded tensor has several rows in one place; its gradient cannot be stored there.
+        inplace = inplace_grad and 0 not in student.stride()
+        found = _operators.SDPOFunction.apply(student, teacher, tokens, options, inplace, backend)
+    else:
+        text = options.text()
+        loss, *results = _operators.sdpo_op(as_rows(student), teacher, list(tokens), text, backend)
+        found = loss, results[0], results[2], results[3]
+    return loss_output(found, student.shape[:-1])
+
+
+def loss_output(found: Sequence[Tensor], shape: torch.Size) -> SDPOLossOutput:
+    """From ``(loss, per_token, student_logps, teacher_logps)``, the last three ``[N]``."""
+    loss, per_token, student_logps, teacher_logps = found
+    if len(shape) != 1:
+        per_token, student_logps, teacher_logps = (
+            vector.view(shape) for vector in (per_token, student_logps, teacher_logps)
+        )
     ratio = log_ratio(student_logps, teacher_logps)
     return SDPOLossOutput(loss, per_token, ratio, student_logps, teacher_logps)

@@ -1,0 +1,90 @@
+"""Argument checks of the functions that take hidden states and a head."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsdpo.ops._checks import FLOAT_DTYPES, check_like, check_tensor, shape_text
+from fastsdpo.ops.head import default_chunk_size, has_mixed_gemm
+
+
+def gathered(tensor: Tensor | None) -> Tensor | None:
+    """A sharded (DTensor) head as a whole tensor; its gradient is averaged over the mesh.
+
+    That is what FSDP2 does with the gradients of a module's own parameters.
+    """
+    if tensor is None or type(tensor) in (Tensor, torch.nn.Parameter):
+        return tensor
+    from torch.distributed.tensor import DTensor, Partial
+
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
+    return tensor
+
+
+def check_head(
+    name: str, argument: str, hidden: Tensor, weight: Any, bias: Any
+) -> tuple[Tensor, Tensor | None]:
+    weight = check_tensor(name, argument, weight)
+    if weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: {argument} must be floating, got {weight.dtype}")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
+        remedy = ""
+        if weight.numel() == 0:
+            remedy = "; an empty head is partitioned by DeepSpeed ZeRO-3: gather it first"
+        raise ValueError(
+            f"{name}: {argument} must have shape (V, D) with D = {hidden.shape[-1]}, "
+            f"got {shape_text(weight.shape)}{remedy}"
+        )
+    if weight.device != hidden.device:
+        raise ValueError(f"{name}: {argument} must be on {hidden.device}, got {weight.device}")
+    if bias is not None:
+        bias_name = argument.replace("weight", "bias")
+        bias = check_like(name, bias_name, bias, (weight.shape[0],), hidden.device)
+    return weight, bias
+
+
+def check_hidden(name: str, argument: str, hidden: Any) -> Tensor:
+    hidden = check_tensor(name, argument, hidden)
+    if hidden.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: {argument} must be floating, got {hidden.dtype}")
+    if hidden.ndim < 1 or hidden.shape[-1] < 1:
+        raise ValueError(
+            f"{name}: {argument} must have shape (..., D), got {shape_text(hidden.shape)}"
+        )
+    return hidden
+
+
+def check_chunk(name: str, chunk_size: int | None, tokens: int, head: Tensor) -> int:
+    if chunk_size is None:
+        return default_chunk_size(tokens, head.shape[0], head.device)
+    if isinstance(chunk_size, bool) or int(chunk_size) != chunk_size or chunk_size < 1:
+        raise ValueError(f"{name}: chunk_size must be a positive integer or None, got {chunk_size}")
+    return int(chunk_size)
+
+
+def check_scale(name: str, logit_scale: float) -> float:
+    if not math.isfinite(logit_scale) or logit_scale <= 0:
+        raise ValueError(f"{name}: logit_scale must be > 0 and finite, got {logit_scale}")
+    return float(logit_scale)
+
+
+def check_tile(name: str, tile_dtype: torch.dtype | None, device: torch.device) -> None:
+    if tile_dtype not in (None, torch.float32) and not has_mixed_gemm(device):
+        raise ValueError(
+            f"{name}: tile_dtype must be None or torch.float32 on {device.type} with torch "
+            f"{torch.__version__}, got {tile_dtype}"
+        )
+    if tile_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{name}: tile_dtype must be None, torch.float32, torch.bfloat16 or torch.float16, "
+            f"got {tile_dtype}"
+        )
+
+
+def flat_hidden(hidden: Tensor) -> Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])

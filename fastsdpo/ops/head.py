@@ -1,0 +1,284 @@
+"""From hidden states to a loss, a tile of logits at a time: the head's GEMMs and the one chunk loop.
+
+    z = hidden @ weight.T + bias
+
+`through_head` makes the logits of a chunk of tokens, hands them to a function that knows the loss, and
+carries the gradient which that writes to the hidden states and the head. Losses, log-probs, the losses of
+other libraries and vocabulary shards differ in that function alone.
+
+Logit tiles are float32 whatever the operands: with the teacher close to the student, bfloat16 logits put 7%
+to 10% error into the gradients. The gradient tile has the operands' dtype, and the head's gradient
+accumulates in float32. Rows of tiles begin at multiples of 64 elements: GEMMs and kernels then read 16 bytes
+at a time whatever the vocabulary.
+
+The head's gradient is one GEMM for several chunks where the gradient has tiles of its own: it moves 8 V D
+bytes (its float32 sum, read and written) for 2 n V D operations, and with n = 1024 memory limits it on an
+H100; from about 4096 tokens on it does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsdpo.ops._checks import accumulation_dtype
+from fastsdpo.ops._memory import borrow_tiles, padded, return_tiles
+
+# (student's logits [n, V], teacher's or None, which tokens, gradient buffer [n, V] or None)
+TileLoss = Callable[[Tensor, "Tensor | None", slice, "Tensor | None"], None]
+Needs = tuple[bool, bool, bool]  # gradients of hidden states, weight, bias
+GRADIENT_ROWS = 4096  # tokens of one GEMM for the head's gradient
+
+
+def default_chunk_size(tokens: int, vocabulary: int, device: torch.device) -> int:
+    """Tokens per chunk: bounded memory, GEMMs large enough to run at full rate.
+
+    The largest multiple of 64 with chunk * V <= 2^26 elements on a GPU (2^24 on a CPU), at least 1024 (256),
+    then evened out over the chunks.
+    """
+    budget, least = (2**24, 256) if device.type == "cpu" else (2**26, 1024)
+    chunk = max(least, budget // vocabulary // 64 * 64)
+    if tokens <= chunk:
+        return max(1, tokens)
+    chunks = math.ceil(tokens / chunk)
+    return min(chunk, math.ceil(tokens / chunks / 8) * 8)
+
+
+def gradient_chunks(tokens: int, chunk: int) -> int:
+    """Chunks whose gradients wait for one GEMM."""
+    chunks = math.ceil(tokens / max(1, chunk))
+    return max(1, min(chunks, GRADIENT_ROWS // max(1, chunk)))
+
+
+_mixed: dict[str, bool] = {}  # by device type
+
+
+@torch.compiler.assume_constant_result
+def has_mixed_gemm(device: torch.device) -> bool:
+    """Whether GEMMs of half-precision operands can give and add to float32 (``out_dtype``), by trying.
+
+    Not on a CPU, where a GEMM of half-precision operands takes many times longer than a float32 one.
+    """
+    if device.type not in ("cuda", "meta"):
+        return False
+    if device.type not in _mixed:
+        half = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+        total = torch.zeros(16, 16, dtype=torch.float32, device=device)
+        try:
+            torch.mm(half, half, out_dtype=total.dtype, out=total)
+            torch.addmm(total, half, half, out_dtype=total.dtype, out=total)
+            _mixed[device.type] = True
+        except (RuntimeError, TypeError):
+            _mixed[device.type] = False
+    return _mixed[device.type]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is computed.
+
+    Attributes:
+        chunk_size: tokens of a tile.
+        operand, tile: dtypes of GEMM operands and of logits.
+    """
+
+    chunk_size: int
+    operand: torch.dtype
+    tile: torch.dtype
+
+    def text(self) -> str:
+        return f"{self.chunk_size} {self.operand} {self.tile}"
+
+    @staticmethod
+    def from_text(text: str) -> Plan:
+        chunk, *dtypes = text.split()
+        return Plan(int(chunk), *(getattr(torch, name.removeprefix("torch.")) for name in dtypes))
+
+
+def choose_dtypes(
+    hidden: Tensor, weight: Tensor, tile: torch.dtype | None
+) -> tuple[torch.dtype, torch.dtype]:
+    """``(operand, tile)`` dtypes of a call."""
+    accumulation = accumulation_dtype(hidden, weight)
+    if accumulation == torch.float64 or not has_mixed_gemm(hidden.device):
+        return accumulation, accumulation
+    if torch.is_autocast_enabled(hidden.device.type):
+        operand = torch.get_autocast_dtype(hidden.device.type)
+    else:
+        operand = weight.dtype
+    return operand, tile or accumulation
+
+
+class Head:
+    """``x @ weight.T + bias`` into tiles, and the two products of its backward pass.
+
+    Where the device has GEMMs with float32 results, the operands keep their dtype. Elsewhere half-precision
+    weights are widened a block of the vocabulary at a time.
+
+    Args:
+        weight: ``(V, D)``; ``bias``: ``(V,)`` or None.
+        operand: dtype of the GEMMs' operands.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, operand: torch.dtype):
+        self.weight = weight
+        self.bias = bias
+        self.operand = operand
+        self.vocabulary = weight.shape[0]
+        self.block = max(1, self.vocabulary)
+        if weight.dtype != operand:
+            if has_mixed_gemm(weight.device):
+                self.weight = weight.to(operand)  # autocast: once per call, as autocast does
+            else:
+                self.block = max(256, 2**22 // max(1, weight.shape[1]))
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the vocabulary with their weights in the operands' dtype."""
+        for start in range(0, self.vocabulary, self.block):
+            rows = slice(start, min(start + self.block, self.vocabulary))
+            yield rows, self.weight[rows].to(self.operand)
+
+    def logits(self, x: Tensor, out: Tensor) -> None:
+        """Into ``out [n, V]`` or wider: what is beyond V becomes -inf, tokens of probability 0."""
+        for rows, weight in self._blocks():
+            if out.dtype == x.dtype:
+                torch.mm(x, weight.t(), out=out[:, rows])
+            else:
+                torch.mm(x, weight.t(), out_dtype=out.dtype, out=out[:, rows])
+        if self.bias is not None:
+            out[:, : self.vocabulary].add_(self.bias)
+        if out.shape[1] > self.vocabulary:
+            out[:, self.vocabulary :].fill_(-math.inf)
+
+    def hidden_gradient(self, grad: Tensor, out: Tensor) -> None:
+        if self.block == self.vocabulary and grad.dtype == out.dtype == self.weight.dtype:
+            torch.mm(grad, self.weight, out=out)
+            return
+        total = grad.new_zeros(out.shape)
+        for rows, weight in self._blocks():
+            total.addmm_(grad[:, rows], weight)
+        out.copy_(total)
+
+    @staticmethod
+    def accumulate(grad: Tensor, x: Tensor, total: Tensor, first: bool) -> None:
+        """``total += grad.T @ x``, ``total`` in the accumulation dtype; ``=`` the first time.
+
+        So ``total`` need not hold zeros: beta = 0 reads nothing of it.
+        """
+        beta = 0.0 if first else 1.0
+        if grad.dtype == total.dtype:
+            total.addmm_(grad.t(), x, beta=beta)
+        else:
+            torch.addmm(total, grad.t(), x, beta=beta, out_dtype=total.dtype, out=total)
+
+
+def needed(values: Iterable[bool]) -> Needs:
+    """Of three values, a gradient's each."""
+    hidden, weight, bias = values
+    return hidden, weight, bias
+
+
+def present(needs: Sequence[bool], values: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """``values``, None where not needed."""
+    return [value if need else None for need, value in zip(needs, values)]
+
+
+class Gradients(NamedTuple):
+    """Of hidden states, weight and bias in the accumulation dtype; the hidden states' in their own, a float16
+    one in float32. None where not needed."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def gradient_scale(slopes: Tensor, operand: torch.dtype) -> Tensor | None:
+    """A power of two that brings the largest weight near 1: 1/N would underflow in float16."""
+    if operand != torch.float16 or slopes.numel() == 0:
+        return None
+    largest = slopes.abs().max().clamp(min=1e-30)
+    return torch.exp2(-largest.log2().ceil())
+
+
+def through_head(
+    hidden: Tensor,
+    head: Head,
+    tile_loss: TileLoss,
+    plan: Plan,
+    needs: Needs = (False, False, False),
+    *,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Head | None = None,
+    columns: int = 0,
+) -> Gradients:
+    """Runs ``tile_loss`` over the logits of all tokens, chunk by chunk.
+
+    Args:
+        hidden, teacher_hidden: ``(N, D)``; without a ``teacher_head`` the student's serves both in one GEMM.
+        needs: none of them: no gradient buffer.
+        columns: of a tile beyond the vocabulary, -inf in every row.
+    """
+    tokens, width = len(hidden), head.vocabulary + columns
+    operand, chunk = plan.operand, max(1, plan.chunk_size)
+    largest = min(chunk, tokens)
+    policies = 1 if teacher_hidden is None else 2
+    tiles = borrow_tiles(hidden, policies * largest, width, plan.tile)
+    out = _new_gradients(hidden, head.weight, needs)
+    group, buffer = 1, None
+    if any(needs) and plan.tile != operand:
+        group = gradient_chunks(tokens, chunk) if needs[1] else 1
+        buffer = padded(hidden, min(group * chunk, tokens), width, operand)
+    first = 0  # token whose gradient is the buffer's first
+    for start in range(0, tokens, chunk):
+        rows = slice(start, min(start + chunk, tokens))
+        n = rows.stop - start
+        student, teacher = tiles[:n], None
+        x = hidden[rows].to(operand)
+        if teacher_hidden is not None:
+            teacher, y = tiles[n : 2 * n], teacher_hidden[rows].to(operand)
+            if teacher_head is None:
+                head.logits(torch.cat([x, y]), tiles[: 2 * n])
+            else:
+                head.logits(x, student)
+                teacher_head.logits(y, teacher)
+        else:
+            head.logits(x, student)
+        if not any(needs):
+            tile_loss(student, teacher, rows, None)
+            continue
+        grad = student if buffer is None else buffer[start - first : rows.stop - first]
+        tile_loss(student, teacher, rows, grad)
+        if rows.stop == tokens or rows.stop - first == group * chunk:
+            grad = student if buffer is None else buffer[: rows.stop - first]
+            done = slice(first, rows.stop)
+            _add_gradients(head, grad[:, : head.vocabulary], hidden, done, out)
+            first = rows.stop
+    return_tiles(tiles)
+    return out
+
+
+def _new_gradients(hidden: Tensor, weight: Tensor, needs: Needs) -> Gradients:
+    """Uninitialized where a chunk will write them."""
+    accumulation = accumulation_dtype(hidden, weight)
+    make = hidden.new_empty if len(hidden) else hidden.new_zeros
+    waits = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    return Gradients(
+        hidden.new_empty(hidden.shape, dtype=waits) if needs[0] else None,
+        make(weight.shape, dtype=accumulation) if needs[1] else None,
+        hidden.new_zeros(len(weight), dtype=accumulation) if needs[2] else None,
+    )
+
+
+def _add_gradients(head: Head, grad: Tensor, hidden: Tensor, rows: slice, out: Gradients) -> None:
+    """Carries ``grad [n, V]`` of the tokens ``rows`` to the hidden states and the head."""
+    if out.hidden is not None:
+        head.hidden_gradient(grad, out.hidden[rows])
+    if out.weight is not None:
+        head.accumulate(grad, hidden[rows].to(head.operand), out.weight, first=rows.start == 0)
+    if out.bias is not None:
+        out.bias.add_(grad.sum(0, dtype=out.bias.dtype))

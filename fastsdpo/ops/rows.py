@@ -1,0 +1,208 @@
+"""The one door to the kernels: losses and log-probs of rows of logits.
+
+Public functions, operators, the chunks of a head, vocabulary shards and integrations all come through
+here. What a call is about travels in two objects: `LossOptions` (checked numbers) and `Tokens` (checked
+per-token tensors). A backend is a module with the functions of this one, less the argument ``backend``:
+
+    forward         results of every row; with ``grad`` also the gradient of ``sum coef * per_token``
+    backward        the gradient of the student's logits, from what forward left
+    token_forward   log-probs of the targets (and entropy)
+    token_backward  the gradient of the logits, from the log-probs' gradient
+    log_ratio       log-probs of the targets under two policies
+    support         ids of each row's most likely tokens
+
+Logits are ``[B, L, V]`` with a last stride of 1, per-token tensors ``[N]`` with N = B x L. A gradient
+buffer has the shape of the logits, may be the student's logits themselves, and is written as a whole.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, fields
+from functools import cache, lru_cache
+from types import ModuleType
+from typing import NamedTuple
+
+from torch import Tensor
+
+STATISTICS = 5  # columns of `RowResults.stats`
+_MODULES = {
+    "triton": "fastsdpo.ops._triton",
+    "native": "fastsdpo.ops._native",
+    "reference": "fastsdpo.ops.reference",
+}
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The checked numbers of one call. Log-probs alone use the first three."""
+
+    temperature: float = 1.0
+    softcap: float = 0.0  # 0: none
+    ignore_index: int = -100
+    mode: str = "sampled_token"
+    alpha: float = 1.0
+    topk: int = 0
+    add_tail: bool = True
+    is_clip: float = 0.0  # used where there are old log-probs
+    bounded_tail: bool = False  # the tail of other libraries: see `ops.bounded_tail`
+
+    def text(self) -> str:
+        """As one string, which an operator can take; `from_text` reads it."""
+        return " ".join([str(getattr(self, name)) for name in _OPTIONS])
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def from_text(text: str) -> LossOptions:
+        temperature, softcap, ignore, mode, alpha, topk, tail, clip, bounded = text.split()
+        return LossOptions(
+            temperature=float(temperature),
+            softcap=float(softcap),
+            ignore_index=int(ignore),
+            mode=mode,
+            alpha=float(alpha),
+            topk=int(topk),
+            add_tail=tail == "True",
+            is_clip=float(clip),
+            bounded_tail=bounded == "True",
+        )
+
+
+_OPTIONS = tuple(field.name for field in fields(LossOptions))
+
+
+class Tokens(NamedTuple):
+    """The checked per-token tensors of one loss call, each ``[N]``, of the support ``[N, K]``.
+
+    ``teacher_logps`` and ``topk_logps`` stand for the teacher's logits. For top-k ``topk_ids`` is always
+    there when a backend is called; nothing needs a gradient.
+    """
+
+    target_ids: Tensor
+    weights: Tensor
+    old_logps: Tensor | None = None
+    teacher_logps: Tensor | None = None
+    topk_ids: Tensor | None = None
+    topk_logps: Tensor | None = None
+
+    def chunk(self, rows: slice) -> Tokens:
+        return Tokens(*[None if tensor is None else tensor[rows] for tensor in self])  # type: ignore[arg-type]
+
+
+class RowResults(NamedTuple):
+    """What forward gives of each row, ``[N]`` in the accumulation dtype; 0 where ignored.
+
+    Attributes:
+        per_token: the loss, before weights and importance ratio.
+        coef: weight times clipped importance ratio.
+        student_logps, teacher_logps: of the targets.
+        stats: ``[N, 5]`` for backward: max of the student's capped logits c, log2 of its sum of
+            2^((c - max) log2(e) / temperature), the teacher's two, and the KL in the gradient. For top-k
+            the first two are of the tokens outside the support, the third is the tail's gradient.
+        class_grads: ``[N, K]`` gradients of the support's classes, before temperature and softcap; ``[0]``
+            but for top-k.
+    """
+
+    per_token: Tensor
+    coef: Tensor
+    student_logps: Tensor
+    teacher_logps: Tensor
+    stats: Tensor
+    class_grads: Tensor
+
+
+class TokenResults(NamedTuple):
+    """What the log-probs' forward gives of each row.
+
+    Attributes:
+        logps: ``[N]`` of the targets; entropy: ``[N]``, ``[0]`` unless asked for.
+        stats: ``[N, 2]``, as the first two columns of `RowResults.stats`.
+    """
+
+    logps: Tensor
+    entropy: Tensor
+    stats: Tensor
+
+
+@cache
+def implementation(backend: str) -> ModuleType:
+    """The module of a resolved backend; imported on first use."""
+    return importlib.import_module(_MODULES[backend])
+
+
+def forward(
+    student: Tensor,
+    teacher: Tensor | None,
+    tokens: Tokens,
+    options: LossOptions,
+    backend: str,
+    grad: Tensor | None = None,
+) -> RowResults:
+    """The loss of every row; with ``grad`` its gradient too, for an upstream gradient of 1.
+
+    Args:
+        student: logits ``[B, L, V]``.
+        teacher: the same, in its own dtype; None where ``tokens`` stand for it.
+        grad: ``[B, L, V]``, written; may be ``student``.
+    """
+    if not options.bounded_tail:
+        return implementation(backend).forward(student, teacher, tokens, options, grad)
+    from fastsdpo.ops import bounded_tail
+
+    found = bounded_tail.forward(student, teacher, tokens, options, backend)
+    if grad is not None:
+        one = found.coef.new_ones(1)
+        backward(one, found, student, teacher, tokens, options, backend, grad)
+    return found
+
+
+def backward(
+    upstream: Tensor,
+    found: RowResults,
+    student: Tensor,
+    teacher: Tensor | None,
+    tokens: Tokens,
+    options: LossOptions,
+    backend: str,
+    grad: Tensor,
+) -> None:
+    """Writes the gradient of ``upstream * sum coef * per_token`` into ``grad``.
+
+    Args:
+        upstream: ``[1]``.
+        found: of `forward`; only ``coef``, the log-probs, ``stats`` and ``class_grads`` are read.
+        teacher: read for ``mode="full"`` alone.
+    """
+    implementation(backend).backward(upstream, found, student, teacher, tokens, options, grad)
+
+
+def token_forward(
+    logits: Tensor, target_ids: Tensor, options: LossOptions, backend: str, entropy: bool = False
+) -> TokenResults:
+    return implementation(backend).token_forward(logits, target_ids, options, entropy)
+
+
+def token_backward(
+    upstream: Tensor,
+    stats: Tensor,
+    logits: Tensor,
+    target_ids: Tensor,
+    options: LossOptions,
+    backend: str,
+    grad: Tensor,
+) -> None:
+    """Writes ``upstream [N]`` times the log-probs' gradient into ``grad``."""
+    implementation(backend).token_backward(upstream, stats, logits, target_ids, options, grad)
+
+
+def log_ratio(
+    student: Tensor, teacher: Tensor, target_ids: Tensor, options: LossOptions, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the targets under student and teacher."""
+    return implementation(backend).log_ratio(student, teacher, target_ids, options)
+
+
+def support(logits: Tensor, target_ids: Tensor, k: int, ignore_index: int, backend: str) -> Tensor:
+    """Ids ``[N, K]``, in any order, of the k most likely tokens of each row of ``logits [B, L, V]``. Which of
+    several equal logits are among them is the backend's choice. Ignored rows may get any ids."""
+    return implementation(backend).support(logits, target_ids, k, ignore_index)
