@@ -117,9 +117,10 @@ The compiled kernels are executed as well, on the CPU. `tests/ptx/` runs the PTX
 writes for sm_90, from the library's own launches, and compares it with float64. Every memory access is
 checked: alignment, bounds, memory that nothing wrote, races between the warps of a program and between
 programs. Warps are also run one after another from barrier to barrier, which a GPU may do: the results are
-the same bits. `make test` takes a sample of losses, dtypes and sizes, `make test-slow` all of them, for sm_80
-and sm_100 too. **No GPU has run these kernels.** The last step to machine code (ptxas), the hardware's own
-exponential and logarithm, caches and time are not in it, and neither is AMD's code.
+the same bits. `make test` runs every kernel, mode and dtype, `make ptx` each in every layout, for sm_80 and
+sm_100 too: `benchmarks/results/ptx.md` has the errors and what was counted. **No GPU has run these kernels.**
+The last step to machine code (ptxas), the hardware's own exponential and logarithm, caches and time are not
+in it, and neither is AMD's code.
 """),
     Section("Long runs", "^soak", """
 Memory does not grow with the steps: resident memory, traced Python memory, objects, tensors, graph nodes,

@@ -143,6 +143,7 @@ THEMES: list[tuple[str, str, Bars | None]] = [
     ("goals_avx512", "", None),
     ("goals_intel", "", None),
     ("traffic", "", None),
+    ("ptx", "", None),
     ("compile_matrix", "", None),
     ("costmodel_predictions", "", None),
 ]  # fmt: skip

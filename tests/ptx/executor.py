@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import re
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,15 +19,12 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
-from fastsdpo.ops import _backend, _triton_common
-from fastsdpo.ops.divergence import _triton as pairs
-from fastsdpo.ops.token_logps import _triton as tokens
+from fastsdpo.ops import _backend, _triton, _triton_kernels
 
-from .machine import SPAN, Machine
-from .memory import PAST_END, RACE_OF_PROGRAMS, Buffer, Fault
+from .machine import SPAN, Counts, Machine
+from .memory import Buffer, Fault
 from .parse import parse
 
-PROCESSORS = 132  # an H100's: how many rows are split into segments is decided by it
 UNWRITTEN_HALF = np.uint16(0xFFA5)  # of each half-word of a float: a NaN of every dtype
 _PLANTED: list[str] = []  # what `planted` put into kernels: they are compiled and kept apart
 
@@ -36,6 +32,8 @@ _PLANTED: list[str] = []  # what `planted` put into kernels: they are compiled a
 class Launch(NamedTuple):
     kernel: str
     grid: tuple[int, int, int]
+    counts: Counts
+    ptx: str
 
 
 class Executor:
@@ -70,18 +68,8 @@ class Executor:
         for storage, buffer in buffers.items():
             memory_at(storage, buffer.size)[:] = buffer.data
         self.faults += machine.faults.values()
-        self.launches.append(Launch(machine.kernel.name, grid))
-
-
-def harmless(fault: Fault) -> bool:
-    """Whether it is a read whose value does not count: `fastsdpo.ops._triton_common` describes them. (Not of
-    pairs of accesses in place, whose stores look like any other: there the bits in any order tell.)"""
-    own, *callers = [place.text() for place in fault.places]
-    if fault.kind == PAST_END or not fault.kind.startswith("race"):
-        return fault.kind == PAST_END
-    of_edge = any(re.search(r"\bedge\b", line) for line in (own, *callers))
-    of_piece = "VEC" in own or any("g_offset + ids" in line for line in callers)
-    return of_edge or (of_piece and fault.kind.startswith(RACE_OF_PROGRAMS))
+        kernel = machine.kernel
+        self.launches.append(Launch(kernel.name, grid, machine.counts, kernel.text))
 
 
 def memory_at(address: int, size: int) -> np.ndarray:
@@ -185,7 +173,7 @@ def executing(arch: int = 90, order: int | Sequence[int] | None = None) -> Itera
         order: None runs all warps together. A sequence of a program's warps (8) runs each by itself as far as
             the next barrier, in this order. A number is the seed of a random one, and of one of the programs.
     """
-    assert _triton_common.FAST, "the kernels were imported with TRITON_INTERPRET=1"
+    assert _triton.FAST, "the kernels were imported with TRITON_INTERPRET=1"
     executor = Executor(order)
     before = driver._active
     with contextlib.ExitStack() as stack:
@@ -195,8 +183,6 @@ def executing(arch: int = 90, order: int | Sequence[int] | None = None) -> Itera
         stack.callback(driver.set_active, before)
         driver.set_active(Driver(executor, arch))
         enter(_backend, "triton_interpreted", lambda: True)  # else CPU tensors are refused
-        for module in (_triton_common, tokens):
-            enter(module, "processors", lambda device: PROCESSORS)
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             enter(owner, name, unwritten(getattr(owner, name)))
         yield executor
@@ -210,10 +196,9 @@ def planted(function, right: str, wrong: str) -> Iterator[None]:
 
     def change(text: str) -> None:
         function._unsafe_update_src(text)
-        for module in (_triton_common, tokens, pairs):  # whoever calls it
-            for other in vars(module).values():
-                if isinstance(other, triton.JITFunction):
-                    other.hash = None
+        for other in vars(_triton_kernels).values():  # whoever calls it
+            if isinstance(other, triton.JITFunction):
+                other.hash = None
 
     change(source.replace(right, wrong))
     _PLANTED.append(f"{function.__name__}: {wrong} for {right}")

@@ -7,13 +7,15 @@ A value that is the same for all lanes is kept as an array of one number.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from . import memory
 from .arithmetic import dtype_of, function_of
-from .memory import GUARD, Access, Buffer, Fault, Threads
+from .memory import GUARD, NOBODY, Access, Buffer, Fault, Threads
 from .parse import (
     Address,
     Constant,
@@ -53,8 +55,21 @@ Step = Callable[
 ]  # executes an instruction for the lanes of a mask, None for all
 
 
+@dataclass
+class Counts:
+    """What a launch did. Bytes are of global memory, each address once for reading and once for writing."""
+
+    programs: int = 0
+    instructions: int = 0  # by threads: an instruction of a whole warp counts 32
+    barriers: int = 0  # of all programs
+    read: int = 0
+    written: int = 0
+    accesses: collections.Counter = field(default_factory=collections.Counter)
+    # of global memory, by threads: {("ld" or "st", bytes of one): count}
+
+
 class Machine:
-    """A kernel, ready to run. ``faults`` are added to by each run, each place once."""
+    """A kernel, ready to run. A run adds to ``faults``, each place once, and makes ``counts`` anew."""
 
     def __init__(self, kernel: Kernel, shared_bytes: int):
         self.kernel, self.threads = kernel, kernel.threads
@@ -62,6 +77,7 @@ class Machine:
         self.constants: list[np.ndarray] = []
         self.code = [[self._step(i) for i in block] for block in kernel.blocks]
         self.faults: dict[tuple, Fault] = {}
+        self.counts = Counts()
 
     # ----------------------------------------------------------------------------------------- running
 
@@ -71,17 +87,20 @@ class Machine:
 
         ``order``: None runs all warps together; a sequence of a program's warps runs each as far as the next
         barrier before the next one starts; a number is the seed of such an order for each program, and of an
-        order of the programs.
+        order of the programs. Of a sequence, warps that a program does not have are left out.
         """
         self.buffers, self.grid = buffers, grid
         self.arguments = dict(zip(self.kernel.parameters, arguments, strict=True))
         numbers = np.arange(int(np.prod(grid)))
+        self.counts = Counts(programs=numbers.size)
         self.random = np.random.default_rng(order if isinstance(order, int) else 0)
         if isinstance(order, int):
             self.random.shuffle(numbers)
         with np.errstate(all="ignore"):
             for first in range(0, numbers.size, AT_ONCE):
                 self._run_programs(numbers[first : first + AT_ONCE], order)
+        self.counts.read = sum(2 * int((b.reading != NOBODY).sum()) for b in buffers)
+        self.counts.written = sum(2 * int(b.stored.sum()) for b in buffers)
 
     def _run_programs(self, numbers: np.ndarray, order) -> None:
         t, n = self.threads, self.threads * numbers.size
@@ -122,6 +141,8 @@ class Machine:
                 active = ready == self.block
                 mask = None if active.all() else active
                 self._go(mask, self.block + 1 if self.block + 1 < len(self.code) else DONE)
+                threads = self.n if mask is None else int(mask.sum())
+                self.counts.instructions += threads * len(self.code[self.block])
                 for step in self.code[self.block]:
                     step(mask)
             elif (self.waiting >= 0).any():
@@ -137,7 +158,7 @@ class Machine:
         if isinstance(order, int):
             turns = np.concatenate([self.random.permutation(warps) for _ in range(programs)])
         else:
-            turns = np.tile(np.argsort(order), programs)
+            turns = np.tile(np.argsort([warp for warp in order if warp < warps]), programs)
         return turns.repeat(32)
 
     def _go(self, mask, block: int) -> None:
@@ -150,6 +171,8 @@ class Machine:
             at = np.unique(waiting[waiting >= 0])
             if at.size > 1 or (at.size and (left & (waiting < 0)).any()):
                 self.report(memory.BARRIER, lanes[0], "", self.kernel.blocks[at[-1]][-1])
+        waits = (self.waiting >= 0).reshape(-1, self.threads).any(1)
+        self.counts.barriers += int(waits.sum())
         self.epoch[self.waiting >= 0] += 1
         self.waiting[:] = -1
 
@@ -284,7 +307,7 @@ class Machine:
             at = at + self.registers[address.base.index].astype(np.int64)
         at = np.broadcast_to(at, self.n)[lanes]
         report = lambda kind, lane, example: self.report(kind, lane, example, i)  # noqa: E731
-        rest = report, width, count, self.threads // 32, i.op[0] == "st"
+        rest = report, width, count, self.threads // 32
         if space == "shared":
             outside = (at < 0) | (at + width * count > self.shared_bytes)
             if outside.any():
@@ -293,6 +316,7 @@ class Machine:
             at = at + lanes // self.threads * self.shared_bytes + GUARD
             yield self._access(self.shared, lanes, at, *rest)
             return
+        self.counts.accesses[i.op[0], width * count] += lanes.size
         number = (at + GUARD) // SPAN - 1
         for n in np.unique(number):
             chosen = number == n
@@ -305,9 +329,9 @@ class Machine:
             if size:
                 yield self._access(self.buffers[n], mine[~wild], offset[~wild], *rest)
 
-    def _access(self, buffer, lanes, offset, report, width, count, warps, store) -> Access:
+    def _access(self, buffer, lanes, offset, report, width, count, warps) -> Access:
         threads = Threads(lanes, self.thread[lanes], self.program[lanes], self.epoch[lanes])
-        return Access(report, buffer, threads, offset, width, count, warps, store)
+        return Access(report, buffer, threads, offset, width, count, warps)
 
     def _load(self, i: Instruction) -> Step:
         space, count, kind = self._parts(i)

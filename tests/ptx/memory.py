@@ -19,7 +19,6 @@ NOBODY, SEVERAL = -1, -2  # in the place of a thread or a program
 
 MISALIGNED = "misaligned access"
 OUT_OF_BOUNDS = "access outside the buffer"
-PAST_END = "read past the end, inside the last 16-byte piece"
 UNWRITTEN = "read of what was never written"
 RACE_OF_WARPS = "race between warps"
 RACE_OF_PROGRAMS = "race between programs"
@@ -69,6 +68,7 @@ class Buffer:
             self.written[self.first // 2 : self.first // 2 + written.size] = written
         self.writer, self.reader, self.reading = (np.full(halves, NOBODY) for _ in range(3))
         self.wrote, self.read = np.zeros(halves, int), np.zeros(halves, int)  # epochs
+        self.stored = np.zeros(halves, bool)  # by this launch, whatever was there
 
     @property
     def data(self) -> np.ndarray:
@@ -79,18 +79,15 @@ class Access:
     """What an instruction does for some threads to ``count`` words of ``width`` bytes at ``offset`` of the
     buffer's bytes: checked when made, done by `load` or `store`. ``threads`` keeps those without a fault."""
 
-    def __init__(self, report, buffer: Buffer, threads: Threads, offset, width: int, count: int, warps: int,
-                 store: bool):  # fmt: skip
+    def __init__(
+        self, report, buffer: Buffer, threads: Threads, offset, width: int, count: int, warps: int
+    ):
         self.report, self.buffer, self.width, self.warps = report, buffer, width, warps
         size = width * count
         aligned = offset % size == 0
         self._note(MISALIGNED, ~aligned, threads, offset)
         end, limit = offset + size, buffer.first + buffer.size
         inside = (offset >= buffer.first) & (end <= limit)
-        if not store and not inside.all():  # the guard is there to be read
-            near = (offset >= buffer.first) & (offset < limit) & (end <= -(-limit // PIECE) * PIECE)
-            self._note(PAST_END, near & ~inside, threads, offset)
-            inside |= near
         self._note(OUT_OF_BOUNDS, ~inside, threads, offset)
         fine = aligned & inside
         if not fine.all():
@@ -159,4 +156,4 @@ class Access:
         self._wrong(COLLISION, view[self.words] != values)
         b.writer[at] = np.where(changed, self.threads.thread[:, None], b.writer[at])
         b.wrote[at] = np.where(changed, epoch, b.wrote[at])
-        b.written[at] = True
+        b.written[at] = b.stored[at] = True

@@ -72,6 +72,7 @@ class Kernel:
     name: str
     parameters: list[str]
     threads: int  # of a program
+    text: str
     sizes: list[int] = field(default_factory=list)  # of each register, in bytes
     blocks: list[list[Instruction]] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # block numbers
@@ -81,7 +82,7 @@ def parse(text: str) -> Kernel:
     head = re.search(r"\.entry\s+(\w+)\s*\((.*?)\)(.*?)\{", text, re.S)
     threads = re.search(r"\.(?:req|max)ntid\s+(\d+)", head[3])
     parameters = re.findall(r"\.param\s+\.\w+.*?(\w+)\s*(?:,|$)", head[2], re.M)
-    kernel = Kernel(head[1], parameters, int(threads[1]))
+    kernel = Kernel(head[1], parameters, int(threads[1]), text)
     body = text[head.end() : text.index("$L__func_end0:")]
     _Parser(kernel, _files(text), body).run()
     return kernel

@@ -7,40 +7,36 @@ import torch
 import triton
 
 import fastsdpo
-from fastsdpo.ops import _triton_common as common
-from fastsdpo.ops.divergence import _triton as pairs
-from fastsdpo.ops.token_logps import _triton as tokens
+from fastsdpo.ops import _triton_kernels as kernels
 
-from . import memory
-from .cases import LOSSES, rows
-from .executor import buffer_of, executing, harmless, planted
+from . import executor, memory
+from .cases import DTYPES, LOSSES, results, rows
+from .executor import buffer_of, executing, planted
 from .machine import SPAN, Machine
 from .parse import UnknownInstruction, parse
 
 
-def faults(name: str, vocabulary: int, dtype=torch.bfloat16, order=None):
-    """(results, faults that are not harmless) of a loss."""
-    with executing(order=order) as executor:
-        results = LOSSES[name](*rows(vocabulary, dtype), "triton")
-    return results, [fault for fault in executor.faults if not harmless(fault)]
+def executed_loss(name: str, vocabulary: int, dtype="bf16", layout="packed", order=None):
+    """(results, faults) of a loss."""
+    with executing(order=order) as run:
+        found = results(LOSSES[name], *rows(vocabulary, DTYPES[dtype]), "triton", layout)
+    return found, run.faults
 
 
-STORED = "tl.debug_barrier()  # what was stored is read, by other threads as well\n"
 PLANTED = {
     "misaligned access": (
-        common.row_partial, "start = ptr + whole_pieces(offset, A)",
-        "start = tl.multiple_of(ptr + offset, 16)", memory.MISALIGNED,
+        kernels.row_start, "return ptr + offset // 8 * 8, (offset % 8).to(tl.int32)",
+        "return ptr + tl.multiple_of(offset, 8), 0", memory.MISALIGNED,
     ),
-    "missing barrier": (common.row_partial, STORED, "\n", memory.RACE_OF_WARPS),
     "bound off by one": (
-        common.edge_positions, "at < offset + vocabulary", "at <= offset + vocabulary", memory.OUT_OF_BOUNDS,
+        kernels.load_tile, "(v < high)", "(v <= high)", memory.OUT_OF_BOUNDS,
     ),
     "sum that is not stored": (
-        common.store_segment, "        tl.store(out + 1, z_sum)\n", "        pass\n", memory.UNWRITTEN,
+        kernels.statistics_kernel, "    tl.store(out + 2, t_top)\n", "", memory.UNWRITTEN,
     ),
     "store to the next row": (
-        tokens.logp_gradient_row, "g_start = g_ptr + whole_pieces(first, A)",
-        "g_start = g_ptr + whole_pieces(first, A) + vocabulary // 8 * 8", memory.RACE_OF_PROGRAMS,
+        kernels.gradient_kernel, "tl.store(g + v, value, mask=(v >= low) & (v < high))",
+        "tl.store(g + v, value, mask=v < high + 3)", memory.RACE_OF_PROGRAMS,
     ),
 }  # fmt: skip
 
@@ -49,61 +45,64 @@ PLANTED = {
 def test_a_planted_fault_is_found(name):
     function, right, wrong, kind = PLANTED[name]
     with planted(function, right, wrong):
-        _, found = faults("logps", 1001)
+        _, found = executed_loss("JSD", 5001)  # whole tiles and their edges
     assert any(fault.kind.startswith(kind) for fault in found), list(map(str, found))
     assert all(fault.places[0].text() for fault in found)
 
 
-STALE = {
-    "sampled fused": (
-        tokens._sampled_token_fwd_kernel,
-        "tl.debug_barrier()  # all threads have read the target's logit", "#",
-    ),
-    "top-k fused": (
-        pairs._topk_fwd_kernel, "tl.debug_barrier()  # all threads have read the support's logits", "#",
-    ),
-}  # fmt: skip
+def test_a_missing_barrier_is_found(monkeypatch):
+    """The compiler writes the kernels' barriers: they are taken out of what it wrote."""
+    whole = executor.load
+
+    def load(name, ptx, shared, device):
+        assert name != "statistics_kernel" or ptx.count(b"bar.sync") > 1
+        return whole(name, ptx.replace(b"bar.sync", b"bar.warp.sync"), shared, device)
+
+    monkeypatch.setattr(executor, "load", load)
+    monkeypatch.setattr(executor, "_PLANTED", ["no barriers"])
+    _, found = executed_loss("forward KL", 1001)
+    kinds = {fault.kernel: fault.kind for fault in found}
+    assert kinds["statistics_kernel"].startswith(memory.RACE_OF_WARPS), kinds
 
 
-@pytest.mark.parametrize("name", STALE, ids=lambda value: value.replace(" ", "-"))
-def test_a_stale_read_in_place_is_found(name):
-    """Without its barrier the race is reported in any order, and shows in the values where warp 0 is late."""
-    right, found = faults(name, 1000, torch.float32)
-    assert not found
-    with planted(*STALE[name]):
-        together, found = faults(name, 1000, torch.float32)
-        late, found_late = faults(name, 1000, torch.float32, order=range(7, -1, -1))
-    for results in (found, found_late):
-        assert any(fault.kind.startswith(memory.RACE_OF_WARPS) for fault in results)
-    torch.testing.assert_close(together["loss"], right["loss"], rtol=0, atol=0)
-    finite = right["loss"].isfinite()
-    assert (late["loss"] - right["loss"])[finite].abs().max() > 0.1
+def test_a_stale_read_in_place_is_found():
+    """A gradient that reads the target's logit, which another warp may have overwritten: reported in any
+    order, and the values show it where warps run one by one."""
+    stale = (
+        kernels.gradient_kernel, "                    u = tl.fma(x - sm, k, -sl)\n",
+        "                    own = load_logit(s + target_at, True, cap, HAS_CAP, FAST)\n"
+        "                    u = tl.fma(x - sm, k, -sl) + 1e-3 * own\n",
+    )  # fmt: skip
+    with planted(*stale):
+        apart, found = executed_loss("sampled", 1000, "fp32")
+        assert not found
+        together, found = executed_loss("sampled", 1000, "fp32", "in place")
+        late, found_late = executed_loss("sampled", 1000, "fp32", "in place", range(7, -1, -1))
+    for faults in (found, found_late):
+        assert any(fault.kind.startswith(memory.RACE_OF_WARPS) for fault in faults)
+    assert torch.equal(together["gradient"], apart["gradient"])
+    assert not torch.equal(late["gradient"], apart["gradient"])
 
 
 def test_a_flushed_subnormal_number_shows():
     student, teacher = torch.tensor([[0.0, -87.0]]), torch.tensor([[0.0, -300.0]])
     with (
-        planted(pairs.jsd_terms, "tl.maximum(m, SMALLEST_NORMAL)", "tl.where(m == 0.0, 1.0, m)"),
+        planted(kernels.jsd_terms, "tl.maximum(m, SMALLEST_NORMAL)", "tl.where(m == 0.0, 1.0, m)"),
         executing(),
     ):
         out = fastsdpo.sdpo_loss(
             student, teacher, torch.tensor([0]), mode="full", alpha=0.5, backend="triton"
         )
-    assert out.loss.isnan()
+    assert not out.loss.isfinite()
 
 
 def test_nothing_stays_intercepted():
     logits, targets = torch.randn(1, 5), torch.tensor([0])
-    before = torch.empty, triton.runtime.driver._active, common.processors, pairs.jsd_terms.src
-    with planted(pairs.jsd_terms, "alpha * q", "q"), executing() as executor:
+    before = torch.empty, triton.runtime.driver._active, kernels.jsd_terms.src
+    with planted(kernels.jsd_terms, "alpha * q", "q"), executing() as run:
         fastsdpo.token_logps(logits, targets, backend="triton")
-        assert executor.launches
-    assert before == (
-        torch.empty,
-        triton.runtime.driver._active,
-        common.processors,
-        pairs.jsd_terms.src,
-    )
+        assert run.launches
+    assert before == (torch.empty, triton.runtime.driver._active, kernels.jsd_terms.src)
     with pytest.raises(ValueError, match="CUDA or ROCm"):
         fastsdpo.token_logps(logits, targets, backend="triton")
 
@@ -133,6 +132,20 @@ def executed(body: str, grid=(1, 1, 1), size: int = 64) -> tuple[torch.Tensor, l
     machine.run(grid, [SPAN + data.data_ptr() % 64], [buffer])
     result = torch.from_numpy(buffer.data.copy()).view(torch.int32)
     return result, [fault.kind for fault in machine.faults.values()]
+
+
+def test_what_a_launch_does_is_counted():
+    """Two programs of 64 threads: 40 of each take the load and store, and all come to the barrier."""
+    taken = "ld.global.b32 %r3, [%rd3]; st.global.b32 [%rd3], %r1;"
+    body = f"@!%p1 bra $L__BB0_1; {taken}\n$L__BB0_1:\n bar.sync 0;"
+    machine = Machine(parse(PTX.replace("BODY", body)), 0)
+    data = torch.arange(64, dtype=torch.int32)
+    machine.run((2, 1, 1), [SPAN + data.data_ptr() % 64], [buffer_of(data, "data")])
+    counts = machine.counts
+    assert (counts.programs, counts.barriers) == (2, 2)
+    assert counts.instructions == 2 * (64 * (6 + 1) + 40 * 2 + 64 * 2)
+    assert (counts.read, counts.written) == (160, 160)  # both programs' are the same addresses
+    assert counts.accesses == {("ld", 4): 80, ("st", 4): 80}
 
 
 def test_ptx_without_a_fault():

@@ -1,6 +1,7 @@
-"""The kernels' compiled PTX for sm_90, executed: values against float64, faults, the same bits in any order.
+"""The kernels' compiled PTX, executed: values against float64, faults, the same bits in any order.
 
-A bounded sample of losses, dtypes, sizes and layouts; all of them with `-m slow`.
+Every kernel, mode and dtype for sm_90, each in one layout; with `-m slow` in every layout and for sm_80 and
+sm_100 (`python -m benchmarks.ptx` does the same and keeps the figures).
 """
 
 from __future__ import annotations
@@ -8,123 +9,108 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .cases import LOSSES, Results, placed, rows, wrong
-from .executor import executing, harmless
-from .memory import RACE_OF_WARPS
+from .cases import DTYPES, LAYOUTS, LOSSES, ROWS, Results, results, rows, wrong
+from .executor import executing
 
-SIZES = (
-    1,
-    2,
-    33,
-    129,
-    1000,
-)  # one token; less than a warp's accesses; odd rows; whole 16-byte pieces
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FEW = SIZES[2:]  # of top-k, whose smaller supports are other kernels
-SAMPLE = [
-    ("logps", "fp16"),
-    ("log-ratio", "bf16"),
-    ("sampled", "bf16"),
-    ("sampled fused", "fp32"),
-    ("forward KL", "bf16"),
-    ("forward KL fused", "bf16"),
-    ("reverse KL", "fp16"),
-    ("JSD", "fp32"),
-    ("JSD fused", "bf16"),
-    ("top-k JSD", "bf16"),
-    ("top-k fused", "fp32"),
-]
+# (vocabulary, rows): one token; two; odd rows; whole 16-byte pieces and one token; several tiles
+SIZES = ((1, ROWS), (2, ROWS), (33, 4 * ROWS), (129, ROWS), (4097, 5), (32001, 2))
+LATE = tuple(range(7, -1, -1))  # warp 0 comes last
+OPTIONS = ("softcap", "given", "clipped")  # each with one dtype
+EVERY_DTYPE = [name for name in LOSSES if not any(option in name for option in OPTIONS)]
+
+
+def sample() -> list[tuple[str, str, str, tuple]]:
+    """(loss, dtype, layout, sizes): a loss's dtypes share the sizes; of their layouts some are in place, some
+    aligned. OPTIONS: one dtype each."""
+    found = []
+    for n, name in enumerate(LOSSES):
+        for d, dtype in enumerate(DTYPES):
+            layout = list(LAYOUTS)[(n + 2 * d) % len(LAYOUTS)]
+            if name in EVERY_DTYPE:
+                found.append((name, dtype, layout, (SIZES[d], SIZES[3 + (n + d) % 3])))
+            elif d == n % len(DTYPES):
+                found.append((name, dtype, layout, SIZES[2::2]))
+    return found
 
 
 def check(
-    name: str,
-    dtype: str,
-    vocabulary: int,
-    *,
-    arch=90,
-    order=None,
-    shifts=None,
-    floor=4e-6,
-    **options,
+    name: str, dtype: str, size: tuple[int, int], layout: str, *, arch: int = 90, order=None
 ) -> Results:
-    """Executes a case; fails where a value is wrong or a fault found that is not `harmless`."""
-    student, teacher, targets = rows(vocabulary, DTYPES[dtype])
-    # Which of equal logits are of a support is nobody's contract: there are none in these rows.
-    want = LOSSES[name](student.double(), teacher.double(), targets, "reference", **options)
-    if shifts is not None:
-        student, teacher = placed(student, shifts[0]), placed(teacher, shifts[1])
+    """Executes a case; fails where a value is wrong or a fault is found."""
+    loss, case = LOSSES[name], f"{name} {dtype} V = {size[0]}, {size[1]} rows, {layout}"
+    values = rows(size[0], DTYPES[dtype], size[1])
+    want = results(loss, *values, "reference", layout)
     with executing(arch, order) as executor:
-        got = LOSSES[name](student, teacher, targets, "triton", **options)
-    case = f"{name} {dtype} V = {vocabulary}"
+        got = results(loss, *values, "triton", layout)
     assert executor.launches
-    assert not wrong(got, want, floor), f"{case}: {wrong(got, want, floor)}"
-    faults = [fault for fault in executor.faults if not harmless(fault)]
-    if (
-        "fused" in name and shifts is not None
-    ):  # the second access of a pair is not used: see `harmless`
-        faults = [fault for fault in faults if not fault.kind.startswith(RACE_OF_WARPS)]
-    faults = [str(fault) for fault in faults]
+    assert not wrong(loss, got, want), f"{case}: {wrong(loss, got, want)}"
+    faults = [str(fault) for fault in executor.faults]
     assert not faults, f"{case}:\n" + "\n".join(faults)
     return got
 
 
-def bits(results: Results) -> list[bytes]:
-    return [r.detach().contiguous().view(torch.uint8).numpy().tobytes() for r in results.values()]
+def bits(found: Results) -> list[bytes]:
+    return [r.detach().contiguous().view(torch.uint8).numpy().tobytes() for r in found.values()]
 
 
-@pytest.mark.parametrize(("name", "dtype"), SAMPLE, ids=lambda value: value.replace(" ", "-"))
-def test_values_are_float64s(name, dtype):
-    for vocabulary in FEW if name.startswith("top-k") else SIZES:
-        check(name, dtype, vocabulary)
+@pytest.mark.parametrize(("name", "dtype", "layout", "sizes"), sample(), ids=str)
+def test_values_are_float64s(name, dtype, layout, sizes):
+    for size in sizes:
+        check(name, dtype, size, layout)
 
 
-@pytest.mark.parametrize("name", ["sampled", "forward KL"])
-def test_gradients_in_place_are_the_same_bits_in_any_order(name):
-    """Rows of odd length share 16-byte pieces: one program reads what its neighbour overwrites."""
-    inplace = {"inplace_grad": True}
-    for vocabulary in (33, 1000):
-        first = bits(check(name, "bf16", vocabulary, **inplace))
-        for order in (1, range(7, -1, -1)):
-            assert bits(check(name, "bf16", vocabulary, order=order, **inplace)) == first
+def test_the_sample_has_every_property():
+    for name in EVERY_DTYPE:
+        dtypes, layouts, sizes = zip(
+            *[case[1:] for case in sample() if case[0] == name], strict=True
+        )
+        assert set(dtypes) == set(DTYPES)
+        assert len({"strides" in layout for layout in layouts}) == 2, name
+        assert any("in place" in layout for layout in layouts), name
+        assert {size for some in sizes for size in some} == set(SIZES), name
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("reverse KL", "bf16"), ("log-ratio", "bf16"), ("sampled fused", "fp32")],
-    ids=lambda value: value.replace(" ", "-"),
-)
-def test_rows_at_odd_strides(name, dtype):
-    """Student and teacher at other places of a 16-byte piece: the same bits as packed rows."""
-    for vocabulary in (2, 129, 1000):
-        shifted = check(name, dtype, vocabulary, shifts=(3, 6))
-        if vocabulary != 2:  # a gradient's row has no whole pieces there
-            assert bits(shifted) == bits(check(name, dtype, vocabulary))
+@pytest.mark.parametrize("layout", ["in place", "odd strides, fused in place"])
+@pytest.mark.parametrize("name", ["sampled", "forward KL", "top-k JSD softcap"])
+def test_gradients_in_place_are_the_same_bits_in_any_order(name, layout):
+    """A GPU may run warps and programs in any order between barriers."""
+    for size, order in (((33, ROWS), 1), ((5000, 2), LATE)):
+        first = bits(check(name, "bf16", size, layout))
+        assert bits(check(name, "bf16", size, layout, order=order)) == first
 
 
-def test_split_rows_are_the_same_bits(monkeypatch):
-    """A row in two segments, as two programs and a third that adds up, or as one program."""
-    found = []
-    for split in "01":
-        monkeypatch.setenv("FASTSDPO_TRITON_SPLIT", split)
-        found.append(bits(check("forward KL", "fp32", 8200)))
-    assert found[0] == found[1]
+@pytest.mark.parametrize("name", ["reverse KL", "JSD", "top-k JSD"])
+def test_a_row_is_the_same_bits_among_few_rows_and_many(name):
+    """40 rows are two programs of the kernel that puts parts together."""
+    loss, values = LOSSES[name], rows(136, torch.bfloat16, 40)
+    with executing():
+        many = results(loss, *values, "triton")
+        few = results(loss, *[x[33:35].clone() for x in values], "triton")
+    for key in ("loss", "student", "teacher"):
+        torch.testing.assert_close(few[key], many[key][33:35], rtol=0, atol=0, equal_nan=True)
 
 
-def test_softcap():
-    for vocabulary in (33, 1000):
-        check("reverse KL", "fp32", vocabulary, softcap=30.0, floor=1e-3)
+@pytest.mark.parametrize("name", ["log-ratio", "reverse KL", "JSD", "top-k forward KL"])
+def test_rows_of_two_programs(name):
+    """Rows begin at phases 0 and 6 of a piece, so the programs' border is at another token in each. The most
+    likely tokens, a support, are around it."""
+    loss, (student, teacher, targets) = LOSSES[name], rows(32790, torch.bfloat16, 2)
+    student[:, 32756:32776] += 40
+    want = results(loss, student, teacher, targets, "reference", "in place")
+    with executing() as executor:
+        got = results(loss, student, teacher, targets, "triton", "in place")
+    assert max(launch.grid[1] for launch in executor.launches) == 2
+    assert not wrong(loss, got, want), wrong(loss, got, want)
+    assert not executor.faults, list(map(str, executor.faults))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LOSSES, ids=lambda value: value.replace(" ", "-"))
-def test_every_loss_and_dtype(name, dtype, arch):
-    for vocabulary in (*SIZES, 4097, 32001):
-        first = bits(check(name, dtype, vocabulary, arch=arch))
-        shifted = bits(check(name, dtype, vocabulary, arch=arch, shifts=(3, 6)))
-        assert vocabulary < 129 or shifted == first
-        if vocabulary <= 1000:  # warps apart, in both layouts
-            assert bits(check(name, dtype, vocabulary, arch=arch, order=0)) == first
-            apart = check(name, dtype, vocabulary, arch=arch, order=0, shifts=(3, 6))
-            assert bits(apart) == shifted
+def test_every_layout_and_target(name, dtype, arch):
+    for layout in LAYOUTS:
+        for size in SIZES:
+            found = bits(check(name, dtype, size, layout, arch=arch))
+            if 2 < size[0] <= 4097 and "in place" in layout:
+                assert bits(check(name, dtype, size, layout, arch=arch, order=0)) == found
