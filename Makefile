@@ -7,7 +7,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard ker
 # Two test processes, one thread each, on the two cores that the suite is sized for.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help demo personalization test test-slow fuzz soak compatibility lint types format bench compile-matrix native-sanitize gpu clean
+.PHONY: help demo personalization test test-slow fuzz soak compatibility lint types format bench compile-matrix ptx native-sanitize gpu clean
 
 help:
 	@echo "make demo       real conversations -> trained SmolLM2-135M-Instruct, before and after (CPU)"
@@ -20,7 +20,8 @@ help:
 	@echo "make bench      every benchmark beside the peers, half an hour (bench_output/index.md); QUICK=1: 3 minutes"
 	@echo "make lint       ruff, clang-format"
 	@echo "make types      pyright"
-	@echo "make gpu        tests and benchmarks that need a GPU"
+	@echo "make ptx        executes the compiled Triton kernels on the CPU, for three GPUs (an hour or more)"
+	@echo "make gpu        tests and benchmarks that need a GPU, 8 minutes (SYSTEM=1: without .venv)"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -50,15 +51,12 @@ SEEDS := 1
 personalization: $(VENV)/.dev
 	$(BIN)/python -m fastsdpo.online.experiment --output personalization --seeds $(SEEDS)
 
-# The Triton kernels run in Triton's interpreter, in a process of their own: it is chosen at import.
-INTERPRETED := beyond or bfloat16 or vocabulary or ignored or masked or infinite or inplace or slice or nothing or values
-
+# The compiled Triton kernels are executed by tests/ptx. Triton's interpreter, which stands for AMD's path, runs
+# in processes of its own (it is chosen at import): a sample here, all of it in test-slow.
 test: $(VENV)/.dev
 	$(PYTEST) -n 2 --dist loadfile tests
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_losses.py tests/ops/test_token_logps.py \
-		-k "triton and ($(INTERPRETED))"
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_triton_values.py
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/reliability/test_numerics.py -k "permuting or swapping or strides"
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_losses.py tests/ops/test_token_logps.py tests/ops/test_triton_values.py \
+		-k "triton and (ignored or inplace or nothing or slice) or test_triton_values and (certain or drawn or order or plain)"
 
 # The long counts of tests/reliability; what was tried, injected, survived and lost goes to the results file.
 RESULTS = benchmarks/results/reliability_$(shell date +%F).json
@@ -87,11 +85,16 @@ bench: $(VENV)/.dev
 
 # Every specialization for every target, compiled without a GPU; about half an hour on two cores.
 compile-matrix: $(VENV)/.dev
-	$(BIN)/python benchmarks/compile_matrix.py
+	$(BIN)/python -m benchmarks.compile_matrix
 
-# Tests, doctor and benchmark on a GPU; writes benchmarks/results/gpu_<device>_<date>.{json,md}.
-gpu: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.run_gpu
+# Every part that needs a GPU, 8 minutes; benchmarks/results/gpu_<device>_<date>.{json,md}.
+# SYSTEM=1: with python3 as it is, nothing installed. ARGS="--minutes 3 --only kernels", ARGS=--rehearsal
+gpu: $(if $(SYSTEM),,$(VENV)/.dev)
+	$(if $(SYSTEM),$(PYTHON),$(BIN)/python) -m benchmarks.run_gpu $(ARGS)
+
+# Executes the compiled Triton kernels on the CPU, all of them, for sm_80, sm_90 and sm_100; goes on where it stopped.
+ptx: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.ptx $(ARGS)
 
 # The native kernels under AddressSanitizer and UBSan.
 native-sanitize: $(VENV)/.dev
@@ -102,6 +105,9 @@ native-sanitize: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow tests
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_losses.py tests/ops/test_token_logps.py -k triton
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_triton_values.py
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/reliability/test_numerics.py -k "permuting or swapping or strides"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
