@@ -292,6 +292,9 @@ def _(hidden, weight, bias, teacher, tokens, options, plan, needs, backend):
 
 def _linear_sdpo_setup(ctx, inputs, output):
     ctx.needs = inputs[7]
+    # The gradient of a list of tensors is a list, that of a list with None among them is None.
+    whole = all(tensor is not None for tensor in inputs[3])
+    ctx.of_teacher = [None] * len(inputs[3]) if whole else None
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[4:], *inputs[:3])
@@ -305,7 +308,7 @@ def _linear_sdpo_backward(ctx, upstream, *unused):
         _scaled(grad, upstream, source)
         for grad, source in zip(present(ctx.needs, saved[:3]), saved[3:])
     ]
-    return *grads, *(None,) * 6
+    return *grads, ctx.of_teacher, *(None,) * 5
 
 
 linear_sdpo_op.register_autograd(_linear_sdpo_backward, setup_context=_linear_sdpo_setup)

@@ -104,6 +104,29 @@ def test_compiled_equals_eager(backend, mode):
     assert torch.equal(grad, expected)
 
 
+@pytest.mark.parametrize("own", [(), ("weight",), ("weight", "bias")], ids=str)
+def test_compiled_linear_equals_eager(backend, own):
+    """The teacher's head is the student's, or its own with and without a bias."""
+    torch.compiler.reset()
+    h, t = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
+    weight, bias = torch.randn(11, 4, requires_grad=True), torch.randn(11, requires_grad=True)
+    y = torch.randint(0, 11, (6,))
+    teacher = {"teacher_weight": torch.randn(11, 4), "teacher_bias": torch.randn(11)}
+    teacher = {f"teacher_{name}": teacher[f"teacher_{name}"] for name in own}
+
+    def loss():
+        options = {"mode": "full", "alpha": 0.5, "bias": bias, "backend": backend, **teacher}
+        return fastsdpo.linear_sdpo_loss(h, t, weight, y, **options).loss
+
+    want, got = loss(), torch.compile(loss, fullgraph=True, backend="aot_eager")()
+    assert torch.equal(got, want)
+    leaves = (h, weight, bias)
+    for mine, expected in zip(
+        torch.autograd.grad(3 * got, leaves), torch.autograd.grad(3 * want, leaves)
+    ):
+        torch.testing.assert_close(mine, expected)
+
+
 def test_dynamic_number_of_tokens_compiles_twice_at_most(backend):
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
