@@ -444,7 +444,8 @@ def train(options: argparse.Namespace) -> int:
         lambda metrics: say(f"held-out loss before training: {metrics['eval_loss']:.4f}"),
     )  # fmt: skip
     started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    with stop:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     if stop.received is not None:
         say(f"stopped at step {result.global_step} of {trainer.state.max_steps}; "

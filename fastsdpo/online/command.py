@@ -232,7 +232,8 @@ def online(options: argparse.Namespace) -> int:
         trainer, output, checkpoint, lambda metrics: say(f"before   {summary(metrics, 'eval_')}")
     )
     started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    with stop:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     if stop.received is not None:
         say(f"stopped at step {result.global_step} of {trainer.state.max_steps}; "

@@ -120,6 +120,8 @@ class BeforeTraining(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """SIGTERM or Ctrl-C: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
 
+    Used around training (``with stop: trainer.train()``) it gives the signals back however that ends.
+
     Attributes:
         received: the signal's number once training stopped for it, else None.
     """
@@ -151,6 +153,12 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.__exit__()
+
+    def __enter__(self) -> StopOnSignal:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

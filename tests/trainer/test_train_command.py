@@ -263,10 +263,12 @@ def poisoned(place, tmp_path, lab):
 
 
 def test_a_loss_that_is_not_finite_stops(poisoned, capsys):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert main(arguments(poisoned, poisoned / "out", "--batch-size", "2")) == 3
     error = capsys.readouterr().err
     assert re.search(r"step [123]: the loss is not finite; interactions: 'the-bad-one'", error)
     assert not (poisoned / "out" / "model").exists()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_a_loss_that_is_not_finite_is_skipped(poisoned, capsys, caplog):
