@@ -56,7 +56,7 @@ from benchmarks._harness import (
     table,
 )
 from benchmarks.bench_logits import keep_pages, plain_loss
-from fastsdpo.ops.linear import default_chunk_size
+from fastsdpo.ops.head import default_chunk_size
 from fastsdpo.testing import oracle_sdpo_loss
 
 MODES = {"sampled": None, "forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5, "topk": 1.0}

@@ -70,7 +70,7 @@ def check_like(
 
 
 def check_temperature(name: str, temperature: float) -> float:
-    if not math.isfinite(temperature) or temperature <= 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"{name}: temperature must be > 0 and finite, got {temperature}")
     return float(temperature)
 
@@ -79,7 +79,7 @@ def check_softcap(name: str, softcap: float | None) -> float:
     """The softcap as a float, 0.0 standing for none."""
     if softcap is None:
         return 0.0
-    if not math.isfinite(softcap) or softcap <= 0:
+    if not 0 < softcap < math.inf:
         raise ValueError(f"{name}: softcap must be > 0 and finite, or None, got {softcap}")
     return float(softcap)
 

@@ -68,7 +68,7 @@ def check_chunk(name: str, chunk_size: int | None, tokens: int, head: Tensor) ->
 
 
 def check_scale(name: str, logit_scale: float) -> float:
-    if not math.isfinite(logit_scale) or logit_scale <= 0:
+    if not 0 < logit_scale < math.inf:
         raise ValueError(f"{name}: logit_scale must be > 0 and finite, got {logit_scale}")
     return float(logit_scale)
 

@@ -1,8 +1,8 @@
 """Autograd of the losses from logits, and their `torch.library` operators; the work is done by `ops.rows`.
 
 The operators make each public function one node of a graph under `torch.compile(fullgraph=True)`, whatever
-backend computes it. A call's numbers travel as one string (`LossOptions.text`), its per-token tensors as one
-list (`Tokens`). Outside of compilers `SDPOFunction` does the same with a third of the Python time.
+backend computes it. A call's options travel as `LossOptions.packed`, its per-token tensors as one list
+(`Tokens`). Outside of compilers `SDPOFunction` does the same with a third of the Python time.
 
 A gradient in place overwrites the student's logits and counts as a change of them, which lets autograd notice
 a second use. A second derivative raises.
@@ -64,15 +64,21 @@ def check_values(name: str, vocabulary: int, tokens: Tokens, ignore_index: int) 
 
 @custom_op("fastsdpo::token_logps", mutates_args=())
 def token_logps_op(
-    logits: Tensor, target_ids: Tensor, options: str, entropy: bool, backend: str
+    logits: Tensor,
+    target_ids: Tensor,
+    mode: str,
+    floats: Sequence[float],
+    integers: Sequence[int],
+    entropy: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    numbers = LossOptions.from_text(options)
-    check_ids(target_ids, logits.shape[-1], "token_logps: target_ids", numbers.ignore_index)
-    return tuple(rows.token_forward(logits, target_ids, numbers, backend, entropy))
+    options = LossOptions.unpacked(mode, floats, integers)
+    check_ids(target_ids, logits.shape[-1], "token_logps: target_ids", options.ignore_index)
+    return tuple(rows.token_forward(logits, target_ids, options, backend, entropy))
 
 
 @token_logps_op.register_fake
-def _(logits, target_ids, options, entropy, backend):
+def _(logits, target_ids, mode, floats, integers, entropy, backend):
     n = target_ids.shape[0]  # not len(), which would fix the size of a graph
     logps = target_ids.new_empty(n, dtype=accumulation_dtype(logits))
     return logps, logps.new_empty(n if entropy else 0), logps.new_empty(n, 2)
@@ -80,15 +86,22 @@ def _(logits, target_ids, options, entropy, backend):
 
 @custom_op("fastsdpo::token_logps_backward", mutates_args=())
 def token_logps_backward_op(
-    upstream: Tensor, logits: Tensor, target_ids: Tensor, stats: Tensor, options: str, backend: str
+    upstream: Tensor,
+    logits: Tensor,
+    target_ids: Tensor,
+    stats: Tensor,
+    mode: str,
+    floats: Sequence[float],
+    integers: Sequence[int],
+    backend: str,
 ) -> Tensor:
-    grad, numbers = empty_gradient(logits), LossOptions.from_text(options)
-    rows.token_backward(upstream.contiguous(), stats, logits, target_ids, numbers, backend, grad)
+    grad, options = empty_gradient(logits), LossOptions.unpacked(mode, floats, integers)
+    rows.token_backward(upstream.contiguous(), stats, logits, target_ids, options, backend, grad)
     return grad
 
 
 @token_logps_backward_op.register_fake
-def _(upstream, logits, target_ids, stats, options, backend):
+def _(upstream, logits, *args):
     return empty_gradient(logits)
 
 
@@ -96,7 +109,7 @@ forbid_second_derivative(token_logps_backward_op)
 
 
 def _token_logps_setup(ctx, inputs, output):
-    logits, target_ids, ctx.options, _, ctx.backend = inputs
+    logits, target_ids, *ctx.options, _, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, target_ids, output[2])
@@ -106,8 +119,11 @@ def _token_logps_backward(ctx, upstream, *unused):
     grad = None
     if upstream is not None and ctx.needs_input_grad[0]:
         logits, ids, stats = ctx.saved_tensors
-        grad = token_logps_backward_op(upstream, logits, ids, stats, ctx.options, ctx.backend)
-    return grad, None, None, None, None
+        mode, floats, integers = ctx.options
+        grad = token_logps_backward_op(
+            upstream, logits, ids, stats, mode, floats, integers, ctx.backend
+        )
+    return grad, *(None,) * 6
 
 
 token_logps_op.register_autograd(_token_logps_backward, setup_context=_token_logps_setup)
@@ -115,15 +131,22 @@ token_logps_op.register_autograd(_token_logps_backward, setup_context=_token_log
 
 @custom_op("fastsdpo::token_log_ratio", mutates_args=())
 def token_log_ratio_op(
-    student: Tensor, teacher: Tensor, target_ids: Tensor, options: str, backend: str
+    student: Tensor,
+    teacher: Tensor,
+    target_ids: Tensor,
+    mode: str,
+    floats: Sequence[float],
+    integers: Sequence[int],
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    numbers = LossOptions.from_text(options)
-    check_ids(target_ids, student.shape[-1], "token_log_ratio: target_ids", numbers.ignore_index)
-    return rows.log_ratio(student, teacher, target_ids, numbers, backend)
+    options = LossOptions.unpacked(mode, floats, integers)
+    check_ids(target_ids, student.shape[-1], "token_log_ratio: target_ids", options.ignore_index)
+    found = rows.log_ratio(student, teacher, target_ids, options, backend)
+    return found[0], found[1]
 
 
 @token_log_ratio_op.register_fake
-def _(student, teacher, target_ids, options, backend):
+def _(student, teacher, target_ids, *args):
     row = target_ids.new_empty(target_ids.shape[0], dtype=accumulation_dtype(student, teacher))
     return row, torch.empty_like(row)
 
@@ -179,8 +202,18 @@ class SDPOFunction(torch.autograd.Function):
         found, logits = RowResults(*saved), as_rows(student.detach())
         tokens = Tokens(ids, found.coef, topk_ids=topk_ids)
         if torch.is_grad_enabled():  # create_graph: an operator that refuses a second derivative
-            tensors = (as_rows(student), teacher, list(tokens), list(found))
-            grad = sdpo_backward_op(upstream[0], *tensors, options.text(), backend)
+            mode, floats, integers = options.packed()
+            grad = sdpo_backward_op(
+                upstream[0],
+                as_rows(student),
+                teacher,
+                list(tokens),
+                list(found),
+                mode,
+                floats,
+                integers,
+                backend,
+            )
         else:
             grad = logits if inplace else empty_gradient(logits)
             if inplace:
@@ -195,24 +228,26 @@ def sdpo_op(
     student: Tensor,
     teacher: Tensor | None,
     tokens: Sequence[Tensor | None],
-    options: str,
+    mode: str,
+    floats: Sequence[float],
+    integers: Sequence[int],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`SDPOFunction` for compilers, where the gradient is never formed in place."""
-    inputs, numbers = Tokens(*tokens), LossOptions.from_text(options)
-    check_values("sdpo_loss", student.shape[-1], inputs, numbers.ignore_index)
-    found = rows.forward(student, teacher, inputs, numbers, backend)
+    inputs, options = Tokens(*tokens), LossOptions.unpacked(mode, floats, integers)
+    check_values("sdpo_loss", student.shape[-1], inputs, options.ignore_index)
+    found = rows.forward(student, teacher, inputs, options, backend)
     # Clones: an operator's results may not be views of one buffer.
     return weighted_sum(found.coef, found.per_token), *(result.clone() for result in found)
 
 
 @sdpo_op.register_fake
-def _(student, teacher, tokens, options, backend):
-    inputs, numbers = Tokens(*tokens), LossOptions.from_text(options)
+def _(student, teacher, tokens, mode, floats, integers, backend):
+    inputs = Tokens(*tokens)
     dtype = accumulation_dtype(student, *([] if teacher is None else [teacher]))
     row = student.new_empty(inputs.target_ids.shape[0], dtype=dtype)
     stats = row.new_empty(row.shape[0], STATISTICS)
-    ids = inputs.topk_ids if numbers.mode == "topk" else None
+    ids = inputs.topk_ids if mode.startswith("topk") else None
     grads = row.new_empty((0,) if ids is None else ids.shape)
     return row.new_empty(()), *(torch.empty_like(row) for _ in range(4)), stats, grads
 
@@ -224,13 +259,15 @@ def sdpo_backward_op(
     teacher: Tensor | None,
     tokens: Sequence[Tensor | None],
     found: Sequence[Tensor],
-    options: str,
+    mode: str,
+    floats: Sequence[float],
+    integers: Sequence[int],
     backend: str,
 ) -> Tensor:
     grad, results = empty_gradient(student), RowResults(*found)
     factor = upstream.reshape(1).to(results.coef.dtype)
-    inputs, numbers = Tokens(*tokens), LossOptions.from_text(options)
-    rows.backward(factor, results, student, teacher, inputs, numbers, backend, grad)
+    inputs, options = Tokens(*tokens), LossOptions.unpacked(mode, floats, integers)
+    rows.backward(factor, results, student, teacher, inputs, options, backend, grad)
     return grad
 
 
@@ -243,8 +280,8 @@ forbid_second_derivative(sdpo_backward_op)
 
 
 def _sdpo_setup(ctx, inputs, output):
-    student, teacher, tokens, ctx.options, ctx.backend = inputs
-    if LossOptions.from_text(ctx.options).mode != "full":
+    student, teacher, tokens, *ctx.options, ctx.backend = inputs
+    if not ctx.options[0].startswith("full"):
         teacher = None
     tokens = Tokens(*tokens)
     ctx.mark_non_differentiable(*output[1:])
@@ -257,8 +294,11 @@ def _sdpo_backward(ctx, upstream, *unused):
     if upstream is not None and ctx.needs_input_grad[0]:
         student, teacher, ids, topk_ids, *found = ctx.saved_tensors
         tokens = list(Tokens(ids, found[1], topk_ids=topk_ids))
-        grad = sdpo_backward_op(upstream, student, teacher, tokens, found, ctx.options, ctx.backend)
-    return grad, None, None, None, None
+        mode, floats, integers = ctx.options
+        grad = sdpo_backward_op(
+            upstream, student, teacher, tokens, found, mode, floats, integers, ctx.backend
+        )
+    return grad, *(None,) * 6
 
 
 sdpo_op.register_autograd(_sdpo_backward, setup_context=_sdpo_setup)

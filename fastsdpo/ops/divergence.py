@@ -292,8 +292,9 @@ def rows_loss(
         inplace = inplace_grad and 0 not in student.stride()
         found = _operators.SDPOFunction.apply(student, teacher, tokens, options, inplace, backend)
     else:
-        text = options.text()
-        loss, *results = _operators.sdpo_op(as_rows(student), teacher, list(tokens), text, backend)
+        loss, *results = _operators.sdpo_op(
+            as_rows(student), teacher, list(tokens), *options.packed(), backend
+        )
         found = loss, results[0], results[2], results[3]
     return loss_output(found, student.shape[:-1])
 

@@ -91,13 +91,14 @@ class Plan:
     operand: torch.dtype
     tile: torch.dtype
 
-    def text(self) -> str:
-        return f"{self.chunk_size} {self.operand} {self.tile}"
+    def packed(self) -> tuple[int, str]:
+        """As arguments of an operator; `unpacked` reads them."""
+        return self.chunk_size, f"{self.operand} {self.tile}"
 
     @staticmethod
-    def from_text(text: str) -> Plan:
-        chunk, *dtypes = text.split()
-        return Plan(int(chunk), *(getattr(torch, name.removeprefix("torch.")) for name in dtypes))
+    def unpacked(chunk_size: int, dtypes: str) -> Plan:
+        operand, tile = (getattr(torch, name.removeprefix("torch.")) for name in dtypes.split())
+        return Plan(chunk_size, operand, tile)
 
 
 def choose_dtypes(

@@ -262,22 +262,26 @@ def linear_sdpo_op(
     bias: Tensor | None,
     teacher: Sequence[Tensor | None],
     tokens: Sequence[Tensor | None],
-    options: str,
-    plan: str,
+    mode: str,
+    floats: Sequence[float],
+    integers: Sequence[int],
+    chunk_size: int,
+    dtypes: str,
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `linear_forward` gives, for compilers; an empty tensor where no gradient is needed."""
-    inputs, numbers = Tokens(*tokens), LossOptions.from_text(options)  # type: ignore[arg-type]
-    call = LinearCall(inputs, numbers, Plan.from_text(plan), backend, *teacher)
+    options = LossOptions.unpacked(mode, floats, integers)
+    plan = Plan.unpacked(chunk_size, dtypes)
+    call = LinearCall(Tokens(*tokens), options, plan, backend, *teacher)  # type: ignore[arg-type]
     found, grads = linear_forward(hidden, weight, bias, call, needed(needs))
     none = found[0].new_empty(0)
     return *found, *(none.clone() if grad is None else grad for grad in grads)
 
 
 @linear_sdpo_op.register_fake
-def _(hidden, weight, bias, teacher, tokens, options, plan, needs, backend):
-    weights = tokens[1]
+def _(hidden, weight, bias, teacher, tokens, *args):
+    weights, needs = tokens[1], args[-2]
     accumulation = accumulation_dtype(hidden, weight)
     waits = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
     none = weights.new_empty(0)
@@ -291,7 +295,7 @@ def _(hidden, weight, bias, teacher, tokens, options, plan, needs, backend):
 
 
 def _linear_sdpo_setup(ctx, inputs, output):
-    ctx.needs = inputs[7]
+    ctx.needs = inputs[-2]
     # The gradient of a list of tensors is a list, that of a list with None among them is None.
     whole = all(tensor is not None for tensor in inputs[3])
     ctx.of_teacher = [None] * len(inputs[3]) if whole else None
@@ -302,13 +306,13 @@ def _linear_sdpo_setup(ctx, inputs, output):
 
 def _linear_sdpo_backward(ctx, upstream, *unused):
     if upstream is None:
-        return (None,) * 9
+        return (None,) * 12
     saved = ctx.saved_tensors
     grads = [
         _scaled(grad, upstream, source)
         for grad, source in zip(present(ctx.needs, saved[:3]), saved[3:])
     ]
-    return *grads, ctx.of_teacher, *(None,) * 5
+    return *grads, ctx.of_teacher, *(None,) * 8
 
 
 linear_sdpo_op.register_autograd(_linear_sdpo_backward, setup_context=_linear_sdpo_setup)
@@ -324,15 +328,14 @@ def linear_loss(
         found = _LinearLoss.apply(hidden, weight, bias, call, needs)
     else:
         teacher = [call.teacher_hidden, call.teacher_weight, call.teacher_bias]
-        options, plan = call.options.text(), call.plan.text()
         found = linear_sdpo_op(
             hidden,
             weight,
             bias,
             teacher,
             list(call.tokens),
-            options,
-            plan,
+            *call.options.packed(),
+            *call.plan.packed(),
             list(needs),
             call.backend,
         )

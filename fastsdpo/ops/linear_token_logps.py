@@ -49,14 +49,17 @@ def linear_token_logps_op(
     weight: Tensor,
     bias: Tensor | None,
     target_ids: Tensor,
-    options: str,
+    mode: str,
+    floats: Sequence[float],
+    integers: Sequence[int],
     entropy: bool,
-    plan: str,
+    chunk_size: int,
+    dtypes: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rows.TokenResults` of all tokens."""
-    numbers, how = LossOptions.from_text(options), Plan.from_text(plan)
-    check_ids(target_ids, len(weight), "linear_token_logps: target_ids", numbers.ignore_index)
+    options, plan = LossOptions.unpacked(mode, floats, integers), Plan.unpacked(chunk_size, dtypes)
+    check_ids(target_ids, len(weight), "linear_token_logps: target_ids", options.ignore_index)
     dtype, n = accumulation_dtype(hidden, weight), len(hidden)
     out = rows.TokenResults(
         *(hidden.new_zeros(shape, dtype=dtype) for shape in (n, n if entropy else 0, (n, 2)))
@@ -64,18 +67,18 @@ def linear_token_logps_op(
 
     def tile_loss(logits: Tensor, teacher: Tensor | None, which: slice, grad: Tensor | None):
         found = rows.token_forward(
-            logits.unsqueeze(0), target_ids[which], numbers, backend, entropy
+            logits.unsqueeze(0), target_ids[which], options, backend, entropy
         )
         for whole, part in zip(out, found):
             if whole.numel():
                 whole[which] = part
 
-    through_head(hidden, Head(weight, bias, how.operand), tile_loss, how)
+    through_head(hidden, Head(weight, bias, plan.operand), tile_loss, plan)
     return tuple(out)
 
 
 @linear_token_logps_op.register_fake
-def _(hidden, weight, bias, target_ids, options, entropy, plan, backend):
+def _(hidden, weight, bias, target_ids, mode, floats, integers, entropy, *args):
     n, dtype = hidden.shape[0], accumulation_dtype(hidden, weight)
     return tuple(hidden.new_empty(s, dtype=dtype) for s in (n, n if entropy else 0, (n, 2)))
 
@@ -88,14 +91,17 @@ def linear_token_logps_backward_op(
     bias: Tensor | None,
     target_ids: Tensor,
     stats: Tensor,
-    options: str,
-    plan: str,
+    mode: str,
+    floats: Sequence[float],
+    integers: Sequence[int],
+    chunk_size: int,
+    dtypes: str,
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias; the logits of each chunk are made again."""
-    numbers, how = LossOptions.from_text(options), Plan.from_text(plan)
-    scale = gradient_scale(upstream, how.operand)
+    options, plan = LossOptions.unpacked(mode, floats, integers), Plan.unpacked(chunk_size, dtypes)
+    scale = gradient_scale(upstream, plan.operand)
     slopes = (upstream if scale is None else upstream * scale).contiguous()
 
     def tile_loss(logits: Tensor, teacher: Tensor | None, which: slice, grad: Tensor | None):
@@ -105,13 +111,13 @@ def linear_token_logps_backward_op(
             stats[which],
             logits.unsqueeze(0),
             target_ids[which],
-            numbers,
+            options,
             backend,
             grad.unsqueeze(0),
         )
 
-    head = Head(weight, bias, how.operand)
-    grads = through_head(hidden, head, tile_loss, how, needed(needs))
+    head = Head(weight, bias, plan.operand)
+    grads = through_head(hidden, head, tile_loss, plan, needed(needs))
     none = upstream.new_empty(0)
     return tuple(
         none.clone() if grad is None else (grad if scale is None else grad.div_(scale)).to(like)
@@ -122,10 +128,10 @@ def linear_token_logps_backward_op(
 
 
 @linear_token_logps_backward_op.register_fake
-def _(upstream, hidden, weight, bias, target_ids, stats, options, plan, needs, backend):
+def _(upstream, hidden, weight, bias, *args):
     return tuple(
         like.new_empty(like.shape) if need else upstream.new_empty(0)
-        for need, like in zip(needs, (hidden, weight, bias))
+        for need, like in zip(args[-2], (hidden, weight, bias))
     )
 
 
@@ -133,7 +139,8 @@ forbid_second_derivative(linear_token_logps_backward_op)
 
 
 def _linear_token_logps_setup(ctx, inputs, output):
-    hidden, weight, bias, target_ids, ctx.options, _, ctx.plan, ctx.backend = inputs
+    hidden, weight, bias, target_ids = inputs[:4]
+    ctx.options, ctx.plan, ctx.backend = inputs[4:7], inputs[8:10], inputs[10]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, target_ids, output[2])
@@ -142,8 +149,9 @@ def _linear_token_logps_setup(ctx, inputs, output):
 def _linear_token_logps_backward(ctx, upstream, *unused):
     needs = ctx.needs_input_grad[:3]
     if upstream is None or not any(needs):
-        return (None,) * 8
+        return (None,) * 11
     hidden, weight, bias, ids, stats = ctx.saved_tensors
+    (mode, floats, integers), (chunk_size, dtypes) = ctx.options, ctx.plan
     found = linear_token_logps_backward_op(
         upstream,
         hidden,
@@ -151,12 +159,15 @@ def _linear_token_logps_backward(ctx, upstream, *unused):
         bias,
         ids,
         stats,
-        ctx.options,
-        ctx.plan,
+        mode,
+        floats,
+        integers,
+        chunk_size,
+        dtypes,
         list(needs),
         ctx.backend,
     )
-    return *present(needs, found), *(None,) * 5
+    return *present(needs, found), *(None,) * 8
 
 
 linear_token_logps_op.register_autograd(
@@ -225,9 +236,9 @@ def linear_token_logps(
         weight,
         bias,
         flat_ids(target_ids),
-        LossOptions(temperature, cap, ignore_index).text(),
+        *LossOptions(temperature, cap, ignore_index).packed(),
         return_entropy,
-        Plan(chunk, operand, tile).text(),
+        *Plan(chunk, operand, tile).packed(),
         backend,
     )
     logps = logps.view(shape)

@@ -18,8 +18,9 @@ buffer has the shape of the logits, may be the student's logits themselves, and 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, fields
-from functools import cache, lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -47,28 +48,30 @@ class LossOptions:
     is_clip: float = 0.0  # used where there are old log-probs
     bounded_tail: bool = False  # the tail of other libraries: see `ops.bounded_tail`
 
-    def text(self) -> str:
-        """As one string, which an operator can take; `from_text` reads it."""
-        return " ".join([str(getattr(self, name)) for name in _OPTIONS])
+    def packed(self) -> tuple[str, list[float], list[int]]:
+        """As arguments of an operator; numbers may be a compiler's symbols. `unpacked` reads them."""
+        words = [self.mode]
+        words += ["tail"] if self.add_tail else []
+        words += ["bounded"] if self.bounded_tail else []
+        floats = [self.temperature, self.softcap, self.alpha, self.is_clip]
+        return " ".join(words), floats, [self.ignore_index, self.topk]
 
     @staticmethod
-    @lru_cache(maxsize=1024)
-    def from_text(text: str) -> LossOptions:
-        temperature, softcap, ignore, mode, alpha, topk, tail, clip, bounded = text.split()
+    def unpacked(words: str, floats: Sequence[float], integers: Sequence[int]) -> LossOptions:
+        mode, *tail = words.split()
+        temperature, softcap, alpha, is_clip = floats
+        ignore_index, topk = integers
         return LossOptions(
-            temperature=float(temperature),
-            softcap=float(softcap),
-            ignore_index=int(ignore),
+            temperature=temperature,
+            softcap=softcap,
+            ignore_index=ignore_index,
             mode=mode,
-            alpha=float(alpha),
-            topk=int(topk),
-            add_tail=tail == "True",
-            is_clip=float(clip),
-            bounded_tail=bounded == "True",
+            alpha=alpha,
+            topk=topk,
+            add_tail="tail" in tail,
+            is_clip=is_clip,
+            bounded_tail="bounded" in tail,
         )
-
-
-_OPTIONS = tuple(field.name for field in fields(LossOptions))
 
 
 class Tokens(NamedTuple):

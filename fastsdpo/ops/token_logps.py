@@ -95,9 +95,9 @@ def token_logps(
     temperature = check_temperature(name, temperature)
     cap = check_softcap(name, softcap)
     backend = resolve_backend(name, backend, logits)
-    options = LossOptions(temperature, cap, ignore_index).text()
+    options = LossOptions(temperature, cap, ignore_index).packed()
     logps, entropy, _ = _operators.token_logps_op(
-        as_rows(logits), flat_ids(target_ids), options, return_entropy, backend
+        as_rows(logits), flat_ids(target_ids), *options, return_entropy, backend
     )
     logps = logps.view(shape)
     return (logps, entropy.detach().view(shape)) if return_entropy else logps
@@ -136,9 +136,13 @@ def token_log_ratio(
     temperature = check_temperature(name, temperature)
     cap = check_softcap(name, softcap)
     backend = resolve_backend(name, backend, student, teacher)
-    options = LossOptions(temperature, cap, ignore_index).text()
+    options = LossOptions(temperature, cap, ignore_index).packed()
     student_logps, teacher_logps = _operators.token_log_ratio_op(
-        as_rows(student.detach()), as_rows(teacher.detach()), flat_ids(target_ids), options, backend
+        as_rows(student.detach()),
+        as_rows(teacher.detach()),
+        flat_ids(target_ids),
+        *options,
+        backend,
     )
     student_logps, teacher_logps = student_logps.view(shape), teacher_logps.view(shape)
     return TokenLogRatio(log_ratio(student_logps, teacher_logps), student_logps, teacher_logps)

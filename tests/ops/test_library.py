@@ -31,9 +31,9 @@ def rows(requires_grad=False):
 
 def test_token_logps(backend):
     z, t, y = rows(True)
-    options = LossOptions(0.9, 2.0).text()
-    opcheck(_operators.token_logps_op, (z, y, options, True, backend))
-    opcheck(_operators.token_log_ratio_op, (z.detach(), t, y, options, backend))
+    options = LossOptions(0.9, 2.0).packed()
+    opcheck(_operators.token_logps_op, (z, y, *options, True, backend))
+    opcheck(_operators.token_log_ratio_op, (z.detach(), t, y, *options, backend))
 
 
 def test_losses(backend):
@@ -41,9 +41,8 @@ def test_losses(backend):
     w, old = torch.rand(6), torch.randn(6)
 
     def check(teacher, tokens, **options):
-        opcheck(
-            _operators.sdpo_op, (z, teacher, list(tokens), LossOptions(**options).text(), backend)
-        )
+        packed = LossOptions(**options).packed()
+        opcheck(_operators.sdpo_op, (z, teacher, list(tokens), *packed, backend))
 
     check(t, Tokens(y, w, old), is_clip=2.0)
     check(None, Tokens(y, w, teacher_logps=torch.randn(6)))
@@ -62,27 +61,37 @@ def test_linear(backend):
     h, t = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
     weight, bias = torch.randn(11, 4, requires_grad=True), torch.randn(11, requires_grad=True)
     y, w = torch.randint(0, 11, (6,)), torch.rand(6)
-    plan = Plan(4, torch.float32, torch.float32).text()
-    options = LossOptions(mode="full", alpha=0.5).text()
+    plan = Plan(4, torch.float32, torch.float32).packed()
+    options = LossOptions(mode="full", alpha=0.5).packed()
     # Its backward overwrites what forward stored, so a check that runs backward twice cannot pass.
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     opcheck(
         linear.linear_sdpo_op,
-        (h, weight, bias, [t, None, None], list(Tokens(y, w)), options, plan, [True] * 3, backend),
+        (
+            h,
+            weight,
+            bias,
+            [t, None, None],
+            list(Tokens(y, w)),
+            *options,
+            *plan,
+            [True] * 3,
+            backend,
+        ),
         test_utils=checks,
     )
     opcheck(
         linear_token_logps.linear_token_logps_op,
-        (h, weight, bias, y, LossOptions().text(), True, plan, backend),
+        (h, weight, bias, y, *LossOptions().packed(), True, *plan, backend),
     )
 
 
-def test_options_survive_their_text():
+def test_options_survive_packing():
     for options in (
         LossOptions(),
         LossOptions(0.1 + 0.2, 1 / 3, -7, "topk", 0.7, 20, False, 1e-300, True),
     ):
-        assert LossOptions.from_text(options.text()) == options
+        assert LossOptions.unpacked(*options.packed()) == options
 
 
 @pytest.mark.parametrize("mode", ["sampled_token", "full", "topk"])
@@ -127,11 +136,12 @@ def test_compiled_linear_equals_eager(backend, own):
         torch.testing.assert_close(mine, expected)
 
 
-def test_dynamic_number_of_tokens_compiles_twice_at_most(backend):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_dynamic_number_of_tokens_compiles_twice_at_most(backend, dynamic):
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
-    @torch.compile(fullgraph=True, backend=counter)
+    @torch.compile(fullgraph=True, backend=counter, dynamic=dynamic)
     def step(z, t, y):
         return fastsdpo.sdpo_loss(z, t, y, mode="full", backend=backend).loss
 
