@@ -43,7 +43,7 @@ from fastsdpo.data import Interaction, TokenizedInteraction
 from fastsdpo.data.interactions import is_blank
 from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
 from fastsdpo.online.sampling import generate
-from fastsdpo.online.terminal import read_message, uninterrupted
+from fastsdpo.online.terminal import interrupt, read_message, uninterrupted
 from fastsdpo.ops._backend import describe_backend
 from fastsdpo.train import (
     STOPPED,
@@ -231,20 +231,21 @@ def chat(options: argparse.Namespace) -> int:
         say(f"[goes on after update {learner.updates}]")
     talk = Talk(learner, options, say)
     say(f"[{talk.learns_from()}; /help]")
-    while True:
-        try:
-            text = read_message("you > " if not options.quiet else "")
-        except KeyboardInterrupt:
-            say(f"\n[stopped; {learner.updates} updates are saved in {options.output}]")
-            return STOPPED + signal.SIGINT
-        if text is None or text.strip() in ("/quit", "/exit"):
-            return 0
-        try:
-            talk.take(text)
-        except KeyboardInterrupt:
-            pass  # it waited until the command was done
-        except ValueError as error:
-            print(f"[{error}]", file=sys.stderr, flush=True)
+    with interrupt(signal.default_int_handler):  # whatever a library has put in its place
+        while True:
+            try:
+                text = read_message("you > " if not options.quiet else "")
+            except KeyboardInterrupt:
+                say(f"\n[stopped; {learner.updates} updates are saved in {options.output}]")
+                return STOPPED + signal.SIGINT
+            if text is None or text.strip() in ("/quit", "/exit"):
+                return 0
+            try:
+                talk.take(text)
+            except KeyboardInterrupt:
+                pass  # it waited until the command was done
+            except ValueError as error:
+                print(f"[{error}]", file=sys.stderr, flush=True)
 
 
 class Talk:

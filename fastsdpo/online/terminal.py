@@ -55,7 +55,8 @@ def interrupt(handler: object) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        # None: a handler that Python does not know, and cannot put back.
+        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
 
 
 @contextlib.contextmanager

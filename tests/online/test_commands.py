@@ -315,6 +315,15 @@ def test_chat_learns_from_every_message_on_request(saved, tmp_path, monkeypatch,
     assert capsys.readouterr().out.count("model > ") == 5
 
 
+@pytest.fixture
+def deaf():
+    """A handler of Ctrl-C that does nothing, as a library may have left it."""
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
+
+
+@pytest.mark.usefixtures("deaf")
 def test_ctrl_c_cancels_an_answer_and_no_update(saved, tmp_path, monkeypatch, capsys):
     """In an answer, and in an update: that is then whole, and its message is not answered."""
     from fastsdpo.online import chat as module
