@@ -70,8 +70,8 @@ def run_size(name: str, dtype: str, arch: int, layout: str, size: tuple[int, int
     found = {key: error.size for key, error in cases.errors(loss, got, want).items()}
     gradient = found.pop("gradient", 0.0)
     return {
-        "loss": max(found.values()),
-        "gradient": gradient,
+        "loss": float(f"{max(found.values()):.3g}"),
+        "gradient": float(f"{gradient:.3g}"),
         "wrong": cases.wrong(loss, got, want),
         "faults": [str(fault) for fault in executor.faults],
         "variants": sorted({digest(launch.ptx) for launch in executor.launches}),
@@ -79,7 +79,7 @@ def run_size(name: str, dtype: str, arch: int, layout: str, size: tuple[int, int
 
 
 def digest(ptx: str) -> str:
-    return hashlib.sha256(ptx.encode()).hexdigest()[:10]
+    return hashlib.sha256(ptx.encode()).hexdigest()[:6]
 
 
 def count(name: str, dtype: str, arch: int, vocabulary: int) -> Cell:

@@ -2,7 +2,7 @@
 
 The operators make each public function one node of a graph under `torch.compile(fullgraph=True)`, whatever
 backend computes it. A call's options travel as `LossOptions.packed`, its per-token tensors as one list
-(`Tokens`). Outside of compilers `SDPOFunction` does the same with a third of the Python time.
+(`Tokens`). Outside of compilers `SDPOFunction` does the same in less Python time.
 
 A gradient in place overwrites the student's logits and counts as a change of them, which lets autograd notice
 a second use. A second derivative raises.
