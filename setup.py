@@ -20,9 +20,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
-LIBRARY = {"win32": "fastsdpo.dll", "darwin": "libfastsdpo.dylib"}.get(
-    sys.platform, "libfastsdpo.so"
-)
+LIBRARY = {"win32": "fastsdpo.dll", "darwin": "libfastsdpo.dylib"}.get(sys.platform, "libfastsdpo.so")
 FAILURE = "native_build_failed.txt"
 REQUIRED = os.environ.get("FASTSDPO_REQUIRE_NATIVE", "0") == "1"
 
@@ -60,9 +58,7 @@ class BuildNative(build_ext):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / LIBRARY).unlink(missing_ok=True)  # of an earlier build
             (folder / FAILURE).write_text(f"{error}\n", encoding="utf-8")
-        self.warn(
-            f"THE NATIVE CPU KERNELS WERE NOT BUILT, the losses will be slower on a CPU: {error}"
-        )
+        self.warn(f"THE NATIVE CPU KERNELS WERE NOT BUILT, the losses will be slower on a CPU: {error}")
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -72,9 +68,15 @@ class BuildNative(build_ext):
         cmake = shutil.which("cmake") or "cmake"
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         _run(
-            cmake, "-S", str(ROOT), "-B", str(build), *generator,
-            "-DCMAKE_BUILD_TYPE=Release", f"-DFASTSDPO_OUTPUT_DIRECTORY={output}",
-        )  # fmt: skip
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            *generator,
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DFASTSDPO_OUTPUT_DIRECTORY={output}",
+        )
         _run(cmake, "--build", str(build), "--config", "Release", "--target", "fastsdpo_library")
 
     def get_ext_filename(self, fullname: str) -> str:

@@ -29,14 +29,12 @@ RESULTS = Path(__file__).parent / "results"
 def _commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        )
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
         dirty = subprocess.run(
-            [*git, "status", "--porcelain", "--", "../kernels", "../fastsdpo/ops", ".",
-             ":(exclude)results"],
-            capture_output=True, text=True,
-        )  # fmt: skip
+            [*git, "status", "--porcelain", "--", "../kernels", "../fastsdpo/ops", ".", ":(exclude)results"],
+            capture_output=True,
+            text=True,
+        )
     except FileNotFoundError:
         return "unknown"
     return (head.stdout.strip() or "unknown") + (" and uncommitted changes" if dirty.stdout else "")
@@ -49,9 +47,12 @@ def environment() -> dict[str, Any]:
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--output", type=Path, default=RESULTS, metavar="FOLDER",
+        "--output",
+        type=Path,
+        default=RESULTS,
+        metavar="FOLDER",
         help="where results files go (default: benchmarks/results)",
-    )  # fmt: skip
+    )
 
 
 def record(
@@ -67,8 +68,6 @@ def record(
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     new_keys = {tuple(row.get(field) for field in key) for row in rows}
     kept = [row for row in old if tuple(row.get(field) for field in key) not in new_keys]
-    merged = sorted(
-        kept + rows, key=lambda row: tuple(str(row.get(field)).rjust(12) for field in key)
-    )
+    merged = sorted(kept + rows, key=lambda row: tuple(str(row.get(field)).rjust(12) for field in key))
     path.write_text(json.dumps({"rows": merged}, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(merged))

@@ -91,9 +91,7 @@ def datasets_prepare(source: Path, output: Path) -> None:
 
     def expand(batch: dict[str, list]) -> dict[str, list]:
         rows = [row for messages in batch["messages"] for row in rows_of(messages)]
-        return {
-            key: [row[key] for row in rows] for key in ("prompt", "completion", "user_response")
-        }
+        return {key: [row[key] for row in rows] for key in ("prompt", "completion", "user_response")}
 
     with tempfile.TemporaryDirectory() as cache:
         data = load_dataset("json", data_files=str(source), split="train", cache_dir=cache)
@@ -126,9 +124,7 @@ def texts_of(tokenizer: Any, item: Interaction) -> list[str]:
 def plain_tokenize(tokenizer: Any, end: int, items: list[Interaction]) -> list[list[list[int]]]:
     found = []
     for item in items:
-        ids = [
-            tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts_of(tokenizer, item)
-        ]
+        ids = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts_of(tokenizer, item)]
         found.append([ids[0], ids[1], [*ids[2], end]])
     return found
 
@@ -136,9 +132,7 @@ def plain_tokenize(tokenizer: Any, end: int, items: list[Interaction]) -> list[l
 def batched_tokenize(tokenizer: Any, end: int, items: list[Interaction]) -> list[list[list[int]]]:
     found = []
     for start in range(0, len(items), BATCH):
-        texts = [
-            text for item in items[start : start + BATCH] for text in texts_of(tokenizer, item)
-        ]
+        texts = [text for item in items[start : start + BATCH] for text in texts_of(tokenizer, item)]
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         found += [[a, b, [*c, end]] for a, b, c in zip(ids[::3], ids[1::3], ids[2::3])]
     return found
@@ -162,18 +156,24 @@ def measure(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     about = environment()
 
-    def time(
-        stage: str, runs: dict[str, Callable[[], Any]], size: int, count: int, tokens: int = 0
-    ):
-        timings = interleave([Rival(who, run) for who, run in runs.items()], args.rounds,
-                             least_seconds=args.seconds)  # fmt: skip
+    def time(stage: str, runs: dict[str, Callable[[], Any]], size: int, count: int, tokens: int = 0):
+        timings = interleave([Rival(who, run) for who, run in runs.items()], args.rounds, least_seconds=args.seconds)
         for who, timing in timings.items():
-            rows.append({
-                "stage": stage, "who": who, "conversations": conversations, "interactions": count,
-                "bytes": size, "tokens": tokens, "seconds": timing.median,
-                "fastest": timing.fastest, "slowest": timing.slowest,
-                "peak_bytes": timing.peak_bytes, "environment": about,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "stage": stage,
+                    "who": who,
+                    "conversations": conversations,
+                    "interactions": count,
+                    "bytes": size,
+                    "tokens": tokens,
+                    "seconds": timing.median,
+                    "fastest": timing.fastest,
+                    "slowest": timing.slowest,
+                    "peak_bytes": timing.peak_bytes,
+                    "environment": about,
+                }
+            )
             print(
                 f"{stage:9} {who:14} {timing.median:7.2f} s  {size / timing.median / 1e6:7.1f} MB/s  "
                 f"{count / timing.median:8.0f} interactions/s",
@@ -186,9 +186,7 @@ def measure(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
         conversations = write_source(source, args.conversations, args.source)
         outputs = {who: folder / f"{who}.jsonl" for who in ("fastsdpo", "plain loop", "datasets")}
         runs = {
-            "fastsdpo": lambda: prepare(
-                [source], outputs["fastsdpo"], rules="none", overwrite=True, resume=False
-            ),
+            "fastsdpo": lambda: prepare([source], outputs["fastsdpo"], rules="none", overwrite=True, resume=False),
             "plain loop": lambda: plain_prepare(source, outputs["plain loop"]),
             "datasets": lambda: datasets_prepare(source, outputs["datasets"]),
         }
@@ -207,9 +205,12 @@ def measure(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
         time("load", loads, size, len(items))
 
         tokenize = InteractionTokenizer(
-            tokenizer, TEMPLATE, max_prompt_length=None, max_completion_length=None,
+            tokenizer,
+            TEMPLATE,
+            max_prompt_length=None,
+            max_completion_length=None,
             max_followup_length=None,
-        )  # fmt: skip
+        )
         end = tokenize.end_of_turn_id
         items = items[: args.tokenized]
         ours = [tokenize(item) for item in items]
@@ -232,11 +233,8 @@ def measure(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
             **rivals,
         }
         time("tokenize", runs, size, len(items), tokens)
-        groups = [
-            list(group) for _, group in itertools.groupby(ours, key=lambda i: i.conversation_id)
-        ]
-        time("plan", {"fastsdpo": lambda: [build_plan(group) for group in groups]}, size,
-             len(items), tokens)  # fmt: skip
+        groups = [list(group) for _, group in itertools.groupby(ours, key=lambda i: i.conversation_id)]
+        time("plan", {"fastsdpo": lambda: [build_plan(group) for group in groups]}, size, len(items), tokens)
     return rows
 
 
@@ -248,18 +246,24 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for row in sorted(rows, key=lambda row: (order.index(row["stage"]), row["who"] != "fastsdpo")):
         ours = found[row["stage"], "fastsdpo"]
         seconds = row["seconds"]
-        lines.append([
-            row["stage"], row["who"], str(row["interactions"]), f"{row['bytes'] / 1e6:.1f}",
-            f"{seconds:.2f}", f"{row['fastest']:.2f}", f"{row['slowest']:.2f}",
-            f"{row['bytes'] / seconds / 1e6:.1f}", f"{row['interactions'] / seconds:.0f}",
-            f"{row['tokens'] / seconds / 1e6:.2f}" if row["tokens"] else "",
-            f"{seconds / ours['seconds']:.2f}",
-            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
-        ])  # fmt: skip
+        lines.append(
+            [
+                row["stage"],
+                row["who"],
+                str(row["interactions"]),
+                f"{row['bytes'] / 1e6:.1f}",
+                f"{seconds:.2f}",
+                f"{row['fastest']:.2f}",
+                f"{row['slowest']:.2f}",
+                f"{row['bytes'] / seconds / 1e6:.1f}",
+                f"{row['interactions'] / seconds:.0f}",
+                f"{row['tokens'] / seconds / 1e6:.2f}" if row["tokens"] else "",
+                f"{seconds / ours['seconds']:.2f}",
+                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
+            ]
+        )
     versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
-    commands = sorted(
-        {f"{r['environment']['command']} ({r['environment']['commit']})" for r in rows}
-    )
+    commands = sorted({f"{r['environment']['command']} ({r['environment']['commit']})" for r in rows})
     return (
         "# Data preparation on a CPU\n\n"
         f"{where['device']}; Python {where['python']}; {versions}.\n\nStages and rivals: "
@@ -267,10 +271,26 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "medians; one process, of which only the tokenizer's own threads and `datasets` use more "
         "than one core. What the plain loops leave out: checks of the records, resuming, "
         "control tokens in text.\n\n"
-        + table(["stage", "who", "interactions", "MB", "s", "fastest", "slowest", "MB/s",
-                 "interactions/s", "million tokens/s", "time / fastsdpo", "memory MiB"], lines)
-        + "\n## Commands\n\n" + "".join(f"- `{command}`\n" for command in commands)
-    )  # fmt: skip
+        + table(
+            [
+                "stage",
+                "who",
+                "interactions",
+                "MB",
+                "s",
+                "fastest",
+                "slowest",
+                "MB/s",
+                "interactions/s",
+                "million tokens/s",
+                "time / fastsdpo",
+                "memory MiB",
+            ],
+            lines,
+        )
+        + "\n## Commands\n\n"
+        + "".join(f"- `{command}`\n" for command in commands)
+    )
 
 
 def main() -> None:
@@ -279,11 +299,8 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=2000)
     parser.add_argument("--tokenized", type=int, default=400, help="interactions to tokenize")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=10.0,
-                        help="more rounds of a stage while this has not passed")  # fmt: skip
-    parser.add_argument(
-        "--record", default="", help="name of the results file; none is written without"
-    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="more rounds of a stage while this has not passed")
+    parser.add_argument("--record", default="", help="name of the results file; none is written without")
     add_output(parser)
     args = parser.parse_args()
     from datasets import disable_progress_bars

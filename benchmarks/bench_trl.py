@@ -64,20 +64,36 @@ def make_trainer(folder: str, layers: int, vocabulary: int, hidden: int) -> SDPO
     )
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden * 8 // 3,
-            num_hidden_layers=layers, num_attention_heads=9, num_key_value_heads=3,
-            tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=hidden * 8 // 3,
+            num_hidden_layers=layers,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
             initializer_range=0.05,
         )
-    )  # fmt: skip
+    )
     args = SDPOConfig(
-        output_dir=folder, use_cpu=True, bf16=False, report_to="none", num_generations=2,
-        per_device_train_batch_size=4, teacher_model_kind="live", gradient_checkpointing=False,
-    )  # fmt: skip
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        num_generations=2,
+        per_device_train_batch_size=4,
+        teacher_model_kind="live",
+        gradient_checkpointing=False,
+    )
     return SDPOTrainer(
-        model=model, reward_funcs=lambda prompts, **_: [0.0] * len(prompts), args=args,
-        train_dataset=Dataset.from_dict({"prompt": ["word"] * 4}), processing_class=tokenizer,
-    )  # fmt: skip
+        model=model,
+        reward_funcs=lambda prompts, **_: [0.0] * len(prompts),
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": ["word"] * 4}),
+        processing_class=tokenizer,
+    )
 
 
 def make_batch(sequences: int, prompt: int, completion: int, vocabulary: int) -> dict[str, Any]:
@@ -150,9 +166,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                         "environment": environment(),
                     }
                 )
-                print(
-                    f"{case:24} {source:8} {timing.median:.2f} s  {(timing.peak_bytes or 0) >> 20} MiB"
-                )
+                print(f"{case:24} {source:8} {timing.median:.2f} s  {(timing.peak_bytes or 0) >> 20} MiB")
     return rows
 
 
@@ -164,16 +178,19 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         against = base[row["case"], row["shape"]]
         lines.append(
             [
-                row["case"], row["shape"], row["who"], f"{row['seconds']:.2f}",
-                f"{row['fastest']:.2f}", f"{row['slowest']:.2f}",
-                f"{row['seconds'] / against['seconds']:.2f}", f"{(row['peak_bytes'] or 0) >> 20}",
+                row["case"],
+                row["shape"],
+                row["who"],
+                f"{row['seconds']:.2f}",
+                f"{row['fastest']:.2f}",
+                f"{row['slowest']:.2f}",
+                f"{row['seconds'] / against['seconds']:.2f}",
+                f"{(row['peak_bytes'] or 0) >> 20}",
                 f"{(row['peak_bytes'] or 0) / (against['peak_bytes'] or 1):.2f}",
             ]
-        )  # fmt: skip
+        )
     versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
-    commands = sorted(
-        {f"{r['environment']['command']} ({r['environment']['commit']})" for r in rows}
-    )
+    commands = sorted({f"{r['environment']['command']} ({r['environment']['commit']})" for r in rows})
     return (
         "# TRL's SDPO trainer, patched and not, on a CPU\n\n"
         f"{where['device']}; {where['native']}; Python {where['python']}; {versions}. float32. "
@@ -211,9 +228,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--record", default="", help="name of the results file; none is written without"
-    )
+    parser.add_argument("--record", default="", help="name of the results file; none is written without")
     add_output(parser)
     args = parser.parse_args()
     warnings.simplefilter("ignore")

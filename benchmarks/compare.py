@@ -27,18 +27,31 @@ LEAST_BYTES = 64 * 2**20
 # The first of these that a case has is the base; else its first name in alphabetical order.
 BASES = ("native fused", "fastsdpo", "TRL", "plain", "official")
 CASE = (
-    "template", "conversation", "characters", "threads", "question", "stage", "theme", "case",
-    "model", "dtype", "shape", "tokens", "vocabulary", "hidden", "what", "mode", "softcap", "batch",
-    "conversations", "interactions",
-)  # fmt: skip
+    "template",
+    "conversation",
+    "characters",
+    "threads",
+    "question",
+    "stage",
+    "theme",
+    "case",
+    "model",
+    "dtype",
+    "shape",
+    "tokens",
+    "vocabulary",
+    "hidden",
+    "what",
+    "mode",
+    "softcap",
+    "batch",
+    "conversations",
+    "interactions",
+)
 
 
 def _case(row: dict[str, Any], *leave_out: str) -> str:
-    return " ".join(
-        f"{name}={row[name]}"
-        for name in CASE
-        if row.get(name) is not None and name not in leave_out
-    )
+    return " ".join(f"{name}={row[name]}" for name in CASE if row.get(name) is not None and name not in leave_out)
 
 
 def _measured(data: dict[str, Any]) -> Iterator[tuple[str, str, str, float]]:
@@ -66,9 +79,7 @@ def _measured(data: dict[str, Any]) -> Iterator[tuple[str, str, str, float]]:
                 yield case, "peak memory", who, peak * 2**30
 
 
-def ratios(
-    data: dict[str, Any], bases: dict[tuple[str, str], str] | None = None
-) -> dict[str, float]:
+def ratios(data: dict[str, Any], bases: dict[tuple[str, str], str] | None = None) -> dict[str, float]:
     """Every rival's time and peak over its case's base, by "case: quantity: who / base".
 
     Measurements of one case that a file holds several times are pooled to their median. ``bases``
@@ -99,9 +110,7 @@ def compare(
     after = ratios(new, bases)
     shared = [name for name in before if name in after]
     outside = [
-        (name, before[name], after[name])
-        for name in shared
-        if not abs(after[name] / before[name] - 1) <= within
+        (name, before[name], after[name]) for name in shared if not abs(after[name] / before[name] - 1) <= within
     ]
     return len(shared), outside
 
@@ -126,9 +135,7 @@ def report(new: Path, recorded: Path | None, within: float = WITHIN) -> tuple[st
         f"than {100 * within:g}%.\n"
     )
     if outside:
-        lines = [
-            [name, f"{a:.2f}", f"{b:.2f}", f"{100 * (b / a - 1):+.0f}%"] for name, a, b in outside
-        ]
+        lines = [[name, f"{a:.2f}", f"{b:.2f}", f"{100 * (b / a - 1):+.0f}%"] for name, a, b in outside]
         text += "\n" + table(["ratio", "recorded", "new", "change"], lines)
     return text, not outside
 

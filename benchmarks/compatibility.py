@@ -61,12 +61,21 @@ LINKER = '#!/bin/sh\nif [ "$1" = --version ]; then echo none; else cp "$4" "$6";
 # What touches the other packages: autograd, torch.library, compile, attention masks and hooks of
 # models, Trainer, accelerate's processes, checkpoints, generation.
 TESTS = [
-    "tests/ops/test_weights.py", "tests/ops/test_token_logps.py", "tests/ops/test_library.py",
-    "tests/ops/test_losses.py", "tests/prefix/test_pack.py", "tests/prefix/test_forward.py",
-    "tests/prefix/test_refusals.py", "tests/prefix/test_distributed.py", "tests/data/test_interactions.py",
-    "tests/data/test_prepare.py", "tests/trainer/test_resume.py", "tests/trainer/test_two_processes.py",
-    "tests/online/test_online.py", "tests/integrations/test_transformers.py",
-]  # fmt: skip
+    "tests/ops/test_weights.py",
+    "tests/ops/test_token_logps.py",
+    "tests/ops/test_library.py",
+    "tests/ops/test_losses.py",
+    "tests/prefix/test_pack.py",
+    "tests/prefix/test_forward.py",
+    "tests/prefix/test_refusals.py",
+    "tests/prefix/test_distributed.py",
+    "tests/data/test_interactions.py",
+    "tests/data/test_prepare.py",
+    "tests/trainer/test_resume.py",
+    "tests/trainer/test_two_processes.py",
+    "tests/online/test_online.py",
+    "tests/integrations/test_transformers.py",
+]
 # What a version cannot do, and is refused by name: (package, its versions, pattern of tests, why).
 GPT2 = "GPT-2 passes its attention nothing, so its prefixes are not shared"
 REFUSED = [
@@ -92,9 +101,13 @@ def run(command: list[Any], **options: Any) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= options.pop("environment", {})
     return subprocess.run(
-        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=environment, **options,
-    )  # fmt: skip
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        **options,
+    )
 
 
 def build(folder: Path) -> Path:
@@ -105,9 +118,10 @@ def build(folder: Path) -> Path:
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, source / name)
-    done = run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-                "-w", folder, source], environment={"PATH": path_with(Path(sys.executable).parent),
-                                                    "FASTSDPO_REQUIRE_NATIVE": "1"})  # fmt: skip
+    done = run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source],
+        environment={"PATH": path_with(Path(sys.executable).parent), "FASTSDPO_REQUIRE_NATIVE": "1"},
+    )
     if done.returncode:
         raise SystemExit(f"the wheel was not built:\n{done.stdout}")
     for name in ("tests", "pyproject.toml", "benchmarks"):
@@ -146,8 +160,23 @@ def versions(python: Path, environment: dict[str, str] | None = None) -> dict[st
 def pytest(python: Path, work: Path, tests: list[str], *options: str, **environment: str) -> dict:
     report = work / "tests.xml"
     report.unlink(missing_ok=True)
-    done = run([python, "-m", "pytest", "-q", "-o", "filterwarnings=default", f"--junitxml={report}",
-                "-p", "no:cacheprovider", *options, *tests], cwd=work, environment=environment)  # fmt: skip
+    done = run(
+        [
+            python,
+            "-m",
+            "pytest",
+            "-q",
+            "-o",
+            "filterwarnings=default",
+            f"--junitxml={report}",
+            "-p",
+            "no:cacheprovider",
+            *options,
+            *tests,
+        ],
+        cwd=work,
+        environment=environment,
+    )
     if not report.exists():
         return {"passed": 0, "skipped": 0, "failed": {"pytest": done.stdout[-2000:]}}
     return read_junit(report)
@@ -157,9 +186,7 @@ def read_junit(path: Path) -> dict[str, Any]:
     """``{"passed", "skipped", "failed": {test: end of its report}}`` of a JUnit XML file."""
     found: dict[str, Any] = {"passed": 0, "skipped": 0, "failed": {}}
     for case in ElementTree.parse(path).getroot().iter("testcase"):
-        problem = next(
-            (case.find(kind) for kind in ("failure", "error") if case.find(kind) is not None), None
-        )
+        problem = next((case.find(kind) for kind in ("failure", "error") if case.find(kind) is not None), None)
         if problem is not None:
             text = f"{problem.get('message', '')}\n{problem.text or ''}"
             found["failed"][f"{case.get('classname')}::{case.get('name')}"] = text[-3000:]
@@ -223,9 +250,7 @@ def try_triton(version: str, folder: Path) -> dict[str, Any]:
     wanted = [f"triton=={version}" if version else "triton"]
     if version.startswith(OLD_INTERPRETERS):
         wanted.append(OLD_NUMPY)
-    done = run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", place, *wanted]
-    )
+    done = run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", place, *wanted])
     if done.returncode:
         return {**row, "installed": False, "problem": done.stdout[-1000:]}
     python, work = Path(sys.executable), folder / "work"
@@ -235,15 +260,13 @@ def try_triton(version: str, folder: Path) -> dict[str, Any]:
     refused = [entry for entry in NOT_INTERPRETED if row["versions"]["triton"].startswith(entry[0])]
     row["refused"] = [f"Triton {start}x: {why}" for start, _, why in refused]
     names = " and ".join([INTERPRETED_NAMES, *(f"not {pattern}" for _, pattern, _ in refused)])
-    row["tests"] = pytest(python, work, INTERPRETED, "-k", names, "--timeout", "300",
-                          TRITON_INTERPRET="1", **beside)  # fmt: skip
+    row["tests"] = pytest(python, work, INTERPRETED, "-k", names, "--timeout", "300", TRITON_INTERPRET="1", **beside)
     linker = folder / "linker"
     linker.write_text(LINKER)
     linker.chmod(0o755)
     cache = {"TRITON_CACHE_DIR": str(folder / "cache"), "TRITON_HIP_LLD_PATH": str(linker)}
     shutil.rmtree(folder / "cache", ignore_errors=True)
-    done = run([python, "-m", "benchmarks.compatibility", "--compile"], cwd=work,
-               environment={**beside, **cache})  # fmt: skip
+    done = run([python, "-m", "benchmarks.compatibility", "--compile"], cwd=work, environment={**beside, **cache})
     try:
         row["compiled"] = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
@@ -272,8 +295,7 @@ def compile_some() -> dict[str, Any]:
 def bad(row: dict[str, Any]) -> bool:
     if not row["installed"]:
         return False
-    return bool(row["tests"]["failed"] or row.get("doctor", {}).get("wrong")
-                or row.get("compiled", {}).get("failed"))  # fmt: skip
+    return bool(row["tests"]["failed"] or row.get("doctor", {}).get("wrong") or row.get("compiled", {}).get("failed"))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -281,9 +303,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
     def tests(row: dict[str, Any]) -> str:
         found = row["tests"]
-        return (
-            f"{found['passed']} passed, {found['skipped']} skipped, {len(found['failed'])} failed"
-        )
+        return f"{found['passed']} passed, {found['skipped']} skipped, {len(found['failed'])} failed"
 
     lines = [
         "| combination | Python | torch | transformers | accelerate | Triton | kernels right | tests |",
@@ -298,8 +318,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         found = row["versions"]
         names = " | ".join(
-            str(found[name] or "none")
-            for name in ("python", "torch", "transformers", "accelerate", "triton")
+            str(found[name] or "none") for name in ("python", "torch", "transformers", "accelerate", "triton")
         )
         right = f"{row['doctor']['checked'] - row['doctor']['wrong']} of {row['doctor']['checked']}"
         lines.append(f"| {row['name']} | {names} | {right} | {tests(row)} |")
@@ -312,8 +331,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
 
     lines += left_out("combination")
-    lines += ["", "| Triton | torch | interpreted kernels | compiled for " + ", ".join(TARGETS) + " |",
-              "| --- | --- | --- | --- |"]  # fmt: skip
+    lines += [
+        "",
+        "| Triton | torch | interpreted kernels | compiled for " + ", ".join(TARGETS) + " |",
+        "| --- | --- | --- | --- |",
+    ]
     for row in rows:
         if row["kind"] != "triton":
             continue
@@ -338,9 +360,7 @@ def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     rows = in_order(rows)
     path.write_text(json.dumps({"rows": rows}, indent=1) + "\n", "utf-8")
-    text = "# Versions that were tried\n\nBy `python -m benchmarks.compatibility`.\n\n" + table(
-        rows
-    )
+    text = "# Versions that were tried\n\nBy `python -m benchmarks.compatibility`.\n\n" + table(rows)
     problems = [row for row in rows if bad(row)]
     for row in problems:
         text += f"\n## Failures with {row['name']}\n\n"
@@ -370,12 +390,10 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(name)
         wheel = build(folder)
         jobs: dict[str, Any] = {
-            combination: lambda name=combination: try_combination(name, wheel, folder)
-            for combination in COMBINATIONS
+            combination: lambda name=combination: try_combination(name, wheel, folder) for combination in COMBINATIONS
         }
         jobs |= {
-            f"Triton {version or 'newest'}": lambda version=version: try_triton(version, folder)
-            for version in TRITONS
+            f"Triton {version or 'newest'}": lambda version=version: try_triton(version, folder) for version in TRITONS
         }
         for job, call in jobs.items():
             if not re.search(options.only, job):
@@ -384,9 +402,13 @@ def main(argv: list[str] | None = None) -> int:
             rows[job] = {**call(), "date": str(datetime.date.today())}
             write(path, list(rows.values()))
             row = rows[job]
-            print(f"  {row['problem'][-500:]}" if not row["installed"] else
-                  f"  {row['tests']['passed']} passed, {len(row['tests']['failed'])} failed, "
-                  f"{row['seconds']:.0f} s", flush=True)  # fmt: skip
+            print(
+                f"  {row['problem'][-500:]}"
+                if not row["installed"]
+                else f"  {row['tests']['passed']} passed, {len(row['tests']['failed'])} failed, "
+                f"{row['seconds']:.0f} s",
+                flush=True,
+            )
     return int(any(bad(row) for row in rows.values()))
 
 

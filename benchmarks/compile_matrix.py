@@ -13,6 +13,7 @@ compiled kernels execute is counted by `benchmarks.ptx`.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import functools
 import hashlib
@@ -40,9 +41,7 @@ from tests.ptx.cases import DTYPES, LOSSES, results, rows
 
 RESULTS = Path(__file__).parent / "results" / "compile_matrix.json"
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-MAX_REGISTERS = (
-    64  # 1,024 threads, half of the largest number, in the 65,536 registers of a processor
-)
+MAX_REGISTERS = 64  # 1,024 threads, half of the largest number, in the 65,536 registers of a processor
 VOCABULARY = 1000  # of the calls: other sizes launch the same variants
 CALLS = [(name, how) for how in ("packed", "fused in place", "odd strides") for name in LOSSES]
 
@@ -60,9 +59,9 @@ class Variant(NamedTuple):
 
 @functools.cache
 def sources() -> str:
-    """Names the kernels' source and that of their launches, as they were imported."""
-    texts = [Path(str(module.__file__)).read_bytes() for module in (_triton, _triton_kernels)]
-    return hashlib.sha256(b"".join(texts)).hexdigest()[:10]
+    """Names the kernels' source and that of their launches, as they were imported; not their layout."""
+    texts = [ast.unparse(ast.parse(Path(str(module.__file__)).read_text())) for module in (_triton, _triton_kernels)]
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:10]
 
 
 @contextlib.contextmanager
@@ -86,8 +85,9 @@ def variant_of(name: str, kernel: Any, arguments: dict[str, Any]) -> Variant:
         if parameter.is_constexpr or value is None:
             types[key], constants[key] = "constexpr", value
         elif isinstance(value, torch.Tensor):
-            short = {torch.float32: "fp32", torch.int64: "i64", torch.bfloat16: "bf16",
-                     torch.float16: "fp16"}[value.dtype]  # fmt: skip
+            short = {torch.float32: "fp32", torch.int64: "i64", torch.bfloat16: "bf16", torch.float16: "fp16"}[
+                value.dtype
+            ]
             types[key] = f"*{short}"
             if value.data_ptr() % 16 == 0:
                 aligned.append(key)
@@ -132,9 +132,7 @@ def compile_variant(variant: Variant, target: str) -> Any:
         types = {name: kind for name, kind in types.items() if name not in constants}
         source = ASTSource(fn=variant.kernel, signature=types, constants=constants, attrs=attrs)
     else:
-        source = ASTSource(
-            fn=variant.kernel, signature=types, constexprs=constants, attrs=attributes
-        )
+        source = ASTSource(fn=variant.kernel, signature=types, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=gpu, options=variant.options)
 
 
@@ -193,9 +191,7 @@ def _work(job: tuple[str, str, str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def run(
-    targets: list[str], dtypes: list[str], names: str, workers: int
-) -> Iterator[dict[str, Any]]:
+def run(targets: list[str], dtypes: list[str], names: str, workers: int) -> Iterator[dict[str, Any]]:
     """Cells, a dtype and target after the other."""
     jobs = [(dtype, target, names) for target in targets for dtype in dtypes]
     with ProcessPoolExecutor(workers) as pool:
@@ -223,8 +219,10 @@ def regressions(cells: dict[str, Any], committed: dict[str, Any]) -> list[str]:
 
 def table(cells: dict[str, Any]) -> str:
     """A line for each kernel: the range over its variants, dtypes and targets."""
-    lines = ["| kernel | cells | registers | on gfx942 | spills, bytes | shared memory, bytes |",
-             "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    lines = [
+        "| kernel | cells | registers | on gfx942 | spills, bytes | shared memory, bytes |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     grouped: dict[str, dict[str, Any]] = {}
     for name, cell in cells.items():
         if "problem" not in cell:

@@ -239,16 +239,23 @@ KL = ("forward_kl", "reverse_kl", "jsd")
 # buffers, read from the source; only its products can be counted here.
 RIVALS = (
     LinearRival(
-        "TRL chunked divergence", {"forward_kl": 6, "reverse_kl": 6, "jsd": 8},
-        {"forward_kl": 46, "reverse_kl": 46, "jsd": 62}, 4096, dict.fromkeys(KL, 2 * 4 + 2), 1.0,
+        "TRL chunked divergence",
+        {"forward_kl": 6, "reverse_kl": 6, "jsd": 8},
+        {"forward_kl": 46, "reverse_kl": 46, "jsd": 62},
+        4096,
+        dict.fromkeys(KL, 2 * 4 + 2),
+        1.0,
         32768,
     ),
     LinearRival(
-        "Liger chunked JSD", dict.fromkeys(KL, 4),
-        {"forward_kl": 57, "reverse_kl": 69, "jsd": 179}, 1024,
-        {"forward_kl": 16, "reverse_kl": 18, "jsd": 36}, 2.0,
+        "Liger chunked JSD",
+        dict.fromkeys(KL, 4),
+        {"forward_kl": 57, "reverse_kl": 69, "jsd": 179},
+        1024,
+        {"forward_kl": 16, "reverse_kl": 18, "jsd": 36},
+        2.0,
     ),
-)  # fmt: skip
+)
 
 
 def rival_linear_loss(
@@ -264,9 +271,7 @@ def rival_linear_loss(
         "dWeight": Cost(product, chunks * 8 * head, chunks),
         "loss kernels": Cost(20.0 * cells, rival.bytes_per_cell[mode] * cells, 20 * chunks),
     }
-    tile = min(rival.chunk or tokens, tokens) * min(
-        rival.vocabulary_chunk or vocabulary, vocabulary
-    )
+    tile = min(rival.chunk or tokens, tokens) * min(rival.vocabulary_chunk or vocabulary, vocabulary)
     peak = tile * rival.tile_bytes_per_cell[mode] + head * (4 * rival.weight_copies + operand)
     return parts, int(peak + tokens * hidden * 4)
 
@@ -325,9 +330,7 @@ class Model:
     def adapter(self, rank: int) -> int:
         """Elements of a LoRA adapter on all linear layers."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        sides = (
-            2 * (self.hidden + q) + 2 * (self.hidden + kv) + 3 * (self.hidden + self.intermediate)
-        )
+        sides = 2 * (self.hidden + q) + 2 * (self.hidden + kv) + 3 * (self.hidden + self.intermediate)
         return self.layers * rank * sides
 
     def kept_per_token(self, element: int, *, lora: bool = False) -> int:
@@ -366,13 +369,9 @@ LAYER_LAUNCHES = 38
 
 def trunk_forward(model: Model, tokens: float, pairs: float, element: int = 2) -> Cost:
     """All layers, without the head; ``pairs`` = visible (query, key) pairs, 4 H d FLOPs each."""
-    flops = model.layers * (
-        2.0 * model.layer_weights * tokens + 4.0 * pairs * model.heads * model.head_dim
-    )
+    flops = model.layers * (2.0 * model.layer_weights * tokens + 4.0 * pairs * model.heads * model.head_dim)
     # Weights once; activations: each kept tensor is written once and read about twice.
-    moved = model.layers * (
-        element * model.layer_weights + 3 * model.kept_per_token(element) * tokens
-    )
+    moved = model.layers * (element * model.layer_weights + 3 * model.kept_per_token(element) * tokens)
     launches = model.layers * (LAYER_LAUNCHES + (12 if model.qk_norm else 0))
     return Cost(flops, moved, launches)
 
@@ -387,25 +386,19 @@ def trunk_backward(
     """
     forward = trunk_forward(model, tokens, pairs, element)
     attention = model.layers * 4.0 * pairs * model.heads * model.head_dim
-    back = Cost(
-        2 * (forward.flops - attention) + 2.5 * attention, 2 * forward.bytes, 2 * forward.launches
-    )
+    back = Cost(2 * (forward.flops - attention) + 2.5 * attention, 2 * forward.bytes, 2 * forward.launches)
     last = Cost(model.layers * 2.0 * model.intermediate * model.hidden * tokens)
     return back + forward + last.times(-1) if checkpointing else back
 
 
-def activation_memory(
-    model: Model, tokens: float, element: int = 2, *, checkpointing: bool = False
-) -> float:
+def activation_memory(model: Model, tokens: float, element: int = 2, *, checkpointing: bool = False) -> float:
     """Bytes that backward finds: all layers' kept tensors, or one layer's and every layer's input."""
     if checkpointing:
         return tokens * (model.layers * model.hidden * element + model.kept_per_token(element))
     return tokens * model.layers * model.kept_per_token(element)
 
 
-def adamw(
-    parameters: float, *, weight: int = 4, state: int = 8, grad: int = 4
-) -> tuple[Cost, float]:
+def adamw(parameters: float, *, weight: int = 4, state: int = 8, grad: int = 4) -> tuple[Cost, float]:
     """The update's cost, and the bytes of weights, gradients and states (bytes per parameter)."""
     moved = parameters * (2 * weight + grad + 2 * state)
     return Cost(12.0 * parameters, moved, 10), parameters * (weight + grad + state)
@@ -493,9 +486,7 @@ def step(
     }
     memory = {
         "weights, gradients, optimizer": states,
-        "activations": activation_memory(
-            model, work.student * share, element, checkpointing=checkpointing
-        ),
+        "activations": activation_memory(model, work.student * share, element, checkpointing=checkpointing),
         "loss": head_peak,
     }
     return costs, memory
@@ -528,9 +519,7 @@ def process_peak(model: Model, variant: str, sizes: dict[str, Any]) -> tuple[flo
         kept = activation_memory(model, count * length, element)
         kept += model.layers * (count * length * repeated + count * length**2 * element)
         rows = count * response * vocabulary * element
-        if variant.startswith(
-            "trl"
-        ):  # logits, their copy over the temperature, log-softmax, gradient
+        if variant.startswith("trl"):  # logits, their copy over the temperature, log-softmax, gradient
             return kept + 4 * rows
         return kept + count * length * vocabulary * element + 2 * rows
 
@@ -628,10 +617,13 @@ def recorded_tokens(template: str, interactions: float) -> dict[str, Tokens]:
     off = counts["sharing"]["off"]
     waste = counts["padded_tokens_batch_4"] / (off["student_tokens"] + off["teacher_tokens"])
     padded = Tokens(
-        off["student_tokens"] * waste, off["teacher_tokens"] * waste,
-        off["student_pairs"] * waste**2, off["teacher_pairs"] * waste**2,
-        response, off["student_tokens"] * waste,
-    )  # fmt: skip
+        off["student_tokens"] * waste,
+        off["teacher_tokens"] * waste,
+        off["student_pairs"] * waste**2,
+        off["teacher_pairs"] * waste**2,
+        response,
+        off["student_tokens"] * waste,
+    )
     histogram = counts["histograms"]["completion"]
     longest = expected_longest(histogram, json.loads((HERE / "lengths.json").read_text())["bin"], 4)
     trl = replace(padded, head_rows=longest * counts["interactions"])
@@ -704,9 +696,7 @@ SETUPS = (
 )
 
 
-def setup_peak(
-    model: Model, setup: Setup, student: float, responses: int, processes: int = 1
-) -> float:
+def setup_peak(model: Model, setup: Setup, student: float, responses: int, processes: int = 1) -> float:
     """Peak bytes of a process: what is always there, activations, and the most that comes on top.
 
     Args:
@@ -769,14 +759,14 @@ def _prediction_setups(model: Model, table: Any) -> list[str]:
         f"## {model.name}, memory by options of `fastsdpo train`\n",
         f"Predicted peak GB of each process while it trains on a full pack of {PACK} tokens (the "
         f"default limit; {student:.0f} of the student, {responses} of them answers), alone or with the "
-        "weights sharded (FSDP2); \"80 GB: yes\" where 5% are left. `fastsdpo train --dry-run` prints "
+        'weights sharded (FSDP2); "80 GB: yes" where 5% are left. `fastsdpo train --dry-run` prints '
         "the same for a model and its data. `adamw_torch_8bit` is torchao's, with stochastic "
         "rounding.\n",
         table(
             ["options", "bytes per weight", *(f"GB, {n} process{'es'[: 2 * (n > 1)]}" for n in (1, 2, 4, 8))],
             lines,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _prediction_whole_step(model: Model, interactions: int, table: Any) -> list[str]:
@@ -795,9 +785,7 @@ def _prediction_whole_step(model: Model, interactions: int, table: Any) -> list[
         out += [
             f"## {model.name}, whole step, sampled-token loss, template {template}\n",
             f"With `{COMMAND}`, a batch of {interactions} in 8 passes.\n",
-            table(
-                ["what is computed", "PFLOP", "peak GB", *(f"s on {g.name}" for g in GPUS)], lines
-            ),
+            table(["what is computed", "PFLOP", "peak GB", *(f"s on {g.name}" for g in GPUS)], lines),
         ]
     return out
 
@@ -820,9 +808,7 @@ def _prediction_losses(table: Any) -> list[str]:
         rows = [("fastsdpo", parts, linear_loss_peak(tokens, vocabulary, hidden))]
         for rival in RIVALS:
             if mode in rival.gemms:
-                rows.append(
-                    (rival.name, *rival_linear_loss(rival, mode, tokens, vocabulary, hidden))
-                )
+                rows.append((rival.name, *rival_linear_loss(rival, mode, tokens, vocabulary, hidden)))
         for name, parts, peak in rows:
             # Every kind of kernel waits for the one before it; inside one, arithmetic hides memory.
             times = [step_seconds(parts, gpu) for gpu in GPUS]
@@ -841,9 +827,7 @@ def _prediction_losses(table: Any) -> list[str]:
         "operators one by one (compiled, its default, they move less). "
         "Peak: above the inputs, gradients included (the head's gradient alone is 2.5 GB in float32). "
         "The four bare products alone would take "
-        + ", ".join(
-            f"{8 * tokens * vocabulary * hidden / g.flops / g.gemm * 1e3:.0f}" for g in GPUS
-        )
+        + ", ".join(f"{8 * tokens * vocabulary * hidden / g.flops / g.gemm * 1e3:.0f}" for g in GPUS)
         + " ms.\n",
         table(["loss", "who", "TFLOP", "GB", "peak GB", *names], linear),
     ]
@@ -865,17 +849,23 @@ def _prediction_scaling(model: Model, interactions: int, table: Any) -> list[str
                 peak += memory["activations"] + memory["loss"] + (gathered if processes > 1 else 0)
                 fits = "yes" if peak < 0.95 * gpu.memory else "no"
                 lines.append(
-                    [name, gpu.name, str(processes), f"{processes * interactions / time:.1f}",
-                     f"{alone / time:.2f}", f"{peak / 1e9:.1f}", fits]
-                )  # fmt: skip
+                    [
+                        name,
+                        gpu.name,
+                        str(processes),
+                        f"{processes * interactions / time:.1f}",
+                        f"{alone / time:.2f}",
+                        f"{peak / 1e9:.1f}",
+                        fits,
+                    ]
+                )
     return [
         f"## {model.name}, sharded over processes (FSDP2), {interactions} interactions a process\n",
         f"Template think, options `{COMMAND}`. Every one of the 8 backward passes gathers the "
         f"weights twice, gradients are scattered once; {LINK_SHARE} of the link's bandwidth, hidden "
         f"behind {HIDDEN_SHARE} of the computation. Processes are assumed to have equal work.\n",
-        table(["what is computed", "GPU", "processes", "interactions/s", "efficiency", "peak GB each",
-               "fits"], lines),
-    ]  # fmt: skip
+        table(["what is computed", "GPU", "processes", "interactions/s", "efficiency", "peak GB each", "fits"], lines),
+    ]
 
 
 def main() -> None:

@@ -42,9 +42,7 @@ def kernels(machine: Machine) -> Iterator[Row]:
     """
     cases = executed_cases()
     sizes = [(33, 36), (1000, 9), (1, 9), (2, 9), (32001, 9), (151936, 3)]  # V, rows
-    chosen = [
-        (name, dtype, "packed") for dtype in ("bf16", "fp32", "fp16") for name in cases.LOSSES
-    ]
+    chosen = [(name, dtype, "packed") for dtype in ("bf16", "fp32", "fp16") for name in cases.LOSSES]
     chosen += [(name, "bf16", where) for where in cases.LAYOUTS for name in cases.LOSSES]
     if machine.rehearsal:
         from fastsdpo.testing import round_interpreted_bfloat16
@@ -57,10 +55,18 @@ def kernels(machine: Machine) -> Iterator[Row]:
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
         found = [
-            pool.submit(cell, {"loss": name, "dtype": dtype, "layout": where},
-                        compared, name, dtype, where, sizes, machine.device)
+            pool.submit(
+                cell,
+                {"loss": name, "dtype": dtype, "layout": where},
+                compared,
+                name,
+                dtype,
+                where,
+                sizes,
+                machine.device,
+            )
             for name, dtype, where in dict.fromkeys(chosen)
-        ]  # fmt: skip
+        ]
         for future in concurrent.futures.as_completed(found):
             yield future.result()
 
@@ -82,9 +88,7 @@ def compared(name: str, dtype: str, layout: str, sizes: list[tuple[int, int]], d
             want = cases.results(loss, *values, "reference", layout)
             got = cases.results(loss, *values, "triton", layout)
         got, want = ({k: v.detach().cpu() for k, v in r.items()} for r in (got, want))
-        wrong += [
-            f"V = {vocabulary}, {count} rows: {text}" for text in cases.wrong(loss, got, want)
-        ]
+        wrong += [f"V = {vocabulary}, {count} rows: {text}" for text in cases.wrong(loss, got, want)]
         for key, error in cases.errors(loss, got, want).items():
             worst[f"{key}_error"] = max(worst.get(f"{key}_error", 0.0), error.size)
     if wrong:
@@ -113,12 +117,14 @@ def bandwidth(machine: Machine) -> Iterator[Row]:
                     reads = costmodel.PASSES[mode][0]
                     moved = float(reads * machine.element * tokens * vocabulary)
                     if backward:
-                        moved = costmodel.loss_from_logits(
-                            mode, tokens, vocabulary, machine.element
-                        ).bytes
+                        moved = costmodel.loss_from_logits(mode, tokens, vocabulary, machine.element).bytes
 
-                    row = {"loss": mode, "pass": "forward + backward" if backward else "forward",
-                           "tokens": tokens, "vocabulary": vocabulary}  # fmt: skip
+                    row = {
+                        "loss": mode,
+                        "pass": "forward + backward" if backward else "forward",
+                        "tokens": tokens,
+                        "vocabulary": vocabulary,
+                    }
                     call = loss_call(mode, *logits, targets, backward)
                     yield cell(row, rate, machine, call, moved, copy)
             del logits, call
@@ -209,8 +215,7 @@ def linear(machine: Machine) -> Iterator[Row]:
     size = {"tokens": tokens, "vocabulary": vocabulary, "hidden": hidden}
     products = 8.0 * tokens * vocabulary * hidden
     bare = machine.time(case.bare_gemms(), repeats=5)
-    yield {"loss": "four products alone", **size, **bare, "tflops": products / bare["ms"] / 1e9,
-           "times_products": 1.0}  # fmt: skip
+    yield {"loss": "four products alone", **size, **bare, "tflops": products / bare["ms"] / 1e9, "times_products": 1.0}
     chunk = tokens if machine.rehearsal else None  # the cost model's default is a GPU's
 
     def measure(mode: str) -> Row:
@@ -227,11 +232,12 @@ def linear(machine: Machine) -> Iterator[Row]:
         costs = costmodel.linear_loss(mode, *sizes, **options)
         peak = costmodel.linear_loss_peak(*sizes, **options)
         return {
-            **found, "tflops": products / found["ms"] / 1e9,
+            **found,
+            "tflops": products / found["ms"] / 1e9,
             "times_products": found["ms"] / bare["ms"],
             "model_ms": 1e3 * costmodel.step_seconds(costs, ceilings),
             **peaks(bench.peak_memory(call, machine.device), peak),
-        }  # fmt: skip
+        }
 
     for mode in MODES:
         yield cell({"loss": mode, **size}, measure, mode)

@@ -85,9 +85,7 @@ class Machine:
 
     def ceilings(self) -> costmodel.GPU:
         """This device for the cost model: its measured rates in place of a data sheet's."""
-        return costmodel.GPU(
-            "this", self.gemm_rate(), self.copy_rate(), 0.0, 0.0, gemm=1.0, bandwidth_share=1.0
-        )
+        return costmodel.GPU("this", self.gemm_rate(), self.copy_rate(), 0.0, 0.0, gemm=1.0, bandwidth_share=1.0)
 
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(*shape, dtype=self.dtype, device=self.device)

@@ -21,12 +21,26 @@ from fastsdpo.prefix.attention import BACKENDS, BackendError
 
 # Qwen3-0.6B's shape; a rehearsal's.
 QWEN3: dict[str, Any] = {
-    "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "vocab_size": 151936,
-    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "vocab_size": 151936,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
     "max_position_embeddings": 40960,
-}  # fmt: skip
-SMALL = {**QWEN3, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}  # fmt: skip
+}
+SMALL = {
+    **QWEN3,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
 
 
 def make_model(machine: Machine, **changes: Any) -> nn.Module:
@@ -48,9 +62,7 @@ def conversation(machine: Machine, vocabulary: int) -> list[TokenizedInteraction
     history, found = [], []
     for _ in range(turns):
         prompt, completion = history + ids(message), ids(answer)
-        found.append(
-            TokenizedInteraction(prompt, prompt + ids(followup), completion, conversation_id="c")
-        )
+        found.append(TokenizedInteraction(prompt, prompt + ids(followup), completion, conversation_id="c"))
         history = prompt + completion
     return found
 
@@ -106,15 +118,17 @@ def attention(machine: Machine) -> Iterator[Row]:
         with torch.no_grad():
             first = machine.time(lambda: forward(sharing, backend), repeats=3, queued=False)
         whole = machine.time(lambda: both(sharing, backend), repeats=3, queued=False)
-        return {"tokens": sum(count_tokens(items, sharing=sharing)[:2]), "forward_ms": first["ms"],
-                **whole, **deviations}  # fmt: skip
+        return {
+            "tokens": sum(count_tokens(items, sharing=sharing)[:2]),
+            "forward_ms": first["ms"],
+            **whole,
+            **deviations,
+        }
 
     separate = cell({"attention": "separate passes"}, measure, "off", "auto", {})
     yield separate
     rounding = 4 * torch.finfo(machine.dtype).eps
-    limits = {
-        key: 3 * value + rounding for key, value in separate.items() if key.endswith("_deviation")
-    }
+    limits = {key: 3 * value + rounding for key, value in separate.items() if key.endswith("_deviation")}
     for backend in sorted(BACKENDS, key=lambda name: name == "flex"):  # it compiles for a minute
         yield cell({"attention": backend}, measure, "conversation", backend, limits)
 
@@ -144,10 +158,17 @@ def one_step(machine: Machine, ceilings: costmodel.GPU, sharing: Any, backend: s
     items = conversation(machine, model.config.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         args = SDPOConfig(
-            output_dir=folder, use_cpu=not machine.gpu, report_to=[], save_strategy="no",
-            teacher_check=0, disable_tqdm=True, optim="adamw_torch", sharing=sharing,
-            attention=backend, per_device_train_batch_size=len(items),
-        )  # fmt: skip
+            output_dir=folder,
+            use_cpu=not machine.gpu,
+            report_to=[],
+            save_strategy="no",
+            teacher_check=0,
+            disable_tqdm=True,
+            optim="adamw_torch",
+            sharing=sharing,
+            attention=backend,
+            per_device_train_batch_size=len(items),
+        )
         trainer = SDPOTrainer(model, args, items)
         trainer.create_optimizer()
         model.train()
@@ -161,9 +182,11 @@ def one_step(machine: Machine, ceilings: costmodel.GPU, sharing: Any, backend: s
         measured = bench.peak_memory(run, machine.device)
     costs, memory = predicted(machine, model, items, args)
     return {
-        "tokens": sum(count_tokens(items, sharing=sharing)[:2]), **found,
-        "model_ms": 1e3 * costmodel.step_seconds(costs, ceilings), **peaks(measured, memory),
-    }  # fmt: skip
+        "tokens": sum(count_tokens(items, sharing=sharing)[:2]),
+        **found,
+        "model_ms": 1e3 * costmodel.step_seconds(costs, ceilings),
+        **peaks(measured, memory),
+    }
 
 
 def predicted(
@@ -174,15 +197,18 @@ def predicted(
     counts = count_tokens(items, sharing=args.sharing)
     pairs = attention_pairs([items], args.sharing)
     responses = sum(len(item.completion_ids) for item in items)
-    packs = pack_conversations(
-        items, [range(len(items))], max_tokens=args.max_tokens_per_pack, sharing=args.sharing
-    )
+    packs = pack_conversations(items, [range(len(items))], max_tokens=args.max_tokens_per_pack, sharing=args.sharing)
     element = machine.element
     # bfloat16 weights have a float32 master and float32 states.
     costs, memory = costmodel.step(
-        shape, costmodel.Tokens(counts.student, counts.teacher, *pairs, responses),
-        mode="reverse_kl", element=element, checkpointing=False, weight=element,
-        state=12 if element == 2 else 8, micro_batches=len(packs),
-    )  # fmt: skip
+        shape,
+        costmodel.Tokens(counts.student, counts.teacher, *pairs, responses),
+        mode="reverse_kl",
+        element=element,
+        checkpointing=False,
+        weight=element,
+        state=12 if element == 2 else 8,
+        micro_batches=len(packs),
+    )
     gradients = float(shape.parameters * element)
     return costs, gradients + memory["activations"] + memory["loss"]

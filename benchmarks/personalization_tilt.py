@@ -61,9 +61,13 @@ def tilted_answers(
     for _ in range(max_new_tokens):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -current.shape[1] :]
         out = model(
-            input_ids=current, attention_mask=mask, position_ids=positions, past_key_values=past,
-            use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
+            input_ids=current,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=past,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         past = out.past_key_values
         logps: Tensor = out.logits[:, -1].log_softmax(-1).unflatten(0, (len(prompts), size))
         best = (logps[:, 0] + tilt * (logps[:, 2:].mean(1) - logps[:, 1])).argmax(-1)
@@ -76,9 +80,7 @@ def tilted_answers(
     return [cut(answer, end_ids) for answer in answers]
 
 
-def measure(
-    questions: int, wishes: list[str], tilts: list[float], neutral: str | None
-) -> list[dict[str, Any]]:
+def measure(questions: int, wishes: list[str], tilts: list[float], neutral: str | None) -> list[dict[str, Any]]:
     """One row per wish and tilt."""
     from fastsdpo.data import Interaction, InteractionTokenizer
     from fastsdpo.demo import package_file
@@ -107,17 +109,23 @@ def measure(
             found = tilted_answers(model, prompts, tilt, end_ids, MAX_NEW_TOKENS)
             texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
             row = {
-                "wish": name, "neutral": neutral or "-", "tilt": tilt, "questions": len(texts),
+                "wish": name,
+                "neutral": neutral or "-",
+                "tilt": tilt,
+                "questions": len(texts),
                 "short": share(RuleUser(experiment.SHORT).satisfied([], texts)),
                 "long": share(RuleUser(experiment.LONG).satisfied([], texts)),
                 "words": sum(len(text.split()) for text in texts) / len(texts),
                 "degenerate": share([degenerate(text) is not None for text in texts]),
                 "command": " ".join(["python -m benchmarks.personalization_tilt", *sys.argv[1:]]),
                 "environment": _harness.environment(),
-            }  # fmt: skip
+            }
             rows.append(row)
-            print(f"{name} tilt {tilt:g}: {row['short']:.0%} short, {row['long']:.0%} long, "
-                  f"{row['words']:.1f} words, {row['degenerate']:.0%} degenerate", flush=True)  # fmt: skip
+            print(
+                f"{name} tilt {tilt:g}: {row['short']:.0%} short, {row['long']:.0%} long, "
+                f"{row['words']:.1f} words, {row['degenerate']:.0%} degenerate",
+                flush=True,
+            )
     return rows
 
 
@@ -127,15 +135,16 @@ def share(values: list[bool]) -> float:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "# Online: what a wish can end at, without training", "",
+        "# Online: what a wish can end at, without training",
+        "",
         "Greedy answers of SmolLM2-135M-Instruct from p_0 exp(tilt A), A the advantage of the follow-up "
         "(`benchmarks/personalization_tilt.py` has the formula); wishes and measures are those of "
         "`make personalization`, template `note`. A frozen teacher with `guidance` g is this tilt "
-        "of g; where a neutral follow-up is named, A is the advantage over that one.", "",
-        "| follow-up | neutral | tilt | questions | one short sentence | at least 26 words | words "
-        "| degenerate |",
+        "of g; where a neutral follow-up is named, A is the advantage over that one.",
+        "",
+        "| follow-up | neutral | tilt | questions | one short sentence | at least 26 words | words | degenerate |",
         "| --- " * 8 + "|",
-    ]  # fmt: skip
+    ]
     for row in rows:
         lines.append(
             f"| {row['wish']} | {row['neutral']} | {row['tilt']:g} | {row['questions']} | "

@@ -56,8 +56,9 @@ def compiled(ptx: str, arch: int) -> dict[str, int]:
         source.write_text(ptx)
         subprocess.run(
             [str(assembler), "-lineinfo", f"--gpu-name=sm_{arch}{suffix}", str(source), "-o", str(cubin)],
-            check=True, capture_output=True,
-        )  # fmt: skip
+            check=True,
+            capture_output=True,
+        )
         return usage(cubin.read_bytes())
 
 
@@ -93,8 +94,7 @@ def count(name: str, dtype: str, arch: int, vocabulary: int) -> Cell:
     with executing(arch) as executor:
         cases.results(cases.LOSSES[name], student.to(kind), teacher.to(kind), targets, "triton")
     elements = number * vocabulary
-    return {launch.kernel.removesuffix("_kernel"): of_launch(launch, elements, arch)
-            for launch in executor.launches}  # fmt: skip
+    return {launch.kernel.removesuffix("_kernel"): of_launch(launch, elements, arch) for launch in executor.launches}
 
 
 def of_launch(launch: Launch, elements: int, arch: int) -> Cell:
@@ -155,15 +155,17 @@ def number(value: float) -> str:
 
 def counts_table(cells: dict[str, Cell], dtype: str) -> list[str]:
     """A line for each loss; what is of a launch in the JSON is added up for forward and gradient."""
-    lines = ["| loss | V | instructions: forward | gradient | bytes read | written | barriers of a program "
-             "| registers | spills |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    lines = [
+        "| loss | V | instructions: forward | gradient | bytes read | written | barriers of a program "
+        "| registers | spills |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for key, cell in cells.items():
         name, kind, _, layout = key.split(" / ")
         if layout == "counts" and kind == dtype:
             for vocabulary, launches in cell["found"].items():
                 total = {field: sum(one[field] for one in launches.values()) for field in FIELDS}
-                most = [max(one[field] for one in launches.values())
-                        for field in ("barriers", "registers", "spills")]  # fmt: skip
+                most = [max(one[field] for one in launches.values()) for field in ("barriers", "registers", "spills")]
                 back = launches.get("gradient", {"instructions": 0.0})["instructions"]
                 lines.append(
                     f"| {name} | {vocabulary} | {total['instructions'] - back:.1f} | {back:.1f} | "
@@ -173,8 +175,10 @@ def counts_table(cells: dict[str, Cell], dtype: str) -> list[str]:
 
 
 def errors_table(cells: dict[str, Cell]) -> list[str]:
-    lines = ["| target | dtype | calls | variants | largest error of a loss | of a gradient | wrong "
-             "| faults |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    lines = [
+        "| target | dtype | calls | variants | largest error of a loss | of a gradient | wrong | faults |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     grouped: dict[tuple[str, str], list[Cell]] = collections.defaultdict(list)
     for key, cell in cells.items():
         _, dtype, target, layout = key.split(" / ")
@@ -185,8 +189,7 @@ def errors_table(cells: dict[str, Cell]) -> list[str]:
         worst = [number(max(one[key] for one in found)) for key in ("loss", "gradient")]
         bad = [sum(bool(one[key]) for one in found) for key in ("wrong", "faults")]
         lines.append(
-            f"| {target} | {dtype} | {len(found)} | {len(variants)} | {worst[0]} | {worst[1]} | "
-            f"{bad[0]} | {bad[1]} |"
+            f"| {target} | {dtype} | {len(found)} | {len(variants)} | {worst[0]} | {worst[1]} | {bad[0]} | {bad[1]} |"
         )
     return lines
 
@@ -204,23 +207,37 @@ def problems(cells: dict[str, Cell]) -> list[str]:
 def page(cells: dict[str, Cell]) -> str:
     bad = problems(cells)
     sizes = ", ".join(str(vocabulary) for vocabulary, _ in SIZES)
-    return "\n".join([
-        "# Compiled kernels, executed", "",
-        f"Nothing here has run on a GPU: the PTX that Triton {triton.__version__} compiles is executed on a "
-        "CPU (`tests/ptx`), from the library's own launches. `python -m benchmarks.ptx`; every cell is in "
-        "`ptx.json`.", "", "## Errors and faults", "",
-        f"Calls: {len(cases.LOSSES)} losses in {len(cases.LAYOUTS)} layouts at V = {sizes}, on rows with "
-        "masked tokens, NaN where ignored, offsets of 1e4, a certain token, subnormal probabilities. Errors "
-        "are against float64: of a loss or log-prob beside max(1, its size); of a gradient beyond half a "
-        "rounding of its dtype, beside the row's largest entry. A fault is a misaligned access, one outside "
-        "a row's memory, a read of what nothing wrote, a race between warps or programs, a barrier that "
-        "some threads miss.", "", *errors_table(cells), "", *(bad[:50] or ["No fault, no wrong value."]), "",
-        "## What a launch executes", "",
-        "bfloat16, sm_90. Per element of one tensor of logits: instructions by threads, bytes of global "
-        "memory (each address once for reading and once for writing). Registers and bytes of spills are of "
-        "a thread. Barriers, registers and spills are the most of a loss's kernels.",
-        "", *counts_table(cells, "bf16"), "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "# Compiled kernels, executed",
+            "",
+            f"Nothing here has run on a GPU: the PTX that Triton {triton.__version__} compiles is executed on a "
+            "CPU (`tests/ptx`), from the library's own launches. `python -m benchmarks.ptx`; every cell is in "
+            "`ptx.json`.",
+            "",
+            "## Errors and faults",
+            "",
+            f"Calls: {len(cases.LOSSES)} losses in {len(cases.LAYOUTS)} layouts at V = {sizes}, on rows with "
+            "masked tokens, NaN where ignored, offsets of 1e4, a certain token, subnormal probabilities. Errors "
+            "are against float64: of a loss or log-prob beside max(1, its size); of a gradient beyond half a "
+            "rounding of its dtype, beside the row's largest entry. A fault is a misaligned access, one outside "
+            "a row's memory, a read of what nothing wrote, a race between warps or programs, a barrier that "
+            "some threads miss.",
+            "",
+            *errors_table(cells),
+            "",
+            *(bad[:50] or ["No fault, no wrong value."]),
+            "",
+            "## What a launch executes",
+            "",
+            "bfloat16, sm_90. Per element of one tensor of logits: instructions by threads, bytes of global "
+            "memory (each address once for reading and once for writing). Registers and bytes of spills are of "
+            "a thread. Barriers, registers and spills are the most of a loss's kernels.",
+            "",
+            *counts_table(cells, "bf16"),
+            "",
+        ]
+    )
 
 
 def write(cells: dict[str, Cell]) -> None:
@@ -244,9 +261,7 @@ def main() -> int:
     now = {"source": sources(), "triton": triton.__version__}
     cells = {k: c for k, c in known.items() if {key: c[key] for key in now} == now}
     jobs = [job for job in jobs_of(targets, args.quick) if args.names in key_of(job)]
-    missing = [
-        job for job in jobs if len(cells.get(key_of(job), {"sizes": ()})["sizes"]) < len(job[4])
-    ]
+    missing = [job for job in jobs if len(cells.get(key_of(job), {"sizes": ()})["sizes"]) < len(job[4])]
     print(f"{len(jobs)} cells, {len(missing)} of them to run", flush=True)
     torch.set_num_threads(1)
     last = time.monotonic()

@@ -50,24 +50,24 @@ def main(argv: list[str] | None = None) -> int:
         "recipe": experiment.RECIPE,
         "changes": experiment.CHANGES,
         "runs": [
-            {"condition": condition, "seed": seed, "points": points}
-            for (condition, seed), points in runs.items()
+            {"condition": condition, "seed": seed, "points": points} for (condition, seed), points in runs.items()
         ],
     }
     counts = {key: len(data[key]) for key in ("ordinary", "brief")}
     page = PAGE.format(
-        questions=len(data["held_out"]), recipe=json.dumps(experiment.RECIPE),
-        flip=json.dumps(experiment.CHANGES["flip"]), answers=answers,
-        png=f"{name}.png", **counts,
-    )  # fmt: skip
+        questions=len(data["held_out"]),
+        recipe=json.dumps(experiment.RECIPE),
+        flip=json.dumps(experiment.CHANGES["flip"]),
+        answers=answers,
+        png=f"{name}.png",
+        **counts,
+    )
     lines = [page, *experiment.table(runs), "", "## Command", "", f"- `{options.command}`"]
     lines += [f"- {key}: {value}" for key, value in environment.items() if key != "command"]
     samples = ["# Online: sample answers of every point", "", *experiment.answers(runs)]
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / name
-    path.with_suffix(".json").write_text(
-        json.dumps(stored, indent=1, ensure_ascii=False) + "\n", "utf-8"
-    )
+    path.with_suffix(".json").write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", "utf-8")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", "utf-8")
     (options.results / answers).write_text("\n".join(samples).rstrip() + "\n", "utf-8")
     experiment.plot(runs, path.with_suffix(".png"))

@@ -39,7 +39,10 @@ class Section(NamedTuple):
 
 
 SECTIONS = [
-    Section("Killed, and run again", "^SIGKILL|^worker that dies", """
+    Section(
+        "Killed, and run again",
+        "^SIGKILL|^worker that dies",
+        """
 `fastsdpo prepare`, `train` and `online` can be killed at any point. The same command, given again (`train`
 and `online` with `--resume`), ends with the files that an undisturbed run leaves, byte for byte; clocks in
 reports and `training_args.bin` aside. A process that dies in a run of several ends the others, with its
@@ -48,15 +51,23 @@ error, and no process stays behind.
 Tested by `tests/reliability/test_faults.py`: SIGKILL when a random file is opened, renamed or removed, or
 at a random time, some runs more than once; then the same command, and a comparison of everything it wrote.
 Models, teacher, optimizer, order of data and random numbers are in it; the models are tiny.
-"""),
-    Section("Preemption", "^SIGTERM", """
+""",
+    ),
+    Section(
+        "Preemption",
+        "^SIGTERM",
+        """
 SIGTERM and Ctrl-C end the step, save a checkpoint and exit with status 143 or 130. Before and after the
 steps (while data is read, or the model saved) there is no more to save than is on the disk already, and the
 system ends the process. `fastsdpo train --help` documents every exit status.
 
 Tested by `tests/reliability/test_faults.py`, with the same comparison.
-"""),
-    Section("Disks and checkpoints", "^disk|^damaged newest", """
+""",
+    ),
+    Section(
+        "Disks and checkpoints",
+        "^disk|^damaged newest",
+        """
 An output that is read-only or has no room is reported before the model works. A disk that fills up later is
 a sentence and status 1, and leaves the checkpoints before it whole: a checkpoint gets its name when
 everything in it is on the disk. It has checksums; one that was damaged afterwards is named, and the one
@@ -64,16 +75,24 @@ before it is used. Where none is whole, nothing is begun anew in its place.
 
 Tested by `tests/reliability/test_faults.py`, on file systems of one to four megabytes in a mount namespace:
 each file of a checkpoint changed by a bit, truncated and removed.
-"""),
-    Section("Losses and gradients that are not finite", "not finite", """
+""",
+    ),
+    Section(
+        "Losses and gradients that are not finite",
+        "not finite",
+        """
 The run stops before the optimizer's step, names the interactions, saves the state before it and exits with
 status 3; with `non_finite="skip"` the step is left out and counted (`sdpo/skipped_steps`). A gradient is
 looked at apart from the loss: where only it is not finite, one pass for each interaction shows whose it is.
 
 Tested by `tests/reliability/test_faults.py`, `tests/trainer/test_train_command.py`,
 `tests/trainer/test_settings.py`.
-"""),
-    Section("Bad data", "^mutated|spell control", """
+""",
+    ),
+    Section(
+        "Bad data",
+        "^mutated|spell control",
+        """
 A conversation file may hold anything. What cannot be read is counted and reported with its place, and every
 record that was not touched is kept; control tokens in messages are encoded as text (`allow_special_tokens`
 changes that).
@@ -81,8 +100,12 @@ changes that).
 Tested by `tests/reliability/test_data.py` (through `prepare`, the dataset and the tokenizer: records cut,
 doubled, of wrong types, nested, with huge strings, control characters and spelled control tokens) and
 `tests/data/test_fuzz.py` (the loader itself).
-"""),
-    Section("Security", "^security", """
+""",
+    ),
+    Section(
+        "Security",
+        "^security",
+        """
 - Nothing is unpickled that comes from a path: checkpoints are read with `weights_only`, weights as
   safetensors; a pickle in place of weights, of a checkpoint's file or of data is an error. The source is
   searched for `eval`, `exec`, `pickle`, `shell=True` and their like.
@@ -95,8 +118,12 @@ doubled, of wrong types, nested, with huge strings, control characters and spell
   (skipped where there is none).
 
 The others are tested by `tests/reliability/test_security.py`.
-"""),
-    Section("Numerics", "^numerical", """
+""",
+    ),
+    Section(
+        "Numerics",
+        "^numerical",
+        """
 For every loss, dtype and backend, on drawn shapes and values: adding a constant to a row changes nothing;
 permuting the vocabulary permutes the gradient; gradient rows sum to zero; pieces add up to the whole;
 swapping student and teacher maps alpha to 1 - alpha; values stay within their bounds. Values and gradients
@@ -121,8 +148,12 @@ the same bits. `make test` runs every kernel, mode and dtype, `make ptx` each in
 sm_100 too: `benchmarks/results/ptx.md` has the errors and what was counted. **No GPU has run these kernels.**
 The last step to machine code (ptxas), the hardware's own exponential and logarithm, caches and time are not
 in it, and neither is AMD's code.
-"""),
-    Section("Long runs", "^soak", """
+""",
+    ),
+    Section(
+        "Long runs",
+        "^soak",
+        """
 Memory does not grow with the steps: resident memory, traced Python memory, objects, tensors, graph nodes,
 open files, and the entries of every cache of fastsdpo, `torch.library` and dynamo, from the second third of
 a run to its last. The limits are in `tests/reliability/test_soak.py`, and a planted leak of one small
@@ -132,15 +163,23 @@ The runs train a tiny model with checkpoints and evaluations on the way, for no 
 SmolLM2-135M takes in two hours on the machine of `sharing_cpu_2026-11-24.md`. That is what a
 two-hour-equivalent is here: it shows what leaks by the step, and says nothing of what comes with hours or
 with size.
-"""),
-    Section("Many interactions", "^interactions", """
+""",
+    ),
+    Section(
+        "Many interactions",
+        "^interactions",
+        """
 `fastsdpo prepare` streams: of each record some 40 bytes stay in memory. The dataset of `train` keeps the
 tokens, four bytes each, ids, and 16 bytes for each user's message in a prompt; the planner works on a batch
 at a time. Measured is what each adds at its peak.
 
 Tested by `tests/reliability/test_soak.py`, with a bound on the bytes for each further interaction.
-"""),
-    Section("Several processes", "^training in one", """
+""",
+    ),
+    Section(
+        "Several processes",
+        "^training in one",
+        """
 Several processes compute what one does, with held-out data too: DDP and FSDP2, started by `torchrun`, in
 `tests/trainer/test_launched.py` (losses, gradient norms and the saved model; tied and untied heads, LoRA,
 gradient checkpointing, bfloat16, a resumed run; two and four processes). FSDP2 is accelerate's own, let
@@ -148,8 +187,9 @@ run on CPU processes; it has not run on a GPU. DDP from Python in `tests/trainer
 `tests/online/test_two_processes.py` (weights, losses, statistics, files); both in
 `tests/prefix/test_distributed.py` (gradients, in float64). The rates below are
 of a small model on the cores that the machine had to spare, and are no measure of scaling.
-"""),
-]  # fmt: skip
+""",
+    ),
+]
 
 
 def collect(kind: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -178,14 +218,9 @@ def counts(rows: dict[str, dict[str, Any]]) -> str:
 def page() -> str:
     rows, files = collect("reliability")
     tried, compatible = collect("compatibility")
-    sums = {
-        key: sum(row[key] for row in rows.values())
-        for key in ("tried", "faults", "survived", "lost")
-    }
+    sums = {key: sum(row[key] for row in rows.values()) for key in ("tried", "faults", "survived", "lost")}
     listed = ", ".join(f"`{name}`" for name in (*files, *compatible)) or "no file yet"
-    text = INTRODUCTION.format(
-        files=listed, sums=", ".join(f"{value:,} {key}" for key, value in sums.items()) + "."
-    )
+    text = INTRODUCTION.format(files=listed, sums=", ".join(f"{value:,} {key}" for key, value in sums.items()) + ".")
     for section in SECTIONS:
         mine = {name: row for name, row in rows.items() if re.search(section.rows, name)}
         text += f"\n## {section.title}\n{section.text}\n" + (counts(mine) if mine else "")

@@ -107,34 +107,72 @@ def _linear_case(row: dict) -> str:
 
 
 THEMES: list[tuple[str, str, Bars | None]] = [
-    ("logits_cpu_float32", "rival's time over ours, loss and gradient",
-     _of_rivals(lambda row: row["mode"], "native fused", ("native",))),
-    ("logits_cpu_float32_pages_kept", "rival's time over ours, loss and gradient",
-     _of_rivals(lambda row: row["mode"], "native fused", ("native",))),
-    ("logits_cpu_bfloat16", "rival's time over ours, loss and gradient",
-     _of_rivals(lambda row: row["mode"], "native fused", ("native",))),
-    ("logits_avx512", "rival's time over ours, loss and gradient",
-     _of_rivals(lambda row: f"{row['mode']} {row['dtype']} {row['tokens']} x {row['vocabulary']}",
-                "native fused", ("native",))),
-    ("logits_intel", "rival's time over ours, loss and gradient",
-     _of_rivals(lambda row: f"{row['mode']} {row['dtype']} {row['tokens']} x {row['vocabulary']}",
-                "native fused", ("native",))),
-    ("logits_intel_pages_kept", "rival's time over ours, loss and gradient",
-     _of_rivals(lambda row: row["mode"], "native fused", ("native",))),
-    ("linear_cpu", "rival's time over ours, loss and gradients",
-     _of_rivals(lambda row: f"{row['mode']} {row['vocabulary']} x {row['hidden']}", "fastsdpo")),
-    ("linear_avx512", "rival's time over ours, loss and gradients",
-     _of_rivals(lambda row: f"{row['mode']} {row['vocabulary']} x {row['hidden']}", "fastsdpo")),
-    ("linear_intel", "rival's time over ours, loss and gradients",
-     _of_rivals(_linear_case, "fastsdpo")),
-    ("models_cpu", "rival's time over ours, loss and gradients",
-     _of_rivals(lambda row: f"{row['question']} {row['mode']} {row['model']}", "fastsdpo")),
+    (
+        "logits_cpu_float32",
+        "rival's time over ours, loss and gradient",
+        _of_rivals(lambda row: row["mode"], "native fused", ("native",)),
+    ),
+    (
+        "logits_cpu_float32_pages_kept",
+        "rival's time over ours, loss and gradient",
+        _of_rivals(lambda row: row["mode"], "native fused", ("native",)),
+    ),
+    (
+        "logits_cpu_bfloat16",
+        "rival's time over ours, loss and gradient",
+        _of_rivals(lambda row: row["mode"], "native fused", ("native",)),
+    ),
+    (
+        "logits_avx512",
+        "rival's time over ours, loss and gradient",
+        _of_rivals(
+            lambda row: f"{row['mode']} {row['dtype']} {row['tokens']} x {row['vocabulary']}",
+            "native fused",
+            ("native",),
+        ),
+    ),
+    (
+        "logits_intel",
+        "rival's time over ours, loss and gradient",
+        _of_rivals(
+            lambda row: f"{row['mode']} {row['dtype']} {row['tokens']} x {row['vocabulary']}",
+            "native fused",
+            ("native",),
+        ),
+    ),
+    (
+        "logits_intel_pages_kept",
+        "rival's time over ours, loss and gradient",
+        _of_rivals(lambda row: row["mode"], "native fused", ("native",)),
+    ),
+    (
+        "linear_cpu",
+        "rival's time over ours, loss and gradients",
+        _of_rivals(lambda row: f"{row['mode']} {row['vocabulary']} x {row['hidden']}", "fastsdpo"),
+    ),
+    (
+        "linear_avx512",
+        "rival's time over ours, loss and gradients",
+        _of_rivals(lambda row: f"{row['mode']} {row['vocabulary']} x {row['hidden']}", "fastsdpo"),
+    ),
+    ("linear_intel", "rival's time over ours, loss and gradients", _of_rivals(_linear_case, "fastsdpo")),
+    (
+        "models_cpu",
+        "rival's time over ours, loss and gradients",
+        _of_rivals(lambda row: f"{row['question']} {row['mode']} {row['model']}", "fastsdpo"),
+    ),
     ("memory_cpu", "", None),
     ("sharing_cpu", "time of the padded two-pass step over that of the variant", _of_runs),
-    ("trl_cpu", "TRL's time over that with the patch",
-     _of_rows(lambda who: who != "TRL", lambda row: (row["case"], row["shape"]))),
-    ("integrations_cpu", "plain PyTorch's time over ours",
-     _of_rows(lambda who: who.startswith("ours"), _integration_base)),
+    (
+        "trl_cpu",
+        "TRL's time over that with the patch",
+        _of_rows(lambda who: who != "TRL", lambda row: (row["case"], row["shape"])),
+    ),
+    (
+        "integrations_cpu",
+        "plain PyTorch's time over ours",
+        _of_rows(lambda who: who.startswith("ours"), _integration_base),
+    ),
     ("data_cpu", "rival's time over ours (below 1: ours takes longer)", _of_stages),
     ("processes_cpu", "", None),
     ("personalization_cpu", "", None),
@@ -146,7 +184,7 @@ THEMES: list[tuple[str, str, Bars | None]] = [
     ("ptx", "", None),
     ("compile_matrix", "", None),
     ("costmodel_predictions", "", None),
-]  # fmt: skip
+]
 
 
 def newest(prefix: str) -> Path | None:
@@ -218,8 +256,7 @@ def main() -> int:
     for prefix, title, bars in THEMES:
         path = newest(prefix)
         if path is not None and bars is not None:
-            draw(bars(json.loads(path.with_suffix(".json").read_text())), title,
-                 PLOTS / f"{prefix}.png")  # fmt: skip
+            draw(bars(json.loads(path.with_suffix(".json").read_text())), title, PLOTS / f"{prefix}.png")
     PAGE.write_text(text, "utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)} and {PLOTS.relative_to(ROOT)}")
     return 0

@@ -49,85 +49,106 @@ STEP = "--results {folder}/{name}.json"
 LOGITS_RIVALS = "--rivals native#fused native TRL Liger"  # '#': a space inside a word
 THEMES = [
     Theme(
-        "logits_cpu_float32", "losses from logits",
+        "logits_cpu_float32",
+        "losses from logits",
         [f"benchmarks.bench_logits {OLD} {LOGITS_RIVALS} torch.compile"],
-        [f"benchmarks.bench_logits {OLD} --tokens 32 --vocabulary 8192 --rounds 2 --seconds 0 "
-         f"--modes reverse_kl {LOGITS_RIVALS}"],
+        [
+            f"benchmarks.bench_logits {OLD} --tokens 32 --vocabulary 8192 --rounds 2 --seconds 0 "
+            f"--modes reverse_kl {LOGITS_RIVALS}"
+        ],
     ),
     Theme(
-        "logits_cpu_bfloat16", "the same in bfloat16",
-        [f"benchmarks.bench_logits {OLD} --dtype bfloat16 --modes reverse_kl {LOGITS_RIVALS} "
-         "torch.compile"],
+        "logits_cpu_bfloat16",
+        "the same in bfloat16",
+        [f"benchmarks.bench_logits {OLD} --dtype bfloat16 --modes reverse_kl {LOGITS_RIVALS} torch.compile"],
     ),
     Theme(
-        "linear_cpu", "losses from hidden states",
+        "linear_cpu",
+        "losses from hidden states",
         [f"benchmarks.bench_linear {OLD} --modes sampled reverse_kl --rounds 2"],
-        [f"benchmarks.bench_linear {OLD} --tokens 64 --vocabulary 8192 --hidden 128 --rounds 2 "
-         "--modes reverse_kl --rivals fastsdpo bare#GEMMs TRL Liger eager"],
+        [
+            f"benchmarks.bench_linear {OLD} --tokens 64 --vocabulary 8192 --hidden 128 --rounds 2 "
+            "--modes reverse_kl --rivals fastsdpo bare#GEMMs TRL Liger eager"
+        ],
     ),
     Theme(
-        "memory_cpu", "memory against tokens, vocabulary and width",
+        "memory_cpu",
+        "memory against tokens, vocabulary and width",
         [f"benchmarks.bench_memory {NEW} --points 3"],
         [f"benchmarks.bench_memory {NEW} --points 1"],
     ),
     Theme(
-        "models_cpu", "shapes of real models, with softcap",
-        [f"benchmarks.bench_models {NEW} --rounds 2 --logits SmolLM2-135M Qwen3-8B Gemma-2-2B "
-         "--hidden-modes reverse_kl"],
-        [f"benchmarks.bench_models {NEW} --tokens 4 --rounds 1 --seconds 0 --logits Gemma-2-2B --hidden "
-         "--without torch.compile"],
+        "models_cpu",
+        "shapes of real models, with softcap",
+        [
+            f"benchmarks.bench_models {NEW} --rounds 2 --logits SmolLM2-135M Qwen3-8B Gemma-2-2B "
+            "--hidden-modes reverse_kl"
+        ],
+        [
+            f"benchmarks.bench_models {NEW} --tokens 4 --rounds 1 --seconds 0 --logits Gemma-2-2B --hidden "
+            "--without torch.compile"
+        ],
     ),
     Theme(
-        "sharing_cpu", "a whole optimizer step, and what each part of ours gives",
-        ["benchmarks.bench_sharing check",
-         f"benchmarks.bench_sharing time {STEP} --conversation 15 --variants "
-         "official,trl-sdpo,response-logits,fused-loss,interaction,conversation",
-         f"benchmarks.bench_sharing memory {STEP} --conversation 15 "
-         "--variants official,conversation",
-         f"benchmarks.bench_sharing report {STEP}"],
-        [f"benchmarks.bench_sharing time {STEP} --conversation shortest --max-prompt-length 64 "
-         "--variants official,conversation",
-         f"benchmarks.bench_sharing report {STEP}"],
+        "sharing_cpu",
+        "a whole optimizer step, and what each part of ours gives",
+        [
+            "benchmarks.bench_sharing check",
+            f"benchmarks.bench_sharing time {STEP} --conversation 15 --variants "
+            "official,trl-sdpo,response-logits,fused-loss,interaction,conversation",
+            f"benchmarks.bench_sharing memory {STEP} --conversation 15 --variants official,conversation",
+            f"benchmarks.bench_sharing report {STEP}",
+        ],
+        [
+            f"benchmarks.bench_sharing time {STEP} --conversation shortest --max-prompt-length 64 "
+            "--variants official,conversation",
+            f"benchmarks.bench_sharing report {STEP}",
+        ],
     ),
     Theme(
-        "trl_cpu", "a micro-batch of TRL's trainer, patched and not",
+        "trl_cpu",
+        "a micro-batch of TRL's trainer, patched and not",
         [f"benchmarks.bench_trl {NEW} --cases sampled full-reverse --rounds 2"],
-        [f"benchmarks.bench_trl {NEW} --cases sampled --vocabulary 2048 --hidden 72 --completion 16 "
-         "--rounds 1"],
+        [f"benchmarks.bench_trl {NEW} --cases sampled --vocabulary 2048 --hidden 72 --completion 16 --rounds 1"],
     ),
     Theme(
-        "data_cpu", "data preparation",
+        "data_cpu",
+        "data preparation",
         [f"benchmarks.bench_data {NEW}"],
         [f"benchmarks.bench_data {NEW} --conversations 40 --tokenized 20 --rounds 1 --seconds 0"],
     ),
     Theme(
-        "processes_cpu", "scaling with processes",
+        "processes_cpu",
+        "scaling with processes",
         [f"benchmarks.bench_processes {NEW} --rounds 1"],
-        [f"benchmarks.bench_processes {NEW} --batch 4 --steps 1 --vocabulary 512 --hidden 64 "
-         "--layers 1 --shrink 16 --rounds 1 --processes-only"],
+        [
+            f"benchmarks.bench_processes {NEW} --batch 4 --steps 1 --vocabulary 512 --hidden 64 "
+            "--layers 1 --shrink 16 --rounds 1 --processes-only"
+        ],
     ),
     Theme(
-        "costmodel_predictions", "predictions for GPUs (no measurement)",
+        "costmodel_predictions",
+        "predictions for GPUs (no measurement)",
         [f"benchmarks.costmodel {OLD}"],
         [f"benchmarks.costmodel {OLD}"],
     ),
     Theme(
-        "losses", "the same losses as pytest-benchmark entries",
-        ["pytest -q --import-mode=importlib benchmarks/test_losses.py "
-         "-k reverse_kl#and#not#compile "
-         "--benchmark-json {folder}/{name}.json"],
+        "losses",
+        "the same losses as pytest-benchmark entries",
+        [
+            "pytest -q --import-mode=importlib benchmarks/test_losses.py "
+            "-k reverse_kl#and#not#compile "
+            "--benchmark-json {folder}/{name}.json"
+        ],
         record=False,
     ),
-]  # fmt: skip
+]
 
 
 def words(command: str, name: str, folder: Path) -> list[str]:
     # Relative where it can be: the command is written into the results.
     place = str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
-    return [
-        word.replace("#", " ").replace("{name}", name).replace("{folder}", place)
-        for word in command.split()
-    ]
+    return [word.replace("#", " ").replace("{name}", name).replace("{folder}", place) for word in command.split()]
 
 
 def run_theme(theme: Theme, commands: list[str], name: str, folder: Path) -> tuple[bool, float]:
@@ -139,9 +160,14 @@ def run_theme(theme: Theme, commands: list[str], name: str, folder: Path) -> tup
             arguments = words(command, name, folder)
             print(f"\n# {theme.question}: python -m {' '.join(arguments)}", flush=True)
             with subprocess.Popen(
-                [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace",
-            ) as child:  # fmt: skip
+                [sys.executable, "-m", *arguments],
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                errors="replace",
+            ) as child:
                 for line in child.stdout or ():
                     if "\r" not in line and "it/s]" not in line:  # progress bars
                         print(line, end="", flush=True)
@@ -161,11 +187,12 @@ def go_on_from_newest(theme: str, path: Path) -> None:
 def page(done: list[tuple[Theme, str, bool, float]], folder: Path, quick: bool) -> str:
     lines, comparisons = [], []
     for theme, name, good, seconds in done:
-        found = [f"[{suffix}]({name}{suffix})" for suffix in (".md", ".json", ".png", ".log")
-                 if (folder / f"{name}{suffix}").exists()]  # fmt: skip
-        lines.append(
-            [theme.question, " ".join(found), f"{seconds:.0f}", "done" if good else "**failed**"]
-        )
+        found = [
+            f"[{suffix}]({name}{suffix})"
+            for suffix in (".md", ".json", ".png", ".log")
+            if (folder / f"{name}{suffix}").exists()
+        ]
+        lines.append([theme.question, " ".join(found), f"{seconds:.0f}", "done" if good else "**failed**"])
         new = folder / f"{name}.json"
         if good and theme.record and new.exists():
             comparisons.append(compare.report(new, compare.recorded_file(new))[0])
@@ -187,12 +214,17 @@ def page(done: list[tuple[Theme, str, bool, float]], folder: Path, quick: bool) 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, under three minutes")
-    parser.add_argument("--only", nargs="+", default=[], metavar="THEME",
-                        help="themes whose name begins so: " + ", ".join(t.name for t in THEMES))  # fmt: skip
-    parser.add_argument("--output", type=Path, metavar="FOLDER",
-                        help="default: bench_output, with --quick bench_output/quick")  # fmt: skip
-    parser.add_argument("--record", action="store_true",
-                        help="as dated files in benchmarks/results")  # fmt: skip
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="THEME",
+        help="themes whose name begins so: " + ", ".join(t.name for t in THEMES),
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="default: bench_output, with --quick bench_output/quick"
+    )
+    parser.add_argument("--record", action="store_true", help="as dated files in benchmarks/results")
     args = parser.parse_args(argv)
     if args.quick and args.record:
         parser.error("--record needs the full sizes")

@@ -44,9 +44,15 @@ from benchmarks import _harness
 ROOT = Path(__file__).parent.parent
 # Parts, best first, and the seconds that each may take; the total has less than their sum.
 LIMITS = {
-    "kernels": 110, "bandwidth": 60, "linear": 40, "attention": 100, "step": 90, "host": 25,
-    "tests": 90, "peers": 60,
-}  # fmt: skip
+    "kernels": 110,
+    "bandwidth": 60,
+    "linear": 40,
+    "attention": 100,
+    "step": 90,
+    "host": 25,
+    "tests": 90,
+    "peers": 60,
+}
 LEAST_SECONDS = 5.0  # a part with less time left is not started
 LAST_LINES = 12  # of a failed part's output
 
@@ -69,9 +75,14 @@ def run_part(
             environment["TRITON_INTERPRET"] = "1"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
     try:
         while process.poll() is None and time.monotonic() - begun < seconds:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -117,10 +128,7 @@ def markdown(results: dict[str, Any]) -> str:
     title = "Rehearsal on a CPU: no GPU was measured" if results["rehearsal"] else "On a GPU"
     lines = [f"# {title}: {results['device']}", ""]
     lines += [f"- {key}: {value}" for key, value in results["environment"].items()]
-    summary = [
-        [name, part["state"], str(part.get("seconds", ""))]
-        for name, part in results["parts"].items()
-    ]
+    summary = [[name, part["state"], str(part.get("seconds", ""))] for name, part in results["parts"].items()]
     lines += ["", _harness.table(["part", "state", "seconds"], summary)]
     for name, part in results["parts"].items():
         lines += [f"## {name}: {part['state']}", ""]
@@ -162,8 +170,13 @@ def environment(rehearsal: bool) -> dict[str, Any]:
             driver = "unknown: there is no nvidia-smi"
     device = bench.environment("cpu" if rehearsal else "cuda")["device"]
     versions = ", ".join(f"{name} {version}" for name, version in doctor.versions().items())
-    return {"driver": driver, "platform": platform.platform(), **_harness.environment(),
-            "device": device, "versions": versions}  # fmt: skip
+    return {
+        "driver": driver,
+        "platform": platform.platform(),
+        **_harness.environment(),
+        "device": device,
+        "versions": versions,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -173,8 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts (default: 8)")
     parser.add_argument("--only", nargs="+", choices=list(LIMITS), default=list(LIMITS))
     parser.add_argument("--rehearsal", action="store_true", help="small sizes on the CPU")
-    parser.add_argument("--output", type=Path, metavar="FOLDER",
-                        help="of the results (default: benchmarks/results)")  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="of the results (default: benchmarks/results)")
     options = parser.parse_args(argv)
     end = time.monotonic() + 60 * options.minutes
     if not options.rehearsal and not torch.cuda.is_available():
@@ -188,9 +200,12 @@ def main(argv: list[str] | None = None) -> int:
         output.mkdir(parents=True, exist_ok=True)  # before any work is done
         device = "CPU" if options.rehearsal else torch.cuda.get_device_name()
         results: dict[str, Any] = {
-            "rehearsal": options.rehearsal, "device": device, "minutes": options.minutes,
-            "environment": environment(options.rehearsal), "parts": {},
-        }  # fmt: skip
+            "rehearsal": options.rehearsal,
+            "device": device,
+            "minutes": options.minutes,
+            "environment": environment(options.rehearsal),
+            "parts": {},
+        }
         name = "rehearsal" if options.rehearsal else re.sub(r"[^a-z0-9]+", "-", device.lower())
         path = output / f"gpu_{name.strip('-')}_{datetime.date.today()}.json"
         parts = results["parts"]
@@ -208,8 +223,11 @@ def main(argv: list[str] | None = None) -> int:
                 rows = folder / f"{name}.jsonl"
                 parts[name] = run_part(name, rows, seconds, changed, options.rehearsal)
             write(path, results)
-            print(f"{name}: {parts[name]['state']}, {len(parts[name].get('rows', []))} rows, "
-                  f"{parts[name].get('seconds', 0)} s", flush=True)  # fmt: skip
+            print(
+                f"{name}: {parts[name]['state']}, {len(parts[name].get('rows', []))} rows, "
+                f"{parts[name].get('seconds', 0)} s",
+                flush=True,
+            )
         if output == rehearsed:
             print(path.with_suffix(".md").read_text("utf-8"))
         else:

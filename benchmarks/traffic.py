@@ -50,10 +50,26 @@ BUDGETS = {
     "top-k": (8.5, 3),
 }
 VIEWS = {
-    "view", "_unsafe_view", "expand", "transpose", "t", "permute", "slice", "select", "unsqueeze",
-    "squeeze", "detach", "alias", "as_strided", "empty", "empty_like", "empty_strided", "new_empty",
-    "unbind", "split",
-}  # fmt: skip
+    "view",
+    "_unsafe_view",
+    "expand",
+    "transpose",
+    "t",
+    "permute",
+    "slice",
+    "select",
+    "unsqueeze",
+    "squeeze",
+    "detach",
+    "alias",
+    "as_strided",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "unbind",
+    "split",
+}
 WRITES_ONLY = {
     "zeros",
     "zeros_like",
@@ -112,8 +128,7 @@ class Meter(TorchDispatchMode):
     def kernels(self) -> Iterator[None]:
         builder = interpreter.interpreter_builder
         plain = {
-            name: getattr(builder, name)
-            for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw")
+            name: getattr(builder, name) for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw")
         }
         launch = interpreter.GridExecutor.__call__
 
@@ -177,9 +192,13 @@ def ours(mode: str, rows: Any) -> Callable[[], Any]:
             fastsdpo.token_log_ratio(rows.student, rows.teacher, rows.target_ids, backend="triton")
             return
         fastsdpo.sdpo_loss(
-            rows.student.requires_grad_(), rows.teacher, rows.target_ids, backend="triton",
-            weights=rows.weights, **OPTIONS[mode],
-        ).loss.backward()  # fmt: skip
+            rows.student.requires_grad_(),
+            rows.teacher,
+            rows.target_ids,
+            backend="triton",
+            weights=rows.weights,
+            **OPTIONS[mode],
+        ).loss.backward()
 
     return step
 
@@ -220,9 +239,7 @@ def rivals(rows: Any) -> dict[tuple[str, str], Callable[[], Any]]:
     for mode, alpha in (("forward KL", 0.0), ("reverse KL", 1.0), ("JSD", 0.5)):
 
         def eager(alpha: float = alpha) -> None:
-            loss = loss_utils.compute_full_logit_self_distillation_loss(
-                leaf(), rows.teacher, distillation_alpha=alpha
-            )
+            loss = loss_utils.compute_full_logit_self_distillation_loss(leaf(), rows.teacher, distillation_alpha=alpha)
             (loss * rows.weights).sum().backward()
 
         def liger(alpha: float = alpha) -> None:
@@ -250,9 +267,7 @@ def run(vocabulary: int, others: bool) -> list[dict[str, Any]]:
         for (mode, name), step in rivals(draw()).items():
             try:
                 cell = measure(step, elements)
-            except (
-                Exception
-            ) as error:  # a rival that the interpreter cannot run is said, not skipped
+            except Exception as error:  # a rival that the interpreter cannot run is said, not skipped
                 cell = {"error": f"{type(error).__name__}: {str(error)[:80]}"}
             found.append({"V": vocabulary, "loss": mode, "by": name, **cell})
     return found
@@ -280,9 +295,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--ours", action="store_true", help="without the rivals")
-    parser.add_argument(
-        "--linear", action="store_true", help="losses from hidden states, ours only"
-    )
+    parser.add_argument("--linear", action="store_true", help="losses from hidden states, ours only")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
     args = parser.parse_args()
@@ -291,8 +304,10 @@ def main() -> int:
     torch.manual_seed(0)
     if args.linear:
         size = args.vocabulary or VOCABULARIES[-1]
-        cells = [{"V": size, "loss": mode, "by": "fastsdpo, from hidden states",
-                  **measure(linear(mode, size), ROWS * size)} for mode in OPTIONS]  # fmt: skip
+        cells = [
+            {"V": size, "loss": mode, "by": "fastsdpo, from hidden states", **measure(linear(mode, size), ROWS * size)}
+            for mode in OPTIONS
+        ]
         print(json.dumps(cells) if args.json else table(cells))
         return 0
     sizes = VOCABULARIES if args.vocabulary is None else (args.vocabulary,)

@@ -69,14 +69,20 @@ def main(arguments: list[str] | None = None) -> list[float]:
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=args.output, max_steps=args.steps, learning_rate=args.lr,
-            per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
-            save_strategy="no", report_to="none", remove_unused_columns=False,
+            output_dir=args.output,
+            max_steps=args.steps,
+            learning_rate=args.lr,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
         ),
         train_dataset=[score(model, tokenizer, *talk) for talk in TALKS],
         data_collator=collate,
         compute_loss_func=sdpo_loss_func(mode="sampled_token"),
-    )  # fmt: skip
+    )
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

@@ -49,10 +49,17 @@ def main(arguments: list[str] | None = None) -> list[float]:
         tokens = torch.bincount(states.sequence_ids, minlength=len(batch))
         weights = 1.0 / tokens[states.sequence_ids] / len(batch)
         return fastsdpo.linear_sdpo_loss(
-            states.student_hidden, states.teacher_hidden, head.weight, states.target_ids,
-            bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale,
-            mode="full", alpha=1.0, weights=weights,
-        )  # fmt: skip
+            states.student_hidden,
+            states.teacher_hidden,
+            head.weight,
+            states.target_ids,
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            mode="full",
+            alpha=1.0,
+            weights=weights,
+        )
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     losses = []

@@ -37,15 +37,23 @@ def main(arguments: list[str] | None = None) -> list[float]:
             model=args.model,
             reward_funcs=briefness,
             args=SDPOConfig(
-                output_dir=args.output, max_steps=args.steps, max_completion_length=args.tokens,
-                per_device_train_batch_size=4, num_generations=4, logging_steps=1,
-                distillation_mode="topk_logits", distillation_topk=20, distillation_alpha=0.5,
-                distillation_add_tail=True, success_reward_threshold=1.0, save_strategy="no",
+                output_dir=args.output,
+                max_steps=args.steps,
+                max_completion_length=args.tokens,
+                per_device_train_batch_size=4,
+                num_generations=4,
+                logging_steps=1,
+                distillation_mode="topk_logits",
+                distillation_topk=20,
+                distillation_alpha=0.5,
+                distillation_add_tail=True,
+                success_reward_threshold=1.0,
+                save_strategy="no",
                 report_to="none",
                 bf16=torch.cuda.is_available(),
             ),
             train_dataset=data,
-        )  # fmt: skip
+        )
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

@@ -62,10 +62,17 @@ def main(arguments: list[str] | None = None) -> float:
     def body(hidden):
         head = head_parameters(model)
         return fastsdpo.linear_sdpo_loss(
-            hidden[:, -len(response) - 1 : -1], None, head.weight, teacher.target_ids,
-            bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale,
-            mode="topk", alpha=0.0, teacher_topk=teacher.teacher_topk,
-        )  # fmt: skip
+            hidden[:, -len(response) - 1 : -1],
+            None,
+            head.weight,
+            teacher.target_ids,
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            mode="topk",
+            alpha=0.0,
+            teacher_topk=teacher.teacher_topk,
+        )
 
     ids = torch.tensor([context(PROMPT) + response], device=model.device)
     out = run_inside(model, body, {"input_ids": ids, "use_cache": False})

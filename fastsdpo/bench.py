@@ -133,9 +133,7 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> int | None:
     return max(0, _status("VmHWM") - before)
 
 
-def interleave(
-    rivals: list[Rival], rounds: int, device: str = "cpu", least_seconds: float = 0.0
-) -> dict[str, Timing]:
+def interleave(rivals: list[Rival], rounds: int, device: str = "cpu", least_seconds: float = 0.0) -> dict[str, Timing]:
     """Median and spread of the runs of each rival, between two that measure its memory.
 
     At least ``rounds`` rounds, and as many more as ``least_seconds`` has not passed for: the median of
@@ -191,9 +189,7 @@ def copy_bandwidth(megabytes: int | None = None, device: str = "cpu") -> float:
     return 2 * source.numel() * 4 / timing.median
 
 
-def gemm_flops(
-    size: int | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> float:
+def gemm_flops(size: int | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
     """FLOP/s of a square matrix product, of 2048, on a GPU of 8192 (random: zeros take less power)."""
     size = size or (2048 if torch.device(device).type == "cpu" else 8192)
     a, b, c = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
@@ -222,8 +218,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     """Device, versions and command of this run."""
     from fastsdpo._native import native_available
 
-    packages = ("fastsdpo", "torch", "triton", "liger-kernel", "trl", "cut-cross-entropy",
-                "transformers")  # fmt: skip
+    packages = ("fastsdpo", "torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "transformers")
     name = f"{_cpu_name()}, {torch.get_num_threads()} threads of {os.cpu_count()} CPUs"
     if torch.device(device).type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}; {name}"
@@ -275,9 +270,7 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def trl_loss(
-    mode: str, student: Tensor, teacher: Tensor, target_ids: Tensor, softcap: float | None = None
-) -> Tensor:
+def trl_loss(mode: str, student: Tensor, teacher: Tensor, target_ids: Tensor, softcap: float | None = None) -> Tensor:
     from trl.experimental.sdpo import loss_utils
 
     student, teacher = capped(student, softcap), capped(teacher, softcap)
@@ -326,9 +319,13 @@ class LogitsCase:
     """Student and teacher logits ``[T, V]``; the student's are restored before each run."""
 
     def __init__(
-        self, tokens: int, vocabulary: int, dtype: torch.dtype, device: str,
+        self,
+        tokens: int,
+        vocabulary: int,
+        dtype: torch.dtype,
+        device: str,
         softcap: float | None = None,
-    ):  # fmt: skip
+    ):
         self.sizes = (vocabulary, dtype, device, softcap)
         self.softcap = softcap
         g = torch.Generator(device).manual_seed(0)
@@ -388,9 +385,14 @@ class HiddenCase:
     """Hidden states ``[T, D]`` of both and one head ``[V, D]``; gradients of student and head."""
 
     def __init__(
-        self, tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype, device: str,
+        self,
+        tokens: int,
+        vocabulary: int,
+        hidden: int,
+        dtype: torch.dtype,
+        device: str,
         softcap: float | None = None,
-    ):  # fmt: skip
+    ):
         self.sizes = (vocabulary, min(hidden, CHECKED_HIDDEN), dtype, device, softcap)
         self.softcap = softcap
         g = torch.Generator(device).manual_seed(0)
@@ -433,9 +435,7 @@ class HiddenCase:
 
         def run() -> tuple[Tensor, tuple[Tensor, ...]]:
             student, weight = self._leaves()
-            out = linear_sdpo_loss(
-                student, self.teacher, weight, self.target_ids, **_options(mode, self.softcap)
-            )
+            out = linear_sdpo_loss(student, self.teacher, weight, self.target_ids, **_options(mode, self.softcap))
             return out.loss.detach(), torch.autograd.grad(out.loss, (student, weight))
 
         return run
@@ -520,9 +520,19 @@ class HiddenCase:
         def run() -> tuple[Tensor, tuple[Tensor, ...]]:
             student, weight = self._leaves()
             per_token, _ = ChunkedDivergenceFunction.apply(
-                student, weight, None, self.teacher, self.weight, None, MODES[mode],
-                1.0, 1.0, cap, 1.0, cap,
-            )  # fmt: skip
+                student,
+                weight,
+                None,
+                self.teacher,
+                self.weight,
+                None,
+                MODES[mode],
+                1.0,
+                1.0,
+                cap,
+                1.0,
+                cap,
+            )
             loss = per_token.mean()
             return loss.detach(), torch.autograd.grad(loss, (student, weight))
 
@@ -571,9 +581,14 @@ def check(case: Any, mode: str, calls: dict[str, Call]) -> dict[str, str]:
 
 
 def measure(
-    case: Any, question: str, mode: str, rounds: int, device: str, without: Sequence[str] = (),
-    least_seconds: float = 0.0
-) -> dict[str, Any]:  # fmt: skip
+    case: Any,
+    question: str,
+    mode: str,
+    rounds: int,
+    device: str,
+    without: Sequence[str] = (),
+    least_seconds: float = 0.0,
+) -> dict[str, Any]:
     """One row of the results: every rival's timing on one case."""
     torch._dynamo.reset()
     calls = case.calls(mode, torch.compile(plain_loss, dynamic=False))
@@ -600,12 +615,17 @@ def measure(
     rivals = [Rival(name, call, case.restore) for name, call in calls.items()]
     timings = interleave(rivals, rounds, device, least_seconds)
     return {
-        "question": question, "shape": case.label, "mode": mode,
-        "dtype": str(case.teacher.dtype).removeprefix("torch."), "rounds": rounds,
-        "softcap": case.softcap, "tensor_bytes": case.unit, "gemm": case.gemm,
+        "question": question,
+        "shape": case.label,
+        "mode": mode,
+        "dtype": str(case.teacher.dtype).removeprefix("torch."),
+        "rounds": rounds,
+        "softcap": case.softcap,
+        "tensor_bytes": case.unit,
+        "gemm": case.gemm,
         "rivals": {name: asdict(timing) for name, timing in timings.items()},
         "left_out": left_out,
-    }  # fmt: skip
+    }
 
 
 def share_of_ceiling(row: dict[str, Any], seconds: float, ceilings: dict[str, float]) -> float:
@@ -625,31 +645,49 @@ def markdown(results: dict[str, Any]) -> str:
         ours = row["rivals"]["fastsdpo"]["median"]
         for name, timing in row["rivals"].items():
             peak = timing["peak_bytes"]
-            lines.append([
-                row["question"], row["shape"] + (f", softcap {row['softcap']:g}" if row["softcap"] else ""),
-                row["dtype"], row["mode"], name,
-                f"{timing['median'] * 1e3:.2f}",
-                f"{timing['fastest'] * 1e3:.2f} to {timing['slowest'] * 1e3:.2f}",
-                f"{timing['median'] / ours:.2f}",
-                "" if peak is None else f"{peak / row['tensor_bytes']:.2f}",
-                f"{share_of_ceiling(row, timing['median'], ceilings):.2f}",
-            ])  # fmt: skip
+            lines.append(
+                [
+                    row["question"],
+                    row["shape"] + (f", softcap {row['softcap']:g}" if row["softcap"] else ""),
+                    row["dtype"],
+                    row["mode"],
+                    name,
+                    f"{timing['median'] * 1e3:.2f}",
+                    f"{timing['fastest'] * 1e3:.2f} to {timing['slowest'] * 1e3:.2f}",
+                    f"{timing['median'] / ours:.2f}",
+                    "" if peak is None else f"{peak / row['tensor_bytes']:.2f}",
+                    f"{share_of_ceiling(row, timing['median'], ceilings):.2f}",
+                ]
+            )
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    header = ["from", "shape", "dtype", "loss", "who", "ms", "spread", "times fastsdpo",
-              "peak memory / (T, V) tensor", "share of the ceiling"]  # fmt: skip
-    out = ["# fastsdpo bench", "", f"{about['device']}; {about['native']}; Python {about['python']}; "
-           f"{versions}; {about['date']}.", "",
-           f"Command: `{about['command']}`. Copy {ceilings['copy'] / 1e9:.1f} GB/s, square matrix product "
-           f"{ceilings['gemm'] / 1e9:.0f} GFLOP/s. Loss and gradient; medians of the rounds of one "
-           "interleaved run. The ceiling of a loss from logits is the time in which the copy would move "
-           "the three tensors that cannot be avoided, from hidden states that of four matrix products. "
-           "On a CPU, memory that the allocator kept from an earlier call is not seen.",
-           "", table(header, lines)]  # fmt: skip
+    header = [
+        "from",
+        "shape",
+        "dtype",
+        "loss",
+        "who",
+        "ms",
+        "spread",
+        "times fastsdpo",
+        "peak memory / (T, V) tensor",
+        "share of the ceiling",
+    ]
+    out = [
+        "# fastsdpo bench",
+        "",
+        f"{about['device']}; {about['native']}; Python {about['python']}; {versions}; {about['date']}.",
+        "",
+        f"Command: `{about['command']}`. Copy {ceilings['copy'] / 1e9:.1f} GB/s, square matrix product "
+        f"{ceilings['gemm'] / 1e9:.0f} GFLOP/s. Loss and gradient; medians of the rounds of one "
+        "interleaved run. The ceiling of a loss from logits is the time in which the copy would move "
+        "the three tensors that cannot be avoided, from hidden states that of four matrix products. "
+        "On a CPU, memory that the allocator kept from an earlier call is not seen.",
+        "",
+        table(header, lines),
+    ]
     for row in results["rows"]:
         for name, reason in row["left_out"].items():
-            out.append(
-                f"- {row['question']} {row['shape']} {row['mode']}: {name} left out: {reason}"
-            )
+            out.append(f"- {row['question']} {row['shape']} {row['mode']}: {name} left out: {reason}")
     return "\n".join(out).rstrip() + "\n"
 
 
@@ -662,9 +700,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
     rows = results["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row["rivals"]))
-    figure, (time, memory) = pyplot.subplots(
-        2, figsize=(1.4 * len(rows) + 3, 7), sharex=True, layout="constrained"
-    )
+    figure, (time, memory) = pyplot.subplots(2, figsize=(1.4 * len(rows) + 3, 7), sharex=True, layout="constrained")
     width = 0.8 / len(names)
     for number, name in enumerate(names):
         places, times, peaks = [], [], []
@@ -680,9 +716,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     time.set_ylabel("time / fastsdpo's")
     time.legend(fontsize=8)
     memory.set_ylabel("peak memory / (T, V) tensor")
-    memory.set_xticks(
-        range(len(rows)), [f"{r['question']}\n{r['mode']}\n{r['shape']}" for r in rows]
-    )
+    memory.set_xticks(range(len(rows)), [f"{r['question']}\n{r['mode']}\n{r['shape']}" for r in rows])
     memory.tick_params(axis="x", labelsize=7)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
@@ -694,24 +728,28 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="small shapes, three rounds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                        help="default: bfloat16 on a GPU, float32 on a CPU")  # fmt: skip
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
-    parser.add_argument("--questions", nargs="+", choices=["logits", "hidden"],
-                        default=["logits", "hidden"])  # fmt: skip
-    parser.add_argument("--model", choices=list(MODELS), metavar="NAME",
-                        help="vocabulary, width and softcap of " + ", ".join(MODELS))  # fmt: skip
     parser.add_argument(
-        "--softcap", type=float, help="of the logits; default: none, or the model's"
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU, float32 on a CPU"
     )
-    parser.add_argument("--without", nargs="+", default=[], metavar="RIVAL",
-                        help="leave out, as in --without torch.compile Liger")  # fmt: skip
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--questions", nargs="+", choices=["logits", "hidden"], default=["logits", "hidden"])
+    parser.add_argument(
+        "--model", choices=list(MODELS), metavar="NAME", help="vocabulary, width and softcap of " + ", ".join(MODELS)
+    )
+    parser.add_argument("--softcap", type=float, help="of the logits; default: none, or the model's")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="RIVAL", help="leave out, as in --without torch.compile Liger"
+    )
     parser.add_argument("--tokens", type=int, help="T; default: 512, or 8192 on a GPU")
     parser.add_argument("--vocabulary", type=int, help="V; default: 49152, or 151936 on a GPU")
     parser.add_argument("--hidden", type=int, help="D; default: 576, or 4096 on a GPU")
     parser.add_argument("--rounds", type=int, help="default: 5")
-    parser.add_argument("--output", type=Path, metavar="FOLDER",
-                        help="writes bench.json, bench.md and, with matplotlib, bench.png there")  # fmt: skip
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="writes bench.json, bench.md and, with matplotlib, bench.png there",
+    )
     args = parser.parse_args(argv)
     for name in ("tokens", "vocabulary", "hidden", "rounds"):
         value = getattr(args, name)
@@ -737,9 +775,7 @@ def main(argv: list[str] | None = None) -> int:
         defaults = (1024, 32000, 1024, 3) if gpu else (128, 16384, 256, 3)
     tokens, vocabulary, hidden, rounds = (
         given if given is not None else default
-        for given, default in zip(
-            (args.tokens, args.vocabulary, args.hidden, args.rounds), defaults
-        )
+        for given, default in zip((args.tokens, args.vocabulary, args.hidden, args.rounds), defaults)
     )
     dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -762,12 +798,11 @@ def main(argv: list[str] | None = None) -> int:
             results["rows"].append(row)
             ours = row["rivals"]["fastsdpo"]["median"]
             text = "  ".join(
-                f"{name} {timing['median'] / ours:.2f}x" for name, timing in row["rivals"].items()
+                f"{name} {timing['median'] / ours:.2f}x"
+                for name, timing in row["rivals"].items()
                 if name != "fastsdpo"
-            )  # fmt: skip
-            print(
-                f"{question} {case.label} {mode}: fastsdpo {ours * 1e3:.2f} ms; {text}", flush=True
             )
+            print(f"{question} {case.label} {mode}: fastsdpo {ours * 1e3:.2f} ms; {text}", flush=True)
             for name, reason in row["left_out"].items():
                 print(f"  {name} left out: {reason}", flush=True)
             if args.output is not None:  # after every row: what is measured is not lost

@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         if (error.name or "").split(".")[0] == "fastsdpo":
             raise
         print(
-            f"fastsdpo {argv[0]}: needs the package {error.name!r}; "
-            "install it with: pip install 'fastsdpo[train]'",
+            f"fastsdpo {argv[0]}: needs the package {error.name!r}; install it with: pip install 'fastsdpo[train]'",
             file=sys.stderr,
         )
         return 2

@@ -25,12 +25,44 @@ PROMPTS = (
     "Write a short thank-you note to a colleague.",
 )
 # Short conversations, so that a few minutes on two cores are enough steps to see the loss fall.
-PREPARE = ["--limit", "4000", "--max-user-chars", "500", "--max-assistant-chars", "900",
-           "--max-history-messages", "1", "--max-conversations", "120", "--eval-fraction", "0.12",
-           "--overwrite"]  # fmt: skip
-TRAIN = ["--template", "note", "--learning-rate", "1e-5", "--batch-size", "8", "--warmup", "2",
-         "--max-prompt-length", "96", "--max-completion-length", "48", "--logging-steps", "2",
-         "--max-followup-length", "48", "--seed", "1", "--set", "teacher_check=2", "--overwrite"]  # fmt: skip
+PREPARE = [
+    "--limit",
+    "4000",
+    "--max-user-chars",
+    "500",
+    "--max-assistant-chars",
+    "900",
+    "--max-history-messages",
+    "1",
+    "--max-conversations",
+    "120",
+    "--eval-fraction",
+    "0.12",
+    "--overwrite",
+]
+TRAIN = [
+    "--template",
+    "note",
+    "--learning-rate",
+    "1e-5",
+    "--batch-size",
+    "8",
+    "--warmup",
+    "2",
+    "--max-prompt-length",
+    "96",
+    "--max-completion-length",
+    "48",
+    "--logging-steps",
+    "2",
+    "--max-followup-length",
+    "48",
+    "--seed",
+    "1",
+    "--set",
+    "teacher_check=2",
+    "--overwrite",
+]
 
 
 def package_file(package: str, pattern: str) -> Path:
@@ -57,12 +89,13 @@ def answers(model: Any, tokenizer: Any) -> list[str]:
     model.eval()
     for prompt in PROMPTS:
         ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt",
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
             return_dict=True,
-        )  # fmt: skip
+        )
         with torch.no_grad():
-            out = model.generate(**ids, max_new_tokens=48, do_sample=False,
-                                 pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+            out = model.generate(**ids, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
         texts.append(" ".join(text.split()))
     return texts
@@ -100,17 +133,34 @@ def main(argv: list[str] | None = None) -> int:
     before = answers(model, tokenizer)
     del model
 
-    command("train", train.main, [str(data), "--model", str(base), "-o", str(run),
-                                  "--max-steps", str(options.steps), *TRAIN])  # fmt: skip
+    command(
+        "train",
+        train.main,
+        [str(data), "--model", str(base), "-o", str(run), "--max-steps", str(options.steps), *TRAIN],
+    )
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
 
     trained = AutoModelForCausalLM.from_pretrained(run / "model")
     after = answers(trained, AutoTokenizer.from_pretrained(run / "model"))
     del trained
     page = folder / "signal.html"
-    command("signal", signal.main, [str(held_out), "--index", "0", "--model", str(run / "model"),
-                                    "--template", "note", "--html", str(page),
-                                    "--png", str(folder / "signal.png")])  # fmt: skip
+    command(
+        "signal",
+        signal.main,
+        [
+            str(held_out),
+            "--index",
+            "0",
+            "--model",
+            str(run / "model"),
+            "--template",
+            "note",
+            "--html",
+            str(page),
+            "--png",
+            str(folder / "signal.png"),
+        ],
+    )
 
     losses = report["before"]["eval_loss"], report["after"]["eval_loss"]
     print("\nthe same prompts, before and after (the model saved and loaded again):")

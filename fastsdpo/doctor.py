@@ -49,9 +49,13 @@ LOSSES: dict[str, dict[str, Any]] = {
     "top-k, tail": {"mode": "topk", "alpha": 1.0, "topk": 20},
     "top-k, renormalized": {"mode": "topk", "alpha": 0.5, "topk": 20, "add_tail": False},
     "softcap, temperature, clipped ratio": {
-        "mode": "full", "alpha": 1.0, "softcap": 30.0, "temperature": 0.7, "is_clip": 1.5,
+        "mode": "full",
+        "alpha": 1.0,
+        "softcap": 30.0,
+        "temperature": 0.7,
+        "is_clip": 1.5,
     },
-}  # fmt: skip
+}
 OPERATIONS = (
     "token_logps",
     "token_log_ratio",
@@ -85,10 +89,15 @@ def devices() -> list[dict[str, Any]]:
     ]
     for index in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(index)
-        found.append({
-            "device": f"cuda:{index}", "name": p.name, "memory_gib": round(p.total_memory / 2**30, 1),
-            "processors": p.multi_processor_count, "capability": f"{p.major}.{p.minor}",
-        })  # fmt: skip
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": p.name,
+                "memory_gib": round(p.total_memory / 2**30, 1),
+                "processors": p.multi_processor_count,
+                "capability": f"{p.major}.{p.minor}",
+            }
+        )
     return found
 
 
@@ -98,9 +107,7 @@ def choices(device: str) -> dict[str, str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `why` says what is missing
         return {
-            kind: resolve_backend(
-                "doctor", "auto", torch.empty(0, dtype=getattr(torch, kind), device=device)
-            )
+            kind: resolve_backend("doctor", "auto", torch.empty(0, dtype=getattr(torch, kind), device=device))
             for kind in kinds
         }
 
@@ -145,15 +152,11 @@ class Errors(NamedTuple):
     gradient_error: float
 
 
-def judge(
-    values: Iterable[tuple[Tensor, Tensor]], grad: Tensor, wanted: Tensor, dtype: torch.dtype
-) -> Errors:
+def judge(values: Iterable[tuple[Tensor, Tensor]], grad: Tensor, wanted: Tensor, dtype: torch.dtype) -> Errors:
     """Values and a gradient against float64."""
     pairs = [(got.detach().cpu().double(), want) for got, want in values]
     error = max(float((got - want).abs().max()) for got, want in pairs)
-    near = all(
-        bool(((got - want).abs() <= LOSS_TOLERANCE * (1 + want.abs())).all()) for got, want in pairs
-    )
+    near = all(bool(((got - want).abs() <= LOSS_TOLERANCE * (1 + want.abs())).all()) for got, want in pairs)
     grad, largest = grad.cpu().double(), float(wanted.abs().max())
     allowed = ROUNDING[dtype] * wanted.abs() + GRADIENT_FLOOR * largest + 2.0**-25
     within = bool(((grad - wanted).abs() <= allowed).all())
@@ -166,21 +169,25 @@ def check_loss(rows: Rows, options: dict[str, Any], backend: str, device: str) -
         options = {**options, "old_logps": torch.full_like(rows.weights, -6.0)}
     if "topk" in options:  # ties in half precision: the support is the one torch.topk takes here
         ids = rows.student.to(device).topk(options["topk"], -1).indices.cpu()
-        expected = oracle_sdpo_loss(
-            rows.student, rows.teacher, rows.target_ids, topk_ids=ids, **options
-        )
+        expected = oracle_sdpo_loss(rows.student, rows.teacher, rows.target_ids, topk_ids=ids, **options)
     else:
         expected = oracle_sdpo_loss(rows.student, rows.teacher, rows.target_ids, **options)
     on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
     leaf = longer(rows.student).to(device).requires_grad_()
     out = fastsdpo.sdpo_loss(
-        leaf[:, :-1], rows.teacher.to(device), rows.target_ids.to(device), backend=backend,
+        leaf[:, :-1],
+        rows.teacher.to(device),
+        rows.target_ids.to(device),
+        backend=backend,
         **on_device,
-    )  # fmt: skip
+    )
     out.loss.backward()
     assert leaf.grad is not None
-    values = ((out.loss, expected.loss), (out.per_token_loss, expected.per_token_loss),
-              (out.student_logps, expected.student_logps))  # fmt: skip
+    values = (
+        (out.loss, expected.loss),
+        (out.per_token_loss, expected.per_token_loss),
+        (out.student_logps, expected.student_logps),
+    )
     return judge(values, leaf.grad[:, :-1], expected.grad, rows.student.dtype)
 
 
@@ -198,14 +205,13 @@ def check_statistics(rows: Rows, options: dict[str, Any], backend: str, device: 
     targets = rows.target_ids.to(device)
     got, entropy = fastsdpo.token_logps(leaf[:, :-1], targets, return_entropy=True, backend=backend)
     got.sum().backward()
-    ratio = fastsdpo.token_log_ratio(
-        leaf[:, :-1].detach(), rows.teacher.to(device), targets, backend=backend
-    )
+    ratio = fastsdpo.token_log_ratio(leaf[:, :-1].detach(), rows.teacher.to(device), targets, backend=backend)
     assert leaf.grad is not None
     values = (
-        (got, logps.detach()), (entropy, -(log_probs.exp() * log_probs).sum(-1).detach() * keep),
+        (got, logps.detach()),
+        (entropy, -(log_probs.exp() * log_probs).sum(-1).detach() * keep),
         (ratio.teacher_logps, teacher),
-    )  # fmt: skip
+    )
     return judge(values, leaf.grad[:, :-1], exact.grad, rows.student.dtype)
 
 
@@ -215,9 +221,14 @@ def check_hidden_states(rows: Rows, options: dict[str, Any], backend: str, devic
     head = torch.eye(rows.student.shape[-1], dtype=rows.student.dtype, device=device)
     leaf = rows.student.to(device, copy=True).requires_grad_()
     out = fastsdpo.linear_sdpo_loss(
-        leaf, rows.teacher.to(device), head, rows.target_ids.to(device), chunk_size=4,
-        backend=backend, **options,
-    )  # fmt: skip
+        leaf,
+        rows.teacher.to(device),
+        head,
+        rows.target_ids.to(device),
+        chunk_size=4,
+        backend=backend,
+        **options,
+    )
     out.loss.backward()
     assert leaf.grad is not None
     values = ((out.loss, expected.loss), (out.per_token_loss, expected.per_token_loss))
@@ -248,9 +259,12 @@ def check_kernels(device: str) -> Iterator[dict[str, Any]]:
                     if vocabulary > 2000 and (backend == "reference" or not any_size):
                         continue
                     cell: dict[str, Any] = {
-                        "backend": backend, "dtype": str(dtype).removeprefix("torch."),
-                        "loss": name, "rows": math.prod(shape), "vocabulary": vocabulary,
-                    }  # fmt: skip
+                        "backend": backend,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "loss": name,
+                        "rows": math.prod(shape),
+                        "vocabulary": vocabulary,
+                    }
                     try:
                         cell |= check(rows, options, backend, device)._asdict()
                     except Exception as problem:  # the report goes on; the exit status tells
@@ -311,15 +325,15 @@ def report(measure: bool = True) -> dict[str, Any]:
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton|numpy")
     names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     result: dict[str, Any] = {
-        "versions": versions(), "platform": platform.platform(), "devices": devices(),
-        "backends": fastsdpo.available_backends(), "operations": OPERATIONS,
+        "versions": versions(),
+        "platform": platform.platform(),
+        "devices": devices(),
+        "backends": fastsdpo.available_backends(),
+        "operations": OPERATIONS,
         "auto": {name: choices(name) for name in names},
-        "why": {
-            name: {kind: why(name, kind, took) for kind, took in choices(name).items()}
-            for name in names
-        },
+        "why": {name: {kind: why(name, kind, took) for kind, took in choices(name).items()} for name in names},
         "kernels": {name: list(check_kernels(name)) for name in names},
-    }  # fmt: skip
+    }
     if measure:
         result["bandwidth"] = {name: bandwidth(name) for name in names}
     cells = [cell for found in result["kernels"].values() for cell in found]
@@ -358,9 +372,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="fastsdpo doctor", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="fastsdpo doctor", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--no-bandwidth", action="store_true", help="check values only")
     args = parser.parse_args(argv)

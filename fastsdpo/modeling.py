@@ -106,9 +106,7 @@ def load_model_and_tokenizer(
         at = None
     elif adapter is not None and adapter.has_tokenizer:
         place, gguf_file, local, at = adapter.place, None, adapter.local, revision
-    loaded: Any = _load_tokenizer(
-        place, gguf_file, local, revision=at, trust_remote_code=trust_remote_code
-    )
+    loaded: Any = _load_tokenizer(place, gguf_file, local, revision=at, trust_remote_code=trust_remote_code)
     if require_chat_template and not loaded.chat_template:
         raise ValueError(
             f"load_model_and_tokenizer: the tokenizer of {name} must have a chat template, got "
@@ -132,9 +130,7 @@ def check_name(name: str | os.PathLike) -> None:
     _locate("name", name)
 
 
-def _locate(
-    argument: str, name: str | os.PathLike, gguf_file: str | None = None
-) -> tuple[str, str | None, bool]:
+def _locate(argument: str, name: str | os.PathLike, gguf_file: str | None = None) -> tuple[str, str | None, bool]:
     """``(folder or hub id, GGUF file in it or None, is it a local folder)``."""
     function = "load_model_and_tokenizer"
     path = Path(name).expanduser()
@@ -143,9 +139,7 @@ def _locate(
             raise ValueError(f"{function}: gguf_file needs a folder or hub id as name, got {name}")
         path, gguf_file = path.parent, path.name
     elif path.is_dir():
-        if gguf_file is None and not any(
-            (path / file).exists() for file in ("config.json", "tokenizer_config.json")
-        ):
+        if gguf_file is None and not any((path / file).exists() for file in ("config.json", "tokenizer_config.json")):
             found = sorted(file.name for file in path.glob("*.gguf"))
             if not found:
                 raise FileNotFoundError(
@@ -169,9 +163,7 @@ def _locate(
         with open(path / gguf_file, "rb") as file:
             start = file.read(4)
         if start != b"GGUF":
-            raise ValueError(
-                f"{function}: {path / gguf_file} must be a GGUF file, but it starts with {start!r}"
-            )
+            raise ValueError(f"{function}: {path / gguf_file} must be a GGUF file, but it starts with {start!r}")
     return str(path), gguf_file, True
 
 
@@ -220,13 +212,21 @@ def _find_adapter(name: str | os.PathLike, revision: str | None) -> _Adapter | N
             f"{content.get('base_model_name_or_path')!r}"
         )
     tokenizer = cached_file(
-        place, "tokenizer_config.json", revision=revision, local_files_only=local,
+        place,
+        "tokenizer_config.json",
+        revision=revision,
+        local_files_only=local,
         _raise_exceptions_for_missing_entries=False,
-    )  # fmt: skip
+    )
     return _Adapter(
-        place, local, revision, content["base_model_name_or_path"], content.get("revision"),
-        tokenizer is not None, says,
-    )  # fmt: skip
+        place,
+        local,
+        revision,
+        content["base_model_name_or_path"],
+        content.get("revision"),
+        tokenizer is not None,
+        says,
+    )
 
 
 def _load_adapter(model: Any, adapter: _Adapter) -> Any:
@@ -280,8 +280,7 @@ def _find_on_hub(name: str) -> None:
     except Exception as error:  # whatever the hub's HTTP library raises without a network
         why = f"the hub cannot be reached: {error}"
     raise OSError(
-        f"load_model_and_tokenizer: {name!r} is no local folder or file, and as a hub id it cannot be "
-        f"loaded: {why}"
+        f"load_model_and_tokenizer: {name!r} is no local folder or file, and as a hub id it cannot be loaded: {why}"
     )
 
 
@@ -294,9 +293,7 @@ def default_dtype(device: torch.device) -> str:
     return "float32" if device.type == "cpu" else "auto"
 
 
-def _dtype(
-    dtype: str | torch.dtype | None, device: torch.device, gguf_file: str | None
-) -> str | torch.dtype:
+def _dtype(dtype: str | torch.dtype | None, device: torch.device, gguf_file: str | None) -> str | torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is None:
@@ -304,9 +301,7 @@ def _dtype(
     if dtype == "auto":
         return torch.float32 if gguf_file is not None else "auto"
     if dtype not in DTYPES:
-        raise ValueError(
-            f"load_model_and_tokenizer: dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}"
-        )
+        raise ValueError(f"load_model_and_tokenizer: dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
     return DTYPES[dtype]
 
 
@@ -342,9 +337,7 @@ def _load_model(
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            place, output_loading_info=True, **options
-        )
+        model, info = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
     except (OSError, SafetensorError) as error:
         raise _not_loaded("model", place, local, error) from error
     missing = sorted(info["missing_keys"])
@@ -408,9 +401,7 @@ def _drop_invented_tokens(tokenizer: Any, rows: int) -> None:
 
 def _not_loaded(what: str, place: str, local: bool, error: Exception) -> OSError:
     if local:
-        return OSError(
-            f"load_model_and_tokenizer: the {what} in folder {place} cannot be read: {error}"
-        )
+        return OSError(f"load_model_and_tokenizer: the {what} in folder {place} cannot be read: {error}")
     return OSError(
         f"load_model_and_tokenizer: {place!r} is no local folder or file, and as a hub id its {what} "
         f"cannot be loaded (wrong name, no access, or no network): {error}"

@@ -112,9 +112,7 @@ def oracle_sdpo_loss(
         if ids is None:
             ids = z[keep].topk(topk or 1, -1).indices
         tail = add_tail and ids.shape[-1] < vocabulary
-        per_token = classes_divergence(
-            support_classes(s, ids, tail), support_classes(t, ids, tail), alpha
-        )
+        per_token = classes_divergence(support_classes(s, ids, tail), support_classes(t, ids, tail), alpha)
     if old_logps is not None and is_clip is not None:
         ratio = (student_logps.detach() - old_logps.reshape(-1)[keep].double()).clamp(-20, 20)
         w = w * ratio.exp().clamp(max=is_clip)
@@ -126,9 +124,7 @@ def oracle_sdpo_loss(
         out[keep] = values.detach()
         return out.reshape(*shape, *values.shape[1:])
 
-    return OracleLoss(
-        loss.detach(), spread(per_token), spread(student_logps), spread(teacher_logps), spread(grad)
-    )
+    return OracleLoss(loss.detach(), spread(per_token), spread(student_logps), spread(teacher_logps), spread(grad))
 
 
 ROUNDING = {

@@ -72,17 +72,30 @@ def build_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("run")
     run.add_argument("data", help="interactions, as `fastsdpo prepare` writes them")
     run.add_argument("-o", "--output", required=True, metavar="FOLDER")
-    run.add_argument("--eval-data", metavar="FILE", default=None,
-                     help="held-out interactions (default: DATA's .eval file, if there)")  # fmt: skip
-    run.add_argument("--allow-leaks", action="store_true",
-                     help="warn, and do not refuse, where held-out conversations are in DATA")  # fmt: skip
-    run.add_argument("--dry-run", action="store_true", default=False,
-                     help="load, tokenize, report lengths, memory and steps, and stop")  # fmt: skip
-    run.add_argument("--resume", nargs="?", const=True, default=None, metavar="CHECKPOINT",
-                     help="go on from a checkpoint, or from the output folder's newest; without "
-                     "one, begin")  # fmt: skip
-    run.add_argument("--overwrite", action="store_true", default=False,
-                     help="start anew in a folder that holds a run")  # fmt: skip
+    run.add_argument(
+        "--eval-data",
+        metavar="FILE",
+        default=None,
+        help="held-out interactions (default: DATA's .eval file, if there)",
+    )
+    run.add_argument(
+        "--allow-leaks", action="store_true", help="warn, and do not refuse, where held-out conversations are in DATA"
+    )
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        default=False,
+        help="load, tokenize, report lengths, memory and steps, and stop",
+    )
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=None,
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint, or from the output folder's newest; without one, begin",
+    )
+    run.add_argument("--overwrite", action="store_true", default=False, help="start anew in a folder that holds a run")
     run.add_argument("--quiet", action="store_true", default=False, help="print nothing but errors")
 
     add_model_options(parser)
@@ -93,40 +106,48 @@ def build_parser() -> argparse.ArgumentParser:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model, from where, and what of it is trained; read by `load`."""
     model = parser.add_argument_group("model")
-    model.add_argument("--model", required=True,
-                       help="folder, hub id or GGUF file; an adapter is trained on")  # fmt: skip
-    model.add_argument(
-        "--gguf-file", default=None, help="the GGUF file in that folder or repository"
-    )
+    model.add_argument("--model", required=True, help="folder, hub id or GGUF file; an adapter is trained on")
+    model.add_argument("--gguf-file", default=None, help="the GGUF file in that folder or repository")
     model.add_argument("--tokenizer", default=None, help="default: the model's")
     model.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
-    model.add_argument("--dtype",
-                       help="of the weights: float32, bfloat16, auto (default: float32 on a CPU, "
-                       "else the checkpoint's)")  # fmt: skip
+    model.add_argument(
+        "--dtype", help="of the weights: float32, bfloat16, auto (default: float32 on a CPU, else the checkpoint's)"
+    )
     model.add_argument("--attn-implementation", default=None)
     model.add_argument("--trust-remote-code", action="store_true", default=False)
-    model.add_argument("--lora", type=int, default=None, metavar="RANK",
-                       help="train a new LoRA adapter of this rank on all linear layers")  # fmt: skip
+    model.add_argument(
+        "--lora",
+        type=int,
+        default=None,
+        metavar="RANK",
+        help="train a new LoRA adapter of this rank on all linear layers",
+    )
     model.add_argument("--lora-alpha", type=int, default=None, help="default: twice the rank")
 
 
 def add_setting_options(parser: argparse.ArgumentParser, presets: Any = PRESETS) -> None:
     """Flags named as the fields of `SDPOConfig` that they set; read by `read_config`."""
     method = parser.add_argument_group("method")
-    method.add_argument("--preset", default="exact", choices=list(presets),
-                        help="exact (default): reverse KL, summed over the whole vocabulary; paper: "
-                        "the published recipe, which is another objective (docs/objectives.md)")  # fmt: skip
-    method.add_argument("--mode", choices=("full", "topk", "sampled_token"),
-                        help="the divergence over all tokens, over the likeliest, or the policy "
-                        "gradient of the answer's own tokens")  # fmt: skip
+    method.add_argument(
+        "--preset",
+        default="exact",
+        choices=list(presets),
+        help="exact (default): reverse KL, summed over the whole vocabulary; paper: "
+        "the published recipe, which is another objective (docs/objectives.md)",
+    )
+    method.add_argument(
+        "--mode",
+        choices=("full", "topk", "sampled_token"),
+        help="the divergence over all tokens, over the likeliest, or the policy gradient of the answer's own tokens",
+    )
     method.add_argument("--alpha", type=float, help="0 forward KL, 1 reverse KL, between JSD")
     method.add_argument("--topk", type=int)
     method.add_argument("--teacher", choices=("live", "ema", "frozen", "trust_region"))
     method.add_argument("--ema-rate", type=float)
-    method.add_argument("--guidance", type=float, metavar="G",
-                        help="how much a follow-up counts in the teacher (default: 1)")  # fmt: skip
-    method.add_argument("--neutral-followup", metavar="TEXT",
-                        help="one that says nothing; its effect is subtracted")  # fmt: skip
+    method.add_argument(
+        "--guidance", type=float, metavar="G", help="how much a follow-up counts in the teacher (default: 1)"
+    )
+    method.add_argument("--neutral-followup", metavar="TEXT", help="one that says nothing; its effect is subtracted")
     method.add_argument("--reference-kl", type=float, help="times KL(student || initial model)")
     method.add_argument("--normalization", choices=("sequence", "token"))
     method.add_argument("--ignore-first-k", type=int, help="tokens of each answer")
@@ -141,25 +162,28 @@ def add_setting_options(parser: argparse.ArgumentParser, presets: Any = PRESETS)
     steps.add_argument("--learning-rate", type=float)
     steps.add_argument("--epochs", type=float, dest="num_train_epochs")
     steps.add_argument("--max-steps", type=int)
-    steps.add_argument("--global-batch-size", type=int, metavar="N",
-                       help="interactions per step over all processes; --batch-size is then the "
-                       "most of one micro-batch")  # fmt: skip
-    steps.add_argument("--batch-size", type=int, dest="per_device_train_batch_size",
-                       help="interactions per process and step, times --accumulate")  # fmt: skip
-    steps.add_argument("--accumulate", type=int, dest="gradient_accumulation_steps")
     steps.add_argument(
-        "--warmup", type=float, dest="warmup_steps", help="steps, or a share below 1"
+        "--global-batch-size",
+        type=int,
+        metavar="N",
+        help="interactions per step over all processes; --batch-size is then the most of one micro-batch",
     )
+    steps.add_argument(
+        "--batch-size",
+        type=int,
+        dest="per_device_train_batch_size",
+        help="interactions per process and step, times --accumulate",
+    )
+    steps.add_argument("--accumulate", type=int, dest="gradient_accumulation_steps")
+    steps.add_argument("--warmup", type=float, dest="warmup_steps", help="steps, or a share below 1")
     steps.add_argument("--schedule", dest="lr_scheduler_type", help="cosine, constant, linear, ...")
     steps.add_argument("--clip", type=float, dest="max_grad_norm", help="of the gradient's norm")
     steps.add_argument("--seed", type=int)
 
     compute = parser.add_argument_group("computation")
     compute.add_argument("--sharing", choices=("auto", "conversation", "interaction", "off"))
-    compute.add_argument("--max-tokens-per-pack", type=int, metavar="TOKENS",
-                         help="of one forward pass")  # fmt: skip
-    compute.add_argument("--gradient-checkpointing", action="store_true",
-                         help="less memory, a third more time")  # fmt: skip
+    compute.add_argument("--max-tokens-per-pack", type=int, metavar="TOKENS", help="of one forward pass")
+    compute.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     compute.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     compute.add_argument("--cpu", action="store_true", dest="use_cpu")
 
@@ -169,8 +193,13 @@ def add_setting_options(parser: argparse.ArgumentParser, presets: Any = PRESETS)
     logs.add_argument("--save-steps", type=int)
     logs.add_argument("--save-total-limit", type=int)
     logs.add_argument("--report-to", nargs="+", help="wandb, tensorboard, ... (default: none)")
-    logs.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
-                      help="any other field of the configuration; the value is JSON or text")  # fmt: skip
+    logs.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other field of the configuration; the value is JSON or text",
+    )
 
 
 def read_config(options: argparse.Namespace, config: Any = SDPOConfig, **settings: Any) -> Any:
@@ -193,9 +222,7 @@ def read_config(options: argparse.Namespace, config: Any = SDPOConfig, **setting
         if name.endswith("_token"):
             raise ValueError(f"--set {name}: tokens are read from the environment only (HF_TOKEN)")
         if not equals or name not in names:
-            raise ValueError(
-                f"--set must be NAME=VALUE with a field of {config.__name__}, got {text!r}"
-            )
+            raise ValueError(f"--set must be NAME=VALUE with a field of {config.__name__}, got {text!r}")
         try:
             given[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -253,9 +280,7 @@ def check_data(*files: str | None) -> None:
             next(load_interactions(file), None)
 
 
-def load(
-    options: argparse.Namespace, config: Any, *, lora: int | None = None
-) -> tuple[Any, Any, Any]:
+def load(options: argparse.Namespace, config: Any, *, lora: int | None = None) -> tuple[Any, Any, Any]:
     """``(model, tokenizer, adapter)`` of the model options.
 
     The adapter is the `LoraConfig` of a new one, or None: all weights are trained, or the adapter
@@ -291,16 +316,13 @@ def load(
     from peft import LoraConfig
 
     alpha = options.lora_alpha or 2 * rank
-    return model, tokenizer, LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-    )  # fmt: skip
+    return model, tokenizer, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def check_same_adapter(options: argparse.Namespace, adapter: Any) -> None:
     """Raises ValueError where --lora or --lora-alpha differ from the adapter that is trained on."""
     kind = getattr(adapter.peft_type, "value", adapter.peft_type)
-    for flag, wanted, name in (("--lora", options.lora, "r"),
-                               ("--lora-alpha", options.lora_alpha, "lora_alpha")):  # fmt: skip
+    for flag, wanted, name in (("--lora", options.lora, "r"), ("--lora-alpha", options.lora_alpha, "lora_alpha")):
         found = getattr(adapter, name, None) if kind == "LORA" else None
         if wanted is None or wanted == found:
             continue
@@ -331,11 +353,12 @@ def choose_checkpoint(trainer: Any, options: argparse.Namespace, say: Any) -> st
         return options.resume
     checkpoint = trainer.find_checkpoint()
     if checkpoint is None and (Path(options.output) / "report.json").exists():
-        raise ValueError(
-            f"{options.output} holds a run that ended without checkpoints; --overwrite starts anew"
-        )
-    say(f"no checkpoint in {options.output}: from the beginning" if checkpoint is None else
-        f"going on from {checkpoint}")  # fmt: skip
+        raise ValueError(f"{options.output} holds a run that ended without checkpoints; --overwrite starts anew")
+    say(
+        f"no checkpoint in {options.output}: from the beginning"
+        if checkpoint is None
+        else f"going on from {checkpoint}"
+    )
     return checkpoint
 
 
@@ -427,11 +450,12 @@ def train(options: argparse.Namespace) -> int:
     )
     trainer.remove_callback(PrinterCallback)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    say(f"model {options.model}: {trained:,} of "
+    say(
+        f"model {options.model}: {trained:,} of "
         f"{sum(p.numel() for p in trainer.model.parameters()):,} weights are trained, on "
-        f"{config.device}")  # fmt: skip
-    say(dry_run_report(trainer.model, config, trainer.train_dataset, trainer.eval_dataset,
-                       trainer.sharing))  # fmt: skip
+        f"{config.device}"
+    )
+    say(dry_run_report(trainer.model, config, trainer.train_dataset, trainer.eval_dataset, trainer.sharing))
     if options.dry_run:
         check = trainer.check_teacher()
         say("" if check is None else str(check))
@@ -440,16 +464,20 @@ def train(options: argparse.Namespace) -> int:
     trainer.check_output(model=True)
     checkpoint = choose_checkpoint(trainer, options, say)
     first = measure_before(
-        trainer, output, checkpoint,
+        trainer,
+        output,
+        checkpoint,
         lambda metrics: say(f"held-out loss before training: {metrics['eval_loss']:.4f}"),
-    )  # fmt: skip
+    )
     started = time.perf_counter()
     with stop:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     if stop.received is not None:
-        say(f"stopped at step {result.global_step} of {trainer.state.max_steps}; "
-            "the same command with --resume goes on")  # fmt: skip
+        say(
+            f"stopped at step {result.global_step} of {trainer.state.max_steps}; "
+            "the same command with --resume goes on"
+        )
         return STOPPED + stop.received
     before, after = first.metrics, None
     if trainer.eval_dataset is not None:
@@ -459,27 +487,28 @@ def train(options: argparse.Namespace) -> int:
     if trainer.is_world_process_zero():
         names = {field.name for field in dataclasses.fields(SDPOConfig)}
         settings = {name: value for name, value in config.to_dict().items() if name in names}
-        write_report(output / "report.json", {
-            "model": options.model,
-            "data": options.data,
-            "interactions": len(trainer.train_dataset),
-            "left_out": trainer.train_dataset.dropped,
-            "sharing": trainer.sharing,
-            "steps": result.global_step,
-            "seconds": seconds,
-            "before": before,
-            "after": after,
-            "settings": settings,
-            "history": trainer.state.log_history,
-        })  # fmt: skip
+        write_report(
+            output / "report.json",
+            {
+                "model": options.model,
+                "data": options.data,
+                "interactions": len(trainer.train_dataset),
+                "left_out": trainer.train_dataset.dropped,
+                "sharing": trainer.sharing,
+                "steps": result.global_step,
+                "seconds": seconds,
+                "before": before,
+                "after": after,
+                "settings": settings,
+                "history": trainer.state.log_history,
+            },
+        )
         plotted = plot_history(trainer.state.log_history, output / "report.png")
     if after is not None and before is not None:
         say(f"held-out loss: {before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after")
     if show:
         plot = " and report.png" if plotted else " (matplotlib is not installed: no plot)"
-        say(
-            f"trained {result.global_step} steps in {clock(seconds)}; {output}/model, report.json{plot}"
-        )
+        say(f"trained {result.global_step} steps in {clock(seconds)}; {output}/model, report.json{plot}")
     return 0
 
 

@@ -43,15 +43,11 @@ def byte_tokenizer():
 
     def make(chat_template, special=(), ordinary=(), **names):
         alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        backend = tokenizers.Tokenizer(
-            tokenizers.models.BPE({token: id for id, token in enumerate(alphabet)}, [])
-        )
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE({token: id for id, token in enumerate(alphabet)}, []))
         backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = tokenizers.decoders.ByteLevel()
         backend.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in special])
         backend.add_tokens([tokenizers.AddedToken(t, special=False) for t in ordinary])
-        return transformers.PreTrainedTokenizerFast(
-            tokenizer_object=backend, chat_template=chat_template, **names
-        )
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **names)
 
     return make

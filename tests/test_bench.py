@@ -44,9 +44,7 @@ def _no_compiler(monkeypatch):
 
 def test_command(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    status = bench.main(
-        [*SMALL, "--without", "CCE", "--modes", "sampled", "jsd", "--output", str(tmp_path / "new")]
-    )
+    status = bench.main([*SMALL, "--without", "CCE", "--modes", "sampled", "jsd", "--output", str(tmp_path / "new")])
     assert status == 0
     results = json.loads((tmp_path / "new" / "bench.json").read_text())
     rows = {(row["question"], row["mode"]): row for row in results["rows"]}
@@ -66,22 +64,16 @@ def test_command(tmp_path, capsys):
 
 
 def test_a_wrong_rival_is_not_timed(monkeypatch):
-    monkeypatch.setattr(
-        bench, "trl_loss", lambda mode, s, t, ids, cap: 2 * bench.plain_loss(mode, s, t, ids, cap)
-    )
+    monkeypatch.setattr(bench, "trl_loss", lambda mode, s, t, ids, cap: 2 * bench.plain_loss(mode, s, t, ids, cap))
     monkeypatch.setattr(bench, "_version", lambda package: "1" if package == "trl" else None)
-    row = bench.measure(
-        bench.LogitsCase(4, 50, torch.float32, "cpu"), "logits", "reverse_kl", 1, "cpu"
-    )
+    row = bench.measure(bench.LogitsCase(4, 50, torch.float32, "cpu"), "logits", "reverse_kl", 1, "cpu")
     assert row["left_out"]["TRL"] == "off by 1.0e+00 from float64"
     assert row["rivals"].keys() == {"fastsdpo", "PyTorch"}
 
 
 def test_ours_wrong_stops(monkeypatch):
     case = bench.LogitsCase(4, 50, torch.float32, "cpu")
-    monkeypatch.setattr(
-        case, "ours", lambda mode: case.loss_of(lambda m, s, t, i, c: s.sum(), mode)
-    )
+    monkeypatch.setattr(case, "ours", lambda mode: case.loss_of(lambda m, s, t, i, c: s.sum(), mode))
     with pytest.raises(RuntimeError, match=r"4 x 50 jsd: fastsdpo off by .* from float64"):
         bench.check(case, "jsd", {"fastsdpo": case.ours("jsd")})
 

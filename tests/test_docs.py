@@ -40,9 +40,7 @@ def test_named_files_and_linked_pages_exist(page):
     text = page.read_text("utf-8")
     for name in re.findall(r"\]\(([^)#]+)\)", text):
         assert "://" in name or (page.parent / name).exists(), name
-    named = re.findall(
-        r"`((?:benchmarks|tests|examples|docs|kernels)/[\w./-]+\.(?:py|md|json))`", text
-    )
+    named = re.findall(r"`((?:benchmarks|tests|examples|docs|kernels)/[\w./-]+\.(?:py|md|json))`", text)
     for name in named:
         assert (ROOT / name).exists(), name
     for name in re.findall(r"`(\w+_2\d{3}-\d\d-\d\d\.(?:md|json))`", text):

@@ -29,9 +29,7 @@ def test_a_wrong_kernel_is_named_and_fails(monkeypatch, capsys):
     from fastsdpo.ops import reference
 
     plain = reference.row_divergence
-    monkeypatch.setattr(
-        reference, "row_divergence", lambda s, t, a: (plain(s, t, a)[0] * 1.01, *plain(s, t, a)[1:])
-    )
+    monkeypatch.setattr(reference, "row_divergence", lambda s, t, a: (plain(s, t, a)[0] * 1.01, *plain(s, t, a)[1:]))
     assert doctor.main(["--no-bandwidth"]) == 1
     shown = capsys.readouterr().out
     assert "WRONG reverse KL float32" in shown

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault(
-    "TRL_EXPERIMENTAL_SILENCE", "1"
-)  # TRL warns at the import of what it calls so
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # TRL warns at the import of what it calls so
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 
@@ -38,18 +36,14 @@ def test_all_are_run():
 @pytest.mark.parametrize("name", ["pytorch_loop", "hf_trainer"])
 def test_loss_falls(name, folder, tmp_path):
     options = ["-o", str(tmp_path)] if name == "hf_trainer" else []
-    losses = load(ROOT / "examples" / f"{name}.py").main(
-        ["--model", folder, "--steps", "6", "--lr", "3e-3", *options]
-    )
+    losses = load(ROOT / "examples" / f"{name}.py").main(["--model", folder, "--steps", "6", "--lr", "3e-3", *options])
     assert len(losses) == 6 and all(map(math.isfinite, losses))
     if name == "pytorch_loop":  # a divergence; the sampled-token loss has no such meaning
         assert losses[-1] < losses[0]
 
 
 def test_lightning_module(folder):
-    losses = load(ROOT / "examples" / "lightning_module.py").main(
-        ["--model", folder, "--steps", "3", "--lr", "3e-3"]
-    )
+    losses = load(ROOT / "examples" / "lightning_module.py").main(["--model", folder, "--steps", "3", "--lr", "3e-3"])
     assert losses and all(map(math.isfinite, losses)) and len(set(losses)) == len(losses)
 
 
@@ -77,9 +71,7 @@ def test_vllm_teacher(folder, tmp_path):
     with pytest.raises(Recorded):
         example.main(["--model", folder, "--topk", "4"])
     entry = {"logprob": math.log(1 / 63), "rank": 1, "decoded_token": "w"}
-    scores = [None] + [
-        {str(t): entry for t in dict.fromkeys([token, 1, 2, 3, 4, 5])} for token in sent[1:]
-    ]
+    scores = [None] + [{str(t): entry for t in dict.fromkeys([token, 1, 2, 3, 4, 5])} for token in sent[1:]]
     path = tmp_path / "scores.json"
     path.write_text(json.dumps({"prompt_logprobs": scores}))
     loss = example.main(["--model", folder, "--topk", "4", "--scores", str(path)])

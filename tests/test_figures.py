@@ -73,9 +73,7 @@ def stands_in(figure: str, path: Path) -> bool:
     decimals = len(figure.partition(".")[2])
     numbers = numbers_of(path)
     return figure in numbers or any(
-        f"{float(number):.{decimals}f}" == figure
-        for number in numbers
-        if len(number.partition(".")[2]) > decimals
+        f"{float(number):.{decimals}f}" == figure for number in numbers if len(number.partition(".")[2]) > decimals
     )
 
 
@@ -129,12 +127,15 @@ def results(tmp_path, monkeypatch):
         ("| a | 4.8x | `loss_cpu_2026-01-01.md` |\n| b | 234 MiB | the same |", 0),
         ("| a | 4.8x | `loss_cpu_2026-01-01.md` |\n| b | 235 MiB | the same |", 1),
         ("| a | 9.9x | `loss_cpu_2026-01-01.md` |\n| b | 9.9x | `other_cpu_2026-01-01.md` |", 1),
-        ("| a | 4.8x | `loss_cpu_2026-01-01.md` |\n| b | 4.8x | `other_cpu_2026-01-01.md` |\n"
-         "| c | 9.9x | the same |", 1),
+        (
+            "| a | 4.8x | `loss_cpu_2026-01-01.md` |\n| b | 4.8x | `other_cpu_2026-01-01.md` |\n"
+            "| c | 9.9x | the same |",
+            1,
+        ),
         ("1,916 tokens/s (`loss_cpu_2026-01-01.md`), or 80% (`loss_cpu_2026-01-01.md`)", 1),
         ("`loss_cpu_2027-01-01.md` is missing: 4.8x", 1),
         ("```\n4.8x in code\n```\nand 512 x 49152, SmolLM2-135M, 2 cores", 0),
     ],
-)  # fmt: skip
+)
 def test_the_check_itself(text, wrong, results):
     assert len(problems(Path("page.md"), text)) == wrong

@@ -34,9 +34,7 @@ print(float(out.loss), bool(z.grad.abs().sum() > 0), sorted(
 
 
 def test_import_and_loss_need_torch_only():
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", BLOCKED], capture_output=True, text=True, cwd=ROOT
-    )
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", BLOCKED], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     loss, has_gradient, modules = run.stdout.strip().split(" ", 2)
     assert float(loss) > 0
@@ -63,9 +61,7 @@ for name in COMMANDS:
 
 
 def test_commands_without_their_packages_say_what_to_install():
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", TORCH_ONLY], capture_output=True, text=True, cwd=ROOT
-    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", TORCH_ONLY], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     said = done.stderr.splitlines()
     assert [line.split(":")[0] for line in said] == [
@@ -97,15 +93,11 @@ def test_triton_and_transformers_are_imported_where_they_may_be():
             assert not any(line.split()[1].split(".")[0] == "triton" for line in lines), path
         upper = ("ops", "data")
         if path.relative_to(ROOT / "fastsdpo").parts[0] in upper:
-            assert not any(
-                line.split()[1].split(".")[0] in ("transformers", "accelerate") for line in lines
-            ), path
+            assert not any(line.split()[1].split(".")[0] in ("transformers", "accelerate") for line in lines), path
 
 
 def run_cli(*args):
-    return subprocess.run(
-        [sys.executable, "-m", "fastsdpo", *args], capture_output=True, text=True, cwd=ROOT
-    )
+    return subprocess.run([sys.executable, "-m", "fastsdpo", *args], capture_output=True, text=True, cwd=ROOT)
 
 
 def test_command_line_lists_commands_and_refuses_others():

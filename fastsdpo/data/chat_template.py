@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 
 QUESTION, ANSWER, NEXT = "sdpoquestion", "sdpoanswer", "sdponextquestion"
 Q, A, N = (
-    {"role": role, "content": text}
-    for role, text in (("user", QUESTION), ("assistant", ANSWER), ("user", NEXT))
+    {"role": role, "content": text} for role, text in (("user", QUESTION), ("assistant", ANSWER), ("user", NEXT))
 )
 
 # What stands around private reasoning, by model family. These are part of what a model writes, so
@@ -120,10 +119,7 @@ class ChatTemplate:
             ValueError: the template fails on them.
         """
         if self._parts:
-            messages = [
-                {**message, "content": [{"type": "text", "text": message["content"]}]}
-                for message in messages
-            ]
+            messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
@@ -196,12 +192,14 @@ class ChatTemplate:
                 continue
             if QUESTION in prompt and ANSWER in finished.partition(QUESTION)[2]:
                 return prompt, finished
-            problems.append(ValueError(
-                f"tokenize_interaction: the chat template of {self.name} must write the text of "
-                f"messages, got {_end(prompt)!r} for the user's message {QUESTION!r}, and "
-                f"{_end(finished)!r} with the answer {ANSWER!r}; set tokenizer.chat_template to one "
-                "for text"
-            ))  # fmt: skip
+            problems.append(
+                ValueError(
+                    f"tokenize_interaction: the chat template of {self.name} must write the text of "
+                    f"messages, got {_end(prompt)!r} for the user's message {QUESTION!r}, and "
+                    f"{_end(finished)!r} with the answer {ANSWER!r}; set tokenizer.chat_template to one "
+                    "for text"
+                )
+            )
         raise problems[0]
 
     def _find_openings(self, prompt: str, before: str) -> None:
@@ -213,9 +211,13 @@ class ChatTemplate:
         block = re.compile(rf"(?:{tags or '(?!)'})\s*$")
         extra = prompt[len(before) :] if prompt.startswith(before) else ""
         self._leaves_open = next(
-            (opening for opening, closing in self.reasoning
-             if opening in prompt.rpartition(QUESTION)[2].rpartition(closing)[2]), None
-        )  # fmt: skip
+            (
+                opening
+                for opening, closing in self.reasoning
+                if opening in prompt.rpartition(QUESTION)[2].rpartition(closing)[2]
+            ),
+            None,
+        )
 
         self.generation = Opening()
         if before.startswith(prompt):

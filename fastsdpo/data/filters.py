@@ -37,9 +37,7 @@ class ConversationFilter:
     def preset(cls, name: str) -> ConversationFilter:
         """One of `PRESETS` by name; ValueError lists them."""
         if name not in PRESETS:
-            raise ValueError(
-                f"ConversationFilter: name must be one of {', '.join(PRESETS)}, got {name!r}"
-            )
+            raise ValueError(f"ConversationFilter: name must be one of {', '.join(PRESETS)}, got {name!r}")
         return PRESETS[name]
 
     def reason_to_drop(self, conversation: Conversation) -> str | None:

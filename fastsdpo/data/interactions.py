@@ -37,14 +37,24 @@ ROLES = {
 
 # Where a record keeps a system prompt beside its messages: Anthropic and LLaMA-Factory `system`, ...
 SYSTEM_KEYS = (
-    "system", "system_prompt", "system_message", "system_instruction",
-    "systemPrompt", "systemMessage", "systemInstruction",
-)  # fmt: skip
+    "system",
+    "system_prompt",
+    "system_message",
+    "system_instruction",
+    "systemPrompt",
+    "systemMessage",
+    "systemInstruction",
+)
 
 # Where a message keeps calls of tools beside its text: OpenAI's, its first form, the AI SDK's, ...
 CALL_KEYS = (
-    "tool_calls", "function_call", "tool_call", "function_calls", "toolCalls", "toolInvocations",
-)  # fmt: skip
+    "tool_calls",
+    "function_call",
+    "tool_call",
+    "function_calls",
+    "toolCalls",
+    "toolInvocations",
+)
 
 # Why follow-ups are left out, as counts say it: "3 follow-ups after a tool call or tool message".
 AFTER_TOOL = "after a tool call or tool message"
@@ -76,30 +86,23 @@ class Interaction:
 
     def __post_init__(self):
         if not isinstance(self.prompt, list) or not self.prompt:
-            raise TypeError(
-                f"Interaction: prompt must be a list of messages, got {_show(self.prompt)}"
-            )
+            raise TypeError(f"Interaction: prompt must be a list of messages, got {_show(self.prompt)}")
         for index, message in enumerate(self.prompt):
             if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
                 raise TypeError(
-                    f"Interaction: prompt[{index}] must be a dict with 'role' and 'content', "
-                    f"got {_show(message)}"
+                    f"Interaction: prompt[{index}] must be a dict with 'role' and 'content', got {_show(message)}"
                 )
             if not isinstance(message["content"], str):
                 raise TypeError(
-                    f"Interaction: prompt[{index}] must have text as its content, "
-                    f"got {_show(message['content'])}"
+                    f"Interaction: prompt[{index}] must have text as its content, got {_show(message['content'])}"
                 )
         if self.prompt[-1]["role"] != "user":
             raise ValueError(
-                "Interaction: prompt must end with a user's message, "
-                f"got role {self.prompt[-1]['role']!r}"
+                f"Interaction: prompt must end with a user's message, got role {self.prompt[-1]['role']!r}"
             )
         for name in ("completion", "followup"):
             if not isinstance(getattr(self, name), str):
-                raise TypeError(
-                    f"Interaction: {name} must be text, got {_show(getattr(self, name))}"
-                )
+                raise TypeError(f"Interaction: {name} must be text, got {_show(getattr(self, name))}")
 
 
 @dataclass(frozen=True)
@@ -207,9 +210,7 @@ def parse_history(messages: Any, name: str) -> list[dict]:
     parsed = parse_messages(messages, name)
     for index, message in enumerate(messages):
         if (key := called_key(message)) is not None:
-            raise ValueError(
-                f"{name}[{index}]: must be text alone, got {key!r}, which would be missing in it"
-            )
+            raise ValueError(f"{name}[{index}]: must be text alone, got {key!r}, which would be missing in it")
     return parsed
 
 
@@ -282,10 +283,7 @@ def extract_interactions(
         TypeError, ValueError: a message is malformed; the text says which and how.
     """
     if max_history_messages is not None and max_history_messages < 1:
-        raise ValueError(
-            "extract_interactions: max_history_messages must be at least 1, "
-            f"got {max_history_messages}"
-        )
+        raise ValueError(f"extract_interactions: max_history_messages must be at least 1, got {max_history_messages}")
     if not isinstance(conversation, Conversation):
         conversation = Conversation(parse_messages(conversation, "messages"))
     system, turns, several, rest = _turns(conversation.messages)

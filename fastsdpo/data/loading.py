@@ -45,8 +45,12 @@ MESSAGE_KEYS = ("messages", "conversation", "conversations", "items", "history")
 INTERACTION_KEYS = ("prompt", "completion", "user_response")
 # Where it names its conversation, and where it names itself (in its own source only).
 CONVERSATION_ID_KEYS = (
-    "conversation_id", "conversation_hash", "session_id", "thread_id", "chat_id",
-)  # fmt: skip
+    "conversation_id",
+    "conversation_hash",
+    "session_id",
+    "thread_id",
+    "chat_id",
+)
 RECORD_ID_KEYS = ("id", "uuid")
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -260,9 +264,7 @@ def parse_conversation(record: Any) -> Conversation:
 def parse_interaction(record: Any) -> Interaction:
     """An interaction row -> `Interaction`; TypeError or ValueError say what is wrong with it."""
     hint = ""
-    if isinstance(record, list) or (
-        isinstance(record, Mapping) and any(key in record for key in MESSAGE_KEYS)
-    ):
+    if isinstance(record, list) or (isinstance(record, Mapping) and any(key in record for key in MESSAGE_KEYS)):
         hint = "; this looks like a conversation: run `fastsdpo prepare` on the file first"
     if not isinstance(record, Mapping):
         raise TypeError(f"a row must be a JSON object, got {type(record).__name__}{hint}")
@@ -276,9 +278,7 @@ def parse_interaction(record: Any) -> Interaction:
         try:
             message = parse_message(value)
             if (called := called_key(value)) is not None:
-                raise ValueError(
-                    f"must be text alone, got {called!r}, which would be missing in it"
-                )
+                raise ValueError(f"must be text alone, got {called!r}, which would be missing in it")
             if message["role"] != role:
                 raise ValueError(f"role must be {role}, got {message['role']}")
         except (TypeError, ValueError) as error:
@@ -315,9 +315,7 @@ def expand_source(source: str | PathLike | Iterable[str | PathLike]) -> list[Pat
         found = (file for file in path.rglob("*") if file.is_file() and is_data(file))
         files = sorted(file for file in found if not file.name.startswith("."))
         if not files:
-            raise FileNotFoundError(
-                f"folder {path} holds no file that ends in {', '.join(SUFFIXES)}"
-            )
+            raise FileNotFoundError(f"folder {path} holds no file that ends in {', '.join(SUFFIXES)}")
         return list(files)
     if path.exists():
         return [path]
@@ -371,9 +369,7 @@ def _events(
     return stream()
 
 
-def _dataset_events(
-    name: str | Path, config: str | None, split: str, start: dict | None
-) -> Iterator[Event]:
+def _dataset_events(name: str | Path, config: str | None, split: str, start: dict | None) -> Iterator[Event]:
     try:
         import datasets
     except ImportError as error:
@@ -389,24 +385,19 @@ def _dataset_events(
             rows = datasets.load_dataset(name, config, split=split, streaming=True)
         except Exception as error:  # of many libraries: hub, HTTP, parsing
             raise FileNotFoundError(
-                f"{name!r} is neither a file nor a dataset that can be loaded: "
-                f"{type(error).__name__}: {error}"
+                f"{name!r} is neither a file nor a dataset that can be loaded: {type(error).__name__}: {error}"
             ) from error
     first = 0 if start is None else start["row"]
     for row, record in enumerate(rows.skip(first), first):
         yield f"{name}[{split}] row {row}", record, None, {"row": row + 1}
 
 
-def _parquet_events(
-    path: Path, progress: Callable[[int], None], start: dict | None
-) -> Iterator[Event]:
+def _parquet_events(path: Path, progress: Callable[[int], None], start: dict | None) -> Iterator[Event]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise ImportError(
-            f"{path} needs the package pyarrow; install it with: pip install pyarrow"
-        ) from error
+        raise ImportError(f"{path} needs the package pyarrow; install it with: pip install pyarrow") from error
     first = 0 if start is None else start["row"]
     try:
         file = pq.ParquetFile(path)
@@ -417,9 +408,13 @@ def _parquet_events(
         return
     with file:
         wanted = {
-            *MESSAGE_KEYS, *INTERACTION_KEYS, *SYSTEM_KEYS, *CONVERSATION_ID_KEYS, *RECORD_ID_KEYS,
+            *MESSAGE_KEYS,
+            *INTERACTION_KEYS,
+            *SYSTEM_KEYS,
+            *CONVERSATION_ID_KEYS,
+            *RECORD_ID_KEYS,
             "language",
-        }  # fmt: skip
+        }
         columns = [name for name in file.schema_arrow.names if name in wanted]
         total, row = max(1, file.metadata.num_rows), 0
         size = path.stat().st_size

@@ -169,9 +169,7 @@ def merge(keys: Keys, starts: array, single: bytearray, interactions: int) -> Me
     return Merged(conversations, families, following, left_out, kept, renamed)
 
 
-def _repeated(
-    keys: Keys, name: str, count: int, left_out: bytearray | None = None
-) -> Iterator[tuple[int, int]]:
+def _repeated(keys: Keys, name: str, count: int, left_out: bytearray | None = None) -> Iterator[tuple[int, int]]:
     """(first number with the same key, number) of each key that is not the first of its kind."""
     parts = _parts(count)
     for part in range(parts):

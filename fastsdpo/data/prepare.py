@@ -195,9 +195,7 @@ def prepare(
     for path in outputs:
         # With a state, what is there may be this run's own; the run that began it was let to.
         if path.exists() and not overwrite and state is None:
-            raise FileExistsError(
-                f"prepare: {path} exists; pass --overwrite (overwrite=True) to replace it"
-            )
+            raise FileExistsError(f"prepare: {path} exists; pass --overwrite (overwrite=True) to replace it")
     with _Spool(partial, state) as spool:
         report = LoadReport(**{**spool.report, "damaged": Counter(spool.report.get("damaged"))})
         if not spool.complete:
@@ -291,8 +289,7 @@ def _has_enough(spool: _Spool, rules: ConversationFilter) -> bool:
         spool.looked_at = records
         kept = [count for count in spool.merge().kept if count]
         spool.enough = any(
-            limit is not None and found >= limit
-            for limit, found in zip(limits, (len(kept), sum(kept)))
+            limit is not None and found >= limit for limit, found in zip(limits, (len(kept), sum(kept)))
         )
     return spool.enough
 
@@ -676,9 +673,7 @@ def format_report(report: PrepareReport) -> str:
     lines = [f"read      {report.records:>9,} records"]
 
     def kept(title: str, conversations: int, interactions: int, path: str | None) -> None:
-        lines.append(
-            f"{title:<9} {conversations:>9,} conversations, {interactions:,} interactions -> {path}"
-        )
+        lines.append(f"{title:<9} {conversations:>9,} conversations, {interactions:,} interactions -> {path}")
 
     kept("kept", report.conversations, report.interactions, report.output)
     if report.eval_output is not None:
@@ -686,9 +681,7 @@ def format_report(report: PrepareReport) -> str:
     if report.merged_records:
         lines.append(f"merged    {report.merged_records:>9,} records into their conversations")
     if report.duplicate_interactions:
-        lines.append(
-            f"dropped   {report.duplicate_interactions:>9,} interactions that are there already"
-        )
+        lines.append(f"dropped   {report.duplicate_interactions:>9,} interactions that are there already")
     for reason, count in sorted(report.left_out.items(), key=lambda item: (-item[1], item[0])):
         lines.append(f"left out  {count:>9,} follow-ups {reason}")
     for reason, count in sorted(report.dropped.items(), key=lambda item: (-item[1], item[0])):
@@ -731,9 +724,7 @@ def _parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("which conversations", "a preset, and changes to it")
     group.add_argument("--preset", default="default", choices=list(PRESETS))
-    group.add_argument(
-        "--languages", nargs="*", metavar="NAME", help="as the records name them; none: any"
-    )
+    group.add_argument("--languages", nargs="*", metavar="NAME", help="as the records name them; none: any")
     for option in fields(ConversationFilter):
         flag = "--" + option.name.replace("_", "-")
         if option.name == "shuffle":

@@ -51,21 +51,15 @@ class HindsightTemplate:
 
     def __post_init__(self):
         if not isinstance(self.text, str):
-            raise TypeError(
-                f"HindsightTemplate: text must be a string, got {type(self.text).__name__}"
-            )
+            raise TypeError(f"HindsightTemplate: text must be a string, got {type(self.text).__name__}")
         if self.text.count("{o}") != 1:
-            raise ValueError(
-                f"HindsightTemplate: text must contain {{o}} exactly once, got {self.text!r}"
-            )
+            raise ValueError(f"HindsightTemplate: text must contain {{o}} exactly once, got {self.text!r}")
 
     @classmethod
     def preset(cls, name: str) -> HindsightTemplate:
         """One of `PRESETS` by name; ValueError lists them."""
         if name not in PRESETS:
-            raise ValueError(
-                f"HindsightTemplate: name must be one of {', '.join(PRESETS)}, got {name!r}"
-            )
+            raise ValueError(f"HindsightTemplate: name must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls(PRESETS[name])
 
     @classmethod
@@ -76,9 +70,7 @@ class HindsightTemplate:
     def render(self, followup: str) -> str:
         """The text to append for this follow-up."""
         if not isinstance(followup, str) or is_blank(followup):
-            raise ValueError(
-                f"HindsightTemplate: followup must be text that is not blank, got {followup!r}"
-            )
+            raise ValueError(f"HindsightTemplate: followup must be text that is not blank, got {followup!r}")
         before, after = self.text.split("{o}")
         return before + followup.strip() + after
 

@@ -121,8 +121,7 @@ class InteractionTokenizer:
                 raise ValueError(f"tokenize_interaction: {name} must be at least 1, got {limit}")
         if truncation not in ("shared", "independent-left"):
             raise ValueError(
-                "tokenize_interaction: truncation must be 'shared' or 'independent-left', "
-                f"got {truncation!r}"
+                f"tokenize_interaction: truncation must be 'shared' or 'independent-left', got {truncation!r}"
             )
         chat_template = getattr(tokenizer, "chat_template", "")
         if not chat_template and hasattr(tokenizer, "chat_template"):
@@ -153,9 +152,7 @@ class InteractionTokenizer:
         self._find_control_tokens(end_of_turn)
         self._align()
 
-    def __call__(
-        self, interaction: Interaction, completion_ids: Sequence[int] | None = None
-    ) -> TokenizedInteraction:
+    def __call__(self, interaction: Interaction, completion_ids: Sequence[int] | None = None) -> TokenizedInteraction:
         """Tokenizes one interaction.
 
         Args:
@@ -210,9 +207,7 @@ class InteractionTokenizer:
         ids = [token for token in ids if token not in self._control_ids and token != unknown]
         return self.chat.said(self.tokenizer.decode(ids))
 
-    def stream(
-        self, interactions: Iterable[Interaction]
-    ) -> Iterator[TokenizedInteraction | ValueError]:
+    def stream(self, interactions: Iterable[Interaction]) -> Iterator[TokenizedInteraction | ValueError]:
         """Tokenizes interactions in order; in the place of one that cannot be, its error.
 
         A fast tokenizer gets the texts of 64 interactions at once and encodes them in as many
@@ -253,9 +248,7 @@ class InteractionTokenizer:
         whole_messages = self.truncation == "shared"
         prompt, opening, completion = interaction.prompt, self.chat.generation, ""
         if given is None:
-            opening, completion = self.chat.finish(
-                prompt, interaction.completion.rstrip(), trim=self._as_rendered
-            )
+            opening, completion = self.chat.finish(prompt, interaction.completion.rstrip(), trim=self._as_rendered)
         rendered = self._render(prompt, opening)
         first = interaction.followup.strip()[: self.max_followup_length]  # of which `_cut` starts
         answer = self._answer_anchor + completion
@@ -276,9 +269,7 @@ class InteractionTokenizer:
         texts = [self._render(messages, opening) for messages in prompts]
         yield texts
 
-        teachers = [
-            self._encode_prompt(messages, opening, text) for messages, text in zip(prompts, texts)
-        ]
+        teachers = [self._encode_prompt(messages, opening, text) for messages, text in zip(prompts, texts)]
         if not whole_messages:
             teachers = [self._cut_left(ids) for ids in teachers]
         return TokenizedInteraction(
@@ -297,14 +288,10 @@ class InteractionTokenizer:
 
     def _teacher_prompt(self, prompt: list[dict], followup: str) -> list[dict]:
         if self.truncation == "shared":
-            followup = self._cut(
-                followup.strip(), self._encode_text, self.max_followup_length, keep="start"
-            )
+            followup = self._cut(followup.strip(), self._encode_text, self.max_followup_length, keep="start")
         return self.template.apply(prompt, followup)
 
-    def _fit(
-        self, prompt: list[dict], rendered: str, opening: Opening
-    ) -> tuple[list[dict], list[int]]:
+    def _fit(self, prompt: list[dict], rendered: str, opening: Opening) -> tuple[list[dict], list[int]]:
         """(messages, ids): as much of the end of the prompt as the limit holds."""
         limit = self.max_prompt_length
         ids = self._encode_prompt(prompt, opening, rendered)
@@ -415,10 +402,7 @@ class InteractionTokenizer:
         for end in ends:
             token_id = tokenizer.convert_tokens_to_ids(end)
             if token_id is None or token_id == getattr(tokenizer, "unk_token_id", None):
-                raise ValueError(
-                    f"tokenize_interaction: end_of_turn must be one token of the tokenizer, got "
-                    f"{end!r}"
-                )
+                raise ValueError(f"tokenize_interaction: end_of_turn must be one token of the tokenizer, got {end!r}")
             self._end_ids.append(token_id)
         self.end_of_turn: str = ends[-1]
         self.end_of_turn_id: int = self._end_ids[-1]
@@ -519,16 +503,12 @@ class InteractionTokenizer:
         if not options:
             ids = self._encode(anchor + text)
         else:
-            ids = list(
-                self.tokenizer(anchor + text, add_special_tokens=False, **options)["input_ids"]
-            )
+            ids = list(self.tokenizer(anchor + text, add_special_tokens=False, **options)["input_ids"])
         if not anchor:
             return ids
         count = len(self._anchor_ids)
         if ids[:count] != self._anchor_ids:
-            raise ValueError(
-                f"the tokenizer encodes {text[:40]!r} in one token with what is before it"
-            )
+            raise ValueError(f"the tokenizer encodes {text[:40]!r} in one token with what is before it")
         return ids[count:]
 
     def _encode_answer(self, text: str) -> list[int]:
@@ -554,14 +534,11 @@ class InteractionTokenizer:
                 ids += self._encode_inside(text[start:end], self._text_anchor if start else anchor)
         if self._smuggles(ids, 0):
             raise ValueError(
-                "the text contains the spelling of a control token that this tokenizer cannot "
-                "encode as text"
+                "the text contains the spelling of a control token that this tokenizer cannot encode as text"
             )
         return ids
 
-    def _encode_prompt(
-        self, messages: list[dict], opening: Opening, rendered: str | None = None
-    ) -> list[int]:
+    def _encode_prompt(self, messages: list[dict], opening: Opening, rendered: str | None = None) -> list[int]:
         """The ids of the messages (`rendered`: by the template); control tokens only where the
         template puts them."""
         contents = [message["content"] for message in messages]
@@ -586,17 +563,12 @@ class InteractionTokenizer:
             spellings.append(match.group())
             return f"{word}{len(spellings) - 1}z"
 
-        marked = [
-            {**message, "content": self._control.sub(stand_in, message["content"])}
-            for message in messages
-        ]
+        marked = [{**message, "content": self._control.sub(stand_in, message["content"])} for message in messages]
 
         def restore(segment: str) -> str:
             return re.sub(word + "([0-9]+)z", lambda m: spellings[int(m.group(1))], segment)
 
-        return self._encode_around(
-            self._render(marked, opening), lambda segment: word in segment, restore
-        )
+        return self._encode_around(self._render(marked, opening), lambda segment: word in segment, restore)
 
     def _encode_around(
         self, rendered: str, is_data: Callable[[str], bool], restore: Callable[[str], str]

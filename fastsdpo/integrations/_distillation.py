@@ -85,26 +85,37 @@ def distillation_loss(
     weight = student if head is None else head.weight
     dtype = accumulation_dtype(student, weight)
     options, tokens = check_loss(
-        "distillation_loss", target_ids.shape, weight.shape[-1 if head is None else 0],
-        student.device, dtype, target_ids, teacher="teacher", has_teacher=teacher is not None,
-        mode=mode, alpha=alpha, topk=topk, add_tail=add_tail, weights=weights,
-        teacher_logps=teacher_logps, teacher_topk=teacher_topk, old_logps=old_logps,
-        is_clip=is_clip, temperature=temperature, softcap=None if head is None else head.softcap,
-        ignore_index=IGNORE_INDEX, bounded_tail=True,
-    )  # fmt: skip
+        "distillation_loss",
+        target_ids.shape,
+        weight.shape[-1 if head is None else 0],
+        student.device,
+        dtype,
+        target_ids,
+        teacher="teacher",
+        has_teacher=teacher is not None,
+        mode=mode,
+        alpha=alpha,
+        topk=topk,
+        add_tail=add_tail,
+        weights=weights,
+        teacher_logps=teacher_logps,
+        teacher_topk=teacher_topk,
+        old_logps=old_logps,
+        is_clip=is_clip,
+        temperature=temperature,
+        softcap=None if head is None else head.softcap,
+        ignore_index=IGNORE_INDEX,
+        bounded_tail=True,
+    )
     if head is None:
         both = (student,) if teacher is None else (student, teacher)
         backend = resolve_backend("distillation_loss", "auto", *both)
         return rows_loss(student, teacher, tokens, options, backend)
 
     scale = head.logit_scale
-    options = replace(
-        options, temperature=options.temperature / scale, softcap=options.softcap / scale
-    )
+    options = replace(options, temperature=options.temperature / scale, softcap=options.softcap / scale)
     if policy is not None:
-        policy = PolicyGradient(
-            policy.target_ids.contiguous(), policy.grad_logps.to(dtype).contiguous()
-        )
+        policy = PolicyGradient(policy.target_ids.contiguous(), policy.grad_logps.to(dtype).contiguous())
     operand, tile = choose_dtypes(student, weight, None)
     chunk = default_chunk_size(len(student), len(weight), student.device)
     own = (None, None) if teacher_head is None else (teacher_head.weight, teacher_head.bias)
@@ -132,9 +143,7 @@ def targets_where(mask: Tensor, target_ids: Tensor) -> Tensor:
     return target_ids.masked_fill(mask == 0, IGNORE_INDEX)
 
 
-def policy_gradient_loss(
-    student: Tensor, head: Any, policy: PolicyGradient, temperature: float
-) -> Tensor:
+def policy_gradient_loss(student: Tensor, head: Any, policy: PolicyGradient, temperature: float) -> Tensor:
     """0, with the gradient ``grad_logps`` in the log-probs of the targets, to hidden states and head.
 
     The gradient is formed in the forward pass: 3 GEMMs, where log-probs that are differentiated
@@ -143,6 +152,14 @@ def policy_gradient_loss(
     none = torch.full_like(policy.target_ids, IGNORE_INDEX)
     zeros = torch.zeros(none.shape, device=none.device)
     return distillation_loss(
-        student, None, none, head=head, mode="sampled_token", alpha=1.0, temperature=temperature,
-        teacher_logps=zeros, weights=zeros, policy=policy,
-    ).loss  # fmt: skip
+        student,
+        None,
+        none,
+        head=head,
+        mode="sampled_token",
+        alpha=1.0,
+        temperature=temperature,
+        teacher_logps=zeros,
+        weights=zeros,
+        policy=policy,
+    ).loss

@@ -104,9 +104,7 @@ def fused_logps(
     def body(hidden: Tensor) -> tuple[Tensor, ...]:
         with gathered_head(model):
             head = head_parameters(model)
-            return label_logps(
-                hidden[:, :-1], head, labels[:, 1:], temperature, return_entropy, chunk_size
-            )
+            return label_logps(hidden[:, :-1], head, labels[:, 1:], temperature, return_entropy, chunk_size)
 
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask
@@ -130,10 +128,16 @@ def label_logps(
     target_ids = target_ids.to(hidden.device)
     keep = target_ids != IGNORE_INDEX
     found = linear_token_logps(
-        hidden[keep].to(head.weight.device), head.weight, target_ids[keep].to(head.weight.device),
-        bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale,
-        temperature=temperature, return_entropy=return_entropy, chunk_size=chunk_size,
-    )  # fmt: skip
+        hidden[keep].to(head.weight.device),
+        head.weight,
+        target_ids[keep].to(head.weight.device),
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        temperature=temperature,
+        return_entropy=return_entropy,
+        chunk_size=chunk_size,
+    )
     vectors = found if isinstance(found, tuple) else (found,)
     whole = vectors[0].new_zeros(target_ids.shape)
     return tuple(whole.masked_scatter(keep, vector.to(whole.device)) for vector in vectors)
@@ -200,9 +204,7 @@ def sdpo_loss_func(
     if mode not in teachers:
         raise ValueError(f"{name}: mode must be one of {tuple(teachers)}, got {mode!r}")
 
-    def compute_loss(
-        outputs: Any, labels: Any, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    def compute_loss(outputs: Any, labels: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         needed = ("labels", *teachers[mode], *(("old_logps",) if is_clip is not None else ()))
         # Trainer counts the tokens of SDPOLabels; of another mapping it does not, and without the
         # count every micro-batch would weigh as much as a whole step.
@@ -211,8 +213,7 @@ def sdpo_loss_func(
             if isinstance(labels, Mapping):
                 got += f" of {sorted(labels)}"
             raise ValueError(
-                f"{name}: labels must be SDPOLabels with {', '.join(needed)} for mode={mode!r}, "
-                f"got {got}"
+                f"{name}: labels must be SDPOLabels with {', '.join(needed)} for mode={mode!r}, got {got}"
             )
         if getattr(num_items_in_batch, "ndim", 0):
             raise NotImplementedError(
@@ -231,9 +232,16 @@ def sdpo_loss_func(
         if is_clip is not None:
             given |= {"old_logps": labels["old_logps"][:, 1:], "is_clip": is_clip}
         return sdpo_loss(
-            logits[:, :-1], None, target_ids, mode=mode, alpha=alpha,  # type: ignore[arg-type]
-            weights=counts / items, temperature=temperature, softcap=softcap,
-            inplace_grad=inplace_grad, **given,
-        ).loss  # fmt: skip
+            logits[:, :-1],
+            None,
+            target_ids,
+            mode=mode,
+            alpha=alpha,  # type: ignore[arg-type]
+            weights=counts / items,
+            temperature=temperature,
+            softcap=softcap,
+            inplace_grad=inplace_grad,
+            **given,
+        ).loss
 
     return compute_loss

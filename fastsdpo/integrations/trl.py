@@ -44,8 +44,7 @@ except ImportError as error:
 
 if Version(version("trl")) < Version(NEEDED):
     raise ImportError(
-        f"fastsdpo.integrations.trl needs TRL >= {NEEDED}, got {version('trl')}; "
-        f"pip install -U 'trl>={NEEDED}'"
+        f"fastsdpo.integrations.trl needs TRL >= {NEEDED}, got {version('trl')}; pip install -U 'trl>={NEEDED}'"
     )
 
 with warnings.catch_warnings():
@@ -93,17 +92,31 @@ _REPLACED = {
     "_compute_policy_loss": ("self", "inputs", "student_logits"),
     "_compute_self_distillation_loss": ("self", "model", "inputs", "distillation_logits"),
     "_compute_rollout_logps": (
-        "self", "prompt_ids", "prompt_mask", "completion_ids", "completion_mask",
+        "self",
+        "prompt_ids",
+        "prompt_mask",
+        "completion_ids",
+        "completion_mask",
     ),
-}  # fmt: skip
+}
 # What is used of TRL's private methods besides.
 _USED = ("_get_teacher_context_for_self_distillation", "_log_self_distillation_metric")
 _DIVERGENCE = (
-    "student_hidden_states", "teacher_hidden_states", "student_lm_head_weight",
-    "teacher_lm_head_weight", "completion_mask", "beta", "num_items_in_batch",
-    "student_lm_head_bias", "teacher_lm_head_bias", "student_logit_scale", "teacher_logit_scale",
-    "student_final_logit_softcapping", "teacher_final_logit_softcapping", "temperature",
-)  # fmt: skip
+    "student_hidden_states",
+    "teacher_hidden_states",
+    "student_lm_head_weight",
+    "teacher_lm_head_weight",
+    "completion_mask",
+    "beta",
+    "num_items_in_batch",
+    "student_lm_head_bias",
+    "teacher_lm_head_bias",
+    "student_logit_scale",
+    "teacher_logit_scale",
+    "student_final_logit_softcapping",
+    "teacher_final_logit_softcapping",
+    "temperature",
+)
 
 
 def _check_trl() -> None:
@@ -115,9 +128,7 @@ def _check_trl() -> None:
         for name, arguments in _REPLACED.items()
         if tuple(inspect.signature(getattr(SDPOTrainer, name, print)).parameters) != arguments
     ]
-    problems += [
-        f"SDPOTrainer.{name} is missing" for name in _USED if not hasattr(SDPOTrainer, name)
-    ]
+    problems += [f"SDPOTrainer.{name} is missing" for name in _USED if not hasattr(SDPOTrainer, name)]
     divergence = getattr(_distillation, "_chunked_divergence_loss", print)
     if tuple(inspect.signature(divergence).parameters) != _DIVERGENCE:
         problems.append("trl.trainer.distillation_trainer._chunked_divergence_loss")
@@ -137,16 +148,17 @@ _TRL_DIVERGENCE = _distillation._chunked_divergence_loss
 def _rebound(function: Any, **names: Any) -> Any:
     """``function`` with other values of some of its module's names; the module stays as it is."""
     return types.FunctionType(
-        function.__code__, {**function.__globals__, **names}, function.__name__,
-        function.__defaults__, function.__closure__,
-    )  # fmt: skip
+        function.__code__,
+        {**function.__globals__, **names},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
 
 
 # TRL's own clipping and normalization, fed with log-probs in place of logits, or with logits and
 # the fused kernel.
-_policy_loss_from_logps = _rebound(
-    _TRL["_compute_policy_loss"], selective_log_softmax=lambda logps, ids: logps
-)
+_policy_loss_from_logps = _rebound(_TRL["_compute_policy_loss"], selective_log_softmax=lambda logps, ids: logps)
 _policy_loss_from_logits = _rebound(
     _TRL["_compute_policy_loss"], selective_log_softmax=lambda logits, ids: token_logps(logits, ids)
 )
@@ -278,9 +290,17 @@ def _hidden_pass(trainer: Any, model: nn.Module, inputs: dict[str, Any]) -> _Fou
                     return _Found(loss, None, logps)
             assert teacher is not None
             loss, mean = _distillation_terms(
-                trainer, student, teacher.to(device), ids.to(device), mask.to(device),
-                inputs.get("old_per_token_logps"), head, teacher_head, trainer.temperature, policy,
-            )  # fmt: skip
+                trainer,
+                student,
+                teacher.to(device),
+                ids.to(device),
+                mask.to(device),
+                inputs.get("old_per_token_logps"),
+                head,
+                teacher_head,
+                trainer.temperature,
+                policy,
+            )
         return _Found(loss, mean, logps)
 
     given = {
@@ -291,9 +311,7 @@ def _hidden_pass(trainer: Any, model: nn.Module, inputs: dict[str, Any]) -> _Fou
     return run_inside(model, body, given)
 
 
-def _policy_terms(
-    trainer: Any, student: Tensor, inputs: dict[str, Any], head: Any
-) -> tuple[Tensor, PolicyGradient]:
+def _policy_terms(trainer: Any, student: Tensor, inputs: dict[str, Any], head: Any) -> tuple[Tensor, PolicyGradient]:
     """Log-probs of the completion, and the gradient in them of ``(1 - w)`` times TRL's policy loss.
 
     On the batch's own policy (no old log-probs) the loss depends on differences that are 0, so the
@@ -327,9 +345,7 @@ class _Quiet:
         return getattr(self._trainer, name)
 
 
-def _teacher_states(
-    trainer: Any, model: nn.Module, inputs: dict[str, Any], completion: Any
-) -> tuple[Tensor, Any]:
+def _teacher_states(trainer: Any, model: nn.Module, inputs: dict[str, Any], completion: Any) -> tuple[Tensor, Any]:
     """The teacher's hidden states at the completion, and its head."""
     teacher = trainer.teacher_model
     given = {
@@ -341,9 +357,7 @@ def _teacher_states(
         if unwrap(teacher) is unwrap(model):  # inside its own forward pass: the decoder alone
             hidden = causal_lm(model).get_decoder()(**given).last_hidden_state
             return completion(hidden), _head_now(model)
-        return run_inside(
-            teacher, lambda hidden: (completion(hidden), head_parameters(teacher)), given
-        )
+        return run_inside(teacher, lambda hidden: (completion(hidden), head_parameters(teacher)), given)
 
 
 def _head_now(model: nn.Module) -> Any:
@@ -380,9 +394,7 @@ def _distillation_terms(
     args = trainer.args
     mode = MODES.get(args.distillation_mode)
     if mode is None:
-        raise ValueError(
-            f"distillation_mode must be one of {', '.join(MODES)}, got {args.distillation_mode!r}"
-        )
+        raise ValueError(f"distillation_mode must be one of {', '.join(MODES)}, got {args.distillation_mode!r}")
     if mode == "topk" and args.distillation_topk is None:
         raise ValueError("distillation_topk must be set for distillation_mode='topk_logits'")
     mask = mask.to(torch.float32)
@@ -399,10 +411,7 @@ def _distillation_terms(
         alpha=args.distillation_alpha,
         topk=args.distillation_topk if mode == "topk" else None,
         add_tail=args.distillation_add_tail,
-        weights=mask
-        / tokens
-        / mask.shape[0]
-        * (1.0 if policy is None else args.distillation_weight),
+        weights=mask / tokens / mask.shape[0] * (1.0 if policy is None else args.distillation_weight),
         old_logps=old_logps,
         is_clip=clip,
         temperature=temperature,
@@ -431,17 +440,13 @@ def _compute_policy_loss(self, inputs, student_logits):
 def _compute_rollout_logps(self, prompt_ids, prompt_mask, completion_ids, completion_mask):
     every = self.args.steps_per_generation * self.num_iterations
     if self.args.gradient_accumulation_steps % every == 0 or not _from_hidden(self, self.model):
-        return _TRL["_compute_rollout_logps"](
-            self, prompt_ids, prompt_mask, completion_ids, completion_mask
-        )
+        return _TRL["_compute_rollout_logps"](self, prompt_ids, prompt_mask, completion_ids, completion_mask)
     length = completion_ids.size(1)
 
     def body(hidden: Tensor) -> Tensor:
         with gathered_head(self.model):
             head = head_parameters(self.model)
-            return label_logps(hidden[:, -length - 1 : -1], head, completion_ids, self.temperature)[
-                0
-            ]
+            return label_logps(hidden[:, -length - 1 : -1], head, completion_ids, self.temperature)[0]
 
     with torch.no_grad():
         given = {
@@ -467,9 +472,16 @@ def _forward_logits(self, model, input_ids, attention_mask, logits_to_keep):
 def _compute_self_distillation_loss(self, model, inputs, distillation_logits):
     given = distillation_logits
     loss, mean = _distillation_terms(
-        self, given.student_logits, given.teacher_logits, given.completion_ids, given.loss_mask,
-        inputs.get("old_per_token_logps"), None, None, 1.0,
-    )  # fmt: skip
+        self,
+        given.student_logits,
+        given.teacher_logits,
+        given.completion_ids,
+        given.loss_mask,
+        inputs.get("old_per_token_logps"),
+        None,
+        None,
+        1.0,
+    )
     mode = "train" if model.training else "eval"
     self._log_self_distillation_metric(mode, self.accelerator.gather(mean).mean().item())
     return loss
@@ -535,11 +547,20 @@ def chunked_divergence_loss(
     scales = (student_logit_scale, teacher_logit_scale)
     if student_final_logit_softcapping != teacher_final_logit_softcapping or min(scales) <= 0:
         return _TRL_DIVERGENCE(
-            student_hidden_states, teacher_hidden_states, student_lm_head_weight,
-            teacher_lm_head_weight, completion_mask, beta, num_items_in_batch,
-            student_lm_head_bias, teacher_lm_head_bias, *scales, student_final_logit_softcapping,
-            teacher_final_logit_softcapping, temperature,
-        )  # fmt: skip
+            student_hidden_states,
+            teacher_hidden_states,
+            student_lm_head_weight,
+            teacher_lm_head_weight,
+            completion_mask,
+            beta,
+            num_items_in_batch,
+            student_lm_head_bias,
+            teacher_lm_head_bias,
+            *scales,
+            student_final_logit_softcapping,
+            teacher_final_logit_softcapping,
+            temperature,
+        )
     valid = completion_mask.reshape(-1) != 0
     count = valid.sum()
     student = student_hidden_states.flatten(0, -2)[valid]
@@ -555,25 +576,45 @@ def chunked_divergence_loss(
         if teacher_lm_head_bias is not None:
             teacher_lm_head_bias = teacher_lm_head_bias * ratio
     head = Head(
-        student_lm_head_weight, student_lm_head_bias, student_final_logit_softcapping or None,
+        student_lm_head_weight,
+        student_lm_head_bias,
+        student_final_logit_softcapping or None,
         student_logit_scale,
-    )  # fmt: skip
+    )
     ids = count.new_zeros(len(student))
     parameters = (
-        student_lm_head_weight, student_lm_head_bias, teacher_lm_head_weight, teacher_lm_head_bias,
-    )  # fmt: skip
+        student_lm_head_weight,
+        student_lm_head_bias,
+        teacher_lm_head_weight,
+        teacher_lm_head_bias,
+    )
     with _gathered(*parameters):
         with torch.no_grad():
             _, entropy = linear_token_logps(
-                student, head.weight, ids, bias=head.bias, softcap=head.softcap,
-                logit_scale=head.logit_scale, temperature=temperature, return_entropy=True,
-            )  # fmt: skip
+                student,
+                head.weight,
+                ids,
+                bias=head.bias,
+                softcap=head.softcap,
+                logit_scale=head.logit_scale,
+                temperature=temperature,
+                return_entropy=True,
+            )
         out = linear_sdpo_loss(
-            student, teacher, head.weight, ids, bias=head.bias, softcap=head.softcap,
-            logit_scale=head.logit_scale, teacher_weight=teacher_lm_head_weight,
-            teacher_bias=teacher_lm_head_bias, mode="full", alpha=beta, temperature=temperature,
+            student,
+            teacher,
+            head.weight,
+            ids,
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            teacher_weight=teacher_lm_head_weight,
+            teacher_bias=teacher_lm_head_bias,
+            mode="full",
+            alpha=beta,
+            temperature=temperature,
             weights=(1.0 / divisor).to(torch.float32).expand(len(student)),
-        )  # fmt: skip
+        )
     return out.loss, entropy.sum(), count
 
 

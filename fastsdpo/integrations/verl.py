@@ -58,9 +58,7 @@ def aggregation_weights(mask: Tensor, loss_agg_mode: str) -> Tensor:
         return mask / (tokens + 1e-8) / sequences
     if loss_agg_mode == "seq-mean-token-sum-norm":
         return mask / mask.shape[-1]
-    raise ValueError(
-        f"aggregation_weights: loss_agg_mode must be one of {AGGREGATIONS}, got {loss_agg_mode!r}"
-    )
+    raise ValueError(f"aggregation_weights: loss_agg_mode must be one of {AGGREGATIONS}, got {loss_agg_mode!r}")
 
 
 def compute_self_distillation_loss(
@@ -103,9 +101,7 @@ def compute_self_distillation_loss(
     """
     name = "compute_self_distillation_loss"
     config = _settings(name, self_distillation_config)
-    mask, weights = _weights(
-        response_mask, self_distillation_mask, loss_agg_mode, rollout_is_weights
-    )
+    mask, weights = _weights(response_mask, self_distillation_mask, loss_agg_mode, rollout_is_weights)
     if config["is_clip"] is not None:
         if old_log_probs is None:
             raise ValueError(f"{name}: old_log_probs must be given with is_clip, got None")
@@ -126,15 +122,17 @@ def compute_self_distillation_loss(
             f"distillation_topk={config['topk']}, got None"
         )
     if kind == "topk":
-        per_token = _SupportDivergence.apply(
-            student, teacher.detach(), config["alpha"], config["add_tail"]
-        )
+        per_token = _SupportDivergence.apply(student, teacher.detach(), config["alpha"], config["add_tail"])
         assert isinstance(per_token, Tensor)
         return _masked_sum(weights, per_token), {}
     out = distillation_loss(
-        student, teacher, targets_where(mask, mask.new_zeros(mask.shape, dtype=torch.int64)),
-        mode="full", alpha=config["alpha"], weights=weights,
-    )  # fmt: skip
+        student,
+        teacher,
+        targets_where(mask, mask.new_zeros(mask.shape, dtype=torch.int64)),
+        mode="full",
+        alpha=config["alpha"],
+        weights=weights,
+    )
     return out.loss, {}
 
 
@@ -171,16 +169,20 @@ def self_distillation_loss(
     """
     name = "self_distillation_loss"
     config = _settings(name, self_distillation_config)
-    mask, weights = _weights(
-        response_mask, self_distillation_mask, loss_agg_mode, rollout_is_weights
-    )
+    mask, weights = _weights(response_mask, self_distillation_mask, loss_agg_mode, rollout_is_weights)
     if config["is_clip"] is not None and old_log_probs is None:
         raise ValueError(f"{name}: old_log_probs must be given with is_clip, got None")
     out = distillation_loss(
-        student, teacher, targets_where(mask, responses), head=head, teacher_head=teacher_head,
-        weights=weights, old_logps=old_log_probs if config["is_clip"] is not None else None,
-        temperature=temperature, **config,
-    )  # fmt: skip
+        student,
+        teacher,
+        targets_where(mask, responses),
+        head=head,
+        teacher_head=teacher_head,
+        weights=weights,
+        old_logps=old_log_probs if config["is_clip"] is not None else None,
+        temperature=temperature,
+        **config,
+    )
     count = (mask != 0).sum().clamp(min=1)
     return out.loss, {
         "self_distillation/log_ratio_mean": out.log_ratio.sum() / count,
@@ -274,9 +276,7 @@ def _verl(module: str, needs: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(
-            f"fastsdpo.integrations.verl: {needs}, which cannot be imported: {error}"
-        ) from error
+        raise ImportError(f"fastsdpo.integrations.verl: {needs}, which cannot be imported: {error}") from error
 
 
 class SDPOForkPatch:

@@ -79,9 +79,7 @@ def teacher_from_prompt_logprobs(
         raise ValueError(f"{name}: topk must be a positive integer or None, got {topk!r}")
     sequences = [
         _read_sequence(f"{name}: sequence {number}", entries, ids, length, topk)
-        for number, (entries, ids, length) in enumerate(
-            zip(prompt_logprobs, token_ids, completion_lengths)
-        )
+        for number, (entries, ids, length) in enumerate(zip(prompt_logprobs, token_ids, completion_lengths))
     ]
     shape = len(sequences), max(map(int, completion_lengths), default=0)
     target_ids = torch.full(shape, IGNORE_INDEX)
@@ -177,26 +175,19 @@ def _read_entry(where: str, entry: Any) -> dict[int, float]:
     for key, value in entry.items():
         try:
             token = int(key)
-            score = (
-                value["logprob"] if isinstance(value, Mapping) else getattr(value, "logprob", value)
-            )
+            score = value["logprob"] if isinstance(value, Mapping) else getattr(value, "logprob", value)
             score = float(score)
         except (KeyError, TypeError, ValueError):
             raise TypeError(
-                f"{where}: must map a token id to an object or mapping with logprob, "
-                f"got {key!r}: {value!r}"
+                f"{where}: must map a token id to an object or mapping with logprob, got {key!r}: {value!r}"
             ) from None
         if token < 0 or token in scores:
             again = " twice" if token in scores else ""
             raise ValueError(f"{where}: must have distinct token ids >= 0, got {token}{again}")
         if not score <= ROUNDING:
-            raise ValueError(
-                f"{where}: token {token} must have a log-probability <= 0, got {score}"
-            )
+            raise ValueError(f"{where}: token {token} must have a log-probability <= 0, got {score}")
         scores[token] = min(score, 0.0)
     mass = sum(math.exp(score) for score in scores.values())
     if mass > 1 + ROUNDING:
-        raise ValueError(
-            f"{where}: probabilities must sum to at most 1, got {mass:.3f}; are these log-probabilities?"
-        )
+        raise ValueError(f"{where}: probabilities must sum to at most 1, got {mass:.3f}; are these log-probabilities?")
     return scores

@@ -68,12 +68,8 @@ class Learner:
         config: its ``output_dir`` holds the checkpoints; ``save_total_limit`` of them are kept.
     """
 
-    def __init__(
-        self, model: Any, config: OnlineSDPOConfig, tokenizer: Any, peft_config: Any = None
-    ):
-        self.trainer = SDPOTrainer(
-            model, config, processing_class=tokenizer, peft_config=peft_config
-        )
+    def __init__(self, model: Any, config: OnlineSDPOConfig, tokenizer: Any, peft_config: Any = None):
+        self.trainer = SDPOTrainer(model, config, processing_class=tokenizer, peft_config=peft_config)
         self.config, self.tokenizer = config, tokenizer
         assert self.trainer._tokenizer_for_check is not None
         self.tokenize = self.trainer._tokenizer_for_check
@@ -107,10 +103,13 @@ class Learner:
         prompt = self.tokenize.generation_prompt(messages)
         self.answers += 1
         (sample,) = generate(
-            self.model, [prompt], max_new_tokens=self.config.max_new_tokens,
-            temperature=self.config.sampling_temperature, end_ids=self.end_ids,
+            self.model,
+            [prompt],
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.sampling_temperature,
+            end_ids=self.end_ids,
             seed=f"{self.config.seed}/{self.updates}/{self.answers}",
-        )  # fmt: skip
+        )
         return self.tokenize.said(sample.ids), TokenizedInteraction(prompt, prompt, sample.ids)
 
     def learn(self, messages: list[dict], answer: TokenizedInteraction, followup: str) -> dict:
@@ -120,9 +119,7 @@ class Learner:
             NonFiniteError: loss or gradient are not finite; the model is as before.
         """
         trainer = self.trainer
-        item = self.tokenize(
-            Interaction(messages, "", followup, f"update {self.updates + 1}"), answer.completion_ids
-        )
+        item = self.tokenize(Interaction(messages, "", followup, f"update {self.updates + 1}"), answer.completion_ids)
         trainer.model.train()
         loss, statistics = trainer.run_pass(trainer.model, [item], trainer._count([item]))
         loss.backward()
@@ -152,9 +149,7 @@ class Learner:
         if self.updates == 0:
             raise ValueError("there is no update to take back")
         if self.updates - 1 not in kept:
-            raise ValueError(
-                f"the checkpoint before update {self.updates} is not kept any more (--keep)"
-            )
+            raise ValueError(f"the checkpoint before update {self.updates} is not kept any more (--keep)")
         undone = self.updates
         self._load(undone - 1)
         shutil.rmtree(self._folder(undone))
@@ -192,14 +187,19 @@ def build_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("chat")
     run.add_argument("-o", "--output", required=True, metavar="FOLDER")
     run.add_argument("--system", default=None, metavar="TEXT", help="the system prompt")
-    run.add_argument("--learn", choices=LEARN, default="told",
-                     help="from the messages that /teach names (default), or from every message "
-                     "that follows an answer")  # fmt: skip
-    run.add_argument("--keep", type=int, default=10, metavar="CHECKPOINTS",
-                     help="how many are kept; /undo goes back one fewer")  # fmt: skip
+    run.add_argument(
+        "--learn",
+        choices=LEARN,
+        default="told",
+        help="from the messages that /teach names (default), or from every message that follows an answer",
+    )
+    run.add_argument(
+        "--keep", type=int, default=10, metavar="CHECKPOINTS", help="how many are kept; /undo goes back one fewer"
+    )
     run.add_argument("--max-new-tokens", type=int, help="of an answer")
-    run.add_argument("--sampling-temperature", type=float,
-                     help="default: as the model's own generation config samples, or 0.7")  # fmt: skip
+    run.add_argument(
+        "--sampling-temperature", type=float, help="default: as the model's own generation config samples, or 0.7"
+    )
     run.add_argument("--quiet", action="store_true", default=False, help="the answers only")
     add_model_options(parser)
     add_setting_options(parser, PRESETS)
@@ -353,9 +353,7 @@ class Talk:
         if place - 1 not in self.answers:
             raise ValueError("/teach: there is no answer that this would be a reaction to")
         if place in self.learned:
-            raise ValueError(
-                f"/teach: your last message was learned from in update {self.learned[place]}"
-            )
+            raise ValueError(f"/teach: your last message was learned from in update {self.learned[place]}")
         followup = self.messages[place]["content"] if text is None else text
         history, answer = self.messages[: place - 1], self.messages[place - 1]["content"]
         with uninterrupted():

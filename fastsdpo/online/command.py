@@ -43,8 +43,19 @@ from fastsdpo.train import (
 )
 
 DEGENERATE = 4
-USER_OPTIONS = ("rule", "wish", "praise", "flip_at", "then_rule", "then_wish", "persona", "user_url",
-                "user_model", "user_local", "terminal")  # fmt: skip
+USER_OPTIONS = (
+    "rule",
+    "wish",
+    "praise",
+    "flip_at",
+    "then_rule",
+    "then_wish",
+    "persona",
+    "user_url",
+    "user_model",
+    "user_local",
+    "terminal",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,15 +66,20 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,  # what is not given stays the preset's
     )
     run = parser.add_argument_group("run")
-    run.add_argument("prompts", help="what users ask: a text file, one per line, or rows with "
-                     "'prompt' (JSON, JSON Lines, Parquet)")  # fmt: skip
+    run.add_argument(
+        "prompts", help="what users ask: a text file, one per line, or rows with 'prompt' (JSON, JSON Lines, Parquet)"
+    )
     run.add_argument("-o", "--output", required=True, metavar="FOLDER")
     run.add_argument("--eval-prompts", metavar="FILE", default=None, help="held-out prompts")
-    run.add_argument("--resume", nargs="?", const=True, default=None, metavar="CHECKPOINT",
-                     help="go on from a checkpoint, or from the output folder's newest; without "
-                     "one, begin")  # fmt: skip
-    run.add_argument("--overwrite", action="store_true", default=False,
-                     help="start anew in a folder that holds a run")  # fmt: skip
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=None,
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint, or from the output folder's newest; without one, begin",
+    )
+    run.add_argument("--overwrite", action="store_true", default=False, help="start anew in a folder that holds a run")
     run.add_argument("--quiet", action="store_true", default=False, help="print nothing but errors")
     run.add_argument("--list-rules", action=_ListRules, nargs=0, help="print the rules, and stop")
     add_user_options(parser)
@@ -76,8 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
     answers.add_argument("--generation-batch-size", type=int)
     answers.add_argument("--generation-url", help="a vLLM server that samples the answers")
     answers.add_argument("--updates-per-batch", type=int, help="steps on each batch of answers")
-    answers.add_argument("--stop-when-degenerate", type=float, metavar="SHARE",
-                         help="stop, with a checkpoint, at this share of degenerate answers")  # fmt: skip
+    answers.add_argument(
+        "--stop-when-degenerate",
+        type=float,
+        metavar="SHARE",
+        help="stop, with a checkpoint, at this share of degenerate answers",
+    )
     add_setting_options(parser, PRESETS)
     return parser
 
@@ -93,18 +113,26 @@ class _ListRules(argparse.Action):
 def add_user_options(parser: argparse.ArgumentParser) -> None:
     """Who reacts; read by `make_user`."""
     user = parser.add_argument_group("user")
-    user.add_argument("--rule", action="append", default=[], metavar="NAME=VALUE",
-                      help="a wish; several are all to be fulfilled")  # fmt: skip
-    user.add_argument("--wish", default=None, metavar="TEXT",
-                      help="what the user says where a rule is broken (default: the rules' own)")  # fmt: skip
-    user.add_argument("--praise", default=None, metavar="TEXT",
-                      help="what the user says where none is (default: nothing)")  # fmt: skip
-    user.add_argument("--flip-at", type=int, default=None, metavar="N",
-                      help="from this interaction on: --then-rule, --then-wish")  # fmt: skip
+    user.add_argument(
+        "--rule", action="append", default=[], metavar="NAME=VALUE", help="a wish; several are all to be fulfilled"
+    )
+    user.add_argument(
+        "--wish",
+        default=None,
+        metavar="TEXT",
+        help="what the user says where a rule is broken (default: the rules' own)",
+    )
+    user.add_argument(
+        "--praise", default=None, metavar="TEXT", help="what the user says where none is (default: nothing)"
+    )
+    user.add_argument(
+        "--flip-at", type=int, default=None, metavar="N", help="from this interaction on: --then-rule, --then-wish"
+    )
     user.add_argument("--then-rule", action="append", default=[], metavar="NAME=VALUE")
     user.add_argument("--then-wish", default=None, metavar="TEXT")
-    user.add_argument("--persona", default=None, metavar="TEXT",
-                      help="who the user is and what they want; @FILE reads it")  # fmt: skip
+    user.add_argument(
+        "--persona", default=None, metavar="TEXT", help="who the user is and what they want; @FILE reads it"
+    )
     user.add_argument("--user-url", default=None, metavar="URL", help="http://host:8000/v1")
     user.add_argument("--user-model", default=None, metavar="NAME", help="its name there")
     user.add_argument("--user-local", default=None, metavar="MODEL", help="folder, hub id or GGUF")
@@ -170,9 +198,12 @@ def chat_model(options: argparse.Namespace, role: str, **settings: Any) -> Any:
     if "max_new_tokens" in settings:
         settings["max_tokens"] = settings.pop("max_new_tokens")
     return ChatEndpoint(
-        url, name, timeout=given[f"{role}_timeout"], concurrency=given[f"{role}_concurrency"],
+        url,
+        name,
+        timeout=given[f"{role}_timeout"],
+        concurrency=given[f"{role}_concurrency"],
         **settings,
-    )  # fmt: skip
+    )
 
 
 def read_text(given: str) -> str:
@@ -215,29 +246,37 @@ def online(options: argparse.Namespace) -> int:
     model, tokenizer, adapter = load(options, config)
     stop = StopOnSignal()
     trainer = OnlineSDPOTrainer(
-        model, config, user, prompts, eval_prompts, tokenizer, peft_config=adapter,
+        model,
+        config,
+        user,
+        prompts,
+        eval_prompts,
+        tokenizer,
+        peft_config=adapter,
         callbacks=[stop, *([Progress()] if show else [])],
-    )  # fmt: skip
+    )
     trainer.remove_callback(PrinterCallback)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    say(f"model {options.model}: {trained:,} of "
+    say(
+        f"model {options.model}: {trained:,} of "
         f"{sum(p.numel() for p in trainer.model.parameters()):,} weights are trained, on "
         f"{config.device}; {len(trainer.train_dataset)} prompts, "
-        f"{trainer._step_prompts * config.num_generations} answers a step")  # fmt: skip
+        f"{trainer._step_prompts * config.num_generations} answers a step"
+    )
     trainer.check_output(model=True)
     checkpoint = choose_checkpoint(trainer, options, say)
     if checkpoint is None:
         trainer.forget_answers(0)  # those of a run before, of which nothing else is left
-    first = measure_before(
-        trainer, output, checkpoint, lambda metrics: say(f"before   {summary(metrics, 'eval_')}")
-    )
+    first = measure_before(trainer, output, checkpoint, lambda metrics: say(f"before   {summary(metrics, 'eval_')}"))
     started = time.perf_counter()
     with stop:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     if stop.received is not None:
-        say(f"stopped at step {result.global_step} of {trainer.state.max_steps}; "
-            "the same command with --resume goes on")  # fmt: skip
+        say(
+            f"stopped at step {result.global_step} of {trainer.state.max_steps}; "
+            "the same command with --resume goes on"
+        )
         return STOPPED + stop.received
     trainer.forget_answers(result.global_step)  # they are given again, the same
     after = None if trainer.eval_dataset is None else trainer.evaluate()
@@ -247,23 +286,27 @@ def online(options: argparse.Namespace) -> int:
         trainer.save_model(str(output / "model"))
     if trainer.is_world_process_zero():
         names = {field.name for field in dataclasses.fields(OnlineSDPOConfig)}
-        write_report(output / "report.json", {
-            "model": options.model,
-            "prompts": options.prompts,
-            "user": {
-                name: value for name, value in vars(options).items()
-                if name in USER_OPTIONS and value not in (None, [], False)
+        write_report(
+            output / "report.json",
+            {
+                "model": options.model,
+                "prompts": options.prompts,
+                "user": {
+                    name: value
+                    for name, value in vars(options).items()
+                    if name in USER_OPTIONS and value not in (None, [], False)
+                },
+                "user_failures": getattr(user, "failures", {}),
+                "interactions": trainer.interactions,
+                "steps": result.global_step,
+                "seconds": seconds,
+                "before": first.metrics,
+                "after": after,
+                "stopped": trainer.degenerate_stop,
+                "settings": {k: v for k, v in config.to_dict().items() if k in names},
+                "history": trainer.state.log_history,
             },
-            "user_failures": getattr(user, "failures", {}),
-            "interactions": trainer.interactions,
-            "steps": result.global_step,
-            "seconds": seconds,
-            "before": first.metrics,
-            "after": after,
-            "stopped": trainer.degenerate_stop,
-            "settings": {k: v for k, v in config.to_dict().items() if k in names},
-            "history": trainer.state.log_history,
-        })  # fmt: skip
+        )
     failures = getattr(user, "failures", {})
     if failures:
         say(f"interactions left out, as the user could not be asked: {failures}")
@@ -277,9 +320,12 @@ def online(options: argparse.Namespace) -> int:
 def summary(metrics: dict[str, float], prefix: str) -> str:
     """Satisfaction, length and degenerate answers of a log or an evaluation."""
     parts = []
-    for name, form in (("satisfaction", "satisfied {:.0%}"), ("response_words", "{:.1f} words"),
-                       ("response_length", "{:.0f} tokens"),
-                       ("degenerate", "degenerate {:.0%}")):  # fmt: skip
+    for name, form in (
+        ("satisfaction", "satisfied {:.0%}"),
+        ("response_words", "{:.1f} words"),
+        ("response_length", "{:.0f} tokens"),
+        ("degenerate", "degenerate {:.0%}"),
+    ):
         if f"{prefix}{name}" in metrics:
             parts.append(form.format(metrics[f"{prefix}{name}"]))
     return "  ".join(parts)

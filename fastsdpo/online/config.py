@@ -55,39 +55,38 @@ class OnlineSDPOConfig(SDPOConfig):
     max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of an answer."})
     sampling_temperature: float | None = field(
         default=1.0,
-        metadata={"help": "Of the answers. Only at 1 are they the model's own distribution. None: as "
-                  "the model's generation config samples, with its top-k, top-p and penalties."},
-    )  # fmt: skip
+        metadata={
+            "help": "Of the answers. Only at 1 are they the model's own distribution. None: as "
+            "the model's generation config samples, with its top-k, top-p and penalties."
+        },
+    )
     generation_batch_size: int | None = field(
         default=None, metadata={"help": "Answers sampled at once; None: all of a step."}
     )
-    eval_temperature: float = field(
-        default=0.0, metadata={"help": "Of held-out answers; 0: the likeliest token."}
-    )
+    eval_temperature: float = field(default=0.0, metadata={"help": "Of held-out answers; 0: the likeliest token."})
     generation_url: str | None = field(
         default=None,
-        metadata={
-            "help": "OpenAI-compatible server (vLLM) that samples the answers; None: generate."
-        },
+        metadata={"help": "OpenAI-compatible server (vLLM) that samples the answers; None: generate."},
     )
     generation_model: str | None = field(
         default=None, metadata={"help": "The model's name on that server; None: its first."}
     )
     generation_sync: str = field(
         default="lora",
-        metadata={"help": "How the server gets the trained weights: lora (the adapter is loaded by "
-                  "name at each step), or none (its answers are off-policy; use is_clip or ppo_clip)."},
-    )  # fmt: skip
+        metadata={
+            "help": "How the server gets the trained weights: lora (the adapter is loaded by "
+            "name at each step), or none (its answers are off-policy; use is_clip or ppo_clip)."
+        },
+    )
 
     # The online objective
-    updates_per_batch: int = field(
-        default=1, metadata={"help": "Optimizer steps on each batch of sampled answers."}
-    )
+    updates_per_batch: int = field(default=1, metadata={"help": "Optimizer steps on each batch of sampled answers."})
     ppo_clip: float | None = field(
         default=None,
-        metadata={"help": "mode=sampled_token: clip the probability ratio to sampling time to "
-                  "1 +- this. None: no ratio."},
-    )  # fmt: skip
+        metadata={
+            "help": "mode=sampled_token: clip the probability ratio to sampling time to 1 +- this. None: no ratio."
+        },
+    )
     center_advantages: bool = field(
         default=False, metadata={"help": "With ppo_clip: subtract each answer's mean advantage."}
     )
@@ -95,9 +94,11 @@ class OnlineSDPOConfig(SDPOConfig):
     # Safety
     stop_when_degenerate: float | None = field(
         default=None,
-        metadata={"help": "Stop, with a checkpoint, where this share of the answers of the last "
-                  "degenerate_window interactions is degenerate. None: report only."},
-    )  # fmt: skip
+        metadata={
+            "help": "Stop, with a checkpoint, where this share of the answers of the last "
+            "degenerate_window interactions is degenerate. None: report only."
+        },
+    )
     degenerate_window: int = field(default=32, metadata={"help": "See stop_when_degenerate."})
     min_entropy_share: float = field(
         default=0.2,
@@ -122,23 +123,19 @@ class OnlineSDPOConfig(SDPOConfig):
     logging_steps: float = field(default=1, metadata={"help": "As in TrainingArguments."})
 
     def __post_init__(self):
-        for name in ("num_generations", "max_new_tokens", "updates_per_batch",
-                     "degenerate_window"):  # fmt: skip
+        for name in ("num_generations", "max_new_tokens", "updates_per_batch", "degenerate_window"):
             self._check(getattr(self, name) >= 1, name, "be at least 1")
         size = self.generation_batch_size
         self._check(size is None or size >= 1, "generation_batch_size", "be at least 1 or None")
         warm = self.sampling_temperature
         self._check(warm is None or warm > 0, "sampling_temperature", "be > 0 or None")
         self._check(self.eval_temperature >= 0, "eval_temperature", "be >= 0")
-        self._check(self.generation_sync in ("lora", "none"), "generation_sync",
-                    "be lora or none")  # fmt: skip
+        self._check(self.generation_sync in ("lora", "none"), "generation_sync", "be lora or none")
         clip = self.ppo_clip
         self._check(clip is None or 0 < clip < 1, "ppo_clip", "be in (0, 1) or None")
-        self._check(clip is None or self.mode == "sampled_token", "ppo_clip",
-                    "be None unless mode='sampled_token'")  # fmt: skip
+        self._check(clip is None or self.mode == "sampled_token", "ppo_clip", "be None unless mode='sampled_token'")
         self._check(clip is None or self.is_clip is None, "is_clip", "be None with ppo_clip")
-        self._check(not self.center_advantages or clip is not None, "center_advantages",
-                    "be off without ppo_clip")  # fmt: skip
+        self._check(not self.center_advantages or clip is not None, "center_advantages", "be off without ppo_clip")
         share = self.stop_when_degenerate
         self._check(share is None or 0 < share <= 1, "stop_when_degenerate", "be in (0, 1] or None")
         self._check(0 <= self.min_entropy_share < 1, "min_entropy_share", "be in [0, 1)")
@@ -157,9 +154,7 @@ class OnlineSDPOConfig(SDPOConfig):
             settings: as for `SDPOConfig.preset`.
         """
         if name not in PRESETS:
-            raise ValueError(
-                f"OnlineSDPOConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}"
-            )
+            raise ValueError(f"OnlineSDPOConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls(**with_preset(PRESETS[name], settings, bf16=name == "paper"))
 
     @property

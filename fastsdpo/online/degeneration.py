@@ -81,10 +81,7 @@ class CollapseDetector:
         if len(self.answers) == self.window and self.share >= limit:
             return f"{self.share:.0%} of the last {self.window} answers are empty or repetitive"
         if self.entropy_share < self.min_entropy_share:
-            return (
-                f"the entropy of the answers fell to {self.entropy_share:.0%} of what it was at the "
-                "start"
-            )
+            return f"the entropy of the answers fell to {self.entropy_share:.0%} of what it was at the start"
         return None
 
     def state_dict(self) -> dict:

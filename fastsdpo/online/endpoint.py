@@ -15,9 +15,7 @@ from fastsdpo.data.interactions import is_blank
 logger = logging.getLogger("fastsdpo.online")
 
 
-def connect(
-    url: str, *, timeout: float = 60.0, max_retries: int = 3, api_key: str | None = None
-) -> Any:
+def connect(url: str, *, timeout: float = 60.0, max_retries: int = 3, api_key: str | None = None) -> Any:
     """`openai.OpenAI`, which retries timeouts, connection errors, 408, 409, 429 and 5xx with backoff.
 
     Args:
@@ -32,8 +30,7 @@ def connect(
         import openai
     except ImportError as error:
         raise ImportError(
-            "an OpenAI-compatible endpoint needs the package openai; install it with: "
-            "pip install 'fastsdpo[online]'"
+            "an OpenAI-compatible endpoint needs the package openai; install it with: pip install 'fastsdpo[online]'"
         ) from error
     if "://" not in url:
         raise ValueError(f"the endpoint's url must be like http://host:8000/v1, got {url!r}")
@@ -104,6 +101,4 @@ class ChatEndpoint:
             self.failures[kind] += 1
             first = self.failures[kind] == 1
         if first:
-            logger.warning(
-                "%s: %s: %s (further ones are counted, not shown)", self.url, kind, text[:300]
-            )
+            logger.warning("%s: %s: %s (further ones are counted, not shown)", self.url, kind, text[:300])

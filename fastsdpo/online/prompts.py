@@ -49,8 +49,7 @@ class PromptDataset(Dataset):
             return cls(_read(Path(source)), name)
         if not isinstance(source, Iterable) or isinstance(source, Mapping):
             raise TypeError(
-                f"OnlineSDPOTrainer: {name} must be a path or a collection of prompts, "
-                f"got {type(source).__name__}"
+                f"OnlineSDPOTrainer: {name} must be a path or a collection of prompts, got {type(source).__name__}"
             )
         return cls(source, name)
 
@@ -137,8 +136,7 @@ class PromptSampler(Sampler):
     The order depends on ``seed`` and the epoch only.
     """
 
-    def __init__(self, size: int, *, step: int, repeats: int = 1, seed: int = 0,
-                 shuffle: bool = True):  # fmt: skip
+    def __init__(self, size: int, *, step: int, repeats: int = 1, seed: int = 0, shuffle: bool = True):
         self.size, self.step, self.repeats, self.seed = size, step, repeats, seed
         self.shuffle = shuffle
         self.epoch = 0

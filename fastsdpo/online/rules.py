@@ -51,27 +51,25 @@ class Rule:
 
 def max_words(limit: str) -> Rule:
     n = _number("max_words", limit)
-    return Rule(f"max_words={n}", lambda text: 0 < words(text) <= n,
-                f"Please answer in at most {n} words.")  # fmt: skip
+    return Rule(f"max_words={n}", lambda text: 0 < words(text) <= n, f"Please answer in at most {n} words.")
 
 
 def min_words(limit: str) -> Rule:
     n = _number("min_words", limit)
-    return Rule(f"min_words={n}", lambda text: words(text) >= n,
-                f"Please answer in more detail, with at least {n} words.")  # fmt: skip
+    return Rule(
+        f"min_words={n}", lambda text: words(text) >= n, f"Please answer in more detail, with at least {n} words."
+    )
 
 
 def max_sentences(limit: str) -> Rule:
     n = _number("max_sentences", limit)
-    wish = "Please answer in one short sentence." if n == 1 else (
-        f"Please answer in at most {n} sentences.")  # fmt: skip
+    wish = "Please answer in one short sentence." if n == 1 else (f"Please answer in at most {n} sentences.")
     return Rule(f"max_sentences={n}", lambda text: 0 < sentences(text) <= n, wish)
 
 
 def min_sentences(limit: str) -> Rule:
     n = _number("min_sentences", limit)
-    return Rule(f"min_sentences={n}", lambda text: sentences(text) >= n,
-                f"Please answer in at least {n} sentences.")  # fmt: skip
+    return Rule(f"min_sentences={n}", lambda text: sentences(text) >= n, f"Please answer in at least {n} sentences.")
 
 
 def forbid(listed: str) -> Rule:
@@ -79,8 +77,9 @@ def forbid(listed: str) -> Rule:
     if not chosen:
         raise ValueError("forbid must name words, separated by |")
     pattern = re.compile("|".join(rf"(?<!\w){re.escape(w)}(?!\w)" for w in chosen), re.IGNORECASE)
-    return Rule(f"forbid={listed}", lambda text: pattern.search(text) is None,
-                f"Please do not use {_listing(chosen)}.")  # fmt: skip
+    return Rule(
+        f"forbid={listed}", lambda text: pattern.search(text) is None, f"Please do not use {_listing(chosen)}."
+    )
 
 
 def require(listed: str) -> Rule:
@@ -88,15 +87,21 @@ def require(listed: str) -> Rule:
     if not chosen:
         raise ValueError("require must name words, separated by |")
     lower = [word.lower() for word in chosen]
-    return Rule(f"require={listed}", lambda text: all(word in text.lower() for word in lower),
-                f"Please mention {_listing(chosen)}.")  # fmt: skip
+    return Rule(
+        f"require={listed}",
+        lambda text: all(word in text.lower() for word in lower),
+        f"Please mention {_listing(chosen)}.",
+    )
 
 
 def starts_with(start: str) -> Rule:
     if not start.strip():
         raise ValueError("starts_with must be some text")
-    return Rule(f"starts_with={start}", lambda text: text.lstrip().startswith(start),
-                f'Please begin your answer with "{start}".')  # fmt: skip
+    return Rule(
+        f"starts_with={start}",
+        lambda text: text.lstrip().startswith(start),
+        f'Please begin your answer with "{start}".',
+    )
 
 
 def regex(pattern: str) -> Rule:
@@ -104,8 +109,9 @@ def regex(pattern: str) -> Rule:
         compiled = re.compile(pattern, re.MULTILINE)
     except re.error as error:
         raise ValueError(f"regex must be a regular expression: {error}") from error
-    return Rule(f"regex={pattern}", lambda text: compiled.search(text) is not None,
-                f"Please follow this pattern: {pattern}")  # fmt: skip
+    return Rule(
+        f"regex={pattern}", lambda text: compiled.search(text) is not None, f"Please follow this pattern: {pattern}"
+    )
 
 
 def case(kind: str) -> Rule:
@@ -120,18 +126,30 @@ def form(kind: str) -> Rule:
     checks: dict[str, tuple[Callable[[str], bool], str]] = {
         "json": (_is_json, "Please answer in valid JSON only."),
         "list": (lambda text: len(_LIST_ITEM.findall(text)) >= 2, "Please answer with a list."),
-        "plain": (lambda text: bool(text.strip()) and _MARKDOWN.search(text) is None,
-                  "Please answer in plain text, without lists or Markdown."),
-    }  # fmt: skip
+        "plain": (
+            lambda text: bool(text.strip()) and _MARKDOWN.search(text) is None,
+            "Please answer in plain text, without lists or Markdown.",
+        ),
+    }
     if kind not in checks:
         raise ValueError(f"format must be one of {', '.join(checks)}, got {kind!r}")
     holds, wish = checks[kind]
     return Rule(f"format={kind}", holds, wish)
 
 
-LANGUAGES = {"de": "German", "en": "English", "es": "Spanish", "fr": "French", "it": "Italian",
-             "ja": "Japanese", "nl": "Dutch", "pl": "Polish", "pt": "Portuguese", "ru": "Russian",
-             "zh-cn": "Chinese"}  # fmt: skip
+LANGUAGES = {
+    "de": "German",
+    "en": "English",
+    "es": "Spanish",
+    "fr": "French",
+    "it": "Italian",
+    "ja": "Japanese",
+    "nl": "Dutch",
+    "pl": "Polish",
+    "pt": "Portuguese",
+    "ru": "Russian",
+    "zh-cn": "Chinese",
+}
 
 
 def language(code: str) -> Rule:
@@ -140,16 +158,13 @@ def language(code: str) -> Rule:
         import langdetect
     except ImportError as error:
         raise ImportError(
-            "the rule language needs the package langdetect; install it with: "
-            "pip install 'fastsdpo[online]'"
+            "the rule language needs the package langdetect; install it with: pip install 'fastsdpo[online]'"
         ) from error
     known = langdetect.detector_factory.PROFILES_DIRECTORY
     import os
 
     if not os.path.exists(os.path.join(known, code)):
-        raise ValueError(
-            f"language must be a code that langdetect knows (en, de, ...), got {code!r}"
-        )
+        raise ValueError(f"language must be a code that langdetect knows (en, de, ...), got {code!r}")
 
     def holds(text: str) -> bool:
         langdetect.DetectorFactory.seed = 0
@@ -176,9 +191,21 @@ RULES: dict[str, Callable[[str], Rule]] = {
 }
 
 
-EXAMPLES = ("max_words=20", "min_words=50", "max_sentences=1", "min_sentences=3", "forbid=very|really",
-            "require=source", "starts_with=Answer:", "regex=^Yes|^No", "case=lower", "format=json",
-            "format=list", "format=plain", "language=de")  # fmt: skip
+EXAMPLES = (
+    "max_words=20",
+    "min_words=50",
+    "max_sentences=1",
+    "min_sentences=3",
+    "forbid=very|really",
+    "require=source",
+    "starts_with=Answer:",
+    "regex=^Yes|^No",
+    "case=lower",
+    "format=json",
+    "format=list",
+    "format=plain",
+    "language=de",
+)
 
 
 def describe() -> str:
@@ -201,9 +228,7 @@ def parse_rule(text: str) -> Rule:
     """
     name, equals, value = text.partition("=")
     if not equals or name not in RULES:
-        raise ValueError(
-            f"a rule must be NAME=VALUE with a name of {', '.join(RULES)}, got {text!r}"
-        )
+        raise ValueError(f"a rule must be NAME=VALUE with a name of {', '.join(RULES)}, got {text!r}")
     try:
         return RULES[name](value)
     except ValueError as error:

@@ -11,8 +11,18 @@ from torch import Tensor
 
 DEFAULT_TEMPERATURE = 0.7  # where neither the caller nor the model names one
 # What a model's generation config says about how to draw.
-SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff",
-            "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size")  # fmt: skip
+SAMPLING = (
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+)
 
 
 class Sample(NamedTuple):
@@ -56,9 +66,7 @@ def generate(
     own = model.generation_config
     settings: dict[str, Any] = {"do_sample": False}
     if temperature is None and own.do_sample:
-        settings = {
-            name: value for name in SAMPLING if (value := getattr(own, name, None)) is not None
-        }
+        settings = {name: value for name in SAMPLING if (value := getattr(own, name, None)) is not None}
     elif temperature is None or temperature > 0:
         drawn = DEFAULT_TEMPERATURE if temperature is None else temperature
         settings = {"do_sample": True, "temperature": drawn, "top_k": 0, "top_p": 1.0}
@@ -134,8 +142,9 @@ class ServerSampler:
         ConnectionError: the server cannot be reached.
     """
 
-    def __init__(self, url: str, model: str | None = None, *, folder: str | os.PathLike = "adapters",
-                 timeout: float = 600.0):  # fmt: skip
+    def __init__(
+        self, url: str, model: str | None = None, *, folder: str | os.PathLike = "adapters", timeout: float = 600.0
+    ):
         from fastsdpo.online.endpoint import connect
 
         self.client = connect(url, timeout=timeout)
@@ -155,8 +164,7 @@ class ServerSampler:
         """Writes the adapter and has the server answer with it from now on."""
         path = os.path.join(self.folder, name)
         model.save_pretrained(path)
-        self.client.post("/load_lora_adapter", body={"lora_name": name, "lora_path": path},
-                         cast_to=str)  # fmt: skip
+        self.client.post("/load_lora_adapter", body={"lora_name": name, "lora_path": path}, cast_to=str)
         before, self._loaded = self._loaded, name
         if before is not None:
             self.client.post("/unload_lora_adapter", body={"lora_name": before}, cast_to=str)
@@ -181,8 +189,7 @@ class ServerSampler:
         """
         drawing: dict[str, Any] = {}
         if temperature is not None:  # the server would take what is not set from the model's config
-            drawing = {"temperature": temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
-                       "repetition_penalty": 1.0}  # fmt: skip
+            drawing = {"temperature": temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         reply = self.client.completions.create(
             model=self._loaded or self.model,
             prompt=[list(prompt) for prompt in prompts],
@@ -196,8 +203,7 @@ class ServerSampler:
             ids = getattr(choice, "token_ids", None)
             if not ids or choice.logprobs is None or choice.logprobs.token_logprobs is None:
                 raise RuntimeError(
-                    f"ServerSampler: {self.url} gave no token ids or log-probabilities; vLLM 0.10.2 or "
-                    "later is needed"
+                    f"ServerSampler: {self.url} gave no token ids or log-probabilities; vLLM 0.10.2 or later is needed"
                 )
             logps = torch.tensor([float(p) for p in choice.logprobs.token_logprobs])
             kept = cut(ids, end_ids)

@@ -82,16 +82,14 @@ class OnlineSDPOTrainer(SDPOTrainer):
     ):
         args = OnlineSDPOConfig(output_dir="online_output") if args is None else args
         if not isinstance(args, OnlineSDPOConfig):
-            raise TypeError(
-                f"OnlineSDPOTrainer: args must be an OnlineSDPOConfig, got {type(args).__name__}"
-            )
+            raise TypeError(f"OnlineSDPOTrainer: args must be an OnlineSDPOConfig, got {type(args).__name__}")
         if not callable(getattr(user, "feedback", None)):
             raise TypeError(
-                "OnlineSDPOTrainer: user must have feedback(prompts, responses), got "
-                f"{type(user).__name__}"
+                f"OnlineSDPOTrainer: user must have feedback(prompts, responses), got {type(user).__name__}"
             )
-        super().__init__(model, args, train_dataset, eval_dataset, processing_class, peft_config,
-                         callbacks, optimizers)  # fmt: skip
+        super().__init__(
+            model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, optimizers
+        )
         self.data_collator = collate_prompts
         if self._tokenizer_for_check is None:
             raise ValueError("OnlineSDPOTrainer: processing_class must be a tokenizer, got None")
@@ -109,9 +107,10 @@ class OnlineSDPOTrainer(SDPOTrainer):
                     "the server cannot be given other weights while it runs"
                 )
             self.server = ServerSampler(
-                args.generation_url, args.generation_model,
+                args.generation_url,
+                args.generation_model,
                 folder=os.path.join(args.output_dir, "adapters"),
-            )  # fmt: skip
+            )
         self.end_ids = self._tokenizer_for_check.end_ids(self.accelerator.unwrap_model(self.model))
         self.collapse = self._new_detector()
         self.degenerate_stop: str | None = None
@@ -127,10 +126,7 @@ class OnlineSDPOTrainer(SDPOTrainer):
         if source is None:
             return None
         if isinstance(source, dict):
-            return {
-                key: PromptDataset.from_source(value, f"{name}[{key!r}]")
-                for key, value in source.items()
-            }
+            return {key: PromptDataset.from_source(value, f"{name}[{key!r}]") for key, value in source.items()}
         return PromptDataset.from_source(source, name)
 
     def _new_detector(self) -> CollapseDetector:
@@ -212,9 +208,7 @@ class OnlineSDPOTrainer(SDPOTrainer):
         followups = ask(self.user, prompts, responses)
         found: list[list[SampledInteraction]] = [[] for _ in micro_batches]
         rows: list[dict] = []
-        for (micro, index, messages), sample, response, followup in zip(
-            asked, samples, responses, followups
-        ):
+        for (micro, index, messages), sample, response, followup in zip(asked, samples, responses, followups):
             row = {
                 "prompt": messages,
                 "completion": {"role": "assistant", "content": response},
@@ -226,14 +220,18 @@ class OnlineSDPOTrainer(SDPOTrainer):
             rows.append(row)
             if followup is None or is_blank(followup):
                 continue
-            one = tokenize(
-                Interaction(messages, "", followup, row["id"], row["conversation_id"]), sample.ids
+            one = tokenize(Interaction(messages, "", followup, row["id"], row["conversation_id"]), sample.ids)
+            found[micro].append(
+                SampledInteraction(
+                    one.prompt_ids,
+                    one.teacher_prompt_ids,
+                    one.completion_ids,
+                    one.id,
+                    one.conversation_id,
+                    one.neutral_prompt_ids,
+                    None if sample.logps is None else tuple(sample.logps.tolist()),
+                )
             )
-            found[micro].append(SampledInteraction(
-                one.prompt_ids, one.teacher_prompt_ids, one.completion_ids, one.id, one.conversation_id,
-                one.neutral_prompt_ids,
-                None if sample.logps is None else tuple(sample.logps.tolist()),
-            ))  # fmt: skip
         if args.updates_per_batch > 1:
             found = [self._score(interactions) for interactions in found]
         self._count_answers(prompts, samples, responses, followups)
@@ -247,22 +245,26 @@ class OnlineSDPOTrainer(SDPOTrainer):
         if self.server is not None:
             if args.generation_sync == "lora" and number > 0:
                 if self.is_world_process_zero():
-                    self.server.load_adapter(
-                        self.accelerator.unwrap_model(self.model), f"sdpo-{number}"
-                    )
+                    self.server.load_adapter(self.accelerator.unwrap_model(self.model), f"sdpo-{number}")
                 self.server._loaded = f"sdpo-{number}"
                 self.accelerator.wait_for_everyone()
             seed = (args.seed * 1_000_003 + number * args.world_size + args.process_index) % 2**31
             return self.server.sample(
-                prompts, max_new_tokens=args.max_new_tokens, temperature=args.sampling_temperature,
-                end_ids=self.end_ids, seed=seed,
-            )  # fmt: skip
+                prompts,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.sampling_temperature,
+                end_ids=self.end_ids,
+                seed=seed,
+            )
         return generate(
-            self.accelerator.unwrap_model(self.model), prompts,
-            max_new_tokens=args.max_new_tokens, temperature=args.sampling_temperature,
-            end_ids=self.end_ids, batch_size=args.generation_batch_size,
+            self.accelerator.unwrap_model(self.model),
+            prompts,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.sampling_temperature,
+            end_ids=self.end_ids,
+            batch_size=args.generation_batch_size,
             seed=f"{args.seed}/{number}/{args.process_index}",
-        )  # fmt: skip
+        )
 
     def _text(self, sample: Sample) -> str:
         assert self._tokenizer_for_check is not None
@@ -314,9 +316,7 @@ class OnlineSDPOTrainer(SDPOTrainer):
         self._online.add("response_length", [len(sample.ids) for sample in samples])
         self._online.add("ended", [sample.ids[-1] in self.end_ids for sample in samples])
         self._online.add("degenerate", [degenerate(text) is not None for text in responses])
-        self._online.add(
-            "followups", [text is not None and not is_blank(text) for text in followups]
-        )
+        self._online.add("followups", [text is not None and not is_blank(text) for text in followups])
         if hasattr(self.user, "satisfied"):
             self._online.add("satisfaction", self.user.satisfied(prompts, responses))
         self.collapse.add(gather_object(responses) if self.args.world_size > 1 else responses)
@@ -342,9 +342,7 @@ class OnlineSDPOTrainer(SDPOTrainer):
             return None
         kind = problem.split(" of ")[-1]
         if kind != self._warned and self.is_world_process_zero():
-            logger.warning(
-                "step %d: the model is degenerating: %s", self.state.global_step, problem
-            )
+            logger.warning("step %d: the model is degenerating: %s", self.state.global_step, problem)
         self._warned = kind
         return problem if self.args.stop_when_degenerate is not None else None
 
@@ -352,9 +350,8 @@ class OnlineSDPOTrainer(SDPOTrainer):
         if "loss" in logs and self.is_in_train:
             logs.update(self._online.flush(self._reduce_sum, "online/"))
             logs["online/interactions"] = float(
-                self.state.global_step // self.args.updates_per_batch
-                * self._step_prompts * self.args.num_generations
-            )  # fmt: skip
+                self.state.global_step // self.args.updates_per_batch * self._step_prompts * self.args.num_generations
+            )
         super().log(logs, start_time)
 
     def _write(self, name: str, rows: list[dict]) -> None:
@@ -391,11 +388,14 @@ class OnlineSDPOTrainer(SDPOTrainer):
                 continue
             tokens = [tokenize.generation_prompt(messages) for messages in prompts]
             samples = generate(
-                self.accelerator.unwrap_model(self.model), tokens,
-                max_new_tokens=args.max_new_tokens, temperature=args.eval_temperature,
-                end_ids=self.end_ids, batch_size=args.generation_batch_size,
+                self.accelerator.unwrap_model(self.model),
+                tokens,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.eval_temperature,
+                end_ids=self.end_ids,
+                batch_size=args.generation_batch_size,
                 seed=f"{args.seed}/eval/{number}/{args.process_index}",
-            )  # fmt: skip
+            )
             responses = [self._text(sample) for sample in samples]
             satisfied = [None] * len(prompts)
             if hasattr(self.user, "satisfied"):
@@ -406,10 +406,14 @@ class OnlineSDPOTrainer(SDPOTrainer):
             sums.add("ended", [sample.ids[-1] in self.end_ids for sample in samples])
             sums.add("degenerate", [degenerate(text) is not None for text in responses])
             rows += [
-                {"step": self.state.global_step, "prompt": messages[-1]["content"],
-                 "response": text, "satisfied": good}
+                {
+                    "step": self.state.global_step,
+                    "prompt": messages[-1]["content"],
+                    "response": text,
+                    "satisfied": good,
+                }
                 for messages, text, good in zip(prompts, responses, satisfied)
-            ]  # fmt: skip
+            ]
         metrics = sums.flush(self._reduce_sum, f"{metric_key_prefix}_")
         metrics[f"{metric_key_prefix}_interactions"] = float(self.interactions)
         self._write(ANSWERS_FILE, rows)
@@ -423,8 +427,7 @@ class OnlineSDPOTrainer(SDPOTrainer):
             "collapse": self.collapse.state_dict(),
             "rollout_of": self._rollout_of,
             "rollout": [
-                [vars(item) for item in batch]
-                for batch in (self._rollout if self.args.updates_per_batch > 1 else [])
+                [vars(item) for item in batch] for batch in (self._rollout if self.args.updates_per_batch > 1 else [])
             ],
         }
         path = os.path.join(output_dir, STATE_FILE.format(self.args.process_index))
@@ -448,9 +451,7 @@ class OnlineSDPOTrainer(SDPOTrainer):
         self.collapse.load_state_dict(state["collapse"])
         if state["rollout"]:
             self._rollout_of = state["rollout_of"]
-            self._rollout = [
-                [SampledInteraction(**item) for item in batch] for batch in state["rollout"]
-            ]
+            self._rollout = [[SampledInteraction(**item) for item in batch] for batch in state["rollout"]]
 
     def forget_after(self, step: int) -> None:
         """Drops what the output folder's files tell of later steps: a resumed run repeats them."""
@@ -484,8 +485,7 @@ class OnlineSDPOTrainer(SDPOTrainer):
 class _Sums:
     """Means over the values added, over all processes."""
 
-    NAMES = ("response_length", "response_words", "ended", "degenerate", "followups",
-             "satisfaction", "entropy")  # fmt: skip
+    NAMES = ("response_length", "response_words", "ended", "degenerate", "followups", "satisfaction", "entropy")
 
     def __init__(self):
         self.values = {name: [0.0, 0.0] for name in self.NAMES}
@@ -498,11 +498,7 @@ class _Sums:
         table = torch.tensor(list(self.values.values()), dtype=torch.float64)
         totals = reduce_sum(table).tolist()
         self.__init__()
-        return {
-            f"{prefix}{name}": total / count
-            for name, (total, count) in zip(self.NAMES, totals)
-            if count
-        }
+        return {f"{prefix}{name}": total / count for name, (total, count) in zip(self.NAMES, totals) if count}
 
 
 class _OnlineCallback(TrainerCallback):

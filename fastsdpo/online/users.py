@@ -42,9 +42,7 @@ def ask(user: Any, prompts: list[Messages], responses: list[str]) -> list[str | 
     """
     followups = user.feedback(prompts, responses) if prompts else []
     if not isinstance(followups, Sequence) or isinstance(followups, str):
-        raise TypeError(
-            f"{type(user).__name__}.feedback must return a list of texts, got {type(followups).__name__}"
-        )
+        raise TypeError(f"{type(user).__name__}.feedback must return a list of texts, got {type(followups).__name__}")
     if len(followups) != len(responses):
         raise ValueError(
             f"{type(user).__name__}.feedback must return {len(responses)} follow-ups, one per answer, "
@@ -53,8 +51,7 @@ def ask(user: Any, prompts: list[Messages], responses: list[str]) -> list[str | 
     for index, text in enumerate(followups):
         if text is not None and not isinstance(text, str):
             raise TypeError(
-                f"{type(user).__name__}.feedback: [{index}] must be text or None, "
-                f"got {type(text).__name__}"
+                f"{type(user).__name__}.feedback: [{index}] must be text or None, got {type(text).__name__}"
             )
     return list(followups)
 
@@ -68,9 +65,7 @@ class RuleUser:
         praise: said where none is; None: nothing, so that nothing is learned from it.
     """
 
-    def __init__(
-        self, rules: Sequence[Rule | str], *, wish: str | None = None, praise: str | None = None
-    ):
+    def __init__(self, rules: Sequence[Rule | str], *, wish: str | None = None, praise: str | None = None):
         self.rules = [parse_rule(rule) if isinstance(rule, str) else rule for rule in rules]
         if not self.rules and not wish:
             raise ValueError("RuleUser: rules must not be empty (or wish must be given)")
@@ -143,9 +138,8 @@ def persona_messages(persona: str, prompt: Messages, response: str) -> Messages:
     history = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
     return [
         {"role": "system", "content": PERSONA_SYSTEM.replace("{persona}", persona)},
-        {"role": "user", "content": PERSONA_TURN.replace("{history}", history)
-         .replace("{response}", response)},
-    ]  # fmt: skip
+        {"role": "user", "content": PERSONA_TURN.replace("{history}", history).replace("{response}", response)},
+    ]
 
 
 class LocalChat:
@@ -159,9 +153,16 @@ class LocalChat:
         seed: of the draws: the n-th call of `replies` then always draws the same; None: torch's.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_new_tokens: int = 96,
-                 temperature: float | None = None, batch_size: int | None = None,
-                 seed: int | None = None):  # fmt: skip
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int = 96,
+        temperature: float | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+    ):
         from fastsdpo.data import InteractionTokenizer
 
         self.model, self.tokenizer = model, tokenizer
@@ -177,10 +178,14 @@ class LocalChat:
 
         asked = [self.tokenize.generation_prompt(messages) for messages in conversations]
         samples = generate(
-            self.model, asked, max_new_tokens=self.max_new_tokens, temperature=self.temperature,
-            end_ids=self.end_ids, batch_size=self.batch_size,
+            self.model,
+            asked,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            end_ids=self.end_ids,
+            batch_size=self.batch_size,
             seed=None if self.seed is None else f"{self.seed}/{self.calls}",
-        )  # fmt: skip
+        )
         self.calls += 1
         return [self.tokenize.said(sample.ids) or None for sample in samples]
 

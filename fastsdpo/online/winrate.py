@@ -59,8 +59,7 @@ class WinRate(NamedTuple):
         count = len(known)
         rate = sum(known) / count if count else math.nan
         low, high = wilson(rate, count)
-        return cls(known.count(1), known.count(0.5), known.count(0), len(outcomes) - count, rate,
-                   low, high)  # fmt: skip
+        return cls(known.count(1), known.count(0.5), known.count(0), len(outcomes) - count, rate, low, high)
 
     def __str__(self) -> str:
         left = f", {self.left_out} left out" if self.left_out else ""
@@ -136,28 +135,34 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prompts", help="held-out prompts: a text file, one per line, or rows with "
-                        "'prompt' (JSON, JSON Lines, Parquet)")  # fmt: skip
+    parser.add_argument(
+        "prompts",
+        help="held-out prompts: a text file, one per line, or rows with 'prompt' (JSON, JSON Lines, Parquet)",
+    )
     parser.add_argument("--model", required=True, help="folder, hub id or GGUF file, or an adapter")
     parser.add_argument("--base", required=True, help="what it is compared with")
-    parser.add_argument("--rule", action="append", default=[], metavar="NAME=VALUE",
-                        help="as in `fastsdpo online`; several are all to be fulfilled")  # fmt: skip
+    parser.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="as in `fastsdpo online`; several are all to be fulfilled",
+    )
     parser.add_argument("--judge-url", default=None, metavar="URL", help="http://host:8000/v1")
     parser.add_argument("--judge-model", default=None, metavar="NAME", help="its name there")
-    parser.add_argument("--judge-local", default=None, metavar="MODEL",
-                        help="folder, hub id or GGUF file")  # fmt: skip
+    parser.add_argument("--judge-local", default=None, metavar="MODEL", help="folder, hub id or GGUF file")
     parser.add_argument("--judge-timeout", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--judge-concurrency", type=int, default=8, metavar="REQUESTS")
-    parser.add_argument("--persona", default="", metavar="TEXT",
-                        help="whom the judge judges for; @FILE reads it")  # fmt: skip
+    parser.add_argument("--persona", default="", metavar="TEXT", help="whom the judge judges for; @FILE reads it")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     parser.add_argument("--batch-size", type=int, default=16, help="answers written at once")
     parser.add_argument("--limit", type=int, default=None, help="the first prompts only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default=None, help="of the weights, as in `fastsdpo train`")
-    parser.add_argument("-o", "--output", default=None, metavar="FILE",
-                        help="JSON: the outcomes, with both answers to each prompt")  # fmt: skip
+    parser.add_argument(
+        "-o", "--output", default=None, metavar="FILE", help="JSON: the outcomes, with both answers to each prompt"
+    )
     parser.add_argument("--quiet", action="store_true", help="print the last line only")
     return parser
 
@@ -193,9 +198,13 @@ def evaluate(options: argparse.Namespace) -> int:
     for role, name in (("model", options.model), ("base", options.base)):
         model, tokenizer = load_model_and_tokenizer(name, dtype=options.dtype)
         chat = LocalChat(
-            model, tokenizer, max_new_tokens=options.max_new_tokens, temperature=options.temperature,
-            batch_size=options.batch_size, seed=options.seed,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            batch_size=options.batch_size,
+            seed=options.seed,
+        )
         answers[role] = [text or "" for text in chat.replies(prompts)]
         del model, chat
         if not options.quiet:
@@ -212,20 +221,21 @@ def evaluate(options: argparse.Namespace) -> int:
     )
     result = WinRate.of(outcomes)
     if options.output is not None:
-        write_report(options.output, {
-            **result._asdict(),
-            "model": options.model,
-            "base": options.base,
-            "rules": options.rule,
-            "judge": options.judge_local or options.judge_model,
-            "judge_failures": dict(getattr(judge, "failures", {})),
-            "answers": [
-                {"prompt": prompt[-1]["content"], "model": mine, "base": other, "outcome": outcome}
-                for prompt, mine, other, outcome in zip(
-                    prompts, answers["model"], answers["base"], outcomes
-                )
-            ],
-        })  # fmt: skip
+        write_report(
+            options.output,
+            {
+                **result._asdict(),
+                "model": options.model,
+                "base": options.base,
+                "rules": options.rule,
+                "judge": options.judge_local or options.judge_model,
+                "judge_failures": dict(getattr(judge, "failures", {})),
+                "answers": [
+                    {"prompt": prompt[-1]["content"], "model": mine, "base": other, "outcome": outcome}
+                    for prompt, mine, other, outcome in zip(prompts, answers["model"], answers["base"], outcomes)
+                ],
+            },
+        )
     print(result)
     return 0
 

@@ -105,9 +105,7 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(
-            f"device must be one that this PyTorch can use, got {str(device)!r}: {error}"
-        ) from None
+        raise ValueError(f"device must be one that this PyTorch can use, got {str(device)!r}: {error}") from None
 
 
 def resolve_backend(name: str, backend: str, *tensors: Tensor) -> str:
@@ -128,8 +126,7 @@ def resolve_backend(name: str, backend: str, *tensors: Tensor) -> str:
         return "reference" if float64 else _auto(device)
     if float64:
         raise TypeError(
-            f"{name}: backend={backend!r} computes float16, bfloat16 and float32, got float64; "
-            "use backend='reference'"
+            f"{name}: backend={backend!r} computes float16, bfloat16 and float32, got float64; use backend='reference'"
         )
     if backend == "triton":
         if device != "cuda" and not (device == "cpu" and triton_interpreted()):

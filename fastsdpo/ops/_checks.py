@@ -31,14 +31,9 @@ def check_logits(name: str, argument: str, logits: Any) -> Tensor:
     """A floating tensor (..., V) with V >= 1."""
     logits = check_tensor(name, argument, logits)
     if logits.dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            f"{name}: {argument} must be float16, bfloat16, float32 or float64, got {logits.dtype}"
-        )
+        raise TypeError(f"{name}: {argument} must be float16, bfloat16, float32 or float64, got {logits.dtype}")
     if logits.ndim < 1 or logits.shape[-1] < 1:
-        raise ValueError(
-            f"{name}: {argument} must have shape (..., V) with V >= 1, "
-            f"got {shape_text(logits.shape)}"
-        )
+        raise ValueError(f"{name}: {argument} must have shape (..., V) with V >= 1, got {shape_text(logits.shape)}")
     return logits
 
 
@@ -61,8 +56,7 @@ def check_like(
         raise TypeError(f"{name}: {argument} must have a floating dtype, got {value.dtype}")
     if tuple(value.shape) != tuple(shape):
         raise ValueError(
-            f"{name}: {argument} must have shape {shape_text(shape)}{what}, "
-            f"got {shape_text(value.shape)}"
+            f"{name}: {argument} must have shape {shape_text(shape)}{what}, got {shape_text(value.shape)}"
         )
     if value.device != device:
         raise ValueError(f"{name}: {argument} must be on {device}, got {value.device}")
@@ -99,9 +93,7 @@ def check_topk(name: str, topk: int | None, vocabulary: int) -> int:
     if topk is None:
         raise ValueError(f"{name}: topk must be given for mode='topk' (or teacher_topk)")
     if isinstance(topk, bool) or int(topk) != topk or not 1 <= topk <= vocabulary:
-        raise ValueError(
-            f"{name}: topk must be an integer in [1, V] = [1, {vocabulary}], got {topk}"
-        )
+        raise ValueError(f"{name}: topk must be an integer in [1, V] = [1, {vocabulary}], got {topk}")
     return int(topk)
 
 

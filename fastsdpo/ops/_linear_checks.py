@@ -26,9 +26,7 @@ def gathered(tensor: Tensor | None) -> Tensor | None:
     return tensor
 
 
-def check_head(
-    name: str, argument: str, hidden: Tensor, weight: Any, bias: Any
-) -> tuple[Tensor, Tensor | None]:
+def check_head(name: str, argument: str, hidden: Tensor, weight: Any, bias: Any) -> tuple[Tensor, Tensor | None]:
     weight = check_tensor(name, argument, weight)
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: {argument} must be floating, got {weight.dtype}")
@@ -53,9 +51,7 @@ def check_hidden(name: str, argument: str, hidden: Any) -> Tensor:
     if hidden.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: {argument} must be floating, got {hidden.dtype}")
     if hidden.ndim < 1 or hidden.shape[-1] < 1:
-        raise ValueError(
-            f"{name}: {argument} must have shape (..., D), got {shape_text(hidden.shape)}"
-        )
+        raise ValueError(f"{name}: {argument} must have shape (..., D), got {shape_text(hidden.shape)}")
     return hidden
 
 
@@ -81,8 +77,7 @@ def check_tile(name: str, tile_dtype: torch.dtype | None, device: torch.device) 
         )
     if tile_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
-            f"{name}: tile_dtype must be None, torch.float32, torch.bfloat16 or torch.float16, "
-            f"got {tile_dtype}"
+            f"{name}: tile_dtype must be None, torch.float32, torch.bfloat16 or torch.float16, got {tile_dtype}"
         )
 
 

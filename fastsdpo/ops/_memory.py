@@ -34,9 +34,7 @@ def _advise_huge_pages(tensor: Tensor) -> Tensor:
     if advice is not None and size >= 2 * _HUGE and _on_cpu(tensor):
         begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (tensor.data_ptr() + size) // mmap.PAGESIZE * mmap.PAGESIZE
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(advice)
-        )
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(advice))
     return tensor
 
 
@@ -60,9 +58,7 @@ def borrow_tiles(like: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -
         else:
             stride = _stride(vocabulary)
             if storage.nbytes() >= rows * stride * dtype.itemsize:
-                return like.new_empty(0, dtype=dtype).set_(
-                    storage, 0, (rows, vocabulary), (stride, 1)
-                )
+                return like.new_empty(0, dtype=dtype).set_(storage, 0, (rows, vocabulary), (stride, 1))
             del storage  # before its larger successor is allocated
     return _advise_huge_pages(padded(like, rows, vocabulary, dtype))
 

@@ -153,9 +153,7 @@ def _token_call(
     call(operation, logits, target_ids, passes, *scales, **fields)
 
 
-def token_forward(
-    logits: Tensor, target_ids: Tensor, options: LossOptions, entropy: bool = False
-) -> TokenResults:
+def token_forward(logits: Tensor, target_ids: Tensor, options: LossOptions, entropy: bool = False) -> TokenResults:
     n = len(target_ids)
     found = TokenResults(torch.empty(n), torch.empty(n if entropy else 0), torch.empty(n, 2))
     _token_call(
@@ -191,9 +189,7 @@ def token_backward(
     )
 
 
-def log_ratio(
-    student: Tensor, teacher: Tensor, target_ids: Tensor, options: LossOptions
-) -> tuple[Tensor, Tensor]:
+def log_ratio(student: Tensor, teacher: Tensor, target_ids: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
     student_logps, teacher_logps = (torch.empty(len(target_ids)) for _ in range(2))
     _token_call(
         "token_log_ratio",

@@ -120,9 +120,7 @@ def _token_logps_backward(ctx, upstream, *unused):
     if upstream is not None and ctx.needs_input_grad[0]:
         logits, ids, stats = ctx.saved_tensors
         mode, floats, integers = ctx.options
-        grad = token_logps_backward_op(
-            upstream, logits, ids, stats, mode, floats, integers, ctx.backend
-        )
+        grad = token_logps_backward_op(upstream, logits, ids, stats, mode, floats, integers, ctx.backend)
     return grad, *(None,) * 6
 
 
@@ -155,9 +153,7 @@ def _(student, teacher, target_ids, *args):
 
 
 @custom_op("fastsdpo::support", mutates_args=())
-def support_op(
-    logits: Tensor, target_ids: Tensor, k: int, ignore_index: int, backend: str
-) -> Tensor:
+def support_op(logits: Tensor, target_ids: Tensor, k: int, ignore_index: int, backend: str) -> Tensor:
     """`rows.support`."""
     check_ids(target_ids, logits.shape[-1], "sdpo_loss: target_ids", ignore_index)
     return rows.support(logits, target_ids, k, ignore_index, backend)
@@ -295,9 +291,7 @@ def _sdpo_backward(ctx, upstream, *unused):
         student, teacher, ids, topk_ids, *found = ctx.saved_tensors
         tokens = list(Tokens(ids, found[1], topk_ids=topk_ids))
         mode, floats, integers = ctx.options
-        grad = sdpo_backward_op(
-            upstream, student, teacher, tokens, found, mode, floats, integers, ctx.backend
-        )
+        grad = sdpo_backward_op(upstream, student, teacher, tokens, found, mode, floats, integers, ctx.backend)
     return grad, *(None,) * 6
 
 

@@ -23,9 +23,7 @@ from torch import Tensor
 from fastsdpo.ops import _triton_kernels
 from fastsdpo.ops.rows import STATISTICS, LossOptions, RowResults, TokenResults, Tokens
 
-kernels: Any = (
-    _triton_kernels  # to a type checker they are functions, not launched as kernel[grid](...)
-)
+kernels: Any = _triton_kernels  # to a type checker they are functions, not launched as kernel[grid](...)
 
 # Launch parameters, the same on every machine; nothing is chosen by timing.
 NUM_WARPS = 8
@@ -114,9 +112,7 @@ def tile_of(*tensors: Tensor | None, heavy: bool = False, warps: int = NUM_WARPS
     present = [t for t in tensors if t is not None]
     accesses = 2 if len(present) == 1 and not heavy else 1
     aligned, elements = same_phase(*present), 16 // min(t.element_size() for t in present)
-    if (
-        not aligned and warps != NUM_WARPS
-    ):  # as many as of aligned rows would take too many registers
+    if not aligned and warps != NUM_WARPS:  # as many as of aligned rows would take too many registers
         elements //= 2
     return {
         "ALIGNED": aligned,
@@ -265,9 +261,7 @@ def _log_probs(logits: Tensor, teacher: Tensor | None, ids: Tensor, *rest: Any) 
     return Call(logits, teacher, Tokens(ids, None), *rest)  # type: ignore[arg-type]
 
 
-def token_forward(
-    logits: Tensor, target_ids: Tensor, options: LossOptions, entropy: bool = False
-) -> TokenResults:
+def token_forward(logits: Tensor, target_ids: Tensor, options: LossOptions, entropy: bool = False) -> TokenResults:
     call = _log_probs(logits, None, target_ids, options, "entropy" if entropy else "token")
     n = call.rows
     found = TokenResults(call.new(n), call.new(n if entropy else 0), call.new(n, 2))
@@ -294,9 +288,7 @@ def token_backward(
             gradient(call, upstream, RowResults(None, None, None, None, stats, None), grad)  # type: ignore[arg-type]
 
 
-def log_ratio(
-    student: Tensor, teacher: Tensor, target_ids: Tensor, options: LossOptions
-) -> tuple[Tensor, Tensor]:
+def log_ratio(student: Tensor, teacher: Tensor, target_ids: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
     call = _log_probs(student, teacher, target_ids, options, "log_ratio")
     own, others = call.new(call.rows), call.new(call.rows)
     if call.rows:

@@ -578,15 +578,11 @@ def topk_finish_kernel(
     ids = tl.load(id_ptr + row * topk + j, mask=keep, other=0)
     sm, sz, tm, tz, _ = merged(part_ptr + row * parts * 5, parts, live, k, "topk")
     s, _ = row_start(s_ptr, row, n_l, s_b, s_l, False)
-    u, student = classes_of(
-        s, ids, target, keep, live, sm, sz, j, topk, k, cap, TAIL, HAS_CAP, FAST
-    )
+    u, student = classes_of(s, ids, target, keep, live, sm, sz, j, topk, k, cap, TAIL, HAS_CAP, FAST)
     student = tl.where(live, student, 0.0)
     if t_ptr is not None:
         t, _ = row_start(t_ptr, row, n_l, t_b, t_l, False)
-        w, teacher = classes_of(
-            t, ids, target, keep, live, tm, tz, j, topk, k, cap, TAIL, HAS_CAP, FAST
-        )
+        w, teacher = classes_of(t, ids, target, keep, live, tm, tz, j, topk, k, cap, TAIL, HAS_CAP, FAST)
     else:
         given = tl.load(given_ptr + row * topk + j, mask=keep, other=NEG_INF)
         total = tl.sum(tl.exp2(given * LOG2E), 0)

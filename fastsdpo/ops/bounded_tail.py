@@ -61,9 +61,7 @@ def _support_logps(logits: Tensor, stats: Tensor, ids: Tensor, options: LossOpti
     return (c - row_max) / options.temperature - log_sum
 
 
-def forward(
-    student: Tensor, teacher: Tensor | None, tokens: Tokens, options: LossOptions, backend: str
-) -> RowResults:
+def forward(student: Tensor, teacher: Tensor | None, tokens: Tokens, options: LossOptions, backend: str) -> RowResults:
     """What `rows.forward` gives of such a loss."""
     assert tokens.topk_ids is not None
     ids, ignored = tokens.target_ids, (tokens.target_ids == options.ignore_index)[:, None]

@@ -112,9 +112,7 @@ def check_loss(
             f"got {' and '.join(given) or 'none'}"
         )
     if teacher_logps is not None and mode != "sampled_token":
-        raise ValueError(
-            f"{name}: teacher_logps must come with mode='sampled_token', got mode={mode!r}"
-        )
+        raise ValueError(f"{name}: teacher_logps must come with mode='sampled_token', got mode={mode!r}")
     if teacher_topk is not None and mode != "topk":
         raise ValueError(f"{name}: teacher_topk must come with mode='topk', got mode={mode!r}")
     if topk is not None and mode != "topk":
@@ -168,9 +166,7 @@ def check_loss(
         if is_clip is None:
             old_logps = None
     if teacher_logps is not None:
-        teacher_logps = flat_float(
-            check_like(name, "teacher_logps", teacher_logps, shape, device), dtype
-        )
+        teacher_logps = flat_float(check_like(name, "teacher_logps", teacher_logps, shape, device), dtype)
     return options, Tokens(ids, flat_weights, old_logps, teacher_logps, topk_ids, topk_logps)
 
 
@@ -292,9 +288,7 @@ def rows_loss(
         inplace = inplace_grad and 0 not in student.stride()
         found = _operators.SDPOFunction.apply(student, teacher, tokens, options, inplace, backend)
     else:
-        loss, *results = _operators.sdpo_op(
-            as_rows(student), teacher, list(tokens), *options.packed(), backend
-        )
+        loss, *results = _operators.sdpo_op(as_rows(student), teacher, list(tokens), *options.packed(), backend)
         found = loss, results[0], results[2], results[3]
     return loss_output(found, student.shape[:-1])
 

@@ -101,9 +101,7 @@ class Plan:
         return Plan(chunk_size, operand, tile)
 
 
-def choose_dtypes(
-    hidden: Tensor, weight: Tensor, tile: torch.dtype | None
-) -> tuple[torch.dtype, torch.dtype]:
+def choose_dtypes(hidden: Tensor, weight: Tensor, tile: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
     """``(operand, tile)`` dtypes of a call."""
     accumulation = accumulation_dtype(hidden, weight)
     if accumulation == torch.float64 or not has_mixed_gemm(hidden.device):

@@ -99,9 +99,7 @@ class RowVectors:
     """Per-token results ``[N]`` of all chunks; 0 where nothing is written."""
 
     def __init__(self, like: Tensor):
-        self.per_token, self.coef, self.student_logps, self.teacher_logps = (
-            torch.zeros_like(like) for _ in range(4)
-        )
+        self.per_token, self.coef, self.student_logps, self.teacher_logps = (torch.zeros_like(like) for _ in range(4))
 
     def write(self, which: slice, found: Sequence[Tensor]) -> None:
         """The first four of `rows.RowResults`."""
@@ -117,9 +115,7 @@ class RowLoss:
         self.vectors = RowVectors(call.tokens.weights)
         self.second: Tensor | None = None  # gradient tile of the policy's loss
 
-    def __call__(
-        self, student: Tensor, teacher: Tensor | None, which: slice, grad: Tensor | None
-    ) -> None:
+    def __call__(self, student: Tensor, teacher: Tensor | None, which: slice, grad: Tensor | None) -> None:
         options, backend = self.call.options, self.call.backend
         tokens = self.call.tokens.chunk(which)
         logits = student.unsqueeze(0)
@@ -128,9 +124,7 @@ class RowLoss:
             # First, as the other may overwrite the logits.
             second = self._policy_gradient(self.call.policy, logits, which, grad)
         if options.mode == "topk" and tokens.topk_ids is None:
-            ids = rows.support(
-                logits, tokens.target_ids, options.topk, options.ignore_index, backend
-            )
+            ids = rows.support(logits, tokens.target_ids, options.topk, options.ignore_index, backend)
             tokens = tokens._replace(topk_ids=ids)
         found = rows.forward(
             logits,
@@ -145,9 +139,7 @@ class RowLoss:
             assert grad is not None
             grad += second
 
-    def _policy_gradient(
-        self, policy: PolicyGradient, logits: Tensor, which: slice, grad: Tensor
-    ) -> Tensor:
+    def _policy_gradient(self, policy: PolicyGradient, logits: Tensor, which: slice, grad: Tensor) -> Tensor:
         tile = self.second = torch.empty_like(grad) if self.second is None else self.second
         second, ids = tile[: len(grad)], policy.target_ids[which]
         options, backend = self.call.options, self.call.backend
@@ -308,10 +300,7 @@ def _linear_sdpo_backward(ctx, upstream, *unused):
     if upstream is None:
         return (None,) * 12
     saved = ctx.saved_tensors
-    grads = [
-        _scaled(grad, upstream, source)
-        for grad, source in zip(present(ctx.needs, saved[:3]), saved[3:])
-    ]
+    grads = [_scaled(grad, upstream, source) for grad, source in zip(present(ctx.needs, saved[:3]), saved[3:])]
     return *grads, ctx.of_teacher, *(None,) * 8
 
 
@@ -422,14 +411,11 @@ def linear_sdpo_loss(
                 f"got {shape_text(teacher.shape)} on {teacher.device}"
             )
         if teacher_weight is not None:
-            teacher_weight, teacher_bias = check_head(
-                name, "teacher_weight", teacher, teacher_weight, teacher_bias
-            )
+            teacher_weight, teacher_bias = check_head(name, "teacher_weight", teacher, teacher_weight, teacher_bias)
             assert teacher_weight is not None
             if teacher_weight.shape[0] != weight.shape[0]:
                 raise ValueError(
-                    f"{name}: teacher_weight must have V = {weight.shape[0]} rows, "
-                    f"got {teacher_weight.shape[0]}"
+                    f"{name}: teacher_weight must have V = {weight.shape[0]} rows, got {teacher_weight.shape[0]}"
                 )
         elif teacher.shape[-1] != student.shape[-1]:
             raise ValueError(
@@ -470,9 +456,7 @@ def linear_sdpo_loss(
         ignore_index=ignore_index,
     )
     scale = check_scale(name, logit_scale)
-    options = replace(
-        options, temperature=options.temperature / scale, softcap=options.softcap / scale
-    )
+    options = replace(options, temperature=options.temperature / scale, softcap=options.softcap / scale)
     check_tile(name, tile_dtype, student.device)
     flat = flat_hidden(student)
     chunk = check_chunk(name, chunk_size, flat.shape[0], weight)

@@ -61,14 +61,10 @@ def linear_token_logps_op(
     options, plan = LossOptions.unpacked(mode, floats, integers), Plan.unpacked(chunk_size, dtypes)
     check_ids(target_ids, len(weight), "linear_token_logps: target_ids", options.ignore_index)
     dtype, n = accumulation_dtype(hidden, weight), len(hidden)
-    out = rows.TokenResults(
-        *(hidden.new_zeros(shape, dtype=dtype) for shape in (n, n if entropy else 0, (n, 2)))
-    )
+    out = rows.TokenResults(*(hidden.new_zeros(shape, dtype=dtype) for shape in (n, n if entropy else 0, (n, 2))))
 
     def tile_loss(logits: Tensor, teacher: Tensor | None, which: slice, grad: Tensor | None):
-        found = rows.token_forward(
-            logits.unsqueeze(0), target_ids[which], options, backend, entropy
-        )
+        found = rows.token_forward(logits.unsqueeze(0), target_ids[which], options, backend, entropy)
         for whole, part in zip(out, found):
             if whole.numel():
                 whole[which] = part
@@ -121,9 +117,7 @@ def linear_token_logps_backward_op(
     none = upstream.new_empty(0)
     return tuple(
         none.clone() if grad is None else (grad if scale is None else grad.div_(scale)).to(like)
-        for grad, like in zip(
-            grads, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        )
+        for grad, like in zip(grads, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype))
     )
 
 
@@ -170,9 +164,7 @@ def _linear_token_logps_backward(ctx, upstream, *unused):
     return *present(needs, found), *(None,) * 8
 
 
-linear_token_logps_op.register_autograd(
-    _linear_token_logps_backward, setup_context=_linear_token_logps_setup
-)
+linear_token_logps_op.register_autograd(_linear_token_logps_backward, setup_context=_linear_token_logps_setup)
 
 
 def linear_token_logps(

@@ -18,8 +18,7 @@ class _Loss(nn.Module):
         for tensor in _TOKEN_TENSORS:
             if tensor in options:
                 raise TypeError(
-                    f"{type(self).__name__}: {tensor} must be passed to forward, "
-                    "got it in the constructor"
+                    f"{type(self).__name__}: {tensor} must be passed to forward, got it in the constructor"
                 )
         self.options = options
 

@@ -67,9 +67,7 @@ def store(grad: Tensor, values: Tensor, target_ids: Tensor, ignore_index: int) -
     grad.copy_(torch.where(ignored, 0.0, values).view(grad.shape))
 
 
-def token_forward(
-    logits: Tensor, target_ids: Tensor, options: LossOptions, entropy: bool = False
-) -> TokenResults:
+def token_forward(logits: Tensor, target_ids: Tensor, options: LossOptions, entropy: bool = False) -> TokenResults:
     c = capped_rows(logits, options.softcap)
     ignored = target_ids == options.ignore_index
     stats = row_statistics(c, options.temperature)
@@ -99,9 +97,7 @@ def token_backward(
     store(grad, values, target_ids, options.ignore_index)
 
 
-def log_ratio(
-    student: Tensor, teacher: Tensor, target_ids: Tensor, options: LossOptions
-) -> tuple[Tensor, Tensor]:
+def log_ratio(student: Tensor, teacher: Tensor, target_ids: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
     return (
         token_forward(student, target_ids, options).logps,
         token_forward(teacher, target_ids, options).logps,
@@ -195,9 +191,7 @@ def _statistics(columns: list[Tensor], tokens: Tokens, options: LossOptions) -> 
     return torch.where((tokens.target_ids == options.ignore_index)[:, None], 0.0, stats)
 
 
-def _sampled_token(
-    student: Tensor, teacher: Tensor | None, tokens: Tokens, options: LossOptions
-) -> RowResults:
+def _sampled_token(student: Tensor, teacher: Tensor | None, tokens: Tokens, options: LossOptions) -> RowResults:
     student_logps, _, stats = token_forward(student, tokens.target_ids, options)
     if teacher is None:
         teacher_logps = given_logps(tokens, options)
@@ -214,9 +208,7 @@ def _sampled_token(
     )
 
 
-def _full(
-    student: Tensor, teacher: Tensor | None, tokens: Tokens, options: LossOptions
-) -> RowResults:
+def _full(student: Tensor, teacher: Tensor | None, tokens: Tokens, options: LossOptions) -> RowResults:
     assert teacher is not None
     log_probs, stats = [], []
     for logits in (student, teacher):
@@ -224,9 +216,7 @@ def _full(
         stats.append(row_statistics(c, options.temperature))
         log_probs.append(row_log_probs(c, stats[-1], options.temperature))
     loss, kl, _ = row_divergence(log_probs[0], log_probs[1], options.alpha)
-    student_logps, teacher_logps = (
-        take(rows, tokens.target_ids, options.ignore_index) for rows in log_probs
-    )
+    student_logps, teacher_logps = (take(rows, tokens.target_ids, options.ignore_index) for rows in log_probs)
     return RowResults(
         torch.where(tokens.target_ids == options.ignore_index, 0.0, loss),
         coefficients(tokens, student_logps, options),
@@ -255,9 +245,7 @@ def given_support_log_probs(topk_logps: Tensor, add_tail: bool) -> Tensor:
     return torch.cat([topk_logps, torch.log(-torch.expm1(total.clamp(max=0)))], -1)
 
 
-def _topk(
-    student: Tensor, teacher: Tensor | None, tokens: Tokens, options: LossOptions
-) -> RowResults:
+def _topk(student: Tensor, teacher: Tensor | None, tokens: Tokens, options: LossOptions) -> RowResults:
     assert tokens.topk_ids is not None
     ids, ignored = tokens.topk_ids, (tokens.target_ids == options.ignore_index)[:, None]
     c = capped_rows(student, options.softcap)

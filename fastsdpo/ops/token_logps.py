@@ -51,9 +51,7 @@ def check_pair(name: str, student_logits: object, teacher_logits: object) -> tup
             f"{shape_text(student.shape)}, got {shape_text(teacher.shape)}"
         )
     if teacher.device != student.device:
-        raise ValueError(
-            f"{name}: teacher_logits must be on {student.device}, got {teacher.device}"
-        )
+        raise ValueError(f"{name}: teacher_logits must be on {student.device}, got {teacher.device}")
     return student, teacher
 
 

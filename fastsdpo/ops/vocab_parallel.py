@@ -97,9 +97,7 @@ class ShardLoss:
         self.scale = LOG2E / call.options.temperature
         self.vectors = RowVectors(call.tokens.weights)
 
-    def __call__(
-        self, student: Tensor, teacher: Tensor | None, which: slice, grad: Tensor | None
-    ) -> None:
+    def __call__(self, student: Tensor, teacher: Tensor | None, which: slice, grad: Tensor | None) -> None:
         tokens = self.call.tokens.chunk(which)
         ignored = tokens.target_ids == self.options.ignore_index
         ids = torch.where(ignored, tokens.target_ids, self.group.local(tokens.target_ids))
@@ -142,16 +140,12 @@ class ShardLoss:
         per_token = sampled_token_loss(student_logps, teacher_logps)
         return per_token, coef, student_logps, teacher_logps
 
-    def _token_gradient(
-        self, upstream: Tensor, stats: Tensor, logits: Tensor, ids: Tensor, grad: Tensor
-    ) -> None:
+    def _token_gradient(self, upstream: Tensor, stats: Tensor, logits: Tensor, ids: Tensor, grad: Tensor) -> None:
         ignored = ids == self.options.ignore_index
         stats = torch.where(ignored[:, None], 0.0, stats)
         rows.token_backward(upstream, stats, logits, ids, self.options, self.backend, grad)
 
-    def _full(
-        self, logits: list[Tensor], tokens: Tokens, ids: Tensor, grad: Tensor | None
-    ) -> Sequence[Tensor]:
+    def _full(self, logits: list[Tensor], tokens: Tokens, ids: Tensor, grad: Tensor | None) -> Sequence[Tensor]:
         student, teacher = logits
         local = tokens._replace(target_ids=ids)
         alpha = self.options.alpha
@@ -177,9 +171,7 @@ class ShardLoss:
             per_token = of_student + of_teacher
             stats[:, 4] = of_student / (1 - alpha)
         if grad is not None:
-            known = RowResults(
-                per_token, coef, student_logps, teacher_logps, stats, coef.new_empty(0)
-            )
+            known = RowResults(per_token, coef, student_logps, teacher_logps, stats, coef.new_empty(0))
             one = coef.new_ones(1)
             rows.backward(one, known, student, teacher, local, self.options, self.backend, grad)
         return per_token, coef, student_logps, teacher_logps
@@ -192,9 +184,7 @@ class ShardLoss:
         terms = self.group.gather(own) + (p_mass - q_mass) * LN2
         return torch.where(weight == 0, 0.0, weight * terms).sum(0)
 
-    def _terms(
-        self, student: Tensor, teacher: Tensor, tokens: Tokens, stats: Tensor, alpha: float
-    ) -> Tensor:
+    def _terms(self, student: Tensor, teacher: Tensor, tokens: Tokens, stats: Tensor, alpha: float) -> Tensor:
         """This shard's sum ``[N]`` of (1 - alpha) p (s - log m): the gradient's terms, but for their mean."""
         terms = torch.empty_like(student, dtype=accumulation_dtype(student))
         one = stats.new_ones(len(stats))
@@ -205,9 +195,7 @@ class ShardLoss:
         rows.backward(one[:1], known, s, t, tokens, options, self.backend, terms)
         return terms[0].sum(-1) * self.options.temperature
 
-    def _topk(
-        self, logits: list[Tensor], tokens: Tokens, ids: Tensor, grad: Tensor | None
-    ) -> Sequence[Tensor]:
+    def _topk(self, logits: list[Tensor], tokens: Tokens, ids: Tensor, grad: Tensor | None) -> Sequence[Tensor]:
         options = self.options
         support = tokens.topk_ids
         if support is None:
@@ -243,9 +231,7 @@ class ShardLoss:
         names = torch.cat(self.group.gather(ids + self.group.start).unbind(), -1)
         return names.gather(1, candidates.topk(k, -1).indices)
 
-    def _outside(
-        self, logits: Tensor, local: Tensor, ids: Tensor, whole: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _outside(self, logits: Tensor, local: Tensor, ids: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
         """Normalizers ``[N, 2]`` of the tokens outside the support, and the log of their mass ``[N, 1]``."""
         masked = logits[0].scatter(1, local, -math.inf).unsqueeze(0)
         stats = rows.token_forward(masked, ids, self.options, self.backend).stats

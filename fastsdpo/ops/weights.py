@@ -23,9 +23,7 @@ def _divisor(name: str, argument: str, given: Any, counted: Tensor) -> Tensor:
         return counted.clamp(min=1).to(torch.float32)
     if isinstance(given, Tensor):
         if given.numel() != 1:
-            raise ValueError(
-                f"{name}: {argument} must be one number, got shape {shape_text(given.shape)}"
-            )
+            raise ValueError(f"{name}: {argument} must be one number, got shape {shape_text(given.shape)}")
         return given.detach().reshape(()).to(counted.device, torch.float32)
     if not isinstance(given, (int, float)) or not given > 0:
         raise ValueError(f"{name}: {argument} must be > 0, got {given!r}")
@@ -47,9 +45,7 @@ def token_mean_weights(mask: Tensor, *, num_items: int | float | Tensor | None =
     return counts / _divisor("token_mean_weights", "num_items", num_items, counts.sum())
 
 
-def sequence_mean_weights(
-    mask: Tensor, *, num_sequences: int | float | Tensor | None = None
-) -> Tensor:
+def sequence_mean_weights(mask: Tensor, *, num_sequences: int | float | Tensor | None = None) -> Tensor:
     """Mean over each sequence's tokens, then over sequences (the papers' normalization).
 
     Args:
@@ -62,9 +58,7 @@ def sequence_mean_weights(
     """
     counts = _mask("sequence_mean_weights", mask)
     if counts.ndim != 2:
-        raise ValueError(
-            f"sequence_mean_weights: mask must have shape (B, L), got {shape_text(counts.shape)}"
-        )
+        raise ValueError(f"sequence_mean_weights: mask must have shape (B, L), got {shape_text(counts.shape)}")
     lengths = counts.sum(-1, keepdim=True)
     divisor = _divisor("sequence_mean_weights", "num_sequences", num_sequences, (lengths > 0).sum())
     return counts / lengths.clamp(min=1) / divisor

@@ -134,9 +134,7 @@ def plan_attention(
             f"configuration, but passes {sliding_window} to its attention"
         )
     if query.shape[0] != 1 or query.shape[2] != shared.stop - shared.first:
-        raise NotImplementedError(
-            f"shared prefixes: layer {layer} changed the packed layout to {tuple(query.shape)}"
-        )
+        raise NotImplementedError(f"shared prefixes: layer {layer} changed the packed layout to {tuple(query.shape)}")
     if torch.is_autocast_enabled(query.device.type):
         # As autocast does for scaled_dot_product_attention; rotary embeddings may leave float32.
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -162,9 +160,7 @@ class BackendError(ValueError):
 
 def check_backend(name: str) -> None:
     if name != "auto" and name not in BACKENDS:
-        raise BackendError(
-            f"shared_forward: attention must be 'auto' or one of {BACKENDS}, got {name!r}"
-        )
+        raise BackendError(f"shared_forward: attention must be 'auto' or one of {BACKENDS}, got {name!r}")
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -200,9 +196,7 @@ def _flash_attn_installed() -> bool:
 def _segments(
     query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, window: int | None, scale: float
 ) -> Tensor:
-    blocks = shared.cached(
-        ("blocks", window), lambda: run_blocks(shared.runs, shared.first, window)
-    )
+    blocks = shared.cached(("blocks", window), lambda: run_blocks(shared.runs, shared.first, window))
     return _SegmentAttention.apply(query, key, value, blocks, scale)
 
 
@@ -222,15 +216,11 @@ def run_blocks(runs: list[Run], first: int, window: int | None) -> list[list[Blo
         step = min(BAND_BLOCK, window)
         pieces = [*run.ancestors, Piece(run.start, run.stop, run.position)]
         for start in range(run.start, run.stop, step):
-            groups.append(
-                _windowed_blocks(run, start, min(start + step, run.stop), pieces, first, window)
-            )
+            groups.append(_windowed_blocks(run, start, min(start + step, run.stop), pieces, first, window))
     return groups
 
 
-def _windowed_blocks(
-    run: Run, start: int, stop: int, pieces: list[Piece], first: int, window: int
-) -> list[Block]:
+def _windowed_blocks(run: Run, start: int, stop: int, pieces: list[Piece], first: int, window: int) -> list[Block]:
     """Queries ``[start, stop)`` of ``run``, at most ``window`` of them, against all they see."""
     low = run.position + start - run.start  # position of the first query
     blocks = [Block(start - first, stop - first, start, stop, True, None)]
@@ -305,15 +295,11 @@ class _SegmentAttention(torch.autograd.Function):
         q = query[0].unflatten(0, (key.shape[1], -1))
         k, v = _per_query_head(key, q.shape[1]), _per_query_head(value, q.shape[1])
         kernel = _choose_kernel(q, v)
-        grad, out = (
-            t[0].unflatten(1, q.shape[:2]).permute(1, 2, 0, 3) for t in (grad_output, output)
-        )
+        grad, out = (t[0].unflatten(1, q.shape[:2]).permute(1, 2, 0, 3) for t in (grad_output, output))
         # A token of a long history collects gradients from many branches: sum them in float32.
         total_dtype = lse.dtype
         grad_q = torch.zeros(q.shape, dtype=total_dtype, device=q.device)
-        grad_k, grad_v = (
-            torch.zeros(t[0].shape, dtype=total_dtype, device=q.device) for t in (key, value)
-        )
+        grad_k, grad_v = (torch.zeros(t[0].shape, dtype=total_dtype, device=q.device) for t in (key, value))
         states = iter(ctx.states)
         for blocks in ctx.groups:
             for block in blocks:
@@ -365,9 +351,7 @@ def _band_mask(block: Block, q: Tensor) -> Tensor | None:
     i = torch.arange(block.q1 - block.q0, device=q.device)[:, None]
     j = torch.arange(block.k1 - block.k0, device=q.device)[None, :]
     beyond = i - j + offset >= window  # the keys of such a block all come before its queries
-    return torch.zeros(beyond.shape, dtype=q.dtype, device=q.device).masked_fill_(
-        beyond, float("-inf")
-    )
+    return torch.zeros(beyond.shape, dtype=q.dtype, device=q.device).masked_fill_(beyond, float("-inf"))
 
 
 def _choose_kernel(q: Tensor, v: Tensor) -> _Kernel:
@@ -390,17 +374,23 @@ def _cpu_forward(q, k, v, causal, mask, scale):
 
 def _cpu_backward(grad, q, k, v, out, lse, causal, mask, scale, _state):
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse, 0.0, causal,
-        attn_mask=None if mask is None else mask[None, None], scale=scale,
-    )  # fmt: skip
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        0.0,
+        causal,
+        attn_mask=None if mask is None else mask[None, None],
+        scale=scale,
+    )
 
 
 def _cuda_forward(q, k, v, causal, mask, scale):
     if mask is not None:
         return _plain_forward(q, k, v, causal, mask, scale)
-    out, lse, *state = torch.ops.aten._scaled_dot_product_flash_attention(
-        q, k, v, 0.0, causal, False, scale=scale
-    )
+    out, lse, *state = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
     return out, lse, state
 
 
@@ -409,9 +399,22 @@ def _cuda_backward(grad, q, k, v, out, lse, causal, mask, scale, state):
         return _plain_backward(grad, q, k, v, out, lse, causal, mask, scale, state)
     lengths_q, lengths_k, most_q, most_k, seed, offset, *_ = state
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse.contiguous(), lengths_q, lengths_k, most_q, most_k,
-        0.0, causal, seed, offset, scale=scale,
-    )  # fmt: skip
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse.contiguous(),
+        lengths_q,
+        lengths_k,
+        most_q,
+        most_k,
+        0.0,
+        causal,
+        seed,
+        offset,
+        scale=scale,
+    )
 
 
 def _plain_scores(q, k, causal, mask, scale):
@@ -441,17 +444,12 @@ def _plain_backward(grad, q, k, v, out, lse, causal, mask, scale, _state):
 # ------------------------------------------------------------------------------------------- dense
 
 
-def visible(
-    shared: SharedPass, window: int | None, device: torch.device
-) -> Callable[[Tensor, Tensor], Tensor]:
+def visible(shared: SharedPass, window: int | None, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """``(q, k) -> bool`` on broadcast indices, the queries counted from ``shared.first``."""
     plan = shared.plan
     start, stop, position = shared.cached(
         ("times", device),
-        lambda: [
-            t[: shared.stop].to(device)
-            for t in (plan.subtree_start, plan.subtree_stop, plan.position_ids)
-        ],
+        lambda: [t[: shared.stop].to(device) for t in (plan.subtree_start, plan.subtree_stop, plan.position_ids)],
     )
 
     def see(q: Tensor, k: Tensor) -> Tensor:
@@ -462,9 +460,7 @@ def visible(
     return see
 
 
-def _dense(
-    query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, window: int | None, scale: float
-) -> Tensor:
+def _dense(query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, window: int | None, scale: float) -> Tensor:
     def make() -> Tensor:
         q = torch.arange(query.shape[2], device=query.device)[:, None]
         k = torch.arange(key.shape[2], device=query.device)[None, :]
@@ -487,9 +483,7 @@ def _compiled_flex_attention() -> Callable:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def _flex(
-    query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, window: int | None, scale: float
-) -> Tensor:
+def _flex(query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, window: int | None, scale: float) -> Tensor:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def make() -> Any:
@@ -530,9 +524,7 @@ def varlen_index(runs: list[Run], device: torch.device) -> VarlenIndex:
     return VarlenIndex(torch.tensor(rows, device=device), q.to(device), k.to(device), *longest)
 
 
-def _flash(
-    query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, window: int | None, scale: float
-) -> Tensor:
+def _flash(query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, window: int | None, scale: float) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     index = shared.cached("varlen", lambda: varlen_index(shared.runs, query.device))
@@ -551,8 +543,15 @@ def _varlen(
     q = query[0].transpose(0, 1)  # [T, H, E]
     k, v = (x[0].transpose(0, 1).index_select(0, index.key_rows) for x in (key, value))
     output = varlen_func(
-        q, k, v, index.cu_seqlens_q, index.cu_seqlens_k, index.max_seqlen_q, index.max_seqlen_k,
-        softmax_scale=scale, causal=True,
+        q,
+        k,
+        v,
+        index.cu_seqlens_q,
+        index.cu_seqlens_k,
+        index.max_seqlen_q,
+        index.max_seqlen_k,
+        softmax_scale=scale,
+        causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0),
-    )  # fmt: skip
+    )
     return output[None]

@@ -180,8 +180,14 @@ def head_parameters(model: nn.Module) -> HeadParameters:
     causal = causal_lm(model)
     head = causal.get_output_embeddings()
     config = causal.config.get_text_config()
-    for attribute in ("lm_head_multiplier", "output_multiplier", "logits_soft_cap",
-                      "output_logit_soft_cap", "dim_model_base", "final_logits_bias"):  # fmt: skip
+    for attribute in (
+        "lm_head_multiplier",
+        "output_multiplier",
+        "logits_soft_cap",
+        "output_logit_soft_cap",
+        "dim_model_base",
+        "final_logits_bias",
+    ):
         if getattr(config, attribute, None) not in (None, 1.0):
             raise NotImplementedError(f"{name}: the configuration's {attribute} is not supported")
     softcap = getattr(config, "final_logit_softcapping", None) or None
@@ -195,9 +201,7 @@ def head_parameters(model: nn.Module) -> HeadParameters:
         elif config.model_type.startswith("hyperclovax"):
             scale = float(config.logits_scaling)
         else:
-            raise NotImplementedError(
-                f"{name}: logits_scaling of model type {config.model_type!r} is not known"
-            )
+            raise NotImplementedError(f"{name}: logits_scaling of model type {config.model_type!r} is not known")
     weight, bias = _linear_weight(head)
     for parameter in (weight, bias):
         if parameter is not None and hasattr(parameter, "full_tensor"):
@@ -404,9 +408,7 @@ def rotary_limit(model: nn.Module) -> RotaryLimit | None:
     rope = getattr(config, "rope_parameters", None) or {}
     limits = []
     for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # by layer
-        limit = part.get("original_max_position_embeddings") or getattr(
-            config, "max_position_embeddings", None
-        )
+        limit = part.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
         if part.get("rope_type") in ("dynamic", "longrope") and limit:
             limits.append(RotaryLimit(part["rope_type"], limit))
     return min(limits, key=lambda limit: limit.positions, default=None)
@@ -444,9 +446,7 @@ def causal_lm(model: nn.Module) -> nn.Module:
     if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     if not hasattr(inner, "get_output_embeddings") or inner.get_output_embeddings() is None:
-        raise TypeError(
-            f"model must be a transformers causal language model, got {type(model).__name__}"
-        )
+        raise TypeError(f"model must be a transformers causal language model, got {type(model).__name__}")
     return inner
 
 
@@ -574,9 +574,7 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
         delattr(module, name) if own is None else setattr(module, name, own)
 
 
-def _run_inside(
-    model: nn.Module, first: _Call, body: Callable[[Callable[[_Call], Tensor]], Result]
-) -> Result:
+def _run_inside(model: nn.Module, first: _Call, body: Callable[[Callable[[_Call], Tensor]], Result]) -> Result:
     """``body(run)`` inside one forward call of ``model``; ``run(call)`` gives hidden states [T, D].
 
     The call ``first`` is the one that the wrapped model itself makes.
@@ -702,9 +700,7 @@ def _windows(config: Any) -> dict[int, int | None]:
             window = None
         types = ["full_attention" if window is None else "sliding_attention"]
         types = types * config.num_hidden_layers
-    return {
-        layer: window if kind == "sliding_attention" else None for layer, kind in enumerate(types)
-    }
+    return {layer: window if kind == "sliding_attention" else None for layer, kind in enumerate(types)}
 
 
 def _let_attention_switch(decoder: nn.Module) -> None:
@@ -768,9 +764,7 @@ def _linear_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
         return weight, bias
     # FSDP2 makes a subclass of its own; one that computes otherwise (quantized, ...) is no linear layer.
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise NotImplementedError(
-            f"head_parameters: the head must be a torch.nn.Linear, got {type(head).__name__}"
-        )
+        raise NotImplementedError(f"head_parameters: the head must be a torch.nn.Linear, got {type(head).__name__}")
     return head.weight, head.bias
 
 

@@ -58,9 +58,7 @@ def check_interactions(name: str, interactions: Sequence[TokenizedInteraction]) 
 
 def check_sharing_level(name: str, sharing: str) -> None:
     if sharing not in ("conversation", "interaction", "off"):
-        raise ValueError(
-            f"{name}: sharing must be 'conversation', 'interaction' or 'off', got {sharing!r}"
-        )
+        raise ValueError(f"{name}: sharing must be 'conversation', 'interaction' or 'off', got {sharing!r}")
 
 
 # --------------------------------------------------------------------------------------- the trie
@@ -211,17 +209,12 @@ def build_plan(
     """
     check_interactions("build_plan", interactions)
     if sharing not in ("conversation", "interaction"):
-        raise ValueError(
-            f"build_plan: sharing must be 'conversation' or 'interaction', got {sharing!r}"
-        )
+        raise ValueError(f"build_plan: sharing must be 'conversation' or 'interaction', got {sharing!r}")
     if not (students or teachers):
         raise ValueError("build_plan: students or teachers must be True")
 
     shared_root = _Node((), 0, None, False)
-    roots = [
-        shared_root if sharing == "conversation" else _Node((), 0, None, False)
-        for _ in interactions
-    ]
+    roots = [shared_root if sharing == "conversation" else _Node((), 0, None, False) for _ in interactions]
     student_ends, teacher_ends = [], []
     if students:  # before the teachers, so that every shared node is the students'
         for root, item in zip(roots, interactions):

@@ -50,12 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="conversations or interactions, in any layout that `fastsdpo prepare` reads; "
         "'-' reads JSON or JSON Lines from standard input",
     )
-    source.add_argument(
-        "--index", type=int, help="number of the interaction in the source, from 0 (default 0)"
-    )
-    source.add_argument(
-        "--id", help="id of the interaction, or of a conversation (its first interaction)"
-    )
+    source.add_argument("--index", type=int, help="number of the interaction in the source, from 0 (default 0)")
+    source.add_argument("--id", help="id of the interaction, or of a conversation (its first interaction)")
     source.add_argument("--max-history-messages", type=int, metavar="N")
     source.add_argument("--prompt", metavar="TEXT", help="a user's message, instead of a source")
     source.add_argument("--system", metavar="TEXT", help="a system message before --prompt")
@@ -64,9 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="the answer to look at; without it the model writes one, sampled at temperature 1",
     )
-    source.add_argument(
-        "--followup", metavar="TEXT", help="the follow-up; replaces the source's where given"
-    )
+    source.add_argument("--followup", metavar="TEXT", help="the follow-up; replaces the source's where given")
     source.add_argument(
         "--unrelated",
         metavar="TEXT",
@@ -85,9 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument("--temperature", type=float, default=1.0)
     method.add_argument("--max-prompt-length", type=int, default=2048, metavar="TOKENS")
     method.add_argument("--max-completion-length", type=int, default=2048, metavar="TOKENS")
-    method.add_argument(
-        "--max-new-tokens", type=int, default=256, help="length of an answer that the model writes"
-    )
+    method.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer that the model writes")
     method.add_argument("--seed", type=int, default=0, help="of an answer that the model writes")
 
     model = parser.add_argument_group("model")
@@ -105,12 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--png", metavar="FILE", type=Path, help="write a picture")
     output.add_argument("--json", metavar="FILE", type=Path, help="write all numbers")
     output.add_argument("--values", action="store_true", help="print the numbers of every token")
-    output.add_argument(
-        "--scale", type=float, metavar="NATS", help="log-ratio at which colours saturate"
-    )
-    output.add_argument(
-        "--color", choices=["auto", "always", "never"], default="auto", help="(default auto)"
-    )
+    output.add_argument("--scale", type=float, metavar="NATS", help="log-ratio at which colours saturate")
+    output.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="(default auto)")
     output.add_argument(
         "--theme",
         choices=["auto", "light", "dark"],
@@ -129,9 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(args)
     except ModuleNotFoundError as error:
-        message = (
-            f"needs the package {error.name!r}; install it with: pip install 'fastsdpo[train]'"
-        )
+        message = f"needs the package {error.name!r}; install it with: pip install 'fastsdpo[train]'"
     except (ImportError, NotImplementedError, OSError, TypeError, ValueError) as error:
         message = str(error)
     print(f"fastsdpo signal: {message}", file=sys.stderr)
@@ -196,9 +182,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     notes = []
     if args.prompt is not None and args.completion is None:
-        answer, finished = _generate(
-            model, tokenizer, interaction.prompt, args.max_new_tokens, args.seed
-        )
+        answer, finished = _generate(model, tokenizer, interaction.prompt, args.max_new_tokens, args.seed)
         if not answer:
             raise ValueError(
                 f"the model said nothing in {args.max_new_tokens} tokens but reasoning or control "
@@ -227,13 +211,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.json is not None:
         _write(args.json, (json.dumps(result.to_dict(), indent=1) + "\n").encode())
     if not args.quiet:
-        colors = {"never": 0, "always": max(8, color_depth(sys.stdout))}.get(
-            args.color, color_depth(sys.stdout)
-        )
+        colors = {"never": 0, "always": max(8, color_depth(sys.stdout))}.get(args.color, color_depth(sys.stdout))
         theme = terminal_theme() if args.theme == "auto" else args.theme
-        text = render_terminal(
-            result, colors=colors, theme=theme, limit=args.scale, values=args.values
-        )
+        text = render_terminal(result, colors=colors, theme=theme, limit=args.scale, values=args.values)
         encoding = sys.stdout.encoding or "utf-8"
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     return 0
@@ -252,9 +232,7 @@ def _from_source(args: argparse.Namespace) -> tuple[Interaction, str]:
 def _select(args: argparse.Namespace, source: str | Path) -> tuple[Interaction, str]:
     def interactions() -> Iterator[Interaction]:
         for conversation in load_conversations(source):
-            yield from extract_interactions(
-                conversation, max_history_messages=args.max_history_messages
-            )
+            yield from extract_interactions(conversation, max_history_messages=args.max_history_messages)
 
     found = None
     count = 0
@@ -276,9 +254,7 @@ def _select(args: argparse.Namespace, source: str | Path) -> tuple[Interaction, 
     return found, choose_unrelated(interactions(), found)
 
 
-def _generate(
-    model: Any, tokenizer: Any, prompt: list[dict], max_new_tokens: int, seed: int
-) -> tuple[str, bool]:
+def _generate(model: Any, tokenizer: Any, prompt: list[dict], max_new_tokens: int, seed: int) -> tuple[str, bool]:
     """An answer drawn from the model, as on-policy data are, and whether it came to an end."""
     import torch
 
@@ -290,10 +266,17 @@ def _generate(
     torch.manual_seed(seed)
     with torch.no_grad():
         output = model.generate(
-            input_ids=asked, attention_mask=torch.ones_like(asked), do_sample=True, temperature=1.0,
-            top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
-            eos_token_id=ends, pad_token_id=ends[0],
-        )  # fmt: skip
+            input_ids=asked,
+            attention_mask=torch.ones_like(asked),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
+        )
     ids = output[0, asked.shape[1] :].tolist()
     return tokenize.said(ids), ids[-1] in ends
 

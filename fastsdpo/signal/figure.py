@@ -32,9 +32,7 @@ FONTS = [  # the first comes with matplotlib, of the others those that are insta
 ]
 
 
-def render_png(
-    result: SignalResult, *, limit: float | None = None, theme: str = "light", dpi: int = 150
-) -> bytes:
+def render_png(result: SignalResult, *, limit: float | None = None, theme: str = "light", dpi: int = 150) -> bytes:
     """A PNG file's bytes.
 
     Args:
@@ -56,11 +54,7 @@ def render_png(
     if theme not in THEMES:
         raise ValueError(f"render_png: theme must be one of {', '.join(THEMES)}, got {theme!r}")
     if limit is None:
-        limit = tint_limit(
-            group.value(signal.log_ratio)
-            for _, signal in result.followups
-            for group in result.groups
-        )
+        limit = tint_limit(group.value(signal.log_ratio) for _, signal in result.followups for group in result.groups)
     page, ink = (hex_color(color) for color in THEMES[theme][:2])
     installed = set(fontManager.get_font_names())
     fonts = [name for name in FONTS if name in installed]
@@ -101,9 +95,7 @@ def render_png(
     for step in range(-LEVELS, LEVELS + 1):
         boxes.append((8 + 2 * (step + LEVELS), y, 2, hex_color(tint(step, theme)[0])))
     drawn.append((0, y, f"−{limit:g}", {}))
-    drawn.append(
-        (9 + 4 * LEVELS + 2, y, f"+{limit:g} nats (blue: more likely given the follow-up)", {})
-    )
+    drawn.append((9 + 4 * LEVELS + 2, y, f"+{limit:g} nats (blue: more likely given the follow-up)", {}))
     y += 1.5
 
     margin, chart = 0.35, 2.1  # inches
@@ -125,15 +117,22 @@ def render_png(
         text_axes.add_patch(_rectangle(x, top, cells_wide, color))
     for x, top, text, style in drawn:
         text_axes.text(
-            x, top + 0.5, text,
-            **{"color": ink, "size": FONT_SIZE, "family": fonts, "va": "center_baseline",
-               "parse_math": False, **style},
-        )  # fmt: skip
+            x,
+            top + 0.5,
+            text,
+            **{
+                "color": ink,
+                "size": FONT_SIZE,
+                "family": fonts,
+                "va": "center_baseline",
+                "parse_math": False,
+                **style,
+            },
+        )
 
     sums: Any = figure.add_axes(
-        ((margin + 0.45) / width, (margin + 0.3) / height, (width - 2 * margin - 0.5) / width,
-         (chart - 0.5) / height)
-    )  # fmt: skip
+        ((margin + 0.45) / width, (margin + 0.3) / height, (width - 2 * margin - 0.5) / width, (chart - 0.5) / height)
+    )
     _running_sums(sums, result, theme)
     output = io.BytesIO()
     with warnings.catch_warnings():
@@ -193,11 +192,7 @@ def _layout(groups: list[TokenGroup]) -> tuple[list[tuple[TokenGroup, str, int, 
 def _width(text: str) -> int:
     """Character cells that a text takes: two for East Asian wide characters, none for marks."""
     return sum(
-        0
-        if unicodedata.category(c) in ("Mn", "Me", "Cf")
-        else 2
-        if unicodedata.east_asian_width(c) in "WF"
-        else 1
+        0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         for c in text
     )
 

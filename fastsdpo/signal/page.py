@@ -130,19 +130,14 @@ def render_html(result: SignalResult, *, limit: float | None = None) -> str:
         limit: log-ratio in nats at which tints saturate; None: `tint_limit`.
     """
     if limit is None:
-        limit = tint_limit(
-            group.value(signal.log_ratio)
-            for _, signal in result.followups
-            for group in result.groups
-        )
+        limit = tint_limit(group.value(signal.log_ratio) for _, signal in result.followups for group in result.groups)
     style = STYLE + _tints()
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(SCRIPT)}'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
     panels = "".join(
-        _panel(result, title, signal, limit, number)
-        for number, (title, signal) in enumerate(result.followups)
+        _panel(result, title, signal, limit, number) for number, (title, signal) in enumerate(result.followups)
     )
     model = f"Model <b>{_text(result.model)}</b>. " if result.model else ""
     notes = "".join(f"<p>{_text(note)}</p>" for note in result.notes)
@@ -209,10 +204,7 @@ def _tints() -> str:
     # Direction without colour: strongly negative tokens are underlined with dots.
     negative = ", ".join(f".t.n{step}" for step in range(LEVELS // 2, LEVELS + 1))
     underline = f"{negative} {{ text-decoration: underline dotted; text-underline-offset: .2em; }}"
-    return (
-        f"{rules('light')}\n{underline}\n@media (prefers-color-scheme: dark) {{\n{dark}\n"
-        f"{rules('dark')}\n}}\n"
-    )
+    return f"{rules('light')}\n{underline}\n@media (prefers-color-scheme: dark) {{\n{dark}\n{rules('dark')}\n}}\n"
 
 
 def _conversation(result: SignalResult) -> str:
@@ -227,16 +219,12 @@ def _conversation(result: SignalResult) -> str:
     if history:
         rows = "".join(map(show, history))
         plural = "s" if len(history) > 1 else ""
-        earlier = (
-            f"<details><summary>{len(history)} earlier message{plural}</summary>{rows}</details>"
-        )
+        earlier = f"<details><summary>{len(history)} earlier message{plural}</summary>{rows}</details>"
     return f'<section class="card"><h2>Prompt</h2>{earlier}{show(last)}</section>'
 
 
 def _legend(limit: float) -> str:
-    swatches = "".join(
-        f'<span class="{_step_class(step)}"></span>' for step in range(-LEVELS, LEVELS + 1)
-    )
+    swatches = "".join(f'<span class="{_step_class(step)}"></span>' for step in range(-LEVELS, LEVELS + 1))
     return (
         f'<div class="legend"><span>−{limit:g} less likely</span>'
         f'<span class="swatches" aria-hidden="true">{swatches}</span>'
@@ -246,12 +234,8 @@ def _legend(limit: float) -> str:
     )
 
 
-def _panel(
-    result: SignalResult, title: str, signal: FollowupSignal, limit: float, number: int
-) -> str:
-    tokens = "".join(
-        _token(result, title, signal, limit, index) for index in range(len(result.groups))
-    )
+def _panel(result: SignalResult, title: str, signal: FollowupSignal, limit: float, number: int) -> str:
+    tokens = "".join(_token(result, title, signal, limit, index) for index in range(len(result.groups)))
     names = {
         "mean": signed(signal.mean, 3),
         "sum": signed(signal.sum),
@@ -270,9 +254,7 @@ def _panel(
     )
 
 
-def _token(
-    result: SignalResult, title: str, signal: FollowupSignal, limit: float, index: int
-) -> str:
+def _token(result: SignalResult, title: str, signal: FollowupSignal, limit: float, index: int) -> str:
     group = result.groups[index]
     value = group.value(signal.log_ratio)
     student = group.value(result.student_logps)

@@ -55,9 +55,7 @@ def render_terminal(
     """
     signals = [signal for _, signal in result.followups]
     if limit is None:
-        limit = tint_limit(
-            group.value(signal.log_ratio) for signal in signals for group in result.groups
-        )
+        limit = tint_limit(group.value(signal.log_ratio) for signal in signals for group in result.groups)
 
     def bold(text: str) -> str:
         return f"\x1b[1m{text}{RESET}" if colors else text
@@ -77,9 +75,7 @@ def render_terminal(
     return "\n".join(lines) + "\n"
 
 
-def _answer(
-    result: SignalResult, signal: FollowupSignal, limit: float, colors: int, theme: str
-) -> str:
+def _answer(result: SignalResult, signal: FollowupSignal, limit: float, colors: int, theme: str) -> str:
     pieces = []
     for group in result.groups:
         value = group.value(signal.log_ratio)
@@ -124,9 +120,7 @@ def _legend(limit: float, colors: int, theme: str) -> str:
     meaning = "log-ratio in nats, + more likely given the follow-up, − less likely"
     if not colors:
         return f"Legend: {meaning}; shown in brackets where at least {limit / 4:.2g}"
-    steps = "".join(
-        _tinted("  ", step, colors, theme) or "  " for step in range(-LEVELS, LEVELS + 1, 2)
-    )
+    steps = "".join(_tinted("  ", step, colors, theme) or "  " for step in range(-LEVELS, LEVELS + 1, 2))
     return f"Legend: −{limit:g} {steps} +{limit:g}  {meaning}"
 
 

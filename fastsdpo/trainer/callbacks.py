@@ -38,29 +38,26 @@ class Progress(TrainerCallback):
         if state.is_world_process_zero and self.stream.isatty():
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, file=self.stream, unit="step"
-            )
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, file=self.stream, unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or not self.started:
             return
         if "eval_loss" in logs and state.global_step == 0:
             return  # told by `BeforeTraining`
         if "eval_loss" in logs:
-            self._write(f"step {state.global_step}/{state.max_steps}  held-out loss "
-                        f"{logs['eval_loss']:.4f}")  # fmt: skip
+            self._write(f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}")
         elif "eval_response_length" in logs and state.global_step > 0:
             satisfied = logs.get("eval_satisfaction")
-            self._write(f"step {state.global_step}/{state.max_steps}  held-out answers: "
-                        + ("" if satisfied is None else f"satisfied {satisfied:.0%}  ")
-                        + f"{logs['eval_response_length']:.0f} tokens")  # fmt: skip
+            self._write(
+                f"step {state.global_step}/{state.max_steps}  held-out answers: "
+                + ("" if satisfied is None else f"satisfied {satisfied:.0%}  ")
+                + f"{logs['eval_response_length']:.0f} tokens"
+            )
         if "loss" not in logs:
             return
         values = {

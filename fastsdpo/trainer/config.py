@@ -53,9 +53,7 @@ CHOICES = {
 
 # Settings of TrainingArguments that would break a run, or that nothing here would follow: the only
 # value of each, and why.
-COMPILED = (
-    "the Dynamo of torch.compile cannot trace the hooks that put the loss in place of the head"
-)
+COMPILED = "the Dynamo of torch.compile cannot trace the hooks that put the loss in place of the head"
 CAST = "evaluation would cast the trained weights themselves, also those that are saved"
 ORDER = "group_by_conversation and data_seed set the order"
 NO_METRICS = "there is no compute_metrics here"
@@ -67,9 +65,7 @@ ONLY: dict[str, tuple[Any, str]] = {
     "neftune_noise_alpha": (None, "the teacher would be noisy too"),
     "label_smoothing_factor": (0, "the loss is between two policies and has no labels"),
     "label_names": (None, "interactions have no labels"),
-    "auto_find_batch_size": (
-        False, "it would change the batch of a step; max_tokens_per_pack bounds the memory"
-    ),
+    "auto_find_batch_size": (False, "it would change the batch of a step; max_tokens_per_pack bounds the memory"),
     "average_tokens_across_devices": (True, "the loss is normalized over the whole global batch"),
     "train_sampling_strategy": ("random", ORDER),
     "group_by_length": (False, ORDER),
@@ -78,12 +74,10 @@ ONLY: dict[str, tuple[Any, str]] = {
     "batch_eval_metrics": (False, NO_METRICS),
     "bf16_full_eval": (False, CAST),
     "fp16_full_eval": (False, CAST),
-}  # fmt: skip
+}
 
 
-def with_preset(
-    preset: dict[str, Any], settings: dict[str, Any], *, bf16: bool = False
-) -> dict[str, Any]:
+def with_preset(preset: dict[str, Any], settings: dict[str, Any], *, bf16: bool = False) -> dict[str, Any]:
     """A preset changed by settings; with ``bf16``, autocast where there is a GPU that has it."""
     chosen = dict(preset)
     if {"per_device_train_batch_size", "gradient_accumulation_steps"} & settings.keys():
@@ -93,9 +87,7 @@ def with_preset(
     return {**chosen, **settings}
 
 
-def split_batch(
-    global_batch: int, processes: int, per_device: int, accumulation: int = 1
-) -> tuple[int, int]:
+def split_batch(global_batch: int, processes: int, per_device: int, accumulation: int = 1) -> tuple[int, int]:
     """``(per_device_train_batch_size, gradient_accumulation_steps)`` of a global batch.
 
     Args:
@@ -147,65 +139,66 @@ class SDPOConfig(TrainingArguments):
     # The objective
     mode: str = field(
         default="full",
-        metadata={"help": "full: a divergence over the whole vocabulary; topk: over the likeliest "
-                  "tokens; sampled_token: -A log p of the answer's own tokens (the paper's runs), "
-                  "another objective and no estimate of full where follow-ups depend on answers."},
-    )  # fmt: skip
-    alpha: float = field(
-        default=1.0, metadata={"help": "0 forward KL, 1 reverse KL, between: Jensen-Shannon."}
+        metadata={
+            "help": "full: a divergence over the whole vocabulary; topk: over the likeliest "
+            "tokens; sampled_token: -A log p of the answer's own tokens (the paper's runs), "
+            "another objective and no estimate of full where follow-ups depend on answers."
+        },
     )
-    topk: int | None = field(
-        default=None, metadata={"help": "Student's most likely tokens, for mode=topk."}
-    )
-    add_tail: bool = field(
-        default=True, metadata={"help": "mode=topk: a bucket for the rest of the vocabulary."}
-    )
+    alpha: float = field(default=1.0, metadata={"help": "0 forward KL, 1 reverse KL, between: Jensen-Shannon."})
+    topk: int | None = field(default=None, metadata={"help": "Student's most likely tokens, for mode=topk."})
+    add_tail: bool = field(default=True, metadata={"help": "mode=topk: a bucket for the rest of the vocabulary."})
     temperature: float = field(default=1.0, metadata={"help": "Divides both policies' logits."})
     is_clip: float | None = field(
         default=None,
-        metadata={"help": "Weigh tokens by min(p_student / p_initial, is_clip): logged answers "
-                  "taken as drawn from the initial model. None: no weights."},
-    )  # fmt: skip
+        metadata={
+            "help": "Weigh tokens by min(p_student / p_initial, is_clip): logged answers "
+            "taken as drawn from the initial model. None: no weights."
+        },
+    )
     reference_kl: float = field(
         default=0.0,
         metadata={"help": "Times KL(student || initial model) without the follow-up, per token."},
     )
     normalization: str = field(
         default="sequence",
-        metadata={"help": "sequence: mean over each answer's tokens, then over answers; token: "
-                  "mean over all tokens. Both over the whole global batch."},
-    )  # fmt: skip
-    ignore_first_k: int = field(
-        default=0, metadata={"help": "First tokens of each answer left out of the loss."}
+        metadata={
+            "help": "sequence: mean over each answer's tokens, then over answers; token: "
+            "mean over all tokens. Both over the whole global batch."
+        },
     )
+    ignore_first_k: int = field(default=0, metadata={"help": "First tokens of each answer left out of the loss."})
 
     # The teacher
     teacher: str = field(
         default="live",
-        metadata={"help": "live: the model itself; ema: a moving average; frozen: the initial "
-                  "model; trust_region: exp((1-a) log frozen + a log live), normalized."},
-    )  # fmt: skip
-    ema_rate: float = field(
-        default=0.05, metadata={"help": "teacher += ema_rate * (student - teacher) each step."}
+        metadata={
+            "help": "live: the model itself; ema: a moving average; frozen: the initial "
+            "model; trust_region: exp((1-a) log frozen + a log live), normalized."
+        },
     )
-    trust_region_mix: float = field(
-        default=0.5, metadata={"help": "a of the trust region: 0 frozen, 1 live."}
-    )
+    ema_rate: float = field(default=0.05, metadata={"help": "teacher += ema_rate * (student - teacher) each step."})
+    trust_region_mix: float = field(default=0.5, metadata={"help": "a of the trust region: 0 frozen, 1 live."})
     guidance: float = field(
         default=1.0,
-        metadata={"help": "g: the teacher is proportional to p(. | x) (p(. | x, o) / p(. | x, n))^g, "
-                  "all of the teacher's weights; 1 without neutral_followup: p(. | x, o)."},
-    )  # fmt: skip
+        metadata={
+            "help": "g: the teacher is proportional to p(. | x) (p(. | x, o) / p(. | x, n))^g, "
+            "all of the teacher's weights; 1 without neutral_followup: p(. | x, o)."
+        },
+    )
     neutral_followup: str | None = field(
         default=None,
-        metadata={"help": "n: a follow-up that says nothing (Okay.), whose effect on the answer is "
-                  "subtracted from that of the user's. None: no follow-up, n is empty."},
-    )  # fmt: skip
+        metadata={
+            "help": "n: a follow-up that says nothing (Okay.), whose effect on the answer is "
+            "subtracted from that of the user's. None: no follow-up, n is empty."
+        },
+    )
     teacher_check: int = field(
         default=8,
-        metadata={"help": "Interactions on which to compare real and unrelated follow-ups before "
-                  "training; 0: no check."},
-    )  # fmt: skip
+        metadata={
+            "help": "Interactions on which to compare real and unrelated follow-ups before training; 0: no check."
+        },
+    )
 
     # Text to tokens
     template: str = field(
@@ -213,88 +206,100 @@ class SDPOConfig(TrainingArguments):
         metadata={"help": "How the follow-up enters: a preset's name, or a text with {o}."},
     )
     max_prompt_length: int | None = field(default=2048, metadata={"help": "Tokens of the history."})
-    max_completion_length: int | None = field(
-        default=2048, metadata={"help": "Tokens of the answer."}
-    )
-    max_followup_length: int | None = field(
-        default=1024, metadata={"help": "Tokens of the follow-up."}
-    )
+    max_completion_length: int | None = field(default=2048, metadata={"help": "Tokens of the answer."})
+    max_followup_length: int | None = field(default=1024, metadata={"help": "Tokens of the follow-up."})
     truncation: str = field(
         default="shared",
-        metadata={"help": "shared: student and teacher lose the same history; "
-                  "independent-left: the paper's."},
-    )  # fmt: skip
+        metadata={"help": "shared: student and teacher lose the same history; independent-left: the paper's."},
+    )
     end_of_turn: str = field(
         default="template",
-        metadata={"help": "template: the token that ends an answer in the chat template; eos; or "
-                  "a token."},
-    )  # fmt: skip
-    allow_special_tokens: bool = field(
-        default=False, metadata={"help": "Let text spell control tokens."}
+        metadata={"help": "template: the token that ends an answer in the chat template; eos; or a token."},
     )
+    allow_special_tokens: bool = field(default=False, metadata={"help": "Let text spell control tokens."})
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "For the chat template, as JSON."}
     )
     chat_template_date: str | None = field(
         default=None,
-        metadata={"help": "What a chat template with a clock reads: date and time in ISO form. None: "
-                  "the run's start, kept in the output folder for when it goes on."},
-    )  # fmt: skip
+        metadata={
+            "help": "What a chat template with a clock reads: date and time in ISO form. None: "
+            "the run's start, kept in the output folder for when it goes on."
+        },
+    )
 
     # Computation; nothing here changes the result
     sharing: str = field(
         default="auto",
-        metadata={"help": "Prefixes computed once: conversation, interaction, off; auto: "
-                  "conversation where the model allows it, else off."},
-    )  # fmt: skip
+        metadata={
+            "help": "Prefixes computed once: conversation, interaction, off; auto: "
+            "conversation where the model allows it, else off."
+        },
+    )
     attention: str = field(default="auto", metadata={"help": "Backend of the shared attention."})
     backend: str = field(default="auto", metadata={"help": "Backend of the loss."})
     chunk_size: int | None = field(default=None, metadata={"help": "Tokens per tile of logits."})
     max_tokens_per_pack: int | None = field(
         default=16384,
-        metadata={"help": "Most tokens (student and teacher, shared prefixes once) in one forward "
-                  "pass; larger micro-batches take several. None: no limit."},
-    )  # fmt: skip
+        metadata={
+            "help": "Most tokens (student and teacher, shared prefixes once) in one forward "
+            "pass; larger micro-batches take several. None: no limit."
+        },
+    )
 
     # Batches, weights, safety
     global_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Interactions (online: prompts) per optimizer step over all processes. Sets "
-                  "per_device_train_batch_size, at most to its given value, and "
-                  "gradient_accumulation_steps. None: these two decide."},
-    )  # fmt: skip
+        metadata={
+            "help": "Interactions (online: prompts) per optimizer step over all processes. Sets "
+            "per_device_train_batch_size, at most to its given value, and "
+            "gradient_accumulation_steps. None: these two decide."
+        },
+    )
     dtype: str | None = field(
         default=None,
-        metadata={"help": "Of the weights of a model given by name: float32, bfloat16, float16, auto "
-                  "(the checkpoint's). None: float32 on a CPU, else auto."},
-    )  # fmt: skip
+        metadata={
+            "help": "Of the weights of a model given by name: float32, bfloat16, float16, auto "
+            "(the checkpoint's). None: float32 on a CPU, else auto."
+        },
+    )
     group_by_conversation: bool | None = field(
         default=None,
-        metadata={"help": "Keep a conversation's interactions together in the shuffled order. "
-                  "None: where sharing is by conversation."},
-    )  # fmt: skip
+        metadata={
+            "help": "Keep a conversation's interactions together in the shuffled order. "
+            "None: where sharing is by conversation."
+        },
+    )
     weight_update: str = field(
         default="auto",
-        metadata={"help": "For bfloat16 weights: plain (most small steps are rounded away), "
-                  "float32_master (optim=adamw_torch), stochastic_rounding (optim=adamw_torch, or "
-                  "adamw_torch_8bit of torchao: 6 bytes a weight in all). auto: float32_master with "
-                  "adamw_torch, stochastic_rounding with adamw_torch_8bit, else plain and a warning."},
-    )  # fmt: skip
+        metadata={
+            "help": "For bfloat16 weights: plain (most small steps are rounded away), "
+            "float32_master (optim=adamw_torch), stochastic_rounding (optim=adamw_torch, or "
+            "adamw_torch_8bit of torchao: 6 bytes a weight in all). auto: float32_master with "
+            "adamw_torch, stochastic_rounding with adamw_torch_8bit, else plain and a warning."
+        },
+    )
     non_finite: str = field(
         default="stop",
-        metadata={"help": "A loss or gradient that is not finite: stop with the interactions' "
-                  "ids, or skip the step and count."},
-    )  # fmt: skip
+        metadata={
+            "help": "A loss or gradient that is not finite: stop with the interactions' "
+            "ids, or skip the step and count."
+        },
+    )
     allow_leaks: bool = field(
         default=False,
-        metadata={"help": "Warn, and do not refuse, where a held-out interaction or another part of "
-                  "its conversation is in the training data."},
-    )  # fmt: skip
+        metadata={
+            "help": "Warn, and do not refuse, where a held-out interaction or another part of "
+            "its conversation is in the training data."
+        },
+    )
     disable_dropout: bool = field(
         default=True,
-        metadata={"help": "Turn off every dropout and router jitter, and refuse a model that stays "
-                  "noisy in training (a teacher with noise is no teacher)."},
-    )  # fmt: skip
+        metadata={
+            "help": "Turn off every dropout and router jitter, and refuse a model that stays "
+            "noisy in training (a teacher with noise is no teacher)."
+        },
+    )
 
     # Changed defaults
     learning_rate: float = field(default=2e-6, metadata={"help": "The initial learning rate."})
@@ -311,8 +316,7 @@ class SDPOConfig(TrainingArguments):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"SDPOConfig: {name} must be one of {', '.join(choices)}, "
-                    f"got {getattr(self, name)!r}"
+                    f"SDPOConfig: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
         for name, (value, why) in ONLY.items():
             given = getattr(self, name, value)  # not all versions have all
@@ -326,10 +330,10 @@ class SDPOConfig(TrainingArguments):
                 f"--dynamo_backend) must be 'no': {COMPILED}, got {dynamo!r}"
             )
         self._check(0 <= self.alpha <= 1, "alpha", "be in [0, 1]")
-        self._check(self.mode != "sampled_token" or self.alpha == 1, "alpha",
-                    "be 1 with mode='sampled_token'")  # fmt: skip
-        self._check((self.topk is not None) == (self.mode == "topk"), "topk",
-                    "be given with mode='topk', and only there")  # fmt: skip
+        self._check(self.mode != "sampled_token" or self.alpha == 1, "alpha", "be 1 with mode='sampled_token'")
+        self._check(
+            (self.topk is not None) == (self.mode == "topk"), "topk", "be given with mode='topk', and only there"
+        )
         self._check(self.topk is None or self.topk >= 1, "topk", "be at least 1")
         self._check(self.temperature > 0, "temperature", "be > 0")
         self._check(self.is_clip is None or self.is_clip > 0, "is_clip", "be > 0 or None")
@@ -339,13 +343,20 @@ class SDPOConfig(TrainingArguments):
         self._check(0 <= self.trust_region_mix <= 1, "trust_region_mix", "be in [0, 1]")
         self._check(self.guidance > 0, "guidance", "be > 0")
         neutral = self.neutral_followup
-        self._check(neutral is None or bool(neutral.strip()), "neutral_followup",
-                    "have a text, or be None")  # fmt: skip
-        self._check(not self.is_guided or self.teacher != "trust_region", "teacher",
-                    "be live, ema or frozen with guidance or neutral_followup")  # fmt: skip
+        self._check(neutral is None or bool(neutral.strip()), "neutral_followup", "have a text, or be None")
+        self._check(
+            not self.is_guided or self.teacher != "trust_region",
+            "teacher",
+            "be live, ema or frozen with guidance or neutral_followup",
+        )
         self._check(self.teacher_check >= 0, "teacher_check", "be >= 0")
-        for name in ("max_prompt_length", "max_completion_length", "max_followup_length",
-                     "max_tokens_per_pack", "chunk_size"):  # fmt: skip
+        for name in (
+            "max_prompt_length",
+            "max_completion_length",
+            "max_followup_length",
+            "max_tokens_per_pack",
+            "chunk_size",
+        ):
             value = getattr(self, name)
             self._check(value is None or value >= 1, name, "be at least 1 or None")
         if isinstance(self.chat_template_kwargs, str):
@@ -395,16 +406,22 @@ class SDPOConfig(TrainingArguments):
                 ``gradient_accumulation_steps``) replaces the preset's ``global_batch_size``.
         """
         if name not in PRESETS:
-            raise ValueError(
-                f"SDPOConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}"
-            )
+            raise ValueError(f"SDPOConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls(**with_preset(PRESETS[name], settings, bf16=name == "paper"))
 
     def tokenizer_options(self) -> dict[str, Any]:
         """The keyword arguments of `fastsdpo.data.InteractionTokenizer`."""
-        names = ("max_prompt_length", "max_completion_length", "max_followup_length",
-                 "truncation", "end_of_turn", "chat_template_kwargs", "chat_template_date",
-                 "allow_special_tokens", "neutral_followup")  # fmt: skip
+        names = (
+            "max_prompt_length",
+            "max_completion_length",
+            "max_followup_length",
+            "truncation",
+            "end_of_turn",
+            "chat_template_kwargs",
+            "chat_template_date",
+            "allow_special_tokens",
+            "neutral_followup",
+        )
         return {name: getattr(self, name) for name in names}
 
     @property

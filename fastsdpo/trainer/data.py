@@ -70,9 +70,7 @@ class InteractionDataset(Dataset):
             for name in ("prompt_ids", "teacher_prompt_ids", "completion_ids"):
                 ids = getattr(item, name)
                 if not ids:
-                    raise ValueError(
-                        f"InteractionDataset: interactions[{index}].{name} must not be empty"
-                    )
+                    raise ValueError(f"InteractionDataset: interactions[{index}].{name} must not be empty")
                 tokens.extend(ids)
                 ends.append(len(tokens))
             tokens.extend(item.neutral_prompt_ids or [])
@@ -119,8 +117,7 @@ class InteractionDataset(Dataset):
             source = load_interactions(source)
         if not isinstance(source, Iterable) or isinstance(source, Mapping):
             raise TypeError(
-                f"SDPOTrainer: {name} must be a path or a collection of interactions, "
-                f"got {type(source).__name__}"
+                f"SDPOTrainer: {name} must be a path or a collection of interactions, got {type(source).__name__}"
             )
         dropped: list[str] = []
         sample: list[Interaction] = []
@@ -157,18 +154,12 @@ class InteractionDataset(Dataset):
                         raise ValueError(f"SDPOTrainer: {name}[{index}]: {error}") from error
                 if isinstance(item, TokenizedInteraction):
                     if neutral and not item.neutral_prompt_ids:
-                        raise ValueError(
-                            f"SDPOTrainer: {name}[{index}] came as tokens, {NO_NEUTRAL}"
-                        )
+                        raise ValueError(f"SDPOTrainer: {name}[{index}] came as tokens, {NO_NEUTRAL}")
                 elif not isinstance(item, Interaction):
-                    raise TypeError(
-                        f"SDPOTrainer: {name}[{index}] must be an interaction, "
-                        f"got {type(item).__name__}"
-                    )
+                    raise TypeError(f"SDPOTrainer: {name}[{index}] must be an interaction, got {type(item).__name__}")
                 elif tokenizer is None:
                     raise ValueError(
-                        f"SDPOTrainer: {name} holds text, so processing_class must be a tokenizer, "
-                        "got None"
+                        f"SDPOTrainer: {name} holds text, so processing_class must be a tokenizer, got None"
                     )
                 yield item
 
@@ -203,8 +194,10 @@ class InteractionDataset(Dataset):
         if dropped:
             logger.warning(
                 "%s: %d interactions cannot be tokenized and are left out, for example:\n  %s",
-                name, len(dropped), "\n  ".join(dropped[:MESSAGES]),
-            )  # fmt: skip
+                name,
+                len(dropped),
+                "\n  ".join(dropped[:MESSAGES]),
+            )
         if len(dataset) == 0:
             raise ValueError(
                 f"SDPOTrainer: {name} must hold an interaction, got none"
@@ -229,9 +222,13 @@ class InteractionDataset(Dataset):
             self.tokens[start:stop].tolist() for start, stop in itertools.pairwise(ends)
         )
         return TokenizedInteraction(
-            prompt, teacher, completion, self.ids[index], self.conversation_ids[index],
+            prompt,
+            teacher,
+            completion,
+            self.ids[index],
+            self.conversation_ids[index],
             neutral or None,
-        )  # fmt: skip
+        )
 
     def lengths(self) -> Tensor:
         """``[len, 3]`` tokens of prompt, teacher's prompt and completion."""
@@ -291,9 +288,7 @@ def find_leaks(train: InteractionDataset, held_out: InteractionDataset) -> Leaks
     """Which held-out interactions, or parts of their conversations, are trained on; None: none."""
     keys, train_keys = held_out.keys, train.keys
     if 0 in keys or 0 in train_keys:  # some came as tokens
-        keys, train_keys = (
-            array("Q", map(dataset.token_key, range(len(dataset)))) for dataset in (held_out, train)
-        )
+        keys, train_keys = (array("Q", map(dataset.token_key, range(len(dataset)))) for dataset in (held_out, train))
     same = set(keys).intersection(train_keys)
     in_history = set(held_out.keys).intersection(train.history_keys)
     in_training = set(held_out.history_keys).intersection(train.keys)
@@ -306,9 +301,7 @@ def find_leaks(train: InteractionDataset, held_out: InteractionDataset) -> Leaks
 
     def is_related(index: int) -> bool:
         start, end = held_out.history_ends[index : index + 2]
-        if held_out.keys[index] in in_history or not in_training.isdisjoint(
-            held_out.history_keys[start:end]
-        ):
+        if held_out.keys[index] in in_history or not in_training.isdisjoint(held_out.history_keys[start:end]):
             return True
         there, here = (
             messages.get(held_out.conversation_ids[index] or ""),
@@ -386,8 +379,7 @@ class GroupSampler(Sampler):
     ``seed`` and the epoch only.
     """
 
-    def __init__(self, groups: Sequence[Sequence[int]], *, multiple: int = 1, seed: int = 0,
-                 shuffle: bool = True):  # fmt: skip
+    def __init__(self, groups: Sequence[Sequence[int]], *, multiple: int = 1, seed: int = 0, shuffle: bool = True):
         self.groups = groups
         self.seed, self.shuffle = seed, shuffle
         self.epoch = 0
@@ -415,9 +407,7 @@ def collate(items: list[TokenizedInteraction | None]) -> dict[str, list[Tokenize
     return {"interactions": [item for item in items if item is not None]}
 
 
-def pack_sharing(
-    pack: Sequence[TokenizedInteraction], sharing: Any, longest: int | None = None
-) -> Any:
+def pack_sharing(pack: Sequence[TokenizedInteraction], sharing: Any, longest: int | None = None) -> Any:
     """``sharing``; or "off" where a sequence has more than ``longest`` tokens."""
     return "off" if any(_is_longer(item, longest) for item in pack) else sharing
 
@@ -449,7 +439,5 @@ def split_packs(
     for index, item in enumerate(interactions):
         key = ("alone", index) if item.conversation_id is None else item.conversation_id
         groups.setdefault(key, []).append(index)
-    packs = pack_conversations(
-        interactions, list(groups.values()), max_tokens=max_tokens, sharing=sharing
-    )
+    packs = pack_conversations(interactions, list(groups.values()), max_tokens=max_tokens, sharing=sharing)
     return [[interactions[index] for index in pack] for pack in packs]

@@ -154,9 +154,15 @@ def sdpo_step_loss(
             )
         out = ppo_token_loss(
             linear_token_logps(states.student_hidden, head.weight, targets, **shared),
-            teacher_logps, weights, states.sequence_ids, counts, clip=ppo_clip, old_logps=old_logps,
-            advantages=advantages, center=center_advantages,
-        )  # fmt: skip
+            teacher_logps,
+            weights,
+            states.sequence_ids,
+            counts,
+            clip=ppo_clip,
+            old_logps=old_logps,
+            advantages=advantages,
+            center=center_advantages,
+        )
     else:
         out = linear_sdpo_loss(
             states.student_hidden,
@@ -190,9 +196,14 @@ def sdpo_step_loss(
     sequence_loss = torch.zeros(sequences, device=device, dtype=per_token.dtype)
     sequence_loss.index_add_(0, states.sequence_ids, weights.to(per_token.dtype) * per_token)
     statistics = TokenStatistics(
-        counts, out.per_token_loss, out.log_ratio, out.student_logps, out.teacher_logps, kl,
+        counts,
+        out.per_token_loss,
+        out.log_ratio,
+        out.student_logps,
+        out.teacher_logps,
+        kl,
         sequence_loss,
-    )  # fmt: skip
+    )
     return loss, statistics
 
 

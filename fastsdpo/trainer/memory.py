@@ -85,9 +85,7 @@ def estimate_memory(
     every = tokens_per_pass * layer.kept
     activations = every * layer.count
     if layer.autocast:  # its copies of the weights, kept for the backward pass
-        activations += layer.compute * sum(
-            p.numel() for p in model.parameters() if p.dtype == torch.float32
-        )
+        activations += layer.compute * sum(p.numel() for p in model.parameters() if p.dtype == torch.float32)
     loss, tiles = _loss(args, layer, response_tokens, place)
     if _checkpointing(args):
         activations -= every * layer.count
@@ -191,9 +189,7 @@ def _loss(args: SDPOConfig, layer: _Layer, tokens: int, device: torch.device) ->
     return total, tiles
 
 
-def _optimizer(
-    args: SDPOConfig, trained: list[nn.Parameter], device: torch.device
-) -> tuple[int, int]:
+def _optimizer(args: SDPOConfig, trained: list[nn.Parameter], device: torch.device) -> tuple[int, int]:
     """Bytes of the optimizer's states, and of what its step needs for a moment."""
     optim = str(getattr(args.optim, "value", args.optim))
     try:
@@ -238,9 +234,7 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def memory_text(
-    model: nn.Module, args: SDPOConfig, tokens_per_pass: int, response_tokens: int
-) -> str:
+def memory_text(model: nn.Module, args: SDPOConfig, tokens_per_pass: int, response_tokens: int) -> str:
     """The estimate in words: per process, beside what the device has, and what would lower it."""
     pass_ = tokens_per_pass, response_tokens
     estimate = estimate_memory(model, args, *pass_)
@@ -256,7 +250,7 @@ def memory_text(
         ("half of --max-tokens-per-pack", {}, 2),
         ("--set weight_update=stochastic_rounding", {"weight_update": "stochastic_rounding"}, 1),
         ("--set optim=adamw_torch_8bit", {"optim": "adamw_torch_8bit", "weight_update": "auto"}, 1),
-    ):  # fmt: skip
+    ):
         other = copy.copy(args)
         for name, value in changes.items():
             setattr(other, name, value)

@@ -40,9 +40,7 @@ class SignalMetrics:
         self.computed = self.sequences = 0
         self.started = time.perf_counter()
 
-    def add(
-        self, statistics: TokenStatistics, ends: Tensor, *, computed: int, sequences: int
-    ) -> None:
+    def add(self, statistics: TokenStatistics, ends: Tensor, *, computed: int, sequences: int) -> None:
         """One pass.
 
         Args:
@@ -85,17 +83,24 @@ class SignalMetrics:
         values = torch.zeros(6, 0, device=device)
         ends = torch.zeros(0, device=device)
         if self.passes:
-            ends = torch.cat([
-                columns[1, at[at >= 0]][columns[0, at[at >= 0]] > 0] for columns, at in self.passes
-            ])  # fmt: skip
+            ends = torch.cat([columns[1, at[at >= 0]][columns[0, at[at >= 0]] > 0] for columns, at in self.passes])
             values = torch.cat([columns[:, columns[0] > 0] for columns, _ in self.passes], dim=1)
         values, ends = values.cpu().double(), ends.cpu().double()
         ratio = values[1]
-        sums = torch.tensor([
-            ratio.numel(), self.computed, self.sequences, ends.numel(), float(ends.sum()), float(ratio.sum()),
-            float(ratio.square().sum()), float(ratio.abs().sum()),
-            *(float(row.sum()) for row in values[2:]),
-        ], dtype=torch.float64)  # fmt: skip
+        sums = torch.tensor(
+            [
+                ratio.numel(),
+                self.computed,
+                self.sequences,
+                ends.numel(),
+                float(ends.sum()),
+                float(ratio.sum()),
+                float(ratio.square().sum()),
+                float(ratio.abs().sum()),
+                *(float(row.sum()) for row in values[2:]),
+            ],
+            dtype=torch.float64,
+        )
         step = max(1, math.ceil(ratio.numel() / QUANTILE_SAMPLE))
         sums, sample = reduce_sum(sums), gather(ratio[::step])
         self.reset()

@@ -59,9 +59,7 @@ def dropout_rates(model: nn.Module) -> list[Rate]:
     return [
         rate
         for name, module in model.named_modules()
-        for rate in _rates(
-            vars(module), f"{name}." if name else "", layer="Dropout" in type(module).__name__
-        )
+        for rate in _rates(vars(module), f"{name}." if name else "", layer="Dropout" in type(module).__name__)
     ]
 
 
@@ -96,8 +94,9 @@ def check_noise(model: nn.Module, *, disable_dropout: bool) -> str | None:
     if not disable_dropout:
         logger.warning(
             "disable_dropout=False: student and teacher are noisy in training, and the loss contains "
-            "the noise of both; it begins in %s", noisy,
-        )  # fmt: skip
+            "the noise of both; it begins in %s",
+            noisy,
+        )
         return noisy
     rates = config_rates(model)
     if rates:

@@ -41,14 +41,12 @@ def choose_update(wanted: str, optim: str, dtypes: set[torch.dtype]) -> str:
     able = {"float32_master": ADAMW, "stochastic_rounding": (*ADAMW, *TORCHAO)}[wanted]
     if optim not in able:
         raise ValueError(
-            f"SDPOTrainer: optim must be one of {', '.join(able)} with weight_update={wanted!r}, "
-            f"got {optim!r}"
+            f"SDPOTrainer: optim must be one of {', '.join(able)} with weight_update={wanted!r}, got {optim!r}"
         )
     other = sorted(str(dtype) for dtype in dtypes - {torch.bfloat16, torch.float32})
     if other:
         raise ValueError(
-            f"SDPOTrainer: weight_update={wanted!r} needs bfloat16 or float32 weights, got "
-            f"{', '.join(other)}"
+            f"SDPOTrainer: weight_update={wanted!r} needs bfloat16 or float32 weights, got {', '.join(other)}"
         )
     return wanted
 
@@ -57,9 +55,7 @@ def lost_steps(name: str, dtype: torch.dtype, learning_rate: float) -> str:
     """The warning for half-precision weights whose steps are rounded to nearest."""
     share = torch.finfo(dtype).eps / 4  # a smaller step of a weight is less than half its spacing
     still = learning_rate / share
-    example = (
-        f" At learning rate {learning_rate:g} AdamW moves next to no weight above {still:.2g}."
-    )
+    example = f" At learning rate {learning_rate:g} AdamW moves next to no weight above {still:.2g}."
     return (
         f"{name} trains {str(dtype).removeprefix('torch.')} weights without a float32 copy: a step "
         f"below 1/{1 / share:.0f} of a weight is rounded away.{example if still < 1 else ''} Use "
@@ -115,12 +111,9 @@ class AdamWBF16(torch.optim.Optimizer):
     ):
         if rounding not in ("float32_master", "stochastic_rounding"):
             raise ValueError(
-                "AdamWBF16: rounding must be 'float32_master' or 'stochastic_rounding', "
-                f"got {rounding!r}"
+                f"AdamWBF16: rounding must be 'float32_master' or 'stochastic_rounding', got {rounding!r}"
             )
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.rounding, self.seed = rounding, seed
 
     @torch.no_grad()
@@ -199,8 +192,6 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
         raise TypeError(f"stochastic_round: dtype must be torch.bfloat16, got {dtype}")
     generator = torch.Generator(values.device).manual_seed(seed)
     bits = values.contiguous().view(torch.int32)
-    noise = torch.randint(
-        0, 1 << 16, bits.shape, dtype=torch.int32, device=values.device, generator=generator
-    )
+    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=values.device, generator=generator)
     rounded = ((bits + noise) & -65536).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).to(dtype)

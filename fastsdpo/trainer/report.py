@@ -43,19 +43,15 @@ def length_table(dataset: InteractionDataset) -> dict[str, Lengths]:
     return table
 
 
-def dry_run_report(model: nn.Module, args: SDPOConfig, train: InteractionDataset, eval_: Any,
-                   sharing: Any) -> str:  # fmt: skip
+def dry_run_report(model: nn.Module, args: SDPOConfig, train: InteractionDataset, eval_: Any, sharing: Any) -> str:
     """What `fastsdpo train --dry-run` prints."""
     lines = [f"{'tokens':<20} {'median':>8} {'95%':>8} {'longest':>8} {'sum':>12}"]
     for name, row in length_table(train).items():
-        lines.append(
-            f"{name:<20} {row.median:>8,} {row.p95:>8,} {row.longest:>8,} {row.total:>12,}"
-        )
+        lines.append(f"{name:<20} {row.median:>8,} {row.p95:>8,} {row.longest:>8,} {row.total:>12,}")
     conversations = len(train.groups(True))
     held_out = "" if eval_ is None else f"; {len(eval_):,} held out"
     lines.append(
-        f"{len(train):,} interactions of {conversations:,} conversations{held_out}; "
-        f"{len(train.dropped):,} left out"
+        f"{len(train):,} interactions of {conversations:,} conversations{held_out}; {len(train.dropped):,} left out"
     )
     grouped = args.group_by_conversation
     if grouped is None:

@@ -36,11 +36,7 @@ class TeacherWeights:
     """
 
     def __init__(self, model: nn.Module, *, moving: bool):
-        self.parameters = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
+        self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.values = {
             name: _copy(parameter.detach(), torch.float32 if moving else None)
             for name, parameter in self.parameters.items()
@@ -95,8 +91,7 @@ class TeacherWeights:
         for name, value in self.values.items():
             if saved[name].shape != value.shape:
                 raise ValueError(
-                    f"SDPOTrainer: {path}: {name} must have shape {list(value.shape)}, "
-                    f"got {list(saved[name].shape)}"
+                    f"SDPOTrainer: {path}: {name} must have shape {list(value.shape)}, got {list(saved[name].shape)}"
                 )
             value.copy_(saved[name])
 
@@ -190,9 +185,7 @@ class TeacherCheck(NamedTuple):
         for row in self.rows:
             name = (row.id or "-")[:28]
             lines.append(f"  {name:<28} {row.tokens:>6} {row.real:>+8.3f} {row.unrelated:>+10.3f}")
-        lines.append(
-            f"  {'mean absolute value':<28} {'':>6} {self.real_abs:>8.3f} {self.unrelated_abs:>10.3f}"
-        )
+        lines.append(f"  {'mean absolute value':<28} {'':>6} {self.real_abs:>8.3f} {self.unrelated_abs:>10.3f}")
         if self.warning:
             lines.append(f"  WARNING: {self.warning}")
         return "\n".join(lines)
@@ -217,11 +210,8 @@ def teacher_check(
     pairs: list[tuple[Interaction, TokenizedInteraction, TokenizedInteraction]] = []
     for index, item in enumerate(sample):
         others = [*sample[index + 1 :], *sample[:index]]
-        foreign = [o for o in others if o.conversation_id != item.conversation_id
-                   or o.conversation_id is None]  # fmt: skip
-        other = next(
-            (o for o in foreign or others if o.followup.strip() != item.followup.strip()), None
-        )
+        foreign = [o for o in others if o.conversation_id != item.conversation_id or o.conversation_id is None]
+        other = next((o for o in foreign or others if o.followup.strip() != item.followup.strip()), None)
         if other is None:
             continue
         swapped = Interaction(item.prompt, item.completion, other.followup, item.id)
@@ -230,9 +220,7 @@ def teacher_check(
         except ValueError:
             continue  # reported when the data set was tokenized
     if not pairs:
-        return TeacherCheck(
-            [], 0.0, 0.0, "no two interactions with different follow-ups to compare"
-        )
+        return TeacherCheck([], 0.0, 0.0, "no two interactions with different follow-ups to compare")
     real = log_ratios([tokens for _, tokens, _ in pairs])
     unrelated = log_ratios([tokens for _, _, tokens in pairs])
     rows = [

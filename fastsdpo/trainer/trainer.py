@@ -153,9 +153,7 @@ class SDPOTrainer(Trainer):
             module, tokenizer = load_model_and_tokenizer(model, dtype=dtype, device="cpu")
             processing_class = processing_class or tokenizer
         if not isinstance(module, nn.Module):
-            raise TypeError(
-                f"SDPOTrainer: model must be a model or a name, got {type(model).__name__}"
-            )
+            raise TypeError(f"SDPOTrainer: model must be a model or a name, got {type(model).__name__}")
         check_adapter(module, peft_config)
         if peft_config is not None:
             from peft import get_peft_model
@@ -229,27 +227,26 @@ class SDPOTrainer(Trainer):
             return None
         if isinstance(source, dict):
             return {
-                key: SDPOTrainer._dataset(args, value, tokenizer, f"{name}[{key!r}]")
-                for key, value in source.items()
+                key: SDPOTrainer._dataset(args, value, tokenizer, f"{name}[{key!r}]") for key, value in source.items()
             }
         progress = not args.disable_tqdm and args.process_index == 0
         return InteractionDataset.from_source(
-            source, tokenizer, args.template, name=name, progress=progress,
+            source,
+            tokenizer,
+            args.template,
+            name=name,
+            progress=progress,
             **args.tokenizer_options(),
-        )  # fmt: skip
+        )
 
     @staticmethod
-    def _check_held_out(
-        args: SDPOConfig, train: Any, held_out: Any, name: str = "eval_dataset"
-    ) -> None:
+    def _check_held_out(args: SDPOConfig, train: Any, held_out: Any, name: str = "eval_dataset") -> None:
         """Refuses, or with `allow_leaks` reports, held-out interactions that are trained on."""
         if isinstance(held_out, dict):
             for key, value in held_out.items():
                 SDPOTrainer._check_held_out(args, train, value, f"{name}[{key!r}]")
             return
-        if not isinstance(train, InteractionDataset) or not isinstance(
-            held_out, InteractionDataset
-        ):
+        if not isinstance(train, InteractionDataset) or not isinstance(held_out, InteractionDataset):
             return
         leaks = find_leaks(train, held_out)
         if leaks is None:
@@ -294,9 +291,7 @@ class SDPOTrainer(Trainer):
             f"interactions with a sequence of more than {limit.positions} tokens run alone, and "
             f"their prefixes are not shared: the model's {limit.kind} rotary embeddings change there"
         )
-        held_out = (
-            self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        )
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         for dataset in (self.train_dataset, *held_out.values()):
             if not isinstance(dataset, InteractionDataset):
                 continue
@@ -392,15 +387,10 @@ class SDPOTrainer(Trainer):
             # What of the two distributions is needed: given the history alone, or with the follow-up.
             read = list(interactions)
             if args.teacher != "trust_region":
-                read = [
-                    TokenizedInteraction(i.prompt_ids, i.prompt_ids, i.completion_ids)
-                    for i in interactions
-                ]
+                read = [TokenizedInteraction(i.prompt_ids, i.prompt_ids, i.completion_ids) for i in interactions]
             elif not args.needs_reference:
                 read = [
-                    TokenizedInteraction(
-                        i.teacher_prompt_ids, i.teacher_prompt_ids, i.completion_ids
-                    )
+                    TokenizedInteraction(i.teacher_prompt_ids, i.teacher_prompt_ids, i.completion_ids)
                     for i in interactions
                 ]
             self._computed += self._count_tokens(read, sharing)
@@ -437,14 +427,10 @@ class SDPOTrainer(Trainer):
                 **self.loss_options(),
             )
 
-        return shared_forward(
-            model, interactions, teacher_context=context, loss_fn=loss_fn, **shared
-        )
+        return shared_forward(model, interactions, teacher_context=context, loss_fn=loss_fn, **shared)
 
     @staticmethod
-    def _count_tokens(
-        items: Sequence[TokenizedInteraction], sharing: Any, *, live: bool = True
-    ) -> int:
+    def _count_tokens(items: Sequence[TokenizedInteraction], sharing: Any, *, live: bool = True) -> int:
         """Tokens that a `shared_forward` sends through the model."""
         counts = count_tokens(items, sharing=sharing, live=live)
         if live and all(item.teacher_prompt_ids == item.prompt_ids for item in items):
@@ -580,9 +566,7 @@ class SDPOTrainer(Trainer):
             divergence=self.args.mode != "sampled_token",
         )
 
-    def _record(
-        self, interactions: Sequence[TokenizedInteraction], statistics: TokenStatistics
-    ) -> None:
+    def _record(self, interactions: Sequence[TokenizedInteraction], statistics: TokenStatistics) -> None:
         ends, row, sequences = [], -1, 0
         for item in interactions:
             row += len(item.completion_ids)
@@ -670,9 +654,7 @@ class SDPOTrainer(Trainer):
         names = ", ".join(offenders[:10]) + (", ..." if len(offenders) > 10 else "")
         message = f"step {step}: {what} is not finite; interactions: {names}"
         if self.args.non_finite == "stop":
-            raise NonFiniteError(
-                f"SDPOTrainer: {message}. Set non_finite='skip' to leave such steps out"
-            )
+            raise NonFiniteError(f"SDPOTrainer: {message}. Set non_finite='skip' to leave such steps out")
         logger.warning("skipped %s", message)
         self.skipped_steps += 1
         for parameter in self.model.parameters():
@@ -682,11 +664,7 @@ class SDPOTrainer(Trainer):
         """What is not finite in this process's step: ("loss" or "gradient", interactions)."""
 
         def name(item: TokenizedInteraction) -> str:
-            return (
-                repr(item.id)
-                if item.id is not None
-                else f"one of {len(item.completion_ids)} tokens"
-            )
+            return repr(item.id) if item.id is not None else f"one of {len(item.completion_ids)} tokens"
 
         losses = [
             (item, float(value))
@@ -746,9 +724,7 @@ class SDPOTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         if eval_dataset is not None and not isinstance(eval_dataset, (str, InteractionDataset)):
-            eval_dataset = self._dataset(
-                self.args, eval_dataset, self.processing_class, "eval_dataset"
-            )
+            eval_dataset = self._dataset(self.args, eval_dataset, self.processing_class, "eval_dataset")
         if eval_dataset is not self.train_dataset:  # else the loss in training is asked for
             self._check_held_out(self.args, self.train_dataset, eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
@@ -799,9 +775,7 @@ class SDPOTrainer(Trainer):
         self._idle = dataloader.dataset[0]
         self._eval_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         try:
-            output = super().evaluation_loop(
-                dataloader, description, True, ignore_keys, metric_key_prefix
-            )
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
             loss, items = self._reduce_sum(self._eval_sums.cpu()).tolist()
             metrics = self._metrics.flush(reduce_sum=self._reduce_sum, gather=self._gather)
         finally:
@@ -884,9 +858,7 @@ class SDPOTrainer(Trainer):
                         self.state.best_model_checkpoint = str(folder / name)
                         self.state.save_to_json(str(part / name / "trainer_state.json"))
                     finish_checkpoint(part / name, folder / name)
-                    delete_old_checkpoints(
-                        folder, self.args.save_total_limit, self.state.best_model_checkpoint
-                    )
+                    delete_old_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         finally:
             self._writing_checkpoint = False
             if self.args.should_save:
@@ -988,9 +960,7 @@ class SDPOTrainer(Trainer):
         finally:
             self.model.train(training)
 
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`, after a look at the teacher and the output folder.
 
         Args:

@@ -53,8 +53,7 @@ def test_the_base_is_the_recorded_one():
 def test_rows_with_one_rival_each_and_small_peaks():
     def rows(ours, peak=2**20):
         base = {"case": "topk", "shape": "512", "peak_bytes": peak}
-        return {"rows": [{**base, "who": "TRL", "seconds": 2.0},
-                         {**base, "who": "hidden", "seconds": ours}]}  # fmt: skip
+        return {"rows": [{**base, "who": "TRL", "seconds": 2.0}, {**base, "who": "hidden", "seconds": ours}]}
 
     assert compare.ratios(rows(1.0)) == {"case=topk shape=512: time: hidden / TRL": 0.5}
     assert len(compare.ratios(rows(1.0, 2**28))) == 2
@@ -65,8 +64,7 @@ def test_runs_of_a_conversation_are_pooled():
     def runs(*ours):
         run = {"kind": "time", "template": "smollm2", "conversation": 3, "threads": 2}
         memory = {**run, "kind": "memory", "gib": {"official": [1, 8.0], "conversation": [1, 2.0]}}
-        return {"runs": [{**run, "seconds": {"official": [4.0], "conversation": [s]}} for s in ours]
-                + [memory]}  # fmt: skip
+        return {"runs": [{**run, "seconds": {"official": [4.0], "conversation": [s]}} for s in ours] + [memory]}
 
     found = compare.ratios(runs(1.0, 2.0, 9.0))
     assert sorted(found.values()) == [0.25, 0.5]
@@ -74,8 +72,10 @@ def test_runs_of_a_conversation_are_pooled():
 
 
 def test_processes():
-    rows = [{"shape": "s", "batch": 16, "processes": p, "threads": t, "seconds": s}
-            for p, t, s in ((1, 1, 4.0), (2, 1, 2.5), (1, 2, 3.0))]  # fmt: skip
+    rows = [
+        {"shape": "s", "batch": 16, "processes": p, "threads": t, "seconds": s}
+        for p, t, s in ((1, 1, 4.0), (2, 1, 2.5), (1, 2, 3.0))
+    ]
     found = compare.ratios({"rows": rows})
     assert found == {
         "shape=s batch=16: time: 2 processes of 1 / 1 processes of 1": 0.625,
@@ -102,8 +102,9 @@ def test_command(tmp_path, monkeypatch, capsys):
 def test_recorded_files_are_read(path):
     """Every results file of times has ratios, the same as itself."""
     data = json.loads(path.read_text())
-    if not path.stem.startswith(("logits", "linear", "memory", "sharing", "trl", "integrations", "data",
-                                 "processes", "models")):  # fmt: skip
+    if not path.stem.startswith(
+        ("logits", "linear", "memory", "sharing", "trl", "integrations", "data", "processes", "models")
+    ):
         pytest.skip("no times")
     assert compare.ratios(data)
     assert compare.compare(data, data)[1] == []

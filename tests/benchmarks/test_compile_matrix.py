@@ -46,10 +46,24 @@ def test_a_sample_compiles_no_worse_than_committed(committed):
     if committed["triton"] != matrix.triton.__version__:
         pytest.skip(f"the table is of Triton {committed['triton']}")
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compile_matrix", "--check", "--targets", "sm_90",
-         "--dtypes", "bf16", "--names", SAMPLE, "--workers", "1"],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.compile_matrix",
+            "--check",
+            "--targets",
+            "sm_90",
+            "--dtypes",
+            "bf16",
+            "--names",
+            SAMPLE,
+            "--workers",
+            "1",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
     assert "no cell is worse" in run.stdout
 

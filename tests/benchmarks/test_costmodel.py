@@ -55,9 +55,7 @@ class ByteCounter(TorchDispatchMode):
         read = [a for a in args if isinstance(a, torch.Tensor)]
         written = [t for t in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(t)]
         # A broadcast (expanded) operand is read once.
-        self.bytes += sum(
-            min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in read + written
-        )
+        self.bytes += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in read + written)
         return out
 
 
@@ -86,9 +84,7 @@ def test_bytes_of_the_eager_losses(mode):
         loss = bench_logits.plain_loss(mode, student, teacher, ids)
         loss.backward()
     predicted = costmodel.eager_loss_from_logits(mode, tokens, vocabulary)
-    assert counter.bytes / predicted.bytes == pytest.approx(1, abs=0.1), counter.bytes / (
-        tokens * vocabulary
-    )
+    assert counter.bytes / predicted.bytes == pytest.approx(1, abs=0.1), counter.bytes / (tokens * vocabulary)
     assert counter.calls / predicted.launches == pytest.approx(1, abs=0.1), counter.calls
 
 
@@ -183,9 +179,15 @@ def tiny(kind):
     import transformers
 
     config = getattr(transformers, f"{kind}Config")(
-        hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=16, vocab_size=512, tie_word_embeddings=kind == "Qwen3",
-    )  # fmt: skip
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=512,
+        tie_word_embeddings=kind == "Qwen3",
+    )
     config._attn_implementation = "eager"  # its products are counted like any others
     model = getattr(transformers, f"{kind}Model")(config)
     return model, costmodel.Model.from_config(config)
@@ -275,12 +277,8 @@ def test_linear_loss(mode, trained):
     tokens, vocabulary, hidden, chunk = 192, 4096, 64, 64
     student, teacher = torch.randn(tokens, hidden), torch.randn(tokens, hidden)
     weight, ids = torch.randn(vocabulary, hidden), torch.randint(vocabulary, (tokens,))
-    needs = {"trained": (True, True), "frozen": (True, False), "no gradients": (False, False)}[
-        trained
-    ]
-    name, alpha = {"sampled": ("sampled_token", 1.0), "reverse_kl": ("full", 1.0)}.get(
-        mode, ("full", 0.5)
-    )
+    needs = {"trained": (True, True), "frozen": (True, False), "no gradients": (False, False)}[trained]
+    name, alpha = {"sampled": ("sampled_token", 1.0), "reverse_kl": ("full", 1.0)}.get(mode, ("full", 0.5))
 
     def run():
         call = linear.LinearCall(
@@ -335,11 +333,16 @@ def test_qwen3_8b_has_its_published_size():
     assert costmodel.SMOLLM2_135M.parameters == pytest.approx(134.5e6, rel=0.002)
 
 
-@pytest.mark.parametrize(("options", "student", "responses", "walked"), [
-    ("--gradient-checkpointing", 8400, 4800, 139), ("--gradient-checkpointing", 16800, 9600, 142),
-    ("(defaults: float32 master)", 8400, 4800, 202), ("--lora 16", 16800, 9600, 199),
-    ("--lora 16 --gradient-checkpointing", 8400, 4800, 22.9),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "student", "responses", "walked"),
+    [
+        ("--gradient-checkpointing", 8400, 4800, 139),
+        ("--gradient-checkpointing", 16800, 9600, 142),
+        ("(defaults: float32 master)", 8400, 4800, 202),
+        ("--lora 16", 16800, 9600, 199),
+        ("--lora 16 --gradient-checkpointing", 8400, 4800, 22.9),
+    ],
+)
 def test_memory_of_documented_options(options, student, responses, walked):
     """Against the peaks of steps that were walked operator by operator on meta tensors."""
     (setup,) = [s for s in costmodel.SETUPS if s.options == options]
@@ -355,9 +358,7 @@ def test_documented_options_exist_and_give_the_set_up():
     size = sum(p.numel() for p in model.parameters())
     for setup in costmodel.SETUPS:
         options = setup.options.split() if setup.options[0] == "-" else []
-        parsed = train.build_parser().parse_args(
-            ["d", "--model", "m", "-o", "o", "--cpu", *options]
-        )
+        parsed = train.build_parser().parse_args(["d", "--model", "m", "-o", "o", "--cpu", *options])
         args = train.read_config(parsed)
         assert bool(parsed.lora) == bool(setup.rank)
         assert bool(args.gradient_checkpointing) == setup.checkpointing

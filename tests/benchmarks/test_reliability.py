@@ -10,9 +10,7 @@ from benchmarks import compatibility, reliability
 
 
 def test_the_page_is_what_the_files_say():
-    assert reliability.PAGE.read_text("utf-8") == reliability.page(), (
-        "run: python -m benchmarks.reliability"
-    )
+    assert reliability.PAGE.read_text("utf-8") == reliability.page(), "run: python -m benchmarks.reliability"
 
 
 def test_every_row_is_in_one_section_and_nothing_was_lost():

@@ -31,8 +31,7 @@ def test_the_newest_file_of_a_theme_counts(tmp_path, monkeypatch):
 
 def test_a_plot_of_ratios(tmp_path):
     pytest.importorskip("matplotlib")
-    report.draw([("kl", "TRL", 2.0), ("kl", "Liger", 1.5), ("jsd", "TRL", 3.0)], "x",
-                tmp_path / "plot.png")  # fmt: skip
+    report.draw([("kl", "TRL", 2.0), ("kl", "Liger", 1.5), ("jsd", "TRL", 3.0)], "x", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -49,9 +48,7 @@ def test_bars_of_steps_and_stages():
         {"kind": "memory", "gib": {}},
     ]
     assert report._of_runs({"runs": runs}) == [("t, conversation 1", "a", 8 / 3)]
-    rows = [
-        {"stage": "load", "who": who, "seconds": s} for who, s in (("x", 1.0), ("fastsdpo", 2.0))
-    ]
+    rows = [{"stage": "load", "who": who, "seconds": s} for who, s in (("x", 1.0), ("fastsdpo", 2.0))]
     assert report._of_stages({"rows": rows}) == [("load", "x", 0.5)]
 
 

@@ -20,8 +20,7 @@ from packaging.requirements import Requirement
 from benchmarks import gpu_losses, gpu_machine, gpu_parts, run_gpu
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "pytest", "pytest-xdist",
-            "hypothesis")  # fmt: skip
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "pytest", "pytest-xdist", "hypothesis")
 
 # Python reads it at its start: other packages of this environment are as if not installed.
 SITECUSTOMIZE = """
@@ -89,9 +88,10 @@ def box(tmp_path_factory):
     text = SITECUSTOMIZE.format(modules=hidden, kept=kept)
     (folder / "site" / "sitecustomize.py").write_text(text)
     environment = {
-        name: value for name, value in os.environ.items()
+        name: value
+        for name, value in os.environ.items()
         if not name.startswith(("PYTEST", "TRITON_INTERPRET", "FASTSDPO", "COV"))
-    }  # fmt: skip
+    }
     environment |= {"PYTHONPATH": str(folder / "site"), "OMP_NUM_THREADS": "1"}
     return checkout, environment
 
@@ -100,8 +100,9 @@ def rehearse(box, output, *arguments):
     checkout, environment = box
     command = [sys.executable, "-m", "benchmarks.run_gpu", "--rehearsal", "--output", str(output)]
     with (checkout.parent / "said").open("w") as said:
-        return subprocess.Popen([*command, *arguments], cwd=checkout, env=environment,
-                                stdout=said, stderr=subprocess.STDOUT)  # fmt: skip
+        return subprocess.Popen(
+            [*command, *arguments], cwd=checkout, env=environment, stdout=said, stderr=subprocess.STDOUT
+        )
 
 
 def said(box):
@@ -135,8 +136,7 @@ def test_the_whole_rehearsal(box, tmp_path):
         for row in measured:
             for key in ("ms", "gb_per_s", "tflops", "model_ms", "host_ms", "model_peak_mb"):
                 assert row.get(key, 1) > 0, row
-    left_out = {row["who"]: row["left_out"] for row in results["parts"]["peers"]["rows"]
-                if "left_out" in row}  # fmt: skip
+    left_out = {row["who"]: row["left_out"] for row in results["parts"]["peers"]["rows"] if "left_out" in row}
     assert left_out["TRL"] == "trl is not importable"
     assert left_out["Liger"] == "liger_kernel is not importable"
     assert "libfastsdpo.so was not built" in results["environment"]["native"]
@@ -186,8 +186,11 @@ def test_parts_that_fail_are_recorded_and_the_others_run(tmp_path, monkeypatch, 
     assert status == 1 and time.monotonic() - begun < 30
     parts = read(tmp_path / "r")["parts"]
     assert {name: part["state"] for name, part in parts.items()} == {
-        "linear": "failed", "bandwidth": "failed", "host": "out of time", "kernels": "done",
-    }  # fmt: skip
+        "linear": "failed",
+        "bandwidth": "failed",
+        "host": "out of time",
+        "kernels": "done",
+    }
     assert parts["linear"]["problem"] == "exit status 3\nout of memory"
     assert [part["rows"][0].get("ms") for part in parts.values()] == [2.5, None, 3.5, 1.5]
     assert parts["host"]["problem"] == "stopped after 6 s\nbegun"
@@ -235,6 +238,4 @@ def test_what_a_cell_and_a_test_report_say_of_a_failure(tmp_path):
     )
     counts, *failed = gpu_parts.read_junit(report)
     assert counts == {"passed": 1, "skipped": 1, "failed": 2}
-    assert failed == [
-        {"test": "t::c", "problem": "off by one\nx\ny"}, {"test": "t::d", "problem": "no module\nz"}
-    ]  # fmt: skip
+    assert failed == [{"test": "t::c", "problem": "off by one\nx\ny"}, {"test": "t::d", "problem": "no module\nz"}]

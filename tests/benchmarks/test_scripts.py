@@ -16,9 +16,14 @@ from fastsdpo import bench
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ENVIRONMENT = {
-    "device": "d", "native": "n", "python": "3", "versions": {"torch": "2"}, "commit": "c",
-    "command": "python -m x", "date": "2026-01-01",
-}  # fmt: skip
+    "device": "d",
+    "native": "n",
+    "python": "3",
+    "versions": {"torch": "2"},
+    "commit": "c",
+    "command": "python -m x",
+    "date": "2026-01-01",
+}
 
 
 @pytest.fixture
@@ -43,11 +48,14 @@ def source(tmp_path):
     """Four conversations, of which one has no turns and one too few messages."""
 
     def talk(*texts):
-        return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text}
-                             for i, text in enumerate(texts)]}  # fmt: skip
+        return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
 
-    rows = [talk("w1", "w2 w3", "w4"), talk("w1", "w2"), talk("w1", "w2", "w3", "w4", "w5 w6"),
-            {"messages": [{"role": "user", "content": "w1"}] * 3}]  # fmt: skip
+    rows = [
+        talk("w1", "w2 w3", "w4"),
+        talk("w1", "w2"),
+        talk("w1", "w2", "w3", "w4", "w5 w6"),
+        {"messages": [{"role": "user", "content": "w1"}] * 3},
+    ]
     path = tmp_path / "source.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -82,19 +90,28 @@ def test_interactions_of_drawn_lengths():
     answers = sorted(len(i.completion_ids) for i in items)
     assert answers[0] < 60 < answers[-1]
     for one, two in itertools.pairwise(items):
-        if (
-            one.conversation_id == two.conversation_id
-        ):  # the history goes on, so prefixes are shared
+        if one.conversation_id == two.conversation_id:  # the history goes on, so prefixes are shared
             assert two.prompt_ids[: len(one.prompt_ids)] == one.prompt_ids
 
 
 def test_efficiency_of_processes():
     rows = [
-        {"processes": p, "threads": t, "batch": 16, "steps": 3, "shape": "s", "parameters": 10**6,
-         "tokens": 1000, "seconds": s, "fastest": s, "slowest": s, "cpus": 2,
-         "environment": ENVIRONMENT}
+        {
+            "processes": p,
+            "threads": t,
+            "batch": 16,
+            "steps": 3,
+            "shape": "s",
+            "parameters": 10**6,
+            "tokens": 1000,
+            "seconds": s,
+            "fastest": s,
+            "slowest": s,
+            "cpus": 2,
+            "environment": ENVIRONMENT,
+        }
         for p, t, s in ((1, 1, 4.0), (2, 1, 2.5), (1, 2, 3.2))
-    ]  # fmt: skip
+    ]
     page = bench_processes.markdown(rows)
     assert "| 2 | 1 | 2.50 | 2.50 | 2.50 | 400 | 1.60 | 0.80 |" in page
     assert "| 1 | 2 | 3.20 | 3.20 | 3.20 | 312 | 1.25 | 0.62 |" in page
@@ -102,9 +119,7 @@ def test_efficiency_of_processes():
 
 def test_shapes_of_models(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "MODELS", {"m": bench.Shape(300, 16, 3.0)})
-    arguments = (
-        "x --logits m --hidden m --hidden-modes reverse_kl --tokens 4 --rounds 1 --record models"
-    )
+    arguments = "x --logits m --hidden m --hidden-modes reverse_kl --tokens 4 --rounds 1 --record models"
     arguments += f" --without torch.compile CCE --output {tmp_path}"
     monkeypatch.setattr(sys, "argv", arguments.split())
     monkeypatch.setattr(bench, "copy_bandwidth", lambda **_: 1e9)
@@ -112,12 +127,10 @@ def test_shapes_of_models(tmp_path, monkeypatch, capsys):
     bench_models.main()
     rows = json.loads((tmp_path / "models.json").read_text())["rows"]
     assert [(r["question"], r["mode"], r["softcap"]) for r in rows] == [
-        ("hidden", "reverse_kl", 3.0), ("logits", "reverse_kl", 3.0),
-    ]  # fmt: skip
-    assert (
-        "| hidden | m | 4 x 300 x 16 | 3 | reverse_kl | fastsdpo |"
-        in (tmp_path / "models.md").read_text()
-    )
+        ("hidden", "reverse_kl", 3.0),
+        ("logits", "reverse_kl", 3.0),
+    ]
+    assert "| hidden | m | 4 x 300 x 16 | 3 | reverse_kl | fastsdpo |" in (tmp_path / "models.md").read_text()
 
 
 # ------------------------------------------------------------------------------------- make bench
@@ -125,15 +138,11 @@ def test_shapes_of_models(tmp_path, monkeypatch, capsys):
 
 THEMES = [
     run_all.Theme("good_cpu", "what works", ["json.tool --help", "calendar 2026 1"], ["this"]),
-    run_all.Theme(
-        "bad_cpu", "what fails", ["no_such_module", "calendar 2026 1"], ["no_such_module"]
-    ),
+    run_all.Theme("bad_cpu", "what fails", ["no_such_module", "calendar 2026 1"], ["no_such_module"]),
 ]
 
 
-def test_every_theme_is_run_and_on_the_page_also_after_one_that_fails(
-    tmp_path, monkeypatch, capsys
-):
+def test_every_theme_is_run_and_on_the_page_also_after_one_that_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_all, "THEMES", THEMES[::-1])
     assert run_all.main(["--output", str(tmp_path)]) == 1
     page = (tmp_path / "index.md").read_text()

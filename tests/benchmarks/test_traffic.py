@@ -41,8 +41,11 @@ def count(*arguments):
     """Cells of the meter, by (loss, who)."""
     run = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "traffic.py"), "--json", *arguments],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     cells = json.loads(run.stdout.strip().splitlines()[-1])
     return {(cell["loss"], cell["by"]): cell for cell in cells}
@@ -62,9 +65,7 @@ def test_kernels_move_no_more_than_their_budget(vocabulary):
         assert moved * vocabulary == pytest.approx(predicted.bytes, rel=0.1), loss
         assert launches + (loss == "top-k") == predicted.launches, loss
         assert cell["launches"] == launches, loss
-        if (
-            loss == "top-k"
-        ):  # the support of 20 is gathered besides, and so are its tokens' gradients
+        if loss == "top-k":  # the support of 20 is gathered besides, and so are its tokens' gradients
             assert 8.0 <= cell["kernels"] <= most
             assert cell["unique"] <= 6.0 + 20 * 64 / vocabulary
             continue
@@ -90,7 +91,5 @@ def test_fused_kernels_move_what_the_cost_model_says():
         parts = costmodel.linear_loss(MODES[loss], rows, vocabulary, 16, operand=4)
         predicted = parts["loss kernel"]
         selected = 4 if loss == "top-k" else 0  # torch.topk reads the tile once
-        assert cell["kernels"] + selected == pytest.approx(
-            predicted.bytes / rows / vocabulary, rel=0.1
-        ), loss
+        assert cell["kernels"] + selected == pytest.approx(predicted.bytes / rows / vocabulary, rel=0.1), loss
         assert cell["launches"] + (loss == "top-k") == predicted.launches, loss

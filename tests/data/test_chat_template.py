@@ -31,11 +31,17 @@ FAMILIES = {
     "chatml": (
         "{% for m in messages %}" + CHATML + "{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        CHATML_TOKENS, [], "<|im_end|>", "<|im_end|>",
+        CHATML_TOKENS,
+        [],
+        "<|im_end|>",
+        "<|im_end|>",
     ),
     "chatml without a generation prompt": (
         "{% for m in messages %}" + CHATML + "{% endfor %}",
-        CHATML_TOKENS, [], "<|im_end|>", "<|im_end|>",
+        CHATML_TOKENS,
+        [],
+        "<|im_end|>",
+        "<|im_end|>",
     ),
     "llama 3": (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: "
@@ -45,24 +51,37 @@ FAMILIES = {
         "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
         "{% endfor %}{% if add_generation_prompt %}"
         "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-        ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-         "<|end_of_text|>"], [], "<|end_of_text|>", "<|eot_id|>",
+        ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"],
+        [],
+        "<|end_of_text|>",
+        "<|eot_id|>",
     ),
     "qwen 3": (
-        LAST + "{% for m in messages %}{% if m.role == 'assistant' %}" + SPLIT +
-        "<|im_start|>assistant\n{% if loop.index0 > ns.last %}<think>\n{{ r }}\n</think>\n\n"
-        "{{ c.lstrip('\\n') }}{% else %}{{ c }}{% endif %}<|im_end|>\n{% else %}" + CHATML +
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        LAST
+        + "{% for m in messages %}{% if m.role == 'assistant' %}"
+        + SPLIT
+        + "<|im_start|>assistant\n{% if loop.index0 > ns.last %}<think>\n{{ r }}\n</think>\n\n"
+        "{{ c.lstrip('\\n') }}{% else %}{{ c }}{% endif %}<|im_end|>\n{% else %}"
+        + CHATML
+        + "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
         "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
         "{% endif %}",
-        CHATML_TOKENS, THINK, "<|im_end|>", "<|im_end|>",
+        CHATML_TOKENS,
+        THINK,
+        "<|im_end|>",
+        "<|im_end|>",
     ),
     "qwen 3 thinking": (
-        LAST + "{% for m in messages %}{% if m.role == 'assistant' %}" + SPLIT +
-        "<|im_start|>assistant\n{% if loop.index0 > ns.last %}<think>\n{{ r }}\n</think>\n\n"
+        LAST
+        + "{% for m in messages %}{% if m.role == 'assistant' %}"
+        + SPLIT
+        + "<|im_start|>assistant\n{% if loop.index0 > ns.last %}<think>\n{{ r }}\n</think>\n\n"
         "{% endif %}{{ c }}<|im_end|>\n{% else %}" + CHATML + "{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
-        CHATML_TOKENS, THINK, "<|im_end|>", "<|im_end|>",
+        CHATML_TOKENS,
+        THINK,
+        "<|im_end|>",
+        "<|im_end|>",
     ),
     "gemma 3": (
         "{{ bos_token }}{% if messages[0].role == 'system' %}"
@@ -72,14 +91,18 @@ FAMILIES = {
         "{% if m.content is string %}{{ m.content | trim }}{% else %}{% for part in m.content %}"
         "{{ part.text | trim }}{% endfor %}{% endif %}<end_of_turn>\n{% endfor %}"
         "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
-        ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], ["\n", "\n\n"], "<eos>",
+        ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"],
+        ["\n", "\n\n"],
+        "<eos>",
         "<end_of_turn>",
     ),
     "mistral": (
         "<s>{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}"
         "[/SYSTEM_PROMPT]{% elif m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}"
         "{{ m.content }}</s>{% endif %}{% endfor %}",
-        ["<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"], [], "</s>",
+        ["<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"],
+        [],
+        "</s>",
         "</s>",
     ),
     "gpt-oss": (
@@ -89,26 +112,35 @@ FAMILIES = {
         "{% if loop.last and not add_generation_prompt %}<|return|>{% else %}<|end|>{% endif %}"
         "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|start|>assistant{% endif %}",
-        ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"], [],
-        "<|return|>", "<|return|>",
+        ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"],
+        [],
+        "<|return|>",
+        "<|return|>",
     ),
     "glm 4.5": (
-        "[gMASK]<sop>" + LAST + "{% for m in messages %}{% if m.role == 'assistant' %}" + SPLIT +
-        "<|assistant|>{% if loop.index0 > ns.last and r %}\n<think>{{ r.strip() }}</think>"
+        "[gMASK]<sop>"
+        + LAST
+        + "{% for m in messages %}{% if m.role == 'assistant' %}"
+        + SPLIT
+        + "<|assistant|>{% if loop.index0 > ns.last and r %}\n<think>{{ r.strip() }}</think>"
         "{% else %}\n<think></think>{% endif %}{% if c.strip() %}\n{{ c.strip() }}{% endif %}"
         "{% else %}<|{{ m.role }}|>\n{{ m.content }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% if enable_thinking is defined and not "
         "enable_thinking %}\n<think></think>{% endif %}{% endif %}",
-        ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>"], THINK,
-        "<|endoftext|>", "<|user|>",
+        ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>"],
+        THINK,
+        "<|endoftext|>",
+        "<|user|>",
     ),
     "deepseek r1": (
         "<｜begin▁of▁sentence｜>{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
         "{% elif m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}<｜Assistant｜>"
         "{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}",
-        ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"], ["<｜User｜>", "<｜Assistant｜>", *THINK],
-        "<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>",
+        ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"],
+        ["<｜User｜>", "<｜Assistant｜>", *THINK],
+        "<｜end▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
     ),
     "deepseek v3.1": (
         "<｜begin▁of▁sentence｜>{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
@@ -116,8 +148,10 @@ FAMILIES = {
         "{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<｜Assistant｜>{% if thinking is defined and thinking %}<think>"
         "{% else %}</think>{% endif %}{% endif %}",
-        ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"], ["<｜User｜>", "<｜Assistant｜>", *THINK],
-        "<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>",
+        ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"],
+        ["<｜User｜>", "<｜Assistant｜>", *THINK],
+        "<｜end▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
     ),
     "smollm 3": (
         "{% set think = not (enable_thinking is defined and not enable_thinking) %}"
@@ -127,7 +161,10 @@ FAMILIES = {
         "{% if not think %}<think>\n\n</think>\n{% endif %}{{ m.content.lstrip('\\n') }}<|im_end|>\n"
         "{% else %}" + CHATML + "{% endif %}{% endfor %}{% if add_generation_prompt %}"
         "<|im_start|>assistant\n{% if not think %}<think>\n\n</think>\n{% endif %}{% endif %}",
-        CHATML_TOKENS, THINK, "<|im_end|>", "<|im_end|>",
+        CHATML_TOKENS,
+        THINK,
+        "<|im_end|>",
+        "<|im_end|>",
     ),
     "granite": (
         "{% if messages[0].role != 'system' %}<|start_of_role|>system<|end_of_role|>Today's Date: "
@@ -135,28 +172,46 @@ FAMILIES = {
         "{% endif %}{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}"
         "<|end_of_text|>\n{% endfor %}{% if add_generation_prompt %}"
         "<|start_of_role|>assistant<|end_of_role|>{% endif %}",
-        ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"], [], "<|end_of_text|>",
+        ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"],
+        [],
+        "<|end_of_text|>",
         "<|end_of_text|>",
     ),
     "phi 4": (
         "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}",
-        [*CHATML_TOKENS, "<|im_sep|>"], [], "<|im_end|>", "<|im_end|>",
+        [*CHATML_TOKENS, "<|im_sep|>"],
+        [],
+        "<|im_end|>",
+        "<|im_end|>",
     ),
     "phi 4 mini": (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}",
-        ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], [],
-        "<|endoftext|>", "<|end|>",
+        ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+        [],
+        "<|endoftext|>",
+        "<|end|>",
     ),
     "command": (
         "{{ bos_token }}{% for m in messages %}<|START_OF_TURN_TOKEN|>{% if m.role == 'assistant' %}"
         "<|CHATBOT_TOKEN|><|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>{% else %}"
         "<|{{ m.role | upper }}_TOKEN|>{{ m.content }}{% endif %}<|END_OF_TURN_TOKEN|>{% endfor %}"
         "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}",
-        ["<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>",
-         "<|USER_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>",
-         "<|START_THINKING|>", "<|END_THINKING|>"], [], "<|END_OF_TURN_TOKEN|>",
+        [
+            "<BOS_TOKEN>",
+            "<|START_OF_TURN_TOKEN|>",
+            "<|END_OF_TURN_TOKEN|>",
+            "<|CHATBOT_TOKEN|>",
+            "<|USER_TOKEN|>",
+            "<|SYSTEM_TOKEN|>",
+            "<|START_RESPONSE|>",
+            "<|END_RESPONSE|>",
+            "<|START_THINKING|>",
+            "<|END_THINKING|>",
+        ],
+        [],
+        "<|END_OF_TURN_TOKEN|>",
         "<|END_OF_TURN_TOKEN|>",
     ),
     "smolvlm": (
@@ -164,17 +219,24 @@ FAMILIES = {
         "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}<image>"
         "{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
         "{% if add_generation_prompt %}Assistant:{% endif %}",
-        ["<|im_start|>", "<end_of_utterance>", "<image>"], [], "<end_of_utterance>",
+        ["<|im_start|>", "<end_of_utterance>", "<image>"],
+        [],
+        "<end_of_utterance>",
         "<end_of_utterance>",
     ),
     "nemotron 3": (
         LAST + "{% set think = enable_thinking is not defined or enable_thinking %}"
-        "{% for m in messages %}{% if m.role == 'assistant' %}" + SPLIT +
-        "<|im_start|>assistant\n{% if loop.index0 > ns.last and r %}<think>\n{{ r }}\n</think>\n"
-        "{% else %}<think></think>{% endif %}{{ c }}<|im_end|>\n{% else %}" + CHATML +
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        + SPLIT
+        + "<|im_start|>assistant\n{% if loop.index0 > ns.last and r %}<think>\n{{ r }}\n</think>\n"
+        "{% else %}<think></think>{% endif %}{{ c }}<|im_end|>\n{% else %}"
+        + CHATML
+        + "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
         "{{ '<think>\n' if think else '<think></think>' }}{% endif %}",
-        CHATML_TOKENS, THINK, "<|im_end|>", "<|im_end|>",
+        CHATML_TOKENS,
+        THINK,
+        "<|im_end|>",
+        "<|im_end|>",
     ),
     "gemma 4": (
         "{{ bos_token }}{% for m in messages %}<|turn>"
@@ -183,14 +245,20 @@ FAMILIES = {
         "{% if add_generation_prompt %}<|turn>model\n"
         "{% if enable_thinking is defined and not enable_thinking %}<|channel>thought\n<channel|>"
         "{% endif %}{% endif %}",
-        ["<bos>", "<eos>", "<|turn>", "<turn|>", "<|channel>", "<channel|>"], [], "<eos>", "<turn|>",
+        ["<bos>", "<eos>", "<|turn>", "<turn|>", "<|channel>", "<channel|>"],
+        [],
+        "<eos>",
+        "<turn|>",
     ),
     "white space before the end": (
         "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}\n</s>\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant]\n{% endif %}",
-        ["</s>"], [], "</s>", "</s>",
+        ["</s>"],
+        [],
+        "</s>",
+        "</s>",
     ),
-}  # fmt: skip
+}
 # Tokenizers that put a space (as ▁) before text, with templates whose roles are plain text.
 SPACED = {
     "zephyr": (
@@ -243,20 +311,19 @@ def spaced_tokenizer():
         vocabulary = {c: i for i, c in enumerate([*letters, *map("".join, joined)])}
         backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, joined))
         if style == "first":
-            backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
-                prepend_scheme="first", split=False
-            )
+            backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         else:  # always, also after a control token, as Llama 2's
             backend.normalizer = tokenizers.normalizers.Sequence(
                 [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
             )
-        backend.add_special_tokens(
-            [tokenizers.AddedToken(t, special=True, normalized=False) for t in ("<s>", "</s>")]
-        )
+        backend.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in ("<s>", "</s>")])
         return transformers.PreTrainedTokenizerFast(
-            tokenizer_object=backend, chat_template=template, bos_token="<s>", eos_token="</s>",
+            tokenizer_object=backend,
+            chat_template=template,
+            bos_token="<s>",
+            eos_token="</s>",
             pad_token="</s>",
-        )  # fmt: skip
+        )
 
     return make
 
@@ -270,10 +337,7 @@ def conversation(*turns, system=None):
 def rendered(tokenizer, messages, thinking=False):
     """The ids of the conversation as the template itself renders it: with text, or lists of parts."""
     if "part['type']" in tokenizer.chat_template:
-        messages = [
-            {"role": m["role"], "content": [{"type": "text", "text": m["content"]}]}
-            for m in messages
-        ]
+        messages = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=thinking)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -371,9 +435,7 @@ def test_an_answer_with_its_own_reasoning_has_one_block(family, name, thinking):
         assert re.search(r"<think>\s*A greeting.\s*</think>\s*Hello", text)
     # Reasoning whose first tag was in the generation prompt, as it is logged from such models.
     if name in ("qwen 3 thinking", "deepseek r1"):
-        cut = tokenize(
-            Interaction(conversation("Hi"), THOUGHT.removeprefix("<think>\n"), "Shorter")
-        )
+        cut = tokenize(Interaction(conversation("Hi"), THOUGHT.removeprefix("<think>\n"), "Shorter"))
         assert tokenizer.decode(cut.prompt_ids + cut.completion_ids) == tokenizer.decode(
             one.prompt_ids + one.completion_ids
         )
@@ -409,27 +471,37 @@ def test_white_space_tokens_are_no_control_tokens(family):
     assert str(ids)[1:-1] in str(one.prompt_ids)
 
 
-@pytest.mark.parametrize(("name", "generated", "said"), [
-    ("gpt-oss", "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant<|channel|>final"
-     "<|message|>Hi!<|return|>", "Hi!"),
-    ("gpt-oss", "<|channel|>final<|message|>Hi!", "Hi!"),
-    ("gpt-oss", "<|channel|>analysis<|message|>They gr", ""),
-    ("gpt-oss", "Hi!<|return|>", "Hi!"),
-    ("qwen 3", "Hi!<|im_end|>", "Hi!"),
-    ("qwen 3", "<think>\nThey greet.\n</think>\n\nHi!<|im_end|>", "Hi!"),
-    ("qwen 3", "<think>\nThey gr", ""),
-    ("qwen 3 thinking", "They greet.\n</think>\n\nHi!<|im_end|>", "Hi!"),
-    ("qwen 3 thinking", "They gr", ""),
-    ("deepseek r1", "They greet.\n</think>\n\nHi!<｜end▁of▁sentence｜>", "Hi!"),
-    ("glm 4.5", "\nHi!<|user|>", "Hi!"),
-    ("command", "<|START_THINKING|>They greet.<|END_THINKING|><|START_RESPONSE|>Hi!<|END_RESPONSE|>"
-     "<|END_OF_TURN_TOKEN|>", "Hi!"),
-    ("command", "<|START_THINKING|>They gr", ""),
-    ("gemma 4", "<|channel>thought\nThey greet.<channel|>Hi!<turn|>", "Hi!"),
-    ("gemma 4", "<|channel>thought\nThey gr", ""),
-    ("chatml", "a <think> b </think> c<|im_end|>", "a <think> b </think> c"),
-    ("chatml without a generation prompt", " Hi!<|im_end|>", "Hi!"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "generated", "said"),
+    [
+        (
+            "gpt-oss",
+            "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant<|channel|>final"
+            "<|message|>Hi!<|return|>",
+            "Hi!",
+        ),
+        ("gpt-oss", "<|channel|>final<|message|>Hi!", "Hi!"),
+        ("gpt-oss", "<|channel|>analysis<|message|>They gr", ""),
+        ("gpt-oss", "Hi!<|return|>", "Hi!"),
+        ("qwen 3", "Hi!<|im_end|>", "Hi!"),
+        ("qwen 3", "<think>\nThey greet.\n</think>\n\nHi!<|im_end|>", "Hi!"),
+        ("qwen 3", "<think>\nThey gr", ""),
+        ("qwen 3 thinking", "They greet.\n</think>\n\nHi!<|im_end|>", "Hi!"),
+        ("qwen 3 thinking", "They gr", ""),
+        ("deepseek r1", "They greet.\n</think>\n\nHi!<｜end▁of▁sentence｜>", "Hi!"),
+        ("glm 4.5", "\nHi!<|user|>", "Hi!"),
+        (
+            "command",
+            "<|START_THINKING|>They greet.<|END_THINKING|><|START_RESPONSE|>Hi!<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+            "Hi!",
+        ),
+        ("command", "<|START_THINKING|>They gr", ""),
+        ("gemma 4", "<|channel>thought\nThey greet.<channel|>Hi!<turn|>", "Hi!"),
+        ("gemma 4", "<|channel>thought\nThey gr", ""),
+        ("chatml", "a <think> b </think> c<|im_end|>", "a <think> b </think> c"),
+        ("chatml without a generation prompt", " Hi!<|im_end|>", "Hi!"),
+    ],
+)
 def test_what_an_answer_says(family, name, generated, said):
     """Without channels, reasoning and control tokens; all of it stays in what is trained on."""
     tokenizer = family(name)
@@ -456,13 +528,9 @@ def test_plain_roles_and_a_real_vocabulary(smollm2):
         "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}Assistant:{% endif %}"
     )
-    one = check(
-        tokenizer, tokenizer_of(tokenizer), conversation("Hi", "Yes", "And?"), "Hello there"
-    )
+    one = check(tokenizer, tokenizer_of(tokenizer), conversation("Hi", "Yes", "And?"), "Hello there")
     assert tokenizer.convert_ids_to_tokens(one.completion_ids) == ["ĠHello", "Ġthere", "<|im_end|>"]
-    assert tokenizer_of(tokenizer).generation_prompt(conversation("Hi", "Yes", "And?")) == (
-        one.prompt_ids
-    )
+    assert tokenizer_of(tokenizer).generation_prompt(conversation("Hi", "Yes", "And?")) == (one.prompt_ids)
 
 
 class TestClock:
@@ -512,23 +580,34 @@ class TestClock:
 class TestRefused:
     """With a sentence that names the template, shows both texts and says which option helps."""
 
-    @pytest.mark.parametrize(("template", "message"), [
-        ("<s>{% for m in messages %}{{ m.text }}</s>{% endfor %}",
-         "chat template of .* must write the text of messages, got '<s></s>' for the user's message "
-         "'sdpoquestion', and '<s></s></s>' with the answer 'sdpoanswer'; set tokenizer.chat_template"),
-        ("{% for m in messages if m.role == 'user' %}{{ m.content }}</s>{% endfor %}",
-         "must write the text of messages"),
-        ("{% for m in messages %}<s>{{ m.role }}</s>{{ m.content }}</s>{% endfor %}"
-         "{% if add_generation_prompt %}<s>model</s>{% endif %}",
-         r"must begin a finished answer with its generation prompt, got the generation prompt "
-         r"'<s>user</s>sdpoquestion</s><s>model</s>' and the finished turn "
-         r"'<s>user</s>sdpoquestion</s><s>assistant</s>sdpoanswer'; pass chat_template_kwargs with "
-         r"which both agree, or set tokenizer.chat_template"),
-        ("{% for m in messages %}<s>{{ m.role }}</s>{{ m.content }}</s>{% endfor %}"
-         "{% if add_generation_prompt %}<s>assistant</s>"
-         "{% if enable_thinking %}{% else %}<s>final</s>{% endif %}{% endif %}",
-         r'must begin a finished answer .*\(such as {"enable_thinking": true}\)'),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("template", "message"),
+        [
+            (
+                "<s>{% for m in messages %}{{ m.text }}</s>{% endfor %}",
+                "chat template of .* must write the text of messages, got '<s></s>' for the user's message "
+                "'sdpoquestion', and '<s></s></s>' with the answer 'sdpoanswer'; set tokenizer.chat_template",
+            ),
+            (
+                "{% for m in messages if m.role == 'user' %}{{ m.content }}</s>{% endfor %}",
+                "must write the text of messages",
+            ),
+            (
+                "{% for m in messages %}<s>{{ m.role }}</s>{{ m.content }}</s>{% endfor %}"
+                "{% if add_generation_prompt %}<s>model</s>{% endif %}",
+                r"must begin a finished answer with its generation prompt, got the generation prompt "
+                r"'<s>user</s>sdpoquestion</s><s>model</s>' and the finished turn "
+                r"'<s>user</s>sdpoquestion</s><s>assistant</s>sdpoanswer'; pass chat_template_kwargs with "
+                r"which both agree, or set tokenizer.chat_template",
+            ),
+            (
+                "{% for m in messages %}<s>{{ m.role }}</s>{{ m.content }}</s>{% endfor %}"
+                "{% if add_generation_prompt %}<s>assistant</s>"
+                "{% if enable_thinking %}{% else %}<s>final</s>{% endif %}{% endif %}",
+                r'must begin a finished answer .*\(such as {"enable_thinking": true}\)',
+            ),
+        ],
+    )
     def test_at_the_start(self, byte_tokenizer, template, message):
         tokenizer = byte_tokenizer(template, ["<s>", "</s>"], eos_token="</s>")
         with pytest.raises(ValueError, match=message):
@@ -540,16 +619,16 @@ class TestRefused:
     def test_a_tokenizer_that_joins_prompt_and_answer(self, spaced_tokenizer):
         import tokenizers
 
-        template = "{% for m in messages %}[{{ m.role }}]:{{ m.content }}</s>{% endfor %}" \
-                   "{% if add_generation_prompt %}[assistant]:{% endif %}"  # fmt: skip
+        template = (
+            "{% for m in messages %}[{{ m.role }}]:{{ m.content }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]:{% endif %}"
+        )
         tokenizer = spaced_tokenizer(template, "first")
         vocabulary = {**tokenizer.get_vocab(), ":s": len(tokenizer)}
         for token in ("<s>", "</s>"):
             del vocabulary[token]
         tokenizer.backend_tokenizer.model = tokenizers.models.BPE(vocabulary, [(":", "s")])
-        with pytest.raises(
-            ValueError, match=r"same tokens as the whole turn .* got .*':', 's', 'd'"
-        ):
+        with pytest.raises(ValueError, match=r"same tokens as the whole turn .* got .*':', 's', 'd'"):
             InteractionTokenizer(tokenizer, "note")
 
     def test_an_answer_that_the_template_writes_elsewhere(self, byte_tokenizer):
@@ -573,7 +652,5 @@ class TestRefused:
 def test_the_published_answer_where_that_is_asked_for(family):
     """`end_of_turn="eos"` keeps the white space that a template drops, and the tokenizer's end."""
     tokenizer = family("llama 3")
-    one = tokenizer_of(tokenizer, end_of_turn="eos")(
-        Interaction(conversation("Hi"), "\n\nHello", "o")
-    )
+    one = tokenizer_of(tokenizer, end_of_turn="eos")(Interaction(conversation("Hi"), "\n\nHello", "o"))
     assert tokenizer.decode(one.completion_ids) == "\n\nHello<|end_of_text|>"

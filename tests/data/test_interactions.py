@@ -23,15 +23,10 @@ def messages(*turns):
 
 
 def shown(interactions):
-    return [
-        ([message["content"] for message in i.prompt], i.completion, i.followup)
-        for i in interactions
-    ]
+    return [([message["content"] for message in i.prompt], i.completion, i.followup) for i in interactions]
 
 
-FIVE = messages(
-    ("u", "q0"), ("a", "y1"), ("u", "o1"), ("a", "y2"), ("u", "o2"), ("a", "y3"), ("u", "o3")
-)
+FIVE = messages(("u", "q0"), ("a", "y1"), ("u", "o1"), ("a", "y2"), ("u", "o2"), ("a", "y3"), ("u", "o3"))
 
 
 class TestExtract:
@@ -79,14 +74,10 @@ class TestExtract:
         assert [m["role"] for m in extract_interactions(turns)[0].prompt] == ["system", "user"]
 
     def test_same_role_in_a_row_is_one_message(self):
-        turns = messages(
-            ("u", "q"), ("u", "more"), ("a", "y"), ("a", " "), ("a", "y\n"), ("u", "o"), ("u", "p")
-        )
+        turns = messages(("u", "q"), ("u", "more"), ("a", "y"), ("a", " "), ("a", "y\n"), ("u", "o"), ("u", "p"))
         assert shown(extract_interactions(turns)) == [(["q\n\nmore"], "y\n", "o\n\np")]
 
-    @pytest.mark.parametrize(
-        "answers", [("y", "z"), ("y", "z", ""), ("z", "y", "z"), ("", "y", "z")]
-    )
+    @pytest.mark.parametrize("answers", [("y", "z"), ("y", "z", ""), ("z", "y", "z"), ("", "y", "z")])
     @pytest.mark.parametrize("before", [(), (("a", "lost context"),), (("s", "be brief"),)])
     def test_different_answers_in_a_row_are_no_answer(self, before, answers):
         turns = messages(
@@ -113,9 +104,7 @@ class TestExtract:
         assert shown(extract_interactions(turns)) == [(["q0"], "y1", "o1")]
         assert extract_interactions(FIVE[:1] + messages((role, "{}")) + FIVE[1:]) == []
 
-    @pytest.mark.parametrize(
-        ("empty", "left"), [(0, ["o2", "o3"]), (1, ["o2", "o3"]), (2, ["o3"]), (3, ["o1", "o3"])]
-    )
+    @pytest.mark.parametrize(("empty", "left"), [(0, ["o2", "o3"]), (1, ["o2", "o3"]), (2, ["o3"]), (3, ["o1", "o3"])])
     def test_empty_message_gives_no_interaction_but_stays_in_histories(self, empty, left):
         turns = [dict(message) for message in FIVE]
         turns[empty]["content"] = " \n"
@@ -136,9 +125,7 @@ class TestExtract:
         found, wanted = extract_interactions(turns), extract_interactions(expected)
         assert [i.followup for i in found] == [i.followup for i in wanted]
 
-    @pytest.mark.parametrize(
-        "text", ["\u200fشكرا \u200b جزيلا", "\u200b.", "❤\ufe0f", "\u0600", "👍"]
-    )
+    @pytest.mark.parametrize("text", ["\u200fشكرا \u200b جزيلا", "\u200b.", "❤\ufe0f", "\u0600", "👍"])
     def test_what_is_seen_is_kept_as_it_is(self, text):
         assert not is_blank(text)
         turns = [*FIVE[:2], {"role": "user", "content": text}]

@@ -28,8 +28,9 @@ TEXTS = [
 
 
 def record(number, key="messages"):
-    turns = [{"role": role, "content": f"{number} {role} {TEXTS[number % 5]}"}
-             for role in ("user", "assistant", "user")]  # fmt: skip
+    turns = [
+        {"role": role, "content": f"{number} {role} {TEXTS[number % 5]}"} for role in ("user", "assistant", "user")
+    ]
     return {"id": f"c{number}", key: turns}
 
 
@@ -152,8 +153,7 @@ class TestLayouts:
                 {
                     "id": 5,
                     "conversations": [
-                        {"from": {"user": "human", "assistant": "gpt"}[m["role"]],
-                         "value": m["content"]}
+                        {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]}
                         for m in messages
                     ],
                 },
@@ -174,7 +174,7 @@ class TestLayouts:
                 None,
             ),
         ],
-    )  # fmt: skip
+    )
     def test_told_by_keys(self, tmp_path, layout, name, language):
         path = write(tmp_path, "a.jsonl", lines([layout]))
         (conversation,) = load_conversations(path)
@@ -201,133 +201,193 @@ class TestLayouts:
 BAD = b"\xff"
 DAMAGE = {
     "cut line": (
-        "a.jsonl", lines()[:-30], [0, 1, 2, 3, 4, 5],
+        "a.jsonl",
+        lines()[:-30],
+        [0, 1, 2, 3, 4, 5],
         r"a\.jsonl:7: not JSON: Unterminated string",
     ),
     "cut array": (
-        "a.json", json.dumps(RECORDS, indent=1).encode()[:-60], [0, 1, 2, 3, 4, 5],
+        "a.json",
+        json.dumps(RECORDS, indent=1).encode()[:-60],
+        [0, 1, 2, 3, 4, 5],
         r"a\.json element 6 \(line \d+\): cut off: the file ends inside it \(\d+ bytes lost; nothing",
     ),
     "array cut between elements": (
-        "a.json", json.dumps(RECORDS).encode()[:-1], [0, 1, 2, 3, 4, 5, 6],
+        "a.json",
+        json.dumps(RECORDS).encode()[:-1],
+        [0, 1, 2, 3, 4, 5, 6],
         r"element 7 \(line 1\): the array is not closed, though its last element is whole",
     ),
     "text after array": (
-        "a.json", json.dumps(RECORDS[:3]).encode() + b" oops " + json.dumps(RECORDS[3:]).encode(),
-        [0, 1, 2, 3, 4, 5, 6], "text after the end of the array",
+        "a.json",
+        json.dumps(RECORDS[:3]).encode() + b" oops " + json.dumps(RECORDS[3:]).encode(),
+        [0, 1, 2, 3, 4, 5, 6],
+        "text after the end of the array",
     ),
     "invalid UTF-8 in a line": (
-        "a.jsonl", lines().replace(b"2 assistant", b"2 " + BAD, 1), [0, 1, 3, 4, 5, 6],
+        "a.jsonl",
+        lines().replace(b"2 assistant", b"2 " + BAD, 1),
+        [0, 1, 3, 4, 5, 6],
         r"a\.jsonl:3: invalid UTF-8 at byte \d+",
     ),
     "invalid UTF-8 in an element": (
-        "a.json", json.dumps(RECORDS).encode().replace(b"2 assistant", b"2 " + BAD, 1),
-        [0, 1, 3, 4, 5, 6], r"element 2 \(line 1\): invalid UTF-8 at byte \d+",
+        "a.json",
+        json.dumps(RECORDS).encode().replace(b"2 assistant", b"2 " + BAD, 1),
+        [0, 1, 3, 4, 5, 6],
+        r"element 2 \(line 1\): invalid UTF-8 at byte \d+",
     ),
     "quote lost in an element": (
-        "a.json", json.dumps(RECORDS).encode().replace(b'"c2"', b'"c2', 1), [0, 1, 3, 4, 5, 6],
+        "a.json",
+        json.dumps(RECORDS).encode().replace(b'"c2"', b'"c2', 1),
+        [0, 1, 3, 4, 5, 6],
         r"element 2 \(line 1\): (not JSON|cut off).*bytes lost\)",
     ),
     "brace lost in an element": (
-        "a.json", json.dumps(RECORDS).encode().replace(b'{"id": "c4"', b'"id": "c4"', 1),
-        [0, 1, 2, 3, 5, 6], r"element 4 \(line 1\): not JSON: a record cannot start with b'\"'",
+        "a.json",
+        json.dumps(RECORDS).encode().replace(b'{"id": "c4"', b'"id": "c4"', 1),
+        [0, 1, 2, 3, 5, 6],
+        r"element 4 \(line 1\): not JSON: a record cannot start with b'\"'",
     ),
     "comma lost in an element": (
-        "a.json", json.dumps(RECORDS).encode().replace(b'"c3", ', b'"c3" ', 1),
-        [0, 1, 2, 4, 5, 6], r"element 3 \(line 1\): not JSON: Expecting ',' delimiter",
+        "a.json",
+        json.dumps(RECORDS).encode().replace(b'"c3", ', b'"c3" ', 1),
+        [0, 1, 2, 4, 5, 6],
+        r"element 3 \(line 1\): not JSON: Expecting ',' delimiter",
     ),
     "numbers among the elements": (
-        "a.json", b"[1, null, " + json.dumps(RECORDS).encode()[1:], [0, 1, 2, 3, 4, 5, 6],
+        "a.json",
+        b"[1, null, " + json.dumps(RECORDS).encode()[1:],
+        [0, 1, 2, 3, 4, 5, 6],
         r"element 0 \(line 1\): not JSON: a record cannot start with b'1'",
     ),
     "not an object": (
-        "a.jsonl", lines([RECORDS[0], 5, RECORDS[1]]), [0, 1],
+        "a.jsonl",
+        lines([RECORDS[0], 5, RECORDS[1]]),
+        [0, 1],
         r"a\.jsonl:2: a record must be a JSON object, got int",
     ),
     "unknown keys": (
-        "a.jsonl", lines([{"text": "hi", "b": 1}, RECORDS[1]]), [1],
+        "a.jsonl",
+        lines([{"text": "hi", "b": 1}, RECORDS[1]]),
+        [1],
         r"a\.jsonl:1: a record must have one of messages, .* got the keys 'text', 'b'",
     ),
     "a conversation without a list around it": (
-        "a.json", json.dumps(RECORDS[0]["messages"]).encode(), [],
+        "a.json",
+        json.dumps(RECORDS[0]["messages"]).encode(),
+        [],
         "element 0 .*is this a list of messages without the list around it",
     ),
     "messages of the wrong type": (
-        "a.jsonl", lines([{"messages": "hi"}, RECORDS[1]]), [1],
+        "a.jsonl",
+        lines([{"messages": "hi"}, RECORDS[1]]),
+        [1],
         r"a\.jsonl:1: messages must be a list of messages, got str 'hi'",
     ),
     "content of the wrong type": (
-        "a.jsonl", lines([{"messages": [{"role": "user", "content": {"a": [1]}}]}, RECORDS[1]]),
-        [1], r"a\.jsonl:1: messages\[0\]: content must be text, got dict",
+        "a.jsonl",
+        lines([{"messages": [{"role": "user", "content": {"a": [1]}}]}, RECORDS[1]]),
+        [1],
+        r"a\.jsonl:1: messages\[0\]: content must be text, got dict",
     ),
     "unknown role": (
-        "a.jsonl", lines([{"conversations": [{"from": "wizard", "value": ""}]}, RECORDS[1]]), [1],
+        "a.jsonl",
+        lines([{"conversations": [{"from": "wizard", "value": ""}]}, RECORDS[1]]),
+        [1],
         r"conversations\[0\]: role must be one of .* got str 'wizard'",
     ),
     "row without a follow-up": (
-        "a.jsonl", lines([{"prompt": [], "completion": "y", "user_response": None}]), [],
+        "a.jsonl",
+        lines([{"prompt": [], "completion": "y", "user_response": None}]),
+        [],
         r"a\.jsonl:1: an interaction row must have 'user_response'",
     ),
     "row that answers an answer": (
         "a.jsonl",
-        lines([{"prompt": [{"role": "assistant", "content": "a"}], "completion": "y",
-                "user_response": "o"}]), [],
+        lines([{"prompt": [{"role": "assistant", "content": "a"}], "completion": "y", "user_response": "o"}]),
+        [],
         "Interaction: prompt must end with a user's message, got role 'assistant'",
     ),
     "row with swapped roles": (
         "a.jsonl",
-        lines([{"prompt": [{"role": "user", "content": "a"}],
-                "completion": {"role": "user", "content": "y"}, "user_response": "o"}]), [],
+        lines(
+            [
+                {
+                    "prompt": [{"role": "user", "content": "a"}],
+                    "completion": {"role": "user", "content": "y"},
+                    "user_response": "o",
+                }
+            ]
+        ),
+        [],
         "completion: role must be assistant, got user",
     ),
     "lone surrogate": (
         "a.jsonl",
-        lines([RECORDS[0]]) + b'{"messages": [{"role": "user", "content": "a\\ud800"}]}\n', [0],
+        lines([RECORDS[0]]) + b'{"messages": [{"role": "user", "content": "a\\ud800"}]}\n',
+        [0],
         r"a\.jsonl:2: messages\[0\]: content must be valid Unicode, got a lone surrogate at",
     ),
     "NUL": (
-        "a.jsonl", lines([RECORDS[0]]) + b"\0\0\0\n" + lines([RECORDS[1]]), [0, 1],
+        "a.jsonl",
+        lines([RECORDS[0]]) + b"\0\0\0\n" + lines([RECORDS[1]]),
+        [0, 1],
         r"a\.jsonl:2: not JSON",
     ),
     "nested too deep": (
-        "a.jsonl", lines([RECORDS[0]]) + b'{"messages":' + b"[" * 200_000 + b"\n", [0],
+        "a.jsonl",
+        lines([RECORDS[0]]) + b'{"messages":' + b"[" * 200_000 + b"\n",
+        [0],
         r"a\.jsonl:2: not JSON: nested too deep",
     ),
     "nested too deep in an array": (
         "a.json",
         b'[{"messages":' + b"[" * 200_000 + b"]" * 200_000 + b"}," + json.dumps(RECORDS)[1:].encode(),
-        [0, 1, 2, 3, 4, 5, 6], r"element 0 \(line 1\): not JSON: nested too deep",
+        [0, 1, 2, 3, 4, 5, 6],
+        r"element 0 \(line 1\): not JSON: nested too deep",
     ),
     "too long a line": (
-        "a.jsonl", lines([RECORDS[0], {"messages": "x" * 30_000}, RECORDS[1]]), [0, 1],
+        "a.jsonl",
+        lines([RECORDS[0], {"messages": "x" * 30_000}, RECORDS[1]]),
+        [0, 1],
         r"a\.jsonl:2: longer than 20,000 bytes",
     ),
     "too long an element": (
-        "a.json", json.dumps([RECORDS[0], {"messages": "x" * 30_000}, RECORDS[1]]).encode(),
-        [0, 1], r"element 1 \(line 1\): longer than 20,000 bytes, or not closed \(30,\d+ bytes lost\)",
+        "a.json",
+        json.dumps([RECORDS[0], {"messages": "x" * 30_000}, RECORDS[1]]).encode(),
+        [0, 1],
+        r"element 1 \(line 1\): longer than 20,000 bytes, or not closed \(30,\d+ bytes lost\)",
     ),
     "a number without end": (
-        "a.jsonl", lines([RECORDS[0]]) + b'{"id": ' + b"9" * 10_000 + b"}\n", [0],
+        "a.jsonl",
+        lines([RECORDS[0]]) + b'{"id": ' + b"9" * 10_000 + b"}\n",
+        [0],
         r"a\.jsonl:2: not JSON: Exceeds the limit",
     ),
     "UTF-16": ("a.json", json.dumps(RECORDS).encode("utf-16"), [], "UTF-16 text; save it as UTF-8"),
     "empty": ("a.json", b" \n", [], r"a\.json: the file is empty"),
     "not text": ("a.json", bytes(range(256)) * 50, [], "a record cannot start with b'\\\\x00'"),
     "cut gzip": (
-        "a.jsonl.gz", gzip.compress(lines(RECORDS * 50))[:-400], None,
+        "a.jsonl.gz",
+        gzip.compress(lines(RECORDS * 50))[:-400],
+        None,
         r"a\.jsonl\.gz: the compressed data is cut off",
     ),
     "damaged gzip": (
-        "a.jsonl.gz", gzip.compress(lines(), 0)[:900] + b"junk" * 30, None,
+        "a.jsonl.gz",
+        gzip.compress(lines(), 0)[:900] + b"junk" * 30,
+        None,
         r"a\.jsonl\.gz: the compressed data is (damaged|cut off)",
     ),
     "not gzip": ("a.json.gz", lines(), [], "the compressed data is damaged: .*incorrect header"),
     "cut zstd": (
-        "a.jsonl.zst", zstandard.compress(lines(RECORDS * 50))[:-10], None,
+        "a.jsonl.zst",
+        zstandard.compress(lines(RECORDS * 50))[:-10],
+        None,
         r"a\.jsonl\.zst: the compressed data is cut off",
     ),
     "not zstd": ("a.jsonl.zst", lines(), [], "the compressed data is damaged"),
-}  # fmt: skip
+}
 
 
 class TestDamage:

@@ -45,9 +45,7 @@ def prepared(source, output, *options):
 
 
 def key(row):
-    return json.dumps(
-        [row["prompt"], row["completion"]["content"], row["user_response"]["content"]]
-    )
+    return json.dumps([row["prompt"], row["completion"]["content"], row["user_response"]["content"]])
 
 
 def wanted(conversations, **options):
@@ -141,9 +139,9 @@ def test_duplicates_with_the_same_hash(tmp_path):
 
 def test_conversations_that_begin_alike_are_on_one_side(tmp_path):
     """Two answers to one prompt, and a prompt that differs in white space."""
-    records = [
-        {"messages": chat(f"{n}", f"answer {k}", f"follow-up {k}")} for n in range(20) for k in "ab"
-    ] + [{"messages": chat(f" {n}\n", "answer c", "follow-up c")} for n in range(20)]
+    records = [{"messages": chat(f"{n}", f"answer {k}", f"follow-up {k}")} for n in range(20) for k in "ab"] + [
+        {"messages": chat(f" {n}\n", "answer c", "follow-up c")} for n in range(20)
+    ]
     source = write(tmp_path / "in.jsonl", records)
     train, held_out, report = prepared(source, tmp_path / "out.jsonl", "--eval-fraction", "0.2")
     assert (report["conversations"], report["eval_conversations"]) == (48, 12)
@@ -181,9 +179,7 @@ def test_equal_ids_of_other_files_and_branches_of_a_session(tmp_path):
 
 def test_the_first_conversations_are_found_among_duplicates(tmp_path):
     """Without shuffling reading ends early, but not before the wanted number is there."""
-    records = [
-        {"messages": call} for n in range(200) for call in call_log(conversation(n)) for _ in (1, 2)
-    ]
+    records = [{"messages": call} for n in range(200) for call in call_log(conversation(n)) for _ in (1, 2)]
     source = write(tmp_path / "in.jsonl", records)
     for number, rules in enumerate(
         (ConversationFilter(max_conversations=10), ConversationFilter(max_interactions=30))
@@ -196,9 +192,7 @@ def test_the_first_conversations_are_found_among_duplicates(tmp_path):
 # Few texts, so that conversations begin alike, repeat and contain each other by chance as well.
 texts = st.sampled_from(["a", "b", "c", "d", "é\u2028日", "yes"])
 conversations = st.lists(st.integers(1, 4), min_size=1, max_size=8).flatmap(
-    lambda turns: st.tuples(
-        *(st.lists(texts, min_size=2 * t + 1, max_size=2 * t + 1) for t in turns)
-    )
+    lambda turns: st.tuples(*(st.lists(texts, min_size=2 * t + 1, max_size=2 * t + 1) for t in turns))
 )
 
 
@@ -223,8 +217,7 @@ def test_any_log_of_conversations(tmp_path, conversations, seed, history, fracti
         kinds = [{"messages": messages}]
         kinds += [{"messages": call} for call in call_log(messages)]
         for item in extract_interactions(messages):
-            kinds.append({"prompt": item.prompt, "completion": item.completion,
-                          "user_response": item.followup})  # fmt: skip
+            kinds.append({"prompt": item.prompt, "completion": item.completion, "user_response": item.followup})
         kept = [kinds[0], *draw.choices(kinds, k=draw.randint(0, 6))]
         named = draw.choice(["", "conversation_id", "id"])
         for record in kept:

@@ -44,20 +44,13 @@ def rows(path):
 
 
 def files(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 class TestOutput:
     def test_a_followup_that_nobody_sees_is_none(self, tmp_path, capsys):
         said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-        records = [
-            {"messages": [*said, {"role": "user", "content": text}]}
-            for text in ("\u200b", "Thanks")
-        ]
+        records = [{"messages": [*said, {"role": "user", "content": text}]} for text in ("\u200b", "Thanks")]
         source = write_source(tmp_path / "s.jsonl", records=records)
         assert main([str(source), "-o", str(tmp_path / "out.jsonl"), "--preset", "none"]) == 0
         assert [r["user_response"]["content"] for r in rows(tmp_path / "out.jsonl")] == ["Thanks"]
@@ -86,9 +79,7 @@ class TestOutput:
         prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "b.jsonl", rules="none")
         first, second = rows(tmp_path / "a.jsonl"), rows(tmp_path / "b.jsonl")
         keys = ("id", "conversation_id", "prompt", "completion", "user_response")
-        assert [[row[key] for key in keys] for row in first] == [
-            [row[key] for key in keys] for row in second
-        ]
+        assert [[row[key] for key in keys] for row in first] == [[row[key] for key in keys] for row in second]
 
     def test_order_is_by_seed(self, source, tmp_path):
         outputs = {}
@@ -190,25 +181,32 @@ class TestOutput:
         assert names == {"source.jsonl:1", "1/source.jsonl:1"}
 
 
-HI = [
-    {"role": role, "content": text}
-    for role, text in (("user", "Hi"), ("assistant", "y"), ("user", "o"))
-]
+HI = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "y"), ("user", "o"))]
 
 
 @pytest.mark.parametrize(
     "record",
     [
-        {"messages": [], "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "y"},
-                                           {"from": "human", "value": "o"}]},
+        {
+            "messages": [],
+            "conversations": [
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "y"},
+                {"from": "human", "value": "o"},
+            ],
+        },
         {"messages": None, "conversation": HI},
         {"prompt": None, "completion": None, "user_response": None, "messages": HI},
         {"prompt": [], "completion": "", "user_response": "", "items": HI},
         {"messages": [], "prompt": HI[:1], "completion": "y", "user_response": "o"},
-        {"messages": [{"from": ("user", "assistant")[n % 2], "value": text, "role": None, "content": None}
-                      for n, text in enumerate(("Hi", "y", "o"))]},
+        {
+            "messages": [
+                {"from": ("user", "assistant")[n % 2], "value": text, "role": None, "content": None}
+                for n, text in enumerate(("Hi", "y", "o"))
+            ]
+        },
     ],
-)  # fmt: skip
+)
 def test_the_filled_column_is_read(tmp_path, record):
     """A table of several layouts has all columns in every row."""
     source = write_source(tmp_path / "in.jsonl", records=[record])
@@ -223,9 +221,14 @@ SYSTEM = {"role": "system", "content": "Answer in French."}
 @pytest.mark.parametrize(
     "record",
     [
-        {"system": "Answer in French.", "conversations": [
-            {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "y"},
-            {"from": "human", "value": "o"}]},
+        {
+            "system": "Answer in French.",
+            "conversations": [
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "y"},
+                {"from": "human", "value": "o"},
+            ],
+        },
         {"system_prompt": "Answer in French.", "messages": HI},
         {"system": [{"type": "text", "text": "Answer in French."}], "messages": HI},
         {"systemInstruction": "Answer in French.", "conversation": HI},
@@ -234,7 +237,7 @@ SYSTEM = {"role": "system", "content": "Answer in French."}
         {"system": "Answer in French.", "messages": [{"role": "system", "content": " "}, *HI]},
         {"system": None, "system_prompt": " ", "messages": [SYSTEM, *HI]},
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_system_prompt_beside_the_messages_is_the_first_message(tmp_path, record, suffix):
     source = write_source(tmp_path / "in.jsonl", records=[record])
@@ -263,9 +266,7 @@ def test_two_system_prompts_are_not_guessed_between(tmp_path, capsys, record, sa
     assert main([str(source), "-o", str(tmp_path / "out.jsonl"), "--preset", "none"]) == 0
     assert [row["prompt"] for row in rows(tmp_path / "out.jsonl")] == [HI[:1]]
     table = capsys.readouterr().out
-    assert (
-        "damaged           1 wrong layout" in table and f"{source}:1: " in table and said in table
-    )
+    assert "damaged           1 wrong layout" in table and f"{source}:1: " in table and said in table
 
 
 def chat(*turns):
@@ -286,13 +287,16 @@ class TestToolCalls:
     @pytest.mark.parametrize("call", CALLS)
     def test_nothing_from_the_call_on(self, tmp_path, capsys, call, text):
         turns = chat(
-            ("user", "Hi"), ("assistant", "Hello", {"tool_calls": [], "function_call": None}),
-            ("user", "Weather?"), ("assistant", text, call), ("user", "It said: sunny"),
-            ("assistant", "It is sunny."), ("user", "Thanks, shorter"),
-        )  # fmt: skip
+            ("user", "Hi"),
+            ("assistant", "Hello", {"tool_calls": [], "function_call": None}),
+            ("user", "Weather?"),
+            ("assistant", text, call),
+            ("user", "It said: sunny"),
+            ("assistant", "It is sunny."),
+            ("user", "Thanks, shorter"),
+        )
         shares = [{"from": m["role"], "value": m["content"], **call} for m in turns[3:4]]
-        records = [{"messages": turns}, {"conversations": [*turns[:3], *shares, *turns[4:]]},
-                   {"messages": turns[2:]}]  # fmt: skip
+        records = [{"messages": turns}, {"conversations": [*turns[:3], *shares, *turns[4:]]}, {"messages": turns[2:]}]
         source = write_source(tmp_path / "in.jsonl", records=records)
         output = tmp_path / "out.jsonl"
         assert main([str(source), "-o", str(output), "--preset", "none"]) == 0
@@ -320,18 +324,20 @@ class TestToolCalls:
             ({**whole, "completion": call[1]}, "completion"),
         ):
             source = write_source(tmp_path / "in.jsonl", records=[row])
-            with pytest.raises(
-                DamagedRecord, match=f"{place}: must be text alone, got 'tool_calls'"
-            ):
+            with pytest.raises(DamagedRecord, match=f"{place}: must be text alone, got 'tool_calls'"):
                 list(load_interactions(source))
 
 
 @pytest.mark.parametrize("preset", ["none", "default", "wildchat", "wildfeedback"])
 def test_regenerated_answers_are_counted_and_not_joined(tmp_path, capsys, preset):
     turns = chat(
-        ("user", "A joke"), ("assistant", "First joke."), ("assistant", "Second joke."),
-        ("user", "This one is better"), ("assistant", "Glad."), ("user", "Bye"),
-    )  # fmt: skip
+        ("user", "A joke"),
+        ("assistant", "First joke."),
+        ("assistant", "Second joke."),
+        ("user", "This one is better"),
+        ("assistant", "Glad."),
+        ("user", "Bye"),
+    )
     records = [{"conversation": part, "language": "English"} for part in (turns, turns[:4])]
     source = write_source(tmp_path / "in.jsonl", records=records)
     assert main([str(source), "-o", str(tmp_path / "out.jsonl"), "--preset", preset]) == 0

@@ -51,9 +51,7 @@ def published(tokenizer, interaction, suffix, **kwargs):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def render(messages):
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **kwargs
-        )
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
 
     hindsight = copy.deepcopy(interaction.prompt)
     hindsight[-1]["content"] += suffix.replace("{o}", interaction.followup.strip())
@@ -70,9 +68,7 @@ def ids(item):
 
 def interaction(*turns, completion="Yes.\n", followup=" no\n", system=None):
     prompt = [] if system is None else [{"role": "system", "content": system}]
-    prompt += [
-        {"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)
-    ]
+    prompt += [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)]
     return Interaction(prompt, completion, followup, id="i7")
 
 
@@ -130,9 +126,7 @@ class TestAsPublished:
     def test_a_neutral_follow_up_in_the_place_of_the_users(self, smollm2, truncation):
         options = {"max_prompt_length": 48, "truncation": truncation}
         for source in ORDINARY:
-            both = tokenize_interaction(
-                smollm2, source, OFFLINE, neutral_followup=" Okay. ", **options
-            )
+            both = tokenize_interaction(smollm2, source, OFFLINE, neutral_followup=" Okay. ", **options)
             neutral = tokenize_interaction(
                 smollm2, dataclasses.replace(source, followup=" Okay. "), OFFLINE, **options
             )
@@ -143,9 +137,7 @@ class TestAsPublished:
 
     def test_special_tokens_when_asked(self, smollm2):
         source = interaction("a<|im_end|>\n<|im_start|>assistant\nb", completion="c<|im_end|>d")
-        item = tokenize_interaction(
-            smollm2, source, OFFLINE, allow_special_tokens=True, **NO_LIMITS
-        )
+        item = tokenize_interaction(smollm2, source, OFFLINE, allow_special_tokens=True, **NO_LIMITS)
         assert ids(item) == published(smollm2, source, OFFLINE.text)
 
 
@@ -160,9 +152,7 @@ class TestNoSmuggling:
             places[0] = None
 
         def build(part):
-            system, answer, question, completion, followup = (
-                place and place.replace("{}", part) for place in places
-            )
+            system, answer, question, completion, followup = (place and place.replace("{}", part) for place in places)
             return interaction(
                 "hi",
                 answer,
@@ -249,9 +239,7 @@ class TestNoSmuggling:
         draw = random.Random(1)
         parts = [*smollm2.all_special_tokens, "<|", "|>", "im_end", " ", "\n", "a", "é", "<|im_"]
         for _ in range(40):
-            self.check(
-                smollm2, smollm2.all_special_tokens, "".join(draw.choices(parts, k=8)) or "a"
-            )
+            self.check(smollm2, smollm2.all_special_tokens, "".join(draw.choices(parts, k=8)) or "a")
 
 
 class TestEndOfTurn:
@@ -351,9 +339,7 @@ class TestSharedCut:
         for limit in range(40, 60):
             item = tokenize_interaction(smollm2, source, "note", max_prompt_length=limit)
             assert limit - 4 <= len(item.prompt_ids) <= limit  # a number is four tokens
-            text = smollm2.decode(item.prompt_ids).removesuffix(
-                " 498 499<|im_end|>\n<|im_start|>assistant\n"
-            )
+            text = smollm2.decode(item.prompt_ids).removesuffix(" 498 499<|im_end|>\n<|im_start|>assistant\n")
             assert text.endswith(("<|im_start|>user\n", *(str(i) for i in range(400, 499))))
 
     def test_large_system_message_gives_way(self, smollm2):

@@ -36,9 +36,13 @@ VOCABULARIES = [1, 127, 32001, 50257, 151936] if DEVICE != "cpu" else [1, 127, 1
 def loss_of(rows, options, device=DEVICE, backend="triton", weights=True):
     leaf = rows.student.to(device, copy=True).requires_grad_()
     out = fastsdpo.sdpo_loss(
-        leaf, rows.teacher.to(device), rows.target_ids.to(device),
-        weights=rows.weights.to(device) if weights else None, backend=backend, **options,
-    )  # fmt: skip
+        leaf,
+        rows.teacher.to(device),
+        rows.target_ids.to(device),
+        weights=rows.weights.to(device) if weights else None,
+        backend=backend,
+        **options,
+    )
     out.loss.backward()
     return out, leaf.grad
 
@@ -53,9 +57,7 @@ def test_values_and_gradients_against_float64(options, dtype, vocabulary):
     ids = {}
     if options["mode"] == "topk":  # ties in half precision: the support is the one torch.topk takes
         ids = {"topk_ids": rows.student.to(DEVICE).topk(options["topk"], -1).indices.cpu()}
-    want = oracle_sdpo_loss(
-        rows.student, rows.teacher, rows.target_ids, weights=rows.weights, **options, **ids
-    )
+    want = oracle_sdpo_loss(rows.student, rows.teacher, rows.target_ids, weights=rows.weights, **options, **ids)
     out, grad = loss_of(rows, options)
     assert out.per_token_loss.device.type == torch.device(DEVICE).type
     for got, wanted in (
@@ -74,9 +76,7 @@ def test_rows_alone_give_the_same_bits(options):
     rows = make_rows((300 if DEVICE != "cpu" else 5,), 40000 if DEVICE != "cpu" else 9000)
     whole, whole_grad = loss_of(rows, options)
     for which in ([0], [4, 2, 3]):
-        part = type(rows)(
-            rows.student[which], rows.teacher[which], rows.target_ids[which], rows.weights[which]
-        )
+        part = type(rows)(rows.student[which], rows.teacher[which], rows.target_ids[which], rows.weights[which])
         got, grad = loss_of(part, options)
         assert torch.equal(got.per_token_loss, whole.per_token_loss[which])
         assert torch.equal(grad, whole_grad[which])
@@ -100,9 +100,7 @@ def test_no_host_synchronization(options):
     weights = rows.weights.to(DEVICE)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fastsdpo.sdpo_loss(
-            student, *given, weights=weights, backend="triton", **options
-        ).loss.backward()
+        fastsdpo.sdpo_loss(student, *given, weights=weights, backend="triton", **options).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert student.grad.isfinite().all()
@@ -117,9 +115,7 @@ def test_a_cuda_graph_replays_new_values(options):
     weights = first.weights.to(DEVICE)
 
     def step():
-        out = fastsdpo.sdpo_loss(
-            student, teacher, targets, weights=weights, backend="triton", **options
-        )
+        out = fastsdpo.sdpo_loss(student, teacher, targets, weights=weights, backend="triton", **options)
         return out.loss.detach(), *torch.autograd.grad(out.loss, student)
 
     side = torch.cuda.Stream()
@@ -199,8 +195,15 @@ def tiny_llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}  # fmt: skip
+    shape = {
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.1,
+    }
     return LlamaForCausalLM(LlamaConfig(**shape))
 
 
@@ -223,8 +226,7 @@ def test_shared_prefixes_on_every_attention_backend(attention):
     history, items = ids(40), []
     for _ in range(4):
         prompt, answer = history + ids(20), ids(30)
-        items.append(SimpleNamespace(prompt_ids=prompt, teacher_prompt_ids=prompt + ids(12),
-                                     completion_ids=answer))  # fmt: skip
+        items.append(SimpleNamespace(prompt_ids=prompt, teacher_prompt_ids=prompt + ids(12), completion_ids=answer))
         history = prompt + answer
     direction = torch.randn(4 * 30, 256, generator=draw).to(DEVICE)
     found = []
@@ -233,9 +235,7 @@ def test_shared_prefixes_on_every_attention_backend(attention):
         states = shared_forward(model, items, sharing=sharing, attention=backend)
         # The sum of a normed vector's squares would be constant.
         (states.student_hidden.float() * direction).sum().backward()
-        grads = {
-            n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None
-        }
+        grads = {n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None}
         found.append((states.student_hidden.float(), states.teacher_hidden.float(), grads))
     for got, want in zip(found[1][:2], found[0][:2]):
         assert (got - want).norm() < 0.03 * want.norm()
@@ -255,11 +255,7 @@ def test_a_training_step_equals_the_cpu_s():
         return torch.randint(512, (count,), generator=draw).tolist()
 
     prompt = ids(12)
-    items = [
-        SimpleNamespace(
-            prompt_ids=prompt, teacher_prompt_ids=prompt + ids(5), completion_ids=ids(9)
-        )
-    ]
+    items = [SimpleNamespace(prompt_ids=prompt, teacher_prompt_ids=prompt + ids(5), completion_ids=ids(9))]
     cpu = tiny_llama()
     models = ((cpu, "cpu", "reference"), (copy.deepcopy(cpu).to(DEVICE), DEVICE, "triton"))
     found = []
@@ -267,9 +263,14 @@ def test_a_training_step_equals_the_cpu_s():
         states = shared_forward(model, items)
         head = head_parameters(model)
         out = fastsdpo.linear_sdpo_loss(
-            states.student_hidden, states.teacher_hidden, head.weight, states.target_ids,
-            mode="full", alpha=1.0, backend=backend,
-        )  # fmt: skip
+            states.student_hidden,
+            states.teacher_hidden,
+            head.weight,
+            states.target_ids,
+            mode="full",
+            alpha=1.0,
+            backend=backend,
+        )
         out.loss.backward()
         found.append((float(out.loss), {n: p.grad.cpu() for n, p in model.named_parameters()}))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-3)

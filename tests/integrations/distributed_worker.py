@@ -61,9 +61,14 @@ def plain_loop(folder: str) -> None:
             head = head_parameters(model)
             teacher = hidden.detach().roll(1, 0)
             return linear_sdpo_loss(
-                hidden[:, :-1], teacher[:, :-1], head.weight, batch["labels"][:, 1:], bias=head.bias,
-                mode="full", alpha=0.5,
-            ).loss  # fmt: skip
+                hidden[:, :-1],
+                teacher[:, :-1],
+                head.weight,
+                batch["labels"][:, 1:],
+                bias=head.bias,
+                mode="full",
+                alpha=0.5,
+            ).loss
 
         given = {key: batch[key] for key in ("input_ids", "attention_mask")}
         return run_inside(model, body, {**given, "use_cache": False})
@@ -109,9 +114,7 @@ def trl(folder: str, output: str) -> None:
         trainer = lab.make_trainer(folder, output, **options)
         assert trainer.args.world_size == WORLD
         want = lab.run(trainer)
-        trainer = lab.make_trainer(
-            folder, output, kind=lab.FastSDPOTrainer, source="hidden", **options
-        )
+        trainer = lab.make_trainer(folder, output, kind=lab.FastSDPOTrainer, source="hidden", **options)
         found = lab.run(trainer)
         if dist.get_rank() == 0:
             lab.assert_same_run(found, want)

@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="torch without distributed"
-)
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
 
 def run_two(what, folder, tmp_path):

@@ -25,17 +25,21 @@ from fastsdpo.integrations.transformers import SDPOLabels, fused_logps, sdpo_los
 from fastsdpo.prefix import head_parameters, run_inside
 
 SHAPE = dict(
-    vocab_size=63, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=63,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+)
 
 
 def make(family, folder):
     torch.manual_seed(0)
     if family == "gemma2":  # a softcap
-        config = Gemma2Config(
-            **SHAPE, head_dim=8, final_logit_softcapping=2.0, initializer_range=0.5
-        )
+        config = Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=2.0, initializer_range=0.5)
         return Gemma2ForCausalLM(config)
     if family == "cohere":  # a scale
         return CohereForCausalLM(CohereConfig(**SHAPE, logit_scale=0.3, initializer_range=0.5))
@@ -97,9 +101,7 @@ def test_fused_logps_alone(qwen2_folder, batch):
     logps = fused_logps(model, **batch)
     logps.sum().backward()
     assert (logps == 0).all() and all((p.grad == 0).all() for p in model.parameters())
-    with pytest.raises(
-        ValueError, match=r"labels must have the shape \[B, L\].*\(3, 8\), got \(3, 7\)"
-    ):
+    with pytest.raises(ValueError, match=r"labels must have the shape \[B, L\].*\(3, 8\), got \(3, 7\)"):
         fused_logps(model, batch["input_ids"], None, batch["labels"][:, 1:])
 
 
@@ -122,9 +124,7 @@ def examples(count=8):
                 "teacher_logps": -3 * torch.rand(length, generator=generator),
                 "old_logps": -3 * torch.rand(length, generator=generator),
                 "teacher_topk_ids": topk,
-                "teacher_topk_logps": torch.rand(length, 5, generator=generator).log_softmax(-1)[
-                    :, :4
-                ],
+                "teacher_topk_logps": torch.rand(length, 5, generator=generator).log_softmax(-1)[:, :4],
             }
         )
     return found
@@ -147,9 +147,7 @@ def collate(rows):
     keys["teacher_topk_logps"] = -2.0
     return {
         "input_ids": padded("input_ids", 0),
-        "attention_mask": torch.stack(
-            [(torch.arange(longest) < len(row["input_ids"])).long() for row in rows]
-        ),
+        "attention_mask": torch.stack([(torch.arange(longest) < len(row["input_ids"])).long() for row in rows]),
         "labels": SDPOLabels({key: padded(key, value) for key, value in keys.items()}),
     }
 
@@ -158,14 +156,24 @@ def train(folder, output, *, batch_size, accumulate, collator=collate, **options
     trainer = Trainer(
         model=AutoModelForCausalLM.from_pretrained(folder),
         args=TrainingArguments(
-            output_dir=str(output), max_steps=2, learning_rate=0.1, optim="sgd", logging_steps=1,
-            per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulate,
-            lr_scheduler_type="constant", save_strategy="no", report_to="none", use_cpu=True,
-            remove_unused_columns=False, disable_tqdm=True,
+            output_dir=str(output),
+            max_steps=2,
+            learning_rate=0.1,
+            optim="sgd",
+            logging_steps=1,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulate,
+            lr_scheduler_type="constant",
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            remove_unused_columns=False,
+            disable_tqdm=True,
         ),
-        train_dataset=examples(), data_collator=collator,
+        train_dataset=examples(),
+        data_collator=collator,
         compute_loss_func=sdpo_loss_func(**options),
-    )  # fmt: skip
+    )
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return losses, [p.detach() for p in trainer.model.parameters()]
@@ -214,18 +222,12 @@ def test_loss_func_value(qwen2_folder):
 
 
 def test_loss_func_errors():
-    with pytest.raises(
-        ValueError, match=r"mode must be one of \('sampled_token', 'topk'\), got 'full'"
-    ):
+    with pytest.raises(ValueError, match=r"mode must be one of \('sampled_token', 'topk'\), got 'full'"):
         sdpo_loss_func(mode="full")
-    with pytest.raises(
-        ValueError, match=r"labels must be SDPOLabels with labels, teacher_logps for"
-    ):
+    with pytest.raises(ValueError, match=r"labels must be SDPOLabels with labels, teacher_logps for"):
         sdpo_loss_func()(SimpleNamespace(logits=None), torch.zeros(2, 3))
     labels = SDPOLabels(labels=torch.zeros(1, 2), teacher_logps=torch.zeros(1, 2))
-    with pytest.raises(
-        ValueError, match=r"old_logps for .*got SDPOLabels of \['labels', 'teacher_logps'\]"
-    ):
+    with pytest.raises(ValueError, match=r"old_logps for .*got SDPOLabels of \['labels', 'teacher_logps'\]"):
         sdpo_loss_func(is_clip=2.0)(SimpleNamespace(logits=None), labels)
     items = torch.full((2, 1), 7)  # what Trainer gives where a process has two GPUs
     with pytest.raises(NotImplementedError, match=r"DataParallel .*torchrun"):
@@ -266,9 +268,12 @@ def divergence(model, batch):
         with integration.gathered_head(model, model):
             head = head_parameters(model)
             return fastsdpo.linear_sdpo_loss(
-                hidden[:, :-1], hidden[:, 1:].detach(), head.weight, batch["labels"][:, 1:],
+                hidden[:, :-1],
+                hidden[:, 1:].detach(),
+                head.weight,
+                batch["labels"][:, 1:],
                 mode="full",
-            ).loss  # fmt: skip
+            ).loss
 
     return run_inside(model, body, {"input_ids": batch["input_ids"], "use_cache": False})
 
@@ -282,9 +287,7 @@ def test_head_of_zero3(zero3, qwen2_folder, batch):
 
     model = make("qwen2", qwen2_folder)
     weight, grads = model.lm_head.weight, []
-    model.lm_head.forward = lambda hidden: hidden.new_zeros(
-        *hidden.shape[:2], 63
-    )  # its own hook's job
+    model.lm_head.forward = lambda hidden: hidden.new_zeros(*hidden.shape[:2], 63)  # its own hook's job
     weight.register_hook(lambda grad: grads.append(grad.clone()))
     zero3.partition(weight)
     found = divergence(model, batch)
@@ -299,9 +302,7 @@ def test_head_of_zero3(zero3, qwen2_folder, batch):
 
 def test_zero3_refusals(zero3, qwen2_folder, batch):
     model = make("qwen2", qwen2_folder)
-    model.lm_head.weight.ds_status = SimpleNamespace(
-        name="AVAILABLE"
-    )  # tied, or in its own forward
+    model.lm_head.weight.ds_status = SimpleNamespace(name="AVAILABLE")  # tied, or in its own forward
     with integration.gathered_head(model):
         assert zero3.gathered == []
     zero3.partition(model.lm_head.weight)
@@ -313,6 +314,4 @@ def test_zero3_refusals(zero3, qwen2_folder, batch):
     whole = make("qwen2", qwen2_folder)
     torch.testing.assert_close(found, fused_logps(whole, **batch).detach())
     with pytest.raises(ValueError, match="an empty head is partitioned by DeepSpeed ZeRO-3"):
-        fastsdpo.linear_token_logps(
-            torch.zeros(1, 32), model.lm_head.weight, torch.zeros(1, dtype=torch.long)
-        )
+        fastsdpo.linear_token_logps(torch.zeros(1, 32), model.lm_head.weight, torch.zeros(1, dtype=torch.long))

@@ -21,21 +21,33 @@ ours, theirs = chunked_divergence_loss, distillation_trainer._chunked_divergence
 def run(student, teacher, output, **options):
     data = Dataset.from_dict({"prompt": ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9", "w10"]})
     args = DistillationConfig(
-        output_dir=str(output), learning_rate=0.05, optim="sgd", lr_scheduler_type="constant",
-        per_device_train_batch_size=2, max_completion_length=6, max_steps=5, logging_steps=1,
-        gradient_checkpointing=False, save_strategy="no", report_to="none", use_cpu=True,
-        bf16=False, seed=3, disable_tqdm=True, **options,
-    )  # fmt: skip
+        output_dir=str(output),
+        learning_rate=0.05,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=2,
+        max_completion_length=6,
+        max_steps=5,
+        logging_steps=1,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        seed=3,
+        disable_tqdm=True,
+        **options,
+    )
     trainer = DistillationTrainer(
-        model=student, teacher_model=teacher, args=args, train_dataset=data,
+        model=student,
+        teacher_model=teacher,
+        args=args,
+        train_dataset=data,
         processing_class=PreTrainedTokenizerFast.from_pretrained(student, padding_side="left"),
-    )  # fmt: skip
+    )
     set_seed(7)
     trainer.train()
-    logs = [
-        {k: e[k] for k in ("loss", "grad_norm", "entropy") if k in e}
-        for e in trainer.state.log_history
-    ]
+    logs = [{k: e[k] for k in ("loss", "grad_norm", "entropy") if k in e} for e in trainer.state.log_history]
     return logs, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
 
 
@@ -178,11 +190,14 @@ def test_gradients_in_half_precision(dtype, beta, autocast):
     """The logits stay float32: with a wide spread, half-precision ones would spoil the gradient."""
     spread = 10.0 if beta == 0.5 else 30.0
     given = inputs(
-        beta=beta, student_hidden_states=torch.randn(2, 5, 64), teacher_hidden_states=torch.randn(2, 5, 64),
+        beta=beta,
+        student_hidden_states=torch.randn(2, 5, 64),
+        teacher_hidden_states=torch.randn(2, 5, 64),
         student_lm_head_weight=torch.randn(33, 64) * spread / 8,
         teacher_lm_head_weight=torch.randn(33, 64) * spread / 8,
-        student_lm_head_bias=torch.linspace(-1, 1, 33), teacher_lm_head_bias=torch.linspace(1, -1, 33),
-    )  # fmt: skip
+        student_lm_head_bias=torch.linspace(-1, 1, 33),
+        teacher_lm_head_bias=torch.linspace(1, -1, 33),
+    )
     operands = [key for key in given if key.endswith(("_states", "_weight"))]
     leaves = ["student_hidden_states", "student_lm_head_weight", "student_lm_head_bias"]
 
@@ -207,8 +222,11 @@ def test_gradients_in_half_precision(dtype, beta, autocast):
 
 def test_mixed_dtypes():
     given = inputs(student_lm_head_bias=torch.zeros(33), teacher_lm_head_bias=torch.zeros(33))
-    half = {**given, "student_hidden_states": given["student_hidden_states"].bfloat16(),
-            "teacher_hidden_states": given["teacher_hidden_states"].bfloat16()}  # fmt: skip
+    half = {
+        **given,
+        "student_hidden_states": given["student_hidden_states"].bfloat16(),
+        "teacher_hidden_states": given["teacher_hidden_states"].bfloat16(),
+    }
     torch.testing.assert_close(ours(**half)[0], exact(half)[0], rtol=1e-5, atol=1e-6)
 
 
@@ -217,11 +235,15 @@ def test_probabilities_that_underflow():
     heads = torch.full((2, 2053, 1), -120.0)
     heads[0, :2, 0], heads[1, :2, 0] = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
     given = inputs(
-        student_hidden_states=torch.ones(1, 3, 1, requires_grad=True), beta=0.5,
-        teacher_hidden_states=torch.ones(1, 3, 1), student_lm_head_weight=heads[0],
-        teacher_lm_head_weight=heads[1], completion_mask=torch.tensor([[1, 1, 0]]),
-        student_lm_head_bias=torch.zeros(2053), teacher_lm_head_bias=torch.zeros(2053),
-    )  # fmt: skip
+        student_hidden_states=torch.ones(1, 3, 1, requires_grad=True),
+        beta=0.5,
+        teacher_hidden_states=torch.ones(1, 3, 1),
+        student_lm_head_weight=heads[0],
+        teacher_lm_head_weight=heads[1],
+        completion_mask=torch.tensor([[1, 1, 0]]),
+        student_lm_head_bias=torch.zeros(2053),
+        teacher_lm_head_bias=torch.zeros(2053),
+    )
     loss, entropy, _ = ours(**given)
     torch.testing.assert_close(loss, exact(given)[0])
     loss.backward()

@@ -30,12 +30,8 @@ def reward(prompts, completions, **_):
     return [1.0 if len(c.split()) % 2 else 0.0 for c in completions]
 
 
-def make_trainer(
-    folder, output, *, kind=SDPOTrainer, steps=5, peft_config=None, source=None, **options
-):
-    data = Dataset.from_dict(
-        {"prompt": PROMPTS, "privileged_context": ["w11 w12", "w13", "w14 w15 w16", "w17"]}
-    )
+def make_trainer(folder, output, *, kind=SDPOTrainer, steps=5, peft_config=None, source=None, **options):
+    data = Dataset.from_dict({"prompt": PROMPTS, "privileged_context": ["w11 w12", "w13", "w14 w15 w16", "w17"]})
     args = SDPOConfig(
         output_dir=str(output),
         **{
@@ -60,10 +56,14 @@ def make_trainer(
     )
     more = {} if source is None else {"source": source}
     return kind(
-        model=folder, reward_funcs=reward, args=args, train_dataset=data, peft_config=peft_config,
+        model=folder,
+        reward_funcs=reward,
+        args=args,
+        train_dataset=data,
+        peft_config=peft_config,
         processing_class=PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left"),
         **more,
-    )  # fmt: skip
+    )
 
 
 def run(trainer):
@@ -155,11 +155,14 @@ def test_adapters(kind, target, tmp_path, qwen2_folder):
         "learning_rate": 0.5,
         "steps": 3,
         "peft_config": LoraConfig(
-            r=4, lora_alpha=16, target_modules=[target], task_type="CAUSAL_LM",
+            r=4,
+            lora_alpha=16,
+            target_modules=[target],
+            task_type="CAUSAL_LM",
             init_lora_weights="gaussian" if target == "q_proj" else True,
         ),
         **MODES["full-jsd"],
-    }  # fmt: skip
+    }
     want = run(make_trainer(qwen2_folder, tmp_path, **options))
     with patch_trl("hidden"):
         found = run(make_trainer(qwen2_folder, tmp_path, **options))
@@ -349,9 +352,14 @@ def test_server_teacher_is_left_to_trl(tmp_path, llama_folder, caplog):
 
     def loss(kind):
         trainer = make_trainer(
-            llama_folder, tmp_path, kind=kind, distillation_mode="topk_logits",
-            distillation_topk=2, distillation_alpha=0.5, distillation_add_tail=True,
-        )  # fmt: skip
+            llama_folder,
+            tmp_path,
+            kind=kind,
+            distillation_mode="topk_logits",
+            distillation_topk=2,
+            distillation_alpha=0.5,
+            distillation_add_tail=True,
+        )
         trainer.use_teacher_server, trainer.teacher_client = True, Client()
         given = batch(trainer, (1.0, 1.0))
         given["completion_mask"] = torch.tensor([[0, 0, 0], [1, 1, 0]])
@@ -401,9 +409,7 @@ def test_other_versions_are_refused(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(SDPOTrainer, "compute_loss", changed)
-        with pytest.raises(
-            ImportError, match=r"differs from 1\.16\.0.*compute_loss.*something_new"
-        ):
+        with pytest.raises(ImportError, match=r"differs from 1\.16\.0.*compute_loss.*something_new"):
             trl_integration._check_trl()
     path = trl_integration.__file__
     with monkeypatch.context() as patch:
@@ -418,7 +424,6 @@ def test_other_versions_are_refused(monkeypatch):
 
 def test_import_is_lazy():
     code = (
-        "import sys, fastsdpo; "
-        "assert not [m for m in sys.modules if m.startswith(('fastsdpo.integrations', 'trl'))]"
+        "import sys, fastsdpo; assert not [m for m in sys.modules if m.startswith(('fastsdpo.integrations', 'trl'))]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

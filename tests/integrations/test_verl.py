@@ -40,10 +40,7 @@ def definition(s, t, ids, mask, config, old, aggregation, rollout):
             support = s.topk(config.distillation_topk).indices
             s, t = s.gather(-1, support), t.gather(-1, support)
             if config.distillation_add_tail:
-                s, t = (
-                    torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).clamp(min=1e-7).log()], -1)
-                    for x in (s, t)
-                )
+                s, t = (torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).clamp(min=1e-7).log()], -1) for x in (s, t))
             else:
                 s, t = s.log_softmax(-1), t.log_softmax(-1)
         a = config.alpha
@@ -141,9 +138,14 @@ def test_from_hidden_states_and_logits(source, name, aggregation, given):
     else:
         rows = (logits(hidden, given), logits(given.teacher, given))
     loss, metrics = verl.self_distillation_loss(
-        *rows, given.ids, given.mask, config, head=given.head if source == "hidden" else None,
-        temperature=given.temperature, **options(given, config, aggregation),
-    )  # fmt: skip
+        *rows,
+        given.ids,
+        given.mask,
+        config,
+        head=given.head if source == "hidden" else None,
+        temperature=given.temperature,
+        **options(given, config, aggregation),
+    )
     close(loss, hidden, want)
     assert set(metrics) == {
         "self_distillation/log_ratio_mean",
@@ -170,9 +172,13 @@ def test_with_the_forks_signature(form, name, aggregation, given):
     elif config.full_logit_distillation:
         tensors["student_all_log_probs"], tensors["teacher_all_log_probs"] = everything
     loss, metrics = verl.compute_self_distillation_loss(
-        s.gather(-1, given.ids[..., None])[..., 0], t.gather(-1, given.ids[..., None])[..., 0],
-        given.mask, config, **tensors, **options(given, config, aggregation),
-    )  # fmt: skip
+        s.gather(-1, given.ids[..., None])[..., 0],
+        t.gather(-1, given.ids[..., None])[..., 0],
+        given.mask,
+        config,
+        **tensors,
+        **options(given, config, aggregation),
+    )
     close(loss, hidden, want)
     assert metrics == {}
 
@@ -186,9 +192,15 @@ def test_tail_bound(given):
     want = wanted(given, config, "token-mean")
     hidden = given.student.clone().requires_grad_()
     loss, _ = verl.self_distillation_loss(
-        hidden, given.teacher, given.ids, given.mask, config, head=given.head,
-        temperature=given.temperature, **options(given, config, "token-mean"),
-    )  # fmt: skip
+        hidden,
+        given.teacher,
+        given.ids,
+        given.mask,
+        config,
+        head=given.head,
+        temperature=given.temperature,
+        **options(given, config, "token-mean"),
+    )
     close(loss, hidden, want)
     p = (logits(given.student, given) / given.temperature).softmax(-1)
     tails = 1 - p.topk(K).values.sum(-1)
@@ -202,9 +214,14 @@ def test_nothing_counts(name, aggregation, given):
     hidden = given.student.clone().requires_grad_()
     given.chosen = torch.zeros(B)
     loss, _ = verl.self_distillation_loss(
-        hidden, given.teacher, given.ids, given.mask, CONFIGS[name], head=given.head,
+        hidden,
+        given.teacher,
+        given.ids,
+        given.mask,
+        CONFIGS[name],
+        head=given.head,
         **options(given, CONFIGS[name], aggregation),
-    )  # fmt: skip
+    )
     loss.backward()
     assert loss == 0 and (hidden.grad == 0).all()
 
@@ -218,13 +235,9 @@ def test_errors(given):
         call(settings(is_clip=2.0))
     with pytest.raises(ValueError, match="student_all_log_probs and teacher_all_log_probs must be"):
         call(settings())
-    with pytest.raises(
-        ValueError, match="student_topk_log_probs and teacher_topk_log_probs must be"
-    ):
+    with pytest.raises(ValueError, match="student_topk_log_probs and teacher_topk_log_probs must be"):
         call(settings(distillation_topk=3))
-    with pytest.raises(
-        ValueError, match=r"alpha must be 1\.0 without full_logit_distillation, got 0"
-    ):
+    with pytest.raises(ValueError, match=r"alpha must be 1\.0 without full_logit_distillation, got 0"):
         call({"full_logit_distillation": False, "alpha": 0.0})
     for config, missing in [
         ({"full_logits": True, "alpha": 0.0}, "full_logit_distillation"),
@@ -239,9 +252,7 @@ def test_errors(given):
     with pytest.raises(ValueError, match="loss_agg_mode must be one of"):
         call(settings(full_logit_distillation=False), loss_agg_mode="mean")
     with pytest.raises(ValueError, match="self_distillation_loss: old_log_probs must be given"):
-        verl.self_distillation_loss(
-            given.student, given.teacher, given.ids, given.mask, settings(is_clip=2.0)
-        )
+        verl.self_distillation_loss(given.student, given.teacher, given.ids, given.mask, settings(is_clip=2.0))
 
 
 def test_without_verl(monkeypatch):
@@ -260,9 +271,7 @@ def test_patched_fork(monkeypatch):
         raise AssertionError
 
     original.__signature__ = inspect.signature(verl.compute_self_distillation_loss)
-    modules = [
-        ModuleType(name) for name in ("verl.trainer.ppo.core_algos", "verl.workers.actor.dp_actor")
-    ]
+    modules = [ModuleType(name) for name in ("verl.trainer.ppo.core_algos", "verl.workers.actor.dp_actor")]
     for module in modules:
         module.compute_self_distillation_loss = original
         monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -41,16 +41,20 @@ def verl():
         return DistillationConfig(distillation_loss=omega_conf_to_dataclass(changed))
 
     def actor(loss_agg_mode="token-mean"):
-        return FSDPActorConfig(
-            rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode=loss_agg_mode
-        )
+        return FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode=loss_agg_mode)
 
     yield SimpleNamespace(
-        settings=settings, actor=actor, loss=losses.distillation_ppo_loss, TensorDict=TensorDict,
-        DistillationConfig=DistillationConfig, DistillationLossConfig=DistillationLossConfig,
-        assign=tensordict_utils.assign_non_tensor, unpad=left_right_2_no_padding,
-        append_to_dict=append_to_dict, reduce_metrics=reduce_metrics,
-    )  # fmt: skip
+        settings=settings,
+        actor=actor,
+        loss=losses.distillation_ppo_loss,
+        TensorDict=TensorDict,
+        DistillationConfig=DistillationConfig,
+        DistillationLossConfig=DistillationLossConfig,
+        assign=tensordict_utils.assign_non_tensor,
+        unpad=left_right_2_no_padding,
+        append_to_dict=append_to_dict,
+        reduce_metrics=reduce_metrics,
+    )
     for registry in (losses.DISTILLATION_LOSS_REGISTRY, losses.DISTILLATION_SETTINGS_REGISTRY):
         del registry[NAME]
 
@@ -76,8 +80,7 @@ def given():
     }
     values["teacher"][0][4] = -torch.inf  # of a token that a tool wrote
     return [
-        SimpleNamespace(mask=mask, **{name: row[i] for name, row in values.items()})
-        for i, mask in enumerate(MASKS)
+        SimpleNamespace(mask=mask, **{name: row[i] for name, row in values.items()}) for i, mask in enumerate(MASKS)
     ]
 
 
@@ -93,9 +96,7 @@ def make_batch(verl, given, layout, dtype, stale, corrected):
     lengths = [len(row.student) for row in given]
     columns = {
         "response_mask": [torch.tensor(row.mask) for row in given],
-        "old_log_probs": [
-            answer(row.student, n).to(dtype) - stale for row, n in zip(given, answers)
-        ],
+        "old_log_probs": [answer(row.student, n).to(dtype) - stale for row, n in zip(given, answers)],
         "advantages": [row.advantages.to(dtype) for row in given],
     }
     if corrected:
@@ -113,10 +114,7 @@ def make_batch(verl, given, layout, dtype, stale, corrected):
         for i, (n, m) in enumerate(zip(lengths, answers)):
             used[i, width + m - n : width + m] = 1
             teacher[i, width + m - n : width + m, 0] = given[i].teacher
-        tensors = {
-            name: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            for name, rows in columns.items()
-        }
+        tensors = {name: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for name, rows in columns.items()}
         tensors |= {"prompts": used[:, :width], "responses": used[:, width:]}
         tensors |= {"input_ids": used, "position_ids": used, "attention_mask": used}
         tensors |= {"teacher_logprobs": teacher, "teacher_ids": used[..., None]}
@@ -127,9 +125,16 @@ def make_batch(verl, given, layout, dtype, stale, corrected):
 
 
 def run(
-    verl, given, config, *, aggregation="token-mean", layout="nested", dtype=torch.float64,
-    stale=0.0, corrected=False,
-):  # fmt: skip
+    verl,
+    given,
+    config,
+    *,
+    aggregation="token-mean",
+    layout="nested",
+    dtype=torch.float64,
+    stale=0.0,
+    corrected=False,
+):
     """``(loss, gradient of the student's log-probs, metrics)`` from verl's own function.
 
     ``stale``: log-probs of now minus those of the policy that wrote the answers, in nats.
@@ -155,13 +160,17 @@ def defined(given, aggregation="token-mean", bound=None, corrected=False, task=N
             advantage = task * advantage + row.advantages[counted]
         if corrected:
             advantage = advantage * row.weights[counted]
-        total = total - (advantage * student).sum() * {
-            "token-mean": 1 / sum(counts),
-            "token-sum": 1.0,
-            "seq-mean-token-sum": 1 / len(counts),
-            "seq-mean-token-mean": 1 / counts[i] / len(counts),
-            "seq-mean-token-sum-norm": 1 / len(counts) / max(ANSWERS),
-        }[aggregation]  # fmt: skip
+        total = (
+            total
+            - (advantage * student).sum()
+            * {
+                "token-mean": 1 / sum(counts),
+                "token-sum": 1.0,
+                "seq-mean-token-sum": 1 / len(counts),
+                "seq-mean-token-mean": 1 / counts[i] / len(counts),
+                "seq-mean-token-sum-norm": 1 / len(counts) / max(ANSWERS),
+            }[aggregation]
+        )
     total.backward()
     return leaf.grad
 
@@ -173,10 +182,7 @@ def assert_same(found, want, tolerance=1e-6):
 
 def gaps(given):
     """``log p_S - log p_T`` of the tokens that count."""
-    return torch.cat([
-        answer(row.student - row.teacher, len(row.mask))[torch.tensor(row.mask) == 1]
-        for row in given
-    ])  # fmt: skip
+    return torch.cat([answer(row.student - row.teacher, len(row.mask))[torch.tensor(row.mask) == 1] for row in given])
 
 
 @pytest.mark.parametrize("policy_gradient", [False, True])
@@ -184,9 +190,7 @@ def gaps(given):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_gradient_is_the_definitions(verl, given, aggregation, bound, policy_gradient):
     assert (gaps(given) > 10).any() and (gaps(given) < -10).any()
-    config = verl.settings(
-        use_policy_gradient=policy_gradient, loss_max_clamp=bound, use_task_rewards=False
-    )
+    config = verl.settings(use_policy_gradient=policy_gradient, loss_max_clamp=bound, use_task_rewards=False)
     _, found, _ = run(verl, given, config, aggregation=aggregation)
     assert_same(found, defined(given, aggregation, bound))
 
@@ -214,14 +218,10 @@ def test_defaults_of_the_dataclass(verl, given):
     assert_same(found, defined(given, bound=10.0, task=1.0))
 
 
-@pytest.mark.parametrize(
-    ("layout", "policy_gradient"), [("nested", False), ("padded", False), ("padded", True)]
-)
+@pytest.mark.parametrize(("layout", "policy_gradient"), [("nested", False), ("padded", False), ("padded", True)])
 def test_rollout_correction(verl, given, layout, policy_gradient):
     """verl multiplies by it in its policy loss only; backpropagation must not lose it."""
-    config = verl.settings(
-        use_policy_gradient=policy_gradient, loss_max_clamp=10.0, use_task_rewards=False
-    )
+    config = verl.settings(use_policy_gradient=policy_gradient, loss_max_clamp=10.0, use_task_rewards=False)
     _, found, _ = run(verl, given, config, layout=layout, corrected=True)
     assert_same(found, defined(given, bound=10.0, corrected=True))
 
@@ -275,9 +275,7 @@ def test_bound_below_zero(verl, given, bound, policy_gradient):
 def test_more_than_one_teacher_logprob(verl, given):
     _, output, data = make_batch(verl, given, "nested", torch.float64, 0.0, False)
     data["teacher_logprobs"] = nested(row.teacher[:, None].expand(-1, 2) for row in given)
-    with pytest.raises(
-        ValueError, match=r"teacher_logprobs must have one .* \(3, 5\), got \(3, 5, 2\)"
-    ):
+    with pytest.raises(ValueError, match=r"teacher_logprobs must have one .* \(3, 5\), got \(3, 5, 2\)"):
         verl.loss(verl.actor(), verl.settings(), output, data)
 
 

@@ -44,9 +44,7 @@ def served():
     sequences, lengths = [[3, 1, 4, 1, 5, 9], [2, 6, 5, 3]], [3, 2]
     log_probs = [torch.randn(len(s), V).log_softmax(-1) for s in sequences]
     entries = [serve(p, s, 4) for p, s in zip(log_probs, sequences)]
-    return SimpleNamespace(
-        sequences=sequences, lengths=lengths, log_probs=log_probs, entries=entries
-    )
+    return SimpleNamespace(sequences=sequences, lengths=lengths, log_probs=log_probs, entries=entries)
 
 
 @pytest.mark.parametrize("layout", ["objects", "json", "numbers"])
@@ -59,9 +57,7 @@ def test_layouts(served, layout):
     found = teacher_from_prompt_logprobs(entries, served.sequences, served.lengths, topk=4)
     assert found.target_ids.tolist() == [[1, 5, 9], [5, 3, -100]]
     assert found.target_ids.dtype == torch.int64
-    for row, (log_probs, tokens, length) in enumerate(
-        zip(served.log_probs, served.sequences, served.lengths)
-    ):
+    for row, (log_probs, tokens, length) in enumerate(zip(served.log_probs, served.sequences, served.lengths)):
         predicting = log_probs[-length - 1 : -1]
         want = predicting[range(length), tokens[-length:]]
         torch.testing.assert_close(found.teacher_logps[row, :length], want)
@@ -79,14 +75,10 @@ def test_as_the_teacher_of_a_loss(served):
     for row, (log_probs, n) in enumerate(zip(served.log_probs, served.lengths)):
         teacher[row, :n] = log_probs[-n - 1 : -1]
     options = {"mode": "sampled_token"}
-    got = fastsdpo.sdpo_loss(
-        student, None, found.target_ids, teacher_logps=found.teacher_logps, **options
-    )
+    got = fastsdpo.sdpo_loss(student, None, found.target_ids, teacher_logps=found.teacher_logps, **options)
     want = fastsdpo.sdpo_loss(student, teacher, found.target_ids, **options)
     torch.testing.assert_close(got.per_token_loss, want.per_token_loss)
-    out = fastsdpo.sdpo_loss(
-        student, None, found.target_ids, teacher_topk=found.teacher_topk, mode="topk", alpha=0.0
-    )
+    out = fastsdpo.sdpo_loss(student, None, found.target_ids, teacher_topk=found.teacher_topk, mode="topk", alpha=0.0)
     support = found.teacher_topk[0]
     s, t = (x.log_softmax(-1).gather(-1, support).exp() for x in (student.detach(), teacher))
     s, t = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (s, t))
@@ -98,8 +90,7 @@ def test_as_the_teacher_of_a_loss(served):
 
 def test_request_outputs(served):
     outputs = [
-        SimpleNamespace(prompt_logprobs=e, prompt_token_ids=t)
-        for e, t in zip(served.entries, served.sequences)
+        SimpleNamespace(prompt_logprobs=e, prompt_token_ids=t) for e, t in zip(served.entries, served.sequences)
     ]
     found = teacher_from_outputs(outputs, served.lengths)
     want = teacher_from_prompt_logprobs(served.entries, served.sequences, served.lengths)

@@ -37,25 +37,49 @@ def make_tokenizer():
 
 def make_model():
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=47, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0,
-        eos_token_id=1, bos_token_id=None, tie_word_embeddings=True, initializer_range=0.2,
-    ))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=47,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+            tie_word_embeddings=True,
+            initializer_range=0.2,
+        )
+    )
 
 
 def make_trainer(folder, *, user=None, callbacks=None, peft_config=None, **changes):
     settings = {
-        "output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True,
-        "template": " note {o}", "learning_rate": 3e-3, "per_device_train_batch_size": 4,
-        "max_new_tokens": 12, "dataloader_pin_memory": False, "save_strategy": "no", "max_steps": 4,
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "template": " note {o}",
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 4,
+        "max_new_tokens": 12,
+        "dataloader_pin_memory": False,
+        "save_strategy": "no",
+        "max_steps": 4,
+    }
     prompts = [f"w{i} w{i + 1} w{i + 2}" for i in range(24)]
     return OnlineSDPOTrainer(
-        make_model(), OnlineSDPOConfig(**{**settings, **changes}),
-        ConstantUser("w3 w4") if user is None else user, prompts, prompts[:3], make_tokenizer(),
-        callbacks=callbacks, peft_config=peft_config,
-    )  # fmt: skip
+        make_model(),
+        OnlineSDPOConfig(**{**settings, **changes}),
+        ConstantUser("w3 w4") if user is None else user,
+        prompts,
+        prompts[:3],
+        make_tokenizer(),
+        callbacks=callbacks,
+        peft_config=peft_config,
+    )
 
 
 @pytest.fixture
@@ -80,8 +104,10 @@ def server():
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             text = body["messages"][-1]["content"]
-            status, reply = 200, {"choices": [{"index": 0, "message": {
-                "role": "assistant", "content": "Shorter, please."}}]}  # fmt: skip
+            status, reply = (
+                200,
+                {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Shorter, please."}}]},
+            )
             data = json.dumps(reply).encode()
             if "status 500" in text:
                 status, data = 500, b"{}"
@@ -126,12 +152,24 @@ def vllm():
             if self.path.endswith("_lora_adapter"):
                 return self.reply("done")
             choices = [
-                {"index": index, "text": "", "finish_reason": "stop", "token_ids": [10, 11, 1],
-                 "logprobs": {"token_logprobs": [-1.0, -2.0, -0.5], "tokens": ["a", "b", "c"]}}
+                {
+                    "index": index,
+                    "text": "",
+                    "finish_reason": "stop",
+                    "token_ids": [10, 11, 1],
+                    "logprobs": {"token_logprobs": [-1.0, -2.0, -0.5], "tokens": ["a", "b", "c"]},
+                }
                 for index, _ in enumerate(body["prompt"])
-            ]  # fmt: skip
-            return self.reply({"id": "x", "object": "text_completion", "created": 0, "model": "m",
-                               "choices": state.spoil(choices)[::-1]})  # fmt: skip
+            ]
+            return self.reply(
+                {
+                    "id": "x",
+                    "object": "text_completion",
+                    "created": 0,
+                    "model": "m",
+                    "choices": state.spoil(choices)[::-1],
+                }
+            )
 
         def reply(self, content):
             data = json.dumps(content).encode()

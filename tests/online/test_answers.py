@@ -36,23 +36,35 @@ CHANNEL_TOKENS = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|retur
 TURN_TOKENS = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
 # name: (template, tokens, eos, what the model writes, what of it is said, how many tokens end it)
 MODELS = {
-    "channels": (CHANNELS, CHANNEL_TOKENS, "<|return|>",
-                 "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant<|channel|>final"
-                 "<|message|>Hi!<|return|>", "Hi!"),
+    "channels": (
+        CHANNELS,
+        CHANNEL_TOKENS,
+        "<|return|>",
+        "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant<|channel|>final<|message|>Hi!<|return|>",
+        "Hi!",
+    ),
     "reasoning": (THINKS, TURN_TOKENS, "<|end|>", "They greet.\n</think>\n\nHi!<|end|>", "Hi!"),
     "the next turn's token": (TURNS, TURN_TOKENS, "<|endoftext|>", "Hi!<|user|>", "Hi!"),
     "an end of its own": (TURNS, [*TURN_TOKENS, "<|stop|>"], "<|endoftext|>", "Hi!<|stop|>", "Hi!"),
-}  # fmt: skip
+}
 HELLO = [{"role": "user", "content": "hello"}]
 
 
 def scripted(tokenizer, start, text):
     """A model that writes the text from position `start` on, and then the letter x for ever."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(tokenizer), n_positions=255, n_embd=256, n_layer=1, n_head=2,
-        tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-    ))  # fmt: skip
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=255,
+            n_embd=256,
+            n_layer=1,
+            n_head=2,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     follows = [0] * (start - 1) + ids
     follows += tokenizer("x")["input_ids"] * (255 - len(follows))
@@ -74,9 +86,7 @@ def scripted(tokenizer, start, text):
 def answering(request, byte_tokenizer):
     """(model, tokenizer, the ids it writes in answer to "hello", what of them is said)"""
     template, special, eos, text, said = MODELS[request.param]
-    tokenizer = byte_tokenizer(
-        template, special, ["<think>", "</think>"], eos_token=eos, pad_token=special[0]
-    )
+    tokenizer = byte_tokenizer(template, special, ["<think>", "</think>"], eos_token=eos, pad_token=special[0])
     prompt = tokenizer.apply_chat_template(HELLO, tokenize=False, add_generation_prompt=True)
     start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     model, ids = scripted(tokenizer, start, text)
@@ -86,9 +96,16 @@ def answering(request, byte_tokenizer):
     return model, tokenizer, ids, said, prompt
 
 
-SETTINGS = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "max_new_tokens": 80,
-            "sampling_temperature": 0.01, "template": "note", "dataloader_pin_memory": False,
-            "learning_rate": 1e-5}  # fmt: skip
+SETTINGS = {
+    "use_cpu": True,
+    "report_to": [],
+    "disable_tqdm": True,
+    "max_new_tokens": 80,
+    "sampling_temperature": 0.01,
+    "template": "note",
+    "dataloader_pin_memory": False,
+    "learning_rate": 1e-5,
+}
 
 
 def test_chat_shows_the_answer_and_learns_from_all_of_it(answering, tmp_path):
@@ -122,8 +139,11 @@ def test_users_see_what_is_said(answering, tmp_path):
     trainer = OnlineSDPOTrainer(
         model,
         OnlineSDPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, **SETTINGS),
-        User("Shorter"), ["hello"] * 2, ["hello"], tokenizer,
-    )  # fmt: skip
+        User("Shorter"),
+        ["hello"] * 2,
+        ["hello"],
+        tokenizer,
+    )
     ((one, two),) = trainer._roll_out([[(0, HELLO), (1, HELLO)]], 0)
     assert seen == [said] * 2
     assert one.completion_ids == two.completion_ids == ids
@@ -147,8 +167,19 @@ def test_the_signal_of_what_the_model_answers(answering, tmp_path, capsys):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     report = tmp_path / "signal.json"
-    argv = ["signal", "--prompt", "hello", "--followup", "Shorter", "--model", str(tmp_path),
-            "--no-unrelated", "--json", str(report), "--quiet"]  # fmt: skip
+    argv = [
+        "signal",
+        "--prompt",
+        "hello",
+        "--followup",
+        "Shorter",
+        "--model",
+        str(tmp_path),
+        "--no-unrelated",
+        "--json",
+        str(report),
+        "--quiet",
+    ]
     # Temperature 1, at which this model still writes its text.
     assert main([*argv, "--max-new-tokens", "80"]) == 0
     found = json.loads(report.read_text())
@@ -160,16 +191,26 @@ def test_the_signal_of_what_the_model_answers(answering, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("answering", ["channels", "reasoning"], indirect=True)
-def test_chat_learns_nothing_about_an_answer_that_was_not_said(
-    answering, tmp_path, monkeypatch, capsys
-):
+def test_chat_learns_nothing_about_an_answer_that_was_not_said(answering, tmp_path, monkeypatch, capsys):
     model, tokenizer, *_ = answering
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     lines = iter(["hello", "well?", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    argv = ["chat", "--model", str(tmp_path / "model"), "-o", str(tmp_path / "chat"), "--cpu",
-            "--lora", "0", "--max-new-tokens", "9", "--sampling-temperature", "0.01"]  # fmt: skip
+    argv = [
+        "chat",
+        "--model",
+        str(tmp_path / "model"),
+        "-o",
+        str(tmp_path / "chat"),
+        "--cpu",
+        "--lora",
+        "0",
+        "--max-new-tokens",
+        "9",
+        "--sampling-temperature",
+        "0.01",
+    ]
     assert main(argv) == 0
     shown = capsys.readouterr()
     assert "model >" not in shown.out
@@ -182,9 +223,7 @@ class TestDrawing:
 
     def draw(self, model, temperature, seed="a"):
         prompts = [[6, 7, 8], [9, 10]]
-        found = generate(
-            model, prompts, max_new_tokens=6, temperature=temperature, end_ids=[1], seed=seed
-        )
+        found = generate(model, prompts, max_new_tokens=6, temperature=temperature, end_ids=[1], seed=seed)
         return [sample.ids for sample in found]
 
     def test_as_the_model_has_it(self, lab):
@@ -213,13 +252,29 @@ class TestDrawing:
         config = json.loads(file.read_text())
         file.write_text(json.dumps({**config, "do_sample": True, "temperature": 9.0, "top_k": 1}))
         expected = lab.tokenizer().decode(
-            generate(lab.model(), [[2, 8, 1, 3]], max_new_tokens=6, temperature=0.0, end_ids=[1])[0]
-            .ids, skip_special_tokens=True,
-        )  # fmt: skip
+            generate(lab.model(), [[2, 8, 1, 3]], max_new_tokens=6, temperature=0.0, end_ids=[1])[0].ids,
+            skip_special_tokens=True,
+        )
         lines = iter(["w1", "/quit"])
         monkeypatch.setattr("builtins.input", lambda _: next(lines))
-        assert main(["chat", "--model", saved, "-o", str(tmp_path / "chat"), "--template",
-                     " note {o}", "--cpu", "--max-new-tokens", "6", "--quiet"]) == 0  # fmt: skip
+        assert (
+            main(
+                [
+                    "chat",
+                    "--model",
+                    saved,
+                    "-o",
+                    str(tmp_path / "chat"),
+                    "--template",
+                    " note {o}",
+                    "--cpu",
+                    "--max-new-tokens",
+                    "6",
+                    "--quiet",
+                ]
+            )
+            == 0
+        )
         assert capsys.readouterr().out.strip() == expected
 
     def test_a_server_is_told_or_left_alone(self, vllm, tmp_path):
@@ -227,7 +282,6 @@ class TestDrawing:
         for temperature in (0.9, None):
             server.sample([[3]], max_new_tokens=3, temperature=temperature, end_ids=[1])
         told, alone = (body for _, body in vllm.asked)
-        drawing = {"temperature": 0.9, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
-                   "repetition_penalty": 1.0}  # fmt: skip
+        drawing = {"temperature": 0.9, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         assert {name: told[name] for name in drawing} == drawing
         assert not drawing.keys() & alone.keys()

@@ -41,11 +41,28 @@ def prompts(tmp_path):
 
 
 def online(prompts, saved, output, *more):
-    return main([
-        "online", prompts, "--model", saved, "-o", str(output), "--template", TEMPLATE,
-        "--max-new-tokens", "6", "--batch-size", "4", "--max-steps", "2", "--cpu",
-        "--learning-rate", "1e-3", *more,
-    ])  # fmt: skip
+    return main(
+        [
+            "online",
+            prompts,
+            "--model",
+            saved,
+            "-o",
+            str(output),
+            "--template",
+            TEMPLATE,
+            "--max-new-tokens",
+            "6",
+            "--batch-size",
+            "4",
+            "--max-steps",
+            "2",
+            "--cpu",
+            "--learning-rate",
+            "1e-3",
+            *more,
+        ]
+    )
 
 
 def weights(folder):
@@ -57,8 +74,7 @@ def weights(folder):
 
 def test_online_trains_reports_and_saves(prompts, saved, tmp_path, capsys):
     output = tmp_path / "run"
-    status = online(prompts, saved, output, "--rule", "max_words=2", "--wish", "w5",
-                    "--eval-prompts", prompts)  # fmt: skip
+    status = online(prompts, saved, output, "--rule", "max_words=2", "--wish", "w5", "--eval-prompts", prompts)
     assert status == 0
     said = capsys.readouterr().out
     assert said.startswith("losses are computed by the ")
@@ -77,8 +93,7 @@ def test_online_trains_reports_and_saves(prompts, saved, tmp_path, capsys):
 
 
 def test_online_flips_the_preference(prompts, saved, tmp_path):
-    status = online(prompts, saved, tmp_path / "run", "--wish", "w5", "--flip-at", "4",
-                    "--then-wish", "w6", "--quiet")  # fmt: skip
+    status = online(prompts, saved, tmp_path / "run", "--wish", "w5", "--flip-at", "4", "--then-wish", "w6", "--quiet")
     assert status == 0
     rows = (tmp_path / "run" / "interactions.jsonl").read_text().splitlines()
     said = [json.loads(line)["user_response"]["content"] for line in rows]
@@ -86,24 +101,28 @@ def test_online_flips_the_preference(prompts, saved, tmp_path):
 
 
 def test_a_local_model_plays_the_user(prompts, saved, tmp_path):
-    status = online(prompts, saved, tmp_path / "run", "--persona", "w1 w2", "--user-local", saved,
-                    "--quiet", "--max-steps", "1")  # fmt: skip
+    status = online(
+        prompts, saved, tmp_path / "run", "--persona", "w1 w2", "--user-local", saved, "--quiet", "--max-steps", "1"
+    )
     assert status == 0
     rows = (tmp_path / "run" / "interactions.jsonl").read_text().splitlines()
     assert all(json.loads(line)["user_response"]["content"] for line in rows)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ([], "name one user"),
-    (["--rule", "max_words=2", "--terminal"], "name one user"),
-    (["--rule", "max_word=2"], "a rule must be NAME=VALUE"),
-    (["--rule", "max_words=2", "--flip-at", "4"], "--flip-at needs --then-rule"),
-    (["--rule", "max_words=2", "--then-wish", "x"], "they need --flip-at"),
-    (["--persona", "x"], "--user-url with --user-model"),
-    (["--persona", "x", "--user-url", "http://localhost:1/v1"], "needs --user-model"),
-    (["--rule", "max_words=2", "--set", "spin=1"], "field of OnlineSDPOConfig"),
-    (["--rule", "max_words=2", "--set", "num_generations=0"], "num_generations must"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "name one user"),
+        (["--rule", "max_words=2", "--terminal"], "name one user"),
+        (["--rule", "max_word=2"], "a rule must be NAME=VALUE"),
+        (["--rule", "max_words=2", "--flip-at", "4"], "--flip-at needs --then-rule"),
+        (["--rule", "max_words=2", "--then-wish", "x"], "they need --flip-at"),
+        (["--persona", "x"], "--user-url with --user-model"),
+        (["--persona", "x", "--user-url", "http://localhost:1/v1"], "needs --user-model"),
+        (["--rule", "max_words=2", "--set", "spin=1"], "field of OnlineSDPOConfig"),
+        (["--rule", "max_words=2", "--set", "num_generations=0"], "num_generations must"),
+    ],
+)
 def test_online_errors(options, message, prompts, saved, tmp_path, capsys):
     assert online(prompts, saved, tmp_path / "run", *options) == 1
     assert message in capsys.readouterr().err
@@ -123,17 +142,20 @@ ROW = '{"prompt": "First", "label": 1}\n'
 LISTS = [{"prompt": [{"role": "user", "content": "First"}]}, {"prompt": "Second"}]
 
 
-@pytest.mark.parametrize(("name", "data", "texts"), [
-    ("p.txt", "\ufeffFirst\r\n\r\nSecond\r\n".encode(), ["First", "Second"]),
-    ("p.txt", b'[sort] 3 1 2\n{x} as "set"?', ["[sort] 3 1 2", '{x} as "set"?']),
-    ("p.txt", b"[3, 1, 2]\nsort it", ["[3, 1, 2]", "sort it"]),
-    ("p.jsonl", ("\ufeff" + ROW).encode(), ["First"]),
-    ("p.txt", ROW.encode(), ["First"]),
-    ("prompts", ("\n" + ROW * 2).encode(), ["First", "First"]),
-    ("prompts", json.dumps(LISTS, indent=1).encode(), ["First", "Second"]),
-    ("p.json", json.dumps(LISTS).encode(), ["First", "Second"]),
-    ("p.jsonl.gz", gzip.compress(ROW.encode(), mtime=0), ["First"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "data", "texts"),
+    [
+        ("p.txt", "\ufeffFirst\r\n\r\nSecond\r\n".encode(), ["First", "Second"]),
+        ("p.txt", b'[sort] 3 1 2\n{x} as "set"?', ["[sort] 3 1 2", '{x} as "set"?']),
+        ("p.txt", b"[3, 1, 2]\nsort it", ["[3, 1, 2]", "sort it"]),
+        ("p.jsonl", ("\ufeff" + ROW).encode(), ["First"]),
+        ("p.txt", ROW.encode(), ["First"]),
+        ("prompts", ("\n" + ROW * 2).encode(), ["First", "First"]),
+        ("prompts", json.dumps(LISTS, indent=1).encode(), ["First", "Second"]),
+        ("p.json", json.dumps(LISTS).encode(), ["First", "Second"]),
+        ("p.jsonl.gz", gzip.compress(ROW.encode(), mtime=0), ["First"]),
+    ],
+)
 def test_files_of_prompts(tmp_path, name, data, texts):
     (tmp_path / name).write_bytes(data)
     prompts = PromptDataset.from_source(tmp_path / name, "prompts").prompts
@@ -149,20 +171,27 @@ def test_prompts_in_parquet_with_a_system_prompt(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["online", "eval"])
-@pytest.mark.parametrize(("name", "data", "said"), [
-    ("p.csv", b"prompt,label\nFirst,1\n", "must be lines of text"),
-    ("p.tsv", b"prompt\tlabel\nFirst\t1\n", "must be lines of text"),
-    ("p.yaml", b"- First\n", "got a name that ends in .yaml"),
-    ("p.parquet", b"PAR1\xff\xfe", "not a whole Parquet file"),
-    ("prompts", b"PAR1\xff\xfe", "must be UTF-8 text, got other bytes at 4"),
-    ("p.txt", "Caf\xe9".encode("latin-1"), "must be UTF-8 text, got other bytes at 3"),
-    ("p.txt", "First".encode("utf-16"), "must be UTF-8 text, got other bytes at 0"),
-    ("p.txt", "First".encode("utf-16-le"), "must be UTF-8 text, got a NUL character"),
-    ("prompts", b'{"question": "First"}\n', ":1: OnlineSDPOTrainer: prompt must have 'prompt'"),
-    ("prompts", b'[\n{"prompt": "First"},\n{"prompt": ', "element 1 (line 3): cut off"),
-    ("p.jsonl", b'{"prompt": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, '
-     b'{"role": "user", "content": "It said: sunny"}]}', ":1: OnlineSDPOTrainer: prompt: prompt[0]: must"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("p.csv", b"prompt,label\nFirst,1\n", "must be lines of text"),
+        ("p.tsv", b"prompt\tlabel\nFirst\t1\n", "must be lines of text"),
+        ("p.yaml", b"- First\n", "got a name that ends in .yaml"),
+        ("p.parquet", b"PAR1\xff\xfe", "not a whole Parquet file"),
+        ("prompts", b"PAR1\xff\xfe", "must be UTF-8 text, got other bytes at 4"),
+        ("p.txt", "Caf\xe9".encode("latin-1"), "must be UTF-8 text, got other bytes at 3"),
+        ("p.txt", "First".encode("utf-16"), "must be UTF-8 text, got other bytes at 0"),
+        ("p.txt", "First".encode("utf-16-le"), "must be UTF-8 text, got a NUL character"),
+        ("prompts", b'{"question": "First"}\n', ":1: OnlineSDPOTrainer: prompt must have 'prompt'"),
+        ("prompts", b'[\n{"prompt": "First"},\n{"prompt": ', "element 1 (line 3): cut off"),
+        (
+            "p.jsonl",
+            b'{"prompt": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, '
+            b'{"role": "user", "content": "It said: sunny"}]}',
+            ":1: OnlineSDPOTrainer: prompt: prompt[0]: must",
+        ),
+    ],
+)
 def test_files_that_are_no_prompts(command, name, data, said, prompts, tmp_path, capsys):
     (tmp_path / name).write_bytes(data)
     file, nosuch = str(tmp_path / name), "/no/such/model"
@@ -197,9 +226,7 @@ def test_a_person_stops_at_the_question(key, prompts, saved, tmp_path, monkeypat
     output = tmp_path / "run"
     assert online(prompts, saved, output, "--terminal", "--set", "save_strategy=no") == 130
     assert asked == ["follow-up (empty: none) > "] * 2  # neither for the rest of the step nor later
-    assert (
-        "stopped at step 1 of 2; the same command with --resume goes on" in capsys.readouterr().out
-    )
+    assert "stopped at step 1 of 2; the same command with --resume goes on" in capsys.readouterr().out
     assert followups(output) == ["w5", "w5", "", ""]
     assert (output / "checkpoint-1").is_dir()
 
@@ -227,8 +254,23 @@ def talk(monkeypatch, lines):
 
 
 def chat(saved, output, *more):
-    return main(["chat", "--model", saved, "-o", str(output), "--template", TEMPLATE, "--cpu",
-                 "--max-new-tokens", "6", "--learning-rate", "1e-2", *more])  # fmt: skip
+    return main(
+        [
+            "chat",
+            "--model",
+            saved,
+            "-o",
+            str(output),
+            "--template",
+            TEMPLATE,
+            "--cpu",
+            "--max-new-tokens",
+            "6",
+            "--learning-rate",
+            "1e-2",
+            *more,
+        ]
+    )
 
 
 def rows_of(output):
@@ -249,8 +291,10 @@ def test_chat_learns_saves_and_undoes(lora, saved, tmp_path, monkeypatch, capsys
     if lora != "0":
         pytest.importorskip("peft")
     output = tmp_path / "chat"
-    talk(monkeypatch, ["w1 w2", "/teach w3 w4", "/teach w5", "/undo", "w6", f"/save {tmp_path}/now",
-                       "/new", "w7", "/help", "/quit"])  # fmt: skip
+    talk(
+        monkeypatch,
+        ["w1 w2", "/teach w3 w4", "/teach w5", "/undo", "w6", f"/save {tmp_path}/now", "/new", "w7", "/help", "/quit"],
+    )
     assert chat(saved, output, "--lora", lora) == 0
     said = capsys.readouterr()
     assert said.out.count("model > ") == 5
@@ -273,9 +317,26 @@ def test_chat_learns_saves_and_undoes(lora, saved, tmp_path, monkeypatch, capsys
 def test_chat_learns_from_nothing_unless_told(saved, tmp_path, monkeypatch, capsys):
     """A next question, thanks, mistyped commands, a text that nobody can see."""
     output = tmp_path / "chat"
-    talk(monkeypatch, ["/teach", "/teach w1", "w1 w2", "w3", "\u200b", " \ufeff", "/teach \u2060", "/Undo",
-                       "/teech w4", "/learn", "/learn on", "/save", "/undo now", " /w5",
-                       "/exit"])  # fmt: skip
+    talk(
+        monkeypatch,
+        [
+            "/teach",
+            "/teach w1",
+            "w1 w2",
+            "w3",
+            "\u200b",
+            " \ufeff",
+            "/teach \u2060",
+            "/Undo",
+            "/teech w4",
+            "/learn",
+            "/learn on",
+            "/save",
+            "/undo now",
+            " /w5",
+            "/exit",
+        ],
+    )
     assert chat(saved, output, "--lora", "0") == 0
     said = capsys.readouterr()
     assert said.out.count("model > ") == 3  # w1 w2, w3 and /w5
@@ -290,9 +351,7 @@ def test_chat_learns_from_nothing_unless_told(saved, tmp_path, monkeypatch, caps
 
 def test_chat_learns_from_the_message_before(saved, tmp_path, monkeypatch, capsys):
     output = tmp_path / "chat"
-    talk(
-        monkeypatch, ["w1 w2", "w3", "/teach", "/teach", "/undo", "/teach", "w4", "/new", "/teach"]
-    )
+    talk(monkeypatch, ["w1 w2", "w3", "/teach", "/teach", "/undo", "/teach", "w4", "/new", "/teach"])
     assert chat(saved, output, "--lora", "0", "--system", "w9") == 0
     said = capsys.readouterr()
     assert said.out.count("model > ") == 3
@@ -365,9 +424,25 @@ def test_ctrl_c_cancels_an_answer_and_no_update(saved, tmp_path, monkeypatch, ca
 def test_a_paste_is_one_message(saved, tmp_path):
     """On a real terminal: marked by the terminal as a paste, or only as fast as one."""
     output = tmp_path / "chat"
-    command = [sys.executable, "-m", "fastsdpo", "chat", "--model", saved, "-o", str(output), "--cpu",
-               "--lora", "0", "--template", TEMPLATE, "--max-new-tokens", "6",
-               "--learn", "always"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "fastsdpo",
+        "chat",
+        "--model",
+        saved,
+        "-o",
+        str(output),
+        "--cpu",
+        "--lora",
+        "0",
+        "--template",
+        TEMPLATE,
+        "--max-new-tokens",
+        "6",
+        "--learn",
+        "always",
+    ]
     master, slave = os.openpty()
     environment = {**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -404,8 +479,15 @@ def test_a_paste_is_one_message(saved, tmp_path):
 def learner(lab, folder, **changes):
     from fastsdpo.online import OnlineSDPOConfig
 
-    settings = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "learning_rate": 1e-2,
-                "template": TEMPLATE, "max_new_tokens": 6, "save_total_limit": 3}  # fmt: skip
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": [],
+        "learning_rate": 1e-2,
+        "template": TEMPLATE,
+        "max_new_tokens": 6,
+        "save_total_limit": 3,
+    }
     return Learner(lab.model(), OnlineSDPOConfig(**{**settings, **changes}), lab.tokenizer())
 
 
@@ -465,9 +547,7 @@ def test_a_step_that_is_not_finite_changes_nothing(lab, tmp_path):
 
     def broken(*arguments):
         loss, statistics = run_pass(*arguments)
-        return loss * math.nan, statistics._replace(
-            sequence_loss=statistics.sequence_loss * math.nan
-        )
+        return loss * math.nan, statistics._replace(sequence_loss=statistics.sequence_loss * math.nan)
 
     one.trainer.run_pass = broken
     with pytest.raises(NonFiniteError, match="update 1"):
@@ -486,8 +566,9 @@ def adapter(saved, tmp_path):
     peft = pytest.importorskip("peft")
     base = AutoModelForCausalLM.from_pretrained(saved)
     torch.manual_seed(3)
-    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False,
-                             lora_alpha=1, task_type="CAUSAL_LM")  # fmt: skip
+    config = peft.LoraConfig(
+        r=4, target_modules="all-linear", init_lora_weights=False, lora_alpha=1, task_type="CAUSAL_LM"
+    )
     model = peft.get_peft_model(base, config)
     folders = str(tmp_path / "adapter"), str(tmp_path / "merged")
     model.save_pretrained(folders[0])
@@ -526,8 +607,18 @@ def test_chat_goes_on_with_an_adapter(adapter, tmp_path, monkeypatch, capsys):
 
 def test_online_goes_on_with_an_adapter(adapter, prompts, tmp_path):
     output = tmp_path / "run"
-    status = online(prompts, adapter[0], output, "--rule", "max_words=2", "--learning-rate", "1e-4",
-                    "--teacher", "frozen", "--quiet")  # fmt: skip
+    status = online(
+        prompts,
+        adapter[0],
+        output,
+        "--rule",
+        "max_words=2",
+        "--learning-rate",
+        "1e-4",
+        "--teacher",
+        "frozen",
+        "--quiet",
+    )
     assert status == 0
     assert 0 < distance(output / "model", adapter[0]) < 0.01
 
@@ -535,8 +626,26 @@ def test_online_goes_on_with_an_adapter(adapter, prompts, tmp_path):
 def test_eval_answers_with_the_adapter(adapter, prompts, saved, tmp_path):
     report = tmp_path / "win.json"
     for base, same in ((adapter[1], True), (saved, False)):
-        assert main(["eval", prompts, "--model", adapter[0], "--base", base, "--rule", "max_words=3",
-                     "--max-new-tokens", "6", "--quiet", "-o", str(report)]) == 0  # fmt: skip
+        assert (
+            main(
+                [
+                    "eval",
+                    prompts,
+                    "--model",
+                    adapter[0],
+                    "--base",
+                    base,
+                    "--rule",
+                    "max_words=3",
+                    "--max-new-tokens",
+                    "6",
+                    "--quiet",
+                    "-o",
+                    str(report),
+                ]
+            )
+            == 0
+        )
         answers = json.loads(report.read_text())["answers"]
         assert all(row["model"] == row["base"] for row in answers) is same
 
@@ -545,8 +654,25 @@ def test_signal_is_that_of_the_adapter(adapter, saved, tmp_path):
     found = []
     for number, model in enumerate((adapter[0], adapter[1], saved)):
         file = tmp_path / f"{number}.json"
-        assert main(["signal", "--model", model, "--prompt", "w1", "--completion", "w2 w3",
-                     "--followup", "w4", "--json", str(file), "--quiet"]) == 0  # fmt: skip
+        assert (
+            main(
+                [
+                    "signal",
+                    "--model",
+                    model,
+                    "--prompt",
+                    "w1",
+                    "--completion",
+                    "w2 w3",
+                    "--followup",
+                    "w4",
+                    "--json",
+                    str(file),
+                    "--quiet",
+                ]
+            )
+            == 0
+        )
         found.append(json.loads(file.read_text())["real"]["log_ratio"])
     assert found[0] == pytest.approx(found[1], abs=1e-4)
     assert found[0] != pytest.approx(found[2], abs=1e-2)
@@ -557,8 +683,22 @@ def test_signal_is_that_of_the_adapter(adapter, saved, tmp_path):
 
 def test_eval_by_rule(prompts, saved, tmp_path, capsys):
     report = tmp_path / "win.json"
-    status = main(["eval", prompts, "--model", saved, "--base", saved, "--rule", "max_words=3",
-                   "--max-new-tokens", "6", "-o", str(report)])  # fmt: skip
+    status = main(
+        [
+            "eval",
+            prompts,
+            "--model",
+            saved,
+            "--base",
+            saved,
+            "--rule",
+            "max_words=3",
+            "--max-new-tokens",
+            "6",
+            "-o",
+            str(report),
+        ]
+    )
     assert status == 0
     assert "win rate 50.0%" in capsys.readouterr().out  # against itself
     found = json.loads(report.read_text())
@@ -567,20 +707,39 @@ def test_eval_by_rule(prompts, saved, tmp_path, capsys):
 
 
 def test_eval_by_a_local_judge(prompts, saved, capsys):
-    status = main(["eval", prompts, "--model", saved, "--base", saved, "--judge-local", saved,
-                   "--max-new-tokens", "6", "--persona", "w1", "--limit", "3"])  # fmt: skip
+    status = main(
+        [
+            "eval",
+            prompts,
+            "--model",
+            saved,
+            "--base",
+            saved,
+            "--judge-local",
+            saved,
+            "--max-new-tokens",
+            "6",
+            "--persona",
+            "w1",
+            "--limit",
+            "3",
+        ]
+    )
     assert status == 0
     assert "3 left out" in capsys.readouterr().out  # this judge speaks in w's
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ([], "name either --rule, or a judge"),
-    (["--rule", "max_words=3", "--judge-local", "x"], "name either --rule, or a judge"),
-    (["--judge-url", "http://localhost:1/v1"], "--judge-url needs --judge-model"),
-    (["--rule", "max_words=3", "--limit", "0"], "--limit must be at least 1"),
-    (["--rule", "max_words=3", "--base", "/no/such/folder"], "no such file or folder"),
-    (["--rule", "max_words=3", "--model", "/nor/this"], "no such file or folder: /nor/this"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "name either --rule, or a judge"),
+        (["--rule", "max_words=3", "--judge-local", "x"], "name either --rule, or a judge"),
+        (["--judge-url", "http://localhost:1/v1"], "--judge-url needs --judge-model"),
+        (["--rule", "max_words=3", "--limit", "0"], "--limit must be at least 1"),
+        (["--rule", "max_words=3", "--base", "/no/such/folder"], "no such file or folder"),
+        (["--rule", "max_words=3", "--model", "/nor/this"], "no such file or folder: /nor/this"),
+    ],
+)
 def test_eval_errors(options, message, prompts, saved, capsys):
     given = [] if "--base" in options else ["--base", saved]
     assert main(["eval", prompts, "--model", saved, *given, *options]) == 1
@@ -618,10 +777,18 @@ def test_a_judge_is_asked_in_both_orders():
     assert compare_by_judge(judge_by(lambda _: None), prompts, answers, base) == [None, None]
 
 
-@pytest.mark.parametrize(("reply", "verdict"), [
-    ("A", "A"), ("B.", "B"), ("**C**", "C"), ("Answer B is better than A", "B"), ("Both", None),
-    ("", None), (None, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("A", "A"),
+        ("B.", "B"),
+        ("**C**", "C"),
+        ("Answer B is better than A", "B"),
+        ("Both", None),
+        ("", None),
+        (None, None),
+    ],
+)
 def test_read_verdict(reply, verdict):
     assert read_verdict(reply) == verdict
 

@@ -21,15 +21,27 @@ def options(folder, model, condition="short"):
         "held_out": ["w1 w2", "w3 w4"],
         "ordinary": [messages("w1 w2 w3", "w4 w5 w6 w7", "w8")],
         "brief": [messages("w1", "w2 w3")],
-    }  # fmt: skip
+    }
     folder.mkdir(exist_ok=True)
     data.write_text(json.dumps(rows))
-    recipe = {"template": " note {o}", "max_new_tokens": 6, "per_device_train_batch_size": 4, "lora": 2,
-              "learning_rate": 1e-2}  # fmt: skip
+    recipe = {
+        "template": " note {o}",
+        "max_new_tokens": 6,
+        "per_device_train_batch_size": 4,
+        "lora": 2,
+        "learning_rate": 1e-2,
+    }
     return argparse.Namespace(
-        output=str(folder), model=model, condition=condition, seed=1, recipe=json.dumps(recipe),
-        interactions=16, every=1, threads=1, data=str(data),
-    )  # fmt: skip
+        output=str(folder),
+        model=model,
+        condition=condition,
+        seed=1,
+        recipe=json.dumps(recipe),
+        interactions=16,
+        every=1,
+        threads=1,
+        data=str(data),
+    )
 
 
 def messages(*texts):
@@ -94,8 +106,7 @@ def test_perplexities_are_those_of_the_text(lab):
     with torch.no_grad():
         logps = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
     users, answers = logps[0:2], logps[4:7]
-    wanted = {"perplexity": torch.cat([users, answers]), "perplexity_users": users,
-              "perplexity_answers": answers}  # fmt: skip
+    wanted = {"perplexity": torch.cat([users, answers]), "perplexity_users": users, "perplexity_answers": answers}
     for name, values in wanted.items():
         assert found[name] == pytest.approx(math.exp(-values.mean()), rel=1e-4), name
 

@@ -36,8 +36,9 @@ def test_clipped_loss_and_gradient(center):
     ids = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
     counts = torch.tensor([False, True, True, True, True, True, True, False, True])
     leaf = logps.float().requires_grad_()
-    out = ppo_token_loss(leaf, teacher.float(), weights.float(), ids, counts, clip=0.2,
-                         old_logps=old.float(), center=center)  # fmt: skip
+    out = ppo_token_loss(
+        leaf, teacher.float(), weights.float(), ids, counts, clip=0.2, old_logps=old.float(), center=center
+    )
     out.loss.backward()
     exact = torch.zeros(9, dtype=torch.float64)
     loss = 0.0
@@ -61,19 +62,27 @@ def test_at_sampling_time_the_ratio_is_one():
     """Then the gradient is that of the sampled-token loss, -A grad log p."""
     logps = torch.tensor([-1.0, -2.0], requires_grad=True)
     teacher, weights = torch.tensor([-0.5, -4.0]), torch.tensor([0.5, 0.5])
-    ppo_token_loss(logps, teacher, weights, torch.zeros(2, dtype=torch.long),
-                   torch.ones(2, dtype=torch.bool), clip=0.2).loss.backward()  # fmt: skip
+    ppo_token_loss(
+        logps, teacher, weights, torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.bool), clip=0.2
+    ).loss.backward()
     torch.testing.assert_close(logps.grad, -weights * torch.tensor([0.5, -2.0]))
 
 
-@pytest.mark.parametrize("settings", [
-    {"mode": "full"},
-    {"mode": "sampled_token", "ppo_clip": 0.2, "center_advantages": True, "updates_per_batch": 2,
-     "num_generations": 2},
-    {"mode": "full", "is_clip": 2.0, "updates_per_batch": 3, "teacher": "ema", "reference_kl": 0.1},
-    {"mode": "full", "updates_per_batch": 2, "teacher": "frozen", "guidance": 2.0,
-     "neutral_followup": "w9"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "full"},
+        {
+            "mode": "sampled_token",
+            "ppo_clip": 0.2,
+            "center_advantages": True,
+            "updates_per_batch": 2,
+            "num_generations": 2,
+        },
+        {"mode": "full", "is_clip": 2.0, "updates_per_batch": 3, "teacher": "ema", "reference_kl": 0.1},
+        {"mode": "full", "updates_per_batch": 2, "teacher": "frozen", "guidance": 2.0, "neutral_followup": "w9"},
+    ],
+)
 def test_resumed_run_is_the_same_run(lab, settings, tmp_path):
     whole = lab.trainer(tmp_path / "whole", **settings)
     whole.train()
@@ -88,13 +97,16 @@ def test_resumed_run_is_the_same_run(lab, settings, tmp_path):
     assert logs[0].count("\n") == len(set(logs[0].splitlines())) > 0
 
 
-@pytest.mark.parametrize(("settings", "neutral"), [
-    ({"mode": "full", "guidance": 2.0}, "w9 w8"),
-    ({"mode": "full", "guidance": 1.0, "teacher": "frozen"}, "w9 w8"),
-    ({"mode": "full", "guidance": 2.5, "teacher": "frozen"}, None),
-    ({"mode": "full", "guidance": 2.0, "teacher": "ema", "reference_kl": 0.1}, "w9 w8"),
-    ({"mode": "sampled_token", "guidance": 2.0, "ppo_clip": 0.2}, "w9 w8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "neutral"),
+    [
+        ({"mode": "full", "guidance": 2.0}, "w9 w8"),
+        ({"mode": "full", "guidance": 1.0, "teacher": "frozen"}, "w9 w8"),
+        ({"mode": "full", "guidance": 2.5, "teacher": "frozen"}, None),
+        ({"mode": "full", "guidance": 2.0, "teacher": "ema", "reference_kl": 0.1}, "w9 w8"),
+        ({"mode": "sampled_token", "guidance": 2.0, "ppo_clip": 0.2}, "w9 w8"),
+    ],
+)
 def test_a_guided_teacher(lab, settings, neutral, tmp_path):
     """Loss, log-ratio and gradients against separate passes in float64: q ~ p_x (p_o / p_n)^g."""
     trainer = lab.trainer(tmp_path, neutral_followup=neutral, **settings)
@@ -137,9 +149,7 @@ def test_a_guided_teacher(lab, settings, neutral, tmp_path):
         terms = terms + kl * (student.exp() * (student - reference)).sum(-1)
         whole = whole + terms.mean() / len(items)
     whole.backward()
-    torch.testing.assert_close(
-        statistics.log_ratio.double(), torch.cat(ratios), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(statistics.log_ratio.double(), torch.cat(ratios), rtol=1e-4, atol=1e-5)
     if not clip:
         torch.testing.assert_close(loss.detach().double(), whole.detach(), rtol=1e-4, atol=1e-6)
     for (name, ours), exact in zip(trainer.model.named_parameters(), model.parameters()):
@@ -147,20 +157,21 @@ def test_a_guided_teacher(lab, settings, neutral, tmp_path):
         assert error < 1e-4, (name, error)
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"neutral_followup": " "}, "neutral_followup must have a text"),
-    ({"guidance": 0.0}, "guidance must be > 0"),
-    ({"guidance": 2.0, "teacher": "trust_region"}, "teacher must be live, ema or frozen with"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"neutral_followup": " "}, "neutral_followup must have a text"),
+        ({"guidance": 0.0}, "guidance must be > 0"),
+        ({"guidance": 2.0, "teacher": "trust_region"}, "teacher must be live, ema or frozen with"),
+    ],
+)
 def test_where_guidance_is_refused(lab, settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         lab.trainer(tmp_path, **settings)
 
 
 def test_guidance_needs_logits_without_a_softcap(lab, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "fastsdpo.trainer.trainer.head_parameters", lambda model: SimpleNamespace(softcap=30.0)
-    )
+    monkeypatch.setattr("fastsdpo.trainer.trainer.head_parameters", lambda model: SimpleNamespace(softcap=30.0))
     lab.trainer(tmp_path)
     with pytest.raises(NotImplementedError, match="softcap"):
         lab.trainer(tmp_path, guidance=2.0)
@@ -207,37 +218,46 @@ def test_degeneration_stops_the_run_with_a_checkpoint(lab, tmp_path):
     assert (tmp_path / "checkpoint-1").is_dir()
 
 
-@pytest.mark.parametrize(("text", "reason"), [
-    ("", "empty"), ("  ...!", "empty"), ("yes " * 6, "repetition"),
-    ("I like tea. " * 9, "repetition"),
-    ("Water it weekly, keep it in the sun, and pinch the tips so that it stays bushy.", None),
-    ("Yes.", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "empty"),
+        ("  ...!", "empty"),
+        ("yes " * 6, "repetition"),
+        ("I like tea. " * 9, "repetition"),
+        ("Water it weekly, keep it in the sun, and pinch the tips so that it stays bushy.", None),
+        ("Yes.", None),
+    ],
+)
 def test_degenerate(text, reason):
     assert degenerate(text) == reason
 
 
-@pytest.mark.parametrize(("rule", "good", "bad"), [
-    ("max_words=3", "one two three", "one two three four"),
-    ("min_words=2", "one two", "one"),
-    ("max_sentences=1", "It costs 3.50 euros.", "Yes. No."),
-    ("min_sentences=2", "Yes! No?", "Yes, no"),
-    ("forbid=cat|dog", "category", "A Dog."),
-    ("require=tea", "Tea, please", "coffee"),
-    ("starts_with=TL;DR:", "TL;DR: x", "x"),
-    ("regex=^\\d+$", "12", "x12"),
-    ("case=lower", "abc.", "Abc."),
-    ("format=json", '{"a": 1}', "{a}"),
-    ("format=list", "- a\n- b", "a"),
-    ("format=plain", "a b", "**a** b"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rule", "good", "bad"),
+    [
+        ("max_words=3", "one two three", "one two three four"),
+        ("min_words=2", "one two", "one"),
+        ("max_sentences=1", "It costs 3.50 euros.", "Yes. No."),
+        ("min_sentences=2", "Yes! No?", "Yes, no"),
+        ("forbid=cat|dog", "category", "A Dog."),
+        ("require=tea", "Tea, please", "coffee"),
+        ("starts_with=TL;DR:", "TL;DR: x", "x"),
+        ("regex=^\\d+$", "12", "x12"),
+        ("case=lower", "abc.", "Abc."),
+        ("format=json", '{"a": 1}', "{a}"),
+        ("format=list", "- a\n- b", "a"),
+        ("format=plain", "a b", "**a** b"),
+    ],
+)
 def test_rules(rule, good, bad):
     assert parse_rule(rule).holds(good)
     assert not parse_rule(rule).holds(bad)
 
 
-@pytest.mark.parametrize("rule", ["", "max_words", "max_words=x", "max_words=0", "size=3", "regex=(",
-                                  "case=odd", "format=xml", "forbid="])  # fmt: skip
+@pytest.mark.parametrize(
+    "rule", ["", "max_words", "max_words=x", "max_words=0", "size=3", "regex=(", "case=odd", "format=xml", "forbid="]
+)
 def test_rule_errors(rule):
     with pytest.raises(ValueError, match="rule"):
         parse_rule(rule)

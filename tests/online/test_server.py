@@ -13,9 +13,7 @@ pytest.importorskip("openai")
 
 
 def sample(server, prompts=((3, 4), (5,))):
-    return server.sample(
-        [list(p) for p in prompts], max_new_tokens=3, temperature=0.9, end_ids=[1, 7], seed=5
-    )
+    return server.sample([list(p) for p in prompts], max_new_tokens=3, temperature=0.9, end_ids=[1, 7], seed=5)
 
 
 def test_the_request_and_the_order_of_the_answers(vllm, tmp_path):
@@ -27,8 +25,17 @@ def test_the_request_and_the_order_of_the_answers(vllm, tmp_path):
     ((path, body),) = vllm.asked
     assert path == "/v1/completions"
     assert body["prompt"] == [[3, 4], [5]]
-    wanted = {"model": "base", "max_tokens": 3, "temperature": 0.9, "top_p": 1.0, "top_k": 0, "seed": 5,
-              "return_token_ids": True, "stop_token_ids": [1, 7], "logprobs": 0}  # fmt: skip
+    wanted = {
+        "model": "base",
+        "max_tokens": 3,
+        "temperature": 0.9,
+        "top_p": 1.0,
+        "top_k": 0,
+        "seed": 5,
+        "return_token_ids": True,
+        "stop_token_ids": [1, 7],
+        "logprobs": 0,
+    }
     assert {key: body[key] for key in wanted} == wanted
 
 
@@ -45,11 +52,14 @@ def test_tokens_after_the_end_are_cut(vllm, tmp_path):
     assert found[0].logps.tolist() == [-1.0, -2.0]
 
 
-@pytest.mark.parametrize(("spoil", "message"), [
-    (lambda choices: choices[:1], r"left out prompts \[1\]"),
-    (lambda choices: [{**c, "token_ids": None} for c in choices], "no token ids"),
-    (lambda choices: [{**c, "logprobs": None} for c in choices], "no token ids or log-prob"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda choices: choices[:1], r"left out prompts \[1\]"),
+        (lambda choices: [{**c, "token_ids": None} for c in choices], "no token ids"),
+        (lambda choices: [{**c, "logprobs": None} for c in choices], "no token ids or log-prob"),
+    ],
+)
 def test_answers_that_cannot_be_used(spoil, message, vllm, tmp_path):
     vllm.spoil = spoil
     with pytest.raises(RuntimeError, match=message):
@@ -71,15 +81,25 @@ def test_training_on_a_servers_answers_sends_it_the_adapter(lab, vllm, tmp_path)
     with pytest.raises(ValueError, match="needs an adapter"):
         lab.trainer(tmp_path, generation_url=vllm.url)
     trainer = lab.trainer(
-        tmp_path, generation_url=vllm.url, max_steps=3, mode="sampled_token", ppo_clip=0.2,
+        tmp_path,
+        generation_url=vllm.url,
+        max_steps=3,
+        mode="sampled_token",
+        ppo_clip=0.2,
         peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
-    )  # fmt: skip
+    )
     trainer.train()
     rows = [json.loads(line) for line in (tmp_path / "interactions.jsonl").read_text().splitlines()]
     assert len(rows) == 12
     paths = [path.rpartition("/")[2] for path, _ in vllm.asked]
-    assert paths == ["completions", "load_lora_adapter", "completions", "load_lora_adapter",
-                     "unload_lora_adapter", "completions"]  # fmt: skip
+    assert paths == [
+        "completions",
+        "load_lora_adapter",
+        "completions",
+        "load_lora_adapter",
+        "unload_lora_adapter",
+        "completions",
+    ]
     names = [body["model"] for path, body in vllm.asked if path.endswith("completions")]
     assert names == ["base", "sdpo-1", "sdpo-2"]
     loaded = vllm.asked[1][1]
@@ -89,9 +109,7 @@ def test_training_on_a_servers_answers_sends_it_the_adapter(lab, vllm, tmp_path)
 
 
 def test_the_importance_ratio_is_to_the_servers_log_probabilities(lab, vllm, tmp_path):
-    trainer = lab.trainer(
-        tmp_path, generation_url=vllm.url, generation_sync="none", max_steps=1, is_clip=2.0
-    )
+    trainer = lab.trainer(tmp_path, generation_url=vllm.url, generation_sync="none", max_steps=1, is_clip=2.0)
     batch = {"prompts": [(0, trainer.train_dataset.prompts[0])]}
     ((item,),) = ([i for i in b["interactions"]] for b in trainer.prepare_batches([batch]))
     options = trainer.pass_options([item])

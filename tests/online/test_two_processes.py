@@ -12,29 +12,40 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="torch without distributed"
-)
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
 # The same batch of 4 prompts, whatever the number of processes.
 RUNS = {
     "full": {},
-    "clipped": {"mode": "sampled_token", "ppo_clip": 0.2, "center_advantages": True,
-                "updates_per_batch": 2, "num_generations": 2},
-}  # fmt: skip
+    "clipped": {
+        "mode": "sampled_token",
+        "ppo_clip": 0.2,
+        "center_advantages": True,
+        "updates_per_batch": 2,
+        "num_generations": 2,
+    },
+}
 
 
 def start(folder, rank, world, port):
     runs = {name: {**run, "per_device_train_batch_size": 4 // world} for name, run in RUNS.items()}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if world > 1:
-        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+        environment |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
     worker = Path(__file__).parent / "two_processes_worker.py"
     return subprocess.Popen(
-        [sys.executable, str(worker), str(folder), json.dumps(runs)], env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [sys.executable, str(worker), str(folder), json.dumps(runs)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +79,14 @@ def test_weights_logs_and_files(name, folder, lab):
         for key in left:
             if "per_second" not in key and "runtime" not in key:
                 assert right[key] == pytest.approx(left[key], rel=1e-4, abs=1e-5), key
-    for file, text in (("interactions.jsonl", ("completion", "user_response")),
-                       ("eval_answers.jsonl", ("response", "satisfied"))):  # fmt: skip
+    for file, text in (
+        ("interactions.jsonl", ("completion", "user_response")),
+        ("eval_answers.jsonl", ("response", "satisfied")),
+    ):
         lines = [(folder / f"{name}-{world}" / file).read_text().splitlines() for world in (1, 2)]
         said = [
-            sorted(str([row["prompt"], row["step"], *(row[key] for key in text)])
-                   for row in map(json.loads, found))
+            sorted(str([row["prompt"], row["step"], *(row[key] for key in text)]) for row in map(json.loads, found))
             for found in lines
-        ]  # fmt: skip
+        ]
         assert said[0] == said[1]
         assert said[0]

@@ -31,10 +31,16 @@ def main(folder: str, runs: dict) -> None:
     for name, settings in runs.items():
         # So cold that every process draws the likeliest token: its seed then changes nothing.
         trainer = lab.make_trainer(
-            f"{folder}/{name}-{world}", user=RuleUser(["max_words=6"], wish="w3 w4", praise="w5"),
-            sampling_temperature=1e-4, optim="sgd", learning_rate=0.5, max_grad_norm=0.0, max_steps=2,
-            ddp_backend="gloo" if world > 1 else None, **settings,
-        )  # fmt: skip
+            f"{folder}/{name}-{world}",
+            user=RuleUser(["max_words=6"], wish="w3 w4", praise="w5"),
+            sampling_temperature=1e-4,
+            optim="sgd",
+            learning_rate=0.5,
+            max_grad_norm=0.0,
+            max_steps=2,
+            ddp_backend="gloo" if world > 1 else None,
+            **settings,
+        )
         trainer.train()
         evaluation = trainer.evaluate()
         assert trainer.args.world_size == world

@@ -49,15 +49,39 @@ CASES = [
     (lambda: loss(teacher=None), ValueError, "exactly one of teacher_logits, teacher_logps and teacher_topk"),
     (lambda: loss(teacher_logps=torch.ones(2, 3)), ValueError, "got teacher_logits and teacher_logps"),
     (lambda: loss(teacher=None, mode="full", teacher_logps=torch.ones(2, 3)), ValueError, "mode='sampled_token'"),
-    (lambda: loss(teacher=None, teacher_topk=(ids, ids.float())), ValueError, "teacher_topk must come with mode='topk'"),
+    (
+        lambda: loss(teacher=None, teacher_topk=(ids, ids.float())),
+        ValueError,
+        "teacher_topk must come with mode='topk'",
+    ),
     (lambda: loss(teacher=None, mode="topk", teacher_topk=(ids, ids.float())), ValueError, "distinct"),
-    (lambda: loss(teacher=None, mode="topk", teacher_topk=(ids[..., :1] + 7, ids[..., :1].float())), ValueError, "teacher_topk ids must lie in [0, V) = [0, 7), got 7"),
-    (lambda: loss(teacher=None, mode="topk", teacher_topk=(ids, ids[..., :1].float())), ValueError, "teacher_topk logps must have shape (2, 3, 2)"),
-    (lambda: loss(teacher=None, mode="topk", topk=3, teacher_topk=(ids, ids.float())), ValueError, "must equal teacher_topk's K = 2"),
-    (lambda: loss(y=Y + 7), ValueError, "sdpo_loss: target_ids must lie in [0, V) = [0, 7) or be ignore_index = -100, got 7"),
+    (
+        lambda: loss(teacher=None, mode="topk", teacher_topk=(ids[..., :1] + 7, ids[..., :1].float())),
+        ValueError,
+        "teacher_topk ids must lie in [0, V) = [0, 7), got 7",
+    ),
+    (
+        lambda: loss(teacher=None, mode="topk", teacher_topk=(ids, ids[..., :1].float())),
+        ValueError,
+        "teacher_topk logps must have shape (2, 3, 2)",
+    ),
+    (
+        lambda: loss(teacher=None, mode="topk", topk=3, teacher_topk=(ids, ids.float())),
+        ValueError,
+        "must equal teacher_topk's K = 2",
+    ),
+    (
+        lambda: loss(y=Y + 7),
+        ValueError,
+        "sdpo_loss: target_ids must lie in [0, V) = [0, 7) or be ignore_index = -100, got 7",
+    ),
     (lambda: loss(y=Y - 1), ValueError, "got -1 at flattened position 0"),
     (lambda: linear(y=Y + 7), ValueError, "linear_sdpo_loss: target_ids must lie in [0, V)"),
-    (lambda: linear(weight=W[:, :3]), ValueError, "linear_sdpo_loss: weight must have shape (V, D) with D = 4, got (7, 3)"),
+    (
+        lambda: linear(weight=W[:, :3]),
+        ValueError,
+        "linear_sdpo_loss: weight must have shape (V, D) with D = 4, got (7, 3)",
+    ),
     (lambda: linear(weight=W[:0].reshape(0)), ValueError, "partitioned by DeepSpeed ZeRO-3"),
     (lambda: linear(weight=W.long()), TypeError, "weight must be floating"),
     (lambda: linear(student=H.long()), TypeError, "student_hidden must be floating"),
@@ -69,7 +93,11 @@ CASES = [
     (lambda: linear(chunk_size=0), ValueError, "chunk_size must be a positive integer"),
     (lambda: linear(logit_scale=0.0), ValueError, "logit_scale must be > 0"),
     (lambda: linear(tile_dtype=torch.int8), ValueError, "tile_dtype must be None or torch.float32 on cpu"),
-    (lambda: fastsdpo.linear_token_logps(H, W, Y[:1]), ValueError, "linear_token_logps: target_ids must have shape (2, 3)"),
+    (
+        lambda: fastsdpo.linear_token_logps(H, W, Y[:1]),
+        ValueError,
+        "linear_token_logps: target_ids must have shape (2, 3)",
+    ),
     (lambda: fastsdpo.token_logps(Z, Y + 9), ValueError, "token_logps: target_ids must lie in"),
     (lambda: fastsdpo.token_logps(Z, Y, backend="cuda"), ValueError, "token_logps: backend must be one of"),
     (lambda: fastsdpo.token_logps(Z.double(), Y, backend="triton"), TypeError, "got float64"),
@@ -78,7 +106,7 @@ CASES = [
     (lambda: fastsdpo.token_mean_weights(Y, num_items=0), ValueError, "num_items must be > 0, got 0"),
     (lambda: fastsdpo.sequence_mean_weights(Y[0]), ValueError, "mask must have shape (B, L), got (3,)"),
     (lambda: fastsdpo.SDPOLoss(weights=Z), TypeError, "SDPOLoss: weights must be passed to forward"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("call", "error", "text"), CASES, ids=[c[2][:40] for c in CASES])

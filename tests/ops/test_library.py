@@ -10,11 +10,7 @@ from fastsdpo.ops import _operators, linear, linear_token_logps
 from fastsdpo.ops.head import Plan
 from fastsdpo.ops.rows import LossOptions, Tokens
 
-BACKENDS = [
-    name
-    for name in ("reference", "native", "triton")
-    if fastsdpo.available_backends()[name] == "available"
-]
+BACKENDS = [name for name in ("reference", "native", "triton") if fastsdpo.available_backends()[name] == "available"]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -130,9 +126,7 @@ def test_compiled_linear_equals_eager(backend, own):
     want, got = loss(), torch.compile(loss, fullgraph=True, backend="aot_eager")()
     assert torch.equal(got, want)
     leaves = (h, weight, bias)
-    for mine, expected in zip(
-        torch.autograd.grad(3 * got, leaves), torch.autograd.grad(3 * want, leaves)
-    ):
+    for mine, expected in zip(torch.autograd.grad(3 * got, leaves), torch.autograd.grad(3 * want, leaves)):
         torch.testing.assert_close(mine, expected)
 
 

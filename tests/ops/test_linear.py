@@ -8,11 +8,7 @@ import fastsdpo
 from fastsdpo.ops import _memory, head, linear, rows
 from fastsdpo.testing import oracle_sdpo_loss
 
-BACKENDS = [
-    name
-    for name in ("reference", "native", "triton")
-    if fastsdpo.available_backends()[name] == "available"
-]
+BACKENDS = [name for name in ("reference", "native", "triton") if fastsdpo.available_backends()[name] == "available"]
 LOSSES = [
     ("sampled_token", 1.0, None),
     ("full", 0.0, None),
@@ -44,8 +40,7 @@ class Case:
         z = logit_scale * (leaves[0] @ leaves[1].T + (leaves[2] if bias else 0.0))
         with torch.no_grad():
             z_teacher = logit_scale * (
-                self.teacher.double() @ self.weight.double().T
-                + (self.bias.double() if bias else 0.0)
+                self.teacher.double() @ self.weight.double().T + (self.bias.double() if bias else 0.0)
             )
         result = oracle_sdpo_loss(z, z_teacher, self.target_ids, weights=self.weights, **kwargs)
         z.backward(result.grad)
@@ -65,9 +60,17 @@ def test_equals_the_formula_for_any_chunk(backend, loss, chunk_size):
     expected, grads = case.oracle(True, 1.7, **kwargs)
     leaves = [t.clone().requires_grad_() for t in (case.student, case.weight, case.bias)]
     out = fastsdpo.linear_sdpo_loss(
-        leaves[0], case.teacher, leaves[1], case.target_ids, bias=leaves[2], logit_scale=1.7,
-        weights=case.weights, chunk_size=chunk_size, backend=backend, **kwargs,
-    )  # fmt: skip
+        leaves[0],
+        case.teacher,
+        leaves[1],
+        case.target_ids,
+        bias=leaves[2],
+        logit_scale=1.7,
+        weights=case.weights,
+        chunk_size=chunk_size,
+        backend=backend,
+        **kwargs,
+    )
     (3 * out.loss).backward()
     torch.testing.assert_close(out.loss.double(), expected.loss, rtol=1e-5, atol=1e-5)
     for field in ("per_token_loss", "student_logps", "teacher_logps"):
@@ -86,9 +89,15 @@ def test_near_teacher_gradients_in_bfloat16(backend, loss):
     _, grads = case.oracle(False, 1.0, **kwargs)
     leaves = [t.clone().requires_grad_() for t in (case.student, case.weight)]
     out = fastsdpo.linear_sdpo_loss(
-        leaves[0], case.teacher, leaves[1], case.target_ids, weights=case.weights, chunk_size=16,
-        backend=backend, **kwargs,
-    )  # fmt: skip
+        leaves[0],
+        case.teacher,
+        leaves[1],
+        case.target_ids,
+        weights=case.weights,
+        chunk_size=16,
+        backend=backend,
+        **kwargs,
+    )
     out.loss.backward()
     for leaf, want in zip(leaves, grads):
         assert leaf.grad.dtype == torch.bfloat16
@@ -102,9 +111,14 @@ def test_only_what_requires_a_gradient_gets_one(backend, frozen):
     tensors = {"hidden": case.student, "weight": case.weight, "bias": case.bias}
     leaves = {k: v.clone().requires_grad_(frozen not in (k, "all")) for k, v in tensors.items()}
     out = fastsdpo.linear_sdpo_loss(
-        leaves["hidden"], case.teacher.requires_grad_(), leaves["weight"], case.target_ids,
-        bias=leaves["bias"], mode="full", backend=backend,
-    )  # fmt: skip
+        leaves["hidden"],
+        case.teacher.requires_grad_(),
+        leaves["weight"],
+        case.target_ids,
+        bias=leaves["bias"],
+        mode="full",
+        backend=backend,
+    )
     assert out.loss.requires_grad == (frozen != "all")
     if frozen != "all":
         out.loss.backward()
@@ -121,9 +135,17 @@ def test_teacher_with_its_own_head(backend):
     z_teacher = teacher @ head.T + bias
     want = fastsdpo.sdpo_loss(z, z_teacher, case.target_ids, mode="full", alpha=0.5)
     got = fastsdpo.linear_sdpo_loss(
-        case.student, teacher, case.weight, case.target_ids, teacher_weight=head,
-        teacher_bias=bias, mode="full", alpha=0.5, chunk_size=5, backend=backend,
-    )  # fmt: skip
+        case.student,
+        teacher,
+        case.weight,
+        case.target_ids,
+        teacher_weight=head,
+        teacher_bias=bias,
+        mode="full",
+        alpha=0.5,
+        chunk_size=5,
+        backend=backend,
+    )
     torch.testing.assert_close(got.per_token_loss, want.per_token_loss, rtol=1e-4, atol=1e-5)
 
 
@@ -153,15 +175,21 @@ def test_token_logps(backend):
     case = Case()
     leaves = [t.double().clone().requires_grad_() for t in (case.student, case.weight, case.bias)]
     z = 0.5 * (leaves[0] @ leaves[1].T + leaves[2])
-    want, want_entropy = fastsdpo.token_logps(
-        z, case.target_ids, softcap=3.0, temperature=1.1, return_entropy=True
-    )
+    want, want_entropy = fastsdpo.token_logps(z, case.target_ids, softcap=3.0, temperature=1.1, return_entropy=True)
     (want * case.weights).sum().backward()
     mine = [t.clone().requires_grad_() for t in (case.student, case.weight, case.bias)]
     got, entropy = fastsdpo.linear_token_logps(
-        mine[0], mine[1], case.target_ids, bias=mine[2], logit_scale=0.5, softcap=3.0,
-        temperature=1.1, return_entropy=True, chunk_size=5, backend=backend,
-    )  # fmt: skip
+        mine[0],
+        mine[1],
+        case.target_ids,
+        bias=mine[2],
+        logit_scale=0.5,
+        softcap=3.0,
+        temperature=1.1,
+        return_entropy=True,
+        chunk_size=5,
+        backend=backend,
+    )
     (got * case.weights).sum().backward()
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy.double(), want_entropy, rtol=1e-5, atol=1e-5)
@@ -179,15 +207,11 @@ def test_token_logps(backend):
 def test_second_backward_and_second_derivative_raise(backend):
     case = Case()
     hidden = case.student.clone().requires_grad_()
-    out = fastsdpo.linear_sdpo_loss(
-        hidden, case.teacher, case.weight, case.target_ids, backend=backend
-    )
+    out = fastsdpo.linear_sdpo_loss(hidden, case.teacher, case.weight, case.target_ids, backend=backend)
     out.loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.loss.backward()
-    out = fastsdpo.linear_sdpo_loss(
-        hidden, case.teacher, case.weight, case.target_ids, backend=backend
-    )
+    out = fastsdpo.linear_sdpo_loss(hidden, case.teacher, case.weight, case.target_ids, backend=backend)
     (grad,) = torch.autograd.grad(out.loss, hidden, create_graph=True)
     with pytest.raises(ValueError, match="second derivative"):
         grad.sum().backward()
@@ -201,9 +225,16 @@ def test_compiles_as_one_graph(backend, loss):
 
     def step(hidden, weight):
         return fastsdpo.linear_sdpo_loss(
-            hidden, case.teacher, weight, case.target_ids, mode=mode, alpha=alpha, topk=topk,
-            chunk_size=4, backend=backend,
-        ).loss  # fmt: skip
+            hidden,
+            case.teacher,
+            weight,
+            case.target_ids,
+            mode=mode,
+            alpha=alpha,
+            topk=topk,
+            chunk_size=4,
+            backend=backend,
+        ).loss
 
     results = []
     for f in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
@@ -255,15 +286,8 @@ class Watch(TorchDispatchMode):
             self.gemms += 1
         out = func(*args, **(kwargs or {}))
         made = out if isinstance(out, (tuple, list)) else [out]
-        if (
-            "empty" in name
-            or "zeros" in name
-            or "cat" in name
-            or name in ("aten::mm", "aten::_to_copy")
-        ):
-            self.largest = max(
-                [self.largest, *(t.numel() for t in made if isinstance(t, torch.Tensor))]
-            )
+        if "empty" in name or "zeros" in name or "cat" in name or name in ("aten::mm", "aten::_to_copy"):
+            self.largest = max([self.largest, *(t.numel() for t in made if isinstance(t, torch.Tensor))])
         return out
 
 
@@ -280,9 +304,7 @@ class MetaKernels:
         return logits.new_empty(logits.shape[1], k)
 
 
-def meta_call(
-    loss, monkeypatch, *, tokens=8192, dim=4096, vocabulary=151936, chunk, needs, own=False
-):
+def meta_call(loss, monkeypatch, *, tokens=8192, dim=4096, vocabulary=151936, chunk, needs, own=False):
     monkeypatch.setattr(rows, "implementation", lambda backend: MetaKernels)
     monkeypatch.setattr(linear, "check_values", lambda *args: None)
     mode, alpha, topk = loss
@@ -374,9 +396,15 @@ def test_float16_gradients_do_not_underflow(chunk, monkeypatch):
     monkeypatch.setattr(linear, "choose_dtypes", lambda *_: (torch.float16, torch.float32))
     leaves = [case.student.clone().requires_grad_(), case.weight.clone().requires_grad_()]
     out = fastsdpo.linear_sdpo_loss(
-        leaves[0], case.teacher, leaves[1], case.target_ids, weights=case.weights, mode="full",
-        backend="reference", chunk_size=chunk,
-    )  # fmt: skip
+        leaves[0],
+        case.teacher,
+        leaves[1],
+        case.target_ids,
+        weights=case.weights,
+        mode="full",
+        backend="reference",
+        chunk_size=chunk,
+    )
     (out.loss * 2**16).backward()  # the caller's loss scale, as GradScaler applies it
     for leaf, want in zip(leaves, grads):
         assert relative(leaf.grad, want * 2**16) < 5e-3
@@ -389,9 +417,15 @@ def kept_bytes():
 def full_step(case, **kwargs):
     leaves = [case.student.clone().requires_grad_(), case.weight.clone().requires_grad_()]
     out = fastsdpo.linear_sdpo_loss(
-        leaves[0], case.teacher, leaves[1], case.target_ids, weights=case.weights, mode="full",
-        backend="reference", **kwargs,
-    )  # fmt: skip
+        leaves[0],
+        case.teacher,
+        leaves[1],
+        case.target_ids,
+        weights=case.weights,
+        mode="full",
+        backend="reference",
+        **kwargs,
+    )
     out.loss.backward()
     return out.loss.detach(), *(leaf.grad for leaf in leaves)
 
@@ -435,9 +469,7 @@ def test_kept_memory_outlives_inference_mode(no_tiles):
     _memory.release_tiles()
     for _ in range(2):
         with torch.inference_mode():
-            fastsdpo.linear_sdpo_loss(
-                case.student, case.teacher, case.weight, case.target_ids, backend="reference"
-            )
+            fastsdpo.linear_sdpo_loss(case.student, case.teacher, case.weight, case.target_ids, backend="reference")
         assert len(kept_bytes()) == 1
         for got, expected in zip(full_step(case), want):
             assert torch.equal(got, expected)

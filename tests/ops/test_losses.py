@@ -8,11 +8,7 @@ import torch
 import fastsdpo
 from fastsdpo.testing import assert_gradient_close, make_rows, oracle_sdpo_loss
 
-BACKENDS = [
-    name
-    for name in ("reference", "native", "triton")
-    if fastsdpo.available_backends()[name] == "available"
-]
+BACKENDS = [name for name in ("reference", "native", "triton") if fastsdpo.available_backends()[name] == "available"]
 LOSSES = [
     ("sampled_token", 1.0, None, True),
     ("full", 0.0, None, True),
@@ -46,26 +42,24 @@ def backend(request):
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
-)
-@pytest.mark.parametrize(
-    ("temperature", "softcap"), [(1.0, None), (0.7, 4.0)], ids=["plain", "temp-cap"]
-)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.7, 4.0)], ids=["plain", "temp-cap"])
 def test_loss_and_gradient_equal_the_formula(backend, loss, dtype, temperature, softcap):
     if backend != "reference" and dtype == torch.float64:
         pytest.skip("the kernels compute float16, bfloat16 and float32")
     rows = make_rows((3, 4), 129, dtype=dtype)
     kwargs = dict(
-        **options(loss), weights=rows.weights, temperature=temperature, softcap=softcap,
-        old_logps=torch.full((3, 4), -4.0), is_clip=2.0,
-    )  # fmt: skip
+        **options(loss),
+        weights=rows.weights,
+        temperature=temperature,
+        softcap=softcap,
+        old_logps=torch.full((3, 4), -4.0),
+        is_clip=2.0,
+    )
     if loss[0] == "topk":  # a tie in half precision makes the support ambiguous: fix it
         kwargs |= {"topk": 5}
         ids = rows.student.topk(5, -1).indices
-        expected = oracle_sdpo_loss(
-            rows.student, rows.teacher, rows.target_ids, topk_ids=ids, **kwargs
-        )
+        expected = oracle_sdpo_loss(rows.student, rows.teacher, rows.target_ids, topk_ids=ids, **kwargs)
     else:
         expected = oracle_sdpo_loss(rows.student, rows.teacher, rows.target_ids, **kwargs)
     out, grad = run(rows, backend, **kwargs)
@@ -112,9 +106,7 @@ def test_a_slice_gives_the_same(backend, loss):
     teacher[:, 1:, 4:] = rows.teacher
     plain, grad = run(rows, backend, **options(loss))
     leaf = full.requires_grad_()
-    out = fastsdpo.sdpo_loss(
-        leaf[:, :-1, :33], teacher[:, 1:, 4:], rows.target_ids, backend=backend, **options(loss)
-    )
+    out = fastsdpo.sdpo_loss(leaf[:, :-1, :33], teacher[:, 1:, 4:], rows.target_ids, backend=backend, **options(loss))
     out.loss.backward()
     # The Triton kernels may add up rows at another place of a 16-byte piece in another order.
     exact = {"rtol": 0, "atol": 0} if backend != "triton" else {"rtol": 1e-5, "atol": 1e-6}
@@ -198,9 +190,7 @@ def test_huge_logits(backend, loss, magnitude):
     if loss[0] == "topk":
         rows.student += torch.arange(60) * 2.0**-7 if magnitude < 1e5 else 0.0
     ids = rows.student.topk(5, -1).indices if loss[0] == "topk" else None
-    expected = oracle_sdpo_loss(
-        rows.student, rows.teacher, rows.target_ids, topk_ids=ids, **options(loss)
-    )
+    expected = oracle_sdpo_loss(rows.student, rows.teacher, rows.target_ids, topk_ids=ids, **options(loss))
     out, grad = run(rows, backend, **options(loss))
     torch.testing.assert_close(out.loss.double(), expected.loss, rtol=1e-5, atol=1e-6)
     assert_gradient_close(grad, expected.grad)
@@ -229,11 +219,7 @@ def test_rows_beyond_two_to_the_31_elements(backend, loss):
     plain, expected = run(rows, backend, **options(loss))
     stride = 2**31 + 8  # rows at the same place of a 16-byte piece: the same bits
     memory = torch.UntypedStorage(2 * (stride + 64))
-    far = (
-        torch.empty(0, dtype=torch.float16)
-        .set_(memory, 0, (2, 64), (stride, 1))
-        .copy_(rows.student)
-    )
+    far = torch.empty(0, dtype=torch.float16).set_(memory, 0, (2, 64), (stride, 1)).copy_(rows.student)
     leaf = far.requires_grad_()
     logits = leaf.view_as(leaf)
     out = fastsdpo.sdpo_loss(
@@ -249,9 +235,7 @@ def test_inplace_gradient_of_an_expanded_tensor_is_allocated(backend):
     row = torch.randn(1, 12)
     y = torch.tensor([1, 2, 3])
     leaf = row.clone().requires_grad_()
-    out = fastsdpo.sdpo_loss(
-        leaf.expand(3, 12), torch.randn(3, 12), y, inplace_grad=True, backend=backend
-    )
+    out = fastsdpo.sdpo_loss(leaf.expand(3, 12), torch.randn(3, 12), y, inplace_grad=True, backend=backend)
     out.loss.backward()
     assert torch.equal(leaf.detach(), row)
     assert leaf.grad.abs().sum() > 0
@@ -294,9 +278,12 @@ def test_no_grad_and_autocast(backend, loss):
     want, _ = run(rows, backend, **options(loss))
     with torch.no_grad():
         out = fastsdpo.sdpo_loss(
-            rows.student.requires_grad_(), rows.teacher, rows.target_ids, backend=backend,
+            rows.student.requires_grad_(),
+            rows.teacher,
+            rows.target_ids,
+            backend=backend,
             **options(loss),
-        )  # fmt: skip
+        )
     assert not out.loss.requires_grad
     with torch.autocast("cpu", torch.bfloat16):
         cast, _ = run(rows, backend, student=rows.student.detach(), **options(loss))
@@ -313,9 +300,13 @@ def test_compiles_as_one_graph(backend, loss):
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(z):
         return fastsdpo.sdpo_loss(
-            z[:, :-1], rows.teacher, rows.target_ids, inplace_grad=True, backend=backend,
+            z[:, :-1],
+            rows.teacher,
+            rows.target_ids,
+            inplace_grad=True,
+            backend=backend,
             **options(loss),
-        ).loss  # fmt: skip
+        ).loss
 
     z = torch.cat([rows.student, torch.zeros(2, 1, 20)], 1).requires_grad_()
     value = compiled(z)
@@ -329,9 +320,13 @@ def test_teacher_from_logps_and_topk(backend):
     with_logits, grad = run(rows, backend, weights=rows.weights)
     leaf = rows.student.clone().requires_grad_()
     out = fastsdpo.sdpo_loss(
-        leaf, None, rows.target_ids, teacher_logps=with_logits.teacher_logps, weights=rows.weights,
+        leaf,
+        None,
+        rows.target_ids,
+        teacher_logps=with_logits.teacher_logps,
+        weights=rows.weights,
         backend=backend,
-    )  # fmt: skip
+    )
     out.loss.backward()
     torch.testing.assert_close(leaf.grad, grad)
 
@@ -340,13 +335,9 @@ def test_teacher_from_logps_and_topk(backend):
     for alpha in (0.0, 0.4, 1.0):
         for tail in (True, False):
             kwargs = dict(mode="topk", alpha=alpha, add_tail=tail, weights=rows.weights)
-            expected = oracle_sdpo_loss(
-                rows.student, rows.teacher, rows.target_ids, topk_ids=ids, **kwargs
-            )
+            expected = oracle_sdpo_loss(rows.student, rows.teacher, rows.target_ids, topk_ids=ids, **kwargs)
             leaf = rows.student.clone().requires_grad_()
-            out = fastsdpo.sdpo_loss(
-                leaf, None, rows.target_ids, teacher_topk=(ids, logps), backend=backend, **kwargs
-            )
+            out = fastsdpo.sdpo_loss(leaf, None, rows.target_ids, teacher_topk=(ids, logps), backend=backend, **kwargs)
             out.loss.backward()
             torch.testing.assert_close(out.loss.double(), expected.loss, rtol=1e-4, atol=1e-5)
             assert_gradient_close(leaf.grad, expected.grad, floor=2e-5)
@@ -358,9 +349,7 @@ def test_rounded_teacher_topk_that_sums_to_one_stays_finite(backend):
     ids = torch.tensor([[0, 1]])
     logps = torch.tensor([[0.5, 0.5]]).log()  # no mass left for the tail
     student = torch.randn(1, 6)
-    out = fastsdpo.sdpo_loss(
-        student, None, torch.tensor([0]), mode="topk", teacher_topk=(ids, logps), backend=backend
-    )
+    out = fastsdpo.sdpo_loss(student, None, torch.tensor([0]), mode="topk", teacher_topk=(ids, logps), backend=backend)
     assert math.isfinite(out.loss.item())
 
 
@@ -376,19 +365,27 @@ def test_support_of_the_whole_vocabulary_is_the_full_divergence(backend):
 def test_swapping_the_policies_maps_alpha_to_one_minus_alpha(backend):
     rows = make_rows((5,), 33)
     for alpha in (0.0, 0.2, 0.5, 1.0):
-        a = fastsdpo.sdpo_loss(
-            rows.student, rows.teacher, rows.target_ids, mode="full", alpha=alpha, backend=backend
-        )
+        a = fastsdpo.sdpo_loss(rows.student, rows.teacher, rows.target_ids, mode="full", alpha=alpha, backend=backend)
         b = fastsdpo.sdpo_loss(
-            rows.teacher, rows.student, rows.target_ids, mode="full", alpha=1 - alpha,
+            rows.teacher,
+            rows.student,
+            rows.target_ids,
+            mode="full",
+            alpha=1 - alpha,
             backend=backend,
-        )  # fmt: skip
+        )
         torch.testing.assert_close(a.per_token_loss, b.per_token_loss, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("rate", "sampled", "full"), [
-    (0.1, 0.1092, -0.1266), (0.3, 0.1114, -0.1477), (0.5, 0.0, 0.0), (0.9, -0.1092, 0.1266),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rate", "sampled", "full"),
+    [
+        (0.1, 0.1092, -0.1266),
+        (0.3, 0.1114, -0.1477),
+        (0.5, 0.0, 0.0),
+        (0.9, -0.1092, 0.1266),
+    ],
+)
 def test_sampled_token_and_full_divergence_are_two_objectives(backend, rate, sampled, full):
     """Two answers a, a follow-up o with P(o = a | a) = 0.9, and the teacher's P(a | o) by Bayes' rule.
 
@@ -404,9 +401,14 @@ def test_sampled_token_and_full_divergence_are_two_objectives(backend, rate, sam
     def ascent(mode, probabilities):
         student = prior.log().repeat(4, 1).requires_grad_()
         fastsdpo.sdpo_loss(
-            student, posterior.T[follow_ups].log(), answers, mode=mode, alpha=1.0,
-            weights=probabilities[answers, follow_ups], backend=backend,
-        ).loss.backward()  # fmt: skip
+            student,
+            posterior.T[follow_ups].log(),
+            answers,
+            mode=mode,
+            alpha=1.0,
+            weights=probabilities[answers, follow_ups],
+            backend=backend,
+        ).loss.backward()
         return -float(student.grad[:, 1].sum())
 
     independent = prior[:, None] * joint.sum(0)

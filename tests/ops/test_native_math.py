@@ -32,9 +32,7 @@ def evaluate(function: int, x: Tensor) -> Tensor:
 def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
     y = torch.empty(x.shape, dtype=dtype)
     codes = _native.DTYPES
-    status = _native.library().fastsdpo_convert(
-        x.data_ptr(), codes[x.dtype], y.data_ptr(), codes[dtype], x.numel()
-    )
+    status = _native.library().fastsdpo_convert(x.data_ptr(), codes[x.dtype], y.data_ptr(), codes[dtype], x.numel())
     assert status == 0
     return y
 

@@ -57,9 +57,15 @@ def plain_gradient(student, teacher, ids, weights, loss, temperature, softcap):
     """Plain PyTorch in float32, rounded to the logits' dtype: the yardstick of the error budget."""
     leaf = student.detach().float().requires_grad_()
     out = fastsdpo.sdpo_loss(
-        leaf, teacher.float(), ids, weights=weights, temperature=temperature, softcap=softcap,
-        backend="reference", **loss,
-    )  # fmt: skip
+        leaf,
+        teacher.float(),
+        ids,
+        weights=weights,
+        temperature=temperature,
+        softcap=softcap,
+        backend="reference",
+        **loss,
+    )
     return torch.autograd.grad(out.loss, leaf)[0].to(student.dtype)
 
 
@@ -73,18 +79,14 @@ def check_loss(case, loss, temperature=1.0, softcap=None, **options):
     student = case.student.clone().requires_grad_()
     common = {"weights": case.weights, "temperature": temperature, "softcap": softcap, **loss}
     expected = oracle_sdpo_loss(case.student, case.teacher, case.target_ids, **common)
-    out = fastsdpo.sdpo_loss(
-        student, case.teacher, case.target_ids, backend="native", **common, **options
-    )
+    out = fastsdpo.sdpo_loss(student, case.teacher, case.target_ids, backend="native", **common, **options)
     (grad,) = torch.autograd.grad(out.loss, student)
     torch.testing.assert_close(out.loss.double(), expected.loss, rtol=1e-5, atol=2e-5)
     for name in ("per_token_loss", "student_logps", "teacher_logps"):
         torch.testing.assert_close(
             getattr(out, name).double(), getattr(expected, name), rtol=1e-5, atol=2e-5, msg=name
         )
-    plain = plain_gradient(
-        case.student, case.teacher, case.target_ids, case.weights, loss, temperature, softcap
-    )
+    plain = plain_gradient(case.student, case.teacher, case.target_ids, case.weights, loss, temperature, softcap)
     assert_gradient_close(grad, expected.grad, plain, floor=2e-6)
 
 
@@ -112,22 +114,23 @@ def test_sliced_rows_in_place(loss, isa):
     view = whole[:, :-1, :1003]
     leaf = view.detach().requires_grad_()
     out = fastsdpo.sdpo_loss(
-        leaf, case.teacher, case.target_ids, weights=case.weights, backend="native",
-        inplace_grad=True, **loss,
-    )  # fmt: skip
-    (grad,) = torch.autograd.grad(out.loss, leaf)
-    expected = oracle_sdpo_loss(
-        case.student, case.teacher, case.target_ids, weights=case.weights, **loss
+        leaf,
+        case.teacher,
+        case.target_ids,
+        weights=case.weights,
+        backend="native",
+        inplace_grad=True,
+        **loss,
     )
+    (grad,) = torch.autograd.grad(out.loss, leaf)
+    expected = oracle_sdpo_loss(case.student, case.teacher, case.target_ids, weights=case.weights, **loss)
     assert grad.data_ptr() == whole.data_ptr()
     assert_gradient_close(grad, expected.grad)
     assert (whole[:, -1] == 7).all()
     assert (whole[:, :, 1003:] == 7).all()
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher", "grad"), list(itertools.product(DTYPES, DTYPES, DTYPES))
-)
+@pytest.mark.parametrize(("student", "teacher", "grad"), list(itertools.product(DTYPES, DTYPES, DTYPES)))
 def test_mixed_dtypes(student, teacher, grad):
     """A float32 tile of the student may take a bfloat16 teacher and give a float16 gradient."""
     case = make_rows((1, 4), 1500, ignored=0)
@@ -137,9 +140,7 @@ def test_mixed_dtypes(student, teacher, grad):
     out = torch.full((1, 4, 1500), math.nan, dtype=grad)
     options = LossOptions(mode="full", alpha=0.3)
     results = kernels.forward(s, t, Tokens(ids, weights), options, out)
-    torch.testing.assert_close(
-        results[0].double(), expected.per_token_loss.flatten(), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(results[0].double(), expected.per_token_loss.flatten(), rtol=1e-5, atol=1e-6)
     assert_gradient_close(out, expected.grad)
 
 
@@ -182,9 +183,7 @@ def test_topk_support(vocabulary, dtype, isa):
             assert (ids.diff(dim=-1) > 0).all()
             assert torch.equal(ids[1], torch.arange(k))
             flat, live = logits.reshape(6, -1).float(), targets == 0
-            order = torch.where(flat.isnan(), math.inf, flat).sort(
-                dim=-1, descending=True, stable=True
-            )
+            order = torch.where(flat.isnan(), math.inf, flat).sort(dim=-1, descending=True, stable=True)
             if not (flat.isnan() | flat.isposinf()).any():
                 assert torch.equal(ids[live], order.indices[live, :k].sort(-1).values)
             got = flat.gather(1, ids).sort(-1, descending=True).values
@@ -206,9 +205,7 @@ BITWISE = ["sampled", "forward_kl", "reverse_kl", "jsd", "topk_jsd"]
 @pytest.mark.parametrize("name", BITWISE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fused_is_bitwise_forward_and_backward(name, dtype, isa):
-    *forward, grad, a, b, c, d, fused_grad = all_results(
-        make_rows((2, 4), 33000, dtype=dtype), name
-    )
+    *forward, grad, a, b, c, d, fused_grad = all_results(make_rows((2, 4), 33000, dtype=dtype), name)
     for one, other in zip(forward[:4], (a, b, c, d)):
         assert torch.equal(one, other)
     assert torch.equal(grad, fused_grad)
@@ -218,9 +215,7 @@ def check_fused(case, name):
     """Loss and gradient of one call: against float64, and the same bits as forward and backward."""
     options = {**LOSSES.get(name, {}), "weights": case.weights, "temperature": 0.9}
     old = torch.full_like(case.weights, -6.0)
-    expected = oracle_sdpo_loss(
-        case.student, case.teacher, case.target_ids, old_logps=old, is_clip=2.0, **options
-    )
+    expected = oracle_sdpo_loss(case.student, case.teacher, case.target_ids, old_logps=old, is_clip=2.0, **options)
     *forward, grad, a, b, c, d, fused_grad = all_results(case, name)
     for one, other in zip(forward[:4], (a, b, c, d)):
         assert torch.equal(one, other)
@@ -228,9 +223,14 @@ def check_fused(case, name):
     torch.testing.assert_close(a.double(), expected.per_token_loss.flatten(), rtol=1e-5, atol=2e-5)
     leaf = case.student.float().requires_grad_()
     out = fastsdpo.sdpo_loss(
-        leaf, case.teacher.float(), case.target_ids, old_logps=old, is_clip=2.0,
-        backend="reference", **options,
-    )  # fmt: skip
+        leaf,
+        case.teacher.float(),
+        case.target_ids,
+        old_logps=old,
+        is_clip=2.0,
+        backend="reference",
+        **options,
+    )
     plain = torch.autograd.grad(out.loss, leaf)[0].to(case.student.dtype)
     assert_gradient_close(fused_grad, expected.grad, plain, floor=2e-6)
 
@@ -298,9 +298,11 @@ def test_bitwise_for_any_thread_count_and_batch(name, threads):
     for count in (1, 4):
         threads(count)
         part = type(case)(
-            case.student[:, order], case.teacher[:, order], case.target_ids[:, order],
+            case.student[:, order],
+            case.teacher[:, order],
+            case.target_ids[:, order],
             case.weights[:, order],
-        )  # fmt: skip
+        )
         for one, whole in zip(all_results(part, name), expected):
             rows = whole.reshape(6, -1)[order]
             assert torch.equal(one.reshape(3, -1), rows), f"rows {order}, {count} threads"
@@ -339,9 +341,7 @@ def test_infinite_divergence_is_inf(isa):
     teacher[0, 1, 7] = -math.inf  # KL(p || q) in row 1
     ids, weights = torch.zeros(2, dtype=torch.long), torch.ones(2)
     forward, reverse, jsd = (
-        kernels.forward(
-            student, teacher, Tokens(ids, weights), LossOptions(mode="full", alpha=alpha)
-        ).per_token
+        kernels.forward(student, teacher, Tokens(ids, weights), LossOptions(mode="full", alpha=alpha)).per_token
         for alpha in (0.0, 1.0, 0.5)
     )
     assert forward[0] == math.inf
@@ -390,9 +390,11 @@ def test_nan_in_a_row_that_counts(name, column, isa):
 def test_no_rows(name, shape):
     case = make_rows((1, 1), 50)
     empty = type(case)(
-        case.student.new_empty(*shape, 50), case.teacher.new_empty(*shape, 50),
-        torch.empty(shape, dtype=torch.long), torch.empty(shape),
-    )  # fmt: skip
+        case.student.new_empty(*shape, 50),
+        case.teacher.new_empty(*shape, 50),
+        torch.empty(shape, dtype=torch.long),
+        torch.empty(shape),
+    )
     for tensor in all_results(empty, name):
         assert tensor.numel() == 0
 
@@ -427,23 +429,27 @@ def test_given_teacher_statistics(isa):
     log_q = torch.log_softmax(case.teacher.double(), -1)
     whole = fastsdpo.sdpo_loss(case.student, case.teacher, case.target_ids, backend="native")
     given = fastsdpo.sdpo_loss(
-        case.student, None, case.target_ids, backend="native",
+        case.student,
+        None,
+        case.target_ids,
+        backend="native",
         teacher_logps=log_q.gather(1, case.target_ids[:, None])[:, 0].float(),
-    )  # fmt: skip
+    )
     torch.testing.assert_close(given.per_token_loss, whole.per_token_loss, rtol=1e-5, atol=1e-5)
 
     logps, ids = log_q.topk(10, -1)
-    expected = oracle_sdpo_loss(
-        case.student, case.teacher, case.target_ids, mode="topk", topk_ids=ids, alpha=0.5
-    )
+    expected = oracle_sdpo_loss(case.student, case.teacher, case.target_ids, mode="topk", topk_ids=ids, alpha=0.5)
     student = case.student.clone().requires_grad_()
     out = fastsdpo.sdpo_loss(
-        student, None, case.target_ids, mode="topk", teacher_topk=(ids, logps.float()), alpha=0.5,
+        student,
+        None,
+        case.target_ids,
+        mode="topk",
+        teacher_topk=(ids, logps.float()),
+        alpha=0.5,
         backend="native",
-    )  # fmt: skip
-    torch.testing.assert_close(
-        out.per_token_loss.double(), expected.per_token_loss, rtol=1e-4, atol=1e-5
     )
+    torch.testing.assert_close(out.per_token_loss.double(), expected.per_token_loss, rtol=1e-4, atol=1e-5)
     (grad,) = torch.autograd.grad(out.loss, student)
     assert_gradient_close(grad, expected.grad, floor=1e-5)
     in_support = (ids == case.target_ids[:, None]).any(-1)
@@ -459,9 +465,7 @@ def test_small_tail_mass_is_summed(isa):
     expected = oracle_sdpo_loss(student, teacher, ids, **options)
     out = fastsdpo.sdpo_loss(student, teacher, ids, backend="native", **options)
     assert expected.per_token_loss.item() < 1e-8
-    torch.testing.assert_close(
-        out.per_token_loss.double(), expected.per_token_loss, rtol=1e-3, atol=0
-    )
+    torch.testing.assert_close(out.per_token_loss.double(), expected.per_token_loss, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

@@ -48,9 +48,7 @@ class Emulator:
         self.output, self.status, self.borrowed, self.next_map = b"", None, set(), MAPPED
         image = program.read_bytes()
         entry, headers, sections = struct.unpack_from("<QQQ", image, 24)
-        header_size, header_count, section_size, section_count = struct.unpack_from(
-            "<HHHH", image, 54
-        )
+        header_size, header_count, section_size, section_count = struct.unpack_from("<HHHH", image, 54)
         top = address_of_headers = 0
         for i in range(header_count):
             kind, _, offset, address, _, in_file, in_memory, _ = struct.unpack_from(
@@ -164,17 +162,27 @@ class Library:
 
 
 def build(program: Path, main: Path) -> None:
-    sources = [
-        KERNELS / f"{name}.cpp"
-        for name in ("token_logps", "divergence", "topk", "math", "dispatch")
-    ]
+    sources = [KERNELS / f"{name}.cpp" for name in ("token_logps", "divergence", "topk", "math", "dispatch")]
     # CMakeLists.txt's options; without OpenMP everything is one thread.
     options = [
-        "-target", "aarch64-linux-musl", "-static", "-std=c++17", "-O3", "-fno-math-errno",
-        "-fno-trapping-math", "-ffp-contract=fast", "-fno-exceptions", "-fno-sanitize=undefined",
-        "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{KERNELS}",
-        "-DFASTSDPO_ISA=native", '-DFASTSDPO_ISA_NAME="aarch64"',
-    ]  # fmt: skip
+        "-target",
+        "aarch64-linux-musl",
+        "-static",
+        "-std=c++17",
+        "-O3",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ffp-contract=fast",
+        "-fno-exceptions",
+        "-fno-sanitize=undefined",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        f"-I{KERNELS}",
+        "-DFASTSDPO_ISA=native",
+        '-DFASTSDPO_ISA_NAME="aarch64"',
+    ]
     command = [sys.executable, "-m", "ziglang", "c++", *options, "-o", program, *sources, main]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -206,9 +214,7 @@ def test_the_driver_passes(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("temperature", "softcap"), [(1.0, None), (0.7, 4.0)], ids=["plain", "temp-cap"]
-)
+@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.7, 4.0)], ids=["plain", "temp-cap"])
 @pytest.mark.parametrize(
     "loss",
     [
@@ -226,9 +232,7 @@ def test_losses_and_gradients_equal_the_formula(neon, loss, dtype, temperature, 
         support = {}
         if loss["mode"] == "topk":
             support["topk_ids"] = rows.student.topk(5, -1).indices
-        expected = oracle_sdpo_loss(
-            rows.student, rows.teacher, rows.target_ids, **kwargs, **support
-        )
+        expected = oracle_sdpo_loss(rows.student, rows.teacher, rows.target_ids, **kwargs, **support)
         grads = {}
         for backend in ("reference", "native"):
             leaf = rows.student.detach().clone().requires_grad_()
@@ -236,8 +240,6 @@ def test_losses_and_gradients_equal_the_formula(neon, loss, dtype, temperature, 
             out.loss.backward()
             grads[backend] = leaf.grad
         torch.testing.assert_close(out.loss.double(), expected.loss, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(
-            out.per_token_loss.double(), expected.per_token_loss, rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(out.per_token_loss.double(), expected.per_token_loss, rtol=1e-5, atol=1e-5)
         # Vectors of four floats round in another order than those of eight and sixteen: twice the floor.
         assert_gradient_close(grads["native"], expected.grad, grads["reference"], floor=8e-6)

@@ -8,11 +8,7 @@ import torch
 import fastsdpo
 from fastsdpo.testing import assert_gradient_close, effective_logits, make_rows
 
-BACKENDS = [
-    name
-    for name in ("reference", "native", "triton")
-    if fastsdpo.available_backends()[name] == "available"
-]
+BACKENDS = [name for name in ("reference", "native", "triton") if fastsdpo.available_backends()[name] == "available"]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -20,9 +16,7 @@ def backend(request):
     return request.param
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_values_entropy_and_gradient(backend, dtype, softcap):
     if backend != "reference" and dtype == torch.float64:
@@ -37,9 +31,13 @@ def test_values_entropy_and_gradient(backend, dtype, softcap):
 
     leaf = rows.student.clone().requires_grad_()
     logps, entropy = fastsdpo.token_logps(
-        leaf, rows.target_ids, temperature=0.8, softcap=softcap, return_entropy=True,
+        leaf,
+        rows.target_ids,
+        temperature=0.8,
+        softcap=softcap,
+        return_entropy=True,
         backend=backend,
-    )  # fmt: skip
+    )
     (logps * upstream).sum().backward()
     tight = 1e-12 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(logps.double(), want, rtol=tight, atol=tight)
@@ -59,9 +57,7 @@ def test_upstream_gradients_are_per_token(backend):
         assert not leaf.grad[[i for i in range(3) if i != token]].any()
         grads.append(leaf.grad)
     leaf = rows.student.clone().requires_grad_()
-    (
-        fastsdpo.token_logps(leaf, rows.target_ids, backend=backend) * torch.arange(1, 4)
-    ).sum().backward()
+    (fastsdpo.token_logps(leaf, rows.target_ids, backend=backend) * torch.arange(1, 4)).sum().backward()
     torch.testing.assert_close(leaf.grad, grads[0] + 2 * grads[1] + 3 * grads[2])
 
 
@@ -94,15 +90,11 @@ def test_single_row_and_many_axes(backend):
 def test_uniform_masked_and_certain_rows(backend):
     row = torch.full((1, 8), -math.inf)
     row[0, 3] = 2.0
-    logps, entropy = fastsdpo.token_logps(
-        row, torch.tensor([3]), return_entropy=True, backend=backend
-    )
+    logps, entropy = fastsdpo.token_logps(row, torch.tensor([3]), return_entropy=True, backend=backend)
     assert logps.item() == 0
     assert entropy.item() == 0
     assert fastsdpo.token_logps(row, torch.tensor([2]), backend=backend).item() == -math.inf
-    logps, entropy = fastsdpo.token_logps(
-        torch.zeros(1, 8), torch.tensor([0]), return_entropy=True, backend=backend
-    )
+    logps, entropy = fastsdpo.token_logps(torch.zeros(1, 8), torch.tensor([0]), return_entropy=True, backend=backend)
     assert logps.item() == pytest.approx(-math.log(8), rel=1e-6)
     assert entropy.item() == pytest.approx(math.log(8), rel=1e-6)
     nan = torch.zeros(1, 8)

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
-)
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 KERNELS = (
     "statistics_kernel",
     "jsd_kernel",
@@ -41,9 +39,7 @@ def test_values_never_compile_another_variant(name):
     from fastsdpo.ops import _triton_kernels
 
     kernel = getattr(_triton_kernels, name)
-    binder = create_function_from_signature(
-        kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
-    )
+    binder = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
     tensor = torch.zeros(64)
 
     def key(integer, real):
@@ -51,9 +47,8 @@ def test_values_never_compile_another_variant(name):
         for p in kernel.params:
             real_number = p.name in ("k", "cap", "inv_temperature", "alpha", "is_clip")
             given[p.name] = (
-                1 if p.is_constexpr else tensor if p.name.endswith("_ptr")
-                else real if real_number else integer
-            )  # fmt: skip
+                1 if p.is_constexpr else tensor if p.name.endswith("_ptr") else real if real_number else integer
+            )
         return binder(**given)[1]
 
     # 1 and multiples of 16 are what Triton makes variants of; a temperature of 1, alpha of 0 and 1.

@@ -21,9 +21,7 @@ from fastsdpo.testing import (
     oracle_sdpo_loss,
 )
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
-)
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 LOSSES = {
     "sampled": {},
@@ -68,16 +66,16 @@ DRAWN = dict(
     seed=st.integers(0, 1000),
 )
 drawn = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True,
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+)
 
 
 @drawn
 @given(**DRAWN)
-def test_drawn_values(
-    loss, vocabulary, rows, spread, temperature, softcap, masked, shift, dtype, seed
-):
+def test_drawn_values(loss, vocabulary, rows, spread, temperature, softcap, masked, shift, dtype, seed):
     case = make_rows((rows,), vocabulary, spread=spread, seed=seed, dtype=dtype)
     if masked:
         case.student[:, 1::3] = case.teacher[:, 1::3] = -math.inf
@@ -103,9 +101,7 @@ def test_drawn_values(
     size = 1.0
     if not loss:
         keep = case.target_ids >= 0
-        weights, s, t = (
-            x.double()[keep] for x in (case.weights, want.student_logps, want.teacher_logps)
-        )
+        weights, s, t = (x.double()[keep] for x in (case.weights, want.student_logps, want.teacher_logps))
         largest = torch.maximum(s.abs(), t.abs()).clamp(min=1.0)
         slack += EPSILON * float((weights * largest * s.abs()).sum())
         size = float(largest.max()) if keep.any() else 1.0
@@ -116,9 +112,7 @@ def test_drawn_values(
 
 @drawn
 @given(**DRAWN)
-def test_drawn_token_statistics(
-    vocabulary, rows, spread, temperature, softcap, masked, shift, dtype, seed
-):
+def test_drawn_token_statistics(vocabulary, rows, spread, temperature, softcap, masked, shift, dtype, seed):
     case = make_rows((rows,), vocabulary, spread=spread, seed=seed, dtype=dtype)
     if masked:
         case.student[:, 1::3] = -math.inf
@@ -129,18 +123,24 @@ def test_drawn_token_statistics(
     entropy = -(log_probs.exp() * log_probs.masked_fill(log_probs == -math.inf, 0.0)).sum(-1) * keep
     student = case.student if shift is None else placed(case.student, shift)
     logps, found = fastsdpo.token_logps(
-        student, case.target_ids, temperature=temperature, softcap=softcap, return_entropy=True,
+        student,
+        case.target_ids,
+        temperature=temperature,
+        softcap=softcap,
+        return_entropy=True,
         backend="triton",
-    )  # fmt: skip
+    )
     torch.testing.assert_close(logps.double(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.double(), entropy, rtol=1e-5, atol=1e-5)
     ratio = fastsdpo.token_log_ratio(
-        student, case.teacher, case.target_ids, temperature=temperature, softcap=softcap,
+        student,
+        case.teacher,
+        case.target_ids,
+        temperature=temperature,
+        softcap=softcap,
         backend="triton",
-    )  # fmt: skip
-    plain = fastsdpo.token_logps(
-        student, case.target_ids, temperature=temperature, softcap=softcap, backend="triton"
     )
+    plain = fastsdpo.token_logps(student, case.target_ids, temperature=temperature, softcap=softcap, backend="triton")
     assert torch.equal(ratio.student_logps, plain)
 
 
@@ -155,9 +155,7 @@ def test_real_vocabularies(loss, vocabulary, dtype):
     ids = {"topk_ids": case.student.topk(3, -1).indices} if "topk" in loss else {}
     want = oracle_sdpo_loss(case.student, case.teacher, case.target_ids, **loss, **ids)
     out, grad = run(case.student, placed(case.teacher, 1), case.target_ids, **loss)
-    torch.testing.assert_close(
-        out.per_token_loss.double(), want.per_token_loss, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(out.per_token_loss.double(), want.per_token_loss, rtol=1e-5, atol=1e-5)
     _, plain = run(case.student, case.teacher, case.target_ids, "reference", **loss)
     assert_gradient_close(grad, want.grad, plain)
 
@@ -227,9 +225,7 @@ def test_logits_far_above_all_others(loss, largest, temperature):
     want = oracle_sdpo_loss(case.student, case.teacher, case.target_ids, **options, **ids)
     out, grad = run(case.student, case.teacher, case.target_ids, **options)
     torch.testing.assert_close(out.student_logps, torch.tensor([math.log(0.5)]))
-    torch.testing.assert_close(
-        out.per_token_loss.double(), want.per_token_loss, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(out.per_token_loss.double(), want.per_token_loss, rtol=1e-5, atol=1e-5)
     if want.grad.isfinite().all():
         assert_gradient_close(grad, want.grad)
 
@@ -241,8 +237,7 @@ def test_masks_that_are_finite(loss, lowest):
     case.target_ids[:] = 4
     case.student[:, 2000:] = case.teacher[:, 2000:] = lowest
     out, grad = run(case.student, case.teacher, case.target_ids, **loss)
-    alone, alone_grad = run(case.student[:, :2000].clone(), case.teacher[:, :2000].clone(),
-                            case.target_ids, **loss)  # fmt: skip
+    alone, alone_grad = run(case.student[:, :2000].clone(), case.teacher[:, :2000].clone(), case.target_ids, **loss)
     torch.testing.assert_close(out.per_token_loss, alone.per_token_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(grad[:, :2000], alone_grad, rtol=1e-4, atol=1e-7)
     assert not grad[:, 2000:].any()
@@ -294,9 +289,7 @@ def test_gradients_of_unlikely_targets_and_softcaps_are_as_exact_as_plain_pytorc
     whole = softcap or loss.get("alpha") in (0.0, 1.0)
     parts = [slice(None)] if whole else range(24)
     for part in parts:
-        assert_gradient_close(
-            grad[part], want.grad[part], plain[part], floor=EPSILON, absolute=EPSILON * size
-        )
+        assert_gradient_close(grad[part], want.grad[part], plain[part], floor=EPSILON, absolute=EPSILON * size)
 
 
 def approximate(function):
@@ -317,9 +310,7 @@ def approximate(function):
 def test_exponentials_that_are_as_exact_as_those_of_a_gpu(loss, spread, monkeypatch):
     """PTX documents 2^-22 for ex2.approx, and for lg2.approx near 1: no kernel makes much more of it."""
     builder = interpreter.InterpreterBuilder
-    monkeypatch.setattr(
-        builder, "create_exp2", approximate(lambda x, error: np.exp2(x) * (1 + error))
-    )
+    monkeypatch.setattr(builder, "create_exp2", approximate(lambda x, error: np.exp2(x) * (1 + error)))
     monkeypatch.setattr(builder, "create_log2", approximate(lambda x, error: np.log2(x) + error))
     case = make_rows((24,), 300, spread=spread, ignored=0, seed=1)
     options = {**loss, "temperature": 0.5, "weights": torch.ones(24)}
@@ -395,12 +386,14 @@ def test_rows_do_not_depend_on_their_number_or_order(loss):
     out, grad = run(case.student, case.teacher, case.target_ids, weights=w, **loss)
     order = torch.tensor([2, 0, 3, 1])
     moved, moved_grad = run(
-        case.student[order].clone(), case.teacher[order].clone(), case.target_ids[order],
-        weights=w, **loss,
-    )  # fmt: skip
+        case.student[order].clone(),
+        case.teacher[order].clone(),
+        case.target_ids[order],
+        weights=w,
+        **loss,
+    )
     # 333 is odd: rows start at other places of a 16-byte piece, so the comparison is of one place.
-    one, one_grad = run(case.student[:1], case.teacher[:1], case.target_ids[:1],
-                        weights=w[:1], **loss)  # fmt: skip
+    one, one_grad = run(case.student[:1], case.teacher[:1], case.target_ids[:1], weights=w[:1], **loss)
     assert torch.equal(one.per_token_loss[0], out.per_token_loss[0])
     assert torch.equal(one_grad[0], grad[0])
     torch.testing.assert_close(moved.per_token_loss, out.per_token_loss[order])
@@ -412,9 +405,7 @@ def test_aligned_rows_are_bitwise_the_same_in_any_order(loss):
     w = torch.full((4,), 0.25)
     out, grad = run(case.student, case.teacher, case.target_ids, weights=w, **loss)
     order = torch.tensor([2, 0, 3, 1])
-    moved, moved_grad = run(
-        case.student[order], case.teacher[order], case.target_ids[order], weights=w, **loss
-    )
+    moved, moved_grad = run(case.student[order], case.teacher[order], case.target_ids[order], weights=w, **loss)
     assert torch.equal(moved.per_token_loss, out.per_token_loss[order])
     assert torch.equal(moved_grad, grad[order])
 
@@ -426,9 +417,7 @@ def test_same_values_as_trl_and_liger(alpha):
     case = make_rows((3,), 257, ignored=0)
     ours, grad = run(case.student, case.teacher, case.target_ids, mode="full", alpha=alpha)
     leaf = case.student.clone().requires_grad_()
-    theirs = losses.compute_full_logit_self_distillation_loss(
-        leaf, case.teacher, distillation_alpha=alpha
-    )
+    theirs = losses.compute_full_logit_self_distillation_loss(leaf, case.teacher, distillation_alpha=alpha)
     theirs.mean().backward()
     torch.testing.assert_close(ours.per_token_loss, theirs.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grad, leaf.grad, rtol=1e-4, atol=1e-6)
@@ -437,13 +426,15 @@ def test_same_values_as_trl_and_liger(alpha):
     )
     torch.testing.assert_close(ours.loss, value, rtol=1e-4, atol=1e-5)
     for k, tail in ((5, True), (5, False)):
-        ours, grad = run(case.student, case.teacher, case.target_ids, mode="topk", alpha=alpha, topk=k,
-                         add_tail=tail)  # fmt: skip
+        ours, grad = run(case.student, case.teacher, case.target_ids, mode="topk", alpha=alpha, topk=k, add_tail=tail)
         leaf = case.student.clone().requires_grad_()
         theirs = losses.compute_topk_self_distillation_loss(
-            leaf, case.teacher, distillation_topk=k, distillation_alpha=alpha,
+            leaf,
+            case.teacher,
+            distillation_topk=k,
+            distillation_alpha=alpha,
             distillation_add_tail=tail,
-        )  # fmt: skip
+        )
         theirs.mean().backward()
         torch.testing.assert_close(ours.per_token_loss, theirs.detach(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(grad, leaf.grad, rtol=1e-4, atol=1e-6)

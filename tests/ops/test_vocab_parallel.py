@@ -40,9 +40,20 @@ def case(dtype=torch.float64):
 
 def call(hidden, teacher, weight, bias, y, loss, **kwargs):
     return fastsdpo.linear_sdpo_loss(
-        hidden, teacher, weight, y, bias=bias, logit_scale=0.8, softcap=6.0, temperature=0.9,
-        old_logps=torch.full((9,), -3.0), is_clip=1.5, chunk_size=4, **loss, **kwargs,
-    )  # fmt: skip
+        hidden,
+        teacher,
+        weight,
+        y,
+        bias=bias,
+        logit_scale=0.8,
+        softcap=6.0,
+        temperature=0.9,
+        old_logps=torch.full((9,), -3.0),
+        is_clip=1.5,
+        chunk_size=4,
+        **loss,
+        **kwargs,
+    )
 
 
 def worker(rank, port, results):
@@ -69,9 +80,7 @@ def worker(rank, port, results):
             fields = [*(f.detach() for f in got), *(leaf.grad for leaf in leaves)]
             out[backend, index] = fields
     try:
-        fastsdpo.linear_sdpo_loss(
-            hidden, teacher, weight[shard], y + 24, vocab_group=dist.group.WORLD
-        )
+        fastsdpo.linear_sdpo_loss(hidden, teacher, weight[shard], y + 24, vocab_group=dist.group.WORLD)
     except ValueError as error:
         out["error"] = str(error)
     results[rank] = out
@@ -92,9 +101,7 @@ def found():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("index", range(len(LOSSES)), ids=[str(loss) for loss in LOSSES])
 def test_equals_one_process(found, index, backend):
-    hidden, teacher, weight, bias, y = (
-        t.double() if t.is_floating_point() else t for t in case(BACKENDS[backend])
-    )
+    hidden, teacher, weight, bias, y = (t.double() if t.is_floating_point() else t for t in case(BACKENDS[backend]))
     leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
     want = call(leaves[0], teacher, leaves[1], leaves[2], y, LOSSES[index])
     (2 * want.loss).backward()

@@ -87,9 +87,7 @@ def tiny_config(name):
     if name == "granite":
         return transformers.GraniteConfig(**shape, logits_scaling=4.0, attention_multiplier=0.2)
     if name == "cohere":
-        return transformers.CohereConfig(
-            **shape, logit_scale=0.25, bos_token_id=BOS, eos_token_id=END
-        )
+        return transformers.CohereConfig(**shape, logit_scale=0.25, bos_token_id=BOS, eos_token_id=END)
     if name == "gpt2":
         return transformers.GPT2Config(
             vocab_size=VOCABULARY,

@@ -90,8 +90,7 @@ def test_half_precision_gradients_are_summed_in_float32(dtype):
     from types import SimpleNamespace
 
     items = [
-        SimpleNamespace(prompt_ids=[1] * 8, teacher_prompt_ids=[1] * 8, completion_ids=[10 + n, 3])
-        for n in range(200)
+        SimpleNamespace(prompt_ids=[1] * 8, teacher_prompt_ids=[1] * 8, completion_ids=[10 + n, 3]) for n in range(200)
     ]
     plan = build_plan(items)
     q, k, v = (t.detach().to(dtype).requires_grad_() for t in tensors(plan, 0))
@@ -211,9 +210,7 @@ def test_memory_is_linear_in_tokens():
 
     history = list(range(3000))
     items = [
-        SimpleNamespace(
-            prompt_ids=history[:n], teacher_prompt_ids=[*history[:n], -1], completion_ids=[-2] * 40
-        )
+        SimpleNamespace(prompt_ids=history[:n], teacher_prompt_ids=[*history[:n], -1], completion_ids=[-2] * 40)
         for n in (1000, 2000, 3000)
     ]
     plan = build_plan(items)

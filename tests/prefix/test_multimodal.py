@@ -21,9 +21,7 @@ SHAPE = dict(
     max_position_embeddings=512,
 )
 SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-VISION = dict(
-    hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=14
-)
+VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=14)
 
 
 def gemma3():

@@ -115,9 +115,7 @@ def test_one_sided_plans(items, sharing):
     teacher = build_plan(items, sharing=sharing, students=False)
     found = prefixes_of_packed_tokens(teacher)
     assert len(teacher.student_rows) == 0 and teacher.student_tokens == 0
-    distinct = {
-        (trie, ids[: n + 1]) for trie, _, ids in sequences(items, sharing) for n in range(len(ids))
-    }
+    distinct = {(trie, ids[: n + 1]) for trie, _, ids in sequences(items, sharing) for n in range(len(ids))}
     assert teacher.tokens == len(distinct)
     first = [len(i.completion_ids) for i in items]
     at = 0
@@ -215,16 +213,12 @@ def test_packs_hold_everything_once_within_the_budget(groups, sharing, budget, o
     items = [item for group in groups for item in group]
     starts = [sum(len(g) for g in groups[:k]) for k in range(len(groups))]
     conversations = [list(range(a, a + len(g))) for a, g in zip(starts, groups)]
-    packs = pack_conversations(
-        items, conversations, max_tokens=budget, sharing=sharing, open_packs=open_packs
-    )
+    packs = pack_conversations(items, conversations, max_tokens=budget, sharing=sharing, open_packs=open_packs)
     assert sorted(index for pack in packs for index in pack) == list(range(len(items)))
     for pack in packs:
         counts = count_tokens([items[i] for i in pack], sharing=sharing)
         assert counts.student + counts.teacher <= budget or len(pack) == 1
-    again = pack_conversations(
-        items, conversations, max_tokens=budget, sharing=sharing, open_packs=open_packs
-    )
+    again = pack_conversations(items, conversations, max_tokens=budget, sharing=sharing, open_packs=open_packs)
     assert packs == again
 
 

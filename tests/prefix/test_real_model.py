@@ -117,9 +117,7 @@ def test_an_adapter_on_real_conversations(lab, smollm2):
         generator = torch.Generator().manual_seed(0)
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:  # it starts as zero, and then A has no gradient
-                parameter.data = torch.randn(
-                    parameter.shape, generator=generator, dtype=parameter.dtype
-                ).mul_(0.02)
+                parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype).mul_(0.02)
         for items in conversations:
             compare_gradients(lab, adapted, items, head_parameters, BOUNDS[model.dtype][1])
     finally:
@@ -157,7 +155,9 @@ def test_float32_gradients_are_as_near_to_the_truth_as_those_of_independent_pass
             max(float((found[n].double() - g).norm() / g.norm()) for n, g in wanted.items())
             for found in (shared, independent)
         ]
-        print(f"from float64, all parameters: shared {error(shared):.1e}, independent "
-              f"{error(independent):.1e}; the worst one: {worst[0]:.1e}, {worst[1]:.1e}")  # fmt: skip
+        print(
+            f"from float64, all parameters: shared {error(shared):.1e}, independent "
+            f"{error(independent):.1e}; the worst one: {worst[0]:.1e}, {worst[1]:.1e}"
+        )
         assert error(shared) < max(1.5 * error(independent), 1e-5)
         assert worst[0] < max(2 * worst[1], 1e-5)

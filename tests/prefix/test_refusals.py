@@ -32,9 +32,7 @@ def build(config):
     return transformers.AutoModelForCausalLM.from_config(config).train()
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "qwen3", "gemma3", "mistral", "qwen3_moe", "gpt2", "granite", "cohere"]
-)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "mistral", "qwen3_moe", "gpt2", "granite", "cohere"])
 def test_supported_models_pass_the_checks(lab, name):
     model = lab.tiny_model(name, torch.float32)
     assert check_sharing(model) == (True, "")
@@ -85,9 +83,7 @@ def test_attention_softcap(lab):
 
 def test_attention_sinks(lab):
     shape = SHAPE | {"num_hidden_layers": 1}
-    config = transformers.GptOssConfig(
-        **shape, head_dim=8, num_local_experts=4, layer_types=["full_attention"]
-    )
+    config = transformers.GptOssConfig(**shape, head_dim=8, num_local_experts=4, layer_types=["full_attention"])
     refused(lab, build(config), "attention s_aux")
 
 
@@ -178,8 +174,7 @@ def test_dynamic_rotary_embeddings_forget_the_pass_before(lab):
     states = shared_forward(model, items, sharing="off")
     head = head_parameters(model)
     for hidden, teacher in ((states.student_hidden, False), (states.teacher_hidden, True)):
-        alone = [lab.independent_logps(lab.tiny_model("llama", **shape), [i], teacher=teacher)
-                 for i in items]  # fmt: skip
+        alone = [lab.independent_logps(lab.tiny_model("llama", **shape), [i], teacher=teacher) for i in items]
         found = lab.hidden_logps(hidden, states.target_ids, head)
         assert (found - torch.cat(alone)).abs().max() < 1e-5
 
@@ -226,9 +221,7 @@ def adapter(name):
         return peft.CPTConfig("CAUSAL_LM", cpt_token_ids=four, cpt_tokens_type_mask=four)
     if name == "POLY":
         return peft.PolyConfig(target_modules=["q_proj"], r=4)
-    return peft.LoraConfig(
-        task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6]
-    )
+    return peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
 
 
 @pytest.mark.parametrize(
@@ -252,9 +245,7 @@ def test_adapters_above_the_decoder(lab, name, words):
         with pytest.raises(NotImplementedError, match=words):
             shared_forward(adapted, lab.conversation(1), sharing=sharing)
     with pytest.raises(NotImplementedError, match=words):
-        shared_forward(
-            lab.tiny_model("llama"), lab.conversation(1), teacher_model=adapted, sharing="off"
-        )
+        shared_forward(lab.tiny_model("llama"), lab.conversation(1), teacher_model=adapted, sharing="off")
     ok, reason = check_sharing(adapted)
     assert not ok and words in reason
 

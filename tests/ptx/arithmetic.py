@@ -51,9 +51,7 @@ def fma(a, b, c):
 
 def from_half(x, kind: str):
     """float32 of the bits of a half-precision number."""
-    return (
-        x.view(np.float16).astype(F32) if kind[0] == "f" else (x.astype(U32) << U32(16)).view(F32)
-    )
+    return x.view(np.float16).astype(F32) if kind[0] == "f" else (x.astype(U32) << U32(16)).view(F32)
 
 
 def to_half(x, kind: str):
@@ -121,9 +119,18 @@ def compare(how: str, a, b):
     """setp; of floats, a name that ends in u is true where one is NaN."""
     if how in ("num", "nan"):
         return (np.isnan(a) | np.isnan(b)) == (how == "nan")
-    plain = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-             "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater,
-             "hs": np.greater_equal}  # fmt: skip
+    plain = {
+        "eq": np.equal,
+        "ne": np.not_equal,
+        "lt": np.less,
+        "le": np.less_equal,
+        "gt": np.greater,
+        "ge": np.greater_equal,
+        "lo": np.less,
+        "ls": np.less_equal,
+        "hi": np.greater,
+        "hs": np.greater_equal,
+    }
     if a.dtype.kind != "f":
         return plain[how](a, b)
     nan = np.isnan(a) | np.isnan(b)
@@ -135,29 +142,46 @@ def _of_all(f, *xs):
 
 
 INTEGER = {
-    "add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum, "neg": np.negative,
-    "abs": np.abs, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
-    "div": divide, "rem": lambda a, b: (a - divide(a, b) * b).astype(a.dtype),
-}  # fmt: skip
+    "add": np.add,
+    "sub": np.subtract,
+    "min": np.minimum,
+    "max": np.maximum,
+    "neg": np.negative,
+    "abs": np.abs,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "not": np.invert,
+    "div": divide,
+    "rem": lambda a, b: (a - divide(a, b) * b).astype(a.dtype),
+}
 PREDICATE = {
-    "and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not,
-}  # fmt: skip
+    "and": np.logical_and,
+    "or": np.logical_or,
+    "xor": np.logical_xor,
+    "not": np.logical_not,
+}
 FLOAT = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "min": np.fmin, "max": np.fmax, "div": np.divide,
-    "neg": np.negative, "abs": np.abs, "fma": fma,
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "min": np.fmin,
+    "max": np.fmax,
+    "div": np.divide,
+    "neg": np.negative,
+    "abs": np.abs,
+    "fma": fma,
     "ex2": lambda x: np.exp2(x.astype(F64)).astype(F32),
     "lg2": lambda x: np.log2(np.where(x < 0, np.nan, np.abs(x)).astype(F64)).astype(F32),
     "rcp": lambda x: (1.0 / x.astype(F64)).astype(F32),
     "sqrt": np.sqrt,
-}  # fmt: skip
+}
 
 
 def function_of(i: Instruction) -> tuple[Callable, list[str]]:
     """(function, types of its operands) of an instruction. The function takes arrays of these types."""
     f, kinds = _function_of(i)
-    if isinstance(f, np.ufunc) and f.nin != len(
-        kinds
-    ):  # numpy takes one more for the place of its result
+    if isinstance(f, np.ufunc) and f.nin != len(kinds):  # numpy takes one more for the place of its result
         raise UnknownInstruction(i.text)
     return f, kinds
 
@@ -234,8 +258,9 @@ def _compare(i: Instruction) -> tuple[Callable, list[str]]:
         parts = lambda x: (x.astype(np.uint16), (x >> U32(16)).astype(np.uint16))  # noqa: E731
 
         def both(a, b):
-            return [compare(how, from_half(x, kind), from_half(y, kind))
-                    for x, y in zip(parts(a), parts(b), strict=True)]  # fmt: skip
+            return [
+                compare(how, from_half(x, kind), from_half(y, kind)) for x, y in zip(parts(a), parts(b), strict=True)
+            ]
 
         return both, ["u32", "u32"]
     if modes or isinstance(i.operands[0], Vector):

@@ -33,8 +33,10 @@ class Loss(NamedTuple):
 
 def _losses() -> dict[str, Loss]:
     plain = LossOptions(temperature=TEMPERATURE, ignore_index=IGNORE)
-    full = {name: replace(plain, mode="full", alpha=alpha)
-            for name, alpha in (("forward KL", 0.0), ("reverse KL", 1.0), ("JSD", 0.4))}  # fmt: skip
+    full = {
+        name: replace(plain, mode="full", alpha=alpha)
+        for name, alpha in (("forward KL", 0.0), ("reverse KL", 1.0), ("JSD", 0.4))
+    }
     top = {name: replace(options, mode="topk", topk=TOPK) for name, options in full.items()}
     found = {
         "logps": Loss(plain, "token"),
@@ -45,16 +47,17 @@ def _losses() -> dict[str, Loss]:
         **{f"top-k {name}": Loss(options) for name, options in top.items()},
         "top-k JSD renormalized": Loss(replace(top["JSD"], add_tail=False)),
     }
-    found |= {f"{name} softcap": loss._replace(options=replace(loss.options, softcap=30.0))
-              for name, loss in found.items() if name != "top-k JSD renormalized"}  # fmt: skip
+    found |= {
+        f"{name} softcap": loss._replace(options=replace(loss.options, softcap=30.0))
+        for name, loss in found.items()
+        if name != "top-k JSD renormalized"
+    }
     found |= {
         "sampled given teacher": found["sampled"]._replace(given=True),
         "sampled clipped": Loss(replace(plain, is_clip=2.0), clipped=True),
         "reverse KL clipped": Loss(replace(full["reverse KL"], is_clip=2.0), clipped=True),
         "top-k JSD given teacher": found["top-k JSD"]._replace(given=True),
-        "top-k reverse KL renormalized given teacher": Loss(
-            replace(top["reverse KL"], add_tail=False), given=True
-        ),
+        "top-k reverse KL renormalized given teacher": Loss(replace(top["reverse KL"], add_tail=False), given=True),
     }
     return found
 
@@ -139,9 +142,7 @@ def tokens_of(loss: Loss, student: Tensor, teacher: Tensor, targets: Tensor) -> 
     return Tokens(targets, weights, old, of_teacher, ids, logps)
 
 
-def results(
-    loss: Loss, student: Tensor, teacher: Tensor, targets: Tensor, backend: str, layout="packed"
-) -> Results:
+def results(loss: Loss, student: Tensor, teacher: Tensor, targets: Tensor, backend: str, layout="packed") -> Results:
     """What a call gives for rows ``[N, V]``. The reference's are in float64."""
     options = loss.options
     if options.mode == "topk":
@@ -152,9 +153,7 @@ def results(
     shifts, where = LAYOUTS[layout]
     if backend == "reference":
         student, teacher = student.double(), teacher.double()
-        tokens = Tokens(
-            *[x.double() if x is not None and x.is_floating_point() else x for x in tokens]
-        )
+        tokens = Tokens(*[x.double() if x is not None and x.is_floating_point() else x for x in tokens])
     elif shifts is not None:
         student, teacher = placed(student, shifts[0]), placed(teacher, shifts[1])
     else:
@@ -175,8 +174,12 @@ def results(
     if not fused:
         upstream = found.coef.new_full((1,), UPSTREAM)
         door.backward(upstream, found, s, teacher_rows, tokens, options, backend, grad)
-    return {"loss": found.per_token, "student": found.student_logps,
-            "teacher": found.teacher_logps, "gradient": grad[0]}  # fmt: skip
+    return {
+        "loss": found.per_token,
+        "student": found.student_logps,
+        "teacher": found.teacher_logps,
+        "gradient": grad[0],
+    }
 
 
 class Error(NamedTuple):

@@ -44,9 +44,7 @@ class Executor:
         self.faults: list[Fault] = []
         self.launches: list[Launch] = []
 
-    def launch(
-        self, machine: Machine, grid: tuple[int, int, int], arguments: list[tuple[str, Any]]
-    ) -> None:
+    def launch(self, machine: Machine, grid: tuple[int, int, int], arguments: list[tuple[str, Any]]) -> None:
         """``arguments``: (Triton's type, value) of the kernel's parameters."""
         bits: list[int] = []
         buffers: dict[int, Buffer] = {}  # by the address of a tensor's storage
@@ -79,11 +77,7 @@ def memory_at(address: int, size: int) -> np.ndarray:
 def buffer_of(tensor: torch.Tensor, name: str) -> Buffer:
     """The tensor's whole storage. Floats that `unwritten` left were never written."""
     storage = tensor.untyped_storage()
-    data = (
-        memory_at(storage.data_ptr(), storage.nbytes())
-        if storage.nbytes()
-        else np.zeros(0, np.uint8)
-    )
+    data = memory_at(storage.data_ptr(), storage.nbytes()) if storage.nbytes() else np.zeros(0, np.uint8)
     written = None
     if tensor.is_floating_point():
         size = tensor.element_size()
@@ -123,9 +117,7 @@ class Driver:
             arch,
             " ".join([f"PTX sm_{arch}", *_PLANTED]),
         )
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": 232448}, load_binary=load
-        )
+        self.utils = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 232448}, load_binary=load)
 
     def launcher_cls(self, source, metadata):
         kinds = list(source.signature.values())
@@ -151,15 +143,9 @@ def unwritten(make):
 
     def made(*args, **kwargs):
         tensor = make(*args, **kwargs)
-        if (
-            type(tensor) is torch.Tensor
-            and tensor.device.type == "cpu"
-            and tensor.is_floating_point()
-        ):
+        if type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.is_floating_point():
             storage = tensor.untyped_storage()
-            memory_at(storage.data_ptr(), storage.nbytes() // 2 * 2).view(np.uint16)[:] = (
-                UNWRITTEN_HALF
-            )
+            memory_at(storage.data_ptr(), storage.nbytes() // 2 * 2).view(np.uint16)[:] = UNWRITTEN_HALF
         return tensor
 
     return made

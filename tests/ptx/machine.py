@@ -47,12 +47,16 @@ HINTS = {
     "cs",
     "wb",
 }
-REDUCTIONS = {"add": np.add, "max": np.maximum, "min": np.minimum, "and": np.bitwise_and, "or": np.bitwise_or,
-              "xor": np.bitwise_xor}  # fmt: skip
+REDUCTIONS = {
+    "add": np.add,
+    "max": np.maximum,
+    "min": np.minimum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}
 
-Step = Callable[
-    [np.ndarray | None], None
-]  # executes an instruction for the lanes of a mask, None for all
+Step = Callable[[np.ndarray | None], None]  # executes an instruction for the lanes of a mask, None for all
 
 
 @dataclass
@@ -81,8 +85,13 @@ class Machine:
 
     # ----------------------------------------------------------------------------------------- running
 
-    def run(self, grid: tuple[int, int, int], arguments: Sequence[int], buffers: list[Buffer],
-            order: int | Sequence[int] | None = None) -> None:  # fmt: skip
+    def run(
+        self,
+        grid: tuple[int, int, int],
+        arguments: Sequence[int],
+        buffers: list[Buffer],
+        order: int | Sequence[int] | None = None,
+    ) -> None:
         """Runs all programs. ``arguments`` are the parameters' bits.
 
         ``order``: None runs all warps together; a sequence of a program's warps runs each as far as the next
@@ -120,9 +129,7 @@ class Machine:
         }
         special |= {f"%ctaid.{axis}": where for axis, where in zip("xyz", place, strict=True)}
         special |= {f"%nctaid.{axis}": size for axis, size in zip("xyz", self.grid, strict=True)}
-        self.special = {
-            name: np.atleast_1d(value).astype(np.uint32) for name, value in special.items()
-        }
+        self.special = {name: np.atleast_1d(value).astype(np.uint32) for name, value in special.items()}
         data = np.zeros(self.shared_bytes * numbers.size, np.uint8)
         nothing = np.zeros(data.size // 2, bool)
         self.shared = Buffer(data, "shared memory", written=nothing, shared=True)
@@ -185,9 +192,19 @@ class Machine:
     # ------------------------------------------------------------------------------------ instructions
 
     def _step(self, i: Instruction) -> Step:
-        special = {"bra": self._branch, "ret": self._return, "exit": self._return, "bar": self._barrier,
-                   "ld": self._load, "st": self._store, "shfl": self._shuffle, "redux": self._reduce,
-                   "vote": self._vote, "mov": self._move, "cvta": self._move}  # fmt: skip
+        special = {
+            "bra": self._branch,
+            "ret": self._return,
+            "exit": self._return,
+            "bar": self._barrier,
+            "ld": self._load,
+            "st": self._store,
+            "shfl": self._shuffle,
+            "redux": self._reduce,
+            "vote": self._vote,
+            "mov": self._move,
+            "cvta": self._move,
+        }
         if i.op[0] in special:
             if i.guard is not None and i.op[0] in ("bar", "shfl", "redux", "vote"):
                 raise UnknownInstruction(i.text)
@@ -195,8 +212,7 @@ class Machine:
         compute, kinds = function_of(i)
         destination, *sources = i.operands
         types = [dtype_of(kind) for kind in kinds]
-        places = [self._place(s, 0 if t.kind == "b" else t.itemsize)
-                  for s, t in zip(sources, types, strict=True)]  # fmt: skip
+        places = [self._place(s, 0 if t.kind == "b" else t.itemsize) for s, t in zip(sources, types, strict=True)]
 
         def step(mask):
             values = []
@@ -291,9 +307,7 @@ class Machine:
         space = next((s for s in ("param", "global", "shared") if s in i.op), None)
         count = next((int(p[1:]) for p in i.op if p in ("v2", "v4", "v8")), 1)
         known = HINTS | {space, f"v{count}"}
-        if space is None or any(
-            p not in known and p[:4] not in ("L1::", "L2::") for p in i.op[1:-1]
-        ):
+        if space is None or any(p not in known and p[:4] not in ("L1::", "L2::") for p in i.op[1:-1]):
             raise UnknownInstruction(i.text)
         return space, count, i.op[-1]
 

@@ -55,9 +55,7 @@ class Buffer:
     """``data`` and a guard on either side. ``lead``: how many bytes the first one is behind a boundary of 64.
     ``written``: which half-words have been, None for all. ``shared``: one program's own memory."""
 
-    def __init__(
-        self, data: np.ndarray, name: str, lead: int = 0, written=None, shared: bool = False
-    ):
+    def __init__(self, data: np.ndarray, name: str, lead: int = 0, written=None, shared: bool = False):
         self.name, self.first, self.size, self.shared = name, GUARD + lead, data.size, shared
         pieces = -(-(self.first + data.size) // PIECE) * PIECE
         self.bytes = np.full(pieces + GUARD, 0xFF, np.uint8)
@@ -79,9 +77,7 @@ class Access:
     """What an instruction does for some threads to ``count`` words of ``width`` bytes at ``offset`` of the
     buffer's bytes: checked when made, done by `load` or `store`. ``threads`` keeps those without a fault."""
 
-    def __init__(
-        self, report, buffer: Buffer, threads: Threads, offset, width: int, count: int, warps: int
-    ):
+    def __init__(self, report, buffer: Buffer, threads: Threads, offset, width: int, count: int, warps: int):
         self.report, self.buffer, self.width, self.warps = report, buffer, width, warps
         size = width * count
         aligned = offset % size == 0
@@ -100,9 +96,7 @@ class Access:
         if bad.any():
             n = int(np.flatnonzero(bad)[0])
             at = int(offset[n]) - self.buffer.first
-            self.report(
-                kind, threads.lane[n], f"byte {at} of {self.buffer.name}, {self.buffer.size} long"
-            )
+            self.report(kind, threads.lane[n], f"byte {at} of {self.buffer.name}, {self.buffer.size} long")
 
     def _wrong(self, kind: str, bad) -> None:
         if bad.any():

@@ -12,8 +12,22 @@ import struct
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-BYTES = {"pred": 0, "b8": 1, "b16": 2, "b32": 4, "b64": 8, "f32": 4, "f64": 8, "f16": 2, "u16": 2, "s16": 2,
-         "u32": 4, "s32": 4, "u64": 8, "s64": 8}  # fmt: skip
+BYTES = {
+    "pred": 0,
+    "b8": 1,
+    "b16": 2,
+    "b32": 4,
+    "b64": 8,
+    "f32": 4,
+    "f64": 8,
+    "f16": 2,
+    "u16": 2,
+    "s16": 2,
+    "u32": 4,
+    "s32": 4,
+    "u64": 8,
+    "s64": 8,
+}
 ENDS_BLOCK = ("bra", "ret", "exit", "bar")
 
 
@@ -152,16 +166,18 @@ class _Parser:
                 self.kernel.sizes.append(BYTES[kind])
 
     def instruction(self, statement: str) -> None:
-        sign, guard, op, rest = re.match(
-            r"(?:@(!?)([%\w]+)\s+)?([\w.:]+)\s*(.*)", statement, re.S
-        ).groups()
+        sign, guard, op, rest = re.match(r"(?:@(!?)([%\w]+)\s+)?([\w.:]+)\s*(.*)", statement, re.S).groups()
         operands = [self.operand(t) for t in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", rest)]
         self.block.append(
             Instruction(
-                re.split(r"(?<!:)\.(?!:)", op), operands, self.operand(guard) if guard else None,
-                sign == "!", self.places, statement,
+                re.split(r"(?<!:)\.(?!:)", op),
+                operands,
+                self.operand(guard) if guard else None,
+                sign == "!",
+                self.places,
+                statement,
             )
-        )  # fmt: skip
+        )
         if op.split(".")[0] in ENDS_BLOCK and not op.startswith("bar.warp"):
             self.close()
 

@@ -25,20 +25,30 @@ def executed_loss(name: str, vocabulary: int, dtype="bf16", layout="packed", ord
 
 PLANTED = {
     "misaligned access": (
-        kernels.row_start, "return ptr + offset // 8 * 8, (offset % 8).to(tl.int32)",
-        "return ptr + tl.multiple_of(offset, 8), 0", memory.MISALIGNED,
+        kernels.row_start,
+        "return ptr + offset // 8 * 8, (offset % 8).to(tl.int32)",
+        "return ptr + tl.multiple_of(offset, 8), 0",
+        memory.MISALIGNED,
     ),
     "bound off by one": (
-        kernels.load_tile, "(v < high)", "(v <= high)", memory.OUT_OF_BOUNDS,
+        kernels.load_tile,
+        "(v < high)",
+        "(v <= high)",
+        memory.OUT_OF_BOUNDS,
     ),
     "sum that is not stored": (
-        kernels.statistics_kernel, "    tl.store(out + 2, t_top)\n", "", memory.UNWRITTEN,
+        kernels.statistics_kernel,
+        "    tl.store(out + 2, t_top)\n",
+        "",
+        memory.UNWRITTEN,
     ),
     "store to the next row": (
-        kernels.gradient_kernel, "tl.store(g + v, value, mask=(v >= low) & (v < high))",
-        "tl.store(g + v, value, mask=v < high + 3)", memory.RACE_OF_PROGRAMS,
+        kernels.gradient_kernel,
+        "tl.store(g + v, value, mask=(v >= low) & (v < high))",
+        "tl.store(g + v, value, mask=v < high + 3)",
+        memory.RACE_OF_PROGRAMS,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PLANTED, ids=lambda value: value.replace(" ", "-"))
@@ -69,10 +79,11 @@ def test_a_stale_read_in_place_is_found():
     """A gradient that reads the target's logit, which another warp may have overwritten: reported in any
     order, and the values show it where warps run one by one."""
     stale = (
-        kernels.gradient_kernel, "                    u = tl.fma(x - sm, k, -sl)\n",
+        kernels.gradient_kernel,
+        "                    u = tl.fma(x - sm, k, -sl)\n",
         "                    own = load_logit(s + target_at, True, cap, HAS_CAP, FAST)\n"
         "                    u = tl.fma(x - sm, k, -sl) + 1e-3 * own\n",
-    )  # fmt: skip
+    )
     with planted(*stale):
         apart, found = executed_loss("sampled", 1000, "fp32")
         assert not found
@@ -90,9 +101,7 @@ def test_a_flushed_subnormal_number_shows():
         planted(kernels.jsd_terms, "tl.maximum(m, SMALLEST_NORMAL)", "tl.where(m == 0.0, 1.0, m)"),
         executing(),
     ):
-        out = fastsdpo.sdpo_loss(
-            student, teacher, torch.tensor([0]), mode="full", alpha=0.5, backend="triton"
-        )
+        out = fastsdpo.sdpo_loss(student, teacher, torch.tensor([0]), mode="full", alpha=0.5, backend="triton")
     assert not out.loss.isfinite()
 
 

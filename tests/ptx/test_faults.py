@@ -17,10 +17,14 @@ def jsd(student, teacher, alpha: float, backend: str, **mode):
     """(loss per token, the student's gradient), a row for each token: target 0."""
     student = student.detach().requires_grad_()
     out = fastsdpo.sdpo_loss(
-        student, teacher, torch.zeros(len(student), dtype=torch.int64), alpha=alpha,
+        student,
+        teacher,
+        torch.zeros(len(student), dtype=torch.int64),
+        alpha=alpha,
         weights=torch.ones(len(student), dtype=torch.promote_types(student.dtype, torch.float32)),
-        backend=backend, **mode,
-    )  # fmt: skip
+        backend=backend,
+        **mode,
+    )
     out.loss.backward()
     return out.per_token_loss.double(), student.grad.double()
 
@@ -35,9 +39,7 @@ def test_jsd_is_finite_where_a_mixture_probability_is_subnormal(dtype, alpha):
     near = torch.stack([likely, -gaps], 1).to(dtype)
     none = torch.stack([likely, -far], 1).to(dtype)
     for student, teacher in ((near, none), (none, near)):
-        for mode in (
-            ({"mode": "full"}, {"mode": "topk", "topk": 2}) if alpha == 0.5 else ({"mode": "full"},)
-        ):
+        for mode in ({"mode": "full"}, {"mode": "topk", "topk": 2}) if alpha == 0.5 else ({"mode": "full"},):
             want = jsd(student.double(), teacher.double(), alpha, "reference", **mode)
             with executing():
                 got = jsd(student, teacher, alpha, "triton", **mode)

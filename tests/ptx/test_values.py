@@ -33,9 +33,7 @@ def sample() -> list[tuple[str, str, str, tuple]]:
     return found
 
 
-def check(
-    name: str, dtype: str, size: tuple[int, int], layout: str, *, arch: int = 90, order=None
-) -> Results:
+def check(name: str, dtype: str, size: tuple[int, int], layout: str, *, arch: int = 90, order=None) -> Results:
     """Executes a case; fails where a value is wrong or a fault is found."""
     loss, case = LOSSES[name], f"{name} {dtype} V = {size[0]}, {size[1]} rows, {layout}"
     values = rows(size[0], DTYPES[dtype], size[1])
@@ -61,9 +59,7 @@ def test_values_are_float64s(name, dtype, layout, sizes):
 
 def test_the_sample_has_every_property():
     for name in EVERY_DTYPE:
-        dtypes, layouts, sizes = zip(
-            *[case[1:] for case in sample() if case[0] == name], strict=True
-        )
+        dtypes, layouts, sizes = zip(*[case[1:] for case in sample() if case[0] == name], strict=True)
         assert set(dtypes) == set(DTYPES)
         assert len({"strides" in layout for layout in layouts}) == 2, name
         assert any("in place" in layout for layout in layouts), name

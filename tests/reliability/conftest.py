@@ -59,15 +59,21 @@ class Results:
         import transformers
 
         found["rows"][name] = {
-            "tried": tried, "faults": faults, "survived": survived, "lost": lost,
-            "figures": figures, "command": os.environ.get("FASTSDPO_COMMAND", "pytest"),
+            "tried": tried,
+            "faults": faults,
+            "survived": survived,
+            "lost": lost,
+            "figures": figures,
+            "command": os.environ.get("FASTSDPO_COMMAND", "pytest"),
             "date": time.strftime("%Y-%m-%d"),
-        }  # fmt: skip
+        }
         found["machine"] = {
-            "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "cores": os.cpu_count(),
             "system": platform.system(),
-        }  # fmt: skip
+        }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", "utf-8")
         self.path.with_suffix(".md").write_text(table(found), "utf-8")
@@ -77,16 +83,18 @@ def table(found):
     """The results file as Markdown."""
     machine = ", ".join(f"{name} {value}" for name, value in sorted(found["machine"].items()))
     lines = [
-        "# Reliability: what was tried", "",
+        "# Reliability: what was tried",
+        "",
         "Tried: cases. Faults: kills, signals, damaged files, mutations. Lost: cases that did not come to "
-        "the right result.", "", f"{machine}.", "",
+        "the right result.",
+        "",
+        f"{machine}.",
+        "",
         "| what | tried | faults | survived | lost | measured | command, date |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-    ]  # fmt: skip
+    ]
     for name, row in sorted(found["rows"].items()):
-        figures = "; ".join(
-            f"{key.replace('_', ' ')} {value}" for key, value in row["figures"].items()
-        )
+        figures = "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in row["figures"].items())
         lines.append(
             f"| {name} | {row['tried']:,} | {row['faults']:,} | {row['survived']:,} | {row['lost']:,} "
             f"| {figures} | `{row['command']}`, {row['date']} |"
@@ -112,8 +120,11 @@ class Runner:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
             [sys.executable, str(FOLDER / "runner.py")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
 
     def __call__(self, folder, argv, *, send=signal.SIGKILL, after=None, **fault):
         """Runs a command in a folder.
@@ -199,18 +210,57 @@ def commands(lab, tmp_path_factory):
             if number % 1000 == 500:
                 file.write('{"messages": [\n')
     shared = [
-        "--model", place / "model", "-o", "out", "--cpu", "--template", lab.TEMPLATE,
-        "--batch-size", 4, "--save-steps", 1, "--logging-steps", 1, "--learning-rate", 1e-3,
-        "--set", "dataloader_pin_memory=false", "--resume",
-    ]  # fmt: skip
+        "--model",
+        place / "model",
+        "-o",
+        "out",
+        "--cpu",
+        "--template",
+        lab.TEMPLATE,
+        "--batch-size",
+        4,
+        "--save-steps",
+        1,
+        "--logging-steps",
+        1,
+        "--learning-rate",
+        1e-3,
+        "--set",
+        "dataloader_pin_memory=false",
+        "--resume",
+    ]
     return {
-        "prepare": ["prepare", place / "conversations.jsonl", "-o", "out.jsonl", "--eval-fraction", 0.1,
-                    "--preset", "none"],
+        "prepare": [
+            "prepare",
+            place / "conversations.jsonl",
+            "-o",
+            "out.jsonl",
+            "--eval-fraction",
+            0.1,
+            "--preset",
+            "none",
+        ],
         "train": ["train", place / "data.jsonl", *shared, "--teacher", "ema", "--epochs", 2],
-        "online": ["online", place / "prompts.txt", *shared, "--rule", "max_words=3", "--wish", "w5",
-                   "--eval-prompts", place / "held_out.txt", "--max-new-tokens", 6, "--max-steps", 5,
-                   "--updates-per-batch", 2, "--eval-steps", 2],
-    }  # fmt: skip
+        "online": [
+            "online",
+            place / "prompts.txt",
+            *shared,
+            "--rule",
+            "max_words=3",
+            "--wish",
+            "w5",
+            "--eval-prompts",
+            place / "held_out.txt",
+            "--max-new-tokens",
+            6,
+            "--max-steps",
+            5,
+            "--updates-per-batch",
+            2,
+            "--eval-steps",
+            2,
+        ],
+    }
 
 
 # What depends on time, or is transformers' account of one process.
@@ -221,9 +271,7 @@ def without_clocks(value):
     """A report without `CLOCKS`."""
     if isinstance(value, dict):
         return {
-            key: without_clocks(inner)
-            for key, inner in value.items()
-            if not any(clock in key for clock in CLOCKS)
+            key: without_clocks(inner) for key, inner in value.items() if not any(clock in key for clock in CLOCKS)
         }
     return [without_clocks(inner) for inner in value] if isinstance(value, list) else value
 

@@ -121,9 +121,7 @@ class Meter(TrainerCallback):
         if state.global_step % self.period:
             return
         gone = time.monotonic() - self.started
-        share = (state.global_step - self.steps) / (
-            self.least if self.held is None else self.leak_steps
-        )
+        share = (state.global_step - self.steps) / (self.least if self.held is None else self.leak_steps)
         if self.seconds and self.held is None:
             share = min(share, gone / self.seconds)
         if share >= self.next:
@@ -151,26 +149,41 @@ class Meter(TrainerCallback):
 
 def intervals(period):
     return {
-        "logging_steps": period, "eval_strategy": "steps", "eval_steps": period, "save_strategy": "steps",
-        "save_steps": period, "save_total_limit": 2, "max_steps": 10**6, "learning_rate": 1e-4,
-    }  # fmt: skip
+        "logging_steps": period,
+        "eval_strategy": "steps",
+        "eval_steps": period,
+        "save_strategy": "steps",
+        "save_steps": period,
+        "save_total_limit": 2,
+        "max_steps": 10**6,
+        "learning_rate": 1e-4,
+    }
 
 
 def offline(settings, meter):
     lab = load_lab("trainer")
     interactions = lab.make_interactions(40)
     return lab.make_trainer(
-        settings["folder"], interactions=interactions, eval_dataset=interactions[:4], callbacks=[meter],
+        settings["folder"],
+        interactions=interactions,
+        eval_dataset=interactions[:4],
+        callbacks=[meter],
         allow_leaks=True,
-        teacher="ema", reference_kl=0.01, max_tokens_per_pack=200, **intervals(settings["period"]),
-    )  # fmt: skip
+        teacher="ema",
+        reference_kl=0.01,
+        max_tokens_per_pack=200,
+        **intervals(settings["period"]),
+    )
 
 
 def online(settings, meter):
     return load_lab("online").make_trainer(
-        settings["folder"], callbacks=[meter], updates_per_batch=2, stop_when_degenerate=None,
+        settings["folder"],
+        callbacks=[meter],
+        updates_per_batch=2,
+        stop_when_degenerate=None,
         **intervals(settings["period"]),
-    )  # fmt: skip
+    )
 
 
 def train(make):
@@ -178,8 +191,7 @@ def train(make):
         meter = Meter(settings)
         trainer = make(settings, meter)
         trainer.train()
-        return {"readings": meter.flat, "leaking": meter.readings, "steps": meter.steps,
-                "seconds": meter.took}  # fmt: skip
+        return {"readings": meter.flat, "leaking": meter.readings, "steps": meter.steps, "seconds": meter.took}
 
     return part
 
@@ -276,9 +288,7 @@ def scale(settings):
     report = json.loads((folder / "interactions.report.json").read_text())
     found["interactions"] = report["interactions"] + report["eval_interactions"]
     found["output_bytes"] = sum(report["sizes"])
-    dataset = stage(
-        "dataset", lambda: InteractionDataset.from_source(output, tokenizer, lab.TEMPLATE)
-    )
+    dataset = stage("dataset", lambda: InteractionDataset.from_source(output, tokenizer, lab.TEMPLATE))
     found["dataset_interactions"], found["tokens"] = len(dataset), len(dataset.tokens)
     groups = stage("groups", lambda: dataset.groups(True))
 
@@ -311,8 +321,7 @@ def throughput(settings):
     lab = load_lab("trainer")
     torch.set_num_threads(1)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    model = lab.make_model(hidden_size=256, intermediate_size=512, num_hidden_layers=4,
-                           initializer_range=0.02)  # fmt: skip
+    model = lab.make_model(hidden_size=256, intermediate_size=512, num_hidden_layers=4, initializer_range=0.02)
     times = []
 
     class Clock(TrainerCallback):
@@ -320,10 +329,16 @@ def throughput(settings):
             times.append(time.perf_counter())
 
     trainer = lab.make_trainer(
-        settings["folder"], model=model, interactions=lab.make_interactions(200, turns=4),
-        per_device_train_batch_size=16 // world, max_steps=settings["steps"], learning_rate=1e-4,
-        ddp_backend="gloo" if world > 1 else None, callbacks=[Clock()], logging_steps=1000,
-    )  # fmt: skip
+        settings["folder"],
+        model=model,
+        interactions=lab.make_interactions(200, turns=4),
+        per_device_train_batch_size=16 // world,
+        max_steps=settings["steps"],
+        learning_rate=1e-4,
+        ddp_backend="gloo" if world > 1 else None,
+        callbacks=[Clock()],
+        logging_steps=1000,
+    )
     trainer.train()
     warm = len(times) // 4
     rate = 16 * (len(times) - 1 - warm) / (times[-1] - times[warm])
@@ -332,8 +347,13 @@ def throughput(settings):
     return {"interactions_per_second": rate, "load_average": os.getloadavg()[0]}
 
 
-PARTS = {"offline": train(offline), "online": train(online), "compiled": compiled, "scale": scale,
-         "throughput": throughput}  # fmt: skip
+PARTS = {
+    "offline": train(offline),
+    "online": train(online),
+    "compiled": compiled,
+    "scale": scale,
+    "throughput": throughput,
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

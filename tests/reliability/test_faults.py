@@ -41,11 +41,7 @@ def differences(found, wanted, name=""):
     """The places where what was found is not what was wanted, by name."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         names = sorted(found.keys() | wanted.keys())
-        return [
-            text
-            for key in names
-            for text in differences(found.get(key), wanted.get(key), f"{name} {key}")
-        ]
+        return [text for key in names for text in differences(found.get(key), wanted.get(key), f"{name} {key}")]
     if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
         return [
             text
@@ -57,9 +53,7 @@ def differences(found, wanted, name=""):
 
 # In `make fuzz`: 16 + 17 + 17 = 50 kills.
 @pytest.mark.parametrize(("name", "kills"), [("prepare", 16), ("train", 17), ("online", 17)])
-def test_killed_and_run_again(
-    name, kills, runner, commands, outcome, undisturbed, count, results, tmp_path
-):
+def test_killed_and_run_again(name, kills, runner, commands, outcome, undisturbed, count, results, tmp_path):
     """SIGKILL at random events on files and at random times; the same command ends as if undisturbed."""
     wanted, seconds, events, _ = undisturbed(name)
     assert events > 20
@@ -81,15 +75,12 @@ def test_killed_and_run_again(
         if ended.status != 0 or differences(found, wanted):
             lost.append((cases, ended.status, differences(found, wanted), ended.log[-500:]))
         shutil.rmtree(folder)
-    results.add(f"SIGKILL during `{name}`", tried=cases, faults=done, survived=cases - len(lost),
-                lost=len(lost))  # fmt: skip
+    results.add(f"SIGKILL during `{name}`", tried=cases, faults=done, survived=cases - len(lost), lost=len(lost))
     assert not lost
 
 
 @pytest.mark.parametrize("name", ["train", "online"])
-def test_sigterm_saves_and_exits(
-    name, runner, commands, outcome, undisturbed, count, results, tmp_path
-):
+def test_sigterm_saves_and_exits(name, runner, commands, outcome, undisturbed, count, results, tmp_path):
     """Status 143 with a checkpoint, and the same end as if undisturbed."""
     wanted, seconds, events, _ = undisturbed(name)
     draw = random.Random(f"signals to {name}")
@@ -98,9 +89,7 @@ def test_sigterm_saves_and_exits(
     for case in range(count(1, 20)):
         folder = tmp_path / str(case)
         if case % 2:  # at any time: outside the steps the system ends it
-            ended = runner(
-                folder, commands[name], send=signal.SIGTERM, after=draw.uniform(0.1, 0.9) * seconds
-            )
+            ended = runner(folder, commands[name], send=signal.SIGTERM, after=draw.uniform(0.1, 0.9) * seconds)
         else:
             at = draw.randint(events // 4, events // 2)
             ended = runner(folder, commands[name], kill_at=at, signal=signal.SIGTERM)
@@ -113,12 +102,17 @@ def test_sigterm_saves_and_exits(
         outside += ended.status == -signal.SIGTERM
         again = runner(folder, commands[name])
         if again.status != 0 or differences(outcome(folder), wanted):
-            lost.append(
-                (case, again.status, differences(outcome(folder), wanted), again.log[-500:])
-            )
+            lost.append((case, again.status, differences(outcome(folder), wanted), again.log[-500:]))
     tried = case + 1
-    results.add(f"SIGTERM to `{name}`", tried=tried, faults=stopped + outside, lost=len(lost),
-                survived=tried - len(lost), exit_status_143=stopped, outside_the_steps=outside)  # fmt: skip
+    results.add(
+        f"SIGTERM to `{name}`",
+        tried=tried,
+        faults=stopped + outside,
+        lost=len(lost),
+        survived=tried - len(lost),
+        exit_status_143=stopped,
+        outside_the_steps=outside,
+    )
     assert not lost
 
 
@@ -135,8 +129,15 @@ def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-FILES = ["model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth", "scheduler.pt",
-         "teacher_ema.safetensors", "checksums.json"]  # fmt: skip
+FILES = [
+    "model.safetensors",
+    "optimizer.pt",
+    "trainer_state.json",
+    "rng_state.pth",
+    "scheduler.pt",
+    "teacher_ema.safetensors",
+    "checksums.json",
+]
 DAMAGES = {"flip": flip, "truncate": truncate, "delete": Path.unlink}
 
 
@@ -155,14 +156,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
         shutil.rmtree(folder / "out" / "model")
         DAMAGES[damage](folder / "out" / "checkpoint-6" / file)
         ended = runner(folder, commands["train"])
-        named = re.search(r"checkpoint out/checkpoint-6 is damaged: .*; going on from out/checkpoint-5",
-                          ended.log)  # fmt: skip
+        named = re.search(r"checkpoint out/checkpoint-6 is damaged: .*; going on from out/checkpoint-5", ended.log)
         if ended.status != 0 or not named or (file not in named[0] and file != "checksums.json"):
             lost.append((file, damage, ended.log[-500:]))
         elif differences(outcome(folder), wanted):
             lost.append((file, damage, differences(outcome(folder), wanted)))
-    results.add("damaged newest checkpoint", tried=len(cases), faults=len(cases), lost=len(lost),
-                survived=len(cases) - len(lost))  # fmt: skip
+    results.add(
+        "damaged newest checkpoint",
+        tried=len(cases),
+        faults=len(cases),
+        lost=len(lost),
+        survived=len(cases) - len(lost),
+    )
     assert not lost
 
 
@@ -173,10 +178,7 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew(runner, commands, undi
         flip(tmp_path / "out" / f"checkpoint-{step}" / "model.safetensors")
     ended = runner(tmp_path, commands["train"])
     assert ended.status == 1
-    assert (
-        "no checkpoint is whole: checkpoint out/checkpoint-6 is damaged: the content of"
-        in ended.log
-    )
+    assert "no checkpoint is whole: checkpoint out/checkpoint-6 is damaged: the content of" in ended.log
     assert "out/checkpoint-5" in ended.log
     ended = runner(tmp_path, [*commands["train"], "--resume", "out/checkpoint-5"])
     assert ended.status == 1
@@ -245,10 +247,17 @@ def test_a_disk_that_fills_up_leaves_what_was_saved(
             clear = clear and found and "checkpoint.part" not in found
         again = runner(folder, argv)
         if not clear or again.status != 0 or differences(outcome(folder), wanted):
-            lost.append((size, clear, again.status, differences(outcome(folder), wanted), ended.log[-600:],
-                         again.log[-600:]))  # fmt: skip
-    results.add(f"disk that fills up during `{name}`", tried=len(sizes), faults=failed, lost=len(lost),
-                survived=len(sizes) - len(lost), file_system="tmpfs")  # fmt: skip
+            lost.append(
+                (size, clear, again.status, differences(outcome(folder), wanted), ended.log[-600:], again.log[-600:])
+            )
+    results.add(
+        f"disk that fills up during `{name}`",
+        tried=len(sizes),
+        faults=failed,
+        lost=len(lost),
+        survived=len(sizes) - len(lost),
+        file_system="tmpfs",
+    )
     assert failed and not lost
 
 
@@ -270,9 +279,7 @@ def poisoned(commands, lab, tmp_path):
     word = lab.WORDS[-1]
     model = lab.make_model(tie_word_embeddings=False)
     with torch.no_grad():
-        model.get_input_embeddings().weight[lab.make_tokenizer().convert_tokens_to_ids(word)] = (
-            float("nan")
-        )
+        model.get_input_embeddings().weight[lab.make_tokenizer().convert_tokens_to_ids(word)] = float("nan")
     model.save_pretrained(tmp_path / "model")
     lab.make_tokenizer().save_pretrained(tmp_path / "model")
     rows = [json.loads(line) for line in Path(commands["train"][1]).read_text().splitlines()]
@@ -286,14 +293,10 @@ def poisoned(commands, lab, tmp_path):
     argv[argv.index("--model") + 1] = tmp_path / "model"
     # One interaction a step, each by itself, so that good steps come before the bad one.
     argv[argv.index("--batch-size") + 1] = 1
-    return [*argv, "--set", "group_by_conversation=false", "--epochs", 1], [
-        rows[i]["id"] for i in (4, 9)
-    ]
+    return [*argv, "--set", "group_by_conversation=false", "--epochs", 1], [rows[i]["id"] for i in (4, 9)]
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_state(
-    poisoned, runner, outcome, results, tmp_path
-):
+def test_a_loss_that_is_not_finite_stops_with_the_state(poisoned, runner, outcome, results, tmp_path):
     """It names the interactions, saves the state before the step, and goes on when told to skip."""
     argv, ids = poisoned
     wanted = runner(tmp_path / "skipped", [*argv, "--set", "non_finite=skip"])
@@ -321,9 +324,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_state(
     )
     for name, value in left.items():
         assert torch.equal(value.nan_to_num(7.0), right[name].nan_to_num(7.0)), name
-    results.add(
-        "loss that is not finite", tried=3, faults=3, survived=3, stopped=2, skipped_and_counted=1
-    )
+    results.add("loss that is not finite", tried=3, faults=3, survived=3, stopped=2, skipped_and_counted=1)
 
 
 class _Overflows(torch.autograd.Function):
@@ -339,17 +340,20 @@ class _Overflows(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("option", ["stop", "skip"])
-def test_a_gradient_that_is_not_finite_stops_with_the_state_or_is_skipped(
-    option, lab, results, tmp_path
-):
+def test_a_gradient_that_is_not_finite_stops_with_the_state_or_is_skipped(option, lab, results, tmp_path):
     """The loss is finite; the step changes nothing, and what was before it is in the checkpoint."""
     interactions = lab.make_interactions(5)
     # Single steps in the order of the list: the third one is bad.
     trainer = lab.make_trainer(
-        tmp_path / "out", interactions=interactions, per_device_train_batch_size=1,
-        group_by_conversation=False, non_finite=option, save_strategy="steps", save_steps=100,
+        tmp_path / "out",
+        interactions=interactions,
+        per_device_train_batch_size=1,
+        group_by_conversation=False,
+        non_finite=option,
+        save_strategy="steps",
+        save_steps=100,
         max_steps=5,
-    )  # fmt: skip
+    )
     before, steps = {}, []
     step = trainer.training_step
 
@@ -389,11 +393,23 @@ def test_a_gradient_that_is_not_finite_stops_with_the_state_or_is_skipped(
 def run_workers(folder, how, argv, log):
     """`torchrun` with two processes (gloo), of which the second dies in step 2; its status."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-        str(Path(__file__).parent / "dying_worker.py"), how, *map(str, argv[1:]),
-        "--set", "ddp_backend=gloo",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        str(Path(__file__).parent / "dying_worker.py"),
+        how,
+        *map(str, argv[1:]),
+        "--set",
+        "ddp_backend=gloo",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DYING_PIDS": str(folder)}
     with open(log, "w") as file:
         process = subprocess.Popen(
@@ -437,6 +453,4 @@ def test_a_worker_that_dies_ends_the_others_with_its_error(
         assert again.status == 0, again.log
         assert "going on from out/checkpoint-1" in again.log
         assert (folder / "out" / "report.json").exists()
-    results.add(
-        "worker that dies in a run of two", tried=len(ways), faults=len(ways), survived=len(ways)
-    )
+    results.add("worker that dies in a run of two", tried=len(ways), faults=len(ways), survived=len(ways))

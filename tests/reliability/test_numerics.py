@@ -22,9 +22,8 @@ LONG = os.environ.get("FASTSDPO_LONG") == "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 AVAILABLE = fastsdpo.available_backends()
 BACKENDS = [
-    name for name in (["triton"] if INTERPRETED else ["reference", "native"])
-    if AVAILABLE[name] == "available"
-]  # fmt: skip
+    name for name in (["triton"] if INTERPRETED else ["reference", "native"]) if AVAILABLE[name] == "available"
+]
 LOSSES = [
     {"mode": "sampled_token"},
     {"mode": "full", "alpha": 0.0},
@@ -49,8 +48,9 @@ def _counted(request, results):
     yield
     name = "triton (interpreted)" if INTERPRETED else " and ".join(BACKENDS)
     lost, survived = request.session.testsfailed - failed, sum(tried.values())
-    results.add(f"numerical properties, {name}", tried=survived + lost, survived=survived, lost=lost,
-                properties=len(tried))  # fmt: skip
+    results.add(
+        f"numerical properties, {name}", tried=survived + lost, survived=survived, lost=lost, properties=len(tried)
+    )
 
 
 def drawn(**strategies):
@@ -62,8 +62,9 @@ def drawn(**strategies):
     ]
 
     def decorate(function):
-        @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
-                  suppress_health_check=suppressed)  # fmt: skip
+        @settings(
+            max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=suppressed
+        )
         @given(**strategies)
         @functools.wraps(function)
         def counted(*arguments, **named):
@@ -87,9 +88,7 @@ def rows(draw, dtype=None, most=40 if INTERPRETED else 300, least=1, quantum=2.0
     g = torch.Generator().manual_seed(seed)
     spread = draw(st.sampled_from([0.5, 4.0, 20.0]))
     student = (torch.randn(tokens, vocabulary, generator=g) * spread / quantum).round() * quantum
-    teacher = (
-        student + (torch.randn(tokens, vocabulary, generator=g) * 2 / quantum).round() * quantum
-    )
+    teacher = student + (torch.randn(tokens, vocabulary, generator=g) * 2 / quantum).round() * quantum
     # Distinct values, so that the top k is unambiguous: each at least a quantum above the next.
     steps = torch.arange(vocabulary) * quantum
     ordered, places = student.sort(-1)
@@ -131,9 +130,7 @@ def scale_of(out):
 
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
-losses = pytest.mark.parametrize(
-    "loss", LOSSES, ids=lambda loss: "-".join(str(value) for value in loss.values())
-)
+losses = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: "-".join(str(value) for value in loss.values()))
 
 
 @backends
@@ -217,9 +214,7 @@ def test_pieces_of_the_tokens_add_up(backend, loss, data):
 
 @backends
 @drawn(data=st.data(), alpha=ALPHAS, everything=st.booleans())
-def test_swapping_student_and_teacher_maps_alpha_to_its_complement(
-    backend, data, alpha, everything
-):
+def test_swapping_student_and_teacher_maps_alpha_to_its_complement(backend, data, alpha, everything):
     student, teacher, targets, _ = data.draw(rows(torch.float32))
     options = {"mode": "topk", "topk": student.shape[1]} if everything else {"mode": "full"}
     one, _ = run(student, teacher, targets, backend, alpha=alpha, **options)
@@ -247,9 +242,7 @@ def test_temperature_divides_the_logits(backend, loss, data, power):
     options = {**options_for(loss, student.shape[1]), "weights": weights}
     temperature = 2.0**power
     hot, grad = run(student, teacher, targets, backend, temperature=temperature, **options)
-    plain, plain_grad = run(
-        student / temperature, teacher / temperature, targets, backend, **options
-    )
+    plain, plain_grad = run(student / temperature, teacher / temperature, targets, backend, **options)
     close(hot.per_token_loss, plain.per_token_loss, scale_of(plain))
     close(grad * temperature, plain_grad, 1 + plain.log_ratio.abs().max())
 
@@ -299,14 +292,10 @@ def test_tokens_of_probability_zero(backend, loss, data):
     share = data.draw(st.sampled_from([0.1, 0.6]))
     for logits in (student, teacher):
         dead = torch.rand(logits.shape, generator=g) < share
-        dead[
-            torch.arange(len(dead)), torch.randint(0, dead.shape[1], (len(dead),), generator=g)
-        ] = False
+        dead[torch.arange(len(dead)), torch.randint(0, dead.shape[1], (len(dead),), generator=g)] = False
         logits[dead] = -math.inf
         logits[logits < logits.amax(-1, keepdim=True) - 80] = -math.inf
-    if not loss.get(
-        "add_tail", True
-    ):  # a teacher without any of the support cannot be renormalized
+    if not loss.get("add_tail", True):  # a teacher without any of the support cannot be renormalized
         best = student.argmax(-1, keepdim=True)
         teacher.scatter_(1, best, teacher.gather(1, best).clamp(min=-30.0))
     if loss["mode"] == "sampled_token":  # the answer's token was drawn from a policy that could
@@ -371,9 +360,7 @@ def test_strides_change_nothing(backend, loss, data):
     wide = torch.full((tokens * (gap + 1), vocabulary + before + after), math.nan, dtype=dtype)
     inside = wide[:: gap + 1, before : before + vocabulary]
     inside.copy_(teacher)
-    columns = (
-        torch.empty(vocabulary, tokens, dtype=dtype).copy_(teacher.T).T
-    )  # rows are not contiguous
+    columns = torch.empty(vocabulary, tokens, dtype=dtype).copy_(teacher.T).T  # rows are not contiguous
     repeated = torch.stack([targets, targets], 1).flatten()[::2]
     plain, grad = run(student, teacher, targets, backend, **options)
     for odd in (inside, columns):
@@ -383,9 +370,7 @@ def test_strides_change_nothing(backend, loss, data):
 
 
 @backends
-@pytest.mark.parametrize(
-    "vocabulary", [1, 2, 3, 1000] if INTERPRETED else [1, 2, 3, 151_936, 262_144]
-)
+@pytest.mark.parametrize("vocabulary", [1, 2, 3, 1000] if INTERPRETED else [1, 2, 3, 151_936, 262_144])
 @losses
 def test_tiny_and_huge_vocabularies(backend, loss, vocabulary):
     g = torch.Generator().manual_seed(vocabulary)
@@ -405,9 +390,7 @@ def test_tiny_and_huge_vocabularies(backend, loss, vocabulary):
 def test_the_three_ways_to_a_log_ratio_agree(backend, data):
     student, teacher, targets, _ = data.draw(rows())
     ratio = fastsdpo.token_log_ratio(student, teacher, targets, backend=backend)
-    logps = [
-        fastsdpo.token_logps(logits, targets, backend=backend) for logits in (student, teacher)
-    ]
+    logps = [fastsdpo.token_logps(logits, targets, backend=backend) for logits in (student, teacher)]
     out, _ = run(student, teacher, targets, backend)
     close(ratio.student_logps, logps[0], 50)
     close(ratio.teacher_logps, logps[1], 50)
@@ -452,16 +435,12 @@ def hidden_rows(draw):
 
 def run_linear(student, teacher, head, bias, targets, backend, **options):
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (student, head, bias)]
-    out = fastsdpo.linear_sdpo_loss(
-        leaves[0], teacher, leaves[1], targets, bias=leaves[2], backend=backend, **options
-    )
+    out = fastsdpo.linear_sdpo_loss(leaves[0], teacher, leaves[1], targets, bias=leaves[2], backend=backend, **options)
     out.loss.backward()
     return out, [leaf.grad for leaf in leaves]
 
 
-linear_backends = pytest.mark.parametrize(
-    "backend", [name for name in BACKENDS if name != "triton"]
-)
+linear_backends = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 
 
 @linear_backends
@@ -471,9 +450,7 @@ def test_linear_equals_the_loss_of_its_logits(backend, loss, data):
     student, teacher, head, bias, targets, weights = data.draw(hidden_rows())
     options = {**options_for(loss, len(head)), "weights": weights}
     chunk = data.draw(st.sampled_from([None, 1, 2, 64]))
-    out, grads = run_linear(
-        student, teacher, head, bias, targets, backend, chunk_size=chunk, **options
-    )
+    out, grads = run_linear(student, teacher, head, bias, targets, backend, chunk_size=chunk, **options)
     logits = [hidden @ head.T + bias for hidden in (student, teacher)]
     plain, grad = run(*logits, targets, backend, **options)
     scale = 10 * (1 + plain.log_ratio.abs().max())
@@ -492,9 +469,7 @@ def test_linear_with_a_permuted_and_a_shifted_head(backend, loss, data):
     moved = torch.where(targets == -100, targets, order.argsort()[targets.clamp(min=0)])
     shift = data.draw(st.sampled_from([-8.0, 0.0, 32.0]))
     out, grads = run_linear(student, teacher, head, bias, targets, backend, **options)
-    other, other_grads = run_linear(
-        student, teacher, head[order], bias[order] + shift, moved, backend, **options
-    )
+    other, other_grads = run_linear(student, teacher, head[order], bias[order] + shift, moved, backend, **options)
     scale = 20 * (1 + out.log_ratio.abs().max()) * (1 + abs(shift) / 8)
     close(other.per_token_loss, out.per_token_loss, scale)
     close(other_grads[0], grads[0], scale * (1 + head.abs().max()))
@@ -508,14 +483,13 @@ def test_linear_with_a_permuted_and_a_shifted_head(backend, loss, data):
 def test_linear_pieces_add_up(backend, data):
     student, teacher, head, bias, targets, weights = data.draw(hidden_rows())
     at = data.draw(st.integers(0, len(targets)))
-    whole, grads = run_linear(
-        student, teacher, head, bias, targets, backend, mode="full", weights=weights
-    )
+    whole, grads = run_linear(student, teacher, head, bias, targets, backend, mode="full", weights=weights)
     parts = [
-        run_linear(student[part], teacher[part], head, bias, targets[part], backend, mode="full",
-                   weights=weights[part])
+        run_linear(
+            student[part], teacher[part], head, bias, targets[part], backend, mode="full", weights=weights[part]
+        )
         for part in (slice(None, at), slice(at, None))
-    ]  # fmt: skip
+    ]
     close(sum(out.loss for out, _ in parts), whole.loss, 1 + whole.per_token_loss.sum())
     close(torch.cat([part[0] for _, part in parts]), grads[0], 10)
     for index in (1, 2):

@@ -45,8 +45,13 @@ def _counted(request, results):
     yield
     tests = sum(item.path == request.path for item in request.session.items)
     lost = request.session.testsfailed - failed
-    results.add("security: files that would run code, connections, keys (tests)", tried=tests,
-                faults=Bomb.planted, survived=tests - lost, lost=lost)  # fmt: skip
+    results.add(
+        "security: files that would run code, connections, keys (tests)",
+        tried=tests,
+        faults=Bomb.planted,
+        survived=tests - lost,
+        lost=lost,
+    )
 
 
 def calls():
@@ -60,8 +65,20 @@ def calls():
 
 
 def test_the_source_unpickles_and_evaluates_nothing():
-    forbidden = {"eval", "exec", "pickle.load", "pickle.loads", "joblib.load", "yaml.load", "os.system",
-                 "marshal.loads", "dill.load", "cloudpickle.load", "numpy.load", "np.load"}  # fmt: skip
+    forbidden = {
+        "eval",
+        "exec",
+        "pickle.load",
+        "pickle.loads",
+        "joblib.load",
+        "yaml.load",
+        "os.system",
+        "marshal.loads",
+        "dill.load",
+        "cloudpickle.load",
+        "numpy.load",
+        "np.load",
+    }
     looked_at = 0
     for path, node, name in calls():
         looked_at += 1
@@ -74,12 +91,16 @@ def test_the_source_unpickles_and_evaluates_nothing():
             assert options.get("shell", "False") == "False", where
         # Off, or what the user said.
         assert options.get("trust_remote_code", "False") in (
-            "False", "trust_remote_code", "options.trust_remote_code", "args.trust_remote_code",
-        ), where  # fmt: skip
+            "False",
+            "trust_remote_code",
+            "options.trust_remote_code",
+            "args.trust_remote_code",
+        ), where
     assert looked_at > 1000
     for path in SOURCES:
-        assert not re.search(r"^\s*(import|from) (pickle|dill|marshal|shelve)\b", path.read_text("utf-8"),
-                             re.MULTILINE), path  # fmt: skip
+        assert not re.search(
+            r"^\s*(import|from) (pickle|dill|marshal|shelve)\b", path.read_text("utf-8"), re.MULTILINE
+        ), path
 
 
 def test_trust_remote_code_is_off_unless_asked():
@@ -109,9 +130,7 @@ def test_pickled_weights_run_nothing(saved, tmp_path):
 
 def test_code_that_comes_with_a_model_is_not_run(saved, tmp_path):
     """`auto_map` names a module of the folder, which makes a folder when it is imported."""
-    code = (
-        f"import os\nos.mkdir({str(tmp_path / 'boom')!r})\nfrom transformers import LlamaConfig\n"
-    )
+    code = f"import os\nos.mkdir({str(tmp_path / 'boom')!r})\nfrom transformers import LlamaConfig\n"
     code += "class Config(LlamaConfig):\n    model_type = 'strange'\n"
     (saved / "strange.py").write_text(code)
     config = json.loads((saved / "config.json").read_text())
@@ -160,9 +179,7 @@ def test_a_pickle_is_no_data_file(tmp_path, saved, capsys):
     for name in ("data.jsonl", "data.parquet", "data.pkl"):
         with open(tmp_path / name, "wb") as file:
             pickle.dump(Bomb(tmp_path / "boom"), file)
-        status = main(
-            [str(tmp_path / name), "--model", str(saved), "-o", str(tmp_path / "out"), "--cpu"]
-        )
+        status = main([str(tmp_path / name), "--model", str(saved), "-o", str(tmp_path / "out"), "--cpu"])
         assert status == 1
         assert name in capsys.readouterr().err
     assert not (tmp_path / "boom").exists()
@@ -204,9 +221,7 @@ def test_an_endpoint_is_asked_only_where_configured(runner, commands, tmp_path):
     assert set(re.findall(r"connects to \('([^']+)', (\d+)", ended.log)) == {("127.0.0.1", "9")}
 
 
-def test_keys_come_from_the_environment_and_are_not_written(
-    runner, commands, tmp_path, monkeypatch
-):
+def test_keys_come_from_the_environment_and_are_not_written(runner, commands, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     from fastsdpo.online.endpoint import ChatEndpoint
 
@@ -234,9 +249,7 @@ def test_no_option_takes_a_key(tmp_path):
     for parser in (build_parser(), online_parser()):
         names = [option for action in parser._actions for option in action.option_strings]
         assert not [name for name in names if re.search("key|token$|secret|password", name)]
-    options = build_parser().parse_args(
-        ["d", "--model", "m", "-o", str(tmp_path), "--set", f"hub_token={KEY}"]
-    )
+    options = build_parser().parse_args(["d", "--model", "m", "-o", str(tmp_path), "--set", f"hub_token={KEY}"])
     with pytest.raises(ValueError, match="tokens are read from the environment only") as caught:
         read_config(options)
     assert KEY not in str(caught.value)

@@ -25,17 +25,25 @@ WORKER = Path(__file__).parent / "soak_worker.py"
 
 # Most that may be added from the second third of a run to its last, however many steps these have.
 LIMITS = {
-    "resident": 4 << 20, "traced": 64 << 10, "objects": 200, "tensors": 0, "tensor_bytes": 4096, "graph": 0,
-    "cached": 0, "files": 0,
-}  # fmt: skip
+    "resident": 4 << 20,
+    "traced": 64 << 10,
+    "objects": 200,
+    "tensors": 0,
+    "tensor_bytes": 4096,
+    "graph": 0,
+    "cached": 0,
+    "files": 0,
+}
 
 
 def start(part, settings, **environment):
     return subprocess.Popen(
         [sys.executable, str(WORKER), part, json.dumps(settings)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment},
-    )  # fmt: skip
+    )
 
 
 def answer(process, timeout=None):
@@ -81,11 +89,15 @@ def test_training_takes_no_more_memory_with_every_step(part, results, tmp_path):
     steps = measured[-1]["step"] - measured[0]["step"]
     slope = (measured[-1]["resident"] - measured[0]["resident"]) / steps
     results.add(
-        f"soak, {part}: optimizer steps", tried=run["steps"], survived=0 if bad else run["steps"],
-        lost=run["steps"] if bad else 0, minutes=round(run["seconds"] / 60, 1),
-        steps_of_two_hours=two_hours(), resident_bytes_per_step=round(slope, 1),
+        f"soak, {part}: optimizer steps",
+        tried=run["steps"],
+        survived=0 if bad else run["steps"],
+        lost=run["steps"] if bad else 0,
+        minutes=round(run["seconds"] / 60, 1),
+        steps_of_two_hours=two_hours(),
+        resident_bytes_per_step=round(slope, 1),
         **{f"{name}_added": value for name, value in added.items()},
-    )  # fmt: skip
+    )
     assert not bad, run["readings"]
     if LONG:
         assert run["steps"] >= two_hours()
@@ -100,9 +112,15 @@ def test_a_compiled_loss_keeps_no_graph_per_length(results, count):
     graphs = run["readings"][-1]["graphs"]
     bad = over(added, {**LIMITS, "graphs": 0})
     lost = run["steps"] if bad else 0
-    results.add("soak, compiled loss: calls of drawn lengths", tried=run["steps"], lost=lost,
-                survived=run["steps"] - lost, graphs=graphs, resident_added=added["resident"],
-                cached_added=added["cached"])  # fmt: skip
+    results.add(
+        "soak, compiled loss: calls of drawn lengths",
+        tried=run["steps"],
+        lost=lost,
+        survived=run["steps"] - lost,
+        graphs=graphs,
+        resident_added=added["resident"],
+        cached_added=added["cached"],
+    )
     assert not bad
     assert graphs <= 4  # for 59 lengths
 
@@ -128,11 +146,7 @@ def test_many_interactions_in_bounded_memory(results, count, tmp_path):
         folder.mkdir()
         run = answer(start("scale", {"folder": str(folder), "interactions": size}))
         assert run["interactions"] == size
-        assert (
-            run["planned"]
-            == run["dataset_interactions"]
-            == json_rows(folder / "interactions.jsonl")
-        )
+        assert run["planned"] == run["dataset_interactions"] == json_rows(folder / "interactions.jsonl")
         runs.append(run)
     large = runs[-1]
     nothing = {name: {"peak_bytes": 0} for name in large["stages"]}
@@ -154,12 +168,19 @@ def test_many_interactions_in_bounded_memory(results, count, tmp_path):
             f"{name}: bytes for each more": round(added / more),
             f"{name}: seconds": round(right["seconds"], 1),
         }
-    figures |= {"tokens_each": round(large["tokens"] / large["dataset_interactions"], 1),
-                "text MiB written": round(large["output_bytes"] / 2**20, 1)}  # fmt: skip
+    figures |= {
+        "tokens_each": round(large["tokens"] / large["dataset_interactions"], 1),
+        "text MiB written": round(large["output_bytes"] / 2**20, 1),
+    }
     held_out = large["interactions"] - large["dataset_interactions"]
     survived = large["planned"] + held_out
-    results.add("interactions through `prepare`, dataset and planner", tried=sizes[-1], survived=survived,
-                lost=sizes[-1] - survived, **figures)  # fmt: skip
+    results.add(
+        "interactions through `prepare`, dataset and planner",
+        tried=sizes[-1],
+        survived=survived,
+        lost=sizes[-1] - survived,
+        **figures,
+    )
     assert not bad
 
 
@@ -181,10 +202,7 @@ def test_throughput_of_one_and_two_processes(results, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    two = [
-        start("throughput", settings, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
-        for rank in range(2)
-    ]
+    two = [start("throughput", settings, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
     try:
         two = [answer(process) for process in two]
     finally:
@@ -193,8 +211,14 @@ def test_throughput_of_one_and_two_processes(results, tmp_path):
                 process.kill()
     rates = [run["interactions_per_second"] for run in (one, two[0])]
     loads = [round(run["load_average"], 1) for run in (one, two[0])]
-    results.add("training in one and in two processes", tried=2, survived=2,
-                interactions_per_second_1=round(rates[0], 1), interactions_per_second_2=round(rates[1], 1),
-                ratio=round(rates[1] / rates[0], 2), cores=os.cpu_count(),
-                load_average_of_the_machine=loads)  # fmt: skip
+    results.add(
+        "training in one and in two processes",
+        tried=2,
+        survived=2,
+        interactions_per_second_1=round(rates[0], 1),
+        interactions_per_second_2=round(rates[1], 1),
+        ratio=round(rates[1] / rates[0], 2),
+        cores=os.cpu_count(),
+        load_average_of_the_machine=loads,
+    )
     assert min(rates) > 0

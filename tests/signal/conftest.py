@@ -23,9 +23,7 @@ def tokenizer():
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    inner.train_from_iterator(
-        ["the answer to the question is short and the user is happy"], trainer
-    )
+    inner.train_from_iterator(["the answer to the question is short and the user is happy"], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
     fast.add_special_tokens({"additional_special_tokens": ["<|start|>"]})
     fast.chat_template = CHAT_TEMPLATE

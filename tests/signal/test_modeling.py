@@ -38,9 +38,16 @@ def test_options(folder):
     assert load_model_and_tokenizer(folder, dtype=torch.float64)[0].dtype == torch.float64
 
 
-@pytest.mark.parametrize(("device", "dtype"), [
-    ("cpu", "float32"), ("cuda", "auto"), ("cuda:1", "auto"), ("xpu", "auto"), ("mps", "auto"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", "float32"),
+        ("cuda", "auto"),
+        ("cuda:1", "auto"),
+        ("xpu", "auto"),
+        ("mps", "auto"),
+    ],
+)
 def test_default_dtype(device, dtype):
     assert default_dtype(torch.device(device)) == dtype
 
@@ -125,9 +132,7 @@ def test_the_hub_is_asked_once_for_what_it_does_not_have(name, monkeypatch, tmp_
     endpoint = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     try:
-        with pytest.raises(
-            OSError, match=f"'{name}' is no local folder .* has no model of that name"
-        ):
+        with pytest.raises(OSError, match=f"'{name}' is no local folder .* has no model of that name"):
             load_model_and_tokenizer(name)
     finally:
         server.shutdown()
@@ -138,9 +143,7 @@ def test_the_hub_is_asked_once_for_what_it_does_not_have(name, monkeypatch, tmp_
 def test_bad_options(folder):
     with pytest.raises(ValueError, match=r"dtype must be auto, float32, .*, got 'int8'"):
         load_model_and_tokenizer(folder, dtype="int8")
-    with pytest.raises(
-        ValueError, match="device must be one that this PyTorch can use, got 'toaster'"
-    ):
+    with pytest.raises(ValueError, match="device must be one that this PyTorch can use, got 'toaster'"):
         load_model_and_tokenizer(folder, device="toaster")
     with pytest.raises(FileNotFoundError, match=r"no such file: .*none.gguf"):
         load_model_and_tokenizer(folder, gguf_file="none.gguf")
@@ -199,9 +202,7 @@ def gguf_file(tmp_path_factory, model, tokenizer):
         if data.ndim == 2 and data.shape[1] % 32 == 0:
             kind = gguf.GGMLQuantizationType.Q8_0
         stem, _, suffix = name.rpartition(".")
-        writer.add_tensor(
-            f"{names.get_name(stem)}.{suffix}", gguf.quants.quantize(data, kind), raw_dtype=kind
-        )
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", gguf.quants.quantize(data, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -235,9 +236,7 @@ def test_gguf_becomes_an_ordinary_model(gguf_file, model, tokenizer, tmp_path):
 def test_gguf_by_folder(gguf_file):
     by_folder, _ = load_model_and_tokenizer(gguf_file.parent, dtype="float16")
     assert by_folder.dtype == torch.float16
-    named, _ = load_model_and_tokenizer(
-        gguf_file.parent, gguf_file=gguf_file.name, dtype="auto", tokenizer=gguf_file
-    )
+    named, _ = load_model_and_tokenizer(gguf_file.parent, gguf_file=gguf_file.name, dtype="auto", tokenizer=gguf_file)
     assert named.dtype == torch.float32
 
 

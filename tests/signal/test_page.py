@@ -42,9 +42,7 @@ def attacked(model, tokenizer):
         "followup " + ATTACK,
         id=ATTACK,
     )
-    result = compute_signal(
-        model, tokenizer, interaction, "</style>{o}<script>", unrelated="unrelated " + ATTACK
-    )
+    result = compute_signal(model, tokenizer, interaction, "</style>{o}<script>", unrelated="unrelated " + ATTACK)
     # What a tokenizer decodes is data too: tokens with markup in one piece.
     groups = [dataclasses.replace(result.groups[0], text=ATTACK), *result.groups[1:]]
     return dataclasses.replace(result, model=ATTACK, notes=[ATTACK], groups=groups)
@@ -87,9 +85,7 @@ def test_page_holds_nothing_but_its_own_elements(attacked):
 
 def test_policy_allows_this_style_and_this_script_only(attacked):
     elements = Elements(render_html(attacked))
-    (policy,) = [
-        a["content"] for t, a in elements.tags if a.get("http-equiv") == "Content-Security-Policy"
-    ]
+    (policy,) = [a["content"] for t, a in elements.tags if a.get("http-equiv") == "Content-Security-Policy"]
 
     def digest(kind):
         raw = hashlib.sha256(elements.inside[kind].encode()).digest()
@@ -144,11 +140,20 @@ class Browser:
             os.close(end)
         theirs_read, self.write, self.read, theirs_write = pipes
         command = [
-            program, "--headless", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--disable-dev-shm-usage", f"--user-data-dir={profile}", "--window-size=1100,900",
-            "--remote-debugging-pipe", "about:blank",
-        ]  # fmt: skip
+            program,
+            "--headless",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--disable-dev-shm-usage",
+            f"--user-data-dir={profile}",
+            "--window-size=1100,900",
+            "--remote-debugging-pipe",
+            "about:blank",
+        ]
         if os.geteuid() == 0:
             command.insert(1, "--no-sandbox")  # as root Chromium starts no other way
         launch = LAUNCH.format(theirs_read, theirs_write)
@@ -206,9 +211,12 @@ class Browser:
         codes = {"Tab": 9, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}
         for kind in ("rawKeyDown", "keyUp"):
             self.send(
-                "Input.dispatchKeyEvent", type=kind, key=name, code=name,
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=name,
+                code=name,
                 windowsVirtualKeyCode=codes[name],
-            )  # fmt: skip
+            )
 
     def urls(self):
         """Everything that was requested since the page was opened."""
@@ -365,9 +373,7 @@ def test_browser_moves_by_keyboard(opened, attacked):
     opened.key("ArrowLeft")
     assert opened.evaluate(focused) == "1"
     value = signed(attacked.groups[1].value(attacked.real.log_ratio))
-    assert opened.evaluate("getComputedStyle(document.activeElement, '::after').content") == (
-        f'"{value}"'
-    )
+    assert opened.evaluate("getComputedStyle(document.activeElement, '::after').content") == (f'"{value}"')
     opened.key("End")
     assert opened.evaluate(focused) == str(len(attacked.groups) - 1)
     assert "end" in opened.evaluate("document.getElementById('readout').textContent")
@@ -381,8 +387,11 @@ def test_browser_moves_by_keyboard(opened, attacked):
 def test_browser_page_fits_a_phone(opened):
     opened.send(
         "Emulation.setDeviceMetricsOverride",
-        width=360, height=640, deviceScaleFactor=1, mobile=False,
-    )  # fmt: skip
+        width=360,
+        height=640,
+        deviceScaleFactor=1,
+        mobile=False,
+    )
     try:
         wide = opened.evaluate("document.documentElement.scrollWidth - innerWidth")
         assert wide <= 0, f"{wide} pixels too wide"

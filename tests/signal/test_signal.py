@@ -64,9 +64,7 @@ def test_equals_plain_forward_passes(model, tokenizer, result):
     answer.append(tokenizer.convert_tokens_to_ids("<|end|>"))
     assert result.token_ids == answer
     student = plain_logps(model, context(INTERACTION.prompt), answer)
-    torch.testing.assert_close(
-        torch.tensor(result.student_logps, dtype=torch.float64), student, atol=2e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(torch.tensor(result.student_logps, dtype=torch.float64), student, atol=2e-5, rtol=1e-5)
     for signal, followup in (
         (result.real, "Shorter, please."),
         (result.unrelated, "What is 27*4?"),
@@ -167,9 +165,7 @@ def sentencepiece_like():
     words = ["▁the", "▁an", "sw", "er", "▁", "a", "b", "\n", "<unk>", "<s>"]
     vocab = {piece: i for i, piece in enumerate([*words, *(f"<0x{b:02X}>" for b in range(256))])}
     inner = Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
-    inner.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     inner.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>")
@@ -256,13 +252,10 @@ def test_visible(text, shown):
 
 # Severity 1 of https://doi.org/10.1109/TVCG.2009.113, on linear RGB.
 COLOR_BLINDNESS = {
-    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
-                   [-0.003882, -0.048116, 1.051998]],
-    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
-                     [-0.011820, 0.042940, 0.968881]],
-    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
-                   [0.004733, 0.691367, 0.303900]],
-}  # fmt: skip
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
 
 
 def seen(color, blindness):
@@ -342,10 +335,7 @@ def test_terminal_without_colour(result):
     assert "\x1b" not in text
     assert "Shorter, please." in text and "What is 27*4?" in text
     limit = tint_limit(g.value(s.log_ratio) for _, s in result.followups for g in result.groups)
-    strong = [
-        g for g in result.groups
-        if abs(g.value(result.real.log_ratio)) >= limit / 4 and g.text.isalpha()
-    ]  # fmt: skip
+    strong = [g for g in result.groups if abs(g.value(result.real.log_ratio)) >= limit / 4 and g.text.isalpha()]
     assert strong
     for group in strong:
         assert f"[{group.text} {signed(group.value(result.real.log_ratio))}]" in text
@@ -359,9 +349,7 @@ def test_terminal_colours(result, colors):
     assert ("48;2;" in text) == (colors == 24) and ("48;5;" in text) == (colors == 8)
     # Every line ends without colour, and taking the colours away leaves the answer.
     for line in text.splitlines():
-        assert (
-            line.rfind("\x1b[0m") >= line.rfind("m", 0, line.rfind("\x1b[")) or "\x1b" not in line
-        )
+        assert line.rfind("\x1b[0m") >= line.rfind("m", 0, line.rfind("\x1b[")) or "\x1b" not in line
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     assert plain.count("It is the answer,·🎉·naïve.↵\n↵\n→\tDone<|end|>") == 2
 
@@ -377,9 +365,7 @@ def test_escape_sequences_from_data_do_not_reach_the_terminal(result):
     nasty = "\x1b]0;title\x07\x1b[2J\u202e"
     evil = dataclasses.replace(
         result,
-        interaction=dataclasses.replace(
-            result.interaction, prompt=[{"role": "user", "content": nasty}]
-        ),
+        interaction=dataclasses.replace(result.interaction, prompt=[{"role": "user", "content": nasty}]),
         real=dataclasses.replace(result.real, followup=nasty),
         groups=[dataclasses.replace(g, text=nasty) for g in result.groups],
         model=nasty,
@@ -465,8 +451,10 @@ def test_command_on_a_file(capsys, folder, conversations, tmp_path):
 def test_command_selects(capsys, folder, conversations, tmp_path, options, completion):
     path = tmp_path / "out.json"
     assert run(capsys, conversations, "--model", folder, *options, "--json", path, "--quiet") == (
-        0, "", "",
-    )  # fmt: skip
+        0,
+        "",
+        "",
+    )
     assert json.loads(path.read_text())["interaction"]["completion"] == completion
 
 
@@ -480,9 +468,7 @@ def test_command_reads_interaction_rows_from_standard_input(capsys, folder, monk
     stdin = io.TextIOWrapper(io.BytesIO((json.dumps(row) + "\n").encode() * 2))
     monkeypatch.setattr(sys, "stdin", stdin)
     path = tmp_path / "out.json"
-    code, out, _ = run(
-        capsys, "-", "--model", folder, "--index", 1, "--json", path, "--color", "always"
-    )
+    code, out, _ = run(capsys, "-", "--model", folder, "--index", 1, "--json", path, "--color", "always")
     assert code == 0 and "\x1b[48;" in out
     assert json.loads(path.read_text())["unrelated"]["followup"] == NEUTRAL_FOLLOWUP
 

@@ -130,8 +130,18 @@ def interactions():
     return make_interactions()
 
 
-def make_trainer(folder, *, model=None, interactions=None, eval_dataset=None, peft_config=None,
-                 callbacks=None, tokenizer=None, optimizers=(None, None), **changes):  # fmt: skip
+def make_trainer(
+    folder,
+    *,
+    model=None,
+    interactions=None,
+    eval_dataset=None,
+    peft_config=None,
+    callbacks=None,
+    tokenizer=None,
+    optimizers=(None, None),
+    **changes,
+):
     return SDPOTrainer(
         model=make_model() if model is None else model,
         args=make_config(folder, **changes),

@@ -18,9 +18,14 @@ from fastsdpo.trainer.data import TokenizedInteraction
 from fastsdpo.trainer.memory import estimate_memory
 
 SHAPE = {
-    "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 8192, "max_position_embeddings": 512,
-}  # fmt: skip
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 8192,
+    "max_position_embeddings": 512,
+}
 
 
 def interactions(conversations):
@@ -40,9 +45,7 @@ def interactions(conversations):
 def measured(folder, *, kind="Llama", dtype="float32", lora=False, conversations=3, **settings):
     """Bytes above the model's weights and the teacher's: estimated, measured, and the estimate."""
     torch.manual_seed(0)
-    config, model = {
-        "Llama": (LlamaConfig, LlamaForCausalLM), "Qwen3": (Qwen3Config, Qwen3ForCausalLM)
-    }[kind]  # fmt: skip
+    config, model = {"Llama": (LlamaConfig, LlamaForCausalLM), "Qwen3": (Qwen3Config, Qwen3ForCausalLM)}[kind]
     head = {"head_dim": 64} if kind == "Qwen3" else {}
     made = model(config(**SHAPE, **head, tie_word_embeddings=kind == "Qwen3"))
     adapter = None
@@ -51,9 +54,15 @@ def measured(folder, *, kind="Llama", dtype="float32", lora=False, conversations
 
         adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     args = SDPOConfig(
-        output_dir=folder, use_cpu=True, report_to=[], save_strategy="no", teacher_check=0,
-        disable_tqdm=True, optim="adamw_torch", **settings,
-    )  # fmt: skip
+        output_dir=folder,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        teacher_check=0,
+        disable_tqdm=True,
+        optim="adamw_torch",
+        **settings,
+    )
     items = interactions(conversations)
     trainer = SDPOTrainer(made.to(getattr(torch, dtype)), args, items, peft_config=adapter)
     if args.gradient_checkpointing:
@@ -69,9 +78,7 @@ def measured(folder, *, kind="Llama", dtype="float32", lora=False, conversations
 
     peak = peak_memory(run)
     tokens = count_tokens(items, sharing=trainer.sharing).student
-    estimate = estimate_memory(
-        trainer.model, args, tokens, sum(len(i.completion_ids) for i in items)
-    )
+    estimate = estimate_memory(trainer.model, args, tokens, sum(len(i.completion_ids) for i in items))
     return estimate.total - estimate.weights - estimate.teacher, peak, estimate
 
 

@@ -34,10 +34,26 @@ def lora(**changes):
 
 def command(place, output, *more, model="model"):
     return [
-        str(place / "data.jsonl"), "--model", str(place / model), "-o", str(output), "--cpu",
-        "--template", " note {o}", "--batch-size", "4", "--epochs", "1", "--learning-rate", "1e-2",
-        "--set", "save_strategy=no", "--set", "dataloader_pin_memory=false", *more,
-    ]  # fmt: skip
+        str(place / "data.jsonl"),
+        "--model",
+        str(place / model),
+        "-o",
+        str(output),
+        "--cpu",
+        "--template",
+        " note {o}",
+        "--batch-size",
+        "4",
+        "--epochs",
+        "1",
+        "--learning-rate",
+        "1e-2",
+        "--set",
+        "save_strategy=no",
+        "--set",
+        "dataloader_pin_memory=false",
+        *more,
+    ]
 
 
 def report_of(folder):
@@ -55,8 +71,10 @@ def place(tmp_path_factory, lab):
     folder = tmp_path_factory.mktemp("adapters")
     lab.make_model().save_pretrained(folder / "model")
     lab.make_tokenizer().save_pretrained(folder / "model")
-    for name, items in (("data.jsonl", lab.make_interactions()),
-                        ("data.eval.jsonl", lab.make_interactions(2, seed=9))):  # fmt: skip
+    for name, items in (
+        ("data.jsonl", lab.make_interactions()),
+        ("data.eval.jsonl", lab.make_interactions(2, seed=9)),
+    ):
         lab.write_rows(folder / name, items)
     assert main(command(folder, folder / "first", "--lora", "4", "--quiet")) == 0
     return folder
@@ -82,11 +100,14 @@ def test_a_second_round_begins_where_the_first_ended(place, tmp_path, more):
     assert third["before"]["eval_loss"] == pytest.approx(report["after"]["eval_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    (["--lora", "8"], "--lora must be left out for --model .*, got 8: it is a LoRA adapter with r=4"),
-    (["--lora", "0"], "--lora must be left out for --model .*, got 0: it is a LoRA adapter with r=4"),
-    (["--lora-alpha", "4"], "--lora-alpha must be left out .* LoRA adapter with lora_alpha=8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--lora", "8"], "--lora must be left out for --model .*, got 8: it is a LoRA adapter with r=4"),
+        (["--lora", "0"], "--lora must be left out for --model .*, got 0: it is a LoRA adapter with r=4"),
+        (["--lora-alpha", "4"], "--lora-alpha must be left out .* LoRA adapter with lora_alpha=8"),
+    ],
+)
 def test_another_adapter_than_the_one_that_is_there(place, tmp_path, capsys, more, message):
     arguments = command(place, tmp_path / "out", *more, model="first/model")
     assert main(arguments) == 1
@@ -98,13 +119,20 @@ def test_another_adapter_than_the_one_that_is_there(place, tmp_path, capsys, mor
 def test_a_second_round_resumes_to_the_same_end(place, tmp_path):
     """With the frozen teacher, which is the adapter as the first round left it."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    more = ["--quiet", "--teacher", "frozen", "--schedule", "constant", "--set", "save_strategy=steps",
-            "--save-steps", "1"]  # fmt: skip
+    more = [
+        "--quiet",
+        "--teacher",
+        "frozen",
+        "--schedule",
+        "constant",
+        "--set",
+        "save_strategy=steps",
+        "--save-steps",
+        "1",
+    ]
     assert main(command(place, whole, *more, "--max-steps", "4", model="first/model")) == 0
     assert main(command(place, cut, *more, "--max-steps", "2", model="first/model")) == 0
-    assert (
-        main(command(place, cut, *more, "--max-steps", "4", "--resume", model="first/model")) == 0
-    )
+    assert main(command(place, cut, *more, "--max-steps", "4", "--resume", model="first/model")) == 0
     ends = [load_model_and_tokenizer(folder / "model")[0] for folder in (whole, cut)]
     assert torch.equal(*map(logits, ends))
 
@@ -123,25 +151,26 @@ def test_the_frozen_teacher_is_the_adapter_as_it_was_at_the_start(place, lab, tm
     # A new adapter needs no copy: switched off, it leaves the initial model.
     base, _ = load_model_and_tokenizer(place / "model")
     start = logits(base)
-    trainer = SDPOTrainer(base, config, lab.make_interactions(), processing_class=tokenizer,
-                          peft_config=lora())  # fmt: skip
+    trainer = SDPOTrainer(base, config, lab.make_interactions(), processing_class=tokenizer, peft_config=lora())
     assert trainer._frozen is None
     trainer.train()
     with trainer._initial():
         assert torch.equal(logits(trainer.model), start)
 
 
-@pytest.mark.parametrize("adapter", [
-    lora(init_lora_weights="pissa", target_modules=LINEAR),
-    peft.TrainableTokensConfig(token_indices=[9, 10], target_modules=["embed_tokens"]),
-], ids=["pissa", "tokens"])  # fmt: skip
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        lora(init_lora_weights="pissa", target_modules=LINEAR),
+        peft.TrainableTokensConfig(token_indices=[9, 10], target_modules=["embed_tokens"]),
+    ],
+    ids=["pissa", "tokens"],
+)
 def test_a_new_adapter_that_changes_the_model_has_a_copy(lab, tmp_path, adapter):
     """PiSSA takes its first weights out of the base model's; a token's row is seldom looked at."""
     model = lab.make_model(tie_word_embeddings=False)
     start = logits(model)
-    trainer = lab.make_trainer(
-        tmp_path, model=model, peft_config=adapter, teacher="frozen", max_steps=2
-    )
+    trainer = lab.make_trainer(tmp_path, model=model, peft_config=adapter, teacher="frozen", max_steps=2)
     trainer.train()
     assert trainer._frozen is not None
     with trainer._initial():
@@ -163,16 +192,11 @@ def test_models_whose_adapter_would_be_lost_or_is_frozen(place, lab, tmp_path):
     tokenizer = lab.make_tokenizer()
     injected = AutoModelForCausalLM.from_pretrained(folder)
     for adapter in (None, lora()):
-        with pytest.raises(
-            ValueError, match="got a transformers model with an adapter in its layers"
-        ):
-            SDPOTrainer(injected, lab.make_config(tmp_path), processing_class=tokenizer,
-                        peft_config=adapter)  # fmt: skip
+        with pytest.raises(ValueError, match="got a transformers model with an adapter in its layers"):
+            SDPOTrainer(injected, lab.make_config(tmp_path), processing_class=tokenizer, peft_config=adapter)
     base = AutoModelForCausalLM.from_pretrained(place / "model")
     frozen = peft.PeftModel.from_pretrained(base, folder)
-    with pytest.raises(
-        ValueError, match=r"all are frozen \(load an adapter with is_trainable=True\)"
-    ):
+    with pytest.raises(ValueError, match=r"all are frozen \(load an adapter with is_trainable=True\)"):
         SDPOTrainer(frozen, lab.make_config(tmp_path), processing_class=tokenizer)
 
 
@@ -206,15 +230,16 @@ def broken(place, folder, **changes):
 
 def test_adapters_that_cannot_be_loaded(place, tmp_path):
     gone = broken(place, tmp_path / "gone", base_model_name_or_path="/nowhere/base")
-    with pytest.raises(FileNotFoundError, match=r"base_model_name_or_path of .*adapter_config.json: "
-                       "no such file or folder: /nowhere/base"):  # fmt: skip
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"base_model_name_or_path of .*adapter_config.json: "
+        "no such file or folder: /nowhere/base",
+    ):
         load_model_and_tokenizer(gone)
     nameless = broken(place, tmp_path / "nameless", base_model_name_or_path=None)
     with pytest.raises(ValueError, match="must be a folder or hub id, got None"):
         load_model_and_tokenizer(nameless)
-    chain = broken(
-        place, tmp_path / "chain", base_model_name_or_path=str(place / "first" / "model")
-    )
+    chain = broken(place, tmp_path / "chain", base_model_name_or_path=str(place / "first" / "model"))
     with pytest.raises(ValueError, match=r"must be a whole model, but .* is an adapter too"):
         load_model_and_tokenizer(chain)
     other = broken(place, tmp_path / "other", r=2)
@@ -275,9 +300,7 @@ def test_the_loss_is_that_of_two_passes_of_the_adapted_model(lab, tmp_path, name
         for weight in model.parameters():
             if weight.requires_grad:
                 weight += 0.3 * torch.randn_like(weight)
-    trainer = lab.make_trainer(
-        tmp_path, model=model, normalization="token", interactions=lab.make_interactions(2)
-    )
+    trainer = lab.make_trainer(tmp_path, model=model, normalization="token", interactions=lab.make_interactions(2))
     items = [trainer.train_dataset[index] for index in range(4)]
     model.train(training)
     with torch.no_grad():
@@ -286,11 +309,15 @@ def test_the_loss_is_that_of_two_passes_of_the_adapted_model(lab, tmp_path, name
     assert loss == pytest.approx(by_definition(model, items), rel=1e-4)
 
 
-@pytest.mark.parametrize("adapter", [
-    peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-], ids=["prompt", "prefix", "p-tuning"])  # fmt: skip
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    ],
+    ids=["prompt", "prefix", "p-tuning"],
+)
 @pytest.mark.parametrize("sharing", ["auto", "off"])
 def test_virtual_tokens_are_refused(lab, tmp_path, adapter, sharing):
     with pytest.raises(NotImplementedError, match="puts virtual tokens into the sequence"):

@@ -16,9 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="torch without distributed"
-)
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
 STEPS = 4
 FSDP2 = {
@@ -68,22 +66,59 @@ def place(tmp_path_factory, lab):
 
 def arguments(place, output, variant, processes):
     return [
-        str(place / "data.jsonl"), "--model", str(place / variant.model), "-o", str(output), "--cpu",
-        "--template", " note {o}", "--batch-size", str(4 // processes), "--max-steps", str(STEPS),
-        "--logging-steps", "1", "--schedule", "constant", "--warmup", "0", "--set", "optim=sgd",
-        "--learning-rate", "0.5", "--set", "save_strategy=no", "--set", "teacher_check=0",
-        "--set", "dataloader_pin_memory=false", *variant.arguments,
-    ]  # fmt: skip
+        str(place / "data.jsonl"),
+        "--model",
+        str(place / variant.model),
+        "-o",
+        str(output),
+        "--cpu",
+        "--template",
+        " note {o}",
+        "--batch-size",
+        str(4 // processes),
+        "--max-steps",
+        str(STEPS),
+        "--logging-steps",
+        "1",
+        "--schedule",
+        "constant",
+        "--warmup",
+        "0",
+        "--set",
+        "optim=sgd",
+        "--learning-rate",
+        "0.5",
+        "--set",
+        "save_strategy=no",
+        "--set",
+        "teacher_check=0",
+        "--set",
+        "dataloader_pin_memory=false",
+        *variant.arguments,
+    ]
 
 
 def torchrun(processes, *command, **environment):
     """Output of ``torchrun --nproc-per-node processes command``, which has to end with 0."""
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
-         "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *command],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(processes),
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+            *command,
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -131,9 +166,7 @@ def compare(place, run, name, lab):
     folders = [place / f"ddp1-{name}", place / run]
     want, got = (json.loads((folder / "report.json").read_text()) for folder in folders)
     for key in ("before", "after"):
-        assert got[key]["eval_loss"] == pytest.approx(
-            want[key]["eval_loss"], rel=10 * variant.tolerance
-        ), key
+        assert got[key]["eval_loss"] == pytest.approx(want[key]["eval_loss"], rel=10 * variant.tolerance), key
     assert got["before"]["eval_loss"] != pytest.approx(got["after"]["eval_loss"], rel=1e-3)
     steps = [[row for row in report["history"] if "loss" in row] for report in (want, got)]
     assert len(steps[0]) == len(steps[1]) == STEPS
@@ -141,11 +174,8 @@ def compare(place, run, name, lab):
         for key in ("loss", "grad_norm"):
             assert right[key] == pytest.approx(left[key], rel=10 * variant.tolerance), (key, left)
     start, want, got = (
-        model.state_dict()
-        for model in (
-            AutoModelForCausalLM.from_pretrained(base), *(load(f, base) for f in folders)
-        )
-    )  # fmt: skip
+        model.state_dict() for model in (AutoModelForCausalLM.from_pretrained(base), *(load(f, base) for f in folders))
+    )
     moved = lab.largest_difference(start, want)
     assert moved > 1e-3
     assert lab.largest_difference(want, got) < variant.tolerance * max(1.0, moved)

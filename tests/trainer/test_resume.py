@@ -58,8 +58,14 @@ def adapter():
 
 def train(lab, folder, *, stop_at=None, resume=None, lora=False, callbacks=(), **changes):
     callbacks = [*callbacks, *([StopAt(stop_at)] if stop_at else [])]
-    settings = {"num_train_epochs": 2, "lr_scheduler_type": "cosine", "learning_rate": 3e-3,
-                "ema_rate": 0.3, "save_strategy": "steps", "save_steps": 1000}  # fmt: skip
+    settings = {
+        "num_train_epochs": 2,
+        "lr_scheduler_type": "cosine",
+        "learning_rate": 3e-3,
+        "ema_rate": 0.3,
+        "save_strategy": "steps",
+        "save_steps": 1000,
+    }
     trainer = lab.make_trainer(
         folder,
         peft_config=adapter() if lora else None,
@@ -93,19 +99,20 @@ def test_resumed_equals_uninterrupted(tmp_path, lab, teacher, stop_at):
     if teacher == "ema":
         assert lab.largest_difference(resumed._ema.values, whole._ema.values) < 1e-6
         assert lab.largest_difference(whole._ema.values, lab.weights_of(whole)) > 1e-3
-    logged = [
-        [row["loss"] for row in t.state.log_history if "loss" in row] for t in (whole, resumed)
-    ]
+    logged = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (whole, resumed)]
     assert logged[0] == pytest.approx(logged[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [
-    {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
-    {"teacher": "frozen"},
-    {"teacher": "trust_region", "reference_kl": 0.1},
-    {"teacher": "ema", "lora": True},
-    {"teacher": "frozen", "lora": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"teacher": "frozen"},
+        {"teacher": "trust_region", "reference_kl": 0.1},
+        {"teacher": "ema", "lora": True},
+        {"teacher": "frozen", "lora": True},
+    ],
+)
 def test_resume_of_other_settings(tmp_path, lab, settings):
     whole = train(lab, tmp_path / "whole", **settings)
     train(lab, tmp_path / "part", stop_at=4, **settings)
@@ -157,9 +164,7 @@ def test_the_date_in_the_chat_template_is_the_runs(tmp_path, lab, today):
 @pytest.mark.parametrize("update", ["float32_master", "stochastic_rounding"])
 def test_resume_of_bfloat16_weights(tmp_path, lab, update):
     def run(folder, **more):
-        return train(
-            lab, folder, model=lab.make_model(dtype=torch.bfloat16), weight_update=update, **more
-        )
+        return train(lab, folder, model=lab.make_model(dtype=torch.bfloat16), weight_update=update, **more)
 
     whole = run(tmp_path / "whole")
     run(tmp_path / "part", stop_at=4)
@@ -218,8 +223,9 @@ def test_teachers_see_their_own_weights(tmp_path, lab, lora):
 def test_trust_region_mixes_log_probabilities(tmp_path, lab):
     """q proportional to exp((1-a) log frozen + a log live), against plain forward passes."""
     mix = 0.3
-    trainer = train(lab, tmp_path, teacher="trust_region", trust_region_mix=mix, save_strategy="no",
-                    mode="sampled_token")  # fmt: skip
+    trainer = train(
+        lab, tmp_path, teacher="trust_region", trust_region_mix=mix, save_strategy="no", mode="sampled_token"
+    )
     item = trainer.train_dataset[1]
     with torch.no_grad():
         _, statistics = trainer.run_pass(trainer.model, [item], 1)
@@ -236,8 +242,9 @@ def test_trust_region_mixes_log_probabilities(tmp_path, lab):
 def test_reference_kl_holds_the_model_back(tmp_path, lab):
     distances = []
     for beta in (0.0, 5.0):
-        trainer = train(lab, tmp_path, reference_kl=beta, save_strategy="no", optim="sgd",
-                        learning_rate=0.05, mode="sampled_token")  # fmt: skip
+        trainer = train(
+            lab, tmp_path, reference_kl=beta, save_strategy="no", optim="sgd", learning_rate=0.05, mode="sampled_token"
+        )
         distances.append(mean_kl(trainer, lab.make_model()))
         logged = [row for row in trainer.state.log_history if "sdpo/reference_kl" in row]
         assert bool(logged) == (beta > 0)

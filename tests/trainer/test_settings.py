@@ -68,9 +68,7 @@ def test_the_importance_ratio_is_that_to_the_initial_model(tmp_path, lab):
     initial = lab.make_model()
     with torch.no_grad():
         for parameter in trainer.model.parameters():
-            parameter += 0.05 * torch.randn(
-                parameter.shape, generator=torch.Generator().manual_seed(1)
-            )
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     loss, found = gradients(trainer)
 
     model = trainer.model
@@ -144,23 +142,35 @@ def test_teacher_check_measures_the_model(tmp_path, lab, caplog):
 # ------------------------------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize(("batch", "processes", "most", "accumulation", "split"), [
-    (32, 1, 8, 1, (8, 4)), (32, 2, 8, 1, (8, 2)), (32, 4, 8, 1, (8, 1)), (32, 8, 8, 1, (4, 1)),
-    (32, 1, 32, 1, (32, 1)), (30, 1, 8, 1, (6, 5)), (14, 2, 4, 1, (1, 7)), (3, 3, 8, 1, (1, 1)),
-    (32, 2, 8, 2, (8, 2)),  # of a configuration that is read back
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("batch", "processes", "most", "accumulation", "split"),
+    [
+        (32, 1, 8, 1, (8, 4)),
+        (32, 2, 8, 1, (8, 2)),
+        (32, 4, 8, 1, (8, 1)),
+        (32, 8, 8, 1, (4, 1)),
+        (32, 1, 32, 1, (32, 1)),
+        (30, 1, 8, 1, (6, 5)),
+        (14, 2, 4, 1, (1, 7)),
+        (3, 3, 8, 1, (1, 1)),
+        (32, 2, 8, 2, (8, 2)),  # of a configuration that is read back
+    ],
+)
 def test_split_of_a_global_batch(batch, processes, most, accumulation, split):
     found = split_batch(batch, processes, most, accumulation)
     assert found == split
     assert found[0] * found[1] * processes == batch and found[0] <= most
 
 
-@pytest.mark.parametrize(("batch", "processes", "accumulation", "fault"), [
-    (32, 3, 1, "global_batch_size must be a multiple of the 3 processes, got 32; take 30 or 33"),
-    (2, 4, 1, "a multiple of the 4 processes, got 2; take 4 or 8"),
-    (0, 1, 1, "got 0; take 1 or 2"),
-    (32, 2, 4, "gradient_accumulation_steps must be left out .* got 4: 8 x 4 x 2 processes is not 32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("batch", "processes", "accumulation", "fault"),
+    [
+        (32, 3, 1, "global_batch_size must be a multiple of the 3 processes, got 32; take 30 or 33"),
+        (2, 4, 1, "a multiple of the 4 processes, got 2; take 4 or 8"),
+        (0, 1, 1, "got 0; take 1 or 2"),
+        (32, 2, 4, "gradient_accumulation_steps must be left out .* got 4: 8 x 4 x 2 processes is not 32"),
+    ],
+)
 def test_global_batches_that_cannot_be_split(batch, processes, accumulation, fault):
     with pytest.raises(ValueError, match=fault):
         split_batch(batch, processes, 8, accumulation)
@@ -201,9 +211,7 @@ def online_by_name(lab, folder, output, **changes):
 
 
 @pytest.mark.parametrize("by_name", [train_by_name, online_by_name])
-def test_a_model_by_name_follows_the_rule_of_the_commands(
-    tmp_path, lab, folder, by_name, monkeypatch
-):
+def test_a_model_by_name_follows_the_rule_of_the_commands(tmp_path, lab, folder, by_name, monkeypatch):
     """float32 on a CPU; where the device has a GPU's rule, bfloat16 with a float32 master."""
     assert by_name(lab, folder, tmp_path).model.dtype == torch.float32
     asked = []
@@ -222,14 +230,16 @@ def test_a_model_by_name_follows_the_rule_of_the_commands(
     assert not asked
 
 
-@pytest.mark.parametrize(("flags", "dtype"), [
-    ([], torch.float32), (["--dtype", "auto"], torch.bfloat16),
-    (["--set", "dtype=bfloat16"], torch.bfloat16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ([], torch.float32),
+        (["--dtype", "auto"], torch.bfloat16),
+        (["--set", "dtype=bfloat16"], torch.bfloat16),
+    ],
+)
 def test_the_command_s_dtype(tmp_path, lab, folder, flags, dtype):
-    options = build_parser().parse_args(
-        ["data", "--model", folder, "-o", str(tmp_path), "--cpu", *flags]
-    )
+    options = build_parser().parse_args(["data", "--model", folder, "-o", str(tmp_path), "--cpu", *flags])
     config = read_config(options)
     assert load(options, config)[0].dtype == dtype
     assert train_by_name(lab, folder, tmp_path, dtype=config.dtype).model.dtype == dtype
@@ -238,26 +248,34 @@ def test_the_command_s_dtype(tmp_path, lab, folder, flags, dtype):
 # ---------------------------------------------------------------------------------- what is told
 
 
-@pytest.mark.parametrize(("interactions", "settings", "text"), [
-    (477, {"per_device_train_batch_size": 8, "max_steps": 12},
-     "12 optimizer steps of 8 interactions, 0.2 epochs"),
-    (12, {"per_device_train_batch_size": 2, "max_steps": 30},
-     "30 optimizer steps of 2 interactions, 5 epochs"),
-    (8, {"per_device_train_batch_size": 8, "num_train_epochs": 1},
-     "1 optimizer step of 8 interactions, 1 epoch"),
-    (9, {"per_device_train_batch_size": 1, "max_steps": 9}, "9 optimizer steps of 1 interaction, 1 epoch"),
-    (2000, {"global_batch_size": 32}, "126 optimizer steps of 32 interactions, 2 epochs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("interactions", "settings", "text"),
+    [
+        (477, {"per_device_train_batch_size": 8, "max_steps": 12}, "12 optimizer steps of 8 interactions, 0.2 epochs"),
+        (12, {"per_device_train_batch_size": 2, "max_steps": 30}, "30 optimizer steps of 2 interactions, 5 epochs"),
+        (8, {"per_device_train_batch_size": 8, "num_train_epochs": 1}, "1 optimizer step of 8 interactions, 1 epoch"),
+        (9, {"per_device_train_batch_size": 1, "max_steps": 9}, "9 optimizer steps of 1 interaction, 1 epoch"),
+        (2000, {"global_batch_size": 32}, "126 optimizer steps of 32 interactions, 2 epochs"),
+    ],
+)
 def test_length_of_a_run(tmp_path, interactions, settings, text):
     args = SDPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
     assert step_text(interactions, args) == text
 
 
 @pytest.mark.parametrize("sharing", ["conversation", "off"])
-@pytest.mark.parametrize("settings", [
-    {}, {"teacher": "ema"}, {"teacher": "frozen", "reference_kl": 0.1}, {"teacher": "trust_region"},
-    {"guidance": 2.0}, {"neutral_followup": "w3 w4", "max_tokens_per_pack": 60},
-], ids=["live", "ema", "frozen", "trust_region", "guidance", "neutral"])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"teacher": "ema"},
+        {"teacher": "frozen", "reference_kl": 0.1},
+        {"teacher": "trust_region"},
+        {"guidance": 2.0},
+        {"neutral_followup": "w3 w4", "max_tokens_per_pack": 60},
+    ],
+    ids=["live", "ema", "frozen", "trust_region", "guidance", "neutral"],
+)
 def test_tokens_per_second_are_those_computed(tmp_path, lab, sharing, settings):
     """Counted at the embedding, through which every token goes once per forward pass."""
     made = lab.make_trainer(tmp_path, sharing=sharing, max_steps=1, **settings)
@@ -274,9 +292,7 @@ def test_tokens_per_second_are_those_computed(tmp_path, lab, sharing, settings):
 
     made.run_pass = noted
     made.train()
-    whole = sum(
-        len(i.prompt_ids) + len(i.teacher_prompt_ids) + 2 * len(i.completion_ids) for i in items
-    )
+    whole = sum(len(i.prompt_ids) + len(i.teacher_prompt_ids) + 2 * len(i.completion_ids) for i in items)
     (row,) = [row for row in made.state.log_history if "loss" in row]
     rates = row["sdpo/tokens_per_second"], row["sdpo/sequence_tokens_per_second"]
     assert rates[0] / rates[1] == pytest.approx(sum(computed) / whole, rel=1e-6)
@@ -285,9 +301,17 @@ def test_tokens_per_second_are_those_computed(tmp_path, lab, sharing, settings):
 
 
 def test_a_run_of_defaults_shows_its_loss(tmp_path, lab):
-    args = SDPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], template=lab.TEMPLATE,
-                      max_steps=11, save_strategy="no", teacher_check=0, disable_tqdm=True,
-                      dataloader_pin_memory=False)  # fmt: skip
+    args = SDPOConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to=[],
+        template=lab.TEMPLATE,
+        max_steps=11,
+        save_strategy="no",
+        teacher_check=0,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
     made = SDPOTrainer(lab.make_model(), args, lab.make_interactions(), None, lab.make_tokenizer())
     made.train()
     assert [row["step"] for row in made.state.log_history if "loss" in row] == [1, 10]
@@ -374,18 +398,14 @@ def test_an_infinite_gradient_names_the_interaction(tmp_path, lab):
     ],
 )
 def test_settings_that_nothing_would_follow_are_refused(tmp_path, lab, name, value):
-    with pytest.raises(
-        ValueError, match=rf"SDPOConfig: {name} must be .*: .{{20,}}, got "
-    ) as error:
+    with pytest.raises(ValueError, match=rf"SDPOConfig: {name} must be .*: .{{20,}}, got ") as error:
         lab.make_config(tmp_path, **{name: value})
     assert str(error.value).endswith(f"got {value!r}")
 
 
 @pytest.mark.parametrize("setting", ["torch_compile=true", "label_smoothing_factor=0.1"])
 def test_settings_of_the_command_that_are_refused(tmp_path, setting):
-    options = build_parser().parse_args(
-        ["data", "--model", "model", "-o", str(tmp_path), "--cpu", "--set", setting]
-    )
+    options = build_parser().parse_args(["data", "--model", "model", "-o", str(tmp_path), "--cpu", "--set", setting])
     with pytest.raises(ValueError, match=f"SDPOConfig: {setting.split('=')[0]} must be "):
         read_config(options)
 
@@ -394,9 +414,7 @@ def test_settings_of_the_launcher_that_are_refused(tmp_path, lab, monkeypatch):
     with pytest.raises(ValueError, match="split_batches of accelerator_config must be False"):
         lab.make_config(tmp_path, accelerator_config={"split_batches": True})
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    with pytest.raises(
-        ValueError, match=r"ACCELERATE_DYNAMO_BACKEND .* must be 'no': .*'INDUCTOR'"
-    ):
+    with pytest.raises(ValueError, match=r"ACCELERATE_DYNAMO_BACKEND .* must be 'no': .*'INDUCTOR'"):
         lab.make_config(tmp_path)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as accelerate launch sets it
     assert not lab.make_config(tmp_path).torch_compile

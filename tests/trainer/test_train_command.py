@@ -35,11 +35,28 @@ def place(tmp_path_factory, lab):
 
 def arguments(place, output, *more, data="data.jsonl"):
     return [
-        str(place / data), "--model", str(place / "model"), "-o", str(output), "--cpu",
-        "--template", " note {o}", "--batch-size", "4", "--epochs", "1", "--logging-steps", "1",
-        "--learning-rate", "1e-3", "--set", "save_strategy=no",
-        "--set", "dataloader_pin_memory=false", *more,
-    ]  # fmt: skip
+        str(place / data),
+        "--model",
+        str(place / "model"),
+        "-o",
+        str(output),
+        "--cpu",
+        "--template",
+        " note {o}",
+        "--batch-size",
+        "4",
+        "--epochs",
+        "1",
+        "--logging-steps",
+        "1",
+        "--learning-rate",
+        "1e-3",
+        "--set",
+        "save_strategy=no",
+        "--set",
+        "dataloader_pin_memory=false",
+        *more,
+    ]
 
 
 def test_dry_run(place, tmp_path, capsys):
@@ -80,19 +97,23 @@ def test_run_report_and_reload(place, tmp_path, capsys):
     assert report["settings"]["learning_rate"] == 1e-3
     losses = [entry["loss"] for entry in report["history"] if "loss" in entry]
     assert len(losses) == 3
-    for key in ("sdpo/log_ratio_mean", "sdpo/log_ratio_std", "sdpo/log_ratio_p05",
-                "sdpo/student_logp", "sdpo/teacher_logp", "sdpo/eos_log_ratio",
-                "sdpo/tokens_per_second", "sdpo/sequence_tokens_per_second"):  # fmt: skip
+    for key in (
+        "sdpo/log_ratio_mean",
+        "sdpo/log_ratio_std",
+        "sdpo/log_ratio_p05",
+        "sdpo/student_logp",
+        "sdpo/teacher_logp",
+        "sdpo/eos_log_ratio",
+        "sdpo/tokens_per_second",
+        "sdpo/sequence_tokens_per_second",
+    ):
         assert key in report["history"][1], key
         if "per_second" not in key:
             assert f"eval_{key}" in report["before"]
 
     reloaded = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32)
     before = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
-    moved = [
-        float((new - old).detach().abs().max())
-        for new, old in zip(reloaded.parameters(), before.parameters())
-    ]
+    moved = [float((new - old).detach().abs().max()) for new, old in zip(reloaded.parameters(), before.parameters())]
     assert 0 < max(moved) < 0.01
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
     prompt = tokenizer("<user> w1 <end> <assistant>", return_tensors="pt")
@@ -120,24 +141,29 @@ def test_lora_run(place, tmp_path):
     PeftModel.from_pretrained(base, output / "model")
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    (["--alpha", "1.5"], r"SDPOConfig: alpha must be in \[0, 1\], got 1.5"),
-    (["--topk", "5"], "SDPOConfig: topk must be given with mode='topk', and only there, got 5"),
-    (["--mode", "topk"], "SDPOConfig: topk must be given with mode='topk', and only there, got None"),
-    (["--mode", "sampled_token", "--alpha", "0"], "alpha must be 1 with mode='sampled_token', got 0"),
-    (["--set", "nonsense=1"], "--set must be NAME=VALUE with a field of SDPOConfig, got 'nonsense=1'"),
-    (["--set", "teacher"], "--set must be NAME=VALUE with a field of SDPOConfig, got 'teacher'"),
-    (["--set", "teacher=other"], "teacher must be one of live, ema, frozen, trust_region, got 'other'"),
-    (["--ema-rate", "0"], r"ema_rate must be in \(0, 1\], got 0"),
-    (["--reference-kl", "-1"], "reference_kl must be >= 0, got -1"),
-    (["--ignore-first-k", "-1"], "ignore_first_k must be >= 0, got -1"),
-    (["--max-tokens-per-pack", "0"], "max_tokens_per_pack must be at least 1 or None, got 0"),
-    (["--template", "no place"], "HindsightTemplate: name must be one of offline-v1, .*got 'no place'"),
-    (["--model", "/nowhere/model"], "no such file or folder: /nowhere/model"),
-    (["--eval-data", "/nowhere/eval.jsonl"], "/nowhere/eval.jsonl"),
-    (["--set", "weight_update=stochastic_rounding", "--set", "optim=sgd"],
-     "optim must be one of adamw_torch, .* with weight_update='stochastic_rounding', got 'sgd'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--alpha", "1.5"], r"SDPOConfig: alpha must be in \[0, 1\], got 1.5"),
+        (["--topk", "5"], "SDPOConfig: topk must be given with mode='topk', and only there, got 5"),
+        (["--mode", "topk"], "SDPOConfig: topk must be given with mode='topk', and only there, got None"),
+        (["--mode", "sampled_token", "--alpha", "0"], "alpha must be 1 with mode='sampled_token', got 0"),
+        (["--set", "nonsense=1"], "--set must be NAME=VALUE with a field of SDPOConfig, got 'nonsense=1'"),
+        (["--set", "teacher"], "--set must be NAME=VALUE with a field of SDPOConfig, got 'teacher'"),
+        (["--set", "teacher=other"], "teacher must be one of live, ema, frozen, trust_region, got 'other'"),
+        (["--ema-rate", "0"], r"ema_rate must be in \(0, 1\], got 0"),
+        (["--reference-kl", "-1"], "reference_kl must be >= 0, got -1"),
+        (["--ignore-first-k", "-1"], "ignore_first_k must be >= 0, got -1"),
+        (["--max-tokens-per-pack", "0"], "max_tokens_per_pack must be at least 1 or None, got 0"),
+        (["--template", "no place"], "HindsightTemplate: name must be one of offline-v1, .*got 'no place'"),
+        (["--model", "/nowhere/model"], "no such file or folder: /nowhere/model"),
+        (["--eval-data", "/nowhere/eval.jsonl"], "/nowhere/eval.jsonl"),
+        (
+            ["--set", "weight_update=stochastic_rounding", "--set", "optim=sgd"],
+            "optim must be one of adamw_torch, .* with weight_update='stochastic_rounding', got 'sgd'",
+        ),
+    ],
+)
 def test_bad_settings(place, tmp_path, capsys, more, message):
     assert main(arguments(place, tmp_path / "out", *more)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -145,14 +171,17 @@ def test_bad_settings(place, tmp_path, capsys, more, message):
     assert re.search(message, error), error
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    (None, "no such file: "),
-    ("", "bad.jsonl: the file is empty"),
-    ('{"prompt": [{"role": "user", "con', "bad.jsonl:1: not JSON"),
-    ('{"prompt": "x", "completion": "y"}\n', "bad.jsonl:1: an interaction row must have 'user_response'"),
-    ('{"messages": [{"role": "user", "content": "x"}]}\n', "run `fastsdpo prepare` on the file first"),
-    ('[{"from": "human", "value": "x"}]\n', "run `fastsdpo prepare` on the file first"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file: "),
+        ("", "bad.jsonl: the file is empty"),
+        ('{"prompt": [{"role": "user", "con', "bad.jsonl:1: not JSON"),
+        ('{"prompt": "x", "completion": "y"}\n', "bad.jsonl:1: an interaction row must have 'user_response'"),
+        ('{"messages": [{"role": "user", "content": "x"}]}\n', "run `fastsdpo prepare` on the file first"),
+        ('[{"from": "human", "value": "x"}]\n', "run `fastsdpo prepare` on the file first"),
+    ],
+)
 def test_bad_data(place, tmp_path, capsys, text, message):
     if text is not None:
         (tmp_path / "bad.jsonl").write_text(text)
@@ -164,17 +193,19 @@ def test_bad_data(place, tmp_path, capsys, text, message):
         assert "Traceback" not in error
 
 
-MISSING = next(name for name in INTEGRATION_TO_CALLBACK
-               if name not in get_available_reporting_integrations())  # fmt: skip
+MISSING = next(name for name in INTEGRATION_TO_CALLBACK if name not in get_available_reporting_integrations())
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    (["--report-to", MISSING], rf"--report-to {MISSING}: .*[Ii]nstall"),
-    (["--set", f"report_to={MISSING}"], rf"--report-to {MISSING}: .*[Ii]nstall"),
-    (["--report-to", "nobody"], "--report-to must be of azure_ml, .*, got 'nobody'"),
-    (["--template", "nosuch"], "HindsightTemplate: name must be one of .*, got 'nosuch'"),
-    (["--eval-data", "nosuch.jsonl"], "no such file: nosuch.jsonl"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--report-to", MISSING], rf"--report-to {MISSING}: .*[Ii]nstall"),
+        (["--set", f"report_to={MISSING}"], rf"--report-to {MISSING}: .*[Ii]nstall"),
+        (["--report-to", "nobody"], "--report-to must be of azure_ml, .*, got 'nobody'"),
+        (["--template", "nosuch"], "HindsightTemplate: name must be one of .*, got 'nosuch'"),
+        (["--eval-data", "nosuch.jsonl"], "no such file: nosuch.jsonl"),
+    ],
+)
 def test_mistakes_are_said_before_the_model_is_loaded(place, tmp_path, capsys, more, message):
     assert main(arguments(place, tmp_path / "out", "--model", "/nowhere/model", *more)) == 1
     assert re.search(rf"^fastsdpo train: {message}", capsys.readouterr().err)
@@ -198,9 +229,7 @@ def test_a_damaged_model_is_one_sentence(place, tmp_path, capsys, monkeypatch):
     command = arguments(place, tmp_path / "out", "--model", str(tmp_path / "model"))
     assert main(command) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(
-        r"^fastsdpo train: .*the model in folder .* cannot be read: Error while", error
-    )
+    assert re.search(r"^fastsdpo train: .*the model in folder .* cannot be read: Error while", error)
     monkeypatch.setenv("FASTSDPO_TRACEBACK", "1")
     with pytest.raises(OSError, match="cannot be read"):
         main(command)
@@ -215,9 +244,7 @@ def test_a_mistyped_folder_costs_one_request(place, tmp_path, capsys, monkeypatc
     assert main(arguments(place, tmp_path / "out", "--model", "mode")) == 1
     assert time.perf_counter() - started < 20  # a minute, with the loaders' retries
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(
-        "fastsdpo train: load_model_and_tokenizer: 'mode' is no local folder or file"
-    )
+    assert line.startswith("fastsdpo train: load_model_and_tokenizer: 'mode' is no local folder or file")
     assert "the hub cannot be reached" in line
     assert logging.getLogger().handlers == []
 
@@ -249,9 +276,7 @@ def poisoned(place, tmp_path, lab):
         for item in lab.make_interactions(turns=1)
     ]
     bad = interactions[3]
-    interactions[3] = type(bad)(
-        [{"role": "user", "content": f"w1 {POISON}"}], "w2 w3", "w4", "the-bad-one", "c3"
-    )
+    interactions[3] = type(bad)([{"role": "user", "content": f"w1 {POISON}"}], "w2 w3", "w4", "the-bad-one", "c3")
     model = lab.make_model(tie_word_embeddings=False)
     number = lab.make_tokenizer().convert_tokens_to_ids(POISON)
     with torch.no_grad():
@@ -295,12 +320,9 @@ def test_a_loss_that_is_not_finite_is_skipped(poisoned, capsys, caplog):
 def test_sigterm_saves_a_checkpoint_and_resume_goes_on(place, tmp_path):
     output = tmp_path / "out"
     steps = 4000
-    command = [sys.executable, "-m", "fastsdpo.train",
-               *arguments(place, output, "--max-steps", str(steps))]  # fmt: skip
+    command = [sys.executable, "-m", "fastsdpo.train", *arguments(place, output, "--max-steps", str(steps))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         for line in process.stderr:
             if line.startswith(f"step 2/{steps}"):

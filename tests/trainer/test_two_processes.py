@@ -12,20 +12,30 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="torch without distributed"
-)
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
 # By world size: the same global batch. 7 interactions in batches of 4: the second process has one
 # interaction less in the second step, or (5 interactions) none at all.
 RUNS = {
     "sequence": {"conversations": 4, "interactions": 7, "max_steps": 2, "global_batch_size": 4},
-    "token": {"conversations": 4, "interactions": 5, "max_steps": 2, "normalization": "token",
-              "ignore_first_k": 1, "teacher": "ema"},
-    "accumulated": {"conversations": 8, "max_steps": 2, "gradient_accumulation_steps": 2,
-                    "max_tokens_per_pack": 60, "mode": "sampled_token", "reference_kl": 0.1},
+    "token": {
+        "conversations": 4,
+        "interactions": 5,
+        "max_steps": 2,
+        "normalization": "token",
+        "ignore_first_k": 1,
+        "teacher": "ema",
+    },
+    "accumulated": {
+        "conversations": 8,
+        "max_steps": 2,
+        "gradient_accumulation_steps": 2,
+        "max_tokens_per_pack": 60,
+        "mode": "sampled_token",
+        "reference_kl": 0.1,
+    },
     "clock": {"conversations": 2, "max_steps": 2, "clock": True},
-}  # fmt: skip
+}
 
 
 def start(folder, rank, world, port):
@@ -67,10 +77,7 @@ def results(tmp_path_factory):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(outputs)
-    return {
-        name: [torch.load(folder / f"{name}-{world}.pt", weights_only=False) for world in (1, 2)]
-        for name in RUNS
-    }
+    return {name: [torch.load(folder / f"{name}-{world}.pt", weights_only=False) for world in (1, 2)] for name in RUNS}
 
 
 @pytest.mark.parametrize("name", RUNS)

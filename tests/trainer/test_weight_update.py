@@ -26,36 +26,52 @@ def optim(request):
         yield request.param
 
 
-@pytest.mark.parametrize(("dtypes", "optim", "chosen"), [
-    ({FP32}, ADAMW[0], "plain"),
-    ({BF16}, ADAMW[0], "float32_master"),
-    ({BF16, FP32}, ADAMW[1], "float32_master"),
-    ({BF16}, TORCHAO[0], "stochastic_rounding"),
-    ({BF16}, TORCHAO[1], "stochastic_rounding"),
-    ({FP32}, TORCHAO[0], "plain"),
-    ({BF16}, "adamw_bnb_8bit", "plain"),
-    ({BF16}, "sgd", "plain"),
-    ({FP16}, ADAMW[0], "plain"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtypes", "optim", "chosen"),
+    [
+        ({FP32}, ADAMW[0], "plain"),
+        ({BF16}, ADAMW[0], "float32_master"),
+        ({BF16, FP32}, ADAMW[1], "float32_master"),
+        ({BF16}, TORCHAO[0], "stochastic_rounding"),
+        ({BF16}, TORCHAO[1], "stochastic_rounding"),
+        ({FP32}, TORCHAO[0], "plain"),
+        ({BF16}, "adamw_bnb_8bit", "plain"),
+        ({BF16}, "sgd", "plain"),
+        ({FP16}, ADAMW[0], "plain"),
+    ],
+)
 def test_auto(dtypes, optim, chosen):
     assert choose_update("auto", optim, dtypes) == chosen
 
 
-@pytest.mark.parametrize(("update", "optim", "dtypes", "fault"), [
-    ("plain", ADAMW[0], {BF16}, None),
-    ("plain", TORCHAO[0], {BF16}, None),
-    ("plain", "sgd", {FP16}, None),
-    ("float32_master", ADAMW[0], {BF16}, None),
-    ("float32_master", TORCHAO[0], {BF16}, "optim must be one of adamw_torch, adamw_torch_fused "
-     "with weight_update='float32_master', got 'adamw_torch_8bit'"),
-    ("float32_master", "adamw_bnb_8bit", {BF16}, "got 'adamw_bnb_8bit'"),
-    ("float32_master", ADAMW[0], {FP16}, "needs bfloat16 or float32 weights, got torch.float16"),
-    ("stochastic_rounding", ADAMW[0], {BF16, FP32}, None),
-    ("stochastic_rounding", TORCHAO[0], {BF16}, None),
-    ("stochastic_rounding", "adamw_bnb_8bit", {BF16}, "one of adamw_torch, adamw_torch_fused, "
-     "adamw_torch_8bit, adamw_torch_4bit with weight_update='stochastic_rounding'"),
-    ("stochastic_rounding", TORCHAO[0], {FP16}, "needs bfloat16 or float32 weights"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("update", "optim", "dtypes", "fault"),
+    [
+        ("plain", ADAMW[0], {BF16}, None),
+        ("plain", TORCHAO[0], {BF16}, None),
+        ("plain", "sgd", {FP16}, None),
+        ("float32_master", ADAMW[0], {BF16}, None),
+        (
+            "float32_master",
+            TORCHAO[0],
+            {BF16},
+            "optim must be one of adamw_torch, adamw_torch_fused "
+            "with weight_update='float32_master', got 'adamw_torch_8bit'",
+        ),
+        ("float32_master", "adamw_bnb_8bit", {BF16}, "got 'adamw_bnb_8bit'"),
+        ("float32_master", ADAMW[0], {FP16}, "needs bfloat16 or float32 weights, got torch.float16"),
+        ("stochastic_rounding", ADAMW[0], {BF16, FP32}, None),
+        ("stochastic_rounding", TORCHAO[0], {BF16}, None),
+        (
+            "stochastic_rounding",
+            "adamw_bnb_8bit",
+            {BF16},
+            "one of adamw_torch, adamw_torch_fused, "
+            "adamw_torch_8bit, adamw_torch_4bit with weight_update='stochastic_rounding'",
+        ),
+        ("stochastic_rounding", TORCHAO[0], {FP16}, "needs bfloat16 or float32 weights"),
+    ],
+)
 def test_asked_for(update, optim, dtypes, fault):
     if fault is None:
         assert choose_update(update, optim, dtypes) == update
@@ -93,9 +109,7 @@ def followed(found, wanted):
 
 
 @pytest.mark.parametrize("update", ["auto", "stochastic_rounding"])
-def test_bfloat16_weights_follow_the_float32_run(
-    tmp_path, lab, float32_movement, optim, update, caplog
-):
+def test_bfloat16_weights_follow_the_float32_run(tmp_path, lab, float32_movement, optim, update, caplog):
     with caplog.at_level(logging.WARNING, logger="fastsdpo.trainer"):
         found = movement(lab, tmp_path, BF16, optim=optim, weight_update=update)
     assert followed(found, float32_movement) == pytest.approx(1, abs=0.15)
@@ -122,9 +136,11 @@ def test_an_optimizer_that_loses_steps_is_named(tmp_path, lab, caplog, optim):
     model = lab.make_model(dtype=BF16)
     trainer = lab.make_trainer(tmp_path, model=model, optim=optim, learning_rate=RATE)
     (said,) = warnings_of(trainer, caplog)
-    assert said.startswith(f"optim={optim!r} trains bfloat16 weights without a float32 copy: a step "
-                           "below 1/512 of a weight is rounded away. At learning rate 2e-06 AdamW "
-                           "moves next to no weight above 0.001. Use optim='adamw_torch'")  # fmt: skip
+    assert said.startswith(
+        f"optim={optim!r} trains bfloat16 weights without a float32 copy: a step "
+        "below 1/512 of a weight is rounded away. At learning rate 2e-06 AdamW "
+        "moves next to no weight above 0.001. Use optim='adamw_torch'"
+    )
     assert "optim='adamw_torch_8bit' (stochastic rounding" in said
 
 
@@ -133,12 +149,8 @@ def test_a_given_optimizer(tmp_path, lab, caplog):
     optimizers = (torch.optim.AdamW(model.parameters(), lr=RATE), None)
     (said,) = warnings_of(lab.make_trainer(tmp_path, model=model, optimizers=optimizers), caplog)
     assert said.startswith("the optimizer AdamW trains bfloat16 weights without a float32 copy")
-    trainer = lab.make_trainer(
-        tmp_path, model=model, optimizers=optimizers, weight_update="stochastic_rounding"
-    )
-    with pytest.raises(
-        ValueError, match="weight_update must be 'auto' or 'plain' with the optimizer"
-    ):
+    trainer = lab.make_trainer(tmp_path, model=model, optimizers=optimizers, weight_update="stochastic_rounding")
+    with pytest.raises(ValueError, match="weight_update must be 'auto' or 'plain' with the optimizer"):
         trainer.create_optimizer()
 
 
@@ -154,9 +166,13 @@ def test_a_resumed_run_with_eight_bit_states(tmp_path, lab, optim):
 
     def run(checkpoint=None, noise=0):
         trainer = lab.make_trainer(
-            tmp_path, model=wide_model(lab, BF16), optim=optim, max_steps=3,
-            save_strategy="steps", save_steps=2,
-        )  # fmt: skip
+            tmp_path,
+            model=wide_model(lab, BF16),
+            optim=optim,
+            max_steps=3,
+            save_strategy="steps",
+            save_steps=2,
+        )
         torch.rand(noise)
         trainer.train(resume_from_checkpoint=checkpoint)
         return lab.weights_of(trainer)
