@@ -10,7 +10,7 @@ import importlib
 from typing import Any
 
 from fastsdpo._version import __version__ as __version__
-from fastsdpo.ops._backend import available_backends as available_backends
+from fastsdpo.ops.backend import available_backends as available_backends
 from fastsdpo.ops.divergence import SDPOLossOutput as SDPOLossOutput
 from fastsdpo.ops.divergence import sdpo_loss as sdpo_loss
 from fastsdpo.ops.linear import linear_sdpo_loss as linear_sdpo_loss

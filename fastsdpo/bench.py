@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsdpo.ops._backend import describe_backend, usable_device
+from fastsdpo.ops.backend import describe_backend, usable_device
 from fastsdpo.ops.linear import release_tiles
 
 MODES: dict[str, float | None] = {

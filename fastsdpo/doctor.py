@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import fastsdpo
-from fastsdpo.ops._backend import resolve_backend, triton_interpreted
+from fastsdpo.ops.backend import resolve_backend, triton_interpreted
 from fastsdpo.testing import (
     ROUNDING,
     Rows,

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file, find_adapter_config_file
 
-from fastsdpo.ops._backend import usable_device
+from fastsdpo.ops.backend import usable_device
 
 DTYPES = {
     "float32": torch.float32,

@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastsdpo.data import load_interactions
-from fastsdpo.ops._backend import describe_backend
+from fastsdpo.ops.backend import describe_backend
 from fastsdpo.trainer.config import PRESETS, SDPOConfig
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import torch
 
 import fastsdpo
 from fastsdpo import _native
-from fastsdpo.ops import _backend
+from fastsdpo.ops import backend
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ["setup.py", "pyproject.toml", "CMakeLists.txt", "kernels", "fastsdpo"]
@@ -156,7 +156,7 @@ def test_missing_library_is_explained(monkeypatch, tmp_path):
 
 def test_the_fallback_is_said_once_also_under_compile(monkeypatch, tmp_path):
     monkeypatch.setattr(_native, "_file", lambda: tmp_path / "libfastsdpo.so")
-    monkeypatch.setattr(_backend, "_told", set())
+    monkeypatch.setattr(backend, "_told", set())
     _native._load.cache_clear()
     torch._dynamo.reset()
     z, y = torch.randn(2, 9), torch.tensor([1, 2])
@@ -172,8 +172,8 @@ def test_the_fallback_is_said_once_also_under_compile(monkeypatch, tmp_path):
             warnings.simplefilter("error")
             fastsdpo.token_logps(z, y)
         # Who was told in words is not warned.
-        _backend._told.clear()
-        assert "no native kernels" in _backend.describe_backend("cpu")
+        backend._told.clear()
+        assert "no native kernels" in backend.describe_backend("cpu")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             fastsdpo.token_logps(z, y)

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsdpo.ops._backend import resolve_backend
-from fastsdpo.ops._checks import accumulation_dtype
+from fastsdpo.ops.backend import resolve_backend
+from fastsdpo.ops.checks import accumulation_dtype
 from fastsdpo.ops.divergence import SDPOLossOutput, check_loss, rows_loss
 from fastsdpo.ops.head import Plan, choose_dtypes, default_chunk_size
 from fastsdpo.ops.linear import LinearCall, linear_loss

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsdpo.integrations._distillation import IGNORE_INDEX
-from fastsdpo.ops._checks import shape_text
+from fastsdpo.ops.checks import shape_text
 from fastsdpo.ops.divergence import sdpo_loss
 from fastsdpo.ops.linear_token_logps import linear_token_logps
 from fastsdpo.prefix import HeadParameters, head_parameters, run_inside

@@ -44,7 +44,7 @@ from fastsdpo.data.interactions import is_blank
 from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
 from fastsdpo.online.sampling import generate
 from fastsdpo.online.terminal import interrupt, read_message, uninterrupted
-from fastsdpo.ops._backend import describe_backend
+from fastsdpo.ops.backend import describe_backend
 from fastsdpo.train import (
     STOPPED,
     add_model_options,

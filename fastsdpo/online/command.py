@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
-from fastsdpo.ops._backend import describe_backend
+from fastsdpo.ops.backend import describe_backend
 from fastsdpo.train import (
     STOPPED,
     add_model_options,

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastsdpo.ops import rows
-from fastsdpo.ops._checks import accumulation_dtype, as_rows, check_distinct, check_ids
+from fastsdpo.ops.checks import accumulation_dtype, as_rows, check_distinct, check_ids
 from fastsdpo.ops.rows import STATISTICS, LossOptions, RowResults, Tokens
 
 

@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsdpo.ops._checks import accumulation_dtype
 from fastsdpo.ops._memory import borrow_tiles, padded, return_tiles
+from fastsdpo.ops.checks import accumulation_dtype
 
 # (student's logits [n, V], teacher's or None, which tokens, gradient buffer [n, V] or None)
 TileLoss = Callable[[Tensor, "Tensor | None", slice, "Tensor | None"], None]

@@ -26,26 +26,17 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastsdpo.ops import rows
-from fastsdpo.ops._backend import resolve_backend
-from fastsdpo.ops._checks import (
-    accumulation_dtype,
-    shape_text,
-)
-from fastsdpo.ops._linear_checks import (
-    check_chunk,
-    check_head,
-    check_hidden,
-    check_scale,
-    check_tile,
-    flat_hidden,
-    gathered,
-)
 from fastsdpo.ops._memory import release_tiles as release_tiles
 from fastsdpo.ops._operators import (
     check_values,
     is_real,
     raise_second_derivative,
     weighted_sum,
+)
+from fastsdpo.ops.backend import resolve_backend
+from fastsdpo.ops.checks import (
+    accumulation_dtype,
+    shape_text,
 )
 from fastsdpo.ops.divergence import SDPOLossOutput, check_loss, loss_output
 from fastsdpo.ops.head import (
@@ -58,6 +49,15 @@ from fastsdpo.ops.head import (
     needed,
     present,
     through_head,
+)
+from fastsdpo.ops.linear_checks import (
+    check_chunk,
+    check_head,
+    check_hidden,
+    check_scale,
+    check_tile,
+    flat_hidden,
+    gathered,
 )
 from fastsdpo.ops.rows import LossOptions, Tokens
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastsdpo.ops import rows
-from fastsdpo.ops._backend import resolve_backend
-from fastsdpo.ops._checks import (
+from fastsdpo.ops._operators import forbid_second_derivative
+from fastsdpo.ops.backend import resolve_backend
+from fastsdpo.ops.checks import (
     accumulation_dtype,
     check_ids,
     check_like,
@@ -21,16 +22,6 @@ from fastsdpo.ops._checks import (
     check_temperature,
     flat_ids,
 )
-from fastsdpo.ops._linear_checks import (
-    check_chunk,
-    check_head,
-    check_hidden,
-    check_scale,
-    check_tile,
-    flat_hidden,
-    gathered,
-)
-from fastsdpo.ops._operators import forbid_second_derivative
 from fastsdpo.ops.head import (
     Head,
     Plan,
@@ -39,6 +30,15 @@ from fastsdpo.ops.head import (
     needed,
     present,
     through_head,
+)
+from fastsdpo.ops.linear_checks import (
+    check_chunk,
+    check_head,
+    check_hidden,
+    check_scale,
+    check_tile,
+    flat_hidden,
+    gathered,
 )
 from fastsdpo.ops.rows import LossOptions
 

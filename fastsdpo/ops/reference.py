@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastsdpo.ops._checks import accumulation_dtype
+from fastsdpo.ops.checks import accumulation_dtype
 from fastsdpo.ops.rows import STATISTICS, LossOptions, RowResults, TokenResults, Tokens
 
 LOG2E = math.log2(math.e)

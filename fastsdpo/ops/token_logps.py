@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from fastsdpo.ops import _operators
-from fastsdpo.ops._backend import resolve_backend
-from fastsdpo.ops._checks import (
+from fastsdpo.ops.backend import resolve_backend
+from fastsdpo.ops.checks import (
     as_rows,
     check_like,
     check_logits,

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastsdpo.ops import rows
-from fastsdpo.ops._checks import accumulation_dtype
+from fastsdpo.ops.checks import accumulation_dtype
 from fastsdpo.ops.head import Gradients, Head, Needs, through_head
 from fastsdpo.ops.reference import (
     capped_rows,

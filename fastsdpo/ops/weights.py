@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsdpo.ops._checks import check_tensor, shape_text
+from fastsdpo.ops.checks import check_tensor, shape_text
 
 
 def _mask(name: str, mask: Any) -> Tensor:

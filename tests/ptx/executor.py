@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
-from fastsdpo.ops import _backend, _triton, _triton_kernels
+from fastsdpo.ops import _triton, _triton_kernels, backend
 
 from .machine import SPAN, Counts, Machine
 from .memory import Buffer, Fault
@@ -168,7 +168,7 @@ def executing(arch: int = 90, order: int | Sequence[int] | None = None) -> Itera
         stack.enter_context(mock.patch.dict(backends, nvidia=nvidia))
         stack.callback(driver.set_active, before)
         driver.set_active(Driver(executor, arch))
-        enter(_backend, "triton_interpreted", lambda: True)  # else CPU tensors are refused
+        enter(backend, "triton_interpreted", lambda: True)  # else CPU tensors are refused
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             enter(owner, name, unwritten(getattr(owner, name)))
         yield executor

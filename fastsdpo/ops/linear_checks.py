@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsdpo.ops._checks import FLOAT_DTYPES, check_like, check_tensor, shape_text
+from fastsdpo.ops.checks import FLOAT_DTYPES, check_like, check_tensor, shape_text
 from fastsdpo.ops.head import default_chunk_size, has_mixed_gemm
 
 
