@@ -53,7 +53,7 @@ from fastsdpo.train import (
     read_config,
     run_command,
 )
-from fastsdpo.trainer.data import keep_date
+from fastsdpo.trainer.template_date import keep_date
 from fastsdpo.trainer.trainer import SDPOTrainer
 
 LOG_FILE = "interactions.jsonl"

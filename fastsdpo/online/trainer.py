@@ -26,7 +26,7 @@ from fastsdpo.online.degeneration import CollapseDetector, degenerate
 from fastsdpo.online.prompts import PromptDataset, PromptSampler, collate_prompts
 from fastsdpo.online.sampling import Sample, ServerSampler, generate
 from fastsdpo.online.users import UserSimulator, ask
-from fastsdpo.trainer.teacher import is_peft
+from fastsdpo.trainer.adapters import is_peft
 from fastsdpo.trainer.trainer import SDPOTrainer
 
 logger = logging.getLogger("fastsdpo.online")

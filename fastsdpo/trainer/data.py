@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import random
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, cast, overload
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from fastsdpo.data import (
     Interaction,
@@ -28,12 +23,10 @@ from fastsdpo.data import (
 )
 from fastsdpo.data.keys import TextKeys, extend
 from fastsdpo.data.loading import parse_interaction
-from fastsdpo.prefix import pack_conversations
 
 logger = logging.getLogger("fastsdpo.trainer")
 
 SAMPLE_SIZE = 64  # interactions of which the text is kept, for the teacher check
-DATE_FILE = "chat_template_date.json"  # beside the checkpoints, where the template has a clock
 MESSAGES = 3  # of dropped interactions, in warnings
 NO_NEUTRAL = "which must have neutral_prompt_ids for neutral_followup"
 
@@ -263,181 +256,3 @@ class InteractionDataset(Dataset):
             key = ("alone", index) if conversation is None else conversation
             groups.setdefault(key, []).append(index)
         return list(groups.values())
-
-
-@dataclass(frozen=True)
-class Leaks:
-    """Held-out interactions that stand in the training data.
-
-    Attributes:
-        same: that are there themselves: prompt, answer and follow-up.
-        conversation: of which another part of the conversation is there: one of both stands, with
-            its follow-up, in the other's prompt; or both have the conversation id and a user's
-            message in common (as tokens: the id).
-        total: that are one or the other.
-        example: the id (or else the number) of the first.
-    """
-
-    same: int
-    conversation: int
-    total: int
-    example: str
-
-
-def find_leaks(train: InteractionDataset, held_out: InteractionDataset) -> Leaks | None:
-    """Which held-out interactions, or parts of their conversations, are trained on; None: none."""
-    keys, train_keys = held_out.keys, train.keys
-    if 0 in keys or 0 in train_keys:  # some came as tokens
-        keys, train_keys = (array("Q", map(dataset.token_key, range(len(dataset)))) for dataset in (held_out, train))
-    same = set(keys).intersection(train_keys)
-    in_history = set(held_out.keys).intersection(train.history_keys)
-    in_training = set(held_out.history_keys).intersection(train.keys)
-    # Of conversations with ids that are in both: the users' messages in training.
-    messages: dict[str, set[int]] = {}
-    ids = set(held_out.conversation_ids).intersection(train.conversation_ids)
-    for index, conversation in enumerate(train.conversation_ids):
-        if conversation is not None and conversation in ids:
-            messages.setdefault(conversation, set()).update(train.messages_of(index))
-
-    def is_related(index: int) -> bool:
-        start, end = held_out.history_ends[index : index + 2]
-        if held_out.keys[index] in in_history or not in_training.isdisjoint(held_out.history_keys[start:end]):
-            return True
-        there, here = (
-            messages.get(held_out.conversation_ids[index] or ""),
-            held_out.messages_of(index),
-        )
-        return there is not None and not (there and here and there.isdisjoint(here))
-
-    found = [(index, keys[index] in same, is_related(index)) for index in range(len(held_out))]
-    found = [item for item in found if item[1] or item[2]]
-    if not found:
-        return None
-    first = held_out.ids[found[0][0]]
-    return Leaks(
-        same=sum(item[1] for item in found),
-        conversation=sum(item[2] for item in found),
-        total=len(found),
-        example=f"number {found[0][0]}" if first is None else repr(first),
-    )
-
-
-def run_date(args: Any) -> str:
-    """The date that the run's chat template reads, the same in all processes and when it goes on.
-
-    As set, or that of the run in the output folder, or now.
-    """
-    folder = Path(args.output_dir)
-    date: list[Any] = [args.chat_template_date]
-    if date[0] is None and args.process_index == 0:
-        kept = _kept_date(folder) if any(folder.glob("checkpoint-*")) else None
-        date = [kept or datetime.now().isoformat(timespec="seconds")]
-    if args.world_size > 1:
-        broadcast_object_list(date)
-    return str(date[0])
-
-
-def keep_date(args: Any, checkpoint: str | os.PathLike | None = None) -> None:
-    """Writes the date for when the run goes on; or compares it with that of a checkpoint's run.
-
-    Raises:
-        ValueError: they differ, so that the run would go on with other tokens.
-    """
-    date = args.chat_template_date
-    if date is None:
-        return
-    if checkpoint is None:
-        if args.process_index == 0:
-            os.makedirs(args.output_dir, exist_ok=True)
-            Path(args.output_dir, DATE_FILE).write_text(json.dumps({"date": date}), "utf-8")
-        return
-    kept = _kept_date(Path(checkpoint).parent)
-    if kept not in (None, date):
-        raise ValueError(
-            f"SDPOTrainer: chat_template_date must be {kept!r}, as in the run of {checkpoint}, got "
-            f"{date!r}: the chat template reads a clock"
-        )
-
-
-def _kept_date(folder: Path) -> str | None:
-    place = folder / DATE_FILE
-    if not place.exists():
-        return None
-    try:
-        date = json.loads(place.read_text("utf-8"))["date"]
-        datetime.fromisoformat(date)
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"SDPOTrainer: {place} must hold a date, got {error!r}") from None
-    return date
-
-
-class GroupSampler(Sampler):
-    """Groups in shuffled order, each group's indices in its own; filled up with None.
-
-    The fill makes the length a multiple of ``multiple`` (the interactions that all processes take
-    at once), so that no process repeats interactions to keep up with the others. The order depends on
-    ``seed`` and the epoch only.
-    """
-
-    def __init__(self, groups: Sequence[Sequence[int]], *, multiple: int = 1, seed: int = 0, shuffle: bool = True):
-        self.groups = groups
-        self.seed, self.shuffle = seed, shuffle
-        self.epoch = 0
-        size = sum(len(group) for group in groups)
-        self.fill = -size % multiple
-        self.size = size + self.fill
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int | None]:
-        order = list(range(len(self.groups)))
-        if self.shuffle:
-            random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
-        for group in order:
-            yield from self.groups[group]
-        yield from [None] * self.fill
-
-
-def collate(items: list[TokenizedInteraction | None]) -> dict[str, list[TokenizedInteraction]]:
-    """A micro-batch: its interactions, without the fill."""
-    return {"interactions": [item for item in items if item is not None]}
-
-
-def pack_sharing(pack: Sequence[TokenizedInteraction], sharing: Any, longest: int | None = None) -> Any:
-    """``sharing``; or "off" where a sequence has more than ``longest`` tokens."""
-    return "off" if any(_is_longer(item, longest) for item in pack) else sharing
-
-
-def _is_longer(item: TokenizedInteraction, longest: int | None) -> bool:
-    if longest is None:
-        return False
-    prompts = item.prompt_ids, item.teacher_prompt_ids, item.neutral_prompt_ids or ()
-    return max(map(len, prompts)) + len(item.completion_ids) > longest
-
-
-def split_packs(
-    interactions: Sequence[TokenizedInteraction],
-    max_tokens: int | None,
-    sharing: Any,
-    longest: int | None = None,
-) -> list[list[TokenizedInteraction]]:
-    """A micro-batch in packs of at most ``max_tokens`` tokens, conversations kept together.
-
-    An interaction with a sequence of more than ``longest`` tokens is a pack by itself.
-    """
-    alone = [item for item in interactions if _is_longer(item, longest)]
-    if alone:
-        rest = [item for item in interactions if not _is_longer(item, longest)]
-        return split_packs(rest, max_tokens, sharing) + [[item] for item in alone]
-    if max_tokens is None or len(interactions) <= 1:
-        return [list(interactions)] if interactions else []
-    groups: dict[Any, list[int]] = {}
-    for index, item in enumerate(interactions):
-        key = ("alone", index) if item.conversation_id is None else item.conversation_id
-        groups.setdefault(key, []).append(index)
-    packs = pack_conversations(interactions, list(groups.values()), max_tokens=max_tokens, sharing=sharing)
-    return [[interactions[index] for index in pack] for pack in packs]

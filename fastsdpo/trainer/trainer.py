@@ -47,6 +47,7 @@ from fastsdpo.prefix import (
     rotary_limit,
     shared_forward,
 )
+from fastsdpo.trainer.adapters import adapter_is_silent, check_adapter, is_peft
 from fastsdpo.trainer.checkpoints import (
     PART,
     check_output_folder,
@@ -58,16 +59,8 @@ from fastsdpo.trainer.checkpoints import (
     writing,
 )
 from fastsdpo.trainer.config import SDPOConfig
-from fastsdpo.trainer.data import (
-    GroupSampler,
-    InteractionDataset,
-    collate,
-    find_leaks,
-    keep_date,
-    pack_sharing,
-    run_date,
-    split_packs,
-)
+from fastsdpo.trainer.data import InteractionDataset
+from fastsdpo.trainer.leaks import find_leaks
 from fastsdpo.trainer.loss import (
     TokenStatistics,
     count_items,
@@ -86,15 +79,10 @@ from fastsdpo.trainer.optim import (
     lost_steps,
     seeded,
 )
-from fastsdpo.trainer.teacher import (
-    TeacherCheck,
-    TeacherWeights,
-    adapter_is_silent,
-    check_adapter,
-    is_peft,
-    other_head,
-    teacher_check,
-)
+from fastsdpo.trainer.packs import GroupSampler, collate, pack_sharing, split_packs
+from fastsdpo.trainer.teacher_check import TeacherCheck, teacher_check
+from fastsdpo.trainer.teacher_weights import TeacherWeights, other_head
+from fastsdpo.trainer.template_date import keep_date, run_date
 
 logger = logging.getLogger("fastsdpo.trainer")
 

@@ -9,7 +9,7 @@ import torch
 import transformers.utils.chat_template_utils
 from transformers import TrainerCallback
 
-import fastsdpo.trainer.data
+import fastsdpo.trainer.template_date
 
 pytest.importorskip("peft")
 from peft import LoraConfig
@@ -25,7 +25,7 @@ def today(monkeypatch):
             def now(cls, tz=None):
                 return datetime.datetime(2026, 1, day)
 
-        for module in (fastsdpo.trainer.data, transformers.utils.chat_template_utils):
+        for module in (fastsdpo.trainer.template_date, transformers.utils.chat_template_utils):
             monkeypatch.setattr(module, "datetime", Clock, raising=False)
 
     return set_clock

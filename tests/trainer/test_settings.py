@@ -99,7 +99,7 @@ def check_with(tmp_path, lab, real, unrelated):
     trainer = lab.make_trainer(tmp_path)
     sample = lab.make_interactions(3, turns=1)
     said = {item.followup.strip() for item in sample}
-    from fastsdpo.trainer.teacher import teacher_check
+    from fastsdpo.trainer.teacher_check import teacher_check
 
     calls = []
 
