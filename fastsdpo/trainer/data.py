@@ -112,89 +112,26 @@ class InteractionDataset(Dataset):
             raise TypeError(
                 f"SDPOTrainer: {name} must be a path or a collection of interactions, got {type(source).__name__}"
             )
-        dropped: list[str] = []
-        sample: list[Interaction] = []
-        draw = random.Random(0)
-        texts = TextKeys()
-        keys, history_keys, message_keys = array("Q"), array("Q"), array("Q")
-        history_ends = array("Q", [0])
+        if progress:
+            from tqdm.auto import tqdm
 
-        def add_keys(item: Interaction) -> None:
-            nonlocal texts
-            if len(texts) > 1000:  # what it holds speeds up the next interactions of a conversation
-                texts = TextKeys()
-            history = 0
-            for message in item.prompt:
-                history = extend(history, texts[message["role"]], texts[message["content"]])
-                if message["role"] == "user":
-                    history_keys.append(history)
-                    message_keys.append(texts[message["content"]])
-            history = extend(history, texts["assistant"], texts[item.completion])
-            keys.append(extend(history, texts["user"], texts[item.followup]))
-            history_ends.append(len(history_keys))
-
-        def checked() -> Iterator[Interaction | TokenizedInteraction]:
-            items: Iterable = source
-            if progress:
-                from tqdm.auto import tqdm
-
-                items = tqdm(source, desc=f"tokenizing {name}", unit=" interactions", leave=False)
-            for index, item in enumerate(items):
-                if isinstance(item, Mapping):
-                    try:
-                        item = parse_interaction(item)
-                    except (TypeError, ValueError) as error:
-                        raise ValueError(f"SDPOTrainer: {name}[{index}]: {error}") from error
-                if isinstance(item, TokenizedInteraction):
-                    if neutral and not item.neutral_prompt_ids:
-                        raise ValueError(f"SDPOTrainer: {name}[{index}] came as tokens, {NO_NEUTRAL}")
-                elif not isinstance(item, Interaction):
-                    raise TypeError(f"SDPOTrainer: {name}[{index}] must be an interaction, got {type(item).__name__}")
-                elif tokenizer is None:
-                    raise ValueError(
-                        f"SDPOTrainer: {name} holds text, so processing_class must be a tokenizer, got None"
-                    )
-                yield item
-
-        def tokenized() -> Iterator[TokenizedInteraction]:
-            tokenize, count = None, 0
-            for text, items in itertools.groupby(checked(), lambda i: isinstance(i, Interaction)):
-                if not text:
-                    for item in items:
-                        keys.append(0)
-                        history_ends.append(len(history_keys))
-                        yield cast(TokenizedInteraction, item)
-                    continue
-                tokenize = tokenize or InteractionTokenizer(tokenizer, template, **options)
-                items, interactions = itertools.tee(cast(Iterator[Interaction], items))
-                for item, result in zip(items, tokenize.stream(interactions)):
-                    if isinstance(result, ValueError):
-                        dropped.append(str(result))
-                        continue
-                    # Reservoir sampling: every interaction is kept with the same probability.
-                    count += 1
-                    if len(sample) < SAMPLE_SIZE:
-                        sample.append(item)
-                    elif (place := draw.randrange(count)) < SAMPLE_SIZE:
-                        sample[place] = item
-                    add_keys(item)
-                    yield result
-
-        dataset = cls(tokenized())
-        dataset.sample, dataset.dropped = sample, dropped
-        dataset.keys, dataset.history_ends = keys, history_ends
-        dataset.history_keys, dataset.message_keys = history_keys, message_keys
-        if dropped:
+            source = tqdm(source, desc=f"tokenizing {name}", unit=" interactions", leave=False)
+        reading = _Tokenization(source, tokenizer, template, name, options)
+        dataset = cls(reading.tokenized())
+        dataset.sample, dataset.dropped = reading.sample, reading.dropped
+        dataset.keys, dataset.history_ends = reading.keys, reading.history_ends
+        dataset.history_keys, dataset.message_keys = reading.history_keys, reading.message_keys
+        if dataset.dropped:
             logger.warning(
                 "%s: %d interactions cannot be tokenized and are left out, for example:\n  %s",
                 name,
-                len(dropped),
-                "\n  ".join(dropped[:MESSAGES]),
+                len(dataset.dropped),
+                "\n  ".join(dataset.dropped[:MESSAGES]),
             )
         if len(dataset) == 0:
             raise ValueError(
                 f"SDPOTrainer: {name} must hold an interaction, got none"
-                + (f"; {len(dropped)} could not be tokenized: {dropped[0]}" if dropped else "")
+                + (f"; {len(dataset.dropped)} could not be tokenized: {dataset.dropped[0]}" if dataset.dropped else "")
             )
         return dataset
 
@@ -256,3 +193,81 @@ class InteractionDataset(Dataset):
             key = ("alone", index) if conversation is None else conversation
             groups.setdefault(key, []).append(index)
         return list(groups.values())
+
+
+class _Tokenization:
+    """One pass over a source: what can be tokenized, and what a dataset tells of it (its attributes)."""
+
+    def __init__(self, source: Iterable[Any], tokenizer: Any, template: str, name: str, options: dict[str, Any]):
+        self.source, self.name, self.options = source, name, options
+        self.tokenizer, self.template = tokenizer, template
+        self.neutral = options.get("neutral_followup") is not None
+        self.dropped: list[str] = []
+        self.sample: list[Interaction] = []
+        self.keys, self.history_keys, self.message_keys = array("Q"), array("Q"), array("Q")
+        self.history_ends = array("Q", [0])
+        self._texts = TextKeys()
+        self._draw, self._drawn_from = random.Random(0), 0
+
+    def tokenized(self) -> Iterator[TokenizedInteraction]:
+        """All that can be tokenized, in order; the rest is in ``dropped``."""
+        tokenize = None
+        for text, items in itertools.groupby(self._checked(), lambda i: isinstance(i, Interaction)):
+            if not text:
+                for item in items:
+                    self.keys.append(0)
+                    self.history_ends.append(len(self.history_keys))
+                    yield cast(TokenizedInteraction, item)
+                continue
+            tokenize = tokenize or InteractionTokenizer(self.tokenizer, self.template, **self.options)
+            items, interactions = itertools.tee(cast(Iterator[Interaction], items))
+            for item, result in zip(items, tokenize.stream(interactions)):
+                if isinstance(result, ValueError):
+                    self.dropped.append(str(result))
+                    continue
+                self._add_to_sample(item)
+                self._add_keys(item)
+                yield result
+
+    def _checked(self) -> Iterator[Interaction | TokenizedInteraction]:
+        """The items as objects.
+
+        Raises:
+            TypeError, ValueError: one is none, by its index; see `InteractionDataset.from_source`.
+        """
+        name = self.name
+        for index, item in enumerate(self.source):
+            if isinstance(item, Mapping):
+                try:
+                    item = parse_interaction(item)
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"SDPOTrainer: {name}[{index}]: {error}") from error
+            if isinstance(item, TokenizedInteraction):
+                if self.neutral and not item.neutral_prompt_ids:
+                    raise ValueError(f"SDPOTrainer: {name}[{index}] came as tokens, {NO_NEUTRAL}")
+            elif not isinstance(item, Interaction):
+                raise TypeError(f"SDPOTrainer: {name}[{index}] must be an interaction, got {type(item).__name__}")
+            elif self.tokenizer is None:
+                raise ValueError(f"SDPOTrainer: {name} holds text, so processing_class must be a tokenizer, got None")
+            yield item
+
+    def _add_to_sample(self, item: Interaction) -> None:
+        """Reservoir sampling: every interaction is kept with the same probability."""
+        self._drawn_from += 1
+        if len(self.sample) < SAMPLE_SIZE:
+            self.sample.append(item)
+        elif (place := self._draw.randrange(self._drawn_from)) < SAMPLE_SIZE:
+            self.sample[place] = item
+
+    def _add_keys(self, item: Interaction) -> None:
+        if len(self._texts) > 1000:  # what it holds speeds up the next interactions of a conversation
+            self._texts = TextKeys()
+        texts, history = self._texts, 0
+        for message in item.prompt:
+            history = extend(history, texts[message["role"]], texts[message["content"]])
+            if message["role"] == "user":
+                self.history_keys.append(history)
+                self.message_keys.append(texts[message["content"]])
+        history = extend(history, texts["assistant"], texts[item.completion])
+        self.keys.append(extend(history, texts["user"], texts[item.followup]))
+        self.history_ends.append(len(self.history_keys))

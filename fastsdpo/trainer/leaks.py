@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
 from dataclasses import dataclass
+from typing import Any
 
+from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import InteractionDataset
+
+logger = logging.getLogger("fastsdpo.trainer")
 
 
 @dataclass(frozen=True)
@@ -63,3 +68,36 @@ def find_leaks(train: InteractionDataset, held_out: InteractionDataset) -> Leaks
         total=len(found),
         example=f"number {found[0][0]}" if first is None else repr(first),
     )
+
+
+def check_held_out(args: SDPOConfig, train: Any, held_out: Any, name: str = "eval_dataset") -> None:
+    """Refuses, or with `allow_leaks` reports, held-out interactions that are trained on.
+
+    Args:
+        held_out: a dataset, a dict of several, or None.
+        name: the argument, in messages.
+
+    Raises:
+        ValueError: there are some; the text says how many, and names the first.
+    """
+    if isinstance(held_out, dict):
+        for key, value in held_out.items():
+            check_held_out(args, train, value, f"{name}[{key!r}]")
+        return
+    if not isinstance(train, InteractionDataset) or not isinstance(held_out, InteractionDataset):
+        return
+    leaks = find_leaks(train, held_out)
+    if leaks is None:
+        return
+    found = (
+        f"{leaks.total:,} of its {len(held_out):,} interactions are in train_dataset: "
+        f"{leaks.same:,} themselves, of {leaks.conversation:,} another part of the conversation "
+        f"(the first: {leaks.example})"
+    )
+    if not args.allow_leaks:
+        raise ValueError(
+            f"SDPOTrainer: {name} must hold no conversation that is trained on, got {found}; "
+            "split the conversations with fastsdpo prepare --eval-fraction, or pass "
+            "allow_leaks=True (--allow-leaks) to go on"
+        )
+    logger.warning("%s is no measure of what was learned: %s; allow_leaks is set", name, found)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils.data import Sampler
 
 from fastsdpo.data import TokenizedInteraction
 from fastsdpo.prefix import pack_conversations
+
+Item = TypeVar("Item", bound=TokenizedInteraction)
 
 
 class GroupSampler(Sampler):
@@ -61,11 +63,11 @@ def _is_longer(item: TokenizedInteraction, longest: int | None) -> bool:
 
 
 def split_packs(
-    interactions: Sequence[TokenizedInteraction],
+    interactions: Sequence[Item],
     max_tokens: int | None,
     sharing: Any,
     longest: int | None = None,
-) -> list[list[TokenizedInteraction]]:
+) -> list[list[Item]]:
     """A micro-batch in packs of at most ``max_tokens`` tokens, conversations kept together.
 
     An interaction with a sequence of more than ``longest`` tokens is a pack by itself.
