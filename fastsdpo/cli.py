@@ -9,7 +9,7 @@ COMMANDS = {
     "prepare": ("fastsdpo.data.prepare", "conversations -> interactions.jsonl"),
     "train": ("fastsdpo.train", "train a model on interactions"),
     "online": ("fastsdpo.online.command", "train a model on a user's reactions to its answers"),
-    "chat": ("fastsdpo.online.chat", "talk to a model that learns from your follow-ups"),
+    "chat": ("fastsdpo.commands.chat", "talk to a model that learns from your follow-ups"),
     "eval": ("fastsdpo.online.winrate", "win rate of a model against its base, by rule or judge"),
     "signal": ("fastsdpo.signal", "show the token-level signal of an interaction"),
     "bench": ("fastsdpo.bench", "time the losses against PyTorch, TRL and Liger on this machine"),

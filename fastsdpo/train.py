@@ -293,7 +293,7 @@ def load(options: argparse.Namespace, config: Any, *, lora: int | None = None) -
         ValueError: --lora asks for another adapter than the one that --model names.
     """
     from fastsdpo.modeling import load_model_and_tokenizer
-    from fastsdpo.trainer.teacher import is_peft
+    from fastsdpo.trainer.adapters import is_peft
 
     rank = lora if options.lora is None else options.lora
     check_settings(config, rank)

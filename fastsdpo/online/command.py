@@ -261,7 +261,7 @@ def online(options: argparse.Namespace) -> int:
         f"model {options.model}: {trained:,} of "
         f"{sum(p.numel() for p in trainer.model.parameters()):,} weights are trained, on "
         f"{config.device}; {len(trainer.train_dataset)} prompts, "
-        f"{trainer._step_prompts * config.num_generations} answers a step"
+        f"{trainer.step_prompts * config.num_generations} answers a step"
     )
     trainer.check_output(model=True)
     checkpoint = choose_checkpoint(trainer, options, say)

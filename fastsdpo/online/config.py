@@ -99,7 +99,9 @@ class OnlineSDPOConfig(SDPOConfig):
             "degenerate_window interactions is degenerate. None: report only."
         },
     )
-    degenerate_window: int = field(default=32, metadata={"help": "See stop_when_degenerate."})
+    degenerate_window: int = field(
+        default=32, metadata={"help": "Interactions that stop_when_degenerate looks back on."}
+    )
     min_entropy_share: float = field(
         default=0.2,
         metadata={"help": "Entropy collapse: below this share of the first window's entropy."},
@@ -114,13 +116,24 @@ class OnlineSDPOConfig(SDPOConfig):
         default="online-v1",
         metadata={"help": "How the follow-up enters: a preset's name, or a text with {o}."},
     )
-    teacher_check: int = field(default=0, metadata={"help": "Unused online."})
-    learning_rate: float = field(default=5e-6, metadata={"help": "The initial learning rate."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "The schedule."})
-    warmup_steps: float = field(default=0, metadata={"help": "Steps, or a share below 1."})
+    teacher_check: int = field(
+        default=0, metadata={"help": "Not used: there is no follow-up to check before the first answer."}
+    )
+    learning_rate: float = field(default=5e-6, metadata={"help": "The largest learning rate of the run."})
+    lr_scheduler_type: str = field(
+        default="constant",
+        metadata={"help": "How the learning rate changes over the run: cosine, constant, linear, ..."},
+    )
+    warmup_steps: float = field(
+        default=0, metadata={"help": "Steps in which the learning rate rises from 0; below 1, a share of all steps."}
+    )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the prompts."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping."})
-    logging_steps: float = field(default=1, metadata={"help": "As in TrainingArguments."})
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Gradients are scaled down to this norm; 0: they are not."}
+    )
+    logging_steps: float = field(
+        default=1, metadata={"help": "Steps between two logs of the loss; below 1, a share of all steps."}
+    )
 
     def __post_init__(self):
         for name in ("num_generations", "max_new_tokens", "updates_per_batch", "degenerate_window"):

@@ -253,7 +253,7 @@ def answer_all(trainer: Any, prompts: list[str]) -> list[str]:
     """Greedy answers of the model as it is."""
     from fastsdpo.online.sampling import generate
 
-    tokenize = trainer._tokenizer_for_check
+    tokenize = trainer.tokenize
     tokens = [tokenize.generation_prompt([{"role": "user", "content": text}]) for text in prompts]
     samples = generate(
         trainer.model,
@@ -262,7 +262,7 @@ def answer_all(trainer: Any, prompts: list[str]) -> list[str]:
         temperature=0.0,
         end_ids=trainer.end_ids,
     )
-    return [trainer._text(sample) for sample in samples]
+    return [trainer.tokenize.said(sample.ids) for sample in samples]
 
 
 def write_data(folder: Path, source: str, train: int, held_out: int, ordinary: int) -> Path:

@@ -165,9 +165,14 @@ class ServerSampler:
         path = os.path.join(self.folder, name)
         model.save_pretrained(path)
         self.client.post("/load_lora_adapter", body={"lora_name": name, "lora_path": path}, cast_to=str)
-        before, self._loaded = self._loaded, name
+        before = self._loaded
+        self.use_adapter(name)
         if before is not None:
             self.client.post("/unload_lora_adapter", body={"lora_name": before}, cast_to=str)
+
+    def use_adapter(self, name: str) -> None:
+        """Answers come from this adapter from now on, which another process may have loaded."""
+        self._loaded = name
 
     def sample(
         self,

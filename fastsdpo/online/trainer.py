@@ -1,55 +1,44 @@
 """`OnlineSDPOTrainer`: prompts -> answers -> the user's follow-ups -> one optimizer step.
 
-The step itself (packs, shared prefixes, teachers, loss, checkpoints) is `SDPOTrainer`'s. What is added
+The step itself (packs, shared prefixes, teachers, loss, checkpoints) is `StepTrainer`'s. What is added
 happens in `prepare_batches`, between the data loader and the loss: sampling, asking, tokenizing.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastsdpo.data import Interaction, TokenizedInteraction
-from fastsdpo.data.interactions import is_blank
+from fastsdpo.data import Interaction, InteractionTokenizer, TokenizedInteraction
 from fastsdpo.online.config import OnlineSDPOConfig
-from fastsdpo.online.degeneration import CollapseDetector, degenerate
+from fastsdpo.online.figures import AnswerFigures, CollapseWatch
 from fastsdpo.online.prompts import PromptDataset, PromptSampler, collate_prompts
+from fastsdpo.online.rollout import (
+    ANSWERS_FILE,
+    INTERACTIONS_FILE,
+    Answers,
+    RowFiles,
+    SampledInteraction,
+    roll_out,
+)
 from fastsdpo.online.sampling import Sample, ServerSampler, generate
-from fastsdpo.online.users import UserSimulator, ask
-from fastsdpo.trainer.teacher import is_peft
-from fastsdpo.trainer.trainer import SDPOTrainer
-
-logger = logging.getLogger("fastsdpo.online")
+from fastsdpo.online.users import UserSimulator
+from fastsdpo.trainer.adapters import is_peft
+from fastsdpo.trainer.processes import gather_list
+from fastsdpo.trainer.step_trainer import StepTrainer
 
 STATE_FILE = "online_state_{}.json"  # of each process, in checkpoints
-INTERACTIONS_FILE = "interactions.jsonl"
-ANSWERS_FILE = "eval_answers.jsonl"
 
 
-@dataclass(frozen=True)
-class SampledInteraction(TokenizedInteraction):
-    """A tokenized interaction and, where the loss needs them, its numbers of sampling time.
-
-    Attributes:
-        old_logps: per token of the completion; None: those of the model as it is.
-        advantages: the same, teacher's minus student's.
-    """
-
-    old_logps: tuple[float, ...] | None = None
-    advantages: tuple[float, ...] | None = None
-
-
-class OnlineSDPOTrainer(SDPOTrainer):
+class OnlineSDPOTrainer(StepTrainer):
     """Trains a causal language model on a user's reactions to its own answers.
 
     Args:
@@ -67,6 +56,8 @@ class OnlineSDPOTrainer(SDPOTrainer):
     """
 
     args: OnlineSDPOConfig
+    tokenize: InteractionTokenizer
+    collate: Any = staticmethod(collate_prompts)
 
     def __init__(
         self,
@@ -90,86 +81,78 @@ class OnlineSDPOTrainer(SDPOTrainer):
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, optimizers
         )
-        self.data_collator = collate_prompts
-        if self._tokenizer_for_check is None:
+        if self.tokenize is None:
             raise ValueError("OnlineSDPOTrainer: processing_class must be a tokenizer, got None")
-        if self._sharded:
+        if self.sharded:
             raise NotImplementedError(
                 "OnlineSDPOTrainer: FSDP and DeepSpeed hold the weights in shards, from which answers "
                 "cannot be sampled (and adapters not be written for a server); use DDP"
             )
         self.user: Any = user
-        self.server: ServerSampler | None = None
-        if args.generation_url is not None:
-            if args.generation_sync == "lora" and not is_peft(self.model):
-                raise ValueError(
-                    "OnlineSDPOTrainer: generation_sync='lora' needs an adapter (peft_config); "
-                    "the server cannot be given other weights while it runs"
-                )
-            self.server = ServerSampler(
-                args.generation_url,
-                args.generation_model,
-                folder=os.path.join(args.output_dir, "adapters"),
-            )
-        self.end_ids = self._tokenizer_for_check.end_ids(self.accelerator.unwrap_model(self.model))
-        self.collapse = self._new_detector()
-        self.degenerate_stop: str | None = None
-        self._warned: str | None = None
+        self.server = self._make_server()
+        self.end_ids = self.tokenize.end_ids(self.accelerator.unwrap_model(self.model))
+        self.figures = AnswerFigures()
+        self.collapse = CollapseWatch(args, self.figures)
+        self.files = RowFiles(args.output_dir, enabled=args.log_interactions and self.is_world_process_zero())
         self._rollout: list[list[SampledInteraction]] = []
         self._rollout_of = -1  # the batch of prompts that it answers
-        self._online = _Sums()
-        self._entropies: list[tuple[int, Tensor]] = []
-        self.add_callback(_OnlineCallback(self))
+        self.add_callback(_ResumedFiles(self))
+        self.add_callback(self.collapse)
 
-    @staticmethod
-    def _dataset(args: Any, source: Any, tokenizer: Any, name: str) -> Any:
+    def _make_server(self) -> ServerSampler | None:
+        args = self.args
+        if args.generation_url is None:
+            return None
+        if args.generation_sync == "lora" and not is_peft(self.model):
+            raise ValueError(
+                "OnlineSDPOTrainer: generation_sync='lora' needs an adapter (peft_config); "
+                "the server cannot be given other weights while it runs"
+            )
+        folder = os.path.join(args.output_dir, "adapters")
+        return ServerSampler(args.generation_url, args.generation_model, folder=folder)
+
+    @property
+    def degenerate_stop(self) -> str | None:
+        """Why training was stopped as the model degenerates, or None."""
+        return self.collapse.stopped
+
+    # ---------------------------------------------------------------------------------- prompts
+
+    def make_dataset(self, source: Any, name: str) -> Any:
         if source is None:
             return None
         if isinstance(source, dict):
             return {key: PromptDataset.from_source(value, f"{name}[{key!r}]") for key, value in source.items()}
         return PromptDataset.from_source(source, name)
 
-    def _new_detector(self) -> CollapseDetector:
-        return CollapseDetector(
-            window=self.args.degenerate_window,
-            min_entropy_share=self.args.min_entropy_share,
-            max_share=self.args.stop_when_degenerate,
-        )
-
-    # ---------------------------------------------------------------------------------- prompts
-
     @property
-    def _step_prompts(self) -> int:
+    def step_prompts(self) -> int:
+        """How many prompts one optimizer step takes, all processes."""
         args = self.args
         return self._train_batch_size * args.world_size * args.gradient_accumulation_steps
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> PromptSampler:  # type: ignore[override]
+    def _get_train_sampler(self, train_dataset: Any = None) -> PromptSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
-        self._sampler = PromptSampler(  # type: ignore[assignment]
+        self.sampler = PromptSampler(
             len(dataset),
-            step=self._step_prompts,
+            step=self.step_prompts,
             repeats=args.updates_per_batch,
             seed=args.seed if args.data_seed is None else args.data_seed,
         )
-        return self._sampler  # type: ignore[return-value]
+        return self.sampler
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> PromptSampler:  # type: ignore[override]
+    def _get_eval_sampler(self, eval_dataset: Any) -> PromptSampler:
         step = self.args.eval_batch_size * self.args.world_size
         return PromptSampler(len(eval_dataset), step=step, shuffle=False)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         if eval_dataset is not None and not isinstance(eval_dataset, (str, PromptDataset)):
             eval_dataset = PromptDataset.from_source(eval_dataset, "eval_dataset")
-        return super(SDPOTrainer, self).get_eval_dataloader(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
 
     def idle_interaction(self) -> TokenizedInteraction:
-        messages = self.train_dataset.prompts[0]
-        return self._tokenizer_for_check(Interaction(messages, "", "-"))  # type: ignore[misc]
-
-    def check_teacher(self, interactions: int | None = None) -> None:
-        """None: there is no follow-up to look at before the first answer."""
-        return None
+        return self.tokenize(Interaction(self.train_dataset.prompts[0], "", "-"))
 
     # --------------------------------------------------------------------------------- the rollout
 
@@ -177,98 +160,67 @@ class OnlineSDPOTrainer(SDPOTrainer):
     def interactions(self) -> int:
         """How many answers users were asked about when the current batch began, all processes."""
         batch = self.state.global_step // self.args.updates_per_batch
-        return batch * self._step_prompts * self.args.num_generations
+        return batch * self.step_prompts * self.args.num_generations
 
     def prepare_batches(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Samples answers and asks the user, or takes the last answers again (updates_per_batch)."""
         number = self.state.global_step // self.args.updates_per_batch
         if number != self._rollout_of or len(self._rollout) != len(batches):
-            self._rollout = self._roll_out([batch["prompts"] for batch in batches], number)
+            self._rollout = self.roll_out([batch["prompts"] for batch in batches], number)
             self._rollout_of = number
         return [{"interactions": interactions} for interactions in self._rollout]
 
-    def _roll_out(
+    def roll_out(
         self, micro_batches: list[list[tuple[int, list[dict]]]], number: int
     ) -> list[list[SampledInteraction]]:
-        args, tokenize = self.args, self._tokenizer_for_check
-        assert tokenize is not None
-        # (micro-batch, index of the prompt, messages), one per answer
-        asked = [
-            (micro, index, messages)
-            for micro, prompts in enumerate(micro_batches)
-            for index, messages in prompts
-            for _ in range(args.num_generations)
-        ]
-        prompts = [messages for _, _, messages in asked]
-        tokens = [tokenize.generation_prompt(messages) for messages in prompts]
-        samples = self._sample(tokens, number)
-        responses = [self._text(sample) for sample in samples]
+        """The interactions of one batch of prompts; see `fastsdpo.online.rollout`."""
         if hasattr(self.user, "at"):
             self.user.at(self.interactions)
-        followups = ask(self.user, prompts, responses)
-        found: list[list[SampledInteraction]] = [[] for _ in micro_batches]
-        rows: list[dict] = []
-        for (micro, index, messages), sample, response, followup in zip(asked, samples, responses, followups):
-            row = {
-                "prompt": messages,
-                "completion": {"role": "assistant", "content": response},
-                "user_response": {"role": "user", "content": followup or ""},
-                "id": f"{number}-{index}-{len(rows)}",
-                "conversation_id": f"{number}-{index}",
-                "step": self.state.global_step,
-            }
-            rows.append(row)
-            if followup is None or is_blank(followup):
-                continue
-            one = tokenize(Interaction(messages, "", followup, row["id"], row["conversation_id"]), sample.ids)
-            found[micro].append(
-                SampledInteraction(
-                    one.prompt_ids,
-                    one.teacher_prompt_ids,
-                    one.completion_ids,
-                    one.id,
-                    one.conversation_id,
-                    one.neutral_prompt_ids,
-                    None if sample.logps is None else tuple(sample.logps.tolist()),
-                )
-            )
-        if args.updates_per_batch > 1:
+        found, rows, answers = roll_out(
+            micro_batches,
+            sample=lambda prompts: self.sample(prompts, number),
+            tokenize=self.tokenize,
+            user=self.user,
+            answers_per_prompt=self.args.num_generations,
+            number=number,
+            step=self.state.global_step,
+        )
+        if self.args.updates_per_batch > 1:
             found = [self._score(interactions) for interactions in found]
-        self._count_answers(prompts, samples, responses, followups)
-        self._write(INTERACTIONS_FILE, rows)
+        self.figures.add_answers(answers, self.end_ids)
+        self.figures.add_followups(answers.followups)
+        if hasattr(self.user, "satisfied"):
+            self.figures.add("satisfaction", self.user.satisfied(answers.prompts, answers.texts))
+        self.collapse.add_texts(answers.texts)
+        self.files.append(INTERACTIONS_FILE, gather_list(rows))
         return found
 
-    def _sample(self, prompts: list[list[int]], number: int) -> list[Sample]:
+    def sample(self, prompts: list[list[int]], number: int) -> list[Sample]:
+        """One answer per prompt, from the server or from the model here.
+
+        Args:
+            number: of the rollout; the draws depend on it and on the seed.
+        """
         args = self.args
         if not prompts:
             return []
-        if self.server is not None:
-            if args.generation_sync == "lora" and number > 0:
-                if self.is_world_process_zero():
-                    self.server.load_adapter(self.accelerator.unwrap_model(self.model), f"sdpo-{number}")
-                self.server._loaded = f"sdpo-{number}"
-                self.accelerator.wait_for_everyone()
-            seed = (args.seed * 1_000_003 + number * args.world_size + args.process_index) % 2**31
-            return self.server.sample(
-                prompts,
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.sampling_temperature,
-                end_ids=self.end_ids,
-                seed=seed,
-            )
-        return generate(
-            self.accelerator.unwrap_model(self.model),
-            prompts,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.sampling_temperature,
-            end_ids=self.end_ids,
-            batch_size=args.generation_batch_size,
-            seed=f"{args.seed}/{number}/{args.process_index}",
-        )
-
-    def _text(self, sample: Sample) -> str:
-        assert self._tokenizer_for_check is not None
-        return self._tokenizer_for_check.said(sample.ids)
+        drawing: dict[str, Any] = {
+            "max_new_tokens": args.max_new_tokens,
+            "temperature": args.sampling_temperature,
+            "end_ids": self.end_ids,
+        }
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if self.server is None:
+            seed = f"{args.seed}/{number}/{args.process_index}"
+            return generate(model, prompts, batch_size=args.generation_batch_size, seed=seed, **drawing)
+        if args.generation_sync == "lora" and number > 0:
+            name = f"sdpo-{number}"
+            if self.is_world_process_zero():
+                self.server.load_adapter(model, name)
+            self.server.use_adapter(name)
+            self.accelerator.wait_for_everyone()
+        place = (args.seed * 1_000_003 + number * args.world_size + args.process_index) % 2**31
+        return self.server.sample(prompts, seed=place, **drawing)
 
     def _score(self, interactions: list[SampledInteraction]) -> list[SampledInteraction]:
         """With the log-probabilities and advantages of now, before the first update."""
@@ -276,7 +228,7 @@ class OnlineSDPOTrainer(SDPOTrainer):
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
-            for pack in self._packs(interactions):
+            for pack in self.learner.packs(interactions):
                 _, statistics = self.run_pass(self.model, pack, 1)
                 sizes = [len(item.completion_ids) for item in pack]
                 columns = zip(
@@ -306,64 +258,19 @@ class OnlineSDPOTrainer(SDPOTrainer):
 
     # ------------------------------------------------------------------------------- what is seen
 
-    def _count_answers(
-        self,
-        prompts: list[list[dict]],
-        samples: list[Sample],
-        responses: list[str],
-        followups: list[str | None],
-    ) -> None:
-        self._online.add("response_length", [len(sample.ids) for sample in samples])
-        self._online.add("ended", [sample.ids[-1] in self.end_ids for sample in samples])
-        self._online.add("degenerate", [degenerate(text) is not None for text in responses])
-        self._online.add("followups", [text is not None and not is_blank(text) for text in followups])
-        if hasattr(self.user, "satisfied"):
-            self._online.add("satisfaction", self.user.satisfied(prompts, responses))
-        self.collapse.add(gather_object(responses) if self.args.world_size > 1 else responses)
-
-    def _record(self, interactions: Any, statistics: Any) -> None:
-        super()._record(interactions, statistics)
-        if self.is_in_train and self.model.training:
-            # -log p of a token drawn from p is an unbiased estimate of p's entropy.
-            counts = statistics.counts
-            total = -(statistics.student_logps * counts).sum() / counts.sum().clamp(min=1)
-            self._entropies.append((len(interactions), total.detach()))
-
-    def check_collapse(self) -> str | None:
-        """After each step: warns, once for each kind; the reason to stop, if that was asked for."""
-        values = [float(value) for count, value in self._entropies for _ in range(count)]
-        self._entropies = []
-        if self.args.world_size > 1:
-            values = gather_object(values)
-        self._online.add("entropy", values)
-        self.collapse.add_entropies(values)
-        problem = self.collapse.problem()
-        if problem is None:
-            return None
-        kind = problem.split(" of ")[-1]
-        if kind != self._warned and self.is_world_process_zero():
-            logger.warning("step %d: the model is degenerating: %s", self.state.global_step, problem)
-        self._warned = kind
-        return problem if self.args.stop_when_degenerate is not None else None
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ):
+        loss, statistics = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if num_items_in_batch is not None and self.is_in_train:
+            self.collapse.add_pass(len(inputs["interactions"]), statistics)
+        return (loss, statistics) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.is_in_train:
-            logs.update(self._online.flush(self._reduce_sum, "online/"))
-            logs["online/interactions"] = float(
-                self.state.global_step // self.args.updates_per_batch * self._step_prompts * self.args.num_generations
-            )
+            logs.update(self.figures.flush(self.reduce_sum, "online/"))
+            logs["online/interactions"] = float(self.interactions)
         super().log(logs, start_time)
-
-    def _write(self, name: str, rows: list[dict]) -> None:
-        """Appends to a file of the output folder; interaction rows can be trained on again."""
-        if not self.args.log_interactions:
-            return
-        rows = gather_object(rows) if self.args.world_size > 1 else rows
-        if self.is_world_process_zero():
-            os.makedirs(self.args.output_dir, exist_ok=True)
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            with open(os.path.join(self.args.output_dir, name), "a", encoding="utf-8") as file:
-                file.write(text)
 
     # -------------------------------------------------------------------------------- evaluation
 
@@ -376,55 +283,47 @@ class OnlineSDPOTrainer(SDPOTrainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """Answers to held-out prompts: length, degenerate share and, where known, satisfaction."""
-        args, tokenize = self.args, self._tokenizer_for_check
-        assert tokenize is not None
-        sums = _Sums()
+        figures = AnswerFigures()
         rows: list[dict] = []
         if hasattr(self.user, "at"):
             self.user.at(max(0, self.interactions - 1) if self.state.global_step else 0)
         for number, batch in enumerate(dataloader):
-            prompts = [messages for _, messages in batch["prompts"]]
-            if not prompts:
+            if not batch["prompts"]:
                 continue
-            tokens = [tokenize.generation_prompt(messages) for messages in prompts]
-            samples = generate(
-                self.accelerator.unwrap_model(self.model),
-                tokens,
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.eval_temperature,
-                end_ids=self.end_ids,
-                batch_size=args.generation_batch_size,
-                seed=f"{args.seed}/eval/{number}/{args.process_index}",
-            )
-            responses = [self._text(sample) for sample in samples]
-            satisfied = [None] * len(prompts)
+            answers = self._held_out_answers([messages for _, messages in batch["prompts"]], number)
+            satisfied = [None] * len(answers.texts)
             if hasattr(self.user, "satisfied"):
-                satisfied = list(self.user.satisfied(prompts, responses))
-                sums.add("satisfaction", satisfied)
-            sums.add("response_length", [len(sample.ids) for sample in samples])
-            sums.add("response_words", [len(text.split()) for text in responses])
-            sums.add("ended", [sample.ids[-1] in self.end_ids for sample in samples])
-            sums.add("degenerate", [degenerate(text) is not None for text in responses])
-            rows += [
-                {
-                    "step": self.state.global_step,
-                    "prompt": messages[-1]["content"],
-                    "response": text,
-                    "satisfied": good,
-                }
-                for messages, text, good in zip(prompts, responses, satisfied)
-            ]
-        metrics = sums.flush(self._reduce_sum, f"{metric_key_prefix}_")
+                satisfied = list(self.user.satisfied(answers.prompts, answers.texts))
+                figures.add("satisfaction", satisfied)
+            figures.add_answers(answers, self.end_ids)
+            figures.add("response_words", [len(text.split()) for text in answers.texts])
+            for messages, text, good in zip(answers.prompts, answers.texts, satisfied):
+                row = {"step": self.state.global_step, "prompt": messages[-1]["content"]}
+                rows.append({**row, "response": text, "satisfied": good})
+        metrics = figures.flush(self.reduce_sum, f"{metric_key_prefix}_")
         metrics[f"{metric_key_prefix}_interactions"] = float(self.interactions)
-        self._write(ANSWERS_FILE, rows)
+        self.files.append(ANSWERS_FILE, gather_list(rows))
         return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))  # type: ignore[arg-type]
+
+    def _held_out_answers(self, prompts: list[list[dict]], number: int) -> Answers:
+        args = self.args
+        samples = generate(
+            self.accelerator.unwrap_model(self.model),
+            [self.tokenize.generation_prompt(messages) for messages in prompts],
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.eval_temperature,
+            end_ids=self.end_ids,
+            batch_size=args.generation_batch_size,
+            seed=f"{args.seed}/eval/{number}/{args.process_index}",
+        )
+        return Answers(prompts, samples, [self.tokenize.said(sample.ids) for sample in samples], [])
 
     # ------------------------------------------------------------------------------- checkpoints
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         state: dict[str, Any] = {
-            "collapse": self.collapse.state_dict(),
+            "collapse": self.collapse.detector.state_dict(),
             "rollout_of": self._rollout_of,
             "rollout": [
                 [vars(item) for item in batch] for batch in (self._rollout if self.args.updates_per_batch > 1 else [])
@@ -448,70 +347,26 @@ class OnlineSDPOTrainer(SDPOTrainer):
             )
         with open(path, encoding="utf-8") as file:
             state = json.load(file)
-        self.collapse.load_state_dict(state["collapse"])
+        self.collapse.detector.load_state_dict(state["collapse"])
         if state["rollout"]:
             self._rollout_of = state["rollout_of"]
             self._rollout = [[SampledInteraction(**item) for item in batch] for batch in state["rollout"]]
 
     def forget_after(self, step: int) -> None:
         """Drops what the output folder's files tell of later steps: a resumed run repeats them."""
-        self._keep_rows(INTERACTIONS_FILE, step - 1)
-        self._keep_rows(ANSWERS_FILE, step)
+        self.files.keep(INTERACTIONS_FILE, step - 1)
+        self.files.keep(ANSWERS_FILE, step)
 
     def forget_answers(self, step: int) -> None:
         """Drops held-out answers of this step and later ones, before they are given again."""
-        self._keep_rows(ANSWERS_FILE, step - 1)
-
-    def _keep_rows(self, name: str, last: int) -> None:
-        """Cuts a file of the output folder to its rows up to step ``last``."""
-        path = os.path.join(self.args.output_dir, name)
-        wanted = self.args.log_interactions and self.is_world_process_zero()
-        if not wanted or not os.path.exists(path):
-            return
-        kept = []
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # cut off by the end of the run before
-                if row["step"] <= last:
-                    kept.append(line)
-        with open(f"{path}.part", "w", encoding="utf-8") as file:
-            file.writelines(kept)
-        os.replace(f"{path}.part", path)
+        self.files.keep(ANSWERS_FILE, step - 1)
 
 
-class _Sums:
-    """Means over the values added, over all processes."""
+class _ResumedFiles(TrainerCallback):
+    """A run that goes on drops the rows of the steps that it repeats."""
 
-    NAMES = ("response_length", "response_words", "ended", "degenerate", "followups", "satisfaction", "entropy")
-
-    def __init__(self):
-        self.values = {name: [0.0, 0.0] for name in self.NAMES}
-
-    def add(self, name: str, values: Sequence[Any]) -> None:
-        self.values[name][0] += float(sum(values))
-        self.values[name][1] += len(values)
-
-    def flush(self, reduce_sum: Any, prefix: str) -> dict[str, float]:
-        table = torch.tensor(list(self.values.values()), dtype=torch.float64)
-        totals = reduce_sum(table).tolist()
-        self.__init__()
-        return {f"{prefix}{name}": total / count for name, (total, count) in zip(self.NAMES, totals) if count}
-
-
-class _OnlineCallback(TrainerCallback):
     def __init__(self, trainer: OnlineSDPOTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.forget_after(state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        problem = self.trainer.check_collapse()
-        if problem is not None:
-            logger.error("stopping with a checkpoint: %s", problem)
-            self.trainer.degenerate_stop = problem
-            control.should_save = True
-            control.should_training_stop = True

@@ -1,4 +1,8 @@
-"""What `fastsdpo train` adds to the training loop: progress with the signal, and stopping cleanly."""
+"""What happens at certain points of the training loop, each a callback of one duty.
+
+`MovingAverage`, `SignalWindow` and `EpochOrder` belong to every trainer here, as does `FiniteCheck` (finite.py);
+`Progress`, `BeforeTraining` and `StopOnSignal` are what the commands add.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from fastsdpo.trainer.learner import Learner
+from fastsdpo.trainer.metrics import SignalMetrics
 from fastsdpo.trainer.report import write_report
 
 
@@ -112,6 +118,42 @@ class BeforeTraining(TrainerCallback):
         if state.is_world_process_zero:
             write_report(self.path, metrics)
         self.tell(metrics)
+
+
+class MovingAverage(TrainerCallback):
+    """The teacher that is a moving average follows the student after each optimizer step."""
+
+    def __init__(self, learner: Learner):
+        self.learner = learner
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.learner.after_step()
+
+
+class SignalWindow(TrainerCallback):
+    """The window of the signal's statistics begins with training: what was measured before is dropped."""
+
+    def __init__(self, metrics: SignalMetrics):
+        self.metrics = metrics
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.metrics.reset()
+
+
+class EpochOrder(TrainerCallback):
+    """Each epoch has an order of its own, also behind the wrappers that accelerate puts around a sampler.
+
+    Args:
+        sampler: gives the sampler that trains, or None.
+    """
+
+    def __init__(self, sampler: Callable[[], Any]):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        sampler = self.sampler()
+        if sampler is not None:
+            sampler.set_epoch(int(state.epoch or 0))
 
 
 class StopOnSignal(TrainerCallback):

@@ -10,18 +10,29 @@ ones only. The checksums tell what a disk, a copy or a person changed afterwards
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import Trainer
 
+from fastsdpo.trainer.adapters import is_peft
+from fastsdpo.trainer.optim import ADAMW
+from fastsdpo.trainer.processes import agreed
+from fastsdpo.trainer.teacher_weights import TeacherWeights
+
+logger = logging.getLogger("fastsdpo.trainer")
+
+TEACHER_FILE = "teacher_{}.safetensors"
 CHECKSUMS = "checksums.json"
 PART = "checkpoint.part"
 BLOCK = 1 << 20
@@ -161,3 +172,148 @@ def _sum(path: Path, sync: bool = False) -> tuple[int, int]:
         if sync:
             os.fsync(file.fileno())
     return size, crc
+
+
+class CheckpointTrainer(Trainer):
+    """`transformers.Trainer` with checkpoints that are whole, or not there.
+
+    What is overridden, and why:
+
+        _save_checkpoint    writes aside, sums up, renames; deletes older ones afterwards
+        save_model          the whole weights, however they are sharded
+        _save_optimizer_and_scheduler, _load_optimizer_and_scheduler    the teacher's weights as well
+    """
+
+    _writing_checkpoint = False
+
+    def teacher_copies(self) -> dict[str, TeacherWeights]:
+        """By name, the weights beside the model's that a checkpoint holds; for subclasses."""
+        return {}
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            for name, weights in self.teacher_copies().items():
+                weights.save(os.path.join(output_dir, TEACHER_FILE.format(name)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            for name, weights in self.teacher_copies().items():
+                weights.load(os.path.join(checkpoint, TEACHER_FILE.format(name)))
+
+    def save_state_to(self, folder: str) -> None:
+        """Model, optimizer, scheduler and teacher into a folder, outside `train`."""
+        self.save_model(folder)
+        self._save_optimizer_and_scheduler(folder)
+
+    def load_state_from(self, folder: str) -> None:
+        """What `save_state_to` wrote."""
+        self._load_from_checkpoint(folder)
+        self._load_optimizer_and_scheduler(folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The whole model (or adapter) and the tokenizer, for ``from_pretrained``.
+
+        Under FSDP the weights are gathered to the first process, whatever kind of state dict its
+        checkpoints have (transformers writes none where that kind is sharded).
+
+        Raises:
+            OSError: nothing that holds weights was written.
+        """
+        if self.is_fsdp_enabled and not _internal_call:
+            folder = output_dir or self.args.output_dir
+            self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not _internal_call:
+            check_saved_model(output_dir or self.args.output_dir)
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, PART) if self._writing_checkpoint else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """A whole checkpoint, or OSError and none; the older ones go once it is there."""
+        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        part = folder / PART
+        if self.args.should_save:
+            shutil.rmtree(part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step:
+            best = folder / f"checkpoint-{self.state.best_global_step}"
+            if best.exists():
+                self.state.best_model_checkpoint = str(best)
+        self._writing_checkpoint = True
+        try:
+            with writing(f"{folder / name}"):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    if self.state.best_global_step == self.state.global_step:
+                        self.state.best_model_checkpoint = str(folder / name)
+                        self.state.save_to_json(str(part / name / "trainer_state.json"))
+                    finish_checkpoint(part / name, folder / name)
+                    best_one = self.state.best_model_checkpoint
+                    delete_old_checkpoints(folder, self.args.save_total_limit, best_one)
+        finally:
+            self._writing_checkpoint = False
+            if self.args.should_save:
+                shutil.rmtree(part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def save_before_stop(self) -> str:
+        """Saves the state after the last whole step; a sentence that says where.
+
+        For what is found during a step, before the optimizer has changed anything.
+        """
+        if self.state.global_step == 0:
+            return "No step was taken before"
+        place = os.path.join(self._get_output_dir(), f"checkpoint-{self.state.global_step}")
+        if not os.path.isdir(place):
+            self._save_checkpoint(self.model)
+        return f"The state before it is in {place}"
+
+    def check_output(self, *, model: bool = False) -> None:
+        """Finds out now whether the output folder can take a checkpoint (and the trained model).
+
+        Raises:
+            OSError: it cannot be written to, or has less room than these take at the least.
+        """
+        if not self.args.should_save:
+            return
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        saved = _bytes(trained) if is_peft(self.model) else _bytes(self.model.parameters())
+        needed = saved if model else 0
+        if self.args.save_strategy != "no" and not self.args.save_only_model:
+            moments = str(getattr(self.args.optim, "value", self.args.optim)) in ADAMW
+            teachers = sum(_bytes(teacher.values.values()) for teacher in self.teacher_copies().values())
+            needed += saved + teachers + (2 * _bytes(trained) if moments else 0)
+        check_output_folder(self.args.output_dir, needed)
+
+    def find_checkpoint(self) -> str | None:
+        """The newest whole checkpoint of the output folder, the same in all processes.
+
+        Damaged ones are named in a warning.
+
+        Raises:
+            ValueError: there are checkpoints, and all are damaged.
+        """
+        first = self.args.process_index == 0
+        path, damaged = agreed(find_checkpoint(self.args.output_dir) if first else None)
+        if path is None and damaged:
+            raise ValueError(f"SDPOTrainer: no checkpoint is whole: {'; '.join(damaged)}")
+        if first:
+            for problem in damaged:
+                logger.warning("%s; going on from %s", problem, path)
+        return path
+
+    def check_checkpoint(self, checkpoint: str | os.PathLike) -> None:
+        """Raises ValueError, in all processes, where the checkpoint is damaged."""
+        problem = agreed(damage_of(checkpoint) if self.args.process_index == 0 else None)
+        if problem is not None:
+            raise ValueError(f"SDPOTrainer: checkpoint {checkpoint} is damaged: {problem}")
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

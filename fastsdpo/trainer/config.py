@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -302,17 +303,50 @@ class SDPOConfig(TrainingArguments):
     )
 
     # Changed defaults
-    learning_rate: float = field(default=2e-6, metadata={"help": "The initial learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The schedule."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or a share below 1."})
+    learning_rate: float = field(default=2e-6, metadata={"help": "The largest learning rate of the run."})
+    lr_scheduler_type: str = field(
+        default="cosine",
+        metadata={"help": "How the learning rate changes over the run: cosine, constant, linear, ..."},
+    )
+    warmup_steps: float = field(
+        default=0.05,
+        metadata={"help": "Steps in which the learning rate rises from 0; below 1, a share of all steps."},
+    )
     num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the data."})
-    logging_steps: float = field(default=10, metadata={"help": "As in TrainingArguments."})
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep this off."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "See non_finite."})
-    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "As in DDP."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Steps between two logs of the loss; below 1, a share of all steps."}
+    )
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the loss of the first step too."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay off: interactions are objects, without columns."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay off: it would hide what non_finite looks for."}
+    )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "Whether DDP sends the first process's buffers before each pass."}
+    )
 
     def __post_init__(self):
+        self._check_fixed()
+        self._check_method()
+        self._check_text()
+        # Before the processes have met, since plugins read the batch sizes in super().__post_init__;
+        # launchers other than torchrun and accelerate tell their number only there.
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        batch = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        self._split_global_batch(processes, *batch)
+        super().__post_init__()
+        if self.world_size != processes:
+            self._split_global_batch(self.world_size, *batch)
+        if self.accelerator_config.split_batches:
+            raise ValueError(
+                "SDPOConfig: split_batches of accelerator_config must be False: it would divide the "
+                "batch of a step by the number of processes, got True"
+            )
+
+    def _check_fixed(self) -> None:
+        """Settings with few values, or with only one that works here."""
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -329,58 +363,38 @@ class SDPOConfig(TrainingArguments):
                 "SDPOConfig: the environment's ACCELERATE_DYNAMO_BACKEND (accelerate launch "
                 f"--dynamo_backend) must be 'no': {COMPILED}, got {dynamo!r}"
             )
-        self._check(0 <= self.alpha <= 1, "alpha", "be in [0, 1]")
-        self._check(self.mode != "sampled_token" or self.alpha == 1, "alpha", "be 1 with mode='sampled_token'")
-        self._check(
-            (self.topk is not None) == (self.mode == "topk"), "topk", "be given with mode='topk', and only there"
-        )
-        self._check(self.topk is None or self.topk >= 1, "topk", "be at least 1")
-        self._check(self.temperature > 0, "temperature", "be > 0")
-        self._check(self.is_clip is None or self.is_clip > 0, "is_clip", "be > 0 or None")
-        self._check(self.reference_kl >= 0, "reference_kl", "be >= 0")
-        self._check(self.ignore_first_k >= 0, "ignore_first_k", "be >= 0")
-        self._check(0 < self.ema_rate <= 1, "ema_rate", "be in (0, 1]")
-        self._check(0 <= self.trust_region_mix <= 1, "trust_region_mix", "be in [0, 1]")
-        self._check(self.guidance > 0, "guidance", "be > 0")
+
+    def _check_method(self) -> None:
+        check = self._check
+        check(0 <= self.alpha <= 1, "alpha", "be in [0, 1]")
+        check(self.mode != "sampled_token" or self.alpha == 1, "alpha", "be 1 with mode='sampled_token'")
+        check((self.topk is not None) == (self.mode == "topk"), "topk", "be given with mode='topk', and only there")
+        check(self.topk is None or self.topk >= 1, "topk", "be at least 1")
+        check(self.temperature > 0, "temperature", "be > 0")
+        check(self.is_clip is None or self.is_clip > 0, "is_clip", "be > 0 or None")
+        check(self.reference_kl >= 0, "reference_kl", "be >= 0")
+        check(self.ignore_first_k >= 0, "ignore_first_k", "be >= 0")
+        check(0 < self.ema_rate <= 1, "ema_rate", "be in (0, 1]")
+        check(0 <= self.trust_region_mix <= 1, "trust_region_mix", "be in [0, 1]")
+        check(self.guidance > 0, "guidance", "be > 0")
+        guided_region = self.is_guided and self.teacher == "trust_region"
+        check(not guided_region, "teacher", "be live, ema or frozen with guidance or neutral_followup")
+        check(self.teacher_check >= 0, "teacher_check", "be >= 0")
+        lengths = ("max_prompt_length", "max_completion_length", "max_followup_length")
+        for name in (*lengths, "max_tokens_per_pack", "chunk_size"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, name, "be at least 1 or None")
+
+    def _check_text(self) -> None:
         neutral = self.neutral_followup
         self._check(neutral is None or bool(neutral.strip()), "neutral_followup", "have a text, or be None")
-        self._check(
-            not self.is_guided or self.teacher != "trust_region",
-            "teacher",
-            "be live, ema or frozen with guidance or neutral_followup",
-        )
-        self._check(self.teacher_check >= 0, "teacher_check", "be >= 0")
-        for name in (
-            "max_prompt_length",
-            "max_completion_length",
-            "max_followup_length",
-            "max_tokens_per_pack",
-            "chunk_size",
-        ):
-            value = getattr(self, name)
-            self._check(value is None or value >= 1, name, "be at least 1 or None")
         if isinstance(self.chat_template_kwargs, str):
-            import json
-
             self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
         if self.chat_template_date is not None:
             try:
                 datetime.fromisoformat(self.chat_template_date)
             except (TypeError, ValueError):
                 self._check(False, "chat_template_date", "be a date like 2026-01-31")
-        # Before the processes have met, since plugins read the batch sizes in super().__post_init__;
-        # launchers other than torchrun and accelerate tell their number only there.
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        batch = self.per_device_train_batch_size, self.gradient_accumulation_steps
-        self._split_global_batch(processes, *batch)
-        super().__post_init__()
-        if self.world_size != processes:
-            self._split_global_batch(self.world_size, *batch)
-        if self.accelerator_config.split_batches:
-            raise ValueError(
-                "SDPOConfig: split_batches of accelerator_config must be False: it would divide the "
-                "batch of a step by the number of processes, got True"
-            )
 
     def _split_global_batch(self, processes: int, per_device: int, accumulation: int) -> None:
         if self.global_batch_size is not None:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import random
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, cast, overload
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from fastsdpo.data import (
     Interaction,
@@ -28,12 +23,10 @@ from fastsdpo.data import (
 )
 from fastsdpo.data.keys import TextKeys, extend
 from fastsdpo.data.loading import parse_interaction
-from fastsdpo.prefix import pack_conversations
 
 logger = logging.getLogger("fastsdpo.trainer")
 
 SAMPLE_SIZE = 64  # interactions of which the text is kept, for the teacher check
-DATE_FILE = "chat_template_date.json"  # beside the checkpoints, where the template has a clock
 MESSAGES = 3  # of dropped interactions, in warnings
 NO_NEUTRAL = "which must have neutral_prompt_ids for neutral_followup"
 
@@ -119,89 +112,26 @@ class InteractionDataset(Dataset):
             raise TypeError(
                 f"SDPOTrainer: {name} must be a path or a collection of interactions, got {type(source).__name__}"
             )
-        dropped: list[str] = []
-        sample: list[Interaction] = []
-        draw = random.Random(0)
-        texts = TextKeys()
-        keys, history_keys, message_keys = array("Q"), array("Q"), array("Q")
-        history_ends = array("Q", [0])
+        if progress:
+            from tqdm.auto import tqdm
 
-        def add_keys(item: Interaction) -> None:
-            nonlocal texts
-            if len(texts) > 1000:  # what it holds speeds up the next interactions of a conversation
-                texts = TextKeys()
-            history = 0
-            for message in item.prompt:
-                history = extend(history, texts[message["role"]], texts[message["content"]])
-                if message["role"] == "user":
-                    history_keys.append(history)
-                    message_keys.append(texts[message["content"]])
-            history = extend(history, texts["assistant"], texts[item.completion])
-            keys.append(extend(history, texts["user"], texts[item.followup]))
-            history_ends.append(len(history_keys))
-
-        def checked() -> Iterator[Interaction | TokenizedInteraction]:
-            items: Iterable = source
-            if progress:
-                from tqdm.auto import tqdm
-
-                items = tqdm(source, desc=f"tokenizing {name}", unit=" interactions", leave=False)
-            for index, item in enumerate(items):
-                if isinstance(item, Mapping):
-                    try:
-                        item = parse_interaction(item)
-                    except (TypeError, ValueError) as error:
-                        raise ValueError(f"SDPOTrainer: {name}[{index}]: {error}") from error
-                if isinstance(item, TokenizedInteraction):
-                    if neutral and not item.neutral_prompt_ids:
-                        raise ValueError(f"SDPOTrainer: {name}[{index}] came as tokens, {NO_NEUTRAL}")
-                elif not isinstance(item, Interaction):
-                    raise TypeError(f"SDPOTrainer: {name}[{index}] must be an interaction, got {type(item).__name__}")
-                elif tokenizer is None:
-                    raise ValueError(
-                        f"SDPOTrainer: {name} holds text, so processing_class must be a tokenizer, got None"
-                    )
-                yield item
-
-        def tokenized() -> Iterator[TokenizedInteraction]:
-            tokenize, count = None, 0
-            for text, items in itertools.groupby(checked(), lambda i: isinstance(i, Interaction)):
-                if not text:
-                    for item in items:
-                        keys.append(0)
-                        history_ends.append(len(history_keys))
-                        yield cast(TokenizedInteraction, item)
-                    continue
-                tokenize = tokenize or InteractionTokenizer(tokenizer, template, **options)
-                items, interactions = itertools.tee(cast(Iterator[Interaction], items))
-                for item, result in zip(items, tokenize.stream(interactions)):
-                    if isinstance(result, ValueError):
-                        dropped.append(str(result))
-                        continue
-                    # Reservoir sampling: every interaction is kept with the same probability.
-                    count += 1
-                    if len(sample) < SAMPLE_SIZE:
-                        sample.append(item)
-                    elif (place := draw.randrange(count)) < SAMPLE_SIZE:
-                        sample[place] = item
-                    add_keys(item)
-                    yield result
-
-        dataset = cls(tokenized())
-        dataset.sample, dataset.dropped = sample, dropped
-        dataset.keys, dataset.history_ends = keys, history_ends
-        dataset.history_keys, dataset.message_keys = history_keys, message_keys
-        if dropped:
+            source = tqdm(source, desc=f"tokenizing {name}", unit=" interactions", leave=False)
+        reading = _Tokenization(source, tokenizer, template, name, options)
+        dataset = cls(reading.tokenized())
+        dataset.sample, dataset.dropped = reading.sample, reading.dropped
+        dataset.keys, dataset.history_ends = reading.keys, reading.history_ends
+        dataset.history_keys, dataset.message_keys = reading.history_keys, reading.message_keys
+        if dataset.dropped:
             logger.warning(
                 "%s: %d interactions cannot be tokenized and are left out, for example:\n  %s",
                 name,
-                len(dropped),
-                "\n  ".join(dropped[:MESSAGES]),
+                len(dataset.dropped),
+                "\n  ".join(dataset.dropped[:MESSAGES]),
             )
         if len(dataset) == 0:
             raise ValueError(
                 f"SDPOTrainer: {name} must hold an interaction, got none"
-                + (f"; {len(dropped)} could not be tokenized: {dropped[0]}" if dropped else "")
+                + (f"; {len(dataset.dropped)} could not be tokenized: {dataset.dropped[0]}" if dataset.dropped else "")
             )
         return dataset
 
@@ -265,179 +195,79 @@ class InteractionDataset(Dataset):
         return list(groups.values())
 
 
-@dataclass(frozen=True)
-class Leaks:
-    """Held-out interactions that stand in the training data.
+class _Tokenization:
+    """One pass over a source: what can be tokenized, and what a dataset tells of it (its attributes)."""
 
-    Attributes:
-        same: that are there themselves: prompt, answer and follow-up.
-        conversation: of which another part of the conversation is there: one of both stands, with
-            its follow-up, in the other's prompt; or both have the conversation id and a user's
-            message in common (as tokens: the id).
-        total: that are one or the other.
-        example: the id (or else the number) of the first.
-    """
+    def __init__(self, source: Iterable[Any], tokenizer: Any, template: str, name: str, options: dict[str, Any]):
+        self.source, self.name, self.options = source, name, options
+        self.tokenizer, self.template = tokenizer, template
+        self.neutral = options.get("neutral_followup") is not None
+        self.dropped: list[str] = []
+        self.sample: list[Interaction] = []
+        self.keys, self.history_keys, self.message_keys = array("Q"), array("Q"), array("Q")
+        self.history_ends = array("Q", [0])
+        self._texts = TextKeys()
+        self._draw, self._drawn_from = random.Random(0), 0
 
-    same: int
-    conversation: int
-    total: int
-    example: str
+    def tokenized(self) -> Iterator[TokenizedInteraction]:
+        """All that can be tokenized, in order; the rest is in ``dropped``."""
+        tokenize = None
+        for text, items in itertools.groupby(self._checked(), lambda i: isinstance(i, Interaction)):
+            if not text:
+                for item in items:
+                    self.keys.append(0)
+                    self.history_ends.append(len(self.history_keys))
+                    yield cast(TokenizedInteraction, item)
+                continue
+            tokenize = tokenize or InteractionTokenizer(self.tokenizer, self.template, **self.options)
+            items, interactions = itertools.tee(cast(Iterator[Interaction], items))
+            for item, result in zip(items, tokenize.stream(interactions)):
+                if isinstance(result, ValueError):
+                    self.dropped.append(str(result))
+                    continue
+                self._add_to_sample(item)
+                self._add_keys(item)
+                yield result
 
+    def _checked(self) -> Iterator[Interaction | TokenizedInteraction]:
+        """The items as objects.
 
-def find_leaks(train: InteractionDataset, held_out: InteractionDataset) -> Leaks | None:
-    """Which held-out interactions, or parts of their conversations, are trained on; None: none."""
-    keys, train_keys = held_out.keys, train.keys
-    if 0 in keys or 0 in train_keys:  # some came as tokens
-        keys, train_keys = (array("Q", map(dataset.token_key, range(len(dataset)))) for dataset in (held_out, train))
-    same = set(keys).intersection(train_keys)
-    in_history = set(held_out.keys).intersection(train.history_keys)
-    in_training = set(held_out.history_keys).intersection(train.keys)
-    # Of conversations with ids that are in both: the users' messages in training.
-    messages: dict[str, set[int]] = {}
-    ids = set(held_out.conversation_ids).intersection(train.conversation_ids)
-    for index, conversation in enumerate(train.conversation_ids):
-        if conversation is not None and conversation in ids:
-            messages.setdefault(conversation, set()).update(train.messages_of(index))
+        Raises:
+            TypeError, ValueError: one is none, by its index; see `InteractionDataset.from_source`.
+        """
+        name = self.name
+        for index, item in enumerate(self.source):
+            if isinstance(item, Mapping):
+                try:
+                    item = parse_interaction(item)
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"SDPOTrainer: {name}[{index}]: {error}") from error
+            if isinstance(item, TokenizedInteraction):
+                if self.neutral and not item.neutral_prompt_ids:
+                    raise ValueError(f"SDPOTrainer: {name}[{index}] came as tokens, {NO_NEUTRAL}")
+            elif not isinstance(item, Interaction):
+                raise TypeError(f"SDPOTrainer: {name}[{index}] must be an interaction, got {type(item).__name__}")
+            elif self.tokenizer is None:
+                raise ValueError(f"SDPOTrainer: {name} holds text, so processing_class must be a tokenizer, got None")
+            yield item
 
-    def is_related(index: int) -> bool:
-        start, end = held_out.history_ends[index : index + 2]
-        if held_out.keys[index] in in_history or not in_training.isdisjoint(held_out.history_keys[start:end]):
-            return True
-        there, here = (
-            messages.get(held_out.conversation_ids[index] or ""),
-            held_out.messages_of(index),
-        )
-        return there is not None and not (there and here and there.isdisjoint(here))
+    def _add_to_sample(self, item: Interaction) -> None:
+        """Reservoir sampling: every interaction is kept with the same probability."""
+        self._drawn_from += 1
+        if len(self.sample) < SAMPLE_SIZE:
+            self.sample.append(item)
+        elif (place := self._draw.randrange(self._drawn_from)) < SAMPLE_SIZE:
+            self.sample[place] = item
 
-    found = [(index, keys[index] in same, is_related(index)) for index in range(len(held_out))]
-    found = [item for item in found if item[1] or item[2]]
-    if not found:
-        return None
-    first = held_out.ids[found[0][0]]
-    return Leaks(
-        same=sum(item[1] for item in found),
-        conversation=sum(item[2] for item in found),
-        total=len(found),
-        example=f"number {found[0][0]}" if first is None else repr(first),
-    )
-
-
-def run_date(args: Any) -> str:
-    """The date that the run's chat template reads, the same in all processes and when it goes on.
-
-    As set, or that of the run in the output folder, or now.
-    """
-    folder = Path(args.output_dir)
-    date: list[Any] = [args.chat_template_date]
-    if date[0] is None and args.process_index == 0:
-        kept = _kept_date(folder) if any(folder.glob("checkpoint-*")) else None
-        date = [kept or datetime.now().isoformat(timespec="seconds")]
-    if args.world_size > 1:
-        broadcast_object_list(date)
-    return str(date[0])
-
-
-def keep_date(args: Any, checkpoint: str | os.PathLike | None = None) -> None:
-    """Writes the date for when the run goes on; or compares it with that of a checkpoint's run.
-
-    Raises:
-        ValueError: they differ, so that the run would go on with other tokens.
-    """
-    date = args.chat_template_date
-    if date is None:
-        return
-    if checkpoint is None:
-        if args.process_index == 0:
-            os.makedirs(args.output_dir, exist_ok=True)
-            Path(args.output_dir, DATE_FILE).write_text(json.dumps({"date": date}), "utf-8")
-        return
-    kept = _kept_date(Path(checkpoint).parent)
-    if kept not in (None, date):
-        raise ValueError(
-            f"SDPOTrainer: chat_template_date must be {kept!r}, as in the run of {checkpoint}, got "
-            f"{date!r}: the chat template reads a clock"
-        )
-
-
-def _kept_date(folder: Path) -> str | None:
-    place = folder / DATE_FILE
-    if not place.exists():
-        return None
-    try:
-        date = json.loads(place.read_text("utf-8"))["date"]
-        datetime.fromisoformat(date)
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"SDPOTrainer: {place} must hold a date, got {error!r}") from None
-    return date
-
-
-class GroupSampler(Sampler):
-    """Groups in shuffled order, each group's indices in its own; filled up with None.
-
-    The fill makes the length a multiple of ``multiple`` (the interactions that all processes take
-    at once), so that no process repeats interactions to keep up with the others. The order depends on
-    ``seed`` and the epoch only.
-    """
-
-    def __init__(self, groups: Sequence[Sequence[int]], *, multiple: int = 1, seed: int = 0, shuffle: bool = True):
-        self.groups = groups
-        self.seed, self.shuffle = seed, shuffle
-        self.epoch = 0
-        size = sum(len(group) for group in groups)
-        self.fill = -size % multiple
-        self.size = size + self.fill
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int | None]:
-        order = list(range(len(self.groups)))
-        if self.shuffle:
-            random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
-        for group in order:
-            yield from self.groups[group]
-        yield from [None] * self.fill
-
-
-def collate(items: list[TokenizedInteraction | None]) -> dict[str, list[TokenizedInteraction]]:
-    """A micro-batch: its interactions, without the fill."""
-    return {"interactions": [item for item in items if item is not None]}
-
-
-def pack_sharing(pack: Sequence[TokenizedInteraction], sharing: Any, longest: int | None = None) -> Any:
-    """``sharing``; or "off" where a sequence has more than ``longest`` tokens."""
-    return "off" if any(_is_longer(item, longest) for item in pack) else sharing
-
-
-def _is_longer(item: TokenizedInteraction, longest: int | None) -> bool:
-    if longest is None:
-        return False
-    prompts = item.prompt_ids, item.teacher_prompt_ids, item.neutral_prompt_ids or ()
-    return max(map(len, prompts)) + len(item.completion_ids) > longest
-
-
-def split_packs(
-    interactions: Sequence[TokenizedInteraction],
-    max_tokens: int | None,
-    sharing: Any,
-    longest: int | None = None,
-) -> list[list[TokenizedInteraction]]:
-    """A micro-batch in packs of at most ``max_tokens`` tokens, conversations kept together.
-
-    An interaction with a sequence of more than ``longest`` tokens is a pack by itself.
-    """
-    alone = [item for item in interactions if _is_longer(item, longest)]
-    if alone:
-        rest = [item for item in interactions if not _is_longer(item, longest)]
-        return split_packs(rest, max_tokens, sharing) + [[item] for item in alone]
-    if max_tokens is None or len(interactions) <= 1:
-        return [list(interactions)] if interactions else []
-    groups: dict[Any, list[int]] = {}
-    for index, item in enumerate(interactions):
-        key = ("alone", index) if item.conversation_id is None else item.conversation_id
-        groups.setdefault(key, []).append(index)
-    packs = pack_conversations(interactions, list(groups.values()), max_tokens=max_tokens, sharing=sharing)
-    return [[interactions[index] for index in pack] for pack in packs]
+    def _add_keys(self, item: Interaction) -> None:
+        if len(self._texts) > 1000:  # what it holds speeds up the next interactions of a conversation
+            self._texts = TextKeys()
+        texts, history = self._texts, 0
+        for message in item.prompt:
+            history = extend(history, texts[message["role"]], texts[message["content"]])
+            if message["role"] == "user":
+                self.history_keys.append(history)
+                self.message_keys.append(texts[message["content"]])
+        history = extend(history, texts["assistant"], texts[item.completion])
+        self.keys.append(extend(history, texts["user"], texts[item.followup]))
+        self.history_ends.append(len(self.history_keys))

@@ -40,6 +40,7 @@ class TokenStatistics(NamedTuple):
         student_logps, teacher_logps: nats.
         reference_kl: KL(p_S || p_0), nats; None without the term.
         sequence_loss: ``[interactions]`` each answer's share of the loss, to find the bad one.
+        computed_tokens: how many tokens went through the model for it, shared prefixes once.
     """
 
     counts: Tensor
@@ -49,6 +50,7 @@ class TokenStatistics(NamedTuple):
     teacher_logps: Tensor
     reference_kl: Tensor | None
     sequence_loss: Tensor
+    computed_tokens: int = 0
 
 
 def count_items(lengths: Sequence[int], normalization: str, ignore_first_k: int) -> int:
@@ -90,7 +92,6 @@ def sdpo_step_loss(
     weights: Tensor,
     counts: Tensor,
     sequences: int,
-    teacher_hidden: Tensor | None = None,
     teacher_head: HeadParameters | None = None,
     reference_hidden: Tensor | None = None,
     reference_head: HeadParameters | None = None,
@@ -105,12 +106,11 @@ def sdpo_step_loss(
     """The loss of one pass.
 
     Args:
-        states: student's and teacher's hidden states ``[N, D]``.
+        states: student's hidden states ``[N, D]`` and teacher's ``[N, D_T]``.
         head: the student's head.
         weights: ``[N]`` w_t.
         counts: ``[N]`` bool, tokens that are part of the loss.
         sequences: number of interactions in the pass.
-        teacher_hidden: ``[N, D_T]`` instead of ``states.teacher_hidden`` (a mixture).
         teacher_head: the teacher's head where it is another than the student's.
         reference_hidden: ``[N, D]`` of the initial model without the follow-up.
         reference_head: its head where it is another than the student's.
@@ -131,30 +131,13 @@ def sdpo_step_loss(
     device = states.student_hidden.device
     weights, counts = weights.to(device), counts.to(device)
     targets = states.target_ids.masked_fill(~counts, IGNORE_INDEX)
-    shared = {
-        "bias": head.bias,
-        "softcap": head.softcap,
-        "logit_scale": head.logit_scale,
-        "temperature": options.get("temperature", 1.0),
-        "chunk_size": options.get("chunk_size"),
-        "backend": options.get("backend", "auto"),
-    }
-    if is_clip is not None and old_logps is None and ppo_clip is None:
-        written_by = head if reference_head is None else reference_head
-        with torch.no_grad():
-            old_logps = linear_token_logps(
-                reference_hidden, written_by.weight, targets, **{**shared, "bias": written_by.bias}
-            )
-    teacher_rows = states.teacher_hidden if teacher_hidden is None else teacher_hidden
+    rows = _ResponseRows(states.student_hidden, head, targets, weights, options)
+    teacher_head = head if teacher_head is None else teacher_head
+    reference_head = head if reference_head is None else reference_head
     if ppo_clip is not None:
-        teacher = head if teacher_head is None else teacher_head
-        with torch.no_grad():
-            teacher_logps = linear_token_logps(
-                teacher_rows, teacher.weight, targets, **{**shared, "bias": teacher.bias}
-            )
         out = ppo_token_loss(
-            linear_token_logps(states.student_hidden, head.weight, targets, **shared),
-            teacher_logps,
+            rows.logps(states.student_hidden, head),
+            rows.logps(states.teacher_hidden, teacher_head).detach(),
             weights,
             states.sequence_ids,
             counts,
@@ -164,47 +147,57 @@ def sdpo_step_loss(
             center=center_advantages,
         )
     else:
-        out = linear_sdpo_loss(
-            states.student_hidden,
-            teacher_rows,
-            head.weight,
-            targets,
-            teacher_weight=None if teacher_head is None else teacher_head.weight,
-            teacher_bias=None if teacher_head is None else teacher_head.bias,
-            weights=weights,
-            old_logps=old_logps if is_clip is not None else None,
-            is_clip=is_clip,
-            **{**options, **shared},
-        )
+        if is_clip is not None and old_logps is None:
+            assert reference_hidden is not None
+            old_logps = rows.logps(reference_hidden, reference_head).detach()
+        ratio = {} if is_clip is None else {"old_logps": old_logps, "is_clip": is_clip}
+        out = rows.divergence(states.teacher_hidden, teacher_head, **options, **ratio)
     loss, per_token, kl = out.loss, out.per_token_loss, None
     if reference_kl > 0:
-        reference = linear_sdpo_loss(
-            states.student_hidden,
-            reference_hidden,
-            head.weight,
-            targets,
-            teacher_weight=None if reference_head is None else reference_head.weight,
-            teacher_bias=None if reference_head is None else reference_head.bias,
-            weights=weights,
-            mode="full",
-            alpha=1.0,
-            **shared,
-        )
-        loss = loss + reference_kl * reference.loss
+        assert reference_hidden is not None
+        reference = rows.divergence(reference_hidden, reference_head, mode="full", alpha=1.0)
         kl = reference.per_token_loss
-        per_token = per_token + reference_kl * kl
+        loss, per_token = loss + reference_kl * reference.loss, per_token + reference_kl * kl
     sequence_loss = torch.zeros(sequences, device=device, dtype=per_token.dtype)
     sequence_loss.index_add_(0, states.sequence_ids, weights.to(per_token.dtype) * per_token)
-    statistics = TokenStatistics(
-        counts,
-        out.per_token_loss,
-        out.log_ratio,
-        out.student_logps,
-        out.teacher_logps,
-        kl,
-        sequence_loss,
+    return loss, TokenStatistics(
+        counts, out.per_token_loss, out.log_ratio, out.student_logps, out.teacher_logps, kl, sequence_loss
     )
-    return loss, statistics
+
+
+class _ResponseRows:
+    """The response tokens of a pass, as the losses from hidden states take them."""
+
+    def __init__(
+        self, hidden: Tensor, head: HeadParameters, targets: Tensor, weights: Tensor, options: dict[str, Any]
+    ):
+        self.hidden, self.head, self.targets, self.weights = hidden, head, targets, weights
+        self.options = {
+            "softcap": head.softcap,
+            "logit_scale": head.logit_scale,
+            "temperature": options.get("temperature", 1.0),
+            "chunk_size": options.get("chunk_size"),
+            "backend": options.get("backend", "auto"),
+        }
+
+    def logps(self, hidden: Tensor, head: HeadParameters) -> Tensor:
+        """``[N]`` log-probabilities of the tokens; 0 where one does not count."""
+        with torch.set_grad_enabled(hidden is self.hidden and torch.is_grad_enabled()):
+            return linear_token_logps(hidden, head.weight, self.targets, bias=head.bias, **self.options)
+
+    def divergence(self, hidden: Tensor, head: HeadParameters, **options: Any) -> SDPOLossOutput:
+        """Of the student's rows from those of a teacher."""
+        other = {} if head is self.head else {"teacher_weight": head.weight, "teacher_bias": head.bias}
+        return linear_sdpo_loss(
+            self.hidden,
+            hidden,
+            self.head.weight,
+            self.targets,
+            bias=self.head.bias,
+            weights=self.weights,
+            **other,
+            **{**options, **self.options},
+        )
 
 
 def ppo_token_loss(

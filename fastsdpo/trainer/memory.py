@@ -11,9 +11,9 @@ from torch import nn
 
 from fastsdpo.ops.head import default_chunk_size, gradient_chunks
 from fastsdpo.prefix.forward import causal_lm
+from fastsdpo.trainer.adapters import is_peft
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.optim import ADAMW, TORCHAO, choose_update
-from fastsdpo.trainer.teacher import is_peft
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from fastsdpo.data import TokenizedInteraction
 from fastsdpo.trainer.loss import TokenStatistics
 
 QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
@@ -28,10 +29,11 @@ class SignalMetrics:
         reference_kl: whether the loss has the reference term, which is then reported. (Told, not
             seen from the passes: a process may have none, and all have to send the same numbers.)
         divergence: whether the per-token loss is a divergence (else it is the sampled token's).
+        end_id: the token that ends a turn; an answer that ends with another was cut. None: none is.
     """
 
-    def __init__(self, *, reference_kl: bool = False, divergence: bool = True):
-        self.reference_kl = reference_kl
+    def __init__(self, *, reference_kl: bool = False, divergence: bool = True, end_id: int | None = None):
+        self.reference_kl, self.end_id = reference_kl, end_id
         self.loss_name = "sdpo/divergence" if divergence else "sdpo/sampled_token_loss"
         self.reset()
 
@@ -40,14 +42,15 @@ class SignalMetrics:
         self.computed = self.sequences = 0
         self.started = time.perf_counter()
 
-    def add(self, statistics: TokenStatistics, ends: Tensor, *, computed: int, sequences: int) -> None:
-        """One pass.
-
-        Args:
-            ends: ``[interactions]`` int64 rows of the end-of-turn tokens; -1 where an answer was cut.
-            computed: tokens that went through the model, shared prefixes once.
-            sequences: tokens of the student's and the teacher's sequences, each whole.
-        """
+    def add(self, pack: Sequence[TokenizedInteraction], statistics: TokenStatistics) -> None:
+        """One pass over the interactions of a pack."""
+        ends, row = [], -1
+        for item in pack:
+            row += len(item.completion_ids)
+            whole = self.end_id is None or item.completion_ids[-1] == self.end_id
+            ends.append(row if whole else -1)  # -1: the answer was cut
+            self.sequences += len(item.prompt_ids) + len(item.teacher_prompt_ids) + 2 * len(item.completion_ids)
+        self.computed += statistics.computed_tokens
         kl = statistics.reference_kl
         columns = [
             statistics.counts,
@@ -57,9 +60,7 @@ class SignalMetrics:
             statistics.per_token_loss,
             torch.zeros_like(statistics.per_token_loss) if kl is None else kl,
         ]
-        self.passes.append((torch.stack([c.float() for c in columns]), ends))
-        self.computed += computed
-        self.sequences += sequences
+        self.passes.append((torch.stack([c.float() for c in columns]), torch.tensor(ends, device=columns[0].device)))
 
     def flush(
         self,

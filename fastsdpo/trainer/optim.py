@@ -6,11 +6,17 @@ AdamW step at learning rate 2e-6 moves it by 0.01%. Rounded to nearest, most wei
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import Trainer
+
+from fastsdpo.trainer.config import SDPOConfig
+
+logger = logging.getLogger("fastsdpo.trainer")
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 TORCHAO = ("adamw_torch_8bit", "adamw_torch_4bit")  # AdamW with states of 8 or 4 bits
@@ -49,6 +55,50 @@ def choose_update(wanted: str, optim: str, dtypes: set[torch.dtype]) -> str:
             f"SDPOTrainer: weight_update={wanted!r} needs bfloat16 or float32 weights, got {', '.join(other)}"
         )
     return wanted
+
+
+def optimizer_class(args: SDPOConfig, model: nn.Module, given: Any) -> tuple[type, dict[str, Any]] | None:
+    """The class and settings of an optimizer that loses no steps; None where transformers chooses.
+
+    Warns where steps will be lost.
+
+    Args:
+        given: an optimizer that the caller made, or None.
+
+    Raises:
+        ValueError: the optimizer cannot take the ``weight_update`` asked for.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optim, chosen = str(getattr(args.optim, "value", args.optim)), None
+    if given is None:
+        name = f"optim={optim!r}"
+        update = choose_update(args.weight_update, optim, {p.dtype for p in trained})
+        if optim in TORCHAO:
+            cls, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
+            settings["bf16_stochastic_round"] |= update == "stochastic_rounding"
+            chosen = seeded(cls, args.seed), settings
+        elif update != "plain":
+            settings = {
+                "lr": args.learning_rate,
+                "betas": (args.adam_beta1, args.adam_beta2),
+                "eps": args.adam_epsilon,
+                "rounding": update,
+                "seed": args.seed,
+            }
+            chosen = AdamWBF16, settings
+    else:
+        name = f"the optimizer {type(given).__name__}"
+        keeps = isinstance(given, AdamWBF16) or getattr(given, "bf16_stochastic_round", False)
+        update = args.weight_update if keeps else "plain"
+        if args.weight_update not in ("auto", update):
+            raise ValueError(
+                f"SDPOTrainer: weight_update must be 'auto' or 'plain' with {name}, which was "
+                f"given, got {args.weight_update!r}; pass optim instead of optimizers"
+            )
+    lossy = next((p.dtype for p in trained if p.dtype in (torch.bfloat16, torch.float16)), None)
+    if args.weight_update == "auto" and update == "plain" and lossy is not None:
+        logger.warning("%s", lost_steps(name, lossy, args.learning_rate))
+    return chosen
 
 
 def lost_steps(name: str, dtype: torch.dtype, learning_rate: float) -> str:

@@ -13,8 +13,9 @@ from torch import nn
 from fastsdpo.prefix import count_tokens, rotary_limit
 from fastsdpo.prefix.forward import causal_lm
 from fastsdpo.trainer.config import SDPOConfig
-from fastsdpo.trainer.data import InteractionDataset, pack_sharing, split_packs
+from fastsdpo.trainer.data import InteractionDataset
 from fastsdpo.trainer.memory import memory_text
+from fastsdpo.trainer.packs import pack_sharing, split_packs
 
 
 class Lengths(NamedTuple):

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from fastsdpo.cli import main
 from fastsdpo.online import ConstantUser, OnlineSDPOConfig, OnlineSDPOTrainer
-from fastsdpo.online.chat import Learner
+from fastsdpo.online.chat import ChatLearner
 from fastsdpo.online.sampling import ServerSampler, generate
 from fastsdpo.online.users import LocalChat
 
@@ -110,7 +110,7 @@ SETTINGS = {
 
 def test_chat_shows_the_answer_and_learns_from_all_of_it(answering, tmp_path):
     model, tokenizer, ids, said, prompt = answering
-    learner = Learner(model, OnlineSDPOConfig(output_dir=str(tmp_path), **SETTINGS), tokenizer)
+    learner = ChatLearner(model, OnlineSDPOConfig(output_dir=str(tmp_path), **SETTINGS), tokenizer)
     text, item = learner.answer(HELLO)
     assert text == said
     assert item.completion_ids == ids
@@ -144,7 +144,7 @@ def test_users_see_what_is_said(answering, tmp_path):
         ["hello"],
         tokenizer,
     )
-    ((one, two),) = trainer._roll_out([[(0, HELLO), (1, HELLO)]], 0)
+    ((one, two),) = trainer.roll_out([[(0, HELLO), (1, HELLO)]], 0)
     assert seen == [said] * 2
     assert one.completion_ids == two.completion_ids == ids
     rows = [json.loads(line) for line in (tmp_path / "interactions.jsonl").read_text().splitlines()]

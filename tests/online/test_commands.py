@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastsdpo.cli import main
 from fastsdpo.online import PromptDataset, RuleUser
-from fastsdpo.online.chat import Learner
+from fastsdpo.online.chat import ChatLearner
 from fastsdpo.online.rules import parse_rule
 from fastsdpo.online.winrate import (
     WinRate,
@@ -488,7 +488,7 @@ def learner(lab, folder, **changes):
         "max_new_tokens": 6,
         "save_total_limit": 3,
     }
-    return Learner(lab.model(), OnlineSDPOConfig(**{**settings, **changes}), lab.tokenizer())
+    return ChatLearner(lab.model(), OnlineSDPOConfig(**{**settings, **changes}), lab.tokenizer())
 
 
 def step(one, followup="w9"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from fastsdpo.data import InteractionTokenizer
 from fastsdpo.online import (
     ConstantUser,
     RuleUser,
@@ -119,7 +120,7 @@ def test_a_guided_teacher(lab, settings, neutral, tmp_path):
     weights = model if settings.get("teacher", "live") == "live" else first
     guidance, clip, kl = (settings.get(n, 0) for n in ("guidance", "ppo_clip", "reference_kl"))
     batch = next(iter(trainer.get_train_dataloader()))
-    items = trainer._roll_out([batch["prompts"]], 0)[0]
+    items = trainer.roll_out([batch["prompts"]], 0)[0]
     loss, statistics = trainer.compute_loss(
         trainer.model, {"interactions": items}, return_outputs=True, num_items_in_batch=len(items)
     )
@@ -171,7 +172,7 @@ def test_where_guidance_is_refused(lab, settings, message, tmp_path):
 
 
 def test_guidance_needs_logits_without_a_softcap(lab, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastsdpo.trainer.trainer.head_parameters", lambda model: SimpleNamespace(softcap=30.0))
+    monkeypatch.setattr("fastsdpo.trainer.teachers.head_parameters", lambda model: SimpleNamespace(softcap=30.0))
     lab.trainer(tmp_path)
     with pytest.raises(NotImplementedError, match="softcap"):
         lab.trainer(tmp_path, guidance=2.0)
@@ -206,13 +207,13 @@ def test_evaluation_asks_the_user(lab, tmp_path):
     assert metrics["eval_satisfaction"] == sum(row["satisfied"] for row in rows) / 3
 
 
-def test_degeneration_stops_the_run_with_a_checkpoint(lab, tmp_path):
+def test_degeneration_stops_the_run_with_a_checkpoint(lab, tmp_path, monkeypatch):
     trainer = lab.trainer(tmp_path, stop_when_degenerate=0.5, degenerate_window=4)
     with torch.no_grad():  # the same word for ever
         trainer.model.lm_head.weight.zero_()
         trainer.model.lm_head.weight[20] = 1.0
         trainer.model.model.norm.weight.fill_(1.0)
-    trainer._text = lambda sample: "again " * 8
+    monkeypatch.setattr(InteractionTokenizer, "said", lambda self, ids: "again " * 8)
     trainer.train()
     assert trainer.degenerate_stop is not None
     assert (tmp_path / "checkpoint-1").is_dir()

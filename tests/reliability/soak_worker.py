@@ -226,7 +226,8 @@ def scale(settings):
     """`prepare`, the dataset and the planner on so many interactions: peak memory of each, and its time."""
     from fastsdpo.data import prepare
     from fastsdpo.prefix import build_plan, pack_conversations
-    from fastsdpo.trainer.data import GroupSampler, InteractionDataset, collate, split_packs
+    from fastsdpo.trainer.data import InteractionDataset
+    from fastsdpo.trainer.packs import GroupSampler, collate, split_packs
 
     lab = load_lab("trainer")
     folder, wanted = Path(settings["folder"]), settings["interactions"]

@@ -12,9 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from fastsdpo.bench import peak_memory
+from fastsdpo.data import TokenizedInteraction
 from fastsdpo.prefix import count_tokens
 from fastsdpo.trainer import SDPOConfig, SDPOTrainer
-from fastsdpo.trainer.data import TokenizedInteraction
 from fastsdpo.trainer.memory import estimate_memory
 
 SHAPE = {

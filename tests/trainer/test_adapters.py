@@ -142,19 +142,19 @@ def test_the_frozen_teacher_is_the_adapter_as_it_was_at_the_start(place, lab, tm
     start = logits(model)
     config = lab.make_config(tmp_path, teacher="frozen", max_steps=3)
     trainer = SDPOTrainer(model, config, lab.make_interactions(), processing_class=tokenizer)
-    assert trainer._frozen is not None
+    assert "frozen" in trainer.learner.copies
     trainer.train()
     assert float((logits(trainer.model) - start).abs().max()) > 1e-2
-    with trainer._initial():
+    with trainer.learner.initial.context():
         assert torch.equal(logits(trainer.model), start)
 
     # A new adapter needs no copy: switched off, it leaves the initial model.
     base, _ = load_model_and_tokenizer(place / "model")
     start = logits(base)
     trainer = SDPOTrainer(base, config, lab.make_interactions(), processing_class=tokenizer, peft_config=lora())
-    assert trainer._frozen is None
+    assert "frozen" not in trainer.learner.copies
     trainer.train()
-    with trainer._initial():
+    with trainer.learner.initial.context():
         assert torch.equal(logits(trainer.model), start)
 
 
@@ -172,8 +172,8 @@ def test_a_new_adapter_that_changes_the_model_has_a_copy(lab, tmp_path, adapter)
     start = logits(model)
     trainer = lab.make_trainer(tmp_path, model=model, peft_config=adapter, teacher="frozen", max_steps=2)
     trainer.train()
-    assert trainer._frozen is not None
-    with trainer._initial():
+    assert "frozen" in trainer.learner.copies
+    with trainer.learner.initial.context():
         torch.testing.assert_close(logits(trainer.model), start, rtol=1e-4, atol=1e-4)
 
 

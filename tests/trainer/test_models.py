@@ -131,7 +131,7 @@ def test_a_long_interaction_runs_alone(tmp_path, lab, long_data, caplog, kind, s
         )
         items = [made.train_dataset[index] for index in range(8)]
         longest = [len(i.teacher_prompt_ids) + len(i.completion_ids) for i in items]
-        packs = made._packs(items)
+        packs = made.learner.packs(items)
         if sharing == "auto":
             assert made.sharing == "conversation"
             assert packs[-1] == [items[longest.index(max(longest))]]
@@ -140,8 +140,7 @@ def test_a_long_interaction_runs_alone(tmp_path, lab, long_data, caplog, kind, s
         hook = made.model.get_input_embeddings().register_forward_hook(count)
         counted = []
         for pack in packs:
-            made.run_pass(made.model, pack, 8)
-            counted.append(made._computed)
+            counted.append(made.run_pass(made.model, pack, 8)[1].computed_tokens)
         hook.remove()
         assert sum(computed) == sum(counted)
         made.training_step(made.model, {"interactions": items}, torch.tensor(8))
@@ -169,9 +168,8 @@ def test_the_dry_run_counts_a_long_interaction_alone(tmp_path, lab, long_data):
     )
     items = [made.train_dataset[index] for index in range(8)]
     tokens = 0
-    for pack in made._packs(items):
-        made.run_pass(made.model, pack, 8)
-        tokens += made._computed
+    for pack in made.learner.packs(items):
+        tokens += made.run_pass(made.model, pack, 8)[1].computed_tokens
     report = dry_run_report(made.model, made.args, made.train_dataset, None, made.sharing)
     assert f"sharing conversation: {tokens:,} of " in report and "in 2 passes of" in report
 

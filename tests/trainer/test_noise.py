@@ -127,7 +127,7 @@ def test_a_run_draws_no_random_numbers(lab, tmp_path):
 @pytest.mark.parametrize("kind", ["online", "chat"])
 def test_online_and_chat_have_no_noise_either(lab, tmp_path, kind):
     from fastsdpo.online import ConstantUser, OnlineSDPOConfig, OnlineSDPOTrainer
-    from fastsdpo.online.chat import Learner
+    from fastsdpo.online.chat import ChatLearner
 
     config = OnlineSDPOConfig(
         output_dir=str(tmp_path), use_cpu=True, report_to=[], save_strategy="no", template=lab.TEMPLATE
@@ -136,8 +136,8 @@ def test_online_and_chat_have_no_noise_either(lab, tmp_path, kind):
     if kind == "online":
         trainer = OnlineSDPOTrainer(seed_oss(), config, ConstantUser("w1"), ["w1 w2"], processing_class=tokenizer)
     else:
-        trainer = Learner(seed_oss(), config, tokenizer).trainer
-    tokens = trainer._tokenizer_for_check(lab.make_interactions(1)[1])
+        trainer = ChatLearner(seed_oss(), config, tokenizer).trainer
+    tokens = trainer.tokenize(lab.make_interactions(1)[1])
     trainer.model.train()
     with torch.no_grad():
         losses = {float(trainer.run_pass(trainer.model, [tokens], 1)[0]) for _ in range(3)}

@@ -69,7 +69,7 @@ def published_loss(model, tokenizer, interactions, *, ignore_first_k=2, limit=20
 def step_gradients(trainer, batches):
     """Loss and gradients of one optimizer step over ``batches`` (lists of interactions)."""
     items = [[trainer.train_dataset[index] for index in batch] for batch in batches]
-    total = torch.tensor(sum(trainer._count(batch) for batch in items))
+    total = torch.tensor(sum(trainer.learner.count(batch) for batch in items))
     trainer.model.train()
     trainer.model.zero_grad()
     trainer.create_optimizer()

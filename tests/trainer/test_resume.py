@@ -9,7 +9,7 @@ import torch
 import transformers.utils.chat_template_utils
 from transformers import TrainerCallback
 
-import fastsdpo.trainer.data
+import fastsdpo.trainer.template_date
 
 pytest.importorskip("peft")
 from peft import LoraConfig
@@ -25,7 +25,7 @@ def today(monkeypatch):
             def now(cls, tz=None):
                 return datetime.datetime(2026, 1, day)
 
-        for module in (fastsdpo.trainer.data, transformers.utils.chat_template_utils):
+        for module in (fastsdpo.trainer.template_date, transformers.utils.chat_template_utils):
             monkeypatch.setattr(module, "datetime", Clock, raising=False)
 
     return set_clock
@@ -97,8 +97,8 @@ def test_resumed_equals_uninterrupted(tmp_path, lab, teacher, stop_at):
     assert resumed.state.global_step == whole.state.global_step == 6
     assert lab.largest_difference(lab.weights_of(resumed), lab.weights_of(whole)) < 1e-6
     if teacher == "ema":
-        assert lab.largest_difference(resumed._ema.values, whole._ema.values) < 1e-6
-        assert lab.largest_difference(whole._ema.values, lab.weights_of(whole)) > 1e-3
+        assert lab.largest_difference(resumed.learner.copies["ema"].values, whole.learner.copies["ema"].values) < 1e-6
+        assert lab.largest_difference(whole.learner.copies["ema"].values, lab.weights_of(whole)) > 1e-3
     logged = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (whole, resumed)]
     assert logged[0] == pytest.approx(logged[1], rel=1e-5)
 
@@ -184,7 +184,7 @@ def test_ema_is_the_average_of_the_weights(tmp_path, lab):
     wanted = initial
     for weights in record.weights:
         wanted = [w + 0.3 * (s - w) for w, s in zip(wanted, weights)]
-    for value, want in zip(trainer._ema.values.values(), wanted):
+    for value, want in zip(trainer.learner.copies["ema"].values.values(), wanted):
         assert (value - want).abs().max() < 1e-6
 
 
@@ -284,8 +284,8 @@ def test_lora_trains_the_adapter_alone(tmp_path, lab):
     for teacher in ("frozen", "ema"):
         trainer = train(lab, tmp_path, teacher=teacher, lora=True, save_strategy="no")
         assert all("lora_" in name for name in lab.weights_of(trainer))
-        assert trainer._frozen is None  # the initial model is the adapter disabled
-        assert (trainer._ema is not None) == (teacher == "ema")
+        assert "frozen" not in trainer.learner.copies  # the initial model is the adapter disabled
+        assert ("ema" in trainer.learner.copies) == (teacher == "ema")
         state = trainer.model.get_base_model().state_dict()
         for name, value in state.items():
             if "lora_" not in name:

@@ -12,7 +12,7 @@ import fastsdpo
 from fastsdpo.modeling import default_dtype
 from fastsdpo.online import ConstantUser, OnlineSDPOConfig, OnlineSDPOTrainer
 from fastsdpo.train import build_parser, load, read_config
-from fastsdpo.trainer import NonFiniteError, SDPOConfig, SDPOTrainer, trainer
+from fastsdpo.trainer import NonFiniteError, SDPOConfig, SDPOTrainer
 from fastsdpo.trainer.config import split_batch
 from fastsdpo.trainer.data import InteractionDataset
 from fastsdpo.trainer.report import step_text
@@ -21,7 +21,7 @@ from fastsdpo.trainer.report import step_text
 def gradients(trainer):
     """Loss and gradients of one step over the whole training set."""
     items = [trainer.train_dataset[index] for index in range(len(trainer.train_dataset))]
-    total = torch.tensor(trainer._count(items))
+    total = torch.tensor(trainer.learner.count(items))
     trainer.model.train()
     trainer.model.zero_grad()
     trainer.create_optimizer()
@@ -99,7 +99,7 @@ def check_with(tmp_path, lab, real, unrelated):
     trainer = lab.make_trainer(tmp_path)
     sample = lab.make_interactions(3, turns=1)
     said = {item.followup.strip() for item in sample}
-    from fastsdpo.trainer.teacher import teacher_check
+    from fastsdpo.trainer.teacher_check import teacher_check
 
     calls = []
 
@@ -108,7 +108,7 @@ def check_with(tmp_path, lab, real, unrelated):
         level = real if len(calls) == 1 else unrelated
         return [torch.full((len(item.completion_ids),), level) for item in items]
 
-    check = teacher_check(sample, trainer._tokenizer_for_check, log_ratios)
+    check = teacher_check(sample, trainer.tokenize, log_ratios)
     assert len(said) == len(check.rows) == 3
     # The second call has every answer under another conversation's follow-up.
     for mine, other in zip(*calls):
@@ -220,7 +220,7 @@ def test_a_model_by_name_follows_the_rule_of_the_commands(tmp_path, lab, folder,
         asked.append(device)
         return default_dtype(torch.device("cuda"))
 
-    monkeypatch.setattr(trainer, "default_dtype", rule_of_a_gpu)
+    monkeypatch.setattr("fastsdpo.trainer.model.default_dtype", rule_of_a_gpu)
     made = by_name(lab, folder, tmp_path)
     assert made.model.dtype == torch.bfloat16
     assert asked == [made.args.device]

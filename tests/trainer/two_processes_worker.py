@@ -69,7 +69,7 @@ def main(folder: str, runs: dict) -> None:
             torch.save(
                 {
                     "weights": lab.weights_of(trainer),
-                    "teacher": None if trainer._ema is None else trainer._ema.values,
+                    "teacher": trainer.learner.copies["ema"].values if "ema" in trainer.learner.copies else None,
                     "history": history,
                     "before": before,
                     "evaluation": evaluation,

@@ -1,0 +1,48 @@
+"""What the trainer has to know of PEFT's adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastsdpo.prefix import training_mode
+from fastsdpo.prefix.forward import unwrap
+from fastsdpo.trainer.noise import few_logits
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether it is a `peft.PeftModel`; not a model whose layers alone are PEFT's."""
+    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+
+
+def check_adapter(model: nn.Module, peft_config: Any) -> None:
+    """Raises ValueError where an adapter would be lost or hidden.
+
+    Args:
+        peft_config: of the adapter to add; None: the model is trained as it is.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "SDPOTrainer: model must be a whole model or a peft.PeftModel, got a transformers model with "
+            "an adapter in its layers (what from_pretrained makes of an adapter's folder); pass that "
+            "folder's name, or PeftModel.from_pretrained(base_model, folder, is_trainable=True)"
+        )
+    if is_peft(model) and peft_config is not None:
+        raise ValueError(
+            "SDPOTrainer: peft_config must be None, the model has an adapter, which training goes on "
+            "with; for a new one, merge it into its base model first (merge_and_unload)"
+        )
+
+
+def adapter_is_silent(model: Any) -> bool:
+    """Whether a `peft.PeftModel` gives its base model's logits, as with a new adapter."""
+    inner: Any = unwrap(model)
+    for config in inner.peft_config.values():
+        if getattr(config, "trainable_token_indices", None) or hasattr(config, "token_indices"):
+            return False  # what it does depends on the tokens, of which only a few are tried
+    with training_mode(model, False):
+        with_adapter = few_logits(model)
+        with inner.disable_adapter():
+            return torch.equal(few_logits(model), with_adapter)

@@ -1,0 +1,46 @@
+"""The model that a trainer is given: loaded, with its adapter, and without dropout."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+from transformers import set_seed
+
+from fastsdpo.modeling import default_dtype, load_model_and_tokenizer
+from fastsdpo.prefix import above_the_decoder
+from fastsdpo.trainer.adapters import check_adapter, is_peft
+from fastsdpo.trainer.config import SDPOConfig
+from fastsdpo.trainer.noise import dropout_rates, turn_off
+
+
+def prepare_model(
+    model: str | os.PathLike | nn.Module, args: SDPOConfig, tokenizer: Any, peft_config: Any
+) -> tuple[nn.Module, Any]:
+    """``(model, tokenizer)`` as training takes them; arguments and errors are those of `SDPOTrainer`."""
+    module: Any = model
+    if isinstance(model, (str, os.PathLike)):
+        # Loaded on the CPU: Trainer puts it, or its shards, where it trains.
+        dtype = default_dtype(args.device) if args.dtype is None else args.dtype
+        module, its_tokenizer = load_model_and_tokenizer(model, dtype=dtype, device="cpu")
+        tokenizer = tokenizer or its_tokenizer
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"SDPOTrainer: model must be a model or a name, got {type(model).__name__}")
+    check_adapter(module, peft_config)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        set_seed(args.seed)  # Trainer sets it later than the adapter draws its weights
+        module = get_peft_model(module, peft_config)  # type: ignore[arg-type]
+    reason = above_the_decoder(module)
+    if reason is not None:
+        raise NotImplementedError(f"SDPOTrainer: the model is not supported: {reason}")
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(
+            "SDPOTrainer: model must have weights to train, all are frozen"
+            + (" (load an adapter with is_trainable=True)" if is_peft(module) else "")
+        )
+    if args.disable_dropout:
+        turn_off(dropout_rates(module))
+    return module, tokenizer

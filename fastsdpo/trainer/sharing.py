@@ -1,0 +1,88 @@
+"""Which prefixes a run computes once, and the packs of interactions that follow from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from fastsdpo.data import TokenizedInteraction
+from fastsdpo.prefix import check_sharing, rotary_limit
+from fastsdpo.trainer.config import SDPOConfig
+from fastsdpo.trainer.data import InteractionDataset
+from fastsdpo.trainer.packs import Item, pack_sharing, split_packs
+from fastsdpo.trainer.processes import agreed
+
+logger = logging.getLogger("fastsdpo.trainer")
+
+
+class PrefixSharing:
+    """The sharing of a run: as `SDPOConfig.sharing` asks for, or as the model allows.
+
+    Args:
+        noisy: a module that is noisy in training mode, or None.
+        datasets: what is trained on and held out; a sharing asked for by name must fit all of it.
+        one_pass: a micro-batch is one pack, whatever its size (DeepSpeed).
+
+    Attributes:
+        level: "conversation", "interaction" or "off".
+        longest: sequences of more tokens are not shared; None: all are.
+
+    Raises:
+        NotImplementedError: the sharing asked for by name is not possible.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: SDPOConfig, noisy: str | None, datasets: Iterable[Any], *, one_pass: bool
+    ):
+        self.max_tokens = None if one_pass else args.max_tokens_per_pack
+        self.one_pass = one_pass
+        self.level = _choose(model, args, noisy)
+        self.longest: int | None = None
+        self.reason: str | None = None
+        limit = None if self.level == "off" else rotary_limit(model)
+        if limit is None:
+            return
+        self.longest = limit.positions
+        self.reason = (
+            f"interactions with a sequence of more than {limit.positions} tokens run alone, and "
+            f"their prefixes are not shared: the model's {limit.kind} rotary embeddings change there"
+        )
+        for dataset in datasets:
+            if not isinstance(dataset, InteractionDataset):
+                continue
+            longer = int((dataset.longest() > limit.positions).sum())
+            if longer and args.sharing != "auto":
+                raise NotImplementedError(
+                    f"SDPOTrainer: sharing={args.sharing!r} is not possible for {longer:,} of "
+                    f"{len(dataset):,} interactions: {limit}; set sharing='auto', which shares the "
+                    "prefixes of the others, or a lower max_prompt_length (max_completion_length)"
+                )
+
+    def of(self, pack: Sequence[TokenizedInteraction]) -> Any:
+        """The sharing of a pack: "off" where a sequence is too long to be shared."""
+        level = pack_sharing(pack, self.level, self.longest)
+        if level != self.level and self.reason is not None:
+            logger.warning("%s", self.reason)
+            self.reason = None  # once is enough
+        return level
+
+    def packs(self, interactions: Sequence[Item]) -> list[list[Item]]:
+        """A micro-batch in packs; each is one forward pass of the student and one of the teacher."""
+        return split_packs(interactions, self.max_tokens, self.level, None if self.one_pass else self.longest)
+
+
+def _choose(model: nn.Module, args: SDPOConfig, noisy: str | None) -> str:
+    if args.sharing == "off":
+        return "off"
+    good, reason = agreed(check_sharing(model, attention=args.attention))
+    if noisy is not None:
+        good, reason = False, f"branches would share the noise of {noisy} in training mode"
+    if good:
+        return "conversation" if args.sharing == "auto" else args.sharing
+    if args.sharing != "auto":
+        raise NotImplementedError(f"SDPOTrainer: sharing={args.sharing!r} is not possible: {reason}")
+    logger.warning("prefixes are not shared (sharing='off'): %s", reason)
+    return "off"

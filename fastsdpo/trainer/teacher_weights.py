@@ -1,0 +1,110 @@
+"""The teachers that are not the live model: the same module with other values in its weights.
+
+A moving average or the initial model needs one copy of the *trained* weights and nothing else: the
+module, its frozen weights and its buffers serve student and teacher. For the teacher's pass the
+parameters point at the teacher's values, and back. With LoRA the copy is the adapter alone (a moving
+average then starts as a copy of the adapter); where the adapter is new, the initial model is the model
+with the adapter disabled, and there is nothing to copy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fastsdpo.prefix import HeadParameters, head_parameters
+
+TeacherContext = Callable[[], AbstractContextManager]
+
+
+class TeacherWeights:
+    """Another set of values for the trained parameters of ``model``, float32 where it moves.
+
+    In bfloat16 a moving average would stand still: at rate 0.01 the steps are below its precision.
+
+    Args:
+        model: the model, unwrapped.
+        moving: the values will follow the student's (`update`).
+    """
+
+    def __init__(self, model: nn.Module, *, moving: bool):
+        self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.values = {
+            name: _copy(parameter.detach(), torch.float32 if moving else None)
+            for name, parameter in self.parameters.items()
+        }
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The model has the teacher's values. Only between a backward pass and the next forward."""
+        students = {name: parameter.data for name, parameter in self.parameters.items()}
+        try:
+            for name, parameter in self.parameters.items():
+                parameter.data = self.values[name].to(parameter.dtype)
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = students[name]
+
+    @torch.no_grad()
+    def update(self, rate: float) -> None:
+        """``values += rate * (student - values)``"""
+        for name, parameter in self.parameters.items():
+            value = self.values[name]
+            value.lerp_(parameter.detach().to(value.dtype), rate)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the values; the file appears whole or not at all."""
+        from safetensors.torch import save_file
+
+        save_file({name: value.contiguous() for name, value in self.values.items()}, f"{path}.part")
+        os.replace(f"{path}.part", path)
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file; not this model's weights.
+        """
+        from safetensors.torch import load_file
+
+        if not os.path.exists(path):
+            raise FileNotFoundError(
+                f"SDPOTrainer: the checkpoint must hold the teacher's weights, {path} is missing; "
+                "was it written with another teacher?"
+            )
+        saved = load_file(path)
+        if saved.keys() != self.values.keys():
+            odd = sorted(saved.keys() ^ self.values.keys())
+            raise ValueError(
+                f"SDPOTrainer: {path} must hold the values of the trained weights, but "
+                f"{len(odd)} names differ: {', '.join(odd[:3])}"
+            )
+        for name, value in self.values.items():
+            if saved[name].shape != value.shape:
+                raise ValueError(
+                    f"SDPOTrainer: {path}: {name} must have shape {list(value.shape)}, got {list(saved[name].shape)}"
+                )
+            value.copy_(saved[name])
+
+
+def _copy(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return value.to(dtype=dtype or value.dtype, copy=True)
+
+
+def other_head(model: nn.Module, context: TeacherContext) -> HeadParameters | None:
+    """The head that ``model`` has under ``context``, detached; None where it is the student's."""
+    student = head_parameters(model)
+    with torch.no_grad(), context():
+        teacher = head_parameters(model)
+        # Taken while the weights are the teacher's: a detached tensor keeps pointing at them.
+        weight = teacher.weight.detach()
+        bias = None if teacher.bias is None else teacher.bias.detach()
+    same = weight.data_ptr() == student.weight.data_ptr() and (
+        bias is None or (student.bias is not None and bias.data_ptr() == student.bias.data_ptr())
+    )
+    return None if same else teacher._replace(weight=weight, bias=bias)

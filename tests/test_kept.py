@@ -1,0 +1,48 @@
+"""What an older version wrote still works: public signatures, data files, checkpoints. See `tests/kept/make.py`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+KEPT = Path(__file__).parent / "kept"
+EXPECTED = json.loads((KEPT / "expected.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def made():
+    spec = importlib.util.spec_from_file_location("kept_make", KEPT / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_public_names_take_the_same_parameters(made):
+    now = made.signatures()
+    for name, parameters in EXPECTED["signatures"].items():
+        assert name in now, name
+        assert not [p for p in parameters if p not in now[name]], name
+
+
+def test_prepare_writes_the_same_rows(made, tmp_path):
+    made.prepare([str(KEPT / "conversations.jsonl")], str(tmp_path / "interactions.jsonl"))
+    assert (tmp_path / "interactions.jsonl").read_text() == (KEPT / "interactions.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", ["offline", "online"])
+def test_a_run_goes_on_from_its_checkpoint(made, tmp_path, name):
+    """The same last two losses, with the teachers' weights and, online, with the answers of the checkpoint."""
+    torch.set_num_threads(1)
+    shutil.copytree(KEPT / name, tmp_path / name)
+    trainer = (
+        made.online(tmp_path / name)
+        if name == "online"
+        else made.offline(tmp_path / name, KEPT / "interactions.jsonl")
+    )
+    trainer.train(resume_from_checkpoint=True)
+    assert made.losses(trainer) == pytest.approx(EXPECTED["losses"][name], rel=1e-4)
