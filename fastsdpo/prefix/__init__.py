@@ -13,11 +13,11 @@ from fastsdpo.prefix.model import no_grad_pass as no_grad_pass
 from fastsdpo.prefix.model import text_inputs as text_inputs
 from fastsdpo.prefix.model import training_mode as training_mode
 from fastsdpo.prefix.model import unwrap as unwrap
-from fastsdpo.prefix.pack import Plan as Plan
 from fastsdpo.prefix.pack import TokenCounts as TokenCounts
-from fastsdpo.prefix.pack import build_plan as build_plan
 from fastsdpo.prefix.pack import count_tokens as count_tokens
 from fastsdpo.prefix.pack import pack_conversations as pack_conversations
+from fastsdpo.prefix.plan import Plan as Plan
+from fastsdpo.prefix.plan import build_plan as build_plan
 from fastsdpo.prefix.refusals import above_the_decoder as above_the_decoder
 from fastsdpo.prefix.refusals import rotary_limit as rotary_limit
 from fastsdpo.prefix.session import run_inside as run_inside

@@ -12,9 +12,9 @@ from fastsdpo.prefix.attention import check_backend
 from fastsdpo.prefix.model import causal_lm as causal_lm
 from fastsdpo.prefix.model import no_grad_pass
 from fastsdpo.prefix.model import unwrap as unwrap
-from fastsdpo.prefix.pack import (
+from fastsdpo.prefix.plan import (
+    InteractionIds,
     Sharing,
-    TokenizedInteraction,
     build_plan,
     check_interactions,
     check_sharing_level,
@@ -43,7 +43,7 @@ class ResponseStates(NamedTuple):
 
 def shared_forward(
     model: nn.Module,
-    interactions: Sequence[TokenizedInteraction],
+    interactions: Sequence[InteractionIds],
     *,
     teacher_model: nn.Module | None = None,
     teacher_context: Callable[[], AbstractContextManager] | None = None,

@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 
 from fastsdpo.prefix.attention import SharedPass, plan_attention
 from fastsdpo.prefix.model import causal_lm, forward_replaced, model_device, text_inputs, unwrap
-from fastsdpo.prefix.pack import Plan, TokenizedInteraction
+from fastsdpo.prefix.plan import InteractionIds, Plan
 from fastsdpo.prefix.refusals import rotary_limit, unsupported
 
 Result = TypeVar("Result")
@@ -198,7 +198,7 @@ def live_teacher_rows(student: Call, teacher: Call, run: Callable[[Call], Tensor
     return states
 
 
-def labels_of(interactions: Sequence[TokenizedInteraction], device: torch.device) -> list[Tensor]:
+def labels_of(interactions: Sequence[InteractionIds], device: torch.device) -> list[Tensor]:
     """Target ids, sequence ids and positions in the response, ``[N]`` each."""
     labels = [
         (token, index, position)

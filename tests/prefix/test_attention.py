@@ -7,9 +7,17 @@ import math
 import pytest
 import torch
 
-from fastsdpo.prefix import attention
-from fastsdpo.prefix.attention import SharedPass, choose_backend, run_blocks, varlen_index
-from fastsdpo.prefix.pack import build_plan
+from fastsdpo.prefix.attention import (
+    SharedPass,
+    choose_backend,
+    dense,
+    flash,
+    kernels,
+    run_blocks,
+    segments,
+    varlen_index,
+)
+from fastsdpo.prefix.plan import build_plan
 
 
 def shared_pass(plan, first=0, stop=None, **options):
@@ -54,9 +62,9 @@ def test_backends_equal_the_definition(lab, monkeypatch, backend, part, window):
     plan = build_plan(lab.conversation(4, think=True) + lab.conversation(2, seed=1))
     first = plan.student_tokens if part == "teachers" else 0
     if backend == "plain":  # the kernel of devices without a fused one
-        kernel = attention._Kernel(attention._plain_forward, attention._plain_backward)
-        monkeypatch.setattr(attention, "_choose_kernel", lambda q, v: kernel)
-    function = attention._dense if backend == "dense" else attention._segments
+        kernel = kernels.Kernel(kernels.plain_forward, kernels.plain_backward)
+        monkeypatch.setattr(segments, "choose_kernel", lambda q, v: kernel)
+    function = dense.dense_attention if backend == "dense" else segments.segment_attention
     q, k, v = tensors(plan, first)
     scale = 0.3
     want = definition(q, k, v, plan, first, window, scale)
@@ -73,7 +81,7 @@ def test_values_of_another_size(lab):
     """Multi-head latent attention: the fused kernels want equal sizes, the plain one does not."""
     plan = build_plan(lab.conversation(3))
     q, k, v = tensors(plan, 0, value_size=6)
-    got = attention._segments(q, k, v, shared_pass(plan), None, 0.3)
+    got = segments.segment_attention(q, k, v, shared_pass(plan), None, 0.3)
     want = definition(q, k, v, plan, 0, None, 0.3)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     seed = torch.randn_like(want)
@@ -95,7 +103,7 @@ def test_half_precision_gradients_are_summed_in_float32(dtype):
     plan = build_plan(items)
     q, k, v = (t.detach().to(dtype).requires_grad_() for t in tensors(plan, 0))
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    got = attention._segments(q, k, v, shared_pass(plan), None, 0.3)
+    got = segments.segment_attention(q, k, v, shared_pass(plan), None, 0.3)
     want = definition(*exact, plan, 0, None, 0.3)
     got_grads = torch.autograd.grad(got.sum(), (q, k, v))
     want_grads = torch.autograd.grad(want.sum(), exact)
@@ -108,7 +116,7 @@ def test_large_scores_do_not_overflow(lab):
     plan = build_plan(lab.conversation(3, think=True))
     q, k, v = tensors(plan, 0)
     q = q.detach() * 300
-    got = attention._segments(q, k, v, shared_pass(plan), None, 1.0)
+    got = segments.segment_attention(q, k, v, shared_pass(plan), None, 1.0)
     assert got.isfinite().all()
     want = definition(q, k, v, plan, 0, None, 1.0)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
@@ -137,7 +145,7 @@ def test_flex_mask(lab, part, window):
     plan = build_plan(lab.conversation(3, think=True))
     first = plan.student_tokens if part == "teachers" else 0
     q, k, v = (t.detach() for t in tensors(plan, first, size=16, value_size=16))
-    got = attention._flex(q, k, v, shared_pass(plan, first), window, 0.3)
+    got = dense.flex_attention_of_plan(q, k, v, shared_pass(plan, first), window, 0.3)
     want = definition(q, k, v, plan, first, window, 0.3)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
@@ -167,7 +175,7 @@ def test_varlen_call(lab, part, window):
         return out
 
     index = varlen_index(shared.runs, q.device)
-    got = attention._varlen(q, k, v, index, window, 0.3, varlen)
+    got = flash.varlen_attention(q, k, v, index, window, 0.3, varlen)
     want = definition(q, k, v, plan, first, window, 0.3)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
@@ -175,9 +183,9 @@ def test_varlen_call(lab, part, window):
 def test_cuda_kernel_signatures():
     """No GPU here: the shapes and arguments of torch's fused CUDA kernels, on the meta device."""
     q, k, v = (torch.empty(2, 3, 5, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
-    out, lse, state = attention._cuda_forward(q, k, v, True, None, 0.3)
+    out, lse, state = kernels.cuda_forward(q, k, v, True, None, 0.3)
     assert out.shape == q.shape and lse.shape == q.shape[:3]
-    grads = attention._cuda_backward(out, q, k, v, out, lse, True, None, 0.3, state)
+    grads = kernels.cuda_backward(out, q, k, v, out, lse, True, None, 0.3, state)
     assert [g.shape for g in grads] == [q.shape] * 3
 
 
@@ -218,6 +226,6 @@ def test_memory_is_linear_in_tokens():
     for window in (None, 64):
         Largest.numel = 0
         with Largest():
-            out = attention._segments(q, k, v, shared_pass(plan), window, 0.3)
+            out = segments.segment_attention(q, k, v, shared_pass(plan), window, 0.3)
             torch.autograd.grad(out.sum(), (q, k, v))
         assert 0 < Largest.numel <= 4 * q.numel()

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsdpo.prefix.pack import build_plan, count_tokens, pack_conversations
+from fastsdpo.prefix import build_plan, count_tokens, pack_conversations
 
 
 def interaction(prompt, teacher_prompt, completion):
