@@ -16,8 +16,8 @@ from fastsdpo.prefix.model import unwrap as unwrap
 from fastsdpo.prefix.pack import TokenCounts as TokenCounts
 from fastsdpo.prefix.pack import count_tokens as count_tokens
 from fastsdpo.prefix.pack import pack_conversations as pack_conversations
+from fastsdpo.prefix.passes import run_inside as run_inside
 from fastsdpo.prefix.plan import Plan as Plan
 from fastsdpo.prefix.plan import build_plan as build_plan
 from fastsdpo.prefix.refusals import above_the_decoder as above_the_decoder
 from fastsdpo.prefix.refusals import rotary_limit as rotary_limit
-from fastsdpo.prefix.session import run_inside as run_inside

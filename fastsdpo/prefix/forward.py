@@ -12,6 +12,7 @@ from fastsdpo.prefix.attention import check_backend
 from fastsdpo.prefix.model import causal_lm as causal_lm
 from fastsdpo.prefix.model import no_grad_pass
 from fastsdpo.prefix.model import unwrap as unwrap
+from fastsdpo.prefix.passes import Call, alone, labels_of, live_teacher_rows, packed, rows_of, run_calls_inside
 from fastsdpo.prefix.plan import (
     InteractionIds,
     Sharing,
@@ -20,7 +21,6 @@ from fastsdpo.prefix.plan import (
     check_sharing_level,
 )
 from fastsdpo.prefix.refusals import above_the_decoder
-from fastsdpo.prefix.session import Call, alone, labels_of, live_teacher_rows, packed, rows_of, run_calls_inside
 
 
 class ResponseStates(NamedTuple):

@@ -19,17 +19,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
-from fastsdpo.prefix.attention import SharedPass, plan_attention
+from fastsdpo.prefix.attention import SharedPass, let_attention_switch, windows
 from fastsdpo.prefix.model import causal_lm, forward_replaced, model_device, text_inputs, unwrap
 from fastsdpo.prefix.plan import InteractionIds, Plan
 from fastsdpo.prefix.refusals import rotary_limit, unsupported
 
 Result = TypeVar("Result")
-
-ATTENTION_NAME = "fastsdpo_plan"
-AttentionInterface.register(ATTENTION_NAME, plan_attention)
 
 
 class Call(NamedTuple):
@@ -206,45 +202,6 @@ def labels_of(interactions: Sequence[InteractionIds], device: torch.device) -> l
         for position, token in enumerate(item.completion_ids)
     ]
     return list(torch.tensor(labels, device=device).T.contiguous())
-
-
-def windows(config: Any) -> dict[int, int | None]:
-    """The sliding window of each layer, by the configuration."""
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        if getattr(config, "use_sliding_window", True) is False:
-            window = None
-        types = ["full_attention" if window is None else "sliding_attention"]
-        types = types * config.num_hidden_layers
-    return {layer: window if kind == "sliding_attention" else None for layer, kind in enumerate(types)}
-
-
-def let_attention_switch(decoder: nn.Module) -> None:
-    """Once per model: its attention modules use the plan in the calls that carry one.
-
-    On the modules inside the layers, because gradient checkpointing runs these again, hooks
-    included, in the backward pass, long after this call has returned.
-    """
-    for module in decoder.modules():
-        if not hasattr(module, "layer_idx") or "Attention" not in type(module).__name__:
-            continue
-        if not any(hook is _use_plan for hook in module._forward_pre_hooks.values()):
-            module.register_forward_pre_hook(_use_plan, with_kwargs=True)
-            module.register_forward_hook(_use_own, with_kwargs=True, always_call=True)
-
-
-def _use_plan(module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-    shared = kwargs.get("fastsdpo_pass")
-    if shared is not None:
-        shared.own_implementation = module.config._attn_implementation
-        module.config._attn_implementation = ATTENTION_NAME
-
-
-def _use_own(module: nn.Module, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
-    shared = kwargs.get("fastsdpo_pass")
-    if shared is not None and module.config._attn_implementation == ATTENTION_NAME:
-        module.config._attn_implementation = shared.own_implementation
 
 
 def _check_layers(model: nn.Module, shared: SharedPass) -> None:
