@@ -21,3 +21,4 @@ from fastsdpo.prefix.plan import Plan as Plan
 from fastsdpo.prefix.plan import build_plan as build_plan
 from fastsdpo.prefix.refusals import above_the_decoder as above_the_decoder
 from fastsdpo.prefix.refusals import rotary_limit as rotary_limit
+from fastsdpo.prefix.session import ForwardSession as ForwardSession

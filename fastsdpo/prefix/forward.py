@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fastsdpo.prefix.attention import check_backend
 from fastsdpo.prefix.model import causal_lm as causal_lm
-from fastsdpo.prefix.model import no_grad_pass
 from fastsdpo.prefix.model import unwrap as unwrap
-from fastsdpo.prefix.passes import Call, alone, labels_of, live_teacher_rows, packed, rows_of, run_calls_inside
-from fastsdpo.prefix.plan import (
-    InteractionIds,
-    Sharing,
-    build_plan,
-    check_interactions,
-    check_sharing_level,
-)
-from fastsdpo.prefix.refusals import above_the_decoder
+from fastsdpo.prefix.plan import InteractionIds, Sharing
+from fastsdpo.prefix.session import ForwardSession
 
 
 class ResponseStates(NamedTuple):
@@ -81,56 +72,17 @@ def shared_forward(
             not "off" and the model does something that sharing would get wrong. The message says
             what. See `check_passes` and `check_sharing`.
     """
-    name = "shared_forward"
-    check_interactions(name, interactions)
-    check_sharing_level(name, sharing)
-    check_backend(attention)
-    if teacher_model is not None and teacher_context is not None:
-        raise ValueError(f"{name}: teacher_model and teacher_context must not both be given")
-    for checked in (model, teacher_model):
-        reason = None if checked is None else above_the_decoder(checked)
-        if reason is not None:
-            raise NotImplementedError(f"{name}: the model is not supported: {reason}")
-    live = (teacher_model is None or teacher_model is model) and teacher_context is None
-    teacher = model if teacher_model is None else teacher_model
 
-    if sharing == "off":
-        students = [alone(i.prompt_ids, i.completion_ids) for i in interactions]
-        teachers = [alone(i.teacher_prompt_ids, i.completion_ids) for i in interactions]
-        if live and all(list(i.teacher_prompt_ids) == list(i.prompt_ids) for i in interactions):
-            teachers = []  # a pass over the history alone: both are the same
-    elif live:
-        plan = build_plan(interactions, sharing=sharing)
-        keys_values: dict[int, tuple[Tensor, Tensor]] = {}
-        middle = plan.student_tokens
-        students = [packed(model, plan, 0, middle, plan.student_rows, attention, keys_values)]
-        rows = plan.teacher_rows - middle
-        teachers = [packed(model, plan, middle, plan.tokens, rows, attention, keys_values)]
-    else:
-        plan = build_plan(interactions, sharing=sharing, teachers=False)
-        students = [packed(model, plan, 0, plan.tokens, plan.student_rows, attention)]
-        other = build_plan(interactions, sharing=sharing, students=False)
-        teachers = [packed(teacher, other, 0, other.tokens, other.teacher_rows, attention)]
-
-    teacher_hidden = None
-    if not live:  # before the student's pass, whose activations stay in memory until the backward
-        with no_grad_pass(), (teacher_context or nullcontext)():
-            teacher_hidden = run_calls_inside(teacher, teachers[0], lambda run: rows_of(teachers, run))
-
-    def body(run: Callable[[Call], Tensor]) -> Any:
-        student_rows = rows_of(students, run)
-        with no_grad_pass():
-            if not live:
-                teacher_rows = teacher_hidden
-            elif sharing == "off":
-                teacher_rows = rows_of(teachers, run) if teachers else student_rows.detach()
-            else:
-                teacher_rows = live_teacher_rows(students[0], teachers[0], run)
-                if students[0].shared is not None:  # checkpointing runs the layers again later
-                    students[0].shared.capture = False
-                keys_values.clear()
-        labels = labels_of(interactions, student_rows.device)
-        states = ResponseStates(student_rows, teacher_rows, *labels)
+    def body(session: ForwardSession) -> Any:
+        states = ResponseStates(session.student(), session.teacher(), *session.labels)
         return states if loss_fn is None else loss_fn(states)
 
-    return run_calls_inside(model, students[0], body)
+    session = ForwardSession(
+        model,
+        interactions,
+        teacher_model=teacher_model,
+        teacher_context=teacher_context,
+        sharing=sharing,
+        attention=attention,
+    )
+    return session.run(body)

@@ -1,17 +1,16 @@
-"""Which tokens have to be computed once, and which of their rows predict which response token.
+"""Which tokens a pack has to compute, each shared prefix once, and which of them are the rows.
 
-The sequences (a student's is prompt + completion, a teacher's teacher prompt + completion) go into
-radix tries over token ids, so prefixes are found on ids and never assumed from text: a template that
-renders history differently from a fresh answer simply branches. Two sequences that share a prefix
-share its nodes; a token depends on nothing but the tokens above it, so its hidden state, keys and
-values serve every sequence below.
+The sequences go into radix tries over token ids (`fastsdpo.prefix.trie`). Prefixes are found on ids and never
+assumed from text: a template that renders the history differently from a fresh answer simply branches. Two
+sequences that share a prefix share its nodes. A token depends only on the tokens above it, so its hidden
+state, keys and values serve every sequence below.
 
-Layout. The nodes are cut into *runs*, each a chain that follows the child with the most tokens below
-it (heavy paths, https://doi.org/10.1016/0022-0000(83)90006-5), and every run is laid
-out without a gap. Then all a token may attend to is: the tokens of its own run up to itself, and for
-each run on the way to the root one unbroken slice, visible to the whole run. There are at most
-log2(tokens) of those. Students' runs come first; a teacher's tokens may stand below a student's but
-never above one, so the students' tokens alone are a complete plan, and the teachers' attend to them.
+Layout. The nodes are cut into *runs*. A run is a chain that always follows the child with the most tokens below
+it (heavy paths, https://doi.org/10.1016/0022-0000(83)90006-5), and its tokens are packed without a gap. A
+token then attends to the tokens of its own run up to itself, and to one *segment* of each run on the way to
+the root; the whole run attends to the same segments. There are at most log2(tokens) of them. Students' runs
+come first. A teacher's tokens may stand below a student's but never above one, so the students' tokens alone
+are a complete plan, and the teachers' tokens attend to them.
 
     packed:   [ run 0: x1 y1 x2 y2 ... ][ run 1: y1 in another rendering ] | [ o1 y1 ][ o2 y2 ] ...
                students                                                     teachers
@@ -45,7 +44,7 @@ class InteractionIds(Protocol):
 
 
 def check_interactions(name: str, interactions: Sequence[InteractionIds]) -> None:
-    """Every list must hold tokens: without a prompt nothing predicts the first response token.
+    """Checks that every list holds tokens: without a prompt nothing predicts the first response token.
 
     Raises:
         ValueError: no interactions, or an empty list in one, named by its index.
@@ -59,12 +58,13 @@ def check_interactions(name: str, interactions: Sequence[InteractionIds]) -> Non
 
 
 def check_sharing_level(name: str, sharing: str) -> None:
+    """Raises ValueError for an unknown sharing, in the name of the function ``name``."""
     if sharing not in ("conversation", "interaction", "off"):
         raise ValueError(f"{name}: sharing must be 'conversation', 'interaction' or 'off', got {sharing!r}")
 
 
-class Piece(NamedTuple):
-    """Packed tokens ``[start, stop)``, at positions ``position, position + 1, ...`` in a sequence."""
+class Segment(NamedTuple):
+    """Packed tokens ``[start, stop)``; the first is token ``position`` of its sequences, the next follow it."""
 
     start: int
     stop: int
@@ -72,12 +72,15 @@ class Piece(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A chain of tokens without a gap, and what all of them see: the way to the root, root first."""
+    """A chain of packed tokens ``[start, stop)``: each attends to those of the run before it and to itself.
+
+    All of them attend to ``ancestors`` too, the segments of other runs on the way to the root, root first.
+    """
 
     start: int
     stop: int
     position: int
-    ancestors: tuple[Piece, ...]
+    ancestors: tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,8 @@ class Plan:
         runs: in packed order; see the module.
         subtree_start, subtree_stop: ``[T]`` times of a depth-first walk; q attends to k exactly if
             ``subtree_start[k] <= subtree_start[q] < subtree_stop[k]``.
-        student_rows, teacher_rows: ``[N]`` packed index that predicts each response token;
-            ``[0]`` where the plan was built without them.
-        target_ids, sequence_ids, position_in_response: ``[N]``, as in `ResponseStates`.
+        student_rows, teacher_rows: ``[N]`` packed index of the token that predicts each response token. A
+            teacher's row may be a student's token. ``[0]`` where the plan was built without them.
     """
 
     token_ids: Tensor
@@ -104,9 +106,6 @@ class Plan:
     subtree_stop: Tensor
     student_rows: Tensor
     teacher_rows: Tensor
-    target_ids: Tensor
-    sequence_ids: Tensor
-    position_in_response: Tensor
 
     @property
     def tokens(self) -> int:
@@ -141,20 +140,12 @@ def build_plan(
     if not (students or teachers):
         raise ValueError("build_plan: students or teachers must be True")
 
-    shared_root = Node((), 0, None, False)
-    roots = [shared_root if sharing == "conversation" else Node((), 0, None, False) for _ in interactions]
-    student_ends, teacher_ends = [], []
-    if students:  # before the teachers, so that every shared node is the students'
-        for root, item in zip(roots, interactions):
-            ids = [*item.prompt_ids, *item.completion_ids]
-            student_ends.append(insert(root, ids, teacher=False)[0])
-    if teachers:
-        for root, item in zip(roots, interactions):
-            ids = [*item.teacher_prompt_ids, *item.completion_ids]
-            teacher_ends.append(insert(root, ids, teacher=True)[0])
-
-    distinct = [shared_root] if sharing == "conversation" else roots
-    walks = [preorder(root) for root in distinct]
+    root = Node((), 0, None, False)
+    roots = [root if sharing == "conversation" else Node((), 0, None, False) for _ in interactions]
+    # Students before teachers, so that every node that both share is a student's.
+    student_ends = _insert_all(roots, interactions, teacher=False) if students else []
+    teacher_ends = _insert_all(roots, interactions, teacher=True) if teachers else []
+    walks = [preorder(root) for root in dict.fromkeys(roots)]
     for walk in walks:
         _choose_heavy_children(walk)
     packed = _Packed()
@@ -164,22 +155,6 @@ def build_plan(
     for walk in walks:
         packed.lay_out(node for node in walk if node.teacher)
     subtree_start, subtree_stop = _subtree_times(walks, packed.tokens)
-
-    targets: list[int] = []
-    sequence: list[int] = []
-    position: list[int] = []
-    student_rows: list[int] = []
-    teacher_rows: list[int] = []
-    for index, item in enumerate(interactions):
-        count = len(item.completion_ids)
-        targets.extend(item.completion_ids)
-        sequence.extend([index] * count)
-        position.extend(range(count))
-        if students:
-            student_rows.extend(_predicting_rows(student_ends[index], len(item.prompt_ids), count))
-        if teachers:
-            prompt = len(item.teacher_prompt_ids)
-            teacher_rows.extend(_predicting_rows(teacher_ends[index], prompt, count))
     return Plan(
         token_ids=torch.tensor(packed.ids),
         position_ids=torch.tensor(packed.positions),
@@ -187,12 +162,18 @@ def build_plan(
         runs=tuple(packed.runs),
         subtree_start=subtree_start,
         subtree_stop=subtree_stop,
-        student_rows=torch.tensor(student_rows, dtype=torch.int64),
-        teacher_rows=torch.tensor(teacher_rows, dtype=torch.int64),
-        target_ids=torch.tensor(targets),
-        sequence_ids=torch.tensor(sequence),
-        position_in_response=torch.tensor(position),
+        student_rows=_predicting_rows(student_ends, interactions),
+        teacher_rows=_predicting_rows(teacher_ends, interactions),
     )
+
+
+def _insert_all(roots: list[Node], interactions: Sequence[InteractionIds], *, teacher: bool) -> list[Node]:
+    """Inserts one side's sequences; the nodes in which they end."""
+    ends = []
+    for root, item in zip(roots, interactions):
+        prompt = item.teacher_prompt_ids if teacher else item.prompt_ids
+        ends.append(insert(root, [*prompt, *item.completion_ids], teacher=teacher)[0])
+    return ends
 
 
 def _choose_heavy_children(preorder: list[Node]) -> None:
@@ -229,7 +210,7 @@ class _Packed:
             if head.parent in self._run_of:
                 above = self._run_of[head.parent]
                 seen = head.parent.packed + head.parent.stop - head.parent.start
-                ancestors = (*above.ancestors, Piece(above.start, seen, above.position))
+                ancestors = (*above.ancestors, Segment(above.start, seen, above.position))
             chain, node = [], head
             while node is not None:
                 node.packed = self.tokens
@@ -262,13 +243,41 @@ def _subtree_times(walks: list[list[Node]], tokens: int) -> tuple[Tensor, Tensor
     return torch.tensor(start), torch.tensor(stop)
 
 
-def _predicting_rows(end: Node, prompt: int, completion: int) -> list[int]:
-    """Packed indices of positions ``[prompt - 1, prompt + completion - 1)`` above and in ``end``."""
-    first, last = prompt - 1, prompt + completion - 1
-    slices = []
-    node = end
-    while node is not None and node.stop > first:
-        low, high = max(node.start, first), min(node.stop, last)
-        slices.append(range(node.packed + low - node.start, node.packed + high - node.start))
-        node = node.parent
-    return [row for part in reversed(slices) for row in part]
+def _predicting_rows(ends: list[Node], interactions: Sequence[InteractionIds]) -> Tensor:
+    """``[N]`` packed index of the token before each response token; ``[0]`` where ``ends`` is empty."""
+    rows: list[int] = []
+    for end, item in zip(ends, interactions):
+        last = end.stop - 1  # the position of the sequence's last token, which predicts nothing
+        first = last - len(item.completion_ids)
+        slices = []
+        node: Node | None = end
+        while node is not None and node.stop > first:
+            low, high = max(node.start, first), min(node.stop, last)
+            slices.append(range(node.packed + low - node.start, node.packed + high - node.start))
+            node = node.parent
+        rows.extend(row for part in reversed(slices) for row in part)
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+class ResponseLabels(NamedTuple):
+    """What the N rows of a pack predict; ``[N]`` int64 each.
+
+    Attributes:
+        target_ids: the response tokens.
+        sequence_ids: the index of the interaction.
+        position_in_response: 0 for an interaction's first response token.
+    """
+
+    target_ids: Tensor
+    sequence_ids: Tensor
+    position_in_response: Tensor
+
+
+def response_labels(interactions: Sequence[InteractionIds], device: torch.device) -> ResponseLabels:
+    """The labels of a pack: the responses of its interactions, one after the other."""
+    labels = [
+        (token, index, position)
+        for index, item in enumerate(interactions)
+        for position, token in enumerate(item.completion_ids)
+    ]
+    return ResponseLabels(*torch.tensor(labels, device=device).T.contiguous())

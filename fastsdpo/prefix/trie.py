@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class Node:
-    """Tokens ``ids[start:stop]``; a node's place in its sequence is its place in every other one."""
+    """The tokens ``ids[start:stop]``, at positions ``[start, stop)`` of every sequence that goes through the node."""
 
     __slots__ = (
         "children",
@@ -24,9 +24,9 @@ class Node:
         self.ids, self.start, self.stop, self.parent = ids, start, len(ids), parent
         self.teacher = teacher
         self.children: dict[int, Node] = {}
-        self.packed = -1  # packed index of the first token
-        self.tokens = 0  # in this node and below, students and teachers counted apart
-        self.heavy: Node | None = None
+        self.packed = -1  # packed index of the first token; -1: not laid out yet
+        self.tokens = 0  # in this node and in those below it that are of the same side (student's or teacher's)
+        self.heavy: Node | None = None  # the child that the run goes on with
 
 
 def first_difference(a: Sequence[int], b: Sequence[int], start: int, stop: int) -> int:
@@ -43,7 +43,7 @@ def first_difference(a: Sequence[int], b: Sequence[int], start: int, stop: int) 
 
 
 def insert(root: Node, ids: Sequence[int], teacher: bool) -> tuple[Node, int]:
-    """The node in which ``ids`` end, and the number of tokens that were new."""
+    """Adds a sequence; the node with which it ends, and how many of its tokens were new."""
     node, start = root, 0
     while start < len(ids):
         child = node.children.get(ids[start])
@@ -53,7 +53,7 @@ def insert(root: Node, ids: Sequence[int], teacher: bool) -> tuple[Node, int]:
             return child, len(ids) - start
         start = first_difference(child.ids, ids, start + 1, min(child.stop, len(ids)))
         if start < child.stop:
-            # The upper part is the new node: those who remember `child` as their end stay right.
+            # Split. The upper half becomes the new node: sequences that end in `child` still do.
             upper = Node(child.ids, child.start, node, child.teacher)
             upper.stop = start
             node.children[child.ids[child.start]] = upper

@@ -27,8 +27,6 @@ def shared_pass(plan, first=0, stop=None, **options):
         stop=plan.tokens if stop is None else stop,
         backend="segments",
         windows={},
-        keys_values={},
-        capture=False,
         **options,
     )
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
 
-from fastsdpo.prefix import check_head, head_parameters, shared_forward
+from fastsdpo.prefix import ForwardSession, check_head, head_parameters, shared_forward
+from fastsdpo.prefix.attention import SharedPass
 
 MODELS = ["llama", "qwen3", "gemma3", "mistral", "qwen3_moe", "gpt2", "granite"]
 
@@ -212,28 +214,55 @@ def test_a_head_that_accelerate_placed(lab):
     assert model.lm_head.forward is wrapper and model.lm_head._old_forward == own
 
 
-def test_keys_and_values_are_freed_and_held_once(lab):
-    """Trap: the state that layers fill must be the one that the teacher's pass reads."""
-    from fastsdpo.prefix import attention
-
-    model, passes = lab.tiny_model("llama"), []
-    original = attention.SharedPass.__init__
-
-    def remember(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        passes.append(self)
-
-    attention.SharedPass.__init__ = remember
-    try:
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_keys_and_values_are_freed_before_the_loss(lab, monkeypatch, checkpointing):
+    """Also where checkpointing keeps the pass, and runs its layers again in the backward pass."""
+    model, passes, keys = lab.tiny_model("llama"), [], []
+    if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        states = shared_forward(model, lab.conversation(3))
-        states.student_hidden.sum().backward()
-    finally:
-        attention.SharedPass.__init__ = original
-    student, teacher = passes
-    assert student.keys_values is teacher.keys_values
-    assert not student.keys_values  # also after the layers ran again
-    assert student.layers == teacher.layers == {0, 1, 2}
+    take = SharedPass.take_keys_values
+
+    def remember(self):
+        kept = take(self)
+        passes.append(self)
+        keys.extend(weakref.ref(key) for key, _ in kept.values())
+        return kept
+
+    def loss_fn(states):
+        assert len(keys) == 3 and not any(key() is not None for key in keys)
+        return states.student_hidden.sum()
+
+    monkeypatch.setattr(SharedPass, "take_keys_values", remember)
+    shared_forward(model, lab.conversation(3), loss_fn=loss_fn).backward()
+    (student,) = passes
+    assert student.kept is None and student.layers == {0, 1, 2}
+
+
+@pytest.mark.parametrize("order", [("student", "teacher"), ("teacher", "student")], ids=["student", "teacher"])
+@pytest.mark.parametrize("sharing", ["conversation", "off"])
+def test_session(lab, sharing, order):
+    """Either side first, each computed once; nothing is kept and nothing runs afterwards."""
+    model, items = lab.tiny_model("llama"), lab.conversation(2)
+    want = shared_forward(model, items, sharing=sharing)
+
+    def body(session):
+        rows = {name: getattr(session, name)() for name in order}
+        assert all(getattr(session, name)() is rows[name] for name in order)
+        assert rows["student"].requires_grad and not rows["teacher"].requires_grad
+        return rows["student"], rows["teacher"], *session.labels
+
+    session = ForwardSession(model, items, sharing=sharing)
+    with pytest.raises(RuntimeError, match="in the body of run"):
+        session.student()
+    for got, wanted in zip(session.run(body), want, strict=True):
+        assert torch.equal(got, wanted)
+    with pytest.raises(RuntimeError, match="in the body of run"):
+        session.teacher()
+    with pytest.raises(RuntimeError, match="run must be called once"):
+        session.run(body)
+    lone = [lab.tokenized(items[0].prompt_ids, items[0].prompt_ids, items[0].completion_ids)]
+    rows = ForwardSession(model, lone, sharing=sharing).run(lambda session: (session.teacher(), session.student()))
+    assert torch.equal(*rows) and rows[1].requires_grad and not rows[0].requires_grad
 
 
 def test_loss_fn_runs_inside(lab):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsdpo.prefix import build_plan, count_tokens, pack_conversations
+from fastsdpo.prefix.plan import response_labels
 
 
 def interaction(prompt, teacher_prompt, completion):
@@ -44,9 +45,9 @@ def prefixes_of_packed_tokens(plan):
     token_ids, positions = plan.token_ids.tolist(), plan.position_ids.tolist()
     found = []
     for run in plan.runs:
-        above = [row for piece in run.ancestors for row in range(piece.start, piece.stop)]
-        for piece in run.ancestors:
-            assert positions[piece.start] == piece.position
+        above = [row for segment in run.ancestors for row in range(segment.start, segment.stop)]
+        for segment in run.ancestors:
+            assert positions[segment.start] == segment.position
         assert positions[run.start] == run.position
         for row in range(run.start, run.stop):
             assert row == len(found)
@@ -86,17 +87,15 @@ def test_plan_equals_brute_force(items, sharing):
     assert torch.equal(by_times, by_paths)
 
     # Every response token is predicted by the row whose prefix is all that comes before it.
-    n = 0
+    n, labels = 0, response_labels(items, torch.device("cpu"))
     for index, item in enumerate(items):
         for t, target in enumerate(item.completion_ids):
             before = tuple(item.completion_ids[:t])
             assert found[plan.student_rows[n]][1] == (*item.prompt_ids, *before)
             assert found[plan.teacher_rows[n]][1] == (*item.teacher_prompt_ids, *before)
-            assert plan.target_ids[n] == target
-            assert plan.sequence_ids[n] == index
-            assert plan.position_in_response[n] == t
+            assert [int(label[n]) for label in labels] == [target, index, t]
             n += 1
-    assert n == len(plan.student_rows) == len(plan.teacher_rows) == len(plan.target_ids)
+    assert n == len(plan.student_rows) == len(plan.teacher_rows) == len(labels.target_ids)
 
     counts = count_tokens(items, sharing=sharing)
     assert (counts.student, counts.teacher) == (plan.student_tokens, plan.teacher_tokens)

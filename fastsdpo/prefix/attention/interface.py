@@ -58,10 +58,10 @@ def plan_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     shared.layers.add(layer)
-    if shared.capture:
-        shared.keys_values[layer] = (key.detach(), value.detach())
-    elif shared.first:
-        before_key, before_value = shared.keys_values[layer]
+    if shared.kept is not None:
+        shared.kept[layer] = (key.detach(), value.detach())
+    if shared.before is not None:
+        before_key, before_value = shared.before[layer]
         key = torch.cat([before_key, key], dim=2)
         value = torch.cat([before_value, value], dim=2)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

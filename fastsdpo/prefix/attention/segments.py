@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsdpo.prefix.attention.kernels import choose_kernel
 from fastsdpo.prefix.attention.shared_pass import SharedPass
-from fastsdpo.prefix.plan import Piece, Run
+from fastsdpo.prefix.plan import Run, Segment
 
 # Queries per block where a sliding window needs a mask: bounds the mask to [512, 512 + window].
 BAND_BLOCK = 512
@@ -32,14 +32,15 @@ class Block(NamedTuple):
 def segment_attention(
     query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, window: int | None, scale: float
 ) -> Tensor:
+    """As `plan_attention`, without gathered keys and without a mask of queries x keys."""
     blocks = shared.cached(("blocks", window), lambda: run_blocks(shared.runs, shared.first, window))
     return SegmentAttention.apply(query, key, value, blocks, scale)
 
 
 def run_blocks(runs: list[Run], first: int, window: int | None) -> list[list[Block]]:
-    """The blocks of each group of queries; the queries count from packed token ``first``.
+    """The blocks of each group of queries; indices of queries count from packed token ``first``.
 
-    Within a list, the first block holds all queries of the group and every other one some of them.
+    The first block of a group holds all its queries, each other block some of them.
     """
     groups = []
     for run in runs:
@@ -50,25 +51,25 @@ def run_blocks(runs: list[Run], first: int, window: int | None) -> list[list[Blo
             groups.append([own, *above])
             continue
         step = min(BAND_BLOCK, window)
-        pieces = [*run.ancestors, Piece(run.start, run.stop, run.position)]
+        segments = [*run.ancestors, Segment(run.start, run.stop, run.position)]
         for start in range(run.start, run.stop, step):
-            groups.append(_windowed_blocks(run, start, min(start + step, run.stop), pieces, first, window))
+            groups.append(_windowed_blocks(run, start, min(start + step, run.stop), segments, first, window))
     return groups
 
 
-def _windowed_blocks(run: Run, start: int, stop: int, pieces: list[Piece], first: int, window: int) -> list[Block]:
-    """Queries ``[start, stop)`` of ``run``, at most ``window`` of them, against all they see."""
+def _windowed_blocks(run: Run, start: int, stop: int, segments: list[Segment], first: int, window: int) -> list[Block]:
+    """The blocks of the queries ``[start, stop)`` of ``run``, at most ``window`` of them."""
     low = run.position + start - run.start  # position of the first query
     blocks = [Block(start - first, stop - first, start, stop, True, None)]
-    for piece in pieces:
+    for segment in segments:
         # Keys before the queries, and not before the window of the first of them.
-        begin = max(piece.position, low - window + 1)
-        end = min(piece.position + piece.stop - piece.start, low)
+        begin = max(segment.position, low - window + 1)
+        end = min(segment.position + segment.stop - segment.start, low)
         if begin >= end:
             continue
-        # Queries so far on that they see none of these keys would leave a softmax over nothing.
+        # The last query that sees one of these keys: the softmax of a later one would be over nothing.
         last = min(low + stop - start, end - 1 + window)
-        k0 = piece.start + begin - piece.position
+        k0 = segment.start + begin - segment.position
         full = last - 1 - begin < window
         band = None if full else (low - begin, window)
         q0 = start - first

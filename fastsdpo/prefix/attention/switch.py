@@ -13,7 +13,7 @@ ATTENTION_NAME = "fastsdpo_plan"
 AttentionInterface.register(ATTENTION_NAME, plan_attention)
 
 
-def windows(config: Any) -> dict[int, int | None]:
+def attention_windows(config: Any) -> dict[int, int | None]:
     """The sliding window of each layer, by the configuration."""
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
