@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastsdpo.prefix.attention import BackendError
 from fastsdpo.prefix.forward import ResponseStates, shared_forward
 from fastsdpo.prefix.model import (
+    HeadParameters,
     causal_lm,
     forward_name,
     forward_replaced,
@@ -24,10 +25,10 @@ from fastsdpo.prefix.model import (
 def check_head(model: nn.Module) -> tuple[bool, str]:
     """Whether `head_parameters` gives the model's own logits: (True, "") or (False, reason).
 
-    Runs the model on a few tokens; where it is sharded, on all processes.
+    Runs the model on a few tokens. Where it is sharded, all processes must call this.
     """
     states: list[Tensor] = []
-    found: list[Any] = []
+    results: list[Tensor | NotImplementedError] = []
     dtypes: list[torch.dtype] = []
     causal = causal_lm(model)
     output_embeddings = causal.get_output_embeddings()
@@ -38,29 +39,27 @@ def check_head(model: nn.Module) -> tuple[bool, str]:
 
     def logits_from_head(*args: Any, **kwargs: Any) -> Any:
         logits = own(*args, **kwargs)
-        try:  # inside the head's forward pass, where FSDP holds it gathered
+        try:  # here, since FSDP holds the head gathered only inside the head's forward call
             head = head_parameters(model)
         except NotImplementedError as error:
-            found.append(error)
+            results.append(error)
             return logits
         dtypes.append(_computing_dtype(states[0]))
-        hidden = states[0].to(head.weight.dtype)
-        z = nn.functional.linear(hidden, head.weight, head.bias).double() * head.logit_scale
-        found.append(z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap))
+        results.append(_logits(states[0], head))
         return logits
 
-    ids = torch.tensor([_check_ids(model, 8)], device=model_device(model))
+    ids = torch.tensor([probe_ids(model, 8)], device=model_device(model))
     hook = causal.get_decoder().register_forward_hook(take_states, prepend=True)
     try:
         with torch.no_grad(), forward_replaced(output_embeddings, logits_from_head):
             logits = model(**text_inputs(causal, ids)).logits
     finally:
         hook.remove()
-    if not found:
+    if not results:
         return False, f"{type(causal).__name__} does not call its head"
-    if isinstance(found[0], NotImplementedError):
-        return False, str(found[0])
-    error = float((logits.double() - found[0]).norm() / logits.double().norm().clamp(min=1e-30))
+    if isinstance(results[0], NotImplementedError):
+        return False, str(results[0])
+    error = _relative_error(results[0], logits.double())
     if error <= _tolerance(dtypes[0]):
         return True, ""
     return False, f"the model's logits differ from those of its head's weights by {error:.1e}"
@@ -69,34 +68,29 @@ def check_head(model: nn.Module) -> tuple[bool, str]:
 def check_passes(model: nn.Module) -> tuple[bool, str]:
     """Whether the passes of `shared_forward` give the model's own logits: (True, "") or (False, reason).
 
-    All but one of them call the decoder alone, below what an adapter may do above it. Compares both
-    passes of an interaction with calls of the model; where it is sharded, on all processes.
+    All passes but the first call the decoder alone, and leave out what an adapter may do above it. This
+    compares both passes of one interaction with calls of the whole model. Where the model is sharded, all
+    processes must call it.
     """
-    ids = _check_ids(model, 20)
+    ids = probe_ids(model, 20)
     item = _Item(ids[:5], ids[5:12], ids[12:])
 
     def logits(states: ResponseStates) -> tuple[Tensor, Tensor, torch.dtype]:
         head = head_parameters(model)
-        found = []
-        for hidden in (states.student_hidden, states.teacher_hidden):
-            z = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).double()
-            z = z * head.logit_scale
-            found.append(z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap))
-        return found[0], found[1], _computing_dtype(states.student_hidden)
+        student, teacher = _logits(states.student_hidden, head), _logits(states.teacher_hidden, head)
+        return student, teacher, _computing_dtype(states.student_hidden)
 
     try:
         with torch.no_grad(), training_mode(model, False):
-            *found, dtype = shared_forward(model, [item], sharing="off", loss_fn=logits)
-            for got, prompt in zip(found, (item.prompt_ids, item.teacher_prompt_ids)):
+            *both, dtype = shared_forward(model, [item], sharing="off", loss_fn=logits)
+            for got, prompt in zip(both, (item.prompt_ids, item.teacher_prompt_ids)):
                 call = torch.tensor([[*prompt, *item.completion_ids]], device=model_device(model))
                 own = model(**text_inputs(causal_lm(model), call)).logits[0].double()
-                want = own[-len(got) - 1 : -1]
-                error = float((got - want).norm() / want.norm().clamp(min=1e-30))
+                error = _relative_error(got, own[-len(got) - 1 : -1])
                 if not error <= _tolerance(dtype):
                     return False, (
                         "its decoder, called alone, gives other logits than the whole model (relative "
-                        f"difference {error:.1e}): something above the decoder takes part, such as an "
-                        "adapter"
+                        f"difference {error:.1e}): something above the decoder takes part, such as an adapter"
                     )
     except (NotImplementedError, ValueError, TypeError) as error:
         return False, str(error)
@@ -106,14 +100,14 @@ def check_passes(model: nn.Module) -> tuple[bool, str]:
 def check_sharing(model: nn.Module, *, attention: str = "auto") -> tuple[bool, str]:
     """Whether shared passes give this model's values: (True, "") or (False, reason).
 
-    Names what is known to be unsupported, then compares a small plan (nested histories, branches,
-    a branch inside a branch) with independent passes. Once per model and process is enough. Where the
-    model is sharded, it has to run on all processes.
+    Names what is known to be unsupported. Then it compares a small plan (nested histories, branches, a
+    branch inside a branch) with independent passes. Once per model and process is enough. Where the model is
+    sharded, all processes must call it.
 
     Raises:
-        BackendError: a ValueError; an attention backend that does not exist or cannot run here.
+        BackendError: an attention backend that does not exist or cannot run here; it is a ValueError.
     """
-    ids = _check_ids(model, 96)
+    ids = probe_ids(model, 96)
 
     first, second = ids[:24], ids[:40]
     items = [
@@ -133,7 +127,7 @@ def check_sharing(model: nn.Module, *, attention: str = "auto") -> tuple[bool, s
     except BackendError:
         raise
     except (NotImplementedError, ValueError, TypeError) as error:
-        # The last two: a model that does not know the keyword or does something with the mask.
+        # ValueError and TypeError come from models that do not know the keyword, or that read the mask.
         return False, str(error)
     mixture = any(
         getattr(causal_lm(model).config.get_text_config(), key, None)
@@ -143,7 +137,7 @@ def check_sharing(model: nn.Module, *, attention: str = "auto") -> tuple[bool, s
         got = getattr(shared, f"{what}_hidden").double()
         want = getattr(alone, f"{what}_hidden").double()
         errors = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-30)
-        # Rounding may send a token to another expert; it must not be many tokens.
+        # Rounding may send single tokens to another expert. More than a quarter of them is an error.
         error = float(errors.quantile(0.75 if mixture else 1.0))
         if not error <= _tolerance(dtype):
             return False, f"shared and independent passes differ by {error:.1e} ({what}, relative)"
@@ -156,18 +150,28 @@ class _Item(NamedTuple):
     completion_ids: list[int]
 
 
-def _check_ids(model: nn.Module, count: int) -> list[int]:
-    """Token ids for a check: distinct as far as the vocabulary goes, the same every time."""
+def probe_ids(model: nn.Module, count: int) -> list[int]:
+    """``count`` token ids to try a model on: the same every time, and all different in a large vocabulary."""
     vocabulary = causal_lm(model).config.get_text_config().vocab_size
     return [(7 + 37 * n) % vocabulary for n in range(count)]
 
 
+def _logits(hidden: Tensor, head: HeadParameters) -> Tensor:
+    """The logits ``[..., V]`` of ``head`` in float64, their products in the head's dtype."""
+    z = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).double() * head.logit_scale
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+def _relative_error(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm().clamp(min=1e-30))
+
+
 def _computing_dtype(hidden: Tensor) -> torch.dtype:
-    """What matrix products round to, asked inside the forward pass, where Accelerate's autocast is."""
+    """The dtype of matrix products. Only inside the forward call is Accelerate's autocast active."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Relative difference that rounding explains; wrong attention is off by 0.1 and more."""
+    """The relative difference that rounding explains; wrong attention is off by 0.1 and more."""
     return {torch.float64: 1e-5, torch.float32: 1e-3}.get(dtype, 5e-2)

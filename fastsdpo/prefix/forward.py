@@ -15,7 +15,7 @@ from fastsdpo.prefix.session import ForwardSession
 
 
 class ResponseStates(NamedTuple):
-    """One row per response token; the response tokens of an interaction follow each other.
+    """N rows, one per response token; those of an interaction follow each other.
 
     Attributes:
         student_hidden: ``[N, D]`` after the final norm, carries the gradient.
@@ -44,33 +44,30 @@ def shared_forward(
 ) -> Any:
     """Hidden states of student and teacher at the positions that predict response tokens.
 
-    Log-probabilities and gradients equal those of independent passes, whatever the sharing.
+    Log-probabilities and gradients equal those of independent passes, whatever the sharing. `ForwardSession`
+    is the same with a callback that asks for one side at a time.
 
     Args:
         model: a transformers causal LM, bare or wrapped (DDP, FSDP, PEFT, Accelerate).
-        interactions: objects with ``prompt_ids``, ``teacher_prompt_ids`` and ``completion_ids``,
-            lists of token ids; the student reads prompt + completion, the teacher teacher prompt +
-            completion.
-        teacher_model: the teacher (EMA, frozen, ...); None is the live self-teacher: ``model``,
-            whose teacher pass reads the keys and values of the student's.
+        interactions: objects with the lists of token ids ``prompt_ids``, ``teacher_prompt_ids`` and
+            ``completion_ids``. The student reads prompt + completion, the teacher teacher prompt + completion.
+        teacher_model: the teacher (EMA, frozen, ...). None: the live teacher, which is ``model`` itself and
+            reads the keys and values of the student's pass.
         teacher_context: a context manager under which ``model`` is another teacher, such as
-            ``model.disable_adapter`` of PEFT. Like a teacher of its own it shares no keys and values.
-        sharing: "conversation" computes once every prefix that any of the sequences share,
-            "interaction" those of each interaction's own two sequences, "off" runs every sequence
-            alone and unpadded, with any model.
+            ``model.disable_adapter`` of PEFT. Such a teacher reads no keys and values either.
+        sharing: "conversation" computes once what any two sequences share, "interaction" what the two
+            sequences of an interaction share; "off" runs every sequence alone, unpadded, with any model.
         attention: "auto", or a backend of `fastsdpo.prefix.attention`, which then runs or raises.
-        loss_fn: called with the states in place of the head's forward pass, where FSDP and ZeRO hold
-            its parameters gathered; what it returns (a tensor or a tuple) is returned in place of the
-            states.
+        loss_fn: called with the states in place of the head's forward function, where FSDP and ZeRO hold the
+            head's parameters gathered. Returns a tensor or a tuple.
 
     Returns:
         ResponseStates, or what ``loss_fn`` returned.
 
     Raises:
         ValueError: an empty prompt or completion, an unknown sharing or attention.
-        NotImplementedError: an adapter works above the decoder (prompt learning, ...); or sharing is
-            not "off" and the model does something that sharing would get wrong. The message says
-            what. See `check_passes` and `check_sharing`.
+        NotImplementedError: an adapter works above the decoder (prompt learning, ...), or shared passes would
+            get something wrong that the model does; the message says what. See `check_sharing`.
     """
 
     def body(session: ForwardSession) -> Any:

@@ -1,4 +1,4 @@
-"""A transformers model below its wrappers: the causal LM, its device, its inputs and its head."""
+"""A transformers model below its wrappers: the causal LM, its device, its inputs, its modes and its head."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def causal_lm(model: nn.Module) -> nn.Module:
     """The transformers model below every wrapper and below PEFT's.
 
     Raises:
-        TypeError: there is none with a head.
+        TypeError: there is no transformers model with a head.
     """
     inner = unwrap(model)
     if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
@@ -48,21 +48,22 @@ def causal_lm(model: nn.Module) -> nn.Module:
 
 
 def model_device(model: nn.Module) -> torch.device:
+    """The device that takes the token ids."""
     return causal_lm(model).get_input_embeddings().weight.device
 
 
 @contextmanager
 def no_grad_pass() -> Iterator[None]:
-    """`torch.no_grad`, without the warnings of gradient checkpointing that is of no use in it."""
+    """`torch.no_grad`, without the warning that gradient checkpointing has nothing to do in it."""
     with torch.no_grad(), warnings.catch_warnings():
-        # Reentrant checkpointing says so of every layer, here as it should be.
+        # Reentrant checkpointing warns of this in every layer; here no gradient is wanted.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
         yield
 
 
 @contextmanager
 def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The model in training mode, or not, and afterwards every module as it was."""
+    """Sets the model's training mode; on exit every module gets its own mode back."""
     before = {module: module.training for module in model.modules()}
     model.train(training)
     try:
@@ -73,15 +74,14 @@ def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def text_inputs(module: nn.Module, input_ids: Tensor) -> dict[str, Any]:
-    """The keyword arguments for a call of ``module`` on text, ``input_ids [B, L]`` among them.
+    """The keyword arguments for a call of ``module``, a model or its decoder, on the text ``input_ids [B, L]``.
 
-    The forward pass of some multimodal models takes the kinds of its tokens, and may demand them in
-    training: 0 is text.
+    Some multimodal models take the kind of each token, and some demand it in training; 0 is text.
     """
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
     config = module.config
-    # Elsewhere 0 is something else: a segment, which has an embedding (GPT-2, BERT), or the part of
-    # the sequence in which tokens see those behind them (PaliGemma).
+    # In other models 0 means something else: a segment with an embedding (GPT-2, BERT), or tokens that see
+    # those behind them (PaliGemma).
     if config.get_text_config() is not config and config.model_type != "paligemma":
         for name in ("token_type_ids", "mm_token_type_ids"):
             if name in inspect.signature(type(module).forward).parameters:
@@ -90,13 +90,13 @@ def text_inputs(module: nn.Module, input_ids: Tensor) -> dict[str, Any]:
 
 
 def forward_name(module: nn.Module) -> str:
-    """A module that Accelerate placed on a device keeps its own forward under another name."""
+    """The attribute with the module's own forward function: Accelerate moves it to make room for hooks."""
     return "_old_forward" if "_old_forward" in vars(unwrap(module)) else "forward"
 
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """``module`` runs ``forward`` in place of its own; its hooks run as always."""
+    """``module`` runs ``forward`` in place of its own forward function; its hooks run as always."""
     module, name = unwrap(module), forward_name(module)
     own = vars(module).get(name)
     setattr(module, name, forward)
@@ -107,8 +107,16 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 class HeadParameters(NamedTuple):
-    """The head as the losses from hidden states take it: with ``z = logit_scale * (hidden @
-    weight.T + bias)`` the logits are z, or ``softcap * tanh(z / softcap)``."""
+    """The head as the losses from hidden states take it.
+
+        z = logit_scale * (hidden @ weight.T + bias)
+        logits = z, or softcap * tanh(z / softcap) where there is a softcap
+
+    Attributes:
+        weight: ``[V, D]``.
+        bias: ``[V]`` or None.
+        softcap, logit_scale: None and 1.0 where the model has none.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -123,7 +131,8 @@ def head_parameters(model: nn.Module) -> HeadParameters:
     result with the model's own logits.
 
     Raises:
-        NotImplementedError: a head that is more than a linear layer and what is known of scales.
+        NotImplementedError: the head is more than a linear layer with a known scale or softcap, or it is
+            sharded and not gathered.
     """
     name = "head_parameters"
     causal = causal_lm(model)
@@ -144,7 +153,7 @@ def head_parameters(model: nn.Module) -> HeadParameters:
     if getattr(config, "logit_scale", None) is not None:  # Cohere
         scale = float(config.logit_scale)
     if getattr(config, "logits_scaling", None) not in (None, 1.0):
-        # One name, two meanings.
+        # Granite divides by it, HyperCLOVA X multiplies.
         if config.model_type.startswith("granite"):
             scale = 1.0 / config.logits_scaling
         elif config.model_type.startswith("hyperclovax"):
@@ -162,7 +171,7 @@ def head_parameters(model: nn.Module) -> HeadParameters:
 
 
 def _linear_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a linear layer, its LoRA adapters merged in."""
+    """Weight ``[V, D]`` and bias ``[V]`` of a linear layer, with its LoRA adapters merged in."""
     head = unwrap(head)
     if hasattr(head, "modules_to_save") and hasattr(head, "active_adapters"):  # PEFT's trained copy
         active = [name for name in head.active_adapters if name in head.modules_to_save]
@@ -180,7 +189,7 @@ def _linear_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
                 raise NotImplementedError("head_parameters: DoRA or LoRA dropout on the head")
             weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
         return weight, bias
-    # FSDP2 makes a subclass of its own; one that computes otherwise (quantized, ...) is no linear layer.
+    # FSDP2 makes a subclass, which computes the same. A subclass with another forward (quantized, ...) does not.
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise NotImplementedError(f"head_parameters: the head must be a torch.nn.Linear, got {type(head).__name__}")
     return head.weight, head.bias

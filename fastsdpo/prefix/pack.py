@@ -18,7 +18,7 @@ Piece = Segment  # its former name
 
 
 class TokenCounts(NamedTuple):
-    """Tokens that go through the model in a forward pass (padding aside)."""
+    """Tokens of the student's and the teacher's pass, without padding; and what they would be without sharing."""
 
     student: int
     teacher: int
@@ -35,8 +35,8 @@ def count_tokens(
     """Tokens computed with sharing and without.
 
     Args:
-        live: the teacher is the student's own model and reads its prefixes; else it has weights of
-            its own, and computes its sequences (shared among themselves) anew.
+        live: whether the teacher reads the student's keys and values. If not, it computes all its
+            sequences, which share prefixes among themselves only.
 
     Raises:
         ValueError: as `build_plan`.
@@ -67,18 +67,17 @@ def pack_conversations(
     sharing: Sharing = "conversation",
     open_packs: int = 8,
 ) -> list[list[int]]:
-    """Packs of interactions whose plans hold at most ``max_tokens`` tokens, students' and teachers'.
+    """Packs of interactions whose plans hold at most ``max_tokens`` tokens, students' and teachers' together.
 
-    First fit over at most ``open_packs`` packs that are still open: a conversation goes to the oldest
-    one with room; where none has room and all are open, the fullest is closed. Packs come in the
-    order in which they were opened, so a shuffled order of conversations stays shuffled, and the
-    result depends on nothing but the arguments.
+    First fit over at most ``open_packs`` open packs: a conversation goes to the oldest one with room. Where none
+    has room and no more may be open, the fullest is closed. Packs come in the order in which they were opened,
+    so conversations in random order stay in nearly that order. The result depends on the arguments alone.
 
     Args:
         interactions: all of them.
         conversations: for each conversation, in the order to train on, the indices of its
-            interactions. One that does not fit a pack is cut between interactions.
-        max_tokens: the budget. An interaction that exceeds it alone gets a pack of its own.
+            interactions. A conversation that does not fit into a pack is cut between interactions.
+        max_tokens: the budget of a pack. An interaction that exceeds it gets a pack of its own.
         sharing: how the packs will be computed; "off" counts unshared tokens.
 
     Returns:
@@ -122,7 +121,7 @@ def _cut(
     max_tokens: int,
     sharing: Sharing,
 ) -> Iterable[tuple[list[int], int]]:
-    """A conversation in parts that fit the budget, each with its number of tokens."""
+    """The parts of a conversation that fit the budget, each with its number of tokens."""
     part: list[int] = []
     tokens = 0
     root = Node((), 0, None, False)
@@ -140,6 +139,7 @@ def _cut(
 
 
 def _added_tokens(root: Node, item: InteractionIds, sharing: Sharing) -> int:
+    """How many tokens an interaction adds to a plan; ``root`` is the trie of those before it."""
     sequences = (
         [*item.prompt_ids, *item.completion_ids],
         [*item.teacher_prompt_ids, *item.completion_ids],

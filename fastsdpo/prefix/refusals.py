@@ -17,7 +17,7 @@ ABOVE_THE_DECODER = {
 
 
 def above_the_decoder(model: nn.Module) -> str | None:
-    """What an adapter of PEFT does above the decoder, which calls of the decoder alone lack; or None."""
+    """What an adapter of PEFT does above the decoder, or None. Calls of the decoder alone would leave it out."""
     config = getattr(unwrap(model), "active_peft_config", None)
     if config is None:
         return None
@@ -32,7 +32,7 @@ def above_the_decoder(model: nn.Module) -> str | None:
 
 
 def unsupported(model: nn.Module) -> str | None:
-    """What of this model sharing is known to get wrong, or None."""
+    """What the model does that shared passes are known to get wrong, or None."""
     causal = causal_lm(model)
     config = causal.config.get_text_config()
     kind = type(causal).__name__
@@ -57,7 +57,7 @@ def unsupported(model: nn.Module) -> str | None:
 
 
 class RotaryLimit(NamedTuple):
-    """Rotary embeddings of ``kind``, which are others in a pass over more than ``positions``."""
+    """Rotary embeddings of ``kind`` that change in a pass over more than ``positions`` positions."""
 
     kind: str
     positions: int
@@ -67,9 +67,9 @@ class RotaryLimit(NamedTuple):
 
 
 def rotary_limit(model: nn.Module) -> RotaryLimit | None:
-    """The longest sequence that can be shared where the rotary embeddings follow the longest at hand.
+    """The longest sequence that can share a pass, where rotary embeddings depend on the longest in it.
 
-    Beyond it one long sequence would change those that share a pass with it. None: no limit.
+    Beyond the limit one long sequence would change the others of its pass. None: there is no limit.
     """
     config = causal_lm(model).config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}

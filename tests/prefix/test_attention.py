@@ -143,7 +143,7 @@ def test_flex_mask(lab, part, window):
     plan = build_plan(lab.conversation(3, think=True))
     first = plan.student_tokens if part == "teachers" else 0
     q, k, v = (t.detach() for t in tensors(plan, first, size=16, value_size=16))
-    got = dense.flex_attention_of_plan(q, k, v, shared_pass(plan, first), window, 0.3)
+    got = dense.flex_block_attention(q, k, v, shared_pass(plan, first), window, 0.3)
     want = definition(q, k, v, plan, first, window, 0.3)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 

@@ -1,24 +1,24 @@
-r"""Attention over a plan: every token sees its own run up to itself, and slices of the runs above.
+r"""Attention over a plan: every token attends to its own run up to itself, and to segments of the runs above.
 
-A transformers model calls `plan_attention` in place of its own attention function, through the
-public `AttentionInterface`, for the passes that carry a `SharedPass` and for no other. Backends:
+A transformers model calls `plan_attention` in place of its own attention function, through the public
+`AttentionInterface`, in the passes that carry a `SharedPass` and in no other. Backends:
 
-``segments``  any device. A run is split into *blocks* (queries x unbroken keys, full or causal or
-    within a band), each computed by a fused kernel without a mask where none is needed, and merged
-    by their log-sum-exps. For blocks b of one query with outputs o_b and log-sum-exps l_b,
+``segments``  any device. A run is split into *blocks*: queries x unbroken keys, full, causal or within a
+    band. A fused kernel computes each block, without a mask where none is needed, and the blocks are merged by
+    their log-sum-exps. For the blocks b of one query with outputs o_b and log-sum-exps l_b,
 
-        lse = log sum_b exp(l_b),     out = sum_b exp(l_b - lse) o_b,
+        lse = log sum_b exp(l_b),     out = sum_b exp(l_b - lse) o_b.
 
-    and the kernel's own backward pass, given the merged ``out`` and ``lse`` in place of a block's,
-    returns exactly the block's share of the gradients (dS = P * (dP - rowsum(dO * out))). Keys and
-    values are read in place: none is copied, concatenated or repeated for grouped queries, and no
-    full-size gradient is made per slice. Memory is linear in the tokens.
-``flex``  GPUs: one compiled flex_attention call, its block mask made from the walk's times.
-``flash`` GPUs, with the package flash-attn: one varlen call; the keys of each run are gathered
-    behind those of its ancestors, and flash-attn's causal mask is aligned at the end.
+    The kernel's own backward pass gets the merged ``out`` and ``lse`` in place of the block's own, and then
+    returns exactly the block's share of the gradients (dS = P * (dP - rowsum(dO * out))). Keys and values are
+    read in place: none is copied, concatenated or repeated for grouped queries, and no block has a gradient of
+    full size. Memory is linear in the tokens.
+``flex``  GPUs: one compiled flex_attention call; its block mask comes from the times of the plan's walk.
+``flash`` GPUs with the package flash-attn: one varlen call. The keys of each run are gathered behind those of
+    its ancestors; flash-attn aligns its causal mask at the last query and the last key.
 ``dense`` any device: one scaled_dot_product_attention call with a mask of queries x keys.
 
-Sliding windows are honoured by all four. None of the GPU paths has run on a GPU yet.
+All four respect sliding windows. None of the GPU paths has run on a GPU yet.
 """
 
 from fastsdpo.prefix.attention.dense import visible as visible

@@ -14,7 +14,7 @@ from fastsdpo.prefix.attention.shared_pass import SharedPass
 
 
 def visible(shared: SharedPass, window: int | None, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """``(q, k) -> bool`` on broadcast indices, the queries counted from ``shared.first``."""
+    """A function of broadcast indices: does query q see key k? Queries count from ``shared.first``."""
     plan = shared.plan
     start, stop, position = shared.cached(
         ("times", device),
@@ -51,7 +51,7 @@ def _compiled_flex_attention() -> Callable:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def flex_attention_of_plan(
+def flex_block_attention(
     query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, window: int | None, scale: float
 ) -> Tensor:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -62,7 +62,7 @@ def flex_attention_of_plan(
         return create_block_mask(lambda _b, _h, q, k: see(q, k), None, None, *lengths, query.device)
 
     mask = shared.cached(("flex", window), make)
-    # Uncompiled, flex_attention is its own dense definition: what the CPU runs, in tests.
+    # On a CPU (in tests) it runs uncompiled, as torch's own dense definition of it.
     attend = flex_attention if query.device.type == "cpu" else _compiled_flex_attention()
     grouped = query.shape[1] != key.shape[1]
     output = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsdpo.prefix.attention.dense import dense_attention, flex_attention_of_plan
+from fastsdpo.prefix.attention.dense import dense_attention, flex_block_attention
 from fastsdpo.prefix.attention.flash import flash_attention
 from fastsdpo.prefix.attention.segments import segment_attention
 from fastsdpo.prefix.attention.shared_pass import SharedPass
@@ -30,31 +30,22 @@ def plan_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """``query [1, H, T, E]``, ``key [1, G, T, E]``, ``value [1, G, T, F]`` -> ``[1, T, H, F]``.
+    """Attention of T packed tokens, as `AttentionInterface` calls it; the plan replaces the mask.
 
-    The mask is ignored: the plan says what is visible.
+    Args:
+        query, key, value: ``[1, H, T, E]``, ``[1, G, T, E]``, ``[1, G, T, F]``, for H query and G key heads.
+        sliding_window: in tokens; must be the configuration's for this layer.
+
+    Returns:
+        ``[1, T, H, F]``, and None in place of the weights.
 
     Raises:
-        NotImplementedError: something that the plan's attention does not do, by name.
+        NotImplementedError: the layer asks for something that the plan's attention does not do.
     """
-    shared = fastsdpo_pass
-    layer = module.layer_idx
-    for name in ("softcap", "s_aux", "sinks", "position_bias", "head_mask", "indices"):
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f"shared prefixes: layer {layer} uses attention {name}")
-    if dropout:
-        raise NotImplementedError(f"shared prefixes: layer {layer} has attention dropout {dropout}")
-    if not getattr(module, "is_causal", True):
-        raise NotImplementedError(f"shared prefixes: the attention of layer {layer} is not causal")
-    if sliding_window != shared.windows.get(layer):
-        raise NotImplementedError(
-            f"shared prefixes: layer {layer} has sliding window {shared.windows.get(layer)} by its "
-            f"configuration, but passes {sliding_window} to its attention"
-        )
-    if query.shape[0] != 1 or query.shape[2] != shared.stop - shared.first:
-        raise NotImplementedError(f"shared prefixes: layer {layer} changed the packed layout to {tuple(query.shape)}")
+    shared, layer = fastsdpo_pass, module.layer_idx
+    _check_layer(module, query, shared, dropout, sliding_window, kwargs)
     if torch.is_autocast_enabled(query.device.type):
-        # As autocast does for scaled_dot_product_attention; rotary embeddings may leave float32.
+        # Rotary embeddings may give float32; autocast casts the inputs of scaled_dot_product_attention too.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     shared.layers.add(layer)
@@ -65,11 +56,11 @@ def plan_attention(
         key = torch.cat([before_key, key], dim=2)
         value = torch.cat([before_value, value], dim=2)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # Not before: only here is it known what autocast makes of the dtype.
+    # Chosen here, because only here the dtype under autocast is known.
     backend = choose_backend(shared.backend, query.device, query.dtype)
     attend = {
         "segments": segment_attention,
-        "flex": flex_attention_of_plan,
+        "flex": flex_block_attention,
         "flash": flash_attention,
         "dense": dense_attention,
     }
@@ -77,20 +68,52 @@ def plan_attention(
     return output, None
 
 
+def _check_layer(
+    module: nn.Module,
+    query: Tensor,
+    shared: SharedPass,
+    dropout: float,
+    sliding_window: int | None,
+    others: dict[str, Any],
+) -> None:
+    """Raises NotImplementedError for what the plan's attention does not do."""
+    layer = module.layer_idx
+    for name in ("softcap", "s_aux", "sinks", "position_bias", "head_mask", "indices"):
+        if others.get(name) is not None:
+            raise NotImplementedError(f"shared prefixes: layer {layer} uses attention {name}")
+    if dropout:
+        raise NotImplementedError(f"shared prefixes: layer {layer} has attention dropout {dropout}")
+    if not getattr(module, "is_causal", True):
+        raise NotImplementedError(f"shared prefixes: the attention of layer {layer} is not causal")
+    window = shared.windows.get(layer)
+    if sliding_window != window:
+        raise NotImplementedError(
+            f"shared prefixes: layer {layer} has sliding window {window} by its configuration, but passes "
+            f"{sliding_window} to its attention"
+        )
+    if query.shape[0] != 1 or query.shape[2] != shared.stop - shared.first:
+        raise NotImplementedError(f"shared prefixes: layer {layer} changed the packed layout to {tuple(query.shape)}")
+
+
 class BackendError(ValueError):
     """A backend that was asked for by name does not exist or cannot run here."""
 
 
 def check_backend(name: str) -> None:
+    """Raises BackendError for a name that is neither "auto" nor one of `BACKENDS`."""
     if name != "auto" and name not in BACKENDS:
         raise BackendError(f"shared_forward: attention must be 'auto' or one of {BACKENDS}, got {name!r}")
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend for ``name`` and the dtype of the queries; "auto" is ``segments`` but on CUDA.
+    """The backend to use: "auto" is ``segments``, on CUDA ``flash`` (half precision) or ``flex``.
+
+    Args:
+        name: a backend asked for by name runs or raises; it is never replaced.
+        dtype: of the queries.
 
     Raises:
-        BackendError: an unknown name, or one that cannot run here; a name is never replaced.
+        BackendError: an unknown name, or a backend that cannot run here.
     """
     half = dtype in (torch.float16, torch.bfloat16)
     if name == "auto":

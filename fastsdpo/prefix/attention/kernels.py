@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Kernel(NamedTuple):
-    """A fused attention kernel for ``[G, R, L, E]`` that gives and takes log-sum-exps.
+    """One attention kernel: ``[G, R, L, E]`` queries, G key heads, R query heads to each, L tokens.
 
     forward(query, key, value, causal, mask, scale) -> (output, log-sum-exp [G, R, L], state)
     backward(grad, query, key, value, output, log-sum-exp, causal, mask, scale, state)

@@ -78,7 +78,7 @@ def _windowed_blocks(run: Run, start: int, stop: int, segments: list[Segment], f
 
 
 class SegmentAttention(torch.autograd.Function):
-    """All blocks of a layer in one node: one gradient buffer for the keys, one for the values."""
+    """All blocks of a layer as one autograd node, with one gradient buffer for the keys and one for the values."""
 
     @staticmethod
     def forward(ctx, query, key, value, groups, scale):
@@ -121,7 +121,7 @@ class SegmentAttention(torch.autograd.Function):
         k, v = _per_query_head(key, q.shape[1]), _per_query_head(value, q.shape[1])
         kernel = choose_kernel(q, v)
         grad, out = (t[0].unflatten(1, q.shape[:2]).permute(1, 2, 0, 3) for t in (grad_output, output))
-        # A token of a long history collects gradients from many branches: sum them in float32.
+        # Many branches add to the gradient of a token of a long history: sum in float32.
         total_dtype = lse.dtype
         grad_q = torch.zeros(q.shape, dtype=total_dtype, device=q.device)
         grad_k, grad_v = (torch.zeros(t[0].shape, dtype=total_dtype, device=q.device) for t in (key, value))
@@ -161,7 +161,7 @@ def _per_query_head(x: Tensor, repeats: int) -> Tensor:
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Adds keys to ``out`` and ``lse``, in place; both are finite, since every query sees a key."""
+    """Merges a block's ``part`` into ``out``, in place; both log-sum-exps are finite: each query sees a key."""
     total = torch.logaddexp(lse, part_lse)
     part_share = torch.exp(part_lse - total).unsqueeze(-1).to(out.dtype)
     out.lerp_(part, part_share)  # the shares of old and new sum to one

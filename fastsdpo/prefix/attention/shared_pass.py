@@ -53,6 +53,7 @@ class SharedPass:
         self.kept: KeysValues | None = {} if keep else None
         self.runs = [run for run in plan.runs if first <= run.start < stop]
         self.layers: set[int] = set()
+        self.own_implementation: str | None = None  # of the layer that is being called
         self._cache: dict[Any, Any] = {}
 
     def take_keys_values(self) -> KeysValues:

@@ -14,7 +14,7 @@ AttentionInterface.register(ATTENTION_NAME, plan_attention)
 
 
 def attention_windows(config: Any) -> dict[int, int | None]:
-    """The sliding window of each layer, by the configuration."""
+    """The sliding window of each layer in tokens, or None, as the configuration says."""
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     if types is None:
@@ -26,10 +26,10 @@ def attention_windows(config: Any) -> dict[int, int | None]:
 
 
 def let_attention_switch(decoder: nn.Module) -> None:
-    """Once per model: its attention modules use the plan in the calls that carry one.
+    """Adds hooks to the attention modules, once per model: calls with a `SharedPass` use the plan's attention.
 
-    On the modules inside the layers, because gradient checkpointing runs these again, hooks
-    included, in the backward pass, long after this call has returned.
+    The hooks sit on the modules inside the layers, because gradient checkpointing runs these again, hooks
+    included, in the backward pass. Evaluation and generation carry no `SharedPass` and run as before.
     """
     for module in decoder.modules():
         if not hasattr(module, "layer_idx") or "Attention" not in type(module).__name__:
