@@ -10,67 +10,42 @@ import transformers
 
 from fastsdpo.prefix import check_head, check_passes, check_sharing, head_parameters, shared_forward
 
-SHAPE = dict(
-    vocab_size=211,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=512,
-)
+SHAPE = dict(vocab_size=211, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+SHAPE |= dict(num_key_value_heads=2, max_position_embeddings=512)
 SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+TEXT = SHAPE | SPECIAL | dict(head_dim=8)
 VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=14)
 
 
 def gemma3():
-    return transformers.Gemma3Config(
-        text_config=dict(**SHAPE, **SPECIAL, sliding_window=8),
-        vision_config=dict(**VISION, image_size=28),
-        mm_tokens_per_image=1,
-        image_token_index=205,
-        boi_token_index=206,
-        eoi_token_index=207,
-    )
+    ids = dict(image_token_index=205, boi_token_index=206, eoi_token_index=207)
+    text, vision = TEXT | dict(sliding_window=8), VISION | dict(image_size=28)
+    return transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1, **ids)
 
 
 def molmo2():
     heads = dict(num_key_value_heads=2, head_dim=16)
+    adapter = dict(vision_feature_layer=[-1], hidden_size=32, num_attention_heads=2, intermediate_size=32, **heads)
     return transformers.Molmo2Config(
-        text_config=dict(**SHAPE, additional_vocab_size=8),
-        vision_config=dict(**VISION, **heads, image_size=[28, 28], num_position_embeddings=5),
-        adapter_config=dict(
-            **heads,
-            vision_feature_layer=[-1],
-            hidden_size=32,
-            num_attention_heads=2,
-            intermediate_size=32,
-            text_hidden_size=32,
-        ),
+        text_config=SHAPE | dict(head_dim=8, additional_vocab_size=8),
+        vision_config=VISION | heads | dict(image_size=[28, 28], num_position_embeddings=5),
+        adapter_config=adapter | dict(text_hidden_size=32),
         image_patch_id=205,
     )
 
 
 def paligemma():
-    return transformers.PaliGemmaConfig(
-        text_config=dict(model_type="gemma", **SHAPE, **SPECIAL),
-        vision_config=dict(model_type="siglip_vision_model", **VISION, image_size=28),
-        image_token_id=205,
-        projection_dim=32,
-    )
+    vision = VISION | dict(model_type="siglip_vision_model", image_size=28)
+    text = TEXT | dict(model_type="gemma")
+    return transformers.PaliGemmaConfig(text_config=text, vision_config=vision, image_token_id=205, projection_dim=32)
 
 
 def qwen2_vl():
+    ids = dict(image_token_id=205, video_token_id=206, vision_start_token_id=207)
     rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
-    text = {name: value for name, value in SHAPE.items() if name != "head_dim"}
-    return transformers.Qwen2VLConfig(
-        text_config=dict(**text, **SPECIAL, rope_parameters=rope),
-        vision_config=dict(depth=1, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2),
-        image_token_id=205,
-        video_token_id=206,
-        vision_start_token_id=207,
-    )
+    text = SHAPE | SPECIAL | dict(rope_parameters=rope)
+    vision = dict(depth=1, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2)
+    return transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
 
 
 def build(config):
