@@ -533,7 +533,7 @@ def required_flops(model: nn.Module, items: Sequence[TokenizedInteraction]) -> i
         pairs[run.start >= plan.student_tokens] += length * above + length * (length + 1) // 2
     linear = 2 * layers * (3 * plan.student_tokens + plan.teacher_tokens)
     attention = width * (14 * pairs[0] + 4 * pairs[1])
-    return linear + attention + 8 * len(plan.target_ids) * head
+    return linear + attention + 8 * len(plan.student_rows) * head
 
 
 def official_flops(model: nn.Module, items: Sequence[TokenizedInteraction]) -> int:

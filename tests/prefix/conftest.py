@@ -9,20 +9,45 @@ import pytest
 import torch
 import transformers
 
+from fastsdpo.prefix import head_parameters, shared_forward
+
 VOCABULARY = 211
 BOS, USER, MODEL, END, THINK, THINK_END, HINDSIGHT = range(1, 8)
 WINDOW = 24  # shorter than the sequences, so sliding layers matter
+SHAPE = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+SHAPE |= dict(num_key_value_heads=2, max_position_embeddings=512)
+HEAD = SHAPE | dict(head_dim=16)
+GEMMA3 = dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+GEMMA3 |= dict(query_pre_attn_scalar=16, final_logit_softcapping=5.0)
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+GPT2 = dict(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=512)
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+LINEAR |= dict(layer_types=["linear_attention"] * 2 + ["full_attention"], shared_expert_intermediate_size=16)
+CONFIGS = {
+    "llama": (transformers.LlamaConfig, SHAPE),
+    "qwen3": (transformers.Qwen3Config, HEAD),
+    "gemma3": (transformers.Gemma3TextConfig, HEAD | GEMMA3),
+    "mistral": (transformers.MistralConfig, HEAD | dict(sliding_window=WINDOW)),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, HEAD | MOE),
+    "granite": (transformers.GraniteConfig, SHAPE | dict(logits_scaling=4.0, attention_multiplier=0.2)),
+    "cohere": (transformers.CohereConfig, SHAPE | dict(logit_scale=0.25)),
+    "gpt2": (transformers.GPT2Config, GPT2 | dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)),
+    # These are refused.
+    "gemma2": (transformers.Gemma2Config, HEAD | dict(attn_logit_softcapping=20.0)),
+    "gpt_oss": (transformers.GptOssConfig, HEAD | dict(num_local_experts=4, layer_types=["full_attention"] * 3)),
+    "mamba": (transformers.MambaConfig, dict(vocab_size=VOCABULARY, hidden_size=32, state_size=4, use_mambapy=False)),
+    "qwen3_next": (transformers.Qwen3NextConfig, HEAD | MOE | LINEAR),
+    "bloom": (transformers.BloomConfig, dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)),
+}
 
 
 def tokenized(prompt, teacher_prompt, completion):
     return SimpleNamespace(
-        prompt_ids=list(prompt),
-        teacher_prompt_ids=list(teacher_prompt),
-        completion_ids=list(completion),
+        prompt_ids=list(prompt), teacher_prompt_ids=list(teacher_prompt), completion_ids=list(completion)
     )
 
 
-def conversation(turns, *, think=False, seed=0, system=()):
+def conversation(turns, *, think=False, seed=0):
     """The interactions of one conversation, as a chat template would render them.
 
     ``think`` renders as Qwen3's template does: an empty think block before the answer that is being
@@ -35,77 +60,20 @@ def conversation(turns, *, think=False, seed=0, system=()):
         return torch.randint(10, VOCABULARY, (length,), generator=generator).tolist()
 
     messages = [text() for _ in range(2 * turns + 1)]
-    items, history = [], [BOS, *system]
+    items, history, generation = [], [BOS], [MODEL, THINK, THINK_END] if think else [MODEL]
     for t in range(0, 2 * turns, 2):
         user, answer, followup = messages[t : t + 3]
-        generation = [MODEL, THINK, THINK_END] if think else [MODEL]
-        items.append(
-            tokenized(
-                [*history, USER, *user, END, *generation],
-                [*history, USER, *user, HINDSIGHT, *followup, END, *generation],
-                [*answer, END],
-            )
-        )
+        prompt = [*history, USER, *user, END, *generation]
+        teacher_prompt = [*history, USER, *user, HINDSIGHT, *followup, END, *generation]
+        items.append(tokenized(prompt, teacher_prompt, [*answer, END]))
         history += [USER, *user, END, MODEL, *answer, END]
     return items
 
 
-def tiny_config(name):
-    shape = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    if name == "llama":
-        return transformers.LlamaConfig(**shape)
-    if name == "qwen3":
-        return transformers.Qwen3Config(**shape, head_dim=16)
-    if name == "gemma3":
-        return transformers.Gemma3TextConfig(
-            **shape,
-            head_dim=16,
-            query_pre_attn_scalar=16,
-            sliding_window=WINDOW,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-            final_logit_softcapping=5.0,
-        )
-    if name == "mistral":
-        return transformers.MistralConfig(**shape, head_dim=16, sliding_window=WINDOW)
-    if name == "qwen3_moe":
-        return transformers.Qwen3MoeConfig(
-            **shape,
-            head_dim=16,
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=24,
-            experts_implementation="eager",
-        )
-    if name == "granite":
-        return transformers.GraniteConfig(**shape, logits_scaling=4.0, attention_multiplier=0.2)
-    if name == "cohere":
-        return transformers.CohereConfig(**shape, logit_scale=0.25, bos_token_id=BOS, eos_token_id=END)
-    if name == "gpt2":
-        return transformers.GPT2Config(
-            vocab_size=VOCABULARY,
-            n_embd=32,
-            n_layer=3,
-            n_head=4,
-            n_positions=512,
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-        )
-    raise AssertionError(name)
-
-
 def tiny_model(name, dtype=torch.float64, **changes):
     torch.manual_seed(0)
-    config = tiny_config(name)
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = BOS, END, None
+    kind, options = CONFIGS[name]
+    config = kind(**options, bos_token_id=BOS, eos_token_id=END, pad_token_id=None, experts_implementation="eager")
     for key, value in changes.items():
         setattr(config, key, value)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -166,16 +134,43 @@ def hidden_logps(hidden, target_ids, head):
 
 
 def gradients(model):
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return grads
+
+
+def compare(model, items, tolerance, *, teacher=None, **options):
+    """Asserts that shared passes give the log-probabilities and the gradients of independent ones.
+
+    Gradients are compared relative to the largest of all, log-probabilities absolutely.
+    """
+    weights = torch.linspace(0.2, 1.0, sum(len(i.completion_ids) for i in items), dtype=model.dtype)
+    want = independent_logps(model, items)
+    (want * weights).sum().backward()
+    want_grads = gradients(model)
+    model.eval()  # checkpointing would only warn that there is no gradient
+    with torch.no_grad():
+        want_teacher = independent_logps(teacher or model, items, teacher=True)
+    model.train()
+    states = shared_forward(model, items, teacher_model=teacher, **options)
+    got = hidden_logps(states.student_hidden, states.target_ids, head_parameters(model))
+    (got * weights).sum().backward()
+    got_grads = gradients(model)
+    assert states.student_hidden.requires_grad and not states.teacher_hidden.requires_grad
+    with torch.no_grad():
+        head = head_parameters(teacher or model)
+        got_teacher = hidden_logps(states.teacher_hidden, states.target_ids, head)
+    assert (got - want).abs().max() < tolerance
+    assert (got_teacher - want_teacher).abs().max() < tolerance
+    assert got_grads.keys() == want_grads.keys()
+    scale = max(g.abs().max() for g in want_grads.values())
+    for name, wanted in want_grads.items():
+        assert (got_grads[name] - wanted).abs().max() < tolerance * scale, name
 
 
 @pytest.fixture(scope="session")
 def lab():
     """The helpers above, for the tests of this folder."""
     return SimpleNamespace(
-        **{k: v for k, v in globals().items() if callable(v) and not k.startswith("_")},
-        VOCABULARY=VOCABULARY,
-        WINDOW=WINDOW,
+        **{k: v for k, v in globals().items() if callable(v) and not k.startswith("_")}, VOCABULARY=VOCABULARY
     )

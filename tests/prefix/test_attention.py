@@ -7,22 +7,39 @@ import math
 import pytest
 import torch
 
-from fastsdpo.prefix import attention
-from fastsdpo.prefix.attention import SharedPass, choose_backend, run_blocks, varlen_index
-from fastsdpo.prefix.pack import build_plan
+from fastsdpo.prefix.attention import (
+    SharedPass,
+    choose_backend,
+    dense,
+    flash,
+    kernels,
+    run_blocks,
+    segments,
+    varlen_index,
+)
+from fastsdpo.prefix.plan import build_plan
 
 
-def shared_pass(plan, first=0, stop=None, **options):
-    return SharedPass(
-        plan,
-        first=first,
-        stop=plan.tokens if stop is None else stop,
-        backend="segments",
-        windows={},
-        keys_values={},
-        capture=False,
-        **options,
-    )
+def shared_pass(plan, first=0):
+    return SharedPass(plan, first=first, stop=plan.tokens, backend="segments", windows={})
+
+
+def one_plan(lab, part="all"):
+    """A plan, and its first token that attends: the students' tokens come before the teachers'."""
+    plan = build_plan(lab.conversation(4, think=True) + lab.conversation(2, seed=1))
+    return plan, plan.student_tokens if part == "teachers" else 0
+
+
+def compare(function, plan, first, inputs, window=None, scale=0.3, tolerance=1e-12):
+    """Asserts that outputs and gradients are those of the definition."""
+    want = definition(*inputs, plan, first, window, scale)
+    got = function(*inputs, shared_pass(plan, first), window, scale)
+    assert got.isfinite().all()
+    torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
+    if inputs[0].requires_grad:
+        seed = torch.randn_like(want)
+        grads = [torch.autograd.grad((out * seed).sum(), inputs) for out in (got, want)]
+        torch.testing.assert_close(*grads, rtol=0, atol=tolerance)
 
 
 def definition(query, key, value, plan, first, window, scale):
@@ -51,67 +68,50 @@ def tensors(plan, first, heads=4, groups=2, size=8, value_size=8, dtype=torch.fl
 @pytest.mark.parametrize("part", ["all", "teachers"])
 @pytest.mark.parametrize("backend", ["segments", "dense", "plain"])
 def test_backends_equal_the_definition(lab, monkeypatch, backend, part, window):
-    plan = build_plan(lab.conversation(4, think=True) + lab.conversation(2, seed=1))
-    first = plan.student_tokens if part == "teachers" else 0
+    plan, first = one_plan(lab, part)
     if backend == "plain":  # the kernel of devices without a fused one
-        kernel = attention._Kernel(attention._plain_forward, attention._plain_backward)
-        monkeypatch.setattr(attention, "_choose_kernel", lambda q, v: kernel)
-    function = attention._dense if backend == "dense" else attention._segments
-    q, k, v = tensors(plan, first)
-    scale = 0.3
-    want = definition(q, k, v, plan, first, window, scale)
-    seed = torch.randn_like(want)
-    want_grads = torch.autograd.grad((want * seed).sum(), (q, k, v))
-    got = function(q, k, v, shared_pass(plan, first), window, scale)
-    got_grads = torch.autograd.grad((got * seed).sum(), (q, k, v))
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    for got_grad, want_grad in zip(got_grads, want_grads):
-        torch.testing.assert_close(got_grad, want_grad, rtol=0, atol=1e-12)
+        kernel = kernels.Kernel(kernels.plain_forward, kernels.plain_backward)
+        monkeypatch.setattr(segments, "choose_kernel", lambda q, v: kernel)
+    function = dense.dense_attention if backend == "dense" else segments.segment_attention
+    compare(function, plan, first, tensors(plan, first), window)
 
 
 def test_values_of_another_size(lab):
     """Multi-head latent attention: the fused kernels want equal sizes, the plain one does not."""
-    plan = build_plan(lab.conversation(3))
-    q, k, v = tensors(plan, 0, value_size=6)
-    got = attention._segments(q, k, v, shared_pass(plan), None, 0.3)
-    want = definition(q, k, v, plan, 0, None, 0.3)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    seed = torch.randn_like(want)
-    for a, b in zip(
-        torch.autograd.grad((got * seed).sum(), (q, k, v)),
-        torch.autograd.grad((want * seed).sum(), (q, k, v)),
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    plan, _ = one_plan(lab)
+    compare(segments.segment_attention, plan, 0, tensors(plan, 0, value_size=6))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("part", ["all", "teachers"])
+def test_flex_mask(lab, part, window):
+    """flex_attention has no CPU backward pass; its uncompiled forward runs, mask and all."""
+    plan, first = one_plan(lab, part)
+    inputs = [t.detach() for t in tensors(plan, first, size=16, value_size=16)]
+    compare(dense.flex_block_attention, plan, first, inputs, window, tolerance=1e-6)
+
+
+def test_large_scores_do_not_overflow(lab):
+    plan, _ = one_plan(lab)
+    q, k, v = (t.detach() for t in tensors(plan, 0))
+    compare(segments.segment_attention, plan, 0, (q * 300, k, v), scale=1.0, tolerance=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_gradients_are_summed_in_float32(dtype):
+def test_half_precision_gradients_are_summed_in_float32(lab, dtype):
     """A token that 200 branches read: a running sum in half precision would lose most of them."""
-    from types import SimpleNamespace
-
-    items = [
-        SimpleNamespace(prompt_ids=[1] * 8, teacher_prompt_ids=[1] * 8, completion_ids=[10 + n, 3]) for n in range(200)
-    ]
+    items = [lab.tokenized([1] * 8, [1] * 8, [10 + n, 3]) for n in range(200)]
     plan = build_plan(items)
     q, k, v = (t.detach().to(dtype).requires_grad_() for t in tensors(plan, 0))
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    got = attention._segments(q, k, v, shared_pass(plan), None, 0.3)
+    got = segments.segment_attention(q, k, v, shared_pass(plan), None, 0.3)
     want = definition(*exact, plan, 0, None, 0.3)
     got_grads = torch.autograd.grad(got.sum(), (q, k, v))
     want_grads = torch.autograd.grad(want.sum(), exact)
     for got_grad, want_grad in zip(got_grads[1:], want_grads[1:]):
         error = (got_grad.double() - want_grad).norm() / want_grad.norm()
         assert error < 2 * torch.finfo(dtype).eps
-
-
-def test_large_scores_do_not_overflow(lab):
-    plan = build_plan(lab.conversation(3, think=True))
-    q, k, v = tensors(plan, 0)
-    q = q.detach() * 300
-    got = attention._segments(q, k, v, shared_pass(plan), None, 1.0)
-    assert got.isfinite().all()
-    want = definition(q, k, v, plan, 0, None, 1.0)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("window", [None, 7, 30])
@@ -129,27 +129,11 @@ def test_blocks_are_few_and_need_no_mask_inside(lab, window):
     assert covered == list(range(plan.tokens))
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("part", ["all", "teachers"])
-def test_flex_mask(lab, part, window):
-    """flex_attention has no CPU backward pass; its uncompiled forward runs, mask and all."""
-    plan = build_plan(lab.conversation(3, think=True))
-    first = plan.student_tokens if part == "teachers" else 0
-    q, k, v = (t.detach() for t in tensors(plan, first, size=16, value_size=16))
-    got = attention._flex(q, k, v, shared_pass(plan, first), window, 0.3)
-    want = definition(q, k, v, plan, first, window, 0.3)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("part", ["all", "teachers"])
 def test_varlen_call(lab, part, window):
     """What flash-attn is given, read by its documented rules: causal from the bottom right."""
-    plan = build_plan(lab.conversation(3, think=True))
-    first = plan.student_tokens if part == "teachers" else 0
-    q, k, v = tensors(plan, first)
-    shared = shared_pass(plan, first)
+    plan, first = one_plan(lab, part)
 
     def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size):
         assert causal and cu_q.dtype == cu_k.dtype == torch.int32
@@ -166,18 +150,18 @@ def test_varlen_call(lab, part, window):
             out[a:b] = (probabilities @ vv).transpose(0, 1)
         return out
 
-    index = varlen_index(shared.runs, q.device)
-    got = attention._varlen(q, k, v, index, window, 0.3, varlen)
-    want = definition(q, k, v, plan, first, window, 0.3)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    def attend(q, k, v, shared, window, scale):
+        return flash.varlen_attention(q, k, v, varlen_index(shared.runs, q.device), window, scale, varlen)
+
+    compare(attend, plan, first, [t.detach() for t in tensors(plan, first)], window)
 
 
 def test_cuda_kernel_signatures():
     """No GPU here: the shapes and arguments of torch's fused CUDA kernels, on the meta device."""
     q, k, v = (torch.empty(2, 3, 5, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
-    out, lse, state = attention._cuda_forward(q, k, v, True, None, 0.3)
+    out, lse, state = kernels.cuda_forward(q, k, v, True, None, 0.3)
     assert out.shape == q.shape and lse.shape == q.shape[:3]
-    grads = attention._cuda_backward(out, q, k, v, out, lse, True, None, 0.3, state)
+    grads = kernels.cuda_backward(out, q, k, v, out, lse, True, None, 0.3, state)
     assert [g.shape for g in grads] == [q.shape] * 3
 
 
@@ -192,10 +176,8 @@ def test_choose_backend():
         choose_backend("flash", cuda, torch.float32)
 
 
-def test_memory_is_linear_in_tokens():
+def test_memory_is_linear_in_tokens(lab):
     """No tensor of queries x keys, forward or backward, with and without a window."""
-    from types import SimpleNamespace
-
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -209,15 +191,12 @@ def test_memory_is_linear_in_tokens():
             return out
 
     history = list(range(3000))
-    items = [
-        SimpleNamespace(prompt_ids=history[:n], teacher_prompt_ids=[*history[:n], -1], completion_ids=[-2] * 40)
-        for n in (1000, 2000, 3000)
-    ]
+    items = [lab.tokenized(history[:n], [*history[:n], -1], [-2] * 40) for n in (1000, 2000, 3000)]
     plan = build_plan(items)
     q, k, v = tensors(plan, 0, heads=2, groups=1)
     for window in (None, 64):
         Largest.numel = 0
         with Largest():
-            out = attention._segments(q, k, v, shared_pass(plan), window, 0.3)
+            out = segments.segment_attention(q, k, v, shared_pass(plan), window, 0.3)
             torch.autograd.grad(out.sum(), (q, k, v))
         assert 0 < Largest.numel <= 4 * q.numel()

@@ -1,34 +1,100 @@
-"""DDP and FSDP2 in two processes: the wrapped model is called, so its hooks run."""
+"""DDP and FSDP2 in two processes, each this file: the wrapped model is called, so its hooks run."""
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch.distributed
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from fastsdpo.prefix import check_head, check_sharing, head_parameters, shared_forward
+
+WORLD = 2
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_two_processes(tmp_path, wrapper):
-    worker = Path(__file__).parent / "distributed_worker.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(tmp_path / "store"), wrapper],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    commands = [[sys.executable, __file__, str(rank), str(tmp_path / "store"), wrapper] for rank in range(WORLD)]
+    processes = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
     try:
         outputs = [process.communicate(timeout=240)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+
+
+def load_lab():
+    path = Path(__file__).parent / "conftest.py"
+    spec = importlib.util.spec_from_file_location("prefix_conftest", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main(rank: int, store: str, wrapper: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    lab = load_lab()
+    items_of = [lab.conversation(3, think=True, seed=r) for r in range(WORLD)]
+    items = items_of[rank]
+
+    # What both wrappers promise: the gradients of the processes, averaged.
+    plain = lab.tiny_model("llama")
+    for other in items_of:
+        (lab.independent_logps(plain, other).sum() / WORLD).backward()
+    want = lab.gradients(plain)
+    head = head_parameters(plain)
+    with torch.no_grad():
+        want_teacher = lab.independent_logps(plain, items, teacher=True)
+
+    for checkpointing, sharing in itertools.product((False, True), ("conversation", "off")):
+        inner = copy.deepcopy(plain)
+        if checkpointing:
+            inner.gradient_checkpointing_enable({"use_reentrant": False})
+        model = DistributedDataParallel(inner) if wrapper == "ddp" else shard(inner, reshard=checkpointing)
+        assert check_sharing(model) == (True, "") and check_head(model) == (True, "")
+
+        def loss_fn(states, model=model):  # after the forward pass a resharded head is gone
+            head = head_parameters(model)
+            return lab.hidden_logps(states.student_hidden, states.target_ids, head).sum(), states
+
+        if wrapper == "ddp":  # which needs no loss_fn
+            loss, states = loss_fn(shared_forward(model, items, sharing=sharing))
+        else:
+            loss, states = shared_forward(model, items, sharing=sharing, loss_fn=loss_fn)
+        loss.backward()
+        if wrapper == "fsdp2":
+            with pytest.raises(NotImplementedError, match="sharded"):
+                head_parameters(model)
+        with torch.no_grad():
+            teacher = lab.hidden_logps(states.teacher_hidden, states.target_ids, head)
+        assert (teacher - want_teacher).abs().max() < 1e-12, (checkpointing, sharing)
+        for name, parameter in inner.named_parameters():
+            got = parameter.grad.full_tensor() if wrapper == "fsdp2" else parameter.grad
+            error, scale = (got - want[name]).abs().max(), want[name].abs().max().clamp(min=1)
+            assert error < 1e-12 * scale, (name, checkpointing, sharing)
+    dist.barrier()  # neither ends its threads while the other still talks to them
+    dist.destroy_process_group()
+
+
+def shard(model, reshard):
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model, **({"reshard_after_forward": True} if reshard else {}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -3,63 +3,32 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
+import peft
 import pytest
 import torch
 
-from fastsdpo.prefix import check_head, head_parameters, shared_forward
+from fastsdpo.prefix import ForwardSession, check_head, head_parameters, shared_forward
+from fastsdpo.prefix.attention import SharedPass
 
 MODELS = ["llama", "qwen3", "gemma3", "mistral", "qwen3_moe", "gpt2", "granite"]
 
 
-def compare(lab, model, items, tolerance, *, teacher=None, **options):
-    """Asserts equality; gradients relative to the largest of all, log-probabilities absolute."""
-    weights = torch.linspace(0.2, 1.0, sum(len(i.completion_ids) for i in items))
-    weights = weights.to(next(model.parameters()).dtype)
-    want = lab.independent_logps(model, items)
-    (want * weights).sum().backward()
-    want_grads = lab.gradients(model)
-    model.eval()  # checkpointing would only warn that there is no gradient
-    with torch.no_grad():
-        want_teacher = lab.independent_logps(teacher or model, items, teacher=True)
-    model.train()
-
-    states = shared_forward(model, items, teacher_model=teacher, **options)
-    head = head_parameters(model)
-    got = lab.hidden_logps(states.student_hidden, states.target_ids, head)
-    (got * weights).sum().backward()
-    got_grads = lab.gradients(model)
-    teacher_head = head_parameters(teacher or model)
-    with torch.no_grad():
-        got_teacher = lab.hidden_logps(states.teacher_hidden, states.target_ids, teacher_head)
-
-    assert not states.teacher_hidden.requires_grad
-    assert (got - want).abs().max() < tolerance
-    assert (got_teacher - want_teacher).abs().max() < tolerance
-    assert got_grads.keys() == want_grads.keys()
-    scale = max(g.abs().max() for g in want_grads.values())
-    for name, wanted in want_grads.items():
-        assert (got_grads[name] - wanted).abs().max() < tolerance * scale, name
-    return states
-
-
 @pytest.mark.parametrize("think", [False, True], ids=["chain", "think"])
-@pytest.mark.parametrize("name", MODELS)
-def test_float64(lab, name, think):
+@pytest.mark.parametrize(
+    ("name", "sharing"),
+    [(name, "conversation") for name in MODELS]
+    + [(name, sharing) for name in ("mistral", "gpt2") for sharing in ("interaction", "off")],
+)
+def test_float64(lab, name, sharing, think):
     items = lab.conversation(3, think=think) + lab.conversation(2, think=think, seed=1)
-    compare(lab, lab.tiny_model(name), items, 1e-12)
-
-
-@pytest.mark.parametrize("sharing", ["interaction", "off"])
-@pytest.mark.parametrize("name", ["mistral", "gpt2"])
-def test_float64_of_other_sharing(lab, name, sharing):
-    compare(lab, lab.tiny_model(name), lab.conversation(3, think=True), 1e-12, sharing=sharing)
+    lab.compare(lab.tiny_model(name), items, 1e-12, sharing=sharing)
 
 
 @pytest.mark.parametrize("name", [*MODELS, "cohere"])  # Cohere rotates in float32 at best
 def test_float32(lab, name):
-    items = lab.conversation(4, think=True)
-    compare(lab, lab.tiny_model(name, torch.float32), items, 1e-5)
+    lab.compare(lab.tiny_model(name, torch.float32), lab.conversation(4, think=True), 1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
@@ -71,23 +40,12 @@ def test_gradient_checkpointing(lab, name, reentrant):
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
-    compare(lab, model, lab.conversation(3, think=True), 1e-12)
+    lab.compare(model, lab.conversation(3, think=True), 1e-12)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-def test_lora(lab, checkpointing):
-    model = lora_model(lab, "llama", ["q_proj", "v_proj", "down_proj"])
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    states = compare(lab, model, lab.conversation(3, think=True), 1e-12)
-    assert states.student_hidden.requires_grad
-
-
-def lora_model(lab, name, targets, **options):
-    import peft
-
+def lora_model(lab, targets, **options):
     config = peft.LoraConfig(r=4, target_modules=targets, lora_dropout=0.0, **options)
-    model = peft.get_peft_model(lab.tiny_model(name), config)
+    model = peft.get_peft_model(lab.tiny_model("llama"), config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -95,28 +53,36 @@ def lora_model(lab, name, targets, **options):
     return model.double()
 
 
-def test_lora_on_the_head_is_not_ignored(lab):
-    compare(lab, lora_model(lab, "llama", ["q_proj", "lm_head"]), lab.conversation(2), 1e-12)
-    saved = lora_model(lab, "llama", ["q_proj"], modules_to_save=["lm_head"])
-    compare(lab, saved, lab.conversation(2), 1e-12)
+@pytest.mark.parametrize(
+    ("targets", "options", "checkpointing"),
+    [
+        (["q_proj", "v_proj", "down_proj"], {}, False),
+        (["q_proj", "v_proj", "down_proj"], {}, True),
+        (["q_proj", "lm_head"], {}, False),  # an adapter of the head, or a trained copy of it, is not ignored
+        (["q_proj"], {"modules_to_save": ["lm_head"]}, False),
+    ],
+)
+def test_lora(lab, targets, options, checkpointing):
+    model = lora_model(lab, targets, **options)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    lab.compare(model, lab.conversation(3, think=True), 1e-12)
 
 
 @pytest.mark.parametrize("sharing", ["conversation", "off"])
 def test_another_teacher(lab, sharing):
-    model = lab.tiny_model("qwen3")
+    model, items = lab.tiny_model("qwen3"), lab.conversation(3, think=True)
     teacher = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.mul_(1.1)
-    items = lab.conversation(3, think=True)
-    compare(lab, model, items, 1e-12, teacher=teacher, sharing=sharing)
+    lab.compare(model, items, 1e-12, teacher=teacher, sharing=sharing)
     assert all(p.grad is None for p in teacher.parameters())
 
 
 def test_teacher_context(lab):
     """PEFT's base model as the teacher, with no second copy of the weights."""
-    model = lora_model(lab, "llama", ["q_proj", "down_proj"])
-    items = lab.conversation(2)
+    model, items = lora_model(lab, ["q_proj", "down_proj"]), lab.conversation(2)
     states = shared_forward(model, items, teacher_context=model.disable_adapter)
     with torch.no_grad(), model.disable_adapter():
         want = lab.independent_logps(model, items, teacher=True)
@@ -129,11 +95,9 @@ def test_teacher_context(lab):
 def test_empty_hindsight_block(lab):
     """Rows of the teacher that stand on the student's tokens: all of them, and some of them."""
     items = lab.conversation(2)
-    for item in items[:1]:
-        item.teacher_prompt_ids = list(item.prompt_ids)
-    model = lab.tiny_model("llama")
-    compare(lab, model, items, 1e-12)
-    compare(lab, model, items[:1], 1e-12)
+    items[0].teacher_prompt_ids = list(items[0].prompt_ids)
+    lab.compare(lab.tiny_model("llama"), items, 1e-12)
+    lab.compare(lab.tiny_model("llama"), items[:1], 1e-12)
 
 
 def test_completions_that_share_tokens(lab):
@@ -141,7 +105,7 @@ def test_completions_that_share_tokens(lab):
     prompt, teacher = [1, 2, 10, 11, 12], [1, 2, 10, 11, 12, 7, 13]
     completions = [[20, 21, 22], [20, 21, 23, 24], [20, 21], [20, 21, 22], [30]]
     items = [lab.tokenized(prompt, teacher, c) for c in completions]
-    compare(lab, lab.tiny_model("gemma3"), items, 1e-12)
+    lab.compare(lab.tiny_model("gemma3"), items, 1e-12)
 
 
 def test_autocast(lab):
@@ -158,41 +122,36 @@ def test_autocast(lab):
 
 
 def test_the_model_is_left_as_it_was(lab):
-    """Evaluation, generation and padded batches run as before; so does saving."""
+    """Evaluation, generation and padded batches run as before."""
     model = lab.tiny_model("llama", torch.float32).eval()
-    ids = torch.tensor([[1, 2, 3, 10, 11], [1, 2, 3, 0, 0]])
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    ids, mask = torch.tensor([[1, 2, 3, 10, 11], [1, 2, 3, 0, 0]]), torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
     implementation = model.config._attn_implementation
     with torch.no_grad():
         before = model(input_ids=ids, attention_mask=mask).logits
         generated = model.generate(ids[:1], max_new_tokens=5, do_sample=False)
-        shared_forward(model, lab.conversation(2))
+        for _ in range(2):
+            shared_forward(model, lab.conversation(2))
+            hooked = [type(m).__name__ for m in model.modules() for _ in m._forward_hooks]
+            assert hooked == ["LlamaAttention"] * 3  # added once, and these act on shared passes only
         torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, before)
         assert torch.equal(model.generate(ids[:1], max_new_tokens=5, do_sample=False), generated)
     assert model.config._attn_implementation == implementation
-    names = [type(m).__name__ for m in model.modules() if m._forward_hooks]
-    assert names == ["LlamaAttention"] * 3  # and these act on shared passes only
-    shared_forward(model, lab.conversation(2))
-    names = [type(m).__name__ for m in model.modules() for _ in m._forward_hooks]
-    assert names == ["LlamaAttention"] * 3  # added once
 
 
 def test_an_error_inside_leaves_no_hook(lab):
-    model = lab.tiny_model("llama")
+    model, items = lab.tiny_model("llama"), lab.conversation(2)
     implementation = model.config._attn_implementation
-    items = lab.conversation(2)
     items[0].prompt_ids[3] = lab.VOCABULARY + 5  # no such embedding
     with pytest.raises(IndexError):
         shared_forward(model, items)
     assert model.config._attn_implementation == implementation
     assert not model._forward_hooks and not model.model._forward_hooks
-    compare(lab, model, lab.conversation(2), 1e-12)
+    lab.compare(model, lab.conversation(2), 1e-12)
 
 
 def test_no_logits_are_computed(lab):
     """The head's own forward never runs; what wraps the head sees the result as its output."""
-    model = lab.tiny_model("llama")
-    seen = []
+    model, seen = lab.tiny_model("llama"), []
     model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out))
     model.lm_head.weight = None
     states = shared_forward(model, lab.conversation(3))
@@ -208,38 +167,63 @@ def test_a_head_that_accelerate_placed(lab):
     add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="cpu"))
     wrapper, own = model.lm_head.forward, model.lm_head._old_forward
     assert check_head(model) == (True, "")
-    compare(lab, model, lab.conversation(2), 1e-12)
+    lab.compare(model, lab.conversation(2), 1e-12)
     assert model.lm_head.forward is wrapper and model.lm_head._old_forward == own
 
 
-def test_keys_and_values_are_freed_and_held_once(lab):
-    """Trap: the state that layers fill must be the one that the teacher's pass reads."""
-    from fastsdpo.prefix import attention
-
-    model, passes = lab.tiny_model("llama"), []
-    original = attention.SharedPass.__init__
-
-    def remember(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        passes.append(self)
-
-    attention.SharedPass.__init__ = remember
-    try:
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_keys_and_values_are_freed_before_the_loss(lab, monkeypatch, checkpointing):
+    """Also where checkpointing keeps the pass, and runs its layers again in the backward pass."""
+    model, passes, keys = lab.tiny_model("llama"), [], []
+    if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        states = shared_forward(model, lab.conversation(3))
-        states.student_hidden.sum().backward()
-    finally:
-        attention.SharedPass.__init__ = original
-    student, teacher = passes
-    assert student.keys_values is teacher.keys_values
-    assert not student.keys_values  # also after the layers ran again
-    assert student.layers == teacher.layers == {0, 1, 2}
+    take = SharedPass.take_keys_values
+
+    def remember(self):
+        kept = take(self)
+        passes.append(self)
+        keys.extend(weakref.ref(key) for key, _ in kept.values())
+        return kept
+
+    def loss_fn(states):
+        assert len(keys) == 3 and not any(key() is not None for key in keys)
+        return states.student_hidden.sum()
+
+    monkeypatch.setattr(SharedPass, "take_keys_values", remember)
+    shared_forward(model, lab.conversation(3), loss_fn=loss_fn).backward()
+    (student,) = passes
+    assert student.kept is None and student.layers == {0, 1, 2}
+
+
+@pytest.mark.parametrize("order", [("student", "teacher"), ("teacher", "student")], ids=["student", "teacher"])
+@pytest.mark.parametrize("sharing", ["conversation", "off"])
+def test_session(lab, sharing, order):
+    """Either side first, each computed once; nothing is kept and nothing runs afterwards."""
+    model, items = lab.tiny_model("llama"), lab.conversation(2)
+    want = shared_forward(model, items, sharing=sharing)
+
+    def body(session):
+        rows = {name: getattr(session, name)() for name in order}
+        assert all(getattr(session, name)() is rows[name] for name in order)
+        assert rows["student"].requires_grad and not rows["teacher"].requires_grad
+        return rows["student"], rows["teacher"], *session.labels
+
+    session = ForwardSession(model, items, sharing=sharing)
+    with pytest.raises(RuntimeError, match="in the body of run"):
+        session.student()
+    for got, wanted in zip(session.run(body), want, strict=True):
+        assert torch.equal(got, wanted)
+    with pytest.raises(RuntimeError, match="in the body of run"):
+        session.teacher()
+    with pytest.raises(RuntimeError, match="run must be called once"):
+        session.run(body)
+    lone = [lab.tokenized(items[0].prompt_ids, items[0].prompt_ids, items[0].completion_ids)]
+    rows = ForwardSession(model, lone, sharing=sharing).run(lambda session: (session.teacher(), session.student()))
+    assert torch.equal(*rows) and rows[1].requires_grad and not rows[0].requires_grad
 
 
 def test_loss_fn_runs_inside(lab):
-    model = lab.tiny_model("llama")
-    items = lab.conversation(2)
-    inside = []
+    model, items, inside = lab.tiny_model("llama"), lab.conversation(2), []
     model.register_forward_pre_hook(lambda m, args: inside.append(True))
     model.register_forward_hook(lambda m, args, out: inside.clear())
 
@@ -248,26 +232,24 @@ def test_loss_fn_runs_inside(lab):
         return states.student_hidden.sum(), len(states.target_ids)
 
     loss, count = shared_forward(model, items, loss_fn=loss_fn)
-    states = shared_forward(model, items)
-    torch.testing.assert_close(loss, states.student_hidden.sum())
+    torch.testing.assert_close(loss, shared_forward(model, items).student_hidden.sum())
     assert count == sum(len(i.completion_ids) for i in items)
     loss.backward()
 
 
 def test_bad_arguments(lab):
     model, items = lab.tiny_model("llama"), lab.conversation(2)
-    with pytest.raises(ValueError, match="sharing must be"):
-        shared_forward(model, items, sharing="all")
-    with pytest.raises(ValueError, match="attention must be 'auto' or one of"):
-        shared_forward(model, items, attention="fast")
-    with pytest.raises(ValueError, match="attention='flex' has no backward pass on a CPU"):
-        shared_forward(model, items, attention="flex")
-    with pytest.raises(ValueError, match="attention='flash' needs the package flash-attn"):
-        shared_forward(model, items, attention="flash")
-    with pytest.raises(ValueError, match="must not both be given"):
-        shared_forward(model, items, teacher_model=model, teacher_context=torch.no_grad)
+    for options, words in [
+        ({"sharing": "all"}, "sharing must be"),
+        ({"attention": "fast"}, "attention must be 'auto' or one of"),
+        ({"attention": "flex"}, "attention='flex' has no backward pass on a CPU"),
+        ({"attention": "flash"}, "attention='flash' needs the package flash-attn"),
+        ({"teacher_model": model, "teacher_context": torch.no_grad}, "must not both be given"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            shared_forward(model, items, **options)
+    with pytest.raises(TypeError, match="must be a transformers causal language model, got Linear"):
+        shared_forward(torch.nn.Linear(2, 2), items)
     items[1].completion_ids = []
     with pytest.raises(ValueError, match=r"interactions\[1\]\.completion_ids must not be empty"):
         shared_forward(model, items)
-    with pytest.raises(TypeError, match="must be a transformers causal language model, got Linear"):
-        shared_forward(torch.nn.Linear(2, 2), lab.conversation(1))

@@ -10,71 +10,41 @@ import transformers
 
 from fastsdpo.prefix import check_head, check_passes, check_sharing, head_parameters, shared_forward
 
-SHAPE = dict(
-    vocab_size=211,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=512,
-)
+SHAPE = dict(vocab_size=211, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+SHAPE |= dict(num_key_value_heads=2, max_position_embeddings=512)
 SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+TEXT = SHAPE | SPECIAL | dict(head_dim=8)
 VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=14)
-
-
-def gemma3():
-    return transformers.Gemma3Config(
-        text_config=dict(**SHAPE, **SPECIAL, sliding_window=8),
-        vision_config=dict(**VISION, image_size=28),
-        mm_tokens_per_image=1,
-        image_token_index=205,
-        boi_token_index=206,
-        eoi_token_index=207,
-    )
-
-
-def molmo2():
-    heads = dict(num_key_value_heads=2, head_dim=16)
-    return transformers.Molmo2Config(
-        text_config=dict(**SHAPE, additional_vocab_size=8),
-        vision_config=dict(**VISION, **heads, image_size=[28, 28], num_position_embeddings=5),
-        adapter_config=dict(
-            **heads,
-            vision_feature_layer=[-1],
-            hidden_size=32,
-            num_attention_heads=2,
-            intermediate_size=32,
-            text_hidden_size=32,
-        ),
-        image_patch_id=205,
-    )
-
-
-def paligemma():
-    return transformers.PaliGemmaConfig(
-        text_config=dict(model_type="gemma", **SHAPE, **SPECIAL),
-        vision_config=dict(model_type="siglip_vision_model", **VISION, image_size=28),
-        image_token_id=205,
-        projection_dim=32,
-    )
-
-
-def qwen2_vl():
-    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
-    text = {name: value for name, value in SHAPE.items() if name != "head_dim"}
-    return transformers.Qwen2VLConfig(
-        text_config=dict(**text, **SPECIAL, rope_parameters=rope),
+HEADS = dict(num_key_value_heads=2, head_dim=16)
+ADAPTER = HEADS | dict(vision_feature_layer=[-1], hidden_size=32, num_attention_heads=2, intermediate_size=32)
+ROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
+OPTIONS = {
+    "Gemma3": dict(
+        text_config=TEXT | dict(sliding_window=8),
+        vision_config=VISION | dict(image_size=28),
+        **dict(mm_tokens_per_image=1, image_token_index=205, boi_token_index=206, eoi_token_index=207),
+    ),
+    "Molmo2": dict(
+        text_config=SHAPE | dict(head_dim=8, additional_vocab_size=8),
+        vision_config=VISION | HEADS | dict(image_size=[28, 28], num_position_embeddings=5),
+        **dict(adapter_config=ADAPTER | dict(text_hidden_size=32), image_patch_id=205),
+    ),
+    "Qwen2VL": dict(
+        text_config=SHAPE | SPECIAL | dict(rope_parameters=ROPE),
         vision_config=dict(depth=1, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2),
-        image_token_id=205,
-        video_token_id=206,
-        vision_start_token_id=207,
-    )
+        **dict(image_token_id=205, video_token_id=206, vision_start_token_id=207),
+    ),
+    "PaliGemma": dict(
+        text_config=TEXT | dict(model_type="gemma"),
+        vision_config=VISION | dict(model_type="siglip_vision_model", image_size=28),
+        **dict(image_token_id=205, projection_dim=32),
+    ),
+}
 
 
-def build(config):
+def build(name):
     torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**OPTIONS[name])
     model = transformers.AutoModelForImageTextToText.from_config(config).train()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -94,16 +64,16 @@ def demand(model, name):
 
 
 @pytest.mark.parametrize(
-    ("config", "demanded", "shares"),
+    ("name", "demanded", "shares"),
     [
-        (gemma3, "token_type_ids", True),
-        (molmo2, "mm_token_type_ids", True),
-        (qwen2_vl, "mm_token_type_ids", True),
-        (paligemma, None, False),  # its zeros are a prefix in which tokens see those behind them
+        ("Gemma3", "token_type_ids", True),
+        ("Molmo2", "mm_token_type_ids", True),
+        ("Qwen2VL", "mm_token_type_ids", True),
+        ("PaliGemma", None, False),  # its zeros are a prefix in which tokens see those behind them
     ],
 )
-def test_text_equals_the_model_s_own_passes(lab, config, demanded, shares):
-    model, items = build(config()), lab.conversation(2)
+def test_text_equals_the_model_s_own_passes(lab, name, demanded, shares):
+    model, items = build(name), lab.conversation(2)
     model.eval()  # nothing is demanded, and no kind of token is given
     with torch.no_grad():
         wanted = [lab.independent_logps(model, items, teacher=teacher) for teacher in (False, True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -10,14 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsdpo.prefix.pack import build_plan, count_tokens, pack_conversations
+from fastsdpo.prefix import build_plan, count_tokens, pack_conversations
+from fastsdpo.prefix.plan import response_labels
 
 
 def interaction(prompt, teacher_prompt, completion):
     return SimpleNamespace(
-        prompt_ids=list(prompt),
-        teacher_prompt_ids=list(teacher_prompt),
-        completion_ids=list(completion),
+        prompt_ids=list(prompt), teacher_prompt_ids=list(teacher_prompt), completion_ids=list(completion)
     )
 
 
@@ -29,14 +29,9 @@ sharing_strategy = st.sampled_from(["conversation", "interaction"])
 
 def sequences(items, sharing):
     """(trie, ids of the student, ids of the teacher) per interaction."""
-    return [
-        (
-            index if sharing == "interaction" else 0,
-            (*item.prompt_ids, *item.completion_ids),
-            (*item.teacher_prompt_ids, *item.completion_ids),
-        )
-        for index, item in enumerate(items)
-    ]
+    for n, item in enumerate(items):
+        student, teacher = (*item.prompt_ids, *item.completion_ids), (*item.teacher_prompt_ids, *item.completion_ids)
+        yield n if sharing == "interaction" else 0, student, teacher
 
 
 def prefixes_of_packed_tokens(plan):
@@ -44,9 +39,9 @@ def prefixes_of_packed_tokens(plan):
     token_ids, positions = plan.token_ids.tolist(), plan.position_ids.tolist()
     found = []
     for run in plan.runs:
-        above = [row for piece in run.ancestors for row in range(piece.start, piece.stop)]
-        for piece in run.ancestors:
-            assert positions[piece.start] == piece.position
+        above = [row for segment in run.ancestors for row in range(segment.start, segment.stop)]
+        for segment in run.ancestors:
+            assert positions[segment.start] == segment.position
         assert positions[run.start] == run.position
         for row in range(run.start, run.stop):
             assert row == len(found)
@@ -86,17 +81,15 @@ def test_plan_equals_brute_force(items, sharing):
     assert torch.equal(by_times, by_paths)
 
     # Every response token is predicted by the row whose prefix is all that comes before it.
-    n = 0
+    n, labels = 0, response_labels(items, torch.device("cpu"))
     for index, item in enumerate(items):
         for t, target in enumerate(item.completion_ids):
             before = tuple(item.completion_ids[:t])
             assert found[plan.student_rows[n]][1] == (*item.prompt_ids, *before)
             assert found[plan.teacher_rows[n]][1] == (*item.teacher_prompt_ids, *before)
-            assert plan.target_ids[n] == target
-            assert plan.sequence_ids[n] == index
-            assert plan.position_in_response[n] == t
+            assert [int(label[n]) for label in labels] == [target, index, t]
             n += 1
-    assert n == len(plan.student_rows) == len(plan.teacher_rows) == len(plan.target_ids)
+    assert n == len(plan.student_rows) == len(plan.teacher_rows) == len(labels.target_ids)
 
     counts = count_tokens(items, sharing=sharing)
     assert (counts.student, counts.teacher) == (plan.student_tokens, plan.teacher_tokens)
@@ -107,21 +100,18 @@ def test_plan_equals_brute_force(items, sharing):
 def test_one_sided_plans(items, sharing):
     both = build_plan(items, sharing=sharing)
     alone = build_plan(items, sharing=sharing, teachers=False)
-    n = both.student_tokens
-    assert len(alone.teacher_rows) == 0 and alone.teacher_tokens == 0
-    assert torch.equal(alone.token_ids, both.token_ids[:n])
+    assert len(alone.teacher_rows) == alone.teacher_tokens == 0
+    assert torch.equal(alone.token_ids, both.token_ids[: both.student_tokens])
     assert torch.equal(alone.student_rows, both.student_rows)
 
     teacher = build_plan(items, sharing=sharing, students=False)
     found = prefixes_of_packed_tokens(teacher)
-    assert len(teacher.student_rows) == 0 and teacher.student_tokens == 0
+    assert len(teacher.student_rows) == teacher.student_tokens == 0
     distinct = {(trie, ids[: n + 1]) for trie, _, ids in sequences(items, sharing) for n in range(len(ids))}
     assert teacher.tokens == len(distinct)
-    first = [len(i.completion_ids) for i in items]
-    at = 0
-    for item, count in zip(items, first):
+    firsts = itertools.accumulate([0, *(len(item.completion_ids) for item in items)])
+    for item, at in zip(items, firsts):
         assert found[teacher.teacher_rows[at]][1] == tuple(item.teacher_prompt_ids)
-        at += count
 
 
 def test_a_conversation_is_one_run_when_histories_nest():
@@ -161,8 +151,8 @@ def test_linear_in_comparisons_of_tokens():
 
         __hash__ = int.__hash__
 
-    def tokens(values):
-        return [Token(value) for value in values]  # new objects: equal ones are not identical
+    def tokens(values):  # new objects: equal ones are not identical
+        return list(map(Token, values))
 
     history = list(range(2000))
     items = []
@@ -175,31 +165,25 @@ def test_linear_in_comparisons_of_tokens():
     assert 0 < Token.compared < 1.2 * total
 
 
-@pytest.mark.parametrize("field", ["prompt_ids", "teacher_prompt_ids", "completion_ids"])
-def test_empty_lists_are_refused_by_name(field):
-    items = [interaction([1], [1], [1]), interaction([1], [1], [1])]
-    setattr(items[1], field, [])
-    for function in (build_plan, count_tokens):
-        with pytest.raises(ValueError, match=rf"interactions\[1\]\.{field} must not be empty"):
-            function(items)
-
-
 def test_bad_arguments():
-    items = [interaction([1], [1], [1])]
-    with pytest.raises(ValueError, match="interactions must not be empty"):
-        build_plan([])
-    with pytest.raises(ValueError, match=r"sharing must be .* got 'off'"):
-        build_plan(items, sharing="off")
-    with pytest.raises(ValueError, match="students or teachers"):
-        build_plan(items, students=False, teachers=False)
-    with pytest.raises(ValueError, match="sharing must be"):
-        count_tokens(items, sharing="all")
-    with pytest.raises(ValueError, match="max_tokens must be >= 1"):
-        pack_conversations(items, [[0]], max_tokens=0)
-    with pytest.raises(ValueError, match="open_packs must be >= 1"):
-        pack_conversations(items, [[0]], max_tokens=8, open_packs=0)
-    with pytest.raises(ValueError, match=r"conversations\[0\] must hold indices"):
-        pack_conversations(items, [[1]], max_tokens=8)
+    one = [interaction([1], [1], [1])]
+    for call, words in [
+        (lambda: build_plan([]), "interactions must not be empty"),
+        (lambda: build_plan(one, sharing="off"), r"sharing must be .* got 'off'"),
+        (lambda: build_plan(one, students=False, teachers=False), "students or teachers"),
+        (lambda: count_tokens(one, sharing="all"), "sharing must be"),
+        (lambda: pack_conversations(one, [[0]], max_tokens=0), "max_tokens must be >= 1"),
+        (lambda: pack_conversations(one, [[0]], max_tokens=8, open_packs=0), "open_packs must be >= 1"),
+        (lambda: pack_conversations(one, [[1]], max_tokens=8), r"conversations\[0\] must hold indices"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            call()
+    for field in ("prompt_ids", "teacher_prompt_ids", "completion_ids"):
+        items = [interaction([1], [1], [1]), interaction([1], [1], [1])]
+        setattr(items[1], field, [])
+        for function in (build_plan, count_tokens):
+            with pytest.raises(ValueError, match=rf"interactions\[1\]\.{field} must not be empty"):
+                function(items)
 
 
 @given(

@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
-import transformers
 
-from fastsdpo.prefix import (
-    check_head,
-    check_passes,
-    check_sharing,
-    head_parameters,
-    shared_forward,
+from fastsdpo.prefix import check_head, check_passes, check_sharing, head_parameters, shared_forward
+
+SUPPORTED = ["llama", "qwen3", "gemma3", "mistral", "qwen3_moe", "gpt2", "granite", "cohere"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in SUPPORTED] + [("qwen3", torch.bfloat16), ("qwen3", torch.float16)],
 )
-
-SHAPE = dict(
-    vocab_size=211,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    bos_token_id=1,
-    eos_token_id=4,
-    pad_token_id=0,
-)
-
-
-def build(config):
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config).train()
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "mistral", "qwen3_moe", "gpt2", "granite", "cohere"])
-def test_supported_models_pass_the_checks(lab, name):
-    model = lab.tiny_model(name, torch.float32)
-    assert check_sharing(model) == (True, "")
-    assert check_head(model) == (True, "")
-    assert check_sharing(model, attention="dense") == (True, "")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_checks_allow_for_rounding(lab, dtype):
-    model = lab.tiny_model("qwen3", dtype)
-    assert check_sharing(model) == (True, "")
-    assert check_head(model) == (True, "")
+def test_supported_models_pass_the_checks(lab, name, dtype):
+    model = lab.tiny_model(name, dtype)
+    assert check_sharing(model) == check_head(model) == check_sharing(model, attention="dense") == (True, "")
 
 
 def test_checks_allow_for_autocast_inside_the_forward(lab):
@@ -59,8 +32,7 @@ def test_checks_allow_for_autocast_inside_the_forward(lab):
         return output
 
     model.forward = autocast_forward
-    assert check_sharing(model) == (True, "")
-    assert check_head(model) == (True, "")
+    assert check_sharing(model) == check_head(model) == (True, "")
 
 
 def test_a_backend_asked_for_by_name_is_not_replaced(lab):
@@ -76,53 +48,29 @@ def refused(lab, model, words):
     shared_forward(model, lab.conversation(1), sharing="off")  # which works with any model
 
 
-def test_attention_softcap(lab):
-    config = transformers.Gemma2Config(**SHAPE, head_dim=8, attn_logit_softcapping=20.0)
-    refused(lab, build(config), "softcaps its attention scores")
-
-
-def test_attention_sinks(lab):
-    shape = SHAPE | {"num_hidden_layers": 1}
-    config = transformers.GptOssConfig(**shape, head_dim=8, num_local_experts=4, layer_types=["full_attention"])
-    refused(lab, build(config), "attention s_aux")
-
-
-def test_recurrent_layers(lab):
-    config = transformers.MambaConfig(
-        vocab_size=211, hidden_size=32, state_size=4, num_hidden_layers=2, use_mambapy=False
-    )
-    refused(lab, build(config), "recurrent layers")
-
-
-def test_hybrid_layers(lab):
-    config = transformers.Qwen3NextConfig(
-        **SHAPE,
-        head_dim=8,
-        num_experts=2,
-        num_experts_per_tok=1,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        layer_types=["linear_attention", "full_attention"],
-    )
-    ok, reason = check_sharing(build(config))
-    assert not ok and ("linear_attention" in reason or "recurrent" in reason)
-
-
-def test_chunked_attention(lab):
-    model = lab.tiny_model("llama", torch.float32)
-    model.config.layer_types = ["chunked_attention", "full_attention", "chunked_attention"]
-    refused(lab, model, "layers of type chunked_attention")
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("gemma2", {}, "softcaps its attention scores"),
+        ("gpt_oss", {}, "attention s_aux"),
+        ("mamba", {}, "recurrent layers"),
+        ("qwen3_next", {}, "recurrent layers"),
+        ("llama", {"layer_types": ["chunked_attention"] * 3}, "layers of type chunked_attention"),
+        ("qwen3_moe", {"output_router_logits": True}, "output_router_logits=True"),
+        # A layer that is said to slide but would be computed without its window.
+        ("llama", {"sliding_window": 8}, "sliding window 8 by its configuration, but passes None"),
+    ],
+)
+def test_refused_models(lab, name, changes, words):
+    model = lab.tiny_model(name, torch.float32)
+    for key, value in changes.items():
+        setattr(model.config, key, value)
+    refused(lab, model, words)
 
 
 def test_position_ids_ignored(lab):
     """ALiBi takes distances from the order of tokens, which branches do not keep."""
-    config = transformers.BloomConfig(vocab_size=211, hidden_size=32, n_layer=2, n_head=4)
-    model = build(config)
-    ok, reason = check_sharing(model)
+    ok, reason = check_sharing(lab.tiny_model("bloom", torch.float32))
     assert not ok and reason
 
 
@@ -136,58 +84,35 @@ def test_positions_that_are_not_used_are_found(lab):
     assert not ok and "independent passes differ" in reason
 
 
-def test_window_that_the_attention_does_not_get(lab):
-    """A layer that is said to slide but would be computed without its window."""
-    model = lab.tiny_model("llama", torch.float32)
-    model.config.sliding_window = 8
-    ok, reason = check_sharing(model)
-    assert not ok and "sliding window 8 by its configuration, but passes None" in reason
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
+DYNAMIC |= {"max_position_embeddings": 32}
+# The length stands with the kind of layer; the configuration's positions are the extended ones.
+BY_LAYER = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 32},
+}
 
 
-def test_rotary_that_changes_with_length(lab):
-    model = lab.tiny_model(
-        "llama",
-        torch.float32,
-        max_position_embeddings=32,
-        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
-    )
-    with pytest.raises(NotImplementedError, match="dynamic rotary embeddings change beyond 32"):
-        shared_forward(model, lab.conversation(4))
-
-
-def test_rotary_embeddings_of_single_kinds_of_layers(lab):
-    """The length stands with the kind; the configuration's positions are the extended ones."""
-    model = lab.tiny_model("llama", torch.float32)
-    model.config.rope_parameters = {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-        "full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 32},
-    }
-    with pytest.raises(NotImplementedError, match="longrope rotary embeddings change beyond 32"):
-        shared_forward(model, lab.conversation(4))
+def test_rotary_embeddings_that_change_with_the_length(lab):
+    dynamic, longrope = lab.tiny_model("llama", torch.float32, **DYNAMIC), lab.tiny_model("llama", torch.float32)
+    longrope.config.rope_parameters = BY_LAYER
+    for kind, model in (("dynamic", dynamic), ("longrope", longrope)):
+        with pytest.raises(NotImplementedError, match=f"{kind} rotary embeddings change beyond 32"):
+            shared_forward(model, lab.conversation(4))
 
 
 def test_dynamic_rotary_embeddings_forget_the_pass_before(lab):
     """Each sequence has the frequencies of its own length, as in a model that has seen no other."""
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    shape = {"max_position_embeddings": 32, "rope_parameters": rope}
-    model, items = lab.tiny_model("llama", **shape), lab.conversation(4)[::-1]  # the longest first
+    model, items = lab.tiny_model("llama", **DYNAMIC), lab.conversation(4)[::-1]  # the longest first
     states = shared_forward(model, items, sharing="off")
     head = head_parameters(model)
     for hidden, teacher in ((states.student_hidden, False), (states.teacher_hidden, True)):
-        alone = [lab.independent_logps(lab.tiny_model("llama", **shape), [i], teacher=teacher) for i in items]
+        alone = [lab.independent_logps(lab.tiny_model("llama", **DYNAMIC), [i], teacher=teacher) for i in items]
         found = lab.hidden_logps(hidden, states.target_ids, head)
         assert (found - torch.cat(alone)).abs().max() < 1e-5
 
 
-def test_router_auxiliary_loss(lab):
-    model = lab.tiny_model("qwen3_moe", torch.float32)
-    model.config.output_router_logits = True
-    refused(lab, model, "output_router_logits=True")
-
-
 def test_active_dropout(lab):
-    import peft
-
     gpt2 = lab.tiny_model("gpt2", torch.float32)
     gpt2.transformer.drop.p = 0.1
     refused(lab, gpt2, "dropout is active (transformer.drop")
@@ -204,55 +129,34 @@ def test_active_dropout(lab):
     refused(lab, lora, "lora_dropout")
 
 
-def adapter(name):
-    import peft
-
-    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
-    if name == "PROMPT_TUNING":
-        return peft.PromptTuningConfig(**options)
-    if name == "PREFIX_TUNING":
-        return peft.PrefixTuningConfig(**options)
-    if name == "P_TUNING":
-        return peft.PromptEncoderConfig(**options)
-    if name == "MULTITASK_PROMPT_TUNING":
-        return peft.MultitaskPromptTuningConfig(**options, num_tasks=2)
-    if name == "CPT":
-        four = [1, 2, 3, 4]
-        return peft.CPTConfig("CAUSAL_LM", cpt_token_ids=four, cpt_tokens_type_mask=four)
-    if name == "POLY":
-        return peft.PolyConfig(target_modules=["q_proj"], r=4)
-    return peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
+VIRTUAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+FOUR = [1, 2, 3, 4]
+ADAPTERS = {
+    "PROMPT_TUNING": lambda: peft.PromptTuningConfig(**VIRTUAL),
+    "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(**VIRTUAL),
+    "P_TUNING": lambda: peft.PromptEncoderConfig(**VIRTUAL),
+    "MULTITASK_PROMPT_TUNING": lambda: peft.MultitaskPromptTuningConfig(**VIRTUAL, num_tasks=2),
+    "CPT": lambda: peft.CPTConfig("CAUSAL_LM", cpt_token_ids=FOUR, cpt_tokens_type_mask=FOUR),
+    "POLY": lambda: peft.PolyConfig(target_modules=["q_proj"], r=4),
+    "LORA": lambda: peft.LoraConfig("CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6]),
+}
+WORDS = {"POLY": "needs task_ids", "LORA": "looks for its alora_invocation_tokens"}
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("PROMPT_TUNING", "the PROMPT_TUNING adapter puts virtual tokens into the sequence"),
-        ("PREFIX_TUNING", "the PREFIX_TUNING adapter puts virtual tokens into the sequence"),
-        ("P_TUNING", "the P_TUNING adapter puts virtual tokens into the sequence"),
-        ("MULTITASK_PROMPT_TUNING", "adapter puts virtual tokens into the sequence"),
-        ("CPT", "the CPT adapter puts virtual tokens into the sequence"),
-        ("POLY", "the POLY adapter needs task_ids"),
-        ("aLoRA", "the LORA adapter looks for its alora_invocation_tokens"),
-    ],
-)
-def test_adapters_above_the_decoder(lab, name, words):
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_above_the_decoder(lab, name):
     """Calls of the decoder alone would lack them: also without sharing."""
-    import peft
-
-    adapted = peft.get_peft_model(lab.tiny_model("llama", torch.float32), adapter(name))
-    for sharing in ("off", "conversation"):
+    adapted = peft.get_peft_model(lab.tiny_model("llama", torch.float32), ADAPTERS[name]())
+    words = f"the {name} adapter {WORDS.get(name, 'puts virtual tokens into the sequence')}"
+    teacher = {"teacher_model": adapted, "sharing": "off"}
+    for model, options in ((adapted, {}), (adapted, {"sharing": "off"}), (lab.tiny_model("llama"), teacher)):
         with pytest.raises(NotImplementedError, match=words):
-            shared_forward(adapted, lab.conversation(1), sharing=sharing)
-    with pytest.raises(NotImplementedError, match=words):
-        shared_forward(lab.tiny_model("llama"), lab.conversation(1), teacher_model=adapted, sharing="off")
+            shared_forward(model, lab.conversation(1), **options)
     ok, reason = check_sharing(adapted)
     assert not ok and words in reason
 
 
 def test_experts_weighed_by_a_pass_of_their_own(lab, tmp_path):
-    import peft
-
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(lab.tiny_model("llama"), lora).save_pretrained(tmp_path)
     model = lab.tiny_model("llama", torch.float32)

@@ -1,0 +1,38 @@
+r"""Attention over a plan: every token attends to its own run up to itself, and to segments of the runs above.
+
+A transformers model calls `plan_attention` in place of its own attention function, through the public
+`AttentionInterface`, in the passes that carry a `SharedPass` and in no other. Backends:
+
+``segments``  any device. A run is split into *blocks*: queries x unbroken keys, full, causal or within a
+    band. A fused kernel computes each block, without a mask where none is needed, and the blocks are merged by
+    their log-sum-exps. For the blocks b of one query with outputs o_b and log-sum-exps l_b,
+
+        lse = log sum_b exp(l_b),     out = sum_b exp(l_b - lse) o_b.
+
+    The kernel's own backward pass gets the merged ``out`` and ``lse`` in place of the block's own, and then
+    returns exactly the block's share of the gradients (dS = P * (dP - rowsum(dO * out))). Keys and values are
+    read in place: none is copied, concatenated or repeated for grouped queries, and no block has a gradient of
+    full size. Memory is linear in the tokens.
+``flex``  GPUs: one compiled flex_attention call; its block mask comes from the times of the plan's walk.
+``flash`` GPUs with the package flash-attn: one varlen call. The keys of each run are gathered behind those of
+    its ancestors; flash-attn aligns its causal mask at the last query and the last key.
+``dense`` any device: one scaled_dot_product_attention call with a mask of queries x keys.
+
+All four respect sliding windows. None of the GPU paths has run on a GPU yet.
+"""
+
+from fastsdpo.prefix.attention.dense import visible as visible
+from fastsdpo.prefix.attention.flash import VarlenIndex as VarlenIndex
+from fastsdpo.prefix.attention.flash import varlen_index as varlen_index
+from fastsdpo.prefix.attention.interface import BACKENDS as BACKENDS
+from fastsdpo.prefix.attention.interface import BackendError as BackendError
+from fastsdpo.prefix.attention.interface import check_backend as check_backend
+from fastsdpo.prefix.attention.interface import choose_backend as choose_backend
+from fastsdpo.prefix.attention.interface import plan_attention as plan_attention
+from fastsdpo.prefix.attention.segments import BAND_BLOCK as BAND_BLOCK
+from fastsdpo.prefix.attention.segments import Block as Block
+from fastsdpo.prefix.attention.segments import run_blocks as run_blocks
+from fastsdpo.prefix.attention.shared_pass import KeysValues as KeysValues
+from fastsdpo.prefix.attention.shared_pass import SharedPass as SharedPass
+from fastsdpo.prefix.attention.switch import attention_windows as attention_windows
+from fastsdpo.prefix.attention.switch import let_attention_switch as let_attention_switch

@@ -1,0 +1,136 @@
+"""The attention function that transformers models call in shared passes, and the choice of a backend."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsdpo.prefix.attention.dense import dense_attention, flex_block_attention
+from fastsdpo.prefix.attention.flash import flash_attention
+from fastsdpo.prefix.attention.segments import segment_attention
+from fastsdpo.prefix.attention.shared_pass import SharedPass
+
+BACKENDS = ("segments", "flex", "flash", "dense")
+
+
+def plan_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    fastsdpo_pass: SharedPass,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of T packed tokens, as `AttentionInterface` calls it; the plan replaces the mask.
+
+    Args:
+        query, key, value: ``[1, H, T, E]``, ``[1, G, T, E]``, ``[1, G, T, F]``, for H query and G key heads.
+        sliding_window: in tokens; must be the configuration's for this layer.
+
+    Returns:
+        ``[1, T, H, F]``, and None in place of the weights.
+
+    Raises:
+        NotImplementedError: the layer asks for something that the plan's attention does not do.
+    """
+    shared, layer = fastsdpo_pass, module.layer_idx
+    _check_layer(module, query, shared, dropout, sliding_window, kwargs)
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings may give float32; autocast casts the inputs of scaled_dot_product_attention too.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    shared.layers.add(layer)
+    if shared.kept is not None:
+        shared.kept[layer] = (key.detach(), value.detach())
+    if shared.before is not None:
+        before_key, before_value = shared.before[layer]
+        key = torch.cat([before_key, key], dim=2)
+        value = torch.cat([before_value, value], dim=2)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Chosen here, because only here the dtype under autocast is known.
+    backend = choose_backend(shared.backend, query.device, query.dtype)
+    attend = {
+        "segments": segment_attention,
+        "flex": flex_block_attention,
+        "flash": flash_attention,
+        "dense": dense_attention,
+    }
+    output = attend[backend](query, key, value, shared, sliding_window, scale)
+    return output, None
+
+
+def _check_layer(
+    module: nn.Module,
+    query: Tensor,
+    shared: SharedPass,
+    dropout: float,
+    sliding_window: int | None,
+    others: dict[str, Any],
+) -> None:
+    """Raises NotImplementedError for what the plan's attention does not do."""
+    layer = module.layer_idx
+    for name in ("softcap", "s_aux", "sinks", "position_bias", "head_mask", "indices"):
+        if others.get(name) is not None:
+            raise NotImplementedError(f"shared prefixes: layer {layer} uses attention {name}")
+    if dropout:
+        raise NotImplementedError(f"shared prefixes: layer {layer} has attention dropout {dropout}")
+    if not getattr(module, "is_causal", True):
+        raise NotImplementedError(f"shared prefixes: the attention of layer {layer} is not causal")
+    window = shared.windows.get(layer)
+    if sliding_window != window:
+        raise NotImplementedError(
+            f"shared prefixes: layer {layer} has sliding window {window} by its configuration, but passes "
+            f"{sliding_window} to its attention"
+        )
+    if query.shape[0] != 1 or query.shape[2] != shared.stop - shared.first:
+        raise NotImplementedError(f"shared prefixes: layer {layer} changed the packed layout to {tuple(query.shape)}")
+
+
+class BackendError(ValueError):
+    """A backend that was asked for by name does not exist or cannot run here."""
+
+
+def check_backend(name: str) -> None:
+    """Raises BackendError for a name that is neither "auto" nor one of `BACKENDS`."""
+    if name != "auto" and name not in BACKENDS:
+        raise BackendError(f"shared_forward: attention must be 'auto' or one of {BACKENDS}, got {name!r}")
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend to use: "auto" is ``segments``, on CUDA ``flash`` (half precision) or ``flex``.
+
+    Args:
+        name: a backend asked for by name runs or raises; it is never replaced.
+        dtype: of the queries.
+
+    Raises:
+        BackendError: an unknown name, or a backend that cannot run here.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    if name == "auto":
+        if device.type != "cuda":
+            return "segments"
+        return "flash" if half and flash_attn_installed() else "flex"
+    check_backend(name)
+    if name == "flex" and device.type == "cpu":
+        raise BackendError("shared_forward: attention='flex' has no backward pass on a CPU")
+    if name == "flash" and not (device.type == "cuda" and half and flash_attn_installed()):
+        raise BackendError(
+            "shared_forward: attention='flash' needs the package flash-attn, a CUDA device and "
+            f"float16 or bfloat16, got {device.type} and {dtype}"
+        )
+    return name
+
+
+@cache
+def flash_attn_installed() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None

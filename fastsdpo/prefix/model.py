@@ -1,0 +1,195 @@
+"""A transformers model below its wrappers: the causal LM, its device, its inputs, its modes and its head."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model below DDP, FSDP1, DeepSpeed and torch.compile; FSDP2 and PEFT stay in place."""
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        elif type(model).__name__ in WRAPPERS:
+            model = model.module
+        else:
+            return model
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether something averages the gradients of several processes: DDP, FSDP or DeepSpeed."""
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model._orig_mod
+    names = {kind.__name__ for kind in type(model).__mro__}
+    return bool(names & {*WRAPPERS, "FSDPModule"})
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers model below every wrapper and below PEFT's.
+
+    Raises:
+        TypeError: there is no transformers model with a head.
+    """
+    inner = unwrap(model)
+    if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    if not hasattr(inner, "get_output_embeddings") or inner.get_output_embeddings() is None:
+        raise TypeError(f"model must be a transformers causal language model, got {type(model).__name__}")
+    return inner
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device that takes the token ids."""
+    return causal_lm(model).get_input_embeddings().weight.device
+
+
+@contextmanager
+def no_grad_pass() -> Iterator[None]:
+    """`torch.no_grad`, without the warning that gradient checkpointing has nothing to do in it."""
+    with torch.no_grad(), warnings.catch_warnings():
+        # Reentrant checkpointing warns of this in every layer; here no gradient is wanted.
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
+        yield
+
+
+@contextmanager
+def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Sets the model's training mode; on exit every module gets its own mode back."""
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+def text_inputs(module: nn.Module, input_ids: Tensor) -> dict[str, Any]:
+    """The keyword arguments for a call of ``module``, a model or its decoder, on the text ``input_ids [B, L]``.
+
+    Some multimodal models take the kind of each token, and some demand it in training; 0 is text.
+    """
+    inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+    config = module.config
+    # In other models 0 means something else: a segment with an embedding (GPT-2, BERT), or tokens that see
+    # those behind them (PaliGemma).
+    if config.get_text_config() is not config and config.model_type != "paligemma":
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in inspect.signature(type(module).forward).parameters:
+                inputs[name] = torch.zeros_like(input_ids)
+    return inputs
+
+
+def forward_name(module: nn.Module) -> str:
+    """The attribute with the module's own forward function: Accelerate moves it to make room for hooks."""
+    return "_old_forward" if "_old_forward" in vars(unwrap(module)) else "forward"
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """``module`` runs ``forward`` in place of its own forward function; its hooks run as always."""
+    module, name = unwrap(module), forward_name(module)
+    own = vars(module).get(name)
+    setattr(module, name, forward)
+    try:
+        yield
+    finally:
+        delattr(module, name) if own is None else setattr(module, name, own)
+
+
+class HeadParameters(NamedTuple):
+    """The head as the losses from hidden states take it.
+
+        z = logit_scale * (hidden @ weight.T + bias)
+        logits = z, or softcap * tanh(z / softcap) where there is a softcap
+
+    Attributes:
+        weight: ``[V, D]``.
+        bias: ``[V]`` or None.
+        softcap, logit_scale: None and 1.0 where the model has none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+
+def head_parameters(model: nn.Module) -> HeadParameters:
+    """Weight, bias, softcap and scale of the head that follows the hidden states.
+
+    LoRA on the head is merged into the returned weight, differentiably. `check_head` compares the
+    result with the model's own logits.
+
+    Raises:
+        NotImplementedError: the head is more than a linear layer with a known scale or softcap, or it is
+            sharded and not gathered.
+    """
+    name = "head_parameters"
+    causal = causal_lm(model)
+    head = causal.get_output_embeddings()
+    config = causal.config.get_text_config()
+    for attribute in (
+        "lm_head_multiplier",
+        "output_multiplier",
+        "logits_soft_cap",
+        "output_logit_soft_cap",
+        "dim_model_base",
+        "final_logits_bias",
+    ):
+        if getattr(config, attribute, None) not in (None, 1.0):
+            raise NotImplementedError(f"{name}: the configuration's {attribute} is not supported")
+    softcap = getattr(config, "final_logit_softcapping", None) or None
+    scale = 1.0
+    if getattr(config, "logit_scale", None) is not None:  # Cohere
+        scale = float(config.logit_scale)
+    if getattr(config, "logits_scaling", None) not in (None, 1.0):
+        # Granite divides by it, HyperCLOVA X multiplies.
+        if config.model_type.startswith("granite"):
+            scale = 1.0 / config.logits_scaling
+        elif config.model_type.startswith("hyperclovax"):
+            scale = float(config.logits_scaling)
+        else:
+            raise NotImplementedError(f"{name}: logits_scaling of model type {config.model_type!r} is not known")
+    weight, bias = _linear_weight(head)
+    for parameter in (weight, bias):
+        if parameter is not None and hasattr(parameter, "full_tensor"):
+            raise NotImplementedError(
+                f"{name}: the head's parameters are sharded; call it in the loss_fn of "
+                "shared_forward, inside the model's forward pass"
+            )
+    return HeadParameters(weight, bias, softcap, scale)
+
+
+def _linear_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight ``[V, D]`` and bias ``[V]`` of a linear layer, with its LoRA adapters merged in."""
+    head = unwrap(head)
+    if hasattr(head, "modules_to_save") and hasattr(head, "active_adapters"):  # PEFT's trained copy
+        active = [name for name in head.active_adapters if name in head.modules_to_save]
+        if active and not getattr(head, "disable_adapters", False):
+            return _linear_weight(head.modules_to_save[active[0]])
+        return _linear_weight(head.original_module)
+    if hasattr(head, "lora_A"):
+        weight, bias = _linear_weight(head.base_layer)
+        if head.disable_adapters or head.merged:
+            return weight, bias
+        for adapter in head.active_adapters:
+            if adapter not in head.lora_A:
+                continue
+            if head.use_dora.get(adapter) or getattr(head.lora_dropout[adapter], "p", 0) > 0:
+                raise NotImplementedError("head_parameters: DoRA or LoRA dropout on the head")
+            weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
+        return weight, bias
+    # FSDP2 makes a subclass, which computes the same. A subclass with another forward (quantized, ...) does not.
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        raise NotImplementedError(f"head_parameters: the head must be a torch.nn.Linear, got {type(head).__name__}")
+    return head.weight, head.bias

@@ -1,0 +1,196 @@
+"""Passes through a model's decoder, the first of them inside a forward call of the whole model.
+
+`run_inside` puts a function in place of the head, inside the model's own forward call. `PassRunner` sends
+tokens through the decoder there: one sequence alone, or a part of a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastsdpo.prefix.attention import KeysValues, SharedPass, attention_windows, let_attention_switch
+from fastsdpo.prefix.model import causal_lm, forward_replaced, model_device, text_inputs, unwrap
+from fastsdpo.prefix.plan import Plan
+from fastsdpo.prefix.refusals import rotary_limit, unsupported
+
+Result = TypeVar("Result")
+
+
+def run_inside(model: nn.Module, body: Callable[[Tensor], Result], inputs: dict[str, Any]) -> Result:
+    """``body(hidden)`` in place of the head, inside one forward call ``model(**inputs)``.
+
+    What wraps the model (DDP, FSDP, DeepSpeed, autocast) has gathered and cast the weights there, the
+    head's too, and sees the result as the head's output. There are no logits.
+
+    Args:
+        model: a causal LM of transformers, wrapped or not.
+        body: gets the decoder's last hidden states ``[B, L, D]``, and may run the decoder again. DDP and
+            FSDP look for the tensors to differentiate in its result: a tensor or a tuple.
+        inputs: the model's keyword arguments, ``input_ids [B, L]`` among them.
+
+    Raises:
+        NotImplementedError: the model does not call its head, or not on all its positions.
+    """
+    causal = causal_lm(model)
+    head = causal.get_output_embeddings()
+    instead = _InPlaceOfHead(causal, body, tuple(inputs["input_ids"].shape))
+    hooks = [
+        head.register_forward_hook(instead.take_result),
+        # Ahead of the hooks of FSDP2, which look for the tensors to differentiate in what is returned.
+        unwrap(model).register_forward_hook(instead.give_result, prepend=True),
+    ]
+    try:
+        with forward_replaced(head, instead.forward):
+            return model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _InPlaceOfHead(Generic[Result]):
+    """The forward function that replaces a head's, and two hooks that carry its result past the model.
+
+    The model may do something to its logits. So it gets empty ones, and the result of ``body`` goes from the
+    head's last hook to the model's.
+    """
+
+    def __init__(self, causal: nn.Module, body: Callable[[Tensor], Result], shape: tuple[int, ...]):
+        self.name = type(causal).__name__
+        self.vocabulary = causal.config.get_text_config().vocab_size
+        self.body = body
+        self.shape = shape
+        self.result: list[Result] = []
+
+    def forward(self, hidden: Tensor) -> Result:
+        if tuple(hidden.shape[:-1]) != self.shape:
+            raise NotImplementedError(
+                f"run_inside: {self.name} must call its head on all positions "
+                f"{list(self.shape)}, got {list(hidden.shape[:-1])}"
+            )
+        return self.body(hidden)
+
+    def take_result(self, _head: nn.Module, args: Any, output: Result) -> Tensor:
+        """The head's last hook: those of FSDP and ZeRO have seen the result before it."""
+        self.result.append(output)
+        return args[0].new_empty(*self.shape[:-1], 0, self.vocabulary)
+
+    def give_result(self, _model: nn.Module, _args: Any, _output: Any) -> Result:
+        if not self.result:
+            raise NotImplementedError(f"run_inside: {self.name} does not call its head")
+        return self.result[0]
+
+
+class DecoderPass(NamedTuple):
+    """T tokens that go through the decoder together.
+
+    Attributes:
+        token_ids, position_ids: ``[T]`` int64.
+        rows: ``[n]`` int64, the tokens whose hidden states predict response tokens.
+        shared: what the attention needs to know; None: one sequence, with the model's own attention.
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    rows: Tensor
+    shared: SharedPass | None
+
+
+def sequence_pass(prompt: Sequence[int], completion: Sequence[int]) -> DecoderPass:
+    """One sequence alone, unpadded; its rows predict the completion."""
+    rows = torch.arange(len(prompt) - 1, len(prompt) + len(completion) - 1)
+    ids = torch.tensor([*prompt, *completion])
+    return DecoderPass(ids, torch.arange(len(ids)), rows, None)
+
+
+class PassRunner:
+    """Sends tokens through the decoder of one model, wrapped or not."""
+
+    def __init__(self, model: nn.Module, attention: str = "auto"):
+        self.model = model
+        self.causal = causal_lm(model)
+        self.decoder = self.causal.get_decoder()
+        self.device = model_device(model)
+        self.attention = attention
+        limit = rotary_limit(model)
+        dynamic = limit is not None and limit.kind == "dynamic"
+        self._dynamic = [m for m in self.decoder.modules() if dynamic and hasattr(m, "max_seq_len_cached")]
+
+    def prepare_to_share(self, plan: Plan) -> None:
+        """Lets the attention modules use a plan.
+
+        Raises:
+            NotImplementedError: the model does something that shared passes over ``plan`` would get wrong.
+        """
+        reason, limit = unsupported(self.model), rotary_limit(self.model)
+        if limit is not None and int(plan.position_ids.max()) >= limit.positions:
+            reason = reason or str(limit)
+        if reason is not None:
+            raise NotImplementedError(f"shared_forward: sharing must be 'off' here: {reason}")
+        let_attention_switch(self.decoder)
+
+    def plan_pass(
+        self, plan: Plan, first: int, stop: int, rows: Tensor, *, keep: bool = False, before: KeysValues | None = None
+    ) -> DecoderPass:
+        """The packed tokens ``[first, stop)`` of ``plan``; ``rows`` count from ``first``."""
+        shared = SharedPass(
+            plan,
+            first=first,
+            stop=stop,
+            backend=self.attention,
+            windows=attention_windows(self.causal.config.get_text_config()),
+            keep=keep,
+            before=before,
+        )
+        return DecoderPass(plan.token_ids[first:stop], plan.position_ids[first:stop], rows, shared)
+
+    def run_first(self, one: DecoderPass, body: Callable[[Tensor], Result]) -> Result:
+        """``body(hidden [T, D])`` in place of the head, inside the call of the whole model that makes ``one``."""
+        return run_inside(self.model, partial(self._check_first, one, body), self._inputs(self.causal, one))
+
+    def _check_first(self, one: DecoderPass, body: Callable[[Tensor], Result], hidden: Tensor) -> Result:
+        self._check_layers(one)
+        return body(hidden[0])
+
+    def run(self, one: DecoderPass) -> Tensor:
+        """The hidden states ``[T, D]`` of another pass; called inside the ``body`` of `run_first`."""
+        hidden = self.decoder(**self._inputs(self.decoder, one)).last_hidden_state[0]
+        self._check_layers(one)
+        return hidden
+
+    def rows(self, passes: list[DecoderPass], first_hidden: Tensor | None = None) -> Tensor:
+        """The rows ``[N, D]`` of ``passes``; ``first_hidden [T, D]`` are the states of the first, if it has run."""
+        kept = []
+        for number, one in enumerate(passes):
+            hidden = first_hidden if number == 0 and first_hidden is not None else self.run(one)
+            kept.append(hidden[one.rows.to(hidden.device)])
+        return kept[0] if len(kept) == 1 else torch.cat(kept)
+
+    def _inputs(self, module: nn.Module, one: DecoderPass) -> dict[str, Any]:
+        """The keyword arguments with which ``module``, the whole model or its decoder, makes a pass."""
+        for rotary in self._dynamic:  # or the pass would use the frequencies of a longer one before it
+            for name in [n for n in vars(rotary) if n.endswith("max_seq_len_cached")]:
+                setattr(rotary, name, 0)
+        inputs = text_inputs(module, one.token_ids[None].to(self.device))
+        if one.shared is not None:
+            inputs["position_ids"] = one.position_ids[None].to(self.device)
+            # transformers leaves a mask with four axes as it is. Without one it would take positions that
+            # jump back at a branch for packed sequences, and make a mask. The plan's attention reads none.
+            inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=self.device)
+            inputs["fastsdpo_pass"] = one.shared
+        return inputs
+
+    def _check_layers(self, one: DecoderPass) -> None:
+        """Raises NotImplementedError where a layer did not use the plan's attention."""
+        if one.shared is None:
+            return
+        missing = sorted(set(range(self.causal.config.get_text_config().num_hidden_layers)) - one.shared.layers)
+        if missing:
+            raise NotImplementedError(
+                f"shared_forward: sharing must be 'off' here: layers {missing} of "
+                f"{type(self.causal).__name__} do not call the attention interface"
+            )
