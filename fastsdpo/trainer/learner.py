@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastsdpo.data import TokenizedInteraction
-from fastsdpo.prefix import ResponseStates, head_parameters
+from fastsdpo.prefix import ForwardSession, ResponseStates, head_parameters
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.loss import TokenStatistics, count_items, sdpo_step_loss, token_weights
 from fastsdpo.trainer.packs import Item
@@ -76,16 +76,16 @@ class Learner:
         initial = None if self.initial is None else self.initial.states(passes, pack)
         ahead = Ahead(initial, self.teacher.unguided(passes, pack))
 
-        def loss_fn(states: ResponseStates) -> tuple[Tensor, TokenStatistics]:
+        def loss_fn(session: ForwardSession) -> tuple[Tensor, TokenStatistics]:
             # All heads are taken here, inside the head's own forward pass, where FSDP has gathered it.
-            head = head_parameters(model)
-            teacher = self.teacher.states(model, states, head, ahead)
+            student, head = session.student(), head_parameters(model)
+            teacher = self.teacher.states(model, session, head, ahead)
             reference = reference_head = None
             if args.needs_reference:
                 assert self.initial is not None and initial is not None
                 reference, reference_head = initial.student_hidden, self.initial.head(model)
             return sdpo_step_loss(
-                states._replace(teacher_hidden=teacher.hidden),
+                ResponseStates(student, teacher.hidden, *session.labels),
                 head,
                 weights=weights,
                 counts=counts,

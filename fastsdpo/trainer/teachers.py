@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastsdpo.data import TokenizedInteraction
 from fastsdpo.prefix import (
+    ForwardSession,
     HeadParameters,
     ResponseStates,
     count_tokens,
@@ -56,11 +57,11 @@ class PackPasses:
         self,
         interactions: Sequence[TokenizedInteraction],
         context: TeacherContext | None,
-        loss_fn: Callable[[ResponseStates], Any],
+        loss_fn: Callable[[ForwardSession], Any],
     ) -> Any:
-        """The student's pass with the teacher's, and in it ``loss_fn`` of their states."""
+        """The student's pass, and in place of its head ``loss_fn``; the teacher's pass is under ``context``."""
         self._count(interactions, live=context is None)
-        return shared_forward(self.model, interactions, teacher_context=context, loss_fn=loss_fn, **self.options)
+        return ForwardSession(self.model, interactions, teacher_context=context, **self.options).run(loss_fn)
 
     def _count(self, interactions: Sequence[TokenizedInteraction], *, live: bool) -> None:
         counts = count_tokens(interactions, sharing=self.options["sharing"], live=live)
@@ -106,11 +107,11 @@ class Teacher(Protocol):
         """What `guide` goes from; None where the follow-up counts once."""
         ...
 
-    def states(self, model: nn.Module, pass_: ResponseStates, head: HeadParameters, ahead: Ahead) -> TeacherStates:
+    def states(self, model: nn.Module, session: ForwardSession, head: HeadParameters, ahead: Ahead) -> TeacherStates:
         """Called inside the forward pass of the student's head, where FSDP holds its parameters gathered.
 
         Args:
-            pass_: the states of the pass, ``teacher_hidden`` computed under `context`.
+            session: of the student's pass; its `teacher` is the model under `context`.
             head: the student's.
         """
         ...
@@ -124,9 +125,9 @@ class LiveTeacher:
     def unguided(self, passes: PackPasses, pack: Sequence[TokenizedInteraction]) -> ResponseStates | None:
         return None
 
-    def states(self, model: nn.Module, pass_: ResponseStates, head: HeadParameters, ahead: Ahead) -> TeacherStates:
+    def states(self, model: nn.Module, session: ForwardSession, head: HeadParameters, ahead: Ahead) -> TeacherStates:
         head_there = None if self.context is None else other_head(model, self.context)
-        return TeacherStates(pass_.teacher_hidden, head_there)
+        return TeacherStates(session.teacher(), head_there)
 
 
 class FrozenTeacher(LiveTeacher):
@@ -149,11 +150,11 @@ class TrustRegionTeacher(LiveTeacher):
     def __init__(self, initial: InitialModel, mix: float):
         self.initial, self.mix = initial, mix
 
-    def states(self, model: nn.Module, pass_: ResponseStates, head: HeadParameters, ahead: Ahead) -> TeacherStates:
+    def states(self, model: nn.Module, session: ForwardSession, head: HeadParameters, ahead: Ahead) -> TeacherStates:
         assert ahead.initial is not None
         frozen_head = self.initial.head(model)
         return TeacherStates(
-            *mix_teachers(ahead.initial.teacher_hidden, pass_.teacher_hidden, frozen_head, head, self.mix)
+            *mix_teachers(ahead.initial.teacher_hidden, session.teacher(), frozen_head, head, self.mix)
         )
 
 
@@ -176,9 +177,9 @@ class GuidedTeacher:
             read.append(TokenizedInteraction(item.prompt_ids, neutral, item.completion_ids))
         return passes.ahead(read, self.context)
 
-    def states(self, model: nn.Module, pass_: ResponseStates, head: HeadParameters, ahead: Ahead) -> TeacherStates:
+    def states(self, model: nn.Module, session: ForwardSession, head: HeadParameters, ahead: Ahead) -> TeacherStates:
         assert ahead.unguided is not None
-        found = self.teacher.states(model, pass_, head, ahead)
+        found = self.teacher.states(model, session, head, ahead)
         return found._replace(hidden=guide(found.hidden, ahead.unguided, self.guidance))
 
 
