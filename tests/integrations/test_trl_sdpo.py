@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import runpy
+import importlib
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -401,6 +402,13 @@ def test_everything_is_restored():
         patch_trl("fast")
 
 
+def import_anew(monkeypatch):
+    """Imports the integration as a process does that has not imported it yet."""
+    for name in [name for name in sys.modules if re.match(r"fastsdpo\.integrations\._?trl", name)]:
+        monkeypatch.delitem(sys.modules, name)
+    importlib.import_module("fastsdpo.integrations.trl")
+
+
 def test_other_versions_are_refused(monkeypatch):
     """An old TRL by its version, a changed one by the signatures of what is replaced."""
 
@@ -410,16 +418,15 @@ def test_other_versions_are_refused(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(SDPOTrainer, "compute_loss", changed)
         with pytest.raises(ImportError, match=r"differs from 1\.16\.0.*compute_loss.*something_new"):
-            trl_integration._check_trl()
-    path = trl_integration.__file__
+            import_anew(patch)
     with monkeypatch.context() as patch:
         patch.setattr("importlib.metadata.version", lambda name: "1.15.2")
         with pytest.raises(ImportError, match=r"needs TRL >= 1\.16\.0, got 1\.15\.2"):
-            runpy.run_path(path)
+            import_anew(patch)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "trl", None)
         with pytest.raises(ImportError, match=r"pip install 'trl>=1\.16\.0'"):
-            runpy.run_path(path)
+            import_anew(patch)
 
 
 def test_import_is_lazy():
