@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsdpo.integrations._distillation import Head
-from fastsdpo.integrations._trl_originals import _TRL_DIVERGENCE
+from fastsdpo.integrations._trl_originals import trl_divergence
+from fastsdpo.integrations.transformers import gathered
 from fastsdpo.ops.linear import linear_sdpo_loss
 from fastsdpo.ops.linear_token_logps import linear_token_logps
+
+
+class _Model(NamedTuple):
+    """One model's side of the divergence: hidden states ``[N, D]`` and the head, ``[V, D]`` and ``[V]``."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
 
 
 def chunked_divergence_loss(
@@ -30,15 +39,18 @@ def chunked_divergence_loss(
     teacher_final_logit_softcapping: float | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In place of TRL's function of this signature: ``(loss, entropy sum, tokens that count)``.
+    """Replaces TRL's function with the same arguments, which decides their number.
 
-    5 GEMMs (student, teacher, the student's entropy, two gradients) instead of 6, or 8 for a
-    Jensen-Shannon divergence. Softcaps that differ between the two models, and scales that are not
-    positive, are left to TRL's function.
+    It takes 5 GEMMs (student, teacher, the student's entropy, two gradients) instead of 6, or of 8 for a
+    Jensen-Shannon divergence. TRL's own function runs where the softcaps of the two models differ and where a
+    logit scale is not positive.
+
+    Returns:
+        ``(loss, sum of the student's entropies in nats, number of tokens that count)``.
     """
     scales = (student_logit_scale, teacher_logit_scale)
     if student_final_logit_softcapping != teacher_final_logit_softcapping or min(scales) <= 0:
-        return _TRL_DIVERGENCE(
+        return trl_divergence(
             student_hidden_states,
             teacher_hidden_states,
             student_lm_head_weight,
@@ -53,67 +65,48 @@ def chunked_divergence_loss(
             teacher_final_logit_softcapping,
             temperature,
         )
-    valid = completion_mask.reshape(-1) != 0
-    count = valid.sum()
-    student = student_hidden_states.flatten(0, -2)[valid]
-    teacher = teacher_hidden_states.flatten(0, -2)[valid]
-    if num_items_in_batch is None:
-        divisor = count.clamp(min=1)
-    else:
-        divisor = torch.as_tensor(num_items_in_batch, device=student.device)
-    if teacher_logit_scale != student_logit_scale:
-        # One scale serves both heads: the other goes into the teacher's hidden states and bias.
-        ratio = teacher_logit_scale / student_logit_scale
-        teacher = teacher * ratio
-        if teacher_lm_head_bias is not None:
-            teacher_lm_head_bias = teacher_lm_head_bias * ratio
-    head = Head(
-        student_lm_head_weight,
-        student_lm_head_bias,
-        student_final_logit_softcapping or None,
-        student_logit_scale,
+    counts = completion_mask.reshape(-1) != 0
+    count = counts.sum()
+    divisor = count.clamp(min=1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+    softcap = student_final_logit_softcapping or None
+    student, teacher = student_hidden_states.flatten(0, -2)[counts], teacher_hidden_states.flatten(0, -2)[counts]
+    loss, entropy = _divergence(
+        _Model(student, student_lm_head_weight, student_lm_head_bias, student_logit_scale, softcap),
+        _Model(teacher, teacher_lm_head_weight, teacher_lm_head_bias, teacher_logit_scale, softcap),
+        beta,
+        (1.0 / divisor.to(count.device)).to(torch.float32),
+        temperature,
     )
-    ids = count.new_zeros(len(student))
-    parameters = (
-        student_lm_head_weight,
-        student_lm_head_bias,
-        teacher_lm_head_weight,
-        teacher_lm_head_bias,
-    )
-    with _gathered(*parameters):
+    return loss, entropy, count
+
+
+def _divergence(
+    student: _Model, teacher: _Model, beta: float, weight: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The divergence, each token times ``weight``, and the sum of the student's entropies."""
+    if teacher.logit_scale != student.logit_scale:
+        # The loss has one scale for both heads: the ratio goes into the teacher's hidden states and bias.
+        ratio = teacher.logit_scale / student.logit_scale
+        bias = None if teacher.bias is None else teacher.bias * ratio
+        teacher = teacher._replace(hidden=teacher.hidden * ratio, bias=bias)
+    ids = torch.zeros(len(student.hidden), dtype=torch.int64, device=student.hidden.device)
+    head = {"bias": student.bias, "softcap": student.softcap, "logit_scale": student.logit_scale}
+    with gathered(student.weight, student.bias, teacher.weight, teacher.bias):
         with torch.no_grad():
             _, entropy = linear_token_logps(
-                student,
-                head.weight,
-                ids,
-                bias=head.bias,
-                softcap=head.softcap,
-                logit_scale=head.logit_scale,
-                temperature=temperature,
-                return_entropy=True,
+                student.hidden, student.weight, ids, temperature=temperature, return_entropy=True, **head
             )
         out = linear_sdpo_loss(
-            student,
-            teacher,
-            head.weight,
+            student.hidden,
+            teacher.hidden,
+            student.weight,
             ids,
-            bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            teacher_weight=teacher_lm_head_weight,
-            teacher_bias=teacher_lm_head_bias,
+            teacher_weight=teacher.weight,
+            teacher_bias=teacher.bias,
             mode="full",
             alpha=beta,
             temperature=temperature,
-            weights=(1.0 / divisor).to(torch.float32).expand(len(student)),
+            weights=weight.expand(len(ids)),
+            **head,
         )
-    return out.loss, entropy.sum(), count
-
-
-def _gathered(*parameters: Tensor | None) -> Any:
-    """TRL's own gathering of ZeRO-3 parameters, where there are any."""
-    if not any(hasattr(parameter, "ds_status") for parameter in parameters):
-        return nullcontext()
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
-
-    return maybe_gather_lm_head_ctx(*parameters)
+    return out.loss, entropy.sum()

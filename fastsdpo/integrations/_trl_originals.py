@@ -1,6 +1,7 @@
-"""TRL as it is installed: a version for which the replacements are written, and its own functions.
+"""TRL as it is installed: the check of its version, and the functions of it that are replaced.
 
-Everything that replaces a part of TRL imports this module first: it raises where the parts look different.
+Every module that replaces a part of TRL imports this one first. The import raises an ImportError where TRL is
+missing, too old, or differs in what is replaced.
 """
 
 # The version is checked before anything of TRL is imported.
@@ -29,60 +30,51 @@ if Version(version("trl")) < Version(NEEDED):
     )
 
 with warnings.catch_warnings():
-    # Whoever imports this module has read that trl.experimental may change: the check below is for it.
+    # TRL warns that trl.experimental may change; `_check_signatures` notices such changes.
     warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
-    from trl.experimental.sdpo import SDPOTrainer
+    from trl.experimental import sdpo as trl_sdpo
 
-from trl.trainer import distillation_trainer as _distillation
+from trl.trainer import distillation_trainer as trl_distillation
 
 from fastsdpo.ops.token_logps import token_logps
 
-# What is replaced, with the arguments that the replacement relies on.
-_REPLACED = {
+# TRL has no types for most of what its trainers hold.
+SDPOTrainer: Any = trl_sdpo.SDPOTrainer
+distillation_trainer: Any = trl_distillation
+
+# The methods of `SDPOTrainer` that are replaced, with the arguments that the replacements take.
+REPLACED = {
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
     "_forward_logits": ("self", "model", "input_ids", "attention_mask", "logits_to_keep"),
     "_compute_policy_loss": ("self", "inputs", "student_logits"),
     "_compute_self_distillation_loss": ("self", "model", "inputs", "distillation_logits"),
-    "_compute_rollout_logps": (
-        "self",
-        "prompt_ids",
-        "prompt_mask",
-        "completion_ids",
-        "completion_mask",
-    ),
+    "_compute_rollout_logps": ("self", "prompt_ids", "prompt_mask", "completion_ids", "completion_mask"),
 }
-# What is used of TRL's private methods besides.
-_USED = ("_get_teacher_context_for_self_distillation", "_log_self_distillation_metric")
+# Methods that the replacements call.
+_CALLED = ("_get_teacher_context_for_self_distillation", "_log_self_distillation_metric")
+# The arguments of the function that is replaced for `DistillationTrainer`.
 _DIVERGENCE = (
-    "student_hidden_states",
-    "teacher_hidden_states",
-    "student_lm_head_weight",
-    "teacher_lm_head_weight",
-    "completion_mask",
-    "beta",
-    "num_items_in_batch",
-    "student_lm_head_bias",
-    "teacher_lm_head_bias",
-    "student_logit_scale",
-    "teacher_logit_scale",
-    "student_final_logit_softcapping",
-    "teacher_final_logit_softcapping",
-    "temperature",
+    *("student_hidden_states", "teacher_hidden_states", "student_lm_head_weight", "teacher_lm_head_weight"),
+    *("completion_mask", "beta", "num_items_in_batch", "student_lm_head_bias", "teacher_lm_head_bias"),
+    *("student_logit_scale", "teacher_logit_scale"),
+    *("student_final_logit_softcapping", "teacher_final_logit_softcapping", "temperature"),
 )
 
 
-def _check_trl() -> None:
-    """TRL is at the version whose private methods are replaced, or they still look the same."""
-    problems = [
-        f"SDPOTrainer.{name}{inspect.signature(getattr(SDPOTrainer, name))}"
-        if hasattr(SDPOTrainer, name)
-        else f"SDPOTrainer.{name} is missing"
-        for name, arguments in _REPLACED.items()
-        if tuple(inspect.signature(getattr(SDPOTrainer, name, print)).parameters) != arguments
-    ]
-    problems += [f"SDPOTrainer.{name} is missing" for name in _USED if not hasattr(SDPOTrainer, name)]
-    divergence = getattr(_distillation, "_chunked_divergence_loss", print)
-    if tuple(inspect.signature(divergence).parameters) != _DIVERGENCE:
+def _check_signatures() -> None:
+    """Raises an ImportError where a function of TRL is missing or takes other arguments than expected."""
+
+    def arguments(owner: Any, name: str) -> tuple[str, ...] | None:
+        return tuple(inspect.signature(getattr(owner, name)).parameters) if hasattr(owner, name) else None
+
+    problems = []
+    for name, expected in REPLACED.items():
+        found = arguments(SDPOTrainer, name)
+        if found != expected:
+            looks = " is missing" if found is None else f"({', '.join(found)})"
+            problems.append(f"SDPOTrainer.{name}{looks}")
+    problems += [f"SDPOTrainer.{name} is missing" for name in _CALLED if not hasattr(SDPOTrainer, name)]
+    if arguments(distillation_trainer, "_chunked_divergence_loss") != _DIVERGENCE:
         problems.append("trl.trainer.distillation_trainer._chunked_divergence_loss")
     if problems:
         raise ImportError(
@@ -92,13 +84,13 @@ def _check_trl() -> None:
         )
 
 
-_check_trl()
-_TRL = {name: vars(SDPOTrainer)[name] for name in _REPLACED}
-_TRL_DIVERGENCE = _distillation._chunked_divergence_loss
+_check_signatures()
+TRL_METHODS = {name: vars(SDPOTrainer)[name] for name in REPLACED}
+trl_divergence = distillation_trainer._chunked_divergence_loss
 
 
-def _rebound(function: Any, **names: Any) -> Any:
-    """``function`` with other values of some of its module's names; the module stays as it is."""
+def _with_globals(function: Any, **names: Any) -> Any:
+    """A copy of ``function`` that sees other values of some of its module's names."""
     return types.FunctionType(
         function.__code__,
         {**function.__globals__, **names},
@@ -108,9 +100,9 @@ def _rebound(function: Any, **names: Any) -> Any:
     )
 
 
-# TRL's own clipping and normalization, fed with log-probs in place of logits, or with logits and
-# the fused kernel.
-_policy_loss_from_logps = _rebound(_TRL["_compute_policy_loss"], selective_log_softmax=lambda logps, ids: logps)
-_policy_loss_from_logits = _rebound(
-    _TRL["_compute_policy_loss"], selective_log_softmax=lambda logits, ids: token_logps(logits, ids)
+# TRL's policy loss, with its clipping and normalization. The first takes the completion's log-probs ``[B, T]`` in
+# place of logits; the second takes logits ``[B, T, V]`` and computes their log-probs with the fused kernel.
+policy_loss_from_logps = _with_globals(
+    TRL_METHODS["_compute_policy_loss"], selective_log_softmax=lambda logps, ids: logps
 )
+policy_loss_from_logits = _with_globals(TRL_METHODS["_compute_policy_loss"], selective_log_softmax=token_logps)
