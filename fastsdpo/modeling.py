@@ -112,17 +112,21 @@ def load_model_and_tokenizer(
             f"load_model_and_tokenizer: the tokenizer of {name} must have a chat template, got "
             "none; use an instruction-tuned model, or pass the tokenizer of one"
         )
-    rows = model.get_input_embeddings().weight.shape[0]
-    _drop_invented_tokens(loaded, rows)
-    largest = max(loaded.get_vocab().values())
+    _fit_tokenizer(loaded, rows=model.get_input_embeddings().weight.shape[0])
+    return model.to(device), loaded
+
+
+def _fit_tokenizer(tokenizer: Any, rows: int) -> None:
+    """Gives the tokenizer a pad token, and checks that its ids are rows of the model's embedding."""
+    _drop_invented_tokens(tokenizer, rows)
+    largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise ValueError(
             f"load_model_and_tokenizer: the tokenizer's ids must be below the model's {rows} "
             f"embedding rows, got {largest}; do model and tokenizer belong together?"
         )
-    if loaded.pad_token is None and loaded.eos_token is not None:
-        loaded.pad_token = loaded.eos_token
-    return model.to(device), loaded
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def check_name(name: str | os.PathLike) -> None:
@@ -238,7 +242,7 @@ def _load_adapter(model: Any, adapter: _Adapter) -> Any:
             f"load_model_and_tokenizer: {adapter.place} is an adapter, which needs the package peft; "
             "install it with: pip install 'fastsdpo[peft]'"
         ) from error
-    options = {} if adapter.revision is None else {"revision": adapter.revision}
+    options: dict[str, Any] = {} if adapter.revision is None else {"revision": adapter.revision}
     try:
         config = PeftConfig.from_pretrained(adapter.place, **options)
         with warnings.catch_warnings():
@@ -337,9 +341,10 @@ def _load_model(
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
     except (OSError, SafetensorError) as error:
         raise _not_loaded("model", place, local, error) from error
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(

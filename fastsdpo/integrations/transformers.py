@@ -2,14 +2,14 @@
 
     model(**inputs).logits  ->  log_softmax  ->  gather          (B, L, V) twice and more
 
-becomes `fused_logps`: the model runs as it is wrapped (DDP, FSDP2, PEFT, autocast), a hook takes the
-hidden states ahead of the head, and the head's logits exist a chunk of tokens at a time.
+becomes `fused_logps`. The model runs as it is wrapped (DDP, FSDP2, PEFT, autocast). A hook takes the hidden
+states before the head, and logits exist for one chunk of tokens at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,25 +19,21 @@ from fastsdpo.integrations._distillation import IGNORE_INDEX
 from fastsdpo.ops.checks import shape_text
 from fastsdpo.ops.divergence import sdpo_loss
 from fastsdpo.ops.linear_token_logps import linear_token_logps
-from fastsdpo.prefix import HeadParameters, head_parameters, run_inside
-from fastsdpo.prefix.forward import causal_lm
+from fastsdpo.prefix import HeadParameters, causal_lm, head_parameters, run_inside
 
 
 @contextmanager
-def gathered_head(*models: nn.Module) -> Iterator[None]:
-    """Holds the heads' parameters whole where DeepSpeed ZeRO-3 has partitioned them.
+def gathered(*parameters: Tensor | None) -> Iterator[None]:
+    """Holds parameters whole where DeepSpeed ZeRO-3 has partitioned them; without ZeRO-3 this does nothing.
 
-    Under ZeRO-3 a parameter is empty outside its module's forward pass, and the losses from hidden
-    states never call the head's. Parameters that are whole already (a head tied to the embedding
-    inside the forward pass) are left to their owner; without ZeRO-3 this does nothing. The loss has
-    to form its gradients here, in the forward pass, as `linear_sdpo_loss` does.
+    Under ZeRO-3 a parameter is empty outside its module's forward pass. A parameter that is whole already (a head
+    tied to the embedding, inside the forward pass) is left to its owner.
     """
     partitioned = {}
-    for model in models:
-        for parameter in causal_lm(model).get_output_embeddings().parameters():
-            status = getattr(parameter, "ds_status", None)
-            if status is not None and getattr(status, "name", "") != "AVAILABLE":
-                partitioned[id(parameter)] = parameter
+    for parameter in parameters:
+        status = getattr(parameter, "ds_status", None)
+        if status is not None and getattr(status, "name", "") != "AVAILABLE":
+            partitioned[id(parameter)] = parameter  # once, however often it is given
     if not partitioned:
         yield
         return
@@ -47,10 +43,23 @@ def gathered_head(*models: nn.Module) -> Iterator[None]:
         yield
 
 
+def gathered_head(*models: nn.Module) -> AbstractContextManager[None]:
+    """Holds the models' heads whole under DeepSpeed ZeRO-3, as the losses from hidden states need them.
+
+    Those losses never call the head's own forward pass, which would gather it. The loss must form its gradients
+    inside this context, as `linear_sdpo_loss` does.
+    """
+    return gathered(*(parameter for model in models for parameter in _of_head(model)))
+
+
 def is_partitioned(model: nn.Module) -> bool:
     """Whether DeepSpeed ZeRO-3 holds the model's head in shards."""
-    head = causal_lm(model).get_output_embeddings()
-    return any(hasattr(parameter, "ds_status") for parameter in head.parameters())
+    return any(hasattr(parameter, "ds_status") for parameter in _of_head(model))
+
+
+def _of_head(model: nn.Module) -> Iterator[nn.Parameter]:
+    inner: Any = causal_lm(model)
+    return inner.get_output_embeddings().parameters()
 
 
 def fused_logps(
@@ -79,8 +88,8 @@ def fused_logps(
         inputs: more keyword arguments of the model (``position_ids``, ...).
 
     Returns:
-        ``[B, L]`` float32, differentiable, 0 where the label is -100 and at t = 0, which nothing
-        predicts; with ``return_entropy`` the pair ``(logps, entropy)``, the entropy detached.
+        ``[B, L]`` float32, differentiable; 0 where the label is -100, and at t = 0, which no logits predict. With
+        ``return_entropy`` the pair ``(logps, entropy)``, the entropy detached.
 
     Raises:
         ValueError: labels of another shape than input_ids.
@@ -115,7 +124,7 @@ def fused_logps(
 
 def label_logps(
     hidden: Tensor,
-    head: HeadParameters | Any,
+    head: HeadParameters,
     target_ids: Tensor,
     temperature: float = 1.0,
     return_entropy: bool = False,
@@ -153,7 +162,7 @@ class SDPOLabels(dict):
     one teacher, aligned with the labels: ``teacher_logps [B, L]``, or ``teacher_topk_ids`` and
     ``teacher_topk_logps [B, L, K]``. Further keys: ``old_logps [B, L]`` for ``is_clip``.
 
-    `Trainer` counts the tokens of a step as it would those of a tensor of labels.
+    `Trainer` counts the tokens of a step with `ne`, as it does for a tensor of labels.
     """
 
     def __getitem__(self, key: Any) -> Any:
@@ -163,6 +172,12 @@ class SDPOLabels(dict):
 
     def ne(self, value: int) -> Tensor:
         return self["labels"].ne(value)
+
+
+TEACHERS = {
+    "sampled_token": ("teacher_logps",),
+    "topk": ("teacher_topk_ids", "teacher_topk_logps"),
+}
 
 
 def sdpo_loss_func(
@@ -179,69 +194,66 @@ def sdpo_loss_func(
 
         Trainer(model, args, compute_loss_func=sdpo_loss_func(mode="topk"), data_collator=...)
 
-    The collator puts an `SDPOLabels` under ``"labels"``; the scores come from `fused_logps` of the
-    teacher, from `fastsdpo.integrations.vllm`, or from a data set. The mean is over all tokens of the
-    optimizer step (``num_items_in_batch``), so gradient accumulation and data parallelism change
-    nothing. The model forms its logits; to do without them override ``Trainer.compute_loss`` with
-    `fused_logps`.
+    The collator puts an `SDPOLabels` under ``"labels"``. Its scores come from `fused_logps` of the teacher, from
+    `fastsdpo.integrations.vllm`, or from a data set. The loss is the mean over all tokens of the optimizer step
+    (``num_items_in_batch``), so gradient accumulation and data parallelism do not change it. The model forms its
+    logits. A trainer that works without logits overrides ``Trainer.compute_loss`` and calls `fused_logps`.
 
     Args:
         mode: "sampled_token" with ``teacher_logps``, "topk" with ``teacher_topk_ids`` and ``_logps``.
-        inplace_grad: lets the gradient overwrite the logits, for models whose head is the last
-            operation (autograd raises where it is not).
+        inplace_grad: lets the gradient overwrite the logits, for models whose head is the last operation; autograd
+            raises for others.
         others: as `fastsdpo.sdpo_loss`; ``softcap`` only where the model has not applied its own.
 
     Raises:
-        ValueError: another mode, as only one-token and top-k teachers can come in the labels; from the
-            loss: labels that are no `SDPOLabels`, or lack a key.
+        ValueError: another mode, as only one-token and top-k teachers can come in the labels; from the loss:
+            labels that are no `SDPOLabels`, or lack a key.
         NotImplementedError: from the loss, under `torch.nn.DataParallel`.
     """
-    name = "sdpo_loss_func"
-    teachers = {
-        "sampled_token": ("teacher_logps",),
-        "topk": ("teacher_topk_ids", "teacher_topk_logps"),
+    if mode not in TEACHERS:
+        raise ValueError(f"sdpo_loss_func: mode must be one of {tuple(TEACHERS)}, got {mode!r}")
+    fixed = {
+        "mode": mode,
+        "alpha": alpha,
+        "temperature": temperature,
+        "softcap": softcap,
+        "inplace_grad": inplace_grad,
     }
-    if mode not in teachers:
-        raise ValueError(f"{name}: mode must be one of {tuple(teachers)}, got {mode!r}")
 
     def compute_loss(outputs: Any, labels: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        needed = ("labels", *teachers[mode], *(("old_logps",) if is_clip is not None else ()))
-        # Trainer counts the tokens of SDPOLabels; of another mapping it does not, and without the
-        # count every micro-batch would weigh as much as a whole step.
-        if not isinstance(labels, SDPOLabels) or not set(needed) <= set(labels):
-            got = type(labels).__name__
-            if isinstance(labels, Mapping):
-                got += f" of {sorted(labels)}"
-            raise ValueError(
-                f"{name}: labels must be SDPOLabels with {', '.join(needed)} for mode={mode!r}, got {got}"
-            )
-        if getattr(num_items_in_batch, "ndim", 0):
-            raise NotImplementedError(
-                f"{name}: torch.nn.DataParallel (several GPUs in one process) is not supported: "
-                "Trainer multiplies the loss by their number; start one process per GPU with torchrun"
-            )
+        _check_labels(labels, ("labels", *TEACHERS[mode], *(("old_logps",) if is_clip is not None else ())), mode)
+        _check_items(num_items_in_batch)
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
         # Aligned with the labels: row t of the logits predicts label t + 1.
-        target_ids, *teacher = (labels[key][:, 1:] for key in needed[: 1 + len(teachers[mode])])
-        counts = target_ids != IGNORE_INDEX
-        items = counts.sum() if num_items_in_batch is None else num_items_in_batch
-        items = torch.as_tensor(items, device=logits.device).clamp(min=1)
+        target_ids, *teacher = (labels[key][:, 1:] for key in ("labels", *TEACHERS[mode]))
         given: dict[str, Any] = {"teacher_logps": teacher[0]}
         if mode == "topk":
             given = {"teacher_topk": tuple(teacher), "add_tail": add_tail}
         if is_clip is not None:
             given |= {"old_logps": labels["old_logps"][:, 1:], "is_clip": is_clip}
-        return sdpo_loss(
-            logits[:, :-1],
-            None,
-            target_ids,
-            mode=mode,
-            alpha=alpha,  # type: ignore[arg-type]
-            weights=counts / items,
-            temperature=temperature,
-            softcap=softcap,
-            inplace_grad=inplace_grad,
-            **given,
-        ).loss
+        counts = target_ids != IGNORE_INDEX
+        items = counts.sum() if num_items_in_batch is None else num_items_in_batch
+        weights = counts / torch.as_tensor(items, device=logits.device).clamp(min=1)
+        return sdpo_loss(logits[:, :-1], None, target_ids, weights=weights, **fixed, **given).loss
 
     return compute_loss
+
+
+def _check_labels(labels: Any, needed: tuple[str, ...], mode: str) -> None:
+    # Trainer counts the tokens of SDPOLabels, but not those of another mapping. Without the count every
+    # micro-batch would weigh as much as a whole step.
+    if not isinstance(labels, SDPOLabels) or not set(needed) <= set(labels):
+        got = type(labels).__name__
+        if isinstance(labels, Mapping):
+            got += f" of {sorted(labels)}"
+        raise ValueError(
+            f"sdpo_loss_func: labels must be SDPOLabels with {', '.join(needed)} for mode={mode!r}, got {got}"
+        )
+
+
+def _check_items(num_items_in_batch: Tensor | int | None) -> None:
+    if getattr(num_items_in_batch, "ndim", 0):
+        raise NotImplementedError(
+            "sdpo_loss_func: torch.nn.DataParallel (several GPUs in one process) is not supported: "
+            "Trainer multiplies the loss by their number; start one process per GPU with torchrun"
+        )

@@ -1,26 +1,26 @@
 """verl, and the fork of it by the authors of "Reinforcement Learning via Self-Distillation".
 
-The fork (https://github.com/lasgroup/SDPO) computes the loss of
-https://arxiv.org/abs/2601.20802 in ``compute_self_distillation_loss``. Here are
+The fork (https://github.com/lasgroup/SDPO) computes the loss of https://arxiv.org/abs/2601.20802 in
+``compute_self_distillation_loss``. This module has
 
-- `compute_self_distillation_loss`: its signature and its numbers, from the same tensors. Whole
-  distributions may be logits as well as log-probs, and make one gradient instead of five copies;
-- `self_distillation_loss`: the same loss from hidden states and heads, or logits and the response's
-  tokens, with nothing of vocabulary size but a gradient;
-- `patch_sdpo_fork`: puts the first in place of the fork's;
-- `register_distillation_loss`: the sampled-token loss in verl's own registry.
+- `compute_self_distillation_loss`: the same arguments and the same loss. Whole distributions may be logits as well
+  as log-probs; one gradient of that size is allocated where the fork allocates five copies;
+- `self_distillation_loss`: the same loss from hidden states and heads, or from logits and the response's tokens;
+  it allocates nothing of vocabulary size but a gradient;
+- `patch_sdpo_fork`: replaces the fork's function by the first one;
+- `register_distillation_loss`: registers the sampled-token loss in verl's own registry.
 
     loss = sum w_t r_t v_t l_t      r: clipped importance ratio, v: rollout correction, l: divergence
 
-with w by ``loss_agg_mode``, m the mask, n_i the tokens of sequence i that count, S the sequences with
-any, T the padded length:
+``loss_agg_mode`` chooses the weights w. m is the mask, n_i the number of tokens of sequence i that count, S the
+number of sequences with such tokens, T the padded length:
 
     "token-mean"               w = m / max(1, sum n)
     "seq-mean-token-sum"       w = m / S
     "seq-mean-token-mean"      w = m / (n_i + 1e-8) / S
     "seq-mean-token-sum-norm"  w = m / T
 
-Where no token counts the loss is 0; the fork's sequence means are then NaN.
+Where no token counts the loss is 0; the fork's means over sequences are NaN there.
 """
 
 from __future__ import annotations
@@ -28,20 +28,18 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastsdpo.integrations._distillation import distillation_loss, targets_where
+from fastsdpo.integrations._distillation import Objective, Targets, distillation_loss, targets_where
 from fastsdpo.ops.bounded_tail import add_tail_class, class_gradients
 
-AGGREGATIONS = (
-    "token-mean",
-    "seq-mean-token-sum",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum-norm",
-)
+if TYPE_CHECKING:
+    from fastsdpo.prefix import HeadParameters
+
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 LOSS_NAME = "fastsdpo_sampled_token"
 
 
@@ -75,14 +73,14 @@ def compute_self_distillation_loss(
     loss_agg_mode: str = "token-mean",
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The fork's function: the same arguments, the same loss.
+    """Computes the loss of the fork's function from the same arguments.
 
     Args:
         student_log_probs, teacher_log_probs: ``[B, T]`` of the response's tokens.
         response_mask: ``[B, T]``, 1 where a token counts.
-        self_distillation_config: attributes or keys ``full_logit_distillation``,
-            ``alpha``, ``distillation_topk``, ``distillation_add_tail``, ``is_clip``. What decides
-            the divergence has no default: the first, alpha with it, the tail with top-k.
+        self_distillation_config: attributes or keys ``full_logit_distillation``, ``alpha``, ``distillation_topk``,
+            ``distillation_add_tail``, ``is_clip``. Those that decide the divergence have no default: the first,
+            alpha if that is set, the tail if top-k is set.
         old_log_probs: ``[B, T]`` under the policy that wrote the response; needed with ``is_clip``.
         student_all_log_probs, teacher_all_log_probs: ``[B, T, V]`` log-probs *or logits* (over the
             temperature), for ``full_logit_distillation`` without top-k.
@@ -100,40 +98,30 @@ def compute_self_distillation_loss(
             the sampled-token loss; an unknown aggregation.
     """
     name = "compute_self_distillation_loss"
-    config = _settings(name, self_distillation_config)
+    objective = _objective(name, self_distillation_config)
     mask, weights = _weights(response_mask, self_distillation_mask, loss_agg_mode, rollout_is_weights)
-    if config["is_clip"] is not None:
+    if objective.is_clip is not None:
         if old_log_probs is None:
             raise ValueError(f"{name}: old_log_probs must be given with is_clip, got None")
         ratio = (student_log_probs.detach() - old_log_probs).clamp(-20, 20).exp()
-        weights = weights * torch.where(mask == 0, 0.0, ratio.clamp(max=config["is_clip"]))
-    if config["mode"] == "sampled_token":
+        weights = weights * torch.where(mask == 0, 0.0, ratio.clamp(max=objective.is_clip))
+    if objective.mode == "sampled_token":
         return (weights * _sampled_token(student_log_probs, teacher_log_probs, weights)).sum(), {}
-    kind = "topk" if config["mode"] == "topk" else "all"
-    given = (
-        (student_topk_log_probs, teacher_topk_log_probs)
-        if kind == "topk"
-        else (student_all_log_probs, teacher_all_log_probs)
-    )
-    student, teacher = given
+    kind, student, teacher = "all", student_all_log_probs, teacher_all_log_probs
+    if objective.mode == "topk":
+        kind, student, teacher = "topk", student_topk_log_probs, teacher_topk_log_probs
     if student is None or teacher is None:
         raise ValueError(
             f"{name}: student_{kind}_log_probs and teacher_{kind}_log_probs must be given for "
-            f"distillation_topk={config['topk']}, got None"
+            f"distillation_topk={objective.topk}, got None"
         )
     if kind == "topk":
-        per_token = _SupportDivergence.apply(student, teacher.detach(), config["alpha"], config["add_tail"])
+        per_token = _SupportDivergence.apply(student, teacher.detach(), objective.alpha, objective.add_tail)
         assert isinstance(per_token, Tensor)
         return _masked_sum(weights, per_token), {}
-    out = distillation_loss(
-        student,
-        teacher,
-        targets_where(mask, mask.new_zeros(mask.shape, dtype=torch.int64)),
-        mode="full",
-        alpha=config["alpha"],
-        weights=weights,
-    )
-    return out.loss, {}
+    # The ratio is in the weights already, and a divergence over the vocabulary does not read the ids.
+    targets = Targets(targets_where(mask, mask.new_zeros(mask.shape, dtype=torch.int64)), weights)
+    return distillation_loss(student, teacher, targets, Objective("full", objective.alpha)).loss, {}
 
 
 def self_distillation_loss(
@@ -143,23 +131,23 @@ def self_distillation_loss(
     response_mask: Tensor,
     self_distillation_config: Any,
     *,
-    head: Any = None,
-    teacher_head: Any = None,
+    head: HeadParameters | None = None,
+    teacher_head: HeadParameters | None = None,
     temperature: float = 1.0,
     old_log_probs: Tensor | None = None,
     self_distillation_mask: Tensor | None = None,
     loss_agg_mode: str = "token-mean",
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The fork's loss straight from logits, or from hidden states: no log-probs are formed first.
+    """Computes the fork's loss from logits or hidden states, without forming log-probs first.
 
     Args:
-        student, teacher: ``[B, T, V]`` logits, or with a head ``[B, T, D]`` hidden states, at the
-            positions that predict the response.
+        student, teacher: ``[B, T, V]`` logits, or with a head ``[B, T, D]`` hidden states, at the positions that
+            predict the response.
         responses: ``[B, T]`` the response's tokens.
-        head: None for logits; `fastsdpo.prefix.HeadParameters` or `Head` for hidden states.
-        teacher_head: the teacher's, where it is another than the student's.
-        temperature: of both distributions.
+        head: `fastsdpo.prefix.HeadParameters` for hidden states, None for logits.
+        teacher_head: the teacher's head; None is the student's.
+        temperature: divides the logits of both.
         others: as `compute_self_distillation_loss`.
 
     Returns:
@@ -168,20 +156,19 @@ def self_distillation_loss(
         ``self_distillation/loss_per_token``.
     """
     name = "self_distillation_loss"
-    config = _settings(name, self_distillation_config)
+    objective = _objective(name, self_distillation_config)
     mask, weights = _weights(response_mask, self_distillation_mask, loss_agg_mode, rollout_is_weights)
-    if config["is_clip"] is not None and old_log_probs is None:
+    if objective.is_clip is None:
+        old_log_probs = None
+    elif old_log_probs is None:
         raise ValueError(f"{name}: old_log_probs must be given with is_clip, got None")
     out = distillation_loss(
         student,
         teacher,
-        targets_where(mask, responses),
+        Targets(targets_where(mask, responses), weights, old_log_probs),
+        objective._replace(temperature=temperature),
         head=head,
         teacher_head=teacher_head,
-        weights=weights,
-        old_logps=old_log_probs if config["is_clip"] is not None else None,
-        temperature=temperature,
-        **config,
     )
     count = (mask != 0).sum().clamp(min=1)
     return out.loss, {
@@ -190,8 +177,8 @@ def self_distillation_loss(
     }
 
 
-def _settings(name: str, config: Any) -> dict[str, Any]:
-    """The configuration as keyword arguments of `distillation_loss`."""
+def _objective(name: str, config: Any) -> Objective:
+    """Reads the fork's configuration."""
 
     def read(key: str, needed: bool = False) -> Any:
         given = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
@@ -205,13 +192,9 @@ def _settings(name: str, config: Any) -> dict[str, Any]:
     alpha = 1.0 if alpha is None else float(alpha)
     if mode == "sampled_token" and alpha != 1.0:
         raise ValueError(f"{name}: alpha must be 1.0 without full_logit_distillation, got {alpha}")
-    return {
-        "mode": mode,
-        "alpha": alpha,
-        "topk": topk if mode == "topk" else None,
-        "add_tail": mode == "topk" and bool(read("distillation_add_tail", needed=True)),
-        "is_clip": read("is_clip"),
-    }
+    is_topk = mode == "topk"
+    add_tail = is_topk and bool(read("distillation_add_tail", needed=True))
+    return Objective(mode, alpha, topk if is_topk else None, add_tail, read("is_clip"))
 
 
 def _weights(
@@ -230,18 +213,18 @@ def _weights(
 
 
 def _sampled_token(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """``stopgrad(s - t) s``; 0 and without gradient where the mask is 0, whatever stands there."""
+    """``stopgrad(s - t) s``; 0 without gradient where the mask is 0, whatever the values there."""
     student, teacher = (torch.where(mask == 0, 0.0, logps) for logps in (student, teacher))
     return (student - teacher).detach() * student
 
 
 def _masked_sum(weights: Tensor, values: Tensor) -> Tensor:
-    """A token of weight 0 costs and gives nothing, whatever its value."""
+    """The weighted sum; a token of weight 0 adds nothing to it and gets no gradient, whatever its value."""
     return (weights * torch.where(weights == 0, 0.0, values)).sum()
 
 
 class _SupportDivergence(torch.autograd.Function):
-    """Divergence ``[...]`` of log-probs ``[..., K]`` on a support, its tail added or renormalized."""
+    """Divergence ``[...]`` of log-probs ``[..., K]`` on a support, with a tail class or renormalized."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, alpha: float, add_tail: bool) -> Tensor:
@@ -263,8 +246,8 @@ class _SupportDivergence(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> Any:  # type: ignore[override]
-        (grad,) = ctx.saved_tensors
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        (grad_loss,), (grad,) = upstream, ctx.saved_tensors
         grad = torch.where(grad_loss.reshape(-1, 1) == 0, 0.0, grad * grad_loss.reshape(-1, 1))
         return grad.view(ctx.shape).to(ctx.dtype), None, None, None
 
@@ -280,7 +263,7 @@ def _verl(module: str, needs: str) -> Any:
 
 
 class SDPOForkPatch:
-    """A patch of the fork that is on; `unpatch`, or leaving it as a context manager, takes it off."""
+    """A patch of the fork that is on. `unpatch` takes it off, and so does leaving it as a context manager."""
 
     def __init__(self) -> None:
         needs = "patch_sdpo_fork needs the verl of https://github.com/lasgroup/SDPO"
@@ -321,11 +304,11 @@ class SDPOForkPatch:
 
 
 def patch_sdpo_fork() -> SDPOForkPatch:
-    """Puts `compute_self_distillation_loss` in place of the fork's, for the process or a ``with``.
+    """Replaces the fork's function by `compute_self_distillation_loss`, for the process or for a ``with`` block.
 
     Raises:
-        ImportError: verl is not installed, is not the fork, or is a version of it whose function has
-            other arguments (some compute other divergences under the same settings).
+        ImportError: verl is not installed, is not the fork, or is a version of the fork whose function has other
+            arguments (some compute other divergences under the same settings).
     """
     return SDPOForkPatch()
 
@@ -333,13 +316,13 @@ def patch_sdpo_fork() -> SDPOForkPatch:
 def register_distillation_loss(name: str = LOSS_NAME) -> None:
     """Registers the sampled-token loss in verl's registry of distillation losses.
 
-    Then ``distillation.distillation_loss.loss_mode=fastsdpo_sampled_token`` trains, per token of the
-    answer, with the gradient ``(log p_S - log p_T) * grad log p_S``: in expectation over answers of
-    the student that of the reverse KL. Has to run in every process that reads the configuration.
+    ``distillation.distillation_loss.loss_mode=fastsdpo_sampled_token`` then trains with the gradient
+    ``(log p_S - log p_T) * grad log p_S`` per token of the answer. Its expectation over the student's answers is the
+    gradient of the reverse KL. Call this in every process that reads the configuration.
 
-    ``use_policy_gradient=False`` backpropagates it; with True verl takes the value ``log p_S - log p_T``
-    as a penalty in its clipped policy loss, as it does with its own ``k1``. ``loss_max_clamp`` bounds
-    ``|log p_S - log p_T|`` of a token, in both.
+    With ``use_policy_gradient=False`` verl backpropagates the loss. With True it takes the value
+    ``log p_S - log p_T`` as a penalty in its clipped policy loss, as for its own ``k1``. ``loss_max_clamp`` bounds
+    ``|log p_S - log p_T|`` of a token in both cases.
 
     verl's top-k losses do not come from this registry: its logits processor calls a fixed function.
 
@@ -358,11 +341,11 @@ def register_distillation_loss(name: str = LOSS_NAME) -> None:
 def _sampled_token_for_verl(
     config: Any, distillation_config: Any, model_output: Any, data: Any
 ) -> tuple[Tensor, dict[str, Any]]:
-    """``([B, T] per-token losses, metrics)``, as verl's registry wants it; verl aggregates.
+    """The per-token losses ``[B, T]`` and metrics that verl's registry expects; verl aggregates the losses.
 
-    verl makes ``-value`` the advantage of a policy loss (``use_policy_gradient``) or backpropagates.
-    Value and gradient are therefore set apart: g and w g grad log p_S, with g = log p_S - log p_T and
-    w the rollout correction, which verl itself multiplies in the policy loss only.
+    verl either takes ``-value`` as the advantage of a policy loss (``use_policy_gradient``) or backpropagates.
+    Value and gradient therefore differ: the value is g = log p_S - log p_T, the gradient w g grad log p_S, with the
+    rollout correction w. verl itself multiplies by w in the policy loss only.
     """
     name = f"{LOSS_NAME}: distillation.distillation_loss"
     bound = distillation_config.distillation_loss.loss_max_clamp
@@ -382,10 +365,10 @@ def _sampled_token_for_verl(
                 f"{LOSS_NAME}: {key} must have one log-prob per token of response_mask "
                 f"{tuple(mask.shape)}, got {tuple(logps.shape)}"
             )
-    # verl takes the largest loss and a mean: padding must be finite.
+    # verl reports the largest loss and a mean, so padding must be finite.
     student = torch.where(mask, student, 0.0)
     gap = (student - torch.where(mask, teacher, 0.0)).detach()
-    # Cut here, verl's clamp of the value leaves it as it is, and its gradient with it.
+    # Bounded here, so that verl's own clamp of the value changes neither the value nor its gradient.
     value = gap if bound is None else gap.clamp(-bound, bound)
     rollout = data.get("rollout_is_weights", None)
     weight = value if rollout is None else value * torch.where(mask, _padded(rollout), 0.0)

@@ -1,14 +1,14 @@
 """A teacher behind an inference server: vLLM's ``prompt_logprobs`` as teacher of `fastsdpo.sdpo_loss`.
 
-The server is given the teacher's prompt followed by the response, as token ids, and asked to score it
-(``SamplingParams(prompt_logprobs=K, max_tokens=1)``, or ``"prompt_logprobs": K`` in the JSON of its HTTP
-server). For every token it answers with the K most likely tokens and the token itself:
+The server gets the teacher's prompt followed by the response, as token ids, and scores it
+(``SamplingParams(prompt_logprobs=K, max_tokens=1)``, or ``"prompt_logprobs": K`` in the JSON of its HTTP server). For
+every token it returns the K most likely tokens and the token itself:
 
     [None, {id: Logprob(logprob, rank, decoded_token), ...}, ...]      objects, from `LLM.generate`
     [null, {"id": {"logprob": ..., "rank": ..., ...}, ...}, ...]       JSON, ids as strings
 
-vLLM scores with temperature 1 unless it runs with ``logprobs_mode="processed_logprobs"``: the loss's
-``temperature`` must be the one that the log-probs were made with.
+vLLM scores with temperature 1 unless it runs with ``logprobs_mode="processed_logprobs"``. The loss must have the
+temperature that the log-probs were made with.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torch import Tensor
 
 from fastsdpo.integrations._distillation import IGNORE_INDEX
 
-# Log-probs come rounded to bfloat16 or to a few decimals from some servers.
+# Some servers round log-probs to bfloat16 or to a few decimals.
 ROUNDING = 1e-2
 
 
 class ServedTeacher(NamedTuple):
-    """What `sdpo_loss` takes; responses one below the other, padded on the right.
+    """The teacher's scores as `sdpo_loss` takes them: one row per response, padded on the right.
 
     Attributes:
         target_ids: ``[B, T]`` int64, the responses' tokens, -100 in the padding.
         teacher_logps: ``[B, T]`` float32, the teacher's log-prob of each, 0 in the padding; for
             ``mode="sampled_token"``.
-        teacher_topk: ids and log-probs ``[B, T, K]``, most likely first; for ``mode="topk"``. None
-            unless asked for.
+        teacher_topk: ids and log-probs ``[B, T, K]``, most likely first, for ``mode="topk"``; None where ``topk``
+            was None.
     """
 
     target_ids: Tensor
@@ -63,9 +63,9 @@ def teacher_from_prompt_logprobs(
         `ServedTeacher`.
 
     Raises:
-        ValueError: anything that does not fit together: another number of sequences or tokens, a first
-            entry that is not None, an entry that lacks its token or has fewer than ``topk`` tokens, a
-            number that is no log-probability. Names sequence and position.
+        ValueError: numbers of sequences or tokens that differ, a first entry that is not None, an entry without its
+            own token or with fewer than ``topk`` tokens, a number that is no log-probability. The message names
+            sequence and position.
         TypeError: an entry in another layout.
     """
     name = "teacher_from_prompt_logprobs"
@@ -86,7 +86,7 @@ def teacher_from_prompt_logprobs(
     logps = torch.zeros(shape)
     ids = top = None
     if topk is not None:
-        # Ignored rows must be valid rows all the same: distinct ids, some distribution.
+        # The loss checks padding too: its ids must be distinct and its log-probs those of a distribution.
         ids = torch.arange(topk).expand(*shape, topk).clone()
         top = torch.full((*shape, topk), -math.log(topk + 1))
     for row, (sequence, tokens, length) in enumerate(zip(sequences, token_ids, completion_lengths)):
@@ -129,7 +129,7 @@ def _read_sequence(
     length: int,
     topk: int | None,
 ) -> list[tuple[float, list[tuple[int, float]]]]:
-    """Of each of the last ``length`` tokens its log-prob and the K most likely ``(id, log-prob)``."""
+    """For each of the last ``length`` tokens: its log-prob and the K most likely ``(id, log-prob)``."""
     if entries is None or len(entries) != len(token_ids):
         got = "none" if entries is None else len(entries)
         raise ValueError(

@@ -1,11 +1,12 @@
-"""One of two processes: the losses in a plain loop under DDP and FSDP2, and TRL's trainer under DDP.
+"""One of two processes: the losses in a plain loop under DDP and FSDP2, then TRL's trainer under DDP.
 
-Usage: distributed_worker.py WHAT STORE_FILE MODEL_FOLDER OUTPUT   (RANK, WORLD_SIZE, MASTER_* are set)
+Usage: distributed_worker.py LOOP_MODEL TRL_MODEL OUTPUT   (RANK, WORLD_SIZE, MASTER_* are set)
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import os
 import sys
@@ -18,15 +19,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
+
+from fastsdpo import linear_sdpo_loss
+from fastsdpo.integrations.transformers import fused_logps
+from fastsdpo.prefix import head_parameters, run_inside
 
 WORLD = 2
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def batch_of(rank):
@@ -40,77 +39,59 @@ def batch_of(rank):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def sampled(model, batch):
+    logps, entropy = fused_logps(model, **batch, temperature=0.7, return_entropy=True)
+    assert (entropy[batch["labels"] != -100] > 0).all() and not entropy.requires_grad
+    return -(logps * torch.arange(logps.numel()).view_as(logps)).mean()
+
+
+def divergence(model, batch):
+    def loss(hidden):
+        weight, bias, *_ = head_parameters(model)
+        student, teacher = hidden[:, :-1], hidden.detach().roll(1, 0)[:, :-1]
+        options = {"bias": bias, "mode": "full", "alpha": 0.5}
+        return linear_sdpo_loss(student, teacher, weight, batch["labels"][:, 1:], **options).loss
+
+    return run_inside(model, loss, {**batch, "labels": None, "use_cache": False})
+
+
+def wrapped(kind, inner):
+    if kind.startswith("DDP"):
+        return DistributedDataParallel(inner, find_unused_parameters="unused" in kind)
+    for layer in inner.model.layers:
+        fully_shard(layer)
+    return fully_shard(inner, reshard_after_forward="reshard" in kind)
+
+
 def plain_loop(folder: str) -> None:
     """Gradients of the wrapped models are the average of the processes' own."""
-    from transformers import AutoModelForCausalLM
-
-    from fastsdpo import linear_sdpo_loss
-    from fastsdpo.integrations.transformers import fused_logps
-    from fastsdpo.prefix import head_parameters, run_inside
-
-    rank = dist.get_rank()
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-
-    def sampled(model, batch):
-        logps, entropy = fused_logps(model, **batch, temperature=0.7, return_entropy=True)
-        assert (entropy[batch["labels"] != -100] > 0).all() and not entropy.requires_grad
-        return -(logps * torch.arange(logps.numel()).view_as(logps)).mean()
-
-    def divergence(model, batch):
-        def body(hidden):
-            head = head_parameters(model)
-            teacher = hidden.detach().roll(1, 0)
-            return linear_sdpo_loss(
-                hidden[:, :-1],
-                teacher[:, :-1],
-                head.weight,
-                batch["labels"][:, 1:],
-                bias=head.bias,
-                mode="full",
-                alpha=0.5,
-            ).loss
-
-        given = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        return run_inside(model, body, {**given, "use_cache": False})
-
     for loss_of in (sampled, divergence):
         plain.zero_grad()
         for other in range(WORLD):
             (loss_of(plain, batch_of(other)) / WORLD).backward()
         want = {name: p.grad.clone() for name, p in plain.named_parameters()}
-        for wrapper in ("DDP", "DDP unused", "FSDP2", "FSDP2 reshard"):
+        for kind in ("DDP", "DDP unused", "FSDP2", "FSDP2 reshard"):
             inner = copy.deepcopy(plain)
             inner.zero_grad()
-            if wrapper.startswith("DDP"):
-                model = DistributedDataParallel(inner, find_unused_parameters="unused" in wrapper)
-            else:
-                model = inner
-                for layer in model.model.layers:
-                    fully_shard(layer)
-                fully_shard(model, reshard_after_forward="reshard" in wrapper)
-            loss_of(model, batch_of(rank)).backward()
+            model = wrapped(kind, inner)  # DDP's hooks end with it
+            loss_of(model, batch_of(dist.get_rank())).backward()
             for name, p in inner.named_parameters():
                 got = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
                 gap = (got - want[name]).abs().max()
-                assert gap < 1e-12 * want[name].abs().max().clamp(min=1), (wrapper, name, gap)
+                assert gap < 1e-12 * want[name].abs().max().clamp(min=1), (kind, name, gap)
 
 
 def trl(folder: str, output: str) -> None:
     """TRL's trainer, patched and not, in the same two processes."""
-    lab = load("test_trl_sdpo")
-    cases = {
-        "jsd": lab.MODES["full-jsd"],
-        # DDP then looks for parameters that the forward pass did not use: the head must be among
-        # those that it did.
-        "tail and policy, checkpointed": {
-            **lab.MODES["topk-tail-forward"],
-            "distillation_weight": 0.5,
-            "gradient_checkpointing": True,
-        },
-        "live": {"teacher_model_kind": "live", "num_iterations": 2},
-    }
-    for name, options in cases.items():
-        options = {"steps": 3, "per_device_train_batch_size": 2, "ddp_backend": "gloo", **options}
+    spec = importlib.util.spec_from_file_location("lab", Path(__file__).with_name("test_trl_sdpo.py"))
+    lab = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lab)
+    # With gradient checkpointing DDP looks for parameters that the forward pass did not use: the head must be
+    # among those that it did.
+    mixed = {**lab.MODES["topk-tail-forward"], "distillation_weight": 0.5, "gradient_checkpointing": True}
+    for options in (mixed, {**lab.MODES["full-jsd"], "teacher_model_kind": "live", "num_iterations": 2}):
+        options |= {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
         trainer = lab.make_trainer(folder, output, **options)
         assert trainer.args.world_size == WORLD
         want = lab.run(trainer)
@@ -118,23 +99,20 @@ def trl(folder: str, output: str) -> None:
         found = lab.run(trainer)
         if dist.get_rank() == 0:
             lab.assert_same_run(found, want)
-        for weight in found[1].values():
+        for name, weight in found[1].items():
             gathered = [torch.empty_like(weight) for _ in range(WORLD)]
             dist.all_gather(gathered, weight)
             assert torch.equal(*gathered), name
 
 
-def main(what: str, store: str, folder: str, output: str) -> None:
+if __name__ == "__main__":
+    loop_model, trl_model, output = sys.argv[1:]
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    if what == "loop":
-        rank = int(os.environ["RANK"])
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-        plain_loop(folder)
-    else:
-        trl(folder, output)
+    dist.init_process_group("gloo")
+    plain_loop(loop_model)
+    if importlib.util.find_spec("trl"):
+        trl(trl_model, output)
+    gc.collect()  # wrappers and their threads end before the process group does
+    dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

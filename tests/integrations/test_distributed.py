@@ -11,26 +11,19 @@ from pathlib import Path
 import pytest
 import torch.distributed
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
-
-def run_two(what, folder, tmp_path):
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_two_processes(qwen2_folder, llama_folder, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    worker = Path(__file__).parent / "distributed_worker.py"
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment["OMP_NUM_THREADS"] = "1"
+    worker = Path(__file__).with_name("distributed_worker.py")
     processes = [
         subprocess.Popen(
-            [sys.executable, str(worker), what, str(tmp_path / "store"), folder, str(tmp_path)],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-            },
+            [sys.executable, str(worker), qwen2_folder, llama_folder, str(tmp_path)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -38,17 +31,8 @@ def run_two(what, folder, tmp_path):
         for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        outputs = [process.communicate(timeout=480)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-
-
-def test_ddp_and_fsdp2_in_a_plain_loop(qwen2_folder, tmp_path):
-    run_two("loop", qwen2_folder, tmp_path)
-
-
-def test_trl_under_ddp(llama_folder, tmp_path):
-    pytest.importorskip("trl")
-    run_two("trl", llama_folder, tmp_path)

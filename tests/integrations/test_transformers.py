@@ -20,20 +20,11 @@ from transformers import (
 )
 
 import fastsdpo
-from fastsdpo.integrations import transformers as integration
-from fastsdpo.integrations.transformers import SDPOLabels, fused_logps, sdpo_loss_func
+from fastsdpo.integrations.transformers import SDPOLabels, fused_logps, gathered_head, sdpo_loss_func
 from fastsdpo.prefix import head_parameters, run_inside
 
-SHAPE = dict(
-    vocab_size=63,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    pad_token_id=0,
-)
+SHAPE = dict(vocab_size=63, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+SHAPE |= dict(num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0)
 
 
 def make(family, folder):
@@ -73,13 +64,13 @@ def plain(model, batch, temperature):
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "cohere", "lora on the head"])
 def test_fused_logps(family, qwen2_folder, batch):
+    def fused(model, batch, temperature):
+        return fused_logps(model, **batch, temperature=temperature, return_entropy=True)
+
     found, want = [], []
-    for results, function in ((want, plain), (found, None)):
+    for results, function in ((want, plain), (found, fused)):
         model = make(family, qwen2_folder)
-        if function is None:
-            logps, entropy = fused_logps(model, **batch, temperature=0.6, return_entropy=True)
-        else:
-            logps, entropy = function(model, batch, 0.6)
+        logps, entropy = function(model, batch, 0.6)
         assert not entropy.requires_grad
         (logps * torch.arange(24).view(3, 8)).sum().backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -110,66 +101,44 @@ def test_fused_logps_alone(qwen2_folder, batch):
 
 def examples(count=8):
     generator = torch.Generator().manual_seed(0)
-    found = []
-    for number in range(count):
-        length = 6 + number % 3
+
+    def example(length):
         ids = torch.randint(6, 60, (length,), generator=generator)
-        labels = ids.clone()
-        labels[:2] = -100
-        topk = torch.rand(length, 60, generator=generator).topk(4).indices
-        found.append(
-            {
-                "input_ids": ids,
-                "labels": labels,
-                "teacher_logps": -3 * torch.rand(length, generator=generator),
-                "old_logps": -3 * torch.rand(length, generator=generator),
-                "teacher_topk_ids": topk,
-                "teacher_topk_logps": torch.rand(length, 5, generator=generator).log_softmax(-1)[:, :4],
-            }
-        )
-    return found
+        return {
+            "input_ids": ids,
+            "labels": ids.masked_fill(torch.arange(length) < 2, -100),
+            "teacher_logps": -3 * torch.rand(length, generator=generator),
+            "old_logps": -3 * torch.rand(length, generator=generator),
+            "teacher_topk_ids": torch.rand(length, 60, generator=generator).topk(4).indices,
+            "teacher_topk_logps": torch.rand(length, 5, generator=generator).log_softmax(-1)[:, :4],
+        }
+
+    return [example(6 + number % 3) for number in range(count)]
+
+
+PADDING = {"labels": -100, "teacher_logps": 0.0, "old_logps": 0.0, "teacher_topk_logps": -2.0}
 
 
 def collate(rows):
-    longest = max(len(row["input_ids"]) for row in rows)
+    def padded(key, value=0):
+        return torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=value)
 
-    def padded(key, value):
-        def pad(x):
-            shape = (longest - len(x), *x.shape[1:])
-            filler = torch.full(shape, value, dtype=x.dtype)
-            if key == "teacher_topk_ids":
-                filler = torch.arange(4).expand(shape)
-            return torch.cat([x, filler])
-
-        return torch.stack([pad(row[key]) for row in rows])
-
-    keys = {"labels": -100, "teacher_logps": 0.0, "old_logps": 0.0, "teacher_topk_ids": 0}
-    keys["teacher_topk_logps"] = -2.0
-    return {
-        "input_ids": padded("input_ids", 0),
-        "attention_mask": torch.stack([(torch.arange(longest) < len(row["input_ids"])).long() for row in rows]),
-        "labels": SDPOLabels({key: padded(key, value) for key, value in keys.items()}),
-    }
+    labels = {key: padded(key, value) for key, value in PADDING.items()}
+    topk = padded("teacher_topk_ids", -1)
+    labels["teacher_topk_ids"] = torch.where(topk < 0, torch.arange(4), topk)  # distinct ids in padding too
+    mask = padded("labels", -1) != -1
+    return {"input_ids": padded("input_ids"), "attention_mask": mask.long(), "labels": SDPOLabels(labels)}
 
 
 def train(folder, output, *, batch_size, accumulate, collator=collate, **options):
+    settings = dict(max_steps=2, learning_rate=0.1, optim="sgd", logging_steps=1, lr_scheduler_type="constant")
+    settings |= dict(
+        save_strategy="no", report_to="none", use_cpu=True, remove_unused_columns=False, disable_tqdm=True
+    )
+    settings |= dict(per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulate)
     trainer = Trainer(
         model=AutoModelForCausalLM.from_pretrained(folder),
-        args=TrainingArguments(
-            output_dir=str(output),
-            max_steps=2,
-            learning_rate=0.1,
-            optim="sgd",
-            logging_steps=1,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulate,
-            lr_scheduler_type="constant",
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            remove_unused_columns=False,
-            disable_tqdm=True,
-        ),
+        args=TrainingArguments(output_dir=str(output), **settings),
         train_dataset=examples(),
         data_collator=collator,
         compute_loss_func=sdpo_loss_func(**options),
@@ -200,7 +169,7 @@ def test_trainer_with_labels_that_it_does_not_count(qwen2_folder, tmp_path):
         batch = collate(rows)
         return batch | {"labels": dict(batch["labels"])}
 
-    # From Python 3.12 on Trainer itself stumbles over the dict, with a KeyError.
+    # From Python 3.12 on Trainer itself fails on the dict, with a KeyError.
     with pytest.raises((ValueError, KeyError), match=r"labels must be SDPOLabels|slice"):
         train(qwen2_folder, tmp_path, batch_size=1, accumulate=4, collator=plain)
 
@@ -211,10 +180,9 @@ def test_loss_func_value(qwen2_folder):
     model = AutoModelForCausalLM.from_pretrained(qwen2_folder)
     outputs = model(**batch)
     loss = sdpo_loss_func()(outputs, labels)
-    counts = labels["labels"][:, 1:] != -100
-    ids = labels["labels"][:, 1:].clamp(min=0)[..., None]
-    s = outputs.logits[:, :-1].log_softmax(-1).gather(-1, ids)[..., 0]
-    want = ((s - labels["teacher_logps"][:, 1:]).detach() * s)[counts].mean()
+    s, _ = plain(model, {**batch, "labels": labels["labels"]}, 1.0)
+    counts = labels["labels"] != -100
+    want = ((s - labels["teacher_logps"]).detach() * s)[counts].mean()
     torch.testing.assert_close(loss, want)
     torch.testing.assert_close(sdpo_loss_func()(outputs, labels, 2 * counts.sum()), want / 2)
     assert torch.equal(labels[..., 1:], labels["labels"][..., 1:])
@@ -264,18 +232,12 @@ def zero3(monkeypatch):
 
 
 def divergence(model, batch):
-    def body(hidden):
-        with integration.gathered_head(model, model):
-            head = head_parameters(model)
-            return fastsdpo.linear_sdpo_loss(
-                hidden[:, :-1],
-                hidden[:, 1:].detach(),
-                head.weight,
-                batch["labels"][:, 1:],
-                mode="full",
-            ).loss
+    def loss(hidden):
+        with gathered_head(model, model):
+            weight, ids = head_parameters(model).weight, batch["labels"][:, 1:]
+            return fastsdpo.linear_sdpo_loss(hidden[:, :-1], hidden[:, 1:].detach(), weight, ids, mode="full").loss
 
-    return run_inside(model, body, {"input_ids": batch["input_ids"], "use_cache": False})
+    return run_inside(model, loss, {"input_ids": batch["input_ids"], "use_cache": False})
 
 
 def test_head_of_zero3(zero3, qwen2_folder, batch):
@@ -303,7 +265,7 @@ def test_head_of_zero3(zero3, qwen2_folder, batch):
 def test_zero3_refusals(zero3, qwen2_folder, batch):
     model = make("qwen2", qwen2_folder)
     model.lm_head.weight.ds_status = SimpleNamespace(name="AVAILABLE")  # tied, or in its own forward
-    with integration.gathered_head(model):
+    with gathered_head(model):
         assert zero3.gathered == []
     zero3.partition(model.lm_head.weight)
     with pytest.raises(NotImplementedError, match="ZeRO-3 frees the head before the backward pass"):

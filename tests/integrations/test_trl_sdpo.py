@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import runpy
-import subprocess
+import importlib
+import re
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +20,7 @@ from transformers.trainer_utils import set_seed
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 from trl.trainer import distillation_trainer
 
-from fastsdpo.integrations import trl as trl_integration
-from fastsdpo.integrations.trl import FastSDPOTrainer, patch_trl
+from fastsdpo.integrations.trl import FastSDPOTrainer, patch_trl, unpatch_trl
 
 PROMPTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9", "w10"]
 
@@ -30,50 +30,46 @@ def reward(prompts, completions, **_):
     return [1.0 if len(c.split()) % 2 else 0.0 for c in completions]
 
 
-def make_trainer(folder, output, *, kind=SDPOTrainer, steps=5, peft_config=None, source=None, **options):
+def make_trainer(folder, output, *, kind=SDPOTrainer, steps=3, peft_config=None, source=None, **options):
     data = Dataset.from_dict({"prompt": PROMPTS, "privileged_context": ["w11 w12", "w13", "w14 w15 w16", "w17"]})
-    args = SDPOConfig(
-        output_dir=str(output),
-        **{
-            "learning_rate": 0.05,
-            "optim": "sgd",  # a step in proportion to the gradient: rounding stays rounding
-            "lr_scheduler_type": "constant",
-            "per_device_train_batch_size": 4,
-            "num_generations": 2,
-            "max_completion_length": 6,
-            "max_steps": steps,
-            "include_environment_feedback": True,
-            "gradient_checkpointing": False,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "seed": 3,
-            "disable_tqdm": True,
-            **options,
-        },
-    )
-    more = {} if source is None else {"source": source}
+    defaults = {
+        "learning_rate": 0.05,
+        "optim": "sgd",  # a step in proportion to the gradient: rounding stays rounding
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "max_completion_length": 6,
+        "max_steps": steps,
+        "include_environment_feedback": True,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "seed": 3,
+        "disable_tqdm": True,
+    }
     return kind(
         model=folder,
         reward_funcs=reward,
-        args=args,
+        args=SDPOConfig(output_dir=str(output), **{**defaults, **options}),
         train_dataset=data,
         peft_config=peft_config,
         processing_class=PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left"),
-        **more,
+        **({} if source is None else {"source": source}),
     )
+
+
+def without_times(metrics):
+    return {k: v for k, v in metrics.items() if "runtime" not in k and "per_second" not in k}
 
 
 def run(trainer):
     set_seed(7)
     trainer.train()
-    logs = [
-        {k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k}
-        for entry in trainer.state.log_history
-    ]
-    return logs, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    return [without_times(entry) for entry in trainer.state.log_history], weights
 
 
 def assert_same_run(found, wanted, tolerance=2e-5):
@@ -89,127 +85,84 @@ def assert_same_run(found, wanted, tolerance=2e-5):
     assert any(entry.get("loss", 0) != 0 for entry in want_logs)
 
 
+def assert_patched_runs_as_unpatched(folder, output, sources=("hidden",), **options):
+    want = run(make_trainer(folder, output, **options))
+    for source in sources:
+        with patch_trl(source):
+            assert_same_run(run(make_trainer(folder, output, **options)), want)
+
+
+TOPK = {"distillation_mode": "topk_logits", "distillation_topk": 7}
 MODES = {
     "sampled": {"distillation_mode": "sampled_token"},
     "full-reverse": {"distillation_mode": "full_logits", "distillation_alpha": 1.0},
     "full-forward": {"distillation_mode": "full_logits", "distillation_alpha": 0.0},
     "full-jsd": {"distillation_mode": "full_logits", "distillation_alpha": 0.3},
-    "topk": {"distillation_mode": "topk_logits", "distillation_topk": 7},
-    "topk-tail-forward": {
-        "distillation_mode": "topk_logits",
-        "distillation_topk": 7,
-        "distillation_add_tail": True,
-        "distillation_alpha": 0.0,
-    },
-    "topk-tail-jsd": {
-        "distillation_mode": "topk_logits",
-        "distillation_topk": 7,
-        "distillation_add_tail": True,
-        "distillation_alpha": 0.5,
-    },
+    "topk": TOPK,
+    "topk-tail-forward": {**TOPK, "distillation_add_tail": True, "distillation_alpha": 0.0},
+    "topk-tail-jsd": {**TOPK, "distillation_add_tail": True, "distillation_alpha": 0.5},
 }
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("source", ["hidden", "logits"])
-def test_run_in_every_mode(mode, source, llama_folder, tmp_path):
+def test_run_in_every_mode(mode, llama_folder, tmp_path):
     options = {**MODES[mode], "temperature": 0.8}
-    want = run(make_trainer(llama_folder, tmp_path, **options))
-    with patch_trl(source=source):
-        found = run(make_trainer(llama_folder, tmp_path, **options))
-    assert_same_run(found, want)
+    assert_patched_runs_as_unpatched(llama_folder, tmp_path, ("hidden", "logits"), **options)
 
 
-def test_teacher_kinds(tmp_path, qwen2_folder):
-    """Base, live and EMA teachers, and an importance ratio that is not 1."""
-    for kind in ("base", "live", "ema"):
-        options = {
-            "teacher_model_kind": kind,
-            "teacher_update_rate": 0.3,
-            **MODES["full-reverse"],
-            # Three optimizer steps on each generated batch, so the old log-probs are old.
-            "num_iterations": 3,
-            "distillation_is_clip": 1.2,
-        }
-        want = run(make_trainer(qwen2_folder, tmp_path, **options))
-        with patch_trl("hidden"):
-            assert_same_run(run(make_trainer(qwen2_folder, tmp_path, **options)), want)
+@pytest.mark.parametrize("kind", ["base", "live", "ema"])
+def test_teacher_kinds(kind, tmp_path, qwen2_folder):
+    """With an importance ratio that is not 1: three optimizer steps on each generated batch age the log-probs."""
+    options = {"teacher_model_kind": kind, "teacher_update_rate": 0.3, **MODES["full-reverse"]}
+    options |= {"num_iterations": 3, "distillation_is_clip": 1.2, "steps": 4}
+    assert_patched_runs_as_unpatched(qwen2_folder, tmp_path, **options)
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 @pytest.mark.parametrize(
     ("kind", "target"),
     # An EMA teacher and LoRA on the head: TRL sets the base head to zero, and every loss is 0.
-    [
-        ("base", "q_proj"),
-        ("live", "q_proj"),
-        ("ema", "q_proj"),
-        ("base", "lm_head"),
-        ("live", "lm_head"),
-    ],
+    [("base", "q_proj"), ("live", "q_proj"), ("ema", "q_proj"), ("base", "lm_head"), ("live", "lm_head")],
 )
 def test_adapters(kind, target, tmp_path, qwen2_folder):
     """LoRA, in the attention and on the head: the base teacher is the model without it."""
-    options = {
-        "teacher_model_kind": kind,
-        "learning_rate": 0.5,
-        "steps": 3,
-        "peft_config": LoraConfig(
-            r=4,
-            lora_alpha=16,
-            target_modules=[target],
-            task_type="CAUSAL_LM",
-            init_lora_weights="gaussian" if target == "q_proj" else True,
-        ),
-        **MODES["full-jsd"],
-    }
-    want = run(make_trainer(qwen2_folder, tmp_path, **options))
-    with patch_trl("hidden"):
-        found = run(make_trainer(qwen2_folder, tmp_path, **options))
-    assert_same_run(found, want)
+    init = "gaussian" if target == "q_proj" else True
+    lora = LoraConfig(r=4, lora_alpha=16, target_modules=[target], task_type="CAUSAL_LM", init_lora_weights=init)
+    options = {"teacher_model_kind": kind, "learning_rate": 0.5, "peft_config": lora, **MODES["full-jsd"]}
+    assert_patched_runs_as_unpatched(qwen2_folder, tmp_path, **options)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.4])
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize(("weight", "loss_type"), [(0.0, "grpo"), (0.4, "bnpo"), (0.4, "dr_grpo"), (0.4, "dapo")])
 def test_convex_policy_loss(weight, loss_type, tmp_path, llama_folder):
     options = {
         "distillation_weight": weight,
         "loss_type": loss_type,
         "importance_sampling_level": "sequence" if loss_type == "grpo" else "token",
         "num_iterations": 2,
-        "steps": 4,
         "gradient_accumulation_steps": 2,
         **MODES["topk-tail-jsd"],
     }
-    want = run(make_trainer(llama_folder, tmp_path, **options))
-    for source in ("hidden", "logits"):
-        with patch_trl(source):
-            assert_same_run(run(make_trainer(llama_folder, tmp_path, **options)), want)
+    assert_patched_runs_as_unpatched(llama_folder, tmp_path, ("hidden", "logits"), **options)
 
 
 def test_trainer_class_and_defaults(tmp_path, llama_folder):
-    """TRL's defaults: sampled token, EMA teacher, gradient checkpointing."""
+    """TRL's defaults: sampled token, EMA teacher, gradient checkpointing. And the evaluation."""
     options = {"gradient_checkpointing": True, "optim": "adamw_torch", "learning_rate": 1e-4}
-    want = run(make_trainer(llama_folder, tmp_path, **options))
-    trainer = make_trainer(llama_folder, tmp_path, kind=FastSDPOTrainer, source="hidden", **options)
-    assert_same_run(run(trainer), want)
-
-
-def test_evaluation(tmp_path, llama_folder):
-    def evaluate(trainer):
+    options |= {"per_device_eval_batch_size": 4}
+    found = []
+    for kind, source in ((SDPOTrainer, None), (FastSDPOTrainer, "hidden")):
+        trainer = make_trainer(llama_folder, tmp_path, kind=kind, source=source, **options)
+        logs, weights = run(trainer)
         set_seed(5)
-        found = trainer.evaluate(trainer.train_dataset)
-        return {k: v for k, v in found.items() if "runtime" not in k and "per_second" not in k}
-
-    options = {"per_device_eval_batch_size": 4, **MODES["full-forward"]}
-    want = evaluate(make_trainer(llama_folder, tmp_path, **options))
-    found = evaluate(make_trainer(llama_folder, tmp_path, kind=FastSDPOTrainer, **options))
-    assert found.keys() == want.keys() and want["eval_loss"] > 0
-    for key, value in want.items():
-        assert found[key] == pytest.approx(value, rel=2e-5, abs=2e-6), key
+        found.append(([*logs, without_times(trainer.evaluate(trainer.train_dataset))], weights))
+    assert found[0][0][-1]["eval_loss"] != 0
+    assert_same_run(found[1], found[0])
 
 
-def batch(trainer, mask=(1.0, 0.0)):
+# ------------------------------------------------------------------------------- batches by hand
+
+
+def batch(chosen=(1.0, 0.0)):
     """Two sequences, ragged, the second without a teacher."""
     return {
         "prompt_ids": torch.tensor([[10, 11], [0, 13]]),
@@ -218,45 +171,35 @@ def batch(trainer, mask=(1.0, 0.0)):
         "completion_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
         "teacher_input_ids": torch.tensor([[20, 21, 22, 14, 15, 16], [0, 24, 25, 17, 18, 1]]),
         "teacher_attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]]),
-        "self_distillation_mask": torch.tensor(mask),
+        "self_distillation_mask": torch.tensor(chosen),
         "old_per_token_logps": torch.full((2, 3), -3.0),
         "advantages": torch.tensor([0.5, -1.0]),
     }
 
 
-def test_nothing_to_distill(tmp_path, llama_folder):
+@pytest.mark.parametrize("source", ["hidden", "logits"])
+def test_nothing_to_distill(source, tmp_path, llama_folder):
     """No sequence has a teacher: a zero loss that is attached to the graph."""
-    for kind, source in (
-        (SDPOTrainer, None),
-        (FastSDPOTrainer, "hidden"),
-        (FastSDPOTrainer, "logits"),
-    ):
-        trainer = make_trainer(llama_folder, tmp_path, kind=kind, source=source, **MODES["topk"])
-        trainer.model.train()
-        trainer.current_gradient_accumulation_steps = 1
-        loss = trainer.compute_loss(trainer.model, batch(trainer, (0.0, 0.0)))
-        loss.backward()
-        assert loss == 0
-        assert all((p.grad == 0).all() for p in trainer.model.parameters())
-        key = "self_distillation/distillation_loss"
-        assert trainer._metrics["train"][key] == [0.0]
-
-
-def peaked(trainer, factor):
-    """Sharpens the model so far that every top-k tail is below TRL's bound of 1e-7."""
-    with torch.no_grad():
-        trainer.model.model.norm.weight.mul_(factor)
-    return trainer
+    trainer = make_trainer(llama_folder, tmp_path, kind=FastSDPOTrainer, source=source, **MODES["topk"])
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.compute_loss(trainer.model, batch((0.0, 0.0)))
+    loss.backward()
+    assert loss == 0
+    assert all((p.grad == 0).all() for p in trainer.model.parameters())
+    assert trainer._metrics["train"]["self_distillation/distillation_loss"] == [0.0]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_tail_bound(alpha, tmp_path, llama_folder):
-    """A student whose tail is below 1e-7 and a teacher whose tail is not: TRL's clamp decides."""
+    """A student so sharp that its top-k tail is below TRL's bound of 1e-7, and a teacher whose tail is not."""
     options = {**MODES["topk-tail-forward"], "distillation_alpha": alpha, "distillation_topk": 2}
     found = []
     for kind in (SDPOTrainer, FastSDPOTrainer):
-        trainer = peaked(make_trainer(llama_folder, tmp_path, kind=kind, **options), 12.0)
-        loss = trainer.compute_loss(trainer.model, batch(trainer, (1.0, 1.0)))
+        trainer = make_trainer(llama_folder, tmp_path, kind=kind, **options)
+        with torch.no_grad():
+            trainer.model.model.norm.weight.mul_(12.0)
+        loss = trainer.compute_loss(trainer.model, batch((1.0, 1.0)))
         loss.backward()
         found.append((loss.detach(), trainer.model.model.norm.weight.grad))
     (want, want_grad), (got, got_grad) = found
@@ -267,7 +210,7 @@ def test_tail_bound(alpha, tmp_path, llama_folder):
 def test_no_logits(tmp_path, llama_folder, monkeypatch):
     """The heads' own forward never runs; TRL's forms (B, T, V) for student and teacher."""
     trainer = make_trainer(llama_folder, tmp_path, kind=FastSDPOTrainer, **MODES["full-reverse"])
-    trainer.compute_loss(trainer.model, batch(trainer)).backward()  # the head is checked once
+    trainer.compute_loss(trainer.model, batch()).backward()  # the head is checked once
     forward, called = torch.nn.Linear.forward, []
 
     def spied(layer, hidden):
@@ -275,16 +218,15 @@ def test_no_logits(tmp_path, llama_folder, monkeypatch):
         return forward(layer, hidden)
 
     monkeypatch.setattr(torch.nn.Linear, "forward", spied)
-    trainer.compute_loss(trainer.model, batch(trainer)).backward()
+    trainer.compute_loss(trainer.model, batch()).backward()
     heads = [trainer.model.lm_head, trainer.teacher_model.lm_head]
     assert called and not any(layer is head for layer in called for head in heads)
 
 
 def test_banned_tokens_are_no_nan(tmp_path, llama_folder):
     """TRL multiplies 0 by infinity where both policies rule a token out; the limit is finite."""
-    with torch.no_grad():
-        logits = torch.randn(2, 3, 5)
-        logits[..., 3] = -torch.inf
+    logits = torch.randn(2, 3, 5)
+    logits[..., 3] = -torch.inf
     given = SimpleNamespace(
         student_logits=logits.clone().requires_grad_(),
         teacher_logits=logits + torch.randn(5),
@@ -296,12 +238,13 @@ def test_banned_tokens_are_no_nan(tmp_path, llama_folder):
     with patch_trl():
         loss = trainer._compute_self_distillation_loss(trainer.model, {}, given)
     loss.backward()
-    finite = [0, 1, 2, 4]
-    p = torch.log_softmax(logits[..., finite], -1)
-    q = torch.log_softmax(given.teacher_logits[..., finite], -1)
+    p, q = (x[..., [0, 1, 2, 4]].log_softmax(-1) for x in (logits, given.teacher_logits))
     kl = (p.exp() * (p - q)).sum(-1) * given.loss_mask
     torch.testing.assert_close(loss, (kl.sum(-1) / given.loss_mask.sum(-1)).mean())
     assert given.student_logits.grad.isfinite().all()
+
+
+# ----------------------------------------------------------------------------- where logits remain
 
 
 class OwnLoss(SDPOTrainer):
@@ -311,77 +254,72 @@ class OwnLoss(SDPOTrainer):
         return distillation_logits.student_logits[..., 0].mean()
 
 
-def test_overridden_methods_keep_logits(tmp_path, llama_folder, caplog):
-    trainer = make_trainer(llama_folder, tmp_path, kind=OwnLoss)
-    want = trainer.compute_loss(trainer.model, batch(trainer))
+class ScaledHead(torch.nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.weight = head.weight
+
+    def forward(self, hidden):
+        return hidden @ self.weight.T * 0.5
+
+
+def own_loss(make):
+    return make(kind=OwnLoss), batch()
+
+
+def unusual_head(make):
+    trainer = make(teacher_model_kind="live")
+    trainer.model.lm_head = ScaledHead(trainer.model.lm_head)
+    return trainer, batch()
+
+
+def served_teacher(make):
+    """TRL's own code, also with masked and ragged rows."""
+    scores = {
+        "actual_logprobs": [[], [[-1.1], [-0.4]]],
+        "logprobs": [[], [[-1.1, -1.5], [-0.4, -0.9]]],
+        "logprob_token_ids": [[], [[14, 15], [16, 17]]],
+    }
+    trainer = make(**{**MODES["topk-tail-jsd"], "distillation_topk": 2})
+    trainer.use_teacher_server = True
+    trainer.teacher_client = SimpleNamespace(get_sequence_logprobs=lambda **_: scores)
+    given = batch((1.0, 1.0))
+    given["completion_mask"] = torch.tensor([[0, 0, 0], [1, 1, 0]])
+    given["teacher_attention_mask"] = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 0]])
+    return trainer, given
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (own_loss, "OwnLoss has its own _compute_self_distillation_loss"),
+        (unusual_head, "the model's head: head_parameters: the head must be a torch.nn.Linear"),
+        (served_teacher, "the teacher's log-probs come from a server"),
+    ],
+)
+def test_logits_remain_where_they_must(case, reason, tmp_path, llama_folder, caplog):
+    trainer, given = case(partial(make_trainer, llama_folder, tmp_path))
+    want = trainer.compute_loss(trainer.model, given).item()
     with patch_trl():
-        assert trainer.compute_loss(trainer.model, batch(trainer)) == want
-    assert "OwnLoss has its own _compute_self_distillation_loss" in caplog.text
-    with patch_trl("hidden"), pytest.raises(NotImplementedError, match="OwnLoss has its own"):
-        trainer.compute_loss(trainer.model, batch(trainer))
+        assert trainer.compute_loss(trainer.model, given).item() == pytest.approx(want, rel=1e-5)
+    assert reason in caplog.text
+    with patch_trl("hidden"), pytest.raises(NotImplementedError, match=re.escape(reason)):
+        trainer.compute_loss(trainer.model, given)
 
 
-def test_unusual_head_keeps_logits(tmp_path, llama_folder, caplog):
-    class Scaled(torch.nn.Module):
-        def __init__(self, head):
-            super().__init__()
-            self.weight = head.weight
-
-        def forward(self, hidden):
-            return hidden @ self.weight.T * 0.5
-
-    losses = []
-    for kind in (SDPOTrainer, FastSDPOTrainer):
-        trainer = make_trainer(llama_folder, tmp_path, kind=kind, teacher_model_kind="live")
-        trainer.model.lm_head = Scaled(trainer.model.lm_head)
-        losses.append(trainer.compute_loss(trainer.model, batch(trainer)).item())
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert "the model's head: head_parameters: the head must be a torch.nn.Linear" in caplog.text
-
-
-def test_server_teacher_is_left_to_trl(tmp_path, llama_folder, caplog):
-    """A teacher behind a server: TRL's own code, also with masked and ragged rows."""
-
-    class Client:
-        def get_sequence_logprobs(self, **_):
-            return {
-                "actual_logprobs": [[], [[-1.1], [-0.4]]],
-                "logprobs": [[], [[-1.1, -1.5], [-0.4, -0.9]]],
-                "logprob_token_ids": [[], [[14, 15], [16, 17]]],
-            }
-
-    def loss(kind):
-        trainer = make_trainer(
-            llama_folder,
-            tmp_path,
-            kind=kind,
-            distillation_mode="topk_logits",
-            distillation_topk=2,
-            distillation_alpha=0.5,
-            distillation_add_tail=True,
-        )
-        trainer.use_teacher_server, trainer.teacher_client = True, Client()
-        given = batch(trainer, (1.0, 1.0))
-        given["completion_mask"] = torch.tensor([[0, 0, 0], [1, 1, 0]])
-        given["teacher_attention_mask"] = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 0]])
-        return trainer.compute_loss(trainer.model, given).item()
-
-    assert loss(FastSDPOTrainer) == pytest.approx(loss(SDPOTrainer), rel=1e-5)
-    assert "from a server" in caplog.text
-
-
-def attributes():
-    names = [*trl_integration._OURS, "fastsdpo_source"]
-    found = {name: vars(SDPOTrainer).get(name) for name in names}
-    return {**found, "divergence": distillation_trainer._chunked_divergence_loss}
+# ------------------------------------------------------------------------------------- the patch
 
 
 def test_everything_is_restored():
+    def attributes():
+        return {**vars(SDPOTrainer), "divergence": distillation_trainer._chunked_divergence_loss}
+
     before = attributes()
 
     def fail():
         with patch_trl():
-            assert attributes()["compute_loss"] is not before["compute_loss"]
+            changed = {name for name, value in attributes().items() if before.get(name) is not value}
+            assert {"compute_loss", "_forward_logits", "fastsdpo_source", "divergence"} <= changed
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -393,12 +331,19 @@ def test_everything_is_restored():
     assert SDPOTrainer.fastsdpo_source == "logits"
     second.unpatch()
     second.unpatch()
-    assert attributes() == before and not hasattr(SDPOTrainer, "fastsdpo_source")
+    assert attributes() == before
     patch_trl()
-    trl_integration.unpatch_trl()
+    unpatch_trl()
     assert attributes() == before
     with pytest.raises(ValueError, match="patch_trl: source must be one of"):
         patch_trl("fast")
+
+
+def import_anew(monkeypatch):
+    """Imports the integration as a process does that has not imported it yet."""
+    for name in [name for name in sys.modules if re.match(r"fastsdpo\.integrations\._?trl", name)]:
+        monkeypatch.delitem(sys.modules, name)
+    importlib.import_module("fastsdpo.integrations.trl")
 
 
 def test_other_versions_are_refused(monkeypatch):
@@ -410,20 +355,12 @@ def test_other_versions_are_refused(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(SDPOTrainer, "compute_loss", changed)
         with pytest.raises(ImportError, match=r"differs from 1\.16\.0.*compute_loss.*something_new"):
-            trl_integration._check_trl()
-    path = trl_integration.__file__
+            import_anew(patch)
     with monkeypatch.context() as patch:
         patch.setattr("importlib.metadata.version", lambda name: "1.15.2")
         with pytest.raises(ImportError, match=r"needs TRL >= 1\.16\.0, got 1\.15\.2"):
-            runpy.run_path(path)
+            import_anew(patch)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "trl", None)
         with pytest.raises(ImportError, match=r"pip install 'trl>=1\.16\.0'"):
-            runpy.run_path(path)
-
-
-def test_import_is_lazy():
-    code = (
-        "import sys, fastsdpo; assert not [m for m in sys.modules if m.startswith(('fastsdpo.integrations', 'trl'))]"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+            import_anew(patch)

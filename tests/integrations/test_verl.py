@@ -10,23 +10,15 @@ import pytest
 import torch
 
 from fastsdpo.integrations import verl
-from fastsdpo.integrations._distillation import Head
+from fastsdpo.prefix import HeadParameters
 
 B, T, V, D, K = 3, 5, 23, 8, 4
 AGGREGATIONS = verl.AGGREGATIONS
 
 
 def settings(**changes):
-    return SimpleNamespace(
-        **{
-            "full_logit_distillation": True,
-            "distillation_topk": None,
-            "distillation_add_tail": False,
-            "alpha": 1.0,
-            "is_clip": None,
-            **changes,
-        }
-    )
+    defaults = {"full_logit_distillation": True, "distillation_topk": None, "distillation_add_tail": False}
+    return SimpleNamespace(**{**defaults, "alpha": 1.0, "is_clip": None, **changes})
 
 
 def definition(s, t, ids, mask, config, old, aggregation, rollout):
@@ -86,7 +78,7 @@ def given():
     return SimpleNamespace(
         student=torch.randn(B, T, D),
         teacher=torch.randn(B, T, D),
-        head=Head(torch.randn(V, D) * 0.5, torch.randn(V)),
+        head=HeadParameters(torch.randn(V, D) * 0.5, torch.randn(V), None, 1.0),
         ids=torch.randint(V, (B, T)),
         mask=mask,
         chosen=torch.tensor([1.0, 0.0, 1.0]),
@@ -126,31 +118,24 @@ def close(found, hidden, want):
     torch.testing.assert_close(hidden.grad, grad, rtol=1e-4, atol=1e-6)
 
 
+def from_states(given, config, aggregation, hidden, source="hidden"):
+    """`self_distillation_loss` of hidden states, or of the logits that they give."""
+    rows, head = (hidden, given.teacher), given.head
+    if source == "logits":
+        rows, head = [logits(h, given) for h in rows], None
+    more = {"head": head, "temperature": given.temperature, **options(given, config, aggregation)}
+    return verl.self_distillation_loss(*rows, given.ids, given.mask, config, **more)
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("source", ["hidden", "logits"])
 def test_from_hidden_states_and_logits(source, name, aggregation, given):
-    config = CONFIGS[name]
-    want = wanted(given, config, aggregation)
+    want = wanted(given, CONFIGS[name], aggregation)
     hidden = given.student.clone().requires_grad_()
-    if source == "hidden":
-        rows = (hidden, given.teacher)
-    else:
-        rows = (logits(hidden, given), logits(given.teacher, given))
-    loss, metrics = verl.self_distillation_loss(
-        *rows,
-        given.ids,
-        given.mask,
-        config,
-        head=given.head if source == "hidden" else None,
-        temperature=given.temperature,
-        **options(given, config, aggregation),
-    )
+    loss, metrics = from_states(given, CONFIGS[name], aggregation, hidden, source)
     close(loss, hidden, want)
-    assert set(metrics) == {
-        "self_distillation/log_ratio_mean",
-        "self_distillation/loss_per_token",
-    }
+    assert set(metrics) == {"self_distillation/log_ratio_mean", "self_distillation/loss_per_token"}
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -188,20 +173,10 @@ def test_tail_bound(given):
     config = CONFIGS["topk tail forward"]
     for name in ("student", "teacher", "old", "rollout", "chosen"):
         setattr(given, name, getattr(given, name).double())
-    given.head = Head(given.head.weight.double() * 12, torch.zeros(V).double())
+    given.head = HeadParameters(given.head.weight.double() * 12, torch.zeros(V).double(), None, 1.0)
     want = wanted(given, config, "token-mean")
     hidden = given.student.clone().requires_grad_()
-    loss, _ = verl.self_distillation_loss(
-        hidden,
-        given.teacher,
-        given.ids,
-        given.mask,
-        config,
-        head=given.head,
-        temperature=given.temperature,
-        **options(given, config, "token-mean"),
-    )
-    close(loss, hidden, want)
+    close(from_states(given, config, "token-mean", hidden)[0], hidden, want)
     p = (logits(given.student, given) / given.temperature).softmax(-1)
     tails = 1 - p.topk(K).values.sum(-1)
     assert (tails < 1e-7).any() and (tails > 1e-7).any()  # both sides of the bound
@@ -213,44 +188,30 @@ def test_nothing_counts(name, aggregation, given):
     """0 with a zero gradient; the fork's means over sequences are NaN."""
     hidden = given.student.clone().requires_grad_()
     given.chosen = torch.zeros(B)
-    loss, _ = verl.self_distillation_loss(
-        hidden,
-        given.teacher,
-        given.ids,
-        given.mask,
-        CONFIGS[name],
-        head=given.head,
-        **options(given, CONFIGS[name], aggregation),
-    )
+    loss, _ = from_states(given, CONFIGS[name], aggregation, hidden)
     loss.backward()
     assert loss == 0 and (hidden.grad == 0).all()
 
 
-def test_errors(given):
-    def call(config, **changes):
-        values = torch.zeros(B, T)
-        return verl.compute_self_distillation_loss(values, values, given.mask, config, **changes)
+FULL = {"full_logit_distillation": True}
+ERRORS = [
+    (settings(is_clip=2.0), "old_log_probs must be given with is_clip"),
+    (settings(), "student_all_log_probs and teacher_all_log_probs must be"),
+    (settings(distillation_topk=3), "student_topk_log_probs and teacher_topk_log_probs must be"),
+    ({"full_logit_distillation": False, "alpha": 0.0}, r"alpha must be 1\.0 without full_logit_distillation, got 0"),
+    ({"full_logits": True, "alpha": 0.0}, "self_distillation_config must have full_logit_distillation, got"),
+    (FULL, "self_distillation_config must have alpha, got"),
+    ({**FULL, "alpha": 0.0, "distillation_topk": 3}, "self_distillation_config must have distillation_add_tail, got"),
+]
 
-    with pytest.raises(ValueError, match="old_log_probs must be given with is_clip"):
-        call(settings(is_clip=2.0))
-    with pytest.raises(ValueError, match="student_all_log_probs and teacher_all_log_probs must be"):
-        call(settings())
-    with pytest.raises(ValueError, match="student_topk_log_probs and teacher_topk_log_probs must be"):
-        call(settings(distillation_topk=3))
-    with pytest.raises(ValueError, match=r"alpha must be 1\.0 without full_logit_distillation, got 0"):
-        call({"full_logit_distillation": False, "alpha": 0.0})
-    for config, missing in [
-        ({"full_logits": True, "alpha": 0.0}, "full_logit_distillation"),
-        ({"full_logit_distillation": True}, "alpha"),
-        (
-            {"full_logit_distillation": True, "alpha": 0.0, "distillation_topk": 3},
-            "distillation_add_tail",
-        ),
-    ]:
-        with pytest.raises(ValueError, match=f"self_distillation_config must have {missing}, got"):
-            call(config)
+
+def test_errors(given):
+    values = torch.zeros(B, T)
+    for config, message in ERRORS:
+        with pytest.raises(ValueError, match=message):
+            verl.compute_self_distillation_loss(values, values, given.mask, config)
     with pytest.raises(ValueError, match="loss_agg_mode must be one of"):
-        call(settings(full_logit_distillation=False), loss_agg_mode="mean")
+        verl.compute_self_distillation_loss(values, values, given.mask, CONFIGS["sampled"], loss_agg_mode="mean")
     with pytest.raises(ValueError, match="self_distillation_loss: old_log_probs must be given"):
         verl.self_distillation_loss(given.student, given.teacher, given.ids, given.mask, settings(is_clip=2.0))
 

@@ -72,12 +72,9 @@ def given():
         return [draw(n, dtype=torch.float64) for n in lengths]
 
     lengths = [prompt + answer for prompt, answer in zip(PROMPTS, ANSWERS)]
-    values = {
-        "student": [-30 * row for row in rows(lengths)],
-        "teacher": [-30 * row for row in rows(lengths)],
-        "advantages": rows(ANSWERS, torch.randn),  # of the task's rewards
-        "weights": [row + 0.5 for row in rows(ANSWERS)],  # of the rollout correction
-    }
+    values = {role: [-30 * row for row in rows(lengths)] for role in ("student", "teacher")}
+    values["advantages"] = rows(ANSWERS, torch.randn)  # of the task's rewards
+    values["weights"] = [row + 0.5 for row in rows(ANSWERS)]  # of the rollout correction
     values["teacher"][0][4] = -torch.inf  # of a token that a tool wrote
     return [
         SimpleNamespace(mask=mask, **{name: row[i] for name, row in values.items()}) for i, mask in enumerate(MASKS)
@@ -89,8 +86,11 @@ def answer(row, n):
     return row[len(row) - n - 1 : -1]
 
 
-def make_batch(verl, given, layout, dtype, stale, corrected):
-    """``(leaf, model_output, data)`` as verl's engine hands them to a loss, for one micro-batch."""
+def make_batch(verl, given, layout="nested", dtype=torch.float64, stale=0.0, corrected=False):
+    """``(leaf, model_output, data)`` as verl's engine hands them to a loss, for one micro-batch.
+
+    ``stale``: log-probs of now minus those of the policy that wrote the answers, in nats.
+    """
     leaf = torch.cat([row.student for row in given]).to(dtype).requires_grad_()
     answers = [len(row.mask) for row in given]
     lengths = [len(row.student) for row in given]
@@ -124,22 +124,9 @@ def make_batch(verl, given, layout, dtype, stale, corrected):
     return leaf, {"log_probs": nested(leaf.split(lengths))}, data
 
 
-def run(
-    verl,
-    given,
-    config,
-    *,
-    aggregation="token-mean",
-    layout="nested",
-    dtype=torch.float64,
-    stale=0.0,
-    corrected=False,
-):
-    """``(loss, gradient of the student's log-probs, metrics)`` from verl's own function.
-
-    ``stale``: log-probs of now minus those of the policy that wrote the answers, in nats.
-    """
-    leaf, output, data = make_batch(verl, given, layout, dtype, stale, corrected)
+def run(verl, given, config, *, aggregation="token-mean", **how):
+    """``(loss, gradient of the student's log-probs, metrics)`` from verl's own function; ``how`` of `make_batch`."""
+    leaf, output, data = make_batch(verl, given, **how)
     loss, metrics = verl.loss(verl.actor(aggregation), config, output, data)
     loss.backward()
     return loss.detach(), leaf.grad, metrics
@@ -160,24 +147,21 @@ def defined(given, aggregation="token-mean", bound=None, corrected=False, task=N
             advantage = task * advantage + row.advantages[counted]
         if corrected:
             advantage = advantage * row.weights[counted]
-        total = (
-            total
-            - (advantage * student).sum()
-            * {
-                "token-mean": 1 / sum(counts),
-                "token-sum": 1.0,
-                "seq-mean-token-sum": 1 / len(counts),
-                "seq-mean-token-mean": 1 / counts[i] / len(counts),
-                "seq-mean-token-sum-norm": 1 / len(counts) / max(ANSWERS),
-            }[aggregation]
-        )
+        weight = {
+            "token-mean": 1 / sum(counts),
+            "token-sum": 1.0,
+            "seq-mean-token-sum": 1 / len(counts),
+            "seq-mean-token-mean": 1 / counts[i] / len(counts),
+            "seq-mean-token-sum-norm": 1 / len(counts) / max(ANSWERS),
+        }
+        total = total - (advantage * student).sum() * weight[aggregation]
     total.backward()
     return leaf.grad
 
 
-def assert_same(found, want, tolerance=1e-6):
+def assert_same(found, want):
     assert want.norm() > 0
-    assert (found.double() - want).norm() <= tolerance * want.norm()
+    assert (found.double() - want).norm() <= 1e-6 * want.norm()
 
 
 def gaps(given):
@@ -185,52 +169,46 @@ def gaps(given):
     return torch.cat([answer(row.student - row.teacher, len(row.mask))[torch.tensor(row.mask) == 1] for row in given])
 
 
+# Settings of verl, arguments of `run` and arguments of `defined`.
+CASES = {
+    f"{aggregation}-{bound}": (
+        {"use_task_rewards": False, "loss_max_clamp": bound},
+        {"aggregation": aggregation},
+        {"aggregation": aggregation, "bound": bound},
+    )
+    for aggregation in AGGREGATIONS
+    for bound in (None, 10.0)
+} | {
+    "padded, as verl's older trainer": ({"use_task_rewards": False}, {"layout": "padded"}, {}),
+    "beside task rewards": ({"distillation_loss_coef": 0.5}, {}, {"task": 0.5}),
+    # Bounds that float32 rounds.
+    "0.1": ({"use_task_rewards": False, "loss_max_clamp": 0.1}, {"dtype": torch.float32}, {"bound": 0.1}),
+    "3.3": ({"use_task_rewards": False, "loss_max_clamp": 3.3}, {"dtype": torch.float32}, {"bound": 3.3}),
+}
+
+
 @pytest.mark.parametrize("policy_gradient", [False, True])
-@pytest.mark.parametrize("bound", [None, 10.0])
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_gradient_is_the_definitions(verl, given, aggregation, bound, policy_gradient):
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_is_the_definitions(verl, given, name, policy_gradient):
     assert (gaps(given) > 10).any() and (gaps(given) < -10).any()
-    config = verl.settings(use_policy_gradient=policy_gradient, loss_max_clamp=bound, use_task_rewards=False)
-    _, found, _ = run(verl, given, config, aggregation=aggregation)
-    assert_same(found, defined(given, aggregation, bound))
-
-
-@pytest.mark.parametrize("policy_gradient", [False, True])
-def test_padded_batch(verl, given, policy_gradient):
-    """The layout of verl's older trainer."""
-    config = verl.settings(use_policy_gradient=policy_gradient, use_task_rewards=False)
-    _, found, _ = run(verl, given, config, layout="padded")
-    assert_same(found, defined(given))
-
-
-@pytest.mark.parametrize("policy_gradient", [False, True])
-def test_beside_task_rewards(verl, given, policy_gradient):
-    config = verl.settings(use_policy_gradient=policy_gradient, distillation_loss_coef=0.5)
-    assert config.distillation_loss.use_task_rewards
-    _, found, _ = run(verl, given, config)
-    assert_same(found, defined(given, task=0.5))
+    changes, how, want = CASES[name]
+    config = verl.settings(use_policy_gradient=policy_gradient, **changes)
+    assert config.distillation_loss.use_task_rewards == ("task" in want)
+    assert_same(run(verl, given, config, **how)[1], defined(given, **want))
 
 
 def test_defaults_of_the_dataclass(verl, given):
     """Not those of the YAML: policy gradient, clamp 10, task rewards."""
     config = verl.DistillationConfig(distillation_loss=verl.DistillationLossConfig(loss_mode=NAME))
-    _, found, _ = run(verl, given, config)
-    assert_same(found, defined(given, bound=10.0, task=1.0))
+    assert_same(run(verl, given, config)[1], defined(given, bound=10.0, task=1.0))
 
 
 @pytest.mark.parametrize(("layout", "policy_gradient"), [("nested", False), ("padded", False), ("padded", True)])
 def test_rollout_correction(verl, given, layout, policy_gradient):
     """verl multiplies by it in its policy loss only; backpropagation must not lose it."""
     config = verl.settings(use_policy_gradient=policy_gradient, loss_max_clamp=10.0, use_task_rewards=False)
-    _, found, _ = run(verl, given, config, layout=layout, corrected=True)
+    found = run(verl, given, config, layout=layout, corrected=True)[1]
     assert_same(found, defined(given, bound=10.0, corrected=True))
-
-
-@pytest.mark.parametrize("bound", [0.1, 3.3])
-def test_bound_that_float32_rounds(verl, given, bound):
-    config = verl.settings(loss_max_clamp=bound, use_task_rewards=False)
-    _, found, _ = run(verl, given, config, dtype=torch.float32)
-    assert_same(found, defined(given, bound=bound), tolerance=1e-6)
 
 
 @pytest.mark.parametrize("stale", [0.0, 0.5, -0.5])
@@ -273,7 +251,7 @@ def test_bound_below_zero(verl, given, bound, policy_gradient):
 
 
 def test_more_than_one_teacher_logprob(verl, given):
-    _, output, data = make_batch(verl, given, "nested", torch.float64, 0.0, False)
+    _, output, data = make_batch(verl, given)
     data["teacher_logprobs"] = nested(row.teacher[:, None].expand(-1, 2) for row in given)
     with pytest.raises(ValueError, match=r"teacher_logprobs must have one .* \(3, 5\), got \(3, 5, 2\)"):
         verl.loss(verl.actor(), verl.settings(), output, data)

@@ -1,8 +1,7 @@
 """Counts of cases, their results file, and commands on tiny models that can be killed.
 
-With ``FASTSDPO_LONG=1`` (`make fuzz`) every test tries its long count of cases. With
-``FASTSDPO_RESULTS=FILE.json`` what was tried, injected, survived and lost is written there, with a
-table beside it (``.md``).
+With ``FASTSDPO_LONG=1`` (`make fuzz`) every test tries its long count of cases. With ``FASTSDPO_RESULTS=FILE.json``
+the numbers of cases tried, faults injected, cases survived and cases lost are written to that file.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Results:
     def __init__(self, path):
         self.path = None if path is None else Path(path)
 
-    def add(self, name, *, tried, faults=0, survived, lost=0, **figures):
+    def add(self, name, *, tried, faults=0, survived=None, lost=0, **figures):
         """Keeps the counts of one kind of case; ``figures`` are whatever else was measured."""
         if self.path is None:
             return
@@ -61,7 +60,7 @@ class Results:
         found["rows"][name] = {
             "tried": tried,
             "faults": faults,
-            "survived": survived,
+            "survived": tried - lost if survived is None else survived,
             "lost": lost,
             "figures": figures,
             "command": os.environ.get("FASTSDPO_COMMAND", "pytest"),
@@ -76,33 +75,6 @@ class Results:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", "utf-8")
-        self.path.with_suffix(".md").write_text(table(found), "utf-8")
-
-
-def table(found):
-    """The results file as Markdown."""
-    machine = ", ".join(f"{name} {value}" for name, value in sorted(found["machine"].items()))
-    lines = [
-        "# Reliability: what was tried",
-        "",
-        "Tried: cases. Faults: kills, signals, damaged files, mutations. Lost: cases that did not come to "
-        "the right result.",
-        "",
-        f"{machine}.",
-        "",
-        "| what | tried | faults | survived | lost | measured | command, date |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in sorted(found["rows"].items()):
-        figures = "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in row["figures"].items())
-        lines.append(
-            f"| {name} | {row['tried']:,} | {row['faults']:,} | {row['survived']:,} | {row['lost']:,} "
-            f"| {figures} | `{row['command']}`, {row['date']} |"
-        )
-    rows = found["rows"].values()
-    sums = [sum(row[key] for row in rows) for key in ("tried", "faults", "survived", "lost")]
-    lines.append("| **all** | " + " | ".join(f"{value:,}" for value in sums) + " | | |")
-    return "\n".join(lines) + "\n"
 
 
 @pytest.fixture(scope="session")
@@ -202,64 +174,20 @@ def commands(lab, tmp_path_factory):
     with open(place / "conversations.jsonl", "w") as file:
         for number in range(12_000 if LONG else 6_000):  # saved every 5,000
             words = lab.WORDS[number % 50 :][:5]
-            messages = [
-                {"role": ("user", "assistant")[turn % 2], "content": f"{number} {word}"}
-                for turn, word in enumerate(words)
-            ]
+            roles = ("user", "assistant") * 3
+            messages = [{"role": role, "content": f"{number} {word}"} for role, word in zip(roles, words)]
             file.write(json.dumps({"id": f"c{number}", "messages": messages}) + "\n")
             if number % 1000 == 500:
                 file.write('{"messages": [\n')
-    shared = [
-        "--model",
-        place / "model",
-        "-o",
-        "out",
-        "--cpu",
-        "--template",
-        lab.TEMPLATE,
-        "--batch-size",
-        4,
-        "--save-steps",
-        1,
-        "--logging-steps",
-        1,
-        "--learning-rate",
-        1e-3,
-        "--set",
-        "dataloader_pin_memory=false",
-        "--resume",
-    ]
+    shared = f"--model {place}/model -o out --cpu --batch-size 4 --save-steps 1 --logging-steps 1 --resume".split()
+    shared += ["--learning-rate", "1e-3", "--set", "dataloader_pin_memory=false", "--template", lab.TEMPLATE]
+    online = f"--rule max_words=3 --wish w5 --eval-prompts {place}/held_out.txt --max-new-tokens 6 "
+    online += "--max-steps 5 --updates-per-batch 2 --eval-steps 2"
+    prepare = "-o out.jsonl --eval-fraction 0.1 --preset none"
     return {
-        "prepare": [
-            "prepare",
-            place / "conversations.jsonl",
-            "-o",
-            "out.jsonl",
-            "--eval-fraction",
-            0.1,
-            "--preset",
-            "none",
-        ],
+        "prepare": ["prepare", place / "conversations.jsonl", *prepare.split()],
         "train": ["train", place / "data.jsonl", *shared, "--teacher", "ema", "--epochs", 2],
-        "online": [
-            "online",
-            place / "prompts.txt",
-            *shared,
-            "--rule",
-            "max_words=3",
-            "--wish",
-            "w5",
-            "--eval-prompts",
-            place / "held_out.txt",
-            "--max-new-tokens",
-            6,
-            "--max-steps",
-            5,
-            "--updates-per-batch",
-            2,
-            "--eval-steps",
-            2,
-        ],
+        "online": ["online", place / "prompts.txt", *shared, *online.split()],
     }
 
 

@@ -10,24 +10,22 @@ import signal
 import sys
 from pathlib import Path
 
-from fastsdpo.train import main
-from fastsdpo.trainer import SDPOTrainer
+from fastsdpo import SDPOTrainer
+from fastsdpo.cli import main
 
-HOW = sys.argv[1]
+how, *arguments = sys.argv[1:]
+step = SDPOTrainer.training_step
 
 
-class DyingTrainer(SDPOTrainer):
-    def training_step(self, *arguments, **options):
-        if self.state.global_step == 1 and self.args.process_index == 1:
-            if HOW == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise RuntimeError("the memory of this worker is broken")
-        return super().training_step(*arguments, **options)
+def training_step(trainer, *given, **options):
+    if trainer.state.global_step == 1 and trainer.args.process_index == 1:
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("the memory of this worker is broken")
+    return step(trainer, *given, **options)
 
 
 if __name__ == "__main__":
     Path(os.environ["DYING_PIDS"], f"pid-{os.getpid()}").touch()
-    import fastsdpo.trainer
-
-    fastsdpo.trainer.SDPOTrainer = DyingTrainer
-    sys.exit(main(sys.argv[2:]))
+    SDPOTrainer.training_step = training_step
+    sys.exit(main(["train", *arguments]))

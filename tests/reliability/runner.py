@@ -17,6 +17,7 @@ it has ended (the status negative for a signal). A job:
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import shutil
@@ -24,12 +25,12 @@ import signal
 import sys
 import traceback
 
-import fastsdpo.data.prepare
-import fastsdpo.online.command
-import fastsdpo.online.trainer
-import fastsdpo.train
-import fastsdpo.trainer  # noqa: F401
-from fastsdpo.cli import main
+from fastsdpo.cli import COMMANDS, main
+
+for name in ("prepare", "train", "online"):
+    importlib.import_module(COMMANDS[name][0])
+importlib.import_module("fastsdpo.trainer")  # the commands import these when they run
+importlib.import_module("fastsdpo.online")
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_REC, MS_PRIVATE = 0x20000, 1, 32, 16384, 1 << 18

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -24,14 +25,7 @@ from transformers import TrainerCallback
 import fastsdpo
 
 FOLDER = Path(__file__).parent
-OURS = (
-    "fastsdpo",
-    "torch._dynamo",
-    "torch._library",
-    "torch.library",
-    "torch._functorch",
-    "torch._subclasses",
-)
+OURS = ("fastsdpo", "torch._dynamo", "torch._library", "torch.library", "torch._functorch", "torch._subclasses")
 
 
 def load_lab(name):
@@ -148,42 +142,21 @@ class Meter(TrainerCallback):
 
 
 def intervals(period):
-    return {
-        "logging_steps": period,
-        "eval_strategy": "steps",
-        "eval_steps": period,
-        "save_strategy": "steps",
-        "save_steps": period,
-        "save_total_limit": 2,
-        "max_steps": 10**6,
-        "learning_rate": 1e-4,
-    }
+    every = {"logging_steps": period, "eval_steps": period, "save_steps": period, "save_total_limit": 2}
+    return {**every, "eval_strategy": "steps", "save_strategy": "steps", "max_steps": 10**6, "learning_rate": 1e-4}
 
 
 def offline(settings, meter):
     lab = load_lab("trainer")
-    interactions = lab.make_interactions(40)
-    return lab.make_trainer(
-        settings["folder"],
-        interactions=interactions,
-        eval_dataset=interactions[:4],
-        callbacks=[meter],
-        allow_leaks=True,
-        teacher="ema",
-        reference_kl=0.01,
-        max_tokens_per_pack=200,
-        **intervals(settings["period"]),
-    )
+    data = lab.make_interactions(40)
+    options = {"allow_leaks": True, "teacher": "ema", "reference_kl": 0.01, "max_tokens_per_pack": 200}
+    options |= {"interactions": data, "eval_dataset": data[:4], **intervals(settings["period"])}
+    return lab.make_trainer(settings["folder"], callbacks=[meter], **options)
 
 
 def online(settings, meter):
-    return load_lab("online").make_trainer(
-        settings["folder"],
-        callbacks=[meter],
-        updates_per_batch=2,
-        stop_when_degenerate=None,
-        **intervals(settings["period"]),
-    )
+    options = {"updates_per_batch": 2, "stop_when_degenerate": None, **intervals(settings["period"])}
+    return load_lab("online").make_trainer(settings["folder"], callbacks=[meter], **options)
 
 
 def train(make):
@@ -224,7 +197,7 @@ def compiled(settings):
 
 def scale(settings):
     """`prepare`, the dataset and the planner on so many interactions: peak memory of each, and its time."""
-    from fastsdpo.data import prepare
+    from fastsdpo.cli import main
     from fastsdpo.prefix import build_plan, pack_conversations
     from fastsdpo.trainer.data import InteractionDataset
     from fastsdpo.trainer.packs import GroupSampler, collate, split_packs
@@ -236,56 +209,25 @@ def scale(settings):
     turns = 2
     with open(source, "w") as file:
         for number in range(wanted // turns):
-            messages = [
-                {
-                    "role": ("user", "assistant")[place % 2],
-                    "content": " ".join(draw.choices(lab.WORDS, k=12)),
-                }
-                for place in range(2 * turns + 1)
-            ]
+            roles = [("user", "assistant")[place % 2] for place in range(2 * turns + 1)]
+            messages = [{"role": role, "content": " ".join(draw.choices(lab.WORDS, k=12))} for role in roles]
             file.write(json.dumps({"id": f"c{number}", "messages": messages}) + "\n")
-    found = {"source_bytes": source.stat().st_size, "stages": {}}
+    found = {"stages": {}}
 
     def stage(name, call):
         reset_peak()
         before, started = resident(), time.perf_counter()
         result = call()
         seconds = time.perf_counter() - started
-        peak = peak_since_reset() - before
-        gc.collect()
-        found["stages"][name] = {
-            "peak_bytes": peak,
-            "kept_bytes": resident() - before,
-            "seconds": seconds,
-        }
+        found["stages"][name] = {"peak_bytes": peak_since_reset() - before, "seconds": seconds}
         return result
 
     tokenizer = lab.make_tokenizer()
+    prepare = ["prepare", str(source), "--preset", "none", "--quiet", "-o"]
     # What is made once, whatever the size.
-    prepare.main(
-        [
-            str(source),
-            "-o",
-            str(folder / "few.jsonl"),
-            "--preset",
-            "none",
-            "--quiet",
-            "--limit",
-            "300",
-        ]
-    )
+    assert main([*prepare, str(folder / "few.jsonl"), "--limit", "300"]) == 0
     InteractionDataset.from_source(folder / "few.jsonl", tokenizer, lab.TEMPLATE)
-    argv = [
-        str(source),
-        "-o",
-        str(output),
-        "--preset",
-        "none",
-        "--quiet",
-        "--eval-fraction",
-        "0.05",
-    ]
-    assert stage("prepare", lambda: prepare.main(argv)) == 0
+    assert stage("prepare", lambda: main([*prepare, str(output), "--eval-fraction", "0.05"])) == 0
     report = json.loads((folder / "interactions.report.json").read_text())
     found["interactions"] = report["interactions"] + report["eval_interactions"]
     found["output_bytes"] = sum(report["sizes"])
@@ -296,65 +238,22 @@ def scale(settings):
     def pack_all():
         packs = pack_conversations(dataset, groups, max_tokens=2000)
         assert sum(map(len, packs)) == len(dataset)
-        return len(packs)
 
-    found["packs"] = stage("pack_conversations", pack_all)
+    stage("pack_conversations", pack_all)
 
     def plan_all():
-        planned = 0
-        sampler = GroupSampler(groups, multiple=8)
-        batch = []
-        for index in sampler:
-            batch.append(dataset[index])
-            if len(batch) == 8:
-                for pack in split_packs(collate(batch)["interactions"], 2000, "conversation"):
-                    planned += len(pack)
-                    build_plan(pack)
-                batch = []
+        planned, indices = 0, iter(GroupSampler(groups, multiple=8))
+        while batch := [dataset[index] for index in itertools.islice(indices, 8)]:
+            for pack in split_packs(collate(batch)["interactions"], 2000, "conversation"):
+                planned += len(pack)
+                build_plan(pack)
         return planned
 
     found["planned"] = stage("batches and plans", plan_all)
     return found
 
 
-def throughput(settings):
-    """Interactions per second of training steps, after some to warm up; one process of WORLD_SIZE."""
-    lab = load_lab("trainer")
-    torch.set_num_threads(1)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    model = lab.make_model(hidden_size=256, intermediate_size=512, num_hidden_layers=4, initializer_range=0.02)
-    times = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            times.append(time.perf_counter())
-
-    trainer = lab.make_trainer(
-        settings["folder"],
-        model=model,
-        interactions=lab.make_interactions(200, turns=4),
-        per_device_train_batch_size=16 // world,
-        max_steps=settings["steps"],
-        learning_rate=1e-4,
-        ddp_backend="gloo" if world > 1 else None,
-        callbacks=[Clock()],
-        logging_steps=1000,
-    )
-    trainer.train()
-    warm = len(times) // 4
-    rate = 16 * (len(times) - 1 - warm) / (times[-1] - times[warm])
-    if world > 1:
-        torch.distributed.destroy_process_group()
-    return {"interactions_per_second": rate, "load_average": os.getloadavg()[0]}
-
-
-PARTS = {
-    "offline": train(offline),
-    "online": train(online),
-    "compiled": compiled,
-    "scale": scale,
-    "throughput": throughput,
-}
+PARTS = {"offline": train(offline), "online": train(online), "compiled": compiled, "scale": scale}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
+from fastsdpo.cli import main
+from fastsdpo.data import InteractionTokenizer
 from fastsdpo.modeling import load_model_and_tokenizer
-from fastsdpo.train import build_parser, main, read_config
+from fastsdpo.online.endpoint import ChatEndpoint
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [*sorted((ROOT / "fastsdpo").rglob("*.py")), *sorted((ROOT / "examples").rglob("*.py"))]
@@ -45,69 +46,33 @@ def _counted(request, results):
     yield
     tests = sum(item.path == request.path for item in request.session.items)
     lost = request.session.testsfailed - failed
-    results.add(
-        "security: files that would run code, connections, keys (tests)",
-        tried=tests,
-        faults=Bomb.planted,
-        survived=tests - lost,
-        lost=lost,
-    )
-
-
-def calls():
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call):
-                yield path, node, ast.unparse(node.func)
+    what = "security: files that would run code, connections, keys (tests)"
+    results.add(what, tried=tests, faults=Bomb.planted, lost=lost)
 
 
 # ------------------------------------------------------------------------------------ in the source
 
+FORBIDDEN = {"eval", "exec", "pickle.load", "pickle.loads", "joblib.load", "yaml.load", "os.system", "marshal.loads"}
+FORBIDDEN |= {"dill.load", "cloudpickle.load", "numpy.load", "np.load"}
+AS_THE_USER_SAID = ("trust_remote_code", "options.trust_remote_code", "args.trust_remote_code")
+
 
 def test_the_source_unpickles_and_evaluates_nothing():
-    forbidden = {
-        "eval",
-        "exec",
-        "pickle.load",
-        "pickle.loads",
-        "joblib.load",
-        "yaml.load",
-        "os.system",
-        "marshal.loads",
-        "dill.load",
-        "cloudpickle.load",
-        "numpy.load",
-        "np.load",
-    }
     looked_at = 0
-    for path, node, name in calls():
-        looked_at += 1
-        where = f"{path}:{node.lineno}: {ast.unparse(node)}"
-        assert name not in forbidden, where
-        options = {option.arg: ast.unparse(option.value) for option in node.keywords}
-        if name == "torch.load":
-            assert options.get("weights_only") == "True", where
-        if name.startswith("subprocess."):
-            assert options.get("shell", "False") == "False", where
-        # Off, or what the user said.
-        assert options.get("trust_remote_code", "False") in (
-            "False",
-            "trust_remote_code",
-            "options.trust_remote_code",
-            "args.trust_remote_code",
-        ), where
-    assert looked_at > 1000
     for path in SOURCES:
-        assert not re.search(
-            r"^\s*(import|from) (pickle|dill|marshal|shelve)\b", path.read_text("utf-8"), re.MULTILINE
-        ), path
-
-
-def test_trust_remote_code_is_off_unless_asked():
-    options = build_parser().parse_args(["d", "--model", "m", "-o", "o"])
-    assert options.trust_remote_code is False
-    options = build_parser().parse_args(["d", "--model", "m", "-o", "o", "--trust-remote-code"])
-    assert options.trust_remote_code is True
+        text = path.read_text("utf-8")
+        assert not re.search(r"^\s*(import|from) (pickle|dill|marshal|shelve)\b", text, re.MULTILINE), path
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.Call):
+                continue
+            looked_at += 1
+            name, where = ast.unparse(node.func), f"{path}:{node.lineno}"
+            options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+            assert name not in FORBIDDEN, where
+            assert name != "torch.load" or options.get("weights_only") == "True", where
+            assert not name.startswith("subprocess.") or options.get("shell", "False") == "False", where
+            assert options.get("trust_remote_code", "False") in ("False", *AS_THE_USER_SAID), where
+    assert looked_at > 1000
 
 
 # ---------------------------------------------------------------------------------------- bad files
@@ -128,17 +93,21 @@ def test_pickled_weights_run_nothing(saved, tmp_path):
     assert not (tmp_path / "boom").exists()
 
 
-def test_code_that_comes_with_a_model_is_not_run(saved, tmp_path):
+def test_code_that_comes_with_a_model_is_run_only_when_asked(saved, commands, tmp_path, capsys):
     """`auto_map` names a module of the folder, which makes a folder when it is imported."""
     code = f"import os\nos.mkdir({str(tmp_path / 'boom')!r})\nfrom transformers import LlamaConfig\n"
-    code += "class Config(LlamaConfig):\n    model_type = 'strange'\n"
-    (saved / "strange.py").write_text(code)
+    (saved / "strange.py").write_text(code + "class Config(LlamaConfig):\n    model_type = 'strange'\n")
     config = json.loads((saved / "config.json").read_text())
     config |= {"model_type": "strange", "auto_map": {"AutoConfig": "strange.Config"}}
     (saved / "config.json").write_text(json.dumps(config))
     with pytest.raises((ValueError, OSError), match="trust_remote_code"):
         load_model_and_tokenizer(saved)
+    argv = ["train", str(commands["train"][1]), "--model", str(saved), "-o", str(tmp_path / "out"), "--cpu"]
+    assert main(argv) == 1
+    assert "trust_remote_code" in capsys.readouterr().err
     assert not (tmp_path / "boom").exists()
+    assert main([*argv, "--trust-remote-code"]) == 1  # there is no model of that configuration
+    assert (tmp_path / "boom").exists()
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +122,8 @@ def begun(runner, commands, tmp_path_factory):
 
 
 PICKLES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"]
-PLANTED = [(file, False) for file in PICKLES] + [
-    (file, True) for file in (PICKLES if os.environ.get("FASTSDPO_LONG") == "1" else PICKLES[:1])
-]
+LONG = os.environ.get("FASTSDPO_LONG") == "1"
+PLANTED = [(file, False) for file in PICKLES] + [(file, True) for file in (PICKLES if LONG else PICKLES[:1])]
 
 
 @pytest.mark.parametrize(("file", "summed"), PLANTED)
@@ -179,7 +147,7 @@ def test_a_pickle_is_no_data_file(tmp_path, saved, capsys):
     for name in ("data.jsonl", "data.parquet", "data.pkl"):
         with open(tmp_path / name, "wb") as file:
             pickle.dump(Bomb(tmp_path / "boom"), file)
-        status = main([str(tmp_path / name), "--model", str(saved), "-o", str(tmp_path / "out"), "--cpu"])
+        status = main(["train", str(tmp_path / name), "--model", str(saved), "-o", str(tmp_path / "out"), "--cpu"])
         assert status == 1
         assert name in capsys.readouterr().err
     assert not (tmp_path / "boom").exists()
@@ -192,8 +160,6 @@ def test_templates_of_a_tokenizer_reach_no_python(saved, tmp_path, lab):
         "{{ messages.__class__.__mro__[1].__subclasses__() }}"
         "{{ cycler.__init__.__globals__.os.mkdir('" + str(tmp_path / "boom") + "') }}"
     )
-    from fastsdpo.data import InteractionTokenizer
-
     with pytest.raises(ValueError, match="the chat template fails"):
         InteractionTokenizer(tokenizer, "note")
     assert not (tmp_path / "boom").exists()
@@ -221,52 +187,44 @@ def test_an_endpoint_is_asked_only_where_configured(runner, commands, tmp_path):
     assert set(re.findall(r"connects to \('([^']+)', (\d+)", ended.log)) == {("127.0.0.1", "9")}
 
 
-def test_keys_come_from_the_environment_and_are_not_written(runner, commands, tmp_path, monkeypatch):
+def test_keys_come_from_the_environment_and_are_not_written(monkeypatch, caplog):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    from fastsdpo.online.endpoint import ChatEndpoint
-
-    records = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())
-    logging.getLogger().addHandler(handler)
-    try:
-        # The port of "discard": refused at once.
-        endpoint = ChatEndpoint("http://127.0.0.1:9/v1", "m", max_retries=0, timeout=2)
-        assert endpoint.client.api_key == KEY
+    # The port of "discard": refused at once.
+    endpoint = ChatEndpoint("http://127.0.0.1:9/v1", "m", max_retries=0, timeout=2)
+    assert endpoint.client.api_key == KEY
+    with caplog.at_level(logging.DEBUG):
         assert endpoint.reply([{"role": "user", "content": "hello"}]) is None
-    finally:
-        logging.getLogger().removeHandler(handler)
     assert endpoint.failures
-    assert records
-    assert not any(KEY in text for text in records)
+    assert caplog.records
+    assert KEY not in caplog.text
     assert KEY not in repr(vars(endpoint) | {"client": None})
 
 
-def test_no_option_takes_a_key(tmp_path):
+@pytest.mark.parametrize("name", ["prepare", "train", "online", "chat", "eval"])
+def test_no_option_takes_a_key(name, capsys):
     """A key given as an option would be in the shell's history, the process list and the report."""
-    from fastsdpo.online.command import build_parser as online_parser
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    options = re.findall(r"--[a-z][\w-]*", capsys.readouterr().out)
+    assert options
+    assert not [option for option in options if re.search("key|token$|secret|password", option)]
 
-    for parser in (build_parser(), online_parser()):
-        names = [option for action in parser._actions for option in action.option_strings]
-        assert not [name for name in names if re.search("key|token$|secret|password", name)]
-    options = build_parser().parse_args(["d", "--model", "m", "-o", str(tmp_path), "--set", f"hub_token={KEY}"])
-    with pytest.raises(ValueError, match="tokens are read from the environment only") as caught:
-        read_config(options)
-    assert KEY not in str(caught.value)
+
+def test_no_setting_takes_a_key(commands, tmp_path, capsys):
+    argv = [*map(str, commands["train"]), "-o", str(tmp_path / "out"), "--set", f"hub_token={KEY}"]
+    assert main(argv) != 0
+    said = capsys.readouterr()
+    assert "tokens are read from the environment only" in said.err
+    assert KEY not in said.out + said.err
 
 
 def test_a_run_leaves_no_key_in_its_files(commands, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("HF_TOKEN", KEY)
     monkeypatch.chdir(tmp_path)
-    argv = [str(part) for part in commands["train"]][1:]
-    assert main([*argv, "--max-steps", "1"]) == 0
+    assert main([*map(str, commands["train"]), "--max-steps", "1"]) == 0
     said = capsys.readouterr()
     assert KEY not in said.out + said.err
-    looked_at = 0
-    for path in (tmp_path / "out").rglob("*"):
-        if path.is_file():
-            looked_at += 1
-            assert KEY.encode() not in path.read_bytes(), path
-    assert looked_at > 10
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model") is not None
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]

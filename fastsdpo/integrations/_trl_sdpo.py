@@ -1,0 +1,405 @@
+"""TRL's `SDPOTrainer` with losses from hidden states, or from logits: the methods that are replaced."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import types
+from collections import defaultdict
+from typing import Any, Literal, NamedTuple
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+
+from fastsdpo.integrations._distillation import (
+    Objective,
+    PolicyGradient,
+    Targets,
+    distillation_loss,
+    policy_gradient_loss,
+    targets_where,
+)
+from fastsdpo.integrations._trl_originals import (
+    REPLACED,
+    TRL_METHODS,
+    SDPOTrainer,
+    policy_loss_from_logits,
+    policy_loss_from_logps,
+)
+from fastsdpo.integrations.transformers import gathered_head, is_partitioned, label_logps
+from fastsdpo.prefix import (
+    HeadParameters,
+    above_the_decoder,
+    causal_lm,
+    check_head,
+    head_parameters,
+    no_grad_pass,
+    run_inside,
+    unwrap,
+)
+
+logger = logging.getLogger("fastsdpo.integrations.trl")
+
+Source = Literal["auto", "hidden", "logits"]
+SOURCES = ("auto", "hidden", "logits")
+MODES = {"sampled_token": "sampled_token", "full_logits": "full", "topk_logits": "topk"}
+
+
+def check_source(name: str, source: Any) -> Source:
+    if source not in SOURCES:
+        raise ValueError(f"{name}: source must be one of {SOURCES}, got {source!r}")
+    return source
+
+
+class FastSDPOTrainer(SDPOTrainer):
+    """TRL's `SDPOTrainer` with fastsdpo's losses; arguments and numbers are TRL's.
+
+    Args:
+        source: "hidden" forms the loss from hidden states, without logits, or raises NotImplementedError;
+            "logits" forms it from logits; "auto" takes hidden states where it can and otherwise logits, with a
+            warning that says why.
+        others: as `trl.experimental.sdpo.SDPOTrainer`.
+    """
+
+    # The methods below also replace those of `SDPOTrainer` itself (`patch_trl`): no `super()` in them.
+
+    fastsdpo_source: Source = "auto"
+
+    def __init__(self, *args: Any, source: Source = "auto", **kwargs: Any):
+        self.fastsdpo_source = check_source("FastSDPOTrainer", source)
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if return_outputs or not _uses_hidden_states(self, model):
+            return TRL_METHODS["compute_loss"](self, model, inputs, return_outputs, num_items_in_batch)
+        found = _HiddenPass(self, model, inputs).run()
+        loss = found.loss
+        # After the forward pass: these gather metrics over the processes.
+        if found.policy_logps is not None:
+            policy = self._compute_policy_loss(inputs, _GivenLogps(found.policy_logps))
+            loss = loss + (1 - self.args.distillation_weight) * policy
+        if found.distillation_mean is not None:
+            _log_distillation(self, model, found.distillation_mean)
+        return loss / (self.current_gradient_accumulation_steps if self.model.training else 1.0)
+
+    def _compute_policy_loss(self, inputs, student_logits):
+        if isinstance(student_logits, _GivenLogps):
+            return policy_loss_from_logps(self, inputs, student_logits.logps)
+        return policy_loss_from_logits(self, inputs, student_logits)
+
+    def _compute_rollout_logps(self, prompt_ids, prompt_mask, completion_ids, completion_mask):
+        steps = self.args.steps_per_generation * self.num_iterations
+        if self.args.gradient_accumulation_steps % steps == 0 or not _uses_hidden_states(self, self.model):
+            return TRL_METHODS["_compute_rollout_logps"](
+                self, prompt_ids, prompt_mask, completion_ids, completion_mask
+            )
+        length = completion_ids.size(1)
+
+        def logps(hidden: Tensor) -> Tensor:
+            with gathered_head(self.model):
+                head = head_parameters(self.model)
+                return label_logps(hidden[:, -length - 1 : -1], head, completion_ids, self.temperature)[0]
+
+        with torch.no_grad():
+            return run_inside(
+                self.model, logps, _model_inputs(prompt_ids, prompt_mask, completion_ids, completion_mask)
+            )
+
+    def _forward_logits(self, model, input_ids, attention_mask, logits_to_keep):
+        """TRL's, without its copy of the logits where the temperature is 1."""
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if "logits_to_keep" in self.model_kwarg_keys:
+            given["logits_to_keep"] = logits_to_keep + 1
+        logits = model(**given).logits[:, -logits_to_keep - 1 : -1]
+        return logits if self.temperature == 1.0 else logits / self.temperature
+
+    def _compute_self_distillation_loss(self, model, inputs, distillation_logits):
+        loss, mean = _distillation_terms(
+            self.args,
+            _Policies(distillation_logits.student_logits, distillation_logits.teacher_logits),
+            distillation_logits.completion_ids,
+            distillation_logits.loss_mask,
+            inputs.get("old_per_token_logps"),
+            temperature=1.0,  # TRL has divided the logits by it
+        )
+        _log_distillation(self, model, mean)
+        return loss
+
+
+OURS = {name: vars(FastSDPOTrainer)[name] for name in REPLACED}
+
+
+class _GivenLogps(NamedTuple):
+    """Log-probs of the completion, in the place of TRL's logits."""
+
+    logps: Tensor
+
+
+def _log_distillation(trainer: Any, model: nn.Module, mean: Tensor) -> None:
+    """Logs TRL's metric, averaged over the processes."""
+    value = trainer.accelerator.gather(mean).mean().item()
+    trainer._log_self_distillation_metric("train" if model.training else "eval", value)
+
+
+# --------------------------------------------------------------------- hidden states, or why not
+
+
+def _why_not_hidden(trainer: Any, model: nn.Module) -> str | None:
+    """Why this trainer's loss cannot come from hidden states; None where it can."""
+    own: dict[str, tuple[Any, ...]] = {name: (OURS[name], TRL_METHODS[name]) for name in REPLACED}
+    for name in ("_compute_teacher_student_logits", "_compute_server_distillation_loss"):
+        own[name] = (vars(SDPOTrainer)[name],)
+    for name, known in own.items():
+        if inspect.getattr_static(type(trainer), name) not in known:
+            return f"{type(trainer).__name__} has its own {name}, which works on logits"
+    if trainer.use_teacher_server:
+        return "the teacher's log-probs come from a server (use_teacher_server=True)"
+    if trainer.args.distillation_mode not in MODES:
+        return f"distillation_mode={trainer.args.distillation_mode!r} is not known"
+    if trainer.args.torch_compile or hasattr(model, "_orig_mod"):
+        return "the model is compiled, and hooks on it would break its graph"
+    reason = above_the_decoder(model)
+    if reason is not None:
+        return reason
+    models = {"model": model}
+    if unwrap(trainer.teacher_model) is not unwrap(model):
+        if trainer.is_fsdp_enabled:
+            return "FSDP frees the separate teacher's head after its forward pass"
+        models["teacher"] = trainer.teacher_model
+    for role, checked in models.items():
+        right, reason = _check_head(checked)
+        if not right:
+            return f"the {role}'s head: {reason}"
+    return None
+
+
+def _check_head(model: nn.Module) -> tuple[bool, str]:
+    """Whether the head is one that the losses compute, and otherwise what it is."""
+    if is_partitioned(model):
+        # DeepSpeed ZeRO-3: read the head's configuration only. A pass of the whole model would run the head's own
+        # hooks, which partition it again while it is gathered here.
+        try:
+            with gathered_head(model):
+                head_parameters(model)
+        except NotImplementedError as error:
+            return False, str(error)
+        return True, ""
+    # A forward pass with dropout draws random numbers; the run's own draws must not change.
+    devices = [p.device for p in unwrap(model).parameters() if p.device.type == "cuda"][:1]
+    with torch.random.fork_rng(devices), no_grad_pass():
+        return check_head(model)
+
+
+def _uses_hidden_states(trainer: Any, model: nn.Module) -> bool:
+    """Whether the loss comes from hidden states; finds out once for each model of a trainer.
+
+    Raises:
+        NotImplementedError: the source is "hidden" and hidden states will not do.
+    """
+    source = trainer.fastsdpo_source
+    if source == "logits":
+        return False
+    reasons = trainer.__dict__.setdefault("_fastsdpo_reasons", {})
+    key = id(unwrap(model))
+    if key not in reasons:
+        reasons[key] = _why_not_hidden(trainer, model)
+        if reasons[key] is None:
+            logger.info("losses from hidden states")
+        elif source == "auto":
+            logger.warning("losses from logits, not from hidden states: %s", reasons[key])
+    if reasons[key] is not None and source == "hidden":
+        raise NotImplementedError(f"source must not be 'hidden' here: {reasons[key]}")
+    return reasons[key] is None
+
+
+# ------------------------------------------------------------------------------ from hidden states
+
+
+class _Losses(NamedTuple):
+    """The results of the student's forward pass.
+
+    Attributes:
+        loss: distillation_weight times the distillation loss. Its gradient is that of the whole loss, the policy
+            loss included.
+        distillation_mean: TRL's metric, the mean over tokens; None without a distillation loss.
+        policy_logps: ``[B, T]`` detached log-probs for TRL's policy loss; None without one.
+    """
+
+    loss: Tensor
+    distillation_mean: Tensor | None
+    policy_logps: Tensor | None
+
+
+class _Policies(NamedTuple):
+    """Student and teacher ``[B, T, .]``: logits, or hidden states with their heads (no head: the student's)."""
+
+    student: Tensor
+    teacher: Tensor
+    head: HeadParameters | None = None
+    teacher_head: HeadParameters | None = None
+
+
+class _HiddenPass:
+    """The loss of one batch, formed inside the student's forward pass."""
+
+    def __init__(self, trainer: Any, model: nn.Module, inputs: dict[str, Any]):
+        self.trainer = trainer
+        self.model = model
+        self.inputs = inputs
+        self.weight = trainer.args.distillation_weight
+
+    def run(self) -> _Losses:
+        batch = (self.inputs[f"{part}_{kind}"] for part in ("prompt", "completion") for kind in ("ids", "mask"))
+        return run_inside(self.model, self._losses, _model_inputs(*batch))
+
+    def _at_completion(self, hidden: Tensor) -> Tensor:
+        length = self.inputs["completion_ids"].size(1)
+        return hidden[:, -length - 1 : -1]
+
+    def _losses(self, hidden: Tensor) -> _Losses:
+        # Student before teacher, as in TRL: dropout then draws the same numbers.
+        student, teacher, teacher_head = self._at_completion(hidden), None, None
+        if self.weight > 0:
+            teacher, teacher_head = self._teacher()
+        with gathered_head(self.model, self.trainer.teacher_model):
+            head = head_parameters(self.model)
+            if teacher_head is not None and teacher_head.weight is head.weight:
+                teacher_head = None
+            device = head.weight.device
+            student = student.to(device)
+            logps = policy = None
+            if self.weight < 1:
+                logps, policy = self._policy_gradient(student, head)
+            if teacher is None:
+                assert policy is not None
+                loss = policy_gradient_loss(student, head, policy, self.trainer.temperature)
+                return _Losses(loss, None, logps)
+            chosen = self.inputs.get("self_distillation_mask")
+            mask = self.inputs["completion_mask"]
+            loss, mean = _distillation_terms(
+                self.trainer.args,
+                _Policies(student, teacher.to(device), head, teacher_head),
+                self.inputs["completion_ids"].to(device),
+                (mask if chosen is None else mask * chosen.unsqueeze(1)).to(device),
+                self.inputs.get("old_per_token_logps"),
+                self.trainer.temperature,
+                policy,
+            )
+        return _Losses(loss, mean, logps)
+
+    def _teacher(self) -> tuple[Tensor, HeadParameters | None]:
+        """The teacher's hidden states at the completion, and its head; None is the student's."""
+        teacher = self.trainer.teacher_model
+        given = {
+            "input_ids": self.inputs["teacher_input_ids"],
+            "attention_mask": self.inputs["teacher_attention_mask"],
+            "use_cache": False,
+        }
+        with no_grad_pass(), self.trainer._get_teacher_context_for_self_distillation():
+            if unwrap(teacher) is unwrap(self.model):
+                # This is inside the model's own forward pass, so only its decoder is called.
+                inner: Any = causal_lm(self.model)
+                hidden = inner.get_decoder()(**given).last_hidden_state
+                return self._at_completion(hidden), _head_of_active_adapters(self.model)
+            return run_inside(teacher, lambda hidden: (self._at_completion(hidden), head_parameters(teacher)), given)
+
+    def _policy_gradient(self, student: Tensor, head: HeadParameters) -> tuple[Tensor, PolicyGradient]:
+        """Log-probs of the completion, and in them the gradient of ``(1 - distillation_weight)`` times TRL's loss.
+
+        Without old log-probs the batch is the policy's own. The loss then depends on differences of log-probs that
+        are 0, so zeros stand for the log-probs.
+        """
+        targets = targets_where(self.inputs["completion_mask"], self.inputs["completion_ids"])
+        old_logps = self.inputs.get("old_per_token_logps")
+        if old_logps is None:
+            logps = torch.zeros(targets.shape, device=targets.device)
+        else:
+            with torch.no_grad():
+                (logps,) = label_logps(student, head, targets, self.trainer.temperature)
+            # Padding gets the ratio 1, and the mask removes it. Its own ratio could be infinite.
+            logps = torch.where(targets < 0, old_logps, logps.to(targets.device))
+        with torch.enable_grad():
+            leaf = logps.clone().requires_grad_()
+            loss = policy_loss_from_logps(_WithoutMetrics(self.trainer), self.inputs, leaf)
+            (grad,) = torch.autograd.grad((1 - self.weight) * loss, leaf)
+        return logps, PolicyGradient(targets.to(student.device), grad.to(student.device))
+
+
+class _WithoutMetrics:
+    """A trainer whose metrics are thrown away: TRL's policy loss would gather one over the processes."""
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+        self.accelerator = types.SimpleNamespace(gather=lambda tensor: tensor)
+        self._metrics = defaultdict(lambda: defaultdict(list))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)
+
+
+def _model_inputs(
+    prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
+) -> dict[str, Any]:
+    return {
+        "input_ids": torch.cat([prompt_ids, completion_ids], dim=1),
+        "attention_mask": torch.cat([prompt_mask, completion_mask], dim=1),
+        "use_cache": False,
+    }
+
+
+def _head_of_active_adapters(model: nn.Module) -> HeadParameters | None:
+    """The head under the adapters that are active now; None where the model has no adapters."""
+    if not is_peft_model(unwrap(model)):
+        return None
+    with gathered_head(model):
+        head = head_parameters(model)
+        return head._replace(weight=head.weight.detach())
+
+
+def _distillation_terms(
+    args: Any,
+    policies: _Policies,
+    completion_ids: Tensor,
+    mask: Tensor,
+    old_logps: Tensor | None,
+    temperature: float,
+    policy: PolicyGradient | None = None,
+) -> tuple[Tensor, Tensor]:
+    """TRL's distillation loss and its metric.
+
+    Args:
+        args: TRL's `SDPOConfig`.
+        completion_ids, mask, old_logps: ``[B, T]``; ``mask`` is 1 where a token counts.
+        policy: a policy loss of the same hidden states, whose gradient is added. The loss is then multiplied by
+            distillation_weight.
+
+    Returns:
+        The loss, a mean over the tokens of a sequence and then over all B sequences; the mean over all tokens.
+    """
+    mode = MODES.get(args.distillation_mode)
+    if mode is None:
+        raise ValueError(f"distillation_mode must be one of {', '.join(MODES)}, got {args.distillation_mode!r}")
+    if mode == "topk" and args.distillation_topk is None:
+        raise ValueError("distillation_topk must be set for distillation_mode='topk_logits'")
+    clip = args.distillation_is_clip
+    topk = args.distillation_topk if mode == "topk" else None
+    objective = Objective(mode, args.distillation_alpha, topk, args.distillation_add_tail, clip, temperature)
+    mask = mask.to(torch.float32)
+    tokens = mask.sum(-1, keepdim=True).clamp(min=1.0)
+    weights = mask / tokens / mask.shape[0] * (1.0 if policy is None else args.distillation_weight)
+    old_logps = None if clip is None or old_logps is None else old_logps.to(mask.device)
+    out = distillation_loss(
+        policies.student,
+        policies.teacher,
+        Targets(targets_where(mask, completion_ids), weights, old_logps),
+        objective,
+        head=policies.head,
+        teacher_head=policies.teacher_head,
+        policy=policy,
+    )
+    per_token = out.per_token_loss
+    if old_logps is not None:
+        ratio = (out.student_logps - old_logps).clamp(-20, 20).exp().clamp(max=clip)
+        per_token = per_token * torch.where(mask == 0, 0.0, ratio)
+    return out.loss, (per_token * mask).sum() / mask.sum().clamp(min=1.0)
