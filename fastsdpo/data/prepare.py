@@ -19,27 +19,25 @@ back to what it says.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import random
 import shutil
 import struct
-import sys
-import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from fastsdpo.data.filters import PRESETS, ConversationFilter
+from fastsdpo.data.filters import ConversationFilter
 from fastsdpo.data.interactions import Conversation, Interaction, extract_interactions
 from fastsdpo.data.loading import DamagedRecord, LoadReport, expand_source, load_conversations
 from fastsdpo.data.merging import MANY_EACH, ONE_EACH, Merged, RecordKeys, merge, record_keys
+from fastsdpo.data.progress import ProgressBar
 
 FORMAT = 3  # of the partial folder and its rows; one of another format is started anew
 CHECKPOINT_RECORDS = 5000
@@ -199,7 +197,7 @@ def prepare(
     with _Spool(partial, state) as spool:
         report = LoadReport(**{**spool.report, "damaged": Counter(spool.report.get("damaged"))})
         if not spool.complete:
-            with _ProgressBar(report, progress) as bar:
+            with ProgressBar(report, progress) as bar:
                 _read(spool, report, sources, rules, limit, config, split, strict, settings, bar)
         result = PrepareReport(
             output=str(output),
@@ -250,7 +248,7 @@ def _read(
     split: str,
     strict: bool,
     settings: dict,
-    bar: _ProgressBar,
+    bar: ProgressBar,
 ) -> None:
     """Sources -> spool, going on after ``report.position``."""
     conversations = load_conversations(
@@ -620,168 +618,3 @@ def _conversation_rows(spool: _Spool, merged: Merged, conversation: int) -> byte
             row["id"] = f"{row['id']}~{number}"
     rows.sort(key=lambda item: len(item[1]["prompt"]))
     return b"".join([_encode(row).encode() + b"\n" for _, row in rows])
-
-
-# The command
-
-
-class _ProgressBar:
-    """A tqdm bar where tqdm is installed, else a line that is rewritten; nothing off a terminal."""
-
-    def __init__(self, report: LoadReport, wanted: bool):
-        self._report, self._shown = report, time.monotonic()
-        self._wanted = wanted and sys.stderr.isatty()
-        self._bar = None
-
-    def __enter__(self) -> _ProgressBar:
-        return self
-
-    def update(self) -> None:
-        if not self._wanted or time.monotonic() - self._shown < 0.2:
-            return
-        self._shown = time.monotonic()
-        report = self._report
-        if self._bar is None:
-            self._bar = self._new()
-        if self._bar is None:
-            total = report.bytes_total
-            share = f"{report.bytes_done / total:4.0%}, " if total else ""
-            print(f"\rreading: {share}{report.records:,} records", end="", file=sys.stderr)
-            return
-        self._bar.n = report.records if report.bytes_total is None else report.bytes_done
-        self._bar.set_postfix_str(f"{report.records:,} records", refresh=False)
-        self._bar.refresh()
-
-    def _new(self) -> Any:
-        try:
-            from tqdm import tqdm  # pyright: ignore[reportMissingModuleSource]
-        except ImportError:
-            return None
-        total = self._report.bytes_total
-        unit = "record" if total is None else "B"
-        return tqdm(total=total, unit=unit, unit_scale=True, desc="reading")
-
-    def __exit__(self, *error: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        elif self._wanted:
-            print(file=sys.stderr)
-
-
-def format_report(report: PrepareReport) -> str:
-    """The table that the command prints."""
-    lines = [f"read      {report.records:>9,} records"]
-
-    def kept(title: str, conversations: int, interactions: int, path: str | None) -> None:
-        lines.append(f"{title:<9} {conversations:>9,} conversations, {interactions:,} interactions -> {path}")
-
-    kept("kept", report.conversations, report.interactions, report.output)
-    if report.eval_output is not None:
-        kept("held out", report.eval_conversations, report.eval_interactions, report.eval_output)
-    if report.merged_records:
-        lines.append(f"merged    {report.merged_records:>9,} records into their conversations")
-    if report.duplicate_interactions:
-        lines.append(f"dropped   {report.duplicate_interactions:>9,} interactions that are there already")
-    for reason, count in sorted(report.left_out.items(), key=lambda item: (-item[1], item[0])):
-        lines.append(f"left out  {count:>9,} follow-ups {reason}")
-    for reason, count in sorted(report.dropped.items(), key=lambda item: (-item[1], item[0])):
-        lines.append(f"dropped   {count:>9,} {reason}")
-    for kind, count in sorted(report.damaged.items(), key=lambda item: (-item[1], item[0])):
-        lines.append(f"damaged   {count:>9,} {kind}, for example:")
-        lines += [f"                    {problem}" for problem in report.problems[kind][:2]]
-    if report.lost_bytes:
-        lines.append(f"lost      {report.lost_bytes:>9,} bytes of damaged text")
-    return "\n".join(lines)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastsdpo prepare",
-        description="Conversations in any known layout -> a file of interactions.",
-    )
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        metavar="SOURCE",
-        help="file (JSON, JSON Lines, Parquet; .gz, .zst), folder, glob or dataset name",
-    )
-    parser.add_argument("-o", "--output", required=True, help="the JSON Lines file to write")
-    parser.add_argument("--strict", action="store_true", help="stop at the first damaged record")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
-    parser.add_argument(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="go on where an interrupted run of the same command stopped, and do nothing where "
-        "one has finished (default: yes)",
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
-
-    group = parser.add_argument_group("sources")
-    group.add_argument("--limit", type=int, help="read at most so many records")
-    group.add_argument("--config", help="configuration of a Hugging Face dataset")
-    group.add_argument("--split", default="train", help="its split (default: train)")
-
-    group = parser.add_argument_group("which conversations", "a preset, and changes to it")
-    group.add_argument("--preset", default="default", choices=list(PRESETS))
-    group.add_argument("--languages", nargs="*", metavar="NAME", help="as the records name them; none: any")
-    for option in fields(ConversationFilter):
-        flag = "--" + option.name.replace("_", "-")
-        if option.name == "shuffle":
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
-        elif option.name != "languages":
-            group.add_argument(flag, type=_number_or_none, metavar="N", help="N, or none")
-
-    group = parser.add_argument_group("order and held-out part")
-    group.add_argument("--seed", type=int, default=42)
-    group.add_argument("--eval-fraction", type=float, default=0.0, metavar="SHARE")
-    group.add_argument("--eval-output", help="default: <output>.eval.jsonl")
-    return parser
-
-
-def _number_or_none(text: str) -> int | str:
-    return "none" if text == "none" else int(text)
-
-
-def _rules(arguments: argparse.Namespace) -> ConversationFilter:
-    changes: dict[str, Any] = {}
-    for option in fields(ConversationFilter):
-        value = getattr(arguments, option.name)
-        if value is not None:
-            changes[option.name] = option.default if value == "none" else value
-    if "languages" in changes:
-        changes["languages"] = tuple(changes["languages"]) or None
-    return replace(PRESETS[arguments.preset], **changes)
-
-
-def main(argv: list[str]) -> int:
-    """Runs the command; 0 done, 1 failed (with the reason on stderr), 130 interrupted."""
-    arguments = _parser().parse_args(argv)
-    try:
-        report = prepare(
-            arguments.sources,
-            arguments.output,
-            rules=_rules(arguments),
-            seed=arguments.seed,
-            eval_fraction=arguments.eval_fraction,
-            eval_output=arguments.eval_output,
-            limit=arguments.limit,
-            config=arguments.config,
-            split=arguments.split,
-            strict=arguments.strict,
-            overwrite=arguments.overwrite,
-            resume=arguments.resume,
-            progress=not arguments.quiet,
-        )
-    except KeyboardInterrupt:
-        print("fastsdpo prepare: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        print(f"fastsdpo prepare: {error}", file=sys.stderr)
-        return 1
-    if not arguments.quiet:
-        print(format_report(report))
-    if report.interactions == 0:
-        print("fastsdpo prepare: no interaction was kept", file=sys.stderr)
-        return 1
-    return 0

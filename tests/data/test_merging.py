@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastsdpo.commands.prepare import main
 from fastsdpo.data import ConversationFilter, extract_interactions, merging, prepare
-from fastsdpo.data.prepare import main
 
 ROLES = ("user", "assistant")
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import fastsdpo
+from fastsdpo.commands import prepare as command
+from fastsdpo.commands.prepare import main
 from fastsdpo.data import ConversationFilter, load_interactions, prepare
 from fastsdpo.data.loading import DamagedRecord
-from fastsdpo.data.prepare import main
 
 PACKAGE = Path(fastsdpo.__file__).parent
 
@@ -144,8 +145,8 @@ class TestOutput:
         assert saved["dropped"]["other language"] == 1 and saved["damaged"]["not JSON"] == 1
 
     def test_options_reach_the_rules(self, tmp_path):
-        parse = prepare._parser().parse_args
-        rules = prepare._rules(
+        parse = command._parser().parse_args
+        rules = command._rules(
             parse(
                 ["s", "-o", "o", "--preset", "wildchat", "--max-history-messages", "3"]
                 + [
@@ -168,7 +169,7 @@ class TestOutput:
             max_conversations=14_000,
             max_interactions=50_000,
         )
-        assert prepare._rules(parse(["s", "-o", "o", "--languages"])).languages is None
+        assert command._rules(parse(["s", "-o", "o", "--languages"])).languages is None
 
     def test_conversations_without_ids_are_named_by_place(self, tmp_path):
         for number, name in enumerate(("a", "b")):
@@ -420,7 +421,7 @@ class TestRefusals:
 
     def test_full_disk(self, source, tmp_path):
         """A file size limit stands in for a full disk; afterwards the command goes on."""
-        code = "from fastsdpo.data.prepare import main; sys.exit(main(sys.argv[1:]))"
+        code = "from fastsdpo.commands.prepare import main; sys.exit(main(sys.argv[1:]))"
         limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         arguments = [str(source), "-o", str(tmp_path / "out.jsonl"), "--quiet"]
         result = run(limit + code, arguments)
@@ -459,6 +460,7 @@ def run(code, arguments=(), **options):
 # Runs the command and kills itself, as SIGKILL does, at the n-th step that touches the disk.
 KILLED = """
     import os, shutil, signal
+    from fastsdpo.commands.prepare import main
     from fastsdpo.data import prepare
     prepare.CHECKPOINT_RECORDS = 7
     steps = 0
@@ -479,7 +481,7 @@ KILLED = """
     shutil.rmtree = killing(shutil.rmtree)
     prepare._Spool.add = killing(prepare._Spool.add)
     prepare._Spool.read = killing(prepare._Spool.read)
-    status = prepare.main(sys.argv[2:])
+    status = main(sys.argv[2:])
     print(steps)
     sys.exit(status)
 """
@@ -547,7 +549,7 @@ class TestKilled:
         source = write_source(tmp_path / "a.jsonl", 20_000)
         prepare.prepare([source], tmp_path / "whole.jsonl")
         expected = (tmp_path / "whole.jsonl").read_bytes()
-        code = "from fastsdpo.data.prepare import main; sys.exit(main(sys.argv[1:]))"
+        code = "from fastsdpo.commands.prepare import main; sys.exit(main(sys.argv[1:]))"
         draw = random.Random(0)
         output, kills, finished = tmp_path / "out.jsonl", 0, 0
         while kills < 50:
@@ -594,7 +596,7 @@ class TestKilled:
 def test_memory_does_not_grow_with_the_data(tmp_path):
     """125,000 interactions take no more memory than 31,250, but for some 40 bytes a record."""
     code = """
-        from fastsdpo.data.prepare import main
+        from fastsdpo.commands.prepare import main
         status = main(sys.argv[1:])
         # ru_maxrss would be that of the process which started this one, if larger.
         print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])

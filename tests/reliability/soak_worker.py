@@ -224,7 +224,7 @@ def compiled(settings):
 
 def scale(settings):
     """`prepare`, the dataset and the planner on so many interactions: peak memory of each, and its time."""
-    from fastsdpo.data import prepare
+    from fastsdpo.commands import prepare
     from fastsdpo.prefix import build_plan, pack_conversations
     from fastsdpo.trainer.data import GroupSampler, InteractionDataset, collate, split_packs
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from fastsdpo.data import Interaction, InteractionTokenizer, load_interactions, prepare
+from fastsdpo.commands import prepare
+from fastsdpo.data import Interaction, InteractionTokenizer, load_interactions
 from fastsdpo.data.loading import parse_conversation, parse_interaction
 from fastsdpo.trainer.data import InteractionDataset
 
