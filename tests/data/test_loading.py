@@ -11,9 +11,11 @@ import pytest
 from fastsdpo.data import (
     LoadReport,
     extract_interactions,
+    json_records,
     load_conversations,
     load_interactions,
     loading,
+    records,
 )
 from fastsdpo.data.loading import DamagedRecord
 
@@ -95,7 +97,7 @@ def any_file(request, tmp_path):
 class TestFormats:
     @pytest.mark.parametrize("read_bytes", [1 << 20, 7, 1])
     def test_all_give_the_same(self, any_file, read_bytes, monkeypatch):
-        monkeypatch.setattr(loading, "READ_BYTES", read_bytes)
+        monkeypatch.setattr(json_records, "READ_BYTES", read_bytes)
         report = LoadReport()
         conversations = list(load_conversations(any_file, report=report))
         assert [c.messages for c in conversations] == [r["messages"] for r in RECORDS]
@@ -394,7 +396,7 @@ class TestDamage:
     @pytest.mark.parametrize("case", DAMAGE)
     @pytest.mark.parametrize("read_bytes", [1 << 20, 31])
     def test_skipped_counted_and_reported(self, tmp_path, case, read_bytes, monkeypatch):
-        monkeypatch.setattr(loading, "READ_BYTES", read_bytes)
+        monkeypatch.setattr(json_records, "READ_BYTES", read_bytes)
         name, data, kept, message = DAMAGE[case]
         path = write(tmp_path, name, data)
         limit = 20_000 if "too long" in case else loading.MAX_RECORD_BYTES
@@ -438,7 +440,7 @@ class TestDamage:
         path = write(tmp_path, "a.jsonl", lines([RECORDS[0]]) + b"oops\n" * 50)
         with caplog.at_level(logging.WARNING, "fastsdpo.data"):
             assert len(list(load_conversations(path))) == 1
-        assert len(caplog.messages) == loading.MAX_PROBLEMS
+        assert len(caplog.messages) == records.MAX_PROBLEMS
         assert "a.jsonl:2: not JSON" in caplog.messages[0]
 
     def test_interactions_are_strict(self, tmp_path):

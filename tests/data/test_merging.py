@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastsdpo.commands.prepare import main
-from fastsdpo.data import ConversationFilter, extract_interactions, merging, prepare
+from fastsdpo.data import ConversationFilter, extract_interactions, merging, prepare, spool
 
 ROLES = ("user", "assistant")
 
@@ -254,7 +254,7 @@ def test_parts_of_the_keys_give_the_same(tmp_path, monkeypatch):
     source = write(tmp_path / "in.jsonl", records)
     for number, size in enumerate((1 << 15, 50)):
         monkeypatch.setattr(merging, "PART_KEYS", size)
-        monkeypatch.setattr(prepare, "BLOCK_KEYS", size)
+        monkeypatch.setattr(spool, "BLOCK_KEYS", size)
         prepare.prepare([source], tmp_path / f"{number}.jsonl", eval_fraction=0.1)
     assert (tmp_path / "0.jsonl").read_bytes() == (tmp_path / "1.jsonl").read_bytes()
     assert (tmp_path / "0.eval.jsonl").read_bytes() == (tmp_path / "1.eval.jsonl").read_bytes()

@@ -17,6 +17,7 @@ from fastsdpo.commands import prepare as command
 from fastsdpo.commands.prepare import main
 from fastsdpo.data import ConversationFilter, load_interactions, prepare
 from fastsdpo.data.loading import DamagedRecord
+from fastsdpo.data.spool import Spool
 
 PACKAGE = Path(fastsdpo.__file__).parent
 
@@ -414,7 +415,7 @@ class TestRefusals:
     def test_second_run_on_the_same_output(self, source, tmp_path):
         pytest.importorskip("fcntl")
         with (
-            prepare._Spool(tmp_path / "out.jsonl.partial", None),
+            Spool(tmp_path / "out.jsonl.partial", None),
             pytest.raises(FileExistsError, match="another run is writing to"),
         ):
             prepare.prepare([source], tmp_path / "out.jsonl")
@@ -435,7 +436,7 @@ class TestRefusals:
         def interrupt(*arguments, **options):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(prepare, "_write_outputs", interrupt)
+        monkeypatch.setattr(prepare, "write_outputs", interrupt)
         assert main([str(source), "-o", str(tmp_path / "out.jsonl")]) == 130
         assert "the same command goes on from here" in capsys.readouterr().err
 
@@ -462,6 +463,7 @@ KILLED = """
     import os, shutil, signal
     from fastsdpo.commands.prepare import main
     from fastsdpo.data import prepare
+    from fastsdpo.data.spool import Spool
     prepare.CHECKPOINT_RECORDS = 7
     steps = 0
 
@@ -479,8 +481,8 @@ KILLED = """
 
     os.fsync, os.replace, os.unlink = killing(os.fsync), killing(os.replace), killing(os.unlink)
     shutil.rmtree = killing(shutil.rmtree)
-    prepare._Spool.add = killing(prepare._Spool.add)
-    prepare._Spool.read = killing(prepare._Spool.read)
+    Spool.add = killing(Spool.add)
+    Spool.read = killing(Spool.read)
     status = main(sys.argv[2:])
     print(steps)
     sys.exit(status)
