@@ -39,8 +39,7 @@ def format_report(report: PrepareReport) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="fastsdpo prepare",
-        description="Conversations in any known layout -> a file of interactions.",
+        prog="fastsdpo prepare", description="Conversations in any known layout -> a file of interactions."
     )
     parser.add_argument(
         "sources",
@@ -55,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="go on where an interrupted run of the same command stopped, and do nothing where "
-        "one has finished (default: yes)",
+        help="do nothing where a run of the same command has finished, and replace what one that was "
+        "killed has written (default: yes)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
 
@@ -117,7 +116,7 @@ def main(argv: list[str]) -> int:
             progress=not arguments.quiet,
         )
     except KeyboardInterrupt:
-        print("fastsdpo prepare: interrupted; the same command goes on from here", file=sys.stderr)
+        print("fastsdpo prepare: interrupted; the same command starts again", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
         print(f"fastsdpo prepare: {error}", file=sys.stderr)

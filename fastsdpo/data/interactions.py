@@ -47,14 +47,7 @@ SYSTEM_KEYS = (
 )
 
 # Where a message keeps calls of tools beside its text: OpenAI's, its first form, the AI SDK's, ...
-CALL_KEYS = (
-    "tool_calls",
-    "function_call",
-    "tool_call",
-    "function_calls",
-    "toolCalls",
-    "toolInvocations",
-)
+CALL_KEYS = ("tool_calls", "function_call", "tool_call", "function_calls", "toolCalls", "toolInvocations")
 
 # Why follow-ups are left out, as counts say it: "3 follow-ups after a tool call or tool message".
 AFTER_TOOL = "after a tool call or tool message"
@@ -320,9 +313,7 @@ def extract_interactions(
     return interactions
 
 
-def _turns(
-    messages: Sequence[Mapping],
-) -> tuple[list[dict], list[dict], list[bool], Sequence[Mapping]]:
+def _turns(messages: Sequence[Mapping]) -> tuple[list[dict], list[dict], list[bool], Sequence[Mapping]]:
     """([the system message] or [], alternating user / assistant messages starting with a user's, of
     each whether it is the last of different answers, the messages from which on nothing is taken)"""
     system: list[dict] = []

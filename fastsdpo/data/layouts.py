@@ -21,13 +21,7 @@ from fastsdpo.data.interactions import (
 MESSAGE_KEYS = ("messages", "conversation", "conversations", "items", "history")
 INTERACTION_KEYS = ("prompt", "completion", "user_response")
 # Where it names its conversation, and where it names itself (in its own source only).
-CONVERSATION_ID_KEYS = (
-    "conversation_id",
-    "conversation_hash",
-    "session_id",
-    "thread_id",
-    "chat_id",
-)
+CONVERSATION_ID_KEYS = ("conversation_id", "conversation_hash", "session_id", "thread_id", "chat_id")
 RECORD_ID_KEYS = ("id", "uuid")
 
 

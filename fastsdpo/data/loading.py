@@ -1,14 +1,11 @@
-"""Conversations from files and datasets, one at a time, in bounded memory.
+"""Conversations and interactions from files and datasets, one at a time, in bounded memory.
 
-Every source becomes a stream of events ``(where, record, problem, position)``: a record that was
-read, or a problem with a place that a person can find (file and line, element or row). Problems are
-counted and skipped, or, with ``strict``, raised. Position is where to go on after this event, so an
-interrupted reader can continue (`fastsdpo prepare` does).
+    expand_source -> read_sources -> parse_entries
+    (sources.py: files and datasets -> entries, each a record or a problem in its place; layouts.py
+    knows what a record can look like)
 
-JSON is split into records before it is parsed: lines for JSON Lines, and for an array (or objects
-one after another) a scan for the brace that closes each element. So one damaged record costs itself:
-its text is left out and the next whole record after it is found again, an array that was cut off
-gives everything that is whole in it, and nothing larger than a record is ever in memory.
+Problems are counted and skipped, or, with ``strict``, raised; their text names file and line, element
+or row.
 """
 
 from __future__ import annotations
@@ -17,22 +14,24 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastsdpo.data.interactions import Conversation, Interaction
 from fastsdpo.data.layouts import parse_conversation as parse_conversation
 from fastsdpo.data.layouts import parse_interaction as parse_interaction
-from fastsdpo.data.records import MAX_PROBLEMS, Event, Problem
+from fastsdpo.data.records import MAX_PROBLEMS, Entry, Problem
 from fastsdpo.data.records import DamagedRecord as DamagedRecord
 from fastsdpo.data.records import LoadReport as LoadReport
 from fastsdpo.data.sources import SUFFIXES as SUFFIXES
-from fastsdpo.data.sources import events
 from fastsdpo.data.sources import expand_source as expand_source
 from fastsdpo.data.sources import is_data as is_data
+from fastsdpo.data.sources import read_sources
 
 logger = logging.getLogger("fastsdpo.data")
 
 MAX_RECORD_BYTES = 16 << 20
+
+Parsed = TypeVar("Parsed")
 
 
 def load_conversations(
@@ -43,7 +42,6 @@ def load_conversations(
     config: str | None = None,
     split: str = "train",
     max_record_bytes: int = MAX_RECORD_BYTES,
-    position: dict | None = None,
 ) -> Iterator[Conversation]:
     """Reads conversations one at a time, in bounded memory.
 
@@ -59,19 +57,15 @@ def load_conversations(
         report: filled with counts and messages while reading.
         config, split: of a Hugging Face dataset.
         max_record_bytes: a longer JSON record is damaged.
-        position: go on after ``report.position`` of an earlier run over the same sources.
 
     Raises:
         FileNotFoundError: nothing is there.
         DamagedRecord (a ValueError): with `strict`; the text names file and line, element or row.
         ImportError: a package that the format needs is missing.
     """
-    return _load(
-        events(source, report, config, split, max_record_bytes, position),
-        parse_conversation,
-        strict,
-        report,
-    )
+    seen = LoadReport() if report is None else report
+    entries = read_sources(expand_source(source), seen, config, split, max_record_bytes)
+    return parse_entries(entries, parse_conversation, seen, strict=strict, log=report is None)
 
 
 def load_interactions(
@@ -89,12 +83,9 @@ def load_interactions(
     ignored. Arguments and errors are those of `load_conversations`; here
     `strict` is the default, since a prepared file has no damaged rows.
     """
-    return _load(
-        events(source, report, None, "train", max_record_bytes, None),
-        parse_interaction,
-        strict,
-        report,
-    )
+    seen = LoadReport() if report is None else report
+    entries = read_sources(expand_source(source), seen, None, "train", max_record_bytes)
+    return parse_entries(entries, parse_interaction, seen, strict=strict, log=report is None)
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
@@ -104,32 +95,37 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         DamagedRecord (a ValueError): the first text that is no record, with its place.
         ImportError: a package that the format needs is missing.
     """
-    for where, record, problem, _ in events(path, None, None, "train", MAX_RECORD_BYTES, None):
+    for where, record, problem in read_sources(expand_source(path), LoadReport(), None, "train", MAX_RECORD_BYTES):
         if problem is not None:
             raise DamagedRecord(f"{where}: {problem.text}")
         yield where, record
 
 
-def _load(
-    events: Iterator[Event],
-    parse: Callable[[Any], Any],
-    strict: bool,
-    report: LoadReport | None,
-) -> Iterator[Any]:
-    log = report is None  # nobody else will tell
-    report = LoadReport() if report is None else report
-    for where, record, problem, position in events:
-        parsed = None
+def parse_entries(
+    entries: Iterable[Entry], parse: Callable[[Any], Parsed], report: LoadReport, *, strict: bool, log: bool = False
+) -> Iterator[Parsed]:
+    """What `parse` makes of the records. The report counts them, and the problems.
+
+    Args:
+        parse: a TypeError or ValueError of it is a problem of the record.
+        strict: stop at the first problem.
+        log: warn of problems, where nobody reads the report.
+
+    Raises:
+        DamagedRecord: with `strict`; the text has the place.
+    """
+    for where, record, problem in entries:
+        report.where = where
         if problem is None:
             try:
                 parsed = parse(record)
             except (TypeError, ValueError) as error:
                 problem = Problem("wrong layout", str(error))
-        report.records += 1 if problem is None else problem.records
-        report.where, report.position = where, position
-        if problem is None:
-            yield parsed
-            continue
+            else:
+                report.records += 1
+                yield parsed
+                continue
+        report.records += problem.records
         message = f"{where}: {problem.text}"
         if strict:
             raise DamagedRecord(message)

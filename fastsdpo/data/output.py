@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from fastsdpo.data.filters import ConversationFilter
 from fastsdpo.data.interactions import Interaction
 from fastsdpo.data.merging import Merged
-from fastsdpo.data.spool import Spool, atomic_file
+from fastsdpo.data.spool import Spool
 
 
 @dataclass
@@ -185,3 +187,25 @@ def _conversation_rows(spool: Spool, merged: Merged, conversation: int) -> bytes
             row["id"] = f"{row['id']}~{number}"
     rows.sort(key=lambda item: len(item[1]["prompt"]))
     return b"".join([_encode(row).encode() + b"\n" for _, row in rows])
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears at `path` whole and on the disk, or not at all; removed where that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # folders cannot be opened on Windows
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

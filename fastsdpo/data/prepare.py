@@ -1,20 +1,12 @@
-"""``fastsdpo prepare SOURCE... -o interactions.jsonl``: conversations of any layout -> interactions.
+"""Conversations of any layout -> a file of interactions; the work of `fastsdpo prepare`.
 
 Reads, filters, extracts, merges (merging.py), shuffles and splits, in memory that does not grow with
-the text: kept interactions go to a spool file in the order they are read, and 64-bit keys of their
-messages to files beside it. In memory stay some 40 bytes for each record and one for each
-interaction. The output is copied from the spool in its final order.
+the text: kept interactions go to a spool (spool.py) in the order they are read, and are copied from
+there in the final order (output.py).
 
-An interruption at any point, SIGKILL among them, leaves what was at the output before, or the whole
-new file, and a folder ``<output>.partial`` from which the same command goes on to the same result:
-
-    spool.jsonl   rows of the kept records
-    index.bin     (offset in the spool, number of rows, whether it is one interaction) of each of them
-    keys.bin      blocks of keys, each of one list of `RecordKeys`
-    state.json    the settings, the counts, and how much of these files and the sources they stand for
-
-state.json is replaced, atomically, after the other files are on the disk; on resuming, they are cut
-back to what it says.
+Every file that is written appears whole, or not at all. A run that is killed leaves a folder
+``<output>.partial``; the same command starts anew, replaces what that run has written, and comes to the
+same bytes.
 """
 
 from __future__ import annotations
@@ -30,16 +22,18 @@ from pathlib import Path
 
 from fastsdpo.data.filters import ConversationFilter
 from fastsdpo.data.interactions import Conversation, extract_interactions
-from fastsdpo.data.loading import DamagedRecord, LoadReport, expand_source, load_conversations
+from fastsdpo.data.layouts import parse_conversation
+from fastsdpo.data.loading import MAX_RECORD_BYTES, parse_entries
 from fastsdpo.data.merging import record_keys
 from fastsdpo.data.output import PrepareReport as PrepareReport
+from fastsdpo.data.output import atomic_file, write_outputs
 from fastsdpo.data.output import encode_rows as encode_rows
-from fastsdpo.data.output import write_outputs
 from fastsdpo.data.progress import ProgressBar
-from fastsdpo.data.spool import Spool, atomic_file, read_state
+from fastsdpo.data.records import DamagedRecord, LoadReport
+from fastsdpo.data.sources import expand_source, read_sources
+from fastsdpo.data.spool import Spool, read_settings
 
-FORMAT = 3  # of the partial folder and its rows; one of another format is started anew
-CHECKPOINT_RECORDS = 5000
+FORMAT = 3  # of the rows; where a run of another format has finished, that is no reason to do nothing
 
 
 def prepare(
@@ -58,206 +52,217 @@ def prepare(
     resume: bool = True,
     progress: bool = False,
 ) -> PrepareReport:
-    """Writes the interactions of the sources' conversations to `output`, atomically.
+    """Writes the interactions of the sources' conversations to `output`, whole or not at all.
 
-    Records of one conversation are merged, and each interaction is written once; see merging.py.
-    The same arguments and sources give the same bytes.
+    Records of one conversation are merged, and each interaction is written once (merging.py). The same
+    arguments and sources give the same bytes.
 
     Args:
         sources: what `load_conversations` takes.
         output: the JSON Lines file to write; the report goes beside it (``.report.json``).
         rules: a `ConversationFilter`, or a preset's name.
         seed: of the order and of the choice of conversations that are held out.
-        eval_fraction: share of the conversations to hold out, in `eval_output`
-            (``<output>.eval.jsonl`` where not given). Conversations that begin alike (a prompt of
-            one begins a prompt of the other) are held out together or not at all, so that the
-            share can only be met as nearly as they allow.
+        eval_fraction: share of the conversations to hold out. Conversations that begin alike (a prompt of
+            one begins a prompt of the other) are held out together or not at all.
+        eval_output: the file for them; None: ``<output>.eval.jsonl``.
         limit: read at most so many records.
         config, split: of a Hugging Face dataset.
         strict: stop at the first record that is damaged or holds no interaction.
         overwrite: replace an output that exists.
-        resume: go on where an interrupted run with the same settings stopped; where one has
-            finished, its report is returned and nothing is done.
+        resume: where a run with the same settings has finished, return its report and do nothing; where
+            one was killed, replace what it has written.
         progress: show a progress bar on the terminal.
 
     Raises:
-        FileExistsError: the output exists and is not to be replaced.
+        FileExistsError: the output exists and is not to be replaced, or another run is writing it.
         DamagedRecord, FileNotFoundError, ImportError: from `load_conversations`.
         ValueError: an argument is out of range, or nothing can be held out, because (nearly) all
             conversations begin alike.
-        OSError: the output cannot be written; what was read so far is kept for resuming.
+        OSError: the output cannot be written.
     """
-    rules = ConversationFilter.preset(rules) if isinstance(rules, str) else rules
-    if not 0 <= eval_fraction < 1:
-        raise ValueError(f"prepare: eval_fraction must be in [0, 1), got {eval_fraction}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"prepare: limit must be at least 1, got {limit}")
-    output = Path(output)
-    if eval_fraction == 0:
-        if eval_output is not None:
-            raise ValueError("prepare: eval_output needs an eval_fraction above 0")
-    elif eval_output is None:
-        eval_output = output.with_name(f"{output.stem}.eval{output.suffix}")
-    outputs = [output] + ([] if eval_output is None else [Path(eval_output)])
-    if len({path.absolute() for path in outputs}) != len(outputs):
-        raise ValueError(f"prepare: eval_output must differ from output, got {output} for both")
-    settings = {
-        "format": FORMAT,
-        "sources": [_identity(item) for item in expand_source(sources)],
-        "rules": json.loads(json.dumps(asdict(rules))),
-        "seed": seed,
-        "eval_fraction": eval_fraction,
-        "limit": limit,
-        "config": config,
-        "split": split,
-        "strict": strict,
-        "outputs": [str(path.absolute()) for path in outputs],
-    }
+    job = _Job(sources, Path(output), rules, seed, eval_fraction, eval_output, limit, config, split, strict)
+    if resume and not overwrite and (finished := job.finished_report()) is not None:
+        shutil.rmtree(job.partial, ignore_errors=True)
+        return finished
+    job.check_outputs(overwrite, resume)
+    with Spool(job.partial, job.settings) as spool:
+        reader = _Reader(job, spool)
+        with ProgressBar(reader.report, progress) as bar:
+            reader.read(bar)
+        return job.write(reader)
 
-    partial = output.with_name(output.name + ".partial")
-    report_path = output.with_name(f"{output.stem}.report.json")
-    if resume and not overwrite:
-        finished = _read_report(report_path, outputs, settings)
-        if finished is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-            return finished
-    state = read_state(partial, settings) if resume else None
-    for path in outputs:
-        # With a state, what is there may be this run's own; the run that began it was let to.
-        if path.exists() and not overwrite and state is None:
-            raise FileExistsError(f"prepare: {path} exists; pass --overwrite (overwrite=True) to replace it")
-    with Spool(partial, state) as spool:
-        report = LoadReport(**{**spool.report, "damaged": Counter(spool.report.get("damaged"))})
-        if not spool.complete:
-            with ProgressBar(report, progress) as bar:
-                _read(spool, report, sources, rules, limit, config, split, strict, settings, bar)
+
+class _Job:
+    """The checked arguments of a run, and its files.
+
+    Attributes:
+        items: files and datasets to read.
+        outputs: the output, and the file of the held-out part where there is one.
+        settings: all that decides the result, as JSON has it.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str | PathLike],
+        output: Path,
+        rules: ConversationFilter | str,
+        seed: int,
+        eval_fraction: float,
+        eval_output: str | PathLike | None,
+        limit: int | None,
+        config: str | None,
+        split: str,
+        strict: bool,
+    ):
+        self.rules = ConversationFilter.preset(rules) if isinstance(rules, str) else rules
+        if not 0 <= eval_fraction < 1:
+            raise ValueError(f"prepare: eval_fraction must be in [0, 1), got {eval_fraction}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"prepare: limit must be at least 1, got {limit}")
+        if eval_fraction == 0 and eval_output is not None:
+            raise ValueError("prepare: eval_output needs an eval_fraction above 0")
+        self.outputs = [output]
+        if eval_fraction > 0:
+            self.outputs.append(Path(eval_output or output.with_name(f"{output.stem}.eval{output.suffix}")))
+        if len({path.absolute() for path in self.outputs}) != len(self.outputs):
+            raise ValueError(f"prepare: eval_output must differ from output, got {output} for both")
+        self.items = expand_source(sources)
+        self.limit, self.config, self.split, self.strict = limit, config, split, strict
+        self.partial = output.with_name(output.name + ".partial")
+        self.report_path = output.with_name(f"{output.stem}.report.json")
+        self.settings = {
+            "format": FORMAT,
+            "sources": [_identity(item) for item in self.items],
+            "rules": json.loads(json.dumps(asdict(self.rules))),
+            "seed": seed,
+            "eval_fraction": eval_fraction,
+            "limit": limit,
+            "config": config,
+            "split": split,
+            "strict": strict,
+            "outputs": [str(path.absolute()) for path in self.outputs],
+        }
+
+    def finished_report(self) -> PrepareReport | None:
+        """The report of a run with these settings that has finished, its outputs still there."""
+        try:
+            report = json.loads(self.report_path.read_text(encoding="utf-8"))
+            sizes = [output.stat().st_size for output in self.outputs]
+            if report["settings"] == self.settings and report["sizes"] == sizes:
+                return PrepareReport(**report)
+        except (OSError, ValueError, TypeError, KeyError):
+            pass
+        return None
+
+    def check_outputs(self, overwrite: bool, resume: bool) -> None:
+        """Raises FileExistsError where there is an output that must not be replaced."""
+        # What is there beside the folder of a killed run may be its own; that run was let to write.
+        if overwrite or (resume and read_settings(self.partial) == self.settings):
+            return
+        for path in self.outputs:
+            if path.exists():
+                raise FileExistsError(f"prepare: {path} exists; pass --overwrite (overwrite=True) to replace it")
+
+    def write(self, reader: _Reader) -> PrepareReport:
+        """Writes the outputs and the report from what was read."""
+        eval_output = str(self.outputs[1]) if len(self.outputs) > 1 else None
+        report = reader.report
         result = PrepareReport(
-            output=str(output),
-            eval_output=None if eval_output is None else str(eval_output),
-            left_out=dict(spool.left_out),
-            dropped=dict(spool.dropped),
+            output=str(self.outputs[0]),
+            eval_output=eval_output,
+            left_out=dict(reader.left_out),
+            dropped=dict(reader.dropped),
             records=report.records,
             damaged=dict(report.damaged),
             problems=report.problems,
             lost_bytes=report.lost_bytes,
-            settings=settings,
+            settings=self.settings,
         )
-        write_outputs(spool, outputs, rules, seed, eval_fraction, result)
-        result.sizes = [path.stat().st_size for path in outputs]
-        with atomic_file(report_path) as file:
+        seed, eval_fraction = self.settings["seed"], self.settings["eval_fraction"]
+        write_outputs(reader.spool, self.outputs, self.rules, seed, eval_fraction, result)
+        result.sizes = [path.stat().st_size for path in self.outputs]
+        with atomic_file(self.report_path) as file:
             file.write(json.dumps(asdict(result), indent=2, ensure_ascii=False).encode() + b"\n")
-    shutil.rmtree(partial)
-    return result
-
-
-def _read_report(path: Path, outputs: list[Path], settings: dict) -> PrepareReport | None:
-    """The report of a run with these settings that has finished, its outputs still there."""
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        sizes = [output.stat().st_size for output in outputs]
-        if report["settings"] == settings and report["sizes"] == sizes:
-            return PrepareReport(**report)
-    except (OSError, ValueError, TypeError, KeyError):
-        pass
-    return None
+        return result
 
 
 def _identity(item: Path | str) -> list:
-    """What tells that a source is still the same when a run is resumed."""
+    """What tells that a source is still the same when the command is given again."""
     if isinstance(item, str):
         return [item]
     status = item.stat()
     return [str(item.absolute()), status.st_size, status.st_mtime_ns]
 
 
-def _read(
-    spool: Spool,
-    report: LoadReport,
-    sources: Sequence[str | PathLike],
-    rules: ConversationFilter,
-    limit: int | None,
-    config: str | None,
-    split: str,
-    strict: bool,
-    settings: dict,
-    bar: ProgressBar,
-) -> None:
-    """Sources -> spool, going on after ``report.position``."""
-    conversations = load_conversations(
-        list(sources),
-        strict=strict,
-        report=report,
-        config=config,
-        split=split,
-        position=report.position,
-    )
-    saved = report.records
-    while not (limit is not None and report.records >= limit) and not _has_enough(spool, rules):
-        conversation = next(conversations, None)
-        if conversation is None:
-            break
-        _keep(spool, report, conversation, rules, strict)
-        if report.records - saved >= CHECKPOINT_RECORDS:
-            spool.save(settings, report)
-            saved = report.records
-        bar.update()
-    spool.complete = True
-    spool.save(settings, report)
+class _Reader:
+    """Sources -> spool.
 
-
-def _has_enough(spool: Spool, rules: ConversationFilter) -> bool:
-    """Without shuffling, the first conversations are the wanted ones: whether they are all read.
-
-    Looks when the number of records is a power of two, so that merging them each time stays cheap,
-    and a run that is resumed stops where it would have stopped.
+    Attributes:
+        report: what was read.
+        dropped: records that a rule dropped, by rule.
+        left_out: follow-ups that are in no interaction, by reason.
     """
-    records = len(spool.offsets)
-    limits = (rules.max_conversations, rules.max_interactions)
-    if rules.shuffle or limits == (None, None) or records & (records - 1) or not records:
-        return False
-    if spool.looked_at != records:
-        spool.looked_at = records
-        kept = [count for count in spool.merge().kept if count]
-        spool.enough = any(
-            limit is not None and found >= limit for limit, found in zip(limits, (len(kept), sum(kept)))
+
+    def __init__(self, job: _Job, spool: Spool):
+        self.job, self.spool = job, spool
+        self.report = LoadReport()
+        self.dropped: Counter = Counter()
+        self.left_out: Counter = Counter()
+
+    def read(self, bar: ProgressBar) -> None:
+        """Reads the sources to their end, or until there is enough."""
+        job, report = self.job, self.report
+        entries = read_sources(job.items, report, job.config, job.split, MAX_RECORD_BYTES)
+        for conversation in parse_entries(entries, parse_conversation, report, strict=job.strict):
+            is_kept = self._keep(conversation)
+            bar.update()
+            if job.limit is not None and report.records >= job.limit:
+                return
+            if is_kept and self._has_enough():
+                return
+
+    def _has_enough(self) -> bool:
+        """Without shuffling, the first conversations are the wanted ones: whether they are all read.
+
+        Looks when the number of records is a power of two, so that merging them each time stays cheap.
+        """
+        records, rules = len(self.spool.offsets), self.job.rules
+        limits = (rules.max_conversations, rules.max_interactions)
+        if rules.shuffle or limits == (None, None) or records & (records - 1):
+            return False
+        kept = [count for count in self.spool.merge().kept if count]
+        return any(limit is not None and found >= limit for limit, found in zip(limits, (len(kept), sum(kept))))
+
+    def _keep(self, conversation: Conversation) -> bool:
+        """Adds a conversation's interactions to the spool; False where it has none to keep."""
+        rules, report = self.job.rules, self.report
+        reason = rules.reason_to_drop(conversation)
+        if reason is not None:
+            self.dropped[reason] += 1
+            return False
+        if conversation.id is None:
+            # The place where it was read names it, so that its interactions stay together.
+            conversation = replace(conversation, id=os.path.basename(report.where))
+        if report.source and conversation.own_id:
+            # Another source may have given the same name to another record.
+            conversation = replace(conversation, id=f"{report.source}/{conversation.id}")
+        turns = sum(message["role"] == "assistant" for message in conversation.messages)
+        if conversation.single and conversation.interaction_id is None:
+            conversation = replace(conversation, interaction_id=f"{conversation.id}:{turns - 1}")
+        left_out: Counter = Counter()
+        interactions = extract_interactions(
+            conversation, max_history_messages=rules.max_history_messages, left_out=left_out
         )
-    return spool.enough
-
-
-def _keep(
-    spool: Spool,
-    report: LoadReport,
-    conversation: Conversation,
-    rules: ConversationFilter,
-    strict: bool,
-) -> None:
-    reason = rules.reason_to_drop(conversation)
-    if reason is not None:
-        spool.dropped[reason] += 1
-        return
-    source = report.position["source"] if report.position else 0
-    if conversation.id is None:
-        # The place where it was read names it, so that its interactions stay together.
-        conversation = replace(conversation, id=os.path.basename(report.where))
-    if source and conversation.own_id:
-        # Another source may have given the same name to another record.
-        conversation = replace(conversation, id=f"{source}/{conversation.id}")
-    turns = sum(message["role"] == "assistant" for message in conversation.messages)
-    if conversation.single and conversation.interaction_id is None:
-        conversation = replace(conversation, interaction_id=f"{conversation.id}:{turns - 1}")
-    left_out: Counter = Counter()
-    interactions = extract_interactions(
-        conversation, max_history_messages=rules.max_history_messages, left_out=left_out
-    )
-    spool.left_out.update(left_out)
-    if not interactions:
-        kind, problem = "no follow-up", "no answer is followed by a user's message"
-        if left_out:
-            kind = problem = f"nothing but follow-ups {' and '.join(left_out)}"
-        message = f"{report.where}: {problem}"
-        if strict:
-            raise DamagedRecord(message)
-        report.add_problem(kind, message)
-        return
-    rows = encode_rows(interactions, turns - 1 if conversation.single else 0)
-    spool.add(rows, record_keys(conversation, interactions), conversation.single)
+        self.left_out.update(left_out)
+        if not interactions:
+            kind, problem = "no follow-up", "no answer is followed by a user's message"
+            if left_out:
+                kind = problem = f"nothing but follow-ups {' and '.join(left_out)}"
+            message = f"{report.where}: {problem}"
+            if self.job.strict:
+                raise DamagedRecord(message)
+            report.add_problem(kind, message)
+            return False
+        rows = encode_rows(interactions, turns - 1 if conversation.single else 0)
+        self.spool.add(rows, record_keys(conversation, interactions), conversation.single)
+        return True

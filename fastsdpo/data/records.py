@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 MAX_PROBLEMS = 20  # messages kept of each kind, so that a report stays small
 
@@ -20,7 +20,7 @@ class LoadReport:
         lost_bytes: bytes of JSON text that belong to no whole record.
         bytes_done, bytes_total: progress in the files on disk; the total is None for datasets.
         where: the place of the record that was given out last.
-        position: where to go on after it.
+        source: the number of its source, counted from 0.
     """
 
     records: int = 0
@@ -30,7 +30,7 @@ class LoadReport:
     bytes_done: int = 0
     bytes_total: int | None = None
     where: str = ""
-    position: dict | None = None
+    source: int = 0
 
     def add_problem(self, kind: str, message: str) -> None:
         self.damaged[kind] += 1
@@ -49,8 +49,17 @@ class Problem:
     records: int = 1  # 0 for what befalls a file, not a record
 
 
-# (where, record or None, Problem or None, position after it)
-Event = tuple[str, Any, "Problem | None", dict]
+class Entry(NamedTuple):
+    """A place of a source, as a person can find it (file and line, element or row), and what is there.
+
+    Attributes:
+        record: what was read; None where there is a problem.
+        problem: why there is no record, or None.
+    """
+
+    where: str
+    record: Any
+    problem: Problem | None = None
 
 
 class DamagedRecord(ValueError):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from fastsdpo.data.interactions import SYSTEM_KEYS
-from fastsdpo.data.json_records import COMPRESSIONS, json_events
+from fastsdpo.data.json_records import COMPRESSIONS, json_records
 from fastsdpo.data.layouts import CONVERSATION_ID_KEYS, INTERACTION_KEYS, MESSAGE_KEYS, RECORD_ID_KEYS
-from fastsdpo.data.records import Event, LoadReport, Problem
+from fastsdpo.data.records import Entry, LoadReport, Problem
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet")
@@ -52,44 +51,36 @@ def expand_source(source: str | PathLike | Iterable[str | PathLike]) -> list[Pat
     raise FileNotFoundError(f"no such file: {text}")
 
 
-def events(
-    source: Any,
-    report: LoadReport | None,
-    config: str | None,
-    split: str,
-    max_record_bytes: int,
-    position: dict | None,
-) -> Iterator[Event]:
-    """The events of all sources; each position also says which source it is in."""
-    items = expand_source(source)
+def read_sources(
+    items: Sequence[Path | str], report: LoadReport, config: str | None, split: str, max_record_bytes: int
+) -> Iterator[Entry]:
+    """The entries of files and datasets, one after another. The report tells how far that is.
+
+    Args:
+        items: as `expand_source` gives them.
+        config, split: of a Hugging Face dataset.
+        max_record_bytes: a longer JSON record is a problem.
+    """
     sizes = [item.stat().st_size if isinstance(item, Path) else 0 for item in items]
-    report = LoadReport() if report is None else report
     if all(isinstance(item, Path) and item.is_file() for item in items):
         report.bytes_total = sum(sizes)
-    first = 0 if position is None else position["source"]
+    for number, item in enumerate(items):
+        report.source = number
+        before = sum(sizes[:number])
 
-    def stream() -> Iterator[Event]:
-        for number, item in enumerate(items[first:], first):
-            start = None if position is None or number > first else position["inside"]
-            before = sum(sizes[:number])
+        def progress(done: int, before: int = before) -> None:
+            report.bytes_done = before + done
 
-            def progress(done: int, before: int = before) -> None:
-                report.bytes_done = before + done
-
-            if isinstance(item, str) or item.is_dir():
-                events = _dataset_events(item, config, split, start)
-            elif item.suffix == ".parquet":
-                events = _parquet_events(item, progress, start)
-            else:
-                events = json_events(item, progress, start, max_record_bytes)
-            for where, record, problem, inside in events:
-                yield where, record, problem, {"source": number, "inside": inside}
-            report.bytes_done = before + sizes[number]
-
-    return stream()
+        if isinstance(item, str) or item.is_dir():
+            yield from _dataset_records(item, config, split)
+        elif item.suffix == ".parquet":
+            yield from _parquet_records(item, progress)
+        else:
+            yield from json_records(item, progress, max_record_bytes)
+        report.bytes_done = before + sizes[number]
 
 
-def _dataset_events(name: str | Path, config: str | None, split: str, start: dict | None) -> Iterator[Event]:
+def _dataset_records(name: str | Path, config: str | None, split: str) -> Iterator[Entry]:
     try:
         import datasets
     except ImportError as error:
@@ -107,51 +98,35 @@ def _dataset_events(name: str | Path, config: str | None, split: str, start: dic
             raise FileNotFoundError(
                 f"{name!r} is neither a file nor a dataset that can be loaded: {type(error).__name__}: {error}"
             ) from error
-    first = 0 if start is None else start["row"]
-    for row, record in enumerate(rows.skip(first), first):
-        yield f"{name}[{split}] row {row}", record, None, {"row": row + 1}
+    for row, record in enumerate(rows):
+        yield Entry(f"{name}[{split}] row {row}", record)
 
 
-def _parquet_events(path: Path, progress: Callable[[int], None], start: dict | None) -> Iterator[Event]:
+def _parquet_records(path: Path, progress: Callable[[int], None]) -> Iterator[Entry]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise ImportError(f"{path} needs the package pyarrow; install it with: pip install pyarrow") from error
-    first = 0 if start is None else start["row"]
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        problem = Problem("damaged file", f"not a whole Parquet file: {error}", records=0)
-        if first == 0:
-            yield str(path), None, problem, {"row": 1}
+        yield Entry(str(path), None, Problem("damaged file", f"not a whole Parquet file: {error}", records=0))
         return
     with file:
-        wanted = {
-            *MESSAGE_KEYS,
-            *INTERACTION_KEYS,
-            *SYSTEM_KEYS,
-            *CONVERSATION_ID_KEYS,
-            *RECORD_ID_KEYS,
-            "language",
-        }
+        wanted = {*MESSAGE_KEYS, *INTERACTION_KEYS, *SYSTEM_KEYS, *CONVERSATION_ID_KEYS, *RECORD_ID_KEYS, "language"}
         columns = [name for name in file.schema_arrow.names if name in wanted]
         total, row = max(1, file.metadata.num_rows), 0
         size = path.stat().st_size
         for group in range(file.metadata.num_row_groups):
             end = row + file.metadata.row_group(group).num_rows
-            if end <= first:
-                row = end
-                continue
             try:
                 for batch in file.iter_batches(64, row_groups=[group], columns=columns):
                     for record in batch.to_pylist():
-                        if row >= first:
-                            yield f"{path} row {row}", record, None, {"row": row + 1}
+                        yield Entry(f"{path} row {row}", record)
                         row += 1
                     progress(size * row // total)
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                 text = f"rows {row} to {end - 1} cannot be read: {error}"
-                problem = Problem("damaged file", text, records=end - row)
-                yield f"{path} row {row}", None, problem, {"row": end}
+                yield Entry(f"{path} row {row}", None, Problem("damaged file", text, records=end - row))
                 row = end

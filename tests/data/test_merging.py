@@ -97,10 +97,7 @@ def test_call_logs(tmp_path, capsys, id_key):
 
 @pytest.mark.parametrize("order", ["as written", "shuffled", "without ids"])
 def test_a_file_that_prepare_wrote(tmp_path, order):
-    source = write(
-        tmp_path / "in.jsonl",
-        [{"id": f"c{n}", "messages": conversation(n, 1 + n % 4)} for n in range(30)],
-    )
+    source = write(tmp_path / "in.jsonl", [{"id": f"c{n}", "messages": conversation(n, 1 + n % 4)} for n in range(30)])
     first, _, _ = prepared(source, tmp_path / "whole.jsonl")
     again = [dict(row) for row in first]
     if order != "as written":
@@ -162,10 +159,7 @@ def test_equal_ids_of_other_files_and_branches_of_a_session(tmp_path):
     """`id` names a record of its own file; rows of one session with equal turns get ids of their own."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        write(
-            tmp_path / name / "s.jsonl",
-            [{"id": n, "messages": chat(f"{name}{n}", "y", "o")} for n in range(3)],
-        )
+        write(tmp_path / name / "s.jsonl", [{"id": n, "messages": chat(f"{name}{n}", "y", "o")} for n in range(3)])
     branches = [chat("q", "y", "o", f"y{n}", f"o{n}") for n in range(2)]
     write(tmp_path / "c.jsonl", [{"session_id": "s", "messages": branch} for branch in branches])
     sources = [tmp_path / name for name in ("a/s.jsonl", "b/s.jsonl", "c.jsonl")]
@@ -197,10 +191,7 @@ conversations = st.lists(st.integers(1, 4), min_size=1, max_size=8).flatmap(
 
 
 @settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     conversations=conversations,
