@@ -23,7 +23,7 @@ from fastsdpo.data.layouts import MESSAGE_KEYS
 from fastsdpo.data.records import Entry, Problem
 
 COMPRESSIONS = (".gz", ".zst")
-READ_BYTES = 1 << 18  # as text up to 1 MiB
+READ_BYTES = 1 << 16  # larger pieces are slower: one wide character makes all of a piece wide
 
 _BLANK, _BETWEEN = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n,]*")
 # With what a value may end where the text is cut off: white space, or a part of a number, name or escape.
@@ -132,6 +132,14 @@ class _Text:
         self.line += part.count("\n")
         return part
 
+    def take_line(self, size: int) -> str:
+        """The next `size` characters, up to the end of a line, which is taken too."""
+        end = self.start + size
+        part = self.buffer[self.start : end]
+        self.start = min(end + 1, len(self.buffer))
+        self.line += 1
+        return part
+
     def skip(self, blank: re.Pattern[str]) -> int:
         """Takes what matches, reading on; how many characters that is."""
         skipped = 0
@@ -155,13 +163,16 @@ def _unreadable(text: _Text) -> str | None:
 
 def _layout(text: _Text, path: Path, limit: int) -> Literal["lines", "array", "objects"]:
     """The layout of a text that begins with its content. The bracket of an array is taken."""
+    name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
+    named_lines = name.suffix in (".jsonl", ".ndjson")
+    if not named_lines and text.buffer[text.start] == "[":
+        text.take(1)
+        return "array"
     while (end := text.find("\n")) < 0 and len(text) < limit and text.fill():
         pass
     line = text.buffer[text.start : len(text.buffer) if end < 0 else text.start + end].rstrip()
-    name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
-    named_lines = name.suffix in (".jsonl", ".ndjson")
     # The name is right, unless the first line opens something that later lines go on with.
-    if line == "[" if named_lines else line.startswith("["):
+    if line == "[":
         text.take(1)
         return "array"
     if named_lines:
@@ -215,7 +226,7 @@ def _is_longer(text: str, limit: int) -> bool:
 
 def _lines(text: _Text, path: Path, limit: int) -> Iterator[Entry]:
     """A record for each line that is not blank."""
-    more = True
+    more, blanks = True, " \t\r\n\v\f"
     while more:
         where, searched, lost = f"{path}:{text.line}", 0, 0
         while (end := text.find("\n", searched)) < 0:
@@ -227,12 +238,11 @@ def _lines(text: _Text, path: Path, limit: int) -> Iterator[Entry]:
                 more = False
                 end = len(text)
                 break
-        line = text.take(end)
-        text.take(1)
+        line = text.take_line(end)
         if lost or _is_longer(line, limit):
             lost += _count_bytes(line)
             yield Entry(where, None, Problem("too long", f"longer than {limit:,} bytes", lost))
-        elif line.strip(" \t\r\n\v\f"):
+        elif line[:1].strip(blanks) or line.strip(blanks):
             yield Entry(where, *_parse(line))
 
 
