@@ -6,7 +6,7 @@ import importlib
 import sys
 
 COMMANDS = {
-    "prepare": ("fastsdpo.data.prepare", "conversations -> interactions.jsonl"),
+    "prepare": ("fastsdpo.commands.prepare", "conversations -> interactions.jsonl"),
     "train": ("fastsdpo.train", "train a model on interactions"),
     "online": ("fastsdpo.online.command", "train a model on a user's reactions to its answers"),
     "chat": ("fastsdpo.commands.chat", "talk to a model that learns from your follow-ups"),

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from fastsdpo import signal, train
-    from fastsdpo.data import prepare
+    from fastsdpo.commands import prepare
     from fastsdpo.modeling import load_model_and_tokenizer
 
     disable_progress_bar()

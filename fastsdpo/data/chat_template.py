@@ -77,10 +77,7 @@ class ChatTemplate:
     """
 
     def __init__(
-        self,
-        tokenizer: Any,
-        options: Mapping[str, Any] | None = None,
-        date: datetime.datetime | None = None,
+        self, tokenizer: Any, options: Mapping[str, Any] | None = None, date: datetime.datetime | None = None
     ):
         self.tokenizer = tokenizer
         self._options = dict(options or {})
@@ -122,10 +119,7 @@ class ChatTemplate:
             messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
         try:
             return self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self._options,
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self._options
             )
         except Exception as error:  # templates raise what they like, jinja2's errors among them
             roles = ", ".join(message["role"] for message in messages)
@@ -183,10 +177,7 @@ class ChatTemplate:
         problems = []
         for self._parts in (False, True):
             try:
-                prompt, finished = (
-                    self.render([Q]),
-                    self.render([Q, A], add_generation_prompt=False),
-                )
+                prompt, finished = (self.render([Q]), self.render([Q, A], add_generation_prompt=False))
             except ValueError as error:
                 problems.append(error)
                 continue

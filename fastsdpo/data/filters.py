@@ -53,10 +53,7 @@ class ConversationFilter:
         limit = self.max_conversation_chars
         if limit is not None and sum(len(message["content"]) for message in messages) > limit:
             return f"conversation over {limit:,} characters"
-        for role, limit in (
-            ("assistant", self.max_assistant_chars),
-            ("user", self.max_user_chars),
-        ):
+        for role, limit in (("assistant", self.max_assistant_chars), ("user", self.max_user_chars)):
             if limit is not None and any(
                 message["role"] == role and len(message["content"]) > limit for message in messages
             ):
@@ -77,19 +74,12 @@ PRESETS = {
         max_conversations=15_000,
     ),
     "wildfeedback": ConversationFilter(
-        min_messages=3,
-        max_conversation_chars=100_000,
-        max_assistant_chars=4096,
-        max_history_messages=5,
+        min_messages=3, max_conversation_chars=100_000, max_assistant_chars=4096, max_history_messages=5
     ),
     # For logs of any kind and language: what is too long to train on goes, nothing else does.
     # Whole histories are kept, so that the interactions of a conversation share their prefixes.
     "default": ConversationFilter(
-        min_messages=3,
-        max_conversation_chars=100_000,
-        max_assistant_chars=16_384,
-        max_user_chars=16_384,
-        shuffle=True,
+        min_messages=3, max_conversation_chars=100_000, max_assistant_chars=16_384, max_user_chars=16_384, shuffle=True
     ),
     "none": ConversationFilter(),
 }

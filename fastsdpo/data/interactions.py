@@ -47,14 +47,7 @@ SYSTEM_KEYS = (
 )
 
 # Where a message keeps calls of tools beside its text: OpenAI's, its first form, the AI SDK's, ...
-CALL_KEYS = (
-    "tool_calls",
-    "function_call",
-    "tool_call",
-    "function_calls",
-    "toolCalls",
-    "toolInvocations",
-)
+CALL_KEYS = ("tool_calls", "function_call", "tool_call", "function_calls", "toolCalls", "toolInvocations")
 
 # Why follow-ups are left out, as counts say it: "3 follow-ups after a tool call or tool message".
 AFTER_TOOL = "after a tool call or tool message"
@@ -259,24 +252,17 @@ def extract_interactions(
 ) -> list[Interaction]:
     """The interactions of a conversation, in order.
 
-    - User's messages in a row are one message, joined by an empty line, and so are the system messages
-      at the start.
-    - Different answers in a row (regenerated ones) are not joined, as no model gave that text. The last
-      one stands in the histories; a follow-up to them gives no interaction, since it may be about
-      any of them.
-    - System messages at the start stay at the start of every history. From the first tool message,
-      answer that calls a tool, or later system message on nothing is taken: histories there would
-      lack, or move, something that the model saw.
-    - A history starts with a user's message (after the system message), so answers before the
-      first user's message are left out.
-    - An empty message (`is_blank`) stays in the histories, but gives no interaction: neither as the message
-      that is answered, nor as answer, nor as follow-up.
+    - User's messages in a row are one message, joined by an empty line; so are system messages at the start.
+    - Different answers in a row (regenerated ones) are not joined, as no model gave that text. The last one
+      stands in the histories. A follow-up to them may be about any of them, and gives no interaction.
+    - System messages at the start begin every history. From the first tool message, answer that calls a
+      tool, or later system message on nothing is taken: histories there would lack what the model saw.
+    - A history begins with a user's message (after the system message); answers before that are left out.
+    - An empty message (`is_blank`) stays in the histories, but is in no interaction otherwise.
 
     Args:
-        conversation: a `Conversation`, or a list of messages in ``role/content`` or ``from/value``
-            form.
-        max_history_messages: keep at most this many of the last messages of each history (the
-            system message not counted), and of these start with the first user's.
+        conversation: a `Conversation`, or a list of messages in ``role/content`` or ``from/value`` form.
+        max_history_messages: of each history, the last so many messages, from a user's on; without the system's.
         left_out: the follow-ups that are left out are added to it, by reason.
 
     Raises:
@@ -320,9 +306,7 @@ def extract_interactions(
     return interactions
 
 
-def _turns(
-    messages: Sequence[Mapping],
-) -> tuple[list[dict], list[dict], list[bool], Sequence[Mapping]]:
+def _turns(messages: Sequence[Mapping]) -> tuple[list[dict], list[dict], list[bool], Sequence[Mapping]]:
     """([the system message] or [], alternating user / assistant messages starting with a user's, of
     each whether it is the last of different answers, the messages from which on nothing is taken)"""
     system: list[dict] = []

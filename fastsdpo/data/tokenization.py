@@ -26,15 +26,17 @@ where tokenize adds no special tokens (the template writes them), with these dif
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from fastsdpo.data.chat_template import ANSWER, REASONING_TAGS, ChatTemplate, Opening, Q, shared
+from fastsdpo.data.chat_template import ChatTemplate, Opening
+from fastsdpo.data.control_tokens import ControlTokens
+from fastsdpo.data.encoding import Encoder
 from fastsdpo.data.interactions import Interaction
 from fastsdpo.data.templates import HindsightTemplate
+from fastsdpo.data.truncation import cut
 
 BATCH = 64  # interactions whose texts a fast tokenizer gets in one call
 
@@ -148,9 +150,9 @@ class InteractionTokenizer:
                 ) from None
         self.chat = ChatTemplate(tokenizer, chat_template_kwargs, date)
         self._as_rendered = end_of_turn != "eos"
-        self._ahead: dict[str, list[int]] = {}
-        self._find_control_tokens(end_of_turn)
-        self._align()
+        self._control = ControlTokens(tokenizer, self.chat, end_of_turn)
+        self.end_of_turn, self.end_of_turn_id = self._control.end, self._control.end_ids[-1]
+        self._encoder = Encoder(tokenizer, self.chat, self._control, allow_special_tokens)
 
     def __call__(self, interaction: Interaction, completion_ids: Sequence[int] | None = None) -> TokenizedInteraction:
         """Tokenizes one interaction.
@@ -193,18 +195,18 @@ class InteractionTokenizer:
         before it came to that.
         """
         ids = list(completion_ids)
-        channel = self._channel
+        channel = self._encoder.channel
         if channel:
             starts = [i for i, token in enumerate(ids) if token == channel[0]]
             found = [i for i in starts if ids[i : i + len(channel)] == channel]
             if found:
                 ids = ids[found[-1] + len(channel) :]
-                ends = [i for i, token in enumerate(ids) if token in self._control_ids]
+                ends = [i for i, token in enumerate(ids) if token in self._control.ids]
                 ids = ids[: ends[0]] if ends else ids
             elif starts:
                 return ""
         unknown = getattr(self.tokenizer, "unk_token_id", None)
-        ids = [token for token in ids if token not in self._control_ids and token != unknown]
+        ids = [token for token in ids if token not in self._control.ids and token != unknown]
         return self.chat.said(self.tokenizer.decode(ids))
 
     def stream(self, interactions: Iterable[Interaction]) -> Iterator[TokenizedInteraction | ValueError]:
@@ -237,8 +239,8 @@ class InteractionTokenizer:
                     failure.__cause__ = error
                     results[index] = failure
             if len(batch) > 1:
-                self._encode_ahead(texts)
-        self._ahead = {}
+                self._encoder.encode_ahead(texts)
+        self._encoder.encode_ahead([])
         return [results[index] for index in range(len(batch))]
 
     def _steps(
@@ -249,27 +251,27 @@ class InteractionTokenizer:
         prompt, opening, completion = interaction.prompt, self.chat.generation, ""
         if given is None:
             opening, completion = self.chat.finish(prompt, interaction.completion.rstrip(), trim=self._as_rendered)
-        rendered = self._render(prompt, opening)
+        rendered = self._encoder.render(prompt, opening)
         first = interaction.followup.strip()[: self.max_followup_length]  # of which `_cut` starts
-        answer = self._answer_anchor + completion
+        answer = self._encoder.answer_anchor + completion
         yield [rendered, answer, first] if whole_messages else [rendered, answer]
 
         if whole_messages:
             prompt, prompt_ids = self._fit(prompt, rendered, opening)
         else:
-            prompt_ids = self._cut_left(self._encode_prompt(prompt, opening, rendered))
+            prompt_ids = self._cut_left(self._encoder.encode_prompt(prompt, opening, rendered))
         if given is None:
-            completion_ids = self._encode_answer(completion)[: self.max_completion_length]
+            completion_ids = self._encoder.encode_answer(completion)[: self.max_completion_length]
         else:
             completion_ids = list(given)
         followups = [interaction.followup]
         if self.neutral_followup is not None:
             followups.append(self.neutral_followup)
         prompts = [self._teacher_prompt(prompt, followup) for followup in followups]
-        texts = [self._render(messages, opening) for messages in prompts]
+        texts = [self._encoder.render(messages, opening) for messages in prompts]
         yield texts
 
-        teachers = [self._encode_prompt(messages, opening, text) for messages, text in zip(prompts, texts)]
+        teachers = [self._encoder.encode_prompt(messages, opening, text) for messages, text in zip(prompts, texts)]
         if not whole_messages:
             teachers = [self._cut_left(ids) for ids in teachers]
         return TokenizedInteraction(
@@ -288,13 +290,13 @@ class InteractionTokenizer:
 
     def _teacher_prompt(self, prompt: list[dict], followup: str) -> list[dict]:
         if self.truncation == "shared":
-            followup = self._cut(followup.strip(), self._encode_text, self.max_followup_length, keep="start")
+            followup = cut(followup.strip(), self._encoder.encode_text, self.max_followup_length, keep="start")
         return self.template.apply(prompt, followup)
 
     def _fit(self, prompt: list[dict], rendered: str, opening: Opening) -> tuple[list[dict], list[int]]:
         """(messages, ids): as much of the end of the prompt as the limit holds."""
         limit = self.max_prompt_length
-        ids = self._encode_prompt(prompt, opening, rendered)
+        ids = self._encoder.encode_prompt(prompt, opening, rendered)
         if limit is None or len(ids) <= limit:
             return prompt, ids
         system = [message for message in prompt[:1] if message["role"] == "system"]
@@ -303,299 +305,28 @@ class InteractionTokenizer:
         low, high = 0, len(starts) - 1
         while low < high:
             middle = (low + high) // 2
-            if len(self._encode_prompt(system + prompt[starts[middle] :], opening)) <= limit:
+            if len(self._encoder.encode_prompt(system + prompt[starts[middle] :], opening)) <= limit:
                 high = middle
             else:
                 low = middle + 1
         kept = system + prompt[starts[low] :]
-        ids = self._encode_prompt(kept, opening)
+        ids = self._encoder.encode_prompt(kept, opening)
         if len(ids) <= limit:
             return kept, ids
-        if system and len(self._encode_text(system[0]["content"])) > limit // 2:
+        if system and len(self._encoder.encode_text(system[0]["content"])) > limit // 2:
             system = []
         last = prompt[-1]
 
         def encode(text: str) -> list[int]:
-            return self._encode_prompt([*system, {**last, "content": text}], opening)
+            return self._encoder.encode_prompt([*system, {**last, "content": text}], opening)
 
-        content = self._cut(last["content"], encode, limit, keep="end")
+        content = cut(last["content"], encode, limit, keep="end")
         if not content:
             raise ValueError(
                 f"max_prompt_length={limit} cannot hold the chat template's own "
                 f"{len(encode('.')) - 1} tokens and any of the last message"
             )
         return [*system, {**last, "content": content}], encode(content)
-
-    @staticmethod
-    def _cut(
-        text: str,
-        encode: Callable[[str], list[int]],
-        limit: int | None,
-        keep: Literal["start", "end"],
-    ) -> str:
-        """The longest start or end of `text`, in words, that ``encode`` turns into `limit` ids."""
-
-        def piece(size: int) -> str:
-            return text[:size] if keep == "start" else text[len(text) - size :]
-
-        if limit is None:
-            return text
-        # Doubling first, so that no more than twice of what fits is encoded, whatever the size.
-        fits, size = 0, min(len(text), limit)
-        while len(encode(piece(size))) <= limit:
-            fits = size
-            if size == len(text):
-                return text
-            size = min(2 * size, len(text))
-        while size - fits > 1:
-            middle = (fits + size) // 2
-            if len(encode(piece(middle))) <= limit:
-                fits = middle
-            else:
-                size = middle
-        # Where that is inside a word: the whole word if it fits after all (a part of a word can
-        # take more tokens than the word), else without it.
-        beside, kept = (text, text[:fits]) if keep == "start" else (text[::-1], text[::-1][:fits])
-        rest = re.match(r"\S{1,32}(?!\S)", beside[fits:])
-        part = re.search(r"\S{1,32}$", kept)
-        if rest and part:
-            for size in (fits + rest.end(), part.start()):
-                if piece(size).strip() and len(encode(piece(size))) <= limit:
-                    return piece(size)
-        return piece(fits)
-
-    # Rendering and encoding
-
-    def _render(self, messages: list[dict], opening: Opening) -> str:
-        return opening(self.chat.render(messages))
-
-    def _find_control_tokens(self, end_of_turn: str) -> None:
-        """Finds the tokens that end a turn, and those that must not enter from text.
-
-        Control tokens are the tokenizer's special tokens and every added token with which the chat
-        template frames messages. Other added tokens (white space, the tags of reasoning) are text that
-        happens to have an id of its own, as in the published code.
-        """
-        tokenizer = self.tokenizer
-        added = {
-            str(getattr(token, "content", token)): token
-            for token in getattr(tokenizer, "added_tokens_decoder", {}).values()
-        }
-        special = {text for text, token in added.items() if getattr(token, "special", True)}
-        special.update(str(text) for text in tokenizer.all_special_tokens)
-        special -= REASONING_TAGS
-        text = {token for token in added if token.isspace()} | REASONING_TAGS
-        every = _alternatives(special | (added.keys() - text))
-
-        ends = [end_of_turn]
-        self._end_space = ""
-        if end_of_turn == "template":
-            self._end_space, ends = self._find_end(every)
-        if not ends or end_of_turn == "eos":
-            if tokenizer.eos_token is None:
-                raise ValueError(
-                    "tokenize_interaction: tokenizer must have an eos_token, since its chat "
-                    "template ends answers with no token; or pass end_of_turn='<token>'"
-                )
-            ends = [tokenizer.eos_token]
-        self._end_ids: list[int] = []
-        for end in ends:
-            token_id = tokenizer.convert_tokens_to_ids(end)
-            if token_id is None or token_id == getattr(tokenizer, "unk_token_id", None):
-                raise ValueError(f"tokenize_interaction: end_of_turn must be one token of the tokenizer, got {end!r}")
-            self._end_ids.append(token_id)
-        self.end_of_turn: str = ends[-1]
-        self.end_of_turn_id: int = self._end_ids[-1]
-        self._ending: str = self._end_space + "".join(ends)
-
-        frames = [match for frame in self.chat.frames for match in every.findall(frame)]
-        control = special | set(frames) | set(ends)
-        self._control = _alternatives(control)
-        # Text without a token of its own becomes <unk>: that id alone shows no control token.
-        control_ids = {tokenizer.convert_tokens_to_ids(text) for text in control}
-        self._control_ids = control_ids - {getattr(tokenizer, "unk_token_id", None)}
-        # A token that takes the white space next to it; encoding around it has to do so too.
-        self._strips_left = {t for t in control if getattr(added.get(t), "lstrip", False)}
-        self._strips_right = {t for t in control if getattr(added.get(t), "rstrip", False)}
-
-    def _find_end(self, every: re.Pattern) -> tuple[str, list[str]]:
-        """``(white space, tokens)`` that end the model's turns in the chat template.
-
-        They are what follows an answer both in the last turn and in an earlier one. Where these have
-        nothing in common, they are the last turn's; and where that has none (the model then writes
-        the token that begins the next turn), the earlier one's.
-        """
-
-        def run(text: str) -> tuple[str, list[str]]:
-            rest = text.lstrip()
-            space, found = text[: len(text) - len(rest)], []
-            while match := every.match(rest):
-                found.append(match.group())
-                rest = rest[match.end() :]
-            return space, found
-
-        (space, last), (space_before, earlier) = run(self.chat.tail), run(self.chat.tail_before)
-        if both := last[: shared(last, earlier)]:
-            return (space if space == space_before else ""), both
-        return (space, last[:1]) if last else (space_before if earlier else "", earlier[:1])
-
-    def _align(self) -> None:
-        """Compares the ids of the pieces with those of a whole turn, and finds how to get them.
-
-        Some tokenizers put a space (``▁``) before any text. What stands inside a rendered conversation
-        must not get one, so it is encoded behind an anchor, whose ids are then taken away.
-        """
-        control, newline = self.end_of_turn, "\n"
-        apart = self._encode(ANSWER)
-        behind_control, behind_text = self._encode(control + ANSWER), self._encode(newline + ANSWER)
-        self._anchor_ids = self._encode(newline)
-        self._text_anchor = "" if behind_text == self._anchor_ids + apart else newline
-        self._control_anchor = "" if behind_control == self._encode(control) + apart else newline
-
-        chat, prompt = self.chat, self.chat.frames[0]
-        turn = chat.answer(prompt) + ANSWER
-        written = turn + (self._ending if chat.finished.startswith(turn + self._ending) else "")
-        whole = self._encode(written)
-        while True:
-            opening = chat.answer(prompt)
-            ends = [m.end() for m in self._control.finditer(opening)]
-            after_control = bool(ends) and ends[-1] == len(opening)
-            self._answer_anchor = self._control_anchor if after_control else self._text_anchor
-            pieces = self._encode(opening) + self._encode_answer(chat.finish([Q], ANSWER)[1])
-            left = pieces[len(whole) :]  # what ends the turn, where the template does not write it
-            if pieces[: len(whole)] == whole and left in ([], self._end_ids):
-                break
-            if not chat.move_space():
-                tokens = getattr(self.tokenizer, "convert_ids_to_tokens", list)
-                raise ValueError(
-                    f"tokenize_interaction: the tokenizer of {chat.name} must encode a prompt and an "
-                    f"answer to the same tokens as the whole turn {written[-120:]!r}, got "
-                    f"{tokens(pieces[-12:])} for {tokens(whole[-12:])}; set tokenizer.chat_template to "
-                    "one that puts a token of its own before answers"
-                )
-        # The markup between generation prompt and answer, where it is more than reasoning left out.
-        between = chat.answer.add if chat.generation == Opening() else ""
-        found = self._control.search(between)
-        self._channel = self._encode(between[found.start() :].rstrip()) if found else []
-
-    def _encode(self, text: str) -> list[int]:
-        if text in self._ahead:
-            return list(self._ahead[text])
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _encode_ahead(self, texts: list[str]) -> None:
-        """Encodes what is about to be encoded, where that is faster in one call."""
-        texts = list(dict.fromkeys(filter(None, texts)))
-        self._ahead = {}
-        if not texts or not getattr(self.tokenizer, "is_fast", False):
-            return
-        try:
-            ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        except (TypeError, ValueError):
-            return  # one of them (half a surrogate pair): it fails again by itself, and alone
-        self._ahead = dict(zip(texts, ids, strict=True))
-
-    def _smuggles(self, ids: list[int], wanted: int) -> bool:
-        return sum(map(self._control_ids.__contains__, ids)) > wanted
-
-    def _encode_inside(self, text: str, anchor: str, **options: Any) -> list[int]:
-        """The ids of text that does not begin what is encoded; see `_align`."""
-        if not options:
-            ids = self._encode(anchor + text)
-        else:
-            ids = list(self.tokenizer(anchor + text, add_special_tokens=False, **options)["input_ids"])
-        if not anchor:
-            return ids
-        count = len(self._anchor_ids)
-        if ids[:count] != self._anchor_ids:
-            raise ValueError(f"the tokenizer encodes {text[:40]!r} in one token with what is before it")
-        return ids[count:]
-
-    def _encode_answer(self, text: str) -> list[int]:
-        if not text:
-            return list(self._end_ids)
-        return self._encode_text(text + self._end_space, self._answer_anchor) + self._end_ids
-
-    def _encode_text(self, text: str, anchor: str = "") -> list[int]:
-        """The ids of text that comes from data: no control token among them."""
-        if not text:
-            return []
-        ids = self._encode_inside(text, anchor)
-        if self.allow_special_tokens or not (self._control.search(text) or self._smuggles(ids, 0)):
-            return ids
-        ids = self._encode_inside(text, anchor, split_special_tokens=True)
-        if self._smuggles(ids, 0):
-            # An added token that is not marked special is matched all the same: break its spelling
-            # after the first character and encode what lies between the breaks.
-            breaks = [match.start() + 1 for match in self._control.finditer(text)]
-            edges = [0, *breaks, len(text)]
-            ids = []
-            for start, end in itertools.pairwise(edges):
-                ids += self._encode_inside(text[start:end], self._text_anchor if start else anchor)
-        if self._smuggles(ids, 0):
-            raise ValueError(
-                "the text contains the spelling of a control token that this tokenizer cannot encode as text"
-            )
-        return ids
-
-    def _encode_prompt(self, messages: list[dict], opening: Opening, rendered: str | None = None) -> list[int]:
-        """The ids of the messages (`rendered`: by the template); control tokens only where the
-        template puts them."""
-        contents = [message["content"] for message in messages]
-        rendered = self._render(messages, opening) if rendered is None else rendered
-        if self.allow_special_tokens:
-            return self._encode(rendered)
-        if not any(self._control.search(content) for content in contents):
-            ids = self._encode(rendered)
-            # More control tokens than spelled out: a normalizer made one out of other characters.
-            if self._smuggles(ids, len(self._control.findall(rendered))):
-                ids = self._encode_around(rendered, lambda segment: True, lambda segment: segment)
-            return ids
-
-        # Every control spelling in a message gets a stand-in, a word that occurs nowhere, so that
-        # what the template itself writes can be told from what the messages contain.
-        word = "sdpostandin"
-        while any(word in content for content in contents):
-            word += "x"
-        spellings: list[str] = []
-
-        def stand_in(match: re.Match) -> str:
-            spellings.append(match.group())
-            return f"{word}{len(spellings) - 1}z"
-
-        marked = [{**message, "content": self._control.sub(stand_in, message["content"])} for message in messages]
-
-        def restore(segment: str) -> str:
-            return re.sub(word + "([0-9]+)z", lambda m: spellings[int(m.group(1))], segment)
-
-        return self._encode_around(self._render(marked, opening), lambda segment: word in segment, restore)
-
-    def _encode_around(
-        self, rendered: str, is_data: Callable[[str], bool], restore: Callable[[str], str]
-    ) -> list[int]:
-        """Encodes the template's control tokens as such, the text between them that `is_data` (its
-        stand-ins replaced by `restore`) as text, and the rest as it is.
-        """
-        ids: list[int] = []
-        done = 0  # everything before is encoded
-        controls = list(self._control.finditer(rendered))
-        starts = [0] + [match.end() for match in controls]
-        ends = [match.start() for match in controls] + [len(rendered)]
-        for index, (start, end) in enumerate(zip(starts, ends)):
-            segment = rendered[start:end]
-            if not is_data(segment):
-                continue
-            if done < start:
-                ids += self._encode(rendered[done:start])
-            if index > 0 and controls[index - 1].group() in self._strips_right:
-                segment = segment.lstrip()
-            if index < len(controls) and controls[index].group() in self._strips_left:
-                segment = segment.rstrip()
-            ids += self._encode_text(restore(segment), self._control_anchor if index else "")
-            done = end
-        if done < len(rendered):
-            ids += self._encode(rendered[done:])
-        return ids
 
 
 def tokenize_interaction(
@@ -626,9 +357,3 @@ def tokenize_interactions(
             raise result
         else:
             errors.append(str(result))
-
-
-def _alternatives(texts: Iterable[str]) -> re.Pattern:
-    """Matches any of the texts, the longest first; nothing where there are none."""
-    ordered = sorted(filter(None, texts), key=lambda text: (-len(text), text))
-    return re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")

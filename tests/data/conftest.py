@@ -1,9 +1,13 @@
-"""The real SmolLM2's tokenizer."""
+"""The real SmolLM2's tokenizer, and `fastsdpo prepare` on records."""
 
 import importlib.util
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from fastsdpo.commands.prepare import main
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +19,33 @@ def smollm2():
     transformers = pytest.importorskip("transformers")
     (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
     return transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+@pytest.fixture
+def prepared(tmp_path, capsys):
+    """prepared(records, *argv): writes them to in.jsonl and runs the command; status, rows, report, texts."""
+
+    def run(records, *argv, preset="none"):
+        source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+        if records is not None:
+            source.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+        capsys.readouterr()
+        status = main([str(source), "-o", str(output), "--preset", preset, *map(str, argv)])
+        said = capsys.readouterr()
+        report = tmp_path / "out.report.json"
+        return SimpleNamespace(
+            status=status,
+            rows=read_rows(output) if status == 0 else [],
+            held_out=read_rows(tmp_path / "out.eval.jsonl"),
+            report=json.loads(report.read_text("utf-8")) if report.exists() else None,
+            table=said.out,
+            error=said.err,
+            source=source,
+            output=output,
+        )
+
+    return run

@@ -11,278 +11,176 @@ import pytest
 from fastsdpo.data import Interaction, InteractionTokenizer
 from fastsdpo.data.chat_template import ChatTemplate
 
-LAST = (
-    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
-    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
-)
-# c: the answer, r: its reasoning
-SPLIT = (
-    "{% set c = m.content %}{% set r = '' %}{% if '</think>' in c %}"
+SHORT = {
+    # The index of the last message of the user.
+    "@LAST": "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}",
+    # c: the answer, r: its reasoning
+    "@SPLIT": "{% set c = m.content %}{% set r = '' %}{% if '</think>' in c %}"
     "{% set r = c.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
-    "{% set c = c.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
-)
-CHATML = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TODAY = "{{ strftime_now('%d %B %Y') }}"
-THINK = ["<think>", "</think>"]
+    "{% set c = c.split('</think>')[-1].lstrip('\\n') %}{% endif %}",
+    "@CHATML": "<|im_start|>{{ m.role }}\\n{{ m.content }}<|im_end|>\\n",
+    "@TODAY": "{{ strftime_now('%d %B %Y') }}",
+    r"\n": "\0",  # a newline of the template
+}
+# name | eos token | what ends a turn; "+" special and "-" other added tokens; the template, in lines that are joined
+TEMPLATES = r"""
+# chatml | <|im_end|> | <|im_end|>
++ <|endoftext|> <|im_start|> <|im_end|>
+{% for m in messages %}@CHATML{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}
+# chatml without a generation prompt | <|im_end|> | <|im_end|>
++ <|endoftext|> <|im_start|> <|im_end|>
+{% for m in messages %}@CHATML{% endfor %}
+# llama 3 | <|end_of_text|> | <|eot_id|>
++ <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|end_of_text|>
+<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: {% if not date_string is defined %}
+@TODAY{% endif %}\n\n{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}
+{% set messages = messages[1:] %}{% endif %}<|eot_id|>{% for m in messages %}<|start_header_id|>{{ m.role }}
+<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}
+<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}
+# qwen 3 | <|im_end|> | <|im_end|>
++ <|endoftext|> <|im_start|> <|im_end|>
+- <think> </think>
+@LAST{% for m in messages %}{% if m.role == 'assistant' %}@SPLIT<|im_start|>assistant\n{% if loop.index0 > ns.last %}
+<think>\n{{ r }}\n</think>\n\n{{ c.lstrip('\n') }}{% else %}{{ c }}{% endif %}<|im_end|>\n{% else %}
+@CHATML{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined a
+nd not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}
+# qwen 3 thinking | <|im_end|> | <|im_end|>
++ <|endoftext|> <|im_start|> <|im_end|>
+- <think> </think>
+@LAST{% for m in messages %}{% if m.role == 'assistant' %}@SPLIT<|im_start|>assistant\n{% if loop.index0 > ns.last %}
+<think>\n{{ r }}\n</think>\n\n{% endif %}{{ c }}<|im_end|>\n{% else %}@CHATML{% endif %}{% endfor %}
+{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}
+# gemma 3 | <eos> | <end_of_turn>
++ <bos> <eos> <start_of_turn> <end_of_turn>
+- \n \n\n
+{{ bos_token }}{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}
+{% set messages = messages[1:] %}{% endif %}{% for m in messages %}<start_of_turn>
+{{ 'model' if m.role == 'assistant' else 'user' }}\n{{ first if loop.first else '' }}{% if m.content is string %}
+{{ m.content | trim }}{% else %}{% for part in m.content %}{{ part.text | trim }}{% endfor %}{% endif %}
+<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}
+# mistral | </s> | </s>
++ <s> </s> [INST] [/INST] [SYSTEM_PROMPT] [/SYSTEM_PROMPT]
+<s>{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}[/SYSTEM_PROMPT]{% elif m.role =
+= 'user' %}[INST]{{ m.content }}[/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}
+# gpt-oss | <|return|> | <|return|>
++ <|start|> <|end|> <|message|> <|channel|> <|return|> <|call|>
+<|start|>system<|message|>Current date: {{ strftime_now('%Y-%m-%d') }}<|end|>{% for m in messages %}
+{% if m.role == 'assistant' %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}
+{% if loop.last and not add_generation_prompt %}<|return|>{% else %}<|end|>{% endif %}{% else %}<|start|>{{ m.role }}
+<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}
+# glm 4.5 | <|endoftext|> | <|user|>
++ <|endoftext|> [gMASK] <sop> <|user|> <|assistant|> <|system|>
+- <think> </think>
+[gMASK]<sop>@LAST{% for m in messages %}{% if m.role == 'assistant' %}@SPLIT<|assistant|>
+{% if loop.index0 > ns.last and r %}\n<think>{{ r.strip() }}</think>{% else %}\n<think></think>{% endif %}
+{% if c.strip() %}\n{{ c.strip() }}{% endif %}{% else %}<|{{ m.role }}|>\n{{ m.content }}{% endif %}{% endfor %}
+{% if add_generation_prompt %}<|assistant|>{% if enable_thinking is defined and not enable_thinking %}\n<think>
+</think>{% endif %}{% endif %}
+# deepseek r1 | <｜end▁of▁sentence｜> | <｜end▁of▁sentence｜>
++ <｜begin▁of▁sentence｜> <｜end▁of▁sentence｜>
+- <｜User｜> <｜Assistant｜> <think> </think>
+<｜begin▁of▁sentence｜>{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}
+<｜User｜>{{ m.content }}{% else %}<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% endif %}
+{% endfor %}{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}
+# deepseek v3.1 | <｜end▁of▁sentence｜> | <｜end▁of▁sentence｜>
++ <｜begin▁of▁sentence｜> <｜end▁of▁sentence｜>
+- <｜User｜> <｜Assistant｜> <think> </think>
+<｜begin▁of▁sentence｜>{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}
+<｜User｜>{{ m.content }}{% else %}<｜Assistant｜></think>{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% if thinking is defined and thinking %}<think>
+{% else %}</think>{% endif %}{% endif %}
+# smollm 3 | <|im_end|> | <|im_end|>
++ <|endoftext|> <|im_start|> <|im_end|>
+- <think> </think>
+{% set think = not (enable_thinking is defined and not enable_thinking) %}
+<|im_start|>system\nToday Date: @TODAY\nReasoning Mode: {{ '/think' if think else '/no_think' }}
+<|im_end|>\n{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{% if not think %}
+<think>\n\n</think>\n{% endif %}{{ m.content.lstrip('\n') }}<|im_end|>\n{% else %}@CHATML{% endif %}{% endfor %}
+{% if add_generation_prompt %}<|im_start|>assistant\n{% if not think %}<think>\n\n</think>\n{% endif %}{% endif %}
+# granite | <|end_of_text|> | <|end_of_text|>
++ <|end_of_text|> <|start_of_role|> <|end_of_role|>
+{% if messages[0].role != 'system' %}<|start_of_role|>system<|end_of_role|>Today's Date: @TODAY.<|end_of_text|>\n{% e
+ndif %}{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}
+<|end_of_text|>\n{% endfor %}{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}
+# phi 4 | <|im_end|> | <|im_end|>
++ <|endoftext|> <|im_start|> <|im_end|> <|im_sep|>
+{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>{% endfor %}
+{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}
+# phi 4 mini | <|endoftext|> | <|end|>
++ <|endoftext|> <|system|> <|user|> <|assistant|> <|end|>
+{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% else %}{{ eos_token }}{% endif %}
+# command | <|END_OF_TURN_TOKEN|> | <|END_OF_TURN_TOKEN|>
++ <BOS_TOKEN> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|CHATBOT_TOKEN|> <|USER_TOKEN|> <|SYSTEM_TOKEN|>
++ <|START_RESPONSE|> <|END_RESPONSE|> <|START_THINKING|> <|END_THINKING|>
+{{ bos_token }}{% for m in messages %}<|START_OF_TURN_TOKEN|>{% if m.role == 'assistant' %}<|CHATBOT_TOKEN|>
+<|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>{% else %}<|{{ m.role | upper }}_TOKEN|>{{ m.content }}{% endif %}
+<|END_OF_TURN_TOKEN|>{% endfor %}{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}
+# smolvlm | <end_of_utterance> | <end_of_utterance>
++ <|im_start|> <end_of_utterance> <image>
+<|im_start|>{% for m in messages %}{{ m.role | capitalize }}: {% for part in m.content %}
+{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}{% endfor %}
+<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}
+# nemotron 3 | <|im_end|> | <|im_end|>
++ <|endoftext|> <|im_start|> <|im_end|>
+- <think> </think>
+@LAST{% set think = enable_thinking is not defined or enable_thinking %}{% for m in messages %}
+{% if m.role == 'assistant' %}@SPLIT<|im_start|>assistant\n{% if loop.index0 > ns.last and r %}
+<think>\n{{ r }}\n</think>\n{% else %}<think></think>{% endif %}{{ c }}<|im_end|>\n{% else %}@CHATML{% endif %}
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{{ '<think>\n' if think else '<think></think>' }}
+{% endif %}
+# gemma 4 | <eos> | <turn|>
++ <bos> <eos> <|turn> <turn|> <|channel> <channel|>
+{{ bos_token }}{% for m in messages %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content.split('
+<channel|>')[-1] | trim }}<turn|>\n{% endfor %}{% if add_generation_prompt %}
+<|turn>model\n{% if enable_thinking is defined and not enable_thinking %}<|channel>thought\n<channel|>{% endif %}
+{% endif %}
+# white space before the end | </s> | </s>
++ </s>
+{% for m in messages %}[{{ m.role }}]\n{{ m.content }}\n</s>\n{% endfor %}
+{% if add_generation_prompt %}[assistant]\n{% endif %}
+"""
+# Templates whose roles are plain text, for tokenizers that put a space (as ▁) before text.
+SPACED_TEMPLATES = r"""
+# zephyr
+{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}
+<|assistant|>\n{% endif %}
+# llama 2
+{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content | trim }} [/INST]{% elif m.role == 'assistant
+' %} {{ m.content | trim }} </s>{% endif %}{% endfor %}
+# mistral
+<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% elif m.role == 'assistant' %} {{ m
+.content }}</s>{% endif %}{% endfor %}
+# vicuna
+<s>{% for m in messages %}{{ m.role | upper }}: {{ m.content }}{{ '</s>' if m.role == 'assistant' else ' ' }}
+{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}
+# right after a control token
+{% for m in messages %}<s>{{ m.role }}</s>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}
+<s>assistant</s>{% endif %}
+"""
+
+
+def read_templates(text):
+    """(the parts of a block's first line, its special tokens, its other added tokens, its template), of each block."""
+    for block in text.split("\n# ")[1:]:
+        for short, long in SHORT.items():
+            block = block.replace(short, long)
+        head, *lines = block.strip("\n").split("\n")
+        tokens = {
+            sign: [w for line in lines if line[:2] == sign for w in line[2:].split(" ")] for sign in ("+ ", "- ")
+        }
+        template = "".join(line for line in lines if line[:2] not in tokens)
+        yield (
+            head.split(" | "),
+            *([w.replace("\0", "\n") for w in tokens[sign]] for sign in tokens),
+            template.replace("\0", "\n"),
+        )
+
 
 # name: (template, special tokens, other added tokens, eos, what ends a turn)
-FAMILIES = {
-    "chatml": (
-        "{% for m in messages %}" + CHATML + "{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        CHATML_TOKENS,
-        [],
-        "<|im_end|>",
-        "<|im_end|>",
-    ),
-    "chatml without a generation prompt": (
-        "{% for m in messages %}" + CHATML + "{% endfor %}",
-        CHATML_TOKENS,
-        [],
-        "<|im_end|>",
-        "<|im_end|>",
-    ),
-    "llama 3": (
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: "
-        f"{{% if not date_string is defined %}}{TODAY}{{% endif %}}\n\n"
-        "{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}"
-        "{% set messages = messages[1:] %}{% endif %}<|eot_id|>{% for m in messages %}"
-        "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
-        "{% endfor %}{% if add_generation_prompt %}"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-        ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"],
-        [],
-        "<|end_of_text|>",
-        "<|eot_id|>",
-    ),
-    "qwen 3": (
-        LAST
-        + "{% for m in messages %}{% if m.role == 'assistant' %}"
-        + SPLIT
-        + "<|im_start|>assistant\n{% if loop.index0 > ns.last %}<think>\n{{ r }}\n</think>\n\n"
-        "{{ c.lstrip('\\n') }}{% else %}{{ c }}{% endif %}<|im_end|>\n{% else %}"
-        + CHATML
-        + "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
-        "{% endif %}",
-        CHATML_TOKENS,
-        THINK,
-        "<|im_end|>",
-        "<|im_end|>",
-    ),
-    "qwen 3 thinking": (
-        LAST
-        + "{% for m in messages %}{% if m.role == 'assistant' %}"
-        + SPLIT
-        + "<|im_start|>assistant\n{% if loop.index0 > ns.last %}<think>\n{{ r }}\n</think>\n\n"
-        "{% endif %}{{ c }}<|im_end|>\n{% else %}" + CHATML + "{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
-        CHATML_TOKENS,
-        THINK,
-        "<|im_end|>",
-        "<|im_end|>",
-    ),
-    "gemma 3": (
-        "{{ bos_token }}{% if messages[0].role == 'system' %}"
-        "{% set first = messages[0].content + '\\n\\n' %}{% set messages = messages[1:] %}"
-        "{% endif %}{% for m in messages %}<start_of_turn>"
-        "{{ 'model' if m.role == 'assistant' else 'user' }}\n{{ first if loop.first else '' }}"
-        "{% if m.content is string %}{{ m.content | trim }}{% else %}{% for part in m.content %}"
-        "{{ part.text | trim }}{% endfor %}{% endif %}<end_of_turn>\n{% endfor %}"
-        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
-        ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"],
-        ["\n", "\n\n"],
-        "<eos>",
-        "<end_of_turn>",
-    ),
-    "mistral": (
-        "<s>{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}"
-        "[/SYSTEM_PROMPT]{% elif m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}"
-        "{{ m.content }}</s>{% endif %}{% endfor %}",
-        ["<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"],
-        [],
-        "</s>",
-        "</s>",
-    ),
-    "gpt-oss": (
-        "<|start|>system<|message|>Current date: {{ strftime_now('%Y-%m-%d') }}<|end|>"
-        "{% for m in messages %}{% if m.role == 'assistant' %}"
-        "<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
-        "{% if loop.last and not add_generation_prompt %}<|return|>{% else %}<|end|>{% endif %}"
-        "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|start|>assistant{% endif %}",
-        ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"],
-        [],
-        "<|return|>",
-        "<|return|>",
-    ),
-    "glm 4.5": (
-        "[gMASK]<sop>"
-        + LAST
-        + "{% for m in messages %}{% if m.role == 'assistant' %}"
-        + SPLIT
-        + "<|assistant|>{% if loop.index0 > ns.last and r %}\n<think>{{ r.strip() }}</think>"
-        "{% else %}\n<think></think>{% endif %}{% if c.strip() %}\n{{ c.strip() }}{% endif %}"
-        "{% else %}<|{{ m.role }}|>\n{{ m.content }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% if enable_thinking is defined and not "
-        "enable_thinking %}\n<think></think>{% endif %}{% endif %}",
-        ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>"],
-        THINK,
-        "<|endoftext|>",
-        "<|user|>",
-    ),
-    "deepseek r1": (
-        "<｜begin▁of▁sentence｜>{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
-        "{% elif m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}<｜Assistant｜>"
-        "{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}",
-        ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"],
-        ["<｜User｜>", "<｜Assistant｜>", *THINK],
-        "<｜end▁of▁sentence｜>",
-        "<｜end▁of▁sentence｜>",
-    ),
-    "deepseek v3.1": (
-        "<｜begin▁of▁sentence｜>{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
-        "{% elif m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}<｜Assistant｜></think>"
-        "{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<｜Assistant｜>{% if thinking is defined and thinking %}<think>"
-        "{% else %}</think>{% endif %}{% endif %}",
-        ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"],
-        ["<｜User｜>", "<｜Assistant｜>", *THINK],
-        "<｜end▁of▁sentence｜>",
-        "<｜end▁of▁sentence｜>",
-    ),
-    "smollm 3": (
-        "{% set think = not (enable_thinking is defined and not enable_thinking) %}"
-        f"<|im_start|>system\nToday Date: {TODAY}\nReasoning Mode: "
-        "{{ '/think' if think else '/no_think' }}<|im_end|>\n"
-        "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
-        "{% if not think %}<think>\n\n</think>\n{% endif %}{{ m.content.lstrip('\\n') }}<|im_end|>\n"
-        "{% else %}" + CHATML + "{% endif %}{% endfor %}{% if add_generation_prompt %}"
-        "<|im_start|>assistant\n{% if not think %}<think>\n\n</think>\n{% endif %}{% endif %}",
-        CHATML_TOKENS,
-        THINK,
-        "<|im_end|>",
-        "<|im_end|>",
-    ),
-    "granite": (
-        "{% if messages[0].role != 'system' %}<|start_of_role|>system<|end_of_role|>Today's Date: "
-        f"{TODAY}.<|end_of_text|>\n"
-        "{% endif %}{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}"
-        "<|end_of_text|>\n{% endfor %}{% if add_generation_prompt %}"
-        "<|start_of_role|>assistant<|end_of_role|>{% endif %}",
-        ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"],
-        [],
-        "<|end_of_text|>",
-        "<|end_of_text|>",
-    ),
-    "phi 4": (
-        "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}",
-        [*CHATML_TOKENS, "<|im_sep|>"],
-        [],
-        "<|im_end|>",
-        "<|im_end|>",
-    ),
-    "phi 4 mini": (
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}",
-        ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
-        [],
-        "<|endoftext|>",
-        "<|end|>",
-    ),
-    "command": (
-        "{{ bos_token }}{% for m in messages %}<|START_OF_TURN_TOKEN|>{% if m.role == 'assistant' %}"
-        "<|CHATBOT_TOKEN|><|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>{% else %}"
-        "<|{{ m.role | upper }}_TOKEN|>{{ m.content }}{% endif %}<|END_OF_TURN_TOKEN|>{% endfor %}"
-        "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}",
-        [
-            "<BOS_TOKEN>",
-            "<|START_OF_TURN_TOKEN|>",
-            "<|END_OF_TURN_TOKEN|>",
-            "<|CHATBOT_TOKEN|>",
-            "<|USER_TOKEN|>",
-            "<|SYSTEM_TOKEN|>",
-            "<|START_RESPONSE|>",
-            "<|END_RESPONSE|>",
-            "<|START_THINKING|>",
-            "<|END_THINKING|>",
-        ],
-        [],
-        "<|END_OF_TURN_TOKEN|>",
-        "<|END_OF_TURN_TOKEN|>",
-    ),
-    "smolvlm": (
-        "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}: {% for part in m.content %}"
-        "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}<image>"
-        "{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
-        "{% if add_generation_prompt %}Assistant:{% endif %}",
-        ["<|im_start|>", "<end_of_utterance>", "<image>"],
-        [],
-        "<end_of_utterance>",
-        "<end_of_utterance>",
-    ),
-    "nemotron 3": (
-        LAST + "{% set think = enable_thinking is not defined or enable_thinking %}"
-        "{% for m in messages %}{% if m.role == 'assistant' %}"
-        + SPLIT
-        + "<|im_start|>assistant\n{% if loop.index0 > ns.last and r %}<think>\n{{ r }}\n</think>\n"
-        "{% else %}<think></think>{% endif %}{{ c }}<|im_end|>\n{% else %}"
-        + CHATML
-        + "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-        "{{ '<think>\n' if think else '<think></think>' }}{% endif %}",
-        CHATML_TOKENS,
-        THINK,
-        "<|im_end|>",
-        "<|im_end|>",
-    ),
-    "gemma 4": (
-        "{{ bos_token }}{% for m in messages %}<|turn>"
-        "{{ 'model' if m.role == 'assistant' else m.role }}\n"
-        "{{ m.content.split('<channel|>')[-1] | trim }}<turn|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|turn>model\n"
-        "{% if enable_thinking is defined and not enable_thinking %}<|channel>thought\n<channel|>"
-        "{% endif %}{% endif %}",
-        ["<bos>", "<eos>", "<|turn>", "<turn|>", "<|channel>", "<channel|>"],
-        [],
-        "<eos>",
-        "<turn|>",
-    ),
-    "white space before the end": (
-        "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}\n</s>\n{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]\n{% endif %}",
-        ["</s>"],
-        [],
-        "</s>",
-        "</s>",
-    ),
-}
-# Tokenizers that put a space (as ▁) before text, with templates whose roles are plain text.
-SPACED = {
-    "zephyr": (
-        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-    ),
-    "llama 2": (
-        "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content | trim }} [/INST]"
-        "{% elif m.role == 'assistant' %} {{ m.content | trim }} </s>{% endif %}{% endfor %}"
-    ),
-    "mistral": (
-        "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
-        "{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}{% endfor %}"
-    ),
-    "vicuna": (
-        "<s>{% for m in messages %}{{ m.role | upper }}: {{ m.content }}"
-        "{{ '</s>' if m.role == 'assistant' else ' ' }}{% endfor %}"
-        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-    ),
-    "right after a control token": (
-        "{% for m in messages %}<s>{{ m.role }}</s>{{ m.content }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}<s>assistant</s>{% endif %}"
-    ),
-}
+FAMILIES = {name: (text, special, other, *ends) for (name, *ends), special, other, text in read_templates(TEMPLATES)}
+SPACED = {name: text for (name,), _, _, text in read_templates(SPACED_TEMPLATES)}
 REASONING = [name for name, (template, *_) in FAMILIES.items() if "</think>" in template]
 THOUGHT = "<think>\nA greeting.\n</think>\n\nHello"
 
@@ -318,11 +216,7 @@ def spaced_tokenizer():
             )
         backend.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in ("<s>", "</s>")])
         return transformers.PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            chat_template=template,
-            bos_token="<s>",
-            eos_token="</s>",
-            pad_token="</s>",
+            tokenizer_object=backend, chat_template=template, bos_token="<s>", eos_token="</s>", pad_token="</s>"
         )
 
     return make
@@ -455,10 +349,7 @@ def test_the_tags_of_reasoning_are_no_control_tokens(family, name):
         tokenizer_of(tokenizer)(Interaction(conversation(f"what is {text}?"), f"a {text}", "x"))
         for text in ("<think>", "it")
     )
-    for ids, without in (
-        (one.completion_ids, other.completion_ids),
-        (one.prompt_ids, other.prompt_ids),
-    ):
+    for ids, without in ((one.completion_ids, other.completion_ids), (one.prompt_ids, other.prompt_ids)):
         assert ids.count(think) == without.count(think) + 1
 
 

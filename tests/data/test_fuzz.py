@@ -8,12 +8,7 @@ import random
 
 import pytest
 
-from fastsdpo.data import (
-    InteractionTokenizer,
-    LoadReport,
-    extract_interactions,
-    load_conversations,
-)
+from fastsdpo.data import InteractionTokenizer, LoadReport, extract_interactions, load_conversations
 from fastsdpo.data.loading import DamagedRecord
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -41,10 +36,7 @@ def make_record(draw, number):
     speakers = {"user": "human", "assistant": "gpt"}
     texts = [f"{number}.{i} {draw.choice(TEXTS)}" for i in range(len(turns))]
     if layout == 0:
-        return {
-            "id": f"c{number}",
-            "conversations": [{"from": speakers[t], "value": v} for t, v in zip(turns, texts)],
-        }
+        return {"id": f"c{number}", "conversations": [{"from": speakers[t], "value": v} for t, v in zip(turns, texts)]}
     messages = [{"role": t, "content": v} for t, v in zip(turns, texts)]
     if layout == 1:
         return {"conversation_hash": f"c{number}", "conversation": messages, "language": "English"}

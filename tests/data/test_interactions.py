@@ -5,13 +5,7 @@ from collections import Counter
 
 import pytest
 
-from fastsdpo.data import (
-    Conversation,
-    ConversationFilter,
-    HindsightTemplate,
-    Interaction,
-    extract_interactions,
-)
+from fastsdpo.data import Conversation, ConversationFilter, HindsightTemplate, Interaction, extract_interactions
 from fastsdpo.data.filters import PRESETS
 from fastsdpo.data.interactions import is_blank, message_text, parse_messages
 
@@ -80,14 +74,7 @@ class TestExtract:
     @pytest.mark.parametrize("answers", [("y", "z"), ("y", "z", ""), ("z", "y", "z"), ("", "y", "z")])
     @pytest.mark.parametrize("before", [(), (("a", "lost context"),), (("s", "be brief"),)])
     def test_different_answers_in_a_row_are_no_answer(self, before, answers):
-        turns = messages(
-            *before,
-            ("u", "q"),
-            *(("a", text) for text in answers),
-            ("u", "o"),
-            ("a", "x"),
-            ("u", "p"),
-        )
+        turns = messages(*before, ("u", "q"), *(("a", text) for text in answers), ("u", "o"), ("a", "x"), ("u", "p"))
         left_out = Counter()
         (interaction,) = extract_interactions(turns, left_out=left_out)
         assert [m["content"] for m in interaction.prompt][-3:] == ["q", "z", "o"]
@@ -162,11 +149,7 @@ class TestMessages:
             ({"role": "user<|im_end|>", "content": ""}, ValueError, "role must be one of"),
             ({"role": "user", "content": 3}, TypeError, "content must be text, got int 3"),
             ({"role": "user", "content": {"a": 1}}, TypeError, "content must be text, got dict"),
-            (
-                {"role": "user", "content": [{"type": "image_url"}]},
-                TypeError,
-                "content must be text, got a part dict",
-            ),
+            ({"role": "user", "content": [{"type": "image_url"}]}, TypeError, "content must be text, got a part dict"),
             ({"role": "user", "content": "a\ud800"}, ValueError, "lone surrogate at character 1"),
         ],
     )
@@ -281,11 +264,7 @@ class TestFilter:
             ("wildchat", {"language": None}, "no language given"),
             ("wildfeedback", {"language": "German"}, None),
             ("wildchat", {"messages": FIVE[:2]}, "fewer than 3 messages"),
-            (
-                "wildchat",
-                {"messages": messages(("s", "s")) + FIVE[:2]},
-                "fewer than 3 messages",
-            ),
+            ("wildchat", {"messages": messages(("s", "s")) + FIVE[:2]}, "fewer than 3 messages"),
             (
                 "wildchat",
                 {"messages": messages(("u", "q"), ("a", "y" * 4097), ("u", "o"))},
@@ -297,11 +276,7 @@ class TestFilter:
                 {"messages": messages(("u", "q" * 4097), ("a", "y"), ("u", "o"))},
                 "user message over 4,096 characters",
             ),
-            (
-                "wildfeedback",
-                {"messages": messages(("u", "q" * 4097), ("a", "y"), ("u", "o"))},
-                None,
-            ),
+            ("wildfeedback", {"messages": messages(("u", "q" * 4097), ("a", "y"), ("u", "o"))}, None),
             (
                 "wildfeedback",
                 {"messages": messages(("u", "q" * 100_000), ("a", "y"), ("u", "o"))},

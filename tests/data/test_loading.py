@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import re
 import sys
 import tracemalloc
 
@@ -11,20 +12,15 @@ import pytest
 from fastsdpo.data import (
     LoadReport,
     extract_interactions,
+    json_records,
     load_conversations,
     load_interactions,
-    loading,
+    records,
 )
 from fastsdpo.data.loading import DamagedRecord
 
 zstandard = pytest.importorskip("zstandard")
-TEXTS = [
-    "hi",
-    'a "quoted" {brace} [bracket] \\ back\\\\slash',
-    "日本語 🤖 é",
-    "line\r\nline\u2028x",
-    "z" * 50,
-]
+TEXTS = ["hi", 'a "quoted" {brace} [bracket] \\ back\\\\slash', "日本語 🤖 é", "line\r\nline\u2028x", "z" * 50]
 
 
 def record(number, key="messages"):
@@ -95,26 +91,13 @@ def any_file(request, tmp_path):
 class TestFormats:
     @pytest.mark.parametrize("read_bytes", [1 << 20, 7, 1])
     def test_all_give_the_same(self, any_file, read_bytes, monkeypatch):
-        monkeypatch.setattr(loading, "READ_BYTES", read_bytes)
+        monkeypatch.setattr(json_records, "READ_BYTES", read_bytes)
         report = LoadReport()
         conversations = list(load_conversations(any_file, report=report))
         assert [c.messages for c in conversations] == [r["messages"] for r in RECORDS]
         assert [c.id for c in conversations] == [r["id"] for r in RECORDS]
         assert report.records == 7 and not report.damaged and report.lost_bytes == 0
         assert report.bytes_done == report.bytes_total == any_file.stat().st_size
-
-    def test_goes_on_from_any_position(self, any_file):
-        report = LoadReport()
-        positions = []
-        for _ in load_conversations(any_file, report=report):
-            positions.append(json.loads(json.dumps(report.position)))
-        for number, position in enumerate(positions):
-            again = LoadReport()
-            rest = list(load_conversations(any_file, report=again, position=position))
-            assert [c.id for c in rest] == [r["id"] for r in RECORDS[number + 1 :]]
-            assert not again.damaged
-            if rest:
-                assert again.where == report.where
 
     def test_folder_glob_and_list(self, tmp_path):
         (tmp_path / "b" / "deep").mkdir(parents=True)
@@ -135,44 +118,23 @@ class TestFormats:
         assert [c.language for c in load_conversations(path)] == ["English"] * 7
 
 
-class TestLayouts:
-    messages = record(0)["messages"]
-    expected = (["0 user hi"], "0 assistant hi", "0 user hi")
+MESSAGES = RECORDS[0]["messages"]
+SPEAKERS = {"user": "human", "assistant": "gpt"}
+SHARED = [{"from": SPEAKERS[m["role"]], "value": m["content"]} for m in MESSAGES]
+ROW = {"prompt": MESSAGES[:1], "completion": SHARED[1], "user_response": MESSAGES[2]["content"]}
 
+
+class TestLayouts:
     @pytest.mark.parametrize(
         ("layout", "name", "language"),
         [
-            ({"messages": messages}, None, None),
-            (
-                {"conversation_hash": "h", "conversation": messages, "language": "English"},
-                "h",
-                "English",
-            ),
-            ({"conversation_id": "w", "history": messages, "sat": 1, "language": 3}, "w", None),
-            (
-                {
-                    "id": 5,
-                    "conversations": [
-                        {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]}
-                        for m in messages
-                    ],
-                },
-                "5",
-                None,
-            ),
-            ({"id": "", "items": messages, "messages": None}, None, None),
-            (messages, None, None),
-            (
-                {
-                    "id": "row",
-                    "conversation_id": "c",
-                    "prompt": messages[:1],
-                    "completion": {"from": "gpt", "value": messages[1]["content"]},
-                    "user_response": messages[2]["content"],
-                },
-                "c",
-                None,
-            ),
+            ({"messages": MESSAGES}, None, None),
+            ({"conversation_hash": "h", "conversation": MESSAGES, "language": "English"}, "h", "English"),
+            ({"conversation_id": "w", "history": MESSAGES, "sat": 1, "language": 3}, "w", None),
+            ({"id": 5, "conversations": SHARED}, "5", None),
+            ({"id": "", "items": MESSAGES, "messages": None}, None, None),
+            (MESSAGES, None, None),
+            ({"id": "row", "conversation_id": "c", **ROW}, "c", None),
         ],
     )
     def test_told_by_keys(self, tmp_path, layout, name, language):
@@ -180,10 +142,11 @@ class TestLayouts:
         (conversation,) = load_conversations(path)
         assert (conversation.id, conversation.language) == (name, language)
         (i,) = extract_interactions(conversation)
-        assert self.expected == ([m["content"] for m in i.prompt], i.completion, i.followup)
+        expected = (["0 user hi"], "0 assistant hi", "0 user hi")
+        assert ([m["content"] for m in i.prompt], i.completion, i.followup) == expected
 
     def test_interaction_row_stays_one_interaction(self, tmp_path):
-        prompt = [*self.messages, {"role": "assistant", "content": "b"}, self.messages[0]]
+        prompt = [*MESSAGES, {"role": "assistant", "content": "b"}, MESSAGES[0]]
         row = {"id": "r", "prompt": prompt, "completion": "y", "user_response": "o"}
         path = write(tmp_path, "a.jsonl", lines([row]))
         (conversation,) = load_conversations(path)
@@ -193,222 +156,162 @@ class TestLayouts:
         assert loaded.prompt == prompt and loaded.followup == "o"
 
     def test_a_row_with_a_system_prompt_beside_it(self, tmp_path):
-        row = {"prompt": self.messages[:1], "completion": "y", "user_response": "o", "system": "S"}
+        row = {"prompt": MESSAGES[:1], "completion": "y", "user_response": "o", "system": "S"}
         (loaded,) = load_interactions(write(tmp_path, "a.jsonl", lines([row])))
         assert [m["role"] for m in loaded.prompt] == ["system", "user"]
 
 
-BAD = b"\xff"
-DAMAGE = {
-    "cut line": (
-        "a.jsonl",
-        lines()[:-30],
-        [0, 1, 2, 3, 4, 5],
-        r"a\.jsonl:7: not JSON: Unterminated string",
+LINES, ARRAY, PRETTY = lines(), json.dumps(RECORDS).encode(), json.dumps(RECORDS, indent=1).encode()
+
+
+def said_by(role, content):
+    return {"messages": [{"role": role, "content": content}]}
+
+
+# A line (or its record) between two that are kept, and what is said of it.
+BAD_LINES = {
+    "not an object": (5, "a record must be a JSON object, got int"),
+    "unknown keys": ({"text": "", "b": 1}, "a record must have one of messages, .* got the keys 'text', 'b'"),
+    "messages of the wrong type": ({"messages": "hi"}, "messages must be a list of messages, got str 'hi'"),
+    "content of the wrong type": (said_by("user", {"a": [1]}), r"messages\[0\]: content must be text, got dict"),
+    "unknown role": (said_by("wizard", ""), r"messages\[0\]: role must be one of .* got str 'wizard'"),
+    "lone surrogate": (
+        said_by("user", "a\ud800"),
+        r"messages\[0\]: content must be valid Unicode, got a lone surrogate at",
     ),
+    "row without a follow-up": ({**ROW, "user_response": None}, "an interaction row must have 'user_response'"),
+    "row that answers an answer": (
+        {**ROW, "prompt": [{"role": "assistant", "content": "a"}]},
+        "Interaction: prompt must end with a user's message, got role 'assistant'",
+    ),
+    "row with swapped roles": (
+        {**ROW, "completion": ROW["prompt"][0]},
+        "completion: role must be assistant, got user",
+    ),
+    "invalid UTF-8": ('{"id": "é\xff'.encode("latin-1"), "invalid UTF-8 at byte 8"),
+    "cut": (LINES[:60], "not JSON: Unterminated string"),
+    "NUL": (b"\0\0\0", "not JSON"),
+    "nested too deep": (b'{"messages":' + b"[" * 200_000, "not JSON: nested too deep"),
+    "too long": ({"messages": "x" * 30_000}, "longer than 20,000 bytes"),
+    "a number without end": (b'{"id": ' + b"9" * 10_000 + b"}", "not JSON: Exceeds the limit"),
+}
+# A change of an array's text, the elements that are kept, and what is said of the others.
+BAD_ELEMENTS = {
+    "invalid UTF-8": (b"2 assistant", b"2 \xff", "013456", r"2 .*: invalid UTF-8 at byte \d+$"),
+    "invalid UTF-8 between strings": (
+        b'"c2", ',
+        b'"c2"\xff, ',
+        "013456",
+        r"2 .*: invalid UTF-8 at byte 11 \(\d+ bytes lost",
+    ),
+    "quote lost": (b'"c2"', b'"c2', "013456", r"2 .*: not JSON.*bytes lost\)"),
+    "brace lost": (b'{"id": "c4"', b'"id": "c4"', "012356", "4 .*: not JSON: a record cannot start with b'\"'"),
+    "comma lost": (b'"c3", ', b'"c3" ', "012456", "3 .*: not JSON: Expecting ',' delimiter"),
+    "end lost": (b'}]}, {"id": "c3"', b'}], {"id": "c3"', "013456", "2 .*: not JSON: Expecting property name"),
+    "numbers": (
+        b'[{"id": "c0"',
+        b'[1, null, {"id": "c0"',
+        "0123456",
+        "0 .*: not JSON: a record cannot start with b'1'",
+    ),
+    "the end in the middle": (
+        b', {"id": "c3"',
+        b'] oops {"id": "c3"',
+        "0123456",
+        "3 .*: text after the end of the array",
+    ),
+    "two arrays": (b', {"id": "c3"', b']{"id": "c3"', "0123456", r"text after the end of the array \(0 bytes lost"),
+    "nested too deep": (
+        b"[",
+        b'[{"":' + b"[" * 200_000 + b"]" * 200_000 + b"},",
+        "0123456",
+        "0 .*: not JSON: nested too",
+    ),
+    "too long": (
+        b'"c1"',
+        b'"' + b"x" * 30_000 + b'"',
+        "023456",
+        r"1 .*: longer than 20,000 bytes, or not closed \(30,\d+ bytes",
+    ),
+}
+# (file, its bytes, what is kept, what is said of it)
+BAD_FILES = {
     "cut array": (
         "a.json",
-        json.dumps(RECORDS, indent=1).encode()[:-60],
-        [0, 1, 2, 3, 4, 5],
-        r"a\.json element 6 \(line \d+\): cut off: the file ends inside it \(\d+ bytes lost; nothing",
+        PRETTY[:-60],
+        "012345",
+        r"element 6 \(line 104\): cut off: the file ends inside it \(\d+ bytes lost; nothing",
     ),
-    "array cut between elements": (
+    "cut between elements": (
         "a.json",
-        json.dumps(RECORDS).encode()[:-1],
-        [0, 1, 2, 3, 4, 5, 6],
-        r"element 7 \(line 1\): the array is not closed, though its last element is whole",
-    ),
-    "text after array": (
-        "a.json",
-        json.dumps(RECORDS[:3]).encode() + b" oops " + json.dumps(RECORDS[3:]).encode(),
-        [0, 1, 2, 3, 4, 5, 6],
-        "text after the end of the array",
-    ),
-    "invalid UTF-8 in a line": (
-        "a.jsonl",
-        lines().replace(b"2 assistant", b"2 " + BAD, 1),
-        [0, 1, 3, 4, 5, 6],
-        r"a\.jsonl:3: invalid UTF-8 at byte \d+",
-    ),
-    "invalid UTF-8 in an element": (
-        "a.json",
-        json.dumps(RECORDS).encode().replace(b"2 assistant", b"2 " + BAD, 1),
-        [0, 1, 3, 4, 5, 6],
-        r"element 2 \(line 1\): invalid UTF-8 at byte \d+",
-    ),
-    "quote lost in an element": (
-        "a.json",
-        json.dumps(RECORDS).encode().replace(b'"c2"', b'"c2', 1),
-        [0, 1, 3, 4, 5, 6],
-        r"element 2 \(line 1\): (not JSON|cut off).*bytes lost\)",
-    ),
-    "brace lost in an element": (
-        "a.json",
-        json.dumps(RECORDS).encode().replace(b'{"id": "c4"', b'"id": "c4"', 1),
-        [0, 1, 2, 3, 5, 6],
-        r"element 4 \(line 1\): not JSON: a record cannot start with b'\"'",
-    ),
-    "comma lost in an element": (
-        "a.json",
-        json.dumps(RECORDS).encode().replace(b'"c3", ', b'"c3" ', 1),
-        [0, 1, 2, 4, 5, 6],
-        r"element 3 \(line 1\): not JSON: Expecting ',' delimiter",
-    ),
-    "numbers among the elements": (
-        "a.json",
-        b"[1, null, " + json.dumps(RECORDS).encode()[1:],
-        [0, 1, 2, 3, 4, 5, 6],
-        r"element 0 \(line 1\): not JSON: a record cannot start with b'1'",
-    ),
-    "not an object": (
-        "a.jsonl",
-        lines([RECORDS[0], 5, RECORDS[1]]),
-        [0, 1],
-        r"a\.jsonl:2: a record must be a JSON object, got int",
-    ),
-    "unknown keys": (
-        "a.jsonl",
-        lines([{"text": "hi", "b": 1}, RECORDS[1]]),
-        [1],
-        r"a\.jsonl:1: a record must have one of messages, .* got the keys 'text', 'b'",
+        ARRAY[:-1],
+        "0123456",
+        r"element 7 \(line 1\): the array is not closed, though",
     ),
     "a conversation without a list around it": (
         "a.json",
         json.dumps(RECORDS[0]["messages"]).encode(),
-        [],
+        "",
         "element 0 .*is this a list of messages without the list around it",
     ),
-    "messages of the wrong type": (
-        "a.jsonl",
-        lines([{"messages": "hi"}, RECORDS[1]]),
-        [1],
-        r"a\.jsonl:1: messages must be a list of messages, got str 'hi'",
-    ),
-    "content of the wrong type": (
-        "a.jsonl",
-        lines([{"messages": [{"role": "user", "content": {"a": [1]}}]}, RECORDS[1]]),
-        [1],
-        r"a\.jsonl:1: messages\[0\]: content must be text, got dict",
-    ),
-    "unknown role": (
-        "a.jsonl",
-        lines([{"conversations": [{"from": "wizard", "value": ""}]}, RECORDS[1]]),
-        [1],
-        r"conversations\[0\]: role must be one of .* got str 'wizard'",
-    ),
-    "row without a follow-up": (
-        "a.jsonl",
-        lines([{"prompt": [], "completion": "y", "user_response": None}]),
-        [],
-        r"a\.jsonl:1: an interaction row must have 'user_response'",
-    ),
-    "row that answers an answer": (
-        "a.jsonl",
-        lines([{"prompt": [{"role": "assistant", "content": "a"}], "completion": "y", "user_response": "o"}]),
-        [],
-        "Interaction: prompt must end with a user's message, got role 'assistant'",
-    ),
-    "row with swapped roles": (
-        "a.jsonl",
-        lines(
-            [
-                {
-                    "prompt": [{"role": "user", "content": "a"}],
-                    "completion": {"role": "user", "content": "y"},
-                    "user_response": "o",
-                }
-            ]
-        ),
-        [],
-        "completion: role must be assistant, got user",
-    ),
-    "lone surrogate": (
-        "a.jsonl",
-        lines([RECORDS[0]]) + b'{"messages": [{"role": "user", "content": "a\\ud800"}]}\n',
-        [0],
-        r"a\.jsonl:2: messages\[0\]: content must be valid Unicode, got a lone surrogate at",
-    ),
-    "NUL": (
-        "a.jsonl",
-        lines([RECORDS[0]]) + b"\0\0\0\n" + lines([RECORDS[1]]),
-        [0, 1],
-        r"a\.jsonl:2: not JSON",
-    ),
-    "nested too deep": (
-        "a.jsonl",
-        lines([RECORDS[0]]) + b'{"messages":' + b"[" * 200_000 + b"\n",
-        [0],
-        r"a\.jsonl:2: not JSON: nested too deep",
-    ),
-    "nested too deep in an array": (
-        "a.json",
-        b'[{"messages":' + b"[" * 200_000 + b"]" * 200_000 + b"}," + json.dumps(RECORDS)[1:].encode(),
-        [0, 1, 2, 3, 4, 5, 6],
-        r"element 0 \(line 1\): not JSON: nested too deep",
-    ),
-    "too long a line": (
-        "a.jsonl",
-        lines([RECORDS[0], {"messages": "x" * 30_000}, RECORDS[1]]),
-        [0, 1],
-        r"a\.jsonl:2: longer than 20,000 bytes",
-    ),
-    "too long an element": (
-        "a.json",
-        json.dumps([RECORDS[0], {"messages": "x" * 30_000}, RECORDS[1]]).encode(),
-        [0, 1],
-        r"element 1 \(line 1\): longer than 20,000 bytes, or not closed \(30,\d+ bytes lost\)",
-    ),
-    "a number without end": (
-        "a.jsonl",
-        lines([RECORDS[0]]) + b'{"id": ' + b"9" * 10_000 + b"}\n",
-        [0],
-        r"a\.jsonl:2: not JSON: Exceeds the limit",
-    ),
-    "UTF-16": ("a.json", json.dumps(RECORDS).encode("utf-16"), [], "UTF-16 text; save it as UTF-8"),
-    "empty": ("a.json", b" \n", [], r"a\.json: the file is empty"),
-    "not text": ("a.json", bytes(range(256)) * 50, [], "a record cannot start with b'\\\\x00'"),
-    "cut gzip": (
-        "a.jsonl.gz",
-        gzip.compress(lines(RECORDS * 50))[:-400],
-        None,
-        r"a\.jsonl\.gz: the compressed data is cut off",
-    ),
-    "damaged gzip": (
-        "a.jsonl.gz",
-        gzip.compress(lines(), 0)[:900] + b"junk" * 30,
-        None,
-        r"a\.jsonl\.gz: the compressed data is (damaged|cut off)",
-    ),
-    "not gzip": ("a.json.gz", lines(), [], "the compressed data is damaged: .*incorrect header"),
-    "cut zstd": (
-        "a.jsonl.zst",
-        zstandard.compress(lines(RECORDS * 50))[:-10],
-        None,
-        r"a\.jsonl\.zst: the compressed data is cut off",
-    ),
-    "not zstd": ("a.jsonl.zst", lines(), [], "the compressed data is damaged"),
+    "UTF-16": ("a.json", json.dumps(RECORDS).encode("utf-16"), "", "UTF-16 text; save it as UTF-8"),
+    "empty": ("a.json", b" \n", "", r"a\.json: the file is empty"),
+    "not text": ("a.json", bytes(range(256)) * 50, "", "a record cannot start with b'\\\\x00'"),
+    "cut gzip": ("a.gz", gzip.compress(LINES * 50)[:-400], None, r"a\.gz: the compressed data is cut off"),
+    "damaged gzip": ("a.gz", gzip.compress(LINES, 0)[:900] + b"junk" * 30, None, r"a\.gz: .* is (damaged|cut off)"),
+    "not gzip": ("a.json.gz", LINES, "", "the compressed data is damaged: .*incorrect header"),
+    "cut zstd": ("a.zst", zstandard.compress(LINES * 50)[:-10], None, r"a\.zst: the compressed data is cut off"),
+    "not zstd": ("a.jsonl.zst", LINES, "", "the compressed data is damaged"),
 }
 
 
+@pytest.mark.parametrize("read_bytes", [1 << 20, 31])
 class TestDamage:
-    @pytest.mark.parametrize("case", DAMAGE)
-    @pytest.mark.parametrize("read_bytes", [1 << 20, 31])
-    def test_skipped_counted_and_reported(self, tmp_path, case, read_bytes, monkeypatch):
-        monkeypatch.setattr(loading, "READ_BYTES", read_bytes)
-        name, data, kept, message = DAMAGE[case]
-        path = write(tmp_path, name, data)
-        limit = 20_000 if "too long" in case else loading.MAX_RECORD_BYTES
-        ids, report = read(path, max_record_bytes=limit)
-        if kept is not None:
-            assert ids == [f"c{number}" for number in kept]
+    def check(self, path, kept, said):
+        ids, report = read(path, max_record_bytes=20_000 if "longer than" in said else 16 << 20)
+        assert kept is None or ids == [f"c{number}" for number in kept]
         problems = [text for texts in report.problems.values() for text in texts]
-        with pytest.raises(AssertionError if not problems else ValueError, match=message):
-            raise ValueError("\n".join(problems))
         assert sum(report.damaged.values()) == len(problems)
+        assert re.search(said, "\n".join(problems), re.MULTILINE), problems
         with pytest.raises(DamagedRecord) as caught:
-            list(load_conversations(path, strict=True, max_record_bytes=limit))
+            list(load_conversations(path, strict=True, max_record_bytes=20_000 if "longer than" in said else 16 << 20))
         assert str(caught.value) in problems
 
+    @pytest.fixture(autouse=True)
+    def _reads(self, monkeypatch, read_bytes):
+        monkeypatch.setattr(json_records, "READ_BYTES", read_bytes)
+
+    @pytest.mark.parametrize("case", BAD_LINES)
+    def test_of_a_line(self, tmp_path, case):
+        line, said = BAD_LINES[case]
+        line = line if isinstance(line, bytes) else json.dumps(line).encode()
+        data = lines(RECORDS[:1]) + line + b"\n" + lines(RECORDS[1:2])
+        self.check(write(tmp_path, "a.jsonl", data), "01", rf"a\.jsonl:2: {said}")
+
+    @pytest.mark.parametrize("case", BAD_ELEMENTS)
+    def test_of_an_element(self, tmp_path, case):
+        old, new, kept, said = BAD_ELEMENTS[case]
+        assert old in ARRAY
+        self.check(write(tmp_path, "a.json", ARRAY.replace(old, new, 1)), kept, said)
+
+    @pytest.mark.parametrize("case", BAD_FILES)
+    def test_of_a_file(self, tmp_path, case):
+        name, data, kept, said = BAD_FILES[case]
+        self.check(write(tmp_path, name, data), kept, said)
+
+    def test_of_a_list_among_lists_of_messages(self, tmp_path):
+        data = json.dumps([r["messages"] for r in RECORDS]).encode().replace(b'"2 user', b"2 user", 1)
+        found = list(load_conversations(write(tmp_path, "a.json", data), report=LoadReport()))
+        assert [c.messages for c in found] == [r["messages"] for r in RECORDS if r is not RECORDS[2]]
+
+    def test_of_the_first_line_does_not_hide_the_others(self, tmp_path, read_bytes):
+        """Without the suffix .jsonl the layout is told by the text, as far as it is read."""
+        first = LINES[:40] + b'{"a":' * 500 + LINES[40:]
+        ids, report = read(write(tmp_path, "chats.json", first[: first.index(b"\n") + 1] + lines(RECORDS[1:3])))
+        assert ids == ["c1", "c2"] and sum(report.damaged.values()) == 1
+
+
+class TestReports:
     def test_what_precedes_a_cut_in_compressed_data_is_kept(self, tmp_path):
         for suffix, data in (
             ("gz", gzip.compress(lines(RECORDS * 300), 6)),
@@ -438,7 +341,7 @@ class TestDamage:
         path = write(tmp_path, "a.jsonl", lines([RECORDS[0]]) + b"oops\n" * 50)
         with caplog.at_level(logging.WARNING, "fastsdpo.data"):
             assert len(list(load_conversations(path))) == 1
-        assert len(caplog.messages) == loading.MAX_PROBLEMS
+        assert len(caplog.messages) == records.MAX_PROBLEMS
         assert "a.jsonl:2: not JSON" in caplog.messages[0]
 
     def test_interactions_are_strict(self, tmp_path):
@@ -496,8 +399,6 @@ class TestSources:
         assert ids == [r["id"] for r in RECORDS]
         assert calls == [("org/name", "small", {"split": "test", "streaming": True})]
         assert report.where == "org/name[test] row 6" and report.bytes_total is None
-        rest, _ = read("org/name", position={"source": 0, "inside": {"row": 5}})
-        assert rest == ["c5", "c6"]
         with pytest.raises(FileNotFoundError, match="'org/gone' is neither a file nor a dataset"):
             list(load_conversations("org/gone"))
 
@@ -547,13 +448,3 @@ class TestBoundedMemory:
         path = write(tmp_path, "a.json", b'[{"": ' * 200_000)
         ids, report = read(path)
         assert ids == [] and sum(report.damaged.values()) == 1
-
-
-def test_a_damaged_first_line_does_not_hide_the_others(tmp_path):
-    """Without the suffix .jsonl the layout is told by the text."""
-    lines = [json.dumps(row, ensure_ascii=False) for row in RECORDS[:3]]
-    path = tmp_path / "chats.json"
-    path.write_text("\n".join([lines[0][:40] + '{"a":' * 500 + lines[0][40:], *lines[1:]]) + "\n")
-    report = LoadReport()
-    assert len(list(load_conversations(path, report=report))) == 2
-    assert sum(report.damaged.values()) == 1

@@ -153,14 +153,7 @@ class TestNoSmuggling:
 
         def build(part):
             system, answer, question, completion, followup = (place and place.replace("{}", part) for place in places)
-            return interaction(
-                "hi",
-                answer,
-                question,
-                system=system,
-                completion=completion,
-                followup=followup,
-            )
+            return interaction("hi", answer, question, system=system, completion=completion, followup=followup)
 
         harmless = tokenize(build("ok"))
         hostile = tokenize(build(text))
@@ -209,10 +202,7 @@ class TestNoSmuggling:
 
     def test_added_tokens_that_frame_nothing_are_text(self, byte_tokenizer):
         tokenizer = byte_tokenizer(
-            THINKING_TEMPLATE,
-            ["<|im_start|>", "<|im_end|>"],
-            ["<think>", "</think>"],
-            eos_token="<|im_end|>",
+            THINKING_TEMPLATE, ["<|im_start|>", "<|im_end|>"], ["<think>", "</think>"], eos_token="<|im_end|>"
         )
         thought = tokenizer.convert_tokens_to_ids("<think>")
         source = interaction("use <think>", completion="<think>hm</think>no")
@@ -249,8 +239,7 @@ class TestEndOfTurn:
         return byte_tokenizer(template, special, **names)
 
     @pytest.mark.parametrize(
-        ("option", "token"),
-        [("template", "<end_of_turn>"), ("eos", "<eos>"), ("<start_of_turn>", "<start_of_turn>")],
+        ("option", "token"), [("template", "<end_of_turn>"), ("eos", "<eos>"), ("<start_of_turn>", "<start_of_turn>")]
     )
     def test_which(self, byte_tokenizer, option, token):
         tokenizer = self.make(byte_tokenizer)
@@ -275,10 +264,7 @@ class TestEndOfTurn:
         length = len(whole.completion_ids)
         for limit in range(1, length + 2):
             item = tokenize_interaction(
-                smollm2,
-                interaction("q", completion="one two"),
-                "note",
-                max_completion_length=limit,
+                smollm2, interaction("q", completion="one two"), "note", max_completion_length=limit
             )
             assert item.completion_ids == whole.completion_ids[:limit]
             assert (smollm2.eos_token_id in item.completion_ids) == (limit >= length)

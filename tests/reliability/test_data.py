@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from fastsdpo.data import Interaction, InteractionTokenizer, load_interactions, prepare
+from fastsdpo.commands import prepare
+from fastsdpo.data import Interaction, InteractionTokenizer, load_interactions
 from fastsdpo.data.loading import parse_conversation, parse_interaction
 from fastsdpo.trainer.data import InteractionDataset
 
@@ -73,11 +74,7 @@ def wanted_control_tokens(interaction):
 def test_mutated_files_through_prepare_and_train(tmp_path, smollm2, count, results, capsys, recwarn):
     """`fastsdpo prepare`, then the dataset of `fastsdpo train`: every record is kept or counted."""
     fuzz = fuzz_module()
-    options = {
-        "max_prompt_length": None,
-        "max_completion_length": None,
-        "max_followup_length": None,
-    }
+    options = {"max_prompt_length": None, "max_completion_length": None, "max_followup_length": None}
     control_ids = set(smollm2.convert_tokens_to_ids(CONTROL))
     files = count(50, 1000)
     kept = damaged = lost_bytes = nothing = 0
@@ -175,11 +172,7 @@ def test_control_tokens_in_text_stay_text(smollm2, count, results):
     """Spellings of control tokens anywhere in history, answer and follow-up: encoded as text."""
     control_ids = set(smollm2.convert_tokens_to_ids(CONTROL))
     tokenize = InteractionTokenizer(
-        smollm2,
-        "note",
-        max_prompt_length=None,
-        max_completion_length=None,
-        max_followup_length=None,
+        smollm2, "note", max_prompt_length=None, max_completion_length=None, max_followup_length=None
     )
     messages = count(300, 5000)
     for seed in range(messages):

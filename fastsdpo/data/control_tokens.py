@@ -1,0 +1,102 @@
+"""The tokens with which a chat template frames messages: what ends a turn, and what text must not become."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from fastsdpo.data.chat_template import REASONING_TAGS, ChatTemplate, shared
+
+
+class ControlTokens:
+    """The control tokens of a tokenizer with its chat template.
+
+    They are the tokenizer's special tokens and every added token with which the chat template frames
+    messages. Other added tokens (white space, the tags of reasoning) are text that happens to have an id
+    of its own, as in the published code.
+
+    Args:
+        end_of_turn: as `InteractionTokenizer` takes it.
+
+    Attributes:
+        spelling: matches the text of any of them.
+        ids: of all of them.
+        end: the token that ends the model's turns.
+        end_ids: of all tokens that stand at the end of an answer, `end` the last.
+        end_space: white space before them.
+        ending: the white space and the tokens, as text.
+        strips_left, strips_right: those that take the white space on that side of them.
+
+    Raises:
+        ValueError: nothing is known that ends a turn, or it is not a token.
+    """
+
+    def __init__(self, tokenizer: Any, chat: ChatTemplate, end_of_turn: str):
+        added = {
+            str(getattr(token, "content", token)): token
+            for token in getattr(tokenizer, "added_tokens_decoder", {}).values()
+        }
+        special = {text for text, token in added.items() if getattr(token, "special", True)}
+        special.update(str(text) for text in tokenizer.all_special_tokens)
+        special -= REASONING_TAGS
+        text = {token for token in added if token.isspace()} | REASONING_TAGS
+        every = _alternatives(special | (added.keys() - text))
+
+        ends = [end_of_turn]
+        self.end_space = ""
+        if end_of_turn == "template":
+            self.end_space, ends = _find_end(chat, every)
+        if not ends or end_of_turn == "eos":
+            if tokenizer.eos_token is None:
+                raise ValueError(
+                    "tokenize_interaction: tokenizer must have an eos_token, since its chat "
+                    "template ends answers with no token; or pass end_of_turn='<token>'"
+                )
+            ends = [tokenizer.eos_token]
+        self.end_ids: list[int] = []
+        for end in ends:
+            token_id = tokenizer.convert_tokens_to_ids(end)
+            if token_id is None or token_id == getattr(tokenizer, "unk_token_id", None):
+                raise ValueError(f"tokenize_interaction: end_of_turn must be one token of the tokenizer, got {end!r}")
+            self.end_ids.append(token_id)
+        self.end: str = ends[-1]
+        self.ending: str = self.end_space + "".join(ends)
+
+        frames = [match for frame in chat.frames for match in every.findall(frame)]
+        control = special | set(frames) | set(ends)
+        self.spelling = _alternatives(control)
+        # Text without a token of its own becomes <unk>: that id alone shows no control token.
+        control_ids = {tokenizer.convert_tokens_to_ids(text) for text in control}
+        self.ids = control_ids - {getattr(tokenizer, "unk_token_id", None)}
+        # A token that takes the white space next to it; encoding around it has to do so too.
+        self.strips_left = {t for t in control if getattr(added.get(t), "lstrip", False)}
+        self.strips_right = {t for t in control if getattr(added.get(t), "rstrip", False)}
+
+
+def _find_end(chat: ChatTemplate, every: re.Pattern) -> tuple[str, list[str]]:
+    """``(white space, tokens)`` that end the model's turns in the chat template.
+
+    They are what follows an answer both in the last turn and in an earlier one. Where these have
+    nothing in common, they are the last turn's; and where that has none (the model then writes
+    the token that begins the next turn), the earlier one's.
+    """
+
+    def run(text: str) -> tuple[str, list[str]]:
+        rest = text.lstrip()
+        space, found = text[: len(text) - len(rest)], []
+        while match := every.match(rest):
+            found.append(match.group())
+            rest = rest[match.end() :]
+        return space, found
+
+    (space, last), (space_before, earlier) = run(chat.tail), run(chat.tail_before)
+    if both := last[: shared(last, earlier)]:
+        return (space if space == space_before else ""), both
+    return (space, last[:1]) if last else (space_before if earlier else "", earlier[:1])
+
+
+def _alternatives(texts: Iterable[str]) -> re.Pattern:
+    """Matches any of the texts, the longest first; nothing where there are none."""
+    ordered = sorted(filter(None, texts), key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")

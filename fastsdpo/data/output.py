@@ -1,0 +1,211 @@
+"""The files that `prepare` writes, from its spool."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from fastsdpo.data.filters import ConversationFilter
+from fastsdpo.data.interactions import Interaction
+from fastsdpo.data.merging import Merged
+from fastsdpo.data.spool import Spool
+
+
+@dataclass
+class PrepareReport:
+    """What `prepare` did; written as JSON beside the output.
+
+    Attributes:
+        output, eval_output: the files (eval_output is None where nothing was held out).
+        conversations, interactions: written to `output`; eval_*: to `eval_output`.
+        merged_records: records that were kept, but as part of a conversation that another record
+            of it is counted for.
+        duplicate_interactions: interactions left out because an equal one (same prompt, answer
+            and follow-up), or a longer record of the same conversation, is there.
+        left_out: follow-ups of records that were read and not dropped, but that are in no
+            interaction, by reason; counted before records are merged.
+        sizes: bytes of the files.
+        dropped: records that a rule dropped, by rule, and conversations over the wanted number.
+        records, damaged, problems, lost_bytes: as in `LoadReport`.
+        settings: what decides the result.
+    """
+
+    output: str
+    eval_output: str | None
+    conversations: int = 0
+    interactions: int = 0
+    eval_conversations: int = 0
+    eval_interactions: int = 0
+    merged_records: int = 0
+    duplicate_interactions: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
+    records: int = 0
+    damaged: dict[str, int] = field(default_factory=dict)
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    lost_bytes: int = 0
+    settings: dict = field(default_factory=dict)
+
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def encode_rows(interactions: list[Interaction], first_turn: int) -> list[bytes]:
+    """The lines of a conversation's interactions; a message that is in many is encoded once."""
+    encoded: dict[tuple[str, str], str] = {}
+
+    def message(role: str, content: str) -> str:
+        text = encoded.get((role, content))
+        if text is None:
+            text = encoded[role, content] = _encode({"role": role, "content": content})
+        return text
+
+    rows = []
+    for turn, item in enumerate(interactions, first_turn):
+        prompt = ", ".join([message(m["role"], m["content"]) for m in item.prompt])
+        row = (
+            f'{{"id": {_encode(item.id)}, "conversation_id": {_encode(item.conversation_id)}, '
+            f'"turn_id": {turn}, "prompt": [{prompt}], '
+            f'"completion": {message("assistant", item.completion)}, '
+            f'"user_response": {message("user", item.followup)}}}\n'
+        )
+        rows.append(row.encode())
+    return rows
+
+
+def write_outputs(
+    spool: Spool,
+    outputs: list[Path],
+    rules: ConversationFilter,
+    seed: int,
+    eval_fraction: float,
+    result: PrepareReport,
+) -> None:
+    """Copies the spool to the outputs in the final order, and counts in `result`."""
+    merged = spool.merge()
+    kept = merged.kept  # of each conversation, which the number of its first record stands for
+    order = array("I", (record for record in range(len(kept)) if kept[record]))
+    result.merged_records = len(kept) - len(order)
+    result.duplicate_interactions = sum(merged.left_out)
+    if rules.shuffle:
+        random.Random(seed).shuffle(order)
+    chosen, rows = 0, 0
+    while chosen < len(order):
+        count = kept[order[chosen]]
+        if rules.max_conversations is not None and chosen >= rules.max_conversations:
+            break
+        if rules.max_interactions is not None and rows + count > rules.max_interactions:
+            break
+        chosen, rows = chosen + 1, rows + count
+    if chosen < len(order):
+        result.dropped["over the wanted number"] = len(order) - chosen
+    order = order[:chosen]
+    held_out = _held_out(merged.families, order, eval_fraction, seed)
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(atomic_file(path)) for path in outputs]
+        for conversation in order:
+            data = _conversation_rows(spool, merged, conversation)
+            if merged.families[conversation] in held_out:
+                files[1].write(data)
+                result.eval_conversations += 1
+                result.eval_interactions += kept[conversation]
+            else:
+                files[0].write(data)
+                result.conversations += 1
+                result.interactions += kept[conversation]
+
+
+def _held_out(families: array, order: array, eval_fraction: float, seed: int) -> set[int]:
+    """The families to hold out, so that their conversations are as near to the share as can be.
+
+    Raises:
+        ValueError: with any family held out, the share would be further off than with none.
+    """
+    count = len(order)
+    wanted = round(eval_fraction * count)
+    if not wanted:
+        return set()
+    sizes = array("I", [0]) * len(families)
+    for conversation in order:
+        sizes[families[conversation]] += 1
+    draw = random.Random(seed)
+
+    def places() -> Iterator[int]:
+        yield from draw.sample(range(count), wanted)  # all, where each conversation is a family
+        rest = array("I", range(count))
+        draw.shuffle(rest)
+        yield from rest
+
+    held_out: set[int] = set()
+    found = 0
+    for place in places():
+        family = families[order[place]]
+        after = found + sizes[family]
+        if found >= wanted:
+            break
+        if family not in held_out and after - wanted <= wanted - found and after < count:
+            held_out.add(family)
+            found = after
+    if not held_out:
+        raise ValueError(
+            f"prepare: eval_fraction must leave whole families of conversations on one side, got "
+            f"{eval_fraction}: {max(sizes):,} of {count:,} conversations begin with "
+            "the same prompt, so that none can be held out without its prompt in training; hold "
+            "out other conversations, or take a larger share"
+        )
+    return held_out
+
+
+def _conversation_rows(spool: Spool, merged: Merged, conversation: int) -> bytes:
+    """The rows of a conversation, of all its records, as they are written."""
+    if merged.following[conversation] == len(merged.following) and not merged.renamed:
+        rows = spool.read(conversation)
+        if rows.count(b"\n") == merged.kept[conversation]:
+            return rows
+    records, changed = [], False
+    for record in merged.records(conversation):
+        rows, start = spool.read(record), spool.starts[record]
+        numbered = enumerate(rows.splitlines(keepends=True), start)
+        kept = [(row, data) for row, data in numbered if not merged.left_out[row]]
+        changed = changed or any(row in merged.renamed for row, _ in kept)
+        records += [kept] if kept else []
+    if len(records) == 1 and not changed:
+        return b"".join([data for _, data in records[0]])
+    rows = [(row, json.loads(data)) for rows in records for row, data in rows]
+    name = rows[0][1]["conversation_id"]
+    for number, row in rows:
+        row["conversation_id"] = name
+        if number in merged.renamed:
+            row["id"] = f"{row['id']}~{number}"
+    rows.sort(key=lambda item: len(item[1]["prompt"]))
+    return b"".join([_encode(row).encode() + b"\n" for _, row in rows])
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears at `path` whole and on the disk, or not at all; removed where that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # folders cannot be opened on Windows
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

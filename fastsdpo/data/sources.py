@@ -1,0 +1,132 @@
+"""Sources of records: files, folders, globs and datasets."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+
+from fastsdpo.data.interactions import SYSTEM_KEYS
+from fastsdpo.data.json_records import COMPRESSIONS, json_records
+from fastsdpo.data.layouts import CONVERSATION_ID_KEYS, INTERACTION_KEYS, MESSAGE_KEYS, RECORD_ID_KEYS
+from fastsdpo.data.records import Entry, LoadReport, Problem
+
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+
+
+def is_data(path: Path) -> bool:
+    """Whether the ending is that of a file that `read_records` reads."""
+    name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
+    return name.suffix in SUFFIXES
+
+
+def expand_source(source: str | PathLike | Iterable[str | PathLike]) -> list[Path | str]:
+    """Files (as Path, in a fixed order) and dataset names (as str) that a source stands for."""
+    if not isinstance(source, (str, PathLike)):
+        return [item for part in source for item in expand_source(part)]
+    path = Path(source)
+    if path.is_dir():
+        if (path / "dataset_info.json").exists() and (path / "state.json").exists():
+            return [path]
+        found = (file for file in path.rglob("*") if file.is_file() and is_data(file))
+        files = sorted(file for file in found if not file.name.startswith("."))
+        if not files:
+            raise FileNotFoundError(f"folder {path} holds no file that ends in {', '.join(SUFFIXES)}")
+        return list(files)
+    if path.exists():
+        return [path]
+    text = str(source)
+    if any(character in text for character in "*?["):
+        files = sorted(Path(name) for name in glob.glob(text, recursive=True))
+        files = [file for file in files if file.is_file()]
+        if not files:
+            raise FileNotFoundError(f"no file matches {text}")
+        return list(files)
+    is_name = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text)
+    if is_name and path.suffix not in (*SUFFIXES, *COMPRESSIONS):
+        return [text]
+    raise FileNotFoundError(f"no such file: {text}")
+
+
+def read_sources(
+    items: Sequence[Path | str], report: LoadReport, config: str | None, split: str, max_record_bytes: int
+) -> Iterator[Entry]:
+    """The entries of files and datasets, one after another. The report tells how far that is.
+
+    Args:
+        items: as `expand_source` gives them.
+        config, split: of a Hugging Face dataset.
+        max_record_bytes: a longer JSON record is a problem.
+    """
+    sizes = [item.stat().st_size if isinstance(item, Path) else 0 for item in items]
+    if all(isinstance(item, Path) and item.is_file() for item in items):
+        report.bytes_total = sum(sizes)
+    for number, item in enumerate(items):
+        report.source = number
+        before = sum(sizes[:number])
+
+        def progress(done: int, before: int = before) -> None:
+            report.bytes_done = before + done
+
+        if isinstance(item, str) or item.is_dir():
+            yield from _dataset_records(item, config, split)
+        elif item.suffix == ".parquet":
+            yield from _parquet_records(item, progress)
+        else:
+            yield from json_records(item, progress, max_record_bytes)
+        report.bytes_done = before + sizes[number]
+
+
+def _dataset_records(name: str | Path, config: str | None, split: str) -> Iterator[Entry]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"{str(name)!r} is not a file, and to read it as a Hugging Face "
+            "dataset needs the package datasets; install it with: pip install datasets"
+        ) from error
+    if isinstance(name, Path):
+        rows = datasets.load_from_disk(str(name))
+        rows = rows[split] if isinstance(rows, dict) else rows
+    else:
+        try:
+            rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        except Exception as error:  # of many libraries: hub, HTTP, parsing
+            raise FileNotFoundError(
+                f"{name!r} is neither a file nor a dataset that can be loaded: {type(error).__name__}: {error}"
+            ) from error
+    for row, record in enumerate(rows):
+        yield Entry(f"{name}[{split}] row {row}", record)
+
+
+def _parquet_records(path: Path, progress: Callable[[int], None]) -> Iterator[Entry]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ImportError(f"{path} needs the package pyarrow; install it with: pip install pyarrow") from error
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        yield Entry(str(path), None, Problem("damaged file", f"not a whole Parquet file: {error}", records=0))
+        return
+    with file:
+        wanted = {*MESSAGE_KEYS, *INTERACTION_KEYS, *SYSTEM_KEYS, *CONVERSATION_ID_KEYS, *RECORD_ID_KEYS, "language"}
+        columns = [name for name in file.schema_arrow.names if name in wanted]
+        total, row = max(1, file.metadata.num_rows), 0
+        size = path.stat().st_size
+        for group in range(file.metadata.num_row_groups):
+            end = row + file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(64, row_groups=[group], columns=columns):
+                    for record in batch.to_pylist():
+                        yield Entry(f"{path} row {row}", record)
+                        row += 1
+                    progress(size * row // total)
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                text = f"rows {row} to {end - 1} cannot be read: {error}"
+                yield Entry(f"{path} row {row}", None, Problem("damaged file", text, records=end - row))
+                row = end
