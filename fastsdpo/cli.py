@@ -7,11 +7,11 @@ import sys
 
 COMMANDS = {
     "prepare": ("fastsdpo.data.prepare", "conversations -> interactions.jsonl"),
-    "train": ("fastsdpo.train", "train a model on interactions"),
-    "online": ("fastsdpo.online.command", "train a model on a user's reactions to its answers"),
+    "train": ("fastsdpo.commands.train", "train a model on interactions"),
+    "online": ("fastsdpo.commands.online", "train a model on a user's reactions to its answers"),
     "chat": ("fastsdpo.online.chat", "talk to a model that learns from your follow-ups"),
     "eval": ("fastsdpo.online.winrate", "win rate of a model against its base, by rule or judge"),
-    "signal": ("fastsdpo.signal", "show the token-level signal of an interaction"),
+    "signal": ("fastsdpo.commands.signal", "show the token-level signal of an interaction"),
     "bench": ("fastsdpo.bench", "time the losses against PyTorch, TRL and Liger on this machine"),
     "doctor": ("fastsdpo.doctor", "check the backends of this machine"),
 }

@@ -39,13 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsdpo.data import Interaction, TokenizedInteraction
-from fastsdpo.data.interactions import is_blank
-from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
-from fastsdpo.online.sampling import generate
-from fastsdpo.online.terminal import interrupt, read_message, uninterrupted
-from fastsdpo.ops.backend import describe_backend
-from fastsdpo.train import (
+from fastsdpo.commands.train import (
     STOPPED,
     add_model_options,
     add_setting_options,
@@ -53,6 +47,12 @@ from fastsdpo.train import (
     read_config,
     run_command,
 )
+from fastsdpo.data import Interaction, TokenizedInteraction
+from fastsdpo.data.interactions import is_blank
+from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
+from fastsdpo.online.sampling import generate
+from fastsdpo.online.terminal import interrupt, read_message, uninterrupted
+from fastsdpo.ops.backend import describe_backend
 from fastsdpo.trainer.data import keep_date
 from fastsdpo.trainer.trainer import SDPOTrainer
 

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from fastsdpo.train import run_command
+from fastsdpo.commands.train import run_command
 
 JUDGE_SYSTEM = (
     "You compare two answers to a user's message. {persona}Say which answer this user would prefer. "
@@ -174,8 +174,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     """The comparison, in order."""
+    from fastsdpo.commands.online import chat_model, read_text
     from fastsdpo.modeling import check_name, load_model_and_tokenizer
-    from fastsdpo.online.command import chat_model, read_text
     from fastsdpo.online.degeneration import degenerate
     from fastsdpo.online.prompts import PromptDataset
     from fastsdpo.online.rules import parse_rule

@@ -3,7 +3,6 @@
 `compute_signal` computes it, `render_terminal`, `render_html` and `render_png` show it.
 """
 
-from fastsdpo.signal.command import main as main
 from fastsdpo.signal.compute import NEUTRAL_FOLLOWUP as NEUTRAL_FOLLOWUP
 from fastsdpo.signal.compute import FollowupSignal as FollowupSignal
 from fastsdpo.signal.compute import SignalResult as SignalResult

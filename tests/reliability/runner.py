@@ -24,10 +24,10 @@ import signal
 import sys
 import traceback
 
+import fastsdpo.commands.online
+import fastsdpo.commands.train
 import fastsdpo.data.prepare
-import fastsdpo.online.command
 import fastsdpo.online.trainer
-import fastsdpo.train
 import fastsdpo.trainer  # noqa: F401
 from fastsdpo.cli import main
 

@@ -244,7 +244,7 @@ def test_keys_come_from_the_environment_and_are_not_written(runner, commands, tm
 
 def test_no_option_takes_a_key(tmp_path):
     """A key given as an option would be in the shell's history, the process list and the report."""
-    from fastsdpo.online.command import build_parser as online_parser
+    from fastsdpo.commands.online import build_parser as online_parser
 
     for parser in (build_parser(), online_parser()):
         names = [option for action in parser._actions for option in action.option_strings]

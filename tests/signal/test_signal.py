@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from fastsdpo.cli import main as cli
+from fastsdpo.commands.signal import main
 from fastsdpo.data import HindsightTemplate, Interaction
 from fastsdpo.modeling import load_model_and_tokenizer
 from fastsdpo.signal import (
@@ -22,7 +23,6 @@ from fastsdpo.signal import (
     choose_unrelated,
     color_depth,
     compute_signal,
-    main,
     render_png,
     render_terminal,
 )

@@ -1,7 +1,7 @@
 """Results files from a finished `make personalization`.
 
     make personalization SEEDS="1 2 3"
-    python -m benchmarks.record_personalization personalization
+    python -m benchmarks.personalization.record personalization
 
 Writes personalization_cpu_<date>.json (every point), .md (the table) and .png, and the sample answers
 of every point to personalization_answers_cpu_<date>.md, all in benchmarks/results/.
@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 from benchmarks import _harness
-from fastsdpo.online import experiment
+from benchmarks.personalization import experiment
 
 PAGE = """# Online: a user's wish learned, on a CPU
 

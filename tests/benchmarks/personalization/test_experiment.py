@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from fastsdpo.online import experiment
+from benchmarks.personalization import experiment
 
 pytest.importorskip("peft")
 
@@ -84,10 +84,10 @@ def test_the_report_shows_every_point(saved, tmp_path):
     assert "- w1 w2 **" in text
     pytest.importorskip("matplotlib")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    from benchmarks import record_personalization
+    from benchmarks.personalization import record
 
     results = tmp_path / "results"
-    assert record_personalization.main([str(tmp_path), "--results", str(results)]) == 0
+    assert record.main([str(tmp_path), "--results", str(results)]) == 0
     (stored,) = (json.loads(path.read_text()) for path in results.glob("*.json"))
     assert [len(run["points"]) for run in stored["runs"]] == [5, 5]
     (page,) = results.glob("personalization_cpu_*.md")
