@@ -5,13 +5,21 @@
 The run itself, in order, is `fastsdpo.commands.train.train`.
 """
 
+import argparse
 import sys
 
+from fastsdpo.commands import options
+from fastsdpo.commands.run import load as load
 from fastsdpo.commands.train import build_parser as build_parser
 from fastsdpo.commands.train import held_out as held_out
-from fastsdpo.commands.train import load as load
 from fastsdpo.commands.train import main as main
-from fastsdpo.commands.train import read_config as read_config
+from fastsdpo.trainer import SDPOConfig
+
+
+def read_config(parsed: argparse.Namespace) -> SDPOConfig:
+    """The settings of the command's options; raises ValueError where one is unknown or out of range."""
+    return options.read_config(parsed, SDPOConfig)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -23,39 +23,38 @@ Exit status: that of `fastsdpo train`; 4 where --stop-when-degenerate stopped th
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastsdpo.commands.train import (
+from fastsdpo.commands import run
+from fastsdpo.commands.options import (
+    DEGENERATE,
+    DONE,
+    NOT_FINITE,
     STOPPED,
     add_model_options,
+    add_resume_options,
     add_setting_options,
-    choose_checkpoint,
-    load,
-    measure_before,
     read_config,
     run_command,
 )
+from fastsdpo.commands.train import LOST
+from fastsdpo.commands.users import add_user_options, given_user_options, make_user
 from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
+from fastsdpo.online.prompts import PromptDataset
+from fastsdpo.online.rules import describe
 from fastsdpo.ops.backend import describe_backend
+from fastsdpo.trainer import NonFiniteError
+from fastsdpo.trainer.callbacks import StopOnSignal, clock
+from fastsdpo.trainer.report import write_report
 
-DEGENERATE = 4
-USER_OPTIONS = (
-    "rule",
-    "wish",
-    "praise",
-    "flip_at",
-    "then_rule",
-    "then_wish",
-    "persona",
-    "user_url",
-    "user_model",
-    "user_local",
-    "terminal",
-)
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from fastsdpo.online import OnlineSDPOTrainer
+    from fastsdpo.online.users import UserSimulator
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,23 +64,14 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # what is not given stays the preset's
     )
-    run = parser.add_argument_group("run")
-    run.add_argument(
+    group = parser.add_argument_group("run")
+    group.add_argument(
         "prompts", help="what users ask: a text file, one per line, or rows with 'prompt' (JSON, JSON Lines, Parquet)"
     )
-    run.add_argument("-o", "--output", required=True, metavar="FOLDER")
-    run.add_argument("--eval-prompts", metavar="FILE", default=None, help="held-out prompts")
-    run.add_argument(
-        "--resume",
-        nargs="?",
-        const=True,
-        default=None,
-        metavar="CHECKPOINT",
-        help="go on from a checkpoint, or from the output folder's newest; without one, begin",
-    )
-    run.add_argument("--overwrite", action="store_true", default=False, help="start anew in a folder that holds a run")
-    run.add_argument("--quiet", action="store_true", default=False, help="print nothing but errors")
-    run.add_argument("--list-rules", action=_ListRules, nargs=0, help="print the rules, and stop")
+    group.add_argument("-o", "--output", required=True, metavar="FOLDER")
+    group.add_argument("--eval-prompts", metavar="FILE", default=None, help="held-out prompts")
+    add_resume_options(group)
+    group.add_argument("--list-rules", action=ListRules, nargs=0, help="print the rules, and stop")
     add_user_options(parser)
     add_model_options(parser)
 
@@ -102,219 +92,111 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _ListRules(argparse.Action):
-    def __call__(self, parser: Any, *arguments: Any) -> None:
-        from fastsdpo.online.rules import describe
+class ListRules(argparse.Action):
+    """Prints the rules that a user can have, and ends the command."""
 
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
         print(describe())
-        parser.exit(0)
-
-
-def add_user_options(parser: argparse.ArgumentParser) -> None:
-    """Who reacts; read by `make_user`."""
-    user = parser.add_argument_group("user")
-    user.add_argument(
-        "--rule", action="append", default=[], metavar="NAME=VALUE", help="a wish; several are all to be fulfilled"
-    )
-    user.add_argument(
-        "--wish",
-        default=None,
-        metavar="TEXT",
-        help="what the user says where a rule is broken (default: the rules' own)",
-    )
-    user.add_argument(
-        "--praise", default=None, metavar="TEXT", help="what the user says where none is (default: nothing)"
-    )
-    user.add_argument(
-        "--flip-at", type=int, default=None, metavar="N", help="from this interaction on: --then-rule, --then-wish"
-    )
-    user.add_argument("--then-rule", action="append", default=[], metavar="NAME=VALUE")
-    user.add_argument("--then-wish", default=None, metavar="TEXT")
-    user.add_argument(
-        "--persona", default=None, metavar="TEXT", help="who the user is and what they want; @FILE reads it"
-    )
-    user.add_argument("--user-url", default=None, metavar="URL", help="http://host:8000/v1")
-    user.add_argument("--user-model", default=None, metavar="NAME", help="its name there")
-    user.add_argument("--user-local", default=None, metavar="MODEL", help="folder, hub id or GGUF")
-    user.add_argument("--user-timeout", type=float, default=60.0, metavar="SECONDS")
-    user.add_argument("--user-concurrency", type=int, default=8, metavar="REQUESTS")
-    user.add_argument("--terminal", action="store_true", default=False, help="you are the user")
-
-
-def make_user(options: argparse.Namespace) -> Any:
-    """The user of the options.
-
-    Raises:
-        ValueError: none is named, several are, or one only in part.
-    """
-    from fastsdpo.online.users import EndpointUser, RuleUser, SwitchingUser, TerminalUser
-
-    named = {
-        "--rule (or --wish)": bool(options.rule or options.wish),
-        "--persona": options.persona is not None,
-        "--terminal": options.terminal,
-    }
-    if sum(named.values()) != 1:
-        chosen = [name for name, given in named.items() if given]
-        raise ValueError(f"name one user: {', '.join(named)}; got {' and '.join(chosen) or 'none'}")
-    flips = options.flip_at is not None
-    if flips != bool(options.then_rule or options.then_wish):
-        raise ValueError("--flip-at needs --then-rule or --then-wish, and they need --flip-at")
-    if flips and not (options.rule or options.wish):
-        raise ValueError("--flip-at needs a user of rules (--rule)")
-    if options.terminal:
-        return TerminalUser()
-    if options.persona is not None:
-        return EndpointUser(chat_model(options, "user"), read_text(options.persona))
-    first = RuleUser(options.rule, wish=options.wish, praise=options.praise)
-    if not flips:
-        return first
-    if options.flip_at < 1:
-        raise ValueError(f"--flip-at must be at least 1, got {options.flip_at}")
-    then = RuleUser(options.then_rule, wish=options.then_wish, praise=options.praise)
-    return SwitchingUser([(0, first), (options.flip_at, then)])
-
-
-def chat_model(options: argparse.Namespace, role: str, **settings: Any) -> Any:
-    """The language model of ``--{role}-url`` and ``--{role}-model``, or of ``--{role}-local``.
-
-    Raises:
-        ValueError: neither, both, or a url without a model.
-    """
-    given = vars(options)
-    url, name, local = (given[f"{role}_{part}"] for part in ("url", "model", "local"))
-    if (url is None) == (local is None):
-        raise ValueError(f"name either --{role}-url with --{role}-model, or --{role}-local")
-    if url is None:
-        from fastsdpo.modeling import load_model_and_tokenizer
-        from fastsdpo.online.users import LocalChat
-
-        model, tokenizer = load_model_and_tokenizer(local)
-        return LocalChat(model, tokenizer, seed=0, **settings)
-    if name is None:
-        raise ValueError(f"--{role}-url needs --{role}-model")
-    from fastsdpo.online.endpoint import ChatEndpoint
-
-    if "max_new_tokens" in settings:
-        settings["max_tokens"] = settings.pop("max_new_tokens")
-    return ChatEndpoint(
-        url,
-        name,
-        timeout=given[f"{role}_timeout"],
-        concurrency=given[f"{role}_concurrency"],
-        **settings,
-    )
-
-
-def read_text(given: str) -> str:
-    """The text, or what the file after an @ holds."""
-    return Path(given[1:]).read_text("utf-8-sig").strip() if given.startswith("@") else given
+        parser.exit(DONE)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see the module for the exit status."""
-    return run_command("online", online, build_parser().parse_args(argv))
+    options = build_parser().parse_args(argv)
+    return run_command("online", online, options, statuses={NonFiniteError: NOT_FINITE}, stopped=LOST)
 
 
 def online(options: argparse.Namespace) -> int:
     """The run, in order."""
-    from transformers import PrinterCallback
-
-    from fastsdpo.online.prompts import PromptDataset
-    from fastsdpo.online.trainer import OnlineSDPOTrainer
-    from fastsdpo.trainer.callbacks import Progress, StopOnSignal, clock
-    from fastsdpo.trainer.checkpoints import writing
-    from fastsdpo.trainer.report import write_report
-
     config = read_config(options, OnlineSDPOConfig)
-    output = Path(options.output)
-    used = (output / "report.json").exists() or any(output.glob("checkpoint-*"))
-    if used and not (options.resume or options.overwrite):
-        raise ValueError(f"{output} holds a run; pass --resume to go on with it, or --overwrite")
-    prompts = PromptDataset.from_source(options.prompts, "train_dataset")
-    eval_prompts = None
-    if options.eval_prompts is not None:
-        eval_prompts = PromptDataset.from_source(options.eval_prompts, "eval_dataset")
-    user = make_user(options)
-    show = not options.quiet and config.process_index == 0
-
-    def say(text: str) -> None:
-        if show:
-            print(text, flush=True)
-
-    say(describe_backend(config.device.type, config.dtype))
-    model, tokenizer, adapter = load(options, config)
+    run.check_folder(options.output, options.resume or options.overwrite)
+    show = run.shows(options, config)
+    say = run.printer(show)
     stop = StopOnSignal()
-    trainer = OnlineSDPOTrainer(
-        model,
-        config,
-        user,
-        prompts,
-        eval_prompts,
-        tokenizer,
-        peft_config=adapter,
-        callbacks=[stop, *([Progress()] if show else [])],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    prompts, eval_prompts = read_prompts(options)
+    user = make_user(options)
+    say(describe_backend(config.device.type, config.dtype))
+    trainer = make_trainer(options, config, user, prompts, eval_prompts, run.callbacks(stop, show))
+    answers = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
     say(
-        f"model {options.model}: {trained:,} of "
-        f"{sum(p.numel() for p in trainer.model.parameters()):,} weights are trained, on "
-        f"{config.device}; {len(trainer.train_dataset)} prompts, "
-        f"{trainer._step_prompts * config.num_generations} answers a step"
+        f"{run.describe_model(trainer, options.model)}; {len(prompts)} prompts, "
+        f"{answers * config.num_generations} answers a step"
     )
-    trainer.check_output(model=True)
-    checkpoint = choose_checkpoint(trainer, options, say)
+    checkpoint = run.choose_checkpoint(trainer, options, say)
     if checkpoint is None:
         trainer.forget_answers(0)  # those of a run before, of which nothing else is left
-    first = measure_before(trainer, output, checkpoint, lambda metrics: say(f"before   {summary(metrics, 'eval_')}"))
-    started = time.perf_counter()
-    with stop:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - started
-    if stop.received is not None:
-        say(
-            f"stopped at step {result.global_step} of {trainer.state.max_steps}; "
-            "the same command with --resume goes on"
-        )
-        return STOPPED + stop.received
-    trainer.forget_answers(result.global_step)  # they are given again, the same
+    training = run.run_training(
+        trainer, stop, checkpoint, say, lambda metrics: f"before   {summary(metrics, 'eval_')}"
+    )
+    if training.stopped is not None:
+        return STOPPED + training.stopped
+    trainer.forget_answers(training.steps)  # they are given again, the same
     after = None if trainer.eval_dataset is None else trainer.evaluate()
     if after is not None:
         say(f"after    {summary(after, 'eval_')}")
-    with writing(f"{output / 'model'}"):
-        trainer.save_model(str(output / "model"))
-    if trainer.is_world_process_zero():
-        names = {field.name for field in dataclasses.fields(OnlineSDPOConfig)}
-        write_report(
-            output / "report.json",
-            {
-                "model": options.model,
-                "prompts": options.prompts,
-                "user": {
-                    name: value
-                    for name, value in vars(options).items()
-                    if name in USER_OPTIONS and value not in (None, [], False)
-                },
-                "user_failures": getattr(user, "failures", {}),
-                "interactions": trainer.interactions,
-                "steps": result.global_step,
-                "seconds": seconds,
-                "before": first.metrics,
-                "after": after,
-                "stopped": trainer.degenerate_stop,
-                "settings": {k: v for k, v in config.to_dict().items() if k in names},
-                "history": trainer.state.log_history,
-            },
-        )
-    failures = getattr(user, "failures", {})
-    if failures:
-        say(f"interactions left out, as the user could not be asked: {failures}")
-    say(f"trained {result.global_step} steps in {clock(seconds)}; {output}/model, report.json")
+    run.save_model(trainer, options.output)
+    report(trainer, options, user, training, after, say)
     if trainer.degenerate_stop is not None:
         print(f"fastsdpo online: stopped: {trainer.degenerate_stop}", file=sys.stderr)
         return DEGENERATE
-    return 0
+    return DONE
+
+
+def read_prompts(options: argparse.Namespace) -> tuple[PromptDataset, PromptDataset | None]:
+    """The prompts to train on and the held-out ones, where a file of them is named."""
+    prompts = PromptDataset.from_source(options.prompts, "train_dataset")
+    if options.eval_prompts is None:
+        return prompts, None
+    return prompts, PromptDataset.from_source(options.eval_prompts, "eval_dataset")
+
+
+def make_trainer(
+    options: argparse.Namespace,
+    config: OnlineSDPOConfig,
+    user: UserSimulator,
+    prompts: PromptDataset,
+    eval_prompts: PromptDataset | None,
+    callbacks: list[TrainerCallback],
+) -> OnlineSDPOTrainer:
+    """The trainer of the options, with the model loaded."""
+    from transformers import PrinterCallback
+
+    from fastsdpo.online.trainer import OnlineSDPOTrainer
+
+    model, tokenizer, adapter = run.load(options, config)
+    trainer = OnlineSDPOTrainer(
+        model, config, user, prompts, eval_prompts, tokenizer, peft_config=adapter, callbacks=callbacks
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def report(
+    trainer: OnlineSDPOTrainer,
+    options: argparse.Namespace,
+    user: UserSimulator,
+    training: run.Training,
+    after: dict[str, float] | None,
+    say: Callable[[str], None],
+) -> None:
+    """Writes ``report.json``, and says what came of the run."""
+    failures = getattr(user, "failures", {})
+    if trainer.is_world_process_zero():
+        write_report(
+            Path(options.output, "report.json"),
+            {
+                "model": options.model,
+                "prompts": options.prompts,
+                "user": given_user_options(options),
+                "user_failures": failures,
+                "interactions": trainer.interactions,
+                "stopped": trainer.degenerate_stop,
+                **run.report_of(trainer, training, after),
+            },
+        )
+    if failures:
+        say(f"interactions left out, as the user could not be asked: {failures}")
+    say(f"trained {training.steps} steps in {clock(training.seconds)}; {options.output}/model, report.json")
 
 
 def summary(metrics: dict[str, float], prefix: str) -> str:

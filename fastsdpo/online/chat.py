@@ -39,14 +39,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsdpo.commands.train import (
+from fastsdpo.commands.options import (
+    NOT_FINITE,
     STOPPED,
     add_model_options,
     add_setting_options,
-    load,
     read_config,
     run_command,
 )
+from fastsdpo.commands.run import load
 from fastsdpo.data import Interaction, TokenizedInteraction
 from fastsdpo.data.interactions import is_blank
 from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
@@ -54,7 +55,7 @@ from fastsdpo.online.sampling import generate
 from fastsdpo.online.terminal import interrupt, read_message, uninterrupted
 from fastsdpo.ops.backend import describe_backend
 from fastsdpo.trainer.data import keep_date
-from fastsdpo.trainer.trainer import SDPOTrainer
+from fastsdpo.trainer.trainer import NonFiniteError, SDPOTrainer
 
 LOG_FILE = "interactions.jsonl"
 LEARN = ("told", "always")
@@ -208,7 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see the module for the exit status."""
-    return run_command("chat", chat, build_parser().parse_args(argv))
+    return run_command("chat", chat, build_parser().parse_args(argv), statuses={NonFiniteError: NOT_FINITE})
 
 
 def chat(options: argparse.Namespace) -> int:
