@@ -13,7 +13,7 @@ COMMANDS = {
     "eval": ("fastsdpo.commands.eval", "win rate of a model against its base, by rule or judge"),
     "signal": ("fastsdpo.commands.signal", "show the token-level signal of an interaction"),
     "bench": ("fastsdpo.bench", "time the losses against PyTorch, TRL and Liger on this machine"),
-    "doctor": ("fastsdpo.doctor", "check the backends of this machine"),
+    "doctor": ("fastsdpo.commands.doctor", "check the backends of this machine"),
 }
 
 
