@@ -1,4 +1,4 @@
-"""The command ``fastsdpo signal``."""
+"""What a user's follow-up tells the model about each token of its answer: `fastsdpo signal`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from fastsdpo.commands.options import DONE, run_command
 from fastsdpo.data import HindsightTemplate, Interaction, extract_interactions, load_conversations
 from fastsdpo.data.templates import PRESETS
-from fastsdpo.signal.compute import NEUTRAL_FOLLOWUP, choose_unrelated, compute_signal
-from fastsdpo.signal.figure import render_png
+from fastsdpo.signal.compute import NEUTRAL_FOLLOWUP, SignalResult, choose_unrelated, compute_signal
 from fastsdpo.signal.page import render_html
 from fastsdpo.signal.terminal import color_depth, render_terminal, terminal_theme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DESCRIPTION = """\
 Show what a user's follow-up tells the model about each token of its answer: the log-ratio
@@ -43,31 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    source = parser.add_argument_group("what to look at")
-    source.add_argument(
-        "source",
-        nargs="?",
-        help="conversations or interactions, in any layout that `fastsdpo prepare` reads; "
-        "'-' reads JSON or JSON Lines from standard input",
-    )
-    source.add_argument("--index", type=int, help="number of the interaction in the source, from 0 (default 0)")
-    source.add_argument("--id", help="id of the interaction, or of a conversation (its first interaction)")
-    source.add_argument("--max-history-messages", type=int, metavar="N")
-    source.add_argument("--prompt", metavar="TEXT", help="a user's message, instead of a source")
-    source.add_argument("--system", metavar="TEXT", help="a system message before --prompt")
-    source.add_argument(
-        "--completion",
-        metavar="TEXT",
-        help="the answer to look at; without it the model writes one, sampled at temperature 1",
-    )
-    source.add_argument("--followup", metavar="TEXT", help="the follow-up; replaces the source's where given")
-    source.add_argument(
-        "--unrelated",
-        metavar="TEXT",
-        help="the follow-up to compare with (default: that of another conversation in the "
-        "source, or else a built-in one)",
-    )
-    source.add_argument("--no-unrelated", action="store_true", help="compare with nothing")
+    _add_source(parser.add_argument_group("what to look at"))
 
     method = parser.add_argument_group("method")
     method.add_argument(
@@ -94,7 +73,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     output = parser.add_argument_group("output")
     output.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained page")
-    output.add_argument("--png", metavar="FILE", type=Path, help="write a picture")
     output.add_argument("--json", metavar="FILE", type=Path, help="write all numbers")
     output.add_argument("--values", action="store_true", help="print the numbers of every token")
     output.add_argument("--scale", type=float, metavar="NATS", help="log-ratio at which colours saturate")
@@ -103,194 +81,215 @@ def build_parser() -> argparse.ArgumentParser:
         "--theme",
         choices=["auto", "light", "dark"],
         default="auto",
-        help="of the terminal and the picture (auto: COLORFGBG or else dark; the picture light)",
+        help="of the terminal (auto: COLORFGBG or else dark)",
     )
     output.add_argument("--quiet", action="store_true", help="print nothing, write files only")
     return parser
 
 
+def _add_source(source: argparse._ArgumentGroup) -> None:
+    source.add_argument(
+        "source",
+        nargs="?",
+        help="conversations or interactions, in any layout that `fastsdpo prepare` reads; "
+        "'-' reads JSON or JSON Lines from standard input",
+    )
+    source.add_argument("--index", type=int, help="number of the interaction in the source, from 0 (default 0)")
+    source.add_argument("--id", help="id of the interaction, or of a conversation (its first interaction)")
+    source.add_argument("--max-history-messages", type=int, metavar="N")
+    source.add_argument("--prompt", metavar="TEXT", help="a user's message, instead of a source")
+    source.add_argument("--system", metavar="TEXT", help="a system message before --prompt")
+    source.add_argument(
+        "--completion",
+        metavar="TEXT",
+        help="the answer to look at; without it the model writes one, sampled at temperature 1",
+    )
+    source.add_argument("--followup", metavar="TEXT", help="the follow-up; replaces the source's where given")
+    source.add_argument(
+        "--unrelated",
+        metavar="TEXT",
+        help="the follow-up to compare with (default: that of another conversation in the "
+        "source, or else a built-in one)",
+    )
+    source.add_argument("--no-unrelated", action="store_true", help="compare with nothing")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    _check_options(parser, args)
-    try:
-        return _run(args)
-    except ModuleNotFoundError as error:
-        message = f"needs the package {error.name!r}; install it with: pip install 'fastsdpo[train]'"
-    except (ImportError, NotImplementedError, OSError, TypeError, ValueError) as error:
-        message = str(error)
-    print(f"fastsdpo signal: {message}", file=sys.stderr)
-    return 1
+    options = parser.parse_args(argv)
+    _check_options(parser, options)
+    return run_command("signal", signal, options)
 
 
-def _check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if (args.source is None) == (args.prompt is None):
+def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if (options.source is None) == (options.prompt is None):
         parser.error("give either a source or --prompt")
-    if args.prompt is not None and args.followup is None:
+    if options.prompt is not None and options.followup is None:
         parser.error("--prompt needs --followup")
-    if args.source is not None and (args.completion is not None or args.system is not None):
+    if options.source is not None and (options.completion is not None or options.system is not None):
         parser.error("--completion and --system go with --prompt, not with a source")
-    if args.source is None and (args.index is not None or args.id is not None):
+    if options.source is None and (options.index is not None or options.id is not None):
         parser.error("--index and --id need a source")
-    if args.index is not None and args.id is not None:
+    if options.index is not None and options.id is not None:
         parser.error("give --index or --id, not both")
-    if args.index is not None and args.index < 0:
-        parser.error(f"--index must be at least 0, got {args.index}")
-    if args.no_unrelated and args.unrelated is not None:
+    if options.index is not None and options.index < 0:
+        parser.error(f"--index must be at least 0, got {options.index}")
+    if options.no_unrelated and options.unrelated is not None:
         parser.error("give --unrelated or --no-unrelated, not both")
-    if not 0 < args.temperature < float("inf"):
-        parser.error(f"--temperature must be positive, got {args.temperature}")
-    if args.scale is not None and not 0 < args.scale < float("inf"):
-        parser.error(f"--scale must be positive, got {args.scale}")
-    for name in ("html", "png", "json"):
-        path = getattr(args, name)
+    if not 0 < options.temperature < float("inf"):
+        parser.error(f"--temperature must be positive, got {options.temperature}")
+    if options.scale is not None and not 0 < options.scale < float("inf"):
+        parser.error(f"--scale must be positive, got {options.scale}")
+    for name in ("html", "json"):
+        path = getattr(options, name)
         # Before minutes are spent on a model.
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             parser.error(f"--{name} must be a file in an existing folder, got {path}")
 
 
-def _run(args: argparse.Namespace) -> int:
-    if args.source is not None:
-        interaction, unrelated = _from_source(args)
-    else:
-        prompt = [] if args.system is None else [{"role": "system", "content": args.system}]
-        prompt.append({"role": "user", "content": args.prompt})
-        interaction = Interaction(prompt, args.completion or "", args.followup)
-        unrelated = NEUTRAL_FOLLOWUP
-    if args.unrelated is not None:
-        unrelated = args.unrelated
-    template = HindsightTemplate.parse(args.template)
-    for followup in [interaction.followup] + ([] if args.no_unrelated else [unrelated]):
+def signal(options: argparse.Namespace) -> int:
+    """Reads the interaction, computes its signal, shows it and writes the files asked for."""
+    interaction, unrelated = read_interaction(options)
+    template = HindsightTemplate.parse(options.template)
+    for followup in [interaction.followup] + ([] if unrelated is None else [unrelated]):
         template.render(followup)  # a blank one is refused before minutes are spent on a model
-
-    from transformers.utils import logging as transformers_logging
-
-    if args.quiet or not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    from fastsdpo.modeling import load_model_and_tokenizer
-
-    model, tokenizer = load_model_and_tokenizer(
-        args.model,
-        gguf_file=args.gguf_file,
-        tokenizer=args.tokenizer,
-        revision=args.revision,
-        dtype=args.dtype,
-        device=args.device,
-        attn_implementation=args.attn_implementation,
-        trust_remote_code=args.trust_remote_code,
-    )
+    model, tokenizer = load(options)
     notes = []
-    if args.prompt is not None and args.completion is None:
-        answer, finished = _generate(model, tokenizer, interaction.prompt, args.max_new_tokens, args.seed)
-        if not answer:
-            raise ValueError(
-                f"the model said nothing in {args.max_new_tokens} tokens but reasoning or control "
-                "tokens; raise --max-new-tokens or give --completion"
-            )
+    if options.prompt is not None and options.completion is None:
+        answer, note = write_answer(model, tokenizer, interaction.prompt, options)
         interaction = replace(interaction, completion=answer)
-        ended = "" if finished else f", stopped after {args.max_new_tokens} tokens"
-        notes.append(f"The model wrote this answer itself (seed {args.seed}{ended}).")
+        notes.append(note)
     result = compute_signal(
         model,
         tokenizer,
         interaction,
         template,
-        unrelated=None if args.no_unrelated else unrelated,
-        temperature=args.temperature,
-        max_prompt_length=args.max_prompt_length,
-        max_completion_length=args.max_completion_length,
+        unrelated=unrelated,
+        temperature=options.temperature,
+        max_prompt_length=options.max_prompt_length,
+        max_completion_length=options.max_completion_length,
     )
-    result = replace(result, model=args.model, notes=notes + result.notes)
-
-    if args.html is not None:
-        _write(args.html, render_html(result, limit=args.scale).encode(errors="replace"))
-    if args.png is not None:
-        theme = "light" if args.theme == "auto" else args.theme
-        _write(args.png, render_png(result, limit=args.scale, theme=theme))
-    if args.json is not None:
-        _write(args.json, (json.dumps(result.to_dict(), indent=1) + "\n").encode())
-    if not args.quiet:
-        colors = {"never": 0, "always": max(8, color_depth(sys.stdout))}.get(args.color, color_depth(sys.stdout))
-        theme = terminal_theme() if args.theme == "auto" else args.theme
-        text = render_terminal(result, colors=colors, theme=theme, limit=args.scale, values=args.values)
-        encoding = sys.stdout.encoding or "utf-8"
-        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-    return 0
+    show(replace(result, model=options.model, notes=notes + result.notes), options)
+    return DONE
 
 
-def _from_source(args: argparse.Namespace) -> tuple[Interaction, str]:
-    """The interaction that was asked for and an unrelated follow-up from the same source."""
-    if args.source == "-":
+def show(result: SignalResult, options: argparse.Namespace) -> None:
+    """Writes the files of the options and prints the signal."""
+    if options.html is not None:
+        _write(options.html, render_html(result, limit=options.scale))
+    if options.json is not None:
+        _write(options.json, json.dumps(result.to_dict(), indent=1) + "\n")
+    if options.quiet:
+        return
+    depth = color_depth(sys.stdout)
+    text = render_terminal(
+        result,
+        colors={"never": 0, "always": max(8, depth)}.get(options.color, depth),
+        theme=terminal_theme() if options.theme == "auto" else options.theme,
+        limit=options.scale,
+        values=options.values,
+    )
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+
+
+def read_interaction(options: argparse.Namespace) -> tuple[Interaction, str | None]:
+    """The interaction to look at and the follow-up to compare with; None: no comparison."""
+    if options.source is None:
+        prompt = [] if options.system is None else [{"role": "system", "content": options.system}]
+        prompt.append({"role": "user", "content": options.prompt})
+        interaction = Interaction(prompt, options.completion or "", options.followup)
+        unrelated = NEUTRAL_FOLLOWUP
+    elif options.source == "-":
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "standard-input.json"
+            path = Path(folder, "standard-input.json")
             path.write_bytes(sys.stdin.buffer.read())
-            return _select(args, path)
-    return _select(args, args.source)
+            interaction, unrelated = _select(options, path)
+    else:
+        interaction, unrelated = _select(options, options.source)
+    if options.no_unrelated:
+        return interaction, None
+    return interaction, unrelated if options.unrelated is None else options.unrelated
 
 
-def _select(args: argparse.Namespace, source: str | Path) -> tuple[Interaction, str]:
+def _select(options: argparse.Namespace, source: str | Path) -> tuple[Interaction, str]:
+    """The interaction that --index or --id name, and an unrelated follow-up of the same source."""
+
     def interactions() -> Iterator[Interaction]:
         for conversation in load_conversations(source):
-            yield from extract_interactions(conversation, max_history_messages=args.max_history_messages)
+            yield from extract_interactions(conversation, max_history_messages=options.max_history_messages)
 
-    found = None
-    count = 0
+    count, index = 0, options.index or 0
     for count, item in enumerate(interactions(), 1):
-        if args.id is None:
-            wanted = count - 1 == (args.index or 0)
-        else:
-            wanted = args.id in (item.id, item.conversation_id)
-        if wanted:
-            found = item
+        if (count - 1 == index) if options.id is None else options.id in (item.id, item.conversation_id):
             break
-    if found is None:
-        what = f"index {args.index or 0}" if args.id is None else f"id {args.id!r}"
-        raise ValueError(f"{args.source}: no interaction with {what} among the {count} there")
-    if args.followup is not None:
-        found = replace(found, followup=args.followup)
-    if args.no_unrelated or args.unrelated is not None:
-        return found, NEUTRAL_FOLLOWUP
-    return found, choose_unrelated(interactions(), found)
+    else:
+        what = f"index {index}" if options.id is None else f"id {options.id!r}"
+        raise ValueError(f"{options.source}: no interaction with {what} among the {count} there")
+    if options.followup is not None:
+        item = replace(item, followup=options.followup)
+    if options.no_unrelated or options.unrelated is not None:
+        return item, NEUTRAL_FOLLOWUP
+    return item, choose_unrelated(interactions(), item)
 
 
-def _generate(model: Any, tokenizer: Any, prompt: list[dict], max_new_tokens: int, seed: int) -> tuple[str, bool]:
-    """An answer drawn from the model, as on-policy data are, and whether it came to an end."""
-    import torch
+def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of the model options."""
+    from transformers.utils.logging import disable_progress_bar
 
+    from fastsdpo.modeling import load_model_and_tokenizer
+
+    if options.quiet or not sys.stderr.isatty():
+        disable_progress_bar()
+    return load_model_and_tokenizer(
+        options.model,
+        gguf_file=options.gguf_file,
+        tokenizer=options.tokenizer,
+        revision=options.revision,
+        dtype=options.dtype,
+        device=options.device,
+        attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def write_answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[dict], options: argparse.Namespace
+) -> tuple[str, str]:
+    """An answer drawn from the model, as on-policy data are, and a note that says so.
+
+    Raises:
+        ValueError: the model said nothing but reasoning or control tokens.
+    """
     from fastsdpo.data import InteractionTokenizer
+    from fastsdpo.online.sampling import generate
 
     tokenize = InteractionTokenizer(tokenizer, "note", max_prompt_length=None)
-    asked = torch.tensor([tokenize.generation_prompt(prompt)], device=model.device)
     ends = tokenize.end_ids(model)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        output = model.generate(
-            input_ids=asked,
-            attention_mask=torch.ones_like(asked),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=ends,
-            pad_token_id=ends[0],
+    (sample,) = generate(
+        model,
+        [tokenize.generation_prompt(prompt)],
+        max_new_tokens=options.max_new_tokens,
+        temperature=1.0,
+        end_ids=ends,
+        seed=str(options.seed),
+    )
+    answer = tokenize.said(sample.ids)
+    if not answer:
+        raise ValueError(
+            f"the model said nothing in {options.max_new_tokens} tokens but reasoning or control "
+            "tokens; raise --max-new-tokens or give --completion"
         )
-    ids = output[0, asked.shape[1] :].tolist()
-    return tokenize.said(ids), ids[-1] in ends
+    ended = "" if sample.ids[-1] in ends else f", stopped after {options.max_new_tokens} tokens"
+    return answer, f"The model wrote this answer itself (seed {options.seed}{ended})."
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, text: str) -> None:
     """Writes the whole file or leaves the old one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    part = path.with_name(f".{path.name}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        part.write_text(text, encoding="utf-8", errors="replace", newline="")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

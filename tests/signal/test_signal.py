@@ -23,7 +23,6 @@ from fastsdpo.signal import (
     choose_unrelated,
     color_depth,
     compute_signal,
-    render_png,
     render_terminal,
 )
 from fastsdpo.signal.palette import LEVELS, THEMES, contrast, level, signed, tint, tint_limit
@@ -374,33 +373,6 @@ def test_escape_sequences_from_data_do_not_reach_the_terminal(result):
     assert not any(c < " " and c not in "\n\t" for c in text) and "\u202e" not in text
 
 
-# Picture
-
-
-@pytest.mark.parametrize("theme", THEMES)
-def test_png(result, theme):
-    image = pytest.importorskip("matplotlib.image")
-    data = render_png(result, theme=theme, dpi=60, limit=0.5)
-    assert data.startswith(b"\x89PNG")
-    pixels = torch.from_numpy(image.imread(io.BytesIO(data))[..., :3].copy())
-    pixels = (pixels * 255).round().int().reshape(-1, 3)
-    for step in (LEVELS, -LEVELS):
-        color = torch.tensor(tint(step, theme)[0])
-        assert (pixels == color).all(-1).sum() > 20, f"no tint of step {step}"
-    assert (pixels == torch.tensor(THEMES[theme][0])).all(-1).float().mean() > 0.5
-
-
-def test_png_of_awkward_text(result):
-    pytest.importorskip("matplotlib")
-    groups = [dataclasses.replace(g, text="$x^{ 你好🎉 مرحبا\n\t") for g in result.groups]
-    odd = dataclasses.replace(
-        result, groups=groups * 30, real=dataclasses.replace(result.real, followup="$\\frac{ " * 99)
-    )
-    assert render_png(odd, dpi=40).startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match=r"render_png: theme must be one of light, dark, got 'x'"):
-        render_png(result, theme="x")
-
-
 # Command
 
 
@@ -427,7 +399,7 @@ def run(capsys, *argv):
 
 
 def test_command_on_a_file(capsys, folder, conversations, tmp_path):
-    outputs = {name: tmp_path / f"signal.{name}" for name in ("html", "png", "json")}
+    outputs = {name: tmp_path / f"signal.{name}" for name in ("html", "json")}
     options = [arg for name, path in outputs.items() for arg in (f"--{name}", path)]
     code, out, _ = run(capsys, conversations, "--model", folder, "--id", "one:1", *options)
     assert code == 0
@@ -438,7 +410,6 @@ def test_command_on_a_file(capsys, folder, conversations, tmp_path):
     assert data["unrelated"]["followup"] == "That is wrong", "from the other conversation"
     assert f"sum {signed(data['real']['summary']['sum'])}" in out
     assert outputs["html"].read_text().startswith("<!doctype html>")
-    assert outputs["png"].read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         [conversations.name, *(p.name for p in outputs.values())]
     ), "nothing temporary is left"
