@@ -206,13 +206,17 @@ def make_rows(
 
 
 def package_file(package: str, pattern: str) -> Path:
-    """The one data file of an installed package, found without importing it."""
+    """The one data file of an installed package, found without importing it.
+
+    Raises:
+        FileNotFoundError: the package is not installed, or holds no file like ``pattern``.
+    """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"package_file: the package {package} is not installed; run `make demo`")
+        raise FileNotFoundError(f"package_file: the package {package} is not installed; `make demo` installs it")
     files = sorted(Path(spec.submodule_search_locations[0]).rglob(pattern))
     if not files:
-        raise SystemExit(f"package_file: no {pattern} in the package {package}")
+        raise FileNotFoundError(f"package_file: no {pattern} in the package {package}")
     return files[0]
 
 
