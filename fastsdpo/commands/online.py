@@ -40,7 +40,6 @@ from fastsdpo.commands.options import (
     read_config,
     run_command,
 )
-from fastsdpo.commands.train import LOST
 from fastsdpo.commands.users import add_user_options, given_user_options, make_user
 from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
 from fastsdpo.online.prompts import PromptDataset
@@ -103,7 +102,7 @@ class ListRules(argparse.Action):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see the module for the exit status."""
     options = build_parser().parse_args(argv)
-    return run_command("online", online, options, statuses={NonFiniteError: NOT_FINITE}, stopped=LOST)
+    return run_command("online", online, options, statuses={NonFiniteError: NOT_FINITE}, stopped=run.LOST)
 
 
 def online(options: argparse.Namespace) -> int:

@@ -111,15 +111,7 @@ def add_resume_options(run: argparse._ArgumentGroup) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model, from where, and what of it is trained; read by `fastsdpo.commands.run.load`."""
     model = parser.add_argument_group("model")
-    model.add_argument("--model", required=True, help="folder, hub id or GGUF file; an adapter is trained on")
-    model.add_argument("--gguf-file", default=None, help="the GGUF file in that folder or repository")
-    model.add_argument("--tokenizer", default=None, help="default: the model's")
-    model.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
-    model.add_argument(
-        "--dtype", help="of the weights: float32, bfloat16, auto (default: float32 on a CPU, else the checkpoint's)"
-    )
-    model.add_argument("--attn-implementation", default=None)
-    model.add_argument("--trust-remote-code", action="store_true", default=False)
+    add_model_source_options(model)
     model.add_argument(
         "--lora",
         type=int,
@@ -128,6 +120,25 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="train a new LoRA adapter of this rank on all linear layers",
     )
     model.add_argument("--lora-alpha", type=int, default=None, help="default: twice the rank")
+
+
+def add_model_source_options(model: argparse._ArgumentGroup) -> None:
+    """Which model and tokenizer, and from where; read by `model_source`. --dtype is the caller's to read."""
+    model.add_argument("--model", required=True, help="folder, hub id or GGUF file, or an adapter")
+    model.add_argument("--gguf-file", default=None, help="the GGUF file in that folder or repository")
+    model.add_argument("--tokenizer", default=None, help="folder, hub id or GGUF file (default: the model's)")
+    model.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
+    model.add_argument(
+        "--dtype", help="of the weights: float32, bfloat16, auto (default: float32 on a CPU, else the checkpoint's)"
+    )
+    model.add_argument("--attn-implementation", default=None, help="eager, sdpa, ...")
+    model.add_argument("--trust-remote-code", action="store_true", default=False)
+
+
+def model_source(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `fastsdpo.modeling.load_model_and_tokenizer` that `add_model_source_options` asks for."""
+    names = ("gguf_file", "tokenizer", "revision", "attn_implementation", "trust_remote_code")
+    return {"name": options.model, **{name: getattr(options, name) for name in names}}
 
 
 def add_setting_options(parser: argparse.ArgumentParser, presets: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastsdpo.commands.options import model_source
 from fastsdpo.data import HindsightTemplate
 from fastsdpo.trainer.callbacks import BeforeTraining, Progress, StopOnSignal
 from fastsdpo.trainer.checkpoints import writing
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     AnyTrainer = SDPOTrainer | OnlineSDPOTrainer
 
+LOST = "stopped at once, without a checkpoint of the steps since the last"
 logger = logging.getLogger(__name__)
 
 
@@ -90,16 +92,7 @@ def load(
 
     rank = lora if options.lora is None else options.lora
     check_settings(config, rank)
-    model, tokenizer = load_model_and_tokenizer(
-        options.model,
-        gguf_file=options.gguf_file,
-        tokenizer=options.tokenizer,
-        revision=options.revision,
-        dtype=config.dtype,
-        device=config.device,
-        attn_implementation=options.attn_implementation,
-        trust_remote_code=options.trust_remote_code,
-    )
+    model, tokenizer = load_model_and_tokenizer(**model_source(options), dtype=config.dtype, device=config.device)
     if is_peft(model):
         check_same_adapter(options, model.active_peft_config)
         logger.info("training goes on with the adapter of %s", options.model)

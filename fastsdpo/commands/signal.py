@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastsdpo.commands.options import DONE, run_command
+from fastsdpo.commands.options import DONE, add_model_source_options, model_source, run_command
 from fastsdpo.data import HindsightTemplate, Interaction, extract_interactions, load_conversations
 from fastsdpo.data.templates import PRESETS
 from fastsdpo.signal.compute import NEUTRAL_FOLLOWUP, SignalResult, choose_unrelated, compute_signal
@@ -62,14 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument("--seed", type=int, default=0, help="of an answer that the model writes")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model", required=True, help="folder, hub id or GGUF file, or an adapter")
-    model.add_argument("--gguf-file", help="the GGUF file in that folder or repository")
-    model.add_argument("--tokenizer", help="folder, hub id or GGUF file (default: the model's)")
-    model.add_argument("--revision", help="branch, tag or commit of a hub id")
-    model.add_argument("--dtype", help="auto, float32, bfloat16, ... (default: float32 on a CPU)")
+    add_model_source_options(model)
     model.add_argument("--device", help="cpu, cuda, cuda:1, ...")
-    model.add_argument("--attn-implementation", help="eager, sdpa, ...")
-    model.add_argument("--trust-remote-code", action="store_true")
 
     output = parser.add_argument_group("output")
     output.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained page")
@@ -242,16 +236,7 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokeni
 
     if options.quiet or not sys.stderr.isatty():
         disable_progress_bar()
-    return load_model_and_tokenizer(
-        options.model,
-        gguf_file=options.gguf_file,
-        tokenizer=options.tokenizer,
-        revision=options.revision,
-        dtype=options.dtype,
-        device=options.device,
-        attn_implementation=options.attn_implementation,
-        trust_remote_code=options.trust_remote_code,
-    )
+    return load_model_and_tokenizer(**model_source(options), dtype=options.dtype, device=options.device)
 
 
 def write_answer(

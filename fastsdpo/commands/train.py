@@ -51,8 +51,6 @@ from fastsdpo.trainer.report import dry_run_report, plot_history, write_report
 if TYPE_CHECKING:
     from fastsdpo.trainer import SDPOTrainer
 
-LOST = "stopped at once, without a checkpoint of the steps since the last"
-
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -88,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see the module for the exit status."""
     options = build_parser().parse_args(argv)
-    return run_command("train", train, options, statuses={NonFiniteError: NOT_FINITE}, stopped=LOST)
+    return run_command("train", train, options, statuses={NonFiniteError: NOT_FINITE}, stopped=run.LOST)
 
 
 def train(options: argparse.Namespace) -> int:
