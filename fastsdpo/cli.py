@@ -7,13 +7,13 @@ import sys
 
 COMMANDS = {
     "prepare": ("fastsdpo.commands.prepare", "conversations -> interactions.jsonl"),
-    "train": ("fastsdpo.train", "train a model on interactions"),
-    "online": ("fastsdpo.online.command", "train a model on a user's reactions to its answers"),
+    "train": ("fastsdpo.commands.train", "train a model on interactions"),
+    "online": ("fastsdpo.commands.online", "train a model on a user's reactions to its answers"),
     "chat": ("fastsdpo.commands.chat", "talk to a model that learns from your follow-ups"),
-    "eval": ("fastsdpo.online.winrate", "win rate of a model against its base, by rule or judge"),
-    "signal": ("fastsdpo.signal", "show the token-level signal of an interaction"),
+    "eval": ("fastsdpo.commands.eval", "win rate of a model against its base, by rule or judge"),
+    "signal": ("fastsdpo.commands.signal", "show the token-level signal of an interaction"),
     "bench": ("fastsdpo.bench", "time the losses against PyTorch, TRL and Liger on this machine"),
-    "doctor": ("fastsdpo.doctor", "check the backends of this machine"),
+    "doctor": ("fastsdpo.commands.doctor", "check the backends of this machine"),
 }
 
 
@@ -43,13 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "fastsdpo":
             raise
-        print(
-            f"fastsdpo {argv[0]}: needs the package {error.name!r}; install it with: pip install 'fastsdpo[train]'",
-            file=sys.stderr,
-        )
+        from fastsdpo.commands.options import describe_error
+
+        print(f"fastsdpo {argv[0]}: {describe_error(error)}", file=sys.stderr)
         return 2
     return int(module.main(argv[1:]) or 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

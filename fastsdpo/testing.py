@@ -6,8 +6,10 @@ autograd; they share no code with any backend, the reference included.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -201,6 +203,21 @@ def make_rows(
     targets[torch.rand(shape, generator=g) < ignored] = -100
     weights = torch.rand(shape, generator=g)
     return Rows(student.to(dtype), teacher.to(dtype), targets, weights)
+
+
+def package_file(package: str, pattern: str) -> Path:
+    """The one data file of an installed package, found without importing it.
+
+    Raises:
+        FileNotFoundError: the package is not installed, or holds no file like ``pattern``.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"package_file: the package {package} is not installed; `make demo` installs it")
+    files = sorted(Path(spec.submodule_search_locations[0]).rglob(pattern))
+    if not files:
+        raise FileNotFoundError(f"package_file: no {pattern} in the package {package}")
+    return files[0]
 
 
 def round_interpreted_bfloat16() -> None:

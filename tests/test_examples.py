@@ -6,12 +6,14 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # TRL warns at the import of what it calls so
 ROOT = Path(__file__).parents[1]
+TURNS = ("human", "gpt", "human")
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 
 
@@ -29,7 +31,7 @@ def folder(tmp_path_factory):
 
 
 def test_all_are_run():
-    ran = {"pytorch_loop", "lightning_module", "hf_trainer", "trl_sdpo", "vllm_teacher"}
+    ran = {"demo", "pytorch_loop", "lightning_module", "hf_trainer", "trl_sdpo", "vllm_teacher"}
     assert set(EXAMPLES) == ran
 
 
@@ -45,6 +47,23 @@ def test_loss_falls(name, folder, tmp_path):
 def test_lightning_module(folder):
     losses = load(ROOT / "examples" / "lightning_module.py").main(["--model", folder, "--steps", "3", "--lr", "3e-3"])
     assert losses and all(map(math.isfinite, losses)) and len(set(losses)) == len(losses)
+
+
+def test_demo(folder, tmp_path):
+    """With the tiny model in the place of SmolLM2, and conversations of its words."""
+    example, out = load(ROOT / "examples" / "demo.py"), tmp_path / "out"
+    shutil.copytree(folder, out / "base")
+    rows = [
+        {"id": str(i), "conversations": [{"from": who, "value": f"w{i} w{i + n}"} for n, who in enumerate(TURNS, 1)]}
+        for i in range(40)
+    ]
+    (tmp_path / "conversations.json").write_text(json.dumps(rows))
+    example.package_file = lambda package, pattern: tmp_path / "conversations.json"
+    status = example.main(["--output", str(out), "--steps", "2"])
+    report = json.loads((out / "run" / "report.json").read_text())
+    assert report["steps"] == 2
+    assert status == int(report["after"]["eval_loss"] >= report["before"]["eval_loss"])
+    assert (out / "signal.html").read_text().startswith("<!doctype html>")
 
 
 def test_trl(folder, tmp_path):

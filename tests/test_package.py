@@ -1,5 +1,6 @@
 """The package itself: what importing needs, what is where."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,75 +8,57 @@ from pathlib import Path
 import pytest
 
 import fastsdpo
+from fastsdpo.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
-BLOCKED = """
-import sys
-
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"triton", "transformers", "accelerate", "datasets", "numpy.testing"}:
-            raise ModuleNotFoundError(f"blocked: {name}", name=name)
-
-import torch
-for name in [n for n in sys.modules if n.split(".")[0] in ("triton", "transformers")]:
-    del sys.modules[name]
-sys.meta_path.insert(0, Block())
-import fastsdpo
-z, t = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
-out = fastsdpo.sdpo_loss(z, t, torch.arange(4), mode="full", backend="reference")
-out.loss.backward()
-auto = fastsdpo.sdpo_loss(z, t, torch.arange(4), mode="full")
-assert abs(float(auto.loss - out.loss)) < 1e-5
-print(float(out.loss), bool(z.grad.abs().sum() > 0), sorted(
-    n for n in sys.modules if n.split(".")[0] in ("transformers", "accelerate", "datasets")))
-"""
-
-
-def test_import_and_loss_need_torch_only():
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", BLOCKED], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, run.stderr
-    loss, has_gradient, modules = run.stdout.strip().split(" ", 2)
-    assert float(loss) > 0
-    assert has_gradient == "True"
-    assert modules == "[]"
-
-
+# One process for all that must be seen from a fresh start: starting torch takes seconds.
 TORCH_ONLY = """
+import runpy, sys
 from importlib.machinery import PathFinder
 
-ABSENT = {"numpy", "transformers", "accelerate", "datasets", "peft", "tqdm"}
+ABSENT = {"numpy", "triton", "transformers", "accelerate", "datasets", "peft", "tqdm"}
 find = PathFinder.find_spec
 PathFinder.find_spec = staticmethod(
     lambda name, *more: None if name.split(".")[0] in ABSENT else find(name, *more)
 )
-from fastsdpo.cli import COMMANDS, main
-assert main(["--help"]) == main(["--version"]) == 0
+import torch
+import fastsdpo.cli
+
+z, t = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
+out = fastsdpo.sdpo_loss(z, t, torch.arange(4), mode="full", backend="reference")
+out.loss.backward()
+auto = fastsdpo.sdpo_loss(z, t, torch.arange(4), mode="full")
+assert out.loss > 0 and z.grad.abs().sum() > 0 and abs(float(auto.loss - out.loss)) < 1e-5
+
 interaction = ["--model", "m", "--prompt", "x", "--completion", "y", "--followup", "z"]
-for name in COMMANDS:
-    if name in ("prepare", "bench", "doctor"):
-        continue  # they need torch only
-    assert main([name, *(interaction if name == "signal" else [])]) != 0
+for name in ("train", "online", "chat", "eval", "signal"):
+    assert fastsdpo.cli.main([name, *(interaction if name == "signal" else [])]) != 0, name
+sys.argv = ["fastsdpo", "--version"]
+runpy.run_module("fastsdpo", run_name="__main__")
 """
 
 
-def test_commands_without_their_packages_say_what_to_install():
+def test_torch_is_enough_for_losses_and_commands_say_what_they_lack():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", TORCH_ONLY], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+    assert done.stdout == f"fastsdpo {fastsdpo.__version__}\n"
     said = done.stderr.splitlines()
-    assert [line.split(":")[0] for line in said] == [
-        f"fastsdpo {name}" for name in ("train", "online", "chat", "eval", "signal")
-    ]
-    assert all(line.endswith("install it with: pip install 'fastsdpo[train]'") for line in said)
+    assert [line.split(":")[0].split()[1] for line in said] == ["train", "online", "chat", "eval", "signal"]
+    assert all("install it with: pip install 'fastsdpo[train]'" in line for line in said)
+
+
+def test_command_line_lists_commands_and_refuses_others(capsys):
+    assert main(["--help"]) == 0 and main([]) == 2
+    assert {"prepare", "train", "signal", "bench", "doctor"} <= set(capsys.readouterr().out.split())
+    assert main(["frobnicate"]) == 2
+    assert "unknown command 'frobnicate'" in capsys.readouterr().err
 
 
 def test_kernels_folder_holds_no_python():
     """transformers imports a package named `kernels`: a module here would shadow it."""
-    assert (ROOT / "kernels").is_dir()
-    assert not list((ROOT / "kernels").rglob("*.py"))
-    text = (ROOT / "pyproject.toml").read_text()
-    assert 'include = ["fastsdpo*"]' in text
+    assert (ROOT / "kernels").is_dir() and not list((ROOT / "kernels").rglob("*.py"))
+    assert 'include = ["fastsdpo*"]' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_public_names_resolve():
@@ -85,27 +68,11 @@ def test_public_names_resolve():
         _ = fastsdpo.nothing
 
 
-def test_triton_and_transformers_are_imported_where_they_may_be():
+def test_packages_and_commands_are_imported_where_they_may_be():
     for path in (ROOT / "fastsdpo").rglob("*.py"):
-        text = path.read_text()
-        lines = [line for line in text.splitlines() if line.startswith(("import ", "from "))]
-        if path.name not in ("_triton.py", "_triton_kernels.py"):
-            assert not any(line.split()[1].split(".")[0] == "triton" for line in lines), path
-        upper = ("ops", "data")
-        if path.relative_to(ROOT / "fastsdpo").parts[0] in upper:
-            assert not any(line.split()[1].split(".")[0] in ("transformers", "accelerate") for line in lines), path
-
-
-def run_cli(*args):
-    return subprocess.run([sys.executable, "-m", "fastsdpo", *args], capture_output=True, text=True, cwd=ROOT)
-
-
-def test_command_line_lists_commands_and_refuses_others():
-    shown = run_cli("--help")
-    assert shown.returncode == 0
-    assert "prepare" in shown.stdout
-    assert "train" in shown.stdout
-    assert run_cli("--version").stdout.strip() == f"fastsdpo {fastsdpo.__version__}"
-    unknown = run_cli("frobnicate")
-    assert unknown.returncode == 2
-    assert "unknown command 'frobnicate'" in unknown.stderr
+        text, folder = path.read_text(), path.relative_to(ROOT / "fastsdpo").parts[0]
+        at_top = re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)
+        assert "triton" not in at_top or path.name in ("_triton.py", "_triton_kernels.py"), path
+        assert folder not in ("ops", "data") or not {"transformers", "accelerate"} & set(at_top), path
+        if folder not in ("commands", "cli.py", "train.py"):
+            assert not re.search(r"^\s*(?:import|from) fastsdpo\.(?:commands|train\b)", text, re.MULTILINE), path

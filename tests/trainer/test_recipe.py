@@ -207,8 +207,8 @@ def test_the_paper_preset_on_smollm2(tmp_path):
     In float64 both agree. In float32 either is some 1e-5 from its own float64 result (the rounding of
     30 layers), and so they are from each other; asked is that ours is no further off.
     """
-    from fastsdpo.demo import package_file
     from fastsdpo.modeling import load_model_and_tokenizer
+    from fastsdpo.testing import package_file
 
     pytest.importorskip("gguf")
     first = [{"role": "user", "content": "Name a city in France."}]

@@ -1,6 +1,6 @@
 """Personalization at small scale on a CPU: one condition and seed per call.
 
-    python -m fastsdpo.online.experiment --condition short --seed 1 --output personalization
+    python -m benchmarks.personalization.experiment --condition short --seed 1 --output personalization
 
 The experiment of https://arxiv.org/abs/2603.12273 (section on online learning) with
 SmolLM2-135M-Instruct and users that follow rules, so that satisfaction is counted, not judged:
@@ -25,8 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PrinterCallback, TrainerCallback
 
-CONDITIONS = ("short", "flip", "unrelated")
+from benchmarks.personalization.report import CONDITIONS, write_report
+from fastsdpo.data import InteractionTokenizer, load_conversations
+from fastsdpo.integrations.transformers import fused_logps
+from fastsdpo.modeling import load_model_and_tokenizer
+from fastsdpo.online import ConstantUser, OnlineSDPOConfig, OnlineSDPOTrainer, RuleUser, SwitchingUser
+from fastsdpo.online.degeneration import degenerate
+from fastsdpo.online.sampling import generate
+from fastsdpo.testing import package_file
+
 SHORT = ["max_sentences=1", "max_words=25"]
 SHORT_WISH = "Please answer in one very short sentence."
 LONG = ["min_words=26"]
@@ -59,8 +68,6 @@ INTERACTIONS = {"short": 80, "flip": 160, "unrelated": 80}
 
 def user_for(condition: str, interactions: int) -> Any:
     """The simulated user of a condition."""
-    from fastsdpo.online import ConstantUser, RuleUser, SwitchingUser
-
     # A standing wish: said after every answer, whether it fulfils it or not.
     short = RuleUser(SHORT, wish=SHORT_WISH, praise=SHORT_WISH)
     long = RuleUser(LONG, wish=LONG_WISH, praise=LONG_WISH)
@@ -78,8 +85,6 @@ def read_data(source: str, train: int, held_out: int, ordinary: int) -> dict[str
     conversations in ASCII, as they are. ``brief``: exchanges whose answer has 100 to 500 characters,
     the ones that a wish for short answers is nearest to.
     """
-    from fastsdpo.data import load_conversations
-
     questions: list[str] = []
     whole: list[list[dict]] = []
     brief: list[list[dict]] = []
@@ -116,8 +121,6 @@ def perplexities(
     not of the template around it; ``_users`` and ``_answers`` that of one role. A user who wants
     short answers raises the second by intent: where an answer goes on, it could have ended.
     """
-    from fastsdpo.integrations.transformers import fused_logps
-
     sums = torch.zeros(3, 2, dtype=torch.float64)
     training = model.training
     model.eval()
@@ -143,27 +146,98 @@ def perplexities(
     return dict(zip(names, (sums[:, 0] / sums[:, 1]).exp().tolist()))
 
 
+class Measurements(TrainerCallback):
+    """Measures the model every few steps, and keeps the points in ``points.json``.
+
+    Args:
+        options: of the command.
+        folder: of the run.
+        trainer, tokenizer: what is measured.
+        data: as `read_data` gives it.
+        steps: of the whole run.
+
+    Attributes:
+        points: the measurements so far, in order; those of an interrupted run are read again.
+    """
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        folder: Path,
+        trainer: OnlineSDPOTrainer,
+        tokenizer: Any,
+        data: dict[str, list],
+        steps: int,
+    ):
+        self.options, self.file = options, folder / "points.json"
+        self.trainer, self.tokenizer, self.data = trainer, tokenizer, data
+        # The half of a flip is the last point before the wish changes.
+        self.at = {*range(0, steps + 1, options.every), steps // 2, steps}
+        self.started = time.perf_counter()
+        self.points: list[dict] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.at:
+            self.measure()
+
+    def measure(self) -> None:
+        """Adds a point, and writes the file anew."""
+        trainer, data = self.trainer, self.data
+        texts = answer_all(trainer, self.tokenizer, data["held_out"])
+        point: dict[str, Any] = {"step": trainer.state.global_step, "interactions": trainer.interactions}
+        for name, rules in (("short", SHORT), ("long", LONG)):
+            point[name] = sum(RuleUser(rules).satisfied([], texts)) / len(texts)
+        point["words"] = sum(len(text.split()) for text in texts) / len(texts)
+        point["degenerate"] = sum(degenerate(text) is not None for text in texts) / len(texts)
+        point.update(perplexities(trainer.model, self.tokenizer, data["ordinary"]))
+        point["perplexity_brief"] = perplexities(trainer.model, self.tokenizer, data["brief"])["perplexity"]
+        point["answers"] = dict(zip(data["held_out"][:4], texts))
+        point["seconds"] = time.perf_counter() - self.started
+        self.points.append(point)
+        part = self.file.with_suffix(".part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(self.points, indent=1, ensure_ascii=False), "utf-8")
+        os.replace(part, self.file)
+        print(
+            f"{self.options.condition} seed {self.options.seed}: {point['interactions']:>4} interactions  "
+            f"short {point['short']:.0%}  long {point['long']:.0%}  {point['words']:.1f} words  "
+            f"degenerate {point['degenerate']:.0%}  perplexity {point['perplexity']:.2f} "
+            f"(users {point['perplexity_users']:.2f}, answers {point['perplexity_answers']:.2f}), "
+            f"brief {point['perplexity_brief']:.2f}",
+            flush=True,
+        )
+
+
 def run_one(options: argparse.Namespace) -> int:
     """One condition and seed; writes ``<folder>/<condition>-<seed>/points.json``."""
-    from transformers import PrinterCallback, TrainerCallback
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+    torch.set_num_threads(options.threads)
+    folder = Path(options.output, f"{options.condition}-{options.seed}")
+    data = json.loads(Path(options.data).read_text(encoding="utf-8"))
+    trainer, tokenizer = make_trainer(options, folder, data)
+    measured = Measurements(options, folder, trainer, tokenizer, data, trainer.args.max_steps)
+    trainer.add_callback(measured)
+    done = max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")), default=None)
+    if done is not None and measured.file.exists():
+        points = json.loads(measured.file.read_text("utf-8"))
+        measured.points = [point for point in points if point["step"] <= done]
+    if not measured.points:
+        measured.points = initial_point(folder)
+    if not measured.points:
+        measured.measure()
+    trainer.train(resume_from_checkpoint=None if done is None else str(folder / f"checkpoint-{done}"))
+    return 0
 
-    from fastsdpo.modeling import load_model_and_tokenizer
-    from fastsdpo.online import OnlineSDPOConfig, OnlineSDPOTrainer, RuleUser
-    from fastsdpo.online.degeneration import degenerate
+
+def make_trainer(options: argparse.Namespace, folder: Path, data: dict[str, list]) -> tuple[OnlineSDPOTrainer, Any]:
+    """The trainer of a condition and its tokenizer."""
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()
     set_verbosity_error()
-    torch.set_num_threads(options.threads)
     recipe = {**RECIPE, **CHANGES.get(options.condition, {}), **json.loads(options.recipe)}
     rank = recipe.pop("lora", None)
-    folder = Path(options.output) / f"{options.condition}-{options.seed}"
-    last = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    data = json.loads(Path(options.data).read_text(encoding="utf-8"))
     model, tokenizer = load_model_and_tokenizer(options.model)
-    wishes = {"short": RuleUser(SHORT), "long": RuleUser(LONG)}
     interactions = options.interactions or INTERACTIONS[options.condition]
-    steps = interactions // recipe["per_device_train_batch_size"]
     adapter = None
     if rank:
         from peft import LoraConfig
@@ -171,7 +245,7 @@ def run_one(options: argparse.Namespace) -> int:
         adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     config = OnlineSDPOConfig(
         output_dir=str(folder),
-        max_steps=steps,
+        max_steps=interactions // recipe["per_device_train_batch_size"],
         seed=options.seed,
         use_cpu=True,
         report_to=[],
@@ -192,52 +266,7 @@ def run_one(options: argparse.Namespace) -> int:
         peft_config=adapter,
     )
     trainer.remove_callback(PrinterCallback)
-    points_file = folder / "points.json"
-    points: list[dict] = []
-    if last and points_file.exists():
-        done = int(last[-1].name.split("-")[1])
-        points = [p for p in json.loads(points_file.read_text("utf-8")) if p["step"] <= done]
-    started = time.perf_counter()
-
-    def measure() -> None:
-        answers = answer_all(trainer, data["held_out"])
-        point: dict[str, Any] = {"step": trainer.state.global_step, "interactions": trainer.interactions}
-        for name, user in wishes.items():
-            point[name] = sum(user.satisfied([], answers)) / len(answers)
-        point["words"] = sum(len(text.split()) for text in answers) / len(answers)
-        point["degenerate"] = sum(degenerate(t) is not None for t in answers) / len(answers)
-        point.update(perplexities(trainer.model, tokenizer, data["ordinary"]))
-        brief = perplexities(trainer.model, tokenizer, data["brief"])
-        point["perplexity_brief"] = brief["perplexity"]
-        point["answers"] = dict(zip(data["held_out"][:4], answers))
-        point["seconds"] = time.perf_counter() - started
-        points.append(point)
-        folder.mkdir(parents=True, exist_ok=True)
-        part = points_file.with_suffix(".part")
-        part.write_text(json.dumps(points, indent=1, ensure_ascii=False), "utf-8")
-        os.replace(part, points_file)
-        print(
-            f"{options.condition} seed {options.seed}: {point['interactions']:>4} interactions  "
-            f"short {point['short']:.0%}  long {point['long']:.0%}  {point['words']:.1f} words  "
-            f"degenerate {point['degenerate']:.0%}  perplexity {point['perplexity']:.2f} "
-            f"(users {point['perplexity_users']:.2f}, answers {point['perplexity_answers']:.2f}), "
-            f"brief {point['perplexity_brief']:.2f}",
-            flush=True,
-        )
-
-    class Measure(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            # The half of a flip is the last point before the wish changes.
-            if state.global_step % options.every == 0 or state.global_step in (steps // 2, steps):
-                measure()
-
-    trainer.add_callback(Measure())
-    if not points:
-        points += initial_point(folder)
-    if not points:
-        measure()
-    trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
-    return 0
+    return trainer, tokenizer
 
 
 def initial_point(folder: Path) -> list[dict]:
@@ -249,23 +278,21 @@ def initial_point(folder: Path) -> list[dict]:
     return []
 
 
-def answer_all(trainer: Any, prompts: list[str]) -> list[str]:
+def answer_all(trainer: OnlineSDPOTrainer, tokenizer: Any, prompts: list[str]) -> list[str]:
     """Greedy answers of the model as it is."""
-    from fastsdpo.online.sampling import generate
-
-    tokenize = trainer.tokenize
-    tokens = [tokenize.generation_prompt([{"role": "user", "content": text}]) for text in prompts]
+    tokenize = InteractionTokenizer(tokenizer, trainer.args.template)
     samples = generate(
         trainer.model,
-        tokens,
+        [tokenize.generation_prompt([{"role": "user", "content": text}]) for text in prompts],
         max_new_tokens=trainer.args.max_new_tokens,
         temperature=0.0,
-        end_ids=trainer.end_ids,
+        end_ids=tokenize.end_ids(trainer.model),
     )
-    return [trainer.tokenize.said(sample.ids) for sample in samples]
+    return [tokenize.said(sample.ids) for sample in samples]
 
 
 def write_data(folder: Path, source: str, train: int, held_out: int, ordinary: int) -> Path:
+    """``data.json``, as `read_data` gives it, where it is not there yet."""
     path = folder / "data.json"
     if not path.exists():
         rows = read_data(source, train, held_out, ordinary)
@@ -283,27 +310,10 @@ def run_all(options: argparse.Namespace) -> int:
     while waiting or running:
         while waiting and len(running) < jobs:
             condition, seed = waiting.pop(0)
-            command = [
-                sys.executable,
-                "-m",
-                "fastsdpo.online.experiment",
-                "--seed",
-                str(seed),
-                "--condition",
-                condition,
-                "--output",
-                options.output,
-                "--model",
-                options.model,
-                "--recipe",
-                options.recipe,
-                "--interactions",
-                str(options.interactions),
-                "--every",
-                str(options.every),
-                "--threads",
-                str(options.threads),
-            ]
+            command = [sys.executable, "-m", "benchmarks.personalization.experiment"]
+            for name in ("output", "model", "recipe", "interactions", "every", "threads"):
+                command += [f"--{name}", str(getattr(options, name))]
+            command += ["--condition", condition, "--seed", str(seed)]
             started = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(options.threads)})
             running[started] = f"{condition} seed {seed}"
         time.sleep(0.5)
@@ -317,114 +327,9 @@ def run_all(options: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
-def read_points(folder: Path) -> dict[tuple[str, int], list[dict]]:
-    """The measurements of every run, by condition and seed."""
-    runs = {}
-    for path in sorted(folder.glob("*-*/points.json")):
-        condition, _, seed = path.parent.name.rpartition("-")
-        if condition in CONDITIONS:
-            runs[condition, int(seed)] = json.loads(path.read_text("utf-8"))
-    return runs
-
-
-def write_report(folder: Path) -> None:
-    """``report.md`` (every point, sample answers beside it) and ``report.png`` from the runs' points."""
-    runs = read_points(folder)
-    lines = [*table(runs), "", *answers(runs)]
-    (folder / "report.md").write_text("\n".join(lines), "utf-8")
-    plot(runs, folder / "report.png")
-
-
-def table(runs: dict[tuple[str, int], list[dict]]) -> list[str]:
-    """Every point as a line of a Markdown table; perplexities as changes from the first point."""
-    lines = [
-        "| condition | seed | interactions | one short sentence | at least 26 words | words | "
-        "degenerate | perplexity | of users' text | of answers | of brief exchanges |",
-        "| --- " * 11 + "|",
-    ]
-    for (condition, seed), points in runs.items():
-        for point in points:
-            change = [point[name] / points[0][name] - 1 for name in PERPLEXITIES]
-            lines.append(
-                f"| {condition} | {seed} | {point['interactions']} | {point['short']:.0%} | "
-                f"{point['long']:.0%} | {point['words']:.1f} | {point['degenerate']:.0%} | "
-                + " | ".join(f"{value:+.1%}" for value in change)
-                + " |"
-            )
-    return lines
-
-
-def answers(runs: dict[tuple[str, int], list[dict]]) -> list[str]:
-    """The sample answers of every point."""
-    lines = []
-    for (condition, seed), points in runs.items():
-        lines += [f"## Answers: {condition}, seed {seed}", ""]
-        for point in points:
-            lines += [f"After {point['interactions']} interactions:", ""]
-            for question, answer in point["answers"].items():
-                lines.append(f"- {question} **{' '.join(answer.split())}**")
-            lines.append("")
-    return lines
-
-
-PERPLEXITIES = ("perplexity", "perplexity_users", "perplexity_answers", "perplexity_brief")
-
-
-def plot(runs: dict[tuple[str, int], list[dict]], path: Path) -> bool:
-    """Satisfaction, length and perplexity against interactions; False without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(3, 3, sharex="col", sharey="row", squeeze=False)
-    titles = {
-        "short": "wants one short sentence",
-        "flip": "short, then long answers",
-        "unrelated": "unrelated follow-ups",
-    }
-    for column, condition in enumerate(CONDITIONS):
-        top, middle, bottom = grid[:, column]
-        top.set_title(titles[condition])
-        for (name, seed), points in runs.items():
-            if name != condition:
-                continue
-            x = [point["interactions"] for point in points]
-            label: dict[str, str | None] = {"short": None, "long": None}
-            if seed == min(s for c, s in runs if c == condition):
-                label = {"short": "one short sentence", "long": "at least 26 words"}
-            for wish, color in (("short", "#4477aa"), ("long", "#cc3311")):
-                y = [100 * point[wish] for point in points]
-                top.plot(x, y, "o-", markersize=3, color=color, label=label[wish])
-            middle.plot(x, [point["words"] for point in points], "o-", markersize=3, color="#4477aa")
-            for key, color in zip(PERPLEXITIES, ("#000000", "#bbbbbb", "#ee7733", "#aa3377")):
-                y = [100 * (point[key] / points[0][key] - 1) for point in points]
-                bottom.plot(
-                    x, y, "o-", markersize=3, color=color, label=key.replace("_", " of ") if label["short"] else None
-                )
-        bottom.axhline(10, color="#999999", linewidth=0.8, linestyle=":")
-        bottom.set_xlabel("interactions")
-        for axes in (top, middle, bottom):
-            axes.spines[["top", "right"]].set_visible(False)
-    grid[0, 0].set_ylabel("held-out answers, %")
-    grid[1, 0].set_ylabel("words in an answer")
-    grid[2, 0].set_ylabel("perplexity, change in %")
-    grid[1, 0].set_ylim(bottom=0)
-    for row in grid[[0, 2]]:
-        drawn = next((axes for axes in row if axes.get_legend_handles_labels()[0]), None)
-        if drawn is not None:
-            drawn.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
-    return True
-
-
 def main(argv: list[str] | None = None) -> int:
-    from fastsdpo.demo import package_file
-
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("--condition", choices=CONDITIONS, default=None, help="default: all")
+    parser.add_argument("--condition", choices=list(CONDITIONS), default=None, help="default: all")
     parser.add_argument("--seed", type=int, default=1, help="with --condition")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="without")
     parser.add_argument("--output", default="personalization", metavar="FOLDER")

@@ -7,7 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from benchmarks.personalization_tilt import tilted_answers  # noqa: E402
+from benchmarks.personalization.tilt import tilted_answers  # noqa: E402
 from fastsdpo.online.sampling import generate  # noqa: E402
 
 END = [3]

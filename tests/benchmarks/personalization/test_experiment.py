@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from fastsdpo.online import experiment
+from benchmarks.personalization import experiment, record, report
 
 pytest.importorskip("peft")
 
@@ -77,24 +77,18 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(saved, tmp_path, monkeypat
 def test_the_report_shows_every_point(saved, tmp_path):
     for condition in ("flip", "unrelated"):
         assert experiment.run_one(options(tmp_path, saved, condition)) == 0
-    experiment.write_report(tmp_path)
+    report.write_report(tmp_path)
     text = (tmp_path / "report.md").read_text()
     for condition in ("flip", "unrelated"):
         assert text.count(f"| {condition} | 1 |") == 5
     assert "- w1 w2 **" in text
     pytest.importorskip("matplotlib")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    from benchmarks import record_personalization
-
     results = tmp_path / "results"
-    assert record_personalization.main([str(tmp_path), "--results", str(results)]) == 0
-    (stored,) = (json.loads(path.read_text()) for path in results.glob("*.json"))
+    assert record.main([str(tmp_path), "--results", str(results)]) == 0
+    stored = json.loads((results / "personalization_cpu.json").read_text())
     assert [len(run["points"]) for run in stored["runs"]] == [5, 5]
-    (page,) = results.glob("personalization_cpu_*.md")
-    assert page.read_text().count("| flip | 1 |") == 5
-    assert page.with_suffix(".png").exists()
-    (samples,) = results.glob("personalization_answers_*.md")
-    assert "- w1 w2 **" in samples.read_text()
+    assert set(stored["runs"][0]["points"][0]["answers"]) == {"w1 w2", "w3 w4"}
 
 
 def test_perplexities_are_those_of_the_text(lab):

@@ -1,0 +1,46 @@
+"""`fastsdpo doctor`: what runs on this machine, what is missing and what to do about it.
+
+Versions and devices; which backend the losses get on each device, why another is missing, and whether each
+computes right (small losses against float64). Exit status 0; 1 where a backend computes something wrong or fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from fastsdpo import doctor
+from fastsdpo.commands.options import DONE, FAILED
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; see the module for the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="fastsdpo doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--no-bandwidth", action="store_true", help=argparse.SUPPRESS)  # nothing measures it any more
+    options = parser.parse_args(argv)
+    report = doctor.report()
+    print(json.dumps(report, indent=1) if options.json else describe(report))
+    return FAILED if report["wrong"] else DONE
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report as lines for people."""
+    lines = [
+        "versions   " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        f"platform   {report['platform']}",
+    ]
+    lines += [f"device     {name}: {text}" for name, text in report["devices"].items()]
+    lines += [f"backend    {name}: {reason}" for name, reason in report["backends"].items()]
+    for device, choices in report["auto"].items():
+        lines.append(f"auto       {device}: " + ", ".join(f"{dtype} {name}" for dtype, name in choices.items()))
+    for device, backends in report["problems"].items():
+        for name, problems in backends.items():
+            lines.append(f"check      {device} {name}: " + ("WRONG" if problems else "right"))
+            lines += [f"           {problem}" for problem in problems]
+    lines += [f"to do      {text}" for text in report["advice"]]
+    lines.append(f"{report['checked'] - report['wrong']} of {report['checked']} checks right")
+    return "\n".join(lines)

@@ -1,0 +1,212 @@
+"""Trains a model on a user's reactions to its own answers: `fastsdpo online`.
+
+    fastsdpo online prompts.txt --model MODEL -o runs/brief --rule max_sentences=1 \
+        --wish "Please answer in one very short sentence."
+
+Prompts (lines of text, or rows as `fastsdpo prepare` writes them) are answered by the model, the user
+reacts to each answer, and the model learns from the reactions. The user is one of
+
+    --rule NAME=VALUE ...          fixed wishes, checked by rule (`fastsdpo online --list-rules`)
+    --persona TEXT                 played by a language model: --user-url and --user-model for an
+                                   OpenAI-compatible endpoint (its key in OPENAI_API_KEY), or
+                                   --user-local for a model on this machine
+    --terminal                     you
+
+With --then-rule the wishes change after --flip-at interactions. It leaves in the output folder:
+``model/``, ``checkpoint-*/``, ``interactions.jsonl`` (which `fastsdpo train` can read),
+``eval_answers.jsonl`` (held-out answers) and ``report.json``. Every setting without a flag is a field
+of `OnlineSDPOConfig`: ``--set name=value``.
+
+Exit status: that of `fastsdpo train`; 4 where --stop-when-degenerate stopped the run, with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastsdpo.commands import run
+from fastsdpo.commands.options import (
+    DEGENERATE,
+    DONE,
+    NOT_FINITE,
+    STOPPED,
+    add_model_options,
+    add_resume_options,
+    add_setting_options,
+    read_config,
+    run_command,
+)
+from fastsdpo.commands.users import add_user_options, given_user_options, make_user
+from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
+from fastsdpo.online.prompts import PromptDataset
+from fastsdpo.online.rules import describe
+from fastsdpo.ops.backend import describe_backend
+from fastsdpo.trainer import NonFiniteError
+from fastsdpo.trainer.callbacks import StopOnSignal, clock
+from fastsdpo.trainer.report import write_report
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from fastsdpo.online import OnlineSDPOTrainer
+    from fastsdpo.online.users import UserSimulator
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastsdpo online",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not given stays the preset's
+    )
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "prompts", help="what users ask: a text file, one per line, or rows with 'prompt' (JSON, JSON Lines, Parquet)"
+    )
+    group.add_argument("-o", "--output", required=True, metavar="FOLDER")
+    group.add_argument("--eval-prompts", metavar="FILE", default=None, help="held-out prompts")
+    add_resume_options(group)
+    group.add_argument("--list-rules", action=ListRules, nargs=0, help="print the rules, and stop")
+    add_user_options(parser)
+    add_model_options(parser)
+
+    answers = parser.add_argument_group("answers")
+    answers.add_argument("--num-generations", type=int, help="answers per prompt")
+    answers.add_argument("--max-new-tokens", type=int)
+    answers.add_argument("--sampling-temperature", type=float)
+    answers.add_argument("--generation-batch-size", type=int)
+    answers.add_argument("--generation-url", help="a vLLM server that samples the answers")
+    answers.add_argument("--updates-per-batch", type=int, help="steps on each batch of answers")
+    answers.add_argument(
+        "--stop-when-degenerate",
+        type=float,
+        metavar="SHARE",
+        help="stop, with a checkpoint, at this share of degenerate answers",
+    )
+    add_setting_options(parser, PRESETS)
+    return parser
+
+
+class ListRules(argparse.Action):
+    """Prints the rules that a user can have, and ends the command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
+        print(describe())
+        parser.exit(DONE)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; see the module for the exit status."""
+    options = build_parser().parse_args(argv)
+    return run_command("online", online, options, statuses={NonFiniteError: NOT_FINITE}, stopped=run.LOST)
+
+
+def online(options: argparse.Namespace) -> int:
+    """The run, in order."""
+    config = read_config(options, OnlineSDPOConfig)
+    run.check_folder(options.output, options.resume or options.overwrite)
+    show = run.shows(options, config)
+    say = run.printer(show)
+    stop = StopOnSignal()
+    prompts, eval_prompts = read_prompts(options)
+    user = make_user(options)
+    say(describe_backend(config.device.type, config.dtype))
+    trainer = make_trainer(options, config, user, prompts, eval_prompts, run.callbacks(stop, show))
+    answers = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+    say(
+        f"{run.describe_model(trainer, options.model)}; {len(prompts)} prompts, "
+        f"{answers * config.num_generations} answers a step"
+    )
+    checkpoint = run.choose_checkpoint(trainer, options, say)
+    if checkpoint is None:
+        trainer.forget_answers(0)  # those of a run before, of which nothing else is left
+    training = run.run_training(
+        trainer, stop, checkpoint, say, lambda metrics: f"before   {summary(metrics, 'eval_')}"
+    )
+    if training.stopped is not None:
+        return STOPPED + training.stopped
+    trainer.forget_answers(training.steps)  # they are given again, the same
+    after = None if trainer.eval_dataset is None else trainer.evaluate()
+    if after is not None:
+        say(f"after    {summary(after, 'eval_')}")
+    run.save_model(trainer, options.output)
+    report(trainer, options, user, training, after, say)
+    if trainer.degenerate_stop is not None:
+        print(f"fastsdpo online: stopped: {trainer.degenerate_stop}", file=sys.stderr)
+        return DEGENERATE
+    return DONE
+
+
+def read_prompts(options: argparse.Namespace) -> tuple[PromptDataset, PromptDataset | None]:
+    """The prompts to train on and the held-out ones, where a file of them is named."""
+    prompts = PromptDataset.from_source(options.prompts, "train_dataset")
+    if options.eval_prompts is None:
+        return prompts, None
+    return prompts, PromptDataset.from_source(options.eval_prompts, "eval_dataset")
+
+
+def make_trainer(
+    options: argparse.Namespace,
+    config: OnlineSDPOConfig,
+    user: UserSimulator,
+    prompts: PromptDataset,
+    eval_prompts: PromptDataset | None,
+    callbacks: list[TrainerCallback],
+) -> OnlineSDPOTrainer:
+    """The trainer of the options, with the model loaded."""
+    from transformers import PrinterCallback
+
+    from fastsdpo.online.trainer import OnlineSDPOTrainer
+
+    model, tokenizer, adapter = run.load(options, config)
+    trainer = OnlineSDPOTrainer(
+        model, config, user, prompts, eval_prompts, tokenizer, peft_config=adapter, callbacks=callbacks
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def report(
+    trainer: OnlineSDPOTrainer,
+    options: argparse.Namespace,
+    user: UserSimulator,
+    training: run.Training,
+    after: dict[str, float] | None,
+    say: Callable[[str], None],
+) -> None:
+    """Writes ``report.json``, and says what came of the run."""
+    failures = getattr(user, "failures", {})
+    if trainer.is_world_process_zero():
+        write_report(
+            Path(options.output, "report.json"),
+            {
+                "model": options.model,
+                "prompts": options.prompts,
+                "user": given_user_options(options),
+                "user_failures": failures,
+                "interactions": trainer.interactions,
+                "stopped": trainer.degenerate_stop,
+                **run.report_of(trainer, training, after),
+            },
+        )
+    if failures:
+        say(f"interactions left out, as the user could not be asked: {failures}")
+    say(f"trained {training.steps} steps in {clock(training.seconds)}; {options.output}/model, report.json")
+
+
+def summary(metrics: dict[str, float], prefix: str) -> str:
+    """Satisfaction, length and degenerate answers of a log or an evaluation."""
+    parts = []
+    for name, form in (
+        ("satisfaction", "satisfied {:.0%}"),
+        ("response_words", "{:.1f} words"),
+        ("response_length", "{:.0f} tokens"),
+        ("degenerate", "degenerate {:.0%}"),
+    ):
+        if f"{prefix}{name}" in metrics:
+            parts.append(form.format(metrics[f"{prefix}{name}"]))
+    return "  ".join(parts)

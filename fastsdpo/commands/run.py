@@ -1,0 +1,220 @@
+"""What `train`, `online` and `chat` do around the training: the model of the options, checkpoints, the report."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastsdpo.commands.options import model_source
+from fastsdpo.data import HindsightTemplate
+from fastsdpo.trainer.callbacks import BeforeTraining, Progress, StopOnSignal
+from fastsdpo.trainer.checkpoints import writing
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+    from fastsdpo.online import OnlineSDPOTrainer
+    from fastsdpo.trainer import SDPOConfig, SDPOTrainer
+
+    AnyTrainer = SDPOTrainer | OnlineSDPOTrainer
+
+LOST = "stopped at once, without a checkpoint of the steps since the last"
+logger = logging.getLogger(__name__)
+
+
+def shows(options: argparse.Namespace, config: SDPOConfig) -> bool:
+    """Whether this process prints: the first one does, unless --quiet."""
+    return not options.quiet and config.process_index == 0
+
+
+def printer(show: bool) -> Callable[[str], None]:
+    """Prints a line at once, or nothing."""
+    return lambda text: print(text, flush=True) if show else None
+
+
+def check_folder(folder: str, allowed: bool) -> None:
+    """Raises ValueError where a folder holds a run already and that is not ``allowed``."""
+    used = Path(folder, "report.json").exists() or any(Path(folder).glob("checkpoint-*"))
+    if used and not allowed:
+        raise ValueError(f"{folder} holds a run; pass --resume to go on with it, or --overwrite")
+
+
+def check_settings(config: SDPOConfig, lora: int | None) -> None:
+    """What would otherwise be found out after minutes of loading a model.
+
+    Raises:
+        ValueError: the template or a name of ``report_to`` does not exist.
+        ImportError: a package that ``report_to`` or an adapter of rank ``lora`` needs is missing.
+    """
+    from transformers.integrations import integration_utils
+
+    HindsightTemplate.parse(config.template)
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    available = integration_utils.get_available_reporting_integrations()
+    for name in set(config.report_to or []) - set(available):
+        if name not in known:
+            raise ValueError(f"--report-to must be of {', '.join(known)}, got {name!r}")
+        try:
+            known[name]()
+        except (ImportError, RuntimeError) as error:
+            raise ImportError(f"--report-to {name}: {error}") from error
+    if lora and importlib.util.find_spec("peft") is None:
+        raise ImportError(
+            "a LoRA adapter needs the package peft; install it with: pip install peft, or train all "
+            "weights with --lora 0"
+        )
+
+
+def load(
+    options: argparse.Namespace, config: SDPOConfig, *, lora: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, LoraConfig | None]:
+    """``(model, tokenizer, adapter)`` of the model options.
+
+    The adapter is the `LoraConfig` of a new one, or None: all weights are trained, or the adapter
+    that --model names, which the model then has.
+
+    Args:
+        lora: the rank where --lora is not given; None: no new adapter.
+
+    Raises:
+        ValueError: --lora asks for another adapter than the one that --model names.
+    """
+    from fastsdpo.modeling import load_model_and_tokenizer
+    from fastsdpo.trainer.adapters import is_peft
+
+    rank = lora if options.lora is None else options.lora
+    check_settings(config, rank)
+    model, tokenizer = load_model_and_tokenizer(**model_source(options), dtype=config.dtype, device=config.device)
+    if is_peft(model):
+        check_same_adapter(options, model.active_peft_config)
+        logger.info("training goes on with the adapter of %s", options.model)
+        return model, tokenizer, None
+    if not rank:
+        return model, tokenizer, None
+    from peft import LoraConfig
+
+    alpha = options.lora_alpha or 2 * rank
+    return model, tokenizer, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def check_same_adapter(options: argparse.Namespace, adapter: PeftConfig) -> None:
+    """Raises ValueError where --lora or --lora-alpha differ from the adapter that is trained on."""
+    kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+    for flag, wanted, name in (("--lora", options.lora, "r"), ("--lora-alpha", options.lora_alpha, "lora_alpha")):
+        has = getattr(adapter, name, None) if kind == "LORA" else None
+        if wanted is None or wanted == has:
+            continue
+        what = f"{kind} adapter" if has is None else f"LoRA adapter with {name}={has}"
+        raise ValueError(
+            f"{flag} must be left out for --model {options.model}, got {wanted}: it is a {what}, and "
+            "training goes on with that. For anything else merge it into its base model first "
+            "(merge_and_unload of PEFT)"
+        )
+
+
+def callbacks(stop: StopOnSignal, show: bool) -> list[TrainerCallback]:
+    """What watches the training: signals, and on the process that prints its progress."""
+    return [stop, *([Progress()] if show else [])]
+
+
+def describe_model(trainer: AnyTrainer, name: str) -> str:
+    """How many of the model's weights are trained, and where."""
+    sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+    trained = sum(size for size, requires_grad in sizes if requires_grad)
+    total = sum(size for size, _ in sizes)
+    return f"model {name}: {trained:,} of {total:,} weights are trained, on {trainer.args.device}"
+
+
+def choose_checkpoint(trainer: AnyTrainer, options: argparse.Namespace, say: Callable[[str], None]) -> str | None:
+    """Where to go on from: what --resume names, or the newest whole checkpoint, or None: begin.
+
+    Raises:
+        OSError: the output folder cannot be written to, or lacks room for the model.
+        ValueError: all checkpoints are damaged, or a finished run has none to go on from.
+    """
+    trainer.check_output(model=True)
+    if options.resume is not True:
+        return options.resume
+    checkpoint = trainer.find_checkpoint()
+    if checkpoint is None and Path(options.output, "report.json").exists():
+        raise ValueError(f"{options.output} holds a run that ended without checkpoints; --overwrite starts anew")
+    begins = f"no checkpoint in {options.output}: from the beginning"
+    say(begins if checkpoint is None else f"going on from {checkpoint}")
+    return checkpoint
+
+
+class Training(NamedTuple):
+    """A training that has ended.
+
+    Attributes:
+        steps: of the optimizer, those of the runs before included.
+        seconds: of this run.
+        before: held-out figures before the first step; None without held-out data.
+        stopped: the signal's number, where one stopped it.
+    """
+
+    steps: int
+    seconds: float
+    before: dict[str, float] | None
+    stopped: int | None
+
+
+def run_training(
+    trainer: AnyTrainer,
+    stop: StopOnSignal,
+    checkpoint: str | None,
+    say: Callable[[str], None],
+    describe: Callable[[dict[str, float]], str],
+) -> Training:
+    """Trains, with the held-out figures measured before the first step; a run that goes on reads them.
+
+    Args:
+        stop: one of the trainer's callbacks.
+        checkpoint: where to go on from; None: the beginning.
+        say: prints a line.
+        describe: the line about the held-out figures.
+    """
+    path = Path(trainer.args.output_dir or "", "before.json")
+    before = BeforeTraining(trainer, path, lambda metrics: say(describe(metrics)))
+    if trainer.eval_dataset is not None and checkpoint is None:
+        trainer.add_callback(before)
+    elif trainer.eval_dataset is not None and path.exists():
+        before.metrics = json.loads(path.read_text("utf-8"))
+    started = time.perf_counter()
+    with stop:
+        steps = trainer.train(resume_from_checkpoint=checkpoint).global_step
+    if stop.received is not None:
+        say(f"stopped at step {steps} of {trainer.state.max_steps}; the same command with --resume goes on")
+    return Training(steps, time.perf_counter() - started, before.metrics, stop.received)
+
+
+def save_model(trainer: AnyTrainer, output: str) -> None:
+    """Writes ``model/`` into the output folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    folder = str(Path(output, "model"))
+    with writing(folder):
+        trainer.save_model(folder)
+
+
+def report_of(trainer: AnyTrainer, training: Training, after: dict[str, float] | None) -> dict[str, Any]:
+    """What ``report.json`` holds of any training: steps, time, held-out figures, settings, logs."""
+    names = {field.name for field in dataclasses.fields(trainer.args)}
+    return {
+        "steps": training.steps,
+        "seconds": training.seconds,
+        "before": training.before,
+        "after": after,
+        "settings": {name: value for name, value in trainer.args.to_dict().items() if name in names},
+        "history": trainer.state.log_history,
+    }

@@ -1,0 +1,280 @@
+"""What a user's follow-up tells the model about each token of its answer: `fastsdpo signal`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastsdpo.commands.options import DONE, add_model_source_options, model_source, run_command
+from fastsdpo.data import HindsightTemplate, Interaction, extract_interactions, load_conversations
+from fastsdpo.data.templates import PRESETS
+from fastsdpo.signal.compute import NEUTRAL_FOLLOWUP, SignalResult, choose_unrelated, compute_signal
+from fastsdpo.signal.page import render_html
+from fastsdpo.signal.terminal import color_depth, render_terminal, terminal_theme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DESCRIPTION = """\
+Show what a user's follow-up tells the model about each token of its answer: the log-ratio
+log p(token | prompt, follow-up) - log p(token | prompt), in nats, under the real follow-up and,
+for comparison, under an unrelated one.
+"""
+
+EXAMPLES = """\
+examples:
+  fastsdpo signal conversations.jsonl --model path/to/model
+  fastsdpo signal interactions.jsonl --index 7 --model model.gguf --html signal.html
+  fastsdpo signal --model MODEL --prompt "Name a fruit." --completion "An apple." \\
+      --followup "Please answer in capital letters."
+
+exit status: 0; 1 for input, a model or a file that cannot be used; 2 for wrong options.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastsdpo signal",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_source(parser.add_argument_group("what to look at"))
+
+    method = parser.add_argument_group("method")
+    method.add_argument(
+        "--template",
+        default="note",
+        metavar="NAME|TEXT",
+        help=f"hindsight template: {', '.join(PRESETS)}, or a text with {{o}} (default note)",
+    )
+    method.add_argument("--temperature", type=float, default=1.0)
+    method.add_argument("--max-prompt-length", type=int, default=2048, metavar="TOKENS")
+    method.add_argument("--max-completion-length", type=int, default=2048, metavar="TOKENS")
+    method.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer that the model writes")
+    method.add_argument("--seed", type=int, default=0, help="of an answer that the model writes")
+
+    model = parser.add_argument_group("model")
+    add_model_source_options(model)
+    model.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained page")
+    output.add_argument("--json", metavar="FILE", type=Path, help="write all numbers")
+    output.add_argument("--values", action="store_true", help="print the numbers of every token")
+    output.add_argument("--scale", type=float, metavar="NATS", help="log-ratio at which colours saturate")
+    output.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="(default auto)")
+    output.add_argument(
+        "--theme",
+        choices=["auto", "light", "dark"],
+        default="auto",
+        help="of the terminal (auto: COLORFGBG or else dark)",
+    )
+    output.add_argument("--quiet", action="store_true", help="print nothing, write files only")
+    return parser
+
+
+def _add_source(source: argparse._ArgumentGroup) -> None:
+    source.add_argument(
+        "source",
+        nargs="?",
+        help="conversations or interactions, in any layout that `fastsdpo prepare` reads; "
+        "'-' reads JSON or JSON Lines from standard input",
+    )
+    source.add_argument("--index", type=int, help="number of the interaction in the source, from 0 (default 0)")
+    source.add_argument("--id", help="id of the interaction, or of a conversation (its first interaction)")
+    source.add_argument("--max-history-messages", type=int, metavar="N")
+    source.add_argument("--prompt", metavar="TEXT", help="a user's message, instead of a source")
+    source.add_argument("--system", metavar="TEXT", help="a system message before --prompt")
+    source.add_argument(
+        "--completion",
+        metavar="TEXT",
+        help="the answer to look at; without it the model writes one, sampled at temperature 1",
+    )
+    source.add_argument("--followup", metavar="TEXT", help="the follow-up; replaces the source's where given")
+    source.add_argument(
+        "--unrelated",
+        metavar="TEXT",
+        help="the follow-up to compare with (default: that of another conversation in the "
+        "source, or else a built-in one)",
+    )
+    source.add_argument("--no-unrelated", action="store_true", help="compare with nothing")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    _check_options(parser, options)
+    return run_command("signal", signal, options)
+
+
+def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if (options.source is None) == (options.prompt is None):
+        parser.error("give either a source or --prompt")
+    if options.prompt is not None and options.followup is None:
+        parser.error("--prompt needs --followup")
+    if options.source is not None and (options.completion is not None or options.system is not None):
+        parser.error("--completion and --system go with --prompt, not with a source")
+    if options.source is None and (options.index is not None or options.id is not None):
+        parser.error("--index and --id need a source")
+    if options.index is not None and options.id is not None:
+        parser.error("give --index or --id, not both")
+    if options.index is not None and options.index < 0:
+        parser.error(f"--index must be at least 0, got {options.index}")
+    if options.no_unrelated and options.unrelated is not None:
+        parser.error("give --unrelated or --no-unrelated, not both")
+    if not 0 < options.temperature < float("inf"):
+        parser.error(f"--temperature must be positive, got {options.temperature}")
+    if options.scale is not None and not 0 < options.scale < float("inf"):
+        parser.error(f"--scale must be positive, got {options.scale}")
+    for name in ("html", "json"):
+        path = getattr(options, name)
+        # Before minutes are spent on a model.
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            parser.error(f"--{name} must be a file in an existing folder, got {path}")
+
+
+def signal(options: argparse.Namespace) -> int:
+    """Reads the interaction, computes its signal, shows it and writes the files asked for."""
+    interaction, unrelated = read_interaction(options)
+    template = HindsightTemplate.parse(options.template)
+    for followup in [interaction.followup] + ([] if unrelated is None else [unrelated]):
+        template.render(followup)  # a blank one is refused before minutes are spent on a model
+    model, tokenizer = load(options)
+    notes = []
+    if options.prompt is not None and options.completion is None:
+        answer, note = write_answer(model, tokenizer, interaction.prompt, options)
+        interaction = replace(interaction, completion=answer)
+        notes.append(note)
+    result = compute_signal(
+        model,
+        tokenizer,
+        interaction,
+        template,
+        unrelated=unrelated,
+        temperature=options.temperature,
+        max_prompt_length=options.max_prompt_length,
+        max_completion_length=options.max_completion_length,
+    )
+    show(replace(result, model=options.model, notes=notes + result.notes), options)
+    return DONE
+
+
+def show(result: SignalResult, options: argparse.Namespace) -> None:
+    """Writes the files of the options and prints the signal."""
+    if options.html is not None:
+        _write(options.html, render_html(result, limit=options.scale))
+    if options.json is not None:
+        _write(options.json, json.dumps(result.to_dict(), indent=1) + "\n")
+    if options.quiet:
+        return
+    depth = color_depth(sys.stdout)
+    text = render_terminal(
+        result,
+        colors={"never": 0, "always": max(8, depth)}.get(options.color, depth),
+        theme=terminal_theme() if options.theme == "auto" else options.theme,
+        limit=options.scale,
+        values=options.values,
+    )
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+
+
+def read_interaction(options: argparse.Namespace) -> tuple[Interaction, str | None]:
+    """The interaction to look at and the follow-up to compare with; None: no comparison."""
+    if options.source is None:
+        prompt = [] if options.system is None else [{"role": "system", "content": options.system}]
+        prompt.append({"role": "user", "content": options.prompt})
+        interaction = Interaction(prompt, options.completion or "", options.followup)
+        unrelated = NEUTRAL_FOLLOWUP
+    elif options.source == "-":
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "standard-input.json")
+            path.write_bytes(sys.stdin.buffer.read())
+            interaction, unrelated = _select(options, path)
+    else:
+        interaction, unrelated = _select(options, options.source)
+    if options.no_unrelated:
+        return interaction, None
+    return interaction, unrelated if options.unrelated is None else options.unrelated
+
+
+def _select(options: argparse.Namespace, source: str | Path) -> tuple[Interaction, str]:
+    """The interaction that --index or --id name, and an unrelated follow-up of the same source."""
+
+    def interactions() -> Iterator[Interaction]:
+        for conversation in load_conversations(source):
+            yield from extract_interactions(conversation, max_history_messages=options.max_history_messages)
+
+    count, index = 0, options.index or 0
+    for count, item in enumerate(interactions(), 1):
+        if (count - 1 == index) if options.id is None else options.id in (item.id, item.conversation_id):
+            break
+    else:
+        what = f"index {index}" if options.id is None else f"id {options.id!r}"
+        raise ValueError(f"{options.source}: no interaction with {what} among the {count} there")
+    if options.followup is not None:
+        item = replace(item, followup=options.followup)
+    if options.no_unrelated or options.unrelated is not None:
+        return item, NEUTRAL_FOLLOWUP
+    return item, choose_unrelated(interactions(), item)
+
+
+def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of the model options."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from fastsdpo.modeling import load_model_and_tokenizer
+
+    if options.quiet or not sys.stderr.isatty():
+        disable_progress_bar()
+    return load_model_and_tokenizer(**model_source(options), dtype=options.dtype, device=options.device)
+
+
+def write_answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[dict], options: argparse.Namespace
+) -> tuple[str, str]:
+    """An answer drawn from the model, as on-policy data are, and a note that says so.
+
+    Raises:
+        ValueError: the model said nothing but reasoning or control tokens.
+    """
+    from fastsdpo.data import InteractionTokenizer
+    from fastsdpo.online.sampling import generate
+
+    tokenize = InteractionTokenizer(tokenizer, "note", max_prompt_length=None)
+    ends = tokenize.end_ids(model)
+    (sample,) = generate(
+        model,
+        [tokenize.generation_prompt(prompt)],
+        max_new_tokens=options.max_new_tokens,
+        temperature=1.0,
+        end_ids=ends,
+        seed=str(options.seed),
+    )
+    answer = tokenize.said(sample.ids)
+    if not answer:
+        raise ValueError(
+            f"the model said nothing in {options.max_new_tokens} tokens but reasoning or control "
+            "tokens; raise --max-new-tokens or give --completion"
+        )
+    ended = "" if sample.ids[-1] in ends else f", stopped after {options.max_new_tokens} tokens"
+    return answer, f"The model wrote this answer itself (seed {options.seed}{ended})."
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes the whole file or leaves the old one."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8", errors="replace", newline="")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,190 @@
+"""Trains a model on interactions: `fastsdpo train` or `python -m fastsdpo.train`.
+
+    fastsdpo prepare conversations.jsonl -o interactions.jsonl --eval-fraction 0.05
+    fastsdpo train interactions.jsonl --model MODEL -o runs/first --dry-run
+    fastsdpo train interactions.jsonl --model MODEL -o runs/first
+
+It loads model and data, tokenizes, checks what hindsight does to a sample, measures the held-out
+loss, trains, measures again, and leaves in the output folder: ``model/`` (weights and tokenizer,
+for ``AutoModelForCausalLM.from_pretrained``; with --lora the adapter), ``checkpoint-*/``,
+``report.json`` and ``report.png``. It does not prepare conversations, and it knows no scheduler:
+several processes are started with ``torchrun -m fastsdpo.train`` or ``accelerate launch``.
+
+Where --model is the folder of an adapter (``model/`` of a run with --lora), training goes on with it.
+
+Every setting that has no flag here is a field of `SDPOConfig`: ``--set name=value``.
+
+With --resume the same command, given again and again, goes on from the newest whole checkpoint (or
+begins, where there is none) and comes to the same result as a run that nothing stopped.
+
+Exit status: 0 done; 1 an input, model or setting cannot be used, or the output cannot be written; 2
+wrong options; 3 a loss or gradient was not finite, with a checkpoint of the state before it; 130 / 143
+stopped by Ctrl-C / SIGTERM with a checkpoint. Errors are one sentence; the environment variable
+FASTSDPO_TRACEBACK=1 shows where they come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastsdpo.commands import run
+from fastsdpo.commands.options import (
+    DONE,
+    NOT_FINITE,
+    STOPPED,
+    add_model_options,
+    add_resume_options,
+    add_setting_options,
+    read_config,
+    run_command,
+)
+from fastsdpo.data import load_interactions
+from fastsdpo.ops.backend import describe_backend
+from fastsdpo.trainer import NonFiniteError
+from fastsdpo.trainer.callbacks import StopOnSignal, clock
+from fastsdpo.trainer.config import PRESETS, SDPOConfig
+from fastsdpo.trainer.report import dry_run_report, plot_history, write_report
+
+if TYPE_CHECKING:
+    from fastsdpo.trainer import SDPOTrainer
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastsdpo train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not given stays the preset's
+    )
+    group = parser.add_argument_group("run")
+    group.add_argument("data", help="interactions, as `fastsdpo prepare` writes them")
+    group.add_argument("-o", "--output", required=True, metavar="FOLDER")
+    group.add_argument(
+        "--eval-data",
+        metavar="FILE",
+        default=None,
+        help="held-out interactions (default: DATA's .eval file, if there)",
+    )
+    group.add_argument(
+        "--allow-leaks", action="store_true", help="warn, and do not refuse, where held-out conversations are in DATA"
+    )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        default=False,
+        help="load, tokenize, report lengths, memory and steps, and stop",
+    )
+    add_resume_options(group)
+    add_model_options(parser)
+    add_setting_options(parser, PRESETS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; see the module for the exit status."""
+    options = build_parser().parse_args(argv)
+    return run_command("train", train, options, statuses={NonFiniteError: NOT_FINITE}, stopped=run.LOST)
+
+
+def train(options: argparse.Namespace) -> int:
+    """The run, in order."""
+    config = read_config(options, SDPOConfig)
+    run.check_folder(options.output, options.resume or options.overwrite or options.dry_run)
+    check_data(options.data, held_out(options))
+    show = run.shows(options, config)
+    say = run.printer(show)
+    say(describe_backend(config.device.type, config.dtype))
+    stop = StopOnSignal()
+    trainer = make_trainer(options, config, stop, show)
+    say(run.describe_model(trainer, options.model))
+    say(dry_run_report(trainer.model, config, trainer.train_dataset, trainer.eval_dataset, trainer.sharing))
+    if options.dry_run:
+        say(str(trainer.check_teacher() or ""))
+        return DONE
+
+    checkpoint = run.choose_checkpoint(trainer, options, say)
+    training = run.run_training(
+        trainer,
+        stop,
+        checkpoint,
+        say,
+        lambda metrics: f"held-out loss before training: {metrics['eval_loss']:.4f}",
+    )
+    if training.stopped is not None:
+        return STOPPED + training.stopped
+    after = None if trainer.eval_dataset is None else trainer.evaluate()
+    run.save_model(trainer, options.output)
+    report(trainer, options, training, after, say)
+    return DONE
+
+
+def make_trainer(options: argparse.Namespace, config: SDPOConfig, stop: StopOnSignal, show: bool) -> SDPOTrainer:
+    """The trainer of the options, with the model loaded and the data tokenized."""
+    from transformers import PrinterCallback
+
+    from fastsdpo.trainer import SDPOTrainer
+
+    model, tokenizer, adapter = run.load(options, config)
+    trainer = SDPOTrainer(
+        model=model,
+        args=config,
+        train_dataset=options.data,
+        eval_dataset=held_out(options),
+        processing_class=tokenizer,
+        peft_config=adapter,
+        callbacks=run.callbacks(stop, show),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def report(
+    trainer: SDPOTrainer,
+    options: argparse.Namespace,
+    training: run.Training,
+    after: dict[str, float] | None,
+    say: Callable[[str], None],
+) -> None:
+    """Writes ``report.json`` and ``report.png``, and says what came of the run."""
+    plotted = False
+    if trainer.is_world_process_zero():
+        folder = Path(options.output)
+        write_report(
+            folder / "report.json",
+            {
+                "model": options.model,
+                "data": options.data,
+                "interactions": len(trainer.train_dataset),
+                "left_out": trainer.train_dataset.dropped,
+                "sharing": trainer.sharing,
+                **run.report_of(trainer, training, after),
+            },
+        )
+        plotted = plot_history(trainer.state.log_history, folder / "report.png")
+    if after is not None and training.before is not None:
+        say(f"held-out loss: {training.before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after")
+    plot = " and report.png" if plotted else " (matplotlib is not installed: no plot)"
+    say(f"trained {training.steps} steps in {clock(training.seconds)}; {options.output}/model, report.json{plot}")
+
+
+def check_data(*files: str | None) -> None:
+    """Reads the first interaction of each file, before minutes are spent on a model.
+
+    Raises:
+        OSError, TypeError, ValueError: there is none, with file and line.
+    """
+    for file in files:
+        if file is not None and not Path(file).is_fifo():  # that can be read once only
+            next(load_interactions(file), None)
+
+
+def held_out(options: argparse.Namespace) -> str | None:
+    """The held-out file: as given, or where `fastsdpo prepare --eval-fraction` puts it."""
+    if options.eval_data is not None:
+        return options.eval_data
+    data = Path(options.data)
+    beside = data.with_name(f"{data.stem}.eval{data.suffix}")
+    return str(beside) if beside.is_file() else None

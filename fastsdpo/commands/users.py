@@ -1,0 +1,135 @@
+"""Which user reacts, or which language model judges: the options of `online` and `eval`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fastsdpo.commands.options import read_text
+from fastsdpo.online.endpoint import ChatEndpoint
+from fastsdpo.online.users import EndpointUser, LocalChat, RuleUser, SwitchingUser, TerminalUser, UserSimulator
+
+
+def add_user_options(parser: argparse.ArgumentParser) -> None:
+    """Who reacts; read by `make_user`."""
+    user = parser.add_argument_group("user")
+    user.add_argument(
+        "--rule", action="append", default=[], metavar="NAME=VALUE", help="a wish; several are all to be fulfilled"
+    )
+    user.add_argument(
+        "--wish",
+        default=None,
+        metavar="TEXT",
+        help="what the user says where a rule is broken (default: the rules' own)",
+    )
+    user.add_argument(
+        "--praise", default=None, metavar="TEXT", help="what the user says where none is (default: nothing)"
+    )
+    user.add_argument(
+        "--flip-at", type=int, default=None, metavar="N", help="from this interaction on: --then-rule, --then-wish"
+    )
+    user.add_argument("--then-rule", action="append", default=[], metavar="NAME=VALUE")
+    user.add_argument("--then-wish", default=None, metavar="TEXT")
+    user.add_argument(
+        "--persona", default=None, metavar="TEXT", help="who the user is and what they want; @FILE reads it"
+    )
+    add_chat_model_options(user, "user")
+    user.add_argument("--terminal", action="store_true", default=False, help="you are the user")
+
+
+def add_chat_model_options(group: Any, role: str) -> None:
+    """A language model behind an endpoint or on this machine; read by `chat_model`.
+
+    Args:
+        group: a parser or a group of one.
+        role: the flags are ``--{role}-url`` and so on.
+    """
+    group.add_argument(f"--{role}-url", default=None, metavar="URL", help="http://host:8000/v1")
+    group.add_argument(f"--{role}-model", default=None, metavar="NAME", help="its name there")
+    group.add_argument(f"--{role}-local", default=None, metavar="MODEL", help="folder, hub id or GGUF file")
+    group.add_argument(f"--{role}-timeout", type=float, default=60.0, metavar="SECONDS")
+    group.add_argument(f"--{role}-concurrency", type=int, default=8, metavar="REQUESTS")
+
+
+USER_OPTIONS = (
+    "rule",
+    "wish",
+    "praise",
+    "flip_at",
+    "then_rule",
+    "then_wish",
+    "persona",
+    "user_url",
+    "user_model",
+    "user_local",
+    "terminal",
+)
+
+
+def given_user_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that name the user, without those that were not given."""
+    given = vars(options)
+    return {name: given[name] for name in USER_OPTIONS if given[name] not in (None, [], False)}
+
+
+def make_user(options: argparse.Namespace) -> UserSimulator:
+    """The user of the options.
+
+    Raises:
+        ValueError: none is named, several are, or one only in part.
+    """
+    named = {
+        "--rule (or --wish)": bool(options.rule or options.wish),
+        "--persona": options.persona is not None,
+        "--terminal": options.terminal,
+    }
+    if sum(named.values()) != 1:
+        chosen = [name for name, given in named.items() if given]
+        raise ValueError(f"name one user: {', '.join(named)}; got {' and '.join(chosen) or 'none'}")
+    flips = options.flip_at is not None
+    if flips != bool(options.then_rule or options.then_wish):
+        raise ValueError("--flip-at needs --then-rule or --then-wish, and they need --flip-at")
+    if flips and not (options.rule or options.wish):
+        raise ValueError("--flip-at needs a user of rules (--rule)")
+    if options.terminal:
+        return TerminalUser()
+    if options.persona is not None:
+        return EndpointUser(chat_model(options, "user"), read_text(options.persona))
+    first = RuleUser(options.rule, wish=options.wish, praise=options.praise)
+    if not flips:
+        return first
+    if options.flip_at < 1:
+        raise ValueError(f"--flip-at must be at least 1, got {options.flip_at}")
+    then = RuleUser(options.then_rule, wish=options.then_wish, praise=options.praise)
+    return SwitchingUser([(0, first), (options.flip_at, then)])
+
+
+def chat_model(options: argparse.Namespace, role: str, **settings: Any) -> ChatEndpoint | LocalChat:
+    """The language model of ``--{role}-url`` and ``--{role}-model``, or of ``--{role}-local``.
+
+    Args:
+        **settings: of `LocalChat`; ``max_new_tokens`` bounds an endpoint's answers too.
+
+    Raises:
+        ValueError: neither, both, or a url without a model.
+    """
+    given = vars(options)
+    url, name, local = (given[f"{role}_{part}"] for part in ("url", "model", "local"))
+    if (url is None) == (local is None):
+        raise ValueError(f"name either --{role}-url with --{role}-model, or --{role}-local")
+    if url is None:
+        from fastsdpo.modeling import load_model_and_tokenizer
+
+        model, tokenizer = load_model_and_tokenizer(local)
+        return LocalChat(model, tokenizer, seed=0, **settings)
+    if name is None:
+        raise ValueError(f"--{role}-url needs --{role}-model")
+    if "max_new_tokens" in settings:
+        settings["max_tokens"] = settings.pop("max_new_tokens")
+    return ChatEndpoint(
+        url,
+        name,
+        timeout=given[f"{role}_timeout"],
+        concurrency=given[f"{role}_concurrency"],
+        **settings,
+    )
