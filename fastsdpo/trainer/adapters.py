@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastsdpo.prefix import training_mode
-from fastsdpo.prefix.forward import unwrap
+from fastsdpo.prefix import training_mode, unwrap
 from fastsdpo.trainer.noise import few_logits
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastsdpo.ops.head import default_chunk_size, gradient_chunks
-from fastsdpo.prefix.forward import causal_lm
+from fastsdpo.prefix import causal_lm
 from fastsdpo.trainer.adapters import is_peft
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.optim import ADAMW, TORCHAO, choose_update

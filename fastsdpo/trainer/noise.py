@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from fastsdpo.data import TokenizedInteraction
 from fastsdpo.prefix import (
     ResponseStates,
+    causal_lm,
     head_parameters,
     no_grad_pass,
     shared_forward,
     training_mode,
 )
-from fastsdpo.prefix.forward import causal_lm
 
 logger = logging.getLogger("fastsdpo.trainer")
 

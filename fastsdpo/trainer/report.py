@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastsdpo.prefix import count_tokens, rotary_limit
-from fastsdpo.prefix.forward import causal_lm
+from fastsdpo.prefix import causal_lm, count_tokens, rotary_limit
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import InteractionDataset
 from fastsdpo.trainer.memory import memory_text
