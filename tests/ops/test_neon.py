@@ -26,7 +26,7 @@ unicorn = pytest.importorskip("unicorn")
 arm64 = pytest.importorskip("unicorn.arm64_const")
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "cpu"
-OPERATIONS = ("token_logps", "token_log_ratio", "sampled_token", "divergence", "topk")
+OPERATIONS = ("token_logps", "token_log_ratio", "sampled_token", "divergence", "topk", "support")
 PAGE = 4096
 STACK, STACK_BYTES, MAPPED, RETURN = 0x20_0000_0000, 8 << 20, 0x10_0000_0000, 0x3_0000_0000
 PT_LOAD, SHT_SYMTAB, STB_GLOBAL = 1, 2, 1
@@ -161,7 +161,7 @@ class Library:
 
 
 def build(program: Path, main: Path) -> None:
-    sources = [KERNELS / f"{name}.cpp" for name in ("token_logps", "divergence", "topk", "math", "dispatch")]
+    sources = [KERNELS / f"{name}.cpp" for name in ("token_logps", "divergence", "topk", "support", "math", "dispatch")]
     # CMakeLists.txt's options; without OpenMP everything is one thread.
     options = "-target aarch64-linux-musl -static -std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast"
     options += " -fno-exceptions -fno-sanitize=undefined -Wall -Wextra -Werror -Wno-unknown-pragmas"
