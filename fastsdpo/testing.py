@@ -138,7 +138,7 @@ def assert_gradient_close(
     floor: float = 4e-6,
     absolute: float = 0.0,
 ) -> None:
-    """The error budget for gradients: 2 x the error of plain PyTorch in the same dtype + one rounding.
+    """Asserts the error budget for gradients: 2 x plain PyTorch's error in the same dtype + one rounding.
 
     Args:
         actual: gradient of the kernel, any dtype.
@@ -199,11 +199,11 @@ def make_rows(
 
 
 def round_interpreted_bfloat16() -> None:
-    """Makes the Triton interpreter round as the hardware does: float32 to bfloat16 to nearest even, and a
-    fused multiply-add once.
+    """Makes the Triton interpreter round as the hardware does.
 
-    It drops the low bits otherwise, and rounds the product. Call it before the first kernel runs under
-    TRITON_INTERPRET=1.
+    float32 becomes bfloat16 by rounding to nearest even (the interpreter cuts the low bits off), and a fused
+    multiply-add rounds once (the interpreter rounds the product too). Call it before the first kernel runs
+    under TRITON_INTERPRET=1.
     """
     import numpy as np
     import triton.language as tl

@@ -112,7 +112,7 @@ def test_float16_gradients_do_not_underflow(chunk, monkeypatch):
     In chunks of 3, two of them wait for one GEMM of the head's gradient; the last waits alone.
     """
 
-    class HalfTiles(head.Head):
+    class HalfTiles(head.HeadGemms):
         """The GPU path on the CPU: half operands, float32 results."""
 
         def logits(self, x, out):
@@ -128,7 +128,7 @@ def test_float16_gradients_do_not_underflow(chunk, monkeypatch):
             total.copy_(new if first else total + new)
 
     monkeypatch.setattr(head, "GRADIENT_ROWS", 7)
-    monkeypatch.setattr(linear, "Head", HalfTiles)
+    monkeypatch.setattr(linear, "HeadGemms", HalfTiles)
     monkeypatch.setattr(linear, "choose_dtypes", lambda *_: (torch.float16, torch.float32))
     case = Hidden(dtype=torch.float16)
     case.weights = torch.full((13,), 1e-6)
@@ -197,7 +197,7 @@ def test_large_tiles_and_those_of_a_failed_call_are_freed(monkeypatch):
         raise MemoryError("no room")
 
     full_step(Hidden())
-    monkeypatch.setattr(head.Head, "hidden_gradient", fail)
+    monkeypatch.setattr(head.HeadGemms, "hidden_gradient", fail)
     with pytest.raises(MemoryError):
         full_step(Hidden())
     assert kept_bytes() == []

@@ -161,7 +161,9 @@ class Library:
 
 
 def build(program: Path, main: Path) -> None:
-    sources = [KERNELS / f"{name}.cpp" for name in ("token_logps", "divergence", "topk", "support", "math", "dispatch")]
+    sources = [
+        KERNELS / f"{name}.cpp" for name in ("token_logps", "divergence", "topk", "support", "math", "dispatch")
+    ]
     # CMakeLists.txt's options; without OpenMP everything is one thread.
     options = "-target aarch64-linux-musl -static -std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast"
     options += " -fno-exceptions -fno-sanitize=undefined -Wall -Wextra -Werror -Wno-unknown-pragmas"
