@@ -9,6 +9,7 @@ class Reference(contract.Contract):
     backend = "reference"
     dtypes = (*contract.Contract.dtypes, torch.float64)
     several = 2100
+    vocabularies = (*contract.Contract.vocabularies, 151_936)
     rows_are_alone = False  # PyTorch sums a row in another order where there are fewer rows
 
 

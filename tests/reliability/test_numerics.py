@@ -342,36 +342,6 @@ def test_tokens_of_probability_zero(backend, loss, case, seed, share):
         assert not grad[student == -INF].any()
 
 
-@drawn(backends, losses, case=rows(), around=st.tuples(*[st.integers(0, 5)] * 3))
-def test_strides_change_nothing(backend, loss, case, around):
-    before, after, gap = around
-    (tokens, vocabulary), options = case.student.shape, options_for(loss, case)
-    wide = torch.full((tokens * (gap + 1), vocabulary + before + after), math.nan, dtype=case.student.dtype)
-    inside = wide[:: gap + 1, before : before + vocabulary].copy_(case.teacher)
-    columns = torch.empty(vocabulary, tokens, dtype=wide.dtype).copy_(case.teacher.T).T  # rows are not contiguous
-    repeated = torch.stack([case.target_ids, case.target_ids], 1).flatten()[::2]
-    plain, grad = run(case, backend, **options)
-    for odd in (inside, columns):
-        out, odd_grad = run(replace(case, teacher=odd, target_ids=repeated), backend, **options)
-        assert torch.equal(out.per_token_loss, plain.per_token_loss)
-        assert torch.equal(odd_grad, grad)
-
-
-@backends
-@losses
-@pytest.mark.parametrize("vocabulary", [3, 1000] if INTERPRETED else [3, 151_936, 262_144])
-def test_tiny_and_huge_vocabularies(backend, loss, vocabulary):
-    g = torch.Generator().manual_seed(vocabulary)
-    student = torch.randn(2, vocabulary, generator=g) * 5
-    teacher = student + torch.randn(2, vocabulary, generator=g)
-    case = Rows(student, teacher, torch.tensor([0, vocabulary - 1]), torch.full((2,), 0.5))
-    out, grad = run(case, backend, **loss)
-    want = oracle_sdpo_loss(student, teacher, case.target_ids, **loss)
-    close(out.per_token_loss, want.per_token_loss, 5)
-    close(grad, want.grad, 5)
-    tried["vocabularies"] = tried.get("vocabularies", 0) + 1
-
-
 # ------------------------------------------------------------------------------- from hidden states
 
 
@@ -404,34 +374,6 @@ def test_linear_equals_the_loss_of_its_logits(backend, loss, drawn_case, chunk):
     close(out.per_token_loss, plain.per_token_loss, scale)
     for found, want in zip(grads, (grad @ head, grad.T @ case.student, grad.sum(0))):
         close(found, want, scale * (1 + head.abs().max() + case.student.abs().max()))
-
-
-@drawn(compiled_backends, losses, drawn_case=hidden_rows(), shift=st.sampled_from([-8.0, 0.0, 32.0]))
-def test_linear_with_a_permuted_and_a_shifted_head(backend, loss, drawn_case, shift):
-    case, head, bias = drawn_case
-    order = torch.randperm(len(head), generator=torch.Generator().manual_seed(5))
-    moved = torch.where(case.target_ids == -100, case.target_ids, order.argsort()[case.target_ids.clamp(min=0)])
-    out, grads = run_linear(case, head, bias, backend, **loss)
-    moved = replace(case, target_ids=moved)
-    other, other_grads = run_linear(moved, head[order], bias[order] + shift, backend, **loss)
-    scale = 20 * (1 + out.log_ratio.abs().max()) * (1 + abs(shift) / 8)
-    close(other.per_token_loss, out.per_token_loss, scale)
-    close(other_grads[0], grads[0], scale * (1 + head.abs().max()))
-    close(other_grads[1], grads[1][order], scale * (1 + case.student.abs().max()))
-    # A constant in every logit changes nothing, so the bias's gradient sums to zero.
-    assert float(grads[2].sum().abs()) <= 1e-5 * float(grads[2].abs().sum()) + 1e-6
-
-
-@drawn(compiled_backends, drawn_case=hidden_rows(), at=st.integers(0, 5))
-def test_linear_pieces_add_up(backend, drawn_case, at):
-    case, head, bias = drawn_case
-    whole, grads = run_linear(case, head, bias, backend, mode="full")
-    pieces = [part_of(case, slice(None, at)), part_of(case, slice(at, None))]
-    parts = [run_linear(piece, head, bias, backend, mode="full") for piece in pieces]
-    close(sum(out.loss for out, _ in parts), whole.loss, 1 + whole.per_token_loss.sum())
-    close(torch.cat([part[0] for _, part in parts]), grads[0], 10)
-    for index in (1, 2):
-        close(sum(part[index] for _, part in parts), grads[index], 10)
 
 
 @drawn(
