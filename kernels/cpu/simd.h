@@ -191,7 +191,6 @@ INLINE Lanes<U> tanhv(const Lanes<U>& x) {
 }
 
 // ---- bfloat16 and float16. Stores round to nearest, ties to even; NaN stays NaN.
-// -----------------------
 
 INLINE vu widen(const void* p) {
   vh h;

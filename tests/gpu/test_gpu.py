@@ -32,7 +32,7 @@ VOCABULARIES = [1, 127, 32001, 50257, 151936] if DEVICE != "cpu" else [1, 127, 1
 class Compiled(contract.Contract):
     backend = "triton"
     device = DEVICE
-    value = 2e-5
+    value = total = 2e-5
     moved = MOVED
     vocabularies = ()
     several = 40_000 if DEVICE != "cpu" else 9000
