@@ -17,17 +17,12 @@ from torch import Tensor
 
 
 def effective_logits(z: Tensor, temperature: float = 1.0, softcap: float | None = None) -> Tensor:
-    """``u`` of API notation in float64; -inf stays -inf under a softcap."""
+    """float64 logits after softcap and temperature; -inf stays -inf under a softcap."""
     u = z.double()
     if softcap is not None:
         finite = u.masked_fill(u == -math.inf, 0.0)
         u = torch.where(u == -math.inf, u, softcap * torch.tanh(finite / softcap))
     return u / temperature
-
-
-def _log_softmax(u: Tensor) -> Tensor:
-    """Log-softmax whose gradient is finite where some entries are -inf."""
-    return torch.log_softmax(u, -1)
 
 
 def _product(p: Tensor, values: Tensor) -> Tensor:
@@ -96,13 +91,13 @@ def oracle_sdpo_loss(
     keep = flat != ignore_index
     y = flat[keep]
     count = max(1, int(keep.sum()))
-    w = torch.full((len(y),), 1.0 / count, dtype=torch.float64)
+    w = torch.full((len(y),), 1.0 / count, dtype=torch.float64, device=y.device)
     if weights is not None:
         w = weights.reshape(-1)[keep].double()
 
     leaf = z[keep].double().requires_grad_()
-    s = _log_softmax(effective_logits(leaf, temperature, softcap))
-    t = _log_softmax(effective_logits(z_teacher[keep], temperature, softcap))
+    s = torch.log_softmax(effective_logits(leaf, temperature, softcap), -1)
+    t = torch.log_softmax(effective_logits(z_teacher[keep], temperature, softcap), -1)
     student_logps = s.gather(-1, y[:, None]).squeeze(-1)
     teacher_logps = t.gather(-1, y[:, None]).squeeze(-1)
     if mode == "sampled_token":
@@ -145,7 +140,7 @@ def assert_gradient_close(
     floor: float = 4e-6,
     absolute: float = 0.0,
 ) -> None:
-    """The error budget for gradients: 2 x the error of plain PyTorch in the same dtype + one rounding.
+    """Asserts the error budget for gradients: 2 x plain PyTorch's error in the same dtype + one rounding.
 
     Args:
         actual: gradient of the kernel, any dtype.
@@ -221,11 +216,11 @@ def package_file(package: str, pattern: str) -> Path:
 
 
 def round_interpreted_bfloat16() -> None:
-    """Makes the Triton interpreter round as the hardware does: float32 to bfloat16 to nearest even, and a
-    fused multiply-add once.
+    """Makes the Triton interpreter round as the hardware does.
 
-    It drops the low bits otherwise, and rounds the product. Call it before the first kernel runs under
-    TRITON_INTERPRET=1.
+    float32 becomes bfloat16 by rounding to nearest even (the interpreter cuts the low bits off), and a fused
+    multiply-add rounds once (the interpreter rounds the product too). Call it before the first kernel runs
+    under TRITON_INTERPRET=1.
     """
     import numpy as np
     import triton.language as tl

@@ -26,6 +26,13 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:numpy.*")
 
 
+def pytest_collection_modifyitems(items):
+    # The interpreter is chosen when Triton's kernels are imported, so these cases have a process of their own.
+    for item in items:
+        if item.get_closest_marker("interpreted") and not INTERPRETED:
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1"))
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     before = torch.are_deterministic_algorithms_enabled()

@@ -1,8 +1,8 @@
 """Large buffers on a CPU: logit tiles kept from call to call, huge pages.
 
-An allocation of this size goes back to the system when it is freed and is mapped in anew, page by
-page, when it is next used: most of what a loss from hidden states takes beside its GEMMs. On a GPU
-PyTorch's caching allocator takes care of that.
+The system takes back an allocation of this size when it is freed, and maps a new one page by page when it
+is first used. That is most of the time that a loss from hidden states takes beside its GEMMs. On a GPU,
+PyTorch's caching allocator avoids it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def _on_cpu(tensor: Tensor) -> bool:
 
 
 def _advise_huge_pages(tensor: Tensor) -> Tensor:
-    """Asks Linux for huge pages under a new tensor, and returns it: advice, which may go unheard.
+    """Asks Linux for huge pages under a new tensor and returns the tensor; Linux may ignore the advice.
 
-    For memory that stays; under tensors that come and go (the head's gradient) they gained nothing.
+    Only for memory that is kept: for tensors that are freed each time (the head's gradient) it saved no time.
     """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     size = tensor.numel() * tensor.element_size()
@@ -49,22 +49,22 @@ def padded(like: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tens
 
 
 def borrow_tiles(like: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """`padded` for one call, on a CPU in the memory of the last call's."""
+    """`padded` tiles for one call; on a CPU in the memory of the last call's tiles, if that is large enough."""
     if _on_cpu(like):
         try:
-            storage = _kept.pop()  # from here on no other thread finds it
+            storage = _kept.pop()  # atomic: no other thread can get it
         except IndexError:
             pass
         else:
             stride = _stride(vocabulary)
             if storage.nbytes() >= rows * stride * dtype.itemsize:
                 return like.new_empty(0, dtype=dtype).set_(storage, 0, (rows, vocabulary), (stride, 1))
-            del storage  # before its larger successor is allocated
+            del storage  # free it before a larger one is allocated
     return _advise_huge_pages(padded(like, rows, vocabulary, dtype))
 
 
 def return_tiles(tiles: Tensor) -> None:
-    """Keeps the memory of a finished call's tiles; a call that raised just loses it."""
+    """Keeps the memory of a finished call's tiles; that of a call that raised is freed as usual."""
     if _on_cpu(tiles):
         storage = tiles.untyped_storage()
         if storage.nbytes() <= _LARGEST_KEPT:

@@ -1,12 +1,12 @@
 """The losses and log-probs by the native CPU kernels (kernels/cpu/), a backend of `fastsdpo.ops.rows`.
 
-float32, bfloat16 and float16; student, teacher and gradient each in its own. With a gradient buffer
-`forward` visits a row once for statistics, loss and gradient, keeps no statistics, and gives bit for
-bit what forward and backward give.
+float32, bfloat16 and float16; student, teacher and gradient may have different dtypes. With a gradient buffer,
+`forward` computes statistics, loss and gradient in one visit of a row and stores no statistics. Its results
+have the same bits as those of forward and backward.
 
-Memory: a few numbers per token. With a gradient buffer (and for JSD) the kernels also keep the exponentials
-of the row that a thread works on, at most 262,144 of student and of teacher: 2 MiB a thread, whatever the
-number of tokens; the rest of a longer row is computed again.
+Memory: a few numbers per token. With a gradient buffer (and for JSD) each thread also keeps the exponentials of
+its current row: at most 262,144 each of student and teacher, 2 MiB a thread for any number of tokens. The rest
+of a longer row is computed again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _COLUMNS = {"sampled_token": 2, "full": 5, "topk": 4}  # of the statistics that 
 
 
 def _stats(stats: Tensor, columns: int) -> dict[str, object]:
-    """The kernel's fields for ``stats [N, C]``, row by row; none where they are not kept."""
+    """The kernel's fields for ``stats [N, C]``; none if no statistics are kept."""
     start = vector(stats)
     if not start:
         return {}

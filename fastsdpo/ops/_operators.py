@@ -32,7 +32,7 @@ def weighted_sum(coef: Tensor, per_token: Tensor) -> Tensor:
 
 
 def is_real(tensor: Tensor) -> bool:
-    """False while a compiler traces with stand-ins; there the gradient is never formed in place."""
+    """False while a compiler traces with fake tensors; then no gradient is formed in place."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
@@ -52,7 +52,7 @@ def forbid_second_derivative(op: Any) -> None:
 
 
 def check_values(name: str, vocabulary: int, tokens: Tokens, ignore_index: int) -> None:
-    """The ids of a call. Reads them, so on a GPU only with ``FASTSDPO_CHECK=1``."""
+    """Checks the ids of a call. It reads them, so on a GPU it does so only with ``FASTSDPO_CHECK=1``."""
     check_ids(tokens.target_ids, vocabulary, f"{name}: target_ids", ignore_index)
     if tokens.topk_ids is not None and tokens.topk_logps is not None:
         check_ids(tokens.topk_ids, vocabulary, f"{name}: teacher_topk ids", None)
@@ -185,7 +185,7 @@ class SDPOFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(*out)
         ctx.set_materialize_grads(False)
         teacher = teacher if options.mode == "full" else None
-        # The student itself, not a view: a change of it between forward and backward is noticed.
+        # Save the student itself, not a view: autograd then notices a change between forward and backward.
         ctx.save_for_backward(student, teacher, tokens.target_ids, tokens.topk_ids, *found)
         return weighted_sum(found.coef, found.per_token), *out
 
@@ -233,7 +233,7 @@ def sdpo_op(
     inputs, options = Tokens(*tokens), LossOptions.unpacked(mode, floats, integers)
     check_values("sdpo_loss", student.shape[-1], inputs, options.ignore_index)
     found = rows.forward(student, teacher, inputs, options, backend)
-    # Clones: an operator's results may not be views of one buffer.
+    # An operator must not return views of one buffer, so clone them.
     return weighted_sum(found.coef, found.per_token), *(result.clone() for result in found)
 
 

@@ -1,8 +1,8 @@
-"""Who computes: ``"triton"``, ``"native"`` or ``"reference"``; ``"auto"`` picks by device.
+"""Chooses the backend that computes: ``"triton"``, ``"native"`` or ``"reference"``; ``"auto"`` picks by device.
 
 A backend asked for by name runs or raises. ``"auto"`` takes Triton for CUDA and ROCm tensors, the
 native library for CPU tensors, and the reference where neither can run (float64, another device,
-a missing package). Where kernels for the device exist and are missing, it warns of that once.
+a missing package). It warns once where the device's kernels are not installed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import warnings
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "native", "reference")
+LOSS_BACKENDS = ("auto", "triton", "native", "reference")
 
 
 def triton_interpreted() -> bool:
@@ -48,7 +48,10 @@ _told: set[str] = set()  # reasons for a slow backend that the user has been giv
 
 
 def _kernels_for(device: str) -> tuple[str | None, str | None]:
-    """Who computes on a device type under ``"auto"``, or None and why not; None, None: nobody could."""
+    """``(backend, None)`` that ``"auto"`` takes on a device type, ``(None, reason)`` if its kernels are missing.
+
+    ``(None, None)`` if there are no kernels for the device type.
+    """
     if device not in KERNELS:
         return None, None
     name, why = KERNELS[device]
@@ -66,9 +69,9 @@ def _auto(device: str) -> str:
 
 
 def describe_backend(device: str, dtype: str | None = None) -> str:
-    """A line for people: which backend ``"auto"`` takes, and why not a faster one.
+    """A sentence for users: which backend ``"auto"`` takes, and why it takes no faster one.
 
-    Whoever shows it has said what a loss would warn of, so no loss of this process warns again.
+    It marks the reason as told: no loss of this process warns of it again.
 
     Args:
         device: a device type, ``"cpu"`` or ``"cuda"``.
@@ -116,8 +119,8 @@ def resolve_backend(name: str, backend: str, *tensors: Tensor) -> str:
         TypeError: a dtype that the backend asked for does not compute (float64).
         ImportError: the backend asked for is not installed.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"{name}: backend must be one of {BACKENDS}, got {backend!r}")
+    if backend not in LOSS_BACKENDS:
+        raise ValueError(f"{name}: backend must be one of {LOSS_BACKENDS}, got {backend!r}")
     if backend == "reference":
         return backend
     device = tensors[0].device.type

@@ -1,8 +1,8 @@
 r"""Top-k with the tail that TRL and the SDPO authors' verl fork have, from the kernels' token statistics.
 
-They bound the mass on the support by ``exp(-1e-7)``, so that no tail is smaller than 1e-7, and a bounded tail
-has no gradient; `sdpo_loss` sums what lies outside the support. For a sharply peaked student that is a
-visible difference under forward KL. `LossOptions.bounded_tail` asks for their numbers. With s, t the
+They limit the mass on the support to ``exp(-1e-7)``: no tail is smaller than 1e-7, and a tail at this limit has no
+gradient. `sdpo_loss` sums the tokens outside the support instead. For a sharply peaked student the two differ
+visibly under forward KL. `LossOptions.bounded_tail` asks for their numbers. With s, t the
 log-probs of the classes (support, then tail), p, q their exponentials, and c the class:
 
     alpha = 0     l = sum q (t - s)                                    dl/ds_c = -q
@@ -45,7 +45,7 @@ def class_gradients(s: Tensor, t: Tensor, alpha: float) -> tuple[Tensor, Tensor]
 
 
 def add_tail_class(logps: Tensor) -> tuple[Tensor, Tensor]:
-    """``[N, K]`` log-probs with the tail's appended, and ``[N, 1]`` where the tail is at its bound."""
+    """Log-probs ``[N, K]`` with the tail's appended, and whether the tail is at its limit, ``[N, 1]``."""
     mass = torch.logsumexp(logps, -1, keepdim=True)
     bounded = mass > LARGEST_LOG_MASS
     tail = torch.log(-torch.expm1(mass.clamp(max=LARGEST_LOG_MASS)))

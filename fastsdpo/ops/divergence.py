@@ -47,10 +47,10 @@ from fastsdpo.ops.checks import (
     flat_float,
     flat_ids,
 )
-from fastsdpo.ops.rows import LossOptions, Tokens, support
-from fastsdpo.ops.token_logps import check_pair, log_ratio
+from fastsdpo.ops.rows import LossOptions, Tokens, support, token_advantage
+from fastsdpo.ops.token_logps import check_pair
 
-MODES = ("sampled_token", "full", "topk")
+LOSS_MODES = ("sampled_token", "full", "topk")
 
 
 class SDPOLossOutput(NamedTuple):
@@ -95,8 +95,8 @@ def check_loss(
 
     ``teacher`` names the argument that holds the teacher's whole distribution.
     """
-    if mode not in MODES:
-        raise ValueError(f"{name}: mode must be one of {MODES}, got {mode!r}")
+    if mode not in LOSS_MODES:
+        raise ValueError(f"{name}: mode must be one of {LOSS_MODES}, got {mode!r}")
     alpha = check_alpha(name, alpha)
     if mode == "sampled_token" and alpha != 1.0:
         raise ValueError(f"{name}: alpha must be 1.0 for mode='sampled_token', got {alpha}")
@@ -139,7 +139,7 @@ def check_loss(
     if mode == "topk" and topk == vocabulary and not bounded_tail:
         add_tail = False  # nothing lies outside the support: the tail class would be empty
     if topk_logps is not None and add_tail and not bounded_tail:
-        # Rounded log-probs may sum to 1 or more; keep a tail so that the divergence stays finite.
+        # Rounded probabilities may sum to 1 or more. Scale them below 1: the divergence needs some tail.
         excess = (topk_logps.logsumexp(-1, keepdim=True) + 1e-7).clamp(min=0)
         topk_logps = topk_logps - excess
 
@@ -284,7 +284,7 @@ def rows_loss(
         ids = choose(logits, ids, options.topk, options.ignore_index, backend)
         tokens = tokens._replace(topk_ids=ids)
     if eager:
-        # An expanded tensor has several rows in one place; its gradient cannot be stored there.
+        # Rows of an expanded tensor share memory: a gradient in place would overwrite itself.
         inplace = inplace_grad and 0 not in student.stride()
         found = _operators.SDPOFunction.apply(student, teacher, tokens, options, inplace, backend)
     else:
@@ -300,5 +300,5 @@ def loss_output(found: Sequence[Tensor], shape: torch.Size) -> SDPOLossOutput:
         per_token, student_logps, teacher_logps = (
             vector.view(shape) for vector in (per_token, student_logps, teacher_logps)
         )
-    ratio = log_ratio(student_logps, teacher_logps)
-    return SDPOLossOutput(loss, per_token, ratio, student_logps, teacher_logps)
+    advantage = token_advantage(student_logps, teacher_logps)
+    return SDPOLossOutput(loss, per_token, advantage, student_logps, teacher_logps)

@@ -2,18 +2,18 @@
 
     z = hidden @ weight.T + bias
 
-`through_head` makes the logits of a chunk of tokens, hands them to a function that knows the loss, and
-carries the gradient which that writes to the hidden states and the head. Losses, log-probs, the losses of
-other libraries and vocabulary shards differ in that function alone.
+`through_head` computes the logits of a chunk of tokens and passes them to a function that knows the loss. The
+function writes the logits' gradient, and `through_head` carries it to the hidden states and the head. Losses,
+log-probs, the losses of other libraries and vocabulary shards differ only in that function.
 
 Logit tiles are float32 whatever the operands: with the teacher close to the student, bfloat16 logits put 7%
 to 10% error into the gradients. The gradient tile has the operands' dtype, and the head's gradient
 accumulates in float32. Rows of tiles begin at multiples of 64 elements: GEMMs and kernels then read 16 bytes
 at a time whatever the vocabulary.
 
-The head's gradient is one GEMM for several chunks where the gradient has tiles of its own: it moves 8 V D
-bytes (its float32 sum, read and written) for 2 n V D operations, and with n = 1024 memory limits it on an
-H100; from about 4096 tokens on it does not.
+If the gradient has tiles of its own, one GEMM computes the head's gradient of several chunks. Such a GEMM of n
+tokens takes 2 n V D operations and moves 8 V D bytes (it reads and writes the float32 sum). On an H100 memory
+limits it at n = 1024, but not from about n = 4096 on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 from fastsdpo.ops._memory import borrow_tiles, padded, return_tiles
 from fastsdpo.ops.checks import accumulation_dtype
 
-# (student's logits [n, V], teacher's or None, which tokens, gradient buffer [n, V] or None)
+# f(student's logits [n, V], teacher's or None, slice of the tokens, gradient buffer [n, V] or None)
 TileLoss = Callable[[Tensor, "Tensor | None", slice, "Tensor | None"], None]
 Needs = tuple[bool, bool, bool]  # gradients of hidden states, weight, bias
 GRADIENT_ROWS = 4096  # tokens of one GEMM for the head's gradient
@@ -50,7 +50,7 @@ def default_chunk_size(tokens: int, vocabulary: int, device: torch.device) -> in
 
 
 def gradient_chunks(tokens: int, chunk: int) -> int:
-    """Chunks whose gradients wait for one GEMM."""
+    """How many chunks share one GEMM for the head's gradient."""
     chunks = math.ceil(tokens / max(1, chunk))
     return max(1, min(chunks, GRADIENT_ROWS // max(1, chunk)))
 
@@ -60,9 +60,9 @@ _mixed: dict[str, bool] = {}  # by device type
 
 @torch.compiler.assume_constant_result
 def has_mixed_gemm(device: torch.device) -> bool:
-    """Whether GEMMs of half-precision operands can give and add to float32 (``out_dtype``), by trying.
+    """Whether GEMMs of half-precision operands can write and accumulate float32 (``out_dtype``); tries one.
 
-    Not on a CPU, where a GEMM of half-precision operands takes many times longer than a float32 one.
+    False on a CPU, where a GEMM of half-precision operands takes many times longer than a float32 one.
     """
     if device.type not in ("cuda", "meta"):
         return False
@@ -113,7 +113,7 @@ def choose_dtypes(hidden: Tensor, weight: Tensor, tile: torch.dtype | None) -> t
     return operand, tile or accumulation
 
 
-class Head:
+class HeadGemms:
     """``x @ weight.T + bias`` into tiles, and the two products of its backward pass.
 
     Where the device has GEMMs with float32 results, the operands keep their dtype. Elsewhere half-precision
@@ -143,7 +143,7 @@ class Head:
             yield rows, self.weight[rows].to(self.operand)
 
     def logits(self, x: Tensor, out: Tensor) -> None:
-        """Into ``out [n, V]`` or wider: what is beyond V becomes -inf, tokens of probability 0."""
+        """Writes the logits of ``x [n, D]`` to ``out [n, V]``; columns of ``out`` beyond V become -inf."""
         for rows, weight in self._blocks():
             if out.dtype == x.dtype:
                 torch.mm(x, weight.t(), out=out[:, rows])
@@ -165,9 +165,9 @@ class Head:
 
     @staticmethod
     def accumulate(grad: Tensor, x: Tensor, total: Tensor, first: bool) -> None:
-        """``total += grad.T @ x``, ``total`` in the accumulation dtype; ``=`` the first time.
+        """``total += grad.T @ x`` with ``total`` in the accumulation dtype.
 
-        So ``total`` need not hold zeros: beta = 0 reads nothing of it.
+        The first call overwrites ``total`` (beta = 0 does not read it), so that it may be uninitialized.
         """
         beta = 0.0 if first else 1.0
         if grad.dtype == total.dtype:
@@ -177,7 +177,7 @@ class Head:
 
 
 def needed(values: Iterable[bool]) -> Needs:
-    """Of three values, a gradient's each."""
+    """Three flags as a tuple: whether hidden states, weight and bias need a gradient."""
     hidden, weight, bias = values
     return hidden, weight, bias
 
@@ -188,8 +188,11 @@ def present(needs: Sequence[bool], values: Sequence[Tensor | None]) -> list[Tens
 
 
 class Gradients(NamedTuple):
-    """Of hidden states, weight and bias in the accumulation dtype; the hidden states' in their own, a float16
-    one in float32. None where not needed."""
+    """Gradients of hidden states, weight and bias; None where not needed.
+
+    Those of weight and bias have the accumulation dtype, that of the hidden states has their own dtype (float32
+    for float16).
+    """
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -197,7 +200,7 @@ class Gradients(NamedTuple):
 
 
 def gradient_scale(slopes: Tensor, operand: torch.dtype) -> Tensor | None:
-    """A power of two that brings the largest weight near 1: 1/N would underflow in float16."""
+    """A power of two that scales the largest weight to nearly 1, because 1/N would underflow in float16."""
     if operand != torch.float16 or slopes.numel() == 0:
         return None
     largest = slopes.abs().max().clamp(min=1e-30)
@@ -206,21 +209,21 @@ def gradient_scale(slopes: Tensor, operand: torch.dtype) -> Tensor | None:
 
 def through_head(
     hidden: Tensor,
-    head: Head,
+    head: HeadGemms,
     tile_loss: TileLoss,
     plan: Plan,
     needs: Needs = (False, False, False),
     *,
     teacher_hidden: Tensor | None = None,
-    teacher_head: Head | None = None,
+    teacher_head: HeadGemms | None = None,
     columns: int = 0,
 ) -> Gradients:
     """Runs ``tile_loss`` over the logits of all tokens, chunk by chunk.
 
     Args:
-        hidden, teacher_hidden: ``(N, D)``; without a ``teacher_head`` the student's serves both in one GEMM.
-        needs: none of them: no gradient buffer.
-        columns: of a tile beyond the vocabulary, -inf in every row.
+        hidden, teacher_hidden: ``(N, D)``; without a ``teacher_head`` one GEMM of the student's head serves both.
+        needs: which gradients are wanted; if none, ``tile_loss`` gets no gradient buffer.
+        columns: how many columns a tile has beyond the vocabulary; they are -inf in every row.
     """
     tokens, width = len(hidden), head.vocabulary + columns
     operand, chunk = plan.operand, max(1, plan.chunk_size)
@@ -262,7 +265,7 @@ def through_head(
 
 
 def _new_gradients(hidden: Tensor, weight: Tensor, needs: Needs) -> Gradients:
-    """Uninitialized where a chunk will write them."""
+    """Gradients to write or to add to; what the first chunk overwrites is uninitialized."""
     accumulation = accumulation_dtype(hidden, weight)
     make = hidden.new_empty if len(hidden) else hidden.new_zeros
     waits = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
@@ -273,7 +276,7 @@ def _new_gradients(hidden: Tensor, weight: Tensor, needs: Needs) -> Gradients:
     )
 
 
-def _add_gradients(head: Head, grad: Tensor, hidden: Tensor, rows: slice, out: Gradients) -> None:
+def _add_gradients(head: HeadGemms, grad: Tensor, hidden: Tensor, rows: slice, out: Gradients) -> None:
     """Carries ``grad [n, V]`` of the tokens ``rows`` to the hidden states and the head."""
     if out.hidden is not None:
         head.hidden_gradient(grad, out.hidden[rows])

@@ -34,14 +34,11 @@ from fastsdpo.ops._operators import (
     weighted_sum,
 )
 from fastsdpo.ops.backend import resolve_backend
-from fastsdpo.ops.checks import (
-    accumulation_dtype,
-    shape_text,
-)
+from fastsdpo.ops.checks import accumulation_dtype
 from fastsdpo.ops.divergence import SDPOLossOutput, check_loss, loss_output
 from fastsdpo.ops.head import (
     Gradients,
-    Head,
+    HeadGemms,
     Needs,
     Plan,
     choose_dtypes,
@@ -52,9 +49,10 @@ from fastsdpo.ops.head import (
 )
 from fastsdpo.ops.linear_checks import (
     check_chunk,
-    check_head,
+    check_head_tensors,
     check_hidden,
     check_scale,
+    check_teacher,
     check_tile,
     flat_hidden,
     gathered,
@@ -76,7 +74,7 @@ class PolicyGradient(NamedTuple):
 
 @dataclass(frozen=True)
 class LinearCall:
-    """A checked call, but for what may need a gradient (hidden states ``[N, D]``, weight, bias).
+    """A checked call without the tensors that may need a gradient (hidden states ``[N, D]``, weight, bias).
 
     Attributes:
         teacher_weight, teacher_bias: None: the student's head serves both.
@@ -121,7 +119,7 @@ class RowLoss:
         logits = student.unsqueeze(0)
         second = None
         if grad is not None and self.call.policy is not None:
-            # First, as the other may overwrite the logits.
+            # Before `rows.forward`, which may overwrite the logits with their gradient.
             second = self._policy_gradient(self.call.policy, logits, which, grad)
         if options.mode == "topk" and tokens.topk_ids is None:
             ids = rows.support(logits, tokens.target_ids, options.topk, options.ignore_index, backend)
@@ -169,9 +167,9 @@ def linear_forward(
         call = replace(call, tokens=tokens, policy=policy)
     teacher_head = None
     if call.teacher_weight is not None:
-        teacher_head = Head(call.teacher_weight, call.teacher_bias, plan.operand)
+        teacher_head = HeadGemms(call.teacher_weight, call.teacher_bias, plan.operand)
     shared = {"teacher_hidden": call.teacher_hidden, "teacher_head": teacher_head}
-    head = Head(weight, bias, plan.operand)
+    head = HeadGemms(weight, bias, plan.operand)
     if call.vocab_group is None:
         tile_loss = RowLoss(call)
         grads = through_head(hidden, head, tile_loss, plan, needs, **shared)
@@ -201,8 +199,8 @@ class _FirstDerivative(torch.autograd.Function):
 def _scaled(grad: Tensor | None, upstream: Tensor, source: Tensor) -> Tensor | None:
     """The gradient formed in forward times the upstream one, in the dtype of ``source``.
 
-    Where the dtype differs, the product costs nothing: one pass scales and rounds. Else it happens in
-    place, on a CPU only if the factor is not 1. A second backward finds the saved tensor changed and raises.
+    If the dtypes differ, one pass scales and rounds. Otherwise the gradient is scaled in place; on a CPU
+    that is skipped for a factor of 1. A second backward raises, because the saved tensor has changed.
     """
     if grad is None:
         return None
@@ -211,7 +209,7 @@ def _scaled(grad: Tensor | None, upstream: Tensor, source: Tensor) -> Tensor | N
         return _FirstDerivative.apply(scaled, source)
     if not is_real(grad):
         return (grad * upstream.to(grad.dtype)).to(source.dtype)
-    grad[:0].mul_(1)  # marks the saved tensor as changed, which is what the refusal rests on
+    grad[:0].mul_(1)  # changes no value but the version counter, so that a second backward raises
     on_cpu = upstream.device.type == "cpu"
     if on_cpu and upstream == 1:
         return grad.to(source.dtype)
@@ -265,7 +263,8 @@ def linear_sdpo_op(
     """What `linear_forward` gives, for compilers; an empty tensor where no gradient is needed."""
     options = LossOptions.unpacked(mode, floats, integers)
     plan = Plan.unpacked(chunk_size, dtypes)
-    call = LinearCall(Tokens(*tokens), options, plan, backend, *teacher)  # type: ignore[arg-type]
+    teacher_hidden, teacher_weight, teacher_bias = teacher
+    call = LinearCall(Tokens(*tokens), options, plan, backend, teacher_hidden, teacher_weight, teacher_bias)
     found, grads = linear_forward(hidden, weight, bias, call, needed(needs))
     none = found[0].new_empty(0)
     return *found, *(none.clone() if grad is None else grad for grad in grads)
@@ -399,35 +398,8 @@ def linear_sdpo_loss(
     name = "linear_sdpo_loss"
     student = check_hidden(name, "student_hidden", student_hidden)
     weight, bias = gathered(weight), gathered(bias)
-    weight, bias = check_head(name, "weight", student, weight, bias)
-    teacher_weight, teacher_bias = gathered(teacher_weight), gathered(teacher_bias)
-    teacher_rows = None
-    if teacher_hidden is not None:
-        teacher = check_hidden(name, "teacher_hidden", teacher_hidden).detach()
-        if teacher.shape[:-1] != student.shape[:-1] or teacher.device != student.device:
-            raise ValueError(
-                f"{name}: teacher_hidden must match student_hidden "
-                f"{shape_text(student.shape)} on {student.device} up to D, "
-                f"got {shape_text(teacher.shape)} on {teacher.device}"
-            )
-        if teacher_weight is not None:
-            teacher_weight, teacher_bias = check_head(name, "teacher_weight", teacher, teacher_weight, teacher_bias)
-            assert teacher_weight is not None
-            if teacher_weight.shape[0] != weight.shape[0]:
-                raise ValueError(
-                    f"{name}: teacher_weight must have V = {weight.shape[0]} rows, got {teacher_weight.shape[0]}"
-                )
-        elif teacher.shape[-1] != student.shape[-1]:
-            raise ValueError(
-                f"{name}: teacher_hidden must have D = {student.shape[-1]} "
-                f"without a teacher_weight, got {teacher.shape[-1]}"
-            )
-        teacher_rows = flat_hidden(teacher)
-    elif teacher_weight is not None:
-        raise ValueError(f"{name}: teacher_weight must come with teacher_hidden, got none")
-    if teacher_bias is not None and teacher_weight is None:
-        raise ValueError(f"{name}: teacher_bias must come with teacher_weight, got none")
-
+    weight, bias = check_head_tensors(name, "weight", student, weight, bias)
+    teacher = check_teacher(name, student, weight.shape[0], teacher_hidden, teacher_weight, teacher_bias)
     shape = student.shape[:-1]
     operand, tile = choose_dtypes(student, weight, tile_dtype)
     vocabulary = weight.shape[0]
@@ -441,7 +413,7 @@ def linear_sdpo_loss(
         accumulation_dtype(student, weight),
         target_ids,
         teacher="teacher_hidden",
-        has_teacher=teacher_rows is not None,
+        has_teacher=teacher_hidden is not None,
         mode=mode,
         alpha=alpha,
         topk=topk,
@@ -461,14 +433,5 @@ def linear_sdpo_loss(
     flat = flat_hidden(student)
     chunk = check_chunk(name, chunk_size, flat.shape[0], weight)
     backend = resolve_backend(name, backend, weight.new_empty(0, dtype=tile))
-    call = LinearCall(
-        tokens,
-        options,
-        Plan(chunk, operand, tile),
-        backend,
-        teacher_rows,
-        None if teacher_weight is None else teacher_weight.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
-        vocab_group=vocab_group,
-    )
+    call = LinearCall(tokens, options, Plan(chunk, operand, tile), backend, *teacher, vocab_group=vocab_group)
     return linear_loss(flat, weight, bias, call, shape)

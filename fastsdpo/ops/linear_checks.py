@@ -26,7 +26,9 @@ def gathered(tensor: Tensor | None) -> Tensor | None:
     return tensor
 
 
-def check_head(name: str, argument: str, hidden: Tensor, weight: Any, bias: Any) -> tuple[Tensor, Tensor | None]:
+def check_head_tensors(
+    name: str, argument: str, hidden: Tensor, weight: Any, bias: Any
+) -> tuple[Tensor, Tensor | None]:
     weight = check_tensor(name, argument, weight)
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: {argument} must be floating, got {weight.dtype}")
@@ -44,6 +46,41 @@ def check_head(name: str, argument: str, hidden: Tensor, weight: Any, bias: Any)
         bias_name = argument.replace("weight", "bias")
         bias = check_like(name, bias_name, bias, (weight.shape[0],), hidden.device)
     return weight, bias
+
+
+def check_teacher(
+    name: str, student: Tensor, vocabulary: int, hidden: Any, weight: Any, bias: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The teacher's hidden states ``[N, D_T]``, weight and bias, detached; None where not given.
+
+    Args:
+        student: the student's hidden states ``(..., D)``.
+        vocabulary: rows of the student's head.
+    """
+    weight, bias = gathered(weight), gathered(bias)
+    if hidden is None and weight is not None:
+        raise ValueError(f"{name}: teacher_weight must come with teacher_hidden, got none")
+    if weight is None and bias is not None:
+        raise ValueError(f"{name}: teacher_bias must come with teacher_weight, got none")
+    if hidden is None:
+        return None, None, None
+    hidden = check_hidden(name, "teacher_hidden", hidden).detach()
+    if hidden.shape[:-1] != student.shape[:-1] or hidden.device != student.device:
+        raise ValueError(
+            f"{name}: teacher_hidden must match student_hidden {shape_text(student.shape)} on {student.device} "
+            f"up to D, got {shape_text(hidden.shape)} on {hidden.device}"
+        )
+    if weight is None:
+        if hidden.shape[-1] != student.shape[-1]:
+            raise ValueError(
+                f"{name}: teacher_hidden must have D = {student.shape[-1]} without a teacher_weight, "
+                f"got {hidden.shape[-1]}"
+            )
+        return flat_hidden(hidden), None, None
+    weight, bias = check_head_tensors(name, "teacher_weight", hidden, weight, bias)
+    if weight.shape[0] != vocabulary:
+        raise ValueError(f"{name}: teacher_weight must have V = {vocabulary} rows, got {weight.shape[0]}")
+    return flat_hidden(hidden), weight.detach(), None if bias is None else bias.detach()
 
 
 def check_hidden(name: str, argument: str, hidden: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """Log-probs of target tokens from hidden states, a chunk of logits at a time (`ops.head`).
 
-The backward pass makes the logits of each chunk again: 1 GEMM forward, 3 backward.
+The backward pass computes the logits of each chunk again: 1 GEMM forward, 3 backward.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastsdpo.ops.checks import (
     flat_ids,
 )
 from fastsdpo.ops.head import (
-    Head,
+    HeadGemms,
     Plan,
     choose_dtypes,
     gradient_scale,
@@ -33,7 +33,7 @@ from fastsdpo.ops.head import (
 )
 from fastsdpo.ops.linear_checks import (
     check_chunk,
-    check_head,
+    check_head_tensors,
     check_hidden,
     check_scale,
     check_tile,
@@ -69,7 +69,7 @@ def linear_token_logps_op(
             if whole.numel():
                 whole[which] = part
 
-    through_head(hidden, Head(weight, bias, plan.operand), tile_loss, plan)
+    through_head(hidden, HeadGemms(weight, bias, plan.operand), tile_loss, plan)
     return tuple(out)
 
 
@@ -85,8 +85,7 @@ def linear_token_logps_backward_op(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    target_ids: Tensor,
-    stats: Tensor,
+    saved: Sequence[Tensor],
     mode: str,
     floats: Sequence[float],
     integers: Sequence[int],
@@ -95,7 +94,11 @@ def linear_token_logps_backward_op(
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden states, weight and bias; the logits of each chunk are made again."""
+    """Gradients of hidden states, weight and bias; computes the logits of each chunk again.
+
+    ``saved`` holds the targets and the statistics of forward.
+    """
+    target_ids, stats = saved
     options, plan = LossOptions.unpacked(mode, floats, integers), Plan.unpacked(chunk_size, dtypes)
     scale = gradient_scale(upstream, plan.operand)
     slopes = (upstream if scale is None else upstream * scale).contiguous()
@@ -112,7 +115,7 @@ def linear_token_logps_backward_op(
             grad.unsqueeze(0),
         )
 
-    head = Head(weight, bias, plan.operand)
+    head = HeadGemms(weight, bias, plan.operand)
     grads = through_head(hidden, head, tile_loss, plan, needed(needs))
     none = upstream.new_empty(0)
     return tuple(
@@ -151,8 +154,7 @@ def _linear_token_logps_backward(ctx, upstream, *unused):
         hidden,
         weight,
         bias,
-        ids,
-        stats,
+        [ids, stats],
         mode,
         floats,
         integers,
@@ -212,7 +214,7 @@ def linear_token_logps(
     name = "linear_token_logps"
     hidden = check_hidden(name, "hidden", hidden)
     weight, bias = gathered(weight), gathered(bias)
-    weight, bias = check_head(name, "weight", hidden, weight, bias)
+    weight, bias = check_head_tensors(name, "weight", hidden, weight, bias)
     shape = hidden.shape[:-1]
     target_ids = check_like(name, "target_ids", target_ids, shape, hidden.device, integer=True)
     scale = check_scale(name, logit_scale)

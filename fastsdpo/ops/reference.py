@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsdpo.ops.checks import accumulation_dtype
-from fastsdpo.ops.rows import STATISTICS, LossOptions, RowResults, TokenResults, Tokens
+from fastsdpo.ops.rows import STATISTICS, LossOptions, RowResults, TokenResults, Tokens, token_advantage
 
 LOG2E = math.log2(math.e)
 
@@ -39,7 +39,7 @@ def softcap_slope(c: Tensor, softcap: float) -> Tensor | float:
 def row_statistics(c: Tensor, temperature: float) -> Tensor:
     """``[N, 2]``: max of c, and log2 of the sum of 2^((c - max) * log2(e) / temperature).
 
-    Kept apart: merged into one log-sum-exp they lose the digits that large logits leave.
+    They stay apart: one merged log-sum-exp would lose the low digits where logits are large.
     """
     if c.shape[0] == 0:
         return c.new_zeros(0, 2)
@@ -146,21 +146,18 @@ def coefficients(tokens: Tokens, student_logps: Tensor, options: LossOptions) ->
     return torch.where(tokens.target_ids == options.ignore_index, 0.0, coef)
 
 
-def token_log_ratio(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
-    """A = teacher - student; 0 where both give the token probability 0."""
-    return torch.where(student_logps == teacher_logps, 0.0, teacher_logps - student_logps)
-
-
 def sampled_token_loss(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
     """-A log p with 0 * inf = 0."""
-    ratio = token_log_ratio(student_logps, teacher_logps)
+    ratio = token_advantage(student_logps, teacher_logps)
     nothing = (ratio == 0) | ((student_logps == 0) & ~ratio.isnan())
     return torch.where(nothing, 0.0, -ratio * student_logps)
 
 
 def given_logps(tokens: Tokens, options: LossOptions) -> Tensor:
-    """The teacher's log-probs of the targets where ``tokens`` stand for its logits: NaN where a target lies
-    outside the given support, 0 where ignored."""
+    """The teacher's log-probs of the targets from `Tokens`, where no teacher logits are given.
+
+    NaN where a target lies outside the given support, 0 where it is ignored.
+    """
     ids, given = tokens.target_ids, tokens.teacher_logps
     if given is None:
         assert tokens.topk_ids is not None and tokens.topk_logps is not None
@@ -238,7 +235,7 @@ def support_log_probs(log_probs: Tensor, topk_ids: Tensor, add_tail: bool) -> Te
 
 
 def given_support_log_probs(topk_logps: Tensor, add_tail: bool) -> Tensor:
-    """The same from the teacher's log-probs at the support alone: the tail is 1 - their sum."""
+    """`support_log_probs` from the teacher's log-probs at the support; the tail is 1 minus their sum."""
     total = topk_logps.logsumexp(-1, keepdim=True)
     if not add_tail:
         return topk_logps - total
@@ -263,8 +260,8 @@ def _topk(student: Tensor, teacher: Tensor | None, tokens: Tokens, options: Loss
         teacher_logps = given_logps(tokens, options).to(s.dtype)
         t = given_support_log_probs(tokens.topk_logps.to(s.dtype), options.add_tail)
     loss, _, class_grads = row_divergence(s, t, options.alpha)
-    # Outside the support the gradient is the tail's times the token's part of the tail, which a
-    # normalizer moved by the log of the tail gives without a quotient.
+    # Outside the support, a token's gradient is the tail's times p / tail. Adding log2(tail) to the saved
+    # normalizer makes backward's p the quotient p / tail.
     tail_grad = stats.new_zeros(len(stats), 1)
     if options.add_tail:
         log_tail, tail_grad = s[:, -1], class_grads[:, -1:]
@@ -291,7 +288,7 @@ def backward(
 ) -> None:
     coef, stats, temperature = found.coef * upstream, found.stats, options.temperature
     if options.mode == "sampled_token":
-        upstream = -token_log_ratio(found.student_logps, found.teacher_logps) * coef
+        upstream = -token_advantage(found.student_logps, found.teacher_logps) * coef
         token_backward(upstream, stats, student, tokens.target_ids, options, grad)
         return
     c = capped_rows(student, options.softcap)
@@ -311,7 +308,7 @@ def backward(
 
 
 def _full_gradient(s: Tensor, t: Tensor, kl: Tensor, alpha: float) -> Tensor:
-    """``[N, V]`` from log-probs and the KL of the whole row, of which these may be a part."""
+    """Gradient ``[N, V]`` in u of the tokens whose log-probs are given; ``kl`` is that of the whole row."""
     p, q = s.exp(), t.exp()
     if alpha == 0:
         return p - q

@@ -1,11 +1,11 @@
-"""The one door to the kernels: losses and log-probs of rows of logits.
+"""The only interface to the kernels: losses and log-probs of rows of logits.
 
-Public functions, operators, the chunks of a head, vocabulary shards and integrations all come through
-here. What a call is about travels in two objects: `LossOptions` (checked numbers) and `Tokens` (checked
-per-token tensors). A backend is a module with the functions of this one, less the argument ``backend``:
+Public functions, operators, the chunks of a head, vocabulary shards and integrations call these functions. A
+call is described by two objects: `LossOptions` (checked numbers) and `Tokens` (checked per-token tensors). A
+backend is a module with these functions, without the argument ``backend``:
 
     forward         results of every row; with ``grad`` also the gradient of ``sum coef * per_token``
-    backward        the gradient of the student's logits, from what forward left
+    backward        the gradient of the student's logits, from the results of forward
     token_forward   log-probs of the targets (and entropy)
     token_backward  the gradient of the logits, from the log-probs' gradient
     log_ratio       log-probs of the targets under two policies
@@ -24,6 +24,7 @@ from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 STATISTICS = 5  # columns of `RowResults.stats`
@@ -75,10 +76,10 @@ class LossOptions:
 
 
 class Tokens(NamedTuple):
-    """The checked per-token tensors of one loss call, each ``[N]``, of the support ``[N, K]``.
+    """The checked per-token tensors of one loss call: ``[N]``, those of the support ``[N, K]``.
 
-    ``teacher_logps`` and ``topk_logps`` stand for the teacher's logits. For top-k ``topk_ids`` is always
-    there when a backend is called; nothing needs a gradient.
+    ``teacher_logps`` and ``topk_logps`` replace the teacher's logits. A backend always gets ``topk_ids`` for
+    top-k. None of the tensors needs a gradient.
     """
 
     target_ids: Tensor
@@ -89,11 +90,13 @@ class Tokens(NamedTuple):
     topk_logps: Tensor | None = None
 
     def chunk(self, rows: slice) -> Tokens:
-        return Tokens(*[None if tensor is None else tensor[rows] for tensor in self])  # type: ignore[arg-type]
+        """The same for some of the tokens."""
+        optional = [None if tensor is None else tensor[rows] for tensor in self[2:]]
+        return Tokens(self.target_ids[rows], self.weights[rows], *optional)
 
 
 class RowResults(NamedTuple):
-    """What forward gives of each row, ``[N]`` in the accumulation dtype; 0 where ignored.
+    """Results of forward for each row, ``[N]`` in the accumulation dtype; 0 where ignored.
 
     Attributes:
         per_token: the loss, before weights and importance ratio.
@@ -115,7 +118,7 @@ class RowResults(NamedTuple):
 
 
 class TokenResults(NamedTuple):
-    """What the log-probs' forward gives of each row.
+    """Results of `token_forward` for each row.
 
     Attributes:
         logps: ``[N]`` of the targets; entropy: ``[N]``, ``[0]`` unless asked for.
@@ -205,7 +208,14 @@ def log_ratio(
     return implementation(backend).log_ratio(student, teacher, target_ids, options)
 
 
+def token_advantage(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
+    """A = teacher - student of log-probs of the same tokens; 0 where both give a token probability 0."""
+    return torch.where(student_logps == teacher_logps, 0.0, teacher_logps - student_logps)
+
+
 def support(logits: Tensor, target_ids: Tensor, k: int, ignore_index: int, backend: str) -> Tensor:
-    """Ids ``[N, K]``, in any order, of the k most likely tokens of each row of ``logits [B, L, V]``. Which of
-    several equal logits are among them is the backend's choice. Ignored rows may get any ids."""
+    """Ids ``[N, K]``, in any order, of the k most likely tokens of each row of ``logits [B, L, V]``.
+
+    The backend chooses among equal logits. Ignored rows may get any ids.
+    """
     return implementation(backend).support(logits, target_ids, k, ignore_index)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastsdpo.ops import _operators
@@ -31,7 +30,7 @@ from fastsdpo.ops.checks import (
     flat_ids,
     shape_text,
 )
-from fastsdpo.ops.rows import LossOptions
+from fastsdpo.ops.rows import LossOptions, token_advantage
 
 
 class TokenLogRatio(NamedTuple):
@@ -143,10 +142,4 @@ def token_log_ratio(
         backend,
     )
     student_logps, teacher_logps = student_logps.view(shape), teacher_logps.view(shape)
-    return TokenLogRatio(log_ratio(student_logps, teacher_logps), student_logps, teacher_logps)
-
-
-def log_ratio(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
-    """``teacher_logps - student_logps``; 0 where both are -inf."""
-    same = student_logps == teacher_logps
-    return torch.where(same, 0.0, teacher_logps - student_logps)
+    return TokenLogRatio(token_advantage(student_logps, teacher_logps), student_logps, teacher_logps)

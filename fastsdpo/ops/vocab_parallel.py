@@ -2,7 +2,7 @@ r"""The loss over a vocabulary-parallel head: each process holds V / P rows of t
 
 Every process of the group has the same hidden states and tokens and makes its shard of the logits. The
 kernels see a shard as a vocabulary of its own, with one more token of probability 0 that stands for targets
-of other shards. What they leave of each row is put together with small collectives, a few numbers per token:
+of other shards. Small collectives, a few numbers per token, merge the shards' results of each row:
 
     normalizers   one all-gather of each shard's (max, log2 sum), and a sum of the targets' logits
     KL(p || q)    by the chain rule from the shards' own, w_i and v_i a shard's mass under p and q:
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastsdpo.ops import rows
 from fastsdpo.ops.checks import accumulation_dtype
-from fastsdpo.ops.head import Gradients, Head, Needs, through_head
+from fastsdpo.ops.head import Gradients, HeadGemms, Needs, through_head
 from fastsdpo.ops.reference import (
     capped_rows,
     coefficients,
@@ -37,9 +37,8 @@ from fastsdpo.ops.reference import (
     row_divergence,
     sampled_token_loss,
     softcap_slope,
-    token_log_ratio,
 )
-from fastsdpo.ops.rows import RowResults, Tokens
+from fastsdpo.ops.rows import RowResults, Tokens, token_advantage
 
 if TYPE_CHECKING:
     from fastsdpo.ops.linear import LinearCall
@@ -68,7 +67,7 @@ class _Group:
         return torch.stack(parts)
 
     def local(self, ids: Tensor) -> Tensor:
-        """This shard's places of global ids; the column beyond the shard for those of others."""
+        """Global ids as columns of this shard; ids of other shards become the column behind the last."""
         local = ids - self.start
         return torch.where((local >= 0) & (local < self.shard), local, self.shard)
 
@@ -80,7 +79,7 @@ class _Group:
         maxima, sums = self.gather(stats).unbind(-1)
         row_max = maxima.amax(0)
         apart = torch.where(maxima == -math.inf, -math.inf, (maxima - row_max) * scale)
-        # A shard without any possible token has no sum: it takes no part.
+        # A shard whose tokens all have probability 0 contributes nothing.
         parts = torch.where(apart == -math.inf, -math.inf, apart + sums)
         log2sum = torch.logsumexp(parts * LN2, 0) * LOG2E
         return torch.stack([row_max, log2sum], -1), parts - log2sum
@@ -118,7 +117,7 @@ class ShardLoss:
         return self._class_logps(logits, ids[:, None], merged)[:, 0]
 
     def _class_logps(self, logits: Tensor, ids: Tensor, merged: Tensor) -> Tensor:
-        """Log-probs ``[N, K]`` of local ids, the sum of what the shards know."""
+        """Log-probs ``[N, K]`` of local ids; each shard contributes those of its own tokens to a sum."""
         mine = (ids >= 0) & (ids < self.group.shard)
         z = logits[0].gather(1, torch.where(mine, ids, 0))
         c = capped_rows(z, self.options.softcap)
@@ -135,7 +134,7 @@ class ShardLoss:
             teacher_logps = given_logps(tokens, self.options)
         coef = coefficients(tokens, student_logps, self.options)
         if grad is not None:
-            upstream = -token_log_ratio(student_logps, teacher_logps) * coef
+            upstream = -token_advantage(student_logps, teacher_logps) * coef
             self._token_gradient(upstream, stats, logits[0], ids, grad)
         per_token = sampled_token_loss(student_logps, teacher_logps)
         return per_token, coef, student_logps, teacher_logps
@@ -149,7 +148,7 @@ class ShardLoss:
         student, teacher = logits
         local = tokens._replace(target_ids=ids)
         alpha = self.options.alpha
-        # Any divergence's statistics serve: a KL's take one pass, and are what is merged for KLs.
+        # JSD needs only the statistics of the rows, which every mode gives. A KL's take one pass.
         options = replace(self.options, alpha=alpha if alpha in (0.0, 1.0) else 1.0)
         found = rows.forward(student, teacher, local, options, self.backend)
         own = found.stats
@@ -185,11 +184,11 @@ class ShardLoss:
         return torch.where(weight == 0, 0.0, weight * terms).sum(0)
 
     def _terms(self, student: Tensor, teacher: Tensor, tokens: Tokens, stats: Tensor, alpha: float) -> Tensor:
-        """This shard's sum ``[N]`` of (1 - alpha) p (s - log m): the gradient's terms, but for their mean."""
+        """This shard's sum ``[N]`` of (1 - alpha) p (s - log m), the terms of the gradient without their mean."""
         terms = torch.empty_like(student, dtype=accumulation_dtype(student))
         one = stats.new_ones(len(stats))
         known = RowResults(one, one, one, one, stats, stats.new_empty(0))
-        # Without softcap and temperature in the chain from u to z, which the sum is not about.
+        # The sum is over the gradient in u: take the softcap and the temperature out of the chain to z.
         s, t = (capped_rows(z, self.options.softcap).view(z.shape) for z in (student, teacher))
         options = replace(self.options, alpha=alpha, softcap=0.0)
         rows.backward(one[:1], known, s, t, tokens, options, self.backend, terms)
@@ -250,7 +249,7 @@ class ShardLoss:
         tails: list[Tensor],
         grad: Tensor,
     ) -> None:
-        """The tail's gradient, shared out by each token's part of it; the support's over it."""
+        """Writes the gradient: outside the support a token's share of the tail's, on the support its class's."""
         options, k = self.options, local.shape[1]
         on_support = logits[0].gather(1, local)
         slope = softcap_slope(capped_rows(on_support, options.softcap), options.softcap)
@@ -268,7 +267,7 @@ class ShardLoss:
 
 
 def through_shard(
-    hidden: Tensor, head: Head, call: LinearCall, needs: Needs, **teacher: Any
+    hidden: Tensor, head: HeadGemms, call: LinearCall, needs: Needs, **teacher: Any
 ) -> tuple[ShardLoss, Gradients]:
     """`through_head` of one process's shard; the hidden states' gradient is the whole one."""
     loss = ShardLoss(call, head.vocabulary)

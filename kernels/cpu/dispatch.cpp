@@ -3,7 +3,8 @@
 
 #include "fastsdpo.h"
 
-// Every operation exists once per instruction set, under its name and this suffix (CMakeLists.txt).
+// Every operation is compiled once per instruction set; the function's name ends in the set's name
+// (CMakeLists.txt).
 #define DECLARE(isa)                                  \
   int token_logps_##isa(const fastsdpo_call&);        \
   int token_log_ratio_##isa(const fastsdpo_call&);    \
@@ -46,8 +47,9 @@ struct Table {
 };
 
 #ifdef FASTSDPO_X86
-// The levels of the x86-64 psABI, by the features that the kernels use; the compiler's runtime also
-// asks whether the operating system saves the registers. Every CPU with AVX2 and FMA has F16C.
+// The levels of the x86-64 psABI, told apart by the features that the kernels use. The
+// compiler's runtime also checks that the operating system saves the registers. Every CPU with AVX2
+// and FMA has F16C.
 bool has_v2() { return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt"); }
 bool has_v3() {
   return has_v2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&

@@ -2,18 +2,18 @@
 //
 // float32, bfloat16 or float16 in (student and teacher may differ) -> float32 arithmetic, double
 // sums between blocks -> float32 statistics; the gradient in any of the three, rounded once.
-// Formulas: fastsdpo/ops/divergence/__init__.py. The first pass takes the exponentials of both rows
+// Formulas: fastsdpo/ops/divergence.py. The first pass takes the exponentials of both rows
 // and sums the softmax statistics, and a KL with them. Where the gradient follows in the same call,
-// it keeps the exponentials (Exponentials in rows.h), so that a position costs two of them in every
-// mode; JSD's second pass puts log2(m / p) in the place of the teacher's.
+// it keeps the exponentials (Exponentials in rows.h): every mode then takes two exponentials for
+// each position. JSD's second pass overwrites the teacher's with log2(m / p).
 #include "rows.h"
 
 namespace {
 
 enum Mode { FORWARD_KL, REVERSE_KL, JSD };
 
-// JSD counts an exponential below 2^-125 as 2^-125 in the logarithm of its ratio to another, so
-// that -inf stays out of it; log2_ratio can take half of it and still has a normal number.
+// In the logarithm of a ratio, JSD takes an exponential below 2^-125 as 2^-125, so that the
+// logarithm is never -inf. Half of 2^-125, which log2_ratio may form, is still a normal number.
 constexpr float SMALLEST = -125.f, SMALLEST_EXP = 0x1p-125f;
 
 // Statistics of both rows and dot = sum of w (x_own - x_other) for the KL: w is the teacher's
@@ -32,7 +32,7 @@ struct PairStats {
     if (MODE == REVERSE_KL) move(before_student, student, before_teacher, teacher, k);
   }
 
-  // A raised max changes the weights of `dot` by a factor and its differences by a constant.
+  // A larger max scales the weights of `dot` and adds a constant to its differences.
   void move(const Stats& own, const Stats& own_now, const Stats& other, const Stats& other_now,
             double k) {
     if (own.max == own_now.max && other.max == other_now.max) return;
@@ -86,14 +86,14 @@ struct PairStats {
   }
 };
 
-// What a block's mixture m = (1 - a) p + a q needs beside its exponentials, p_v = e_v student.
+// The factors of a block's mixture m = (1 - a) p + a q, with p_v = e_v * student.
 struct Factors {
   float student, teacher;
   float log_ratio;  // log2(teacher / student)
 };
 
-// Beyond 2^100, student and teacher of a block no longer matter to each other: the larger one is
-// the mixture.
+// Where one policy's probabilities of a block are more than 2^100 times the other's, the larger
+// ones alone make the mixture.
 constexpr double FARTHEST = 100;
 
 INLINE Factors factors(Row student, Row teacher, float student_origin, float teacher_origin,
@@ -183,7 +183,7 @@ struct DivergenceOp {
     state.scale = (float)(upstream / call.temperature);
   }
 
-  // Both rows' blocks lie in place in bfloat16, and a loop reads them as they are, in pairs.
+  // Whether both rows are bfloat16 and a loop may read their blocks in place, in pairs.
   bool pairs_in(int n) const {
     return in_place(student, softcap, n) && student.dtype == FASTSDPO_BFLOAT16 &&
            teacher.dtype == FASTSDPO_BFLOAT16;
@@ -222,7 +222,7 @@ struct DivergenceOp {
     });
   }
 
-  // The exponentials of a block again, as the statistics took them.
+  // Computes the exponentials of a block again, with the bits that the statistics had.
   void again(int64_t row, int64_t column, int n, bool pairs, const Block& block, float* es,
              float* et) const {
     with_pair(row, column, n, pairs, [&](auto* s, auto* t) {
@@ -231,9 +231,9 @@ struct DivergenceOp {
     });
   }
 
-  // log2(m / p) of a block goes to `log_m_p`, which may be et, and the sums of e_s log2(m / p) and
-  // of e_t log2(q / m) but for `dot` to the end. The ratio m / p is near 1 where student and
-  // teacher agree, which is where its logarithm counts: no digits are lost there.
+  // Writes log2(m / p) of a block to `log_m_p` (which may be et) and adds up e_s log2(m / p) and
+  // e_t log2(q / m); `dot` is added to the second sum at the end. Where student and teacher agree,
+  // m / p is near 1, and log2_ratio is exact there.
   __attribute__((noinline)) void mixture(const float* es, const float* et, int n, Factors f,
                                          float* log_m_p, float* sum_p, float* sum_q) const {
     const vf weight_s = all(1 - alpha), weight_t = all((float)(call.alpha * exp2(f.log_ratio)));
@@ -271,7 +271,7 @@ struct DivergenceOp {
     alignas(64) float grad_block[BLOCK];
     PairStats<JSD> stats;  // the running max where the exponentials are computed again
     for_blocks(span, [&](int64_t column, int n) {
-      // bfloat16 goes through in pairs, unless the gradient is of another dtype.
+      // bfloat16 is read in pairs, unless the gradient has another dtype.
       const bool pairs = pairs_in(n) && grad.dtype == FASTSDPO_BFLOAT16;
       float* es = state.es.at(column, student_block);
       float* et = state.et.at(column, teacher_block);
@@ -300,7 +300,7 @@ struct DivergenceOp {
     });
   }
 
-  // `capped`: the student's block, where a softcap had to be applied to it, else null.
+  // `capped`: the student's block after the softcap; null without a softcap.
   template <class G>
   INLINE_MEMBER void block_gradient(int64_t row, int64_t column, int n, const State& state,
                                     Factors f, const float* es, const float* et,
@@ -356,7 +356,7 @@ struct DivergenceOp {
       }
       call.per_token[row] =
           (float)(((1 - call.alpha) * kl_student + call.alpha * kl_teacher) * 0.6931471805599453);
-      // The integer steps of log2_ratio lose a NaN; the loss has it.
+      // log2_ratio loses a NaN in its integer steps, so the gradient takes it from the loss.
       state.divergence = call.per_token[row] != call.per_token[row]
                              ? call.per_token[row]
                              : (float)(kl_student * 0.6931471805599453);

@@ -3,8 +3,8 @@
 // Every operation takes one `fastsdpo_call`; the fields an operation does not use stay zero. Row r
 // of N = B * L rows of logits starts stride_b * (r / L) + stride_l * (r % L) elements after `data`,
 // and its V elements are adjacent. Vectors "[N]" are contiguous. `per_token`, `coef`, ... are
-// written by the forward, read by the backward. Formulas: fastsdpo/ops/token_logps and
-// fastsdpo/ops/divergence.
+// written by the forward pass and read by the backward pass. Formulas: fastsdpo/ops/token_logps.py
+// and fastsdpo/ops/divergence.py.
 #pragma once
 #include <stdint.h>
 
@@ -57,19 +57,19 @@ typedef struct {
   int64_t stats_stride;
 } fastsdpo_call;
 
-// 0, or -1: a target id, -2: a top-k id outside [0, V), -3: out of memory, -4: no such instruction
-// set.
+// Return 0, or -1: a target id lies outside [0, V); -2: a top-k id lies outside [0, V); -3: out of
+// memory; -4: no such instruction set.
 FASTSDPO_EXPORT int fastsdpo_token_logps(const fastsdpo_call* call);  // student, upstream -> grad
 FASTSDPO_EXPORT int fastsdpo_token_log_ratio(const fastsdpo_call* call);
 FASTSDPO_EXPORT int fastsdpo_sampled_token(const fastsdpo_call* call);
 FASTSDPO_EXPORT int fastsdpo_divergence(const fastsdpo_call* call);
 FASTSDPO_EXPORT int fastsdpo_topk(const fastsdpo_call* call);
-// The ids of the K <= V largest logits of the student's rows go to `support`, in ascending order; 0
-// to K - 1 for a row whose target is ignored.
+// Writes the ids of the K <= V largest logits of each student row to `support`, in ascending order.
+// A row whose target is ignored gets 0 to K - 1.
 FASTSDPO_EXPORT int fastsdpo_support(const fastsdpo_call* call);
 
 // y[i] = f(x[i]) with the kernels' own functions, for tests of their accuracy: 0 exp2, 1 log2, 2
-// tanh, 3 log2(x[i] / y[i]) of the y[i] that is there.
+// tanh, 3 log2(x[i] / y[i]) with the y[i] passed in.
 FASTSDPO_EXPORT int fastsdpo_math(int function, const float* x, float* y, int64_t n);
 // y[i] = x[i] through the kernels' conversions between dtypes.
 FASTSDPO_EXPORT int fastsdpo_convert(const void* x, int64_t x_dtype, void* y, int64_t y_dtype,

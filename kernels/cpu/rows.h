@@ -2,8 +2,8 @@
 // row, and the loop that spreads rows over threads.
 //
 // A row is cut into segments of fixed length and a segment into blocks that fit the L1 cache.
-// Statistics are summed in that order alone, so that a row's result depends neither on the number
-// of threads nor on the other rows.
+// Statistics are always summed in that order, so a row's result depends neither on the number of
+// threads nor on the other rows.
 //
 // Memory: a block per tensor on the stack, a few numbers per block and segment of a row, and, where
 // loss and gradient are formed in one call, the exponentials of up to KEPT columns of the row that
@@ -91,8 +91,7 @@ __attribute__((noinline, unused)) void fill_block(const Rows& rows, float softca
   }
 }
 
-// While a block is computed on, the next one comes in: p is where a group of at most 32 values
-// lies.
+// Prefetches the block after the group of at most 32 values at p, while that group is computed on.
 template <class T>
 INLINE void prefetch_next(const T* p) {
   __builtin_prefetch((const char*)(p + BLOCK));
@@ -155,7 +154,7 @@ INLINE void write_block(const Rows& rows, int64_t row, int64_t column, int n, co
   if (!rows.direct(n)) store_block(rows, rows.at(row, column), n, block);
 }
 
-// Where value i of a block lies in a block that a loop over bfloat16 pairs wrote (simd.h).
+// The place of value i in a block that was written by a loop over bfloat16 pairs (simd.h).
 INLINE int lane_of_pair(int i) { return i / (2 * W) * (2 * W) + i % 2 * W + i % (2 * W) / 2; }
 
 INLINE void write_one(const Rows& rows, int64_t row, int64_t column, float value) {
@@ -184,14 +183,14 @@ INLINE float block_max(const T* c, int n) {
   Lanes<4> m = Lanes<4>{} - INF;
   for (int i = 0; i < padded(n); i += m.SIZE) {
     Lanes<4> x = load_lanes<4>(c + i);
-    for (int j = 0; j < 4; j++) m.v[j] = max_or_b(x.v[j], m.v[j]);  // NaN never; the sums carry it
+    for (int j = 0; j < 4; j++)
+      m.v[j] = max_or_b(x.v[j], m.v[j]);  // a NaN is never the max; the sums carry it
   }
   return horizontal_max(max_or_b(max_or_b(m.v[0], m.v[1]), max_or_b(m.v[2], m.v[3])));
 }
 
-// The two numbers that are kept of a row: log2 p_v = (c_v - max) * k - log2sum, k = log2(e) /
-// temperature. They are never merged into one log-sum-exp, which would lose the digits that large
-// logits leave.
+// A row's two statistics: log2 p_v = (c_v - max) * k - log2sum, with k = log2(e) / temperature.
+// They stay apart: one merged log-sum-exp would lose the low digits where logits are large.
 struct Row {
   float max, log2sum;
 };
@@ -237,11 +236,11 @@ INLINE void add_block(Stats& stats, const T* c, int n, double k) {
   if (WITH_DOT) stats.dot += horizontal_sum(dot);
 }
 
-// The exponentials of a row, e_v = 2^((c_v - origin) k), where the origin of a block is the largest
-// value in its segment up to and including the block: the statistics are summed from them, and
-// later p_v = e_v * 2^log2_factor costs one exponential for a block. They are kept for the first
-// `count` columns; those of other columns, and all in a backward of its own, are computed again in
-// a block that the caller has, with the same bits.
+// The exponentials of a row, e_v = 2^((c_v - origin) k). A block's origin is the largest value of
+// its segment up to and including the block. The statistics are sums of these exponentials. Later
+// p_v = e_v * 2^log2_factor takes one exponential for a whole block. The exponentials of the first
+// `count` columns are kept. Those of other columns, and all of them in a separate backward pass,
+// are computed again in the caller's block, with the same bits.
 struct Exponentials {
   float* kept;
   int64_t count;  // a multiple of BLOCK
@@ -250,7 +249,7 @@ struct Exponentials {
     const int64_t whole = (V + BLOCK - 1) / BLOCK * BLOCK;
     return whole < KEPT ? whole : KEPT;
   }
-  // Where the block at `column` is kept, or else `block`.
+  // The place where the block at `column` is kept; `block` if it is not kept.
   float* at(int64_t column, float* block) const { return column < count ? kept + column : block; }
 };
 
@@ -268,8 +267,8 @@ INLINE float exponentials(const T* c, int n, float origin, double k, float* e) {
   return horizontal_sum(sum);
 }
 
-// log2(p_v / e_v) in a block. A block of probability 0 is far below, not at -inf: differences of
-// two such factors are numbers.
+// log2(p_v / e_v) of a block. For a block of probability 0 it is very small but not -inf, so that
+// the difference of two such factors is never NaN.
 INLINE double log2_factor(Row row, float origin, double k) {
   if (origin == -INF && row.max != -INF) return -1e30;
   return ((double)origin - row.max) * k - row.log2sum;
@@ -301,18 +300,18 @@ struct Span {
   int64_t begin, end;
 };
 
-// Runs an operation over all rows. It goes over a row in `op.phases` phases; a phase visits every
-// segment (op.visit, which fills a Part) and is then closed (op.close, which turns the parts into
-// row numbers in the State). With few rows the segments of a row are shared out among the threads,
-// phase by phase; otherwise a thread keeps a row through all phases, so that what it read last is
-// still in its cache: every other phase goes backwards.
+// Runs an operation over all rows. Each row goes through `op.phases` phases. A phase visits every
+// segment (op.visit fills a Part) and is then closed (op.close merges the parts into the State).
+// With few rows, the threads share the segments of a row, phase by phase. Otherwise a thread keeps
+// a row through all phases, and every other phase goes backwards: it starts with the values that
+// the phase before read last, which are still in the cache.
 template <class Op>
 int run_rows(const Op& op, const fastsdpo_call& call) {
   typedef typename Op::State State;
   typedef typename Op::Part Part;
   const int64_t N = call.B * call.L, segments = (call.V + SEGMENT - 1) / SEGMENT;
-  // One piece of memory holds a row's State, its Parts and what the operation asks for, each on a
-  // cache line of its own.
+  // One allocation holds a row's State, its Parts and the operation's scratch memory. Each starts a
+  // cache line.
   auto aligned = [](size_t bytes) { return (bytes + 63) & ~(size_t)63; };
   const size_t parts_offset = aligned(sizeof(State));
   const size_t extra_offset = parts_offset + aligned(segments * sizeof(Part));

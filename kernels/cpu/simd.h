@@ -1,10 +1,11 @@
 // One vector type for every instruction set, with exp2, log2 of a ratio and tanh.
 //
 // GCC/Clang vector extensions: the width follows the compiler's target, so one source is the SSE,
-// AVX2, AVX-512, NEON and scalar version. Intrinsics stand only where the extensions have no good
-// word for an instruction. Everything is in an unnamed namespace: the files are compiled once per
-// instruction set into one library, and a function shared between them would run with the wrong
-// one. For the same reason nothing here instantiates a template of the standard library.
+// AVX2, AVX-512, NEON and scalar version. Intrinsics are used only where the extensions cannot
+// express an instruction well. Everything is in an unnamed namespace: the files are compiled once
+// per instruction set into one library, and the linker would keep one instruction set's copy of a
+// shared function. For the same reason nothing here instantiates a template of the standard
+// library.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -62,8 +63,8 @@ INLINE vf max_or_b(vf a, vf b) {
 #endif
 }
 
-// U vectors that go through a computation side by side: one vector's chain of dependent operations
-// is several times longer than what the CPU can look ahead.
+// U vectors that go through a computation side by side. The operations on one vector depend on each
+// other, so a single vector would leave the CPU waiting.
 template <int U>
 struct Lanes {
   vf v[U];
@@ -105,8 +106,7 @@ INLINE Lanes<U> where_nonzero(const Lanes<U>& mask, Lanes<U> value) {
   return value;
 }
 
-// The sum over the group, vector by vector: a loop that adds it to one vector needs one register
-// for its sum, not U.
+// The sum of the U vectors as one vector. A loop that accumulates it needs one register, not U.
 template <int U>
 INLINE vf sum_of(Lanes<U> a) {
   for (int half = U / 2; half > 0; half /= 2)
@@ -147,7 +147,7 @@ INLINE Lanes<U> exp2v(Lanes<U> t) {
 // difference of the bit patterns is nearly log2(a / b); with its integer part e taken off, a * 2^-e
 // / b lies in [0.63, 1.42] and z = (a - b) / (a + b) in [-0.227, 0.173]. The logarithm of the
 // quotient is an odd function of z, which takes 4 coefficients (error 7.9e-9 before rounding); of
-// the first, 2.885, the 2 goes apart, because doubling is exact.
+// the first, 2.885, the 2 is added separately, because doubling is exact.
 template <int U>
 INLINE Lanes<U> log2_ratio(Lanes<U> a, const Lanes<U>& b) {
   Lanes<U> exponent;
@@ -165,7 +165,7 @@ INLINE Lanes<U> log2_ratio(Lanes<U> a, const Lanes<U>& b) {
   return exponent + ((z + z) + p * z);
 }
 
-// tanh(x): relative error at most 4e-7 (2.5e-7 for |x| < 1), never beyond -1 and 1, NaN kept. x
+// tanh(x): relative error at most 4e-7 (2.5e-7 for |x| < 1), always within [-1, 1], NaN kept. x
 // P(x^2) / Q(x^2), both of degree 4 with constant term 1 and positive coefficients, by least
 // squares reweighted towards the largest error on [-9.02, 9.02] (2.2e-8 before rounding); beyond,
 // tanh rounds to -1 or 1.
@@ -191,7 +191,6 @@ INLINE Lanes<U> tanhv(const Lanes<U>& x) {
 }
 
 // ---- bfloat16 and float16. Stores round to nearest, ties to even; NaN stays NaN.
-// -----------------------
 
 INLINE vu widen(const void* p) {
   vh h;
@@ -213,8 +212,8 @@ INLINE vf load(const f16* p) {
 #elif defined(__AVX2__)
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
-  // Shifted into a float's exponent and mantissa the value is too small by 2^112; subnormals come
-  // right.
+  // Shifted into a float's exponent and mantissa, the value is too small by a factor of 2^112. This
+  // also holds for subnormal numbers.
   vu h = widen(p);
   vu magnitude = (h & 0x7fffu) << 13;
   vf v = (vf)magnitude * 5.192296858534828e33f;  // 2^112
@@ -272,10 +271,9 @@ INLINE void store2(float* p, vf a, vf b) {
   store(p + W, b);
 }
 
-// Groups of vectors straight from and to memory. Which value sits in which lane is nobody's
-// business in a loop that treats all alike, so bfloat16 goes in as pairs: a 32-bit lane holds two
-// neighbours, and a shift and a mask make two floats of it; on the way out they are put together
-// again.
+// Loads and stores of groups of vectors. A loop that treats all values alike does not depend on
+// their order in the lanes, so bfloat16 is loaded in pairs: a 32-bit lane holds two neighbours, and
+// a shift and a mask make two floats of it. The store joins them again.
 template <int U, class T>
 INLINE Lanes<U> load_lanes(const T* p) {
   Lanes<U> a;

@@ -1,13 +1,13 @@
 // The ids of the K largest logits of each row: the support of a top-k divergence.
 //
-// float32, bfloat16 or float16 in. One pass over a row keeps the candidates that are larger than
-// the K-th largest of those before; of equal ones the first count. NaN is larger than all, as
-// torch.topk has it. A softcap changes no order, so it is not asked for.
+// float32, bfloat16 or float16 in. One pass over a row keeps the logits that are larger than the
+// K-th largest so far; of equal ones the first are kept. NaN counts as the largest value, as in
+// torch.topk. A softcap does not change the order, so there is no such argument.
 #include "rows.h"
 
 namespace {
 
-// Floats in the order of integers; -0 and 0 are equal, NaNs of either sign are the largest.
+// Maps floats to integers of the same order; -0 and 0 are equal, NaN of either sign is the largest.
 INLINE int32_t key_of(float x) {
   int32_t bits;
   x += 0.f;
@@ -22,7 +22,7 @@ INLINE float float_of(int32_t key) {
   return x;
 }
 
-// A bit for each lane that is not <= limit: larger, or one of the two is NaN.
+// Sets a bit for each lane that is larger than the limit, or where one of the two is NaN.
 INLINE uint32_t above(vf x, vf limit) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)x, (__m512)limit, _CMP_NLE_UQ);
@@ -45,7 +45,7 @@ struct Candidates {
   int32_t* keys;  // in the order of ids
   int64_t* ids;
 
-  // Room for a few times K, so that choosing the K largest again and again costs little.
+  // Room for a few times K candidates, so that `choose` seldom runs.
   static int64_t capacity_for(int64_t K) { return (4 * K < 512 ? 512 : 4 * K + STEP - 1) & -STEP; }
   static size_t bytes(int64_t K) { return capacity_for(K) * (sizeof(int32_t) + sizeof(int64_t)); }
 
@@ -69,7 +69,7 @@ struct Candidates {
     return total;
   }
 
-  // Leaves the K largest. The K-th largest key is found by halving the range of integers.
+  // Keeps the K largest. Finds the K-th largest key by halving the range of integers.
   __attribute__((noinline)) void choose() {
     if (count <= K) return;
     for (int64_t i = count; i < (count + W - 1) / W * W; i++) keys[i] = INT32_MIN;

@@ -3,7 +3,7 @@
 //
 // float32, bfloat16 or float16 in -> float32 arithmetic, double sums between blocks -> float32
 // statistics; the gradient in any of the three, rounded once. Formulas:
-// fastsdpo/ops/token_logps/__init__.py, fastsdpo/ops/divergence/__init__.py.
+// fastsdpo/ops/token_logps.py, fastsdpo/ops/divergence.py.
 #include "rows.h"
 
 namespace {
@@ -46,7 +46,7 @@ struct TokenOp {
     if (call.passes & FASTSDPO_GRADIENT) order[phases++] = GRADIENT;
   }
 
-  // Only where the gradient follows in the same call are exponentials kept.
+  // Exponentials are kept only if the gradient follows in the same call.
   int64_t kept_columns() const {
     return phases > 1 && order[phases - 1] == GRADIENT ? Exponentials::columns(call.V) : 0;
   }
@@ -65,7 +65,7 @@ struct TokenOp {
     if (call.passes & FASTSDPO_GRADIENT) write_zero_row(grad, row, call.V);
   }
 
-  // In a backward the statistics come from the forward.
+  // A separate backward pass reads the statistics that the forward pass wrote.
   void open(int64_t row, State& state, char* scratch) const {
     state.exponentials = {(float*)scratch, kept_columns()};
     state.origins = (float*)scratch + kept_columns();
@@ -107,7 +107,7 @@ struct TokenOp {
     });
   }
 
-  // The student's statistics where a gradient may follow.
+  // Writes the student's statistics if a gradient may follow.
   void student_exponentials(int64_t row, Span span, const State& state, Stats& stats) const {
     alignas(64) float block[BLOCK], unkept[BLOCK];
     for_blocks(span, [&](int64_t column, int n) {
@@ -124,7 +124,7 @@ struct TokenOp {
     const int64_t y = call.target_ids[row];
     Stats stats;  // the running max where the exponentials are computed again
     for_blocks(span, [&](int64_t column, int n) {
-      // bfloat16 goes through in pairs, unless the gradient is of another dtype.
+      // bfloat16 is read in pairs, unless the gradient has another dtype.
       const bool pairs = in_place(student, softcap, n) && student.dtype == FASTSDPO_BFLOAT16;
       const bool pairs_out = pairs && grad.dtype == FASTSDPO_BFLOAT16;
       float* e = state.exponentials.at(column, exponentials_block);

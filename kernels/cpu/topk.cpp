@@ -3,9 +3,9 @@
 //
 // float32, bfloat16 or float16 in -> float32 arithmetic on the vocabulary, double on the K + 1
 // classes -> float32 results; the gradient in any of the three, rounded once. Formulas:
-// fastsdpo/ops/divergence/__init__.py. One pass sums what lies outside the support (the tail's mass
-// is never 1 - sum, which would lose it), and the classes are added to that for the statistics of
-// the whole row.
+// fastsdpo/ops/divergence.py. One pass sums the tokens outside the support: 1 - sum would lose
+// the digits of a small tail. The support's classes are then added for the statistics of the whole
+// row.
 #include "rows.h"
 
 namespace {
@@ -18,7 +18,7 @@ struct TopkOp {
   struct State {
     Row student;
     Row outside;      // statistics of what lies outside the support
-    float tail_grad;  // the gradient of the tail, shared out by each token's part of it
+    float tail_grad;  // gradient of the tail class; a token's share is its part of the tail
     float scale;
     Entry* support;         // sorted by id
     double *log_p, *log_q;  // [K + 1] in nats, in the order of `support`, the tail last
@@ -144,8 +144,7 @@ struct TopkOp {
     });
   }
 
-  // From the statistics outside the support to those of the row, and to the log-probs of the
-  // classes.
+  // Adds the support to the statistics outside of it, and computes the log-probs of the classes.
   Row classes(const Rows& rows, int64_t row, const State& state, const Stats& outside,
               double* log_p) const {
     Stats all_classes = outside;
@@ -154,7 +153,7 @@ struct TopkOp {
       log_p[j] = c;
       Stats one;
       one.max = c;
-      one.sum = c == -INF ? 0 : c == c ? 1 : c;  // NaN carries on
+      one.sum = c == -INF ? 0 : c == c ? 1 : c;  // keep NaN
       all_classes.add(one, k);
     }
     const double log2sum = log2(all_classes.sum), max = all_classes.max;

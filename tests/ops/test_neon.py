@@ -14,11 +14,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-import fastsdpo
 from fastsdpo import _native
-from fastsdpo.testing import assert_gradient_close, make_rows, oracle_sdpo_loss
+from fastsdpo.testing import make_rows
+from tests.ops import contract
 
 pytestmark = pytest.mark.slow
 if importlib.util.find_spec("ziglang") is None:
@@ -27,7 +26,7 @@ unicorn = pytest.importorskip("unicorn")
 arm64 = pytest.importorskip("unicorn.arm64_const")
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "cpu"
-OPERATIONS = ("token_logps", "token_log_ratio", "sampled_token", "divergence", "topk")
+OPERATIONS = ("token_logps", "token_log_ratio", "sampled_token", "divergence", "topk", "support")
 PAGE = 4096
 STACK, STACK_BYTES, MAPPED, RETURN = 0x20_0000_0000, 8 << 20, 0x10_0000_0000, 0x3_0000_0000
 PT_LOAD, SHT_SYMTAB, STB_GLOBAL = 1, 2, 1
@@ -162,27 +161,13 @@ class Library:
 
 
 def build(program: Path, main: Path) -> None:
-    sources = [KERNELS / f"{name}.cpp" for name in ("token_logps", "divergence", "topk", "math", "dispatch")]
-    # CMakeLists.txt's options; without OpenMP everything is one thread.
-    options = [
-        "-target",
-        "aarch64-linux-musl",
-        "-static",
-        "-std=c++17",
-        "-O3",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-ffp-contract=fast",
-        "-fno-exceptions",
-        "-fno-sanitize=undefined",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-        f"-I{KERNELS}",
-        "-DFASTSDPO_ISA=native",
-        '-DFASTSDPO_ISA_NAME="aarch64"',
+    sources = [
+        KERNELS / f"{name}.cpp" for name in ("token_logps", "divergence", "topk", "support", "math", "dispatch")
     ]
+    # CMakeLists.txt's options; without OpenMP everything is one thread.
+    options = "-target aarch64-linux-musl -static -std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast"
+    options += " -fno-exceptions -fno-sanitize=undefined -Wall -Wextra -Werror -Wno-unknown-pragmas"
+    options = [*options.split(), f"-I{KERNELS}", "-DFASTSDPO_ISA=native", '-DFASTSDPO_ISA_NAME="aarch64"']
     command = [sys.executable, "-m", "ziglang", "c++", *options, "-o", program, *sources, main]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -213,33 +198,15 @@ def test_the_driver_passes(tmp_path):
     assert driver.output.decode().splitlines() == ["aarch64: done", "ok"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.7, 4.0)], ids=["plain", "temp-cap"])
-@pytest.mark.parametrize(
-    "loss",
-    [
-        {"mode": "sampled_token"},
-        *({"mode": "full", "alpha": alpha} for alpha in (0.0, 1.0, 0.3)),
-        *({"mode": "topk", "alpha": alpha, "topk": 5} for alpha in (0.0, 1.0, 0.3)),
-        {"mode": "topk", "alpha": 0.3, "topk": 5, "add_tail": False},
-    ],
-    ids=lambda loss: "-".join(str(value) for value in loss.values()),
-)
-def test_losses_and_gradients_equal_the_formula(neon, loss, dtype, temperature, softcap):
-    for vocabulary in (129, 2048 + 61):
-        rows = make_rows((2, 3), vocabulary, dtype=dtype)
-        kwargs = {**loss, "weights": rows.weights, "temperature": temperature, "softcap": softcap}
-        support = {}
-        if loss["mode"] == "topk":
-            support["topk_ids"] = rows.student.topk(5, -1).indices
-        expected = oracle_sdpo_loss(rows.student, rows.teacher, rows.target_ids, **kwargs, **support)
-        grads = {}
-        for backend in ("reference", "native"):
-            leaf = rows.student.detach().clone().requires_grad_()
-            out = fastsdpo.sdpo_loss(leaf, rows.teacher, rows.target_ids, backend=backend, **kwargs)
-            out.loss.backward()
-            grads[backend] = leaf.grad
-        torch.testing.assert_close(out.loss.double(), expected.loss, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(out.per_token_loss.double(), expected.per_token_loss, rtol=1e-5, atol=1e-5)
-        # Vectors of four floats round in another order than those of eight and sixteen: twice the floor.
-        assert_gradient_close(grads["native"], expected.grad, grads["reference"], floor=8e-6)
+class TestValues(contract.Contract):
+    """Vectors of four floats round in another order than those of eight and sixteen: twice the floor."""
+
+    backend = "native"
+
+    @contract.each_loss()
+    @pytest.mark.parametrize("scale", contract.SCALES)
+    @pytest.mark.usefixtures("neon")
+    def test_losses_and_gradients_equal_the_formula(self, loss, dtype, scale):
+        for vocabulary in (129, 2048 + 61):
+            case = contract.without_ties(make_rows((2, 3), vocabulary, dtype=dtype), loss)
+            self.check(case, plain=True, floor=8e-6, weights=case.weights, **loss, **contract.SCALES[scale])

@@ -119,18 +119,9 @@ def compare(how: str, a, b):
     """setp; of floats, a name that ends in u is true where one is NaN."""
     if how in ("num", "nan"):
         return (np.isnan(a) | np.isnan(b)) == (how == "nan")
-    plain = {
-        "eq": np.equal,
-        "ne": np.not_equal,
-        "lt": np.less,
-        "le": np.less_equal,
-        "gt": np.greater,
-        "ge": np.greater_equal,
-        "lo": np.less,
-        "ls": np.less_equal,
-        "hi": np.greater,
-        "hs": np.greater_equal,
-    }
+    orders = {"eq": np.equal, "ne": np.not_equal, "lt lo": np.less, "le ls": np.less_equal}
+    orders |= {"gt hi": np.greater, "ge hs": np.greater_equal}  # the second name is for unsigned numbers
+    plain = {name: function for names, function in orders.items() for name in names.split()}
     if a.dtype.kind != "f":
         return plain[how](a, b)
     nan = np.isnan(a) | np.isnan(b)
@@ -141,40 +132,19 @@ def _of_all(f, *xs):
     return functools.reduce(f, xs)
 
 
+SHARED = {"add": np.add, "sub": np.subtract, "neg": np.negative, "abs": np.abs}
 INTEGER = {
-    "add": np.add,
-    "sub": np.subtract,
-    "min": np.minimum,
-    "max": np.maximum,
-    "neg": np.negative,
-    "abs": np.abs,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-    "not": np.invert,
-    "div": divide,
-    "rem": lambda a, b: (a - divide(a, b) * b).astype(a.dtype),
+    **SHARED,
+    **{"min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor},
+    **{"not": np.invert, "div": divide, "rem": lambda a, b: (a - divide(a, b) * b).astype(a.dtype)},
 }
-PREDICATE = {
-    "and": np.logical_and,
-    "or": np.logical_or,
-    "xor": np.logical_xor,
-    "not": np.logical_not,
-}
+PREDICATE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}
 FLOAT = {
-    "add": np.add,
-    "sub": np.subtract,
-    "mul": np.multiply,
-    "min": np.fmin,
-    "max": np.fmax,
-    "div": np.divide,
-    "neg": np.negative,
-    "abs": np.abs,
-    "fma": fma,
+    **SHARED,
+    **{"mul": np.multiply, "min": np.fmin, "max": np.fmax, "div": np.divide, "fma": fma, "sqrt": np.sqrt},
     "ex2": lambda x: np.exp2(x.astype(F64)).astype(F32),
     "lg2": lambda x: np.log2(np.where(x < 0, np.nan, np.abs(x)).astype(F64)).astype(F32),
     "rcp": lambda x: (1.0 / x.astype(F64)).astype(F32),
-    "sqrt": np.sqrt,
 }
 
 

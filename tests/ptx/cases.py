@@ -174,12 +174,8 @@ def results(loss: Loss, student: Tensor, teacher: Tensor, targets: Tensor, backe
     if not fused:
         upstream = found.coef.new_full((1,), UPSTREAM)
         door.backward(upstream, found, s, teacher_rows, tokens, options, backend, grad)
-    return {
-        "loss": found.per_token,
-        "student": found.student_logps,
-        "teacher": found.teacher_logps,
-        "gradient": grad[0],
-    }
+    names = ("loss", "student", "teacher", "gradient")
+    return dict(zip(names, (found.per_token, found.student_logps, found.teacher_logps, grad[0]), strict=True))
 
 
 class Error(NamedTuple):

@@ -112,11 +112,8 @@ class Driver:
     no other driver has."""
 
     def __init__(self, executor: Executor, arch: int):
-        self.executor, self.arch, self.device = (
-            executor,
-            arch,
-            " ".join([f"PTX sm_{arch}", *_PLANTED]),
-        )
+        self.executor, self.arch = executor, arch
+        self.device = " ".join([f"PTX sm_{arch}", *_PLANTED])
         self.utils = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 232448}, load_binary=load)
 
     def launcher_cls(self, source, metadata):

@@ -16,45 +16,16 @@ import numpy as np
 from . import memory
 from .arithmetic import dtype_of, function_of
 from .memory import GUARD, NOBODY, Access, Buffer, Fault, Threads
-from .parse import (
-    Address,
-    Constant,
-    Instruction,
-    Kernel,
-    Register,
-    Symbol,
-    UnknownInstruction,
-    Vector,
-)
+from .parse import Address, Constant, Instruction, Kernel, Register, Symbol, UnknownInstruction, Vector
 
 SPAN = 1 << 36  # buffer n of the global memory lies at address (n + 1) * SPAN
 DONE = 1 << 30  # in the place of a block's number
 UNSIGNED = {0: np.bool_, 1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 AT_ONCE = 16  # programs
 # Of loads and stores: how they go through caches, and their order beside others', change no value here.
-HINTS = {
-    "volatile",
-    "relaxed",
-    "acquire",
-    "release",
-    "gpu",
-    "sys",
-    "cta",
-    "weak",
-    "nc",
-    "ca",
-    "cg",
-    "cs",
-    "wb",
-}
-REDUCTIONS = {
-    "add": np.add,
-    "max": np.maximum,
-    "min": np.minimum,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-}
+HINTS = {"volatile", "relaxed", "acquire", "release", "gpu", "sys", "cta", "weak", "nc", "ca", "cg", "cs", "wb"}
+LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+REDUCTIONS = {"add": np.add, "max": np.maximum, "min": np.minimum, **LOGIC}
 
 Step = Callable[[np.ndarray | None], None]  # executes an instruction for the lanes of a mask, None for all
 
@@ -120,13 +91,7 @@ class Machine:
         self.epoch = np.zeros(n, int)
         x, y, _ = self.grid
         place = (self.program % x, self.program // x % y, self.program // (x * y))
-        special = {
-            "%tid.x": self.of_program,
-            "%tid.y": 0,
-            "%tid.z": 0,
-            "%ntid.x": t,
-            "%laneid": self.lane % 32,
-        }
+        special = {"%tid.x": self.of_program, "%tid.y": 0, "%tid.z": 0, "%ntid.x": t, "%laneid": self.lane % 32}
         special |= {f"%ctaid.{axis}": where for axis, where in zip("xyz", place, strict=True)}
         special |= {f"%nctaid.{axis}": size for axis, size in zip("xyz", self.grid, strict=True)}
         self.special = {name: np.atleast_1d(value).astype(np.uint32) for name, value in special.items()}
@@ -192,19 +157,9 @@ class Machine:
     # ------------------------------------------------------------------------------------ instructions
 
     def _step(self, i: Instruction) -> Step:
-        special = {
-            "bra": self._branch,
-            "ret": self._return,
-            "exit": self._return,
-            "bar": self._barrier,
-            "ld": self._load,
-            "st": self._store,
-            "shfl": self._shuffle,
-            "redux": self._reduce,
-            "vote": self._vote,
-            "mov": self._move,
-            "cvta": self._move,
-        }
+        special = {"bra": self._branch, "ret": self._return, "exit": self._return, "bar": self._barrier}
+        special |= {"ld": self._load, "st": self._store, "mov": self._move, "cvta": self._move}
+        special |= {"shfl": self._shuffle, "redux": self._reduce, "vote": self._vote}
         if i.op[0] in special:
             if i.guard is not None and i.op[0] in ("bar", "shfl", "redux", "vote"):
                 raise UnknownInstruction(i.text)

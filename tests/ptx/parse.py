@@ -12,22 +12,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-BYTES = {
-    "pred": 0,
-    "b8": 1,
-    "b16": 2,
-    "b32": 4,
-    "b64": 8,
-    "f32": 4,
-    "f64": 8,
-    "f16": 2,
-    "u16": 2,
-    "s16": 2,
-    "u32": 4,
-    "s32": 4,
-    "u64": 8,
-    "s64": 8,
-}
+BYTES = {"pred": 0} | {f"{letter}{8 * size}": size for letter in "busf" for size in (1, 2, 4, 8)}
 ENDS_BLOCK = ("bra", "ret", "exit", "bar")
 
 
@@ -168,16 +153,8 @@ class _Parser:
     def instruction(self, statement: str) -> None:
         sign, guard, op, rest = re.match(r"(?:@(!?)([%\w]+)\s+)?([\w.:]+)\s*(.*)", statement, re.S).groups()
         operands = [self.operand(t) for t in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", rest)]
-        self.block.append(
-            Instruction(
-                re.split(r"(?<!:)\.(?!:)", op),
-                operands,
-                self.operand(guard) if guard else None,
-                sign == "!",
-                self.places,
-                statement,
-            )
-        )
+        pieces, guard = re.split(r"(?<!:)\.(?!:)", op), self.operand(guard) if guard else None
+        self.block.append(Instruction(pieces, operands, guard, sign == "!", self.places, statement))
         if op.split(".")[0] in ENDS_BLOCK and not op.startswith("bar.warp"):
             self.close()
 
