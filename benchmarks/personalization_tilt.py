@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import _harness
+from benchmarks import harness
 from fastsdpo.online import RuleUser, experiment
 from fastsdpo.online.degeneration import degenerate
 from fastsdpo.online.sampling import cut, left_pad
@@ -109,16 +108,12 @@ def measure(questions: int, wishes: list[str], tilts: list[float], neutral: str 
             found = tilted_answers(model, prompts, tilt, end_ids, MAX_NEW_TOKENS)
             texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
             row = {
-                "wish": name,
-                "neutral": neutral or "-",
-                "tilt": tilt,
+                "case": {"wish": name, "neutral": neutral or "-", "tilt": tilt},
                 "questions": len(texts),
                 "short": share(RuleUser(experiment.SHORT).satisfied([], texts)),
                 "long": share(RuleUser(experiment.LONG).satisfied([], texts)),
                 "words": sum(len(text.split()) for text in texts) / len(texts),
                 "degenerate": share([degenerate(text) is not None for text in texts]),
-                "command": " ".join(["python -m benchmarks.personalization_tilt", *sys.argv[1:]]),
-                "environment": _harness.environment(),
             }
             rows.append(row)
             print(
@@ -133,28 +128,6 @@ def share(values: list[bool]) -> float:
     return sum(values) / len(values)
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "# Online: what a wish can end at, without training",
-        "",
-        "Greedy answers of SmolLM2-135M-Instruct from p_0 exp(tilt A), A the advantage of the follow-up "
-        "(`benchmarks/personalization_tilt.py` has the formula); wishes and measures are those of "
-        "`make personalization`, template `note`. A frozen teacher with `guidance` g is this tilt "
-        "of g; where a neutral follow-up is named, A is the advantage over that one.",
-        "",
-        "| follow-up | neutral | tilt | questions | one short sentence | at least 26 words | words | degenerate |",
-        "| --- " * 8 + "|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['wish']} | {row['neutral']} | {row['tilt']:g} | {row['questions']} | "
-            f"{row['short']:.0%} | {row['long']:.0%} | {row['words']:.1f} | {row['degenerate']:.0%} |"
-        )
-    lines += ["", "## Commands", ""]
-    commands = {f"- `{row['command']}` at {row['environment']['commit']}" for row in rows}
-    return "\n".join([*lines, *sorted(commands)]) + "\n"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--questions", type=int, default=24)
@@ -165,7 +138,7 @@ def main() -> int:
     options = parser.parse_args()
     rows = measure(options.questions, options.wishes, options.tilts, options.neutral)
     if options.record:
-        _harness.record(options.record, rows, ("wish", "neutral", "tilt"), markdown)
+        harness.record(harness.RESULTS / f"{options.record}.json", rows)
     return 0
 
 

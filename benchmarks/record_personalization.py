@@ -14,7 +14,7 @@ import datetime
 import json
 from pathlib import Path
 
-from benchmarks import _harness
+from benchmarks import harness
 from fastsdpo.online import experiment
 
 PAGE = """# Online: a user's wish learned, on a CPU
@@ -35,7 +35,7 @@ Recipe: `{recipe}`; for `flip` with `{flip}`. Sample answers of every point: `{a
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("folder", type=Path, help="what make personalization wrote")
-    parser.add_argument("--results", type=Path, default=_harness.RESULTS, metavar="FOLDER")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, metavar="FOLDER")
     parser.add_argument("--command", default='make personalization SEEDS="1 2 3"')
     options = parser.parse_args(argv)
     runs = experiment.read_points(options.folder)
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     data = json.loads((options.folder / "data.json").read_text("utf-8"))
     name = f"personalization_cpu_{datetime.date.today()}"
     answers = f"personalization_answers_cpu_{datetime.date.today()}.md"
-    environment = {**_harness.environment(), "command": options.command}
+    environment = {**harness.environment(), "command": options.command}
     stored = {
         "environment": environment,
         "recipe": experiment.RECIPE,
