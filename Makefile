@@ -17,8 +17,8 @@ help:
 	@echo "make fuzz       kills, full disks, mutated data, drawn numbers: long (20 minutes to an hour on 2 cores)"
 	@echo "make soak       MINUTES of training with flat memory (10), 100,000 interactions in bounded memory"
 	@echo "make compatibility   oldest and newest torch, transformers and Triton (downloads gigabytes)"
-	@echo "make bench      every benchmark beside the peers, half an hour (bench_output/index.md); QUICK=1: 3 minutes"
-	@echo "make lint       ruff, clang-format"
+	@echo "make bench      every benchmark beside the peers, half an hour (bench_output/index.md); QUICK=1: tiny sizes"
+	@echo "make lint       ruff, clang-format, pyright"
 	@echo "make types      pyright"
 	@echo "make ptx        executes the compiled Triton kernels on the CPU, for three GPUs (an hour or more)"
 	@echo "make gpu        tests and benchmarks that need a GPU, 8 minutes (SYSTEM=1: without .venv)"
@@ -44,28 +44,27 @@ $(VENV)/.dev: $(VENV)/.demo
 	@touch $@
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m fastsdpo.demo
+	$(BIN)/python examples/demo.py
 
 # Goes on where it was stopped; delete personalization/ to start anew.
 SEEDS := 1
 personalization: $(VENV)/.dev
-	$(BIN)/python -m fastsdpo.online.experiment --output personalization --seeds $(SEEDS)
+	$(BIN)/python -m benchmarks.personalization.experiment --output personalization --seeds $(SEEDS)
 
 # The compiled Triton kernels are executed by tests/ptx. Triton's interpreter, which stands for AMD's path, runs
 # in processes of its own (it is chosen at import): a sample here, all of it in test-slow.
 test: $(VENV)/.dev
 	$(PYTEST) -n 2 --dist loadfile tests
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_losses.py tests/ops/test_token_logps.py tests/ops/test_triton_values.py \
-		-k "triton and (ignored or inplace or nothing or slice) or test_triton_values and (certain or drawn or order or plain)"
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m "interpreted and not slow" tests/ops tests/reliability/test_numerics.py
 
 # The long counts of tests/reliability; what was tried, injected, survived and lost goes to the results file.
-RESULTS = benchmarks/results/reliability_$(shell date +%F).json
+RESULTS = benchmarks/results/reliability_cpu.json
 LONG = FASTSDPO_LONG=1 FASTSDPO_RESULTS=$(RESULTS) FASTSDPO_COMMAND="make $@" $(PYTEST) --timeout 7200
 
 fuzz: $(VENV)/.dev
 	$(LONG) tests/reliability --ignore tests/reliability/test_soak.py
-	TRITON_INTERPRET=1 $(LONG) tests/reliability/test_numerics.py
-	TRITON_INTERPRET=1 FASTSDPO_EXAMPLES=500 $(PYTEST) -n 2 --timeout 7200 tests/ops/test_triton_values.py -k drawn
+	TRITON_INTERPRET=1 $(LONG) -m interpreted tests/reliability/test_numerics.py
+	TRITON_INTERPRET=1 FASTSDPO_EXAMPLES=500 $(PYTEST) -n 2 --timeout 7200 -m interpreted tests/reliability/test_numerics.py -k drawn
 	$(BIN)/python -m benchmarks.reliability
 
 MINUTES := 10
@@ -78,8 +77,8 @@ compatibility: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.compatibility
 	$(BIN)/python -m benchmarks.reliability
 
-# Every question's script in a bounded size, under half an hour on two cores; QUICK=1: tiny, three minutes.
-# ARGS="--only linear data", ARGS=--record: see benchmarks/run_all.py.
+# Every question's script in a bounded size, under half an hour on two cores; QUICK=1: tiny sizes.
+# ARGS="--only linear data", ARGS="--record --machine NAME": see benchmarks/run_all.py.
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.run_all $(if $(QUICK),--quick) $(ARGS)
 
@@ -87,7 +86,7 @@ bench: $(VENV)/.dev
 compile-matrix: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.compile_matrix
 
-# Every part that needs a GPU, 8 minutes; benchmarks/results/gpu_<device>_<date>.{json,md}.
+# Every part that needs a GPU, 8 minutes; benchmarks/results/gpu_<device>.json.
 # SYSTEM=1: with python3 as it is, nothing installed. ARGS="--minutes 3 --only kernels", ARGS=--rehearsal
 gpu: $(if $(SYSTEM),,$(VENV)/.dev)
 	$(if $(SYSTEM),$(PYTHON),$(BIN)/python) -m benchmarks.run_gpu $(ARGS)
@@ -105,14 +104,13 @@ native-sanitize: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow tests
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_losses.py tests/ops/test_token_logps.py -k triton
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_triton_values.py
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/reliability/test_numerics.py -k "permuting or swapping or strides"
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m interpreted tests/ops tests/reliability/test_numerics.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror kernels/cpu/*.cpp kernels/cpu/*.h
+	$(BIN)/pyright fastsdpo
 
 types: $(VENV)/.dev
 	$(BIN)/pyright fastsdpo

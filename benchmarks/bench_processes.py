@@ -1,6 +1,6 @@
 """Scaling with processes: `SDPOTrainer` under DDP (gloo), the same steps in one process and in two.
 
-    python -m benchmarks.bench_processes --record processes_cpu
+    python -m benchmarks.bench_processes
 
 Question: of twice the processes, how much arrives? The global batch is the same everywhere; each process
 has its own number of threads, so that two processes have twice the cores of one:
@@ -28,12 +28,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks._harness import add_output, environment, record, table
+from benchmarks import harness
+from benchmarks.conversations import random_llama
 from benchmarks.lengths import LENGTHS
 from fastsdpo.data.tokenization import TokenizedInteraction
 
@@ -71,7 +71,7 @@ def make_interactions(count: int, vocabulary: int, shrink: int) -> list[Tokenize
 
 def worker(args: argparse.Namespace) -> None:
     """Trains; the first process prints its seconds and losses as JSON."""
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+    from transformers import TrainerCallback
 
     from fastsdpo.trainer import SDPOConfig, SDPOTrainer
 
@@ -86,22 +86,8 @@ def worker(args: argparse.Namespace) -> None:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seconds.append(time.perf_counter() - self.start)
 
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=args.vocabulary,
-            hidden_size=args.hidden,
-            num_hidden_layers=args.layers,
-            intermediate_size=args.hidden * 8 // 3,
-            num_attention_heads=args.hidden // 64,
-            num_key_value_heads=args.hidden // 64,
-            tie_word_embeddings=True,
-            initializer_range=0.05,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=None,
-        )
-    )
+    heads = args.hidden // 64
+    model = random_llama(args.vocabulary, args.hidden, args.layers, (heads, heads))
     items = make_interactions(args.batch * (args.steps + 1), args.vocabulary, args.shrink)
     with tempfile.TemporaryDirectory() as folder:
         config = SDPOConfig(
@@ -145,31 +131,12 @@ def launch(arguments: list[str], processes: int, threads: int) -> dict[str, Any]
     for rank in range(processes):
         variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         if processes > 1:
-            variables |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-        children.append(
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.bench_processes",
-                    "--worker",
-                    *arguments,
-                    "--threads",
-                    str(threads),
-                ],
-                env=variables,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                cwd=Path(__file__).parent.parent,
-            )
-        )
+            variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-m", "benchmarks.bench_processes", "--worker", *arguments]
+        options: dict[str, Any] = {"env": variables, "cwd": harness.ROOT, "text": True}
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        children.append(subprocess.Popen([*command, "--threads", str(threads)], **options))
     try:
         outputs = [child.communicate(timeout=1200)[0] for child in children]
     finally:
@@ -181,121 +148,59 @@ def launch(arguments: list[str], processes: int, threads: int) -> dict[str, Any]
     return json.loads(lines[-1].removeprefix("RESULT "))
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace) -> harness.Row:
+    """A row of all settings, in turns; they must train alike."""
     names = ("batch", "steps", "vocabulary", "hidden", "layers", "shrink")
     arguments = [text for name in names for text in (f"--{name}", str(getattr(args, name)))]
-    settings = [(p, t) for p, t in SETTINGS if t == 1 or not args.processes_only]
-    runs: dict[tuple[int, int], list[dict[str, Any]]] = {setting: [] for setting in settings}
+    settings = [(p, t) for p, t in SETTINGS if t == 1 or not args.quick]
+    seconds: dict[tuple[int, int], list[float]] = {setting: [] for setting in settings}
+    result: harness.Row = {}
+    losses: list[float] = []
     for _ in range(args.rounds):
         for processes, threads in settings:
             result = launch(arguments, processes, threads)
-            runs[processes, threads].append(result)
+            seconds[processes, threads].append(statistics.mean(result["seconds"]))
             print(f"{processes} x {threads}: {[round(s, 2) for s in result['seconds']]} s", flush=True)
-            first = runs[SETTINGS[0]][0]["losses"]
-            if any(abs(a - b) > 1e-3 * abs(a) + 1e-6 for a, b in zip(first, result["losses"])):
-                raise SystemExit(
-                    f"bench_processes: {processes} processes train otherwise than one: "
-                    f"{result['losses']} instead of {first}"
-                )
-    rows = []
-    for (processes, threads), results in runs.items():
-        steps = [statistics.mean(result["seconds"]) for result in results]
-        rows.append(
-            {
-                "processes": processes,
-                "threads": threads,
-                "batch": args.batch,
-                "steps": args.steps,
-                "shape": f"{args.vocabulary} x {args.hidden}, {args.layers} layers, lengths / {args.shrink}",
-                "parameters": results[0]["parameters"],
-                "tokens": results[0]["tokens"],
-                "seconds": statistics.median(steps),
+            losses = losses or result["losses"]
+            if any(abs(a - b) > 1e-3 * abs(a) + 1e-6 for a, b in zip(losses, result["losses"])):
+                raise SystemExit(f"bench_processes: other losses with {processes} processes: {result['losses']}")
+    return {
+        "case": {name: getattr(args, name) for name in names},
+        "rivals": {
+            f"{p} process{'es' if p > 1 else ''}, {t} thread{'s' if t > 1 else ''}": {
+                "median": statistics.median(steps),
                 "fastest": min(steps),
                 "slowest": max(steps),
-                "cpus": os.cpu_count(),
-                "environment": environment(),
+                "peak_bytes": None,
+                "cores": p * t,
             }
-        )
-    return rows
+            for (p, t), steps in seconds.items()
+        },
+        "parameters": result["parameters"],
+        "tokens": result["tokens"],
+        "cpus": os.cpu_count(),
+    }
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    where = rows[0]["environment"]
-    base = {row["shape"]: row for row in rows if (row["processes"], row["threads"]) == (1, 1)}
-    lines = []
-    for row in rows:
-        alone, seconds = base[row["shape"]]["seconds"], row["seconds"]
-        cores = row["processes"] * row["threads"]
-        lines.append(
-            [
-                row["shape"],
-                f"{row['parameters'] / 1e6:.1f}",
-                str(row["batch"]),
-                str(row["processes"]),
-                str(row["threads"]),
-                f"{seconds:.2f}",
-                f"{row['fastest']:.2f}",
-                f"{row['slowest']:.2f}",
-                f"{row['tokens'] / seconds:.0f}",
-                f"{alone / seconds:.2f}",
-                f"{alone / seconds / cores:.2f}",
-            ]
-        )
-    versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
-    commands = sorted({f"{r['environment']['command']} ({r['environment']['commit']})" for r in rows})
-    return (
-        "# Scaling with processes on a CPU\n\n"
-        f"{where['device']}; {where['native']}; Python {where['python']}; {versions}. float32, gloo. "
-        "No GPU was used.\n\nWhat is run: `benchmarks/bench_processes.py`; steps of `SDPOTrainer` over "
-        "the same interactions, lengths drawn from those of real conversations. Seconds are the mean "
-        "step of a run, the median of the runs. Tokens: of student and teacher, sharing aside. "
-        f"Efficiency: speed-up over the cores used. The machine has {rows[0]['cpus']} processors, so two "
-        "processes of one thread take all of it, the gradients' exchange and the system included; what "
-        "more processes or a network would do is not measured here.\n\n"
-        + table(
-            [
-                "vocabulary x width",
-                "million parameters",
-                "interactions a step",
-                "processes",
-                "threads each",
-                "s a step",
-                "fastest",
-                "slowest",
-                "tokens/s",
-                "speed-up",
-                "efficiency",
-            ],
-            lines,
-        )
-        + "\n## Commands\n\n"
-        + "".join(f"- `{command}`\n" for command in commands)
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--batch", type=int, default=16, help="interactions of a step, all processes")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--vocabulary", type=int, default=16384)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--shrink", type=int, default=2, help="divides all lengths")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--processes-only", action="store_true", help="without one process of two threads")
+def main(argv: list[str] | None = None) -> None:
+    parser = harness.Arguments(__doc__, rounds=2)
+    parser.size("batch", 16, 4, help="interactions of a step, all processes")
+    parser.size("steps", 3, 1)
+    parser.size("vocabulary", 16384, 512)
+    parser.size("hidden", 256, 64)
+    parser.size("layers", 4, 1)
+    parser.size("shrink", 2, 16, help="divides all lengths")
     parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--record", default="", help="name of the results file; none is written without")
-    add_output(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.batch % 2:
         parser.error(f"--batch must be even, got {args.batch}")
     if args.worker:
         worker(args)
         return
-    rows = measure(args)
-    if args.record:
-        record(args.record, rows, ("shape", "batch", "processes", "threads"), markdown, args.output)
+    row = measure(args)
+    harness.tell(row, next(iter(row["rivals"])))
+    harness.record(harness.results_file("processes", args), [row])
 
 
 if __name__ == "__main__":

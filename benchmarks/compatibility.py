@@ -8,8 +8,8 @@ chooses. Then `fastsdpo doctor` compares every kernel with float64, and `TESTS` 
 errors here: they are other packages' and change with every version). Versions of Triton are put beside
 this environment's torch: the kernels run in its interpreter and are compiled for `TARGETS`.
 
-Written to benchmarks/results/compatibility_<date>.json and .md. A combination that does not install is a
-row that says so. Exit status 1 where one that installs has a failure.
+Written to benchmarks/results/compatibility_cpu.json, of which `python -m benchmarks.reliability` makes the tables. A
+combination that does not install is a row that says so. Exit status 1 where one that installs has a failure.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks.harness import RESULTS, ROOT, read_junit
+from fastsdpo.timing import markdown_table
 
 # The lowest versions are those of pyproject.toml, which a test compares.
 OLDEST = {"torch": "2.6", "transformers": "5.0", "accelerate": "1.3", "triton": "3.2"}
@@ -41,14 +40,7 @@ COMBINATIONS: dict[str, tuple[str, list[str]]] = {
     "newest of all": ("3.13", []),
     "as in constraints.txt": ("3.11", ["-c", str(ROOT / "constraints.txt")]),
 }
-TOOLS = [
-    "pytest>=8",
-    "pytest-timeout>=2.3",
-    "hypothesis>=6.100",
-    "pyarrow>=15",
-    "zstandard",
-    "psutil",
-]
+TOOLS = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "pyarrow>=15", "zstandard", "psutil"]
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "datasets", "numpy")
 TRITONS = ["3.2.0", "3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1", ""]  # "": the newest
 TARGETS = ("sm_80", "sm_90", "gfx942")
@@ -62,9 +54,9 @@ LINKER = '#!/bin/sh\nif [ "$1" = --version ]; then echo none; else cp "$4" "$6";
 # models, Trainer, accelerate's processes, checkpoints, generation.
 TESTS = [
     "tests/ops/test_weights.py",
-    "tests/ops/test_token_logps.py",
+    "tests/ops/test_reference.py",
+    "tests/ops/test_native.py",
     "tests/ops/test_library.py",
-    "tests/ops/test_losses.py",
     "tests/prefix/test_pack.py",
     "tests/prefix/test_forward.py",
     "tests/prefix/test_refusals.py",
@@ -83,8 +75,8 @@ REFUSED = [
     ("transformers", "5.0.", "active_dropout", GPT2),
     ("torch", "2.6.", "fsdp2", "its FSDP2 does not run on a CPU"),
 ]
-INTERPRETED = ["tests/ops/test_token_logps.py", "tests/ops/test_losses.py"]
-INTERPRETED_NAMES = "triton and (ignored or nothing or slice)"
+INTERPRETED = ["tests/ops/test_triton.py", "-m", "interpreted and not slow"]
+INTERPRETED_NAMES = "(ignored or nothing or slice)"
 # The interpreters before Triton 3.7 make a scalar of an array of one element, which numpy 2.4 refuses.
 OLD_INTERPRETERS, OLD_NUMPY = ("3.2.", "3.3.", "3.4.", "3.5.", "3.6."), "numpy==2.3.*"
 # What a version's interpreter cannot do, as REFUSED above.
@@ -161,19 +153,7 @@ def pytest(python: Path, work: Path, tests: list[str], *options: str, **environm
     report = work / "tests.xml"
     report.unlink(missing_ok=True)
     done = run(
-        [
-            python,
-            "-m",
-            "pytest",
-            "-q",
-            "-o",
-            "filterwarnings=default",
-            f"--junitxml={report}",
-            "-p",
-            "no:cacheprovider",
-            *options,
-            *tests,
-        ],
+        [python, "-m", "pytest", "-q", "-o", "filterwarnings=default", f"--junitxml={report}", *options, *tests],
         cwd=work,
         environment=environment,
     )
@@ -182,28 +162,13 @@ def pytest(python: Path, work: Path, tests: list[str], *options: str, **environm
     return read_junit(report)
 
 
-def read_junit(path: Path) -> dict[str, Any]:
-    """``{"passed", "skipped", "failed": {test: end of its report}}`` of a JUnit XML file."""
-    found: dict[str, Any] = {"passed": 0, "skipped": 0, "failed": {}}
-    for case in ElementTree.parse(path).getroot().iter("testcase"):
-        problem = next((case.find(kind) for kind in ("failure", "error") if case.find(kind) is not None), None)
-        if problem is not None:
-            text = f"{problem.get('message', '')}\n{problem.text or ''}"
-            found["failed"][f"{case.get('classname')}::{case.get('name')}"] = text[-3000:]
-        elif case.find("skipped") is not None:
-            found["skipped"] += 1
-        else:
-            found["passed"] += 1
-    return found
-
-
 def doctor(python: Path, work: Path) -> dict[str, Any]:
     done = run([python, "-m", "fastsdpo", "doctor", "--no-bandwidth", "--json"], cwd=work)
     try:
         found = json.loads(done.stdout[done.stdout.index("{") :])
     except ValueError:
         return {"checked": 0, "wrong": 1, "problem": done.stdout[-2000:]}
-    return {"checked": found["checked"], "wrong": found["wrong"], "backends": found["backends"]}
+    return {"checked": found["checked"], "wrong": found["wrong"]}
 
 
 def try_combination(name: str, wheel: Path, folder: Path) -> dict[str, Any]:
@@ -298,79 +263,41 @@ def bad(row: dict[str, Any]) -> bool:
     return bool(row["tests"]["failed"] or row.get("doctor", {}).get("wrong") or row.get("compiled", {}).get("failed"))
 
 
+def tests_of(row: dict[str, Any]) -> str:
+    found = row["tests"]
+    return f"{found['passed']} passed, {found['skipped']} skipped, {len(found['failed'])} failed"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Both tables, as Markdown."""
-
-    def tests(row: dict[str, Any]) -> str:
-        found = row["tests"]
-        return f"{found['passed']} passed, {found['skipped']} skipped, {len(found['failed'])} failed"
-
-    lines = [
-        "| combination | Python | torch | transformers | accelerate | Triton | kernels right | tests |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    combinations, tritons, refused = [], [], []
     for row in rows:
-        if row["kind"] != "combination":
-            continue
         if not row["installed"]:
             why = " ".join(row["problem"].split())[-160:].replace("|", "/")
-            lines.append(f"| {row['name']} | does not install here: {why} | | | | | | |")
+            line = [row["name"], f"does not install here: {why}"]
+            (combinations if row["kind"] == "combination" else tritons).append(line)
             continue
+        refused += [f"\n- Left out of the tests: {text}." for text in row.get("refused", [])]
         found = row["versions"]
-        names = " | ".join(
-            str(found[name] or "none") for name in ("python", "torch", "transformers", "accelerate", "triton")
-        )
-        right = f"{row['doctor']['checked'] - row['doctor']['wrong']} of {row['doctor']['checked']}"
-        lines.append(f"| {row['name']} | {names} | {right} | {tests(row)} |")
-
-    def left_out(kind: str) -> list[str]:
-        found = {text for row in rows if row["kind"] == kind for text in row.get("refused", [])}
-        return [
-            "",
-            *(f"- Left out of the tests: {text}." for text in sorted(found)),
-        ]
-
-    lines += left_out("combination")
-    lines += [
-        "",
-        "| Triton | torch | interpreted kernels | compiled for " + ", ".join(TARGETS) + " |",
-        "| --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        if row["kind"] != "triton":
-            continue
-        if not row["installed"]:
-            lines.append(f"| {row['name']} | does not install here | | |")
-            continue
-        compiled = row["compiled"]
-        lines.append(
-            f"| {row['versions']['triton']} | {row['versions']['torch']} | {tests(row)} "
-            f"| {compiled['tried'] - len(compiled['failed'])} of {compiled['tried']} kernels |"
-        )
-    lines += left_out("triton")
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As they are run."""
-    order = [*COMBINATIONS, *(f"Triton {version or 'newest'}" for version in TRITONS)]
-    return sorted(rows, key=lambda row: order.index(row["name"]))
+        if row["kind"] == "combination":
+            names = [str(found[n] or "none") for n in ("python", "torch", "transformers", "accelerate", "triton")]
+            right = f"{row['doctor']['checked'] - row['doctor']['wrong']} of {row['doctor']['checked']}"
+            combinations.append([row["name"], *names, right, tests_of(row)])
+        else:
+            compiled = row["compiled"]
+            right = f"{compiled['tried'] - len(compiled['failed'])} of {compiled['tried']} kernels"
+            tritons.append([found["triton"], found["torch"], tests_of(row), right])
+    header = ["combination", "Python", "torch", "transformers", "accelerate", "Triton", "kernels right", "tests"]
+    text = markdown_table(header, combinations)
+    header = ["Triton", "torch", "interpreted kernels", f"compiled for {', '.join(TARGETS)}"]
+    return f"{text}\n{markdown_table(header, tritons)}{''.join(dict.fromkeys(refused))}\n"
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    rows = in_order(rows)
-    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n", "utf-8")
-    text = "# Versions that were tried\n\nBy `python -m benchmarks.compatibility`.\n\n" + table(rows)
-    problems = [row for row in rows if bad(row)]
-    for row in problems:
-        text += f"\n## Failures with {row['name']}\n\n"
-        failed = {**row["tests"]["failed"], **row.get("compiled", {}).get("failed", {})}
-        for name, message in failed.items():
-            last = " ".join(message.split())[-300:]
-            text += f"- `{name}`: {last}\n"
-        if row.get("doctor", {}).get("wrong"):
-            text += f"- doctor: {row['doctor'].get('problem', row['doctor']['wrong'])}\n"
-    path.with_suffix(".md").write_text(text, "utf-8")
+    """A line for each row, in the order in which they are run."""
+    order = [*COMBINATIONS, *(f"Triton {version or 'newest'}" for version in TRITONS)]
+    rows = sorted(rows, key=lambda row: order.index(row["name"]))
+    path.write_text('{"rows": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n", "utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -382,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.compile:
         print(json.dumps(compile_some()))
         return 0
-    path = options.output / f"compatibility_{datetime.date.today()}.json"
+    path = options.output / "compatibility_cpu.json"
     rows = {}
     if path.exists():
         rows = {row["name"]: row for row in json.loads(path.read_text("utf-8"))["rows"]}

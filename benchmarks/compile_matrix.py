@@ -1,6 +1,6 @@
 """Compiles every variant of the Triton kernels for every target, without a GPU.
 
-    python -m benchmarks.compile_matrix                  # all -> results/compile_matrix.{json,md}
+    python -m benchmarks.compile_matrix                  # all -> results/compile_matrix.json
     python -m benchmarks.compile_matrix --targets sm_90  # some; cells of others stay
     python -m benchmarks.compile_matrix --check          # compare with the committed table
 
@@ -217,44 +217,29 @@ def regressions(cells: dict[str, Any], committed: dict[str, Any]) -> list[str]:
     return found
 
 
-def table(cells: dict[str, Any]) -> str:
-    """A line for each kernel: the range over its variants, dtypes and targets."""
-    lines = [
-        "| kernel | cells | registers | on gfx942 | spills, bytes | shared memory, bytes |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    grouped: dict[str, dict[str, Any]] = {}
+def read(path: Path) -> dict[str, Any]:
+    """``{"triton", "source", "cells"}``; a cell's name is "variant / dtype / target"."""
+    data = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+    if "columns" not in data:
+        return data  # spelled out: a dictionary for each cell
+    cells = {}
+    for variant, by_target in data.pop("cells").items():
+        for target, cell in by_target.items():
+            found = dict(zip(data["columns"], cell)) if isinstance(cell, list) else {"problem": cell}
+            cells[f"{variant} / {target}"] = found
+    return {**data, "cells": cells}
+
+
+def write(path: Path, about: dict[str, str], cells: dict[str, Any]) -> None:
+    """A line for each variant and dtype: by target, the figures in the order of ``columns``."""
+    columns = ["registers", "spills", "shared"]
+    rows: dict[str, dict[str, Any]] = {}
     for name, cell in cells.items():
-        if "problem" not in cell:
-            kernel = re.search(r": (\w+)", name)
-            grouped.setdefault(kernel[1] if kernel else name, {})[name] = cell
-    for kernel, group in grouped.items():
-
-        def span(key: str, amd: bool, group: dict[str, Any] = group) -> str:
-            found = [cell[key] for name, cell in group.items() if name.endswith("gfx942") == amd]
-            return f"{min(found)} to {max(found)}" if found else ""
-
-        spills = max(cell["spills"] for cell in group.values())
-        lines.append(
-            f"| {kernel} | {len(group)} | {span('registers', False)} | {span('registers', True)} | "
-            f"{spills} | {span('shared', False)} |"
-        )
-    return "\n".join(lines)
-
-
-def page(cells: dict[str, Any]) -> str:
-    targets = sorted({name.split(" / ")[2] for name in cells})
-    missed = [f"- {name}: {'; '.join(rules)}" for name, rules in broken(cells).items()]
-    return (
-        "# Compiled kernels: registers and spills\n\nNothing here has run on a GPU: these are figures of "
-        f"the compiled code (Triton {triton.__version__}) for {', '.join(targets)}; "
-        f"each variant, dtype and target is in `compile_matrix.json`. No kernel may spill, and at "
-        f"most {MAX_REGISTERS} registers a thread let half of a processor's warps run at once.\n\n"
-        "Command: `python -m benchmarks.compile_matrix`.\n\n"
-        + table(cells)
-        + f"\n\n{len(cells)} cells, {len(missed) or 'none'} of which break a rule.\n"
-        + "".join(f"{line}\n" for line in ["", *missed] if missed)
-    )
+        variant, _, target = name.rpartition(" / ")
+        rows.setdefault(variant, {})[target] = cell.get("problem") or [cell[column] for column in columns]
+    lines = [f"{json.dumps(name)}: {json.dumps(row, separators=(',', ':'))}" for name, row in rows.items()]
+    head = json.dumps({**about, "columns": columns})[:-1]
+    path.write_text(head + ', "cells": {\n' + ",\n".join(lines) + "\n}}\n")
 
 
 def main() -> int:
@@ -264,9 +249,13 @@ def main() -> int:
     parser.add_argument("--names", default="", help="regular expression of variants")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--convert", action="store_true", help="rewrite the file in today's layout and run nothing")
     args = parser.parse_args()
     now = {"triton": triton.__version__, "source": sources()}
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cells": {}}
+    known = read(RESULTS)
+    if args.convert:
+        write(RESULTS, {key: known[key] for key in now}, known["cells"])
+        return 0
     kept = known["cells"] if {key: known.get(key) for key in now} == now else {}
     cells: dict[str, Any] = {}
     for found in run(args.targets, args.dtypes, args.names, args.workers):
@@ -274,8 +263,7 @@ def main() -> int:
         for name, rules in broken(found).items():
             print(f"{name}: {'; '.join(rules)}", flush=True)
         if not args.check:  # a run that is stopped leaves what it has; cells of other targets stay
-            RESULTS.write_text(json.dumps({**now, "cells": kept | cells}, indent=0) + "\n")
-            RESULTS.with_suffix(".md").write_text(page(kept | cells))
+            write(RESULTS, now, kept | cells)
     print(f"{len(cells)} cells, {len(broken(cells))} break a rule")
     if args.check:
         worse = regressions(cells, known["cells"])

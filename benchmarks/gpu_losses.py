@@ -19,18 +19,11 @@ import torch
 from torch import Tensor
 
 import fastsdpo
-from benchmarks import costmodel
+from benchmarks import costmodel, losses
 from benchmarks.gpu_machine import LeftOut, Machine, Row, cell, peaks
 from fastsdpo import bench
-
-MODES: dict[str, dict[str, Any]] = {
-    "sampled": {"mode": "sampled_token"},
-    "forward_kl": {"mode": "full", "alpha": 0.0},
-    "reverse_kl": {"mode": "full", "alpha": 1.0},
-    "jsd": {"mode": "full", "alpha": 0.5},
-    "topk": {"mode": "topk", "alpha": 1.0, "topk": 20},
-}
-
+from fastsdpo.bench import MODES
+from fastsdpo.timing import peak_memory
 
 # ------------------------------------------------------------------------------ kernels against float64
 
@@ -214,20 +207,18 @@ def linear(machine: Machine) -> Iterator[Row]:
     case = bench.HiddenCase(tokens, vocabulary, hidden, machine.dtype, machine.device)
     size = {"tokens": tokens, "vocabulary": vocabulary, "hidden": hidden}
     products = 8.0 * tokens * vocabulary * hidden
-    bare = machine.time(case.bare_gemms(), repeats=5)
+    bare = machine.time(losses.bare_gemms(case, "sampled"), repeats=5)
     yield {"loss": "four products alone", **size, **bare, "tflops": products / bare["ms"] / 1e9, "times_products": 1.0}
     chunk = tokens if machine.rehearsal else None  # the cost model's default is a GPU's
 
     def measure(mode: str) -> Row:
         sizes, options = (tokens, vocabulary, hidden), {"operand": element, "chunk": chunk}
 
-        def call() -> object:
-            student, weight = (x.detach().requires_grad_() for x in (case.student, case.weight))
-            loss = fastsdpo.linear_sdpo_loss(
-                student, case.teacher, weight, case.target_ids, chunk_size=chunk, **MODES[mode]
-            ).loss
-            return torch.autograd.grad(loss, (student, weight))
+        def loss(student: Tensor, weight: Tensor) -> Tensor:
+            options = {"chunk_size": chunk, **MODES[mode]}
+            return fastsdpo.linear_sdpo_loss(student, case.teacher, weight, case.target_ids, **options).loss
 
+        call = case.grad_of(loss)
         found = machine.time(call, repeats=5)
         costs = costmodel.linear_loss(mode, *sizes, **options)
         peak = costmodel.linear_loss_peak(*sizes, **options)
@@ -236,7 +227,7 @@ def linear(machine: Machine) -> Iterator[Row]:
             "tflops": products / found["ms"] / 1e9,
             "times_products": found["ms"] / bare["ms"],
             "model_ms": 1e3 * costmodel.step_seconds(costs, ceilings),
-            **peaks(bench.peak_memory(call, machine.device), peak),
+            **peaks(peak_memory(call, machine.device), peak),
         }
 
     for mode in MODES:
@@ -251,44 +242,37 @@ PEERS = {"TRL": "trl", "Liger": "liger_kernel", "CCE": "cut_cross_entropy"}
 
 def peers(machine: Machine) -> Iterator[Row]:
     """The same losses by plain PyTorch, `torch.compile` and the peers that can be imported."""
-    for name, package in PEERS.items():
-        if importlib.util.find_spec(package) is None:
-            yield {"who": name, "left_out": f"{package} is not importable"}
+    missing = {name for name, package in PEERS.items() if importlib.util.find_spec(package) is None}
+    for name in sorted(missing):
+        yield {"who": name, "left_out": f"{PEERS[name]} is not importable"}
     tokens, vocabulary, hidden = (32, 2048, 64) if machine.rehearsal else (2048, 151936, 4096)
-    for question in ("logits", "hidden"):
-        sizes = [tokens, vocabulary] + [hidden] * (question == "hidden")
-        kind = bench.LogitsCase if question == "logits" else bench.HiddenCase
-        case: Any = kind(*sizes, machine.dtype, machine.device)
+    for kind, width in ((bench.LogitsCase, 0), (bench.HiddenCase, hidden)):
+        case = kind(tokens, vocabulary, width, machine.dtype, machine.device)
         for mode in ["reverse_kl"] if machine.rehearsal else ["reverse_kl", "jsd"]:
-            compiled, small = bench.plain_loss, case.small()
-            if machine.gpu:  # on a CPU it takes minutes of a C++ compiler
-                torch._dynamo.reset()
-                compiled = torch.compile(bench.plain_loss, dynamic=False)
-            calls, small_calls = (c.calls(mode, compiled) for c in (case, small))
-            for name, call in calls.items():
-                if name == "torch.compile" and machine.rehearsal:
+            for name, make in bench.rivals_of(case).items():
+                if name.removesuffix(" compiled") in missing:
                     continue
-                if name in PEERS and importlib.util.find_spec(PEERS[name]) is None:
+                if machine.rehearsal and name in ("torch.compile", "Liger compiled"):  # minutes of a C++ compiler
                     continue
-                row = {"from": question, "shape": case.label, "loss": mode, "who": name}
-                yield cell(row, peer, machine, case, call, small, mode, {name: small_calls[name]})
+                row = {"from": case.question, "shape": case.label, "loss": mode, "who": name}
+                yield cell(row, peer, machine, case, mode, name, make)
 
 
-def peer(machine: Machine, case: Any, call: Any, small: Any, mode: str, checked: Any) -> Row:
-    """A rival's time and peak; ``checked``: its name and its call on the case ``small``.
-
-    What fails of ours is a problem; a rival that fails or is wrong is left out.
-    """
-    (name,) = checked
+def peer(machine: Machine, case: Any, mode: str, name: str, make: bench.Maker) -> Row:
+    """A rival's time and peak. What fails of ours is a problem; a rival that fails or is wrong is left out."""
+    torch._dynamo.reset()
+    reason, _ = bench.why_not(case, mode, name, make)
+    if reason:
+        raise LeftOut(reason)
     try:
-        wrong = bench.check(small, mode, checked)
+        call = make(case, mode)
+        if call is None:
+            raise LeftOut("it has no such loss")
         found = machine.time(call, repeats=5, prepare=case.restore)
         case.restore()
-        peak = bench.peak_memory(call, machine.device)
+        peak = peak_memory(call, machine.device)
     except Exception as error:
-        if name == "fastsdpo":
+        if name == "fastsdpo" or isinstance(error, LeftOut):
             raise
         raise LeftOut(f"{type(error).__name__}: {error}"[:300]) from error
-    if wrong:
-        raise LeftOut(wrong[name])
     return found if peak is None else {**found, "peak_mb": peak / 1e6}

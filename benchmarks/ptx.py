@@ -1,24 +1,22 @@
 """Executes the compiled Triton kernels on the CPU: errors against float64, faults, and what they cost.
 
-    python -m benchmarks.ptx                    # all -> results/ptx.{json,md}; goes on where it was stopped
+    python -m benchmarks.ptx                    # all -> results/ptx.json; goes on where it was stopped
     python -m benchmarks.ptx --targets 90       # some; cells of others stay
     python -m benchmarks.ptx --quick            # vocabularies up to 129, counts at 32000, for sm_90
 
 Every call of `tests.ptx.cases` runs for each target, dtype, layout and vocabulary, on rows of which each is
 difficult in its own way. PTX is executed, not machine code; see `tests/ptx`. Counts are of whole launches, at
 two common vocabularies: instructions by threads, bytes of global memory, each address once for reading and
-once for writing, and barriers; registers and spills are of the machine code. A cell of other kernels than
-today's is run again.
+once for writing, and barriers; registers and spills are of the machine code. Results of other kernels than today's
+are replaced. The performance page is made from them: `python -m benchmarks.report`.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import functools
 import hashlib
 import json
-import math
 import os
 import subprocess
 import sys
@@ -41,7 +39,7 @@ RESULTS = Path(__file__).parent / "results" / "ptx.json"
 SIZES = ((1, 9), (2, 9), (33, 36), (129, 9), (4097, 9), (32001, 3))  # (vocabulary, rows)
 COUNTED = (32000, 151936)
 COUNTED_ROWS = {32000: 2, 151936: 1}
-FIELDS = ("instructions", "read", "written", "barriers")
+COLUMNS = ["instructions", "read", "written", "barriers", "programs", "registers", "spills", "accesses"]
 Cell = dict[str, Any]
 
 
@@ -99,31 +97,40 @@ def count(name: str, dtype: str, arch: int, vocabulary: int) -> Cell:
 
 def of_launch(launch: Launch, elements: int, arch: int) -> Cell:
     counts = launch.counts
-    per_element = {key: getattr(counts, key) / elements for key in FIELDS[:3]}
+    per_element = {key: getattr(counts, key) / elements for key in COLUMNS[:3]}
     accesses = {f"{op} {width}": n for (op, width), n in sorted(counts.accesses.items())}
     return {
         **{key: float(f"{value:.4g}") for key, value in per_element.items()},
         "barriers": counts.barriers / counts.programs,
         "programs": counts.programs,
-        "accesses": accesses,  # by threads, {"ld" or "st" and bytes: number}
+        "accesses": spelled(accesses),
         **compiled(launch.ptx, arch),
+    }
+
+
+def spelled(accesses: dict[str, int]) -> str:
+    """Accesses by threads: "ld" or "st", bytes, number."""
+    return ", ".join(f"{kind} {number}" for kind, number in accesses.items())
+
+
+def summary(found: dict[str, Cell]) -> Cell:
+    """The verdict of a cell: the largest errors over its sizes, its variants, and what was wrong at which."""
+    return {
+        "sizes": list(found),
+        "loss": max(one["loss"] for one in found.values()),
+        "gradient": max(one["gradient"] for one in found.values()),
+        "variants": sorted({name for one in found.values() for name in one["variants"]}),
+        "problems": [f"V = {v}: {text}" for v, one in found.items() for text in (*one["wrong"], *one["faults"])],
     }
 
 
 def work(job: tuple[str, str, int, str, tuple]) -> tuple[str, Cell]:
     """A cell: of a layout for all of its sizes, or the counts (layout "counts")."""
     name, dtype, arch, layout, sizes = job
-    started = time.process_time()
     if layout == "counts":
-        cell = {str(size): count(name, dtype, arch, size) for size in sizes}
-    else:
-        cell = {str(size[0]): run_size(name, dtype, arch, layout, size) for size in sizes}
-    about = {
-        "source": sources(),
-        "triton": triton.__version__,
-        "sizes": [str(one) for one in sizes],
-    }
-    return key_of(job), {**about, "seconds": round(time.process_time() - started, 1), "found": cell}
+        launches = {str(size): count(name, dtype, arch, size) for size in sizes}
+        return key_of(job), {"sizes": list(launches), "found": launches}
+    return key_of(job), summary({str(size[0]): run_size(name, dtype, arch, layout, size) for size in sizes})
 
 
 def key_of(job: tuple) -> str:
@@ -146,107 +153,78 @@ def jobs_of(targets: list[int], quick: bool) -> list[tuple[str, str, int, str, t
     ]
 
 
-# ---- the page ------------------------------------------------------------------------------------
-
-
-def number(value: float) -> str:
-    return "0" if value == 0 else f"{value:.1e}" if value < 0.01 else f"{value:.3g}"
-
-
-def counts_table(cells: dict[str, Cell], dtype: str) -> list[str]:
-    """A line for each loss; what is of a launch in the JSON is added up for forward and gradient."""
-    lines = [
-        "| loss | V | instructions: forward | gradient | bytes read | written | barriers of a program "
-        "| registers | spills |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for key, cell in cells.items():
-        name, kind, _, layout = key.split(" / ")
-        if layout == "counts" and kind == dtype:
-            for vocabulary, launches in cell["found"].items():
-                total = {field: sum(one[field] for one in launches.values()) for field in FIELDS}
-                most = [max(one[field] for one in launches.values()) for field in ("barriers", "registers", "spills")]
-                back = launches.get("gradient", {"instructions": 0.0})["instructions"]
-                lines.append(
-                    f"| {name} | {vocabulary} | {total['instructions'] - back:.1f} | {back:.1f} | "
-                    f"{total['read']:.2f} | {total['written']:.2f} | {most[0]:g} | {most[1]} | {most[2]} |"
-                )
-    return lines
-
-
-def errors_table(cells: dict[str, Cell]) -> list[str]:
-    lines = [
-        "| target | dtype | calls | variants | largest error of a loss | of a gradient | wrong | faults |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    grouped: dict[tuple[str, str], list[Cell]] = collections.defaultdict(list)
-    for key, cell in cells.items():
-        _, dtype, target, layout = key.split(" / ")
-        if layout != "counts":
-            grouped[target, dtype] += cell["found"].values()
-    for (target, dtype), found in sorted(grouped.items()):
-        variants = {name for one in found for name in one["variants"]}
-        worst = [number(max(one[key] for one in found)) for key in ("loss", "gradient")]
-        bad = [sum(bool(one[key]) for one in found) for key in ("wrong", "faults")]
-        lines.append(
-            f"| {target} | {dtype} | {len(found)} | {len(variants)} | {worst[0]} | {worst[1]} | {bad[0]} | {bad[1]} |"
-        )
-    return lines
+# ---- the results file ----------------------------------------------------------------------------
 
 
 def problems(cells: dict[str, Cell]) -> list[str]:
-    return [
-        f"- {key}, V = {size}: {text}"
-        for key, cell in cells.items()
-        if not key.endswith("counts")
-        for size, found in cell["found"].items()
-        for text in (*found["wrong"], *found["faults"])
-    ]
+    return [f"{key}, {text}" for key, cell in cells.items() for text in cell.get("problems", [])]
 
 
-def page(cells: dict[str, Cell]) -> str:
-    bad = problems(cells)
-    sizes = ", ".join(str(vocabulary) for vocabulary, _ in SIZES)
-    return "\n".join(
-        [
-            "# Compiled kernels, executed",
-            "",
-            f"Nothing here has run on a GPU: the PTX that Triton {triton.__version__} compiles is executed on a "
-            "CPU (`tests/ptx`), from the library's own launches. `python -m benchmarks.ptx`; every cell is in "
-            "`ptx.json`.",
-            "",
-            "## Errors and faults",
-            "",
-            f"Calls: {len(cases.LOSSES)} losses in {len(cases.LAYOUTS)} layouts at V = {sizes}, on rows with "
-            "masked tokens, NaN where ignored, offsets of 1e4, a certain token, subnormal probabilities. Errors "
-            "are against float64: of a loss or log-prob beside max(1, its size); of a gradient beyond half a "
-            "rounding of its dtype, beside the row's largest entry. A fault is a misaligned access, one outside "
-            "a row's memory, a read of what nothing wrote, a race between warps or programs, a barrier that "
-            "some threads miss.",
-            "",
-            *errors_table(cells),
-            "",
-            *(bad[:50] or ["No fault, no wrong value."]),
-            "",
-            "## What a launch executes",
-            "",
-            "bfloat16, sm_90. Per element of one tensor of logits: instructions by threads, bytes of global "
-            "memory (each address once for reading and once for writing). Registers and bytes of spills are of "
-            "a thread. Barriers, registers and spills are the most of a loss's kernels.",
-            "",
-            *counts_table(cells, "bf16"),
-            "",
-        ]
-    )
+def read(path: Path) -> tuple[dict[str, str], dict[str, Cell]]:
+    """The kernels that a file is of (``source`` and ``triton``), and its cells by `key_of`."""
+    if not path.exists():
+        return {}, {}
+    data = json.loads(path.read_text())
+    if "errors" not in data:
+        return read_spelled_out(data["cells"])
+    about = {key: data[key] for key in ("source", "triton")}
+    cells: dict[str, Cell] = {}
+    for group, rows in data["errors"].items():
+        for name, row in rows.items():
+            number, loss, gradient, variants, *found = row
+            cell = {"sizes": data["sizes"][:number], "loss": loss, "gradient": gradient, "variants": variants.split()}
+            cells[f"{name} / {group}"] = {**cell, "problems": found}
+    for group, rows in data["counts"].items():
+        for name, found in rows.items():
+            launches = {
+                size: {kernel: dict(zip(COLUMNS, row)) for kernel, row in kernels.items()}
+                for size, kernels in found.items()
+            }
+            cells[f"{name} / {group}"] = {"sizes": list(found), "found": launches}
+    return about, cells
 
 
-def write(cells: dict[str, Cell]) -> None:
+def read_spelled_out(old: dict[str, Cell]) -> tuple[dict[str, str], dict[str, Cell]]:
+    """As `read`, of the layout in which each cell spelled out its kernels and every size."""
+    kinds = {(cell["source"], cell["triton"]) for cell in old.values()}
+    if len(kinds) > 1:
+        raise SystemExit(f"ptx: the file holds cells of several kernels: {sorted(kinds)}")
+    about = dict(zip(("source", "triton"), *kinds))
+    cells: dict[str, Cell] = {}
+    for key, cell in old.items():
+        if key.endswith("counts"):
+            cells[key] = {"sizes": list(cell["found"]), "found": cell["found"]}
+            for launches in cell["found"].values():
+                for launch in launches.values():
+                    launch["accesses"] = spelled(launch["accesses"])
+        else:
+            cells[key] = summary(cell["found"])
+    return about, cells
+
+
+def write(path: Path, about: dict[str, str], cells: dict[str, Cell]) -> None:
+    """A line for each target, layout and dtype; of a cell: sizes done, errors, variants, problems."""
     order = {key_of(job): n for n, job in enumerate(jobs_of([80, 90, 100], False))}
-    cells = {key: cells[key] for key in sorted(cells, key=lambda key: order.get(key, math.inf))}
-    written = RESULTS.with_suffix(".new")
-    written.write_text(json.dumps({"cells": cells}, indent=None).replace('}}, "', '}},\n"') + "\n")
-    written.replace(RESULTS)  # a run that is stopped leaves a whole file
-    RESULTS.with_suffix(".md").write_text(page(cells))
+    groups: dict[str, dict[str, dict[str, Any]]] = {"errors": {}, "counts": {}}
+    for key in sorted(cells, key=lambda key: order.get(key, len(order))):
+        name, group = key.split(" / ", 1)
+        cell = cells[key]
+        if group.endswith("counts"):
+            groups["counts"].setdefault(group, {})[name] = {
+                size: {kernel: [launch[c] for c in COLUMNS] for kernel, launch in kernels.items()}
+                for size, kernels in cell["found"].items()
+            }
+        else:
+            row = [len(cell["sizes"]), cell["loss"], cell["gradient"], " ".join(cell["variants"]), *cell["problems"]]
+            groups["errors"].setdefault(group, {})[name] = row
+    head = {**about, "sizes": [str(size) for size, _ in SIZES], "columns of counts": COLUMNS}
+    parts = [json.dumps(head)[:-1]]
+    for part, found in groups.items():
+        lines = [f"{json.dumps(group)}: {json.dumps(rows, separators=(',', ':'))}" for group, rows in found.items()]
+        parts.append(f'"{part}": {{\n' + ",\n".join(lines) + "\n}")
+    written = path.with_suffix(".new")
+    written.write_text(",\n".join(parts) + "\n}\n")
+    written.replace(path)  # a run that is stopped leaves a whole file
 
 
 def main() -> int:
@@ -255,11 +233,15 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--names", default="", help="what a cell's name contains")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--convert", action="store_true", help="rewrite the file in today's layout and run nothing")
     args = parser.parse_args()
+    about, cells = read(RESULTS)
+    if args.convert:
+        write(RESULTS, about, cells)
+        return 0
     targets = [90] if args.quick else [int(target) for target in args.targets.split(",")]
-    known = json.loads(RESULTS.read_text())["cells"] if RESULTS.exists() else {}
     now = {"source": sources(), "triton": triton.__version__}
-    cells = {k: c for k, c in known.items() if {key: c[key] for key in now} == now}
+    cells = cells if about == now else {}
     jobs = [job for job in jobs_of(targets, args.quick) if args.names in key_of(job)]
     missing = [job for job in jobs if len(cells.get(key_of(job), {"sizes": ()})["sizes"]) < len(job[4])]
     print(f"{len(jobs)} cells, {len(missing)} of them to run", flush=True)
@@ -269,9 +251,9 @@ def main() -> int:
         for key, cell in pool.map(work, missing):
             cells[key] = cell
             if time.monotonic() > last + 10:
-                write(cells)
+                write(RESULTS, now, cells)
                 last = time.monotonic()
-    write(cells)
+    write(RESULTS, now, cells)
     bad = problems(cells)
     print("\n".join(bad) or "no fault, no wrong value")
     return int(bool(bad))

@@ -1,264 +1,340 @@
-"""Writes docs/performance.md and its plots from the results files: no figure in it is typed by hand.
+"""Writes docs/performance.md from the results files: no figure in it is typed by hand.
 
-python -m benchmarks.report           writes
-python -m benchmarks.report --check   exit status 1 where the page is not what the files say
+python -m benchmarks.report            writes
+python -m benchmarks.report --check    exit status 1 where the page is not what the files say
+python -m benchmarks.report --plot F   draws the ratios of the results file F to F with the ending .png
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks._harness import RESULTS
+from benchmarks import compare, harness
+from fastsdpo.timing import markdown_table
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "performance.md"
-PLOTS = ROOT / "docs" / "performance"
-
+PAGE = harness.ROOT / "docs" / "performance.md"
+MODES = ("sampled", "forward_kl", "reverse_kl", "jsd", "topk")
 INTRODUCTION = """# Performance
 
-Made by `python -m benchmarks.report` from the files in `benchmarks/results/`, each with machine, versions,
-commit and commands. Times are medians of interleaved runs on one machine: what carries over to another is at
-most the ratios. `make bench` measures all of it anew on yours and sets its ratios beside these
-(`benchmarks/compare.py`); `fastsdpo bench` does the losses where the package is installed.
+Made by `python -m benchmarks.report` from the files in `benchmarks/results/`, which hold machine, versions, commit and
+command of every row. Ratios are of medians of interleaved runs in one process on one machine (two cores each): they
+are what may carry over to another. `make bench` measures them on yours and sets them beside these.
+**Nothing here has run on a GPU.** What is known of the GPU kernels comes from counting and executing their compiled
+code on a CPU; what is expected of them is arithmetic, and says so.
+"""
+# Goals that were set for the losses, by machine's results: rival, and the least ratio of its time to ours.
+GOALS = {"logits": {"TRL": (10.0, 30.0), "torch.compile": (4.0, 8.0)}, "linear": {"TRL": 1.4, "Liger compiled": 1.4}}
 
-**Nothing here has run on a GPU.** What is known of the GPU kernels is in the sections on traffic and on
-compiled code, and what is expected of them in the predictions, which are arithmetic.
+
+def files(theme: str) -> list[Path]:
+    """The results files of a theme, a machine each."""
+    return sorted(harness.RESULTS.glob(f"{theme}_*.json"))
+
+
+def named(theme: str) -> str:
+    return ", ".join(f"`{path.name}`" for path in files(theme))
+
+
+def span(values: Iterable[float | None]) -> str:
+    """Least and greatest of ratios."""
+    known = sorted(f"{value:.3g}" if value >= 100 else f"{value:.2f}" for value in values if value is not None)
+    known.sort(key=float)
+    if not known:
+        return ""
+    return known[0] if known[0] == known[-1] else f"{known[0]} to {known[-1]}"
+
+
+def ratio(row: harness.Row, who: str, base: str, field: str = "median") -> float | None:
+    a, b = (row["rivals"].get(name, {}).get(field) for name in (who, base))
+    return a / b if a and b else None
+
+
+def grouped(theme: str) -> Iterator[tuple[str, list[harness.Row]]]:
+    """Machine and dtype, and the rows of their losses and shapes."""
+    for path in files(theme):
+        groups: dict[str, list[harness.Row]] = {}
+        for row in harness.read(path):
+            about = [path.stem.partition("_")[2], row["case"]["dtype"]]
+            about += [name.replace("_", " ") for name in ("pages_kept", "bf16_products") if name in row["case"]]
+            groups.setdefault(", ".join(about), []).append(row)
+        yield from groups.items()
+
+
+def shapes(rows: list[harness.Row]) -> str:
+    """Tokens x vocabulary (x width) of the rows."""
+    found = [
+        " x ".join(str(row["case"][size]) for size in ("tokens", "vocabulary", "hidden") if size in row["case"])
+        for row in rows
+    ]
+    return "; ".join(dict.fromkeys(found))
+
+
+# ------------------------------------------------------------------------------------------- sections
+
+
+def logits() -> str:
+    lines = []
+    for label, rows in grouped("logits"):
+        rivals = [span(ratio(row, who, "native fused") for row in rows) for who in ("TRL", "torch.compile", "Liger")]
+        peaks = [
+            span(
+                row["rivals"].get(who, {}).get("peak_bytes") and row["rivals"][who]["peak_bytes"] / row["tensor_bytes"]
+                for row in rows
+            )
+            for who in ("TRL", "native fused")
+        ]
+        copy = span(3 * row["tensor_bytes"] / ratio_base(row) / row["ceilings"]["copy"] for row in rows)
+        lines.append([label, shapes(rows), *rivals, copy, *peaks])
+    header = [
+        "machine, dtype",
+        "T x V",
+        "TRL eager",
+        "torch.compile",
+        "Liger",
+        "of a copy",
+        "TRL's peak",
+        "ours",
+    ]
+    return f"""
+## Losses from logits
+
+Time of loss and gradient over ours (in place), the range over sampled token, forward KL, reverse KL and JSD. "Of a
+copy": the three tensors that must move, over our time, as a share of a copy's rate. Peaks: in tensors of (T, V).
+"Pages kept": all with an allocator that keeps its memory; otherwise much of the eager rivals' time is page faults.
+`python -m benchmarks.bench_logits`; {named("logits")}.
+
+{markdown_table(header, lines)}"""
+
+
+def ratio_base(row: harness.Row) -> float:
+    return row["rivals"]["native fused"]["median"]
+
+
+def linear() -> str:
+    who = ("bare GEMMs", "TRL", "Liger", "Liger compiled", "CCE", "PyTorch", "torch.compile")
+    lines = []
+    for label, rows in grouped("linear"):
+        ours = span(ratio(row, "fastsdpo", "bare GEMMs") for row in rows)
+        lines.append([label, shapes(rows), ours, *(span(ratio(row, w, "fastsdpo") for row in rows) for w in who[1:])])
+    header = ["machine, dtype", "T x V x D", "ours over bare GEMMs", *(f"{w} / ours" for w in who[1:])]
+    return f"""
+## Losses from hidden states
+
+Time of loss and gradients of hidden states and head, the range over the losses measured. In bfloat16 on a CPU the
+products are taken in float32, because PyTorch has none there from bfloat16 to float32; rivals round the logits and are
+off by percents (`errors` in the files). `python -m benchmarks.bench_linear`; {named("linear")}.
+
+{markdown_table(header, lines)}"""
+
+
+def models() -> str:
+    found = []
+    for row in (row for path in files("models") for row in harness.read(path)):
+        case = row["case"]
+        cap = f", softcap {case['softcap']:g}" if "softcap" in case else ""
+        others = [who for who in row["rivals"] if who not in ("fastsdpo", "bare GEMMs")]
+        rivals = ", ".join(f"{who} {ratio(row, who, 'fastsdpo'):.2f}" for who in others)
+        found.append(f"- {case['model']}{cap}, from {case['question']}, {case['mode'].replace('_', ' ')}: {rivals}.\n")
+    return f"""
+At the shapes of real models, float32, 128 tokens, time over ours (`python -m benchmarks.bench_models`;
+{named("models")}):
+
+{"".join(found)}"""
+
+
+def memory() -> str:
+    lines = []
+    for path in files("memory"):
+        for row in harness.read(path):
+            ours, plain = (row["rivals"][who]["peak_bytes"] for who in ("fastsdpo", "PyTorch"))
+            shape = " x ".join(str(size) for size in row["case"].values())
+            cells = [f"{b / 2**20:.0f}" for b in (ours, row["gradient_bytes"], plain)]
+            lines.append([shape, *cells, f"{plain / ours:.1f}", f"{row['predicted_bytes'] / ours:.2f}"])
+    header = [
+        "T x V x D",
+        "ours, MiB",
+        "of it gradients",
+        "plain PyTorch, MiB",
+        "PyTorch / ours",
+        "predicted / measured",
+    ]
+    return f"""
+## Memory of a loss from hidden states
+
+Peak of the process, reverse KL with both gradients. `python -m benchmarks.bench_memory`; {named("memory")}.
+
+{markdown_table(header, lines)}"""
+
+
+def sharing() -> str:
+    fields = {"time": "median", "memory": "peak_bytes", "flops": "flops"}
+    lines = []
+    for row in (row for path in files("sharing") for row in harness.read(path)):
+        case = row["case"]
+        count = row.get("interactions", case.get("conversations"))
+        of = f"{count} {'interactions' if 'interactions' in row else 'conversations'}, template {case['template']}"
+        found = [(name, ratio(row, "official", name, fields[case["what"]])) for name in row["rivals"]]
+        ratios = ", ".join(f"{name} {value:.2f}" for name, value in found if value and name != "official")
+        lines.append([case["what"], of, ratios])
+    return f"""
+## A full optimizer step
+
+The padded two-pass step of published code over each other step (`benchmarks/steps.py`). SmolLM2-135M, real
+conversations; memory is the whole process's peak, flops are by formula. `python -m benchmarks.bench_sharing`;
+{named("sharing")}.
+
+{markdown_table(["what", "of", "official / this step"], lines)}"""
+
+
+def trainers() -> str:
+    lines: dict[str, list[str]] = {}
+    for theme, base in (("trl", "TRL"), ("integrations", "plain")):
+        for row in (row for path in files(theme) for row in harness.read(path)):
+            case = row["case"]
+            line = lines.setdefault(f"{case.get('helper', 'TRL')}, {case['mode']}", [""] * 4)
+            for who in (who for who in row["rivals"] if who != base):
+                at = 0 if "logits" in (who, case.get("from")) else 2
+                values = ratio(row, who, base), ratio(row, who, base, "peak_bytes")
+                line[at : at + 2] = ["" if value is None else f"{value:.2f}" for value in values]
+    header = ["where, loss", "time, from logits", "peak memory", "time, from hidden states", "peak memory"]
+    return f"""
+## In other trainers
+
+Ours over TRL's own trainer, and over plain PyTorch. `python -m benchmarks.bench_trl`, `bench_integrations`;
+{named("trl")}, {named("integrations")}.
+
+{markdown_table(header, [[name, *cells] for name, cells in lines.items()])}"""
+
+
+def data() -> str:
+    lines = []
+    for row in (row for path in files("data") for row in harness.read(path)):
+        others = [f"{who} {ratio(row, who, 'fastsdpo'):.2f}" for who in row["rivals"] if who != "fastsdpo"]
+        rate = row["case"]["interactions"] / row["rivals"]["fastsdpo"]["median"]
+        lines.append(f"- {row['case']['stage']}: {rate:.0f} interactions/s" + "".join(f", {text}" for text in others))
+    for row in (row for path in files("processes") for row in harness.read(path)):
+        first, *others = row["rivals"]
+        speed = [f"{who} {1 / (ratio(row, who, first) or 1):.2f} times as fast" for who in others]
+        lines.append(f"- training steps: beside {first}, " + ", ".join(speed))
+    return f"""
+## Data and processes
+
+The others' time over ours; below 1 ours takes longer (the loops check nothing). `python -m benchmarks.bench_data`,
+`bench_processes`; {named("data")}, {named("processes")}.
+
+{f".{chr(10)}".join(lines)}.
 """
 
-# Prefix of the results file, the plot's bars (group, rival, ratio of its time to ours) or None
-Bars = Callable[[Any], list[tuple[str, str, float]]]
+
+def against_us() -> str:
+    """Every recorded row in which a rival takes less time, and the goals that were missed."""
+    faster: dict[str, list[str]] = {}
+    missed: dict[tuple[str, str, float], list[float]] = {}
+    for theme, base in (("logits", "native fused"), ("linear", "fastsdpo"), ("models", "fastsdpo")):
+        for label, row in ((label, row) for label, rows in grouped(theme) for row in rows):
+            mode = row["case"]["mode"]
+            for who in (who for who in row["rivals"] if who not in (base, "bare GEMMs")):
+                found = ratio(row, who, base) or 1.0
+                if found < 1:
+                    faster.setdefault(f"{theme}, {label}, {mode}", []).append(f"{who} {found:.2f}")
+                goal = GOALS.get(theme, {}).get(who, 0.0)
+                least = goal[mode == "jsd"] if isinstance(goal, tuple) else goal
+                if found < least and row["case"]["dtype"] == "float32":
+                    missed.setdefault((theme, who, least), []).append(found)
+    lines = [f"- {case}: {', '.join(rivals)} of our time.\n" for case, rivals in faster.items()]
+    for (theme, who, least), ratios in missed.items():
+        said = f"{who} should take {least:g} times our time, and took {span(ratios)} in {len(ratios)} cases"
+        lines.append(f"- Goal missed, {theme}: {said}.\n")
+    return f"""
+## Against us
+
+Rows in which a rival was faster, and goals that were missed (float32; of a KL from hidden states, compiled Liger is so
+near to the bare GEMMs that its goal is out of reach):
+
+{"".join(lines)}"""
 
 
-def _of_rivals(label: Callable[[dict], str], ours: str, leave: tuple[str, ...] = ()) -> Bars:
-    def bars(data: Any) -> list[tuple[str, str, float]]:
-        found = []
-        for row in data["rows"]:
-            base = row["rivals"][ours]["median"]
-            for who, timing in row["rivals"].items():
-                if who != ours and who not in leave:
-                    found.append((label(row), who, timing["median"] / base))
-        return found
+def gpu() -> str:
+    cells = json.loads((harness.RESULTS / "traffic.json").read_text())["cells"]
+    vocabulary = max(cell["V"] for cell in cells)
+    table: dict[str, dict[str, str]] = {}
+    for cell in (cell for cell in cells if cell["V"] == vocabulary):
+        moved = "not run" if "error" in cell else f"{cell['kernels'] + cell['torch']:.1f}"
+        table.setdefault(cell["loss"], {})[cell["by"]] = moved
+    who = list(dict.fromkeys(name for row in table.values() for name in row))
+    traffic = markdown_table(["loss", *who], [[loss, *(row.get(w, "") for w in who)] for loss, row in table.items()])
+    ptx = json.loads((harness.RESULTS / "ptx.json").read_text())
+    by_target: dict[str, list[list[Any]]] = {}
+    for group, rows in ptx["errors"].items():
+        by_target.setdefault(group.split(" / ")[1], []).extend(rows.values())
+    calls = ", ".join(f"{sum(row[0] for row in rows)} for {target}" for target, rows in by_target.items())
+    every = [row for rows in by_target.values() for row in rows]
+    matrix = json.loads((harness.RESULTS / "compile_matrix.json").read_text())
+    found = [cell for row in matrix["cells"].values() for cell in row.items()]
+    good = [(target, cell) for target, cell in found if isinstance(cell, list)]
+    registers = max(cell[0] for target, cell in good if target.startswith("sm_"))
+    targets = ", ".join(dict.fromkeys(target for target, _ in found))
+    return f"""
+## GPU kernels, without a GPU
 
-    return bars
+Bytes per token and word in bfloat16, forward and backward, V = {vocabulary}, counted in Triton's interpreter
+(`python -m benchmarks.traffic`; `traffic.json`); PyTorch operations count operands and results.
 
-
-def _of_rows(ours: Callable[[str], bool], base: Callable[[dict], Any]) -> Bars:
-    """Rows with one rival each: time of the one that is not ours over ours, per case."""
-
-    def bars(data: Any) -> list[tuple[str, str, float]]:
-        plain = {base(row): row["seconds"] for row in data["rows"] if not ours(row["who"])}
-        return [
-            (
-                f"{row.get('theme', 'TRL')} {row['case']}",
-                row["who"],
-                plain[base(row)] / row["seconds"],
-            )
-            for row in data["rows"]
-            if ours(row["who"])
-        ]
-
-    return bars
-
-
-def _integration_base(row: dict) -> tuple:
-    return row["theme"], row["case"], row["who"].partition(",")[2]
-
-
-def _of_runs(data: Any) -> list[tuple[str, str, float]]:
-    """Of bench_sharing: the official step's time over each variant's."""
-    pooled: dict[str, dict[str, list[float]]] = {}
-    for run in data["runs"]:
-        if run["kind"] == "time":
-            where = pooled.setdefault(f"{run['template']}, conversation {run['conversation']}", {})
-            for who, seconds in run["seconds"].items():
-                where.setdefault(who, []).extend(seconds)
-    return [
-        (group, who, statistics.median(found["official"]) / statistics.median(seconds))
-        for group, found in pooled.items()
-        for who, seconds in found.items()
-        if who != "official" and "official" in found
-    ]
+{traffic}
+Compiled PTX executed on a CPU against float64, every memory access checked (`python -m benchmarks.ptx`; `ptx.json`):
+calls: {calls}; largest error {max(row[1] for row in every):.1e} of a loss, {max(row[2] for row in every):.1e} of a
+gradient; {sum(len(row) - 4 for row in every)} faults. Compiled by Triton {matrix["triton"]} for {targets}
+(`python -m benchmarks.compile_matrix`; `compile_matrix.json`): {len(found)} cells,
+{len(found) - len(good)} that do not compile, {sum(cell[1] > 0 for _, cell in good)} that spill, at most {registers}
+registers a thread on NVIDIA's.
+What a GPU is expected to take is arithmetic from shapes: `python -m benchmarks.predictions` prints it with its
+assumptions, `fastsdpo train --dry-run` the memory of a run.
+"""
 
 
-def _of_stages(data: Any) -> list[tuple[str, str, float]]:
-    """Of bench_data: each rival's time over ours."""
-    ours = {row["stage"]: row["seconds"] for row in data["rows"] if row["who"] == "fastsdpo"}
-    return [
-        (row["stage"], row["who"], row["seconds"] / ours[row["stage"]])
-        for row in data["rows"]
-        if row["who"] != "fastsdpo"
-    ]
-
-
-def _linear_case(row: dict) -> str:
-    """Of bench_linear: the loss, its shape and how it was run."""
-    parts = [row["mode"], f"{row['vocabulary']} x {row['hidden']}"]
-    parts += [row["dtype"]] if row["dtype"] != "float32" else []
-    parts += ["bf16 products"] if row["bf16_products"] else []
-    parts += ["pages kept"] if row["pages_kept"] else []
-    return " ".join(parts)
-
-
-THEMES: list[tuple[str, str, Bars | None]] = [
-    (
-        "logits_cpu_float32",
-        "rival's time over ours, loss and gradient",
-        _of_rivals(lambda row: row["mode"], "native fused", ("native",)),
-    ),
-    (
-        "logits_cpu_float32_pages_kept",
-        "rival's time over ours, loss and gradient",
-        _of_rivals(lambda row: row["mode"], "native fused", ("native",)),
-    ),
-    (
-        "logits_cpu_bfloat16",
-        "rival's time over ours, loss and gradient",
-        _of_rivals(lambda row: row["mode"], "native fused", ("native",)),
-    ),
-    (
-        "logits_avx512",
-        "rival's time over ours, loss and gradient",
-        _of_rivals(
-            lambda row: f"{row['mode']} {row['dtype']} {row['tokens']} x {row['vocabulary']}",
-            "native fused",
-            ("native",),
-        ),
-    ),
-    (
-        "logits_intel",
-        "rival's time over ours, loss and gradient",
-        _of_rivals(
-            lambda row: f"{row['mode']} {row['dtype']} {row['tokens']} x {row['vocabulary']}",
-            "native fused",
-            ("native",),
-        ),
-    ),
-    (
-        "logits_intel_pages_kept",
-        "rival's time over ours, loss and gradient",
-        _of_rivals(lambda row: row["mode"], "native fused", ("native",)),
-    ),
-    (
-        "linear_cpu",
-        "rival's time over ours, loss and gradients",
-        _of_rivals(lambda row: f"{row['mode']} {row['vocabulary']} x {row['hidden']}", "fastsdpo"),
-    ),
-    (
-        "linear_avx512",
-        "rival's time over ours, loss and gradients",
-        _of_rivals(lambda row: f"{row['mode']} {row['vocabulary']} x {row['hidden']}", "fastsdpo"),
-    ),
-    ("linear_intel", "rival's time over ours, loss and gradients", _of_rivals(_linear_case, "fastsdpo")),
-    (
-        "models_cpu",
-        "rival's time over ours, loss and gradients",
-        _of_rivals(lambda row: f"{row['question']} {row['mode']} {row['model']}", "fastsdpo"),
-    ),
-    ("memory_cpu", "", None),
-    ("sharing_cpu", "time of the padded two-pass step over that of the variant", _of_runs),
-    (
-        "trl_cpu",
-        "TRL's time over that with the patch",
-        _of_rows(lambda who: who != "TRL", lambda row: (row["case"], row["shape"])),
-    ),
-    (
-        "integrations_cpu",
-        "plain PyTorch's time over ours",
-        _of_rows(lambda who: who.startswith("ours"), _integration_base),
-    ),
-    ("data_cpu", "rival's time over ours (below 1: ours takes longer)", _of_stages),
-    ("processes_cpu", "", None),
-    ("personalization_cpu", "", None),
-    ("personalization_search_cpu", "", None),
-    ("goals_cpu", "", None),
-    ("goals_avx512", "", None),
-    ("goals_intel", "", None),
-    ("traffic", "", None),
-    ("ptx", "", None),
-    ("compile_matrix", "", None),
-    ("costmodel_predictions", "", None),
-]
-
-
-def newest(prefix: str) -> Path | None:
-    """The results file (.md) of a theme with the latest date."""
-    pattern = re.compile(re.escape(prefix) + r"(_\d{4}-\d\d-\d\d)?\.md")
-    found = sorted(path for path in RESULTS.glob("*.md") if pattern.fullmatch(path.name))
-    return found[-1] if found else None
+SECTIONS = (logits, linear, models, memory, sharing, trainers, data, against_us, gpu)
 
 
 def page() -> str:
-    """The page's text."""
-    parts = [INTRODUCTION]
-    for prefix, _, bars in THEMES:
-        path = newest(prefix)
-        if path is None:
-            continue
-        text = path.read_text("utf-8").strip()
-        title, _, body = text.partition("\n")
-        body = re.sub(r"^(#+) ", r"#\1 ", body, flags=re.MULTILINE)
-        body = re.sub(r"\]\((?!https?://)", "](../benchmarks/results/", body)
-        plot = f"![{title.lstrip('# ')}](performance/{prefix}.png)\n\n" if bars is not None else ""
-        source = f"From `benchmarks/results/{path.name}`.\n\n"
-        parts.append(f"## {title.lstrip('# ')}\n\n{source}{plot}{body.strip()}\n")
-    return "\n".join(parts)
+    return INTRODUCTION + "".join(section().rstrip("\n") + "\n" for section in SECTIONS)
 
 
-def draw(bars: list[tuple[str, str, float]], title: str, path: Path) -> None:
-    """Horizontal bars in groups; a line at 1."""
+def draw(path: Path) -> Path:
+    """Bars of every ratio of a results file. Needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    colors = ("#4477aa", "#ee7733", "#228833", "#cc3311", "#aa3377", "#bbbbbb")
-    rivals = list(dict.fromkeys(who for _, who, _ in bars))
-    figure = Figure(figsize=(8.5, 0.8 + 0.24 * len(bars)), layout="constrained")
+    ratios = {name: value for name, value in compare.ratios(harness.read(path)).items() if ": time: " in name}
+    figure = Figure(figsize=(10, 1 + 0.2 * len(ratios)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    labels, ticks = [], []
-    position, last = 0.0, None
-    for group, who, ratio in bars:
-        if group != last:
-            position += 0.8
-            labels.append(group)
-            ticks.append(position + 0.4)
-            last = group
-        axes.barh(position, ratio, height=0.8, color=colors[rivals.index(who) % len(colors)])
-        axes.text(ratio, position, f" {ratio:.2f}", va="center", fontsize=7)
-        position += 1
-    for who, color in zip(rivals, colors):
-        axes.barh(0, 0, color=color, label=who)
+    axes.barh(range(len(ratios)), list(ratios.values()))
+    axes.set_yticks(range(len(ratios)), list(ratios), fontsize=6)
     axes.axvline(1, color="#999999", linewidth=0.8)
-    axes.set_yticks(ticks, labels, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel(title)
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+    return path.with_suffix(".png")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
-    options = parser.parse_args()
-    text = page()
-    if options.check:
-        same = PAGE.exists() and PAGE.read_text("utf-8") == text
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a results file instead")
+    args = parser.parse_args(argv)
+    if args.plot:
+        print(f"wrote {draw(args.plot)}")
+        return 0
+    if args.check:
+        same = PAGE.exists() and PAGE.read_text("utf-8") == page()
         print(f"{PAGE.name} is {'what' if same else 'not what'} the results files say")
         return int(not same)
-    PLOTS.mkdir(parents=True, exist_ok=True)
-    for prefix, title, bars in THEMES:
-        path = newest(prefix)
-        if path is not None and bars is not None:
-            draw(bars(json.loads(path.with_suffix(".json").read_text())), title, PLOTS / f"{prefix}.png")
-    PAGE.write_text(text, "utf-8")
-    print(f"wrote {PAGE.relative_to(ROOT)} and {PLOTS.relative_to(ROOT)}")
+    PAGE.write_text(page(), "utf-8")
+    print(f"wrote {PAGE.relative_to(harness.ROOT)}")
     return 0
 
 

@@ -15,8 +15,8 @@
 
 It runs from a checkout with torch, Triton, transformers, accelerate and pytest alone: nothing is
 downloaded, compiled beforehand or installed. Each part is a process of its own with a time limit. What it
-measured is in benchmarks/results/gpu_<device>_<date>.json and .md after every row, so a run that is killed
-leaves what was done. A part that fails is recorded with its error, and the run goes on; the exit status
+measured is in benchmarks/results/gpu_<device>.json after every row, so a run that is killed leaves what was done;
+the end prints it as a page. A part that fails is recorded with its error, and the run goes on; the exit status
 is 1 unless every part was done. A rehearsal shows that the parts run, measures no GPU and writes no
 results unless --output is given.
 """
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
 import platform
@@ -39,7 +38,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _harness
+from benchmarks import harness
+from fastsdpo.timing import markdown_table
 
 ROOT = Path(__file__).parent.parent
 # Parts, best first, and the seconds that each may take; the total has less than their sum.
@@ -115,12 +115,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """The results as JSON and as a page; a reader finds whole files at any time."""
-    texts = {path: json.dumps(results, indent=1) + "\n", path.with_suffix(".md"): markdown(results)}
-    for target, text in texts.items():
-        temporary = target.with_name(target.name + ".part")
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, target)
+    """The results as JSON; a reader finds a whole file at any time."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    os.replace(temporary, path)
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -129,7 +127,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [f"# {title}: {results['device']}", ""]
     lines += [f"- {key}: {value}" for key, value in results["environment"].items()]
     summary = [[name, part["state"], str(part.get("seconds", ""))] for name, part in results["parts"].items()]
-    lines += ["", _harness.table(["part", "state", "seconds"], summary)]
+    lines += ["", markdown_table(["part", "state", "seconds"], summary)]
     for name, part in results["parts"].items():
         lines += [f"## {name}: {part['state']}", ""]
         rows = part.get("rows", [])
@@ -138,7 +136,7 @@ def markdown(results: dict[str, Any]) -> str:
         columns = list(dict.fromkeys(key for row in numbers for key in row))
         if numbers:
             cells = [[shown(row.get(column, "")) for column in columns] for row in numbers]
-            lines += [_harness.table(columns, cells)]
+            lines += [markdown_table(columns, cells)]
         for row in rows:
             for key in told:
                 if key in row:
@@ -159,7 +157,7 @@ def quoted(text: str) -> list[str]:
 
 def environment(rehearsal: bool) -> dict[str, Any]:
     """Device, driver, versions, commit and command of this run."""
-    from fastsdpo import bench, doctor
+    from fastsdpo import doctor
 
     driver = "none"
     if not rehearsal:
@@ -168,13 +166,11 @@ def environment(rehearsal: bool) -> dict[str, Any]:
             driver = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
         except FileNotFoundError:
             driver = "unknown: there is no nvidia-smi"
-    device = bench.environment("cpu" if rehearsal else "cuda")["device"]
     versions = ", ".join(f"{name} {version}" for name, version in doctor.versions().items())
     return {
         "driver": driver,
         "platform": platform.platform(),
-        **_harness.environment(),
-        "device": device,
+        **harness.environment("cpu" if rehearsal else "cuda"),
         "versions": versions,
     }
 
@@ -196,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         rehearsed = folder / "results"
-        output = options.output or (rehearsed if options.rehearsal else _harness.RESULTS)
+        output = options.output or (rehearsed if options.rehearsal else harness.RESULTS)
         output.mkdir(parents=True, exist_ok=True)  # before any work is done
         device = "CPU" if options.rehearsal else torch.cuda.get_device_name()
         results: dict[str, Any] = {
@@ -207,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
             "parts": {},
         }
         name = "rehearsal" if options.rehearsal else re.sub(r"[^a-z0-9]+", "-", device.lower())
-        path = output / f"gpu_{name.strip('-')}_{datetime.date.today()}.json"
+        path = output / f"gpu_{name.strip('-')}.json"
         parts = results["parts"]
         for name in options.only:
             seconds = min(LIMITS[name], end - time.monotonic())
@@ -228,9 +224,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"{parts[name].get('seconds', 0)} s",
                 flush=True,
             )
-        if output == rehearsed:
-            print(path.with_suffix(".md").read_text("utf-8"))
-        else:
+        print(markdown(results))
+        if output != rehearsed:
             print(f"wrote {path}")
     return 0 if all(part["state"] == "done" for part in parts.values()) else 1
 

@@ -1,8 +1,8 @@
 """Bytes that the kernels move, counted element by element in Triton's interpreter.
 
-    python benchmarks/traffic.py                       # table -> results/traffic_<date>.md
-    python benchmarks/traffic.py --vocabulary 50257    # print one vocabulary's
-    python benchmarks/traffic.py --linear --json       # the fused kernels of the losses from hidden states
+    python -m benchmarks.traffic                       # -> results/traffic.json
+    python -m benchmarks.traffic --vocabulary 50257    # print one vocabulary's
+    python -m benchmarks.traffic --linear              # the fused kernels of the losses from hidden states
 
 A kernel's loads and stores are counted where they are not masked off, at the size of their element;
 "unique" counts each address once for reading and once for writing (a perfect cache). A PyTorch
@@ -20,6 +20,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,37 +50,12 @@ BUDGETS = {
     "JSD": (14.1, 4),
     "top-k": (8.5, 3),
 }
-VIEWS = {
-    "view",
-    "_unsafe_view",
-    "expand",
-    "transpose",
-    "t",
-    "permute",
-    "slice",
-    "select",
-    "unsqueeze",
-    "squeeze",
-    "detach",
-    "alias",
-    "as_strided",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "unbind",
-    "split",
-}
-WRITES_ONLY = {
-    "zeros",
-    "zeros_like",
-    "fill_",
-    "zero_",
-    "full",
-    "full_like",
-    "new_zeros",
-    "ones_like",
-}
+# Operations that move no bytes, and those that read none.
+VIEWS = re.compile(
+    "(_unsafe_)?view|expand|transpose|t|permute|slice|select|(un)?squeeze|detach|alias|as_strided|"
+    "(new_)?empty(_like|_strided)?|unbind|split"
+)
+WRITES_ONLY = re.compile("(new_)?zeros(_like)?|fill_|zero_|full(_like)?|ones_like")
 
 
 class Meter(TorchDispatchMode):
@@ -110,7 +86,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in VIEWS or func.namespace == "fastsdpo":
+        if VIEWS.fullmatch(name) or func.namespace == "fastsdpo":
             return out
 
         def tensors(tree: Any) -> dict[int, int]:
@@ -118,7 +94,7 @@ class Meter(TorchDispatchMode):
             own = lambda t: t.untyped_storage().nbytes() if 0 in t.stride() else t.nbytes  # noqa: E731
             return {id(t): own(t) for t in leaves}
 
-        read = {} if name in WRITES_ONLY else tensors((args, kwargs or {}))
+        read = {} if WRITES_ONLY.fullmatch(name) else tensors((args, kwargs or {}))
         if name == "gather":  # reads what it picks
             read = {"picked": 2 * sum(tensors(out).values())}
         self.torch_bytes[name] += sum(read.values()) + sum(tensors(out).values())
@@ -273,58 +249,31 @@ def run(vocabulary: int, others: bool) -> list[dict[str, Any]]:
     return found
 
 
-def table(cells: list[dict[str, Any]]) -> str:
-    lines = [
-        "| V | loss | by | kernels | unique | PyTorch operations | launches | largest operations |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for cell in cells:
-        start = f"| {cell['V']} | {cell['loss']} | {cell['by']} | "
-        if "error" in cell:
-            lines.append(f"{start}not run in the interpreter: {cell['error']} | | | | |")
-            continue
-        most = ", ".join(f"{name} {value}" for name, value in cell["operations"].items())
-        lines.append(
-            f"{start}{cell['kernels']:.3f} | {cell['unique']:.3f} | {cell['torch']:.3f} | "
-            f"{cell['launches']} | {most} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--ours", action="store_true", help="without the rivals")
     parser.add_argument("--linear", action="store_true", help="losses from hidden states, ours only")
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
     args = parser.parse_args()
     round_interpreted_bfloat16()
     np.seterr(all="ignore")  # lanes that the kernels discard
     torch.manual_seed(0)
+    sizes = VOCABULARIES if args.vocabulary is None else (args.vocabulary,)
     if args.linear:
-        size = args.vocabulary or VOCABULARIES[-1]
         cells = [
             {"V": size, "loss": mode, "by": "fastsdpo, from hidden states", **measure(linear(mode, size), ROWS * size)}
+            for size in sizes
             for mode in OPTIONS
         ]
-        print(json.dumps(cells) if args.json else table(cells))
-        return 0
-    sizes = VOCABULARIES if args.vocabulary is None else (args.vocabulary,)
-    cells = [cell for size in sizes for cell in run(size, not args.ours)]
-    print(json.dumps(cells) if args.json else table(cells))
-    if args.vocabulary is None and not args.ours:
-        text = (
-            "# Bytes moved per token and vocabulary element\n\nNothing here has run on a GPU: accesses "
-            f"are counted in Triton's interpreter. {ROWS} rows of bfloat16 logits, forward and backward "
-            f"(the log-ratio: forward), top-k with K = {TOPK}. Command: `python benchmarks/traffic.py`. "
-            '"Unique" counts the kernels\' addresses once for reading and once for writing. PyTorch '
-            "operations count operands and results: a lower bound. TRL's chunked divergence "
-            "takes its kernels on CUDA only and is left out.\n\n"
-        )
+    else:
+        cells = [cell for size in sizes for cell in run(size, not args.ours)]
+    print(json.dumps(cells))
+    if args.vocabulary is None and not args.ours and not args.linear:
         args.output.mkdir(parents=True, exist_ok=True)
-        path = args.output / f"traffic_{datetime.date.today()}.md"
-        path.write_text(text + table(cells) + "\n")
+        lines = ",\n".join(json.dumps(cell) for cell in cells)
+        about = json.dumps({"rows": ROWS, "dtype": "bfloat16", "topk": TOPK, "date": str(datetime.date.today())})
+        (args.output / "traffic.json").write_text(about[:-1] + ', "cells": [\n' + lines + "\n]}\n")
     return 0
 
 

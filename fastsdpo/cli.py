@@ -12,7 +12,7 @@ COMMANDS = {
     "chat": ("fastsdpo.commands.chat", "talk to a model that learns from your follow-ups"),
     "eval": ("fastsdpo.commands.eval", "win rate of a model against its base, by rule or judge"),
     "signal": ("fastsdpo.commands.signal", "show the token-level signal of an interaction"),
-    "bench": ("fastsdpo.bench", "time the losses against PyTorch, TRL and Liger on this machine"),
+    "bench": ("fastsdpo.commands.bench", "time the losses against plain PyTorch on this machine"),
     "doctor": ("fastsdpo.commands.doctor", "check the backends of this machine"),
 }
 

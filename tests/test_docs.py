@@ -43,5 +43,3 @@ def test_named_files_and_linked_pages_exist(page):
     named = re.findall(r"`((?:benchmarks|tests|examples|docs|kernels)/[\w./-]+\.(?:py|md|json))`", text)
     for name in named:
         assert (ROOT / name).exists(), name
-    for name in re.findall(r"`(\w+_2\d{3}-\d\d-\d\d\.(?:md|json))`", text):
-        assert (ROOT / "benchmarks/results" / name).exists(), name

@@ -3,8 +3,9 @@
     make personalization SEEDS="1 2 3"
     python -m benchmarks.personalization.record personalization
 
-Writes benchmarks/results/personalization_<machine>.json: the recipe and every point of every run, with its sample
-answers. ``report.md`` and ``report.png`` of the folder show the same to people.
+Writes benchmarks/results/personalization_<machine>.json: the recipe, the initial model's point, a row of numbers per
+later point, and the first seed's answers to one question. ``report.md`` and ``report.png`` of the folder show people all
+answers and every point.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import datetime
 import json
 from pathlib import Path
 
-from benchmarks._harness import RESULTS, environment
+from benchmarks.harness import RESULTS, environment
 from benchmarks.personalization import experiment
-from benchmarks.personalization.report import read_points
+from benchmarks.personalization.report import COLUMNS, numbers, one_question, read_points
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,18 +31,21 @@ def main(argv: list[str] | None = None) -> int:
     if not runs:
         parser.error(f"{options.folder} holds no runs")
     data = json.loads((options.folder / "data.json").read_text("utf-8"))
+    first = next(iter(runs.values()))[0]
     stored = {
         "environment": {**environment(), "command": options.command, "date": str(datetime.date.today())},
         "recipe": experiment.RECIPE,
         "changes": experiment.CHANGES,
         "texts": {name: len(rows) for name, rows in data.items()},
-        "runs": [
-            {"condition": condition, "seed": seed, "points": points} for (condition, seed), points in runs.items()
-        ],
+        "initial": {name: value for name, value in first.items() if name != "answers"},
+        "columns": COLUMNS,
+        "rows": numbers(runs),
+        "answers": one_question(runs),
     }
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"personalization_{options.machine}.json"
-    path.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    text = json.dumps(stored, ensure_ascii=False).replace('], ["', '],\n["')
+    path.write_text(text + "\n", "utf-8")
     print(f"wrote {path}")
     return 0
 

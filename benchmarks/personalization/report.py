@@ -12,6 +12,20 @@ CONDITIONS = {
     "unrelated": "unrelated follow-ups",
 }
 PERPLEXITIES = ("perplexity", "perplexity_users", "perplexity_answers", "perplexity_brief")
+# Of `numbers`; perplexities are changes in % since the first point, the other shares are in %.
+COLUMNS = [
+    "condition",
+    "seed",
+    "interactions",
+    "short %",
+    "long %",
+    "words",
+    "degenerate %",
+    "perplexity %",
+    "perplexity of users' text %",
+    "of answers %",
+    "of brief exchanges %",
+]
 Runs = dict[tuple[str, int], list[dict[str, Any]]]  # (condition, seed) -> points, in order
 
 
@@ -52,6 +66,29 @@ def table(runs: Runs) -> list[str]:
                 f"{point['long']:.0%} | {point['words']:.1f} | {point['degenerate']:.0%} | {' | '.join(changes)} |"
             )
     return lines
+
+
+def numbers(runs: Runs) -> list[list[Any]]:
+    """Every point as a row of `COLUMNS`."""
+    rows: list[list[Any]] = []
+    for (condition, seed), points in runs.items():
+        for point in points:
+            shares = [round(100 * point[name]) for name in ("short", "long")]
+            row = [condition, seed, point["interactions"], *shares, round(point["words"], 1)]
+            changes = [round(100 * change(point, points[0], name), 1) for name in PERPLEXITIES]
+            rows.append([*row, round(100 * point["degenerate"]), *changes])
+    return rows
+
+
+def one_question(runs: Runs) -> dict[str, dict[str, str]]:
+    """The answers of each condition's first seed to the first question, by condition and interactions."""
+    found: dict[str, dict[str, str]] = {}
+    for (condition, seed), points in runs.items():
+        if seed == min(other for name, other in runs if name == condition):
+            for point in points:
+                question, answer = next(iter(point["answers"].items()))
+                found.setdefault(question, {})[f"{condition}, {point['interactions']} interactions"] = answer
+    return found
 
 
 def answers(runs: Runs) -> list[str]:

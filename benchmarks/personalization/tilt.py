@@ -18,14 +18,12 @@ not show is the path there: A changes with the model, and the adapter does not r
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks._harness import RESULTS, environment
+from benchmarks import harness
 from benchmarks.personalization import experiment
 from fastsdpo.data import Interaction, InteractionTokenizer
 from fastsdpo.modeling import load_model_and_tokenizer
@@ -96,9 +94,7 @@ def measure(questions: int, wishes: list[str], tilts: list[float], neutral: str 
             found = tilted_answers(model, prompts, tilt, end_ids, MAX_NEW_TOKENS)
             texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
             row = {
-                "wish": name,
-                "neutral": neutral or "-",
-                "tilt": tilt,
+                "case": {"wish": name, "neutral": neutral or "-", "tilt": tilt},
                 "questions": len(texts),
                 "short": share(RuleUser(experiment.SHORT).satisfied([], texts)),
                 "long": share(RuleUser(experiment.LONG).satisfied([], texts)),
@@ -142,10 +138,7 @@ def main() -> int:
     options = parser.parse_args()
     rows = measure(options.questions, options.wishes, options.tilts, options.neutral)
     if options.record:
-        path = RESULTS / f"{options.record}.json"
-        stored = {"environment": {**environment(), "command": " ".join(sys.argv)}, "rows": rows}
-        path.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
-        print(f"wrote {path}")
+        harness.record(harness.RESULTS / f"{options.record}.json", rows)
     return 0
 
 

@@ -1,33 +1,24 @@
-"""The benchmark scripts on tiny inputs, and `make bench` around them."""
+"""Each benchmark at its tiny sizes writes a file that the report reads."""
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import itertools
 import json
-import sys
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks import bench_data, bench_models, bench_processes, run_all
-from fastsdpo import bench
+from benchmarks import bench_data, bench_processes, compare, conversations, harness, report, run_all, steps
+from fastsdpo.data.tokenization import TokenizedInteraction
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-ENVIRONMENT = {
-    "device": "d",
-    "native": "n",
-    "python": "3",
-    "versions": {"torch": "2"},
-    "commit": "c",
-    "command": "python -m x",
-    "date": "2026-01-01",
-}
 
 
 @pytest.fixture
-def tokenizer():
+def tokenizer(monkeypatch):
     special = ["<pad>", "<end>", "<user>", "<assistant>", "<unk>"]
     words = [*special, *(f"w{n}" for n in range(9)), "Please"]
     backend = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
@@ -40,171 +31,124 @@ def tokenizer():
         "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
         "{% if add_generation_prompt %}<assistant> {% endif %}"
     )
-    return tokenizer
+    monkeypatch.setattr(conversations, "load_tokenizer", lambda template="smollm2": tokenizer)
+    monkeypatch.setattr(steps, "load_tokenizer", lambda: tokenizer)
 
 
 @pytest.fixture
 def source(tmp_path):
-    """Four conversations, of which one has no turns and one too few messages."""
-
-    def talk(*texts):
-        return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
-
-    rows = [
-        talk("w1", "w2 w3", "w4"),
-        talk("w1", "w2"),
-        talk("w1", "w2", "w3", "w4", "w5 w6"),
-        {"messages": [{"role": "user", "content": "w1"}] * 3},
-    ]
+    """Conversations of which one has no turns, one too few messages and one begins like another."""
+    texts = (["w1", "w2 w3", "w4"], ["w1", "w2"], ["w2", "w2", "w3", "w4", "w5 w6"], ["w1", "w2 w3", "w4", "w5", "w6"])
+    rows = [[{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(talk)] for talk in texts]
+    rows.append([{"role": "user", "content": "w1"}] * 3)
     path = tmp_path / "source.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     return path
 
 
-def options(source):
-    return argparse.Namespace(source=str(source), conversations=9, tokenized=9, rounds=1, seconds=0)
+NO_COMPILER = ["--without", "torch.compile", "Liger compiled", "CCE"]
 
 
-def test_data_preparation_against_rivals_that_give_the_same(source, tokenizer):
-    rows = bench_data.measure(options(source), tokenizer)
-    found = {(row["stage"], row["who"]): row for row in rows}
-    assert len(found) == 11
-    assert {row["interactions"] for row in rows} == {3}
-    assert {row["conversations"] for row in rows} == {2}
-    assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in rows)
-    page = bench_data.markdown(rows)
-    assert page.count("| tokenize |") == 4
-    assert "2 real conversations" in page
+@pytest.mark.parametrize(
+    ("theme", "arguments"),
+    [
+        ("logits", NO_COMPILER),
+        ("linear", [*NO_COMPILER, "--vocabulary", "512", "--modes", "sampled", "topk"]),
+        ("models", [*NO_COMPILER, "--logits", "SmolLM2-135M", "--hidden", "SmolLM2-135M", "--tokens", "2"]),
+        ("memory", []),
+        ("trl", []),
+        ("integrations", []),
+        ("data", ["--source", "{source}"]),
+        ("processes", []),
+    ],
+)
+def test_quick(theme, arguments, source, tokenizer, tmp_path, monkeypatch, capsys):
+    if theme == "trl":
+        pytest.importorskip("trl")
+    module = importlib.import_module(f"benchmarks.bench_{theme}")
+    arguments = [text.format(source=source) for text in arguments]
+    module.main(["--quick", "--output", str(tmp_path), "--machine", "here", *arguments])
+    path = tmp_path / f"{theme}_here.json"
+    rows = harness.read(path)
+    assert rows and all(row["run"]["command"] and len(row["rivals"]) for row in rows)
+    assert compare.compare(rows, rows)[1] == []
+    for known in harness.RESULTS.glob("*.json"):  # the page with this file in place of the recorded ones
+        if not known.name.startswith(f"{theme}_") and not (tmp_path / known.name).exists():
+            (tmp_path / known.name).symlink_to(known)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    assert f"`{path.name}`" in report.page()
 
 
-def test_a_rival_with_other_rows_is_not_timed(source, tokenizer, monkeypatch):
+def test_what_is_compared_must_be_the_same(source, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_data, "plain_prepare", lambda source, output: output.write_text(""))
-    with pytest.raises(SystemExit, match="plain loop gives other interactions"):
-        bench_data.measure(options(source), tokenizer)
+    with pytest.raises(SystemExit, match="gives something else"):
+        bench_data.main(["--quick", "--source", str(source), "--output", str(tmp_path)])
 
 
 def test_interactions_of_drawn_lengths():
     items = bench_processes.make_interactions(40, 100, 2)
-    assert len(items) == 40
-    assert items == bench_processes.make_interactions(40, 100, 2)
-    answers = sorted(len(i.completion_ids) for i in items)
-    assert answers[0] < 60 < answers[-1]
+    assert len(items) == 40 and items == bench_processes.make_interactions(40, 100, 2)
     for one, two in itertools.pairwise(items):
         if one.conversation_id == two.conversation_id:  # the history goes on, so prefixes are shared
             assert two.prompt_ids[: len(one.prompt_ids)] == one.prompt_ids
 
 
-def test_efficiency_of_processes():
-    rows = [
-        {
-            "processes": p,
-            "threads": t,
-            "batch": 16,
-            "steps": 3,
-            "shape": "s",
-            "parameters": 10**6,
-            "tokens": 1000,
-            "seconds": s,
-            "fastest": s,
-            "slowest": s,
-            "cpus": 2,
-            "environment": ENVIRONMENT,
-        }
-        for p, t, s in ((1, 1, 4.0), (2, 1, 2.5), (1, 2, 3.2))
-    ]
-    page = bench_processes.markdown(rows)
-    assert "| 2 | 1 | 2.50 | 2.50 | 2.50 | 400 | 1.60 | 0.80 |" in page
-    assert "| 1 | 2 | 3.20 | 3.20 | 3.20 | 312 | 1.25 | 0.62 |" in page
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "initializer_range": 0.2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **tokens)).train()
 
 
-def test_shapes_of_models(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "MODELS", {"m": bench.Shape(300, 16, 3.0)})
-    arguments = "x --logits m --hidden m --hidden-modes reverse_kl --tokens 4 --rounds 1 --record models"
-    arguments += f" --without torch.compile CCE --output {tmp_path}"
-    monkeypatch.setattr(sys, "argv", arguments.split())
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda **_: 1e9)
-    monkeypatch.setattr(bench, "gemm_flops", lambda **_: 1e9)
-    bench_models.main()
-    rows = json.loads((tmp_path / "models.json").read_text())["rows"]
-    assert [(r["question"], r["mode"], r["softcap"]) for r in rows] == [
-        ("hidden", "reverse_kl", 3.0),
-        ("logits", "reverse_kl", 3.0),
-    ]
-    assert "| hidden | m | 4 x 300 x 16 | 3 | reverse_kl | fastsdpo |" in (tmp_path / "models.md").read_text()
+@pytest.mark.parametrize("name", steps.STEPS)
+def test_every_step_is_the_official_one(name, model, tokenizer):
+    """Loss and gradients on five interactions of one conversation: a batch of four and one of one."""
+    if name.startswith("trl"):
+        pytest.importorskip("trl")
+    items, history = [], [3, 4, 5, 6, 7]
+    for number in range(5):
+        answer, followup = [*range(8 + number, 15 + 2 * number)], [60 + number, 70, 80]
+        items.append(TokenizedInteraction(history, [*history, *followup], answer, str(number), "c"))
+        history = [*history, *answer, *followup]
+
+    def gradient(backward):
+        loss = backward()
+        found = torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad(set_to_none=True)
+        return loss, found
+
+    ignored = 0 if name == "trl-sdpo" else steps.IGNORED  # TRL's SDPO has no option to leave tokens out
+    want = gradient(lambda: steps.official(model, items, ignored))
+    got = gradient(lambda: steps.STEPS[name](model, items))
+    assert got[0] == pytest.approx(want[0], rel=1e-4)
+    assert float((got[1] - want[1]).norm() / want[1].norm()) < 1e-4
+    found = steps.describe(items)
+    assert sum(n * (p + t + 2 * y) for n, p, t, y in found["sizes"]["batches"]) == found["padded_tokens"]
 
 
-# ------------------------------------------------------------------------------------- make bench
-
-
-THEMES = [
-    run_all.Theme("good_cpu", "what works", ["json.tool --help", "calendar 2026 1"], ["this"]),
-    run_all.Theme("bad_cpu", "what fails", ["no_such_module", "calendar 2026 1"], ["no_such_module"]),
-]
-
-
-def test_every_theme_is_run_and_on_the_page_also_after_one_that_fails(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_all, "THEMES", THEMES[::-1])
-    assert run_all.main(["--output", str(tmp_path)]) == 1
-    page = (tmp_path / "index.md").read_text()
-    assert "| what fails | [.log](bad_cpu.log) |" in page
-    assert "| what works | [.log](good_cpu.log) |" in page
-    assert page.count("**failed**") == 1
-    assert "January 2026" in (tmp_path / "good_cpu.log").read_text()
-    assert "January 2026" not in (tmp_path / "bad_cpu.log").read_text()
-    assert "failed: bad_cpu" in capsys.readouterr().out
-
-
-def test_themes_by_name(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_all, "THEMES", THEMES)
-    assert run_all.main(["--output", str(tmp_path), "--quick", "--only", "good"]) == 0
-    assert "tiny sizes" in (tmp_path / "index.md").read_text()
-    with pytest.raises(SystemExit):
-        run_all.main(["--output", str(tmp_path), "--only", "none"])
-    with pytest.raises(SystemExit):
-        run_all.main(["--record", "--quick"])
-
-
-def test_a_quick_run_leaves_the_results_of_a_full_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_all, "THEMES", THEMES[:1])
-    monkeypatch.chdir(tmp_path)
-    assert run_all.main([]) == 0
-    assert run_all.main(["--quick"]) == 0
-    assert "January 2026" in (tmp_path / "bench_output" / "good_cpu.log").read_text()
-    assert "tiny sizes" in (tmp_path / "bench_output" / "quick" / "index.md").read_text()
-
-
-def test_a_recording_goes_on_from_the_newest_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_all.compare, "RESULTS", tmp_path)
-    (tmp_path / "a_cpu_2026-01-01.json").write_text("1")
-    (tmp_path / "a_cpu_2026-02-01.json").write_text("2")
-    run_all.go_on_from_newest("a_cpu", tmp_path / "a_cpu_2026-03-01.json")
-    assert (tmp_path / "a_cpu_2026-03-01.json").read_text() == "2"
-    (tmp_path / "a_cpu_2026-03-01.json").write_text("3")
-    run_all.go_on_from_newest("a_cpu", tmp_path / "a_cpu_2026-03-01.json")
-    assert (tmp_path / "a_cpu_2026-03-01.json").read_text() == "3"
-    run_all.go_on_from_newest("b_cpu", tmp_path / "b_cpu_2026-03-01.json")
-    assert not (tmp_path / "b_cpu_2026-03-01.json").exists()
-
-
-@pytest.mark.parametrize("theme", run_all.THEMES, ids=lambda theme: theme.name)
-def test_the_scripts_know_their_arguments(theme, tmp_path, monkeypatch):
-    """Every command of `make bench` up to where the script would begin to work."""
-    import importlib
+def test_run_all(tmp_path, monkeypatch, capsys):
+    """Every theme's full arguments are its script's; a theme that fails is on the page, and the others run."""
 
     class Parsed(Exception):
         pass
 
-    plain = argparse.ArgumentParser.parse_args
-
-    def parse(self, *arguments):
+    def stop(self, *arguments):
         plain(self, *arguments)
         raise Parsed
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    for command in theme.full + theme.quick:
-        module, *arguments = run_all.words(command, "name", tmp_path)
-        if module == "pytest":
-            continue
-        monkeypatch.setattr(sys, "argv", [module, *arguments])
-        with pytest.raises(Parsed):
-            importlib.import_module(module).main()
+    plain = harness.Arguments.parse_args
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.Arguments, "parse_args", stop)
+        for theme, (_, runs) in run_all.THEMES.items():
+            for arguments in runs:
+                with pytest.raises(Parsed):
+                    importlib.import_module(f"benchmarks.bench_{theme}").main([*arguments.split(), "--machine", "x"])
+    monkeypatch.setattr(run_all, "THEMES", {"none": ("what fails", [""]), "memory": ("what works", ["--help"])})
+    assert run_all.main(["--output", str(tmp_path), "--only", "none", "memory"]) == 1
+    page = (tmp_path / "index.md").read_text()
+    assert page.count("**failed**") == 1 and "| what works | [log](memory.log) |" in page
+    assert "failed: none" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_all.main(["--record", "--quick"])

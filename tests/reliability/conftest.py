@@ -172,7 +172,7 @@ def commands(lab, tmp_path_factory):
     (place / "prompts.txt").write_text("".join(f"w{i} w{i + 1} w{i + 2}\n" for i in range(24)))
     (place / "held_out.txt").write_text("w1 w2\nw3 w4\nw5\n")
     with open(place / "conversations.jsonl", "w") as file:
-        for number in range(12_000 if LONG else 6_000):  # saved every 5,000
+        for number in range(12_000 if LONG else 6_000):
             words = lab.WORDS[number % 50 :][:5]
             roles = ("user", "assistant") * 3
             messages = [{"role": role, "content": f"{number} {word}"} for role, word in zip(roles, words)]
