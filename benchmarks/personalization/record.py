@@ -4,8 +4,8 @@
     python -m benchmarks.personalization.record personalization
 
 Writes benchmarks/results/personalization_<machine>.json: the recipe, the initial model's point, a row of numbers per
-later point, and the first seed's answers to one question. ``report.md`` and ``report.png`` of the folder show people all
-answers and every point.
+later point, and the first seed's answers to one question. ``report.md`` and ``report.png`` of the folder show people
+all answers and every point.
 """
 
 from __future__ import annotations
