@@ -29,7 +29,7 @@ _ERRORS = {
 }
 
 
-class Rows(ctypes.Structure):
+class NativeRows(ctypes.Structure):
     """``fastsdpo_rows``: logits ``[B, L, V]`` with any strides on B and L."""
 
     _fields_ = (
@@ -40,11 +40,11 @@ class Rows(ctypes.Structure):
     )
 
 
-class Call(ctypes.Structure):
+class NativeCall(ctypes.Structure):
     """``fastsdpo_call``: the arguments of every operation; what one does not use stays 0."""
 
     _fields_ = (
-        *((name, Rows) for name in ("student", "teacher", "grad")),
+        *((name, NativeRows) for name in ("student", "teacher", "grad")),
         *((name, c_int64) for name in ("B", "L", "V", "K")),
         *((name, c_int64) for name in ("ignore_index", "passes", "threads", "add_tail")),
         *((name, c_double) for name in ("temperature", "softcap", "alpha", "is_clip")),
@@ -102,7 +102,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         getattr(library, name).restype = ctypes.c_char_p
     library.fastsdpo_set_isa.argtypes = [ctypes.c_char_p]
     for name in OPERATIONS:
-        getattr(library, f"fastsdpo_{name}").argtypes = [ctypes.POINTER(Call)]
+        getattr(library, f"fastsdpo_{name}").argtypes = [ctypes.POINTER(NativeCall)]
     library.fastsdpo_math.argtypes = [ctypes.c_int, c_void_p, c_void_p, c_int64]
     library.fastsdpo_convert.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_int64]
     if not library.fastsdpo_isa():
@@ -148,12 +148,12 @@ def set_instruction_set(name: str) -> None:
         raise ValueError(f"instruction set must be one of {instruction_sets()}, got {name!r}")
 
 
-def rows(logits: Tensor) -> Rows:
+def rows(logits: Tensor) -> NativeRows:
     """The C description of ``logits [B, L, V]``, whose last stride is 1."""
     stride_b, stride_l, stride_v = logits.stride()
     if stride_v != 1 and logits.shape[2] > 1:
         raise ValueError(f"logits must have last stride 1, got {stride_v}")
-    return Rows(logits.data_ptr(), stride_b, stride_l, DTYPES[logits.dtype])
+    return NativeRows(logits.data_ptr(), stride_b, stride_l, DTYPES[logits.dtype])
 
 
 def vector(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
@@ -174,7 +174,7 @@ def call(
     ignore_index: int,
     **fields: object,
 ) -> None:
-    """Runs ``fastsdpo_<operation>`` on ``student [B, L, V]``; ``fields`` are those of `Call`.
+    """Runs ``fastsdpo_<operation>`` on ``student [B, L, V]``; ``fields`` are those of `NativeCall`.
 
     The tensors whose addresses are in ``fields`` must outlive the call: keep them in variables.
 
@@ -183,7 +183,7 @@ def call(
     """
     B, L, V = student.shape
     status = getattr(library(), f"fastsdpo_{operation}")(
-        Call(
+        NativeCall(
             student=rows(student),
             target_ids=vector(target_ids, torch.int64),
             B=B,

@@ -21,12 +21,10 @@ KERNELS = "fastsdpo/ops/_triton_kernels.py"  # Triton has no structures; its com
 MOST_ARGUMENTS = 12
 MANY_ARGUMENTS = {
     "chunked_divergence_loss": "TRL calls it with these arguments, in place of its own function",
-    "linear_token_logps_backward_op": "an operator of torch.library, whose schema has no structures",
 }
 MOST_LINES = {"file": 450, "class": 350, "function": 60}  # of a function without its docstring
 LONG_FILES = {
     KERNELS: "all kernels share their jitted functions, and recorded results name this source",
-    "fastsdpo/ops/linear.py": "the loss from hidden states: its loop, its operator and its public function",
 }
 LONG_FUNCTIONS = {
     "check_loss": "one check after the other of every argument of the losses, in the order of the documentation",

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastsdpo.ops.backend import resolve_backend
 from fastsdpo.ops.checks import accumulation_dtype
 from fastsdpo.ops.divergence import SDPOLossOutput, check_loss, rows_loss
-from fastsdpo.ops.head import Plan, choose_dtypes, default_chunk_size
+from fastsdpo.ops.head import ChunkPlan, choose_dtypes, default_chunk_size
 from fastsdpo.ops.linear import LinearCall, linear_loss
 from fastsdpo.ops.linear import PolicyGradient as PolicyGradient
 from fastsdpo.ops.rows import LossOptions, Tokens
@@ -121,7 +121,7 @@ def distillation_loss(
     call = LinearCall(
         tokens,
         options,
-        Plan(default_chunk_size(len(student), len(weight), student.device), operand, tile),
+        ChunkPlan(default_chunk_size(len(student), len(weight), student.device), operand, tile),
         resolve_backend(NAME, "auto", weight.new_empty(0, dtype=tile)),
         None if teacher is None else rows.take(teacher).detach(),
         None if teacher_head is None else teacher_head.weight.detach(),

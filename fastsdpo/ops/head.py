@@ -79,7 +79,7 @@ def has_mixed_gemm(device: torch.device) -> bool:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ChunkPlan:
     """How a call is computed.
 
     Attributes:
@@ -96,9 +96,9 @@ class Plan:
         return self.chunk_size, f"{self.operand} {self.tile}"
 
     @staticmethod
-    def unpacked(chunk_size: int, dtypes: str) -> Plan:
+    def unpacked(chunk_size: int, dtypes: str) -> ChunkPlan:
         operand, tile = (getattr(torch, name.removeprefix("torch.")) for name in dtypes.split())
-        return Plan(chunk_size, operand, tile)
+        return ChunkPlan(chunk_size, operand, tile)
 
 
 def choose_dtypes(hidden: Tensor, weight: Tensor, tile: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
@@ -211,7 +211,7 @@ def through_head(
     hidden: Tensor,
     head: HeadGemms,
     tile_loss: TileLoss,
-    plan: Plan,
+    plan: ChunkPlan,
     needs: Needs = (False, False, False),
     *,
     teacher_hidden: Tensor | None = None,

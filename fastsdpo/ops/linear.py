@@ -37,10 +37,10 @@ from fastsdpo.ops.backend import resolve_backend
 from fastsdpo.ops.checks import accumulation_dtype
 from fastsdpo.ops.divergence import SDPOLossOutput, check_loss, loss_output
 from fastsdpo.ops.head import (
+    ChunkPlan,
     Gradients,
     HeadGemms,
     Needs,
-    Plan,
     choose_dtypes,
     gradient_scale,
     needed,
@@ -84,7 +84,7 @@ class LinearCall:
 
     tokens: Tokens
     options: LossOptions
-    plan: Plan
+    plan: ChunkPlan
     backend: str
     teacher_hidden: Tensor | None = None
     teacher_weight: Tensor | None = None
@@ -262,7 +262,7 @@ def linear_sdpo_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `linear_forward` gives, for compilers; an empty tensor where no gradient is needed."""
     options = LossOptions.unpacked(mode, floats, integers)
-    plan = Plan.unpacked(chunk_size, dtypes)
+    plan = ChunkPlan.unpacked(chunk_size, dtypes)
     teacher_hidden, teacher_weight, teacher_bias = teacher
     call = LinearCall(Tokens(*tokens), options, plan, backend, teacher_hidden, teacher_weight, teacher_bias)
     found, grads = linear_forward(hidden, weight, bias, call, needed(needs))
@@ -433,5 +433,5 @@ def linear_sdpo_loss(
     flat = flat_hidden(student)
     chunk = check_chunk(name, chunk_size, flat.shape[0], weight)
     backend = resolve_backend(name, backend, weight.new_empty(0, dtype=tile))
-    call = LinearCall(tokens, options, Plan(chunk, operand, tile), backend, *teacher, vocab_group=vocab_group)
+    call = LinearCall(tokens, options, ChunkPlan(chunk, operand, tile), backend, *teacher, vocab_group=vocab_group)
     return linear_loss(flat, weight, bias, call, shape)

@@ -23,8 +23,8 @@ from fastsdpo.ops.checks import (
     flat_ids,
 )
 from fastsdpo.ops.head import (
+    ChunkPlan,
     HeadGemms,
-    Plan,
     choose_dtypes,
     gradient_scale,
     needed,
@@ -58,7 +58,7 @@ def linear_token_logps_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rows.TokenResults` of all tokens."""
-    options, plan = LossOptions.unpacked(mode, floats, integers), Plan.unpacked(chunk_size, dtypes)
+    options, plan = LossOptions.unpacked(mode, floats, integers), ChunkPlan.unpacked(chunk_size, dtypes)
     check_ids(target_ids, len(weight), "linear_token_logps: target_ids", options.ignore_index)
     dtype, n = accumulation_dtype(hidden, weight), len(hidden)
     out = rows.TokenResults(*(hidden.new_zeros(shape, dtype=dtype) for shape in (n, n if entropy else 0, (n, 2))))
@@ -99,7 +99,7 @@ def linear_token_logps_backward_op(
     ``saved`` holds the targets and the statistics of forward.
     """
     target_ids, stats = saved
-    options, plan = LossOptions.unpacked(mode, floats, integers), Plan.unpacked(chunk_size, dtypes)
+    options, plan = LossOptions.unpacked(mode, floats, integers), ChunkPlan.unpacked(chunk_size, dtypes)
     scale = gradient_scale(upstream, plan.operand)
     slopes = (upstream if scale is None else upstream * scale).contiguous()
 
@@ -232,7 +232,7 @@ def linear_token_logps(
         flat_ids(target_ids),
         *LossOptions(temperature, cap, ignore_index).packed(),
         return_entropy,
-        *Plan(chunk, operand, tile).packed(),
+        *ChunkPlan(chunk, operand, tile).packed(),
         backend,
     )
     logps = logps.view(shape)

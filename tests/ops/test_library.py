@@ -6,7 +6,7 @@ from torch.library import opcheck
 
 import fastsdpo
 from fastsdpo.ops import _operators, linear, linear_token_logps
-from fastsdpo.ops.head import Plan
+from fastsdpo.ops.head import ChunkPlan
 from fastsdpo.ops.rows import LossOptions, Tokens
 
 BACKENDS = [name for name in ("reference", "native") if fastsdpo.available_backends()[name] == "available"]
@@ -57,7 +57,7 @@ def test_losses_from_hidden_states(backend):
     h, t = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
     weight, bias = torch.randn(11, 4, requires_grad=True), torch.randn(11, requires_grad=True)
     y, w = torch.randint(0, 11, (6,)), torch.rand(6)
-    plan = Plan(4, torch.float32, torch.float32).packed()
+    plan = ChunkPlan(4, torch.float32, torch.float32).packed()
     options = LossOptions(mode="full", alpha=0.5).packed()
     # Its backward overwrites what forward stored, so a check that runs backward twice cannot pass.
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")

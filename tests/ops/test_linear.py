@@ -75,7 +75,7 @@ def test_gemms_and_memory_at_full_size(loss, own, needs, gemms, monkeypatch):
     call = linear.LinearCall(
         rows.Tokens(empty(tokens, dtype=torch.int64), empty(tokens, dtype=torch.float32)),
         rows.LossOptions(**loss),
-        head.Plan(chunk, torch.bfloat16, torch.float32),
+        head.ChunkPlan(chunk, torch.bfloat16, torch.float32),
         "triton",
         empty(tokens, dim),
         empty(vocabulary, dim) if own else None,
