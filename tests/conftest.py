@@ -4,7 +4,11 @@ With deterministic algorithms on, `torch.empty` is filled with NaN, so a kernel 
 element unwritten fails its comparison instead of passing by luck.
 """
 
+import json
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -58,3 +62,34 @@ def byte_tokenizer():
         return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **names)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def run_in_one_and_two():
+    """run(script, folder, runs): the script by itself and as two processes that train together, all at once.
+
+    ``runs``: of the number of processes, what the script gets as JSON after the folder.
+    """
+
+    def start(script, folder, runs, rank, world, port):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if world > 1:
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+            environment |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}}
+        command = [sys.executable, str(script), str(folder), json.dumps(runs(world))]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def run(script, folder, runs):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        places = [(0, 1), (0, 2), (1, 2)]
+        processes = [start(script, folder, runs, rank, world, port) for rank, world in places]
+        try:
+            outputs = [process.communicate(timeout=240)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(outputs)
+
+    return run

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,40 +23,14 @@ RUNS = {
 }
 
 
-def start(folder, rank, world, port):
-    runs = {name: {**run, "per_device_train_batch_size": 4 // world} for name, run in RUNS.items()}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if world > 1:
-        environment |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-    worker = Path(__file__).parent / "two_processes_worker.py"
-    return subprocess.Popen(
-        [sys.executable, str(worker), str(folder), json.dumps(runs)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, run_in_one_and_two):
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [start(folder, 0, 1, port), *(start(folder, rank, 2, port) for rank in range(2))]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(outputs)
+    run_in_one_and_two(
+        Path(__file__).parent / "two_processes_worker.py",
+        folder,
+        lambda world: {name: {**run, "per_device_train_batch_size": 4 // world} for name, run in RUNS.items()},
+    )
     return folder
 
 

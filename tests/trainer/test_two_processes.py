@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,45 +33,16 @@ RUNS = {
 }
 
 
-def start(folder, rank, world, port):
-    runs = {
-        name: {"per_device_train_batch_size": 4 // world, **settings}
-        if "global_batch_size" not in settings
-        else settings
-        for name, settings in RUNS.items()
-    }
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if world > 1:
-        environment |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-    worker = Path(__file__).parent / "two_processes_worker.py"
-    return subprocess.Popen(
-        [sys.executable, str(worker), str(folder), json.dumps(runs)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def runs(world):
+    """A global batch of four, as the processes share it or as the setting says."""
+    shares = {"per_device_train_batch_size": 4 // world}
+    return {name: run if "global_batch_size" in run else {**shares, **run} for name, run in RUNS.items()}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, run_in_one_and_two):
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [start(folder, 0, 1, port), *(start(folder, rank, 2, port) for rank in range(2))]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(outputs)
+    run_in_one_and_two(Path(__file__).parent / "two_processes_worker.py", folder, runs)
     return {name: [torch.load(folder / f"{name}-{world}.pt", weights_only=False) for world in (1, 2)] for name in RUNS}
 
 
