@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # TRL warns at the import of what it calls so
 ROOT = Path(__file__).parents[1]
@@ -27,7 +28,7 @@ def load(path):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     lab = load(ROOT / "tests" / "integrations" / "conftest.py")
-    return lab.save_model(tmp_path_factory.mktemp("model"))
+    return lab.save_model(tmp_path_factory.mktemp("model"), LlamaConfig, LlamaForCausalLM)
 
 
 def test_all_are_run():

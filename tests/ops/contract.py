@@ -140,7 +140,7 @@ class Contract:
         tokens = Tokens(ids, weights, torch.full_like(weights, -6.0))
         options = LossOptions(0.9, softcap, is_clip=2.0, **loss)
         if options.topk:
-            tokens = tokens._replace(topk_ids=student.nan_to_num().topk(options.topk, -1).indices.flatten(0, 1))
+            tokens = tokens._replace(topk_ids=student.topk(options.topk, -1).indices.flatten(0, 1))
         found = door.forward(student, teacher, tokens, options, self.backend)
         grad, apart = torch.empty_like(student), torch.empty_like(student)
         door.backward(torch.ones(1), found, student, teacher, tokens, options, self.backend, grad)

@@ -45,12 +45,12 @@ def test_losses(backend):
     for alpha in (0.0, 0.5, 1.0):
         check(t, Tokens(y, w), mode="full", alpha=alpha)
     ids = z.detach().topk(4, -1).indices.reshape(6, 4)
-    check(t, Tokens(y, w, topk_ids=ids), mode="topk", alpha=0.5)
+    check(t, Tokens(y, w, topk_ids=ids), mode="topk", topk=4, alpha=0.5)
     opcheck(_operators.support_op, (z.detach(), y, 4, -100, backend))
     y = ids[:, 1].clone()  # outside the support a log-prob is NaN, which compares unequal
     logps = torch.log_softmax(t, -1).reshape(6, 11).gather(1, ids)
     tokens = Tokens(y, w, topk_ids=ids, topk_logps=logps)
-    check(None, tokens, mode="topk", alpha=0.5, add_tail=False)
+    check(None, tokens, mode="topk", topk=4, alpha=0.5, add_tail=False)
 
 
 def test_losses_from_hidden_states(backend):

@@ -41,7 +41,12 @@ class TestSample(Triton):
 
 @pytest.mark.slow
 class TestValues(Triton, contract.Values):
-    pass
+    @each_loss("sampled", "forward", "reverse", "jsd")
+    @pytest.mark.parametrize("teacher", ["rises", "falls", "stays"])
+    def test_a_maximum_that_rises_late(self, loss, teacher):
+        if teacher == "falls" and loss == contract.LOSSES["jsd"]:
+            pytest.skip("policies without overlap: the exact gradient is near 0, a rounding of p is more")
+        super().test_a_maximum_that_rises_late(loss, teacher)
 
 
 @pytest.mark.slow
