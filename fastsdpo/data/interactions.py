@@ -12,7 +12,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # Speaker names of the layouts that are read, and what they are called here.
@@ -65,6 +65,8 @@ class Interaction:
         followup: o, what the user said next.
         id: names the interaction in reports; unique within its file where the source had ids.
         conversation_id: interactions of one conversation share it (and share prefixes).
+        fields: what else is known of it (a rating, the model's name, ...); JSON's types, by name. Training
+            reads none of it.
 
     Raises:
         TypeError, ValueError: a field has the wrong type, or the prompt does not end with a
@@ -76,6 +78,7 @@ class Interaction:
     followup: str
     id: str | None = None
     conversation_id: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if not isinstance(self.prompt, list) or not self.prompt:
@@ -110,6 +113,8 @@ class Conversation:
         single: True for a record that already is one interaction; only its last answer counts.
         interaction_id: the id of that interaction.
         own_id: True where `id` names the record, within its source, and not its conversation.
+        fields: what else is known of it, by name; each of its interactions gets them.
+        answer_fields: of single answers, by the index of the message; their interactions get them too.
     """
 
     messages: list[dict]
@@ -118,6 +123,8 @@ class Conversation:
     single: bool = False
     interaction_id: str | None = None
     own_id: bool = True
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    answer_fields: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
 
 # White space, control characters, what Unicode calls Default_Ignorable_Code_Point (zero-width and
@@ -272,7 +279,7 @@ def extract_interactions(
         raise ValueError(f"extract_interactions: max_history_messages must be at least 1, got {max_history_messages}")
     if not isinstance(conversation, Conversation):
         conversation = Conversation(parse_messages(conversation, "messages"))
-    system, turns, several, rest = _turns(conversation.messages)
+    system, turns, several, numbers, rest = _turns(conversation.messages)
     if rest and left_out is not None:
         lost = _count_followups(conversation.messages) - _count_followups(turns)
         if lost:
@@ -301,17 +308,22 @@ def extract_interactions(
                 followup=turns[t + 1]["content"],
                 id=name,
                 conversation_id=conversation.id,
+                fields={**conversation.fields, **conversation.answer_fields.get(numbers[t], {})},
             )
         )
     return interactions
 
 
-def _turns(messages: Sequence[Mapping]) -> tuple[list[dict], list[dict], list[bool], Sequence[Mapping]]:
+def _turns(
+    messages: Sequence[Mapping],
+) -> tuple[list[dict], list[dict], list[bool], list[int], Sequence[Mapping]]:
     """([the system message] or [], alternating user / assistant messages starting with a user's, of
-    each whether it is the last of different answers, the messages from which on nothing is taken)"""
+    each whether it is the last of different answers, of each the index of its last message, the
+    messages from which on nothing is taken)"""
     system: list[dict] = []
     turns: list[dict] = []
     several: list[bool] = []
+    numbers: list[int] = []
     end = len(messages)
     for number, message in enumerate(messages):
         role, content = message["role"], message["content"]
@@ -323,14 +335,17 @@ def _turns(messages: Sequence[Mapping]) -> tuple[list[dict], list[dict], list[bo
             place.append({"role": role, "content": content})
             if place is turns:
                 several.append(False)
+                numbers.append(number)
             continue
+        if place is turns:
+            numbers[-1] = number
         texts = [text for text in (place[-1]["content"], content) if not is_blank(text)]
         if role == "assistant" and len(texts) == 2:
             several[-1] = several[-1] or texts[0].strip() != texts[1].strip()
             texts = texts[1:]
         place[-1]["content"] = "\n\n".join(texts)
     first = int(bool(turns) and turns[0]["role"] == "assistant")
-    return system, turns[first:], several[first:], messages[end:]
+    return system, turns[first:], several[first:], numbers[first:], messages[end:]
 
 
 def _count_followups(messages: Sequence[Mapping]) -> int:

@@ -75,9 +75,10 @@ def encode_rows(interactions: list[Interaction], first_turn: int) -> list[bytes]
             f'{{"id": {_encode(item.id)}, "conversation_id": {_encode(item.conversation_id)}, '
             f'"turn_id": {turn}, "prompt": [{prompt}], '
             f'"completion": {message("assistant", item.completion)}, '
-            f'"user_response": {message("user", item.followup)}}}\n'
+            f'"user_response": {message("user", item.followup)}'
         )
-        rows.append(row.encode())
+        fields = "".join(f", {_encode(name)}: {_encode(value)}" for name, value in item.fields.items())
+        rows.append(f"{row}{fields}}}\n".encode())
     return rows
 
 
