@@ -194,6 +194,7 @@ def test_fsdp2(place, one, two, lab, name):
     compare(place, f"fsdp2{2}-{name}", name, lab)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOUR)
 def test_fsdp2_with_four_processes(place, one, four, lab, name):
     compare(place, f"fsdp2{4}-{name}", name, lab)
