@@ -188,14 +188,22 @@ class InteractionTokenizer:
         ids = [self.end_of_turn_id, getattr(self.tokenizer, "eos_token_id", None), *own]
         return list(dict.fromkeys(token for token in ids if token is not None))
 
-    def said(self, completion_ids: Sequence[int]) -> str:
+    def said(self, completion_ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> str:
         """What an answer of the model says to the reader.
 
-        Without control tokens, and without private reasoning: think blocks, and channels other than
-        the one in which the chat template writes finished answers. Empty where the answer was cut
-        before it came to that.
+        The content of the message that the tokenizer's ``response_template`` makes of it, where the
+        tokenizer has one. Else the text without control tokens, and without private reasoning: think
+        blocks, and channels other than the one in which the chat template writes finished answers.
+        Empty where the answer was cut before it came to that.
+
+        Args:
+            prompt_ids: what the answer was drawn after: it may open a block of reasoning.
         """
         ids = list(completion_ids)
+        if getattr(self.tokenizer, "response_template", None):
+            message = self.tokenizer.parse_response(ids, prefix=list(prompt_ids)) if ids else {}
+            content = message.get("content")
+            return content.strip() if isinstance(content, str) else ""
         channel = self._encoder.channel
         if channel:
             starts = [i for i, token in enumerate(ids) if token == channel[0]]
