@@ -14,7 +14,6 @@ from typing import Any
 from fastsdpo.data.chat_template import ANSWER, ChatTemplate, Opening, Q
 from fastsdpo.data.control_tokens import ControlTokens, alternatives
 
-
 KEPT_CHARACTERS = 1 << 21  # of pieces whose ids are kept; twice as many at most
 
 

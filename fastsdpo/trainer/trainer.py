@@ -78,6 +78,7 @@ class SDPOTrainer(StepTrainer):
         args = self.args
         progress = not args.disable_tqdm and args.process_index == 0
         tokenizer, options = self.processing_class, args.tokenizer_options()
+        options |= {"cache": args.token_cache, "workers": args.tokenizer_workers}
         return InteractionDataset.from_source(
             source, tokenizer, args.template, name=name, progress=progress, **options
         )

@@ -94,6 +94,8 @@ def arguments(place, output, variant, processes):
         "teacher_check=0",
         "--set",
         "dataloader_pin_memory=false",
+        "--token-cache",
+        f"{output}-tokens",  # which the processes of a run race to make
         *variant.arguments,
     ]
 
