@@ -7,6 +7,7 @@ import sys
 from dataclasses import fields, replace
 from typing import Any
 
+from fastsdpo.commands import prepare_prompts
 from fastsdpo.data.filters import PRESETS, ConversationFilter
 from fastsdpo.data.output import LAYOUTS
 from fastsdpo.data.prepare import PrepareReport, prepare
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "--eval-after", metavar="DATE", help="hold out the conversations from this time on, in place of a share"
     )
     group.add_argument("--eval-output", help="default: <output>.eval.jsonl")
+    prepare_prompts.add_prompt_options(parser)
     return parser
 
 
@@ -149,8 +151,15 @@ def _rules(arguments: argparse.Namespace) -> ConversationFilter:
 
 def main(argv: list[str]) -> int:
     """Runs the command; 0 done, 1 failed (with the reason on stderr), 130 interrupted."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
     try:
+        prepare_prompts.check_options(parser, arguments)
+        if arguments.prompts is not None:
+            prompts = prepare_prompts.write_prompts(arguments)
+            if not arguments.quiet:
+                print(prepare_prompts.format_report(prompts))
+            return 0
         report = prepare(
             arguments.sources,
             arguments.output,
