@@ -33,6 +33,7 @@ class ConversationFilter:
             says no time is dropped where one of them is set.
         drop_toxic, drop_redacted: drop records with this mark (``"toxic": true``), on the record or on a
             message, and those that have it nowhere, neither true nor false.
+            These, `models` and the times are read in `Conversation.facts`, which `prepare` fills.
         published: the selection is that of the code published with the paper, on records of this data set
             (published.py): white space is taken off, and nothing is merged.
     """

@@ -59,6 +59,7 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 LAYOUTS = ("fastsdpo", "trl")
+TRL_KEYS = {"chosen", "rejected", "image", "images", "input_ids", "labels"}  # make other data of a row for TRL
 
 
 def encode_rows(interactions: list[Interaction], first_turn: int, layout: str = "fastsdpo") -> list[bytes]:

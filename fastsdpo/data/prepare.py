@@ -26,7 +26,7 @@ from fastsdpo.data.interactions import Conversation, extract_interactions
 from fastsdpo.data.layouts import parse_conversation
 from fastsdpo.data.loading import MAX_RECORD_BYTES, parse_entries
 from fastsdpo.data.merging import record_keys
-from fastsdpo.data.output import LAYOUTS, atomic_file, write_outputs
+from fastsdpo.data.output import LAYOUTS, TRL_KEYS, atomic_file, write_outputs
 from fastsdpo.data.output import PrepareReport as PrepareReport
 from fastsdpo.data.output import encode_rows as encode_rows
 from fastsdpo.data.progress import ProgressBar
@@ -152,6 +152,8 @@ class _Job:
         self.eval_after = None if eval_after is None else _time("eval_after", eval_after)
         facts = self.rules.facts if self.eval_after is None else dict.fromkeys(("time", *self.rules.facts))
         self.fields = RecordFields(tuple(keep), tuple(facts))
+        if layout == "trl" and (names := set(keep) & TRL_KEYS):
+            raise ValueError(f"prepare: keep must not name what TRL reads in the rows' place, got {min(names)!r}")
         if eval_after is not None and eval_fraction > 0:
             raise ValueError("prepare: hold out by eval_fraction or by eval_after, got both")
         if not 0 <= eval_fraction < 1:

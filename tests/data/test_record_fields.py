@@ -156,5 +156,9 @@ def test_the_layout_of_trl(prepared):
     assert [row["prompt"] for row in done.rows] == [row["prompt"] for row in own.rows]
     again = prepared([{**row, "completion": row["completion"]} for row in done.rows], "--overwrite")
     assert again.rows == own.rows
+    assert (
+        "what TRL reads in the rows' place, got 'images'"
+        in prepared(RECORDS, "--layout", "trl", "--keep", "images").error
+    )
     two = [{**done.rows[0], "completion": done.rows[0]["completion"] * 2}]
     assert "completion" in json.dumps(prepared(two, "--overwrite").report["problems"])
