@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -79,7 +80,7 @@ def read_helpsteer2(record: Any) -> Read:
 
 def _with(record: Any, keys: Sequence[str], key: str) -> Mapping:
     if not isinstance(record, Mapping) or key not in record:
-        got = ", ".join(map(repr, list(record)[:8])) if isinstance(record, Mapping) else type(record).__name__
+        got = ", ".join(map(reprlib.repr, list(record)[:8])) if isinstance(record, Mapping) else type(record).__name__
         raise TypeError(f"a record must have {' or '.join(keys)}, got {got}")
     return record
 

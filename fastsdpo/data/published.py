@@ -21,6 +21,7 @@ while the order is made, some 25 for each one that was read.
 from __future__ import annotations
 
 import itertools
+import reprlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -66,7 +67,7 @@ def parse_published(record: Any, data_set: str) -> Conversation:
     keys = ("conversation",) if wildchat else ("conversations", "conversation")
     if not any(key in record for key in keys):
         raise TypeError(
-            f"a record must have {' or '.join(keys)}, got the keys {', '.join(map(repr, list(record)[:8]))}"
+            f"a record must have {' or '.join(keys)}, got the keys {', '.join(map(reprlib.repr, list(record)[:8]))}"
         )
     found = next((record[key] for key in keys if record.get(key)), [])
     if not isinstance(found, (list, tuple)):
@@ -80,7 +81,8 @@ def parse_published(record: Any, data_set: str) -> Conversation:
     read = _wildchat_messages if wildchat else _wildfeedback_messages
     texts = [(_text(m, speaker, place), _text(m, text, place)) for place, m in enumerate(found)]
     language = record.get("language")
-    name = next((str(record[key]) for key in CONVERSATION_ID_KEYS if record.get(key)), None) if wildchat else None
+    name = next((record[key] for key in CONVERSATION_ID_KEYS if isinstance(record.get(key), str)), None)
+    name = name.encode(errors="replace").decode() if wildchat and name else None
     return Conversation(list(read(texts)), name, language if isinstance(language, str) else None)
 
 

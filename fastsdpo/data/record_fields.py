@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import re
+import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,12 +57,11 @@ def parse_time(value: Any) -> float:
         return (value if value.tzinfo else value.replace(tzinfo=datetime.timezone.utc)).timestamp()
     elif isinstance(value, datetime.date):
         return datetime.datetime(value.year, value.month, value.day, tzinfo=datetime.timezone.utc).timestamp()
-    elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        for largest, unit in ((1e11, 1), (1e14, 1e3), (1e17, 1e6)):
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        for largest, unit in ((1e11, 1), (1e14, 1e3), (1e17, 1e6), (1e20, 1e9)):
             if abs(value) < largest:
                 return value / unit
-        return value / 1e9
-    raise ValueError(f"a time must be an ISO date or seconds since 1970, got {value!r}")
+    raise ValueError(f"a time must be an ISO date or seconds since 1970, got {reprlib.repr(value)}")
 
 
 def _iso_time(found: re.Match, value: str) -> float:
@@ -118,12 +118,14 @@ def record_messages(record: Any) -> Iterable[Any]:
     return record if isinstance(record, (list, tuple)) else ()
 
 
-def json_value(value: Any) -> Any:
+def json_value(value: Any, depth: int = 0) -> Any:
     """A value as JSON can have it: dates as ISO text, numbers that are none as null.
 
     Raises:
-        TypeError: JSON has nothing like it.
+        TypeError: JSON has nothing like it, or it is nested more than 100 deep.
     """
+    if depth > 100:
+        raise TypeError("it is nested more than 100 deep")
     if isinstance(value, str):
         return value.encode(errors="replace").decode()  # rows must be valid Unicode
     if isinstance(value, float):
@@ -133,9 +135,9 @@ def json_value(value: Any) -> Any:
     if isinstance(value, (datetime.datetime, datetime.date)):
         return value.isoformat()
     if isinstance(value, Mapping):
-        return {json_value(str(key)): json_value(item) for key, item in value.items()}
+        return {json_value(str(key)): json_value(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [json_value(item) for item in value]
+        return [json_value(item, depth + 1) for item in value]
     raise TypeError(f"JSON cannot have it, got {type(value).__name__}")
 
 

@@ -1,8 +1,13 @@
 """`prepare --preset paper-wildchat / paper-wildfeedback` against the published rules, written down here once more."""
 
+import json
 import random
 
 import pytest
+
+from fastsdpo.commands.prepare import main
+
+from .test_fuzz import mutate, retype, write
 
 numpy = pytest.importorskip("numpy")
 
@@ -138,3 +143,28 @@ def test_what_is_no_such_record_is_damaged(prepared):
     ):
         assert text in said
     assert ":4: message 1: content must be text, got list" in said and "the preset wildchat does" in said
+
+
+def test_mutated_records(tmp_path, capsys):
+    """Values of any type in any place, and damaged text: counted, whatever is asked of the records."""
+    good = wildchat(
+        Q, A, O, ("a", "z"), ("u", "Bye"), conversation_id="c", timestamp="2023-04-09", model="m", toxic=False
+    )
+    good["conversation"][1]["toxic"] = False
+    cases = [
+        (good, "--preset paper-wildchat --keep model,timestamp --eval-after 2023-01-01"),
+        (wildfeedback(Q, A, O), "--preset paper-wildfeedback --eval-fraction 0.3"),
+        (good, "--preset wildchat --keep model,timestamp,toxic --after 2000-01-01 --drop-toxic --models m"),
+        ({"info": {"post": "p", "article": None}}, "--prompts tldr"),
+        ({"prompt": "p", "response": "r"}, "--prompts helpsteer2"),
+    ]
+    for seed in range(60):
+        draw = random.Random(seed)
+        record, options = cases[seed % len(cases)]
+        records = [retype(draw, record) for _ in range(6)]
+        data = mutate(draw, write(records, "lines")[0])[0] if seed % 2 else write(records, "lines")[0]
+        (tmp_path / "in.jsonl").write_bytes(data + json.dumps({**record, "timestamp": 10**4000 // 7}).encode() + b"\n")
+        argv = [str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--overwrite", *options.split()]
+        assert main(argv) in (0, 1), seed
+        said = capsys.readouterr()
+        assert said.out or said.err.startswith("fastsdpo prepare: "), seed
