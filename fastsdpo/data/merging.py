@@ -41,6 +41,7 @@ class RecordKeys:
         beginnings: of its first message, its first two, ..., without all.
         prompts: of each interaction's prompt.
         histories: of what begins these prompts and ends with a user's message, themselves included.
+        times: the record's time in microseconds since 1970, where rules asked for it.
     """
 
     name: list[int] = field(default_factory=list)
@@ -50,10 +51,11 @@ class RecordKeys:
     beginnings: list[int] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
     histories: list[int] = field(default_factory=list)
+    times: list[int] = field(default_factory=list)
 
 
-# The lists with one key for each record or interaction, and those with any number for each record.
-ONE_EACH = ("name", "messages", "interactions", "ids")
+# The lists with one key for each record or interaction (`times`: or none), and those with any number for each record.
+ONE_EACH = ("name", "messages", "interactions", "ids", "times")
 MANY_EACH = ("beginnings", "prompts", "histories")
 
 
@@ -61,6 +63,8 @@ def record_keys(conversation: Conversation, interactions: list[Interaction]) -> 
     """The keys of a record; the conversation and its interactions must have ids."""
     texts = TextKeys()
     keys = RecordKeys(name=[texts[conversation.id]])
+    if conversation.facts.get("time") is not None:
+        keys.times.append(max(0, round(conversation.facts["time"] * 1e6)))
     history = 0
     for message in conversation.messages:
         history = extend(history, texts[message["role"]], texts[message["content"]])
@@ -119,7 +123,7 @@ class Merged:
 Keys = Callable[[str, int, int], Iterator["tuple[int, int]"]]
 
 
-def merge(keys: Keys, starts: array, single: bytearray, interactions: int) -> Merged:
+def merge(keys: Keys, starts: array, single: bytearray, interactions: int, *, join: bool = True) -> Merged:
     """Merges records.
 
     Args:
@@ -127,6 +131,8 @@ def merge(keys: Keys, starts: array, single: bytearray, interactions: int) -> Me
         starts: of each record, the number of its first interaction.
         single: of each record, 1 where it is one interaction out of a conversation.
         interactions: their number.
+        join: records of one conversation are joined, and what is there twice is left out; else each record
+            is a conversation, and those that would be joined are a family.
     """
     records = len(starts)
     conversations = array("I", range(records))
@@ -137,7 +143,7 @@ def merge(keys: Keys, starts: array, single: bytearray, interactions: int) -> Me
     for name in ("name", "messages"):
         for first, record in _repeated(keys, name, records):
             _join(conversations, first, record)
-    for first, found in _begun(keys, "messages", "beginnings", records):
+    for first, found in _begun(keys, "messages", "beginnings", records) if join else ():
         part_of_longer = set()
         for key, record in found:
             _join(conversations, first[key], record)
@@ -148,7 +154,7 @@ def merge(keys: Keys, starts: array, single: bytearray, interactions: int) -> Me
                 if key in part_of_longer:
                     start, end = starts[record], ends[record]
                     left_out[start:end] = b"\1" * (end - start)
-    for _, interaction in _repeated(keys, "interactions", interactions, left_out):
+    for _, interaction in _repeated(keys, "interactions", interactions, left_out) if join else ():
         left_out[interaction] = 1
     renamed = {number for _, number in _repeated(keys, "ids", interactions, left_out)}
 
@@ -156,6 +162,8 @@ def merge(keys: Keys, starts: array, single: bytearray, interactions: int) -> Me
     for first, found in _begun(keys, "prompts", "histories", interactions):
         for key, record in found:
             _join(families, first[key], record)
+    if not join:
+        conversations = array("I", range(records))
 
     following, kept = array("I", [records]) * records, array("I", [0]) * records
     latest = array("I", range(records))

@@ -19,16 +19,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-from fastsdpo.data.filters import ConversationFilter
+from fastsdpo.data.filters import NO_TIME, ConversationFilter
 from fastsdpo.data.interactions import Conversation, extract_interactions
 from fastsdpo.data.layouts import parse_conversation
 from fastsdpo.data.loading import MAX_RECORD_BYTES, parse_entries
 from fastsdpo.data.merging import record_keys
+from fastsdpo.data.output import LAYOUTS, TRL_KEYS, atomic_file, write_outputs
 from fastsdpo.data.output import PrepareReport as PrepareReport
-from fastsdpo.data.output import atomic_file, write_outputs
 from fastsdpo.data.output import encode_rows as encode_rows
 from fastsdpo.data.progress import ProgressBar
+from fastsdpo.data.published import PublishedReader
+from fastsdpo.data.record_fields import RecordFields, parse_time
 from fastsdpo.data.records import DamagedRecord, LoadReport
 from fastsdpo.data.sources import expand_source, read_sources
 from fastsdpo.data.spool import Spool, read_settings
@@ -51,6 +54,9 @@ def prepare(
     overwrite: bool = False,
     resume: bool = True,
     progress: bool = False,
+    keep: Sequence[str] = (),
+    eval_after: str | float | None = None,
+    layout: str = "fastsdpo",
 ) -> PrepareReport:
     """Writes the interactions of the sources' conversations to `output`, whole or not at all.
 
@@ -72,6 +78,12 @@ def prepare(
         resume: where a run with the same settings has finished, return its report and do nothing; where
             one was killed, replace what it has written.
         progress: show a progress bar on the terminal.
+        keep: keys of the records whose values the rows get, as keys of the same name. A row has those of the
+            record that it was read from; null where that has none.
+        eval_after: hold out the conversations from this time on (`record_fields.parse_time`), in place of a
+            fraction. Such a conversation that begins as one from before does is left out. A record that says no
+            time is dropped.
+        layout: "fastsdpo", or "trl": the answer is a list of one message, as TRL's trainers have it.
 
     Raises:
         FileExistsError: the output exists and is not to be replaced, or another run is writing it.
@@ -80,13 +92,27 @@ def prepare(
             conversations begin alike.
         OSError: the output cannot be written.
     """
-    job = _Job(sources, Path(output), rules, seed, eval_fraction, eval_output, limit, config, split, strict)
+    job = _Job(
+        sources,
+        Path(output),
+        rules,
+        seed,
+        eval_fraction,
+        eval_output,
+        limit,
+        config,
+        split,
+        strict,
+        keep=keep,
+        eval_after=eval_after,
+        layout=layout,
+    )
     if resume and not overwrite and (finished := job.finished_report()) is not None:
         shutil.rmtree(job.partial, ignore_errors=True)
         return finished
     job.check_outputs(overwrite, resume)
     with Spool(job.partial, job.settings) as spool:
-        reader = _Reader(job, spool)
+        reader = _Reader(job, spool) if job.rules.published is None else PublishedReader(job, spool)
         with ProgressBar(reader.report, progress) as bar:
             reader.read(bar)
         return job.write(reader)
@@ -98,6 +124,7 @@ class _Job:
     Attributes:
         items: files and datasets to read.
         outputs: the output, and the file of the held-out part where there is one.
+        fields: what is taken from records beside their messages.
         settings: all that decides the result, as JSON has it.
     """
 
@@ -113,21 +140,36 @@ class _Job:
         config: str | None,
         split: str,
         strict: bool,
+        *,
+        keep: Sequence[str],
+        eval_after: str | float | None,
+        layout: str,
     ):
         self.rules = ConversationFilter.preset(rules) if isinstance(rules, str) else rules
+        if layout not in LAYOUTS:
+            raise ValueError(f"prepare: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+        self.layout = layout
+        self.eval_after = None if eval_after is None else _time("eval_after", eval_after)
+        facts = self.rules.facts if self.eval_after is None else dict.fromkeys(("time", *self.rules.facts))
+        self.fields = RecordFields(tuple(keep), tuple(facts))
+        if layout == "trl" and (names := set(keep) & TRL_KEYS):
+            raise ValueError(f"prepare: keep must not name what TRL reads in the rows' place, got {min(names)!r}")
+        if eval_after is not None and eval_fraction > 0:
+            raise ValueError("prepare: hold out by eval_fraction or by eval_after, got both")
         if not 0 <= eval_fraction < 1:
             raise ValueError(f"prepare: eval_fraction must be in [0, 1), got {eval_fraction}")
         if limit is not None and limit < 1:
             raise ValueError(f"prepare: limit must be at least 1, got {limit}")
-        if eval_fraction == 0 and eval_output is not None:
-            raise ValueError("prepare: eval_output needs an eval_fraction above 0")
+        holds_out = eval_fraction > 0 or eval_after is not None
+        if eval_output is not None and not holds_out:
+            raise ValueError("prepare: eval_output needs an eval_fraction above 0, or eval_after")
         self.outputs = [output]
-        if eval_fraction > 0:
+        if holds_out:
             self.outputs.append(Path(eval_output or output.with_name(f"{output.stem}.eval{output.suffix}")))
         if len({path.absolute() for path in self.outputs}) != len(self.outputs):
             raise ValueError(f"prepare: eval_output must differ from output, got {output} for both")
         self.items = expand_source(sources)
-        self.limit, self.config, self.split, self.strict = limit, config, split, strict
+        self.seed, self.limit, self.config, self.split, self.strict = seed, limit, config, split, strict
         self.partial = output.with_name(output.name + ".partial")
         self.report_path = output.with_name(f"{output.stem}.report.json")
         self.settings = {
@@ -140,6 +182,9 @@ class _Job:
             "config": config,
             "split": split,
             "strict": strict,
+            "keep": list(keep),
+            "eval_after": self.eval_after,
+            "layout": layout,
             "outputs": [str(path.absolute()) for path in self.outputs],
         }
 
@@ -163,7 +208,7 @@ class _Job:
             if path.exists():
                 raise FileExistsError(f"prepare: {path} exists; pass --overwrite (overwrite=True) to replace it")
 
-    def write(self, reader: _Reader) -> PrepareReport:
+    def write(self, reader: _Reader | PublishedReader) -> PrepareReport:
         """Writes the outputs and the report from what was read."""
         eval_output = str(self.outputs[1]) if len(self.outputs) > 1 else None
         report = reader.report
@@ -178,12 +223,27 @@ class _Job:
             lost_bytes=report.lost_bytes,
             settings=self.settings,
         )
-        seed, eval_fraction = self.settings["seed"], self.settings["eval_fraction"]
-        write_outputs(reader.spool, self.outputs, self.rules, seed, eval_fraction, result)
+        write_outputs(
+            reader.spool,
+            self.outputs,
+            self.rules,
+            self.seed,
+            self.settings["eval_fraction"],
+            result,
+            eval_after=self.eval_after,
+            order=reader.order() if isinstance(reader, PublishedReader) else None,
+        )
         result.sizes = [path.stat().st_size for path in self.outputs]
         with atomic_file(self.report_path) as file:
             file.write(json.dumps(asdict(result), indent=2, ensure_ascii=False).encode() + b"\n")
         return result
+
+
+def _time(name: str, value: str | float) -> float:
+    try:
+        return parse_time(value)
+    except ValueError as error:
+        raise ValueError(f"prepare: {name}: {error}") from None
 
 
 def _identity(item: Path | str) -> list:
@@ -212,14 +272,17 @@ class _Reader:
     def read(self, bar: ProgressBar) -> None:
         """Reads the sources to their end, or until there is enough."""
         job, report = self.job, self.report
-        entries = read_sources(job.items, report, job.config, job.split, MAX_RECORD_BYTES)
-        for conversation in parse_entries(entries, parse_conversation, report, strict=job.strict):
+        entries = read_sources(job.items, report, job.config, job.split, MAX_RECORD_BYTES, job.fields.columns)
+        for conversation in parse_entries(entries, self._parse, report, strict=job.strict):
             is_kept = self._keep(conversation)
             bar.update()
             if job.limit is not None and report.records >= job.limit:
                 return
             if is_kept and self._has_enough():
                 return
+
+    def _parse(self, record: Any) -> Conversation:
+        return self.job.fields.add_to(parse_conversation(record), record)
 
     def _has_enough(self) -> bool:
         """Without shuffling, the first conversations are the wanted ones: whether they are all read.
@@ -237,6 +300,8 @@ class _Reader:
         """Adds a conversation's interactions to the spool; False where it has none to keep."""
         rules, report = self.job.rules, self.report
         reason = rules.reason_to_drop(conversation)
+        if reason is None and self.job.eval_after is not None and conversation.facts["time"] is None:
+            reason = NO_TIME
         if reason is not None:
             self.dropped[reason] += 1
             return False
@@ -263,6 +328,6 @@ class _Reader:
                 raise DamagedRecord(message)
             report.add_problem(kind, message)
             return False
-        rows = encode_rows(interactions, turns - 1 if conversation.single else 0)
+        rows = encode_rows(interactions, turns - 1 if conversation.single else 0, self.job.layout)
         self.spool.add(rows, record_keys(conversation, interactions), conversation.single)
         return True

@@ -102,13 +102,17 @@ class Spool:
                 first += size
                 yield from [item for item in numbered if item[0] % parts == part]
 
-    def merge(self) -> Merged:
-        """The records so far, merged."""
+    def merge(self, *, join: bool = True) -> Merged:
+        """The records so far, merged; see `merging.merge` for `join`."""
         for name, block in self._blocks.items():
             if block:
                 self._write_block(name)
         self._keys.flush()
-        return merge(self._read_keys, self.starts, self.single, self.rows)
+        return merge(self._read_keys, self.starts, self.single, self.rows, join=join)
+
+    def times(self) -> array:
+        """Of each record its time in microseconds since 1970; empty where no rule asked for times. After `merge`."""
+        return array("Q", (time for time, _ in self._read_keys("times", 0, 1)))
 
     def read(self, record: int) -> bytes:
         """The rows of a record, as they were added."""
