@@ -189,6 +189,17 @@ class InteractionDataset(Dataset):
         """``[len, 3]`` tokens of prompt, teacher's prompt and completion."""
         return self.ends.diff().view(-1, 4)[:, :3]
 
+    def costs(self, sharing: str) -> list[tuple[int, int]]:
+        """Of each interaction about how many tokens student and teacher compute: alone, and after another of its
+        conversation."""
+        prompt, teacher, completion = self.lengths().T
+        both = prompt + teacher + 2 * completion
+        if sharing == "off":
+            return [(cost, cost) for cost in both.tolist()]
+        new = (teacher - prompt).clamp_min(0) + 2 * completion  # the hindsight, and the answer twice
+        alone = prompt + new
+        return list(zip(alone.tolist(), (new if sharing == "conversation" else alone).tolist()))
+
     def longest(self) -> Tensor:
         """``[len]`` tokens of each interaction's longest sequence."""
         prompt, teacher, completion, neutral = self.ends.diff().view(-1, 4).T

@@ -7,6 +7,7 @@ only point into.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -146,11 +147,11 @@ class ShardedTeacherWeights(TeacherWeights):
             from torch.distributed.tensor import distribute_tensor
 
             own = self.values[name]
-            # Each process has read the whole, and takes its part.
-            placed = distribute_tensor(
-                value.to(own.device, own.dtype), parameter.device_mesh, parameter.placements, src_data_rank=None
-            )
-            value = placed.to_local()
+            # Each process has read the whole, and takes its part; torch before 2.7 sends it once more.
+            known = "src_data_rank" in inspect.signature(distribute_tensor).parameters
+            options: dict[str, Any] = {"src_data_rank": None} if known else {}
+            whole = value.to(own.device, own.dtype)
+            value = distribute_tensor(whole, parameter.device_mesh, parameter.placements, **options).to_local()
         self.values[name].copy_(value)
 
 

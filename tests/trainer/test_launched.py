@@ -179,6 +179,7 @@ def compare(place, run, name, lab):
     for left, right in zip(*steps):
         for key in ("loss", "grad_norm"):
             assert right[key] == pytest.approx(left[key], rel=10 * variant.tolerance), (key, left)
+        assert "sdpo/imbalance" not in left and 1 <= right["sdpo/imbalance"] <= 4
     start, want, got = (
         model.state_dict() for model in (AutoModelForCausalLM.from_pretrained(base), *(load(f, base) for f in folders))
     )
