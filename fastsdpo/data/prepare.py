@@ -15,15 +15,15 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from fastsdpo.data.answers import RatingFollowups
 from fastsdpo.data.filters import NO_TIME, ConversationFilter
 from fastsdpo.data.interactions import Conversation, extract_interactions
-from fastsdpo.data.layouts import parse_conversation
 from fastsdpo.data.loading import MAX_RECORD_BYTES, parse_entries
 from fastsdpo.data.merging import record_keys
 from fastsdpo.data.output import LAYOUTS, TRL_KEYS, atomic_file, write_outputs
@@ -31,12 +31,13 @@ from fastsdpo.data.output import PrepareReport as PrepareReport
 from fastsdpo.data.output import encode_rows as encode_rows
 from fastsdpo.data.progress import ProgressBar
 from fastsdpo.data.published import PublishedReader
+from fastsdpo.data.readers.registry import RecordParser
 from fastsdpo.data.record_fields import RecordFields, parse_time
 from fastsdpo.data.records import DamagedRecord, LoadReport
 from fastsdpo.data.sources import expand_source, read_sources
 from fastsdpo.data.spool import Spool, read_settings
 
-FORMAT = 3  # of the rows; where a run of another format has finished, that is no reason to do nothing
+FORMAT = 4  # of the rows; where a run of another format has finished, that is no reason to do nothing
 
 
 def prepare(
@@ -57,6 +58,8 @@ def prepare(
     keep: Sequence[str] = (),
     eval_after: str | float | None = None,
     layout: str = "fastsdpo",
+    parser: RecordParser | None = None,
+    rating_followups: RatingFollowups | None = None,
 ) -> PrepareReport:
     """Writes the interactions of the sources' conversations to `output`, whole or not at all.
 
@@ -84,6 +87,8 @@ def prepare(
             fraction. Such a conversation that begins as one from before does is left out. A record that says no
             time is dropped.
         layout: "fastsdpo", or "trl": the answer is a list of one message, as TRL's trainers have it.
+        parser: of the records; None finds the layout of each by its keys.
+        rating_followups: what stands for a follow-up where an answer has a rating and the user said no more.
 
     Raises:
         FileExistsError: the output exists and is not to be replaced, or another run is writing it.
@@ -107,6 +112,7 @@ def prepare(
         eval_after=eval_after,
         layout=layout,
     )
+    job.set_layout(RecordParser() if parser is None else parser, rating_followups)
     if resume and not overwrite and (finished := job.finished_report()) is not None:
         shutil.rmtree(job.partial, ignore_errors=True)
         return finished
@@ -188,6 +194,18 @@ class _Job:
             "outputs": [str(path.absolute()) for path in self.outputs],
         }
 
+    def set_layout(self, parser: RecordParser, rating_followups: RatingFollowups | None) -> None:
+        """What reads the records; a part of the settings where it is not the default."""
+        if self.rules.published is not None and (parser.settings or rating_followups is not None):
+            raise ValueError(
+                "prepare: the presets of the paper read their data set's own form; leave out --format, --map, "
+                "--reader, --branches and --rating-followup, or take the preset without paper-"
+            )
+        self.parser, self.rating_followups = parser, rating_followups
+        self.settings.update(parser.settings)
+        if rating_followups is not None:
+            self.settings["rating_followups"] = rating_followups.options
+
     def finished_report(self) -> PrepareReport | None:
         """The report of a run with these settings that has finished, its outputs still there."""
         try:
@@ -218,6 +236,8 @@ class _Job:
             left_out=dict(reader.left_out),
             dropped=dict(reader.dropped),
             records=report.records,
+            formats=dict(report.formats),
+            rating_followups=reader.rating_followups if isinstance(reader, _Reader) else 0,
             damaged=dict(report.damaged),
             problems=report.problems,
             lost_bytes=report.lost_bytes,
@@ -261,6 +281,7 @@ class _Reader:
         report: what was read.
         dropped: records that a rule dropped, by rule.
         left_out: follow-ups that are in no interaction, by reason.
+        rating_followups: interactions whose follow-up is a rating's wording.
     """
 
     def __init__(self, job: _Job, spool: Spool):
@@ -268,21 +289,22 @@ class _Reader:
         self.report = LoadReport()
         self.dropped: Counter = Counter()
         self.left_out: Counter = Counter()
+        self.rating_followups = 0
 
     def read(self, bar: ProgressBar) -> None:
         """Reads the sources to their end, or until there is enough."""
         job, report = self.job, self.report
-        entries = read_sources(job.items, report, job.config, job.split, MAX_RECORD_BYTES, job.fields.columns)
-        for conversation in parse_entries(entries, self._parse, report, strict=job.strict):
+        columns = job.fields.columns
+        entries = read_sources(job.items, report, job.config, job.split, MAX_RECORD_BYTES, columns, job.parser)
+        for conversation in parse_entries(entries, self._parse, report, strict=job.strict, limit=job.limit):
             is_kept = self._keep(conversation)
             bar.update()
-            if job.limit is not None and report.records >= job.limit:
-                return
             if is_kept and self._has_enough():
                 return
 
-    def _parse(self, record: Any) -> Conversation:
-        return self.job.fields.add_to(parse_conversation(record), record)
+    def _parse(self, record: Any) -> Iterable[Conversation]:
+        found, fields = self.job.parser(record), self.job.fields
+        return found if fields.is_empty else (fields.add_to(conversation, record) for conversation in found)
 
     def _has_enough(self) -> bool:
         """Without shuffling, the first conversations are the wanted ones: whether they are all read.
@@ -298,7 +320,9 @@ class _Reader:
 
     def _keep(self, conversation: Conversation) -> bool:
         """Adds a conversation's interactions to the spool; False where it has none to keep."""
-        rules, report = self.job.rules, self.report
+        rules, report, said = self.job.rules, self.report, conversation.messages
+        if self.job.rating_followups is not None:
+            conversation = self.job.rating_followups.apply(conversation)
         reason = rules.reason_to_drop(conversation)
         if reason is None and self.job.eval_after is not None and conversation.facts["time"] is None:
             reason = NO_TIME
@@ -329,5 +353,9 @@ class _Reader:
             report.add_problem(kind, message)
             return False
         rows = encode_rows(interactions, turns - 1 if conversation.single else 0, self.job.layout)
+        if said is not conversation.messages:
+            # By what was said it may begin a record in which the user did reply.
+            conversation = replace(conversation, messages=said)
+            self.rating_followups += 1
         self.spool.add(rows, record_keys(conversation, interactions), conversation.single)
         return True
