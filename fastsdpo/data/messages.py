@@ -166,7 +166,9 @@ def parse_message(message: Any) -> dict:
         raise TypeError(f"role must be text, got {show(speaker)}")
     role = ROLES.get(speaker) or ROLES.get(speaker.strip().lower())
     if role is None:
-        raise ValueError(f"role must be one of {', '.join(sorted(ROLES))}, got {show(speaker)}")
+        raise ValueError(
+            f"role must be one of {', '.join(sorted(ROLES))} (for others: --map role.user=NAME), got {show(speaker)}"
+        )
     text, beside = (content, None) if type(content) is str else read_content(content)
     if (len(message) > 2 or content is None) and not _BESIDE.isdisjoint(message):
         text, beside = _read_beside(message, role, text, beside)
