@@ -12,28 +12,22 @@ same bytes.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 
 from fastsdpo.data.filters import ConversationFilter
-from fastsdpo.data.interactions import Conversation, extract_interactions
-from fastsdpo.data.layouts import parse_conversation
-from fastsdpo.data.loading import MAX_RECORD_BYTES, parse_entries
-from fastsdpo.data.merging import record_keys
 from fastsdpo.data.output import PrepareReport as PrepareReport
 from fastsdpo.data.output import atomic_file, write_outputs
 from fastsdpo.data.output import encode_rows as encode_rows
 from fastsdpo.data.progress import ProgressBar
-from fastsdpo.data.records import DamagedRecord, LoadReport
-from fastsdpo.data.sources import expand_source, read_sources
+from fastsdpo.data.reading import Reader, ReadOptions, ReadReport
+from fastsdpo.data.sources import expand_source
 from fastsdpo.data.spool import Spool, read_settings
 
-FORMAT = 3  # of the rows; where a run of another format has finished, that is no reason to do nothing
+FORMAT = 4  # of the rows; where a run of another format has finished, that is no reason to do nothing
 
 
 def prepare(
@@ -86,10 +80,10 @@ def prepare(
         return finished
     job.check_outputs(overwrite, resume)
     with Spool(job.partial, job.settings) as spool:
-        reader = _Reader(job, spool)
-        with ProgressBar(reader.report, progress) as bar:
-            reader.read(bar)
-        return job.write(reader)
+        report = ReadReport()
+        with ProgressBar(report, progress) as bar:
+            job.read(spool, report, bar)
+        return job.write(spool, report)
 
 
 class _Job:
@@ -127,7 +121,7 @@ class _Job:
         if len({path.absolute() for path in self.outputs}) != len(self.outputs):
             raise ValueError(f"prepare: eval_output must differ from output, got {output} for both")
         self.items = expand_source(sources)
-        self.limit, self.config, self.split, self.strict = limit, config, split, strict
+        self.options = ReadOptions(self.rules, limit, config, split, strict)
         self.partial = output.with_name(output.name + ".partial")
         self.report_path = output.with_name(f"{output.stem}.report.json")
         self.settings = {
@@ -163,15 +157,39 @@ class _Job:
             if path.exists():
                 raise FileExistsError(f"prepare: {path} exists; pass --overwrite (overwrite=True) to replace it")
 
-    def write(self, reader: _Reader) -> PrepareReport:
+    def read(self, spool: Spool, report: ReadReport, bar: ProgressBar) -> None:
+        """Reads the sources to their end, or until there is enough."""
+        with open(spool.add_file(), "ab") as rows:
+            for batch in Reader(self.options, rows).read_sources(self.items, report):
+                spool.add(batch)
+                bar.update()
+                if len(batch) and self._wants_first and self._has_enough(spool):
+                    return
+
+    @property
+    def _wants_first(self) -> bool:
+        """Without shuffling, the first conversations are the wanted ones."""
+        rules = self.rules
+        return not rules.shuffle and (rules.max_conversations, rules.max_interactions) != (None, None)
+
+    def _has_enough(self, spool: Spool) -> bool:
+        """Whether the first conversations that are wanted are all read.
+
+        Looks when the number of records is a power of two, so that merging them each time stays cheap.
+        """
+        if not len(spool) or len(spool) & (len(spool) - 1):
+            return False
+        kept = [count for count in spool.merge().kept if count]
+        limits = (self.rules.max_conversations, self.rules.max_interactions)
+        return any(limit is not None and found >= limit for limit, found in zip(limits, (len(kept), sum(kept))))
+
+    def write(self, spool: Spool, report: ReadReport) -> PrepareReport:
         """Writes the outputs and the report from what was read."""
-        eval_output = str(self.outputs[1]) if len(self.outputs) > 1 else None
-        report = reader.report
         result = PrepareReport(
             output=str(self.outputs[0]),
-            eval_output=eval_output,
-            left_out=dict(reader.left_out),
-            dropped=dict(reader.dropped),
+            eval_output=str(self.outputs[1]) if len(self.outputs) > 1 else None,
+            left_out=dict(report.left_out),
+            dropped=dict(report.dropped),
             records=report.records,
             damaged=dict(report.damaged),
             problems=report.problems,
@@ -179,7 +197,7 @@ class _Job:
             settings=self.settings,
         )
         seed, eval_fraction = self.settings["seed"], self.settings["eval_fraction"]
-        write_outputs(reader.spool, self.outputs, self.rules, seed, eval_fraction, result)
+        write_outputs(spool, self.outputs, self.rules, seed, eval_fraction, result)
         result.sizes = [path.stat().st_size for path in self.outputs]
         with atomic_file(self.report_path) as file:
             file.write(json.dumps(asdict(result), indent=2, ensure_ascii=False).encode() + b"\n")
@@ -192,77 +210,3 @@ def _identity(item: Path | str) -> list:
         return [item]
     status = item.stat()
     return [str(item.absolute()), status.st_size, status.st_mtime_ns]
-
-
-class _Reader:
-    """Sources -> spool.
-
-    Attributes:
-        report: what was read.
-        dropped: records that a rule dropped, by rule.
-        left_out: follow-ups that are in no interaction, by reason.
-    """
-
-    def __init__(self, job: _Job, spool: Spool):
-        self.job, self.spool = job, spool
-        self.report = LoadReport()
-        self.dropped: Counter = Counter()
-        self.left_out: Counter = Counter()
-
-    def read(self, bar: ProgressBar) -> None:
-        """Reads the sources to their end, or until there is enough."""
-        job, report = self.job, self.report
-        entries = read_sources(job.items, report, job.config, job.split, MAX_RECORD_BYTES)
-        for conversation in parse_entries(entries, parse_conversation, report, strict=job.strict):
-            is_kept = self._keep(conversation)
-            bar.update()
-            if job.limit is not None and report.records >= job.limit:
-                return
-            if is_kept and self._has_enough():
-                return
-
-    def _has_enough(self) -> bool:
-        """Without shuffling, the first conversations are the wanted ones: whether they are all read.
-
-        Looks when the number of records is a power of two, so that merging them each time stays cheap.
-        """
-        records, rules = len(self.spool.offsets), self.job.rules
-        limits = (rules.max_conversations, rules.max_interactions)
-        if rules.shuffle or limits == (None, None) or records & (records - 1):
-            return False
-        kept = [count for count in self.spool.merge().kept if count]
-        return any(limit is not None and found >= limit for limit, found in zip(limits, (len(kept), sum(kept))))
-
-    def _keep(self, conversation: Conversation) -> bool:
-        """Adds a conversation's interactions to the spool; False where it has none to keep."""
-        rules, report = self.job.rules, self.report
-        reason = rules.reason_to_drop(conversation)
-        if reason is not None:
-            self.dropped[reason] += 1
-            return False
-        if conversation.id is None:
-            # The place where it was read names it, so that its interactions stay together.
-            conversation = replace(conversation, id=os.path.basename(report.where))
-        if report.source and conversation.own_id:
-            # Another source may have given the same name to another record.
-            conversation = replace(conversation, id=f"{report.source}/{conversation.id}")
-        turns = sum(message["role"] == "assistant" for message in conversation.messages)
-        if conversation.single and conversation.interaction_id is None:
-            conversation = replace(conversation, interaction_id=f"{conversation.id}:{turns - 1}")
-        left_out: Counter = Counter()
-        interactions = extract_interactions(
-            conversation, max_history_messages=rules.max_history_messages, left_out=left_out
-        )
-        self.left_out.update(left_out)
-        if not interactions:
-            kind, problem = "no follow-up", "no answer is followed by a user's message"
-            if left_out:
-                kind = problem = f"nothing but follow-ups {' and '.join(left_out)}"
-            message = f"{report.where}: {problem}"
-            if self.job.strict:
-                raise DamagedRecord(message)
-            report.add_problem(kind, message)
-            return False
-        rows = encode_rows(interactions, turns - 1 if conversation.single else 0)
-        self.spool.add(rows, record_keys(conversation, interactions), conversation.single)
-        return True

@@ -1,0 +1,169 @@
+"""Records -> rows and keys: what `prepare` does with each record.
+
+A batch (spool.py) holds what is kept of some records; their rows are in a file before it is given out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO
+
+from fastsdpo.data.filters import ConversationFilter
+from fastsdpo.data.interactions import Conversation, Interaction, extract_interactions, is_blank
+from fastsdpo.data.layouts import parse_conversation
+from fastsdpo.data.loading import MAX_RECORD_BYTES, parse_entries
+from fastsdpo.data.output import encode_rows, encode_whole
+from fastsdpo.data.records import DamagedRecord, Entry, LoadReport
+from fastsdpo.data.sources import read_sources
+from fastsdpo.data.spool import Batch
+
+BATCH_BYTES, BATCH_RECORDS = 1 << 20, 1000  # of rows; of records, kept or not
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How records are read; see `prepare`."""
+
+    rules: ConversationFilter
+    limit: int | None
+    config: str | None
+    split: str
+    strict: bool
+
+
+@dataclass
+class ReadReport(LoadReport):
+    """A `LoadReport`, and what was dropped.
+
+    Attributes:
+        dropped: records that a rule dropped, by rule.
+        left_out: follow-ups that are in no interaction, by reason.
+    """
+
+    dropped: Counter = field(default_factory=Counter)
+    left_out: Counter = field(default_factory=Counter)
+
+
+class Reader:
+    """Sources -> batches.
+
+    Args:
+        rows: where the rows go.
+
+    Raises:
+        DamagedRecord: with `strict`, at the first record that is damaged or holds no interaction.
+    """
+
+    def __init__(self, options: ReadOptions, rows: BinaryIO):
+        self._options, self._file = options, rows
+        self._kept = 0
+
+    def read_sources(self, items: list[Path | str], report: ReadReport) -> Iterator[Batch]:
+        """The batches of sources, one after another, to their end or the limit of records."""
+        options = self._options
+        entries = read_sources(items, report, options.config, options.split, MAX_RECORD_BYTES)
+        return self._read(entries, report)
+
+    def _read(self, entries: Iterable[Entry], report: ReadReport) -> Iterator[Batch]:
+        limit = self._options.limit
+        batch, rows, size = Batch(), [], 0
+        for conversation in parse_entries(entries, parse_conversation, report, strict=self._options.strict):
+            new = self._keep(conversation, report, batch)
+            is_full = report.records % BATCH_RECORDS == 0
+            if new:
+                rows.append(new)
+                size += len(new)
+                self._kept += 1
+                # Where reading may end early, that is looked at when their number is a power of two.
+                is_full = is_full or size >= BATCH_BYTES or not self._kept & (self._kept - 1)
+            is_last = limit is not None and report.records >= limit
+            if is_full or is_last:
+                self._write(rows)
+                yield batch
+                batch, rows, size = Batch(), [], 0
+            if is_last:
+                return
+        self._write(rows)
+        yield batch
+
+    def _write(self, rows: list[bytes]) -> None:
+        self._file.write(b"".join(rows))
+        self._file.flush()
+
+    def _keep(self, conversation: Conversation, report: ReadReport, batch: Batch) -> bytes:
+        """The rows of a conversation, which is added to the batch; empty where it has none to keep."""
+        rules = self._options.rules
+        reason = rules.reason_to_drop(conversation)
+        if reason is not None:
+            report.dropped[reason] += 1
+            return b""
+        conversation = self._named(conversation, report)
+        if (found := _whole_turns(conversation, rules.max_history_messages)) is not None:
+            count = found[1]
+            rows = encode_whole(conversation, *found)
+            batch.keys.add_whole(conversation, *found)
+        else:
+            interactions = self._extract(conversation, report)
+            count = len(interactions)
+            if not count:
+                return b""
+            answers = sum(message["role"] == "assistant" for message in conversation.messages)
+            rows = encode_rows(interactions, answers - 1 if conversation.single else 0)
+            batch.keys.add(conversation, interactions)
+        batch.add(len(rows), count, conversation.single)
+        return rows
+
+    def _named(self, conversation: Conversation, report: ReadReport) -> Conversation:
+        """The conversation with ids."""
+        name, source = conversation.id, report.source
+        if name is None:
+            # The place where it was read names it, so that its interactions stay together.
+            name = os.path.basename(report.where)
+        if source and conversation.own_id:
+            # Another source may have given the same name to another record.
+            name = f"{source}/{name}"
+        if name is not conversation.id:
+            conversation = replace(conversation, id=name)
+        if conversation.single and conversation.interaction_id is None:
+            turns = sum(message["role"] == "assistant" for message in conversation.messages)
+            conversation = replace(conversation, interaction_id=f"{name}:{turns - 1}")
+        return conversation
+
+    def _extract(self, conversation: Conversation, report: ReadReport) -> list[Interaction]:
+        """`extract_interactions`; where there are none, that is a problem of the record."""
+        left_out: Counter = Counter()
+        interactions = extract_interactions(
+            conversation, max_history_messages=self._options.rules.max_history_messages, left_out=left_out
+        )
+        report.left_out.update(left_out)
+        if not interactions:
+            kind, problem = "no follow-up", "no answer is followed by a user's message"
+            if left_out:
+                kind = problem = f"nothing but follow-ups {' and '.join(left_out)}"
+            message = f"{report.where}: {problem}"
+            if self._options.strict:
+                raise DamagedRecord(message)
+            report.add_problem(kind, message)
+        return interactions
+
+
+def _whole_turns(conversation: Conversation, max_history_messages: int | None) -> tuple[int, int] | None:
+    """(number of the first user's message, number of interactions) of most conversations, which need no
+    look at single messages: user and assistant take turns, none is silent, and whole histories are kept."""
+    messages = conversation.messages
+    if conversation.single or conversation.answer_fields or max_history_messages is not None:
+        return None
+    roles = [message["role"] for message in messages]
+    first = 1 if roles[:1] == ["system"] else 0
+    count = (len(roles) - first - 1) // 2
+    if count < 1 or roles[first:] != (["user", "assistant"] * (count + 1))[: len(roles) - first]:
+        return None
+    for message in messages[first:]:
+        text = message["content"]
+        if not "!" <= text[:1] <= "~" and is_blank(text):
+            return None
+    return first, count
