@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         help="do nothing where a run of the same command has finished, and replace what one that was "
         "killed has written (default: yes)",
     )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that read (default: one for each core, at most 8)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
 
     group = parser.add_argument_group("sources")
@@ -111,6 +114,7 @@ def main(argv: list[str]) -> int:
             config=arguments.config,
             split=arguments.split,
             strict=arguments.strict,
+            workers=arguments.workers,
             overwrite=arguments.overwrite,
             resume=arguments.resume,
             progress=not arguments.quiet,

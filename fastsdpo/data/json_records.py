@@ -59,6 +59,48 @@ def json_records(path: Path, progress: Callable[[int], None], max_record_bytes: 
             yield Entry(str(path), None, Problem("damaged file", why, records=0))
 
 
+def find_lines(path: Path, max_record_bytes: int) -> tuple[int, int] | None:
+    """Where the records of JSON Lines begin: (byte of the file, number of its line). None for other files."""
+    if path.suffix in COMPRESSIONS:
+        return None
+    with open(path, "rb") as file:
+        text = _Text(file, path, lambda done: None)
+        if _unreadable(text) is not None or _layout(text, path, max_record_bytes) != "lines":
+            return None
+        return file.tell() - len(text.rest_of_buffer()), text.line
+
+
+def split_lines(path: Path, start: int, line: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Whole lines of a file from a byte on, in parts of about `size` bytes: (start, end, number of the first)."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        place = start
+        while data := file.read(size):
+            end = data.rfind(b"\n") + 1
+            if end:
+                yield start, place + end, line
+                start, line = place + end, line + len(data) - len(data.replace(b"\n", b""))  # bytes.count is slower
+            place += len(data)
+    if start < place:
+        yield start, place, line
+
+
+def read_lines(
+    path: Path, part: tuple[int, int, int], progress: Callable[[int], None], max_record_bytes: int
+) -> Iterator[Entry]:
+    """The records of such a part; arguments as of `json_records`."""
+    start, end, line = part
+
+    def chunks() -> Iterator[bytes]:
+        with open(path, "rb") as file:
+            file.seek(start)
+            while file.tell() < end and (chunk := file.read(min(READ_BYTES, end - file.tell()))):
+                progress(file.tell())
+                yield chunk
+
+    yield from _lines(chunks(), path, line, max_record_bytes)
+
+
 class _Text:
     """The text of a file that is not used up yet: ``buffer[start:]``, which begins in line `line`.
 

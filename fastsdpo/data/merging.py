@@ -91,6 +91,12 @@ class RecordKeys:
         self.interactions += histories[first + 2 :: 2]
         self.ids += [(3 * name + number) % PRIME for number in range(count)]
 
+    def pack(self) -> None:
+        """Makes arrays of the lists, as they are sent to another process."""
+        for name in (*ONE_EACH, *MANY_EACH):
+            setattr(self, name, array("Q", getattr(self, name)))
+        self.counts = {name: array("I", counts) for name, counts in self.counts.items()}
+
     def _begin(self, conversation: Conversation) -> tuple[int, list[int]]:
         """Adds what is of the record: (key of its name, keys of its first message, its first two, ..., all)."""
         histories, history = [], 0

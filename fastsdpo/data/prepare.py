@@ -11,6 +11,7 @@ same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from fastsdpo.data.progress import ProgressBar
 from fastsdpo.data.reading import Reader, ReadOptions, ReadReport
 from fastsdpo.data.sources import expand_source
 from fastsdpo.data.spool import Spool, read_settings
+from fastsdpo.data.workers import Workers, cut, default_workers
 
 FORMAT = 4  # of the rows; where a run of another format has finished, that is no reason to do nothing
 
@@ -42,6 +44,7 @@ def prepare(
     config: str | None = None,
     split: str = "train",
     strict: bool = False,
+    workers: int | None = None,
     overwrite: bool = False,
     resume: bool = True,
     progress: bool = False,
@@ -62,6 +65,10 @@ def prepare(
         limit: read at most so many records.
         config, split: of a Hugging Face dataset.
         strict: stop at the first record that is damaged or holds no interaction.
+        workers: processes that read. They change nothing in the outputs. Files of JSON Lines that are not
+            compressed are shared among them; every other source is read by one. With `limit`, or with a
+            number of conversations or interactions and no shuffling, one process reads. None: one for each
+            core, at most 8, from 32 MB of JSON on; else 1.
         overwrite: replace an output that exists.
         resume: where a run with the same settings has finished, return its report and do nothing; where
             one was killed, replace what it has written.
@@ -70,10 +77,13 @@ def prepare(
     Raises:
         FileExistsError: the output exists and is not to be replaced, or another run is writing it.
         DamagedRecord, FileNotFoundError, ImportError: from `load_conversations`.
+        ChildProcessError (an OSError): a worker was killed.
         ValueError: an argument is out of range, or nothing can be held out, because (nearly) all
             conversations begin alike.
         OSError: the output cannot be written.
     """
+    if workers is not None and workers < 1:
+        raise ValueError(f"prepare: workers must be at least 1, got {workers}")
     job = _Job(sources, Path(output), rules, seed, eval_fraction, eval_output, limit, config, split, strict)
     if resume and not overwrite and (finished := job.finished_report()) is not None:
         shutil.rmtree(job.partial, ignore_errors=True)
@@ -82,7 +92,7 @@ def prepare(
     with Spool(job.partial, job.settings) as spool:
         report = ReadReport()
         with ProgressBar(report, progress) as bar:
-            job.read(spool, report, bar)
+            job.read(spool, report, bar, workers)
         return job.write(spool, report)
 
 
@@ -157,11 +167,21 @@ class _Job:
             if path.exists():
                 raise FileExistsError(f"prepare: {path} exists; pass --overwrite (overwrite=True) to replace it")
 
-    def read(self, spool: Spool, report: ReadReport, bar: ProgressBar) -> None:
+    def read(self, spool: Spool, report: ReadReport, bar: ProgressBar, workers: int | None) -> None:
         """Reads the sources to their end, or until there is enough."""
-        with open(spool.add_file(), "ab") as rows:
-            for batch in Reader(self.options, rows).read_sources(self.items, report):
-                spool.add(batch)
+        if all(isinstance(item, Path) and item.is_file() for item in self.items):
+            report.bytes_total = sum(item.stat().st_size for item in self.items if isinstance(item, Path))
+        workers = default_workers(self.items) if workers is None else workers
+        with contextlib.ExitStack() as stack:
+            # Where reading may end early, it goes on record by record.
+            if workers > 1 and self.options.limit is None and not self._wants_first:
+                pool = stack.enter_context(Workers(workers, self.options, spool))
+                batches = pool.read(cut(self.items), report)
+            else:
+                rows = stack.enter_context(open(spool.add_file(), "ab"))
+                batches = ((0, batch) for batch in Reader(self.options, rows).read_sources(self.items, report))
+            for file, batch in batches:
+                spool.add(batch, file)
                 bar.update()
                 if len(batch) and self._wants_first and self._has_enough(spool):
                     return

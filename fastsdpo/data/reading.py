@@ -1,4 +1,4 @@
-"""Records -> rows and keys: what `prepare` does with each record.
+"""Records -> rows and keys: what `prepare` does with each record, in one process or in several.
 
 A batch (spool.py) holds what is kept of some records; their rows are in a file before it is given out.
 """
@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from fastsdpo.data.filters import ConversationFilter
 from fastsdpo.data.interactions import Conversation, Interaction, extract_interactions, is_blank
+from fastsdpo.data.json_records import read_lines
 from fastsdpo.data.layouts import parse_conversation
 from fastsdpo.data.loading import MAX_RECORD_BYTES, parse_entries
 from fastsdpo.data.output import encode_rows, encode_whole
@@ -35,6 +36,21 @@ class ReadOptions:
     strict: bool
 
 
+class Piece(NamedTuple):
+    """A part of the sources: one of them, or some lines of one.
+
+    Attributes:
+        source: the number of the source.
+        before: bytes of the sources before it.
+        lines: (first byte, end, number of the first line), or None for the whole source.
+    """
+
+    item: Path | str
+    source: int
+    before: int
+    lines: tuple[int, int, int] | None = None
+
+
 @dataclass
 class ReadReport(LoadReport):
     """A `LoadReport`, and what was dropped.
@@ -47,9 +63,20 @@ class ReadReport(LoadReport):
     dropped: Counter = field(default_factory=Counter)
     left_out: Counter = field(default_factory=Counter)
 
+    def add(self, other: ReadReport) -> None:
+        """Adds what was read next."""
+        self.records += other.records
+        self.lost_bytes += other.lost_bytes
+        self.dropped.update(other.dropped)
+        self.left_out.update(other.left_out)
+        for kind, messages in other.problems.items():
+            for message in messages:
+                self.add_problem(kind, message)
+            self.damaged[kind] += other.damaged[kind] - len(messages)
+
 
 class Reader:
-    """Sources -> batches.
+    """Sources, or pieces of them -> batches.
 
     Args:
         rows: where the rows go.
@@ -60,13 +87,24 @@ class Reader:
 
     def __init__(self, options: ReadOptions, rows: BinaryIO):
         self._options, self._file = options, rows
-        self._kept = 0
+        self._first_source = self._kept = 0
 
     def read_sources(self, items: list[Path | str], report: ReadReport) -> Iterator[Batch]:
         """The batches of sources, one after another, to their end or the limit of records."""
         options = self._options
         entries = read_sources(items, report, options.config, options.split, MAX_RECORD_BYTES)
         return self._read(entries, report)
+
+    def read_piece(self, piece: Piece, report: ReadReport) -> Iterator[Batch]:
+        """The batches of a piece."""
+        self._first_source = piece.source
+        if piece.lines is None:
+            return self.read_sources([piece.item], report)
+
+        def progress(done: int) -> None:
+            report.bytes_done = done
+
+        return self._read(read_lines(Path(piece.item), piece.lines, progress, MAX_RECORD_BYTES), report)
 
     def _read(self, entries: Iterable[Entry], report: ReadReport) -> Iterator[Batch]:
         limit = self._options.limit
@@ -119,7 +157,7 @@ class Reader:
 
     def _named(self, conversation: Conversation, report: ReadReport) -> Conversation:
         """The conversation with ids."""
-        name, source = conversation.id, report.source
+        name, source = conversation.id, self._first_source + report.source
         if name is None:
             # The place where it was read names it, so that its interactions stay together.
             name = os.path.basename(report.where)
