@@ -58,6 +58,11 @@ def _parser() -> argparse.ArgumentParser:
         "killed has written (default: yes)",
     )
     parser.add_argument(
+        "--redact",
+        metavar="MODULE:FUNCTION",
+        help="a function of yours, text -> text, that is applied to all text before anything else",
+    )
+    parser.add_argument(
         "--workers", type=int, metavar="N", help="processes that read (default: one for each core, at most 8)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
@@ -114,6 +119,7 @@ def main(argv: list[str]) -> int:
             config=arguments.config,
             split=arguments.split,
             strict=arguments.strict,
+            redact=arguments.redact,
             workers=arguments.workers,
             overwrite=arguments.overwrite,
             resume=arguments.resume,

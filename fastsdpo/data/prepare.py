@@ -25,6 +25,7 @@ from fastsdpo.data.output import atomic_file, write_outputs
 from fastsdpo.data.output import encode_rows as encode_rows
 from fastsdpo.data.progress import ProgressBar
 from fastsdpo.data.reading import Reader, ReadOptions, ReadReport
+from fastsdpo.data.redaction import redaction_settings
 from fastsdpo.data.sources import expand_source
 from fastsdpo.data.spool import Spool, read_settings
 from fastsdpo.data.workers import Workers, cut, default_workers
@@ -44,6 +45,7 @@ def prepare(
     config: str | None = None,
     split: str = "train",
     strict: bool = False,
+    redact: str | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     resume: bool = True,
@@ -65,6 +67,8 @@ def prepare(
         limit: read at most so many records.
         config, split: of a Hugging Face dataset.
         strict: stop at the first record that is damaged or holds no interaction.
+        redact: ``module:function``, of a function text -> text that is applied to the text of each message and
+            to all text in the fields of a record, before anything else is done with them.
         workers: processes that read. They change nothing in the outputs. Files of JSON Lines that are not
             compressed are shared among them; every other source is read by one. With `limit`, or with a
             number of conversations or interactions and no shuffling, one process reads. None: one for each
@@ -78,13 +82,13 @@ def prepare(
         FileExistsError: the output exists and is not to be replaced, or another run is writing it.
         DamagedRecord, FileNotFoundError, ImportError: from `load_conversations`.
         ChildProcessError (an OSError): a worker was killed.
-        ValueError: an argument is out of range, or nothing can be held out, because (nearly) all
-            conversations begin alike.
+        ValueError: an argument is out of range; `redact` cannot be loaded or has failed (the text names the
+            record); nothing can be held out, because (nearly) all conversations begin alike.
         OSError: the output cannot be written.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"prepare: workers must be at least 1, got {workers}")
-    job = _Job(sources, Path(output), rules, seed, eval_fraction, eval_output, limit, config, split, strict)
+    job = _Job(sources, Path(output), rules, seed, eval_fraction, eval_output, limit, config, split, strict, redact)
     if resume and not overwrite and (finished := job.finished_report()) is not None:
         shutil.rmtree(job.partial, ignore_errors=True)
         return finished
@@ -117,6 +121,7 @@ class _Job:
         config: str | None,
         split: str,
         strict: bool,
+        redact: str | None,
     ):
         self.rules = ConversationFilter.preset(rules) if isinstance(rules, str) else rules
         if not 0 <= eval_fraction < 1:
@@ -131,7 +136,7 @@ class _Job:
         if len({path.absolute() for path in self.outputs}) != len(self.outputs):
             raise ValueError(f"prepare: eval_output must differ from output, got {output} for both")
         self.items = expand_source(sources)
-        self.options = ReadOptions(self.rules, limit, config, split, strict)
+        self.options = ReadOptions(self.rules, limit, config, split, strict, redact)
         self.partial = output.with_name(output.name + ".partial")
         self.report_path = output.with_name(f"{output.stem}.report.json")
         self.settings = {
@@ -144,6 +149,7 @@ class _Job:
             "config": config,
             "split": split,
             "strict": strict,
+            "redact": None if redact is None else redaction_settings(redact),
             "outputs": [str(path.absolute()) for path in self.outputs],
         }
 

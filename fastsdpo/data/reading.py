@@ -19,6 +19,7 @@ from fastsdpo.data.layouts import parse_conversation
 from fastsdpo.data.loading import MAX_RECORD_BYTES, parse_entries
 from fastsdpo.data.output import encode_rows, encode_whole
 from fastsdpo.data.records import DamagedRecord, Entry, LoadReport
+from fastsdpo.data.redaction import Redaction
 from fastsdpo.data.sources import read_sources
 from fastsdpo.data.spool import Batch
 
@@ -34,6 +35,7 @@ class ReadOptions:
     config: str | None
     split: str
     strict: bool
+    redact: str | None
 
 
 class Piece(NamedTuple):
@@ -83,10 +85,12 @@ class Reader:
 
     Raises:
         DamagedRecord: with `strict`, at the first record that is damaged or holds no interaction.
+        ValueError: the hook of `redact` failed; the text names the record.
     """
 
     def __init__(self, options: ReadOptions, rows: BinaryIO):
         self._options, self._file = options, rows
+        self._hook = None if options.redact is None else Redaction(options.redact)
         self._first_source = self._kept = 0
 
     def read_sources(self, items: list[Path | str], report: ReadReport) -> Iterator[Batch]:
@@ -135,6 +139,8 @@ class Reader:
     def _keep(self, conversation: Conversation, report: ReadReport, batch: Batch) -> bytes:
         """The rows of a conversation, which is added to the batch; empty where it has none to keep."""
         rules = self._options.rules
+        if self._hook is not None:
+            conversation = self._hook.redact(conversation, report.where)
         reason = rules.reason_to_drop(conversation)
         if reason is not None:
             report.dropped[reason] += 1

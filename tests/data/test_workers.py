@@ -109,6 +109,70 @@ sys.exit(main(sys.argv[1:]))
     assert {path.name: path.read_bytes() for path in tmp_path.glob("out*")} == with_it[3]
 
 
+HOOKS = """
+import os, signal
+
+def hide(text):
+    print("this is no answer")
+    return text.replace("5", "#")
+
+def die(text):
+    if text.startswith("20."):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return text
+
+def fail(text):
+    return {}[text] if text.startswith("30.") else text
+
+def nothing(text):
+    return None
+
+VERSION = "1"
+"""
+
+
+@pytest.fixture
+def hooks(tmp_path, monkeypatch):
+    """The module `redacting` in the current folder, which only this test imports."""
+    (tmp_path / "redacting.py").write_text(HOOKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "redacting", raising=False)
+
+
+def test_redacted_texts(outcome, hooks, tmp_path):
+    plain = outcome("--workers", 1)[3]["out.jsonl"]
+    one, two = (outcome("--workers", count, "--redact", "redacting:hide") for count in (1, 2))
+    assert one[0] == 0 and one[1].replace("this is no answer\n", "") == two[1] and one[3] == two[3]
+    texts = [[m["content"] for m in json.loads(row)["prompt"]] for row in one[3]["out.jsonl"].splitlines()]
+    assert b"5." in plain and not any("5" in text for row in texts for text in row)
+    settings = json.loads(one[3]["out.report.json"])["settings"]
+    assert settings["redact"][0] == "redacting:hide" and settings["redact"][1] == len(HOOKS)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("hook", "said"),
+    [
+        ("redacting:fail", "--redact redacting:fail failed at {folder}/f.ndjson:26: KeyError: '30.0"),
+        ("redacting:nothing", "failed at {folder}/a.jsonl:3: TypeError: it must return text, got NoneType"),
+        ("redacting:absent", "--redact redacting:absent cannot be loaded: AttributeError"),
+        ("absent:hook", "--redact absent:hook cannot be loaded: ModuleNotFoundError"),
+        ("redacting:VERSION", "--redact must name a function, got 'redacting:VERSION', a str"),
+        ("redacting", "--redact must be module:function, got 'redacting'"),
+        ("__main__:hide", "--redact must name a module that other processes can import"),
+    ],
+)
+def test_a_hook_that_fails_stops_the_run(outcome, hooks, sources, hook, said, count):
+    status, _, error, files = outcome("--workers", count, "--redact", hook)
+    assert status == 1 and said.format(folder=sources) in error and not files
+
+
+def test_a_worker_that_is_killed(outcome, hooks):
+    status, _, error, files = outcome("--workers", 2, "--redact", "redacting:die")
+    assert status == 1 and "a worker was killed by signal 9" in error and not files
+
+
 def test_ctrl_c_ends_the_workers(outcome, monkeypatch):
     started = []
     end = workers.Workers._end
