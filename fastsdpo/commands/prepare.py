@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import fields, replace
 from typing import Any
 
 from fastsdpo.data.filters import PRESETS, ConversationFilter
 from fastsdpo.data.prepare import PrepareReport, prepare
+from fastsdpo.data.schema import ROW_SCHEMA
 
 
 def format_report(report: PrepareReport) -> str:
@@ -37,6 +39,12 @@ def format_report(report: PrepareReport) -> str:
     return "\n".join(lines)
 
 
+class _PrintSchema(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any, **options: Any) -> None:
+        print(json.dumps(ROW_SCHEMA, indent=2))
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastsdpo prepare", description="Conversations in any known layout -> a file of interactions."
@@ -47,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SOURCE",
         help="file (JSON, JSON Lines, Parquet; .gz, .zst), folder, glob or dataset name",
     )
+    parser.add_argument("--schema", action=_PrintSchema, nargs=0, help="print a JSON Schema of the rows, and exit")
     parser.add_argument("-o", "--output", required=True, help="the JSON Lines file to write")
     parser.add_argument("--strict", action="store_true", help="stop at the first damaged record")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
