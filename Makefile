@@ -59,7 +59,7 @@ test: $(VENV)/.dev
 
 # The long counts of tests/reliability; what was tried, injected, survived and lost goes to the results file.
 RESULTS = benchmarks/results/reliability_cpu.json
-LONG = FASTSDPO_LONG=1 FASTSDPO_RESULTS=$(RESULTS) FASTSDPO_COMMAND="make $@" $(PYTEST) --timeout 7200
+LONG = FASTSDPO_LONG=1 FASTSDPO_RESULTS=$(RESULTS) FASTSDPO_COMMAND="make $@" $(PYTEST) -m "not gpu" --timeout 7200
 
 fuzz: $(VENV)/.dev
 	$(LONG) tests/reliability --ignore tests/reliability/test_soak.py

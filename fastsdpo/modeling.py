@@ -116,6 +116,16 @@ def load_model_and_tokenizer(
     return model.to(device), loaded
 
 
+def load_tokenizer(name: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer alone, of a folder, hub id or GGUF file.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: nothing is there, or it has no tokenizer that can be read.
+    """
+    place, gguf_file, local = _locate("tokenizer", name)
+    return _load_tokenizer(place, gguf_file, local, revision=revision, trust_remote_code=trust_remote_code)
+
+
 def _fit_tokenizer(tokenizer: Any, rows: int) -> None:
     """Gives the tokenizer a pad token, and checks that its ids are rows of the model's embedding."""
     _drop_invented_tokens(tokenizer, rows)

@@ -42,6 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
         "prompts",
         help="held-out prompts: a text file, one per line, or rows with 'prompt' (JSON, JSON Lines, Parquet)",
     )
+    parser.add_argument(
+        "--system", metavar="TEXT", default=None, help="a system prompt, as in `fastsdpo online`; @FILE reads it"
+    )
     parser.add_argument("--model", required=True, help="folder, hub id or GGUF file, or an adapter")
     parser.add_argument("--base", required=True, help="what it is compared with")
     parser.add_argument(
@@ -80,7 +83,8 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ValueError(f"--limit must be at least 1, got {options.limit}")
     rules = [parse_rule(text) for text in options.rule]
     persona = read_text(options.persona)
-    prompts = PromptDataset.from_source(options.prompts, "prompts").prompts[: options.limit]
+    system = None if options.system is None else read_text(options.system)
+    prompts = PromptDataset.from_source(options.prompts, "prompts", system).prompts[: options.limit]
     for name in (options.model, options.base):  # the base is loaded long after the model
         check_name(name)
     judge = chat_model(options, "judge", max_new_tokens=8, temperature=0.0) if judged else None

@@ -38,6 +38,7 @@ from fastsdpo.commands.options import (
     add_resume_options,
     add_setting_options,
     read_config,
+    read_text,
     run_command,
 )
 from fastsdpo.commands.users import add_user_options, given_user_options, make_user
@@ -69,6 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("-o", "--output", required=True, metavar="FOLDER")
     group.add_argument("--eval-prompts", metavar="FILE", default=None, help="held-out prompts")
+    group.add_argument(
+        "--system",
+        metavar="TEXT",
+        default=None,
+        help="a system prompt, the first message of each prompt; @FILE reads it. That of the paper's experiment "
+        "with TL;DR asks for a summary of one or two sentences that begins with 'TL;DR:', and nothing else",
+    )
     add_resume_options(group)
     group.add_argument("--list-rules", action=ListRules, nargs=0, help="print the rules, and stop")
     add_user_options(parser)
@@ -143,10 +151,11 @@ def online(options: argparse.Namespace) -> int:
 
 def read_prompts(options: argparse.Namespace) -> tuple[PromptDataset, PromptDataset | None]:
     """The prompts to train on and the held-out ones, where a file of them is named."""
-    prompts = PromptDataset.from_source(options.prompts, "train_dataset")
+    system = None if options.system is None else read_text(options.system)
+    prompts = PromptDataset.from_source(options.prompts, "train_dataset", system)
     if options.eval_prompts is None:
         return prompts, None
-    return prompts, PromptDataset.from_source(options.eval_prompts, "eval_dataset")
+    return prompts, PromptDataset.from_source(options.eval_prompts, "eval_dataset", system)
 
 
 def make_trainer(
@@ -186,6 +195,7 @@ def report(
             {
                 "model": options.model,
                 "prompts": options.prompts,
+                "system": options.system,
                 "user": given_user_options(options),
                 "user_failures": failures,
                 "interactions": trainer.interactions,

@@ -149,6 +149,16 @@ def add_setting_options(parser: argparse.ArgumentParser, presets: Iterable[str])
     text.add_argument("--max-prompt-length", type=int, metavar="TOKENS")
     text.add_argument("--max-completion-length", type=int, metavar="TOKENS")
     text.add_argument("--max-followup-length", type=int, metavar="TOKENS")
+    text.add_argument(
+        "--token-cache",
+        type=lambda text: None if text == "none" else text,
+        metavar="FOLDER",
+        help="where the tokens of data files are kept for other processes and runs; none: nowhere (default: "
+        "~/.cache/fastsdpo/tokens, for files of 32 MB and more)",
+    )
+    text.add_argument(
+        "--tokenizer-workers", type=int, metavar="N", help="processes that tokenize a data file (default: by its size)"
+    )
     _add_optimization(parser.add_argument_group("optimization"))
 
     compute = parser.add_argument_group("computation")

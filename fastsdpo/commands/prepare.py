@@ -8,8 +8,11 @@ import sys
 from dataclasses import fields, replace
 from typing import Any
 
+from fastsdpo.commands import prepare_prompts
 from fastsdpo.data.filters import PRESETS, ConversationFilter
+from fastsdpo.data.output import LAYOUTS
 from fastsdpo.data.prepare import PrepareReport, prepare
+from fastsdpo.data.record_fields import parse_time
 from fastsdpo.data.schema import ROW_SCHEMA
 
 
@@ -66,57 +69,117 @@ def _parser() -> argparse.ArgumentParser:
         help="do nothing where a run of the same command has finished, and replace what one that was "
         "killed has written (default: yes)",
     )
-    parser.add_argument(
-        "--redact",
-        metavar="MODULE:FUNCTION",
-        help="a function of yours, text -> text, that is applied to all text before anything else",
-    )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes that read (default: one for each core, at most 8)"
-    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
 
-    group = parser.add_argument_group("sources")
-    group.add_argument("--limit", type=int, help="read at most so many records")
-    group.add_argument("--config", help="configuration of a Hugging Face dataset")
-    group.add_argument("--split", default="train", help="its split (default: train)")
-
-    group = parser.add_argument_group("which conversations", "a preset, and changes to it")
-    group.add_argument("--preset", default="default", choices=list(PRESETS))
-    group.add_argument("--languages", nargs="*", metavar="NAME", help="as the records name them; none: any")
-    for option in fields(ConversationFilter):
-        flag = "--" + option.name.replace("_", "-")
-        if option.name == "shuffle":
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
-        elif option.name != "languages":
-            group.add_argument(flag, type=_number_or_none, metavar="N", help="N, or none")
+    _add_reading(parser)
+    _add_rules(parser)
+    group = parser.add_argument_group("rows")
+    group.add_argument(
+        "--keep",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        default=[],
+        metavar="KEY,...",
+        help="keys of the records that the rows get: model,timestamp,toxic",
+    )
+    group.add_argument(
+        "--layout",
+        default="fastsdpo",
+        choices=LAYOUTS,
+        help="trl: the answer is a list of one message, as TRL reads it",
+    )
 
     group = parser.add_argument_group("order and held-out part")
     group.add_argument("--seed", type=int, default=42)
     group.add_argument("--eval-fraction", type=float, default=0.0, metavar="SHARE")
+    group.add_argument(
+        "--eval-after", metavar="DATE", help="hold out the conversations from this time on, in place of a share"
+    )
     group.add_argument("--eval-output", help="default: <output>.eval.jsonl")
+    prepare_prompts.add_prompt_options(parser)
     return parser
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sources")
+    group.add_argument("--limit", type=int, help="read at most so many records")
+    group.add_argument("--config", help="configuration of a Hugging Face dataset")
+    group.add_argument("--split", default="train", help="its split (default: train)")
+    group.add_argument(
+        "--redact",
+        metavar="MODULE:FUNCTION",
+        help="a function of yours, text -> text, that is applied to all text before anything else",
+    )
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="processes that read (default: one for each core, at most 8)"
+    )
+
+
+def _add_rules(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which conversations", "a preset, and changes to it")
+    group.add_argument(
+        "--preset",
+        default="default",
+        choices=list(PRESETS),
+        help="wildchat, wildfeedback: the paper's limits; paper-wildchat, paper-wildfeedback: exactly what the code "
+        "published with it selects (docs/paper-data.md). The dataset microsoft/WildFeedback needs --config "
+        "wildfeedback",
+    )
+    group.add_argument("--languages", nargs="*", metavar="NAME", help="as the records name them; none: any")
+    group.add_argument("--models", nargs="*", metavar="NAME", help="names or patterns (gpt-4*); none: any")
+    for option in fields(ConversationFilter):
+        flag = "--" + option.name.replace("_", "-")
+        if option.name in ("shuffle", "drop_toxic", "drop_redacted"):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=_HELP.get(option.name))
+        elif option.name in ("after", "before"):
+            group.add_argument(flag, type=_time_or_none, metavar="DATE", help=_HELP[option.name])
+        elif option.name not in ("languages", "models", "published"):
+            group.add_argument(flag, type=_number_or_none, metavar="N", help=_HELP.get(option.name, "N, or none"))
+
+
+_HELP = {
+    "drop_toxic": 'without records that are marked "toxic", or not marked at all',
+    "drop_redacted": 'without records that are marked "redacted", or not marked at all',
+    "after": "records from this time on: an ISO date, or seconds since 1970",
+    "before": "records from before this time",
+    "enough_conversations": "stop as well once there are this many conversations ...",
+    "enough_interactions": "... with this many interactions",
+}
 
 
 def _number_or_none(text: str) -> int | str:
     return "none" if text == "none" else int(text)
 
 
+def _time_or_none(text: str) -> float | str:
+    try:
+        return "none" if text == "none" else parse_time(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _rules(arguments: argparse.Namespace) -> ConversationFilter:
     changes: dict[str, Any] = {}
     for option in fields(ConversationFilter):
-        value = getattr(arguments, option.name)
+        value = getattr(arguments, option.name, None)
         if value is not None:
             changes[option.name] = option.default if value == "none" else value
-    if "languages" in changes:
-        changes["languages"] = tuple(changes["languages"]) or None
+    for name in ("languages", "models"):
+        if name in changes:
+            changes[name] = tuple(changes[name]) or None
     return replace(PRESETS[arguments.preset], **changes)
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; 0 done, 1 failed (with the reason on stderr), 130 interrupted."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
     try:
+        prepare_prompts.check_options(parser, arguments)
+        if arguments.prompts is not None:
+            prompts = prepare_prompts.write_prompts(arguments)
+            if not arguments.quiet:
+                print(prepare_prompts.format_report(prompts))
+            return 0
         report = prepare(
             arguments.sources,
             arguments.output,
@@ -133,6 +196,9 @@ def main(argv: list[str]) -> int:
             overwrite=arguments.overwrite,
             resume=arguments.resume,
             progress=not arguments.quiet,
+            keep=arguments.keep,
+            eval_after=arguments.eval_after,
+            layout=arguments.layout,
         )
     except KeyboardInterrupt:
         print("fastsdpo prepare: interrupted; the same command starts again", file=sys.stderr)

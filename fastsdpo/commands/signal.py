@@ -252,15 +252,16 @@ def write_answer(
 
     tokenize = InteractionTokenizer(tokenizer, "note", max_prompt_length=None)
     ends = tokenize.end_ids(model)
+    start = tokenize.generation_prompt(prompt)
     (sample,) = generate(
         model,
-        [tokenize.generation_prompt(prompt)],
+        [start],
         max_new_tokens=options.max_new_tokens,
         temperature=1.0,
         end_ids=ends,
         seed=str(options.seed),
     )
-    answer = tokenize.said(sample.ids)
+    answer = tokenize.said(sample.ids, start)
     if not answer:
         raise ValueError(
             f"the model said nothing in {options.max_new_tokens} tokens but reasoning or control "

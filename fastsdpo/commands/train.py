@@ -41,6 +41,7 @@ from fastsdpo.commands.options import (
     read_config,
     run_command,
 )
+from fastsdpo.commands.tokens import show_interactions
 from fastsdpo.data import load_interactions
 from fastsdpo.ops.backend import describe_backend
 from fastsdpo.trainer import NonFiniteError
@@ -77,6 +78,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=False,
         help="load, tokenize, report lengths, memory and steps, and stop",
     )
+    group.add_argument(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print the first N interactions as the tokens that are trained on, and go on",
+    )
     add_resume_options(group)
     add_model_options(parser)
     add_setting_options(parser, PRESETS)
@@ -100,6 +108,8 @@ def train(options: argparse.Namespace) -> int:
     stop = StopOnSignal()
     trainer = make_trainer(options, config, stop, show)
     say(run.describe_model(trainer, options.model))
+    if options.show > 0 and trainer.tokenize is not None:
+        say(show_interactions(trainer.tokenize, load_interactions(options.data), options.show))
     say(dry_run_report(trainer.model, config, trainer.train_dataset, trainer.eval_dataset, trainer.sharing))
     if options.dry_run:
         say(str(trainer.check_teacher() or ""))

@@ -20,7 +20,8 @@ class ControlTokens:
         end_of_turn: as `InteractionTokenizer` takes it.
 
     Attributes:
-        spelling: matches the text of any of them.
+        texts: of all of them.
+        spelling: matches any of these texts.
         ids: of all of them.
         end: the token that ends the model's turns.
         end_ids: of all tokens that stand at the end of an answer, `end` the last.
@@ -41,7 +42,7 @@ class ControlTokens:
         special.update(str(text) for text in tokenizer.all_special_tokens)
         special -= REASONING_TAGS
         text = {token for token in added if token.isspace()} | REASONING_TAGS
-        every = _alternatives(special | (added.keys() - text))
+        every = alternatives(special | (added.keys() - text))
 
         ends = [end_of_turn]
         self.end_space = ""
@@ -65,7 +66,8 @@ class ControlTokens:
 
         frames = [match for frame in chat.frames for match in every.findall(frame)]
         control = special | set(frames) | set(ends)
-        self.spelling = _alternatives(control)
+        self.texts = control
+        self.spelling = alternatives(control)
         # Text without a token of its own becomes <unk>: that id alone shows no control token.
         control_ids = {tokenizer.convert_tokens_to_ids(text) for text in control}
         self.ids = control_ids - {getattr(tokenizer, "unk_token_id", None)}
@@ -96,7 +98,7 @@ def _find_end(chat: ChatTemplate, every: re.Pattern) -> tuple[str, list[str]]:
     return (space, last[:1]) if last else (space_before if earlier else "", earlier[:1])
 
 
-def _alternatives(texts: Iterable[str]) -> re.Pattern:
+def alternatives(texts: Iterable[str]) -> re.Pattern:
     """Matches any of the texts, the longest first; nothing where there are none."""
     ordered = sorted(filter(None, texts), key=lambda text: (-len(text), text))
     return re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")

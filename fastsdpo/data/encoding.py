@@ -1,4 +1,8 @@
-"""Text -> ids: messages and answers so that control tokens come from the chat template alone."""
+"""Text -> ids: messages and answers so that control tokens come from the chat template alone.
+
+A conversation's prompts repeat one another, so text is encoded in pieces, each of which begins with a control
+token, and a piece that was encoded before is not encoded again.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from fastsdpo.data.chat_template import ANSWER, ChatTemplate, Opening, Q
-from fastsdpo.data.control_tokens import ControlTokens
+from fastsdpo.data.control_tokens import ControlTokens, alternatives
+
+KEPT_CHARACTERS = 1 << 21  # of pieces whose ids are kept; twice as many at most
 
 
 class Encoder:
@@ -28,7 +34,17 @@ class Encoder:
     def __init__(self, tokenizer: Any, chat: ChatTemplate, control: ControlTokens, allow_special_tokens: bool):
         self.tokenizer, self.chat, self.control = tokenizer, chat, control
         self.allow_special_tokens = allow_special_tokens
-        self._ahead: dict[str, list[int]] = {}
+        self._recent: dict[str, list[int]] = {}  # pieces and their ids
+        self._older: dict[str, list[int]] = {}
+        self._size = 0
+        # Where a piece begins; a token that takes the space before it stays in the piece with that space.
+        self._starts = re.compile("(?!)")
+        if getattr(tokenizer, "is_fast", False):
+            self._starts = alternatives(control.texts - control.strips_left)
+        for frame in chat.frames:
+            apart = itertools.chain.from_iterable(map(self._encode_whole, self._pieces(frame)))
+            if self._encode_whole(frame) != list(apart):
+                self._starts = re.compile("(?!)")
         self._align()
 
     def _align(self) -> None:
@@ -74,21 +90,47 @@ class Encoder:
         return opening(self.chat.render(messages))
 
     def encode(self, text: str) -> list[int]:
-        if text in self._ahead:
-            return list(self._ahead[text])
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """The ids of text; control tokens that are spelled out in it are such."""
+        ids: list[int] = []
+        for piece in self._pieces(text):
+            ids += self._known(piece) or self._keep(piece, self._encode_whole(piece))
+        return ids
 
     def encode_ahead(self, texts: list[str]) -> None:
         """Encodes what is about to be encoded, where that is faster in one call."""
-        texts = list(dict.fromkeys(filter(None, texts)))
-        self._ahead = {}
-        if not texts or not getattr(self.tokenizer, "is_fast", False):
+        if not getattr(self.tokenizer, "is_fast", False):
+            return
+        pieces = dict.fromkeys(piece for text in texts for piece in self._pieces(text))
+        new = [piece for piece in pieces if self._known(piece) is None]
+        if not new:
             return
         try:
-            ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            ids = self.tokenizer(new, add_special_tokens=False)["input_ids"]
         except (TypeError, ValueError):
             return  # one of them (half a surrogate pair): it fails again by itself, and alone
-        self._ahead = dict(zip(texts, ids, strict=True))
+        for piece, piece_ids in zip(new, ids, strict=True):
+            self._keep(piece, piece_ids)
+
+    def _encode_whole(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _pieces(self, text: str) -> list[str]:
+        places = [match.start() for match in self._starts.finditer(text)]
+        edges = [0, *(place for place in places if place), len(text)]
+        return [text[start:end] for start, end in itertools.pairwise(edges)] if text else []
+
+    def _known(self, piece: str) -> list[int] | None:
+        ids = self._recent.get(piece)
+        if ids is None and (ids := self._older.get(piece)) is not None:
+            self._keep(piece, ids)
+        return ids
+
+    def _keep(self, piece: str, ids: list[int]) -> list[int]:
+        if self._size > KEPT_CHARACTERS:
+            self._older, self._recent, self._size = self._recent, {}, 0
+        self._recent[piece] = ids
+        self._size += len(piece)
+        return ids
 
     def _smuggles(self, ids: list[int], wanted: int) -> bool:
         return sum(map(self.control.ids.__contains__, ids)) > wanted

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
 
 from fastsdpo.data.interactions import Conversation
+
+NO_TIME = "no time given"
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,17 @@ class ConversationFilter:
         max_history_messages: of each history, the last so many messages, starting with a user's.
         shuffle: conversations in random order (by seed), else in the order of the sources.
         max_conversations, max_interactions: stop there (with whole conversations).
+        enough_conversations, enough_interactions: stop as well with the conversation by which there are at
+            least so many of both.
+        models: names or patterns (``gpt-4*``), compared without case. A record that names no model is
+            dropped where this is set.
+        after, before: seconds since 1970; records from `after` on, and earlier than `before`. A record that
+            says no time is dropped where one of them is set.
+        drop_toxic, drop_redacted: drop records with this mark (``"toxic": true``), on the record or on a
+            message, and those that have it nowhere, neither true nor false.
+            These, `models` and the times are read in `Conversation.facts`, which `prepare` fills.
+        published: the selection is that of the code published with the paper, on records of this data set
+            (published.py): white space is taken off, and nothing is merged.
     """
 
     languages: tuple[str, ...] | None = None
@@ -32,6 +47,14 @@ class ConversationFilter:
     shuffle: bool = False
     max_conversations: int | None = None
     max_interactions: int | None = None
+    enough_conversations: int | None = None
+    enough_interactions: int | None = None
+    models: tuple[str, ...] | None = None
+    after: float | None = None
+    before: float | None = None
+    drop_toxic: bool = False
+    drop_redacted: bool = False
+    published: Literal["wildchat", "wildfeedback"] | None = None
 
     @classmethod
     def preset(cls, name: str) -> ConversationFilter:
@@ -40,12 +63,33 @@ class ConversationFilter:
             raise ValueError(f"ConversationFilter: name must be one of {', '.join(PRESETS)}, got {name!r}")
         return PRESETS[name]
 
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """What `reason_to_drop` looks up in `Conversation.facts`."""
+        asked = {
+            "time": self.after is not None or self.before is not None,
+            "model": self.models is not None,
+            "toxic": self.drop_toxic,
+            "redacted": self.drop_redacted,
+        }
+        return tuple(name for name, wanted in asked.items() if wanted)
+
+    def is_enough(self, conversations: int, interactions: int) -> bool:
+        """Whether no further conversation is wanted after these."""
+        if self.max_conversations is not None and conversations >= self.max_conversations:
+            return True
+        least = (self.enough_conversations, self.enough_interactions)
+        return least != (None, None) and conversations >= (least[0] or 0) and interactions >= (least[1] or 0)
+
     def reason_to_drop(self, conversation: Conversation) -> str | None:
         """The first rule that the conversation breaks, in words that can be counted by, or None."""
+        reason = self._reason_in_facts(conversation) if self.facts else None
+        if reason is not None:
+            return reason
         if self.languages is not None:
             if conversation.language is None:
                 return "no language given"
-            if conversation.language.lower() not in {name.lower() for name in self.languages}:
+            if conversation.language.strip().lower() not in {name.lower() for name in self.languages}:
                 return "other language"
         messages = conversation.messages
         if sum(message["role"] != "system" for message in messages) < self.min_messages:
@@ -58,6 +102,27 @@ class ConversationFilter:
                 message["role"] == role and len(message["content"]) > limit for message in messages
             ):
                 return f"{role} message over {limit:,} characters"
+        return None
+
+    def _reason_in_facts(self, conversation: Conversation) -> str | None:
+        facts = conversation.facts
+        for name, wanted in (("toxic", self.drop_toxic), ("redacted", self.drop_redacted)):
+            if wanted and facts.get(name) is not False:
+                return f"marked {name}" if facts.get(name) else f"no mark {name} given"
+        if self.models is not None:
+            model = facts.get("model")
+            if model is None:
+                return "no model given"
+            if not any(fnmatchcase(model.lower(), pattern.lower()) for pattern in self.models):
+                return "other model"
+        if self.after is not None or self.before is not None:
+            time = facts.get("time")
+            if time is None:
+                return NO_TIME
+            if self.after is not None and time < self.after:
+                return "from before the wanted time"
+            if self.before is not None and time >= self.before:
+                return "from after the wanted time"
         return None
 
 
@@ -82,4 +147,25 @@ PRESETS = {
         min_messages=3, max_conversation_chars=100_000, max_assistant_chars=16_384, max_user_chars=16_384, shuffle=True
     ),
     "none": ConversationFilter(),
+    # Conversation by conversation what the code published with the paper selects; see docs/paper-data.md.
+    "paper-wildchat": ConversationFilter(
+        languages=("english", "en"),
+        min_messages=3,
+        max_conversation_chars=100_000,
+        max_assistant_chars=4096,
+        max_user_chars=4096,
+        max_history_messages=5,
+        shuffle=True,
+        max_conversations=15_000,
+        enough_conversations=14_000,
+        enough_interactions=50_000,
+        published="wildchat",
+    ),
+    "paper-wildfeedback": ConversationFilter(
+        min_messages=3,
+        max_conversation_chars=100_000,
+        max_assistant_chars=4096,
+        max_history_messages=5,
+        published="wildfeedback",
+    ),
 }

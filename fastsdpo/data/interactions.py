@@ -115,6 +115,7 @@ class Conversation:
         own_id: True where `id` names the record, within its source, and not its conversation.
         fields: what else is known of it, by name; each of its interactions gets them.
         answer_fields: of single answers, by the index of the message; their interactions get them too.
+        facts: what rules ask of its record (`record_fields.FACTS`): ``time``, ``model``, ``toxic``, ``redacted``.
     """
 
     messages: list[dict]
@@ -125,6 +126,7 @@ class Conversation:
     own_id: bool = True
     fields: Mapping[str, Any] = field(default_factory=dict)
     answer_fields: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 # White space, control characters, what Unicode calls Default_Ignorable_Code_Point (zero-width and

@@ -76,6 +76,8 @@ def parse_interaction(record: Any) -> Interaction:
     texts = {}
     for key, role in (("completion", "assistant"), ("user_response", "user")):
         value = record[key]
+        if key == "completion" and isinstance(value, (list, tuple)) and len(value) == 1:
+            value = value[0]  # as TRL has it
         value = {"role": role, "content": value} if isinstance(value, str) else value
         try:
             message = parse_message(value)

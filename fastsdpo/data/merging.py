@@ -31,8 +31,8 @@ PART_KEYS = 3 << 14  # compared at a time, some 100 bytes each
 MOST_PARTS = 64  # the files are read once for each part
 
 
-# The lists with one key for each record or interaction, and those with any number for each record.
-ONE_EACH = ("name", "messages", "interactions", "ids")
+# The lists with one key for each record or interaction (`times`: or none), and those with any number for each record.
+ONE_EACH = ("name", "messages", "interactions", "ids", "times")
 MANY_EACH = ("beginnings", "prompts", "histories")
 
 
@@ -47,11 +47,12 @@ class RecordKeys:
         beginnings: of its first message, its first two, ..., without all.
         prompts: of each interaction's prompt; the first is enough where it begins the others.
         histories: of what begins these prompts and ends with a user's message, themselves included.
-        counts: how many in each of the last three are of each record.
+        times: the record's time in microseconds since 1970, where rules asked for it.
+        counts: how many in each of beginnings, prompts and histories are of each record.
     """
 
     def __init__(self):
-        self.name, self.messages, self.interactions, self.ids = ([] for _ in ONE_EACH)
+        self.name, self.messages, self.interactions, self.ids, self.times = ([] for _ in ONE_EACH)
         self.beginnings, self.prompts, self.histories = ([] for _ in MANY_EACH)
         self.counts = {name: [] for name in MANY_EACH}
 
@@ -108,6 +109,8 @@ class RecordKeys:
         self.name.append(name)
         self.messages.append(histories[-1])
         self._add_many("beginnings", histories[:-1])
+        if conversation.facts.get("time") is not None:
+            self.times.append(max(0, round(conversation.facts["time"] * 1e6)))
         return name, histories
 
     def _add_many(self, name: str, keys: list[int]) -> None:
@@ -147,13 +150,15 @@ class Merged:
 Keys = Callable[[str, int, int], Iterator["tuple[Iterable[int], Iterable[int]]"]]
 
 
-def merge(keys: Keys, starts: array, single: bytearray) -> Merged:
+def merge(keys: Keys, starts: array, single: bytearray, *, join: bool = True) -> Merged:
     """Merges records.
 
     Args:
         keys: the keys of all records.
         starts: of each record, the number of its first interaction; at the end the number of all.
         single: of each record, 1 where it is one interaction out of a conversation.
+        join: records of one conversation are joined, and what is there twice is left out; else each record
+            is a conversation, and those that would be joined are a family.
     """
     records, interactions = len(single), starts[-1]
     conversations = array("I", range(records))
@@ -162,7 +167,7 @@ def merge(keys: Keys, starts: array, single: bytearray) -> Merged:
     for name in ("name", "messages"):
         for first, record in _repeated(keys, name, records):
             _join(conversations, first, record)
-    for first, found in _begun(keys, "messages", "beginnings", records):
+    for first, found in _begun(keys, "messages", "beginnings", records) if join else ():
         part_of_longer = set()
         for key, record in found:
             _join(conversations, first[key], record)
@@ -173,7 +178,7 @@ def merge(keys: Keys, starts: array, single: bytearray) -> Merged:
                 if key in part_of_longer:
                     start, end = starts[record], starts[record + 1]
                     left_out[start:end] = b"\1" * (end - start)
-    for _, interaction in _repeated(keys, "interactions", interactions, left_out):
+    for _, interaction in _repeated(keys, "interactions", interactions, left_out) if join else ():
         left_out[interaction] = 1
     renamed = {number for _, number in _repeated(keys, "ids", interactions, left_out)}
 
@@ -181,6 +186,8 @@ def merge(keys: Keys, starts: array, single: bytearray) -> Merged:
     for first, found in _begun(keys, "prompts", "histories", interactions):
         for key, record in found:
             _join(families, first[key], record)
+    if not join:
+        conversations = array("I", range(records))
 
     following, kept = array("I", [records]) * records, array("I", [0]) * records
     latest = array("I", range(records))

@@ -59,11 +59,21 @@ class PrepareReport:
 WRITTEN_BYTES = 1 << 20  # at a time: small writes take half as long again
 
 _ROW = b'{"id":%b,"conversation_id":%b,"turn_id":%d,"prompt":['
-_ANSWER, _FOLLOWUP, _END = b'],"completion":', b',"user_response":', b"}\n"
+_END = b"}\n"
+# Around the answer, by the layout of rows.
+_ANSWERS = {
+    "fastsdpo": (b'],"completion":', b',"user_response":'),
+    "trl": (b'],"completion":[', b'],"user_response":'),
+}
+LAYOUTS = tuple(_ANSWERS)
+TRL_KEYS = {"chosen", "rejected", "image", "images", "input_ids", "labels"}  # make other data of a row for TRL
 
 
-def encode_rows(interactions: list[Interaction], first_turn: int) -> bytes:
-    """The lines of a conversation's interactions; a message that is in many is encoded once."""
+def encode_rows(interactions: list[Interaction], first_turn: int, layout: str = "fastsdpo") -> bytes:
+    """The lines of a conversation's interactions; a message that is in many is encoded once.
+
+    `layout` "trl" has the answer as a list of one message, which is what TRL's trainers read.
+    """
     encoded: dict[tuple[str, str], bytes] = {}
 
     def message(role: str, content: str) -> bytes:
@@ -72,33 +82,27 @@ def encode_rows(interactions: list[Interaction], first_turn: int) -> bytes:
             data = encoded[role, content] = encode_message({"role": role, "content": content})
         return data
 
+    before, after = _ANSWERS[layout]
     parts: list[bytes] = []
     for turn, item in enumerate(interactions, first_turn):
         prompt = b",".join([message(m["role"], m["content"]) for m in item.prompt])
-        parts += (_ROW % (encode(item.id), encode(item.conversation_id), turn), prompt, _ANSWER)
-        parts += (message("assistant", item.completion), _FOLLOWUP, message("user", item.followup))
+        parts += (_ROW % (encode(item.id), encode(item.conversation_id), turn), prompt, before)
+        parts += (message("assistant", item.completion), after, message("user", item.followup))
         parts += (_encode_fields(item.fields), _END)
     return b"".join(parts)
 
 
-def encode_whole(conversation: Conversation, first: int, count: int) -> bytes:
+def encode_whole(conversation: Conversation, first: int, count: int, layout: str) -> bytes:
     """`encode_rows` of the interactions ``(messages[: t], messages[t], messages[t + 1])`` for
     ``t = first + 1, first + 3, ...``, which are `count`, and have the ids ``name:0``, ``name:1``, ..."""
     encoded = [encode_message(message) for message in conversation.messages]
     name, end = encode(conversation.id), _encode_fields(conversation.fields) + _END
-    prompt = b",".join(encoded[: first + 1])
+    prompt, (before, after) = b",".join(encoded[: first + 1]), _ANSWERS[layout]
     parts: list[bytes] = []
     for turn, place in enumerate(range(first + 1, first + 1 + 2 * count, 2)):
         answer, followup = encoded[place], encoded[place + 1]
-        parts += (
-            _ROW % (b'%b:%d"' % (name[:-1], turn), name, turn),
-            prompt,
-            _ANSWER,
-            answer,
-            _FOLLOWUP,
-            followup,
-            end,
-        )
+        row = _ROW % (b'%b:%d"' % (name[:-1], turn), name, turn)
+        parts += (row, prompt, before, answer, after, followup, end)
         prompt = b",".join((prompt, answer, followup))
     return b"".join(parts)
 
@@ -114,27 +118,29 @@ def write_outputs(
     seed: int,
     eval_fraction: float,
     result: PrepareReport,
+    *,
+    eval_after: float | None = None,
+    order: array | None = None,
 ) -> None:
-    """Copies the spool to the outputs in the final order, and counts in `result`."""
-    merged = spool.merge()
+    """Copies the spool to the outputs in the final order, and counts in `result`.
+
+    Args:
+        eval_after: what is held out, in place of a fraction: records from this time on.
+        order: of all records of the spool, none of which is to be merged; None: conversations, by `rules`.
+    """
+    merged = spool.merge(join=order is None)
     kept = merged.kept  # of each conversation, which the number of its first record stands for
-    order = array("I", (record for record in range(len(kept)) if kept[record]))
-    result.merged_records = len(kept) - len(order)
+    if order is None:
+        order = array("I", (record for record in range(len(kept)) if kept[record]))
+        result.merged_records = len(kept) - len(order)
+        if rules.shuffle:
+            random.Random(seed).shuffle(order)
     result.duplicate_interactions = sum(merged.left_out)
-    if rules.shuffle:
-        random.Random(seed).shuffle(order)
-    chosen, rows = 0, 0
-    while chosen < len(order):
-        count = kept[order[chosen]]
-        if rules.max_conversations is not None and chosen >= rules.max_conversations:
-            break
-        if rules.max_interactions is not None and rows + count > rules.max_interactions:
-            break
-        chosen, rows = chosen + 1, rows + count
-    if chosen < len(order):
-        result.dropped["over the wanted number"] = len(order) - chosen
-    order = order[:chosen]
-    held_out = _held_out(merged.families, order, eval_fraction, seed)
+    order = _wanted(order, kept, rules, result)
+    if eval_after is not None:
+        order, held_out = _from_then_on(merged, order, spool.times(), eval_after, result)
+    else:
+        held_out = _held_out(merged.families, order, eval_fraction, seed)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(atomic_file(path)) for path in outputs]
         for conversation in order:
@@ -147,6 +153,47 @@ def write_outputs(
                 files[0].write(data)
                 result.conversations += 1
                 result.interactions += kept[conversation]
+
+
+def _wanted(order: array, kept: array, rules: ConversationFilter, result: PrepareReport) -> array:
+    """The conversations up to where there are enough, without those that have no interaction."""
+    chosen, rows = 0, 0
+    while chosen < len(order) and not rules.is_enough(chosen, rows):
+        count = kept[order[chosen]]
+        if rules.max_interactions is not None and rows + count > rules.max_interactions:
+            break
+        chosen, rows = chosen + 1, rows + count
+    if chosen < len(order):
+        result.dropped["over the wanted number"] = len(order) - chosen
+    wanted = array("I", (conversation for conversation in order[:chosen] if kept[conversation]))
+    if len(wanted) < chosen:
+        result.dropped["without an interaction, among the wanted number"] = chosen - len(wanted)
+    return wanted
+
+
+def _from_then_on(
+    merged: Merged, order: array, times: array, eval_after: float, result: PrepareReport
+) -> tuple[array, set[int]]:
+    """(the conversations without those from `eval_after` on whose family begins before it, the families to hold out)
+
+    A conversation is from the time of its latest record.
+
+    Raises:
+        ValueError: nothing is held out, or nothing is left.
+    """
+    first = round(eval_after * 1e6)
+    late = bytearray(any(times[record] >= first for record in merged.records(c)) for c in order)
+    early = {merged.families[conversation] for conversation, is_late in zip(order, late) if not is_late}
+    held_out = {merged.families[conversation] for conversation in order} - early
+    kept = [c for c, is_late in zip(order, late) if not is_late or merged.families[c] in held_out]
+    if not early or not held_out:
+        raise ValueError(
+            f"prepare: eval_after must leave conversations on both sides, got {sum(late):,} of {len(order):,} from "
+            f"then on, {len(order) - len(kept):,} of them with a prompt that an earlier conversation has"
+        )
+    if len(kept) < len(order):
+        result.dropped["from the held-out time, with a prompt from before it"] = len(order) - len(kept)
+    return array("I", kept), held_out
 
 
 def _held_out(families: array, order: array, eval_fraction: float, seed: int) -> set[int]:
@@ -211,7 +258,8 @@ def _conversation_rows(spool: Spool, merged: Merged, conversation: int) -> bytes
         row["conversation_id"] = name
         if number in merged.renamed:
             row["id"] = f"{row['id']}~{number}"
-    rows.sort(key=lambda item: len(item[1]["prompt"]))
+    if len(records) > 1:
+        rows.sort(key=lambda item: len(item[1]["prompt"]))
     return b"".join([encode(row) + b"\n" for _, row in rows])
 
 

@@ -14,17 +14,20 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 
 from fastsdpo.data.filters import ConversationFilter
+from fastsdpo.data.output import LAYOUTS, TRL_KEYS, atomic_file, write_outputs
 from fastsdpo.data.output import PrepareReport as PrepareReport
-from fastsdpo.data.output import atomic_file, write_outputs
 from fastsdpo.data.output import encode_rows as encode_rows
 from fastsdpo.data.progress import ProgressBar
+from fastsdpo.data.published import PublishedReader
 from fastsdpo.data.reading import Reader, ReadOptions, ReadReport
+from fastsdpo.data.record_fields import RecordFields, parse_time
 from fastsdpo.data.redaction import redaction_settings
 from fastsdpo.data.sources import expand_source
 from fastsdpo.data.spool import Spool, read_settings
@@ -50,6 +53,9 @@ def prepare(
     overwrite: bool = False,
     resume: bool = True,
     progress: bool = False,
+    keep: Sequence[str] = (),
+    eval_after: str | float | None = None,
+    layout: str = "fastsdpo",
 ) -> PrepareReport:
     """Writes the interactions of the sources' conversations to `output`, whole or not at all.
 
@@ -77,6 +83,12 @@ def prepare(
         resume: where a run with the same settings has finished, return its report and do nothing; where
             one was killed, replace what it has written.
         progress: show a progress bar on the terminal.
+        keep: keys of the records whose values the rows get, as keys of the same name. A row has those of the
+            record that it was read from; null where that has none.
+        eval_after: hold out the conversations from this time on (`record_fields.parse_time`), in place of a
+            fraction. Such a conversation that begins as one from before does is left out. A record that says no
+            time is dropped.
+        layout: "fastsdpo", or "trl": the answer is a list of one message, as TRL's trainers have it.
 
     Raises:
         FileExistsError: the output exists and is not to be replaced, or another run is writing it.
@@ -88,16 +100,36 @@ def prepare(
     """
     if workers is not None and workers < 1:
         raise ValueError(f"prepare: workers must be at least 1, got {workers}")
-    job = _Job(sources, Path(output), rules, seed, eval_fraction, eval_output, limit, config, split, strict, redact)
+    job = _Job(
+        sources,
+        Path(output),
+        rules,
+        seed,
+        eval_fraction,
+        eval_output,
+        limit,
+        config,
+        split,
+        strict,
+        redact=redact,
+        keep=keep,
+        eval_after=eval_after,
+        layout=layout,
+    )
     if resume and not overwrite and (finished := job.finished_report()) is not None:
         shutil.rmtree(job.partial, ignore_errors=True)
         return finished
     job.check_outputs(overwrite, resume)
     with Spool(job.partial, job.settings) as spool:
+        if job.rules.published is not None:
+            reader = PublishedReader(job, spool)
+            with ProgressBar(reader.report, progress) as bar:
+                reader.read(bar)
+            return job.write(spool, reader.report, reader.order())
         report = ReadReport()
         with ProgressBar(report, progress) as bar:
             job.read(spool, report, bar, workers)
-        return job.write(spool, report)
+        return job.write(spool, report, None)
 
 
 class _Job:
@@ -105,6 +137,7 @@ class _Job:
 
     Attributes:
         items: files and datasets to read.
+        options: how they are read.
         outputs: the output, and the file of the held-out part where there is one.
         settings: all that decides the result, as JSON has it.
     """
@@ -121,22 +154,36 @@ class _Job:
         config: str | None,
         split: str,
         strict: bool,
+        *,
         redact: str | None,
+        keep: Sequence[str],
+        eval_after: str | float | None,
+        layout: str,
     ):
         self.rules = ConversationFilter.preset(rules) if isinstance(rules, str) else rules
+        self.seed = seed
+        if layout not in LAYOUTS:
+            raise ValueError(f"prepare: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+        self.eval_after = None if eval_after is None else _time("eval_after", eval_after)
+        facts = self.rules.facts if self.eval_after is None else dict.fromkeys(("time", *self.rules.facts))
+        fields = RecordFields(tuple(keep), tuple(facts))
+        if layout == "trl" and (names := set(keep) & TRL_KEYS):
+            raise ValueError(f"prepare: keep must not name what TRL reads in the rows' place, got {min(names)!r}")
+        if eval_after is not None and eval_fraction > 0:
+            raise ValueError("prepare: hold out by eval_fraction or by eval_after, got both")
         if not 0 <= eval_fraction < 1:
             raise ValueError(f"prepare: eval_fraction must be in [0, 1), got {eval_fraction}")
         if limit is not None and limit < 1:
             raise ValueError(f"prepare: limit must be at least 1, got {limit}")
-        if eval_fraction == 0 and eval_output is not None:
-            raise ValueError("prepare: eval_output needs an eval_fraction above 0")
-        self.outputs = [output]
-        if eval_fraction > 0:
-            self.outputs.append(Path(eval_output or output.with_name(f"{output.stem}.eval{output.suffix}")))
+        holds_out = eval_fraction > 0 or eval_after is not None
+        if eval_output is not None and not holds_out:
+            raise ValueError("prepare: eval_output needs an eval_fraction above 0, or eval_after")
+        held_out = Path(eval_output or output.with_name(f"{output.stem}.eval{output.suffix}"))
+        self.outputs = [output, held_out] if holds_out else [output]
         if len({path.absolute() for path in self.outputs}) != len(self.outputs):
             raise ValueError(f"prepare: eval_output must differ from output, got {output} for both")
         self.items = expand_source(sources)
-        self.options = ReadOptions(self.rules, limit, config, split, strict, redact)
+        self.options = ReadOptions(self.rules, limit, config, split, strict, redact, fields, self.eval_after, layout)
         self.partial = output.with_name(output.name + ".partial")
         self.report_path = output.with_name(f"{output.stem}.report.json")
         self.settings = {
@@ -150,6 +197,9 @@ class _Job:
             "split": split,
             "strict": strict,
             "redact": None if redact is None else redaction_settings(redact),
+            "keep": list(keep),
+            "eval_after": self.eval_after,
+            "layout": layout,
             "outputs": [str(path.absolute()) for path in self.outputs],
         }
 
@@ -209,7 +259,7 @@ class _Job:
         limits = (self.rules.max_conversations, self.rules.max_interactions)
         return any(limit is not None and found >= limit for limit, found in zip(limits, (len(kept), sum(kept))))
 
-    def write(self, spool: Spool, report: ReadReport) -> PrepareReport:
+    def write(self, spool: Spool, report: ReadReport, order: array | None) -> PrepareReport:
         """Writes the outputs and the report from what was read."""
         result = PrepareReport(
             output=str(self.outputs[0]),
@@ -222,12 +272,27 @@ class _Job:
             lost_bytes=report.lost_bytes,
             settings=self.settings,
         )
-        seed, eval_fraction = self.settings["seed"], self.settings["eval_fraction"]
-        write_outputs(spool, self.outputs, self.rules, seed, eval_fraction, result)
+        write_outputs(
+            spool,
+            self.outputs,
+            self.rules,
+            self.seed,
+            self.settings["eval_fraction"],
+            result,
+            eval_after=self.eval_after,
+            order=order,
+        )
         result.sizes = [path.stat().st_size for path in self.outputs]
         with atomic_file(self.report_path) as file:
             file.write(json.dumps(asdict(result), indent=2, ensure_ascii=False).encode() + b"\n")
         return result
+
+
+def _time(name: str, value: str | float) -> float:
+    try:
+        return parse_time(value)
+    except ValueError as error:
+        raise ValueError(f"prepare: {name}: {error}") from None
 
 
 def _identity(item: Path | str) -> list:

@@ -10,14 +10,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from fastsdpo.data.filters import ConversationFilter
+from fastsdpo.data.filters import NO_TIME, ConversationFilter
 from fastsdpo.data.interactions import Conversation, Interaction, extract_interactions, is_blank
 from fastsdpo.data.json_records import read_lines
 from fastsdpo.data.layouts import parse_conversation
 from fastsdpo.data.loading import MAX_RECORD_BYTES, parse_entries
 from fastsdpo.data.output import encode_rows, encode_whole
+from fastsdpo.data.record_fields import RecordFields
 from fastsdpo.data.records import DamagedRecord, Entry, LoadReport
 from fastsdpo.data.redaction import Redaction
 from fastsdpo.data.sources import read_sources
@@ -36,6 +37,9 @@ class ReadOptions:
     split: str
     strict: bool
     redact: str | None
+    fields: RecordFields
+    eval_after: float | None
+    layout: str
 
 
 class Piece(NamedTuple):
@@ -96,7 +100,8 @@ class Reader:
     def read_sources(self, items: list[Path | str], report: ReadReport) -> Iterator[Batch]:
         """The batches of sources, one after another, to their end or the limit of records."""
         options = self._options
-        entries = read_sources(items, report, options.config, options.split, MAX_RECORD_BYTES)
+        columns = options.fields.columns
+        entries = read_sources(items, report, options.config, options.split, MAX_RECORD_BYTES, columns)
         return self._read(entries, report)
 
     def read_piece(self, piece: Piece, report: ReadReport) -> Iterator[Batch]:
@@ -113,7 +118,7 @@ class Reader:
     def _read(self, entries: Iterable[Entry], report: ReadReport) -> Iterator[Batch]:
         limit = self._options.limit
         batch, rows, size = Batch(), [], 0
-        for conversation in parse_entries(entries, parse_conversation, report, strict=self._options.strict):
+        for conversation in parse_entries(entries, self._parse, report, strict=self._options.strict):
             new = self._keep(conversation, report, batch)
             is_full = report.records % BATCH_RECORDS == 0
             if new:
@@ -132,23 +137,28 @@ class Reader:
         self._write(rows)
         yield batch
 
+    def _parse(self, record: Any) -> Conversation:
+        return self._options.fields.add_to(parse_conversation(record), record)
+
     def _write(self, rows: list[bytes]) -> None:
         self._file.write(b"".join(rows))
         self._file.flush()
 
     def _keep(self, conversation: Conversation, report: ReadReport, batch: Batch) -> bytes:
         """The rows of a conversation, which is added to the batch; empty where it has none to keep."""
-        rules = self._options.rules
+        rules, layout = self._options.rules, self._options.layout
         if self._hook is not None:
             conversation = self._hook.redact(conversation, report.where)
         reason = rules.reason_to_drop(conversation)
+        if reason is None and self._options.eval_after is not None and conversation.facts["time"] is None:
+            reason = NO_TIME
         if reason is not None:
             report.dropped[reason] += 1
             return b""
         conversation = self._named(conversation, report)
         if (found := _whole_turns(conversation, rules.max_history_messages)) is not None:
             count = found[1]
-            rows = encode_whole(conversation, *found)
+            rows = encode_whole(conversation, *found, layout)
             batch.keys.add_whole(conversation, *found)
         else:
             interactions = self._extract(conversation, report)
@@ -156,7 +166,7 @@ class Reader:
             if not count:
                 return b""
             answers = sum(message["role"] == "assistant" for message in conversation.messages)
-            rows = encode_rows(interactions, answers - 1 if conversation.single else 0)
+            rows = encode_rows(interactions, answers - 1 if conversation.single else 0, layout)
             batch.keys.add(conversation, interactions)
         batch.add(len(rows), count, conversation.single)
         return rows

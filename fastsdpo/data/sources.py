@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -52,7 +52,12 @@ def expand_source(source: str | PathLike | Iterable[str | PathLike]) -> list[Pat
 
 
 def read_sources(
-    items: Sequence[Path | str], report: LoadReport, config: str | None, split: str, max_record_bytes: int
+    items: Sequence[Path | str],
+    report: LoadReport,
+    config: str | None,
+    split: str,
+    max_record_bytes: int,
+    columns: Collection[str] = (),
 ) -> Iterator[Entry]:
     """The entries of files and datasets, one after another. The report tells how far that is.
 
@@ -60,6 +65,7 @@ def read_sources(
         items: as `expand_source` gives them.
         config, split: of a Hugging Face dataset.
         max_record_bytes: a longer JSON record is a problem.
+        columns: of tables read by columns, those to read beside the ones of the known layouts.
     """
     sizes = [item.stat().st_size if isinstance(item, Path) else 0 for item in items]
     if all(isinstance(item, Path) and item.is_file() for item in items):
@@ -74,7 +80,7 @@ def read_sources(
         if isinstance(item, str) or item.is_dir():
             yield from _dataset_records(item, config, split)
         elif item.suffix == ".parquet":
-            yield from _parquet_records(item, progress)
+            yield from _parquet_records(item, progress, columns)
         else:
             yield from json_records(item, progress, max_record_bytes)
         report.bytes_done = before + sizes[number]
@@ -102,7 +108,7 @@ def _dataset_records(name: str | Path, config: str | None, split: str) -> Iterat
         yield Entry(f"{name}[{split}] row {row}", record)
 
 
-def _parquet_records(path: Path, progress: Callable[[int], None]) -> Iterator[Entry]:
+def _parquet_records(path: Path, progress: Callable[[int], None], more: Collection[str]) -> Iterator[Entry]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -115,6 +121,7 @@ def _parquet_records(path: Path, progress: Callable[[int], None]) -> Iterator[En
         return
     with file:
         wanted = {*MESSAGE_KEYS, *INTERACTION_KEYS, *SYSTEM_KEYS, *CONVERSATION_ID_KEYS, *RECORD_ID_KEYS, "language"}
+        wanted |= {*more}
         columns = [name for name in file.schema_arrow.names if name in wanted]
         total, row = max(1, file.metadata.num_rows), 0
         size = path.stat().st_size

@@ -149,13 +149,20 @@ class Spool:
                     lowest = block.tobytes()[_LOWEST_BYTE :: block.itemsize].translate(chosen)
                     yield itertools.compress(block, lowest), itertools.compress(numbered, lowest)
 
-    def merge(self) -> Merged:
-        """The records so far, merged."""
+    def merge(self, *, join: bool = True) -> Merged:
+        """The records so far, merged; see `merging.merge` for `join`."""
         for name, block in self._blocks.items():
             if block:
                 self._write_block(name)
         self._keys.flush()
-        return merge(self._read_keys, self.starts, self.single)
+        return merge(self._read_keys, self.starts, self.single, join=join)
+
+    def times(self) -> array:
+        """Of each record its time in microseconds since 1970; empty where no rule asked for times. After `merge`."""
+        times = array("Q")
+        for found, _ in self._read_keys("times", 0, 1):
+            times.extend(found)
+        return times
 
     def read(self, record: int) -> bytes:
         """The rows of a record, as they were written."""

@@ -38,6 +38,7 @@ from fastsdpo.data.interactions import Interaction
 from fastsdpo.data.templates import HindsightTemplate
 from fastsdpo.data.truncation import cut
 
+LONG = 8  # characters for each token of the limit, from which on a prompt is looked at from its end
 BATCH = 64  # interactions whose texts a fast tokenizer gets in one call
 
 
@@ -187,14 +188,22 @@ class InteractionTokenizer:
         ids = [self.end_of_turn_id, getattr(self.tokenizer, "eos_token_id", None), *own]
         return list(dict.fromkeys(token for token in ids if token is not None))
 
-    def said(self, completion_ids: Sequence[int]) -> str:
+    def said(self, completion_ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> str:
         """What an answer of the model says to the reader.
 
-        Without control tokens, and without private reasoning: think blocks, and channels other than
-        the one in which the chat template writes finished answers. Empty where the answer was cut
-        before it came to that.
+        The content of the message that the tokenizer's ``response_template`` makes of it, where the
+        tokenizer has one. Else the text without control tokens, and without private reasoning: think
+        blocks, and channels other than the one in which the chat template writes finished answers.
+        Empty where the answer was cut before it came to that.
+
+        Args:
+            prompt_ids: what the answer was drawn after: it may open a block of reasoning.
         """
         ids = list(completion_ids)
+        if getattr(self.tokenizer, "response_template", None):
+            message = self.tokenizer.parse_response(ids, prefix=list(prompt_ids)) if ids else {}
+            content = message.get("content")
+            return content.strip() if isinstance(content, str) else ""
         channel = self._encoder.channel
         if channel:
             starts = [i for i, token in enumerate(ids) if token == channel[0]]
@@ -251,6 +260,8 @@ class InteractionTokenizer:
         prompt, opening, completion = interaction.prompt, self.chat.generation, ""
         if given is None:
             opening, completion = self.chat.finish(prompt, interaction.completion.rstrip(), trim=self._as_rendered)
+        if whole_messages:
+            prompt = self._recent(prompt, opening)
         rendered = self._encoder.render(prompt, opening)
         first = interaction.followup.strip()[: self.max_followup_length]  # of which `_cut` starts
         answer = self._encoder.answer_anchor + completion
@@ -292,6 +303,20 @@ class InteractionTokenizer:
         if self.truncation == "shared":
             followup = cut(followup.strip(), self._encoder.encode_text, self.max_followup_length, keep="start")
         return self.template.apply(prompt, followup)
+
+    def _recent(self, prompt: list[dict], opening: Opening) -> list[dict]:
+        """Of a prompt much longer than the limit, the end, in which everything is that fits: so that the work
+        on one of a thousand messages is that on those which fit."""
+        limit = self.max_prompt_length
+        if limit is None or sum(len(message["content"]) for message in prompt) <= LONG * limit:
+            return prompt
+        system = [message for message in prompt[:1] if message["role"] == "system"]
+        starts = [i for i, message in enumerate(prompt) if message["role"] == "user"]
+        for count in itertools.takewhile(lambda count: count < len(starts), (1 << i for i in itertools.count())):
+            kept = system + prompt[starts[-count] :]
+            if len(self._encoder.encode_prompt(kept, opening)) > limit:
+                return kept
+        return prompt
 
     def _fit(self, prompt: list[dict], rendered: str, opening: Opening) -> tuple[list[dict], list[int]]:
         """(messages, ids): as much of the end of the prompt as the limit holds."""

@@ -68,7 +68,7 @@ class ChatLearner:
             end_ids=self.end_ids,
             seed=f"{self.config.seed}/{self.updates}/{self.answers}",
         )
-        return self.tokenize.said(sample.ids), TokenizedInteraction(prompt, prompt, sample.ids)
+        return self.tokenize.said(sample.ids, prompt), TokenizedInteraction(prompt, prompt, sample.ids)
 
     def learn(self, messages: list[dict], answer: TokenizedInteraction, followup: str) -> dict[str, float]:
         """One step on the answer's own tokens, and a checkpoint.

@@ -23,22 +23,27 @@ class PromptDataset(Dataset):
             with ``prompt`` of either kind (an interaction's row is one: its answer is ignored; a system
             prompt beside it, ``system``, is its first message), or an `Interaction`.
         name: the argument, in messages.
+        system: a system prompt, the first message of each prompt.
 
     Raises:
-        TypeError, ValueError: a prompt is none of these; the text says which.
+        TypeError, ValueError: a prompt is none of these, or has another system prompt than `system`; the text
+            says which.
     """
 
-    def __init__(self, prompts: Iterable[Any], name: str = "train_dataset"):
-        self.prompts = [_parse(p, f"{name}[{index}]") for index, p in enumerate(prompts)]
+    def __init__(self, prompts: Iterable[Any], name: str = "train_dataset", system: str | None = None):
+        if system is not None and is_blank(system):
+            raise ValueError("OnlineSDPOTrainer: system must be some text, or None")
+        self.prompts = [_parse(p, f"{name}[{index}]", system) for index, p in enumerate(prompts)]
         if not self.prompts:
             raise ValueError(f"OnlineSDPOTrainer: {name} must hold a prompt, got none")
 
     @classmethod
-    def from_source(cls, source: Any, name: str) -> PromptDataset:
+    def from_source(cls, source: Any, name: str, system: str | None = None) -> PromptDataset:
         """A dataset of this kind, a collection of prompts, or a file: rows with ``prompt``, or lines of text.
 
         Rows are in any file that `load_conversations` reads (JSON Lines, a JSON array, Parquet, ...), or
-        JSON in a file of text. Text is UTF-8, in a file that ends in ``.txt`` or has no ending.
+        JSON in a file of text. Text is UTF-8, in a file that ends in ``.txt`` or has no ending. `system` is
+        that of the class; a dataset of this kind stays as it is.
 
         Raises:
             OSError, TypeError, ValueError, ImportError: not readable, with file and line.
@@ -46,12 +51,12 @@ class PromptDataset(Dataset):
         if isinstance(source, cls):
             return source
         if isinstance(source, (str, os.PathLike)):
-            return cls(_read(Path(source)), name)
+            return cls(_read(Path(source), system), name, system)
         if not isinstance(source, Iterable) or isinstance(source, Mapping):
             raise TypeError(
                 f"OnlineSDPOTrainer: {name} must be a path or a collection of prompts, got {type(source).__name__}"
             )
-        return cls(source, name)
+        return cls(source, name, system)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -60,7 +65,7 @@ class PromptDataset(Dataset):
         return None if index is None else (index, self.prompts[index])
 
 
-def _parse(prompt: Any, where: str) -> list[dict]:
+def _parse(prompt: Any, where: str, system: str | None) -> list[dict]:
     prompt, row = getattr(prompt, "prompt", prompt), {}
     if isinstance(prompt, Mapping):
         if "prompt" not in prompt:
@@ -74,10 +79,18 @@ def _parse(prompt: Any, where: str) -> list[dict]:
         raise type(error)(f"OnlineSDPOTrainer: {where}: {error}") from error
     if not messages or messages[-1]["role"] != "user" or is_blank(messages[-1]["content"]):
         raise ValueError(f"OnlineSDPOTrainer: {where} must end with a user's message of some text")
-    return messages
+    if system is None:
+        return messages
+    own = messages[0]["content"].strip() if messages[0]["role"] == "system" else system.strip()
+    if own != system.strip():
+        raise ValueError(
+            f"OnlineSDPOTrainer: {where} must have no other system prompt than the one that is given for all "
+            f"(--system), got {own[:60]!r}"
+        )
+    return [{"role": "system", "content": system}, *messages[messages[0]["role"] == "system" :]]
 
 
-def _read(path: Path) -> Iterator[Any]:
+def _read(path: Path, system: str | None) -> Iterator[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     if not is_data(path):
@@ -87,7 +100,7 @@ def _read(path: Path) -> Iterator[Any]:
             return
     for where, row in read_records(path):
         try:
-            _parse(row, "prompt")
+            _parse(row, "prompt", system)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error
         yield row

@@ -78,8 +78,9 @@ def roll_out(
         for _ in range(answers_per_prompt)
     ]
     prompts = [messages for _, _, messages in asked]
-    samples = sample([tokenize.generation_prompt(messages) for messages in prompts])
-    texts = [tokenize.said(one.ids) for one in samples]
+    starts = [tokenize.generation_prompt(messages) for messages in prompts]
+    samples = sample(starts)
+    texts = [tokenize.said(one.ids, start) for one, start in zip(samples, starts)]
     followups = ask(user, prompts, texts)
     found: list[list[SampledInteraction]] = [[] for _ in micro_batches]
     rows: list[dict] = []

@@ -307,16 +307,18 @@ class OnlineSDPOTrainer(StepTrainer):
 
     def _held_out_answers(self, prompts: list[list[dict]], number: int) -> Answers:
         args = self.args
+        starts = [self.tokenize.generation_prompt(messages) for messages in prompts]
         samples = generate(
             self.accelerator.unwrap_model(self.model),
-            [self.tokenize.generation_prompt(messages) for messages in prompts],
+            starts,
             max_new_tokens=args.max_new_tokens,
             temperature=args.eval_temperature,
             end_ids=self.end_ids,
             batch_size=args.generation_batch_size,
             seed=f"{args.seed}/eval/{number}/{args.process_index}",
         )
-        return Answers(prompts, samples, [self.tokenize.said(sample.ids) for sample in samples], [])
+        texts = [self.tokenize.said(sample.ids, start) for sample, start in zip(samples, starts)]
+        return Answers(prompts, samples, texts, [])
 
     # ------------------------------------------------------------------------------- checkpoints
 

@@ -187,7 +187,7 @@ class LocalChat:
             seed=None if self.seed is None else f"{self.seed}/{self.calls}",
         )
         self.calls += 1
-        return [self.tokenize.said(sample.ids) or None for sample in samples]
+        return [self.tokenize.said(sample.ids, prompt) or None for sample, prompt in zip(samples, asked)]
 
 
 class EndpointUser:

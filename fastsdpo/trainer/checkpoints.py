@@ -192,9 +192,8 @@ class CheckpointTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            for name, weights in self.teacher_copies().items():
-                weights.save(os.path.join(output_dir, TEACHER_FILE.format(name)))
+        for name, weights in self.teacher_copies().items():
+            weights.save(os.path.join(output_dir, TEACHER_FILE.format(name)), write=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -287,7 +286,7 @@ class CheckpointTrainer(Trainer):
         needed = saved if model else 0
         if self.args.save_strategy != "no" and not self.args.save_only_model:
             moments = str(getattr(self.args.optim, "value", self.args.optim)) in ADAMW
-            teachers = sum(_bytes(teacher.values.values()) for teacher in self.teacher_copies().values())
+            teachers = sum(teacher.bytes for teacher in self.teacher_copies().values())
             needed += saved + teachers + (2 * _bytes(trained) if moments else 0)
         check_output_folder(self.args.output_dir, needed)
 

@@ -11,36 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-# The published offline recipe of https://arxiv.org/abs/2603.12273. Its 8-bit AdamW on bfloat16 weights
-# is not set here: it needs bitsandbytes, and most of its steps are rounded away (see lost_steps). The
-# same with those: optim="adamw_bnb_8bit", weight_update="plain".
-PAPER: dict[str, Any] = {
-    "mode": "sampled_token",
-    "alpha": 1.0,
-    "teacher": "live",
-    "normalization": "sequence",
-    "ignore_first_k": 2,
-    "template": "offline-v1",
-    "max_prompt_length": 2048,
-    "max_completion_length": 2048,
-    "truncation": "independent-left",
-    "end_of_turn": "eos",
-    "allow_special_tokens": True,
-    "group_by_conversation": False,
-    "learning_rate": 2e-6,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.05,
-    "num_train_epochs": 2.0,
-    "global_batch_size": 32,
-    "per_device_train_batch_size": 32,  # at most: packs bound the memory
-    "max_grad_norm": 10.0,
-}
-
-# The reverse KL over the whole vocabulary (equation 4): exact in that no token is sampled for it. It is
-# another objective than the paper's runs have (docs/objectives.md).
-EXACT: dict[str, Any] = {"mode": "full", "alpha": 1.0}
-
-PRESETS = {"paper": PAPER, "exact": EXACT}
+from fastsdpo.trainer.presets import PRESETS as PRESETS
 
 CHOICES = {
     "mode": ("sampled_token", "full", "topk"),
@@ -248,6 +219,18 @@ class SDPOConfig(TrainingArguments):
         },
     )
 
+    token_cache: str | None = field(
+        default="auto",
+        metadata={
+            "help": "Folder in which the tokens of data files are kept, to be found again by other processes and "
+            "runs. auto: ~/.cache/fastsdpo/tokens, for files of 32 MB and more. None: nothing is kept."
+        },
+    )
+    tokenizer_workers: int | None = field(
+        default=None,
+        metadata={"help": "Processes that tokenize a data file. None: one for each core, at most 8; 1 below 32 MB."},
+    )
+
     # Batches, weights, safety
     global_batch_size: int | None = field(
         default=None,
@@ -381,7 +364,7 @@ class SDPOConfig(TrainingArguments):
         check(not guided_region, "teacher", "be live, ema or frozen with guidance or neutral_followup")
         check(self.teacher_check >= 0, "teacher_check", "be >= 0")
         lengths = ("max_prompt_length", "max_completion_length", "max_followup_length")
-        for name in (*lengths, "max_tokens_per_pack", "chunk_size"):
+        for name in (*lengths, "max_tokens_per_pack", "chunk_size", "tokenizer_workers"):
             value = getattr(self, name)
             check(value is None or value >= 1, name, "be at least 1 or None")
 

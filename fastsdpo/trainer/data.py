@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import random
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
-from typing import Any, cast, overload
+from pathlib import Path
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastsdpo.data import (
-    Interaction,
-    InteractionTokenizer,
-    TokenizedInteraction,
-    load_interactions,
-)
-from fastsdpo.data.keys import TextKeys, extend
-from fastsdpo.data.loading import parse_interaction
+from fastsdpo.data import Interaction, TokenizedInteraction, load_interactions
+from fastsdpo.data.columns import ColumnFiles, Columns, MappedColumns
+from fastsdpo.data.loading import expand_source, parse_interaction
+from fastsdpo.data.output import encode_rows
+from fastsdpo.data.token_cache import LARGE, cache_folder, cached_columns, size_of, token_key
+from fastsdpo.data.tokenizing import Tokenization, tokenize_chunks
 
 logger = logging.getLogger("fastsdpo.trainer")
 
 SAMPLE_SIZE = 64  # interactions of which the text is kept, for the teacher check
+MOST_WORKERS = 8
 MESSAGES = 3  # of dropped interactions, in warnings
 NO_NEUTRAL = "which must have neutral_prompt_ids for neutral_followup"
 
 
 class InteractionDataset(Dataset):
-    """Tokenized interactions in memory, four bytes per token.
+    """Tokenized interactions, four bytes per token: in memory, or in files that processes share.
 
     ``dataset[i]`` is a `TokenizedInteraction`; ``dataset[None]`` is None, which fills up batches.
 
     Args:
-        interactions: `TokenizedInteraction` objects.
+        interactions: `TokenizedInteraction` objects, or `Columns` of them.
 
     Attributes:
         sample: up to 64 interactions as text, drawn evenly, where they came as text.
@@ -48,33 +49,18 @@ class InteractionDataset(Dataset):
             what begins its prompt and ends with a user's message; `message_keys`: of that message.
     """
 
-    def __init__(self, interactions: Iterable[TokenizedInteraction]):
+    def __init__(self, interactions: Iterable[TokenizedInteraction] | Columns | MappedColumns):
         self.sample: list[Interaction] = []
         self.dropped: list[str] = []
-        self.ids: list[str | None] = []
-        self.conversation_ids: list[str | None] = []
-        tokens, ends = array("i"), array("q", [0])
-        for index, item in enumerate(interactions):
-            if not isinstance(item, TokenizedInteraction):
-                raise TypeError(
-                    f"InteractionDataset: interactions[{index}] must be a TokenizedInteraction, "
-                    f"got {type(item).__name__}"
-                )
-            for name in ("prompt_ids", "teacher_prompt_ids", "completion_ids"):
-                ids = getattr(item, name)
-                if not ids:
-                    raise ValueError(f"InteractionDataset: interactions[{index}].{name} must not be empty")
-                tokens.extend(ids)
-                ends.append(len(tokens))
-            tokens.extend(item.neutral_prompt_ids or [])
-            ends.append(len(tokens))
-            self.ids.append(item.id)
-            self.conversation_ids.append(item.conversation_id)
-        self.keys = array("Q", [0]) * len(self.ids)
-        self.history_keys, self.message_keys = array("Q"), array("Q")
-        self.history_ends = array("Q", [0]) * (len(self.ids) + 1)
-        self.tokens = torch.frombuffer(tokens, dtype=torch.int32) if tokens else torch.zeros(0)
-        self.ends = torch.frombuffer(ends, dtype=torch.int64)
+        columns = (
+            interactions if isinstance(interactions, (Columns, MappedColumns)) else _checked_columns(interactions)
+        )
+        self.ids: Sequence[str | None] = columns.ids
+        self.conversation_ids: Sequence[str | None] = columns.conversation_ids
+        self.keys, self.history_ends = columns.keys, columns.history_ends
+        self.history_keys, self.message_keys = columns.history_keys, columns.message_keys
+        self.tokens = torch.frombuffer(columns.tokens, dtype=torch.int32) if columns.tokens else torch.zeros(0)
+        self.ends = torch.frombuffer(columns.ends, dtype=torch.int64)
 
     @classmethod
     def from_source(
@@ -85,6 +71,8 @@ class InteractionDataset(Dataset):
         *,
         name: str = "train_dataset",
         progress: bool = False,
+        cache: str | None = None,
+        workers: int | None = 1,
         **options: Any,
     ) -> InteractionDataset:
         """Tokenizes what comes as text; drops, counts and reports what cannot be tokenized.
@@ -96,31 +84,30 @@ class InteractionDataset(Dataset):
             tokenizer, template, options: of `InteractionTokenizer`.
             name: the argument, in messages.
             progress: show a progress bar.
+            cache: where the tokens of files are kept (`SDPOConfig.token_cache`).
+            workers: processes that tokenize files (`SDPOConfig.tokenizer_workers`).
 
         Raises:
             TypeError: not a dataset, or an item of another type.
             ValueError: a malformed row, by index; text without a tokenizer; nothing is left.
+            OSError: a file cannot be read, or the cache cannot be written.
         """
         neutral = options.get("neutral_followup") is not None
         if isinstance(source, cls):
             if neutral and not source.has_neutral_prompts():
                 raise ValueError(f"SDPOTrainer: {name} came as tokens, {NO_NEUTRAL}")
             return source
+        reading = _Reading(tokenizer, template, name, options, progress)
         if isinstance(source, (str, os.PathLike)):
-            source = load_interactions(source)
-        if not isinstance(source, Iterable) or isinstance(source, Mapping):
+            dataset = cls._of_files(source, reading, cache, workers)
+        elif not isinstance(source, Iterable) or isinstance(source, Mapping):
             raise TypeError(
                 f"SDPOTrainer: {name} must be a path or a collection of interactions, got {type(source).__name__}"
             )
-        if progress:
-            from tqdm.auto import tqdm
-
-            source = tqdm(source, desc=f"tokenizing {name}", unit=" interactions", leave=False)
-        reading = _Tokenization(source, tokenizer, template, name, options)
-        dataset = cls(reading.tokenized())
-        dataset.sample, dataset.dropped = reading.sample, reading.dropped
-        dataset.keys, dataset.history_ends = reading.keys, reading.history_ends
-        dataset.history_keys, dataset.message_keys = reading.history_keys, reading.message_keys
+        else:
+            columns = Columns()
+            reading.read(source, columns, 1 if workers is None else workers)
+            dataset = cls._of(columns, reading.sample, reading.dropped)
         if dataset.dropped:
             logger.warning(
                 "%s: %d interactions cannot be tokenized and are left out, for example:\n  %s",
@@ -133,6 +120,44 @@ class InteractionDataset(Dataset):
                 f"SDPOTrainer: {name} must hold an interaction, got none"
                 + (f"; {len(dataset.dropped)} could not be tokenized: {dataset.dropped[0]}" if dataset.dropped else "")
             )
+        return dataset
+
+    @classmethod
+    def _of_files(
+        cls, source: str | os.PathLike, reading: _Reading, cache: str | None, workers: int | None
+    ) -> InteractionDataset:
+        files = [item for item in expand_source(source) if isinstance(item, Path) and item.is_file()]
+        whole = len(files) == len(expand_source(source))  # not a dataset from elsewhere
+        folder = cache_folder(cache, files) if whole and reading.tokenizer is not None else None
+        key = None
+        if folder is not None:
+            key = token_key(files, reading.tokenizer, reading.template, reading.options)
+            if key is None:
+                logger.info("the tokens of %s are not kept: what decides them cannot be told for certain", source)
+        if workers is None:
+            workers = 1 if not whole or size_of(files) < LARGE else min(MOST_WORKERS, os.cpu_count() or 1)
+            if key is None:  # else one process of the machine does it for all
+                workers = max(1, workers // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if folder is None or key is None:
+            columns = Columns()
+            reading.read(load_interactions(source), columns, workers)
+            return cls._of(columns, reading.sample, reading.dropped)
+
+        def make(sink: ColumnFiles) -> dict[str, Any]:
+            reading.read(load_interactions(source), sink, workers)
+            rows = [json.loads(encode_rows([item], 0)) for item in reading.sample]
+            return {"sample": rows, "dropped": reading.dropped}
+
+        mapped, about = cached_columns(folder, key, make)
+        logger.info("%s: tokens of %d interactions in %s", reading.name, len(mapped), folder / key)
+        return cls._of(mapped, [parse_interaction(row) for row in about["sample"]], about["dropped"])
+
+    @classmethod
+    def _of(
+        cls, columns: Columns | MappedColumns, sample: list[Interaction], dropped: list[str]
+    ) -> InteractionDataset:
+        dataset = cls(columns)
+        dataset.sample, dataset.dropped = sample, dropped
         return dataset
 
     def __len__(self) -> int:
@@ -164,6 +189,17 @@ class InteractionDataset(Dataset):
         """``[len, 3]`` tokens of prompt, teacher's prompt and completion."""
         return self.ends.diff().view(-1, 4)[:, :3]
 
+    def costs(self, sharing: str) -> list[tuple[int, int]]:
+        """Of each interaction about how many tokens student and teacher compute: alone, and after another of its
+        conversation."""
+        prompt, teacher, completion = self.lengths().T
+        both = prompt + teacher + 2 * completion
+        if sharing == "off":
+            return [(cost, cost) for cost in both.tolist()]
+        new = (teacher - prompt).clamp_min(0) + 2 * completion  # the hindsight, and the answer twice
+        alone = prompt + new
+        return list(zip(alone.tolist(), (new if sharing == "conversation" else alone).tolist()))
+
     def longest(self) -> Tensor:
         """``[len]`` tokens of each interaction's longest sequence."""
         prompt, teacher, completion, neutral = self.ends.diff().view(-1, 4).T
@@ -173,7 +209,7 @@ class InteractionDataset(Dataset):
         """Whether every interaction has `neutral_prompt_ids`."""
         return bool((self.ends.diff().view(-1, 4)[:, 3] > 0).all())
 
-    def messages_of(self, index: int) -> array:
+    def messages_of(self, index: int) -> Sequence[int]:
         """The keys of the users' messages in an interaction's prompt; none where it came as tokens."""
         start, end = self.history_ends[index : index + 2]
         return self.message_keys[start:end]
@@ -195,55 +231,49 @@ class InteractionDataset(Dataset):
         return list(groups.values())
 
 
-class _Tokenization:
-    """One pass over a source: what can be tokenized, and what a dataset tells of it (its attributes)."""
+class _Reading:
+    """One pass over a source: its tokens into columns, and what a dataset tells of it besides.
 
-    def __init__(self, source: Iterable[Any], tokenizer: Any, template: str, name: str, options: dict[str, Any]):
-        self.source, self.name, self.options = source, name, options
-        self.tokenizer, self.template = tokenizer, template
-        self.neutral = options.get("neutral_followup") is not None
-        self.dropped: list[str] = []
+    Attributes:
+        sample, dropped: as `InteractionDataset` has them.
+    """
+
+    def __init__(self, tokenizer: Any, template: str, name: str, options: dict[str, Any], progress: bool):
+        self.tokenizer, self.template, self.name = tokenizer, template, name
+        self.options, self.progress = options, progress
         self.sample: list[Interaction] = []
-        self.keys, self.history_keys, self.message_keys = array("Q"), array("Q"), array("Q")
-        self.history_ends = array("Q", [0])
-        self._texts = TextKeys()
+        self.dropped: list[str] = []
         self._draw, self._drawn_from = random.Random(0), 0
 
-    def tokenized(self) -> Iterator[TokenizedInteraction]:
-        """All that can be tokenized, in order; the rest is in ``dropped``."""
-        tokenize = None
-        for text, items in itertools.groupby(self._checked(), lambda i: isinstance(i, Interaction)):
-            if not text:
-                for item in items:
-                    self.keys.append(0)
-                    self.history_ends.append(len(self.history_keys))
-                    yield cast(TokenizedInteraction, item)
-                continue
-            tokenize = tokenize or InteractionTokenizer(self.tokenizer, self.template, **self.options)
-            items, interactions = itertools.tee(cast(Iterator[Interaction], items))
-            for item, result in zip(items, tokenize.stream(interactions)):
-                if isinstance(result, ValueError):
-                    self.dropped.append(str(result))
-                    continue
-                self._add_to_sample(item)
-                self._add_keys(item)
-                yield result
+    def read(self, source: Iterable[Any], sink: Columns | ColumnFiles, workers: int) -> None:
+        """Adds all that can be tokenized to `sink`, in order."""
+        if self.progress:
+            from tqdm.auto import tqdm
 
-    def _checked(self) -> Iterator[Interaction | TokenizedInteraction]:
+            source = tqdm(source, desc=f"tokenizing {self.name}", unit=" interactions", leave=False)
+        how = Tokenization(self.tokenizer, self.template, self.options)
+        for chunk in tokenize_chunks(self._checked(source), how, workers):
+            sink.extend(chunk.columns)
+            self.dropped += chunk.dropped
+            for item in chunk.kept:
+                self._add_to_sample(item)
+
+    def _checked(self, source: Iterable[Any]) -> Iterator[Interaction | TokenizedInteraction]:
         """The items as objects.
 
         Raises:
             TypeError, ValueError: one is none, by its index; see `InteractionDataset.from_source`.
         """
-        name = self.name
-        for index, item in enumerate(self.source):
+        name, neutral = self.name, self.options.get("neutral_followup") is not None
+        for index, item in enumerate(source):
             if isinstance(item, Mapping):
                 try:
                     item = parse_interaction(item)
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"SDPOTrainer: {name}[{index}]: {error}") from error
             if isinstance(item, TokenizedInteraction):
-                if self.neutral and not item.neutral_prompt_ids:
+                _check_ids(item, f"SDPOTrainer: {name}[{index}]")
+                if neutral and not item.neutral_prompt_ids:
                     raise ValueError(f"SDPOTrainer: {name}[{index}] came as tokens, {NO_NEUTRAL}")
             elif not isinstance(item, Interaction):
                 raise TypeError(f"SDPOTrainer: {name}[{index}] must be an interaction, got {type(item).__name__}")
@@ -259,15 +289,20 @@ class _Tokenization:
         elif (place := self._draw.randrange(self._drawn_from)) < SAMPLE_SIZE:
             self.sample[place] = item
 
-    def _add_keys(self, item: Interaction) -> None:
-        if len(self._texts) > 1000:  # what it holds speeds up the next interactions of a conversation
-            self._texts = TextKeys()
-        texts, history = self._texts, 0
-        for message in item.prompt:
-            history = extend(history, texts[message["role"]], texts[message["content"]])
-            if message["role"] == "user":
-                self.history_keys.append(history)
-                self.message_keys.append(texts[message["content"]])
-        history = extend(history, texts["assistant"], texts[item.completion])
-        self.keys.append(extend(history, texts["user"], texts[item.followup]))
-        self.history_ends.append(len(self.history_keys))
+
+def _checked_columns(interactions: Iterable[TokenizedInteraction]) -> Columns:
+    columns = Columns()
+    for index, item in enumerate(interactions):
+        if not isinstance(item, TokenizedInteraction):
+            raise TypeError(
+                f"InteractionDataset: interactions[{index}] must be a TokenizedInteraction, got {type(item).__name__}"
+            )
+        _check_ids(item, f"InteractionDataset: interactions[{index}]")
+        columns.add(item)
+    return columns
+
+
+def _check_ids(item: TokenizedInteraction, where: str) -> None:
+    for name in ("prompt_ids", "teacher_prompt_ids", "completion_ids"):
+        if not getattr(item, name):
+            raise ValueError(f"{where}.{name} must not be empty")

@@ -6,7 +6,7 @@ Offline training, online training and chat take their steps with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ class Learner:
     Args:
         model: the model, not wrapped yet.
         unwrapped: gives the model without a wrapper at any time.
-        sharded: FSDP or DeepSpeed hold the weights in shards.
+        sharded: as `make_teachers`.
 
     Raises:
         NotImplementedError: see `make_teachers`.
@@ -38,10 +38,10 @@ class Learner:
         sharing: PrefixSharing,
         *,
         unwrapped: Callable[[], Any],
-        sharded: bool,
+        sharded: Literal["fsdp2", "otherwise"] | None,
     ):
         self.args, self.sharing = args, sharing
-        self.teacher, self.initial, self.copies = make_teachers(args, model, unwrapped, sharded=sharded)
+        self.teacher, self.initial, self.copies = make_teachers(args, model, unwrapped, sharded)
 
     def count(self, interactions: Sequence[TokenizedInteraction]) -> int:
         """S (answers that count) or N (tokens that count), by which the loss is divided."""

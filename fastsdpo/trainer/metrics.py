@@ -73,6 +73,8 @@ class SignalMetrics:
         ``sdpo/tokens_per_second`` counts the tokens that all processes computed, of every forward pass
         of student and teachers, shared prefixes once; ``sdpo/sequence_tokens_per_second`` those of the
         student's and the teacher's whole sequences, as a trainer without sharing would compute them.
+        ``sdpo/imbalance``, with several processes, is the most tokens that one of them computed, over the mean:
+        the others wait for it.
         Seconds are wall time, sampling and data included.
 
         Args:
@@ -103,6 +105,7 @@ class SignalMetrics:
             dtype=torch.float64,
         )
         step = max(1, math.ceil(ratio.numel() / QUANTILE_SAMPLE))
+        loads = gather(sums[1:2])
         sums, sample = reduce_sum(sums), gather(ratio[::step])
         self.reset()
 
@@ -129,4 +132,6 @@ class SignalMetrics:
         metrics["sdpo/response_tokens"] = count
         metrics["sdpo/tokens_per_second"] = computed / max(seconds, 1e-9)
         metrics["sdpo/sequence_tokens_per_second"] = sequences / max(seconds, 1e-9)
+        if len(loads) > 1:
+            metrics["sdpo/imbalance"] = float(loads.max()) / max(1.0, computed / len(loads))
         return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -17,17 +18,34 @@ Item = TypeVar("Item", bound=TokenizedInteraction)
 class GroupSampler(Sampler):
     """Groups in shuffled order, each group's indices in its own; filled up with None.
 
-    The fill makes the length a multiple of ``multiple`` (the interactions that all processes take
-    at once), so that no process repeats interactions to keep up with the others. The order depends on
-    ``seed`` and the epoch only.
+    The fill makes the length a multiple of the interactions that all processes take at once, so that no
+    process repeats interactions to keep up with the others. The order depends on ``seed`` and the epoch
+    only, but for which process takes which of the interactions that are taken at once: they are shared out so
+    that all have about as many tokens to compute, and a group's stay together where they can.
+
+    Args:
+        each: interactions that one process takes at once.
+        processes: their number.
+        costs: of each index the tokens to compute where it is a group's first, and where it follows another
+            of its group; None: processes take interactions in their order.
     """
 
-    def __init__(self, groups: Sequence[Sequence[int]], *, multiple: int = 1, seed: int = 0, shuffle: bool = True):
+    def __init__(
+        self,
+        groups: Sequence[Sequence[int]],
+        *,
+        each: int = 1,
+        processes: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        costs: Sequence[Sequence[int]] | None = None,
+    ):
         self.groups = groups
+        self.each, self.processes, self.costs = each, processes, costs
         self.seed, self.shuffle = seed, shuffle
         self.epoch = 0
         size = sum(len(group) for group in groups)
-        self.fill = -size % multiple
+        self.fill = -size % (each * processes)
         self.size = size + self.fill
 
     def set_epoch(self, epoch: int) -> None:
@@ -40,9 +58,51 @@ class GroupSampler(Sampler):
         order = list(range(len(self.groups)))
         if self.shuffle:
             random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
-        for group in order:
-            yield from self.groups[group]
-        yield from [None] * self.fill
+        indices: Iterator[tuple[int, int | None]] = itertools.chain(
+            ((number, index) for number in order for index in self.groups[number]), [(-1, None)] * self.fill
+        )
+        if self.costs is None or self.processes == 1:
+            yield from (index for _, index in indices)
+            return
+        while block := list(itertools.islice(indices, self.each * self.processes)):
+            yield from self._shared_out(block)
+
+    def _shared_out(self, block: Sequence[tuple[int, int | None]]) -> list[int | None]:
+        """What is taken at once, in an order in which each process's part costs about the same.
+
+        The most expensive part of a group first, each to the process that has the least to do so far.
+        """
+        assert self.costs is not None
+        parts = [[index for _, index in part] for _, part in itertools.groupby(block, lambda item: item[0])]
+        parts = [part for whole in parts for part in _cut(whole, self.each if whole[0] is not None else 1)]
+        costs = [self._cost(part) for part in parts]
+        taken: list[list[int]] = [[] for _ in range(self.processes)]  # parts of each process
+        loads, room = [0] * self.processes, [self.each] * self.processes
+        waiting = sorted(range(len(parts)), key=lambda number: (-costs[number], number))
+        for number in waiting:
+            fits = [p for p in range(self.processes) if room[p] >= len(parts[number])]
+            if not fits:  # cut in pieces of one, which fit somewhere
+                for index in parts[number]:
+                    parts.append([index])
+                    place = min((p for p in range(self.processes) if room[p]), key=lambda p: (loads[p], p))
+                    taken[place].append(len(parts) - 1)
+                    loads[place] += self._cost([index])
+                    room[place] -= 1
+                continue
+            place = min(fits, key=lambda p: (loads[p], p))
+            taken[place].append(number)
+            loads[place] += costs[number]
+            room[place] -= len(parts[number])
+        return [index for mine in taken for number in sorted(mine) for index in parts[number]]
+
+    def _cost(self, part: Sequence[int | None]) -> int:
+        assert self.costs is not None
+        return sum(self.costs[index][number > 0] for number, index in enumerate(part) if index is not None)
+
+
+def _cut(items: list[Any], most: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), most):
+        yield items[start : start + most]
 
 
 def collate(items: list[TokenizedInteraction | None]) -> dict[str, list[TokenizedInteraction]]:

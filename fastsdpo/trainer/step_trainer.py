@@ -142,7 +142,9 @@ class StepTrainer(CheckpointTrainer):
             self.args,
             sharing,
             unwrapped=lambda: self.accelerator.unwrap_model(self.model),
-            sharded=self.sharded,
+            sharded=("fsdp2" if getattr(self.accelerator, "is_fsdp2", False) else "otherwise")
+            if self.sharded
+            else None,
         )
 
     # ------------------------------------------------------------------------- what subclasses say

@@ -10,15 +10,44 @@ with the adapter disabled, and there is nothing to copy.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastsdpo.prefix import HeadParameters, head_parameters
 
-TeacherContext = Callable[[], AbstractContextManager]
+
+class TeacherContext(Protocol):
+    """Calling it gives a context in which the model is the teacher."""
+
+    def __call__(self) -> AbstractContextManager: ...
+
+    def head(self, model: nn.Module) -> HeadParameters | None:
+        """The teacher's head; None where it is the student's.
+
+        Called inside the forward pass of the student's head, where FSDP holds its parameters gathered.
+        """
+        ...
+
+
+class DisabledAdapter:
+    """The model without its adapter, as `TeacherContext`.
+
+    Args:
+        unwrapped: gives the model without the wrapper that training may put around it.
+    """
+
+    def __init__(self, unwrapped: Callable[[], Any]):
+        self._unwrapped = unwrapped
+
+    def __call__(self) -> AbstractContextManager:
+        return self._unwrapped().disable_adapter()
+
+    def head(self, model: nn.Module) -> HeadParameters | None:
+        return other_head(model, self)
 
 
 class TeacherWeights:
@@ -39,7 +68,7 @@ class TeacherWeights:
         }
 
     @contextmanager
-    def swapped_in(self) -> Iterator[None]:
+    def __call__(self) -> Iterator[None]:
         """The model has the teacher's values. Only between a backward pass and the next forward."""
         students = {name: parameter.data for name, parameter in self.parameters.items()}
         try:
@@ -50,6 +79,14 @@ class TeacherWeights:
             for name, parameter in self.parameters.items():
                 parameter.data = students[name]
 
+    def head(self, model: nn.Module) -> HeadParameters | None:
+        return other_head(model, self)
+
+    @property
+    def bytes(self) -> int:
+        """Of the values that this process holds."""
+        return sum(value.numel() * value.element_size() for value in self.values.values())
+
     @torch.no_grad()
     def update(self, rate: float) -> None:
         """``values += rate * (student - values)``"""
@@ -57,12 +94,22 @@ class TeacherWeights:
             value = self.values[name]
             value.lerp_(parameter.detach().to(value.dtype), rate)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the values; the file appears whole or not at all."""
+    def save(self, path: str | os.PathLike, *, write: bool = True) -> None:
+        """Writes the values; the file appears whole or not at all.
+
+        Args:
+            write: False in processes that only take part in gathering them.
+        """
         from safetensors.torch import save_file
 
-        save_file({name: value.contiguous() for name, value in self.values.items()}, f"{path}.part")
-        os.replace(f"{path}.part", path)
+        whole = self._whole(write)
+        if write:
+            save_file({name: value.contiguous() for name, value in whole.items()}, f"{path}.part")
+            os.replace(f"{path}.part", path)
+
+    def _whole(self, wanted: bool) -> Mapping[str, Tensor]:
+        """The values, as they are saved."""
+        return self.values
 
     def load(self, path: str | os.PathLike) -> None:
         """Reads what `save` wrote.
@@ -78,18 +125,26 @@ class TeacherWeights:
                 "was it written with another teacher?"
             )
         saved = load_file(path)
-        if saved.keys() != self.values.keys():
-            odd = sorted(saved.keys() ^ self.values.keys())
+        shapes = self._shapes()
+        if saved.keys() != shapes.keys():
+            odd = sorted(saved.keys() ^ shapes.keys())
             raise ValueError(
                 f"SDPOTrainer: {path} must hold the values of the trained weights, but "
                 f"{len(odd)} names differ: {', '.join(odd[:3])}"
             )
-        for name, value in self.values.items():
-            if saved[name].shape != value.shape:
+        for name, shape in shapes.items():
+            if saved[name].shape != shape:
                 raise ValueError(
-                    f"SDPOTrainer: {path}: {name} must have shape {list(value.shape)}, got {list(saved[name].shape)}"
+                    f"SDPOTrainer: {path}: {name} must have shape {list(shape)}, got {list(saved[name].shape)}"
                 )
-            value.copy_(saved[name])
+            self._set(name, saved[name])
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        """Of the values, as they are saved."""
+        return {name: value.shape for name, value in self.values.items()}
+
+    def _set(self, name: str, value: Tensor) -> None:
+        self.values[name].copy_(value)
 
 
 def _copy(value: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -32,7 +32,8 @@ from fastsdpo.trainer.adapters import adapter_is_silent, is_peft
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.loss import guide, mix_teachers
 from fastsdpo.trainer.processes import agreed
-from fastsdpo.trainer.teacher_weights import TeacherContext, TeacherWeights, other_head
+from fastsdpo.trainer.sharded_weights import ShardedTeacherWeights
+from fastsdpo.trainer.teacher_weights import DisabledAdapter, TeacherContext, TeacherWeights
 
 
 class PackPasses:
@@ -126,7 +127,7 @@ class LiveTeacher:
         return None
 
     def states(self, model: nn.Module, session: ForwardSession, head: HeadParameters, ahead: Ahead) -> TeacherStates:
-        head_there = None if self.context is None else other_head(model, self.context)
+        head_there = None if self.context is None else self.context.head(model)
         return TeacherStates(session.teacher(), head_there)
 
 
@@ -141,7 +142,7 @@ class EMATeacher(LiveTeacher):
     """A moving average of the student's weights, with the follow-up in context."""
 
     def __init__(self, weights: TeacherWeights):
-        self.weights, self.context = weights, weights.swapped_in
+        self.context = weights
 
 
 class TrustRegionTeacher(LiveTeacher):
@@ -211,7 +212,7 @@ class InitialModel:
 
     def head(self, model: nn.Module) -> HeadParameters | None:
         """Its head; None where it is the student's."""
-        return other_head(model, self.context)
+        return self.context.head(model)
 
 
 class Teachers(NamedTuple):
@@ -227,12 +228,14 @@ class Teachers(NamedTuple):
     copies: dict[str, TeacherWeights]
 
 
-def make_teachers(args: SDPOConfig, model: nn.Module, unwrapped: Callable[[], Any], *, sharded: bool) -> Teachers:
+def make_teachers(
+    args: SDPOConfig, model: nn.Module, unwrapped: Callable[[], Any], sharded: Literal["fsdp2", "otherwise"] | None
+) -> Teachers:
     """The teacher of the settings, and copies of the trained weights as far as it needs them.
 
     Args:
         unwrapped: gives the model without its wrapper, which training may put around it.
-        sharded: FSDP or DeepSpeed hold the weights in shards.
+        sharded: by what the weights are held in shards: FSDP2, or FSDP1 or DeepSpeed; None: they are not.
 
     Raises:
         NotImplementedError: this model or kind of distributed training cannot have that teacher.
@@ -250,19 +253,20 @@ def make_teachers(args: SDPOConfig, model: nn.Module, unwrapped: Callable[[], An
     # An adapter that changes nothing yet is the initial model when it is off.
     silent = needs_initial and is_peft(model) and agreed(adapter_is_silent(model))
     copies: dict[str, TeacherWeights] = {}
-    if sharded and (args.teacher == "ema" or (needs_initial and not silent)):
+    if sharded == "otherwise" and (args.teacher == "ema" or (needs_initial and not silent)):
         raise NotImplementedError(
             f"SDPOTrainer: teacher={args.teacher!r} (or a reference) copies the trained weights, "
-            "which FSDP and DeepSpeed hold in shards; use teacher='live', a new LoRA adapter "
+            "which FSDP1 and DeepSpeed hold in shards; use FSDP2, teacher='live', a new LoRA adapter "
             "with a frozen teacher, or DDP"
         )
+    kind = TeacherWeights if sharded is None else ShardedTeacherWeights
     if args.teacher == "ema":
-        copies["ema"] = TeacherWeights(model, moving=True)
+        copies["ema"] = kind(model, moving=True)
     if needs_initial and not silent:
-        copies["frozen"] = TeacherWeights(model, moving=False)
+        copies["frozen"] = kind(model, moving=False)
     initial = None
     if needs_initial:
-        context = (lambda: unwrapped().disable_adapter()) if silent else copies["frozen"].swapped_in
+        context: TeacherContext = DisabledAdapter(unwrapped) if silent else copies["frozen"]
         initial = InitialModel(context, history=args.needs_reference, followup=args.teacher == "trust_region")
     teacher = LiveTeacher()
     if args.teacher == "ema":

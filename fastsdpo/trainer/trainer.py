@@ -78,6 +78,7 @@ class SDPOTrainer(StepTrainer):
         args = self.args
         progress = not args.disable_tqdm and args.process_index == 0
         tokenizer, options = self.processing_class, args.tokenizer_options()
+        options |= {"cache": args.token_cache, "workers": args.tokenizer_workers}
         return InteractionDataset.from_source(
             source, tokenizer, args.template, name=name, progress=progress, **options
         )
@@ -93,7 +94,9 @@ class SDPOTrainer(StepTrainer):
             grouped = self.sharing == "conversation"
         self.sampler = GroupSampler(
             dataset.groups(grouped),
-            multiple=self._train_batch_size * args.world_size,
+            each=self._train_batch_size,
+            processes=args.world_size,
+            costs=dataset.costs(self.sharing) if args.world_size > 1 else None,
             seed=args.seed if args.data_seed is None else args.data_seed,
         )
         return self.sampler
@@ -110,7 +113,9 @@ class SDPOTrainer(StepTrainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> GroupSampler:
         return GroupSampler(
             eval_dataset.groups(self.sharing == "conversation"),
-            multiple=self.args.eval_batch_size * self.args.world_size,
+            each=self.args.eval_batch_size,
+            processes=self.args.world_size,
+            costs=eval_dataset.costs(self.sharing) if self.args.world_size > 1 else None,
             shuffle=False,
         )
 

@@ -46,20 +46,25 @@ def source(tmp_path):
     return path
 
 
+SLOW = pytest.mark.slow
 NO_COMPILER = ["--without", "torch.compile", "Liger compiled", "CCE"]
 
 
 @pytest.mark.parametrize(
     ("theme", "arguments"),
     [
-        ("logits", NO_COMPILER),
+        pytest.param("logits", NO_COMPILER, marks=SLOW),
         ("linear", [*NO_COMPILER, "--vocabulary", "512", "--modes", "sampled", "topk"]),
-        ("models", [*NO_COMPILER, "--logits", "SmolLM2-135M", "--hidden", "SmolLM2-135M", "--tokens", "2"]),
+        pytest.param(
+            "models",
+            [*NO_COMPILER, "--logits", "SmolLM2-135M", "--hidden", "SmolLM2-135M", "--tokens", "2"],
+            marks=SLOW,
+        ),
         ("memory", []),
         ("trl", []),
-        ("integrations", []),
+        pytest.param("integrations", [], marks=SLOW),
         ("data", ["--source", "{source}"]),
-        ("processes", []),
+        pytest.param("processes", [], marks=SLOW),
     ],
 )
 def test_quick(theme, arguments, source, tokenizer, tmp_path, monkeypatch, capsys):

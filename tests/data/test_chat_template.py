@@ -136,6 +136,68 @@ ndif %}{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.c
 <channel|>')[-1] | trim }}<turn|>\n{% endfor %}{% if add_generation_prompt %}
 <|turn>model\n{% if enable_thinking is defined and not enable_thinking %}<|channel>thought\n<channel|>{% endif %}
 {% endif %}
+# qwen 3.5 | <|im_end|> | <|im_end|>
++ <|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|image_pad|>
+- <think> </think>
+{%- macro text(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}{%- for part in content -%}
+{%- if part.type == 'text' -%}{{- part.text -}}{%- else -%}<|vision_start|><|image_pad|>{%- endif -%}{%- endfor -%}
+{%- endif -%}{%- endmacro -%}
+{% set ns = namespace(multi=true, last=messages|length - 1) %}{% for m in messages[::-1] %}{% if ns.multi and m.role
+ == 'user' %}{% set c = text(m.content) | trim %}{% if not (c.startswith('<tool_response>') and c.endswith('</tool_resp
+onse>')) %}{% set ns.multi = false %}{% set ns.last = messages|length - 1 - loop.index0 %}{% endif %}{% endif %}
+{% endfor %}{% if ns.multi %}{{ raise_exception('No user query found in messages.') }}{% endif %}{
+% for m in messages %}
+{% set c = text(m.content) | trim %}{% if m.role == 'assistant' %}{% set r = '' %}{% if '</think>' in c %}
+{% set r = c.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}<|im_start|>assistant\n{% if loop.index0 > ns.last %}
+<think>\n{{ r | trim }}\n</think>\n\n{% endif %}{{ c }}<|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ c }}<|im_
+end|>\n
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not
+ enable_thinking %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}{% endif %}
+# olmo 3 | <|endoftext|> | <|endoftext|>
++ <|endoftext|> <|im_start|> <|im_end|>
+{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}
+{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{{ m.content }}{% if not loop.last %}
+<|im_end|>\n{% else %}{{ eos_token }}{% endif %}{% else %}@CHATML{% endif %}{% if loop.last and add_generation_
+prompt %}
+<|im_start|>assistant\n{% endif %}{% endfor %}
+# olmo 3 think | <|endoftext|> | <|endoftext|>
++ <|endoftext|> <|im_start|> <|im_end|>
+- <think> </think>
+{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{{ m.content }}{% if not loop.last %}
+<|im_end|>\n{% else %}{{ eos_token }}{% endif %}{% else %}@CHATML{% endif %}{% if loop.last and add_generation_
+prompt %}
+<|im_start|>assistant\n<think>{% endif %}{% endfor %}
+# minimax m2 | [e~[ | [e~[
++ ]~!b[ ]~b] [e~[
+- <think> </think>
+@LAST]~!b[]~b]system\nYou are a helpful assistant.[e~[\n{% for m in messages %}{% if m.role == 'assistant' %}@SPLIT]~
+b]ai
+\n{% if r and loop.index0 > ns.last %}<think>\n{{ r }}\n</think>\n\n{% endif %}{{ c }}[e~[\n{% else %}]~b]{{ m.role }
+}\n
+{{ m.content }}[e~[\n{% endif %}{% endfor %}{% if add_generation_prompt %}]~b]ai\n<think>\n{% endif %}
+# kimi k2 | [EOS] | <|im_end|>
++ [BOS] [EOS] <|im_end|> <|im_user|> <|im_assistant|> <|im_system|> <|im_middle|>
+- <think> </think>
+@LAST{% for m in messages %}{% if m.role == 'assistant' %}@SPLIT<|im_assistant|>assistant<|im_middle|>
+{% if loop.index0 > ns.last %}<think>{{ r }}</think>{% else %}<think></think>{% endif %}{{ c }}<|im_end|>{% else %}
+<|im_{{ m.role }}|>{{ m.role }}<|im_middle|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_
+prompt %}
+<|im_assistant|>assistant<|im_middle|>{% endif %}
+# apertus | <|assistant_end|> | <|assistant_end|>
++ <s> <|system_start|> <|system_end|> <|user_start|> <|user_end|> <|assistant_start|> <|assistant_end|>
++ <|developer_start|> <|developer_end|> <|inner_prefix|> <|inner_suffix|>
+<s>{% if messages[0].role == 'system' %}<|system_start|>{{ messages[0].content }}<|system_end|>{% else %}<|system_
+start|>
+You are Apertus. Date: {{ strftime_now('%Y-%m-%d') }}<|system_end|>{% endif %}<|developer_start|>Deliberation: disabled
+<|developer_end|>{% set ns = namespace(inside=false) %}{% for m in messages %}{% if m.role == 'user' %}{% if ns.
+inside %}
+<|assistant_end|>{% set ns.inside = false %}{% endif %}<|user_start|>{{ m.content }}<|user_end|>{% elif m.role == '
+assistant
+' %}{% if not ns.inside %}<|assistant_start|>{% set ns.inside = true %}{% endif %}{{ m.content }}{% endif %}{
+% endfor %}
+{% if ns.inside and not add_generation_prompt %}<|assistant_end|>{% endif %}{% if add_generation_prompt %}
+<|assistant_start|>{% endif %}
 # white space before the end | </s> | </s>
 + </s>
 {% for m in messages %}[{{ m.role }}]\n{{ m.content }}\n</s>\n{% endfor %}
@@ -408,6 +470,16 @@ def test_what_an_answer_says(family, name, generated, said):
     )
     header = "<|im_start|>assistant\n" if name.endswith("without a generation prompt") else ""
     assert tokenizer.decode(one.prompt_ids) == prompt + header
+
+
+def test_a_response_template_says_what_an_answer_says(family):
+    tokenizer = family("qwen 3 thinking")
+    fields = {"thinking": {"open": "<think>", "close": "</think>"}, "content": {"close": "<|im_end|>"}}
+    tokenizer.response_template = {"version": 1, "start_anchor": "<|im_start|>assistant\n", "fields": fields}
+    tokenize = tokenizer_of(tokenizer)
+    start = tokenize.generation_prompt(conversation("Hi"))
+    for generated, said in (("They greet.\n</think>\n\nHi!<|im_end|>", "Hi!"), ("They gr", ""), ("", "")):
+        assert tokenize.said(tokenizer(generated, add_special_tokens=False)["input_ids"], start) == said
 
 
 def test_plain_roles_and_a_real_vocabulary(smollm2):

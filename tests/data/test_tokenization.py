@@ -467,6 +467,33 @@ class TestStream:
         assert len(list(tokenize.stream(iter(many)))) == 300
         assert Counting.calls == 2 * 5  # two steps of five batches
 
+    @pytest.mark.parametrize("limit", [None, 512])
+    def test_the_work_is_linear_in_a_conversation(self, smollm2, monkeypatch, limit):
+        draw = random.Random(0)
+        words = ["the", "of", "and", "to", "he", "have", "that", "with", "not", "she"]
+        texts = [" ".join(draw.choices(words, k=draw.randint(3, 40))) for _ in range(1001)]
+        prompt = interaction(*texts[:-2]).prompt
+        items = [Interaction(prompt[:t], texts[t], texts[t + 1]) for t in range(1, 1000, 2)][:: 1 if limit else 10]
+        encoded, encode = 0, type(smollm2)._encode_plus
+
+        def counting(self, text, *args, **kwargs):
+            nonlocal encoded
+            encoded += len(text) if isinstance(text, str) else sum(map(len, text))
+            return encode(self, text, *args, **kwargs)
+
+        tokenize = InteractionTokenizer(smollm2, "note", max_prompt_length=limit)
+        monkeypatch.setattr(type(smollm2), "_encode_plus", counting)
+        found = list(tokenize.stream(items))
+        assert encoded < 8 * sum(map(len, texts))  # each text as a question, an answer and a follow-up
+        last = items[-1]
+        whole = smollm2.apply_chat_template(last.prompt, tokenize=False, add_generation_prompt=True)
+        ids = smollm2(whole, add_special_tokens=False)["input_ids"]
+        if limit is None:
+            assert found[-1].prompt_ids == ids
+        else:
+            kept = found[-1].prompt_ids
+            assert limit - 150 < len(kept) <= limit and kept[-400:] == ids[-400:]
+
     def test_reads_no_more_than_a_batch_ahead(self, smollm2):
         read = 0
 

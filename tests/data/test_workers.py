@@ -30,6 +30,9 @@ def chat(*texts):
     return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
 
 
+SHARES = ("--eval-fraction", 0.2, "--shuffle", "--layout", "trl", "--keep", "session_id,x")
+
+
 def line(number, turns=2, **more):
     record = {"messages": chat(*(f"{number}.{n} é" * 3 for n in range(2 * turns + 1))), **more}
     return json.dumps(record, ensure_ascii=False).encode()
@@ -75,18 +78,20 @@ def outcome(tmp_path, sources, monkeypatch, capsys):
 
 def test_any_number_of_workers_gives_the_same(outcome, monkeypatch):
     """Rows, counts, and the places in messages."""
-    alone = outcome("--workers", 1, "--eval-fraction", 0.2, "--shuffle")
+    alone = outcome("--workers", 1, *SHARES)
     assert alone[0] == 0 and len(alone[3]) == 3
     report = json.loads(alone[3]["out.report.json"])
-    assert report["damaged"] == {"no follow-up": 6, "not JSON": 3, "invalid UTF-8": 2, "damaged file": 1}
+    # The wrong layout is a value that is nested too deep to be kept.
+    damaged = {"no follow-up": 6, "not JSON": 3, "invalid UTF-8": 2, "wrong layout": 1, "damaged file": 1}
+    assert report["damaged"] == damaged
     assert report["problems"]["invalid UTF-8"][0].endswith("b.jsonl:4: invalid UTF-8 at byte 0")
-    assert report["merged_records"] == 36 and report["interactions"] + report["eval_interactions"] > 113
+    assert report["merged_records"] == 35 and report["interactions"] + report["eval_interactions"] > 113
     for count in (2, 3):
-        assert outcome("--workers", count, "--eval-fraction", 0.2, "--shuffle") == alone
+        assert outcome("--workers", count, *SHARES) == alone
     # Most conversations take a short way to their rows and keys; the long one gives the same.
     with monkeypatch.context() as patch:
         patch.setattr(reading, "_whole_turns", lambda *arguments: None)
-        assert outcome("--workers", 1, "--eval-fraction", 0.2, "--shuffle") == alone
+        assert outcome("--workers", 1, *SHARES) == alone
     few = [("--limit", 9), ("--max-conversations", 4), ("--strict",)]
     assert [outcome("--workers", 2, *argv) for argv in few] == [outcome("--workers", 1, *argv) for argv in few]
 
@@ -148,6 +153,12 @@ def test_redacted_texts(outcome, hooks, tmp_path):
     assert b"5." in plain and not any("5" in text for row in texts for text in row)
     settings = json.loads(one[3]["out.report.json"])["settings"]
     assert settings["redact"][0] == "redacting:hide" and settings["redact"][1] == len(HOOKS)
+
+
+def test_published_selections_are_redacted(hooks, tmp_path):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"conversation": chat("5", "y 5", "o 5"), "language": "English"}))
+    argv = ["in.jsonl", "-o", "out.jsonl", "--preset", "paper-wildchat", "--redact", "redacting:hide"]
+    assert main(argv) == 0 and '"content":"y #"' in (tmp_path / "out.jsonl").read_text()
 
 
 @pytest.mark.parametrize("count", [1, 2])

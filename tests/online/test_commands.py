@@ -102,6 +102,24 @@ def test_online_trains_reports_and_saves(prompts, saved, tmp_path, capsys):
     assert "--overwrite" in capsys.readouterr().err
 
 
+def test_online_and_eval_put_a_system_prompt_first(prompts, saved, tmp_path, capsys):
+    (tmp_path / "system.txt").write_text("w9 w8\n")
+    system = ("--system", f"@{tmp_path / 'system.txt'}")
+    user = ("--wish", "w5", "--eval-prompts", prompts, "--quiet", "--max-steps", "1")
+    assert online(prompts, saved, tmp_path / "run", *system, *user) == 0
+    for row in rows_of(tmp_path / "run"):
+        assert [m["role"] for m in row["prompt"]] == ["system", "user"] and row["prompt"][0]["content"] == "w9 w8"
+    answers = [json.loads(line) for line in (tmp_path / "run" / "eval_answers.jsonl").read_text().splitlines()]
+    assert answers and json.loads((tmp_path / "run" / "report.json").read_text())["system"] == system[1]
+    rows = str(tmp_path / "run" / "interactions.jsonl")  # their system prompt is the same one
+    judged = ("--rule", "max_words=2", "--quiet", "--limit", "2")
+    assert evaluate(rows, saved, saved, *judged, *system) == 0
+    assert evaluate(rows, saved, saved, *judged, "--system", "w1") == 1
+    assert f"{rows}:1: OnlineSDPOTrainer: prompt must have no other system prompt" in capsys.readouterr().err
+    assert online(prompts, saved, tmp_path / "other", "--system", " ", *user) == 1
+    assert "system must be some text" in capsys.readouterr().err
+
+
 def test_online_flips_the_preference(prompts, saved, tmp_path):
     flip = ("--wish", "w5", "--flip-at", "4", "--then-wish", "w6")
     assert online(prompts, saved, tmp_path / "run", *flip, "--quiet") == 0

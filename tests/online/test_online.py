@@ -213,7 +213,7 @@ def test_degeneration_stops_the_run_with_a_checkpoint(lab, tmp_path, monkeypatch
         trainer.model.lm_head.weight.zero_()
         trainer.model.lm_head.weight[20] = 1.0
         trainer.model.model.norm.weight.fill_(1.0)
-    monkeypatch.setattr(InteractionTokenizer, "said", lambda self, ids: "again " * 8)
+    monkeypatch.setattr(InteractionTokenizer, "said", lambda self, ids, prompt: "again " * 8)
     trainer.train()
     assert trainer.degenerate_stop is not None
     assert (tmp_path / "checkpoint-1").is_dir()

@@ -242,7 +242,7 @@ def scale(settings):
     stage("pack_conversations", pack_all)
 
     def plan_all():
-        planned, indices = 0, iter(GroupSampler(groups, multiple=8))
+        planned, indices = 0, iter(GroupSampler(groups, each=8))
         while batch := [dataset[index] for index in itertools.islice(indices, 8)]:
             for pack in split_packs(collate(batch)["interactions"], 2000, "conversation"):
                 planned += len(pack)

@@ -1,7 +1,8 @@
 """The soak: long runs in flat memory, many interactions in bounded memory.
 
-`make test` takes a few steps and some hundred interactions. `make soak` trains a small model for FASTSDPO_MINUTES,
-half of them offline and half online, and for `TWO_HOURS` steps at least: a leak grows with steps, not with hours.
+`make test` takes a few steps offline and some hundred interactions. `make soak` trains a small model for
+FASTSDPO_MINUTES, half of them offline and half online, and for `TWO_HOURS` steps at least: a leak grows with steps,
+not with hours.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def over(found, limits):
     return {name: found[name] for name, most in limits.items() if found[name] > most}
 
 
-@pytest.mark.parametrize("part", ["offline", "online"])
+@pytest.mark.parametrize("part", ["offline", pytest.param("online", marks=pytest.mark.slow)])
 def test_training_takes_no_more_memory_with_every_step(part, results, tmp_path):
     settings = {"folder": str(tmp_path), "period": 2, "steps": 18}
     if LONG:
@@ -80,6 +81,7 @@ def test_training_takes_no_more_memory_with_every_step(part, results, tmp_path):
         assert {"tensors", "graph"} <= set(over(leaked, LIMITS)), leaked
 
 
+@pytest.mark.slow
 def test_a_compiled_loss_keeps_no_graph_per_length(results, count):
     run = run_part("compiled", {"calls": count(40, 4000)})
     added = growth(run["readings"])

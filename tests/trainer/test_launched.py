@@ -45,11 +45,15 @@ VARIANTS = {
     "checkpointing": Variant(["--gradient-checkpointing", "--max-tokens-per-pack", "60"]),
     "lora": Variant(["--lora", "4"]),
     "lora_frozen": Variant(["--lora", "4", "--teacher", "frozen", "--guidance", "2"], "untied"),
+    "ema_resumed": Variant(["--teacher", "ema", "--set", "save_strategy=steps", "--save-steps", "2"], "untied"),
+    "frozen": Variant(["--teacher", "frozen", "--guidance", "2"], "untied"),
+    "trust_region": Variant(["--teacher", "trust_region", "--reference-kl", "0.1"], "untied"),
+    "lora_ema": Variant(["--lora", "4", "--teacher", "ema", "--ema-rate", "0.2"], "untied"),
     # The rounding of each shard draws its own numbers.
     "stochastic": Variant([*HALF, "--set", "weight_update=stochastic_rounding"], tolerance=2e-2),
     "master": Variant(HALF, "untied", tolerance=2e-2),
 }
-FOUR = ("untied", "lora")
+FOUR = ("untied", "lora", "ema_resumed", "trust_region")
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +98,8 @@ def arguments(place, output, variant, processes):
         "teacher_check=0",
         "--set",
         "dataloader_pin_memory=false",
+        "--token-cache",
+        f"{output}-tokens",  # which the processes of a run race to make
         *variant.arguments,
     ]
 
@@ -128,7 +134,7 @@ def train(place, kind, processes, names):
     runs = []
     for name in names:
         run = arguments(place, place / f"{kind}{processes}-{name}", VARIANTS[name], processes)
-        runs += [[*run, "--max-steps", "2"], [*run, "--resume"]] if name == "resumed" else [run]
+        runs += [[*run, "--max-steps", "2"], [*run, "--resume"]] if name.endswith("resumed") else [run]
     environment = FSDP2 if kind == "fsdp2" else {}
     worker = Path(__file__).parent / "launched_worker.py"
     return torchrun(processes, str(worker), kind, json.dumps(runs), **environment)
@@ -173,6 +179,7 @@ def compare(place, run, name, lab):
     for left, right in zip(*steps):
         for key in ("loss", "grad_norm"):
             assert right[key] == pytest.approx(left[key], rel=10 * variant.tolerance), (key, left)
+        assert "sdpo/imbalance" not in left and 1 <= right["sdpo/imbalance"] <= 4
     start, want, got = (
         model.state_dict() for model in (AutoModelForCausalLM.from_pretrained(base), *(load(f, base) for f in folders))
     )
@@ -194,6 +201,7 @@ def test_fsdp2(place, one, two, lab, name):
     compare(place, f"fsdp2{2}-{name}", name, lab)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOUR)
 def test_fsdp2_with_four_processes(place, one, four, lab, name):
     compare(place, f"fsdp2{4}-{name}", name, lab)

@@ -45,10 +45,14 @@ def loaded(folder):
 
 
 def test_a_dry_run_counts_and_leaves_nothing(place, tmp_path, capsys):
-    assert main(arguments(place, tmp_path / "out", "--dry-run")) == 0
+    assert main(arguments(place, tmp_path / "out", "--dry-run", "--show", "1")) == 0
     printed = capsys.readouterr().out
     for pattern in ("12 interactions of 6 conversations; 4 held out", "3 optimizer steps of 4", r"\d+\.\d+ GB at the"):
         assert re.search(pattern, printed), pattern
+    row = json.loads((place / "data.jsonl").read_text().splitlines()[0])
+    followup, answer = row["user_response"]["content"], row["completion"]["content"].split()
+    shown = re.search(r"\{\+(.*)\+\}.*\[(.*)\]$", printed, re.MULTILINE)
+    assert followup in shown[1] and shown[2].replace("|", " ").split() == [*answer, "<end>"], printed
     assert not any((tmp_path / "out").glob("*"))
 
 

@@ -1,0 +1,117 @@
+"""``fastsdpo prepare --prompts DATA_SET SOURCE... -o prompts.jsonl``: prompts for `fastsdpo online`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from fastsdpo.data.prompt_sets import PROMPT_SETS, PromptJob, PromptReport, prepare_prompts
+
+# The options of `fastsdpo prepare` that have a meaning here.
+SHARED = (
+    "sources",
+    "output",
+    "strict",
+    "overwrite",
+    "quiet",
+    "limit",
+    "config",
+    "split",
+    "seed",
+    "eval_fraction",
+    "eval_output",
+)
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """The options that only `--prompts` reads."""
+    group = parser.add_argument_group(
+        "prompts for `fastsdpo online`",
+        "in the place of interactions; the other options that go with them: sources, "
+        "--seed, --eval-fraction, --eval-output, --strict, --overwrite, --quiet",
+    )
+    group.add_argument(
+        "--prompts",
+        choices=list(PROMPT_SETS),
+        help="the data set whose prompts are written, by the filters published with the paper (docs/paper-data.md)",
+    )
+    group.add_argument(
+        "--eval-source", nargs="+", default=[], metavar="SOURCE", help="held-out prompts, of other files"
+    )
+    group.add_argument("--eval-split", metavar="NAME", help="held-out prompts, of another split of the dataset")
+    group.add_argument("--max-prompts", type=int, metavar="N", help="N of them, drawn by --seed")
+    group.add_argument("--max-eval-prompts", type=int, metavar="N", help="N of the held-out ones")
+    group.add_argument("--tokenizer", metavar="NAME", help="the model's folder, hub id or GGUF file: counts tokens")
+    group.add_argument(
+        "--max-prompt-tokens", type=int, default=512, metavar="N", help="with --tokenizer (default: 512)"
+    )
+    group.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="counted with the tokens, and not written: give it to `fastsdpo online` as well",
+    )
+
+
+def check_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Raises ValueError where an option is given that has no meaning with, or without, `--prompts`."""
+    own = {"prompts", "eval_source", "eval_split", "max_prompts", "max_eval_prompts", "tokenizer", "max_prompt_tokens"}
+    own |= {"system"}
+    given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
+    wrong = given - own - set(SHARED) if arguments.prompts is not None else given & own
+    if wrong:
+        flag = "--" + min(wrong).replace("_", "-")
+        raise ValueError(f"{flag} has no meaning {'with' if arguments.prompts is not None else 'without'} --prompts")
+    if arguments.tokenizer is None and given & {"max_prompt_tokens", "system"}:
+        flag = "--system" if "system" in given else "--max-prompt-tokens"
+        raise ValueError(f"{flag} counts tokens, and needs --tokenizer")
+
+
+def write_prompts(arguments: argparse.Namespace) -> PromptReport:
+    """The work of the command."""
+    job = PromptJob(
+        arguments.prompts,
+        token_counter(arguments.tokenizer, arguments.system) if arguments.tokenizer is not None else None,
+        arguments.max_prompt_tokens,
+        arguments.max_prompts,
+        arguments.max_eval_prompts,
+        arguments.seed,
+        arguments.limit,
+        arguments.strict,
+    )
+    return prepare_prompts(
+        job,
+        arguments.sources,
+        arguments.output,
+        eval_sources=arguments.eval_source,
+        eval_split=arguments.eval_split,
+        eval_fraction=arguments.eval_fraction,
+        eval_output=arguments.eval_output,
+        config=arguments.config,
+        split=arguments.split,
+        overwrite=arguments.overwrite,
+    )
+
+
+def token_counter(name: str, system: str | None) -> Callable[[str], int]:
+    """How many tokens the model reads for a prompt: those of the chat template, without thinking, counted in."""
+    from fastsdpo.commands.options import read_text
+    from fastsdpo.data import InteractionTokenizer
+    from fastsdpo.modeling import load_tokenizer
+
+    options = {"max_prompt_length": None, "chat_template_kwargs": {"enable_thinking": False}}
+    tokenize = InteractionTokenizer(load_tokenizer(name), "note", **options)
+    before = [] if system is None else [{"role": "system", "content": read_text(system)}]
+    return lambda text: len(tokenize.generation_prompt([*before, {"role": "user", "content": text}]))
+
+
+def format_report(report: PromptReport) -> str:
+    """The table that the command prints."""
+    lines = [f"read      {report.records:>9,} records", f"kept      {report.prompts:>9,} prompts -> {report.output}"]
+    if report.eval_output is not None:
+        lines.append(f"held out  {report.eval_prompts:>9,} prompts -> {report.eval_output}")
+    for reason, count in sorted(report.dropped.items(), key=lambda item: (-item[1], item[0])):
+        lines.append(f"dropped   {count:>9,} {reason}")
+    for kind, count in sorted(report.damaged.items(), key=lambda item: (-item[1], item[0])):
+        lines.append(f"damaged   {count:>9,} {kind}, for example:")
+        lines += [f"                    {problem}" for problem in report.problems[kind][:2]]
+    return "\n".join(lines)

@@ -1,0 +1,59 @@
+"""Which process takes what of a global batch."""
+
+import itertools
+import random
+
+import pytest
+
+from fastsdpo.trainer.data import InteractionDataset
+from fastsdpo.trainer.packs import GroupSampler
+
+
+@pytest.fixture(scope="module")
+def dataset(lab):
+    """Conversations of one to four interactions, a few of them ten times as long as the others."""
+    draw, tokenizer, items = random.Random(0), lab.make_tokenizer(), []
+    for number in range(60):
+        turns = lab.make_interactions(1, turns=draw.randint(1, 4), seed=number)
+        many = draw.choice((1, 1, 1, 10))
+        for item in turns:
+            prompt = [{**m, "content": " ".join([m["content"]] * many)} for m in item.prompt]
+            items.append(item.__class__(prompt, item.completion, item.followup, item.id, f"c{number}"))
+    return InteractionDataset.from_source(items, tokenizer, "note {o}")
+
+
+@pytest.mark.parametrize("sharing", ["conversation", "off"])
+@pytest.mark.parametrize(("each", "processes"), [(4, 4), (1, 3), (8, 2), (5, 1)])
+def test_work_is_shared_out_and_steps_stay_the_same(dataset, sharing, each, processes):
+    groups, costs = dataset.groups(sharing == "conversation"), dataset.costs(sharing)
+    size = {"each": each, "processes": processes, "seed": 3}
+    plain, shared = GroupSampler(groups, **size), GroupSampler(groups, **size, costs=costs)
+    for sampler in (plain, shared):
+        sampler.set_epoch(2)
+    before, after = list(plain), list(shared)
+    assert len(before) == len(after) == len(plain) == len(shared) and len(after) % (each * processes) == 0
+
+    def waits(order):
+        """Of all steps, the most that one process has to compute."""
+        total = 0
+        for start in range(0, len(order), each * processes):
+            parts = [order[start + p * each : start + (p + 1) * each] for p in range(processes)]
+            loads = []
+            for part in parts:
+                seen, load = set(), 0
+                for index in (i for i in part if i is not None):
+                    conversation = dataset.conversation_ids[index]
+                    load += costs[index][conversation in seen]
+                    seen.add(conversation)
+                loads.append(load)
+            total += max(loads)
+        return total
+
+    for start in range(0, len(after), each * processes):
+        step = slice(start, start + each * processes)
+        assert sorted(map(str, before[step])) == sorted(map(str, after[step]))
+    if processes == 1:
+        assert before == after
+    elif each > 1:
+        assert waits(after) < 0.85 * waits(before)
+    assert after == list(itertools.chain(shared)), "the same at every pass"
