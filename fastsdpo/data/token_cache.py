@@ -7,18 +7,18 @@ makes it, others that want it wait, and all map the same files.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from fastsdpo.data.chat_template import reads_clock
 from fastsdpo.data.columns import ColumnFiles, MappedColumns
+from fastsdpo.data.locks import locked
 
 logger = logging.getLogger("fastsdpo.data")
 
@@ -87,7 +87,7 @@ def cached_columns(
         return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{key}.lock"):
+        with locked(folder / f"{key}.lock", wait=True):
             if (found := _read(place)) is not None:  # another process made it
                 return found
             partial = folder / f"{key}.partial"
@@ -127,16 +127,3 @@ def _read(place: Path) -> tuple[MappedColumns, dict[str, Any]] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("the tokens in %s are damaged and are made again: %s", place, error)
         return None
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Waits until no other process has the lock; the system lifts it when a process ends."""
-    with open(path, "wb") as file:
-        try:
-            import fcntl
-        except ImportError:  # on Windows the last one to finish wins
-            pass
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
 
+from fastsdpo.data.locks import locked
 from fastsdpo.trainer.adapters import is_peft
 from fastsdpo.trainer.optim import ADAMW
 from fastsdpo.trainer.processes import agreed
@@ -35,6 +36,7 @@ logger = logging.getLogger("fastsdpo.trainer")
 TEACHER_FILE = "teacher_{}.safetensors"
 CHECKSUMS = "checksums.json"
 PART = "checkpoint.part"
+LOCK = ".lock"  # in the output folder, while a run trains
 BLOCK = 1 << 20
 
 
@@ -289,6 +291,28 @@ class CheckpointTrainer(Trainer):
             teachers = sum(teacher.bytes for teacher in self.teacher_copies().values())
             needed += saved + teachers + (2 * _bytes(trained) if moments else 0)
         check_output_folder(self.args.output_dir, needed)
+
+    @contextmanager
+    def output_folder_locked(self) -> Iterator[None]:
+        """No other run trains into the output folder meanwhile.
+
+        Raises:
+            FileExistsError: one does; raised in all processes.
+        """
+        with ExitStack() as stack:
+            taken = None
+            if self.args.process_index == 0:
+                folder = self.args.output_dir
+                os.makedirs(folder, exist_ok=True)
+                try:
+                    said = f"another run is training into {folder}; wait for its end, stop it, or take another folder"
+                    stack.enter_context(locked(os.path.join(folder, LOCK), wait=False, taken=said))
+                except FileExistsError as error:
+                    taken = str(error)
+            taken = agreed(taken)
+            if taken is not None:
+                raise FileExistsError(taken)
+            yield
 
     def find_checkpoint(self) -> str | None:
         """The newest whole checkpoint of the output folder, the same in all processes.

@@ -360,7 +360,8 @@ class StepTrainer(CheckpointTrainer):
                 checkpoint.
 
         Raises:
-            OSError: the output folder cannot take a checkpoint, at the start or later.
+            OSError: the output folder cannot take a checkpoint, at the start or later; or another run is
+                training into it (FileExistsError).
             ValueError: the checkpoint is damaged, or there is none.
             NonFiniteError: a loss or gradient is not finite (``non_finite="stop"``).
         """
@@ -374,4 +375,5 @@ class StepTrainer(CheckpointTrainer):
             self.check_checkpoint(resume_from_checkpoint)
         keep_date(self.args, resume_from_checkpoint or None)
         self.before_training()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with self.output_folder_locked():
+            return super().train(resume_from_checkpoint, *args, **kwargs)

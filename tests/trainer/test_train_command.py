@@ -17,6 +17,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from fastsdpo.commands import run
+from fastsdpo.data.locks import locked
 from fastsdpo.train import main
 
 
@@ -193,3 +194,13 @@ def test_sigterm_saves_a_checkpoint_and_resume_goes_on(place, tmp_path, monkeypa
     assert not (tmp_path / "report.json").exists()
     assert main(arguments(place, tmp_path, "--resume", "--quiet")) == 0
     assert json.loads((tmp_path / "report.json").read_text())["steps"] == 3
+
+
+def test_two_runs_into_one_folder(place, tmp_path, capsys):
+    output = tmp_path / "out"
+    output.mkdir()
+    with locked(output / ".lock", wait=False):
+        assert main(arguments(place, output)) == 1
+    assert f"another run is training into {output}" in capsys.readouterr().err
+    assert main(arguments(place, output)) == 0
+    assert not (output / ".lock").exists()
