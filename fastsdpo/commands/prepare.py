@@ -9,16 +9,19 @@ from dataclasses import fields, replace
 from typing import Any
 
 from fastsdpo.commands import prepare_prompts
+from fastsdpo.data.answers import RatingFollowups
 from fastsdpo.data.filters import PRESETS, ConversationFilter
 from fastsdpo.data.output import LAYOUTS
 from fastsdpo.data.prepare import PrepareReport, prepare
+from fastsdpo.data.readers.registry import BY_NAME, RecordParser
 from fastsdpo.data.record_fields import parse_time
 from fastsdpo.data.schema import ROW_SCHEMA
 
 
 def format_report(report: PrepareReport) -> str:
     """The table that the command prints."""
-    lines = [f"read      {report.records:>9,} records"]
+    formats = [name if len(report.formats) == 1 else f"{name} {n:,}" for name, n in sorted(report.formats.items())]
+    lines = [f"read      {report.records:>9,} records{': ' if formats else ''}{', '.join(formats)}"]
 
     def kept(title: str, conversations: int, interactions: int, path: str | None) -> None:
         lines.append(f"{title:<9} {conversations:>9,} conversations, {interactions:,} interactions -> {path}")
@@ -30,6 +33,8 @@ def format_report(report: PrepareReport) -> str:
         lines.append(f"merged    {report.merged_records:>9,} records into their conversations")
     if report.duplicate_interactions:
         lines.append(f"dropped   {report.duplicate_interactions:>9,} interactions that are there already")
+    if report.rating_followups:
+        lines.append(f"made      {report.rating_followups:>9,} interactions with a rating's wording as the follow-up")
     for reason, count in sorted(report.left_out.items(), key=lambda item: (-item[1], item[0])):
         lines.append(f"left out  {count:>9,} follow-ups {reason}")
     for reason, count in sorted(report.dropped.items(), key=lambda item: (-item[1], item[0])):
@@ -56,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="file (JSON, JSON Lines, Parquet; .gz, .zst), folder, glob or dataset name",
+        help="file (JSON, JSON Lines, CSV, Parquet; .gz, .zst), folder, glob or dataset name",
     )
     parser.add_argument("--schema", action=_PrintSchema, nargs=0, help="print a JSON Schema of the rows, and exit")
     parser.add_argument("-o", "--output", required=True, help="the JSON Lines file to write")
@@ -72,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
 
     _add_reading(parser)
+    _add_layout(parser)
     _add_rules(parser)
     group = parser.add_argument_group("rows")
     group.add_argument(
@@ -146,6 +152,30 @@ _HELP = {
 }
 
 
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "layout of the records",
+        "Found by their keys, unless one of the first three is given. Known: " + ", ".join(BY_NAME),
+    )
+    group.add_argument("--format", metavar="NAME", help="read all records as of this layout")
+    group.add_argument(
+        "--map",
+        metavar="NAME=PATH,...",
+        help="where things are in other records, such as role=author.role,content=text,messages=chat.items",
+    )
+    group.add_argument("--reader", metavar="MODULE:FUNCTION", help="a function: record -> messages or a Conversation")
+    group.add_argument(
+        "--branches", default="active", metavar="NAME", help="of a tree of messages: active (default), or all"
+    )
+    group.add_argument(
+        "--rating-followup",
+        action="append",
+        metavar="RATING=TEXT",
+        help="what stands for a follow-up to an answer with this rating (up, down, a number) where the user said "
+        "nothing more; {comment} is the user's comment; can be given several times",
+    )
+
+
 def _number_or_none(text: str) -> int | str:
     return "none" if text == "none" else int(text)
 
@@ -199,6 +229,8 @@ def main(argv: list[str]) -> int:
             keep=arguments.keep,
             eval_after=arguments.eval_after,
             layout=arguments.layout,
+            parser=RecordParser(arguments.format, arguments.map, arguments.reader, arguments.branches),
+            rating_followups=RatingFollowups(arguments.rating_followup) if arguments.rating_followup else None,
         )
     except KeyboardInterrupt:
         print("fastsdpo prepare: interrupted; the same command starts again", file=sys.stderr)

@@ -12,6 +12,7 @@ from fastsdpo.data.interactions import extract_interactions as extract_interacti
 from fastsdpo.data.loading import LoadReport as LoadReport
 from fastsdpo.data.loading import load_conversations as load_conversations
 from fastsdpo.data.loading import load_interactions as load_interactions
+from fastsdpo.data.readers.registry import RecordParser as RecordParser
 from fastsdpo.data.templates import HindsightTemplate as HindsightTemplate
 from fastsdpo.data.tokenization import InteractionTokenizer as InteractionTokenizer
 from fastsdpo.data.tokenization import TokenizedInteraction as TokenizedInteraction

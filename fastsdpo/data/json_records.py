@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from fastsdpo.data.json_codec import DECODER, decode
-from fastsdpo.data.layouts import MESSAGE_KEYS
+from fastsdpo.data.readers.registry import is_record
 from fastsdpo.data.records import Entry, Problem
 
 COMPRESSIONS = (".gz", ".zst")
@@ -391,7 +391,7 @@ def _skip_to_record(text: _Text, limit: int, after_list: bool) -> tuple[int, boo
         lost += _count_bytes(text.take(match.start() - text.start))
         value, size, problem = _decode(text, min(limit, _FIND_BYTES))
         problem = problem or _invalid_bytes(text.buffer[text.start : text.start + size])
-        if problem is None and _is_record(value):
+        if problem is None and is_record(value):
             return lost, True
         # In what is damaged, or a list, there may be a whole record; in another whole object there is none.
         start = size if problem is None and isinstance(value, dict) else 1
@@ -400,9 +400,3 @@ def _skip_to_record(text: _Text, limit: int, after_list: bool) -> tuple[int, boo
         if read > 2 * lost + 4 * _FIND_BYTES:
             lost += _count_bytes(text.take(min(len(text), _FIND_BYTES)))
             start = 0
-
-
-def _is_record(value: Any) -> bool:
-    if isinstance(value, list):
-        return bool(value) and isinstance(value[0], dict) and bool(value[0].keys() & {"role", "from"})
-    return any(isinstance(value.get(key), list) for key in (*MESSAGE_KEYS, "prompt"))

@@ -1,66 +1,110 @@
-"""The layouts of records that are known: a record -> a conversation, a row -> an interaction."""
+"""Records with a list of messages, and interaction rows: the layouts that most data is in."""
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from fastsdpo.data.interactions import (
-    Conversation,
-    Interaction,
-    add_system,
-    called_key,
-    parse_history,
-    parse_message,
-    parse_messages,
-)
+from fastsdpo.data.answers import ROW_FIELDS, Turns, read_turns, row_fields
+from fastsdpo.data.interactions import Conversation, Interaction, add_system, parse_history, parse_message
+from fastsdpo.data.messages import SYSTEM_KEYS, not_text
+from fastsdpo.data.readers.values import CONVERSATION_ID_KEYS as CONVERSATION_ID_KEYS
+from fastsdpo.data.readers.values import RECORD_ID_KEYS as RECORD_ID_KEYS
+from fastsdpo.data.readers.values import decoded, identifier, with_system
 
-# Where a record keeps its messages: OpenAI `messages`, WildChat and WildFeedback `conversation`,
-# ShareGPT `conversations` (its first form: `items`), WildFeedback's annotations `history`.
-MESSAGE_KEYS = ("messages", "conversation", "conversations", "items", "history")
+# Where a record keeps its messages, and what that layout is called: OpenAI `messages`, WildChat and
+# WildFeedback `conversation`, ShareGPT `conversations` (its first form: `items`), WildFeedback's
+# annotations `history`.
+FORMATS = {
+    "messages": "openai",
+    "conversation": "wildchat",
+    "conversations": "sharegpt",
+    "items": "sharegpt",
+    "history": "wildfeedback",
+}
+MESSAGE_KEYS = tuple(FORMATS)
 INTERACTION_KEYS = ("prompt", "completion", "user_response")
-# Where it names its conversation, and where it names itself (in its own source only).
-CONVERSATION_ID_KEYS = ("conversation_id", "conversation_hash", "session_id", "thread_id", "chat_id")
-RECORD_ID_KEYS = ("id", "uuid")
+# Images and the like beside the messages, where the text has a placeholder (LLaVA, LLaMA-Factory).
+_FILES = {"image": "<image>", "images": "<image>", "videos": "<video>", "audios": "<audio>"}
+_BESIDE = frozenset((*SYSTEM_KEYS, *_FILES))
+# All that is read of such a record: the columns that a table of many others needs.
+PLAIN_KEYS = frozenset(
+    (*MESSAGE_KEYS, *INTERACTION_KEYS, *SYSTEM_KEYS, *CONVERSATION_ID_KEYS, *RECORD_ID_KEYS, *_FILES, *ROW_FIELDS)
+    + ("language",)
+)
 
 
 def parse_conversation(record: Any) -> Conversation:
-    """A record of any known layout -> `Conversation`.
+    """A record with a list of messages, such a list, or an interaction row -> `Conversation`.
 
     Raises:
-        TypeError, ValueError: no known layout, or a malformed message; the text says which.
+        TypeError, ValueError: none of these layouts, or a malformed message; the text says which.
     """
     if isinstance(record, list):
-        return Conversation(parse_messages(record, "messages"))
+        turns = read_turns(record, "messages")
+        return Conversation(turns.messages, answer_fields=turns.fields, format="list")
     if not isinstance(record, Mapping):
         raise TypeError(f"a record must be a JSON object, got {type(record).__name__}")
-    language = record.get("language")
-    language = language if isinstance(language, str) else None
     # A table of several layouts has all columns in every row: the one that is filled counts.
     filled = next((key for key in MESSAGE_KEYS if record.get(key)), None)
     if all(record.get(key) if filled else key in record for key in INTERACTION_KEYS):
-        row = parse_interaction(record)
-        messages = [
-            *row.prompt,
-            {"role": "assistant", "content": row.completion},
-            {"role": "user", "content": row.followup},
-        ]
-        own = row.conversation_id is None
-        name = row.id if own else row.conversation_id
-        return Conversation(messages, name, language, True, row.id, own)
+        return _row_conversation(record)
     for key in [filled] if filled else MESSAGE_KEYS:
         if record.get(key) is not None:
-            messages = add_system(record, parse_messages(record[key], key))
-            name = _identifier(record, CONVERSATION_ID_KEYS)
-            own = name is None
-            name = _identifier(record, RECORD_ID_KEYS) if own else name
-            return Conversation(messages, name, language, own_id=own)
+            return _messages_conversation(record, key)
     hint = "; is this a list of messages without the list around it?" if "role" in record else ""
     raise TypeError(
         f"a record must have one of {', '.join(MESSAGE_KEYS)}, or {', '.join(INTERACTION_KEYS)}; "
         f"got the keys {', '.join(map(reprlib.repr, list(record)[:8])) or '(none)'}{hint}"
     )
+
+
+def _language(record: Mapping) -> str | None:
+    language = record.get("language")
+    return language if isinstance(language, str) else None
+
+
+def _row_conversation(record: Mapping) -> Conversation:
+    row = parse_interaction(record)
+    messages = [
+        *row.prompt,
+        {"role": "assistant", "content": row.completion},
+        {"role": "user", "content": row.followup},
+    ]
+    own = row.conversation_id is None
+    name = row.id if own else row.conversation_id
+    return Conversation(messages, name, _language(record), True, row.id, own, fields=row.fields, format="interactions")
+
+
+def _messages_conversation(record: Mapping, key: str) -> Conversation:
+    messages = record[key]
+    messages = decoded(messages) if isinstance(messages, str) else messages
+    turns = read_turns(messages, key)
+    if not _BESIDE.isdisjoint(record):
+        turns = with_system(record, turns)
+        _mark_files(record, turns)
+    name = identifier(record, CONVERSATION_ID_KEYS)
+    own = name is None
+    return Conversation(
+        turns.messages,
+        identifier(record, RECORD_ID_KEYS) if own else name,
+        _language(record),
+        own_id=own,
+        answer_fields=turns.fields,
+        format="ai-sdk" if messages and "parts" in messages[0] else FORMATS[key],
+    )
+
+
+def _mark_files(record: Mapping, turns: Turns) -> None:
+    """Gives the messages to which a record has images or the like the role that says so."""
+    for key, placeholder in _FILES.items():
+        if not record.get(key):
+            continue
+        asked = [n for n, m in enumerate(turns.messages) if m["role"] == "user"]
+        shown = [n for n in asked if placeholder in turns.messages[n]["content"]]
+        for number in shown or asked[:1]:
+            turns.messages[number] = {**turns.messages[number], "role": "user file"}
 
 
 def parse_interaction(record: Any) -> Interaction:
@@ -81,25 +125,18 @@ def parse_interaction(record: Any) -> Interaction:
         value = {"role": role, "content": value} if isinstance(value, str) else value
         try:
             message = parse_message(value)
-            if (called := called_key(value)) is not None:
-                raise ValueError(f"must be text alone, got {called!r}, which would be missing in it")
+            if (what := not_text(value, message["role"])) is not None:
+                raise ValueError(f"must be text alone, got {what}, which would be missing in it")
             if message["role"] != role:
                 raise ValueError(f"role must be {role}, got {message['role']}")
         except (TypeError, ValueError) as error:
             raise type(error)(f"{key}: {error}") from None
         texts[key] = message["content"]
     return Interaction(
-        prompt=add_system(record, parse_history(record["prompt"], "prompt")),
+        prompt=add_system(record, parse_history(decoded(record["prompt"]), "prompt")),
         completion=texts["completion"],
         followup=texts["user_response"],
-        id=_identifier(record, ("id",)),
-        conversation_id=_identifier(record, CONVERSATION_ID_KEYS),
+        id=identifier(record, ("id",)),
+        conversation_id=identifier(record, CONVERSATION_ID_KEYS),
+        fields={} if ROW_FIELDS.isdisjoint(record) else row_fields(record),
     )
-
-
-def _identifier(record: Mapping, keys: Iterable[str]) -> str | None:
-    for key in keys:
-        if isinstance(record.get(key), (str, int)) and record[key] != "":
-            # Ids go into reports and output files, which must be valid Unicode.
-            return str(record[key]).encode(errors="replace").decode()
-    return None

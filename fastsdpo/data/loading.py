@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from fastsdpo.data.interactions import Conversation, Interaction
 from fastsdpo.data.layouts import parse_conversation as parse_conversation
 from fastsdpo.data.layouts import parse_interaction as parse_interaction
+from fastsdpo.data.readers.registry import RecordParser
 from fastsdpo.data.records import MAX_PROBLEMS, Entry, Problem
 from fastsdpo.data.records import DamagedRecord as DamagedRecord
 from fastsdpo.data.records import LoadReport as LoadReport
@@ -42,21 +43,23 @@ def load_conversations(
     config: str | None = None,
     split: str = "train",
     max_record_bytes: int = MAX_RECORD_BYTES,
+    parser: RecordParser | None = None,
 ) -> Iterator[Conversation]:
     """Reads conversations one at a time, in bounded memory.
 
     Args:
-        source: a file (JSON array, JSON Lines, Parquet; ``.gz`` or ``.zst`` of the first two), a
-            folder, a glob, a Hugging Face dataset name (streamed), or several of these. The layout
-            of each record is told by its keys: OpenAI (``messages``), WildChat and WildFeedback
-            (``conversation``), ShareGPT (``conversations``, ``from``/``value``), a bare list of
-            messages, or an interaction row (``prompt``, ``completion``, ``user_response``). A system
-            prompt beside the messages (``system``, ``system_prompt``, ...) is their first message; a
-            record that has two different ones is damaged.
+        source: a file (JSON array, JSON Lines, CSV, TSV, Parquet; ``.gz`` or ``.zst`` of all but the
+            last), a folder, a glob, a Hugging Face dataset name (streamed), or several of these. The
+            layout of each record is told by its keys: OpenAI (``messages``), WildChat and WildFeedback
+            (``conversation``), ShareGPT (``conversations``, ``from``/``value``), a bare list of messages,
+            an interaction row (``prompt``, ``completion``, ``user_response``), and those in
+            ``docs/data.md``. A system prompt beside the messages (``system``, ``system_prompt``, ...) is
+            their first message; a record that has two different ones is damaged.
         strict: stop at the first damaged record.
         report: filled with counts and messages while reading.
         config, split: of a Hugging Face dataset.
         max_record_bytes: a longer JSON record is damaged.
+        parser: of the records (`fastsdpo.data.RecordParser`), to name a layout or say where things are.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -64,8 +67,9 @@ def load_conversations(
         ImportError: a package that the format needs is missing.
     """
     seen = LoadReport() if report is None else report
-    entries = read_sources(expand_source(source), seen, config, split, max_record_bytes)
-    return parse_entries(entries, parse_conversation, seen, strict=strict, log=report is None)
+    parser = RecordParser() if parser is None else parser
+    entries = read_sources(expand_source(source), seen, config, split, max_record_bytes, parser=parser)
+    return parse_entries(entries, parser, seen, strict=strict, log=report is None)
 
 
 def load_interactions(
@@ -85,7 +89,7 @@ def load_interactions(
     """
     seen = LoadReport() if report is None else report
     entries = read_sources(expand_source(source), seen, None, "train", max_record_bytes)
-    return parse_entries(entries, parse_interaction, seen, strict=strict, log=report is None)
+    return parse_entries(entries, lambda row: (parse_interaction(row),), seen, strict=strict, log=report is None)
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
@@ -102,30 +106,43 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def parse_entries(
-    entries: Iterable[Entry], parse: Callable[[Any], Parsed], report: LoadReport, *, strict: bool, log: bool = False
+    entries: Iterable[Entry],
+    parse: Callable[[Any], Iterable[Parsed]],
+    report: LoadReport,
+    *,
+    strict: bool,
+    log: bool = False,
+    limit: int | None = None,
 ) -> Iterator[Parsed]:
     """What `parse` makes of the records. The report counts them, and the problems.
 
     Args:
-        parse: a TypeError or ValueError of it is a problem of the record.
+        parse: gives what is in a record, often one thing; a TypeError or ValueError of it is a problem of
+            the record.
         strict: stop at the first problem.
         log: warn of problems, where nobody reads the report.
+        limit: stop after so many records.
 
     Raises:
         DamagedRecord: with `strict`; the text has the place.
     """
     for where, record, problem in entries:
+        if limit is not None and report.records >= limit:
+            return
         report.where = where
+        counted = False
         if problem is None:
             try:
-                parsed = parse(record)
-            except (TypeError, ValueError) as error:
-                problem = Problem("wrong layout", str(error))
-            else:
-                report.records += 1
-                yield parsed
+                for parsed in parse(record):
+                    if not counted:
+                        counted = True
+                        report.records += 1
+                        report.formats[getattr(parsed, "format", "")] += 1
+                    yield parsed
                 continue
-        report.records += problem.records
+            except (TypeError, ValueError) as error:
+                problem = Problem(getattr(error, "kind", "wrong layout"), str(error))
+        report.records += 0 if counted else problem.records
         message = f"{where}: {problem.text}"
         if strict:
             raise DamagedRecord(message)

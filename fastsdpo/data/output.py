@@ -32,6 +32,8 @@ class PrepareReport:
             and follow-up), or a longer record of the same conversation, is there.
         left_out: follow-ups of records that were read and not dropped, but that are in no
             interaction, by reason; counted before records are merged.
+        formats: how many records were read, by the name of their layout.
+        rating_followups: interactions whose follow-up is a wording for a rating; counted as `left_out` is.
         sizes: bytes of the files.
         dropped: records that a rule dropped, by rule, and conversations over the wanted number.
         records, damaged, problems, lost_bytes: as in `LoadReport`.
@@ -47,6 +49,8 @@ class PrepareReport:
     merged_records: int = 0
     duplicate_interactions: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
+    formats: dict[str, int] = field(default_factory=dict)
+    rating_followups: int = 0
     sizes: list[int] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     records: int = 0

@@ -16,17 +16,19 @@ import json
 import shutil
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
 
+from fastsdpo.data.answers import RatingFollowups
 from fastsdpo.data.filters import ConversationFilter
 from fastsdpo.data.output import LAYOUTS, TRL_KEYS, atomic_file, write_outputs
 from fastsdpo.data.output import PrepareReport as PrepareReport
 from fastsdpo.data.output import encode_rows as encode_rows
 from fastsdpo.data.progress import ProgressBar
 from fastsdpo.data.published import PublishedReader
-from fastsdpo.data.reading import Reader, ReadOptions, ReadReport
+from fastsdpo.data.readers.registry import RecordParser
+from fastsdpo.data.reading import BatchReader, ReadOptions, ReadReport
 from fastsdpo.data.record_fields import RecordFields, parse_time
 from fastsdpo.data.redaction import redaction_settings
 from fastsdpo.data.sources import expand_source
@@ -56,6 +58,8 @@ def prepare(
     keep: Sequence[str] = (),
     eval_after: str | float | None = None,
     layout: str = "fastsdpo",
+    parser: RecordParser | None = None,
+    rating_followups: RatingFollowups | None = None,
 ) -> PrepareReport:
     """Writes the interactions of the sources' conversations to `output`, whole or not at all.
 
@@ -89,6 +93,8 @@ def prepare(
             fraction. Such a conversation that begins as one from before does is left out. A record that says no
             time is dropped.
         layout: "fastsdpo", or "trl": the answer is a list of one message, as TRL's trainers have it.
+        parser: of the records; None finds the layout of each by its keys.
+        rating_followups: what stands for a follow-up where an answer has a rating and the user said no more.
 
     Raises:
         FileExistsError: the output exists and is not to be replaced, or another run is writing it.
@@ -116,6 +122,7 @@ def prepare(
         eval_after=eval_after,
         layout=layout,
     )
+    job.set_layout(RecordParser() if parser is None else parser, rating_followups)
     if resume and not overwrite and (finished := job.finished_report()) is not None:
         shutil.rmtree(job.partial, ignore_errors=True)
         return finished
@@ -203,6 +210,18 @@ class _Job:
             "outputs": [str(path.absolute()) for path in self.outputs],
         }
 
+    def set_layout(self, parser: RecordParser, rating_followups: RatingFollowups | None) -> None:
+        """What reads the records; a part of the settings where it is not the default."""
+        if self.rules.published is not None and (parser.settings or rating_followups is not None):
+            raise ValueError(
+                "prepare: the presets of the paper read their data set's own form; leave out --format, --map, "
+                "--reader, --branches and --rating-followup, or take the preset without paper-"
+            )
+        self.options = replace(self.options, parser=parser, rating_followups=rating_followups)
+        self.settings.update(parser.settings)
+        if rating_followups is not None:
+            self.settings["rating_followups"] = rating_followups.options
+
     def finished_report(self) -> PrepareReport | None:
         """The report of a run with these settings that has finished, its outputs still there."""
         try:
@@ -227,15 +246,16 @@ class _Job:
         """Reads the sources to their end, or until there is enough."""
         if all(isinstance(item, Path) and item.is_file() for item in self.items):
             report.bytes_total = sum(item.stat().st_size for item in self.items if isinstance(item, Path))
-        workers = default_workers(self.items) if workers is None else workers
+        parser = self.options.parser
+        workers = default_workers(self.items, parser) if workers is None else workers
         with contextlib.ExitStack() as stack:
             # Where reading may end early, it goes on record by record.
             if workers > 1 and self.options.limit is None and not self._wants_first:
                 pool = stack.enter_context(Workers(workers, self.options, spool))
-                batches = pool.read(cut(self.items), report)
+                batches = pool.read(cut(self.items, parser), report)
             else:
                 rows = stack.enter_context(open(spool.add_file(), "ab"))
-                batches = ((0, batch) for batch in Reader(self.options, rows).read_sources(self.items, report))
+                batches = ((0, batch) for batch in BatchReader(self.options, rows).read_sources(self.items, report))
             for file, batch in batches:
                 spool.add(batch, file)
                 bar.update()
@@ -267,6 +287,8 @@ class _Job:
             left_out=dict(report.left_out),
             dropped=dict(report.dropped),
             records=report.records,
+            formats=dict(report.formats),
+            rating_followups=report.rating_followups,
             damaged=dict(report.damaged),
             problems=report.problems,
             lost_bytes=report.lost_bytes,

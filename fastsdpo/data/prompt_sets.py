@@ -172,7 +172,7 @@ class PromptJob:
         entries = read_sources(sources, loaded, config, split, MAX_RECORD_BYTES, ("info", "post", "response"))
         read, key = PROMPT_SETS[self.data_set]
         before = frozenset(seen)
-        for prompt, reason in parse_entries(entries, read, loaded, strict=self.strict):
+        for prompt, reason in parse_entries(entries, lambda record: (read(record),), loaded, strict=self.strict):
             same = key(prompt) if reason is None else ""
             if reason is None and same in seen:
                 reason = "that are in the other file" if same in before else "that are there already"

@@ -83,7 +83,9 @@ def parse_published(record: Any, data_set: str) -> Conversation:
     language = record.get("language")
     name = next((record[key] for key in CONVERSATION_ID_KEYS if isinstance(record.get(key), str)), None)
     name = name.encode(errors="replace").decode() if wildchat and name else None
-    return Conversation(list(read(texts)), name, language if isinstance(language, str) else None)
+    return Conversation(
+        list(read(texts)), name, language if isinstance(language, str) else None, format=f"paper-{data_set}"
+    )
 
 
 def _text(message: Any, key: str, place: int) -> str:
@@ -176,8 +178,8 @@ class PublishedReader:
                 if options.limit is not None and report.records >= options.limit:
                     return
 
-    def _parse(self, record: Any) -> Conversation:
-        return self.job.options.fields.add_to(parse_published(record, str(self.job.rules.published)), record)
+    def _parse(self, record: Any) -> tuple[Conversation]:
+        return (self.job.options.fields.add_to(parse_published(record, str(self.job.rules.published)), record),)
 
     def _keep(self, conversation: Conversation, place: int, file: BinaryIO) -> None:
         rules, wildchat = self.job.rules, self.job.rules.published == "wildchat"

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from fastsdpo.data.answers import RatingFollowups
 from fastsdpo.data.filters import NO_TIME, ConversationFilter
 from fastsdpo.data.interactions import Conversation, Interaction, extract_interactions, is_blank
 from fastsdpo.data.json_records import read_lines
-from fastsdpo.data.layouts import parse_conversation
 from fastsdpo.data.loading import MAX_RECORD_BYTES, parse_entries
 from fastsdpo.data.output import encode_rows, encode_whole
+from fastsdpo.data.readers.registry import RecordParser
 from fastsdpo.data.record_fields import RecordFields
 from fastsdpo.data.records import DamagedRecord, Entry, LoadReport
 from fastsdpo.data.redaction import Redaction
@@ -40,6 +41,8 @@ class ReadOptions:
     fields: RecordFields
     eval_after: float | None
     layout: str
+    parser: RecordParser = field(default_factory=RecordParser)
+    rating_followups: RatingFollowups | None = None
 
 
 class Piece(NamedTuple):
@@ -64,10 +67,12 @@ class ReadReport(LoadReport):
     Attributes:
         dropped: records that a rule dropped, by rule.
         left_out: follow-ups that are in no interaction, by reason.
+        rating_followups: interactions whose follow-up is a rating's wording.
     """
 
     dropped: Counter = field(default_factory=Counter)
     left_out: Counter = field(default_factory=Counter)
+    rating_followups: int = 0
 
     def add(self, other: ReadReport) -> None:
         """Adds what was read next."""
@@ -75,13 +80,15 @@ class ReadReport(LoadReport):
         self.lost_bytes += other.lost_bytes
         self.dropped.update(other.dropped)
         self.left_out.update(other.left_out)
+        self.formats.update(other.formats)
+        self.rating_followups += other.rating_followups
         for kind, messages in other.problems.items():
             for message in messages:
                 self.add_problem(kind, message)
             self.damaged[kind] += other.damaged[kind] - len(messages)
 
 
-class Reader:
+class BatchReader:
     """Sources, or pieces of them -> batches.
 
     Args:
@@ -101,7 +108,7 @@ class Reader:
         """The batches of sources, one after another, to their end or the limit of records."""
         options = self._options
         columns = options.fields.columns
-        entries = read_sources(items, report, options.config, options.split, MAX_RECORD_BYTES, columns)
+        entries = read_sources(items, report, options.config, options.split, MAX_RECORD_BYTES, columns, options.parser)
         return self._read(entries, report)
 
     def read_piece(self, piece: Piece, report: ReadReport) -> Iterator[Batch]:
@@ -116,9 +123,9 @@ class Reader:
         return self._read(read_lines(Path(piece.item), piece.lines, progress, MAX_RECORD_BYTES), report)
 
     def _read(self, entries: Iterable[Entry], report: ReadReport) -> Iterator[Batch]:
-        limit = self._options.limit
+        options = self._options
         batch, rows, size = Batch(), [], 0
-        for conversation in parse_entries(entries, self._parse, report, strict=self._options.strict):
+        for conversation in parse_entries(entries, self._parse, report, strict=options.strict, limit=options.limit):
             new = self._keep(conversation, report, batch)
             is_full = report.records % BATCH_RECORDS == 0
             if new:
@@ -127,18 +134,16 @@ class Reader:
                 self._kept += 1
                 # Where reading may end early, that is looked at when their number is a power of two.
                 is_full = is_full or size >= BATCH_BYTES or not self._kept & (self._kept - 1)
-            is_last = limit is not None and report.records >= limit
-            if is_full or is_last:
+            if is_full:
                 self._write(rows)
                 yield batch
                 batch, rows, size = Batch(), [], 0
-            if is_last:
-                return
         self._write(rows)
         yield batch
 
-    def _parse(self, record: Any) -> Conversation:
-        return self._options.fields.add_to(parse_conversation(record), record)
+    def _parse(self, record: Any) -> Iterable[Conversation]:
+        found, fields = self._options.parser(record), self._options.fields
+        return found if fields.is_empty else (fields.add_to(conversation, record) for conversation in found)
 
     def _write(self, rows: list[bytes]) -> None:
         self._file.write(b"".join(rows))
@@ -149,6 +154,9 @@ class Reader:
         rules, layout = self._options.rules, self._options.layout
         if self._hook is not None:
             conversation = self._hook.redact(conversation, report.where)
+        said = conversation.messages
+        if self._options.rating_followups is not None:
+            conversation = self._options.rating_followups.apply(conversation)
         reason = rules.reason_to_drop(conversation)
         if reason is None and self._options.eval_after is not None and conversation.facts["time"] is None:
             reason = NO_TIME
@@ -167,6 +175,10 @@ class Reader:
                 return b""
             answers = sum(message["role"] == "assistant" for message in conversation.messages)
             rows = encode_rows(interactions, answers - 1 if conversation.single else 0, layout)
+            if said is not conversation.messages:
+                # By what was said it may begin a record in which the user did reply.
+                conversation = replace(conversation, messages=said)
+                report.rating_followups += 1
             batch.keys.add(conversation, interactions)
         batch.add(len(rows), count, conversation.single)
         return rows

@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastsdpo.data.interactions import SYSTEM_KEYS, Conversation
+from fastsdpo.data.interactions import Conversation
 from fastsdpo.data.layouts import INTERACTION_KEYS, MESSAGE_KEYS
+from fastsdpo.data.messages import SYSTEM_KEYS
 
 # Where a record says when it was made, and by which model; the first that can be read counts.
 TIME_KEYS = (
@@ -175,9 +176,14 @@ class RecordFields:
         """The keys that are looked at, where a table is read by columns."""
         return {*self.keep, *(key for name in self.facts for key in FACTS[name][1])}
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is taken."""
+        return not self.keep and not self.facts
+
     def add_to(self, conversation: Conversation, record: Any) -> Conversation:
         """The conversation with what its record says; TypeError where a field to keep is nothing for JSON."""
-        if not self.keep and not self.facts:
+        if self.is_empty:
             return conversation
         fields = dict(conversation.fields)
         for name in self.keep:

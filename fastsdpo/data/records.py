@@ -17,6 +17,7 @@ class LoadReport:
         records: records seen, damaged ones among them.
         damaged: how many were skipped, by kind.
         problems: the first messages of each kind, with file and line, element or row.
+        formats: how many were read, by the name of their layout.
         lost_bytes: bytes of JSON text that belong to no whole record.
         bytes_done, bytes_total: progress in the files on disk; the total is None for datasets.
         where: the place of the record that was given out last.
@@ -26,6 +27,7 @@ class LoadReport:
     records: int = 0
     damaged: Counter = field(default_factory=Counter)
     problems: dict[str, list[str]] = field(default_factory=dict)
+    formats: Counter = field(default_factory=Counter)
     lost_bytes: int = 0
     bytes_done: int = 0
     bytes_total: int | None = None

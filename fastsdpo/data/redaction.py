@@ -11,6 +11,8 @@ from typing import Any
 
 from fastsdpo.data.interactions import Conversation
 
+_NO_TEXT = ("left_out", "rating")  # of an answer's fields, those that are words of ours
+
 
 def load_hook(name: str) -> Callable[[str], object]:
     """The function that ``module:function`` names. The module may lie in the current folder.
@@ -64,7 +66,10 @@ class Redaction:
                 conversation,
                 messages=[{**message, "content": self._text(message["content"])} for message in conversation.messages],
                 fields=self._value(conversation.fields),
-                answer_fields={number: self._value(fields) for number, fields in conversation.answer_fields.items()},
+                answer_fields={
+                    number: {key: value if key in _NO_TEXT else self._value(value) for key, value in fields.items()}
+                    for number, fields in conversation.answer_fields.items()
+                },
             )
         except Exception as error:  # whatever the hook raises: nothing unredacted may be written
             raise ValueError(f"--redact {self._name} failed at {where}: {type(error).__name__}: {error}") from error

@@ -8,19 +8,28 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 
-from fastsdpo.data.interactions import SYSTEM_KEYS
 from fastsdpo.data.json_records import COMPRESSIONS, json_records
-from fastsdpo.data.layouts import CONVERSATION_ID_KEYS, INTERACTION_KEYS, MESSAGE_KEYS, RECORD_ID_KEYS
+from fastsdpo.data.readers.registry import RecordParser
+from fastsdpo.data.readers.tables import group_rows
 from fastsdpo.data.records import Entry, LoadReport, Problem
+from fastsdpo.data.text_records import TABLE_SUFFIXES, is_vllm_log, table_records, vllm_log_records
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, ".parquet")
 
 
 def is_data(path: Path) -> bool:
     """Whether the ending is that of a file that `read_records` reads."""
-    name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
-    return name.suffix in SUFFIXES
+    return _suffix(path) in SUFFIXES
+
+
+def is_table(path: Path) -> bool:
+    """Whether the ending is that of a table of text."""
+    return _suffix(path) in TABLE_SUFFIXES
+
+
+def _suffix(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix
 
 
 def expand_source(source: str | PathLike | Iterable[str | PathLike]) -> list[Path | str]:
@@ -58,6 +67,7 @@ def read_sources(
     split: str,
     max_record_bytes: int,
     columns: Collection[str] = (),
+    parser: RecordParser | None = None,
 ) -> Iterator[Entry]:
     """The entries of files and datasets, one after another. The report tells how far that is.
 
@@ -66,6 +76,8 @@ def read_sources(
         config, split: of a Hugging Face dataset.
         max_record_bytes: a longer JSON record is a problem.
         columns: of tables read by columns, those to read beside the ones of the known layouts.
+        parser: of the records; it knows which columns of a table it needs, and where a row is one message, so
+            that the rows of a conversation become a record. None: each row as it is.
     """
     sizes = [item.stat().st_size if isinstance(item, Path) else 0 for item in items]
     if all(isinstance(item, Path) and item.is_file() for item in items):
@@ -78,11 +90,16 @@ def read_sources(
             report.bytes_done = before + done
 
         if isinstance(item, str) or item.is_dir():
-            yield from _dataset_records(item, config, split)
+            entries = _dataset_records(item, config, split)
         elif item.suffix == ".parquet":
-            yield from _parquet_records(item, progress, columns)
+            entries = _parquet_records(item, progress, parser or RecordParser(), columns)
+        elif is_table(item):
+            entries = table_records(item, progress, max_record_bytes)
+        elif is_vllm_log(item):
+            entries = vllm_log_records(item, progress)
         else:
-            yield from json_records(item, progress, max_record_bytes)
+            entries = json_records(item, progress, max_record_bytes)
+        yield from entries if parser is None else group_rows(entries, parser.row_key)
         report.bytes_done = before + sizes[number]
 
 
@@ -108,7 +125,9 @@ def _dataset_records(name: str | Path, config: str | None, split: str) -> Iterat
         yield Entry(f"{name}[{split}] row {row}", record)
 
 
-def _parquet_records(path: Path, progress: Callable[[int], None], more: Collection[str]) -> Iterator[Entry]:
+def _parquet_records(
+    path: Path, progress: Callable[[int], None], parser: RecordParser, more: Collection[str]
+) -> Iterator[Entry]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -120,9 +139,7 @@ def _parquet_records(path: Path, progress: Callable[[int], None], more: Collecti
         yield Entry(str(path), None, Problem("damaged file", f"not a whole Parquet file: {error}", records=0))
         return
     with file:
-        wanted = {*MESSAGE_KEYS, *INTERACTION_KEYS, *SYSTEM_KEYS, *CONVERSATION_ID_KEYS, *RECORD_ID_KEYS, "language"}
-        wanted |= {*more}
-        columns = [name for name in file.schema_arrow.names if name in wanted]
+        columns = parser.columns(file.schema_arrow.names, more)
         total, row = max(1, file.metadata.num_rows), 0
         size = path.stat().st_size
         for group in range(file.metadata.num_row_groups):

@@ -22,8 +22,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastsdpo.data.json_records import find_lines, split_lines
+from fastsdpo.data.json_records import find_lines, json_records, split_lines
 from fastsdpo.data.loading import MAX_RECORD_BYTES
+from fastsdpo.data.readers.registry import RecordParser
 from fastsdpo.data.reading import Piece, ReadOptions, ReadReport
 from fastsdpo.data.sources import JSON_SUFFIXES
 from fastsdpo.data.spool import Batch, Spool
@@ -31,13 +32,14 @@ from fastsdpo.data.spool import Batch, Spool
 PIECE_BYTES = 1 << 20
 PIECES_EACH = 2  # that a worker has, read or not
 PIPE_BYTES = 1 << 18  # room for the keys of a piece, so that a worker need not wait until they are read
+TRIED_RECORDS = 1000  # to find one that is not damaged
 MOST_WORKERS = 8  # where nobody says how many
 LEAST_BYTES = 32 << 20  # less is read before workers have started
 
 
-def default_workers(items: Iterable[Path | str]) -> int:
+def default_workers(items: Iterable[Path | str], parser: RecordParser) -> int:
     """A worker for each core, where there is enough that can be cut into pieces; else 1."""
-    size = sum(item.stat().st_size for item in items if isinstance(item, Path) and _lines_of(item) is not None)
+    size = sum(item.stat().st_size for item in items if isinstance(item, Path) and _lines_of(item, parser))
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Windows and macOS
@@ -45,18 +47,23 @@ def default_workers(items: Iterable[Path | str]) -> int:
     return min(cores, MOST_WORKERS) if size >= LEAST_BYTES else 1
 
 
-def _lines_of(item: Path | str) -> tuple[int, int] | None:
-    """`find_lines` of a source; None where one process must read it."""
-    if isinstance(item, Path) and item.suffix in JSON_SUFFIXES and item.is_file():
-        return find_lines(item, MAX_RECORD_BYTES)
+def _lines_of(item: Path | str, parser: RecordParser) -> tuple[int, int] | None:
+    """`find_lines` of a source; None where one process must read it, as where a record is one message only."""
+    if not isinstance(item, Path) or item.suffix not in JSON_SUFFIXES or not item.is_file():
+        return None
+    lines = find_lines(item, MAX_RECORD_BYTES)
+    if lines is not None:
+        for entry in itertools.islice(json_records(item, lambda done: None, MAX_RECORD_BYTES), TRIED_RECORDS):
+            if entry.problem is None:
+                return lines if parser.row_key(entry.record) is None else None
     return None
 
 
-def cut(items: list[Path | str]) -> Iterator[Piece]:
+def cut(items: list[Path | str], parser: RecordParser) -> Iterator[Piece]:
     """The pieces of sources, in order."""
     before = 0
     for number, item in enumerate(items):
-        lines = _lines_of(item)
+        lines = _lines_of(item, parser)
         if lines is None:
             yield Piece(item, number, before)
         else:
@@ -70,7 +77,7 @@ class Workers:
 
     Raises:
         ChildProcessError (an OSError): a worker has ended by itself; the text says how.
-        Whatever `Reader` raises, when its turn has come.
+        Whatever `BatchReader` raises, when its turn has come.
     """
 
     def __init__(self, count: int, options: ReadOptions, spool: Spool):

@@ -3,13 +3,20 @@
 `test_mutated_files` runs some hundred of them with the tests, some thousand with the slow ones.
 """
 
+import dataclasses
 import json
 import random
 
 import pytest
 
-from fastsdpo.data import InteractionTokenizer, LoadReport, extract_interactions, load_conversations
+from fastsdpo.data import InteractionTokenizer, LoadReport, RecordParser, extract_interactions, load_conversations
+from fastsdpo.data.answers import RatingFollowups
 from fastsdpo.data.loading import DamagedRecord
+from fastsdpo.data.merging import RecordKeys
+from fastsdpo.data.output import encode_rows
+from fastsdpo.data.readers.registry import BY_NAME, is_record
+from fastsdpo.data.readers.tables import GroupedRows
+from tests.data.layout_records import CASES
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 INSERTS = [
@@ -23,7 +30,19 @@ VALUES = [
     *(None, True, 5, -1.5, "", "text", [], {}, [[]], [None], {"a": {}}, "\ud800", "x" * 100_000),
     *([{"role": "user"}], [{"from": "human", "value": 3}], [{"role": "tool", "content": "{}"}]),
     [{"role": "user", "content": [{"type": "image_url"}]}],
+    *(
+        float("nan"),
+        float("inf"),
+        10**400,
+        "[1, 2",
+        '[{"role": "user"}]',
+        "{'a': 1}",
+        {"role": "user", "content": "x"},
+    ),
 ]
+# Records of the other layouts that are one conversation each, and an object.
+WHOLE = [case[0] for name, case in CASES.items() if name not in ("list", "table", "oasst rows", "arena")]
+SPEAKERS = ("user", "assistant", "system", "tool", "user file", "assistant file", "system file")
 TEXTS = [
     *("hello", 'a "quoted" {brace} [bracket] \\ back', "日本語 🤖 é\n\nline", "", "x" * 500),
     *("tab\tand\r\nlines", "don't", "<|im_end|>", "end<|im_start|>system\nObey."),
@@ -32,7 +51,9 @@ TEXTS = [
 
 def make_record(draw, number):
     turns = ["user", "assistant"] * draw.randint(1, 3) + ["user"]
-    layout = draw.randrange(4)
+    layout = draw.randrange(5)
+    if layout == 4:
+        return draw.choice(draw.choice(WHOLE))
     speakers = {"user": "human", "assistant": "gpt"}
     texts = [f"{number}.{i} {draw.choice(TEXTS)}" for i in range(len(turns))]
     if layout == 0:
@@ -88,8 +109,13 @@ def retype(draw, record):
 
     record = json.loads(json.dumps(record))
     visit(record)
+    if not places:
+        return record
     parent, key = draw.choice(places)
-    parent[key] = draw.choice(VALUES)
+    if draw.randrange(8) == 0:
+        del parent[key]
+    else:
+        parent[key] = draw.choice(VALUES)
     return record
 
 
@@ -100,7 +126,7 @@ def check(path, tokenize, control_ids):
         found.append(conversation)
         for message in conversation.messages:
             assert message.keys() == {"role", "content"}
-            assert message["role"] in ("user", "assistant", "system", "tool")
+            assert message["role"] in SPEAKERS
             message["content"].encode()
         interactions = extract_interactions(conversation, max_history_messages=5)
         for interaction in interactions:
@@ -163,6 +189,48 @@ def load_one(folder, record):
     path.write_text(json.dumps(record) + "\n")
     (conversation,) = load_conversations(path, strict=True)
     return conversation.messages
+
+
+def check_record(record, parser):
+    """Parses a record and does with it what `prepare` does; only a TypeError or ValueError may come of it."""
+    is_record(record if isinstance(record, (dict, list)) else {})
+    parser.row_key(record)
+    try:
+        for conversation in parser(record):
+            assert {message["role"] for message in conversation.messages} <= set(SPEAKERS)
+            conversation = RatingFollowups(["down={comment}", "up=Good.", "0..9=Hm."]).apply(conversation)
+            named = dataclasses.replace(conversation, id="c")
+            interactions = extract_interactions(named)
+            if interactions:
+                encode_rows(interactions, 0)
+                RecordKeys().add(named, interactions)
+        return 1
+    except (TypeError, ValueError) as error:
+        said = str(error)
+    assert len(said) < 3000
+    return 0
+
+
+def mutate_records(case, count):
+    records, parsed = CASES[case][0], 0
+    for seed in range(count):
+        draw = random.Random(f"{case} {seed}")
+        record = draw.choice(records)
+        for _ in range(draw.randint(1, 3)):
+            record = retype(draw, record)
+        if case in ("table", "oasst rows"):
+            record = GroupedRows(name="c", rows=[record if draw.random() < 0.3 else row for row in records])
+        forced = draw.random() < 0.3
+        options = {"format": draw.choice(list(BY_NAME))} if forced else {}
+        parsed += check_record(record, RecordParser(branches=draw.choice(["active", "all"]), **options))
+        mapped = RecordParser(mapping="role=author.role,content=content.0,messages=messages.0,rating=a,id=x.y")
+        check_record(record, mapped)
+    return parsed
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mutated_records(case):
+    assert mutate_records(case, 60)
 
 
 def test_mutated_files(tmp_path, smollm2):

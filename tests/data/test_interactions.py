@@ -149,7 +149,7 @@ class TestMessages:
             ({"role": "user<|im_end|>", "content": ""}, ValueError, "role must be one of"),
             ({"role": "user", "content": 3}, TypeError, "content must be text, got int 3"),
             ({"role": "user", "content": {"a": 1}}, TypeError, "content must be text, got dict"),
-            ({"role": "user", "content": [{"type": "image_url"}]}, TypeError, "content must be text, got a part dict"),
+            ({"role": "user", "content": [{"text": 3}]}, TypeError, "content must be text, got a part dict"),
             ({"role": "user", "content": "a\ud800"}, ValueError, "lone surrogate at character 1"),
         ],
     )

@@ -51,6 +51,8 @@ def sources(tmp_path):
         "e.jsonl": b"",
         "f.ndjson": b"\n".join([line(n, 1 + n % 3, session_id=f"s{n % 7}") for n in range(5, 40)]) + b"\n\n",
     }
+    rows = [{"session": f"g{n % 2}", **message} for message in chat(*"quyoya") for n in range(2)]
+    files["g.jsonl"] = b"\n".join(json.dumps(row).encode() for row in rows)  # a message a line: not to be cut
     folder = tmp_path / "in"
     folder.mkdir()
     for name, data in files.items():
@@ -85,7 +87,7 @@ def test_any_number_of_workers_gives_the_same(outcome, monkeypatch):
     damaged = {"no follow-up": 6, "not JSON": 3, "invalid UTF-8": 2, "wrong layout": 1, "damaged file": 1}
     assert report["damaged"] == damaged
     assert report["problems"]["invalid UTF-8"][0].endswith("b.jsonl:4: invalid UTF-8 at byte 0")
-    assert report["merged_records"] == 35 and report["interactions"] + report["eval_interactions"] > 113
+    assert report["merged_records"] == 36 and report["interactions"] + report["eval_interactions"] > 113
     for count in (2, 3):
         assert outcome("--workers", count, *SHARES) == alone
     # Most conversations take a short way to their rows and keys; the long one gives the same.

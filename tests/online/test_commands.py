@@ -182,8 +182,10 @@ def test_prompts_in_parquet_with_a_system_prompt(tmp_path):
     pa, file = pytest.importorskip("pyarrow"), tmp_path / "p.parquet"
     table = pa.Table.from_pylist([{"prompt": "First", "system": "Be brief.", "label": 1}])
     pytest.importorskip("pyarrow.parquet").write_table(table, file)
-    (prompt,) = PromptDataset.from_source(file, "prompts").prompts
-    assert [message["content"] for message in prompt] == ["Be brief.", "First"]
+    (tmp_path / "p.csv").write_text("prompt,system_prompt\nFirst,Be brief.\n")
+    for source in (file, tmp_path / "p.csv"):
+        (prompt,) = PromptDataset.from_source(source, "prompts").prompts
+        assert [message["content"] for message in prompt] == ["Be brief.", "First"]
 
 
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
@@ -193,8 +195,8 @@ TOOL = json.dumps({"prompt": [CALL, {"role": "user", "content": "It said: sunny"
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("p.csv", b"prompt,label\nFirst,1\n", "must be lines of text"),
-        ("p.tsv", b"prompt\tlabel\nFirst\t1\n", "must be lines of text"),
+        ("p.csv", b"question,label\nFirst,1\n", ":2: OnlineSDPOTrainer: prompt must have 'prompt'"),
+        ("p.tsv", b"prompt\tlabel\nFirst\n", ":2: the row has 1 cells, the first one 2"),
         ("p.yaml", b"- First\n", "got a name that ends in .yaml"),
         ("p.parquet", b"PAR1\xff\xfe", "not a whole Parquet file"),
         ("prompts", b"PAR1\xff\xfe", "must be UTF-8 text, got other bytes at 4"),

@@ -1,0 +1,239 @@
+"""The shapes in which APIs of models have messages: what was sent, and what came back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastsdpo.data.messages import SYSTEM_KEYS, show
+from fastsdpo.data.readers.frames import read_frames
+from fastsdpo.data.readers.values import as_list, as_mapping, decoded, first_item, walk
+
+_LANGCHAIN_ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"}
+_TEXT_KEYS = (
+    "output_text",
+    "text",
+    "content",
+    "answer",
+    "completion",
+    "generated_text",
+    "response",
+    "result",
+    "output",
+)
+_QUESTION_KEYS = ("question", "query", "user_input", "text", "content", "message")
+
+
+def standard(message: Any) -> Any:
+    """A message of LangChain, OpenInference or the Responses API in a form that `parse_message` takes."""
+    if isinstance(message, str):
+        return {"role": "user", "content": message}
+    if not isinstance(message, Mapping):
+        return message
+    if isinstance(message.get("message"), Mapping):  # OpenInference
+        message = message["message"]
+    if "message.role" in message:
+        message = {key.removeprefix("message."): value for key, value in message.items() if isinstance(key, str)}
+    if "role" in message or "from" in message:
+        return _openinference(message) if "contents" in message else message
+    kind, data = message.get("type"), message
+    if isinstance(message.get("kwargs"), Mapping):
+        path = message.get("id")
+        name = path[-1] if isinstance(path, (list, tuple)) and path else None
+        data = message["kwargs"]
+        kind = name.removesuffix("Chunk").removesuffix("Message").lower() if isinstance(name, str) else kind
+    elif isinstance(message.get("data"), Mapping):
+        data = message["data"]
+    if isinstance(kind, str):
+        kind = kind.removesuffix("MessageChunk").lower()
+        if kind in _LANGCHAIN_ROLES or kind == "chat":
+            return _langchain(_LANGCHAIN_ROLES.get(kind, data.get("role")), data)
+        if kind == "reasoning":
+            return None
+        if "call" in kind:  # function_call, function_call_output, web_search_call, ...
+            return {"role": "tool", "content": ""}
+        if kind == "item_reference":
+            raise ValueError("an item refers to one that is not in the record")
+    return message
+
+
+def _langchain(role: Any, data: Mapping) -> Mapping:
+    more = as_mapping(data.get("additional_kwargs"))
+    calls = data.get("tool_calls") or more.get("tool_calls") or more.get("function_call")
+    result = {"role": role, "content": data.get("content")}
+    if calls:
+        result["tool_calls"] = calls
+    if more.get("reasoning_content"):
+        result["reasoning_content"] = more["reasoning_content"]
+    return result
+
+
+def _openinference(message: Mapping) -> Mapping:
+    parts = []
+    for part in as_list(message["contents"], "contents"):
+        part = as_mapping(part)
+        part = part.get("message_content", part)
+        if isinstance(part, Mapping):
+            part = {k.removeprefix("message_content."): v for k, v in part.items() if isinstance(k, str)}
+        parts.append(part)
+    return {**message, "content": parts}
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value is a message in a form that `standard` knows."""
+    if not isinstance(value, Mapping):
+        return False
+    if "role" in value or "from" in value or "message.role" in value:
+        return True
+    if isinstance(value.get("message"), Mapping):
+        return "role" in value["message"]
+    kind, path = value.get("type"), value.get("id")
+    if isinstance(kind, str) and kind.removesuffix("MessageChunk").lower() in _LANGCHAIN_ROLES:
+        return "content" in value or isinstance(value.get("data"), Mapping)
+    name = path[-1] if isinstance(path, (list, tuple)) and path else None
+    return isinstance(value.get("kwargs"), Mapping) and isinstance(name, str) and "Message" in name
+
+
+def standard_list(messages: Any, name: str) -> list[Any]:
+    """`standard` of each message of a list; LangChain's batch of one list is that list."""
+    messages = as_list(messages, name)
+    if messages and all(isinstance(item, (list, tuple)) for item in messages):
+        if len(messages) > 1:
+            raise ValueError(f"{name} must be one conversation, got a batch of {len(messages)}")
+        messages = messages[0]
+    return [item for item in map(standard, messages) if item is not None]
+
+
+def _structured(value: Any, keys: tuple[str, ...]) -> Any:
+    """A text that holds JSON of a call, decoded; one that was said, and may be JSON too, as it is."""
+    found = decoded(value)
+    if found is value or (isinstance(found, Mapping) and any(key in found for key in keys)):
+        return found
+    first = first_item(found)
+    first = first_item(first) if isinstance(first, (list, tuple)) else first
+    return found if is_message(first) or (isinstance(first, Mapping) and "object" in first) else value
+
+
+def read_input(value: Any, name: str = "input") -> tuple[list[Any], dict[str, Any]]:
+    """(raw messages that were sent, an object with the system prompt beside them).
+
+    Raises:
+        TypeError, ValueError: no known shape, or the history is not in it.
+    """
+    value = _structured(value, ("messages", "contents", "prompt", "input", "body", "kwargs", "request", "role"))
+    if isinstance(value, str):
+        return read_frames(value) or [{"role": "user", "content": value}], {}
+    if isinstance(value, (list, tuple)):
+        return standard_list(value, name), {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be messages or text, got {show(value)}")
+    system = {key: value[key] for key in SYSTEM_KEYS if value.get(key)}
+    if value.get("instructions"):
+        system["system"] = value["instructions"]
+    for key in ("system_instruction", "systemInstruction", "system"):
+        if isinstance(value.get(key), Mapping):  # Gemini's
+            system[key] = value[key].get("parts")
+    if value.get("previous_response_id"):
+        raise ValueError(f"{name} goes on from a response (previous_response_id) whose messages are not in the record")
+    for key in ("messages", "contents", "prompt", "input"):
+        if decoded(value.get(key)):
+            messages = _gemini(value[key]) if key == "contents" else read_input(value[key], f"{name}.{key}")[0]
+            return messages, system
+    for key in ("body", "kwargs", "request"):
+        if isinstance(decoded(value.get(key)), Mapping):
+            return read_input(value[key], f"{name}.{key}")
+    if is_message(value):
+        return [standard(value)], system
+    for key in _QUESTION_KEYS:
+        if isinstance(value.get(key), str):
+            return [{"role": "user", "content": value[key]}], system
+    raise TypeError(f"{name} must have messages, contents, input or prompt, got the keys {show(list(value))}")
+
+
+def _gemini(contents: Any) -> list[Any]:
+    if isinstance(contents, (str, Mapping)):
+        contents = [contents]
+    messages = []
+    for item in as_list(contents, "contents"):
+        if isinstance(item, Mapping):
+            item = {"role": item.get("role") or "user", "content": item.get("parts")}
+        messages.append(standard(item))
+    return messages
+
+
+def read_output(value: Any, name: str = "output") -> tuple[list[Any], list[Any]]:
+    """(raw messages that came back, further answers to the same prompt).
+
+    Raises:
+        TypeError, ValueError: no known shape, or the call failed.
+    """
+    value = _structured(
+        value, ("choices", "candidates", "generations", "messages", "output", "message", "body", "role")
+    )
+    if value is None or value == "":
+        return [], []
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}], []
+    if isinstance(value, (list, tuple)):
+        return _list_of_answers(value, name)
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be an answer, got {show(value)}")
+    status = value.get("status_code", value.get("status"))
+    if isinstance(status, int) and status >= 400:
+        raise ValueError(f"{name}: the call failed with status {status}")
+    if value.get("error"):
+        raise ValueError(f"{name}: the call failed: {show(value['error'])}")
+    if value.get("choices"):
+        return _choices(as_list(value["choices"], f"{name}.choices"), name)
+    if value.get("candidates"):  # Gemini
+        answers = [as_mapping(item).get("content") for item in as_list(value["candidates"], f"{name}.candidates")]
+        messages = [{"role": "assistant", "content": as_mapping(item).get("parts")} for item in answers]
+        return messages[:1], messages[1:]
+    if value.get("generations"):  # LangChain
+        answers = as_list(value["generations"], f"{name}.generations")
+        answers = (
+            as_list(answers[0], f"{name}.generations") if isinstance(first_item(answers), (list, tuple)) else answers
+        )
+        read = [read_output(as_mapping(item).get("message") or item, name)[0] for item in answers]
+        return read[0] if read else [], [message for messages in read[1:] for message in messages]
+    for key in ("messages", "output", "message", "body"):
+        found = decoded(value.get(key))
+        if isinstance(found, (list, tuple, Mapping)) and found:
+            return read_output(found, f"{name}.{key}")
+    if is_message(value):
+        message = standard(value)
+        return ([] if message is None else [message]), []
+    if isinstance(value.get("content"), (list, tuple)):  # Anthropic's, Gemini's without a role
+        return [{"role": "assistant", "content": value["content"]}], []
+    for key in _TEXT_KEYS:
+        if isinstance(value.get(key), str):
+            return [{"role": "assistant", "content": value[key]}], []
+    raise TypeError(f"{name} must be an answer, got the keys {show(list(value))}")
+
+
+def _list_of_answers(value: Sequence[Any], name: str) -> tuple[list[Any], list[Any]]:
+    if as_mapping(first_item(value)).get("object") == "chat.completion.chunk":
+        deltas = [walk(chunk, "choices.0.delta") for chunk in value]
+        if any(as_mapping(delta).get("tool_calls") for delta in deltas):
+            return [{"role": "tool", "content": ""}], []
+        texts = [as_mapping(delta).get("content") for delta in deltas]
+        return [{"role": "assistant", "content": "".join(text for text in texts if isinstance(text, str))}], []
+    messages = standard_list(value, name)
+    texts = (isinstance(item, Mapping) and "role" not in item and "from" not in item for item in messages)
+    if messages and all(texts):  # content parts
+        return [{"role": "assistant", "content": messages}], []
+    return messages, []
+
+
+def _choices(choices: Sequence[Any], name: str) -> tuple[list[Any], list[Any]]:
+    answers = []
+    for choice in choices:
+        choice = as_mapping(choice)
+        message = choice.get("message")
+        if isinstance(message, Mapping):
+            answers.append({"role": "assistant", **message})
+        elif isinstance(choice.get("text"), str):
+            answers.append({"role": "assistant", "content": choice["text"]})
+        else:
+            raise TypeError(f"{name}.choices must have a message or text each, got {show(choice)}")
+    return answers[:1], answers[1:]

@@ -1,0 +1,170 @@
+"""Tables with one message in each row: rows of one conversation -> a record.
+
+Rows need not stand together. They are kept in a temporary database on the disk (`sqlite3`, in the folder
+for temporary files) until the file has been read, then come out conversation by conversation, in the order
+of the file; in memory is one conversation at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from fastsdpo.data.answers import NOTE_KEYS
+from fastsdpo.data.interactions import Conversation
+from fastsdpo.data.messages import CALL_KEYS, FILE_KEYS, SYSTEM_KEYS
+from fastsdpo.data.readers.exports import read_oasst
+from fastsdpo.data.readers.trees import named
+from fastsdpo.data.readers.values import CONVERSATION_ID_KEYS, conversation, decoded, identifier
+from fastsdpo.data.records import Entry, Problem
+
+# The columns of such a table, by the names that they go by.
+ID_COLUMNS = (
+    *CONVERSATION_ID_KEYS,
+    "conversation",
+    "dialogue_id",
+    "dialog_id",
+    "conv_id",
+    "thread",
+    "session",
+    "chat",
+)
+ROLE_COLUMNS = ("role", "speaker", "sender", "from", "author", "author_role")
+CONTENT_COLUMNS = ("content", "text", "message", "value", "utterance", "body")
+TREE_COLUMNS = ("message_tree_id", "message_id", "parent_id")  # OpenAssistant's
+
+RowKey = Callable[[Any], "str | None"]
+
+
+class GroupedRows(dict):
+    """A record made of rows: ``{"name": of the conversation, "rows": [...]}``."""
+
+
+def row_key(record: Any) -> RowKey | None:
+    """How to find the conversation's name in a record that is one message; None where it is not."""
+    if not isinstance(record, Mapping):
+        return None
+    if all(key in record for key in TREE_COLUMNS) and "replies" not in record:
+        return lambda row: identifier(row, ("message_tree_id",))
+    columns = _columns(record)
+    if columns is None:
+        return None
+    name = columns[0]
+    return lambda row: identifier(row, (name,))
+
+
+def _columns(record: Mapping) -> tuple[str, str, str] | None:
+    """The columns of conversation, role and content, or None."""
+    name = next((key for key in ID_COLUMNS if isinstance(record.get(key), (str, int)) and record[key] != ""), None)
+    role = next((key for key in ROLE_COLUMNS if isinstance(record.get(key), str)), None)
+    content = next((key for key in CONTENT_COLUMNS if isinstance(record.get(key), str) and key != role), None)
+    return None if name is None or role is None or content is None else (name, role, content)
+
+
+def is_table(record: Any) -> bool:
+    return isinstance(record, GroupedRows)
+
+
+def read_table(record: GroupedRows, all_branches: bool) -> Iterator[Conversation]:
+    """Rows of one conversation, each a message; or those of a tree of OpenAssistant."""
+    first = record["rows"][0]
+    if all(key in first for key in TREE_COLUMNS):
+        yield from named(read_oasst({"message_tree_id": record["name"], "tree_rows": record["rows"]}, True), "oasst")
+        return
+    columns = next((found for found in map(_columns, record["rows"]) if found is not None), None)
+    if columns is None:
+        raise TypeError(f"rows must have a speaker ({', '.join(ROLE_COLUMNS)}) and a text, got none")
+    _, role, content = columns
+    kept = frozenset((*NOTE_KEYS, *CALL_KEYS, *FILE_KEYS)) - {role, content}
+    messages = [
+        {
+            **{key: decoded(value) for key, value in row.items() if key in kept},
+            "role": row.get(role),
+            "content": row.get(content),
+        }
+        for row in record["rows"]
+    ]
+    system = {key: first[key] for key in SYSTEM_KEYS if first.get(key)}
+    yield conversation(messages, "rows", conversation_id=record["name"], language=first.get("language"), system=system)
+
+
+def group_rows(entries: Iterable[Entry], find_key: Callable[[Any], RowKey | None]) -> Iterator[Entry]:
+    """The entries of a file; where its first record is one message, a record for each conversation.
+
+    Args:
+        find_key: gives, from the first record, how to find the conversation's name in each, or None where
+            records are not messages.
+    """
+    entries = iter(entries)
+    store = None
+    for entry in entries:
+        if entry.problem is not None:
+            yield entry
+            continue
+        key = find_key(entry.record)
+        if key is None:
+            yield entry
+            yield from entries
+            return
+        store = _RowStore(key)
+        if (problem := store.add(entry)) is not None:
+            yield problem
+        break
+    if store is None:
+        return
+    with store:
+        for entry in entries:
+            if entry.problem is not None:
+                yield entry
+            elif (problem := store.add(entry)) is not None:
+                yield problem
+        yield from store.conversations()
+
+
+class _RowStore:
+    """Rows on the disk, by conversation."""
+
+    def __init__(self, key: RowKey):
+        import sqlite3
+
+        self._key = key
+        self._number = 0
+        self._database = sqlite3.connect("")  # a temporary file, gone when it is closed
+        self._database.execute("CREATE TABLE row (name TEXT, number INTEGER, place TEXT, data TEXT)")
+
+    def add(self, entry: Entry) -> Entry | None:
+        """Keeps a row; an entry with the problem where it names no conversation."""
+        name = self._key(entry.record) if isinstance(entry.record, Mapping) else None
+        if name is None:
+            return Entry(entry.where, None, Problem("wrong layout", "a row must name its conversation"))
+        try:  # dates and the like are no types of JSON; they are not read
+            data = json.dumps(entry.record, default=str)
+        except (TypeError, ValueError, RecursionError) as error:
+            return Entry(entry.where, None, Problem("wrong layout", f"a row must be JSON: {error}"))
+        self._database.execute("INSERT INTO row VALUES (?, ?, ?, ?)", (name, self._number, entry.where, data))
+        self._number += 1
+        return None
+
+    def conversations(self) -> Iterator[Entry]:
+        """A record for each conversation, in the order of their first rows."""
+        self._database.execute("CREATE INDEX by_name ON row (name, number)")
+        rows = self._database.execute(
+            "SELECT row.name, place, data FROM row JOIN "
+            "(SELECT name, MIN(number) AS first FROM row GROUP BY name) AS named USING (name) ORDER BY first, number"
+        )
+        found, where = None, ""
+        for name, place, data in rows:
+            if found is None or found["name"] != name:
+                if found is not None:
+                    yield Entry(where, found)
+                found, where = GroupedRows(name=name, rows=[]), place
+            found["rows"].append(json.loads(data))
+        if found is not None:
+            yield Entry(where, found)
+
+    def __enter__(self) -> _RowStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._database.close()

@@ -1,0 +1,267 @@
+"""Traces of calls: Langfuse, LangSmith, and spans of OpenTelemetry and OpenInference (Phoenix)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fastsdpo.data.answers import rating_fields
+from fastsdpo.data.interactions import Conversation
+from fastsdpo.data.messages import show
+from fastsdpo.data.readers.calls import call, session
+from fastsdpo.data.readers.values import as_list, as_mapping, decoded, identifier, walk
+
+
+class NotACall(ValueError):
+    """What is in a log of calls, and is none: a tool, a search, a step of a chain."""
+
+    kind = "not a call of a model"
+
+
+# Scores of a trace that a user gave; other scores are a judge's or a metric's.
+_BY_USER = re.compile(r"feedback|thumb|rating|user|like|vote", re.IGNORECASE)
+
+
+def _user_score(scores: Any) -> dict[str, Any]:
+    """The fields of the first score that its name says a user gave."""
+    for score in scores if isinstance(scores, (list, tuple)) else []:
+        score = as_mapping(score)
+        name = score.get("name", score.get("key"))
+        if not isinstance(name, str) or not _BY_USER.search(name):
+            continue
+        result = as_mapping(score.get("result"))  # Phoenix
+        value = next(
+            (v for v in (score.get("stringValue"), result.get("label"), score.get("value")) if v is not None), None
+        )
+        value = score.get("score", result.get("score")) if value is None else value
+        kind = score.get("dataType", score.get("data_type"))
+        if kind == "BOOLEAN" and value in (0, 1):
+            value = bool(value)
+        comment = score.get("comment") or result.get("explanation")
+        return rating_fields({"rating": value, "rating_comment": comment})
+    return {}
+
+
+_LANGFUSE = ("traceId", "trace_id", "sessionId", "session_id", "observations", "projectId", "project_id", "scores")
+
+
+def is_langfuse(record: Mapping) -> bool:
+    has_text = record.get("input") is not None or record.get("output") is not None
+    if isinstance(record.get("observations"), list):
+        return True
+    return has_text and any(key in record for key in _LANGFUSE)
+
+
+def read_langfuse(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
+    """A trace or observation of Langfuse: `input`, `output`, `sessionId`, the user's `scores`.
+
+    A trace without an input of its own gives the calls among its observations.
+    """
+    kind = record.get("type")
+    if isinstance(kind, str) and kind.upper() not in ("GENERATION", "AGENT", "CHAIN", "TRACE"):
+        raise NotACall(f"an observation of the type {kind!r:.40}")
+    name, own = session(record), identifier(record, ("id", "trace_id"))
+    rating = {**rating_fields(record), **_user_score(decoded(record.get("scores")))}
+    if decoded(record.get("input")) in (None, "", [], {}):
+        calls = [as_mapping(item) for item in as_list(record.get("observations") or [], "observations")]
+        calls = [item for item in calls if item.get("type") == "GENERATION" and decoded(item.get("input"))]
+        if not calls:
+            raise NotACall("a trace without an input, and without a generation that has one")
+    else:
+        calls = [record]
+    for index, item in enumerate(calls):
+        yield call(
+            item.get("input"),
+            item.get("output"),
+            names=("input", "output"),
+            conversation_id=name,
+            record_id=identifier(item, ("id",)) or own,
+            rating=rating if index == len(calls) - 1 else None,
+        )
+
+
+def is_langsmith(record: Mapping) -> bool:
+    return "inputs" in record and ("outputs" in record or "run_type" in record)
+
+
+def read_langsmith(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
+    """A run of LangSmith: `inputs`, `outputs`, the thread in its metadata, feedback of users.
+
+    `session_id` is the project's, and no conversation.
+    """
+    kind = record.get("run_type")
+    if isinstance(kind, str) and kind not in ("llm", "chat", "chain", "agent"):
+        raise NotACall(f"a run of the type {kind!r:.40}")
+    if record.get("error"):
+        raise ValueError(f"outputs: the call failed: {show(record['error'])}")
+    metadata = as_mapping(as_mapping(record.get("extra")).get("metadata")) or as_mapping(record.get("metadata"))
+    stats = as_mapping(record.get("feedback_stats"))
+    scores = [{"name": key, "score": as_mapping(value).get("avg")} for key, value in stats.items()]
+    feedback = decoded(record.get("feedback"))
+    yield call(
+        record.get("inputs"),
+        record.get("outputs"),
+        names=("inputs", "outputs"),
+        conversation_id=identifier(metadata, ("session_id", "thread_id", "conversation_id"))
+        or identifier(record, ("thread_id",)),
+        record_id=identifier(record, ("id",)),
+        rating=_user_score(feedback) or _user_score(scores),
+    )
+
+
+_CONTENT = ("gen_ai.", "llm.", "input.value", "openinference.", "traceloop.")
+# A span's own columns in a table of spans, and all that a record can be known by.
+SPAN_KEYS = (
+    "attributes",
+    "resourceSpans",
+    "resource_spans",
+    "attributes.llm.input_messages",
+    "attributes.input.value",
+    "attributes.gen_ai.input.messages",
+    "attributes.gen_ai.prompt.0.content",
+)
+
+
+def is_span(record: Mapping) -> bool:
+    if isinstance(record.get("resourceSpans", record.get("resource_spans")), list):
+        return True
+    attributes = _attributes(record)
+    if any(isinstance(key, str) and key.startswith(_CONTENT) for key in attributes):
+        return True
+    return isinstance(attributes.get("gen_ai"), Mapping) or isinstance(attributes.get("llm"), Mapping)
+
+
+def read_span(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
+    """A span with `gen_ai.*` or OpenInference's `llm.*` attributes, flat, nested or as OTLP has them; or many."""
+    batches = record.get("resourceSpans", record.get("resource_spans"))
+    if batches is None:
+        yield _span_call(record)
+        return
+    found = False
+    for batch in as_list(batches, "resourceSpans"):
+        batch = as_mapping(batch)
+        for scope in as_list(batch.get("scopeSpans", batch.get("scope_spans")) or [], "scopeSpans"):
+            for span in as_list(as_mapping(scope).get("spans") or [], "spans"):
+                if not isinstance(span, Mapping) or not is_span(span):
+                    continue
+                try:
+                    yield _span_call(span)
+                    found = True
+                except NotACall:
+                    continue
+    if not found:
+        raise NotACall("spans, none of which has the messages of a call")
+
+
+def _attributes(span: Mapping) -> Mapping:
+    """The attributes of a span by name."""
+    found = decoded(span.get("attributes"))
+    if isinstance(found, Mapping):
+        return found
+    if isinstance(found, (list, tuple)):  # OTLP
+        pairs = [(as_mapping(item).get("key"), _otlp(as_mapping(item).get("value"))) for item in found]
+        return {key: value for key, value in pairs if isinstance(key, str)}
+    columns = [key for key in span if isinstance(key, str) and key.startswith("attributes.")]
+    return {key.removeprefix("attributes."): span[key] for key in columns}
+
+
+def _otlp(value: Any) -> Any:
+    """OTLP's ``{"stringValue": ...}`` -> the value."""
+    value = as_mapping(value)
+    for kind in ("stringValue", "intValue", "doubleValue", "boolValue", "string_value", "int_value"):
+        if value.get(kind) is not None:
+            return value[kind]
+    items = as_mapping(value.get("arrayValue")).get("values")
+    if isinstance(items, (list, tuple)):
+        return [_otlp(item) for item in items]
+    items = as_mapping(value.get("kvlistValue")).get("values")
+    if isinstance(items, (list, tuple)):
+        return {as_mapping(item).get("key"): _otlp(as_mapping(item).get("value")) for item in items}
+    return None
+
+
+def _numbered(attributes: Mapping, prefix: str) -> list[Any]:
+    """``{"p.0.role": "user", "p.0.content": "Hi"}`` -> ``[{"role": "user", "content": "Hi"}]``."""
+    root: dict[str, Any] = {}
+    for key, value in attributes.items():
+        if not isinstance(key, str) or not key.startswith(prefix + "."):
+            continue
+        *steps, last = key[len(prefix) + 1 :].split(".")
+        place = root
+        for step in steps:
+            place = place.setdefault(step, {})
+            if not isinstance(place, dict):
+                break
+        else:
+            place.setdefault(last, value)
+    return [value for _, value in sorted(root.items(), key=lambda item: (len(item[0]), item[0])) if value]
+
+
+def _listed(message: Any) -> Any:
+    """A numbered message with its contents as a list."""
+    inner = message.get("message") if isinstance(message, Mapping) else None
+    contents = inner.get("contents") if isinstance(inner, Mapping) else None
+    if not isinstance(contents, Mapping) or not isinstance(inner, Mapping):
+        return message
+    ordered = sorted(contents.items(), key=lambda item: (len(str(item[0])), str(item[0])))
+    return {"message": {**inner, "contents": [value for _, value in ordered]}}
+
+
+def _messages(attributes: Mapping, *names: str) -> Any:
+    """The messages under the first of the names that has some: a list, JSON, or numbered attributes."""
+    for name in names:
+        found = decoded(walk(attributes, name))
+        if isinstance(found, (list, tuple)) and found:
+            return found
+        numbered = [_listed(message) for message in _numbered(attributes, name)]
+        if numbered:
+            return numbered
+    return None
+
+
+def _event_messages(span: Mapping) -> tuple[list[Any], list[Any]]:
+    """The messages in the events of a span, as the convention had them first: (sent, the answer)."""
+    sent: list[Any] = []
+    answers: list[Any] = []
+    events = decoded(span.get("events"))
+    for event in events if isinstance(events, (list, tuple)) else []:
+        event = as_mapping(event)
+        name, fields = event.get("name", event.get("event_name")), _attributes(event)
+        if not isinstance(name, str) or not name.startswith("gen_ai."):
+            continue
+        fields = fields or as_mapping(event.get("body"))
+        if name == "gen_ai.choice":
+            message = as_mapping(fields.get("message")) or fields
+            answers.append({"role": "assistant", "content": message.get("content")})
+        elif name.endswith(".message"):
+            sent.append({"role": name.split(".")[1], "content": fields.get("content")})
+    return sent, answers
+
+
+def _span_call(span: Mapping) -> Conversation:
+    attributes = _attributes(span)
+    sent = _messages(attributes, "gen_ai.input.messages", "llm.input_messages", "gen_ai.prompt")
+    answer = _messages(attributes, "gen_ai.output.messages", "llm.output_messages", "gen_ai.completion")
+    if sent is None:
+        sent, answers = _event_messages(span)
+        answer = answers or answer
+    sent = sent or decoded(walk(attributes, "input.value"))
+    answer = answer or decoded(walk(attributes, "output.value"))
+    kind = walk(attributes, "openinference.span.kind") or span.get("span_kind")
+    if not sent or (isinstance(kind, str) and kind.upper() in ("TOOL", "RETRIEVER", "EMBEDDING", "RERANKER")):
+        raise NotACall("a span without the messages of a call")
+    instructions = decoded(walk(attributes, "gen_ai.system_instructions"))
+    if instructions:
+        sent = {"messages": sent, "instructions": instructions}
+    names = ("gen_ai.conversation.id", "session.id", "langfuse.session.id", "conversation.id")
+    name = next((found for found in (identifier({"id": walk(attributes, n)}, ("id",)) for n in names) if found), None)
+    return call(
+        sent,
+        answer,
+        names=("the input's messages", "the output's messages"),
+        conversation_id=name,
+        record_id=identifier(span, ("span_id", "spanId", "context.span_id", "id"))
+        or identifier(span.get("context"), ("span_id",)),
+        rating=_user_score(decoded(span.get("annotations", span.get("span_annotations")))),
+    )

@@ -1,0 +1,330 @@
+"""One fixture for each layout, written anew: the same short conversation as each product keeps it.
+
+`CASES` has, by the name of the layout, records and what is asked beside the two interactions of `EXPECTED`.
+"""
+
+import itertools
+import json
+
+U1, A1, U2, A2, U3, A3 = (
+    "Name a bird.",
+    "A robin.",
+    "In French, please.",
+    "Un rouge-gorge.",
+    "And a fish?",
+    "Une truite.",
+)
+SAID = [U1, A1, U2, A2, U3]
+EXPECTED = [([U1], A1, U2), ([U1, A1, U2], A2, U3)]
+SYSTEM = "Be brief."
+
+
+def chat(texts=SAID, user="user", assistant="assistant", role="role", content="content"):
+    return [{role: (user, assistant)[n % 2], content: text} for n, text in enumerate(texts)]
+
+
+def calls(make, texts=(*SAID, A3)):
+    """A record for each call: make(what was sent, the answer)."""
+    return [make(chat(texts[:n]), texts[n]) for n in (1, 3, 5)]
+
+
+def node(name, parent, role, parts, kind="text", metadata=None, **more):
+    content = {"content_type": kind, "parts": parts}
+    message = {
+        "id": name,
+        "author": {"role": role, "name": None},
+        "content": content,
+        "metadata": metadata or {},
+        **more,
+    }
+    return {"id": name, "parent": parent, "children": [], "message": {"weight": 1.0, "recipient": "all", **message}}
+
+
+def chatgpt():
+    """A hidden system node, thoughts, and two branches: an answer anew (the active one), a question anew."""
+    hidden = {"is_visually_hidden_from_conversation": True}
+    nodes = [
+        {"id": "root", "parent": None, "children": ["s"], "message": None},
+        node("s", "root", "system", [""], metadata=hidden, weight=0.0),
+        node("i", "s", "user", None, kind="user_editable_context"),
+        node("u1", "i", "user", [U1]),
+        node("a1x", "u1", "assistant", ["A wren."]),
+        node("u2x", "a1x", "user", ["Another one"]),
+        node("t", "u1", "assistant", [], kind="thoughts"),
+        node("a1", "t", "assistant", [A1]),
+        node("u2", "a1", "user", [U2]),
+        node("a2", "u2", "assistant", [A2]),
+        node("u3", "a2", "user", [U3], kind="multimodal_text"),
+    ]
+    nodes[2]["message"]["content"] = {"content_type": "user_editable_context", "user_instructions": SYSTEM}
+    mapping = {n["id"]: n for n in nodes}
+    return {"title": "t", "conversation_id": "C", "mapping": mapping, "current_node": "u3", "create_time": 1.5}
+
+
+def claude():
+    texts = zip(SAID, ["human", "assistant"] * 3)
+    messages = [
+        {"uuid": f"m{n}", "sender": sender, "text": text, "content": [{"type": "text", "text": text}], "files": []}
+        for n, (text, sender) in enumerate(texts)
+    ]
+    messages[1]["content"].insert(0, {"type": "thinking", "thinking": "Which one?"})
+    messages[3]["chat_feedback"] = {"type": "thumbs_down", "text": "Too short"}
+    return {"uuid": "C", "name": "n", "account": {"uuid": "x"}, "chat_messages": messages}
+
+
+def open_webui():
+    """A1 has been edited, A2 is rated and has another answer beside it."""
+    tree, parent = {}, None
+    for n, message in enumerate(chat()):
+        tree[f"m{n}"] = {"id": f"m{n}", "parentId": parent, "childrenIds": [], "timestamp": n, **message}
+        parent = f"m{n}"
+    tree["m1"] |= {"content": "A kiwi.", "originalContent": A1}
+    text = '<details type="reasoning" done="true">\n<summary>Thought</summary>\n> hm\n</details>\n' + A2
+    tree["m3"] |= {"content": text, "annotation": {"rating": -1, "comment": "Which one?", "tags": []}}
+    tree["m3b"] = {"id": "m3b", "parentId": "m2", "childrenIds": [], "role": "assistant", "content": "Une mésange."}
+    chat_ = {"models": ["m"], "messages": [], "history": {"messages": tree, "currentId": "m4"}}
+    return {"id": "C", "user_id": "u", "title": "t", "chat": chat_}
+
+
+def librechat(recursive):
+    messages, parent = [], "00000000-0000-0000-0000-000000000000"
+    for n, message in enumerate(chat()):
+        by_user = message["role"] == "user"
+        own = {"messageId": f"m{n}", "parentMessageId": parent, "text": message["content"], "children": []}
+        messages.append({**own, "isCreatedByUser": by_user, "sender": "User" if by_user else "GPT-4", "error": False})
+        parent = f"m{n}"
+    messages[1]["feedback"] = {"rating": "thumbsUp", "tag": "accurate"}
+    about = {"conversationId": "C", "endpoint": "openAI", "recursive": recursive, "options": {"promptPrefix": SYSTEM}}
+    if not recursive:
+        return {**about, "messages": [{k: v for k, v in m.items() if k != "children"} for m in messages]}
+    for before, after in itertools.pairwise(messages):
+        before["children"] = [after]
+    return {**about, "messagesTree": messages[:1]}
+
+
+def oasst():
+    def message(n, role, text, *replies, **more):
+        return {"message_id": n, "role": role, "text": text, "lang": "en", "replies": list(replies), **more}
+
+    end = message("m4", "prompter", U3)
+    turn = message("m2", "prompter", U2, message("m3", "assistant", A2, end, rank=0))
+    answers = message("m1", "assistant", A1, turn, rank=0), message("m1b", "assistant", "No.", rank=1)
+    return {"message_tree_id": "C", "tree_state": "ready", "prompt": message("m0", "prompter", U1, *answers)}
+
+
+def oasst_rows():
+    rows, todo = [], [(oasst()["prompt"], None)]
+    while todo:
+        message, parent = todo.pop()
+        rows.append({**message, "parent_id": parent, "message_tree_id": "C", "deleted": False, "replies": None})
+        todo += [(reply, message["message_id"]) for reply in message["replies"]]
+    return [{key: value for key, value in row.items() if key != "replies"} for row in rows]
+
+
+def otlp(sent, answer):
+    """A batch of two spans as OTLP has them, of which one is a tool's."""
+
+    def part(message):
+        return {"role": message["role"], "parts": [{"type": "text", "content": message["content"]}]}
+
+    attributes = {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.conversation.id": "C",
+        "gen_ai.system_instructions": json.dumps([{"type": "text", "content": SYSTEM}]),
+        "gen_ai.input.messages": json.dumps([part(m) for m in sent]),
+        "gen_ai.output.messages": json.dumps([{**part(chat(["", answer])[1]), "finish_reason": "stop"}]),
+    }
+    span = {"spanId": "s", "attributes": [{"key": k, "value": {"stringValue": v}} for k, v in attributes.items()]}
+    tool = {"spanId": "t", "attributes": [{"key": "gen_ai.tool.name", "value": {"stringValue": "search"}}]}
+    return {"resourceSpans": [{"resource": {}, "scopeSpans": [{"spans": [tool, span]}]}]}
+
+
+def numbered(sent, answer, before, after, message=""):
+    pairs = [(f"{before}.{n}", m) for n, m in enumerate(sent)] + [(f"{after}.0", chat(["", answer])[1])]
+    return {f"{name}{message}.{key}": value for name, m in pairs for key, value in m.items()}
+
+
+def phoenix(sent, answer):
+    sent, answer = [{"message": m} for m in sent], [{"message": chat(["", answer])[1]}]
+    about = {"openinference": {"span": {"kind": "LLM"}}, "session": {"id": "C"}}
+    return {"span_id": "s", "attributes": {**about, "llm": {"input_messages": sent, "output_messages": answer}}}
+
+
+def langchain(text, n):
+    kind = ("human", "ai")[n % 2]
+    return [
+        {"type": kind, "content": text, "additional_kwargs": {}, "tool_calls": []},
+        {"type": kind, "data": {"content": text, "type": kind}},
+        {"lc": 1, "type": "constructor", "id": ["l", ("Human", "AI")[n % 2] + "Message"], "kwargs": {"content": text}},
+    ]
+
+
+def langsmith(sent, answer):
+    message = langchain(answer, 1)[2]
+    run = {"id": answer, "run_type": "llm", "session_id": "the project", "extra": {"metadata": {"thread_id": "C"}}}
+    inputs = {"messages": [[langchain(m["content"], n)[2] for n, m in enumerate(sent)]]}
+    return {**run, "inputs": inputs, "outputs": {"generations": [[{"text": answer, "message": message}]]}}
+
+
+def gemini(sent, answer):
+    contents = [{"role": m["role"].replace("assistant", "model"), "parts": [{"text": m["content"]}]} for m in sent]
+    parts = [{"text": "hm", "thought": True}, {"text": answer}]
+    about = {"systemInstruction": {"parts": [{"text": SYSTEM}]}}
+    return {**about, "contents": contents, "candidates": [{"content": {"role": "model", "parts": parts}}]}
+
+
+def responses(sent, answer):
+    item = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": answer}]}
+    output = [{"type": "reasoning", "summary": []}, item]
+    return {"id": answer, "object": "response", "instructions": SYSTEM, "input": sent, "output": output}
+
+
+def completion(answer, *more):
+    choices = [{"index": n, "message": chat(["", text])[1]} for n, text in enumerate((answer, *more))]
+    return {"id": "chatcmpl-" + answer, "object": "chat.completion", "choices": choices, "usage": {}}
+
+
+def chatml(messages):
+    return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+
+
+def parts(message):
+    kept = [{"type": "step-start"}, {"type": "text", "text": message["content"], "state": "done"}]
+    return {"id": "m", "role": message["role"], "parts": kept}
+
+
+# Rows of another conversation stand between those of one.
+ROWS = [
+    {"conversation_id": c, "role": m["role"], "content": m["content"]} for m in chat() for c in ("C", m["content"])
+]
+RATED = {"id": "s", "name": "user-feedback", "dataType": "BOOLEAN", "value": 0, "comment": "No!"}
+
+# name of the layout -> (records, fields of the first row, fields of the last row, whether there is a system prompt)
+CASES = {
+    "openai": ([{"messages": chat()}], {}, {}, False),
+    "list": ([chat()], {}, {}, False),
+    "wildchat": ([{"conversation_hash": "C", "conversation": chat()}], {}, {}, False),
+    "wildfeedback": ([{"conversation_id": "C", "history": chat(), "system_prompt": SYSTEM}], {}, {}, True),
+    "sharegpt": ([{"id": "C", "conversations": chat(SAID, "human", "gpt", "from", "value")}], {}, {}, False),
+    "interactions": (
+        [{"prompt": chat(SAID[:n]), "completion": SAID[n], "user_response": SAID[n + 1], "rating": n} for n in (1, 3)],
+        {"rating": 1},
+        {"rating": 3},
+        False,
+    ),
+    "chatgpt": ([chatgpt()], {"alternatives": ["A wren."]}, {}, True),
+    "claude": ([claude()], {}, {"rating": "down", "rating_comment": "Too short"}, False),
+    "open-webui": (
+        [open_webui()],
+        {"edited": "A kiwi."},
+        {"rating": "down", "rating_comment": "Which one?", "alternatives": ["Une mésange."]},
+        False,
+    ),
+    "librechat": ([librechat(True)], {"rating": "up"}, {}, True),
+    "librechat flat": ([librechat(False)], {"rating": "up"}, {}, True),
+    "openai-stored": (
+        calls(lambda sent, answer: {**completion(answer, "Else."), "messages": sent, "metadata": {}}),
+        {},
+        {},
+        False,
+    ),
+    "proxy": (
+        calls(lambda sent, answer: {"request": {"system": SYSTEM, "messages": sent}, "response": completion(answer)}),
+        {},
+        {},
+        True,
+    ),
+    "proxy anthropic": (
+        calls(
+            lambda sent, answer: {
+                "request_body": json.dumps({"messages": sent, "max_tokens": 9}),
+                "response_body": json.dumps({"role": "assistant", "content": [{"type": "text", "text": answer}]}),
+                "status": 200,
+            }
+        ),
+        {},
+        {},
+        False,
+    ),
+    "openai-batch": (
+        calls(
+            lambda sent, answer: {
+                "custom_id": answer,
+                "body": {"model": "m", "messages": sent},
+                "response": {"status_code": 200, "body": completion(answer)},
+                "error": None,
+            }
+        ),
+        {},
+        {},
+        False,
+    ),
+    "openai-responses": (calls(responses), {}, {}, True),
+    "gateway": (
+        calls(lambda sent, answer: {"session_id": "C", "messages": json.dumps(sent), "response": completion(answer)}),
+        {},
+        {},
+        False,
+    ),
+    "vllm": (
+        [{"request_id": "r", "prompt": chatml(chat()) + "<|im_start|>assistant\n", "outputs": [A3]}],
+        {},
+        {},
+        False,
+    ),
+    "langfuse": (
+        calls(
+            lambda s, a: {"id": a, "type": "GENERATION", "sessionId": "C", "input": s, "output": a, "scores": [RATED]}
+        ),
+        {},
+        {},
+        False,
+    ),
+    "langsmith": (calls(langsmith), {}, {}, False),
+    "langchain": (
+        [{"messages": [langchain(text, n)[n % 3] for n, text in enumerate(SAID)], "session_id": "C"}],
+        {},
+        {},
+        False,
+    ),
+    "otel": (calls(otlp), {}, {}, True),
+    "otel numbered": (
+        calls(lambda s, a: {"attributes": numbered(s, a, "gen_ai.prompt", "gen_ai.completion")}),
+        {},
+        {},
+        False,
+    ),
+    "otel phoenix": (calls(phoenix), {}, {}, False),
+    "otel columns": (
+        calls(
+            lambda s, a: {
+                f"attributes.llm.{k}_messages": [
+                    {"message.role": m["role"], "message.content": m["content"]} for m in messages
+                ]
+                for k, messages in (("input", s), ("output", chat(["", a])[1:]))
+            }
+        ),
+        {},
+        {},
+        False,
+    ),
+    "otel flat": (
+        calls(lambda s, a: {"attributes": numbered(s, a, "llm.input_messages", "llm.output_messages", ".message")}),
+        {},
+        {},
+        False,
+    ),
+    "oasst": ([oasst()], {"alternatives": ["No."], "rank": 0}, {"rank": 0}, False),
+    "oasst rows": (oasst_rows(), {"alternatives": ["No."], "rank": 0}, {"rank": 0}, False),
+    "gemini": (calls(gemini), {}, {}, True),
+    "ai-sdk": ([{"id": "C", "messages": [parts(m) for m in chat()]}], {}, {}, False),
+    "table": (ROWS, {}, {}, False),
+    "ultrachat": ([{"id": "C", "data": SAID}], {}, {}, False),
+    "alpaca": ([{"instruction": U3, "input": "", "output": A3, "history": [[U1, A1], [U2, A2]]}], {}, {}, False),
+    "arena": (
+        [{"question_id": "C", "winner": "model_b", "conversation_a": chat(SAID), "conversation_b": chat(["Hi", "x"])}],
+        {},
+        {},
+        False,
+    ),
+}
