@@ -26,7 +26,7 @@ from fastsdpo.data.output import PrepareReport as PrepareReport
 from fastsdpo.data.output import encode_rows as encode_rows
 from fastsdpo.data.progress import ProgressBar
 from fastsdpo.data.published import PublishedReader
-from fastsdpo.data.reading import Reader, ReadOptions, ReadReport
+from fastsdpo.data.reading import BatchReader, ReadOptions, ReadReport
 from fastsdpo.data.record_fields import RecordFields, parse_time
 from fastsdpo.data.redaction import redaction_settings
 from fastsdpo.data.sources import expand_source
@@ -235,7 +235,7 @@ class _Job:
                 batches = pool.read(cut(self.items), report)
             else:
                 rows = stack.enter_context(open(spool.add_file(), "ab"))
-                batches = ((0, batch) for batch in Reader(self.options, rows).read_sources(self.items, report))
+                batches = ((0, batch) for batch in BatchReader(self.options, rows).read_sources(self.items, report))
             for file, batch in batches:
                 spool.add(batch, file)
                 bar.update()

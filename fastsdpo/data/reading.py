@@ -81,7 +81,7 @@ class ReadReport(LoadReport):
             self.damaged[kind] += other.damaged[kind] - len(messages)
 
 
-class Reader:
+class BatchReader:
     """Sources, or pieces of them -> batches.
 
     Args:

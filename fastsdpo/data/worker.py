@@ -42,11 +42,11 @@ def main() -> None:
     os.dup2(2, 1)  # what a hook prints is no answer
     sys.path[:] = pickle.load(requests)
     stand_in()
-    from fastsdpo.data.reading import Reader, ReadReport
+    from fastsdpo.data.reading import BatchReader, ReadReport
 
     options, path = pickle.load(requests)
     with open(path, "ab") as rows:
-        reader = Reader(options, rows)
+        reader = BatchReader(options, rows)
         while True:
             try:
                 piece = pickle.load(requests)

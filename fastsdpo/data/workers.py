@@ -70,7 +70,7 @@ class Workers:
 
     Raises:
         ChildProcessError (an OSError): a worker has ended by itself; the text says how.
-        Whatever `Reader` raises, when its turn has come.
+        Whatever `BatchReader` raises, when its turn has come.
     """
 
     def __init__(self, count: int, options: ReadOptions, spool: Spool):
