@@ -80,9 +80,9 @@ def prepare(
         redact: ``module:function``, of a function text -> text that is applied to the text of each message and
             to all text in the fields of a record, before anything else is done with them.
         workers: processes that read. They change nothing in the outputs. Files of JSON Lines that are not
-            compressed are shared among them; every other source is read by one. With `limit`, or with a
-            number of conversations or interactions and no shuffling, one process reads. None: one for each
-            core, at most 8, from 32 MB of JSON on; else 1.
+            compressed are shared among them; every other source is read by one. With `limit`, with a
+            number of conversations or interactions and no shuffling, and for the presets of the paper, one
+            process reads. None: one for each core, at most 8, from 32 MB of JSON Lines on; else 1.
         overwrite: replace an output that exists.
         resume: where a run with the same settings has finished, return its report and do nothing; where
             one was killed, replace what it has written.
