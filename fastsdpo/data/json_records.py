@@ -1,8 +1,9 @@
 """JSON text -> records, one at a time; no more text than that of a record is in memory.
 
 The file's name and its first line tell the layout: JSON Lines, one array, or objects one after
-another. A line is a record. In the other layouts `json.JSONDecoder.raw_decode` finds the end of each
-record; more of the file is read where the text may only be cut off.
+another. A line is a record: the bytes are split there, and each line is parsed by itself. In the other
+layouts `json.JSONDecoder.raw_decode` finds the end of each record in decoded text; more of the file is
+read where the text may only be cut off.
 
 A damaged record costs itself. In JSON Lines reading goes on with the next line; elsewhere with the
 next text that is a whole record, wherever it begins. An array that is cut off gives all its whole
@@ -19,16 +20,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from fastsdpo.data.json_codec import DECODER, decode
 from fastsdpo.data.readers.registry import is_record
 from fastsdpo.data.records import Entry, Problem
 
 COMPRESSIONS = (".gz", ".zst")
-READ_BYTES = 1 << 16  # larger pieces are slower: one wide character makes all of a piece wide
+READ_BYTES = 1 << 16  # larger pieces of text are slower: one wide character makes all of a piece wide
 
 _BLANK, _BETWEEN = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n,]*")
 # With what a value may end where the text is cut off: white space, or a part of a number, name or escape.
 _CUT_END = re.compile(r"\s*[-+.\w\\]{0,16}\Z")
-_DECODE = json.JSONDecoder().raw_decode
+_DECODE = DECODER.raw_decode
 _OBJECT_START = re.compile(r'\{\s*"')
 _OBJECT_OR_LIST_START = re.compile(r'(?:\[\s*)?\{\s*"')
 _START_CHARACTERS = 4096  # most characters that are kept for the rest of a start
@@ -49,12 +51,54 @@ def json_records(path: Path, progress: Callable[[int], None], max_record_bytes: 
         if why is None:
             layout = _layout(text, path, max_record_bytes)
             if layout == "lines":
-                yield from _lines(text, path, max_record_bytes)
+                yield from _lines(text.rest(), path, text.line, max_record_bytes)
             else:
                 yield from _elements(text, path, max_record_bytes, layout == "array")
             why = text.damage
         if why is not None:
             yield Entry(str(path), None, Problem("damaged file", why, records=0))
+
+
+def find_lines(path: Path, max_record_bytes: int) -> tuple[int, int] | None:
+    """Where the records of JSON Lines begin: (byte of the file, number of its line). None for other files."""
+    if path.suffix in COMPRESSIONS:
+        return None
+    with open(path, "rb") as file:
+        text = _Text(file, path, lambda done: None)
+        if _unreadable(text) is not None or _layout(text, path, max_record_bytes) != "lines":
+            return None
+        return file.tell() - len(text.rest_of_buffer()), text.line
+
+
+def split_lines(path: Path, start: int, line: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Whole lines of a file from a byte on, in parts of about `size` bytes: (start, end, number of the first)."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        place = start
+        while data := file.read(size):
+            end = data.rfind(b"\n") + 1
+            if end:
+                yield start, place + end, line
+                start, line = place + end, line + len(data) - len(data.replace(b"\n", b""))  # bytes.count is slower
+            place += len(data)
+    if start < place:
+        yield start, place, line
+
+
+def read_lines(
+    path: Path, part: tuple[int, int, int], progress: Callable[[int], None], max_record_bytes: int
+) -> Iterator[Entry]:
+    """The records of such a part; arguments as of `json_records`."""
+    start, end, line = part
+
+    def chunks() -> Iterator[bytes]:
+        with open(path, "rb") as file:
+            file.seek(start)
+            while file.tell() < end and (chunk := file.read(min(READ_BYTES, end - file.tell()))):
+                progress(file.tell())
+                yield chunk
+
+    yield from _lines(chunks(), path, line, max_record_bytes)
 
 
 class _Text:
@@ -67,7 +111,7 @@ class _Text:
         self.buffer, self.start, self.line = "", 0, 1
         self.damage: str | None = None
         self._file, self._progress = file, progress
-        self._decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         if path.suffix == ".gz":
             self._chunks = self._decompressed(lambda: zlib.decompressobj(wbits=31))
         elif path.suffix == ".zst":
@@ -106,10 +150,21 @@ class _Text:
     def __len__(self) -> int:
         return len(self.buffer) - self.start
 
+    def rest_of_buffer(self) -> bytes:
+        """What was read and is not used up, as it is in the file."""
+        return self.buffer[self.start :].encode(errors="surrogateescape") + self._decoder.getstate()[0]
+
+    def rest(self) -> Iterator[bytes]:
+        """The pieces of all that is not used up, as they are in the file. The text is then at its end."""
+        yield self.rest_of_buffer()
+        for chunk in self._chunks:
+            self._progress(self._file.tell())
+            yield chunk
+
     def fill(self) -> bool:
         """Reads the next piece; False at the end of the file."""
         chunk = next(self._chunks, b"")
-        self.buffer = self.buffer[self.start :] + self._decode(chunk, not chunk)
+        self.buffer = self.buffer[self.start :] + self._decoder.decode(chunk, not chunk)
         self.start = 0
         self._progress(self._file.tell())
         return bool(chunk)
@@ -130,14 +185,6 @@ class _Text:
         part = self.buffer[self.start : end]
         self.start = end
         self.line += part.count("\n")
-        return part
-
-    def take_line(self, size: int) -> str:
-        """The next `size` characters, up to the end of a line, which is taken too."""
-        end = self.start + size
-        part = self.buffer[self.start : end]
-        self.start = min(end + 1, len(self.buffer))
-        self.line += 1
         return part
 
     def skip(self, blank: re.Pattern[str]) -> int:
@@ -192,7 +239,7 @@ def _parse(text: str) -> tuple[Any, Problem | None]:
     if problem is not None:
         return None, problem
     try:
-        return json.loads(text), None
+        return DECODER.decode(text), None
     except (ValueError, RecursionError) as error:
         return None, Problem("not JSON", _why(error), _count_bytes(text))
 
@@ -224,26 +271,36 @@ def _is_longer(text: str, limit: int) -> bool:
     return 4 * len(text) > limit and _count_bytes(text) > limit
 
 
-def _lines(text: _Text, path: Path, limit: int) -> Iterator[Entry]:
-    """A record for each line that is not blank."""
-    more, blanks = True, " \t\r\n\v\f"
-    while more:
-        where, searched, lost = f"{path}:{text.line}", 0, 0
-        while (end := text.find("\n", searched)) < 0:
-            searched = len(text)
-            if searched > limit:  # too long: forget what there is and look for its end
-                lost += _count_bytes(text.take(searched))
-                searched = 0
-            if not text.fill():
-                more = False
-                end = len(text)
-                break
-        line = text.take_line(end)
-        if lost or _is_longer(line, limit):
-            lost += _count_bytes(line)
-            yield Entry(where, None, Problem("too long", f"longer than {limit:,} bytes", lost))
-        elif line[:1].strip(blanks) or line.strip(blanks):
-            yield Entry(where, *_parse(line))
+def _lines(chunks: Iterator[bytes], path: Path, first: int, limit: int) -> Iterator[Entry]:
+    """A record for each line that is not blank; `first` is the number of the first line."""
+    place = f"{path}:"
+    for line, (data, size) in enumerate(_split(chunks, limit), first):
+        if data is None:
+            yield Entry(f"{place}{line}", None, Problem("too long", f"longer than {limit:,} bytes", size))
+        elif data and not data.isspace():
+            try:
+                yield Entry(f"{place}{line}", decode(data))
+            except ValueError:
+                yield Entry(f"{place}{line}", *_parse(data.decode(errors="surrogateescape")))
+
+
+def _split(chunks: Iterator[bytes], limit: int) -> Iterator[tuple[bytes | None, int]]:
+    """(line without its end, its bytes) of each line; None in place of one that is longer than the limit."""
+    begun: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        start = 0
+        while end := chunk.find(b"\n", start) + 1:  # several times as fast as bytes.split
+            line, start = chunk[start : end - 1], end
+            size += len(line)
+            yield (b"".join([*begun, line]) if begun else line) if size <= limit else None, size
+            begun, size = [], 0
+        size += len(chunk) - start
+        if size > limit:  # forget what there is and look for its end
+            begun = []
+        elif start < len(chunk):
+            begun.append(chunk[start:])
+    yield b"".join(begun) if size <= limit else None, size
 
 
 def _elements(text: _Text, path: Path, limit: int, is_array: bool) -> Iterator[Entry]:

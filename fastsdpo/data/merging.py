@@ -18,40 +18,17 @@ record, one for each interaction, and one part's keys.
 
 from __future__ import annotations
 
+import itertools
+import operator
 from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from fastsdpo.data.interactions import Conversation, Interaction
-from fastsdpo.data.keys import TextKeys, extend
+from fastsdpo.data.keys import FACTOR, PRIME, ROLE_KEYS, RunKeys, extend, run_hash
 
-PART_KEYS = 1 << 15  # compared at a time, some 100 bytes each
+PART_KEYS = 3 << 14  # compared at a time, some 100 bytes each
 MOST_PARTS = 64  # the files are read once for each part
-
-
-@dataclass
-class RecordKeys:
-    """The keys of a record that holds interactions.
-
-    Attributes:
-        name: of its conversation's name.
-        messages: of all its messages.
-        interactions: of each interaction's prompt, answer and follow-up.
-        ids: of each interaction's id.
-        beginnings: of its first message, its first two, ..., without all.
-        prompts: of each interaction's prompt.
-        histories: of what begins these prompts and ends with a user's message, themselves included.
-        times: the record's time in microseconds since 1970, where rules asked for it.
-    """
-
-    name: list[int] = field(default_factory=list)
-    messages: list[int] = field(default_factory=list)
-    interactions: list[int] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    beginnings: list[int] = field(default_factory=list)
-    prompts: list[int] = field(default_factory=list)
-    histories: list[int] = field(default_factory=list)
-    times: list[int] = field(default_factory=list)
 
 
 # The lists with one key for each record or interaction (`times`: or none), and those with any number for each record.
@@ -59,36 +36,86 @@ ONE_EACH = ("name", "messages", "interactions", "ids", "times")
 MANY_EACH = ("beginnings", "prompts", "histories")
 
 
-def record_keys(conversation: Conversation, interactions: list[Interaction]) -> RecordKeys:
-    """The keys of a record; the conversation and its interactions must have ids."""
-    texts = TextKeys()
-    keys = RecordKeys(name=[texts[conversation.id]])
-    if conversation.facts.get("time") is not None:
-        keys.times.append(max(0, round(conversation.facts["time"] * 1e6)))
-    history = 0
-    for message in conversation.messages:
-        history = extend(history, texts[message["role"]], texts[message["content"]])
-        keys.beginnings.append(history)
-    keys.messages.append(keys.beginnings.pop())
-    prompt: list[dict] = []
-    history = 0
-    for interaction in interactions:
-        # Most histories go on from the one before: then only what is new.
-        new = interaction.prompt[len(prompt) :]
-        if interaction.prompt[: len(prompt)] != prompt:
-            new, history = interaction.prompt, 0
-        prompt = interaction.prompt
-        for message in new:
-            history = extend(history, texts[message["role"]], texts[message["content"]])
-            if message["role"] == "user":
-                keys.histories.append(history)
-        keys.prompts.append(history)
-        answered = extend(history, texts["assistant"], texts[interaction.completion])
-        keys.interactions.append(extend(answered, texts["user"], texts[interaction.followup]))
-        before, _, number = str(interaction.id).rpartition(":")
-        number = int(number) if number.isdecimal() else texts[number]
-        keys.ids.append(extend(0, texts[before], number))
-    return keys
+class RecordKeys:
+    """The keys of records that hold interactions, one record after another.
+
+    Attributes:
+        name: of its conversation's name.
+        messages: of all its messages.
+        interactions: of each interaction's prompt, answer and follow-up.
+        ids: of each interaction's id.
+        beginnings: of its first message, its first two, ..., without all.
+        prompts: of each interaction's prompt; the first is enough where it begins the others.
+        histories: of what begins these prompts and ends with a user's message, themselves included.
+        times: the record's time in microseconds since 1970, where rules asked for it.
+        counts: how many in each of beginnings, prompts and histories are of each record.
+    """
+
+    def __init__(self):
+        self.name, self.messages, self.interactions, self.ids, self.times = ([] for _ in ONE_EACH)
+        self.beginnings, self.prompts, self.histories = ([] for _ in MANY_EACH)
+        self.counts = {name: [] for name in MANY_EACH}
+
+    def add(self, conversation: Conversation, interactions: list[Interaction]) -> None:
+        """Adds a record; the conversation and its interactions must have ids."""
+        texts = RunKeys()
+        self._begin(conversation)
+        prompts, histories = [], []
+        prompt: list[dict] = []
+        history = 0
+        for interaction in interactions:
+            # Most histories go on from the one before: then only what is new.
+            new = interaction.prompt[len(prompt) :]
+            if interaction.prompt[: len(prompt)] != prompt:
+                new, history = interaction.prompt, 0
+            prompt = interaction.prompt
+            for message in new:
+                history = extend(history, ROLE_KEYS[message["role"]], texts[message["content"]])
+                if message["role"] == "user":
+                    histories.append(history)
+            prompts.append(history)
+            answered = extend(history, ROLE_KEYS["assistant"], texts[interaction.completion])
+            self.interactions.append(extend(answered, ROLE_KEYS["user"], texts[interaction.followup]))
+            before, _, number = str(interaction.id).rpartition(":")
+            number = int(number) if number.isdecimal() else texts[number]
+            self.ids.append(extend(0, texts[before], number))
+        self._add_many("prompts", prompts)
+        self._add_many("histories", histories)
+
+    def add_whole(self, conversation: Conversation, first: int, count: int) -> None:
+        """`add` of a record with the interactions ``(messages[: t], messages[t], messages[t + 1])`` for
+        ``t = first + 1, first + 3, ...``, which are `count`, and have the ids ``name:0``, ``name:1``, ..."""
+        name, histories = self._begin(conversation)
+        prompts = histories[first::2][:count]
+        self._add_many("prompts", prompts[:1])  # begins the others: who has one of them in its histories has it too
+        self._add_many("histories", prompts)
+        self.interactions += histories[first + 2 :: 2]
+        self.ids += [(3 * name + number) % PRIME for number in range(count)]
+
+    def pack(self) -> None:
+        """Makes arrays of the lists, as they are sent to another process."""
+        for name in (*ONE_EACH, *MANY_EACH):
+            setattr(self, name, array("Q", getattr(self, name)))
+        self.counts = {name: array("I", counts) for name, counts in self.counts.items()}
+
+    def _begin(self, conversation: Conversation) -> tuple[int, list[int]]:
+        """Adds what is of the record: (key of its name, keys of its first message, its first two, ..., all)."""
+        histories, history = [], 0
+        for message in conversation.messages:  # `extend` and `RunKeys`, without their calls
+            key = run_hash(message["content"].strip())
+            history = (history * FACTOR + 3 * ROLE_KEYS[message["role"]] + key) % PRIME
+            histories.append(history)
+        name = run_hash(str(conversation.id).strip()) % PRIME
+        self.name.append(name)
+        self.messages.append(histories[-1])
+        self._add_many("beginnings", histories[:-1])
+        if conversation.facts.get("time") is not None:
+            self.times.append(max(0, round(conversation.facts["time"] * 1e6)))
+        return name, histories
+
+    def _add_many(self, name: str, keys: list[int]) -> None:
+        getattr(self, name).extend(keys)
+        self.counts[name].append(len(keys))
 
 
 @dataclass
@@ -118,27 +145,24 @@ class Merged:
             conversation = self.following[conversation]
 
 
-# (name of a list in `RecordKeys`, part, parts) -> its keys of that part (those with the remainder
-# `part` when divided by `parts`), each with the number of its record or interaction, in order
-Keys = Callable[[str, int, int], Iterator["tuple[int, int]"]]
+# (name of a list in `RecordKeys`, part, parts) -> its keys of that part (those whose lowest byte has the
+# remainder `part`) in order, some at a time, and the number of the record or interaction of each
+Keys = Callable[[str, int, int], Iterator["tuple[Iterable[int], Iterable[int]]"]]
 
 
-def merge(keys: Keys, starts: array, single: bytearray, interactions: int, *, join: bool = True) -> Merged:
+def merge(keys: Keys, starts: array, single: bytearray, *, join: bool = True) -> Merged:
     """Merges records.
 
     Args:
         keys: the keys of all records.
-        starts: of each record, the number of its first interaction.
+        starts: of each record, the number of its first interaction; at the end the number of all.
         single: of each record, 1 where it is one interaction out of a conversation.
-        interactions: their number.
         join: records of one conversation are joined, and what is there twice is left out; else each record
             is a conversation, and those that would be joined are a family.
     """
-    records = len(starts)
+    records, interactions = len(single), starts[-1]
     conversations = array("I", range(records))
     left_out = bytearray(interactions)
-    ends = array("Q", starts[1:])
-    ends.append(interactions)
 
     for name in ("name", "messages"):
         for first, record in _repeated(keys, name, records):
@@ -150,9 +174,9 @@ def merge(keys: Keys, starts: array, single: bytearray, interactions: int, *, jo
             if not single[record]:  # else it holds the last interaction only
                 part_of_longer.add(key)
         if part_of_longer:
-            for key, record in keys("messages", 0, 1):
+            for key, record in _pairs(keys("messages", 0, 1)):
                 if key in part_of_longer:
-                    start, end = starts[record], ends[record]
+                    start, end = starts[record], starts[record + 1]
                     left_out[start:end] = b"\1" * (end - start)
     for _, interaction in _repeated(keys, "interactions", interactions, left_out) if join else ():
         left_out[interaction] = 1
@@ -168,21 +192,36 @@ def merge(keys: Keys, starts: array, single: bytearray, interactions: int, *, jo
     following, kept = array("I", [records]) * records, array("I", [0]) * records
     latest = array("I", range(records))
     for record in range(records):
-        families[record] = _first(families, record)
-        first = conversations[record] = _first(conversations, record)
-        kept[first] += ends[record] - starts[record] - sum(left_out[starts[record] : ends[record]])
+        if families[record] != record:
+            families[record] = _first(families, record)
+        first = conversations[record]
+        if first != record:
+            first = conversations[record] = _first(conversations, record)
+        start, end = starts[record], starts[record + 1]
+        kept[first] += end - start - left_out.count(1, start, end)
         if first != record:
             following[latest[first]] = record
             latest[first] = record
     return Merged(conversations, families, following, left_out, kept, renamed)
 
 
+def _pairs(blocks: Iterable[tuple[Iterable[int], Iterable[int]]]) -> Iterator[tuple[int, int]]:
+    return itertools.chain.from_iterable(itertools.starmap(zip, blocks))
+
+
 def _repeated(keys: Keys, name: str, count: int, left_out: bytearray | None = None) -> Iterator[tuple[int, int]]:
     """(first number with the same key, number) of each key that is not the first of its kind."""
     parts = _parts(count)
     for part in range(parts):
+        size, different = 0, set()
+        for found in ([*found] for found, _ in keys(name, part, parts)):
+            size += len(found)
+            different.update(found)
+        if len(different) == size:
+            continue
+        different.clear()
         first: dict[int, int] = {}
-        for key, number in keys(name, part, parts):
+        for key, number in _pairs(keys(name, part, parts)):
             if left_out is not None and left_out[number]:
                 continue
             if first.setdefault(key, number) != number:
@@ -193,14 +232,23 @@ def _begun(
     keys: Keys, whole: str, beginnings: str, count: int
 ) -> Iterator[tuple[dict[int, int], Iterator[tuple[int, int]]]]:
     """For each part of the keys: the first record of each key in `whole`, and those in `beginnings`
-    that are among these keys, with their records."""
+    that are among these keys, with their records, where these are others."""
     parts = _parts(count)
     for part in range(parts):
         first: dict[int, int] = {}
-        for key, record in keys(whole, part, parts):
-            first.setdefault(key, record)
-        found = keys(beginnings, part, parts)
-        yield first, ((key, record) for key, record in found if key in first)
+        for key, number in _pairs(keys(whole, part, parts)):
+            first.setdefault(key, number)
+        yield first, _of_others(first, keys(beginnings, part, parts))
+        first.clear()  # before there is another one
+
+
+def _of_others(
+    first: dict[int, int], blocks: Iterable[tuple[Iterable[int], Iterable[int]]]
+) -> Iterator[tuple[int, int]]:
+    """The keys that are in `first` with another record, and their own."""
+    for found, numbers in (([*found], [*numbers]) for found, numbers in blocks):
+        is_other = map(operator.ne, map(first.get, found, numbers), numbers)
+        yield from itertools.compress(zip(found, numbers), is_other)
 
 
 def _parts(count: int) -> int:

@@ -7,13 +7,14 @@ import json
 import os
 import random
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from fastsdpo.data.filters import ConversationFilter
-from fastsdpo.data.interactions import Interaction
+from fastsdpo.data.interactions import Conversation, Interaction
+from fastsdpo.data.json_codec import encode, encode_message
 from fastsdpo.data.merging import Merged
 from fastsdpo.data.spool import Spool
 
@@ -59,39 +60,59 @@ class PrepareReport:
     settings: dict = field(default_factory=dict)
 
 
-_encode = json.JSONEncoder(ensure_ascii=False).encode
+WRITTEN_BYTES = 1 << 20  # at a time: small writes take half as long again
 
-
-LAYOUTS = ("fastsdpo", "trl")
+_ROW = b'{"id":%b,"conversation_id":%b,"turn_id":%d,"prompt":['
+_END = b"}\n"
+# Around the answer, by the layout of rows.
+_ANSWERS = {
+    "fastsdpo": (b'],"completion":', b',"user_response":'),
+    "trl": (b'],"completion":[', b'],"user_response":'),
+}
+LAYOUTS = tuple(_ANSWERS)
 TRL_KEYS = {"chosen", "rejected", "image", "images", "input_ids", "labels"}  # make other data of a row for TRL
 
 
-def encode_rows(interactions: list[Interaction], first_turn: int, layout: str = "fastsdpo") -> list[bytes]:
+def encode_rows(interactions: list[Interaction], first_turn: int, layout: str = "fastsdpo") -> bytes:
     """The lines of a conversation's interactions; a message that is in many is encoded once.
 
     `layout` "trl" has the answer as a list of one message, which is what TRL's trainers read.
     """
-    encoded: dict[tuple[str, str], str] = {}
+    encoded: dict[tuple[str, str], bytes] = {}
 
-    def message(role: str, content: str) -> str:
-        text = encoded.get((role, content))
-        if text is None:
-            text = encoded[role, content] = _encode({"role": role, "content": content})
-        return text
+    def message(role: str, content: str) -> bytes:
+        data = encoded.get((role, content))
+        if data is None:
+            data = encoded[role, content] = encode_message({"role": role, "content": content})
+        return data
 
-    opening, closing = ("[", "]") if layout == "trl" else ("", "")
-    rows = []
+    before, after = _ANSWERS[layout]
+    parts: list[bytes] = []
     for turn, item in enumerate(interactions, first_turn):
-        prompt = ", ".join([message(m["role"], m["content"]) for m in item.prompt])
-        row = (
-            f'{{"id": {_encode(item.id)}, "conversation_id": {_encode(item.conversation_id)}, '
-            f'"turn_id": {turn}, "prompt": [{prompt}], '
-            f'"completion": {opening}{message("assistant", item.completion)}{closing}, '
-            f'"user_response": {message("user", item.followup)}'
-        )
-        fields = "".join(f", {_encode(name)}: {_encode(value)}" for name, value in item.fields.items())
-        rows.append(f"{row}{fields}}}\n".encode())
-    return rows
+        prompt = b",".join([message(m["role"], m["content"]) for m in item.prompt])
+        parts += (_ROW % (encode(item.id), encode(item.conversation_id), turn), prompt, before)
+        parts += (message("assistant", item.completion), after, message("user", item.followup))
+        parts += (_encode_fields(item.fields), _END)
+    return b"".join(parts)
+
+
+def encode_whole(conversation: Conversation, first: int, count: int, layout: str) -> bytes:
+    """`encode_rows` of the interactions ``(messages[: t], messages[t], messages[t + 1])`` for
+    ``t = first + 1, first + 3, ...``, which are `count`, and have the ids ``name:0``, ``name:1``, ..."""
+    encoded = [encode_message(message) for message in conversation.messages]
+    name, end = encode(conversation.id), _encode_fields(conversation.fields) + _END
+    prompt, (before, after) = b",".join(encoded[: first + 1]), _ANSWERS[layout]
+    parts: list[bytes] = []
+    for turn, place in enumerate(range(first + 1, first + 1 + 2 * count, 2)):
+        answer, followup = encoded[place], encoded[place + 1]
+        row = _ROW % (b'%b:%d"' % (name[:-1], turn), name, turn)
+        parts += (row, prompt, before, answer, after, followup, end)
+        prompt = b",".join((prompt, answer, followup))
+    return b"".join(parts)
+
+
+def _encode_fields(fields: Mapping[str, Any]) -> bytes:
+    return b"".join([b",%b:%b" % (encode(name), encode(value)) for name, value in fields.items()])
 
 
 def write_outputs(
@@ -222,14 +243,14 @@ def _held_out(families: array, order: array, eval_fraction: float, seed: int) ->
 
 def _conversation_rows(spool: Spool, merged: Merged, conversation: int) -> bytes:
     """The rows of a conversation, of all its records, as they are written."""
-    if merged.following[conversation] == len(merged.following) and not merged.renamed:
-        rows = spool.read(conversation)
-        if rows.count(b"\n") == merged.kept[conversation]:
-            return rows
+    starts, is_last = spool.starts, merged.following[conversation] == len(merged.following)
+    if is_last and merged.kept[conversation] == starts[conversation + 1] - starts[conversation]:
+        rows = range(starts[conversation], starts[conversation + 1])
+        if not merged.renamed or merged.renamed.isdisjoint(rows):
+            return spool.read(conversation)
     records, changed = [], False
     for record in merged.records(conversation):
-        rows, start = spool.read(record), spool.starts[record]
-        numbered = enumerate(rows.splitlines(keepends=True), start)
+        numbered = enumerate(spool.read(record).splitlines(keepends=True), starts[record])
         kept = [(row, data) for row, data in numbered if not merged.left_out[row]]
         changed = changed or any(row in merged.renamed for row, _ in kept)
         records += [kept] if kept else []
@@ -243,7 +264,7 @@ def _conversation_rows(spool: Spool, merged: Merged, conversation: int) -> bytes
             row["id"] = f"{row['id']}~{number}"
     if len(records) > 1:
         rows.sort(key=lambda item: len(item[1]["prompt"]))
-    return b"".join([_encode(row).encode() + b"\n" for _, row in rows])
+    return b"".join([encode(row) + b"\n" for _, row in rows])
 
 
 @contextlib.contextmanager
@@ -252,7 +273,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", buffering=WRITTEN_BYTES) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -11,31 +11,29 @@ same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from fastsdpo.data.answers import RatingFollowups
-from fastsdpo.data.filters import NO_TIME, ConversationFilter
-from fastsdpo.data.interactions import Conversation, extract_interactions
-from fastsdpo.data.loading import MAX_RECORD_BYTES, parse_entries
-from fastsdpo.data.merging import record_keys
+from fastsdpo.data.filters import ConversationFilter
 from fastsdpo.data.output import LAYOUTS, TRL_KEYS, atomic_file, write_outputs
 from fastsdpo.data.output import PrepareReport as PrepareReport
 from fastsdpo.data.output import encode_rows as encode_rows
 from fastsdpo.data.progress import ProgressBar
 from fastsdpo.data.published import PublishedReader
 from fastsdpo.data.readers.registry import RecordParser
+from fastsdpo.data.reading import BatchReader, ReadOptions, ReadReport
 from fastsdpo.data.record_fields import RecordFields, parse_time
-from fastsdpo.data.records import DamagedRecord, LoadReport
-from fastsdpo.data.sources import expand_source, read_sources
+from fastsdpo.data.redaction import redaction_settings
+from fastsdpo.data.sources import expand_source
 from fastsdpo.data.spool import Spool, read_settings
+from fastsdpo.data.workers import Workers, cut, default_workers
 
 FORMAT = 4  # of the rows; where a run of another format has finished, that is no reason to do nothing
 
@@ -52,6 +50,8 @@ def prepare(
     config: str | None = None,
     split: str = "train",
     strict: bool = False,
+    redact: str | None = None,
+    workers: int | None = None,
     overwrite: bool = False,
     resume: bool = True,
     progress: bool = False,
@@ -77,6 +77,12 @@ def prepare(
         limit: read at most so many records.
         config, split: of a Hugging Face dataset.
         strict: stop at the first record that is damaged or holds no interaction.
+        redact: ``module:function``, of a function text -> text that is applied to the text of each message and
+            to all text in the fields of a record, before anything else is done with them.
+        workers: processes that read. They change nothing in the outputs. Files of JSON Lines that are not
+            compressed are shared among them; every other source is read by one. With `limit`, with a
+            number of conversations or interactions and no shuffling, and for the presets of the paper, one
+            process reads. None: one for each core, at most 8, from 32 MB of JSON Lines on; else 1.
         overwrite: replace an output that exists.
         resume: where a run with the same settings has finished, return its report and do nothing; where
             one was killed, replace what it has written.
@@ -93,10 +99,13 @@ def prepare(
     Raises:
         FileExistsError: the output exists and is not to be replaced, or another run is writing it.
         DamagedRecord, FileNotFoundError, ImportError: from `load_conversations`.
-        ValueError: an argument is out of range, or nothing can be held out, because (nearly) all
-            conversations begin alike.
+        ChildProcessError (an OSError): a worker was killed.
+        ValueError: an argument is out of range; `redact` cannot be loaded or has failed (the text names the
+            record); nothing can be held out, because (nearly) all conversations begin alike.
         OSError: the output cannot be written.
     """
+    if workers is not None and workers < 1:
+        raise ValueError(f"prepare: workers must be at least 1, got {workers}")
     job = _Job(
         sources,
         Path(output),
@@ -108,6 +117,7 @@ def prepare(
         config,
         split,
         strict,
+        redact=redact,
         keep=keep,
         eval_after=eval_after,
         layout=layout,
@@ -118,10 +128,15 @@ def prepare(
         return finished
     job.check_outputs(overwrite, resume)
     with Spool(job.partial, job.settings) as spool:
-        reader = _Reader(job, spool) if job.rules.published is None else PublishedReader(job, spool)
-        with ProgressBar(reader.report, progress) as bar:
-            reader.read(bar)
-        return job.write(reader)
+        if job.rules.published is not None:
+            reader = PublishedReader(job, spool)
+            with ProgressBar(reader.report, progress) as bar:
+                reader.read(bar)
+            return job.write(spool, reader.report, reader.order())
+        report = ReadReport()
+        with ProgressBar(report, progress) as bar:
+            job.read(spool, report, bar, workers)
+        return job.write(spool, report, None)
 
 
 class _Job:
@@ -129,8 +144,8 @@ class _Job:
 
     Attributes:
         items: files and datasets to read.
+        options: how they are read.
         outputs: the output, and the file of the held-out part where there is one.
-        fields: what is taken from records beside their messages.
         settings: all that decides the result, as JSON has it.
     """
 
@@ -147,17 +162,18 @@ class _Job:
         split: str,
         strict: bool,
         *,
+        redact: str | None,
         keep: Sequence[str],
         eval_after: str | float | None,
         layout: str,
     ):
         self.rules = ConversationFilter.preset(rules) if isinstance(rules, str) else rules
+        self.seed = seed
         if layout not in LAYOUTS:
             raise ValueError(f"prepare: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-        self.layout = layout
         self.eval_after = None if eval_after is None else _time("eval_after", eval_after)
         facts = self.rules.facts if self.eval_after is None else dict.fromkeys(("time", *self.rules.facts))
-        self.fields = RecordFields(tuple(keep), tuple(facts))
+        fields = RecordFields(tuple(keep), tuple(facts))
         if layout == "trl" and (names := set(keep) & TRL_KEYS):
             raise ValueError(f"prepare: keep must not name what TRL reads in the rows' place, got {min(names)!r}")
         if eval_after is not None and eval_fraction > 0:
@@ -169,13 +185,12 @@ class _Job:
         holds_out = eval_fraction > 0 or eval_after is not None
         if eval_output is not None and not holds_out:
             raise ValueError("prepare: eval_output needs an eval_fraction above 0, or eval_after")
-        self.outputs = [output]
-        if holds_out:
-            self.outputs.append(Path(eval_output or output.with_name(f"{output.stem}.eval{output.suffix}")))
+        held_out = Path(eval_output or output.with_name(f"{output.stem}.eval{output.suffix}"))
+        self.outputs = [output, held_out] if holds_out else [output]
         if len({path.absolute() for path in self.outputs}) != len(self.outputs):
             raise ValueError(f"prepare: eval_output must differ from output, got {output} for both")
         self.items = expand_source(sources)
-        self.seed, self.limit, self.config, self.split, self.strict = seed, limit, config, split, strict
+        self.options = ReadOptions(self.rules, limit, config, split, strict, redact, fields, self.eval_after, layout)
         self.partial = output.with_name(output.name + ".partial")
         self.report_path = output.with_name(f"{output.stem}.report.json")
         self.settings = {
@@ -188,6 +203,7 @@ class _Job:
             "config": config,
             "split": split,
             "strict": strict,
+            "redact": None if redact is None else redaction_settings(redact),
             "keep": list(keep),
             "eval_after": self.eval_after,
             "layout": layout,
@@ -201,7 +217,7 @@ class _Job:
                 "prepare: the presets of the paper read their data set's own form; leave out --format, --map, "
                 "--reader, --branches and --rating-followup, or take the preset without paper-"
             )
-        self.parser, self.rating_followups = parser, rating_followups
+        self.options = replace(self.options, parser=parser, rating_followups=rating_followups)
         self.settings.update(parser.settings)
         if rating_followups is not None:
             self.settings["rating_followups"] = rating_followups.options
@@ -226,32 +242,67 @@ class _Job:
             if path.exists():
                 raise FileExistsError(f"prepare: {path} exists; pass --overwrite (overwrite=True) to replace it")
 
-    def write(self, reader: _Reader | PublishedReader) -> PrepareReport:
+    def read(self, spool: Spool, report: ReadReport, bar: ProgressBar, workers: int | None) -> None:
+        """Reads the sources to their end, or until there is enough."""
+        if all(isinstance(item, Path) and item.is_file() for item in self.items):
+            report.bytes_total = sum(item.stat().st_size for item in self.items if isinstance(item, Path))
+        parser = self.options.parser
+        workers = default_workers(self.items, parser) if workers is None else workers
+        with contextlib.ExitStack() as stack:
+            # Where reading may end early, it goes on record by record.
+            if workers > 1 and self.options.limit is None and not self._wants_first:
+                pool = stack.enter_context(Workers(workers, self.options, spool))
+                batches = pool.read(cut(self.items, parser), report)
+            else:
+                rows = stack.enter_context(open(spool.add_file(), "ab"))
+                batches = ((0, batch) for batch in BatchReader(self.options, rows).read_sources(self.items, report))
+            for file, batch in batches:
+                spool.add(batch, file)
+                bar.update()
+                if len(batch) and self._wants_first and self._has_enough(spool):
+                    return
+
+    @property
+    def _wants_first(self) -> bool:
+        """Without shuffling, the first conversations are the wanted ones."""
+        rules = self.rules
+        return not rules.shuffle and (rules.max_conversations, rules.max_interactions) != (None, None)
+
+    def _has_enough(self, spool: Spool) -> bool:
+        """Whether the first conversations that are wanted are all read.
+
+        Looks when the number of records is a power of two, so that merging them each time stays cheap.
+        """
+        if not len(spool) or len(spool) & (len(spool) - 1):
+            return False
+        kept = [count for count in spool.merge().kept if count]
+        limits = (self.rules.max_conversations, self.rules.max_interactions)
+        return any(limit is not None and found >= limit for limit, found in zip(limits, (len(kept), sum(kept))))
+
+    def write(self, spool: Spool, report: ReadReport, order: array | None) -> PrepareReport:
         """Writes the outputs and the report from what was read."""
-        eval_output = str(self.outputs[1]) if len(self.outputs) > 1 else None
-        report = reader.report
         result = PrepareReport(
             output=str(self.outputs[0]),
-            eval_output=eval_output,
-            left_out=dict(reader.left_out),
-            dropped=dict(reader.dropped),
+            eval_output=str(self.outputs[1]) if len(self.outputs) > 1 else None,
+            left_out=dict(report.left_out),
+            dropped=dict(report.dropped),
             records=report.records,
             formats=dict(report.formats),
-            rating_followups=reader.rating_followups if isinstance(reader, _Reader) else 0,
+            rating_followups=report.rating_followups,
             damaged=dict(report.damaged),
             problems=report.problems,
             lost_bytes=report.lost_bytes,
             settings=self.settings,
         )
         write_outputs(
-            reader.spool,
+            spool,
             self.outputs,
             self.rules,
             self.seed,
             self.settings["eval_fraction"],
             result,
             eval_after=self.eval_after,
-            order=reader.order() if isinstance(reader, PublishedReader) else None,
+            order=order,
         )
         result.sizes = [path.stat().st_size for path in self.outputs]
         with atomic_file(self.report_path) as file:
@@ -272,90 +323,3 @@ def _identity(item: Path | str) -> list:
         return [item]
     status = item.stat()
     return [str(item.absolute()), status.st_size, status.st_mtime_ns]
-
-
-class _Reader:
-    """Sources -> spool.
-
-    Attributes:
-        report: what was read.
-        dropped: records that a rule dropped, by rule.
-        left_out: follow-ups that are in no interaction, by reason.
-        rating_followups: interactions whose follow-up is a rating's wording.
-    """
-
-    def __init__(self, job: _Job, spool: Spool):
-        self.job, self.spool = job, spool
-        self.report = LoadReport()
-        self.dropped: Counter = Counter()
-        self.left_out: Counter = Counter()
-        self.rating_followups = 0
-
-    def read(self, bar: ProgressBar) -> None:
-        """Reads the sources to their end, or until there is enough."""
-        job, report = self.job, self.report
-        columns = job.fields.columns
-        entries = read_sources(job.items, report, job.config, job.split, MAX_RECORD_BYTES, columns, job.parser)
-        for conversation in parse_entries(entries, self._parse, report, strict=job.strict, limit=job.limit):
-            is_kept = self._keep(conversation)
-            bar.update()
-            if is_kept and self._has_enough():
-                return
-
-    def _parse(self, record: Any) -> Iterable[Conversation]:
-        found, fields = self.job.parser(record), self.job.fields
-        return found if fields.is_empty else (fields.add_to(conversation, record) for conversation in found)
-
-    def _has_enough(self) -> bool:
-        """Without shuffling, the first conversations are the wanted ones: whether they are all read.
-
-        Looks when the number of records is a power of two, so that merging them each time stays cheap.
-        """
-        records, rules = len(self.spool.offsets), self.job.rules
-        limits = (rules.max_conversations, rules.max_interactions)
-        if rules.shuffle or limits == (None, None) or records & (records - 1):
-            return False
-        kept = [count for count in self.spool.merge().kept if count]
-        return any(limit is not None and found >= limit for limit, found in zip(limits, (len(kept), sum(kept))))
-
-    def _keep(self, conversation: Conversation) -> bool:
-        """Adds a conversation's interactions to the spool; False where it has none to keep."""
-        rules, report, said = self.job.rules, self.report, conversation.messages
-        if self.job.rating_followups is not None:
-            conversation = self.job.rating_followups.apply(conversation)
-        reason = rules.reason_to_drop(conversation)
-        if reason is None and self.job.eval_after is not None and conversation.facts["time"] is None:
-            reason = NO_TIME
-        if reason is not None:
-            self.dropped[reason] += 1
-            return False
-        if conversation.id is None:
-            # The place where it was read names it, so that its interactions stay together.
-            conversation = replace(conversation, id=os.path.basename(report.where))
-        if report.source and conversation.own_id:
-            # Another source may have given the same name to another record.
-            conversation = replace(conversation, id=f"{report.source}/{conversation.id}")
-        turns = sum(message["role"] == "assistant" for message in conversation.messages)
-        if conversation.single and conversation.interaction_id is None:
-            conversation = replace(conversation, interaction_id=f"{conversation.id}:{turns - 1}")
-        left_out: Counter = Counter()
-        interactions = extract_interactions(
-            conversation, max_history_messages=rules.max_history_messages, left_out=left_out
-        )
-        self.left_out.update(left_out)
-        if not interactions:
-            kind, problem = "no follow-up", "no answer is followed by a user's message"
-            if left_out:
-                kind = problem = f"nothing but follow-ups {' and '.join(left_out)}"
-            message = f"{report.where}: {problem}"
-            if self.job.strict:
-                raise DamagedRecord(message)
-            report.add_problem(kind, message)
-            return False
-        rows = encode_rows(interactions, turns - 1 if conversation.single else 0, self.job.layout)
-        if said is not conversation.messages:
-            # By what was said it may begin a record in which the user did reply.
-            conversation = replace(conversation, messages=said)
-            self.rating_followups += 1
-        self.spool.add(rows, record_keys(conversation, interactions), conversation.single)
-        return True

@@ -26,23 +26,23 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from fastsdpo.data.filters import NO_TIME
 from fastsdpo.data.interactions import Conversation, Interaction
 from fastsdpo.data.layouts import CONVERSATION_ID_KEYS
 from fastsdpo.data.loading import MAX_RECORD_BYTES, parse_entries
-from fastsdpo.data.merging import record_keys
 from fastsdpo.data.output import encode_rows
-from fastsdpo.data.records import LoadReport
+from fastsdpo.data.reading import ReadOptions, ReadReport
+from fastsdpo.data.redaction import Redaction
 from fastsdpo.data.sources import read_sources
+from fastsdpo.data.spool import Batch
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from fastsdpo.data.filters import ConversationFilter
     from fastsdpo.data.progress import ProgressBar
-    from fastsdpo.data.record_fields import RecordFields
     from fastsdpo.data.spool import Spool
 
 OTHER = "other"  # the role of messages that are passed over, where they count for the limits
@@ -148,61 +148,61 @@ class Job(Protocol):
 
     items: list[Path | str]
     rules: ConversationFilter
-    fields: RecordFields
-    layout: str
     seed: int
-    eval_after: float | None
-    limit: int | None
-    config: str | None
-    split: str
-    strict: bool
+    options: ReadOptions
 
 
 class PublishedReader:
     """Sources -> spool, for rules that are `published`.
 
     Attributes:
-        report, dropped, left_out: what was read, and what of it is not in the spool, by reason.
+        report: what was read, and what of it is not in the spool, by reason.
         places: of each record in the spool, which of all records that were read it is.
     """
 
     def __init__(self, job: Job, spool: Spool):
         self.job, self.spool = job, spool
-        self.report = LoadReport()
-        self.dropped: Counter = Counter()
-        self.left_out: Counter = Counter()
+        self.report = ReadReport()
+        self._redaction = None if job.options.redact is None else Redaction(job.options.redact)
         self.places = array("Q")
 
     def read(self, bar: ProgressBar) -> None:
         """Reads the sources to their end: the order is that of all records, kept or not."""
-        job, report = self.job, self.report
-        entries = read_sources(job.items, report, job.config, job.split, MAX_RECORD_BYTES, job.fields.columns)
-        for conversation in parse_entries(entries, self._parse, report, strict=job.strict):
-            self._keep(conversation, report.records - 1)
-            bar.update()
-            if job.limit is not None and report.records >= job.limit:
-                return
+        options, report = self.job.options, self.report
+        columns = options.fields.columns
+        entries = read_sources(self.job.items, report, options.config, options.split, MAX_RECORD_BYTES, columns)
+        with open(self.spool.add_file(), "ab") as file:
+            for conversation in parse_entries(entries, self._parse, report, strict=options.strict):
+                self._keep(conversation, report.records - 1, file)
+                bar.update()
+                if options.limit is not None and report.records >= options.limit:
+                    return
 
     def _parse(self, record: Any) -> tuple[Conversation]:
-        return (self.job.fields.add_to(parse_published(record, str(self.job.rules.published)), record),)
+        return (self.job.options.fields.add_to(parse_published(record, str(self.job.rules.published)), record),)
 
-    def _keep(self, conversation: Conversation, place: int) -> None:
+    def _keep(self, conversation: Conversation, place: int, file: BinaryIO) -> None:
         rules, wildchat = self.job.rules, self.job.rules.published == "wildchat"
+        if self._redaction is not None:
+            conversation = self._redaction.redact(conversation, self.report.where)
         reason = rules.reason_to_drop(conversation)
-        if reason is None and self.job.eval_after is not None and conversation.facts["time"] is None:
+        if reason is None and self.job.options.eval_after is not None and conversation.facts["time"] is None:
             reason = NO_TIME
         if reason is None and not conversation.messages:
             reason = "no messages"
         if reason is not None:
-            self.dropped[reason] += 1
+            self.report.dropped[reason] += 1
             return
         if conversation.id is None:
             conversation = replace(conversation, id=str(place))
         interactions = published_interactions(
-            conversation, rules.max_history_messages, self.left_out, wildchat=wildchat
+            conversation, rules.max_history_messages, self.report.left_out, wildchat=wildchat
         )
-        rows = encode_rows(interactions, 0, self.job.layout)
-        self.spool.add(rows, record_keys(conversation, interactions), False)
+        rows, batch = encode_rows(interactions, 0, self.job.options.layout), Batch()
+        file.write(rows)
+        batch.keys.add(conversation, interactions)
+        batch.add(len(rows), len(interactions), False)
+        self.spool.add(batch)
         self.places.append(place)
 
     def order(self) -> array:

@@ -145,7 +145,7 @@ class InteractionDataset(Dataset):
 
         def make(sink: ColumnFiles) -> dict[str, Any]:
             reading.read(load_interactions(source), sink, workers)
-            rows = [json.loads(encode_rows([item], 0)[0]) for item in reading.sample]
+            rows = [json.loads(encode_rows([item], 0)) for item in reading.sample]
             return {"sample": rows, "dropped": reading.dropped}
 
         mapped, about = cached_columns(folder, key, make)

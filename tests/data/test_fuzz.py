@@ -12,7 +12,7 @@ import pytest
 from fastsdpo.data import InteractionTokenizer, LoadReport, RecordParser, extract_interactions, load_conversations
 from fastsdpo.data.answers import RatingFollowups
 from fastsdpo.data.loading import DamagedRecord
-from fastsdpo.data.merging import record_keys
+from fastsdpo.data.merging import RecordKeys
 from fastsdpo.data.output import encode_rows
 from fastsdpo.data.readers.registry import BY_NAME, is_record
 from fastsdpo.data.readers.tables import GroupedRows
@@ -203,7 +203,7 @@ def check_record(record, parser):
             interactions = extract_interactions(named)
             if interactions:
                 encode_rows(interactions, 0)
-                record_keys(named, interactions)
+                RecordKeys().add(named, interactions)
         return 1
     except (TypeError, ValueError) as error:
         said = str(error)

@@ -1,6 +1,7 @@
 """`fastsdpo prepare` on logs that repeat themselves: each interaction once, each conversation on one side."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastsdpo.data import ConversationFilter, extract_interactions, merging, prepare, spool
+from fastsdpo.data import extract_interactions, merging, prepare, spool
 
 ROLES = ("user", "assistant")
 
@@ -150,57 +151,67 @@ def test_the_first_conversations_are_found_among_duplicates(prepared, limit):
 
 
 # Few texts, so that conversations begin alike, repeat and contain each other by chance as well.
-texts = st.sampled_from(["a", "b", "c", "d", "é\u2028日", "yes"])
-conversations = st.lists(st.integers(1, 4), min_size=1, max_size=8).flatmap(
-    lambda turns: st.tuples(*(st.lists(texts, min_size=2 * t + 1, max_size=2 * t + 1) for t in turns))
-)
+TEXTS = ["a", "b", "c", "d", "é\u2028日", "yes"]
+
+
+@st.composite
+def conversations(draw):
+    """Some conversations, of which each may begin as one before does, and then go on in its own way."""
+    found = []
+    for _ in range(draw(st.integers(1, 8))):
+        length = 2 * draw(st.integers(1, 4)) + 1
+        texts = draw(st.lists(st.sampled_from(TEXTS), min_size=length, max_size=length))
+        if found and draw(st.booleans()):
+            begun = draw(st.sampled_from(found))[:length]
+            begun = begun[: draw(st.integers(0, len(begun)))]
+            texts[: len(begun)] = begun
+        found.append(texts)
+    return found
 
 
 @settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=3000 if os.environ.get("FASTSDPO_LONG") == "1" else 80,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    conversations=conversations,
+    conversations=conversations(),
     seed=st.integers(0, 10**6),
     history=st.sampled_from([None, 1, 3]),
     fraction=st.sampled_from([0.0, 0.3, 0.5]),
 )
-def test_any_log_of_conversations(tmp_path, conversations, seed, history, fraction):
+def test_any_log_of_conversations(prepared, conversations, seed, history, fraction):
     """Logged per call, as rows and whole, some twice, in any order: what they were, each once."""
     draw = random.Random(seed)
     originals = [chat(*texts) for texts in conversations]
     records = []
     for number, messages in enumerate(originals):
-        kinds = [{"messages": messages}]
-        kinds += [{"messages": call} for call in call_log(messages)]
+        calls = [{"messages": call} for call in call_log(messages)]
+        more = [{"messages": messages}, *calls]
         for item in extract_interactions(messages):
-            kinds.append({"prompt": item.prompt, "completion": item.completion, "user_response": item.followup})
-        kept = [kinds[0], *draw.choices(kinds, k=draw.randint(0, 6))]
+            more.append({"prompt": item.prompt, "completion": item.completion, "user_response": item.followup})
+        # The whole conversation, or each of its calls; and some of it again.
+        kept = [*draw.choice([more[:1], calls]), *draw.choices(more, k=draw.randint(0, 6))]
         named = draw.choice(["", "conversation_id", "id"])
         for record in kept:
             records.append({**record, **({named: f"c{number}"} if named else {})})
     draw.shuffle(records)
-    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
-    rules = ConversationFilter(max_history_messages=history, shuffle=True)
-    options = {"rules": rules, "overwrite": True, "resume": False, "seed": seed}
-    try:
-        report = prepare.prepare([source], output, eval_fraction=fraction, **options)
-    except ValueError as error:
-        if "begin with the same prompt" not in str(error):
-            raise
-        report = prepare.prepare([source], output, **options)
-    train = rows(output)
-    held_out = rows(report.eval_output) if report.eval_output else []
-    found = [key(row) for row in train + held_out]
+    argv = ["--overwrite", "--no-resume", "--shuffle", "--seed", seed, "--max-history-messages", history or "none"]
+    done = prepared(records, *argv, "--eval-fraction", fraction)
+    if "begin with the same prompt" in done.error:
+        done = prepared(records, *argv)
+    assert done.status == 0
+    held_out = done.held_out if done.report["eval_output"] else []
+    found = [key(row) for row in done.rows + held_out]
     assert len(set(found)) == len(found)
     assert set(found) == wanted(originals, max_history_messages=history)
-    check_sides(train, held_out)
-    told = report.conversations + report.eval_conversations + report.merged_records
-    assert told + sum(report.damaged.values()) == report.records == len(records)
-    assert len({row["conversation_id"] for row in train + held_out}) == (
-        report.conversations + report.eval_conversations
-    )
+    check_sides(done.rows, held_out)
+    report = done.report
+    told = report["conversations"] + report["eval_conversations"] + report["merged_records"]
+    assert told + sum(report["damaged"].values()) == report["records"] == len(records)
+    names = {row["conversation_id"] for row in done.rows + held_out}
+    assert len(names) == report["conversations"] + report["eval_conversations"]
 
 
 def test_parts_of_the_keys_give_the_same(prepared, monkeypatch):

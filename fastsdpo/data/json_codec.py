@@ -1,0 +1,50 @@
+"""JSON text <-> values, by orjson where it is installed: the same values, and the same bytes, without it.
+
+Numbers are those of 64 bits everywhere: a longer integer is read as a float. Written are texts by either
+library, and all else by Python's, whose floats are spelled differently.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+try:
+    import orjson
+except ImportError:
+    orjson = None
+
+
+def _integer(digits: str) -> int | float:
+    value = int(digits)
+    return value if -(1 << 63) <= value < 1 << 64 else float(digits)
+
+
+DECODER = json.JSONDecoder(parse_int=_integer)
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def encode(value: Any) -> bytes:
+    """JSON without spaces; what is no valid Unicode in it becomes question marks."""
+    return _encode(value).encode(errors="replace")
+
+
+def _encode_message(message: dict[str, str]) -> bytes:
+    return _encode(message).encode()
+
+
+# A message, that is a dict of valid texts. orjson writes no other types here, so that both write the same.
+encode_message = _encode_message if orjson is None else orjson.dumps
+
+
+def decode(data: bytes) -> Any:
+    """The value of a text in UTF-8. A ValueError where there is none, or it is not one for a fast parser.
+
+    Whoever catches it asks `DECODER`, which takes more (lone surrogates, numbers without end) and says why.
+    """
+    if orjson is not None:
+        return orjson.loads(data)
+    try:
+        return DECODER.decode(data.decode())
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error

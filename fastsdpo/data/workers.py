@@ -1,0 +1,162 @@
+"""Several processes that read pieces of the sources, in the order of the pieces.
+
+Files of JSON Lines are cut at line ends into pieces of some 1 MB; every other source is one piece. The pieces
+go round to the workers, of which each has two at most: what waits is bounded. Each worker writes rows to a
+file of its own, and sends keys.
+
+The workers are programs of their own (worker.py): they need no ``if __name__ == "__main__"`` in a script that
+calls `prepare`, and import no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import pickle
+import random
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fastsdpo.data.json_records import find_lines, json_records, split_lines
+from fastsdpo.data.loading import MAX_RECORD_BYTES
+from fastsdpo.data.readers.registry import RecordParser
+from fastsdpo.data.reading import Piece, ReadOptions, ReadReport
+from fastsdpo.data.sources import JSON_SUFFIXES
+from fastsdpo.data.spool import Batch, Spool
+
+PIECE_BYTES = 1 << 20
+PIECES_EACH = 2  # that a worker has, read or not
+PIPE_BYTES = 1 << 18  # room for the keys of a piece, so that a worker need not wait until they are read
+TRIED_RECORDS = 1000  # to find one that is not damaged
+MOST_WORKERS = 8  # where nobody says how many
+LEAST_BYTES = 32 << 20  # less is read before workers have started
+
+
+def default_workers(items: Iterable[Path | str], parser: RecordParser) -> int:
+    """A worker for each core, where there is enough that can be cut into pieces; else 1."""
+    size = sum(item.stat().st_size for item in items if isinstance(item, Path) and _lines_of(item, parser))
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Windows and macOS
+        cores = os.cpu_count() or 1
+    return min(cores, MOST_WORKERS) if size >= LEAST_BYTES else 1
+
+
+def _lines_of(item: Path | str, parser: RecordParser) -> tuple[int, int] | None:
+    """`find_lines` of a source; None where one process must read it, as where a record is one message only."""
+    if not isinstance(item, Path) or item.suffix not in JSON_SUFFIXES or not item.is_file():
+        return None
+    lines = find_lines(item, MAX_RECORD_BYTES)
+    if lines is not None:
+        for entry in itertools.islice(json_records(item, lambda done: None, MAX_RECORD_BYTES), TRIED_RECORDS):
+            if entry.problem is None:
+                return lines if parser.row_key(entry.record) is None else None
+    return None
+
+
+def cut(items: list[Path | str], parser: RecordParser) -> Iterator[Piece]:
+    """The pieces of sources, in order."""
+    before = 0
+    for number, item in enumerate(items):
+        lines = _lines_of(item, parser)
+        if lines is None:
+            yield Piece(item, number, before)
+        else:
+            for part in split_lines(Path(item), *lines, PIECE_BYTES):
+                yield Piece(item, number, before, part)
+        before += item.stat().st_size if isinstance(item, Path) else 0
+
+
+class Workers:
+    """Processes that read. A context manager: they are ended with it.
+
+    Raises:
+        ChildProcessError (an OSError): a worker has ended by itself; the text says how.
+        Whatever `BatchReader` raises, when its turn has come.
+    """
+
+    def __init__(self, count: int, options: ReadOptions, spool: Spool):
+        # Keys must be the same in all of them.
+        environment = {**os.environ, "PYTHONHASHSEED": str(random.SystemRandom().randrange(1, 1 << 32))}
+        self._processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for _ in range(count):
+                process = subprocess.Popen(
+                    [sys.executable, str(Path(__file__).with_name("worker.py"))],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env=environment,
+                    pipesize=PIPE_BYTES,
+                    start_new_session=True,
+                )
+                self._processes.append(process)
+                self._send(process, [*sys.path])
+                self._send(process, (options, spool.add_file()))
+        except BaseException:
+            self._end()
+            raise
+
+    def read(self, pieces: Iterable[Piece], report: ReadReport) -> Iterator[tuple[int, Batch]]:
+        """(number of the file of rows, batch) in the order of the pieces, all of which are added to the report."""
+        waiting: deque[tuple[int, Piece]] = deque()
+        for number, piece in zip(itertools.cycle(range(len(self._processes))), pieces):
+            self._send(self._processes[number], piece)
+            waiting.append((number, piece))
+            if len(waiting) == PIECES_EACH * len(self._processes):
+                yield from self._answers(*waiting.popleft(), report)
+        while waiting:
+            yield from self._answers(*waiting.popleft(), report)
+
+    def _answers(self, number: int, piece: Piece, report: ReadReport) -> Iterator[tuple[int, Batch]]:
+        records = report.records
+        while isinstance(answer := self._receive(self._processes[number]), tuple):
+            batch, of_piece, place = answer
+            report.records, report.bytes_done = records + of_piece, piece.before + place
+            yield number, batch
+        if isinstance(answer, BaseException):
+            raise answer
+        report.records = records
+        report.add(answer)
+
+    def _send(self, process: subprocess.Popen[bytes], value: Any) -> None:
+        assert process.stdin is not None
+        try:
+            pickle.dump(value, process.stdin)
+            process.stdin.flush()
+        except BrokenPipeError:
+            raise self._lost(process) from None
+
+    def _receive(self, process: subprocess.Popen[bytes]) -> Any:
+        assert process.stdout is not None
+        try:
+            return pickle.load(process.stdout)
+        except (EOFError, pickle.UnpicklingError):
+            raise self._lost(process) from None
+
+    def _lost(self, process: subprocess.Popen[bytes]) -> ChildProcessError:
+        status = process.wait()
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        return ChildProcessError(
+            f"prepare: a worker {how} (if there was too little memory, give fewer --workers); nothing was written"
+        )
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):  # what is buffered has no reader
+                    if pipe is not None:
+                        pipe.close()
+            process.wait()
