@@ -62,7 +62,7 @@ RESULTS = benchmarks/results/reliability_cpu.json
 LONG = FASTSDPO_LONG=1 FASTSDPO_RESULTS=$(RESULTS) FASTSDPO_COMMAND="make $@" $(PYTEST) -m "not gpu" --timeout 7200
 
 fuzz: $(VENV)/.dev
-	$(LONG) tests/reliability --ignore tests/reliability/test_soak.py
+	$(LONG) tests/reliability tests/data/test_merging.py --ignore tests/reliability/test_soak.py
 	TRITON_INTERPRET=1 $(LONG) -m interpreted tests/reliability/test_numerics.py
 	TRITON_INTERPRET=1 FASTSDPO_EXAMPLES=500 $(PYTEST) -n 2 --timeout 7200 -m interpreted tests/reliability/test_numerics.py -k drawn
 	$(BIN)/python -m benchmarks.reliability

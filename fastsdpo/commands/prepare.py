@@ -94,6 +94,15 @@ def _parser() -> argparse.ArgumentParser:
         help="trl: the answer is a list of one message, as TRL reads it",
     )
 
+    group.add_argument(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print the first N rows as the tokens of --tokenizer: the prompt, the hindsight, what is trained on",
+    )
+    group.add_argument("--template", default="offline-v1", metavar="NAME|TEXT", help="the hindsight's, for --show")
+
     group = parser.add_argument_group("order and held-out part")
     group.add_argument("--seed", type=int, default=42)
     group.add_argument("--eval-fraction", type=float, default=0.0, metavar="SHARE")
@@ -243,4 +252,16 @@ def main(argv: list[str]) -> int:
     if report.interactions == 0:
         print("fastsdpo prepare: no interaction was kept", file=sys.stderr)
         return 1
+    if arguments.show > 0:
+        print(f"\n{_shown(arguments)}")
     return 0
+
+
+def _shown(arguments: argparse.Namespace) -> str:
+    """The first rows as tokens."""
+    from fastsdpo.commands.tokens import show_interactions
+    from fastsdpo.data import InteractionTokenizer, load_interactions
+    from fastsdpo.modeling import load_tokenizer
+
+    tokenize = InteractionTokenizer(load_tokenizer(arguments.tokenizer), arguments.template)
+    return show_interactions(tokenize, load_interactions(arguments.output), arguments.show)

@@ -54,8 +54,11 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
 
 def check_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Raises ValueError where an option is given that has no meaning with, or without, `--prompts`."""
-    own = {"prompts", "eval_source", "eval_split", "max_prompts", "max_eval_prompts", "tokenizer", "max_prompt_tokens"}
-    own |= {"system"}
+    own = {"prompts", "eval_source", "eval_split", "max_prompts", "max_eval_prompts", "max_prompt_tokens", "system"}
+    if arguments.prompts is not None or not arguments.show:  # else it shows rows
+        own.add("tokenizer")
+    elif arguments.tokenizer is None:
+        raise ValueError("--show needs --tokenizer, the model's folder, hub id or GGUF file")
     given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
     wrong = given - own - set(SHARED) if arguments.prompts is not None else given & own
     if wrong:

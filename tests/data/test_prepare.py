@@ -433,3 +433,18 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
         peaks.append(int(result.stdout) / 1024)
     assert (tmp_path / "50000.jsonl").read_bytes().count(b"\n") == 125_000
     assert peaks[1] - peaks[0] < 5, peaks  # MiB; the outputs differ by about 80
+
+
+def test_shows_rows_as_tokens(prepared, byte_tokenizer, tmp_path):
+    chat = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    tokens = ["<user>", "<assistant>", "<end>"]
+    tokenizer = byte_tokenizer(
+        f"{chat}{{% if add_generation_prompt %}}<assistant>{{% endif %}}", tokens, eos_token="<end>"
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    record = {"id": "c", "messages": [{"role": r, "content": t} for r, t in zip(("user", "assistant") * 2, "abcd")]}
+    record["messages"].pop()
+    done = prepared([record], "--show", 3, "--tokenizer", tmp_path / "tokenizer", "--template", " note {o}")
+    assert "<user>a{+ note c+}<end><assistant>[b|<end>]" in done.table
+    done = prepared([record], "--overwrite", "--show", 3)
+    assert done.status == 1 and "--show needs --tokenizer" in done.error
