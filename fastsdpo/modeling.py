@@ -112,7 +112,8 @@ def load_model_and_tokenizer(
             f"load_model_and_tokenizer: the tokenizer of {name} must have a chat template, got "
             "none; use an instruction-tuned model, or pass the tokenizer of one"
         )
-    _fit_tokenizer(loaded, rows=model.get_input_embeddings().weight.shape[0])
+    embedding = model.get_input_embeddings().weight
+    _fit_tokenizer(loaded, rows=getattr(embedding, "ds_shape", embedding.shape)[0])  # DeepSpeed ZeRO-3 empties it
     return model.to(device), loaded
 
 

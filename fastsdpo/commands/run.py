@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastsdpo.commands.options import model_source
 from fastsdpo.data import HindsightTemplate
+from fastsdpo.prefix import whole_size
 from fastsdpo.trainer.callbacks import BeforeTraining, Progress, StopOnSignal
 from fastsdpo.trainer.checkpoints import writing
 
@@ -127,7 +128,7 @@ def callbacks(stop: StopOnSignal, show: bool) -> list[TrainerCallback]:
 
 def describe_model(trainer: AnyTrainer, name: str) -> str:
     """How many of the model's weights are trained, and where."""
-    sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+    sizes = [(whole_size(p), p.requires_grad) for p in trainer.model.parameters()]
     trained = sum(size for size, requires_grad in sizes if requires_grad)
     total = sum(size for size, _ in sizes)
     return f"model {name}: {trained:,} of {total:,} weights are trained, on {trainer.args.device}"

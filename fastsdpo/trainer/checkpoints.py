@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
 
+from fastsdpo.prefix import whole_size
 from fastsdpo.trainer.adapters import is_peft
 from fastsdpo.trainer.optim import ADAMW
 from fastsdpo.trainer.processes import agreed
@@ -316,4 +317,4 @@ class CheckpointTrainer(Trainer):
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(whole_size(tensor) * tensor.element_size() for tensor in tensors)

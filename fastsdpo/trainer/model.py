@@ -12,6 +12,7 @@ from fastsdpo.modeling import default_dtype, load_model_and_tokenizer
 from fastsdpo.prefix import above_the_decoder
 from fastsdpo.trainer.adapters import check_adapter, is_peft
 from fastsdpo.trainer.config import SDPOConfig
+from fastsdpo.trainer.launch import check_placement
 from fastsdpo.trainer.noise import dropout_rates, turn_off
 
 
@@ -27,6 +28,7 @@ def prepare_model(
         tokenizer = tokenizer or its_tokenizer
     if not isinstance(module, nn.Module):
         raise TypeError(f"SDPOTrainer: model must be a model or a name, got {type(model).__name__}")
+    check_placement(module)
     check_adapter(module, peft_config)
     if peft_config is not None:
         from peft import get_peft_model

@@ -1,0 +1,122 @@
+"""How a run was started: what cannot work is refused by name, before any weights are loaded.
+
+One process per GPU holds whole interactions: DDP, FSDP2, DeepSpeed ZeRO-1 to 3. A plan of shared prefixes needs all
+tokens of its pack, and the loss all columns of the head, so whatever divides a sequence, a layer or the list of
+layers among GPUs is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments
+
+INSTEAD = (
+    "start one process per GPU and divide the weights among them with FSDP2 or DeepSpeed ZeRO-3 (accelerate launch), "
+    "which also hold models that one GPU cannot"
+)
+# By the name in accelerate's ParallelismConfig, and in the environment with PARALLELISM_CONFIG_ before it.
+FORMS = {
+    "tp_size": ("tensor parallelism", INSTEAD),
+    "cp_size": (
+        "context parallelism",
+        "for long conversations use --gradient-checkpointing and a lower --max-tokens-per-pack or --max-prompt-length",
+    ),
+    "sp_size": (
+        "sequence parallelism (Ulysses)",
+        "for long conversations use --gradient-checkpointing and a lower --max-tokens-per-pack or --max-prompt-length",
+    ),
+    "dp_replicate_size": ("FSDP with replicas (HSDP)", "divide the weights among all processes: dp_replicate_size 1"),
+}
+
+
+def check_launch(args: TrainingArguments) -> None:
+    """Refuses launches that cannot work; nothing has been started or loaded by then.
+
+    Raises:
+        NotImplementedError: tensor, context, sequence or pipeline parallelism, FSDP1, HSDP, a setting that
+            DeepSpeed has no place for. The text says what to use instead.
+        ValueError: DeepSpeed beside ``use_cpu``, which would leave it out, or without what saving needs.
+    """
+    for form, instead in _unsupported(args):
+        raise NotImplementedError(f"{form} is not supported: {instead}")
+    if is_set("ACCELERATE_USE_DEEPSPEED") or args.deepspeed:
+        _check_deepspeed(args)
+
+
+def is_set(variable: str) -> bool:
+    """Whether a variable of the environment says yes."""
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
+
+
+def _unsupported(args: TrainingArguments) -> Iterator[tuple[str, str]]:
+    """``(form, what to use instead)`` of each kind of parallelism that was asked for and does not work."""
+    given = getattr(args, "parallelism_config", None)
+    for name, (form, instead) in FORMS.items():
+        value = getattr(given, name, None) or 1
+        if value > 1:
+            yield f"{form} (parallelism_config: {name}={value})", instead
+        variable = f"PARALLELISM_CONFIG_{name.upper()}"
+        value = os.environ.get(variable, "1")
+        if is_set("ACCELERATE_USE_PARALLELISM_CONFIG") and value.isdigit() and int(value) > 1:
+            yield f"{form} ({variable}={value})", instead
+    if is_set("ACCELERATE_USE_MEGATRON_LM"):
+        yield "Megatron-LM's tensor and pipeline parallelism (ACCELERATE_USE_MEGATRON_LM)", INSTEAD
+    if is_set("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        yield "FSDP1 (FSDP_VERSION is not 2)", "set fsdp_version: 2 in accelerate's configuration"
+    # transformers' own settings; it has made a dict of fsdp_config where fsdp is on.
+    settings = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
+    if args.fsdp and str(settings.get("version", settings.get("fsdp_version", 2))) != "2":
+        yield "FSDP1 (fsdp_config: version)", "set version to 2"
+
+
+def _check_deepspeed(args: Any) -> None:
+    if args.use_cpu or is_set("ACCELERATE_USE_CPU"):
+        raise ValueError(
+            "--cpu (use_cpu) must be left out beside a DeepSpeed configuration, which would be ignored. To try "
+            "DeepSpeed without a GPU set DS_ACCELERATOR=cpu in the environment"
+        )
+    config: Mapping[str, Any] = args.deepspeed_plugin.deepspeed_config
+    for name, key in (("tensor_parallel", "autotp_size"), ("pipeline", "stages"), ("sequence_parallel_size", "")):
+        value = config.get(name, 1) if not key else (config.get(name) or {}).get(key, 1)
+        if isinstance(value, int) and value > 1:
+            form = {"tensor_parallel": "tensor", "pipeline": "pipeline"}.get(name, "sequence")
+            raise NotImplementedError(f"{form} parallelism (DeepSpeed: {name}) is not supported: {INSTEAD}")
+    zero = config.get("zero_optimization") or {}
+    if zero.get("stage") == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
+        raise ValueError(
+            "DeepSpeed ZeRO-3 must gather the weights to save a model: set zero3_save_16bit_model: true in "
+            "accelerate's configuration (stage3_gather_16bit_weights_on_model_save in DeepSpeed's)"
+        )
+    if args.non_finite == "skip":
+        raise NotImplementedError(
+            "non_finite='skip' is not possible with DeepSpeed, whose engine takes the step together with the backward "
+            "pass; use 'stop'"
+        )
+    if args.weight_update == "stochastic_rounding":
+        raise NotImplementedError(
+            "weight_update='stochastic_rounding' is not possible with DeepSpeed, which keeps float32 weights of its "
+            "own for the optimizer; use 'auto'"
+        )
+
+
+def check_placement(model: nn.Module) -> None:
+    """Refuses a model whose layers or weights are divided among devices already.
+
+    Raises:
+        NotImplementedError: the ``device_map`` that it was loaded with names several devices, or it has a plan of
+            tensor parallelism (``tp_plan``).
+    """
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1:
+        raise NotImplementedError(
+            f"SDPOTrainer: a model on several devices (device_map: {', '.join(sorted(devices))}) is not supported: "
+            f"leave device_map out; {INSTEAD}"
+        )
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise NotImplementedError(
+            f"SDPOTrainer: tensor parallelism (the model was loaded with tp_plan) is not supported: {INSTEAD}"
+        )
