@@ -103,6 +103,20 @@ def _check_deepspeed(args: Any) -> None:
         )
 
 
+def check_quantized_launch(quantize: str | None, args: Any) -> None:
+    """Raises NotImplementedError where weights packed by bitsandbytes would be sharded."""
+    if quantize is None:
+        return
+    sharded = "FSDP" if is_set("ACCELERATE_USE_FSDP") or args.fsdp else None
+    if is_set("ACCELERATE_USE_DEEPSPEED") or args.deepspeed:
+        sharded = "DeepSpeed"
+    if sharded is not None:
+        raise NotImplementedError(
+            f"--quantize {quantize} is not possible with {sharded}: bitsandbytes' packed weights cannot be divided as "
+            "the others are; use DDP (torchrun), where each GPU holds the packed model"
+        )
+
+
 def check_placement(model: nn.Module) -> None:
     """Refuses a model whose layers or weights are divided among devices already.
 

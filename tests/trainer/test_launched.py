@@ -1,4 +1,4 @@
-"""`fastsdpo train` started by `torchrun` and by `accelerate launch`: DDP and FSDP2 train and save what one process does.
+"""`fastsdpo train` by `torchrun` and by `accelerate launch`: DDP and FSDP2 train and save what one process does.
 
 Under FSDP2 the code that shards, gathers, saves and loads is accelerate's own (see launched_worker.py).
 """
@@ -75,6 +75,6 @@ def test_fsdp2_with_four_processes(place, one, four, lab, name):
 def test_accelerate_launch(place, one, lab, strategy):
     """The files of examples/accelerate, two CPU processes in place of eight GPUs."""
     kind = "plain" if strategy == "ddp" else strategy
-    accelerate(strategy, 2, "--use_cpu", *worker(kind), runs(place, f"{strategy}-launch", LAUNCHED, 2))
+    accelerate(strategy, 2, *worker(kind), runs(place, f"{strategy}-launch", LAUNCHED, 2))
     for name in LAUNCHED:
         compare(place, f"{strategy}-launch2-{name}", name, lab)
