@@ -11,8 +11,11 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
+
+from fastsdpo.prefix import is_partitioned
 
 INSTEAD = (
     "start one process per GPU and divide the weights among them with FSDP2 or DeepSpeed ZeRO-3 (accelerate launch), "
@@ -37,14 +40,22 @@ def check_launch(args: TrainingArguments) -> None:
     """Refuses launches that cannot work; nothing has been started or loaded by then.
 
     Raises:
-        NotImplementedError: tensor, context, sequence or pipeline parallelism, FSDP1, HSDP, a setting that
-            DeepSpeed has no place for. The text says what to use instead.
-        ValueError: DeepSpeed beside ``use_cpu``, which would leave it out, or without what saving needs.
+        NotImplementedError: tensor, context, sequence or pipeline parallelism, FSDP1, HSDP. The text says what to
+            use instead.
+        ValueError: DeepSpeed beside ``use_cpu``, which would leave it out.
     """
     for form, instead in _unsupported(args):
         raise NotImplementedError(f"{form} is not supported: {instead}")
-    if is_set("ACCELERATE_USE_DEEPSPEED") or args.deepspeed:
-        _check_deepspeed(args)
+    if uses_deepspeed(args) and (args.use_cpu or is_set("ACCELERATE_USE_CPU")):
+        raise ValueError(
+            "--cpu (use_cpu) must be left out beside a DeepSpeed configuration, which would be ignored. To try "
+            "DeepSpeed without a GPU set DS_ACCELERATOR=cpu in the environment"
+        )
+
+
+def uses_deepspeed(args: TrainingArguments) -> bool:
+    """Whether DeepSpeed was asked for, by accelerate's configuration or by transformers' setting."""
+    return is_set("ACCELERATE_USE_DEEPSPEED") or bool(args.deepspeed)
 
 
 def is_set(variable: str) -> bool:
@@ -73,12 +84,15 @@ def _unsupported(args: TrainingArguments) -> Iterator[tuple[str, str]]:
         yield "FSDP1 (fsdp_config: version)", "set version to 2"
 
 
-def _check_deepspeed(args: Any) -> None:
-    if args.use_cpu or is_set("ACCELERATE_USE_CPU"):
-        raise ValueError(
-            "--cpu (use_cpu) must be left out beside a DeepSpeed configuration, which would be ignored. To try "
-            "DeepSpeed without a GPU set DS_ACCELERATOR=cpu in the environment"
-        )
+def check_deepspeed(args: Any) -> None:
+    """Refuses what DeepSpeed's configuration, or a setting beside it, cannot do; without DeepSpeed it does nothing.
+
+    Raises:
+        NotImplementedError: tensor, sequence or pipeline parallelism, or a setting that its engine has no place for.
+        ValueError: ZeRO-3 without what saving needs, or with weights of another dtype than it would hold.
+    """
+    if not uses_deepspeed(args):
+        return
     config: Mapping[str, Any] = args.deepspeed_plugin.deepspeed_config
     for name, key in (("tensor_parallel", "autotp_size"), ("pipeline", "stages"), ("sequence_parallel_size", "")):
         value = config.get(name, 1) if not key else (config.get(name) or {}).get(key, 1)
@@ -90,6 +104,13 @@ def _check_deepspeed(args: Any) -> None:
         raise ValueError(
             "DeepSpeed ZeRO-3 must gather the weights to save a model: set zero3_save_16bit_model: true in "
             "accelerate's configuration (stage3_gather_16bit_weights_on_model_save in DeepSpeed's)"
+        )
+    half = args.dtype in ("bfloat16", "float16")
+    if zero.get("stage") == 3 and args.dtype != "auto" and args.dtype is not None and half != (args.bf16 or args.fp16):
+        remedy = f"leave --{'bf16' if args.bf16 else 'fp16'} out" if not half else "add --bf16"
+        raise ValueError(
+            f"--dtype {args.dtype}: DeepSpeed ZeRO-3 holds the weights in float32, or with --bf16 in bfloat16 "
+            f"(float32 for the optimizer): {remedy}"
         )
     if args.non_finite == "skip":
         raise NotImplementedError(
@@ -103,12 +124,23 @@ def _check_deepspeed(args: Any) -> None:
         )
 
 
+def check_loaded_dtype(model: nn.Module) -> None:
+    """Raises ValueError where DeepSpeed ZeRO-3 has loaded the weights in another dtype than asked for."""
+    wanted = getattr(getattr(model, "config", None), "dtype", None)
+    parameter = next(model.parameters())
+    if is_partitioned(model) and isinstance(wanted, torch.dtype) and wanted != parameter.dtype:
+        raise ValueError(
+            f"SDPOTrainer: the model's weights are {wanted}, but DeepSpeed ZeRO-3 holds them in {parameter.dtype}: "
+            "add --bf16 for bfloat16 (float32 for the optimizer), or --dtype float32"
+        )
+
+
 def check_quantized_launch(quantize: str | None, args: Any) -> None:
     """Raises NotImplementedError where weights packed by bitsandbytes would be sharded."""
     if quantize is None:
         return
     sharded = "FSDP" if is_set("ACCELERATE_USE_FSDP") or args.fsdp else None
-    if is_set("ACCELERATE_USE_DEEPSPEED") or args.deepspeed:
+    if uses_deepspeed(args):
         sharded = "DeepSpeed"
     if sharded is not None:
         raise NotImplementedError(
