@@ -25,7 +25,7 @@ class Learner:
     Args:
         model: the model, not wrapped yet.
         unwrapped: gives the model without a wrapper at any time.
-        sharded: FSDP or DeepSpeed hold the weights in shards.
+        sharded: FSDP or DeepSpeed ZeRO-3 hold the weights in shards.
 
     Raises:
         NotImplementedError: see `make_teachers`.

@@ -146,13 +146,22 @@ class StepTrainer(CheckpointTrainer):
         noisy = agreed(check_noise(self.model, disable_dropout=self.args.disable_dropout))
         held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         datasets = (self.train_dataset, *held_out.values())
-        sharing = PrefixSharing(self.model, self.args, noisy, datasets, one_pass=self.is_deepspeed_enabled)
+        engine = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        in_shards = self.is_fsdp_enabled or (engine is not None and engine.zero_stage == 3)
+        sharing = PrefixSharing(
+            self.model,
+            self.args,
+            noisy,
+            datasets,
+            one_pass=self.is_deepspeed_enabled,
+            in_step=in_shards,
+        )
         return Learner(
             self.model,
             self.args,
             sharing,
             unwrapped=lambda: self.accelerator.unwrap_model(self.model),
-            sharded=self.sharded,
+            sharded=in_shards,
         )
 
     # ------------------------------------------------------------------------- what subclasses say

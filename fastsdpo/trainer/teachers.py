@@ -232,7 +232,7 @@ def make_teachers(args: SDPOConfig, model: nn.Module, unwrapped: Callable[[], An
 
     Args:
         unwrapped: gives the model without its wrapper, which training may put around it.
-        sharded: FSDP or DeepSpeed hold the weights in shards.
+        sharded: FSDP or DeepSpeed ZeRO-3 hold the weights in shards.
 
     Raises:
         NotImplementedError: this model or kind of distributed training cannot have that teacher.
@@ -253,8 +253,8 @@ def make_teachers(args: SDPOConfig, model: nn.Module, unwrapped: Callable[[], An
     if sharded and (args.teacher == "ema" or (needs_initial and not silent)):
         raise NotImplementedError(
             f"SDPOTrainer: teacher={args.teacher!r} (or a reference) copies the trained weights, "
-            "which FSDP and DeepSpeed hold in shards; use teacher='live', a new LoRA adapter "
-            "with a frozen teacher, or DDP"
+            "which FSDP and DeepSpeed ZeRO-3 hold in shards; use teacher='live', a new LoRA adapter "
+            "with a frozen teacher, DDP or ZeRO-2"
         )
     if args.teacher == "ema":
         copies["ema"] = TeacherWeights(model, moving=True)

@@ -38,10 +38,13 @@ HALF = ["--dtype", "bfloat16", "--set", "optim=adamw_torch", "--learning-rate", 
 VARIANTS = {
     "tied": Variant([]),
     "resumed": Variant(["--set", "save_strategy=steps", "--save-steps", "2"]),
+    "resumed_ema": Variant(["--set", "save_strategy=steps", "--save-steps", "2", "--teacher", "ema"]),
+    "reference": Variant(["--teacher", "frozen", "--reference-kl", "0.1"], "untied"),
     "untied": Variant([], "untied"),
     "checkpointing": Variant(["--gradient-checkpointing", "--max-tokens-per-pack", "60"]),
     "lora": Variant(["--lora", "4"]),
     "lora_frozen": Variant(["--lora", "4", "--teacher", "frozen", "--guidance", "2"], "untied"),
+    "unshared": Variant(["--sharing", "off"], "untied"),
     # The rounding of each shard draws its own numbers.
     "stochastic": Variant([*HALF, "--set", "weight_update=stochastic_rounding"], tolerance=2e-2),
     "master": Variant(HALF, "untied", tolerance=2e-2),
@@ -83,13 +86,18 @@ def arguments(place, output, variant, processes=1, *, cpu=True):
     ]
 
 
-def runs(place, kind, names, processes=1, *, variants=VARIANTS, cpu=True):
+def runs(place, kind, chosen, processes=1, *, variants=VARIANTS, cpu=True):
     """JSON for launched_worker.py: the variants, each into ``<kind><processes>-<name>``."""
     found = []
-    for name in names:
+    for name in chosen:
         run = arguments(place, place / f"{kind}{processes}-{name}", variants[name], processes, cpu=cpu)
-        found += [[*run, "--max-steps", "2"], [*run, "--resume"]] if name == "resumed" else [run]
+        found += [[*run, "--max-steps", "2"], [*run, "--resume"]] if name.startswith("resumed") else [run]
     return json.dumps(found)
+
+
+def names(*without):
+    """Of the variants that a strategy has."""
+    return [name for name in VARIANTS if name not in without]
 
 
 def worker(kind):

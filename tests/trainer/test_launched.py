@@ -5,16 +5,24 @@ Under FSDP2 the code that shards, gathers, saves and loads is accelerate's own (
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.trainer.launching import (
+    CONFIGURATIONS,
     FSDP2,
     VARIANTS,
     accelerate,
     arguments,
     compare,
     make_place,
+    names,
     runs,
     torchrun,
     worker,
@@ -22,6 +30,8 @@ from tests.trainer.launching import (
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
+# The batches of "accumulated" are those of one process; other teachers need whole weights.
+TORCHRUN = names("accumulated", "resumed_ema", "reference")
 FOUR = ("untied", "lora")
 # With accelerate's files of examples/; the others start by torchrun.
 LAUNCHED = ("untied", "lora_frozen")
@@ -45,10 +55,6 @@ def two(place):
 @pytest.fixture(scope="module")
 def four(place):
     torchrun(4, *worker("fsdp2"), runs(place, "fsdp2", FOUR, 4), **FSDP2)
-
-
-# The batches of "accumulated" are those of one process.
-TORCHRUN = [name for name in VARIANTS if name != "accumulated"]
 
 
 def test_ddp_with_held_out_data(place, one, lab):
@@ -78,3 +84,32 @@ def test_accelerate_launch(place, one, lab, strategy):
     accelerate(strategy, 2, *worker(kind), runs(place, f"{strategy}-launch", LAUNCHED, 2))
     for name in LAUNCHED:
         compare(place, f"{strategy}-launch2-{name}", name, lab)
+
+
+@pytest.mark.slow
+def test_slurm(place, one, lab, tmp_path):
+    """The script, with Slurm's two commands stood in for: two nodes on this machine, one process each."""
+    commands = {
+        "scontrol": "echo 127.0.0.1",
+        "srun": 'SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@" && wait $!',
+    }
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "GPUS": "1",
+        "PORT": str(port),
+        "CONFIG": str(CONFIGURATIONS / "ddp.yaml"),
+        "OMP_NUM_THREADS": "1",
+    }
+    run = arguments(place, place / "slurm2-untied", VARIANTS["untied"], 2)
+    script = ["bash", str(CONFIGURATIONS / "slurm.sh"), *run]
+    done = subprocess.run(script, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    compare(place, "slurm2-untied", "untied", lab)
