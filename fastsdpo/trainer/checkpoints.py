@@ -145,6 +145,12 @@ def damage_of(checkpoint: str | os.PathLike) -> str | None:
     return None
 
 
+def shards_of(checkpoint: str | os.PathLike) -> int:
+    """How many processes of DeepSpeed wrote a checkpoint; 0 for one without its files."""
+    names = {path.name for path in Path(checkpoint).glob("global_step*/*_optim_states.pt")}
+    return len({match[1] for name in names if (match := re.search(r"zero_pp_rank_(\d+)_", name))})
+
+
 class FoundCheckpoint(NamedTuple):
     """The newest whole checkpoint, and sentences about the newer ones that are damaged."""
 
@@ -310,10 +316,16 @@ class CheckpointTrainer(Trainer):
         return path
 
     def check_checkpoint(self, checkpoint: str | os.PathLike) -> None:
-        """Raises ValueError, in all processes, where the checkpoint is damaged."""
+        """Raises ValueError, in all processes, where the checkpoint is damaged or DeepSpeed cannot go on from it."""
         problem = agreed(damage_of(checkpoint) if self.args.process_index == 0 else None)
         if problem is not None:
             raise ValueError(f"SDPOTrainer: checkpoint {checkpoint} is damaged: {problem}")
+        written_by = agreed(shards_of(checkpoint) if self.args.process_index == 0 else None)
+        if self.is_deepspeed_enabled and written_by not in (0, self.args.world_size):
+            raise ValueError(
+                f"SDPOTrainer: checkpoint {checkpoint} was written by {written_by} processes of DeepSpeed, which go "
+                f"on as {written_by}, got {self.args.world_size}"
+            )
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

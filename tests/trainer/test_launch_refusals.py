@@ -97,6 +97,18 @@ def test_deepspeed_s_settings(tmp_path, lab, monkeypatch, config, settings, erro
         launch.check_deepspeed(args)
 
 
+def test_a_checkpoint_of_another_number_of_deepspeed_s_processes(tmp_path, lab):
+    part = tmp_path / "checkpoint-2" / "global_step2"
+    part.mkdir(parents=True)
+    for rank in range(2):
+        (part / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    trainer = lab.make_trainer(tmp_path / "out")
+    trainer.check_checkpoint(part.parent)  # without DeepSpeed nothing reads them
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match=r"written by 2 processes of DeepSpeed.* got 1"):
+        trainer.check_checkpoint(part.parent)
+
+
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [

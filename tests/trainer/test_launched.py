@@ -5,6 +5,7 @@ Under FSDP2 the code that shards, gathers, saves and loads is accelerate's own (
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -84,6 +85,17 @@ def test_accelerate_launch(place, one, lab, strategy):
     accelerate(strategy, 2, *worker(kind), runs(place, f"{strategy}-launch", LAUNCHED, 2))
     for name in LAUNCHED:
         compare(place, f"{strategy}-launch2-{name}", name, lab)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_resumed_by_another_number_of_processes(place, one, lab, kind):
+    """Two steps of two processes, then four go on; the last batch of the epoch is uneven."""
+    output, (mode, environment) = place / f"{kind}-more", {"ddp": ("plain", {}), "fsdp2": ("fsdp2", FSDP2)}[kind]
+    for processes, more in ((2, ["--max-steps", "2"]), (4, ["--resume"])):
+        run = [*arguments(place, output, VARIANTS["resumed"], processes), *more]
+        torchrun(processes, *worker(mode), json.dumps([run]), **environment)
+    compare(place, output.name, "resumed", lab)
 
 
 @pytest.mark.slow
