@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file, find_adapter_config_file
 
 from fastsdpo.ops.backend import usable_device
+from fastsdpo.quantized import check_quantize, packing
 
 DTYPES = {
     "float32": torch.float32,
@@ -46,6 +47,7 @@ def load_model_and_tokenizer(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     require_chat_template: bool = True,
+    quantize: str | None = None,
 ) -> tuple[Any, Any]:
     """The model, in eval mode and on its device, and its tokenizer.
 
@@ -65,6 +67,8 @@ def load_model_and_tokenizer(
         attn_implementation: as in transformers (``"eager"``, ``"sdpa"``, ...); None: its default.
         trust_remote_code: run Python code that comes with the model.
         require_chat_template: raise where the tokenizer has no chat template.
+        quantize: ``"4bit"`` (NF4, computing in `dtype`) or ``"8bit"``: bitsandbytes packs the weights of
+            the linear layers but the head's (of an adapter: of its base). An adapter alone can be trained.
 
     Returns:
         ``(model, tokenizer)``, transformers objects; the model of an adapter is a `peft.PeftModel`,
@@ -75,9 +79,12 @@ def load_model_and_tokenizer(
         FileNotFoundError: nothing at that path, or the file is not in the folder.
         OSError: the hub id does not exist or the hub cannot be reached.
         ValueError: not a GGUF file, several to choose from, weights missing in the checkpoint, no
-            chat template, token ids that the model has no embedding for, an unknown dtype.
-        ImportError: a GGUF file without the packages gguf and accelerate; an adapter without peft.
+            chat template, token ids that the model has no embedding for, an unknown dtype, a GGUF file
+            to be quantized.
+        ImportError: a GGUF file without the packages gguf and accelerate; an adapter without peft;
+            ``quantize`` without bitsandbytes.
     """
+    check_quantize(quantize)
     adapter = _find_adapter(name, revision)
     if adapter is None:
         place, gguf_file, local = _locate("name", name, gguf_file)
@@ -88,6 +95,8 @@ def load_model_and_tokenizer(
                 f"load_model_and_tokenizer: {adapter.says} must be a whole model, but {place} is an "
                 "adapter too; merge that into its own base model (merge_and_unload of PEFT)"
             )
+    if quantize is not None and gguf_file is not None:
+        raise ValueError(f"load_model_and_tokenizer: quantize must be left out for a GGUF file, got {quantize!r}")
     at = revision if adapter is None else adapter.base_revision
     device = usable_device(device)
     model = _load_model(
@@ -98,6 +107,7 @@ def load_model_and_tokenizer(
         dtype=_dtype(dtype, device, gguf_file),
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        packed=packing(quantize, device, _dtype(dtype, device, gguf_file)),
     )
     if adapter is not None:
         model = _load_adapter(model, adapter)
@@ -112,7 +122,8 @@ def load_model_and_tokenizer(
             f"load_model_and_tokenizer: the tokenizer of {name} must have a chat template, got "
             "none; use an instruction-tuned model, or pass the tokenizer of one"
         )
-    _fit_tokenizer(loaded, rows=model.get_input_embeddings().weight.shape[0])
+    embedding = model.get_input_embeddings().weight
+    _fit_tokenizer(loaded, rows=getattr(embedding, "ds_shape", embedding.shape)[0])  # DeepSpeed ZeRO-3 empties it
     return model.to(device), loaded
 
 
@@ -184,6 +195,11 @@ def _locate(argument: str, name: str | os.PathLike, gguf_file: str | None = None
 def _is_hub_id(name: str) -> bool:
     """Whether it is "model" or "owner/model"; anything else can only have meant a path."""
     return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)) and not name.endswith(".gguf")
+
+
+def is_adapter(name: str | os.PathLike, revision: str | None = None) -> bool:
+    """Whether ``name`` holds an adapter of PEFT in place of a whole model."""
+    return _find_adapter(name, revision) is not None
 
 
 class _Adapter(NamedTuple):
@@ -328,6 +344,7 @@ def _load_model(
     dtype: str | torch.dtype,
     attn_implementation: str | None,
     trust_remote_code: bool,
+    packed: dict[str, Any],
 ) -> Any:
     options: dict[str, Any] = {
         "dtype": dtype,
@@ -336,6 +353,7 @@ def _load_model(
         "local_files_only": local,
         # What is loaded here is known to be no adapter: the hub need not be asked once more.
         "adapter_kwargs": {"local_files_only": True},
+        **packed,
     }
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation

@@ -120,6 +120,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="train a new LoRA adapter of this rank on all linear layers",
     )
     model.add_argument("--lora-alpha", type=int, default=None, help="default: twice the rank")
+    model.add_argument(
+        "--quantize",
+        choices=("4bit", "8bit"),
+        default=None,
+        help="pack the base model's weights with bitsandbytes and train the adapter alone (QLoRA)",
+    )
 
 
 def add_model_source_options(model: argparse._ArgumentGroup) -> None:

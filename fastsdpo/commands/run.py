@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastsdpo.commands.options import model_source
 from fastsdpo.data import HindsightTemplate
+from fastsdpo.prefix import whole_size
 from fastsdpo.trainer.callbacks import BeforeTraining, Progress, StopOnSignal
 from fastsdpo.trainer.checkpoints import writing
 
@@ -85,14 +86,27 @@ def load(
         lora: the rank where --lora is not given; None: no new adapter.
 
     Raises:
-        ValueError: --lora asks for another adapter than the one that --model names.
+        ValueError: --lora asks for another adapter than the one that --model names; --quantize without one.
+        ImportError: --quantize without bitsandbytes.
+        NotImplementedError: --quantize where the weights would be sharded.
     """
-    from fastsdpo.modeling import load_model_and_tokenizer
+    from fastsdpo.modeling import is_adapter, load_model_and_tokenizer
+    from fastsdpo.quantized import check_quantize
     from fastsdpo.trainer.adapters import is_peft
+    from fastsdpo.trainer.launch import check_quantized_launch
 
     rank = lora if options.lora is None else options.lora
     check_settings(config, rank)
-    model, tokenizer = load_model_and_tokenizer(**model_source(options), dtype=config.dtype, device=config.device)
+    check_quantize(options.quantize)
+    check_quantized_launch(options.quantize, config)
+    if options.quantize and not rank and not is_adapter(options.model, options.revision):
+        raise ValueError(
+            f"--quantize {options.quantize} needs an adapter to train, since packed weights cannot take a step: add "
+            "--lora RANK, or let --model name an adapter"
+        )
+    model, tokenizer = load_model_and_tokenizer(
+        **model_source(options), dtype=config.dtype, device=config.device, quantize=options.quantize
+    )
     if is_peft(model):
         check_same_adapter(options, model.active_peft_config)
         logger.info("training goes on with the adapter of %s", options.model)
@@ -127,7 +141,7 @@ def callbacks(stop: StopOnSignal, show: bool) -> list[TrainerCallback]:
 
 def describe_model(trainer: AnyTrainer, name: str) -> str:
     """How many of the model's weights are trained, and where."""
-    sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+    sizes = [(whole_size(p), p.requires_grad) for p in trainer.model.parameters()]
     trained = sum(size for size, requires_grad in sizes if requires_grad)
     total = sum(size for size, _ in sizes)
     return f"model {name}: {trained:,} of {total:,} weights are trained, on {trainer.args.device}"

@@ -44,6 +44,7 @@ from fastsdpo.commands.options import (
 from fastsdpo.commands.tokens import show_interactions
 from fastsdpo.data import load_interactions
 from fastsdpo.ops.backend import describe_backend
+from fastsdpo.prefix import whole_shapes
 from fastsdpo.trainer import NonFiniteError
 from fastsdpo.trainer.callbacks import StopOnSignal, clock
 from fastsdpo.trainer.config import PRESETS, SDPOConfig
@@ -110,7 +111,8 @@ def train(options: argparse.Namespace) -> int:
     say(run.describe_model(trainer, options.model))
     if options.show > 0 and trainer.tokenize is not None:
         say(show_interactions(trainer.tokenize, load_interactions(options.data), options.show))
-    say(dry_run_report(trainer.model, config, trainer.train_dataset, trainer.eval_dataset, trainer.sharing))
+    model = whole_shapes(trainer.model)
+    say(dry_run_report(model, config, trainer.train_dataset, trainer.eval_dataset, trainer.sharing))
     if options.dry_run:
         say(str(trainer.check_teacher() or ""))
         return DONE

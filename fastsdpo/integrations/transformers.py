@@ -9,7 +9,7 @@ states before the head, and logits exist for one chunk of tokens at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,27 +20,8 @@ from fastsdpo.ops.checks import shape_text
 from fastsdpo.ops.divergence import sdpo_loss
 from fastsdpo.ops.linear_token_logps import linear_token_logps
 from fastsdpo.prefix import HeadParameters, causal_lm, head_parameters, run_inside
-
-
-@contextmanager
-def gathered(*parameters: Tensor | None) -> Iterator[None]:
-    """Holds parameters whole where DeepSpeed ZeRO-3 has partitioned them; without ZeRO-3 this does nothing.
-
-    Under ZeRO-3 a parameter is empty outside its module's forward pass. A parameter that is whole already (a head
-    tied to the embedding, inside the forward pass) is left to its owner.
-    """
-    partitioned = {}
-    for parameter in parameters:
-        status = getattr(parameter, "ds_status", None)
-        if status is not None and getattr(status, "name", "") != "AVAILABLE":
-            partitioned[id(parameter)] = parameter  # once, however often it is given
-    if not partitioned:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(partitioned.values())):
-        yield
+from fastsdpo.prefix import gathered as gathered
+from fastsdpo.prefix import is_partitioned as is_partitioned
 
 
 def gathered_head(*models: nn.Module) -> AbstractContextManager[None]:
@@ -50,11 +31,6 @@ def gathered_head(*models: nn.Module) -> AbstractContextManager[None]:
     inside this context, as `linear_sdpo_loss` does.
     """
     return gathered(*(parameter for model in models for parameter in _of_head(model)))
-
-
-def is_partitioned(model: nn.Module) -> bool:
-    """Whether DeepSpeed ZeRO-3 holds the model's head in shards."""
-    return any(hasattr(parameter, "ds_status") for parameter in _of_head(model))
 
 
 def _of_head(model: nn.Module) -> Iterator[nn.Parameter]:

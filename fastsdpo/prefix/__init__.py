@@ -35,6 +35,11 @@ from fastsdpo.prefix.model import unwrap as unwrap
 from fastsdpo.prefix.pack import TokenCounts as TokenCounts
 from fastsdpo.prefix.pack import count_tokens as count_tokens
 from fastsdpo.prefix.pack import pack_conversations as pack_conversations
+from fastsdpo.prefix.partitioned import gathered as gathered
+from fastsdpo.prefix.partitioned import gathered_layers as gathered_layers
+from fastsdpo.prefix.partitioned import is_partitioned as is_partitioned
+from fastsdpo.prefix.partitioned import whole_shapes as whole_shapes
+from fastsdpo.prefix.partitioned import whole_size as whole_size
 from fastsdpo.prefix.passes import run_inside as run_inside
 from fastsdpo.prefix.plan import Plan as Plan
 from fastsdpo.prefix.plan import ResponseLabels as ResponseLabels

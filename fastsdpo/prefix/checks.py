@@ -20,6 +20,7 @@ from fastsdpo.prefix.model import (
     training_mode,
     unwrap,
 )
+from fastsdpo.prefix.partitioned import gathered
 
 
 def check_head(model: nn.Module) -> tuple[bool, str]:
@@ -39,13 +40,15 @@ def check_head(model: nn.Module) -> tuple[bool, str]:
 
     def logits_from_head(*args: Any, **kwargs: Any) -> Any:
         logits = own(*args, **kwargs)
-        try:  # here, since FSDP holds the head gathered only inside the head's forward call
-            head = head_parameters(model)
-        except NotImplementedError as error:
-            results.append(error)
-            return logits
-        dtypes.append(_computing_dtype(states[0]))
-        results.append(_logits(states[0], head))
+        # Here, since FSDP holds the head gathered only inside the head's forward call.
+        with gathered(*output_embeddings.parameters()):
+            try:
+                head = head_parameters(model)
+            except NotImplementedError as error:
+                results.append(error)
+                return logits
+            dtypes.append(_computing_dtype(states[0]))
+            results.append(_logits(states[0], head))
         return logits
 
     ids = torch.tensor([probe_ids(model, 8)], device=model_device(model))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastsdpo.prefix.attention import KeysValues, SharedPass, attention_windows, let_attention_switch
 from fastsdpo.prefix.model import causal_lm, forward_replaced, model_device, text_inputs, unwrap
+from fastsdpo.prefix.partitioned import gathered
 from fastsdpo.prefix.plan import Plan
 from fastsdpo.prefix.refusals import rotary_limit, unsupported
 
@@ -62,6 +63,7 @@ class _InPlaceOfHead(Generic[Result]):
     def __init__(self, causal: nn.Module, body: Callable[[Tensor], Result], shape: tuple[int, ...]):
         self.name = type(causal).__name__
         self.vocabulary = causal.config.get_text_config().vocab_size
+        self.head = causal.get_output_embeddings()
         self.body = body
         self.shape = shape
         self.result: list[Result] = []
@@ -72,7 +74,8 @@ class _InPlaceOfHead(Generic[Result]):
                 f"run_inside: {self.name} must call its head on all positions "
                 f"{list(self.shape)}, got {list(hidden.shape[:-1])}"
             )
-        return self.body(hidden)
+        with gathered(*self.head.parameters()):  # an adapter's layer gathers what is its own, and not its base's
+            return self.body(hidden)
 
     def take_result(self, _head: nn.Module, args: Any, output: Result) -> Tensor:
         """The head's last hook: those of FSDP and ZeRO have seen the result before it."""

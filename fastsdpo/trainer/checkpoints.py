@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from fastsdpo.data.locks import locked
+from fastsdpo.prefix import whole_size
 from fastsdpo.trainer.adapters import is_peft
 from fastsdpo.trainer.optim import ADAMW
 from fastsdpo.trainer.processes import agreed
@@ -144,6 +145,12 @@ def damage_of(checkpoint: str | os.PathLike) -> str | None:
         except OSError as error:
             return f"{name} cannot be read: {error}"
     return None
+
+
+def shards_of(checkpoint: str | os.PathLike) -> int:
+    """How many processes of DeepSpeed wrote a checkpoint; 0 for one without its files."""
+    names = {path.name for path in Path(checkpoint).glob("global_step*/*_optim_states.pt")}
+    return len({match[1] for name in names if (match := re.search(r"zero_pp_rank_(\d+)_", name))})
 
 
 class FoundCheckpoint(NamedTuple):
@@ -332,11 +339,17 @@ class CheckpointTrainer(Trainer):
         return path
 
     def check_checkpoint(self, checkpoint: str | os.PathLike) -> None:
-        """Raises ValueError, in all processes, where the checkpoint is damaged."""
+        """Raises ValueError, in all processes, where the checkpoint is damaged or DeepSpeed cannot go on from it."""
         problem = agreed(damage_of(checkpoint) if self.args.process_index == 0 else None)
         if problem is not None:
             raise ValueError(f"SDPOTrainer: checkpoint {checkpoint} is damaged: {problem}")
+        written_by = agreed(shards_of(checkpoint) if self.args.process_index == 0 else None)
+        if self.is_deepspeed_enabled and written_by not in (0, self.args.world_size):
+            raise ValueError(
+                f"SDPOTrainer: checkpoint {checkpoint} was written by {written_by} processes of DeepSpeed, which go "
+                f"on as {written_by}, got {self.args.world_size}"
+            )
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(whole_size(tensor) * tensor.element_size() for tensor in tensors)

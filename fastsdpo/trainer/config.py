@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from fastsdpo.trainer.launch import check_deepspeed, check_launch
 from fastsdpo.trainer.presets import PRESETS as PRESETS
 
 CHOICES = {
@@ -319,7 +320,9 @@ class SDPOConfig(TrainingArguments):
         processes = int(os.environ.get("WORLD_SIZE", 1))
         batch = self.per_device_train_batch_size, self.gradient_accumulation_steps
         self._split_global_batch(processes, *batch)
+        check_launch(self)
         super().__post_init__()
+        check_deepspeed(self)
         if self.world_size != processes:
             self._split_global_batch(self.world_size, *batch)
         if self.accelerator_config.split_batches:

@@ -44,9 +44,33 @@ class FiniteCheck(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.passes = []
 
+    def before_backward(self) -> None:
+        """The check of the losses where a backward pass takes the step as well (DeepSpeed).
+
+        Raises:
+            NonFiniteError: one is not finite; the weights are as before the step.
+        """
+        if self.trainer.accelerator.sync_gradients and not self._all_finite():
+            self._stop(self.trainer.args, self.trainer.state)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._all_finite():
+        if self.trainer.is_deepspeed_enabled:
+            self._check_taken_step(args, state)
+        elif not self._all_finite():
+            self._stop(args, state)
+
+    def _check_taken_step(self, args: Any, state: Any) -> None:
+        """DeepSpeed has taken the step by now; a loss scaler (fp16) leaves out what overflows by itself."""
+        norm = self.trainer.accelerator.deepspeed_engine_wrapped.get_global_grad_norm()
+        if args.fp16 or norm is None or math.isfinite(norm):
             return
+        raise NonFiniteError(
+            f"SDPOTrainer: step {state.global_step + 1}: the gradient is not finite, and DeepSpeed has changed the "
+            "weights with it; --resume goes on from the last checkpoint"
+        )
+
+    def _stop(self, args: Any, state: Any) -> None:
+        """Stops the run, or with ``non_finite="skip"`` drops the gradients."""
         what, offenders = self._find_offenders()
         if args.world_size > 1:
             found = gather_list([(what, offenders)])

@@ -38,7 +38,7 @@ class Learner:
         sharing: PrefixSharing,
         *,
         unwrapped: Callable[[], Any],
-        sharded: Literal["fsdp2", "otherwise"] | None,
+        sharded: Literal["fsdp2", "zero3"] | None,
     ):
         self.args, self.sharing = args, sharing
         self.teacher, self.initial, self.copies = make_teachers(args, model, unwrapped, sharded)

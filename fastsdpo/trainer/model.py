@@ -10,8 +10,10 @@ from transformers import set_seed
 
 from fastsdpo.modeling import default_dtype, load_model_and_tokenizer
 from fastsdpo.prefix import above_the_decoder
+from fastsdpo.quantized import how_packed, keep_differentiable
 from fastsdpo.trainer.adapters import check_adapter, is_peft
 from fastsdpo.trainer.config import SDPOConfig
+from fastsdpo.trainer.launch import check_loaded_dtype, check_placement, check_quantized_launch
 from fastsdpo.trainer.noise import dropout_rates, turn_off
 
 
@@ -27,6 +29,10 @@ def prepare_model(
         tokenizer = tokenizer or its_tokenizer
     if not isinstance(module, nn.Module):
         raise TypeError(f"SDPOTrainer: model must be a model or a name, got {type(model).__name__}")
+    check_placement(module)
+    check_loaded_dtype(module)
+    check_quantized_launch(how_packed(module), args)
+    keep_differentiable(module)
     check_adapter(module, peft_config)
     if peft_config is not None:
         from peft import get_peft_model

@@ -25,21 +25,37 @@ class PrefixSharing:
         noisy: a module that is noisy in training mode, or None.
         datasets: what is trained on and held out; a sharing asked for by name must fit all of it.
         one_pass: a micro-batch is one pack, whatever its size (DeepSpeed).
+        in_step: the processes gather weights in each pass (FSDP, ZeRO-3), and have to make equally many.
 
     Attributes:
         level: "conversation", "interaction" or "off".
         longest: sequences of more tokens are not shared; None: all are.
 
     Raises:
-        NotImplementedError: the sharing asked for by name is not possible.
+        NotImplementedError: the sharing asked for by name is not possible; or ZeRO-3 in several processes would
+            have to run sequences alone.
     """
 
     def __init__(
-        self, model: nn.Module, args: SDPOConfig, noisy: str | None, datasets: Iterable[Any], *, one_pass: bool
+        self,
+        model: nn.Module,
+        args: SDPOConfig,
+        noisy: str | None,
+        datasets: Iterable[Any],
+        *,
+        one_pass: bool,
+        in_step: bool = False,
     ):
         self.max_tokens = None if one_pass else args.max_tokens_per_pack
         self.one_pass = one_pass
         self.level = _choose(model, args, noisy)
+        # Without sharing each sequence is a pass: one interaction a pack makes equally many in all processes.
+        self.alone = in_step and self.level == "off"
+        if self.alone and one_pass and args.world_size > 1:
+            raise NotImplementedError(
+                "SDPOTrainer: sharing='off' is not possible under DeepSpeed ZeRO-3 with several processes, which "
+                "would run the model unequally often and wait for each other; use FSDP2 or ZeRO-2"
+            )
         self.longest: int | None = None
         self.reason: str | None = None
         limit = None if self.level == "off" else rotary_limit(model)
@@ -54,6 +70,12 @@ class PrefixSharing:
             if not isinstance(dataset, InteractionDataset):
                 continue
             longer = int((dataset.longest() > limit.positions).sum())
+            if longer and one_pass and in_step and args.world_size > 1:
+                raise NotImplementedError(
+                    f"SDPOTrainer: {longer:,} of {len(dataset):,} interactions would run alone ({limit}), which "
+                    "is not possible under DeepSpeed ZeRO-3 with several processes; use FSDP2 or ZeRO-2, or a lower "
+                    "max_prompt_length (max_completion_length)"
+                )
             if longer and args.sharing != "auto":
                 raise NotImplementedError(
                     f"SDPOTrainer: sharing={args.sharing!r} is not possible for {longer:,} of "
@@ -71,6 +93,8 @@ class PrefixSharing:
 
     def packs(self, interactions: Sequence[Item]) -> list[list[Item]]:
         """A micro-batch in packs; each is one forward pass of the student and one of the teacher."""
+        if self.alone and not self.one_pass:
+            return [[item] for item in interactions]
         return split_packs(interactions, self.max_tokens, self.level, None if self.one_pass else self.longest)
 
 

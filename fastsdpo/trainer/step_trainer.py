@@ -35,12 +35,13 @@ from transformers import TrainerCallback
 
 from fastsdpo.data import InteractionTokenizer, TokenizedInteraction
 from fastsdpo.data.chat_template import reads_clock
-from fastsdpo.prefix import check_head, check_passes, is_wrapped
+from fastsdpo.prefix import check_head, check_passes, gathered_layers, is_wrapped
 from fastsdpo.trainer.callbacks import EpochOrder, MovingAverage, SignalWindow
 from fastsdpo.trainer.checkpoints import CheckpointTrainer
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.finite import FiniteCheck
 from fastsdpo.trainer.finite import NonFiniteError as NonFiniteError
+from fastsdpo.trainer.launch import is_set
 from fastsdpo.trainer.leaks import check_held_out
 from fastsdpo.trainer.learner import Learner
 from fastsdpo.trainer.loss import TokenStatistics
@@ -118,6 +119,11 @@ class StepTrainer(CheckpointTrainer):
                 "SDPOTrainer: nn.DataParallel is not supported; start one process per GPU "
                 "(torchrun or accelerate launch), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
+        if is_set("ACCELERATE_USE_FSDP") and not self.is_fsdp_enabled:
+            raise ValueError(
+                "SDPOTrainer: FSDP must run on GPUs: accelerate leaves it out on this device "
+                f"({self.args.device.type}). Start without it, or with DDP"
+            )
         if self.is_deepspeed_enabled and self.args.max_tokens_per_pack is not None:
             # Its engine counts backward passes and steps by itself.
             logger.warning(
@@ -127,6 +133,10 @@ class StepTrainer(CheckpointTrainer):
 
     def _make_learner(self) -> Learner:
         """Once the model is where it trains; what it cannot do is refused here, by name."""
+        with gathered_layers(self.model):
+            return self._checked_learner()
+
+    def _checked_learner(self) -> Learner:
         good, reason = agreed(check_head(self.model))
         if not good:
             raise NotImplementedError(f"SDPOTrainer: the model's head is not supported: {reason}")
@@ -136,15 +146,22 @@ class StepTrainer(CheckpointTrainer):
         noisy = agreed(check_noise(self.model, disable_dropout=self.args.disable_dropout))
         held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         datasets = (self.train_dataset, *held_out.values())
-        sharing = PrefixSharing(self.model, self.args, noisy, datasets, one_pass=self.is_deepspeed_enabled)
+        engine = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        in_shards = self.is_fsdp_enabled or (engine is not None and engine.zero_stage == 3)
+        sharing = PrefixSharing(
+            self.model,
+            self.args,
+            noisy,
+            datasets,
+            one_pass=self.is_deepspeed_enabled,
+            in_step=in_shards,
+        )
         return Learner(
             self.model,
             self.args,
             sharing,
             unwrapped=lambda: self.accelerator.unwrap_model(self.model),
-            sharded=("fsdp2" if getattr(self.accelerator, "is_fsdp2", False) else "otherwise")
-            if self.sharded
-            else None,
+            sharded=("fsdp2" if self.is_fsdp_enabled else "zero3") if in_shards else None,
         )
 
     # ------------------------------------------------------------------------- what subclasses say
@@ -247,6 +264,8 @@ class StepTrainer(CheckpointTrainer):
             self.metrics.add(pack, statistics)
             self.finite.add(pack, statistics.sequence_loss)
             loss = loss * self.accelerator.num_processes
+        if self.is_deepspeed_enabled:  # whose backward pass takes the step as well
+            self.finite.before_backward()
         return (loss, statistics) if return_outputs else loss
 
     def run_pass(
@@ -265,10 +284,12 @@ class StepTrainer(CheckpointTrainer):
 
         Raises:
             NonFiniteError: loss or gradient are not finite; the model is as before.
-            NotImplementedError: with several processes.
+            NotImplementedError: with several processes, FSDP or DeepSpeed.
         """
-        if self.args.world_size > 1:
-            raise NotImplementedError("SDPOTrainer: update() works in one process, use train()")
+        if self.args.world_size > 1 or self.sharded:
+            raise NotImplementedError(
+                "SDPOTrainer: update() works in one process, without FSDP or DeepSpeed; use train()"
+            )
         hooks: Any = self.args, self.state, self.control
         self.finite.on_step_begin(*hooks)
         try:
@@ -298,7 +319,7 @@ class StepTrainer(CheckpointTrainer):
     # ---------------------------------------------------------------- evaluation, logs, the run
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As `transformers.Trainer.evaluate`; before training too, but not under FSDP2.
+        """As `transformers.Trainer.evaluate`; before training too, but not under FSDP2 or DeepSpeed.
 
         The loader that it prepares is not kept: accelerate holds on to each of them, and with it to
         the indices of the whole set. Nor is what marks the model as prepared: accelerate would
@@ -306,14 +327,15 @@ class StepTrainer(CheckpointTrainer):
         processes (accelerate 1.15).
 
         Raises:
-            NotImplementedError: before training under FSDP2, which shards a model only together with
-                its optimizer.
+            NotImplementedError: before training under FSDP2 or DeepSpeed, which take a model only
+                together with its optimizer.
         """
         accelerator, model = self.accelerator, self.model
         first = not accelerator._models and not self.is_in_train
-        if first and getattr(accelerator, "is_fsdp2", False):
+        if first and (self.is_deepspeed_enabled or getattr(accelerator, "is_fsdp2", False)):
+            engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP2"
             raise NotImplementedError(
-                "SDPOTrainer: evaluate() before train() is not possible under FSDP2; set "
+                f"SDPOTrainer: evaluate() before train() is not possible under {engine}; set "
                 "eval_on_start=True, which evaluates before the first step"
             )
         loaders, forward = len(accelerator._dataloaders), vars(model).get("forward")

@@ -229,13 +229,13 @@ class Teachers(NamedTuple):
 
 
 def make_teachers(
-    args: SDPOConfig, model: nn.Module, unwrapped: Callable[[], Any], sharded: Literal["fsdp2", "otherwise"] | None
+    args: SDPOConfig, model: nn.Module, unwrapped: Callable[[], Any], sharded: Literal["fsdp2", "zero3"] | None
 ) -> Teachers:
     """The teacher of the settings, and copies of the trained weights as far as it needs them.
 
     Args:
         unwrapped: gives the model without its wrapper, which training may put around it.
-        sharded: by what the weights are held in shards: FSDP2, or FSDP1 or DeepSpeed; None: they are not.
+        sharded: by what the weights are held in shards; None: they are not.
 
     Raises:
         NotImplementedError: this model or kind of distributed training cannot have that teacher.
@@ -253,10 +253,10 @@ def make_teachers(
     # An adapter that changes nothing yet is the initial model when it is off.
     silent = needs_initial and is_peft(model) and agreed(adapter_is_silent(model))
     copies: dict[str, TeacherWeights] = {}
-    if sharded == "otherwise" and (args.teacher == "ema" or (needs_initial and not silent)):
+    if sharded == "zero3" and (args.teacher == "ema" or (needs_initial and not silent)):
         raise NotImplementedError(
             f"SDPOTrainer: teacher={args.teacher!r} (or a reference) copies the trained weights, "
-            "which FSDP1 and DeepSpeed hold in shards; use FSDP2, teacher='live', a new LoRA adapter "
+            "which DeepSpeed ZeRO-3 holds in shards; use FSDP2, ZeRO-2, teacher='live', a new LoRA adapter "
             "with a frozen teacher, or DDP"
         )
     kind = TeacherWeights if sharded is None else ShardedTeacherWeights

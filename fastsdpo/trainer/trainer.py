@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from fastsdpo.data import TokenizedInteraction
-from fastsdpo.prefix import is_wrapped
+from fastsdpo.prefix import gathered_layers, is_partitioned, is_wrapped, training_mode
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import InteractionDataset
 from fastsdpo.trainer.finite import NonFiniteError as NonFiniteError
@@ -166,6 +167,8 @@ class SDPOTrainer(StepTrainer):
     def check_teacher(self, interactions: int | None = None) -> TeacherCheck | None:
         """What hindsight does to a sample of the training data; None where there is no text.
 
+        Where the weights are sharded, all processes must call it.
+
         Args:
             interactions: how many to look at; None: ``args.teacher_check``.
         """
@@ -182,19 +185,18 @@ class SDPOTrainer(StepTrainer):
                     ratios.append(statistics.log_ratio[statistics.counts].float().cpu())
             return [ratio if len(ratio) else torch.zeros(1) for ratio in ratios]
 
-        training = self.model.training
-        self.model.eval()
-        try:
+        gathers = is_wrapped(self.model_wrapped)  # an engine's own hooks
+        with training_mode(self.model, False), nullcontext() if gathers else gathered_layers(self.model):
             return teacher_check(sample, self.tokenize, log_ratios)
-        finally:
-            self.model.train(training)
 
     def before_training(self) -> None:
-        # A model that is sharded already (a second call) would have to run in all processes.
-        whole = not (self.sharded and is_wrapped(self.model_wrapped))
-        if self.args.teacher_check and whole and self.is_world_process_zero():
+        first = self.is_world_process_zero()
+        if self.sharded and is_wrapped(self.model_wrapped):
+            return  # a second call
+        # FSDP may have loaded the weights in the first process alone; DeepSpeed ZeRO-3 divides them at once.
+        if self.args.teacher_check and (first or is_partitioned(self.model)):
             check = self.check_teacher()
-            if check is not None:
+            if check is not None and first:
                 logger.log(logging.WARNING if check.warning else logging.INFO, "%s", check)
 
 

@@ -220,10 +220,10 @@ def zero3(monkeypatch):
     def gather(parameters):
         gathered.append(len(parameters))
         for parameter in parameters:
-            parameter.data = parameter.whole
+            parameter.data, parameter.ds_status = parameter.whole, SimpleNamespace(name="AVAILABLE")
         yield
         for parameter in parameters:
-            parameter.data = torch.empty(0)
+            parameter.data, parameter.ds_status = torch.empty(0), SimpleNamespace(name="NOT_AVAILABLE")
 
     deepspeed = ModuleType("deepspeed")
     deepspeed.zero = SimpleNamespace(GatheredParameters=gather)

@@ -1,6 +1,6 @@
-"""Runs `fastsdpo train` several times in one process of `torchrun`, where asked for under FSDP2.
+"""Runs `fastsdpo train` several times in one process of a launcher, where asked for under FSDP2.
 
-Usage: torchrun --nproc-per-node N launched_worker.py ddp|fsdp2 RUNS_JSON    (a list of lists of arguments)
+Usage: torchrun --nproc-per-node N launched_worker.py plain|fsdp2|deepspeed RUNS_JSON    (lists of arguments)
 
 accelerate turns FSDP on for accelerators only. All that stands in the way on a CPU is the choice of
 the kind of process group, so this sets the kind; everything that shards, gathers, saves and loads is
@@ -34,11 +34,11 @@ def let_cpu_processes_use_fsdp() -> None:
     AcceleratorState.__init__ = initialize
 
 
-def evaluate_before_training(arguments: list[str]) -> None:
-    """From Python: accelerate shards a model for FSDP2 only together with its optimizer."""
+def evaluate_before_training(arguments: list[str], engine: str) -> None:
+    """From Python: FSDP2 and DeepSpeed take a model only together with its optimizer."""
     options = build_parser().parse_args(arguments)
     trainer = SDPOTrainer(options.model, read_config(options), eval_dataset=held_out(options))
-    with pytest.raises(NotImplementedError, match="under FSDP2; set eval_on_start=True"):
+    with pytest.raises(NotImplementedError, match=f"under {engine}; set eval_on_start=True"):
         trainer.evaluate()
 
 
@@ -47,8 +47,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "fsdp2":
         let_cpu_processes_use_fsdp()
     runs = json.loads(sys.argv[2])
-    if sys.argv[1] == "fsdp2":
-        evaluate_before_training(runs[0])
+    if sys.argv[1] != "plain":
+        evaluate_before_training(runs[0], {"fsdp2": "FSDP2", "deepspeed": "DeepSpeed"}[sys.argv[1]])
     for arguments in runs:
         status = main(arguments)
         if status:

@@ -1,4 +1,4 @@
-"""`fastsdpo train` started by `torchrun`: DDP and FSDP2 train and save what one process does.
+"""`fastsdpo train` by `torchrun` and by `accelerate launch`: DDP and FSDP2 train and save what one process does.
 
 Under FSDP2 the code that shards, gathers, saves and loads is accelerate's own (see launched_worker.py).
 """
@@ -7,196 +7,66 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from tests.trainer.launching import (
+    CONFIGURATIONS,
+    FSDP2,
+    VARIANTS,
+    accelerate,
+    arguments,
+    compare,
+    make_place,
+    names,
+    runs,
+    torchrun,
+    worker,
+)
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
-STEPS = 4
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
-    # As `accelerate launch` has it: the first process alone loads the weights.
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
-}
-
-
-class Variant(NamedTuple):
-    """Arguments beside those of all runs; how far losses and weights may be from one process's."""
-
-    arguments: list[str]
-    model: str = "tied"
-    tolerance: float = 1e-5
-
-
-HALF = ["--dtype", "bfloat16", "--set", "optim=adamw_torch", "--learning-rate", "1e-3"]
-VARIANTS = {
-    "tied": Variant([]),
-    "resumed": Variant(["--set", "save_strategy=steps", "--save-steps", "2"]),
-    "untied": Variant([], "untied"),
-    "checkpointing": Variant(["--gradient-checkpointing", "--max-tokens-per-pack", "60"]),
-    "lora": Variant(["--lora", "4"]),
-    "lora_frozen": Variant(["--lora", "4", "--teacher", "frozen", "--guidance", "2"], "untied"),
-    "ema_resumed": Variant(["--teacher", "ema", "--set", "save_strategy=steps", "--save-steps", "2"], "untied"),
-    "frozen": Variant(["--teacher", "frozen", "--guidance", "2"], "untied"),
-    "trust_region": Variant(["--teacher", "trust_region", "--reference-kl", "0.1"], "untied"),
-    "lora_ema": Variant(["--lora", "4", "--teacher", "ema", "--ema-rate", "0.2"], "untied"),
-    # The rounding of each shard draws its own numbers.
-    "stochastic": Variant([*HALF, "--set", "weight_update=stochastic_rounding"], tolerance=2e-2),
-    "master": Variant(HALF, "untied", tolerance=2e-2),
-}
-FOUR = ("untied", "lora", "ema_resumed", "trust_region")
+# The batches of "accumulated" are those of one process.
+TORCHRUN = names("accumulated")
+FOUR = ("untied", "lora", "resumed_ema", "trust_region")
+# With accelerate's files of examples/; the others start by torchrun.
+LAUNCHED = ("untied", "lora_frozen")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, lab):
-    """Models, 15 interactions and 3 held-out ones in the file that `fastsdpo train` looks for."""
-    folder = tmp_path_factory.mktemp("launched")
-    for name in ("tied", "untied"):
-        lab.make_model(tie_word_embeddings=name == "tied").save_pretrained(folder / name)
-        lab.make_tokenizer().save_pretrained(folder / name)
-    lab.write_rows(folder / "data.jsonl", lab.make_interactions(8)[:15])
-    lab.write_rows(folder / "data.eval.jsonl", lab.make_interactions(2, seed=9)[:3])
-    return folder
-
-
-def arguments(place, output, variant, processes):
-    return [
-        str(place / "data.jsonl"),
-        "--model",
-        str(place / variant.model),
-        "-o",
-        str(output),
-        "--cpu",
-        "--template",
-        " note {o}",
-        "--batch-size",
-        str(4 // processes),
-        "--max-steps",
-        str(STEPS),
-        "--logging-steps",
-        "1",
-        "--schedule",
-        "constant",
-        "--warmup",
-        "0",
-        "--set",
-        "optim=sgd",
-        "--learning-rate",
-        "0.5",
-        "--set",
-        "save_strategy=no",
-        "--set",
-        "teacher_check=0",
-        "--set",
-        "dataloader_pin_memory=false",
-        "--token-cache",
-        f"{output}-tokens",  # which the processes of a run race to make
-        *variant.arguments,
-    ]
-
-
-def torchrun(processes, *command, **environment):
-    """Output of ``torchrun --nproc-per-node processes command``, which has to end with 0."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(processes),
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "localhost:0",
-            *command,
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def train(place, kind, processes, names):
-    """Trains the variants ``names``, each into ``<kind><processes>-<name>``, in one launch."""
-    runs = []
-    for name in names:
-        run = arguments(place, place / f"{kind}{processes}-{name}", VARIANTS[name], processes)
-        runs += [[*run, "--max-steps", "2"], [*run, "--resume"]] if name.endswith("resumed") else [run]
-    environment = FSDP2 if kind == "fsdp2" else {}
-    worker = Path(__file__).parent / "launched_worker.py"
-    return torchrun(processes, str(worker), kind, json.dumps(runs), **environment)
+    return make_place(tmp_path_factory.mktemp("launched"), lab)
 
 
 @pytest.fixture(scope="module")
 def one(place):
-    train(place, "ddp", 1, VARIANTS)
+    torchrun(1, *worker("plain"), runs(place, "plain", TORCHRUN))
 
 
 @pytest.fixture(scope="module")
 def two(place):
-    return train(place, "fsdp2", 2, VARIANTS)
+    torchrun(2, *worker("fsdp2"), runs(place, "fsdp2", TORCHRUN, 2), **FSDP2)
 
 
 @pytest.fixture(scope="module")
 def four(place):
-    train(place, "fsdp2", 4, FOUR)
-
-
-def load(folder, base):
-    """The saved model (with its adapter merged), as a user reloads it."""
-    if not (folder / "model" / "adapter_config.json").exists():
-        return AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto")
-    from peft import PeftModel
-
-    plain = LlamaForCausalLM.from_pretrained(base)
-    return PeftModel.from_pretrained(plain, folder / "model").merge_and_unload()
-
-
-def compare(place, run, name, lab):
-    """Held-out and training losses, gradient norms and saved weights are those of one process."""
-    variant = VARIANTS[name]
-    base = place / variant.model
-    folders = [place / f"ddp1-{name}", place / run]
-    want, got = (json.loads((folder / "report.json").read_text()) for folder in folders)
-    for key in ("before", "after"):
-        assert got[key]["eval_loss"] == pytest.approx(want[key]["eval_loss"], rel=10 * variant.tolerance), key
-    assert got["before"]["eval_loss"] != pytest.approx(got["after"]["eval_loss"], rel=1e-3)
-    steps = [[row for row in report["history"] if "loss" in row] for report in (want, got)]
-    assert len(steps[0]) == len(steps[1]) == STEPS
-    for left, right in zip(*steps):
-        for key in ("loss", "grad_norm"):
-            assert right[key] == pytest.approx(left[key], rel=10 * variant.tolerance), (key, left)
-        assert "sdpo/imbalance" not in left and 1 <= right["sdpo/imbalance"] <= 4
-    start, want, got = (
-        model.state_dict() for model in (AutoModelForCausalLM.from_pretrained(base), *(load(f, base) for f in folders))
-    )
-    moved = lab.largest_difference(start, want)
-    assert moved > 1e-3
-    assert lab.largest_difference(want, got) < variant.tolerance * max(1.0, moved)
+    torchrun(4, *worker("fsdp2"), runs(place, "fsdp2", FOUR, 4), **FSDP2)
 
 
 def test_ddp_with_held_out_data(place, one, lab):
     """The very command that a user starts; the file beside the data is evaluated before training."""
-    output = place / "ddp2-untied"
-    printed = torchrun(2, "-m", "fastsdpo.train", *arguments(place, output, VARIANTS["untied"], 2))
+    run = arguments(place, place / "ddp2-untied", VARIANTS["untied"], 2)
+    printed = torchrun(2, "-m", "fastsdpo.train", *run)
     assert "held-out loss before training: " in printed
     compare(place, "ddp2-untied", "untied", lab)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", TORCHRUN)
 def test_fsdp2(place, one, two, lab, name):
     compare(place, f"fsdp2{2}-{name}", name, lab)
 
@@ -205,3 +75,53 @@ def test_fsdp2(place, one, two, lab, name):
 @pytest.mark.parametrize("name", FOUR)
 def test_fsdp2_with_four_processes(place, one, four, lab, name):
     compare(place, f"fsdp2{4}-{name}", name, lab)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_accelerate_launch(place, one, lab, strategy):
+    """The files of examples/accelerate, two CPU processes in place of eight GPUs."""
+    kind = "plain" if strategy == "ddp" else strategy
+    accelerate(strategy, 2, *worker(kind), runs(place, f"{strategy}-launch", LAUNCHED, 2))
+    for name in LAUNCHED:
+        compare(place, f"{strategy}-launch2-{name}", name, lab)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_resumed_by_another_number_of_processes(place, one, lab, kind):
+    """Two steps of two processes, then four go on; the last batch of the epoch is uneven."""
+    output, (mode, environment) = place / f"{kind}-more", {"ddp": ("plain", {}), "fsdp2": ("fsdp2", FSDP2)}[kind]
+    for processes, more in ((2, ["--max-steps", "2"]), (4, ["--resume"])):
+        run = [*arguments(place, output, VARIANTS["resumed"], processes), *more]
+        torchrun(processes, *worker(mode), json.dumps([run]), **environment)
+    compare(place, output.name, "resumed", lab)
+
+
+@pytest.mark.slow
+def test_slurm(place, one, lab, tmp_path):
+    """The script, with Slurm's two commands stood in for: two nodes on this machine, one process each."""
+    commands = {
+        "scontrol": "echo 127.0.0.1",
+        "srun": 'SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@" && wait $!',
+    }
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "GPUS": "1",
+        "PORT": str(port),
+        "CONFIG": str(CONFIGURATIONS / "ddp.yaml"),
+        "OMP_NUM_THREADS": "1",
+    }
+    run = arguments(place, place / "slurm2-untied", VARIANTS["untied"], 2)
+    script = ["bash", str(CONFIGURATIONS / "slurm.sh"), *run]
+    done = subprocess.run(script, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    compare(place, "slurm2-untied", "untied", lab)
