@@ -19,6 +19,7 @@ from fastsdpo.trainer.config import SDPOConfig, split_batch
 from fastsdpo.trainer.data import InteractionDataset
 from fastsdpo.trainer.memory import Setting, card_of, lora_adapter, memory_lines, parse_size
 from fastsdpo.trainer.memory_walk import ModelShape, Processes
+from fastsdpo.trainer.model import CHECKPOINTING, choose_checkpointing
 from fastsdpo.trainer.pack_table import PackTable
 from fastsdpo.trainer.report import dry_run_report
 from fastsdpo.trainer.sharing import PrefixSharing
@@ -80,6 +81,8 @@ def forecast(options: argparse.Namespace, config: SDPOConfig, say: Callable[[str
     setting = setting_of(options, config, ModelShape(found.config, found.dtype, adapter, attention))
     args = setting.args
     model = setting.shape.make()
+    if choose_checkpointing(args, model, setting.kind):
+        say(CHECKPOINTING)
     say(f"model {options.model}: {describe_weights(model)}; no weights are loaded, so there is no teacher check")
     if reads_clock(found.tokenizer, args.chat_template_kwargs):  # type: ignore[arg-type]
         args.chat_template_date = run_date(args)

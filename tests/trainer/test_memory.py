@@ -174,6 +174,22 @@ def test_the_command_walks_a_model_without_weights(tmp_path, lab, capsys):
 
 
 @pytest.mark.parametrize(
+    ("more", "checkpointed"),
+    [
+        ("--card 80GB", True),
+        ("--card 80GB --set auto_checkpointing=false", False),
+        ("--card 80GB --set gradient_checkpointing=false", False),
+        ("", False),
+    ],
+)
+def test_large_models_are_checkpointed_on_gpus(tmp_path, lab, capsys, monkeypatch, more, checkpointed):
+    monkeypatch.setattr("fastsdpo.trainer.model.LARGE_MODEL", 10**5)
+    command = shape_only(tmp_path, lab, qwen3(2, 256, 4096))
+    assert main([*command, "--template", " note {o}", *more.split()]) == 0
+    assert ("gradient checkpointing is on" in capsys.readouterr().out) == checkpointed
+
+
+@pytest.mark.parametrize(
     ("more", "message"),
     [
         ("--dry-run --card much", "--card must be a size like 80GB or 79.1GiB, got 'much'"),
