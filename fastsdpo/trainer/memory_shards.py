@@ -79,6 +79,7 @@ class Shards:
 
     def _backward(self, unit: Unit, before: Unit | None, _grad: Tensor) -> None:
         self._gather(unit)
+        self._free_buffer()
         if before is not None and not (before.gathered or before.fetched):
             before.fetched = True
             self.meter.add(GATHERED, before.size)
@@ -89,9 +90,14 @@ class Shards:
         if not unit.fetched:
             self.meter.add(GATHERED, unit.size)
         self.meter.add(GATHERED, unit.size)
+        self._free_buffer()
+        self._flat, unit.gathered, unit.fetched = unit, True, False
+
+    def _free_buffer(self) -> None:
+        """In a forward pass when the next unit is there, in a backward pass at once."""
         if self._flat is not None:
             self.meter.remove(GATHERED, self._flat.size)
-        self._flat, unit.gathered, unit.fetched = unit, True, False
+            self._flat = None
 
     def _give_up(self, unit: Unit) -> None:
         if unit.gathered:
@@ -125,9 +131,9 @@ class Shards:
             if unit.fetched:
                 unit.fetched = False
                 self.meter.remove(GATHERED, unit.size)
-        for size in (self._reducing, 0 if self._flat is None else self._flat.size):
-            self.meter.remove(GATHERED, size)
-        self._reducing, self._flat = 0, None
+        self._free_buffer()
+        self.meter.remove(GATHERED, self._reducing)
+        self._reducing = 0
 
     def drop_gradients(self) -> None:
         """After the optimizer's step."""

@@ -118,6 +118,7 @@ def test_what_the_parts_are():
                 "no sharing": {"sharing": "off"},
                 "trust region": {"teacher": "trust_region"},
                 "reference": {"reference_kl": 0.1},
+                "autocast": {"bf16": True},
                 "sampled token": {"mode": "sampled_token", "is_clip": 2.0},
             },
             marks=pytest.mark.slow,
@@ -126,21 +127,47 @@ def test_what_the_parts_are():
     ids=lambda runs: ",".join(runs),
 )
 def test_measured_peaks(tmp_path, runs):
-    worker = Path(__file__).parent / "memory_worker.py"
     # glibc returns what is freed, instead of keeping it for tensors of other sizes.
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    for name, said, measured, parts in results("memory_worker.py", str(tmp_path), runs, **environment):
+        assert said / measured == pytest.approx(1, abs=0.1), (name, said, measured, parts)
+
+
+def results(script, *arguments, **environment):
+    """What a worker prints of its runs, the last argument."""
+    *before, runs = arguments
     done = subprocess.run(
-        [sys.executable, str(worker), str(tmp_path), json.dumps(runs)],
+        [sys.executable, str(Path(__file__).parent / script), *before, json.dumps(runs)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(lines) == len(runs)
-    for line in lines:
-        name, said, measured, parts = json.loads(line)
-        assert said / measured == pytest.approx(1, abs=0.1), (name, said, measured, parts)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
+    assert [name for name, *_ in found] == list(runs)
+    return found
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        {"two passes": {"passes": 2}, "mixed precision": {"mixed": True}},
+        pytest.param(
+            {
+                "one pass": {},
+                "tied": {"tied": True, "checkpointed": False},
+                "bfloat16": {"dtype": "bfloat16", "passes": 2, "hidden": 512, "vocabulary": 512},
+                "mixed, two passes": {"mixed": True, "checkpointed": False, "passes": 2},
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=lambda runs: ",".join(runs),
+)
+def test_shards_as_fsdp2_has_them(runs):
+    """The forecast counts what is alive in a step of torch's FSDP2, whole gradients of the first passes included."""
+    for name, said, measured, parts in results("sharded_memory_worker.py", runs):
+        assert said / measured == pytest.approx(1, abs=0.02), (name, said, measured, parts)
 
 
 def shape_only(folder, lab, shape):
