@@ -108,7 +108,8 @@ def forecast(options: argparse.Namespace, config: SDPOConfig, say: Callable[[str
 def setting_of(options: argparse.Namespace, config: SDPOConfig, shape: ModelShape) -> Setting:
     """What the options say of the machine, and the configuration as it would be there."""
     sharded = bool(config.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
-    strategy = options.strategy or ("fsdp" if sharded else "ddp")
+    started = "deepspeed" if getattr(config, "hf_deepspeed_config", None) else "fsdp" if sharded else "ddp"
+    strategy = options.strategy or started
     count = options.processes or config.world_size
     kind = "cuda" if options.card is not None else config.device.type
     args = copy.copy(config)

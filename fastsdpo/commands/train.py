@@ -19,7 +19,7 @@ without memory, from the model's configuration. The weights are loaded only for 
 sample, which is left out with --card, --processes or --strategy (a forecast for another machine), with
 ``--set teacher_check=0``, and where --model is a folder without weights:
 
-    fastsdpo train interactions.jsonl --model Qwen/Qwen3-8B -o runs/first --dry-run \
+    fastsdpo train interactions.jsonl --model Qwen/Qwen3-8B --dry-run \
         --processes 8 --strategy fsdp --card 80GB
 
 With --resume the same command, given again and again, goes on from the newest whole checkpoint (or
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("run")
     group.add_argument("data", help="interactions, as `fastsdpo prepare` writes them")
-    group.add_argument("-o", "--output", required=True, metavar="FOLDER")
+    group.add_argument("-o", "--output", default=None, metavar="FOLDER", help="needed but for --dry-run")
     group.add_argument(
         "--eval-data",
         metavar="FILE",
@@ -113,7 +113,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see the module for the exit status."""
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if options.output is None:
+        if not options.dry_run:
+            parser.error("the following arguments are required: -o/--output")
+        options.output = "dry-run"  # which writes nothing
     return run_command("train", train, options, statuses={NonFiniteError: NOT_FINITE}, stopped=run.LOST)
 
 

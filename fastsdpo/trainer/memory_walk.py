@@ -76,7 +76,10 @@ class ModelShape:
 
 
 class Processes(NamedTuple):
-    """How many train together, and how: "ddp" (each holds all) or "fsdp" (each holds a share)."""
+    """How many train together, and how: "ddp" (each holds all) or "fsdp" (each holds a share).
+
+    "deepspeed" has no forecast: what its engine buffers is not known here.
+    """
 
     count: int = 1
     strategy: str = "ddp"
@@ -120,6 +123,8 @@ class _Walk:
     """One walk; see `walk_step`."""
 
     def __init__(self, shape: ModelShape, args: SDPOConfig, kind: str, processes: Processes):
+        if processes.strategy == "deepspeed":
+            raise NotImplementedError("what DeepSpeed's engine buffers is not known here")
         self.kind, self.processes = kind, processes
         self.args = args = copy.copy(args)
         args.attention = _attention(args.attention, kind)
