@@ -1,4 +1,4 @@
-"""Bytes that a step of FSDP2 holds in one of eight processes, beside the forecast, as JSON. See test_memory.
+"""Bytes that a step holds in one of eight processes of FSDP2, or alone, beside the forecast, as JSON. See test_memory.
 
 FSDP2 is torch's own, its units those of accelerate; the other seven processes are not there (torch's "fake" group).
 Counted are the storages that are alive on the CPU.
@@ -90,7 +90,17 @@ def shard(model, tied, policy):
     fully_shard(model, **how)
 
 
-def measured(*, tied=False, checkpointed=True, dtype="float32", mixed=False, passes=1, hidden=256, vocabulary=4096):
+def measured(
+    *,
+    processes=PROCESSES,
+    tied=False,
+    checkpointed=True,
+    dtype="float32",
+    mixed=False,
+    passes=1,
+    hidden=256,
+    vocabulary=4096,
+):
     torch.manual_seed(0)
     gc.collect()
     release_tiles()
@@ -109,12 +119,17 @@ def measured(*, tied=False, checkpointed=True, dtype="float32", mixed=False, pas
     )
     model = Qwen3ForCausalLM(config).to(getattr(torch, dtype)).train()
     learner = Learner(
-        model, args, PrefixSharing(model, args, None, (), one_pass=False), unwrapped=lambda: model, sharded=True
+        model,
+        args,
+        PrefixSharing(model, args, None, (), one_pass=False),
+        unwrapped=lambda: model,
+        sharded=processes > 1,
     )
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     lower = torch.bfloat16
-    shard(model, tied, MixedPrecisionPolicy(lower, lower, lower) if mixed else MixedPrecisionPolicy())
+    if processes > 1:
+        shard(model, tied, MixedPrecisionPolicy(lower, lower, lower) if mixed else MixedPrecisionPolicy())
     storages = Storages()
     for tensor in (*model.parameters(), *model.buffers()):
         storages.see(tensor)
@@ -122,7 +137,8 @@ def measured(*, tied=False, checkpointed=True, dtype="float32", mixed=False, pas
     with storages:
         for _ in range(2):
             for number in range(passes):
-                model.set_requires_gradient_sync(number == passes - 1)
+                if processes > 1:
+                    model.set_requires_gradient_sync(number == passes - 1)
                 with torch.autocast("cpu", lower) if mixed else contextlib.nullcontext():
                     loss, statistics = learner.run_pass(model, ITEMS, len(ITEMS))
                 loss.backward()
@@ -135,7 +151,7 @@ def measured(*, tied=False, checkpointed=True, dtype="float32", mixed=False, pas
         args,
         [ITEMS] * passes,
         kind="cpu",
-        processes=Processes(PROCESSES, "fsdp"),
+        processes=Processes(processes, "fsdp"),
         accumulated=passes > 1,
     )
     return forecast.peak, storages.peak, forecast.parts

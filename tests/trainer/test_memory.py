@@ -117,7 +117,6 @@ def test_what_the_parts_are():
                 "no sharing": {"sharing": "off"},
                 "trust region": {"teacher": "trust_region"},
                 "reference": {"reference_kl": 0.1},
-                "autocast": {"bf16": True},
                 "sampled token": {"mode": "sampled_token", "is_clip": 2.0},
             },
             marks=pytest.mark.slow,
@@ -150,10 +149,11 @@ def results(script, *arguments, **environment):
 @pytest.mark.parametrize(
     "runs",
     [
-        {"two passes": {"passes": 2}, "mixed precision": {"mixed": True}},
+        {"two passes": {"passes": 2}, "autocast, one process": {"mixed": True, "processes": 1}},
         pytest.param(
             {
                 "one pass": {},
+                "mixed precision": {"mixed": True},
                 "tied": {"tied": True, "checkpointed": False},
                 "bfloat16": {"dtype": "bfloat16", "passes": 2, "hidden": 512, "vocabulary": 512},
                 "mixed, two passes": {"mixed": True, "checkpointed": False, "passes": 2},
@@ -164,7 +164,7 @@ def results(script, *arguments, **environment):
     ids=lambda runs: ",".join(runs),
 )
 def test_shards_as_fsdp2_has_them(runs):
-    """The forecast counts what is alive in a step of torch's FSDP2, whole gradients of the first passes included."""
+    """Storages alive in a step of torch's FSDP2, with the whole gradients of its first passes, and under autocast."""
     for name, said, measured, parts in results("sharded_memory_worker.py", runs):
         assert said / measured == pytest.approx(1, abs=0.02), (name, said, measured, parts)
 
