@@ -170,7 +170,11 @@ def add_setting_options(parser: argparse.ArgumentParser, presets: Iterable[str])
     compute = parser.add_argument_group("computation")
     compute.add_argument("--sharing", choices=("auto", "conversation", "interaction", "off"))
     compute.add_argument("--max-tokens-per-pack", type=int, metavar="TOKENS", help="of one forward pass")
-    compute.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    compute.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="less memory, a third more time (default: on a GPU for models of a billion weights and more)",
+    )
     compute.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     compute.add_argument("--cpu", action="store_true", dest="use_cpu")
 
@@ -265,10 +269,11 @@ def read_config(options: argparse.Namespace, config: type[Config], **settings: A
             given[name] = json.loads(value)
         except json.JSONDecodeError:
             given[name] = value
-    if given.pop("gradient_checkpointing", False):
+    if "gradient_checkpointing" in given:
         # transformers is renaming it; the new name where there is one.
         new = "activation_checkpointing"
-        given[new if new in names else "gradient_checkpointing"] = True
+        said = given.pop("gradient_checkpointing")
+        given[new if new in names else "gradient_checkpointing"] = said
     defaults: dict[str, Any] = {
         "report_to": [],
         "save_total_limit": 2,

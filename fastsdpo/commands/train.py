@@ -1,4 +1,4 @@
-"""Trains a model on interactions: `fastsdpo train` or `python -m fastsdpo.train`.
+r"""Trains a model on interactions: `fastsdpo train` or `python -m fastsdpo.train`.
 
     fastsdpo prepare conversations.jsonl -o interactions.jsonl --eval-fraction 0.05
     fastsdpo train interactions.jsonl --model MODEL -o runs/first --dry-run
@@ -13,6 +13,14 @@ several processes are started with ``torchrun -m fastsdpo.train`` or ``accelerat
 Where --model is the folder of an adapter (``model/`` of a run with --lora), training goes on with it.
 
 Every setting that has no flag here is a field of `SDPOConfig`: ``--set name=value``.
+
+--dry-run tokenizes, and says how long the run is and how much memory a step takes: the step is walked on tensors
+without memory, from the model's configuration. The weights are loaded only for the look at what follow-ups do to a
+sample, which is left out with --card, --processes or --strategy (a forecast for another machine), with
+``--set teacher_check=0``, and where --model is a folder without weights:
+
+    fastsdpo train interactions.jsonl --model Qwen/Qwen3-8B --dry-run \
+        --processes 8 --strategy fsdp --card 80GB
 
 With --resume the same command, given again and again, goes on from the newest whole checkpoint (or
 begins, where there is none) and comes to the same result as a run that nothing stopped.
@@ -31,6 +39,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastsdpo.commands import run
+from fastsdpo.commands.forecast import (
+    add_forecast_options,
+    check_options,
+    forecast,
+    held_out,
+    needs_weights,
+    of_trainer,
+    setting_of,
+)
 from fastsdpo.commands.options import (
     DONE,
     NOT_FINITE,
@@ -48,6 +65,8 @@ from fastsdpo.prefix import whole_shapes
 from fastsdpo.trainer import NonFiniteError
 from fastsdpo.trainer.callbacks import StopOnSignal, clock
 from fastsdpo.trainer.config import PRESETS, SDPOConfig
+from fastsdpo.trainer.memory import card_of, memory_lines
+from fastsdpo.trainer.pack_table import PackTable
 from fastsdpo.trainer.report import dry_run_report, plot_history, write_report
 
 if TYPE_CHECKING:
@@ -63,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("run")
     group.add_argument("data", help="interactions, as `fastsdpo prepare` writes them")
-    group.add_argument("-o", "--output", required=True, metavar="FOLDER")
+    group.add_argument("-o", "--output", default=None, metavar="FOLDER", help="needed but for --dry-run")
     group.add_argument(
         "--eval-data",
         metavar="FILE",
@@ -77,8 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--dry-run",
         action="store_true",
         default=False,
-        help="load, tokenize, report lengths, memory and steps, and stop",
+        help="tokenize, report lengths, steps and memory, check what follow-ups do to a sample, and stop",
     )
+    add_forecast_options(parser.add_argument_group("dry run"))
     group.add_argument(
         "--show",
         type=int,
@@ -94,26 +114,37 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see the module for the exit status."""
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if options.output is None:
+        if not options.dry_run:
+            parser.error("the following arguments are required: -o/--output")
+        options.output = "dry-run"  # which writes nothing
     return run_command("train", train, options, statuses={NonFiniteError: NOT_FINITE}, stopped=run.LOST)
 
 
 def train(options: argparse.Namespace) -> int:
     """The run, in order."""
+    check_options(options)
     config = read_config(options, SDPOConfig)
     run.check_folder(options.output, options.resume or options.overwrite or options.dry_run)
     check_data(options.data, held_out(options))
     show = run.shows(options, config)
     say = run.printer(show)
+    if options.dry_run and not needs_weights(options, config):
+        return forecast(options, config, say)
     say(describe_backend(config.device.type, config.dtype))
     stop = StopOnSignal()
     trainer = make_trainer(options, config, stop, show)
     say(run.describe_model(trainer, options.model))
     if options.show > 0 and trainer.tokenize is not None:
         say(show_interactions(trainer.tokenize, load_interactions(options.data), options.show))
-    model = whole_shapes(trainer.model)
-    say(dry_run_report(model, config, trainer.train_dataset, trainer.eval_dataset, trainer.sharing))
+    table = PackTable(trainer.model, config, trainer.train_dataset, trainer.sharing)
+    sets = trainer.train_dataset, trainer.eval_dataset
+    say(dry_run_report(whole_shapes(trainer.model), config, *sets, table, config.world_size))
     if options.dry_run:
+        for line in memory_lines(setting_of(options, config, of_trainer(trainer)), table, card_of(config.device)):
+            say(line)
         say(str(trainer.check_teacher() or ""))
         return DONE
 
@@ -191,12 +222,3 @@ def check_data(*files: str | None) -> None:
     for file in files:
         if file is not None and not Path(file).is_fifo():  # that can be read once only
             next(load_interactions(file), None)
-
-
-def held_out(options: argparse.Namespace) -> str | None:
-    """The held-out file: as given, or where `fastsdpo prepare --eval-fraction` puts it."""
-    if options.eval_data is not None:
-        return options.eval_data
-    data = Path(options.data)
-    beside = data.with_name(f"{data.stem}.eval{data.suffix}")
-    return str(beside) if beside.is_file() else None

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,8 +22,37 @@ _LARGEST_KEPT = 2**29  # bytes; two float32 tiles of 256 tokens and 262,144 word
 _HUGE = 2**21  # bytes of a huge page
 
 
+# What tensors without memory stand for, the innermost `meta_stands_for` last.
+_stand_for: list[tuple[str, torch.dtype | None]] = [("cuda", None)]
+
+
+def kind_of(device: torch.device) -> str:
+    """The type of a device; of ``meta`` that which its tensors stand for: a GPU, or as `meta_stands_for` says."""
+    return _stand_for[-1][0] if device.type == "meta" else device.type
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast where it is on; for ``meta``, which has none, as `meta_stands_for` says."""
+    if device.type == "meta":
+        return _stand_for[-1][1]
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+@contextmanager
+def meta_stands_for(kind: str, autocast: torch.dtype | None = None) -> Iterator[None]:
+    """Losses of tensors without memory allocate what those on a device of type ``kind`` would."""
+    kept = _kept[:]
+    _kept.clear()
+    _stand_for.append((kind, autocast))
+    try:
+        yield
+    finally:
+        _stand_for.pop()
+        _kept[:] = kept
+
+
 def _on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and is_real(tensor)
+    return kind_of(tensor.device) == "cpu" and is_real(tensor)
 
 
 def _advise_huge_pages(tensor: Tensor) -> Tensor:
@@ -31,7 +62,7 @@ def _advise_huge_pages(tensor: Tensor) -> Tensor:
     """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     size = tensor.numel() * tensor.element_size()
-    if advice is not None and size >= 2 * _HUGE and _on_cpu(tensor):
+    if advice is not None and size >= 2 * _HUGE and _on_cpu(tensor) and not tensor.is_meta:
         begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (tensor.data_ptr() + size) // mmap.PAGESIZE * mmap.PAGESIZE
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(advice))

@@ -42,7 +42,8 @@ def _native_reason() -> str | None:
     return None if available else reason
 
 
-KERNELS = {"cpu": ("native", _native_reason), "cuda": ("triton", _triton_reason)}
+# Tensors without memory (meta) have a backend that only allocates: the memory of a step is read off its shapes.
+KERNELS = {"cpu": ("native", _native_reason), "cuda": ("triton", _triton_reason), "meta": ("meta", lambda: None)}
 REFERENCE = "losses are computed by the reference (eager PyTorch)"
 _told: set[str] = set()  # reasons for a slow backend that the user has been given
 

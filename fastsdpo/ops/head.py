@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsdpo.ops._memory import borrow_tiles, padded, return_tiles
+from fastsdpo.ops._memory import autocast_dtype, borrow_tiles, kind_of, padded, return_tiles
 from fastsdpo.ops.checks import accumulation_dtype
 
 # f(student's logits [n, V], teacher's or None, slice of the tokens, gradient buffer [n, V] or None)
@@ -41,7 +41,7 @@ def default_chunk_size(tokens: int, vocabulary: int, device: torch.device) -> in
     The largest multiple of 64 with chunk * V <= 2^26 elements on a GPU (2^24 on a CPU), at least 1024 (256),
     then evened out over the chunks.
     """
-    budget, least = (2**24, 256) if device.type == "cpu" else (2**26, 1024)
+    budget, least = (2**24, 256) if kind_of(device) == "cpu" else (2**26, 1024)
     chunk = max(least, budget // vocabulary // 64 * 64)
     if tokens <= chunk:
         return max(1, tokens)
@@ -64,7 +64,7 @@ def has_mixed_gemm(device: torch.device) -> bool:
 
     False on a CPU, where a GEMM of half-precision operands takes many times longer than a float32 one.
     """
-    if device.type not in ("cuda", "meta"):
+    if kind_of(device) != "cuda":
         return False
     if device.type not in _mixed:
         half = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
@@ -106,11 +106,7 @@ def choose_dtypes(hidden: Tensor, weight: Tensor, tile: torch.dtype | None) -> t
     accumulation = accumulation_dtype(hidden, weight)
     if accumulation == torch.float64 or not has_mixed_gemm(hidden.device):
         return accumulation, accumulation
-    if torch.is_autocast_enabled(hidden.device.type):
-        operand = torch.get_autocast_dtype(hidden.device.type)
-    else:
-        operand = weight.dtype
-    return operand, tile or accumulation
+    return autocast_dtype(hidden.device) or weight.dtype, tile or accumulation
 
 
 class HeadGemms:

@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastsdpo.ops import rows
+from fastsdpo.ops._memory import kind_of
+from fastsdpo.ops._memory import meta_stands_for as meta_stands_for
 from fastsdpo.ops._memory import release_tiles as release_tiles
 from fastsdpo.ops._operators import (
     check_values,
@@ -210,8 +212,8 @@ def _scaled(grad: Tensor | None, upstream: Tensor, source: Tensor) -> Tensor | N
     if not is_real(grad):
         return (grad * upstream.to(grad.dtype)).to(source.dtype)
     grad[:0].mul_(1)  # changes no value but the version counter, so that a second backward raises
-    on_cpu = upstream.device.type == "cpu"
-    if on_cpu and upstream == 1:
+    on_cpu = kind_of(upstream.device) == "cpu"
+    if on_cpu and not upstream.is_meta and upstream == 1:
         return grad.to(source.dtype)
     if on_cpu or grad.dtype == source.dtype:
         return grad.mul_(upstream).to(source.dtype)

@@ -32,6 +32,7 @@ _MODULES = {
     "triton": "fastsdpo.ops._triton",
     "native": "fastsdpo.ops._native",
     "reference": "fastsdpo.ops.reference",
+    "meta": "fastsdpo.ops._meta",
 }
 
 

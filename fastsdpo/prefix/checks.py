@@ -21,6 +21,7 @@ from fastsdpo.prefix.model import (
     unwrap,
 )
 from fastsdpo.prefix.partitioned import gathered
+from fastsdpo.prefix.refusals import above_the_decoder, unsupported
 
 
 def check_head(model: nn.Module) -> tuple[bool, str]:
@@ -110,6 +111,9 @@ def check_sharing(model: nn.Module, *, attention: str = "auto") -> tuple[bool, s
     Raises:
         BackendError: an attention backend that does not exist or cannot run here; it is a ValueError.
     """
+    if model_device(model).type == "meta":  # no values: what is known of it alone
+        reason = above_the_decoder(model) or unsupported(model)
+        return reason is None, reason or ""
     ids = probe_ids(model, 96)
 
     first, second = ids[:24], ids[:40]

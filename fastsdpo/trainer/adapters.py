@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastsdpo.prefix import training_mode, unwrap
+from fastsdpo.prefix import model_device, training_mode, unwrap
 from fastsdpo.trainer.noise import few_logits
 
 
@@ -41,6 +41,8 @@ def adapter_is_silent(model: Any) -> bool:
     for config in inner.peft_config.values():
         if getattr(config, "trainable_token_indices", None) or hasattr(config, "token_indices"):
             return False  # what it does depends on the tokens, of which only a few are tried
+    if model_device(model).type == "meta":
+        return True  # no values: made from a configuration, as a new one is
     with training_mode(model, False):
         with_adapter = few_logits(model)
         with inner.disable_adapter():

@@ -89,6 +89,15 @@ def split_batch(global_batch: int, processes: int, per_device: int, accumulation
     return micro, share // micro
 
 
+def checkpointing_given(args: TrainingArguments) -> bool:
+    """Whether it is said that layers run again in the backward pass, or that they do not."""
+    said = [args.gradient_checkpointing, getattr(args, "activation_checkpointing", None)]
+    in_fsdp = isinstance(args.fsdp_config, dict) and args.fsdp_config.get("activation_checkpointing")
+    # Versions of transformers without the new name cannot tell False from nothing.
+    explicit = hasattr(args, "activation_checkpointing") and False in said
+    return True in said or explicit or bool(in_fsdp)
+
+
 @dataclass
 class SDPOConfig(TrainingArguments):
     """All settings of a run: those below, and every one of `transformers.TrainingArguments`.
@@ -232,6 +241,14 @@ class SDPOConfig(TrainingArguments):
         metadata={"help": "Processes that tokenize a data file. None: one for each core, at most 8; 1 below 32 MB."},
     )
 
+    auto_checkpointing: bool = field(
+        default=True,
+        metadata={
+            "help": "Gradient checkpointing on GPUs for models of a billion weights and more, where nothing is said "
+            "about it (gradient_checkpointing): less memory, a third more time, the same result."
+        },
+    )
+
     # Batches, weights, safety
     global_batch_size: int | None = field(
         default=None,
@@ -315,6 +332,7 @@ class SDPOConfig(TrainingArguments):
         self._check_fixed()
         self._check_method()
         self._check_text()
+        self._checkpointing_given = checkpointing_given(self)
         # Before the processes have met, since plugins read the batch sizes in super().__post_init__;
         # launchers other than torchrun and accelerate tell their number only there.
         processes = int(os.environ.get("WORLD_SIZE", 1))

@@ -9,12 +9,44 @@ from torch import nn
 from transformers import set_seed
 
 from fastsdpo.modeling import default_dtype, load_model_and_tokenizer
-from fastsdpo.prefix import above_the_decoder
+from fastsdpo.prefix import above_the_decoder, causal_lm
 from fastsdpo.quantized import how_packed, keep_differentiable
 from fastsdpo.trainer.adapters import check_adapter, is_peft
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.launch import check_loaded_dtype, check_placement, check_quantized_launch
 from fastsdpo.trainer.noise import dropout_rates, turn_off
+
+CHECKPOINTING = (
+    "gradient checkpointing is on, as for all models of a billion weights and more; --set "
+    "auto_checkpointing=false turns it off"
+)
+LARGE_MODEL = 10**9  # weights from which `SDPOConfig.auto_checkpointing` applies
+
+
+def choose_checkpointing(args: SDPOConfig, model: nn.Module, kind: str) -> bool:
+    """Turns gradient checkpointing on in ``args``, by the rule of `SDPOConfig.auto_checkpointing`.
+
+    Args:
+        kind: the type of the device that the model trains on.
+
+    Returns:
+        whether it did.
+    """
+    if args._checkpointing_given or not args.auto_checkpointing or kind != "cuda":
+        return False
+    if sum(p.numel() for p in model.parameters()) < LARGE_MODEL or not supports_checkpointing(model):
+        return False
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if hasattr(args, name):
+            setattr(args, name, True)
+    return True
+
+
+def supports_checkpointing(model: nn.Module) -> bool:
+    """Whether transformers can run this model's layers again in the backward pass."""
+    causal = causal_lm(model)
+    names = ("supports_activation_checkpointing", "supports_gradient_checkpointing")
+    return any(bool(getattr(causal, name, False)) for name in names)
 
 
 def prepare_model(

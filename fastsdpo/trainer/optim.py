@@ -240,7 +240,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
     """
     if dtype != torch.bfloat16:
         raise TypeError(f"stochastic_round: dtype must be torch.bfloat16, got {dtype}")
-    generator = torch.Generator(values.device).manual_seed(seed)
+    generator = None if values.is_meta else torch.Generator(values.device).manual_seed(seed)
     bits = values.contiguous().view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=values.device, generator=generator)
     rounded = ((bits + noise) & -65536).view(torch.float32)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: an estimate before it, numbers and a plot after it."""
+"""What a run leaves behind: lengths of its data before it, numbers and a plot after it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastsdpo.prefix import causal_lm, count_tokens, rotary_limit
+from fastsdpo.prefix import causal_lm
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import InteractionDataset
-from fastsdpo.trainer.memory import memory_text
-from fastsdpo.trainer.packs import pack_sharing, split_packs
+from fastsdpo.trainer.pack_table import PackTable
 
 
 class Lengths(NamedTuple):
@@ -43,66 +42,60 @@ def length_table(dataset: InteractionDataset) -> dict[str, Lengths]:
     return table
 
 
-def dry_run_report(model: nn.Module, args: SDPOConfig, train: InteractionDataset, eval_: Any, sharing: Any) -> str:
-    """What `fastsdpo train --dry-run` prints."""
+def dry_run_report(
+    model: nn.Module, args: SDPOConfig, train: InteractionDataset, eval_: Any, table: PackTable, processes: int
+) -> str:
+    """What `fastsdpo train` says of its data: lengths, packs, steps.
+
+    Args:
+        processes: that train together.
+    """
     lines = [f"{'tokens':<20} {'median':>8} {'95%':>8} {'longest':>8} {'sum':>12}"]
-    for name, row in length_table(train).items():
+    lengths = length_table(train)
+    for name, row in lengths.items():
         lines.append(f"{name:<20} {row.median:>8,} {row.p95:>8,} {row.longest:>8,} {row.total:>12,}")
     conversations = len(train.groups(True))
     held_out = "" if eval_ is None else f"; {len(eval_):,} held out"
     lines.append(
         f"{len(train):,} interactions of {conversations:,} conversations{held_out}; {len(train.dropped):,} left out"
     )
-    grouped = args.group_by_conversation
-    if grouped is None:
-        grouped = sharing == "conversation"
-    order = [index for group in train.groups(grouped) for index in group]
-    batch = args.per_device_train_batch_size
-    live = args.teacher in ("live", "trust_region")
-    changing = rotary_limit(model)
-    at_most = None if changing is None or sharing == "off" else changing.positions
-    tokens = unshared = widest = responses = passes = 0
-    for start in range(0, len(order), batch):
-        items = [train[index] for index in order[start : start + batch]]
-        for pack in split_packs(items, args.max_tokens_per_pack, sharing, at_most):
-            counts = count_tokens(pack, sharing=pack_sharing(pack, sharing, at_most), live=live)
-            tokens += counts.student + counts.teacher
-            unshared += counts.unshared_student + counts.unshared_teacher
-            widest = max(widest, counts.student)
-            responses = max(responses, sum(len(item.completion_ids) for item in pack))
-            passes += 1
     lines.append(
-        f"sharing {sharing}: {tokens:,} of {unshared:,} tokens are computed per epoch, "
-        f"in {passes:,} passes of at most {args.max_tokens_per_pack or 'any number of'} tokens"
+        f"sharing {table.sharing}: {table.tokens:,} of {table.unshared:,} tokens are computed per epoch, "
+        f"in {table.passes:,} passes of at most {args.max_tokens_per_pack or 'any number of'} tokens"
     )
-    lines.append(step_text(len(train), args))
-    lines.append(memory_text(model, args, widest, responses))
+    lines.append(step_text(len(train), args, processes))
     limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
-    longest = length_table(train)["longest sequence"].longest
+    longest = lengths["longest sequence"].longest
     if limit and longest > limit:
         lines.append(f"WARNING: the longest sequence exceeds the model's {limit:,} positions")
     return "\n".join(lines)
 
 
-def steps_per_run(interactions: int, args: SDPOConfig) -> tuple[int, float]:
-    """Optimizer steps of a run from its start, and the epochs that they are."""
-    batches = math.ceil(interactions / (args.per_device_train_batch_size * args.world_size))
+def steps_per_run(interactions: int, args: SDPOConfig, processes: int | None = None) -> tuple[int, float]:
+    """Optimizer steps of a run from its start, and the epochs that they are.
+
+    Args:
+        processes: None: those of ``args``.
+    """
+    processes = args.world_size if processes is None else processes
+    batches = math.ceil(interactions / (args.per_device_train_batch_size * processes))
     epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     if args.max_steps > 0:
         return args.max_steps, args.max_steps / epoch
     return math.ceil(args.num_train_epochs * epoch), args.num_train_epochs
 
 
-def step_text(interactions: int, args: SDPOConfig) -> str:
+def step_text(interactions: int, args: SDPOConfig, processes: int | None = None) -> str:
     """Length of a run: "12 optimizer steps of 8 interactions, 0.2 epochs"."""
-    steps, epochs = steps_per_run(interactions, args)
-    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    processes = args.world_size if processes is None else processes
+    steps, epochs = steps_per_run(interactions, args, processes)
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
 
     def counted(number: float, what: str, form: str) -> str:
         text = format(number, form)
         return f"{text} {what}" + ("" if text == "1" else "s")
 
-    shared = f" over {args.world_size} processes" if args.world_size > 1 else ""
+    shared = f" over {processes} processes" if processes > 1 else ""
     return (
         f"{counted(steps, 'optimizer step', ',')} of {counted(size, 'interaction', ',')}{shared}, "
         f"{counted(epochs, 'epoch', '.3g')}"

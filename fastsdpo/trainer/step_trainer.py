@@ -46,7 +46,7 @@ from fastsdpo.trainer.leaks import check_held_out
 from fastsdpo.trainer.learner import Learner
 from fastsdpo.trainer.loss import TokenStatistics
 from fastsdpo.trainer.metrics import SignalMetrics
-from fastsdpo.trainer.model import prepare_model
+from fastsdpo.trainer.model import CHECKPOINTING, choose_checkpointing, prepare_model
 from fastsdpo.trainer.noise import check_noise
 from fastsdpo.trainer.optim import optimizer_class
 from fastsdpo.trainer.packs import collate
@@ -82,6 +82,8 @@ class StepTrainer(CheckpointTrainer):
         optimizers: tuple[Any, Any],
     ):
         module, processing_class = prepare_model(model, args, processing_class, peft_config)
+        if choose_checkpointing(args, module, args.device.type):
+            logger.info("%s", CHECKPOINTING)
         self.tokenize: InteractionTokenizer | None = None
         if processing_class is not None:
             if reads_clock(processing_class, args.chat_template_kwargs):  # type: ignore[arg-type]

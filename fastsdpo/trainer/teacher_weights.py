@@ -159,7 +159,12 @@ def other_head(model: nn.Module, context: TeacherContext) -> HeadParameters | No
         # Taken while the weights are the teacher's: a detached tensor keeps pointing at them.
         weight = teacher.weight.detach()
         bias = None if teacher.bias is None else teacher.bias.detach()
-    same = weight.data_ptr() == student.weight.data_ptr() and (
-        bias is None or (student.bias is not None and bias.data_ptr() == student.bias.data_ptr())
+    same = _address(weight) == _address(student.weight) and (
+        bias is None or (student.bias is not None and _address(bias) == _address(student.bias))
     )
     return None if same else teacher._replace(weight=weight, bias=bias)
+
+
+def _address(tensor: Tensor) -> int:
+    """Where the values are; of a tensor without memory, its storage."""
+    return tensor.untyped_storage()._cdata if tensor.is_meta else tensor.data_ptr()

@@ -1,4 +1,4 @@
-"""Peak memory of training steps beside `estimate_memory`, as JSON. See test_memory.
+"""Peak memory of training steps beside the forecast, as JSON. See test_memory.
 
 A process of its own: what the tests before have allocated and freed would hide a peak.
 """
@@ -13,9 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from fastsdpo.bench import peak_memory
 from fastsdpo.data import TokenizedInteraction
-from fastsdpo.prefix import count_tokens
 from fastsdpo.trainer import SDPOConfig, SDPOTrainer
-from fastsdpo.trainer.memory import estimate_memory
+from fastsdpo.trainer.memory_walk import ModelShape, walk_step
 
 SHAPE = {
     "hidden_size": 256,
@@ -43,7 +42,7 @@ def interactions(conversations):
 
 
 def measured(folder, *, kind="Llama", dtype="float32", lora=False, conversations=3, **settings):
-    """Bytes above the model's weights and the teacher's: estimated, measured, and the estimate."""
+    """Bytes above the model's weights and the teacher's: forecast, measured, and the forecast whole."""
     torch.manual_seed(0)
     config, model = {"Llama": (LlamaConfig, LlamaForCausalLM), "Qwen3": (Qwen3Config, Qwen3ForCausalLM)}[kind]
     head = {"head_dim": 64} if kind == "Qwen3" else {}
@@ -77,9 +76,10 @@ def measured(folder, *, kind="Llama", dtype="float32", lora=False, conversations
                 trainer.optimizer.step()
 
     peak = peak_memory(run)
-    tokens = count_tokens(items, sharing=trainer.sharing).student
-    estimate = estimate_memory(trainer.model, args, tokens, sum(len(i.completion_ids) for i in items))
-    return estimate.total - estimate.weights - estimate.teacher, peak, estimate
+    shape = ModelShape(made.config, getattr(torch, dtype), adapter)
+    forecast = walk_step(shape, args, [items, items], kind="cpu")
+    standing = forecast.parts["weights"] + forecast.parts["teacher"]
+    return forecast.peak - standing, peak, forecast
 
 
 if __name__ == "__main__":
@@ -87,4 +87,4 @@ if __name__ == "__main__":
     measured(sys.argv[1], conversations=1)  # loads the libraries
     for name, settings in json.loads(sys.argv[2]).items():
         said, peak, parts = measured(sys.argv[1], **settings)
-        print(json.dumps([name, said, peak, parts._asdict()]), flush=True)
+        print(json.dumps([name, said, peak, parts.parts]), flush=True)

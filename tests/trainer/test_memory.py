@@ -1,4 +1,4 @@
-"""`estimate_memory` against peaks that were walked operator by operator, and measured here."""
+"""The forecast of a step's memory: against peaks that are measured, a walk made apart from it, and by its parts."""
 
 from __future__ import annotations
 
@@ -10,131 +10,230 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config
 
+from fastsdpo.data import TokenizedInteraction
+from fastsdpo.train import main
 from fastsdpo.trainer import SDPOConfig
-from fastsdpo.trainer.memory import estimate_memory, memory_text
+from fastsdpo.trainer.memory_walk import ModelShape, Processes, walk_step
 
-GPU = torch.device("cuda")
+CHECKPOINTED = {"gradient_checkpointing": True}
 
 
 def config(**settings):
-    return SDPOConfig(output_dir="unused", use_cpu=True, **settings)
+    return SDPOConfig(**{"output_dir": "unused", "use_cpu": True, "optim": "adamw_torch", **settings})
 
 
-@pytest.fixture(scope="module")
-def qwen3_8b():
-    """Its shape in bfloat16, without memory."""
-    with torch.device("meta"):
-        return Qwen3ForCausalLM(
-            Qwen3Config(
-                hidden_size=4096,
-                num_hidden_layers=36,
-                num_attention_heads=32,
-                num_key_value_heads=8,
-                head_dim=128,
-                intermediate_size=12288,
-                vocab_size=151936,
-                tie_word_embeddings=False,
-            )
-        ).to(torch.bfloat16)
+def pack(interactions):
+    """Student 350 tokens each, teacher 260 more, answers 200."""
+    made = []
+    for number in range(interactions):
+        prompt = [3 + number] * 150
+        made.append(TokenizedInteraction(prompt, prompt + [500 + number] * 60, [800 + number] * 200))
+    return made
 
 
-def with_lora(model):
-    peft = pytest.importorskip("peft")
-    return peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+def qwen3(layers, hidden, vocabulary, *, lora=False, tied=False):
+    """A model of Qwen3-8B's proportions in bfloat16."""
+    adapter = None
+    if lora:
+        peft = pytest.importorskip("peft")
+        adapter = peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    shape = Qwen3Config(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=max(1, hidden // 512),
+        head_dim=128,
+        intermediate_size=3 * hidden,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+    )
+    return ModelShape(shape, torch.bfloat16, adapter)
 
 
-@pytest.fixture(scope="module")
-def qwen3_8b_lora(qwen3_8b):
-    frozen = with_lora(qwen3_8b)
-    yield frozen
-    frozen.unload().requires_grad_(True)
-
-
-# Peak of everything that a step holds: the step's own operators on meta tensors of this shape, two
-# passes with the gradients and states of those before, each storage counted while it is alive.
+# The same step, walked apart from this package: two passes with the gradients and states of those before.
 @pytest.mark.parametrize(
-    ("student", "responses", "settings", "walked"),
+    ("interactions", "lora", "settings", "walked"),
     [
-        (8400, 4800, {"gradient_checkpointing": True}, 139),
-        (16800, 9600, {"gradient_checkpointing": True}, 142),
-        (8400, 4800, {}, 202),
+        (24, False, CHECKPOINTED, 139),
+        pytest.param(48, False, CHECKPOINTED, 142, marks=pytest.mark.slow),
+        pytest.param(24, False, {}, 202, marks=pytest.mark.slow),
+        pytest.param(24, True, CHECKPOINTED, 22.9, marks=pytest.mark.slow),
+        pytest.param(48, True, {}, 199, marks=pytest.mark.slow),
     ],
 )
-def test_walked_peaks(qwen3_8b, student, responses, settings, walked):
-    found = estimate_memory(qwen3_8b, config(**settings), student, responses, device=GPU)
-    assert found.total / 1e9 == pytest.approx(walked, rel=0.1)
+def test_an_8b(interactions, lora, settings, walked):
+    packs = [pack(interactions)] * 2
+    found = walk_step(qwen3(36, 4096, 151936, lora=lora), config(**settings), packs)
+    assert found.peak / 1e9 == pytest.approx(walked, rel=0.02)
+    assert sum(found.parts.values()) == found.peak
 
 
-def test_what_changes_the_estimate(qwen3_8b, monkeypatch):
-    """Optimizers, teachers, processes and shards, in bytes per weight."""
-    count = sum(p.numel() for p in qwen3_8b.parameters())
+def test_what_the_parts_are():
+    """Optimizers, teachers and processes, in bytes per trained weight."""
+    shape = qwen3(2, 256, 4096)
+    count = sum(p.numel() for p in shape.make().parameters())
 
-    def parts(**settings):
-        return estimate_memory(qwen3_8b, config(gradient_checkpointing=True, **settings), 8400, 4800, device=GPU)
+    def bytes_of(part, processes=None, **settings):
+        found = walk_step(shape, config(**CHECKPOINTED, **settings), [pack(4)], processes=processes)
+        return found.parts[part] / count
 
     for settings, states in (
         ({}, 12),
         ({"weight_update": "stochastic_rounding"}, 8),
         ({"weight_update": "plain"}, 4),
+        ({"optim": "adamw_torch_fused", "weight_update": "plain"}, 4),
         ({"optim": "adamw_torch_8bit"}, 2),
-        ({"optim": "adamw_bnb_8bit"}, 2),
         ({"optim": "sgd"}, 0),
     ):
-        assert parts(**settings).optimizer == states * count, settings
-    assert parts(teacher="ema").teacher == 6 * count
-    assert parts(teacher="frozen").teacher == 2 * count
-    assert parts(optim="adamw_torch_8bit").total < 60e9, "8-bit states and checkpointing: one GPU of 80 GB"
-    one = parts()
-    monkeypatch.setattr(SDPOConfig, "world_size", property(lambda self: 8))
-    assert parts().gradients == 2 * one.gradients, "and DDP's buckets"
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    sharded = parts()
-    assert sharded.optimizer == one.optimizer // 8 and sharded.gradients == one.gradients // 8
-    assert one.total / 8 < sharded.total < one.total / 4
-
-
-def test_the_text_names_what_lowers_it(qwen3_8b):
-    text = memory_text(qwen3_8b, config(), 8400, 4800)
-    assert text.startswith("memory per process, an estimate: 199.")
-    assert "smaller with: --gradient-checkpointing 1" in text
-    assert "weight_update=stochastic_rounding" in text and "optim=adamw_torch_8bit" in text
-    least = config(gradient_checkpointing=True, optim="adamw_torch_8bit")
-    assert "checkpointing" not in memory_text(qwen3_8b, least, 8400, 4800).partition("smaller")[2]
-
-
-@pytest.mark.parametrize(
-    ("student", "responses", "settings", "walked"),
-    [
-        (8400, 4800, {"gradient_checkpointing": True}, 22.9),
-        (16800, 9600, {}, 199),
-    ],
-)
-def test_walked_peaks_with_lora(qwen3_8b_lora, student, responses, settings, walked):
-    found = estimate_memory(qwen3_8b_lora, config(**settings), student, responses, device=GPU)
-    assert found.total / 1e9 == pytest.approx(walked, rel=0.1)
+        assert bytes_of("optimizer", **settings) == pytest.approx(states, rel=0.03), settings
+    assert bytes_of("teacher", teacher="ema") >= 4 and bytes_of("teacher", teacher="frozen") == pytest.approx(
+        2, rel=0.01
+    )
+    assert bytes_of("buckets", Processes(4, "ddp")) == pytest.approx(2, rel=0.01)
+    sharded = Processes(8, "fsdp")
+    for part, whole in (("weights", 2), ("optimizer", 12)):
+        assert bytes_of(part, sharded) == pytest.approx(whole / 8, rel=0.01), part
+    # Trained weights are float32 in the shards where they are gathered in bfloat16.
+    assert bytes_of("weights", sharded, bf16=True) == pytest.approx(4 / 8, rel=0.01)
+    with pytest.raises(NotImplementedError, match="optim='stable_adamw'"):
+        bytes_of("optimizer", optim="stable_adamw")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a process's peak from /proc")
-def test_measured_peaks(tmp_path):
-    runs = {
-        "checkpointing": {"gradient_checkpointing": True},
-        "LoRA": {"lora": True},
-        "bfloat16": {"kind": "Qwen3", "dtype": "bfloat16", "teacher": "ema"},
-    }
-    worker = Path(__file__).parent / "memory_worker.py"
+@pytest.mark.parametrize(
+    "runs",
+    [
+        {
+            "checkpointing": CHECKPOINTED,
+            "bfloat16": {"kind": "Qwen3", "dtype": "bfloat16", "teacher": "ema"},
+        },
+        pytest.param(
+            {
+                "plain": {},
+                "LoRA": {"lora": True},
+                "stochastic rounding": {"dtype": "bfloat16", "weight_update": "stochastic_rounding"},
+                "no sharing": {"sharing": "off"},
+                "trust region": {"teacher": "trust_region"},
+                "reference": {"reference_kl": 0.1},
+                "sampled token": {"mode": "sampled_token", "is_clip": 2.0},
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=lambda runs: ",".join(runs),
+)
+def test_measured_peaks(tmp_path, runs):
     # glibc returns what is freed, instead of keeping it for tensors of other sizes.
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    for name, said, measured, parts in results("memory_worker.py", str(tmp_path), runs, **environment):
+        assert said / measured == pytest.approx(1, abs=0.1), (name, said, measured, parts)
+
+
+def results(script, *arguments, **environment):
+    """What a worker prints of its runs, the last argument."""
+    *before, runs = arguments
     done = subprocess.run(
-        [sys.executable, str(worker), str(tmp_path), json.dumps(runs)],
+        [sys.executable, str(Path(__file__).parent / script), *before, json.dumps(runs)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(lines) == len(runs)
-    for line in lines:
-        name, said, measured, parts = json.loads(line)
-        assert said / measured == pytest.approx(1, abs=0.25), (name, said, measured, parts)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
+    assert [name for name, *_ in found] == list(runs)
+    return found
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        {"two passes": {"passes": 2}, "autocast, one process": {"mixed": True, "processes": 1}},
+        pytest.param(
+            {
+                "one pass": {},
+                "mixed precision": {"mixed": True},
+                "tied": {"tied": True, "checkpointed": False},
+                "bfloat16": {"dtype": "bfloat16", "passes": 2, "hidden": 512, "vocabulary": 512},
+                "mixed, two passes": {"mixed": True, "checkpointed": False, "passes": 2},
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=lambda runs: ",".join(runs),
+)
+def test_shards_as_fsdp2_has_them(runs):
+    """Storages alive in a step of torch's FSDP2, with the whole gradients of its first passes, and under autocast."""
+    for name, said, measured, parts in results("sharded_memory_worker.py", runs):
+        assert said / measured == pytest.approx(1, abs=0.02), (name, said, measured, parts)
+
+
+def shape_only(folder, lab, shape):
+    """A folder with configuration and tokenizer, and data beside it."""
+    shape.config.dtype = "bfloat16"
+    shape.config.save_pretrained(folder / "model")
+    lab.make_tokenizer().save_pretrained(folder / "model")
+    lab.write_rows(folder / "data.jsonl", lab.make_interactions(20))
+    return [str(folder / "data.jsonl"), "--model", str(folder / "model"), "--dry-run"]
+
+
+def test_the_command_walks_a_model_without_weights(tmp_path, lab, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [*shape_only(tmp_path, lab, qwen3(2, 256, 4096)), "--template", " note {o}", "--batch-size", "8"]
+    assert main([*command, "--card", "80GB"]) == 0
+    printed = capsys.readouterr().out
+    assert "no weights are loaded, so there is no teacher check" in printed
+    assert "it fits a card of 80.0 GB, of which 75.2 GB" in printed
+    assert main([*command, "--card", "60MB", "--processes", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "6 optimizer steps of 16 interactions over 2 processes" in printed
+    assert "each of 2 processes (ddp)" in printed and "WARNING: it does not fit a card of 0.06 GB" in printed
+    tried = [line.strip() for line in printed.splitlines() if line.startswith("  --")]
+    assert tried[0].startswith("--gradient-checkpointing: ")
+    assert any("--set optim=adamw_torch_8bit" in line for line in tried) and tried[-1].endswith("fits"), tried
+    assert main(command) == 0, "weights are not missed where there are none"
+    assert "on a CPU" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "model"], "nothing is written"
+    with pytest.raises(SystemExit):
+        main([word for word in command if word != "--dry-run"])
+    assert "required: -o/--output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "checkpointed"),
+    [
+        ("--card 80GB", True),
+        ("--card 80GB --set auto_checkpointing=false", False),
+        ("--card 80GB --set gradient_checkpointing=false", False),
+        ("", False),
+    ],
+)
+def test_large_models_are_checkpointed_on_gpus(tmp_path, lab, capsys, monkeypatch, more, checkpointed):
+    monkeypatch.setattr("fastsdpo.trainer.model.LARGE_MODEL", 10**5)
+    command = shape_only(tmp_path, lab, qwen3(2, 256, 4096))
+    assert main([*command, "--template", " note {o}", *more.split()]) == 0
+    assert ("gradient checkpointing is on" in capsys.readouterr().out) == checkpointed
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--dry-run --card much", "--card must be a size like 80GB or 79.1GiB, got 'much'"),
+        ("--dry-run --processes 0", "--processes must be at least 1, got 0"),
+        ("--card 80GB", "--card must be given with --dry-run"),
+        ("--strategy fsdp", "--strategy must be given with --dry-run"),
+    ],
+)
+def test_mistakes_are_said(capsys, more, message):
+    assert main(["data.jsonl", "--model", "/nowhere", "-o", "run", *more.split()]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_fit(tmp_path, lab, capsys):
+    """An 8B: LoRA on one card of 80 GB, and all weights on eight."""
+    command = [*shape_only(tmp_path, lab, qwen3(36, 4096, 151936)), "--card", "80GB", "--template", " note {o}"]
+    for more in (["--lora", "16"], ["--processes", "8", "--strategy", "fsdp"]):
+        assert main([*command, *more]) == 0
+        assert "it fits a card of 80.0 GB" in capsys.readouterr().out, more

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from fastsdpo.trainer.pack_table import PackTable
 from fastsdpo.trainer.report import dry_run_report
 
 
@@ -170,7 +171,8 @@ def test_the_dry_run_counts_a_long_interaction_alone(tmp_path, lab, long_data):
     tokens = 0
     for pack in made.learner.packs(items):
         tokens += made.run_pass(made.model, pack, 8)[1].computed_tokens
-    report = dry_run_report(made.model, made.args, made.train_dataset, None, made.sharing)
+    table = PackTable(made.model, made.args, made.train_dataset, made.sharing)
+    report = dry_run_report(made.model, made.args, made.train_dataset, None, table, 1)
     assert f"sharing conversation: {tokens:,} of " in report and "in 2 passes of" in report
 
 

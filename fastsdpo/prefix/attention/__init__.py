@@ -28,7 +28,9 @@ from fastsdpo.prefix.attention.interface import BACKENDS as BACKENDS
 from fastsdpo.prefix.attention.interface import BackendError as BackendError
 from fastsdpo.prefix.attention.interface import check_backend as check_backend
 from fastsdpo.prefix.attention.interface import choose_backend as choose_backend
+from fastsdpo.prefix.attention.interface import meta_autocast as meta_autocast
 from fastsdpo.prefix.attention.interface import plan_attention as plan_attention
+from fastsdpo.prefix.attention.kernels import ShapeAttention as ShapeAttention
 from fastsdpo.prefix.attention.segments import BAND_BLOCK as BAND_BLOCK
 from fastsdpo.prefix.attention.segments import Block as Block
 from fastsdpo.prefix.attention.segments import run_blocks as run_blocks

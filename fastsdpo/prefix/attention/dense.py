@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsdpo.prefix.attention.kernels import ShapeAttention
 from fastsdpo.prefix.attention.shared_pass import SharedPass
 
 
@@ -54,6 +55,8 @@ def _compiled_flex_attention() -> Callable:
 def flex_block_attention(
     query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, window: int | None, scale: float
 ) -> Tensor:
+    if query.is_meta:
+        return ShapeAttention.apply(query, key, value).transpose(1, 2)
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def make() -> Any:

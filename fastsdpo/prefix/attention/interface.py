@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -44,9 +46,9 @@ def plan_attention(
     """
     shared, layer = fastsdpo_pass, module.layer_idx
     _check_layer(module, query, shared, dropout, sliding_window, kwargs)
-    if torch.is_autocast_enabled(query.device.type):
+    dtype = _autocast_dtype(query.device)
+    if dtype is not None:
         # Rotary embeddings may give float32; autocast casts the inputs of scaled_dot_product_attention too.
-        dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     shared.layers.add(layer)
     if shared.kept is not None:
@@ -66,6 +68,25 @@ def plan_attention(
     }
     output = attend[backend](query, key, value, shared, sliding_window, scale)
     return output, None
+
+
+_meta_autocast: list[torch.dtype | None] = [None]
+
+
+@contextmanager
+def meta_autocast(dtype: torch.dtype | None) -> Iterator[None]:
+    """Tensors without memory, which have no autocast, are treated as under one of ``dtype``."""
+    _meta_autocast.append(dtype)
+    try:
+        yield
+    finally:
+        _meta_autocast.pop()
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    if device.type == "meta":
+        return _meta_autocast[-1]
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _check_layer(

@@ -26,6 +26,8 @@ def choose_kernel(q: Tensor, v: Tensor) -> Kernel:
     same_size = q.shape[-1] == v.shape[-1]
     if q.device.type == "cpu" and same_size:
         return Kernel(cpu_forward, cpu_backward)
+    if q.device.type == "meta" and same_size:
+        return Kernel(shape_forward, shape_backward)
     half = q.dtype in (torch.float16, torch.bfloat16)
     if q.device.type == "cuda" and half and same_size and q.shape[-1] in (64, 128, 256):
         return Kernel(cuda_forward, cuda_backward)
@@ -82,6 +84,33 @@ def cuda_backward(grad, q, k, v, out, lse, causal, mask, scale, state):
         offset,
         scale=scale,
     )
+
+
+def shape_forward(q, k, v, causal, mask, scale):
+    """What a fused kernel allocates, for tensors without memory."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=dtype), None
+
+
+def shape_backward(grad, q, k, v, out, lse, causal, mask, scale, _state):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+class ShapeAttention(torch.autograd.Function):
+    """Attention of ``[B, H, T, E]`` by a fused kernel, as tensors without memory: outputs, log-sum-exps, gradients."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output, lse, _ = shape_forward(query, key, value, True, None, 1.0)
+        ctx.save_for_backward(query, key, value, output, lse)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        query, key, value, _, lse = ctx.saved_tensors
+        _delta = torch.empty_like(lse)
+        return shape_backward(grad_output, query, key, value, None, lse, True, None, 1.0, None)
 
 
 def _plain_scores(q, k, causal, mask, scale):

@@ -1,0 +1,149 @@
+"""`fastsdpo train --dry-run` without weights: lengths, steps and memory from configuration and tokenizer alone."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastsdpo.commands import run
+from fastsdpo.commands.options import DONE, model_source
+from fastsdpo.data.chat_template import reads_clock
+from fastsdpo.model_config import has_weights, load_configuration
+from fastsdpo.trainer.config import SDPOConfig, split_batch
+from fastsdpo.trainer.data import InteractionDataset
+from fastsdpo.trainer.memory import Setting, card_of, lora_adapter, memory_lines, parse_size
+from fastsdpo.trainer.memory_walk import ModelShape, Processes
+from fastsdpo.trainer.model import CHECKPOINTING, choose_checkpointing
+from fastsdpo.trainer.pack_table import PackTable
+from fastsdpo.trainer.report import dry_run_report
+from fastsdpo.trainer.sharing import PrefixSharing
+from fastsdpo.trainer.template_date import run_date
+
+if TYPE_CHECKING:
+    from fastsdpo.trainer import SDPOTrainer
+
+
+def add_forecast_options(group: argparse._ArgumentGroup) -> None:
+    """The machine that a dry run forecasts."""
+    group.add_argument(
+        "--card", default=None, metavar="SIZE", help="memory of each GPU, such as 80GB (default: of this machine's)"
+    )
+    group.add_argument(
+        "--processes",
+        type=int,
+        default=None,
+        metavar="N",
+        help="that train together, one to a GPU (default: as started)",
+    )
+    group.add_argument(
+        "--strategy",
+        choices=("ddp", "fsdp"),
+        default=None,
+        help="ddp: each process holds all; fsdp: weights, gradients and states in shards (default: as started)",
+    )
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises ValueError for options of a dry run that are unusable, or given without one."""
+    if options.card is not None:
+        parse_size(options.card)
+    if options.processes is not None and options.processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {options.processes}")
+    if not options.dry_run:
+        for name in ("card", "processes", "strategy"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name} must be given with --dry-run: it is of the machine that that forecasts")
+
+
+def needs_weights(options: argparse.Namespace, config: SDPOConfig) -> bool:
+    """Whether a dry run loads the model: for the teacher check on this machine, if the weights are here."""
+    elsewhere = options.card, options.processes, options.strategy
+    here = all(value is None for value in elsewhere)
+    return here and config.teacher_check > 0 and (options.gguf_file is not None or has_weights(options.model))
+
+
+def forecast(options: argparse.Namespace, config: SDPOConfig, say: Callable[[str], None]) -> int:
+    """The dry run from configuration and tokenizer alone; returns the exit status."""
+    run.check_settings(config, options.lora)
+    device = torch.device("cuda") if options.card is not None else config.device
+    source = model_source(options)
+    attention = source.pop("attn_implementation")
+    found = load_configuration(**source, dtype=config.dtype, device=device)
+    adapter = found.adapter
+    if adapter is None and options.lora:
+        adapter = lora_adapter(options.lora, options.lora_alpha)
+    setting = setting_of(options, config, ModelShape(found.config, found.dtype, adapter, attention))
+    args = setting.args
+    model = setting.shape.make()
+    if choose_checkpointing(args, model, setting.kind):
+        say(CHECKPOINTING)
+    say(f"model {options.model}: {describe_weights(model)}; no weights are loaded, so there is no teacher check")
+    if reads_clock(found.tokenizer, args.chat_template_kwargs):  # type: ignore[arg-type]
+        args.chat_template_date = run_date(args)
+    read = {"cache": args.token_cache, "workers": args.tokenizer_workers, "progress": not options.quiet}
+    sets = [
+        None
+        if path is None
+        else InteractionDataset.from_source(
+            path, found.tokenizer, args.template, name=name, **args.tokenizer_options(), **read
+        )
+        for name, path in (("train_dataset", options.data), ("eval_dataset", held_out(options)))
+    ]
+    sharing = PrefixSharing(model, args, None, sets, one_pass=False).level
+    assert sets[0] is not None
+    table = PackTable(model, args, sets[0], sharing)
+    say(dry_run_report(model, args, sets[0], sets[1], table, setting.processes.count))
+    card = card_of(config.device) if options.card is None else parse_size(options.card)
+    for line in memory_lines(setting, table, card):
+        say(line)
+    return DONE
+
+
+def setting_of(options: argparse.Namespace, config: SDPOConfig, shape: ModelShape) -> Setting:
+    """What the options say of the machine, and the configuration as it would be there."""
+    sharded = bool(config.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+    started = "deepspeed" if getattr(config, "hf_deepspeed_config", None) else "fsdp" if sharded else "ddp"
+    strategy = options.strategy or started
+    count = options.processes or config.world_size
+    kind = "cuda" if options.card is not None else config.device.type
+    args = copy.copy(config)
+    if args.global_batch_size is not None:
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = split_batch(
+            args.global_batch_size, count, args.per_device_train_batch_size
+        )
+    if kind == "cuda" and options.preset == "paper" and not hasattr(options, "bf16"):
+        args.bf16 = True  # as the preset has it where there is a GPU
+    return Setting(shape, args, Processes(count, strategy), kind)
+
+
+def of_trainer(trainer: SDPOTrainer) -> ModelShape:
+    """The shape of the model that a trainer has loaded."""
+    from fastsdpo.prefix import causal_lm
+    from fastsdpo.trainer.adapters import is_peft
+
+    causal = causal_lm(trainer.model)
+    adapter = trainer.model.active_peft_config if is_peft(trainer.model) else None
+    head = causal.get_output_embeddings().weight
+    return ModelShape(causal.config, head.dtype, adapter, causal.config._attn_implementation)
+
+
+def describe_weights(model: torch.nn.Module) -> str:
+    """How many of the weights are trained."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained = sum(size for size, requires_grad in sizes if requires_grad)
+    return f"{trained:,} of {sum(size for size, _ in sizes):,} weights are trained"
+
+
+def held_out(options: argparse.Namespace) -> str | None:
+    """The held-out file: as given, or where `fastsdpo prepare --eval-fraction` puts it."""
+    if options.eval_data is not None:
+        return options.eval_data
+    data = Path(options.data)
+    beside = data.with_name(f"{data.stem}.eval{data.suffix}")
+    return str(beside) if beside.is_file() else None
