@@ -7,13 +7,14 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard ker
 # Two test processes, one thread each, on the two cores that the suite is sized for.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help demo personalization test test-slow fuzz soak compatibility lint types format bench compile-matrix ptx native-sanitize gpu clean
+.PHONY: help demo personalization test test-slow distributed fuzz soak compatibility lint types format bench compile-matrix ptx native-sanitize gpu clean
 
 help:
 	@echo "make demo       real conversations -> trained SmolLM2-135M-Instruct, before and after (CPU)"
 	@echo "make personalization   a user's wish learned online, one seed (CPU; SEEDS=\"1 2 3\" for more)"
 	@echo "make test       the test suite (under 15 minutes on 2 cores)"
 	@echo "make test-slow  the long tests"
+	@echo "make distributed  several processes: torchrun, accelerate, DeepSpeed, QLoRA; half an hour"
 	@echo "make fuzz       kills, full disks, mutated data, drawn numbers: long (20 minutes to an hour on 2 cores)"
 	@echo "make soak       MINUTES of training with flat memory (10), 100,000 interactions in bounded memory"
 	@echo "make compatibility   oldest and newest torch, transformers and Triton (downloads gigabytes)"
@@ -66,6 +67,13 @@ fuzz: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(LONG) -m interpreted tests/reliability/test_numerics.py
 	TRITON_INTERPRET=1 FASTSDPO_EXAMPLES=500 $(PYTEST) -n 2 --timeout 7200 -m interpreted tests/reliability/test_numerics.py -k drawn
 	$(BIN)/python -m benchmarks.reliability
+
+# Every launch: torchrun, accelerate's files, DeepSpeed, QLoRA; two and four CPU processes. About half an hour.
+distributed: $(VENV)/.dev
+	$(PIP) install --quiet -c constraints.txt bitsandbytes einops hjson py-cpuinfo
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation --no-deps -c constraints.txt deepspeed
+	$(PYTEST) -m "slow or not slow" tests/trainer/test_launched.py tests/trainer/test_deepspeed.py \
+		tests/trainer/test_deepspeed_loop.py tests/trainer/test_quantized.py tests/trainer/test_launch_refusals.py
 
 MINUTES := 10
 soak: $(VENV)/.dev
