@@ -15,12 +15,13 @@ from fastsdpo.commands import run
 from fastsdpo.commands.options import DONE, model_source
 from fastsdpo.data.chat_template import reads_clock
 from fastsdpo.model_config import has_weights, load_configuration
-from fastsdpo.trainer.config import SDPOConfig, split_batch
+from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import InteractionDataset
 from fastsdpo.trainer.memory import Setting, card_of, lora_adapter, memory_lines, parse_size
 from fastsdpo.trainer.memory_walk import ModelShape, Processes
 from fastsdpo.trainer.model import CHECKPOINTING, choose_checkpointing
 from fastsdpo.trainer.pack_table import PackTable
+from fastsdpo.trainer.presets import split_batch
 from fastsdpo.trainer.report import dry_run_report
 from fastsdpo.trainer.sharing import PrefixSharing
 from fastsdpo.trainer.template_date import run_date

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastsdpo.trainer.config import SDPOConfig, with_preset
+from fastsdpo.trainer.config import SDPOConfig
+from fastsdpo.trainer.presets import with_preset
 
 # The published online recipe of https://arxiv.org/abs/2603.12273.
 PAPER: dict[str, Any] = {

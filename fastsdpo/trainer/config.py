@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 
 from fastsdpo.trainer.launch import check_deepspeed, check_launch
 from fastsdpo.trainer.presets import PRESETS as PRESETS
+from fastsdpo.trainer.presets import checkpointing_given, split_batch, with_preset
 
 CHOICES = {
     "mode": ("sampled_token", "full", "topk"),
@@ -50,52 +50,17 @@ ONLY: dict[str, tuple[Any, str]] = {
 }
 
 
-def with_preset(preset: dict[str, Any], settings: dict[str, Any], *, bf16: bool = False) -> dict[str, Any]:
-    """A preset changed by settings; with ``bf16``, autocast where there is a GPU that has it."""
-    chosen = dict(preset)
-    if {"per_device_train_batch_size", "gradient_accumulation_steps"} & settings.keys():
-        chosen.pop("global_batch_size", None)
-    if bf16:
-        chosen["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return {**chosen, **settings}
-
-
-def split_batch(global_batch: int, processes: int, per_device: int, accumulation: int = 1) -> tuple[int, int]:
-    """``(per_device_train_batch_size, gradient_accumulation_steps)`` of a global batch.
-
-    Args:
-        per_device: the most interactions of a process in one micro-batch.
-        accumulation: 1, or what follows from the other three.
-
-    Raises:
-        ValueError: the processes cannot have equal shares, or the accumulation contradicts them.
-    """
-    if global_batch < 1 or global_batch % processes:
-        below = max(1, global_batch // processes) * processes
-        raise ValueError(
-            f"SDPOConfig: global_batch_size must be a multiple of the {processes} processes, got "
-            f"{global_batch}; take {below} or {below + processes}, or another number of processes"
-        )
-    share = global_batch // processes
-    if per_device * accumulation == share:
-        return per_device, accumulation
-    if accumulation != 1:
-        raise ValueError(
-            "SDPOConfig: gradient_accumulation_steps must be left out with global_batch_size (it "
-            f"follows from it), got {accumulation}: {per_device} x {accumulation} x {processes} "
-            f"processes is not {global_batch}"
-        )
-    micro = max(size for size in range(1, min(per_device, share) + 1) if share % size == 0)
-    return micro, share // micro
-
-
-def checkpointing_given(args: TrainingArguments) -> bool:
-    """Whether it is said that layers run again in the backward pass, or that they do not."""
-    said = [args.gradient_checkpointing, getattr(args, "activation_checkpointing", None)]
-    in_fsdp = isinstance(args.fsdp_config, dict) and args.fsdp_config.get("activation_checkpointing")
-    # Versions of transformers without the new name cannot tell False from nothing.
-    explicit = hasattr(args, "activation_checkpointing") and False in said
-    return True in said or explicit or bool(in_fsdp)
+TOKENIZER_OPTIONS = (
+    "max_prompt_length",
+    "max_completion_length",
+    "max_followup_length",
+    "truncation",
+    "end_of_turn",
+    "chat_template_kwargs",
+    "chat_template_date",
+    "allow_special_tokens",
+    "neutral_followup",
+)
 
 
 @dataclass
@@ -429,18 +394,7 @@ class SDPOConfig(TrainingArguments):
 
     def tokenizer_options(self) -> dict[str, Any]:
         """The keyword arguments of `fastsdpo.data.InteractionTokenizer`."""
-        names = (
-            "max_prompt_length",
-            "max_completion_length",
-            "max_followup_length",
-            "truncation",
-            "end_of_turn",
-            "chat_template_kwargs",
-            "chat_template_date",
-            "allow_special_tokens",
-            "neutral_followup",
-        )
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in TOKENIZER_OPTIONS}
 
     @property
     def is_guided(self) -> bool:

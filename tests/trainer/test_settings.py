@@ -13,8 +13,8 @@ from fastsdpo.modeling import default_dtype
 from fastsdpo.online import ConstantUser, OnlineSDPOConfig, OnlineSDPOTrainer
 from fastsdpo.train import build_parser, load, read_config
 from fastsdpo.trainer import NonFiniteError, SDPOConfig, SDPOTrainer
-from fastsdpo.trainer.config import split_batch
 from fastsdpo.trainer.data import InteractionDataset
+from fastsdpo.trainer.presets import split_batch
 from fastsdpo.trainer.report import step_text
 
 
