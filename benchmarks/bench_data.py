@@ -228,17 +228,21 @@ def measure(args: argparse.Namespace, tokenizer: Any) -> list[harness.Row]:
             "datasets": lambda: datasets_load(prepared),
         }
         add("load", runs, anything, prepared.stat().st_size, len(items))
-        tokenize = InteractionTokenizer(
-            tokenizer, TEMPLATE, max_prompt_length=None, max_completion_length=None, max_followup_length=None
-        )
+        limits = dict.fromkeys(("max_prompt_length", "max_completion_length", "max_followup_length"))
+
+        def fresh() -> InteractionTokenizer:
+            """Made anew for each round: one that has seen a text does not encode it again."""
+            return InteractionTokenizer(tokenizer, TEMPLATE, **limits)
+
+        tokenize = fresh()
         end, items = tokenize.end_of_turn_id, items[: args.tokenized]
         with open(prepared, "rb") as lines:
             size = sum(len(line) for line in itertools.islice(lines, len(items)))
         found = [tokenize(item) for item in items]
         tokens = sum(len(ids) for parts in ids_of(found) for ids in parts)
         runs = {
-            "fastsdpo": lambda: ids_of(tokenize.stream(items)),
-            "fastsdpo, one by one": lambda: ids_of(map(tokenize, items)),
+            "fastsdpo": lambda: ids_of(fresh().stream(items)),
+            "fastsdpo, one by one": lambda: ids_of(map(fresh(), items)),
             "plain loop": lambda: plain_tokenize(tokenizer, end, items),
             "plain batched": lambda: batched_tokenize(tokenizer, end, items),
         }
