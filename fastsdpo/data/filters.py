@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -126,21 +126,15 @@ class ConversationFilter:
         return None
 
 
+# The paper's limits, for both of its data sets.
+_PAPER = ConversationFilter(
+    min_messages=3, max_conversation_chars=100_000, max_assistant_chars=4096, max_history_messages=5
+)
+_WILDCHAT = replace(_PAPER, languages=("english", "en"), max_user_chars=4096, shuffle=True, max_conversations=15_000)
+
 PRESETS = {
-    # WildChat: the paper's rules; its other size is 14,000 conversations and 50,000 interactions.
-    "wildchat": ConversationFilter(
-        languages=("english", "en"),
-        min_messages=3,
-        max_conversation_chars=100_000,
-        max_assistant_chars=4096,
-        max_user_chars=4096,
-        max_history_messages=5,
-        shuffle=True,
-        max_conversations=15_000,
-    ),
-    "wildfeedback": ConversationFilter(
-        min_messages=3, max_conversation_chars=100_000, max_assistant_chars=4096, max_history_messages=5
-    ),
+    "wildchat": _WILDCHAT,
+    "wildfeedback": _PAPER,
     # For logs of any kind and language: what is too long to train on goes, nothing else does.
     # Whole histories are kept, so that the interactions of a conversation share their prefixes.
     "default": ConversationFilter(
@@ -148,24 +142,8 @@ PRESETS = {
     ),
     "none": ConversationFilter(),
     # Conversation by conversation what the code published with the paper selects; see docs/paper-data.md.
-    "paper-wildchat": ConversationFilter(
-        languages=("english", "en"),
-        min_messages=3,
-        max_conversation_chars=100_000,
-        max_assistant_chars=4096,
-        max_user_chars=4096,
-        max_history_messages=5,
-        shuffle=True,
-        max_conversations=15_000,
-        enough_conversations=14_000,
-        enough_interactions=50_000,
-        published="wildchat",
+    "paper-wildchat": replace(
+        _WILDCHAT, enough_conversations=14_000, enough_interactions=50_000, published="wildchat"
     ),
-    "paper-wildfeedback": ConversationFilter(
-        min_messages=3,
-        max_conversation_chars=100_000,
-        max_assistant_chars=4096,
-        max_history_messages=5,
-        published="wildfeedback",
-    ),
+    "paper-wildfeedback": replace(_PAPER, published="wildfeedback"),
 }
