@@ -213,10 +213,15 @@ Ours over TRL's own trainer, and over plain PyTorch. `python -m benchmarks.bench
 
 def data() -> str:
     lines = []
-    for row in (row for path in files("data") for row in harness.read(path)):
-        others = [f"{who} {ratio(row, who, 'fastsdpo'):.2f}" for who in row["rivals"] if who != "fastsdpo"]
-        rate = row["case"]["interactions"] / row["rivals"]["fastsdpo"]["median"]
-        lines.append(f"- {row['case']['stage']}: {rate:.0f} interactions/s" + "".join(f", {text}" for text in others))
+    for path in files("data"):
+        stages = []
+        for row in harness.read(path):
+            others = [f"{who} {ratio(row, who, 'fastsdpo'):.2f}" for who in row["rivals"] if who != "fastsdpo"]
+            rate = row["case"]["interactions"] / row["rivals"]["fastsdpo"]["median"]
+            stages.append(
+                f"{row['case']['stage']}: {rate:.0f} interactions/s" + "".join(f", {text}" for text in others)
+            )
+        lines.append(f"- {path.stem.partition('_')[2]}: " + "; ".join(stages))
     for row in (row for path in files("processes") for row in harness.read(path)):
         first, *others = row["rivals"]
         speed = [f"{who} {1 / (ratio(row, who, first) or 1):.2f} times as fast" for who in others]
