@@ -189,6 +189,7 @@ needs_native = pytest.mark.skipif(
 
 
 @needs_native
+@pytest.mark.slow
 def test_instruction_set_is_chosen_by_the_environment():
     code = "from fastsdpo import _native; print(_native.native_available())"
     worst = _native.instruction_sets()[-1]
