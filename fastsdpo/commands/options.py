@@ -196,10 +196,10 @@ def add_setting_options(parser: argparse.ArgumentParser, presets: Iterable[str])
 def _add_method(method: argparse._ArgumentGroup, presets: Iterable[str]) -> None:
     method.add_argument(
         "--preset",
-        default="exact",
+        default="full",
         choices=list(presets),
-        help="exact (default): reverse KL, summed over the whole vocabulary; paper: "
-        "the published recipe, which is another objective (docs/objectives.md)",
+        help="full (default): match the hindsight policy, by the reverse KL over the whole vocabulary; paper: the "
+        "published recipe, own-answer hindsight, which is another objective (docs/objectives.md)",
     )
     method.add_argument(
         "--mode",

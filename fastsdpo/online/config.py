@@ -26,11 +26,11 @@ PAPER: dict[str, Any] = {
     "max_grad_norm": 1.0,
 }
 
-# The reverse KL over the whole vocabulary on sampled answers (equation 2); another objective than the
-# paper's runs have (docs/objectives.md).
-EXACT: dict[str, Any] = {"mode": "full", "alpha": 1.0}
+# Matches the hindsight policy: the reverse KL over the whole vocabulary, on sampled answers (equation 2). It is
+# another objective than the paper's runs have (docs/objectives.md).
+FULL: dict[str, Any] = {"mode": "full", "alpha": 1.0}
 
-PRESETS = {"paper": PAPER, "exact": EXACT}
+PRESETS = {"paper": PAPER, "full": FULL}
 
 
 @dataclass
@@ -89,7 +89,11 @@ class OnlineSDPOConfig(SDPOConfig):
         },
     )
     center_advantages: bool = field(
-        default=False, metadata={"help": "With ppo_clip: subtract each answer's mean advantage."}
+        default=False,
+        metadata={
+            "help": "With ppo_clip: subtract each answer's mean advantage. The loss is logged "
+            "without that, since it would be 0."
+        },
     )
 
     # Safety
@@ -161,8 +165,9 @@ class OnlineSDPOConfig(SDPOConfig):
         """A preset, and changes to it.
 
         Args:
-            name: "exact" (the reverse KL, summed over the whole vocabulary; another objective than
-                the paper's runs, see docs/objectives.md) or "paper" (the published online recipe:
+            name: "full" (matches the hindsight policy: the reverse KL over the whole vocabulary;
+                another objective than the paper's runs, see docs/objectives.md) or "paper" (the
+                published online recipe, own-answer hindsight:
                 sampled token, PPO clip 0.2, mean-centered advantages, learning rate 5e-6, constant,
                 16 prompts a step over all processes).
             settings: as for `SDPOConfig.preset`.

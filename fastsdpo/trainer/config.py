@@ -87,9 +87,9 @@ class SDPOConfig(TrainingArguments):
     mode: str = field(
         default="full",
         metadata={
-            "help": "full: a divergence over the whole vocabulary; topk: over the likeliest "
-            "tokens; sampled_token: -A log p of the answer's own tokens (the paper's runs), "
-            "another objective and no estimate of full where follow-ups depend on answers."
+            "help": "full: matches the hindsight policy, by a divergence over the whole vocabulary; topk: over "
+            "the likeliest tokens; sampled_token: own-answer hindsight, -A log p of the answer's tokens (the "
+            "paper's runs), another objective and no estimate of full where follow-ups depend on answers."
         },
     )
     alpha: float = field(default=1.0, metadata={"help": "0 forward KL, 1 reverse KL, between: Jensen-Shannon."})
@@ -380,11 +380,12 @@ class SDPOConfig(TrainingArguments):
         """A preset, and changes to it.
 
         Args:
-            name: "exact" (the defaults: reverse KL, summed over the whole vocabulary; another
-                objective than the paper's runs, see docs/objectives.md) or "paper" (the published
-                offline recipe: sampled token, live teacher, the first two tokens left out, learning
-                rate 2e-6 with a cosine schedule, 32 interactions a step over all processes, gradient
-                clip 10; bf16 autocast where there is a GPU).
+            name: "full" (the defaults: matches the hindsight policy by the reverse KL over the whole
+                vocabulary; another objective than the paper's runs, see docs/objectives.md) or
+                "paper" (the published offline recipe, own-answer hindsight: sampled token, live
+                teacher, the first two tokens left out, learning rate 2e-6 with a cosine schedule, 32
+                interactions a step over all processes, gradient clip 10; bf16 autocast where there is
+                a GPU).
             settings: a batch of one's own (``per_device_train_batch_size`` or
                 ``gradient_accumulation_steps``) replaces the preset's ``global_batch_size``.
         """
