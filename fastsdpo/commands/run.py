@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -173,12 +172,14 @@ class Training(NamedTuple):
         seconds: of this run.
         before: held-out figures before the first step; None without held-out data.
         stopped: the signal's number, where one stopped it.
+        measured: the measures of each held-out interaction before the first step.
     """
 
     steps: int
     seconds: float
     before: dict[str, float] | None
     stopped: int | None
+    measured: list[dict[str, Any]]
 
 
 def run_training(
@@ -200,14 +201,14 @@ def run_training(
     before = BeforeTraining(trainer, path, lambda metrics: say(describe(metrics)))
     if trainer.eval_dataset is not None and checkpoint is None:
         trainer.add_callback(before)
-    elif trainer.eval_dataset is not None and path.exists():
-        before.metrics = json.loads(path.read_text("utf-8"))
+    elif trainer.eval_dataset is not None:
+        before.read()
     started = time.perf_counter()
     with stop:
         steps = trainer.train(resume_from_checkpoint=checkpoint).global_step
     if stop.received is not None:
         say(f"stopped at step {steps} of {trainer.state.max_steps}; the same command with --resume goes on")
-    return Training(steps, time.perf_counter() - started, before.metrics, stop.received)
+    return Training(steps, time.perf_counter() - started, before.metrics, stop.received, before.measured)
 
 
 def save_model(trainer: AnyTrainer, output: str) -> None:

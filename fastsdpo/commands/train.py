@@ -4,11 +4,13 @@ r"""Trains a model on interactions: `fastsdpo train` or `python -m fastsdpo.trai
     fastsdpo train interactions.jsonl --model MODEL -o runs/first --dry-run
     fastsdpo train interactions.jsonl --model MODEL -o runs/first
 
-It loads model and data, tokenizes, checks what hindsight does to a sample, measures the held-out
-loss, trains, measures again, and leaves in the output folder: ``model/`` (weights and tokenizer,
-for ``AutoModelForCausalLM.from_pretrained``; with --lora the adapter), ``checkpoint-*/``,
-``report.json`` and ``report.png``. It does not prepare conversations, and it knows no scheduler:
-several processes are started with ``torchrun -m fastsdpo.train`` or ``accelerate launch``.
+It loads model and data, tokenizes, checks what hindsight does to a sample, measures held-out
+interactions (docs/objectives.md), trains, measures again, says what improved and what did not, and
+leaves in the output folder: ``model/`` (weights and tokenizer, for
+``AutoModelForCausalLM.from_pretrained``; with --lora the adapter), ``checkpoint-*/``,
+``report.json``, ``report.png`` and ``answers.json``, the model's own answers to held-out questions. It
+does not prepare conversations, and it knows no scheduler: several processes are started with
+``torchrun -m fastsdpo.train`` or ``accelerate launch``.
 
 Where --model is the folder of an adapter (``model/`` of a run with --lora), training goes on with it.
 
@@ -65,11 +67,13 @@ from fastsdpo.prefix import whole_shapes
 from fastsdpo.trainer import NonFiniteError
 from fastsdpo.trainer.callbacks import StopOnSignal, clock
 from fastsdpo.trainer.config import PRESETS, SDPOConfig
+from fastsdpo.trainer.measures_verdict import changes, table, verdict
 from fastsdpo.trainer.memory import card_of, memory_lines
 from fastsdpo.trainer.pack_table import PackTable
 from fastsdpo.trainer.report import dry_run_report, plot_history, write_report
 
 if TYPE_CHECKING:
+    from fastsdpo.online.own_answers import OwnAnswers
     from fastsdpo.trainer import SDPOTrainer
 
 
@@ -106,6 +110,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="print the first N interactions as the tokens that are trained on, and go on",
     )
+    group.add_argument(
+        "--measure-rule",
+        metavar="RULE",
+        default=None,
+        help="what the follow-ups ask for, where it can be checked (max_sentences=1, ...; see `fastsdpo online "
+        "--list-rules`): the share of own answers to held-out questions that fulfil it, before and after",
+    )
     add_resume_options(group)
     add_model_options(parser)
     add_setting_options(parser, PRESETS)
@@ -125,7 +136,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """The run, in order."""
+    from fastsdpo.online.own_answers import OwnAnswers
+    from fastsdpo.online.rules import parse_rule
+
     check_options(options)
+    rule = None if options.measure_rule is None else parse_rule(options.measure_rule)
     config = read_config(options, SDPOConfig)
     run.check_folder(options.output, options.resume or options.overwrite or options.dry_run)
     check_data(options.data, held_out(options))
@@ -149,19 +164,32 @@ def train(options: argparse.Namespace) -> int:
         return DONE
 
     checkpoint = run.choose_checkpoint(trainer, options, say)
+    answers = OwnAnswers(trainer, Path(options.output, "answers.json"), rule)
+    trainer.add_callback(answers)
     training = run.run_training(
-        trainer,
-        stop,
-        checkpoint,
-        say,
-        lambda metrics: f"held-out loss before training: {metrics['eval_loss']:.4f}",
+        trainer, stop, checkpoint, say, lambda metrics: "\n".join([*before_lines(metrics), *answers.headroom()])
     )
     if training.stopped is not None:
         return STOPPED + training.stopped
     after = None if trainer.eval_dataset is None else trainer.evaluate()
+    answers.after()
     run.save_model(trainer, options.output)
-    report(trainer, options, training, after, say)
+    report(trainer, options, training, after, answers, say)
     return DONE
+
+
+def before_lines(metrics: dict[str, float]) -> list[str]:
+    """What the held-out figures before training say."""
+    lines = [f"held-out loss before training: {metrics['eval_loss']:.4f}"]
+    share = metrics.get("eval_measures/headroom_share")
+    if share is not None:
+        stranger = metrics.get("eval_measures/stranger_headroom_share")
+        lines.append(
+            "headroom: the follow-up makes the answer that came next likelier, against the logged one, in "
+            f"{share:.0%} of the held-out interactions that have one"
+            + ("" if stranger is None else f"; a stranger's answer of its length in {stranger:.0%}")
+        )
+    return lines
 
 
 def make_trainer(options: argparse.Namespace, config: SDPOConfig, stop: StopOnSignal, show: bool) -> SDPOTrainer:
@@ -189,10 +217,13 @@ def report(
     options: argparse.Namespace,
     training: run.Training,
     after: dict[str, float] | None,
+    answers: OwnAnswers,
     say: Callable[[str], None],
 ) -> None:
     """Writes ``report.json`` and ``report.png``, and says what came of the run."""
     plotted = False
+    found = changes(training.measured, trainer.measured_rows) if training.measured else {}
+    said = verdict(found) if found else []
     if trainer.is_world_process_zero():
         folder = Path(options.output)
         write_report(
@@ -204,11 +235,19 @@ def report(
                 "left_out": trainer.train_dataset.dropped,
                 "sharing": trainer.sharing,
                 **run.report_of(trainer, training, after),
+                "measures": {name: {**row._asdict(), "interval": str(row)} for name, row in found.items()},
+                "verdict": said,
+                "answers": answers.rows,
             },
         )
         plotted = plot_history(trainer.state.log_history, folder / "report.png")
+    for line in [*(table(found) if found else []), *said, *answers.changes()]:
+        say(line)
     if after is not None and training.before is not None:
-        say(f"held-out loss: {training.before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after")
+        say(
+            f"held-out loss: {training.before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after (a model that "
+            "ignores its user lowers it too)"
+        )
     plot = " and report.png" if plotted else " (matplotlib is not installed: no plot)"
     say(f"trained {training.steps} steps in {clock(training.seconds)}; {options.output}/model, report.json{plot}")
 

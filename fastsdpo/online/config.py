@@ -157,7 +157,7 @@ class OnlineSDPOConfig(SDPOConfig):
         share = self.stop_when_degenerate
         self._check(share is None or 0 < share <= 1, "stop_when_degenerate", "be in (0, 1] or None")
         self._check(0 <= self.min_entropy_share < 1, "min_entropy_share", "be in [0, 1)")
-        self.teacher_check = 0
+        self.teacher_check = self.measure_interactions = self.measure_answers = 0
         super().__post_init__()
 
     @classmethod

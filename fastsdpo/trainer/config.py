@@ -147,6 +147,21 @@ class SDPOConfig(TrainingArguments):
         },
     )
 
+    measure_interactions: int = field(
+        default=32,
+        metadata={
+            "help": "Held-out interactions whose measures are taken at each evaluation (docs/objectives.md); 0: none."
+        },
+    )
+    measure_answers: int = field(
+        default=8,
+        metadata={
+            "help": "Of those, how many questions the model answers itself, before and after training (`fastsdpo "
+            "train`); 0: none."
+        },
+    )
+    measure_tokens: int = field(default=64, metadata={"help": "Most tokens of these answers."})
+
     # Text to tokens
     template: str = field(
         default="offline-v1",
@@ -348,7 +363,9 @@ class SDPOConfig(TrainingArguments):
         check(self.guidance > 0, "guidance", "be > 0")
         guided_region = self.is_guided and self.teacher == "trust_region"
         check(not guided_region, "teacher", "be live, ema or frozen with guidance or neutral_followup")
-        check(self.teacher_check >= 0, "teacher_check", "be >= 0")
+        for name in ("teacher_check", "measure_interactions", "measure_answers"):
+            check(getattr(self, name) >= 0, name, "be >= 0")
+        check(self.measure_tokens >= 1, "measure_tokens", "be at least 1")
         lengths = ("max_prompt_length", "max_completion_length", "max_followup_length")
         for name in (*lengths, "max_tokens_per_pack", "chunk_size", "tokenizer_workers"):
             value = getattr(self, name)
