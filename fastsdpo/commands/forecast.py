@@ -14,6 +14,7 @@ import torch
 from fastsdpo.commands import run
 from fastsdpo.commands.options import DONE, model_source
 from fastsdpo.data.chat_template import reads_clock
+from fastsdpo.data.templates import choose_template
 from fastsdpo.model_config import has_weights, load_configuration
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import InteractionDataset
@@ -87,6 +88,7 @@ def forecast(options: argparse.Namespace, config: SDPOConfig, say: Callable[[str
     say(f"model {options.model}: {describe_weights(model)}; no weights are loaded, so there is no teacher check")
     if reads_clock(found.tokenizer, args.chat_template_kwargs):  # type: ignore[arg-type]
         args.chat_template_date = run_date(args)
+    args.template = choose_template(args.template, sum(p.numel() for p in model.parameters()))
     read = {"cache": args.token_cache, "workers": args.tokenizer_workers, "progress": not options.quiet}
     sets = [
         None

@@ -151,7 +151,9 @@ def add_setting_options(parser: argparse.ArgumentParser, presets: Iterable[str])
     """Flags named as the fields of `SDPOConfig` that they set; read by `read_config`."""
     _add_method(parser.add_argument_group("method"), presets)
     text = parser.add_argument_group("text")
-    text.add_argument("--template", help="offline-v1, note, ..., or a text with {o}")
+    text.add_argument(
+        "--template", help="offline-v1, note, ..., or a text with {o} (default: by the size of the model)"
+    )
     text.add_argument("--max-prompt-length", type=int, metavar="TOKENS")
     text.add_argument("--max-completion-length", type=int, metavar="TOKENS")
     text.add_argument("--max-followup-length", type=int, metavar="TOKENS")

@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="print the first N rows as the tokens of --tokenizer: the prompt, the hindsight, what is trained on",
     )
-    group.add_argument("--template", default="offline-v1", metavar="NAME|TEXT", help="the hindsight's, for --show")
+    group.add_argument("--template", default="online-v1", metavar="NAME|TEXT", help="the hindsight's, for --show")
 
     group = parser.add_argument_group("order and held-out part")
     group.add_argument("--seed", type=int, default=42)

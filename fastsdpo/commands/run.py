@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastsdpo.commands.options import model_source
 from fastsdpo.data import HindsightTemplate
+from fastsdpo.data.templates import choose_template
 from fastsdpo.prefix import whole_size
 from fastsdpo.trainer.callbacks import BeforeTraining, Progress, StopOnSignal
 from fastsdpo.trainer.checkpoints import writing
@@ -56,7 +57,7 @@ def check_settings(config: SDPOConfig, lora: int | None) -> None:
     """
     from transformers.integrations import integration_utils
 
-    HindsightTemplate.parse(config.template)
+    HindsightTemplate.parse(choose_template(config.template, 0))
     known = integration_utils.INTEGRATION_TO_CALLBACK
     available = integration_utils.get_available_reporting_integrations()
     for name in set(config.report_to or []) - set(available):

@@ -45,7 +45,7 @@ class OnlineSDPOConfig(SDPOConfig):
     ``is_clip`` weighs tokens by ``min(p_student / p_sampling, is_clip)`` here: the answers' own
     sampling-time probabilities, not the initial model's.
 
-    Changed defaults of `SDPOConfig`: ``template="online-v1"``, ``learning_rate=5e-6``,
+    Changed defaults of `SDPOConfig`: ``learning_rate=5e-6``,
     ``lr_scheduler_type="constant"``, ``warmup_steps=0``, ``max_grad_norm=1``,
     ``num_train_epochs=1``, ``logging_steps=1``, ``teacher_check=0`` (there is no follow-up to check
     before the first answer).
@@ -117,10 +117,6 @@ class OnlineSDPOConfig(SDPOConfig):
     )
 
     # Changed defaults
-    template: str = field(
-        default="online-v1",
-        metadata={"help": "How the follow-up enters: a preset's name, or a text with {o}."},
-    )
     teacher_check: int = field(
         default=0, metadata={"help": "Not used: there is no follow-up to check before the first answer."}
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from fastsdpo.data.templates import AUTO
 from fastsdpo.trainer.launch import check_deepspeed, check_launch
 from fastsdpo.trainer.presets import PRESETS as PRESETS
 from fastsdpo.trainer.presets import checkpointing_given, split_batch, with_preset
@@ -64,7 +65,22 @@ TOKENIZER_OPTIONS = (
 
 
 @dataclass
-class SDPOConfig(TrainingArguments):
+class MeasureSettings:
+    """What is measured of held-out interactions: fields of `SDPOConfig`."""
+
+    measure_interactions: int = field(
+        default=32,
+        metadata={"help": "Held-out interactions measured at each evaluation (docs/objectives.md); 0: none."},
+    )
+    measure_answers: int = field(
+        default=8,
+        metadata={"help": "Of their questions, how many the model answers before and after training; 0: none."},
+    )
+    measure_tokens: int = field(default=64, metadata={"help": "Most tokens of these answers."})
+
+
+@dataclass
+class SDPOConfig(MeasureSettings, TrainingArguments):
     """All settings of a run: those below, and every one of `transformers.TrainingArguments`.
 
     One optimizer step trains on ``global_batch_size`` interactions, however many processes share
@@ -147,25 +163,10 @@ class SDPOConfig(TrainingArguments):
         },
     )
 
-    measure_interactions: int = field(
-        default=32,
-        metadata={
-            "help": "Held-out interactions whose measures are taken at each evaluation (docs/objectives.md); 0: none."
-        },
-    )
-    measure_answers: int = field(
-        default=8,
-        metadata={
-            "help": "Of those, how many questions the model answers itself, before and after training (`fastsdpo "
-            "train`); 0: none."
-        },
-    )
-    measure_tokens: int = field(default=64, metadata={"help": "Most tokens of these answers."})
-
     # Text to tokens
     template: str = field(
-        default="offline-v1",
-        metadata={"help": "How the follow-up enters: a preset's name, or a text with {o}."},
+        default=AUTO,
+        metadata={"help": "How the follow-up enters: a preset's name, a text with {o}, or auto: by the model's size."},
     )
     max_prompt_length: int | None = field(default=2048, metadata={"help": "Tokens of the history."})
     max_completion_length: int | None = field(default=2048, metadata={"help": "Tokens of the answer."})
@@ -397,12 +398,10 @@ class SDPOConfig(TrainingArguments):
         """A preset, and changes to it.
 
         Args:
-            name: "full" (the defaults: matches the hindsight policy by the reverse KL over the whole
-                vocabulary; another objective than the paper's runs, see docs/objectives.md) or
-                "paper" (the published offline recipe, own-answer hindsight: sampled token, live
-                teacher, the first two tokens left out, learning rate 2e-6 with a cosine schedule, 32
-                interactions a step over all processes, gradient clip 10; bf16 autocast where there is
-                a GPU).
+            name: "full" (the defaults: matches the hindsight policy by the reverse KL over the whole vocabulary;
+                another objective than the paper's runs, see docs/objectives.md) or "paper" (the published offline
+                recipe, own-answer hindsight: sampled token, live teacher, the first two tokens left out, learning
+                rate 2e-6, cosine, 32 interactions a step, gradient clip 10; bf16 autocast where there is a GPU).
             settings: a batch of one's own (``per_device_train_batch_size`` or
                 ``gradient_accumulation_steps``) replaces the preset's ``global_batch_size``.
         """
