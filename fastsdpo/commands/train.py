@@ -186,8 +186,9 @@ def before_lines(metrics: dict[str, float]) -> list[str]:
         stranger = metrics.get("eval_measures/stranger_headroom_share")
         lines.append(
             "headroom: the follow-up makes the answer that came next likelier, against the logged one, in "
-            f"{share:.0%} of the held-out interactions that have one"
+            f"{share:.0%} of the {metrics['eval_measures/next_answers']:.0f} held-out interactions that have one"
             + ("" if stranger is None else f"; a stranger's answer of its length in {stranger:.0%}")
+            + " (a follow-up that is a new question counts too)"
         )
     return lines
 

@@ -63,6 +63,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         if values:
             means[f"measures/{name}_share"] = sum(values) / len(values)
     means["measures/interactions"] = float(len(rows))
+    means["measures/next_answers"] = float(sum("margin" in row for row in rows))
     return means
 
 

@@ -159,7 +159,7 @@ def _plot_measures(listening: Any, margins: Any, series: Callable[[str], tuple[l
     """Whether the model still listens, and how far answers have moved from the logged one since the start."""
     for name, label, color in (("real", "real follow-up", "#4477aa"), ("unrelated", "unrelated", "#999999")):
         listening.plot(*series(f"eval_measures/{name}_abs"), "o-", color=color, label=label)
-    listening.set_ylim(bottom=0)
+    listening.set_ylim(0, 1.05 * listening.get_ylim()[1])
     listening.set_ylabel("mean |A|, held out (nats)")
     listening.set_title("falling together: the model forgets to listen", fontsize=9)
     shown = (
