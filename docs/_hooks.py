@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Fills in ``{{ commands }}`` and ``{{ settings:Class }}``; names files outside of docs/ instead of linking them."""
+    """Fills in the help of commands and tables of settings; names files outside of docs/ instead of linking them."""
     if "{{ commands }}" in markdown:
         markdown = markdown.replace("{{ commands }}", commands())
     markdown = re.sub(r"\{\{ settings:(\w+) \}\}", lambda found: settings(found[1]), markdown)
