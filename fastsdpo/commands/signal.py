@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastsdpo.commands.options import DONE, add_model_source_options, model_source, run_command
+from fastsdpo.commands.parser import Parser
 from fastsdpo.data import HindsightTemplate, Interaction, extract_interactions, load_conversations
 from fastsdpo.data.templates import PRESETS
 from fastsdpo.signal.compute import NEUTRAL_FOLLOWUP, SignalResult, choose_unrelated, compute_signal
@@ -39,14 +40,10 @@ exit status: 0; 1 for input, a model or a file that cannot be used; 2 for wrong 
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastsdpo signal",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def build_parser() -> Parser:
+    parser = Parser("signal", DESCRIPTION, epilog=EXAMPLES)
     _add_source(parser.add_argument_group("what to look at"))
+    parser.add_config_option()
 
     method = parser.add_argument_group("method")
     method.add_argument(
@@ -63,7 +60,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     model = parser.add_argument_group("model")
     add_model_source_options(model)
-    model.add_argument("--device", help="cpu, cuda, cuda:1, ...")
 
     output = parser.add_argument_group("output")
     output.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained page")
@@ -113,10 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     _check_options(parser, options)
-    return run_command("signal", signal, options)
+    return run_command(parser, signal, options)
 
 
-def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def _check_options(parser: Parser, options: argparse.Namespace) -> None:
     if (options.source is None) == (options.prompt is None):
         parser.error("give either a source or --prompt")
     if options.prompt is not None and options.followup is None:

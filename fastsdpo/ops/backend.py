@@ -20,7 +20,7 @@ _Result = TypeVar("_Result")
 LOSS_BACKENDS = ("auto", "triton", "native", "reference")
 
 
-def _constant(function: Callable[..., _Result]) -> Callable[..., _Result]:
+def constant(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """`torch.compiler.assume_constant_result`, which imports the whole compiler: as much time as torch itself."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -30,7 +30,7 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-@_constant
+@constant
 def _triton_reason() -> str | None:
     """Why Triton cannot run at all here, or None."""
     if importlib.util.find_spec("triton") is None:
@@ -40,7 +40,7 @@ def _triton_reason() -> str | None:
     return None
 
 
-@_constant
+@constant
 def _native_reason() -> str | None:
     """Why the native library cannot run here, or None."""
     try:
@@ -69,7 +69,7 @@ def _kernels_for(device: str) -> tuple[str | None, str | None]:
     return (name, None) if reason is None else (None, f"no {name} kernels: {reason}")
 
 
-@_constant
+@constant
 def _auto(device: str) -> str:
     name, reason = _kernels_for(device)
     if reason is not None and reason not in _told:
