@@ -210,14 +210,23 @@ def add_model_options(parser: argparse.ArgumentParser, lora: int | None = None) 
     )
 
 
-def add_model_source_options(model: argparse._ArgumentGroup) -> None:
-    """Which model and tokenizer, and from where; read by `model_source`, but for --dtype and --device."""
+def add_model_source_options(
+    model: argparse._ArgumentGroup, dtype: str | None = None, device: str | None = None
+) -> None:
+    """Which model and tokenizer, and from where; read by `model_source`, but for --dtype and --device.
+
+    Args:
+        dtype, device: where they are not given; None: as for training.
+    """
     model.add_argument("--model", required=True, help="folder, hub id or GGUF file, or an adapter")
     model.add_argument("--gguf-file", default=None, metavar="FILE", help="the GGUF file in that folder or repository")
     model.add_argument("--tokenizer", default=None, help="folder, hub id or GGUF file (default: the model's)")
     model.add_argument("--revision", default=None, help="branch, tag or commit of a hub id (default: main)")
+    usual = "float32 on a CPU, else the checkpoint's"
     model.add_argument(
-        "--dtype", help="of the weights: float32, bfloat16, auto (default: float32 on a CPU, else the checkpoint's)"
+        "--dtype",
+        help=f"of the weights: float32, bfloat16, float16, auto: the checkpoint's (default: {dtype or usual})",
+        **({} if dtype is None else {"default": dtype}),
     )
     model.add_argument(
         "--attn-implementation", default=None, metavar="NAME", help="eager, sdpa, ... (default: the model's)"
@@ -225,11 +234,12 @@ def add_model_source_options(model: argparse._ArgumentGroup) -> None:
     model.add_argument(
         "--trust-remote-code", action="store_true", default=False, help="run Python code that comes with the model"
     )
-    add_device_option(model)
+    add_device_option(model, device)
 
 
-def add_device_option(group: Any) -> None:
-    group.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+def add_device_option(group: Any, default: str | None = None) -> None:
+    said = default or "a GPU where there is one"
+    group.add_argument("--device", default=default, help=f"cpu, cuda, cuda:1, ... (default: {said})")
     group.add_argument(
         "--cpu", action="store_const", const="cpu", default=argparse.SUPPRESS, dest="device", help=argparse.SUPPRESS
     )
