@@ -34,6 +34,7 @@ from typing import Any
 
 from fastsdpo.commands.options import (
     STOPPED,
+    add_field_options,
     add_model_options,
     add_setting_options,
     read_config,
@@ -85,10 +86,7 @@ def build_parser() -> Parser:
     run.add_argument(
         "--keep", type=int, default=10, metavar="CHECKPOINTS", help="how many are kept; /undo goes back one fewer"
     )
-    run.add_argument("--max-new-tokens", type=int, help="of an answer")
-    run.add_argument(
-        "--sampling-temperature", type=float, help="default: as the model's own generation config samples, or 0.7"
-    )
+    add_field_options(run, OnlineSDPOConfig, {"max_new_tokens": "TOKENS", "sampling_temperature": "T"}, CHAT)
     run.add_argument("--quiet", action="store_true", default=False, help="the answers only")
     add_model_options(parser, lora=16)
     add_setting_options(parser, PRESETS, OnlineSDPOConfig, changed=CHAT, without=WITHOUT)

@@ -53,11 +53,11 @@ def build_parser() -> Parser:
     )
     add_chat_model_options(parser, "judge")
     parser.add_argument("--persona", default="", metavar="TEXT", help="whom the judge judges for; @FILE reads it")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="most tokens of an answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
-    parser.add_argument("--batch-size", type=int, default=16, help="answers written at once")
+    parser.add_argument("--generation-batch-size", type=int, default=16, metavar="N", help="answers written at once")
     parser.add_argument("--limit", type=int, default=None, help="the first prompts only")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of answers that are sampled (--temperature)")
     parser.add_argument("--dtype", default=None, help="of the weights, as in `fastsdpo train`")
     add_device_option(parser)
     parser.add_config_option()
@@ -127,7 +127,7 @@ def answers_of(name: str, prompts: list[list[dict]], options: argparse.Namespace
         tokenizer,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
-        batch_size=options.batch_size,
+        batch_size=options.generation_batch_size,
         seed=options.seed,
     )
     return [text or "" for text in chat.replies(prompts)]

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def merge(options: argparse.Namespace) -> int:
     """Loads, merges and saves."""
-    from fastsdpo.modeling import is_adapter, load_model_and_tokenizer
+    from fastsdpo.modeling import check_name, is_adapter, load_model_and_tokenizer
     from fastsdpo.trainer.card import merged_card
     from fastsdpo.trainer.checkpoints import check_output_folder, open_as_umask, writing
 
@@ -46,6 +46,7 @@ def merge(options: argparse.Namespace) -> int:
     if (output / "config.json").exists() and not options.overwrite:
         raise FileExistsError(f"{output} holds a model; pass --overwrite to replace it")
     if not is_adapter(options.model, options.revision):
+        check_name(options.model)
         raise ValueError(f"--model must be the folder or hub id of an adapter, got {options.model}, which is none")
     loaded, tokenizer = load_model_and_tokenizer(
         **model_source(options), dtype=options.dtype, device=options.device, require_chat_template=False
@@ -56,7 +57,11 @@ def merge(options: argparse.Namespace) -> int:
         raise ValueError(f"--model must be an adapter of weights to be merged, got {config.peft_type.value}")
     weights = sum(p.numel() * p.element_size() for p in model.get_base_model().parameters())
     check_output_folder(output, weights)
-    whole = model.merge_and_unload(safe_merge=True)
+    whole = model.merge_and_unload()
+    if not all(bool(p.isfinite().all()) for p in whole.parameters()):
+        raise ValueError(
+            f"--model must be an adapter of finite weights: merging {options.model} gives NaN or infinity"
+        )
     with writing(str(output)):
         whole.save_pretrained(output)
         tokenizer.save_pretrained(output)

@@ -34,6 +34,7 @@ from fastsdpo.commands.options import (
     DONE,
     LOST,
     STOPPED,
+    add_field_options,
     add_model_options,
     add_push_option,
     add_resume_options,
@@ -85,21 +86,21 @@ def build_parser() -> Parser:
     add_user_options(parser)
     add_model_options(parser)
 
-    answers = parser.add_argument_group("answers")
-    answers.add_argument("--num-generations", type=int, help="answers per prompt")
-    answers.add_argument("--max-new-tokens", type=int)
-    answers.add_argument("--sampling-temperature", type=float)
-    answers.add_argument("--generation-batch-size", type=int)
-    answers.add_argument("--generation-url", help="a vLLM server that samples the answers")
-    answers.add_argument("--updates-per-batch", type=int, help="steps on each batch of answers")
-    answers.add_argument(
-        "--stop-when-degenerate",
-        type=float,
-        metavar="SHARE",
-        help="stop, with a checkpoint, at this share of degenerate answers",
-    )
+    add_field_options(parser.add_argument_group("answers"), OnlineSDPOConfig, ANSWERS)
     add_setting_options(parser, PRESETS, OnlineSDPOConfig, without=("data",))
     return parser
+
+
+# Fields of the configuration and what their values are called.
+ANSWERS = {
+    "num_generations": "N",
+    "max_new_tokens": "TOKENS",
+    "sampling_temperature": "T",
+    "generation_batch_size": "N",
+    "generation_url": "URL",
+    "updates_per_batch": "STEPS",
+    "stop_when_degenerate": "SHARE",
+}
 
 
 class ListRules(argparse.Action):

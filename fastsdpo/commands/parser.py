@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -48,6 +49,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=30, width=min(100, shutil.get_terminal_size().columns - 2))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = text.splitlines()
+        return "\n".join(
+            line if len(line) < 120 else textwrap.fill(line, width, break_on_hyphens=False) for line in lines
+        )
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
@@ -149,8 +156,8 @@ class Parser(argparse.ArgumentParser):
             for text, action in self._option_string_actions.items()
             if text.startswith("--") and action.help != argparse.SUPPRESS
         }
-        meant = {f"--{action.dest.replace('_', '-')}": self._flag(action) for action in self._actions} | known
-        meant |= {f"--{name.replace('_', '-')}": f"--set {name}=..." for name in self.settings}
+        meant = {f"--{name.replace('_', '-')}": f"--set {name}=..." for name in self.settings}
+        meant |= {f"--{action.dest.replace('_', '-')}": self._flag(action) for action in self._actions} | known
         positional = [self._flag(action) for action in self._actions if not action.option_strings]
         for other, ours in ELSEWHERE.items():
             if ours in known:
@@ -160,7 +167,13 @@ class Parser(argparse.ArgumentParser):
         found = meant.get(wanted)
         if found is None:
             longer = [text for text in known if text.startswith(wanted)]
-            close = longer or difflib.get_close_matches(wanted, meant, n=1, cutoff=0.7)
+            close = (
+                longer
+                or [  # flags before settings without one
+                    *difflib.get_close_matches(wanted, known, n=1, cutoff=0.7),
+                    *difflib.get_close_matches(wanted, meant, n=1, cutoff=0.7),
+                ][:1]
+            )
             found = " or ".join(dict.fromkeys(meant[text] for text in close[:3]))
         return f"; did you mean {found}?" if found else ""
 

@@ -110,15 +110,21 @@ def _parser() -> Parser:
     )
     group.add_argument("--template", default="offline-v1", metavar="NAME|TEXT", help="the hindsight's, for --show")
 
+    _add_held_out(parser)
+    prepare_prompts.add_prompt_options(parser)
+    return parser
+
+
+def _add_held_out(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("order and held-out part")
-    group.add_argument("--seed", type=int, default=42)
-    group.add_argument("--eval-fraction", type=float, default=0.0, metavar="SHARE")
+    group.add_argument("--seed", type=int, default=42, help="of the order, and of what is held out")
+    group.add_argument(
+        "--eval-fraction", type=float, default=0.0, metavar="SHARE", help="of the conversations, to hold out"
+    )
     group.add_argument(
         "--eval-after", metavar="DATE", help="hold out the conversations from this time on, in place of a share"
     )
     group.add_argument("--eval-output", help="default: <output>.eval.jsonl")
-    prepare_prompts.add_prompt_options(parser)
-    return parser
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
@@ -159,6 +165,7 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
 
 
 _HELP = {
+    "shuffle": "conversations in random order (by --seed), else in the order of the sources",
     "drop_toxic": 'without records that are marked "toxic", or not marked at all',
     "drop_redacted": 'without records that are marked "redacted", or not marked at all',
     "after": "records from this time on: an ISO date, or seconds since 1970",

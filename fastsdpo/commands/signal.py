@@ -50,11 +50,15 @@ def build_parser() -> Parser:
         "--template",
         default="note",
         metavar="NAME|TEXT",
-        help=f"hindsight template: {', '.join(PRESETS)}, or a text with {{o}} (default note)",
+        help=f"hindsight template: {', '.join(PRESETS)}, or a text with {{o}}",
     )
-    method.add_argument("--temperature", type=float, default=1.0)
-    method.add_argument("--max-prompt-length", type=int, default=2048, metavar="TOKENS")
-    method.add_argument("--max-completion-length", type=int, default=2048, metavar="TOKENS")
+    method.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
+    method.add_argument(
+        "--max-prompt-length", type=int, default=2048, metavar="TOKENS", help="most tokens of the history"
+    )
+    method.add_argument(
+        "--max-completion-length", type=int, default=2048, metavar="TOKENS", help="most tokens of the answer"
+    )
     method.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer that the model writes")
     method.add_argument("--seed", type=int, default=0, help="of an answer that the model writes")
 
@@ -66,7 +70,7 @@ def build_parser() -> Parser:
     output.add_argument("--json", metavar="FILE", type=Path, help="write all numbers")
     output.add_argument("--values", action="store_true", help="print the numbers of every token")
     output.add_argument("--scale", type=float, metavar="NATS", help="log-ratio at which colours saturate")
-    output.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="(default auto)")
+    output.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="of the output")
     output.add_argument(
         "--theme",
         choices=["auto", "light", "dark"],
@@ -84,9 +88,11 @@ def _add_source(source: argparse._ArgumentGroup) -> None:
         help="conversations or interactions, in any layout that `fastsdpo prepare` reads; "
         "'-' reads JSON or JSON Lines from standard input",
     )
-    source.add_argument("--index", type=int, help="number of the interaction in the source, from 0 (default 0)")
+    source.add_argument("--index", type=int, help="number of the interaction in the source, from 0 (default: 0)")
     source.add_argument("--id", help="id of the interaction, or of a conversation (its first interaction)")
-    source.add_argument("--max-history-messages", type=int, metavar="N")
+    source.add_argument(
+        "--max-history-messages", type=int, metavar="N", help="the last N messages of the history (default: all)"
+    )
     source.add_argument("--prompt", metavar="TEXT", help="a user's message, instead of a source")
     source.add_argument("--system", metavar="TEXT", help="a system message before --prompt")
     source.add_argument(

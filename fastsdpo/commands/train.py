@@ -41,6 +41,7 @@ from fastsdpo.commands.options import (
     add_push_option,
     add_resume_options,
     add_setting_options,
+    choose_device,
     run_command,
 )
 from fastsdpo.commands.parser import Parser
@@ -122,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def start(options: argparse.Namespace) -> int:
     """The run, whose code imports torch."""
+    choose_device(options)
     from fastsdpo.commands.train_run import train
 
     return train(options)
