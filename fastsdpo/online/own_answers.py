@@ -118,7 +118,7 @@ class OwnAnswers(TrainerCallback):
 
     def _write(self) -> None:
         if self.trainer.is_world_process_zero():
-            write_report(self.path, self.rows or [])
+            write_report(self.path, self.rows)
 
     # ---------------------------------------------------------------------------------- in words
 

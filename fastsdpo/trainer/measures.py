@@ -124,7 +124,7 @@ class Scorer:
         found = shared_forward(model, pack, sharing=sharing, attention=attention, loss_fn=logps)
         sizes = [len(item.completion_ids) for item in pack]
         return [
-            Score(*part.mean(1).tolist(), float((part[1] - part[0]).abs().mean()))
+            Score(float(part[0].mean()), float(part[1].mean()), float((part[1] - part[0]).abs().mean()))
             for part in found.to("cpu", torch.float64).split(sizes, dim=1)
         ]
 

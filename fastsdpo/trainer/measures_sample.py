@@ -128,7 +128,7 @@ def make_contexts(sample: Sequence[MeasuredInteraction], tokenize: InteractionTo
 
         same, different = (None, None) if next_tokens is None else _strangers(sample, answers, index)
         others = [None if ids is None else replace(real, completion_ids=ids) for ids in (next_tokens, same, different)]
-        found.append(Contexts(own.id, real, unrelated, *others, own, other.followup))
+        found.append(Contexts(own.id, real, unrelated, others[0], others[1], others[2], own, other.followup))
     return found
 
 

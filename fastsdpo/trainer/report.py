@@ -103,7 +103,7 @@ def step_text(interactions: int, args: SDPOConfig, processes: int | None = None)
     )
 
 
-def write_report(path: str | os.PathLike, report: dict[str, Any]) -> None:
+def write_report(path: str | os.PathLike, report: Any) -> None:
     """Writes JSON; the file appears whole or not at all."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
@@ -148,7 +148,7 @@ def plot_history(history: list[dict[str, Any]], path: str | os.PathLike) -> bool
     ratio.set_xlabel("step")
     ratio.legend(frameon=False)
     if measured:
-        _plot_measures(*panels[:, 1], series)
+        _plot_measures(panels[0, 1], panels[1, 1], series)
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
