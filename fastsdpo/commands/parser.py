@@ -167,13 +167,8 @@ class Parser(argparse.ArgumentParser):
         found = meant.get(wanted)
         if found is None:
             longer = [text for text in known if text.startswith(wanted)]
-            close = (
-                longer
-                or [  # flags before settings without one
-                    *difflib.get_close_matches(wanted, known, n=1, cutoff=0.7),
-                    *difflib.get_close_matches(wanted, meant, n=1, cutoff=0.7),
-                ][:1]
-            )
+            close = longer or difflib.get_close_matches(wanted, known, n=2, cutoff=0.8)
+            close = close or difflib.get_close_matches(wanted, meant, n=1, cutoff=0.7)  # settings without a flag
             found = " or ".join(dict.fromkeys(meant[text] for text in close[:3]))
         return f"; did you mean {found}?" if found else ""
 
