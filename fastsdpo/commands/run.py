@@ -44,13 +44,6 @@ def printer(show: bool) -> Callable[[str], None]:
     return lambda text: print(text, flush=True) if show else None
 
 
-def check_folder(folder: str, allowed: bool) -> None:
-    """Raises ValueError where a folder holds a run already and that is not ``allowed``."""
-    used = Path(folder, "report.json").exists() or any(Path(folder).glob("checkpoint-*"))
-    if used and not allowed:
-        raise ValueError(f"{folder} holds a run; pass --resume to go on with it, or --overwrite")
-
-
 def check_settings(config: SDPOConfig, lora: int | None) -> None:
     """What would otherwise be found out after minutes of loading a model.
 
