@@ -244,6 +244,8 @@ class Parser(argparse.ArgumentParser):
         """What differs from the defaults, by the names of a configuration file."""
         given = {}
         for action in self._actions:
+            if action.help == argparse.SUPPRESS:
+                continue  # another name of an option
             value = getattr(options, action.dest, None)
             name = self._flag(action).strip("-") if action.option_strings else action.dest
             default = None if action.default == argparse.SUPPRESS else action.default
