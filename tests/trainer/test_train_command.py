@@ -21,7 +21,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from fastsdpo.commands import run
 from fastsdpo.data.locks import locked
 from fastsdpo.train import main
-from fastsdpo.trainer.by_time import ByTime
+from fastsdpo.trainer import by_time
 
 
 @pytest.fixture(scope="module")
@@ -220,30 +220,32 @@ def test_sigterm_saves_a_checkpoint_and_resume_goes_on(place, tmp_path, monkeypa
 
 def test_evaluations_and_checkpoints_by_the_clock(place, tmp_path, monkeypatch):
     """After the first minutes, where no steps are given for them."""
-    monkeypatch.setattr(run, "ByTime", lambda evaluate, save: ByTime(evaluate, save, first=0, every=3600))
+    monkeypatch.setattr(by_time, "MOST", float("inf"))  # however long an evaluation takes
+    monkeypatch.setattr(run, "ByTime", lambda evaluate, save: by_time.ByTime(evaluate, save, first=0, every=3600))
     assert main(arguments(place, tmp_path, "--set", "save_strategy=steps", "--quiet")) == 0
     history = json.loads((tmp_path / "report.json").read_text())["history"]
     assert [row["step"] for row in history if "eval_loss" in row] == [0, 1, 3]
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
 
 
+ASKED: list = []
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub as an upload asks for; keeps what was asked."""
 
-    asked: list = []
-
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.asked.append((self.path, body))
+        ASKED.append((self.path, body))
         if self.path.endswith("/preupload/main"):
-            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
             answer = {"files": files}
         else:
-            answer = {
-                "url": "http://localhost/me/mine",
-                "commitUrl": "http://localhost/me/mine/commit/0",
-                "commitOid": "0",
-            }
+            url = "https://huggingface.co/me/mine"
+            answer = {"url": url, "commitUrl": f"{url}/commit/0", "commitOid": "0"}
         data = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -267,10 +269,10 @@ def test_push_to_hub(place, tmp_path, monkeypatch, capsys):
     finally:
         server.shutdown()
         server.server_close()
-    paths = [path for path, _ in Hub.asked]
-    made = json.loads(Hub.asked[0][1])
+    paths = [path for path, _ in ASKED]
+    made = json.loads(ASKED[0][1])
     assert paths[0] == "/api/repos/create" and made["name"] == "mine" and made["private"] is True
-    commit = next(body for path, body in Hub.asked if "/commit/" in path)
+    commit = next(body for path, body in ASKED if "/commit/" in path)
     sent = {row["value"]["path"] for row in map(json.loads, commit.splitlines()) if row["key"] == "file"}
     assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "tokenizer_config.json"} <= sent
     assert "uploaded to me/mine" in capsys.readouterr().out
