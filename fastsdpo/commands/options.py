@@ -112,10 +112,11 @@ def add_model_source_options(
     model.add_argument("--tokenizer", default=None, help="folder, hub id or GGUF file (default: the model's)")
     model.add_argument("--revision", default=None, help="branch, tag or commit of a hub id (default: main)")
     usual = "float32 on a CPU, else the checkpoint's"
+    own: dict[str, Any] = {} if dtype is None else {"default": dtype}  # else the parser's
     model.add_argument(
         "--dtype",
         help=f"of the weights: float32, bfloat16, float16, auto: the checkpoint's (default: {dtype or usual})",
-        **({} if dtype is None else {"default": dtype}),
+        **own,
     )
     model.add_argument(
         "--attn-implementation", default=None, metavar="NAME", help="eager, sdpa, ... (default: the model's)"

@@ -106,7 +106,7 @@ def test_a_second_round_begins_where_the_first_ended(place, tmp_path, more):
     [
         (["--lora", "8"], "--lora must be left out for --model .*, got 8: it is a LoRA adapter with r=4"),
         (["--lora", "0"], "--lora must be left out for --model .*, got 0: it is a LoRA adapter with r=4"),
-        (["--lora-alpha", "4"], "--lora-alpha must be left out .* LoRA adapter with lora_alpha=8"),
+        (["--lora-alpha", "4"], "--lora-alpha must be left out .* LoRA adapter with --lora-alpha 8"),
     ],
 )
 def test_another_adapter_than_the_one_that_is_there(place, tmp_path, capsys, more, message):

@@ -271,7 +271,7 @@ def test_push_to_hub(place, tmp_path, monkeypatch, capsys):
         server.server_close()
     paths = [path for path, _ in ASKED]
     made = json.loads(ASKED[0][1])
-    assert paths[0] == "/api/repos/create" and made["name"] == "mine" and made["private"] is True
+    assert paths[0] == "/api/repos/create" and made["name"] == "mine" and made["visibility"] == "private"
     commit = next(body for path, body in ASKED if "/commit/" in path)
     sent = {row["value"]["path"] for row in map(json.loads, commit.splitlines()) if row["key"] == "file"}
     assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "tokenizer_config.json"} <= sent
