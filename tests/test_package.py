@@ -1,5 +1,6 @@
 """The package itself: what importing needs, what is where."""
 
+import json
 import os
 import re
 import subprocess
@@ -47,7 +48,9 @@ runpy.run_module("fastsdpo", run_name="__main__")
 
 
 def test_torch_is_enough_for_losses_and_commands_say_what_they_lack(tmp_path):
-    (tmp_path / "row.jsonl").write_text('{"prompt": "a", "completion": "b", "user_response": "c"}\n')
+    message = {"role": "user", "content": "a"}
+    row = {"prompt": [message], "completion": {"role": "assistant", "content": "b"}, "user_response": message}
+    (tmp_path / "row.jsonl").write_text(json.dumps(row) + "\n")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     argv = [sys.executable, "-W", "ignore", "-c", TORCH_ONLY]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=environment)

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,11 +87,15 @@ def load(
         ImportError: --quantize without bitsandbytes.
         NotImplementedError: --quantize where the weights would be sharded.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from fastsdpo.modeling import is_adapter, load_model_and_tokenizer
     from fastsdpo.quantized import check_quantize
     from fastsdpo.trainer.adapters import is_peft
     from fastsdpo.trainer.launch import check_quantized_launch
 
+    if options.quiet or not sys.stderr.isatty():
+        disable_progress_bar()  # of loading, whose every state would be a line
     rank = lora if options.lora is None else options.lora
     check_settings(config, rank)
     check_quantize(options.quantize)
