@@ -6,13 +6,13 @@ import argparse
 import copy
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from fastsdpo.commands import run
 from fastsdpo.commands.options import DONE, model_source
+from fastsdpo.commands.paths import held_out
 from fastsdpo.data.chat_template import reads_clock
 from fastsdpo.data.templates import choose_template
 from fastsdpo.model_config import has_weights, load_configuration
@@ -121,12 +121,3 @@ def describe_weights(model: torch.nn.Module) -> str:
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, requires_grad in sizes if requires_grad)
     return f"{trained:,} of {sum(size for size, _ in sizes):,} weights are trained"
-
-
-def held_out(options: argparse.Namespace) -> str | None:
-    """The held-out file: as given, or where `fastsdpo prepare --eval-fraction` puts it."""
-    if options.eval_data is not None:
-        return options.eval_data
-    data = Path(options.data)
-    beside = data.with_name(f"{data.stem}.eval{data.suffix}")
-    return str(beside) if beside.is_file() else None

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,13 +43,6 @@ def shows(options: argparse.Namespace, config: SDPOConfig) -> bool:
 def printer(show: bool) -> Callable[[str], None]:
     """Prints a line at once, or nothing."""
     return lambda text: print(text, flush=True) if show else None
-
-
-def check_folder(folder: str, allowed: bool) -> None:
-    """Raises ValueError where a folder holds a run already and that is not ``allowed``."""
-    used = Path(folder, "report.json").exists() or any(Path(folder).glob("checkpoint-*"))
-    if used and not allowed:
-        raise ValueError(f"{folder} holds a run; pass --resume to go on with it, or --overwrite")
 
 
 def check_settings(config: SDPOConfig, lora: int | None) -> None:
@@ -93,11 +87,15 @@ def load(
         ImportError: --quantize without bitsandbytes.
         NotImplementedError: --quantize where the weights would be sharded.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from fastsdpo.modeling import is_adapter, load_model_and_tokenizer
     from fastsdpo.quantized import check_quantize
     from fastsdpo.trainer.adapters import is_peft
     from fastsdpo.trainer.launch import check_quantized_launch
 
+    if options.quiet or not sys.stderr.isatty():
+        disable_progress_bar()  # of loading, whose every state would be a line
     rank = lora if options.lora is None else options.lora
     check_settings(config, rank)
     check_quantize(options.quantize)

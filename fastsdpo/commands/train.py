@@ -47,6 +47,7 @@ from fastsdpo.commands.options import (
     run_command,
 )
 from fastsdpo.commands.parser import Parser
+from fastsdpo.commands.paths import check_data, check_folder, check_template, held_out
 from fastsdpo.settings import SDPOSettings
 from fastsdpo.trainer.presets import PRESETS
 
@@ -131,7 +132,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def start(options: argparse.Namespace) -> int:
-    """The run, whose code imports torch."""
+    """What needs no torch is checked first: it takes seconds to import."""
+    check_folder(options.output, options.resume or options.overwrite or options.dry_run)
+    check_data(options.data, held_out(options))
+    check_template(options)
     choose_device(options)
     from fastsdpo.commands.train_run import train
 

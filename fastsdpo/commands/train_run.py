@@ -11,7 +11,6 @@ from fastsdpo.commands import run
 from fastsdpo.commands.forecast import (
     check_options,
     forecast,
-    held_out,
     needs_weights,
     of_trainer,
     setting_of,
@@ -21,6 +20,7 @@ from fastsdpo.commands.options import (
     STOPPED,
     read_config,
 )
+from fastsdpo.commands.paths import held_out
 from fastsdpo.commands.tokens import show_interactions
 from fastsdpo.data import load_interactions
 from fastsdpo.online.own_answers import OwnAnswers
@@ -43,8 +43,6 @@ def train(options: argparse.Namespace) -> int:
     check_options(options)
     rule = None if options.measure_rule is None else parse_rule(options.measure_rule)
     config = read_config(options, SDPOConfig)
-    run.check_folder(options.output, options.resume or options.overwrite or options.dry_run)
-    check_data(options.data, held_out(options))
     run.check_push(options)
     show = run.shows(options, config)
     say = run.printer(show)
@@ -159,14 +157,3 @@ def report(
         )
     plot = " and report.png" if plotted else " (matplotlib is not installed: no plot)"
     say(f"trained {training.steps} steps in {clock(training.seconds)}; {options.output}/model, report.json{plot}")
-
-
-def check_data(*files: str | None) -> None:
-    """Reads the first interaction of each file, before minutes are spent on a model.
-
-    Raises:
-        OSError, TypeError, ValueError: there is none, with file and line.
-    """
-    for file in files:
-        if file is not None and not Path(file).is_fifo():  # that can be read once only
-            next(load_interactions(file), None)
