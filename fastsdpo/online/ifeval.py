@@ -21,7 +21,7 @@ ADDRESS = (
 )
 
 
-class Sample(NamedTuple):
+class Task(NamedTuple):
     """A prompt of IFEval, its instructions and their arguments."""
 
     key: int
@@ -63,7 +63,7 @@ class Scores(NamedTuple):
         )
 
 
-def read_samples(path: str | os.PathLike) -> list[Sample]:
+def read_samples(path: str | os.PathLike) -> list[Task]:
     """The prompts of a file of JSON Lines as published.
 
     Raises:
@@ -80,7 +80,7 @@ def read_samples(path: str | os.PathLike) -> list[Sample]:
             row = json.loads(line)
             # The hub's copy writes an argument that an instruction does not have as null.
             kwargs = [{k: v for k, v in (given or {}).items() if v is not None} for given in row["kwargs"]]
-            sample = Sample(row["key"], row["prompt"], list(row["instruction_id_list"]), kwargs)
+            sample = Task(row["key"], row["prompt"], list(row["instruction_id_list"]), kwargs)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}:{number}: no prompt of IFEval ({type(error).__name__}: {error})") from error
         if len(sample.kwargs) != len(sample.instruction_id_list):
@@ -91,14 +91,14 @@ def read_samples(path: str | os.PathLike) -> list[Sample]:
     return samples
 
 
-def spread(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
+def spread(samples: Sequence[Task], limit: int | None) -> list[Task]:
     """``limit`` of them, evenly spaced; all where it is None or larger."""
     if limit is None or limit >= len(samples):
         return list(samples)
     return [samples[index * len(samples) // limit] for index in range(limit)]
 
 
-def checkable(samples: Sequence[Sample]) -> tuple[list[Sample], list[str]]:
+def checkable(samples: Sequence[Task]) -> tuple[list[Task], list[str]]:
     """The samples that can be checked here, and the instructions that cannot: they need data of NLTK.
 
     Raises:
@@ -113,13 +113,13 @@ def checkable(samples: Sequence[Sample]) -> tuple[list[Sample], list[str]]:
             if name not in tried:
                 tried.add(name)
                 try:
-                    check(Sample(sample.key, sample.prompt, [name], [kwargs]), "One sentence. Another ONE.")
+                    check(Task(sample.key, sample.prompt, [name], [kwargs]), "One sentence. Another ONE.")
                 except LookupError:
                     missing.add(name)
     return [s for s in samples if missing.isdisjoint(s.instruction_id_list)], sorted(missing)
 
 
-def check(sample: Sample, answer: str) -> list[tuple[bool, bool]]:
+def check(sample: Task, answer: str) -> list[tuple[bool, bool]]:
     """Of each instruction, whether the answer follows it strictly and loosely.
 
     Raises:

@@ -102,7 +102,7 @@ def step_text(interactions: int, args: SDPOConfig, processes: int | None = None)
     )
 
 
-def write_report(path: str | os.PathLike, report: dict[str, Any]) -> None:
+def write_report(path: str | os.PathLike, report: dict[str, Any] | list[Any]) -> None:
     """Writes JSON; the file appears whole or not at all."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
