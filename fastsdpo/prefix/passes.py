@@ -13,11 +13,18 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastsdpo.prefix.attention import KeysValues, SharedPass, attention_windows, let_attention_switch
+from fastsdpo.prefix.attention import (
+    Kept,
+    SharedPass,
+    attention_modules,
+    attention_windows,
+    let_attention_switch,
+)
 from fastsdpo.prefix.model import causal_lm, forward_replaced, model_device, text_inputs, unwrap
 from fastsdpo.prefix.partitioned import gathered
 from fastsdpo.prefix.plan import Plan
-from fastsdpo.prefix.refusals import rotary_limit, unsupported
+from fastsdpo.prefix.recurrent import let_mixers_share, recurrent_mixers
+from fastsdpo.prefix.refusals import WITHOUT_MIXING, rotary_limit, unsupported
 
 Result = TypeVar("Result")
 
@@ -135,9 +142,10 @@ class PassRunner:
         if reason is not None:
             raise NotImplementedError(f"shared_forward: sharing must be 'off' here: {reason}")
         let_attention_switch(self.decoder)
+        let_mixers_share(self.decoder)
 
     def plan_pass(
-        self, plan: Plan, first: int, stop: int, rows: Tensor, *, keep: bool = False, before: KeysValues | None = None
+        self, plan: Plan, first: int, stop: int, rows: Tensor, *, keep: bool = False, before: Kept | None = None
     ) -> DecoderPass:
         """The packed tokens ``[first, stop)`` of ``plan``; ``rows`` count from ``first``."""
         shared = SharedPass(
@@ -188,12 +196,20 @@ class PassRunner:
         return inputs
 
     def _check_layers(self, one: DecoderPass) -> None:
-        """Raises NotImplementedError where a layer did not use the plan's attention."""
+        """Raises NotImplementedError where a layer that mixes tokens did not do so by the plan."""
         if one.shared is None:
             return
-        missing = sorted(set(range(self.causal.config.get_text_config().num_hidden_layers)) - one.shared.layers)
-        if missing:
+        mixers = recurrent_mixers(self.decoder)
+        without = {module.layer_idx for module in mixers.values()}
+        without -= {module.layer_idx for module in attention_modules(self.decoder)}
+        config = self.causal.config.get_text_config()
+        types = getattr(config, "layer_types", None) or ()
+        without |= {layer for layer, kind in enumerate(types) if kind in WITHOUT_MIXING}
+        missing = sorted(set(range(config.num_hidden_layers)) - without - one.shared.layers)
+        silent = [name for name, module in mixers.items() if module not in one.shared.mixers]
+        what = "do not call the attention interface" if missing else "do not get the pass"
+        if missing or silent:
             raise NotImplementedError(
-                f"shared_forward: sharing must be 'off' here: layers {missing} of "
-                f"{type(self.causal).__name__} do not call the attention interface"
+                f"shared_forward: sharing must be 'off' here: layers {missing or silent} of "
+                f"{type(self.causal).__name__} {what}"
             )
