@@ -58,6 +58,8 @@ def unsupported(model: nn.Module) -> str | None:
         return f"{kind} cannot share prefixes: {UNSUPPORTED_TYPES[config.model_type]}"
     if getattr(causal, "_is_stateful", False) and not recurrent_mixers(causal.get_decoder()):
         return f"{kind} has recurrent layers that do not take their states from a cache"
+    if not causal._can_set_attn_implementation() and not recurrent_mixers(causal.get_decoder()):
+        return f"{kind} does not call transformers' attention interface"
     others = set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES)
     if others:
         return f"{kind} has layers of type {', '.join(sorted(others))}"
