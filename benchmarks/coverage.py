@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import harness, tiny
-from fastsdpo.prefix import check_head, check_passes, check_sharing, head_parameters, shared_forward
+from fastsdpo.prefix import check_head, check_passes, check_sharing, head_parameters, no_grad_pass, shared_forward
 
 PAGE = harness.ROOT / "docs" / "models.md"
 TOLERANCE = 1e-7  # relative, in float64; what is wrong is off by 1e-2 and more
@@ -89,7 +89,7 @@ def separate(model: nn.Module, items: list[Item]) -> Passes:
         return logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
 
     student = torch.cat([logps(i.prompt_ids, i.completion_ids) for i in items])
-    with torch.no_grad():
+    with no_grad_pass():
         teacher = torch.cat([logps(i.teacher_prompt_ids, i.completion_ids) for i in items])
     return _with_gradients(model, student, teacher)
 

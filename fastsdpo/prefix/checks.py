@@ -51,7 +51,10 @@ def check_head(model: nn.Module) -> tuple[bool, str]:
                 results.append(error)
                 return logits
             dtypes.append(_computing_dtype(states[0]))
-            results.append(_logits(states[0], head))
+            if states[0].shape[-1] != head.weight.shape[-1]:
+                results.append(NotImplementedError(f"{type(causal).__name__} has layers between decoder and head"))
+            else:
+                results.append(_logits(states[0], head))
         return logits
 
     ids = torch.tensor([probe_ids(model, 8)], device=model_device(model))
