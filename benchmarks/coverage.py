@@ -84,8 +84,7 @@ def separate(model: nn.Module, items: list[Item]) -> Passes:
 
     def logps(prompt: list[int], completion: list[int]) -> Tensor:
         ids = torch.tensor([[*prompt, *completion]])
-        positions = torch.arange(ids.shape[1])[None]
-        logits = tiny.call(model, ids, positions).logits[0, len(prompt) - 1 : -1]
+        logits = tiny.call(model, ids).logits[0, len(prompt) - 1 : -1]
         return logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
 
     student = torch.cat([logps(i.prompt_ids, i.completion_ids) for i in items])
@@ -229,7 +228,8 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)
-    rows = []
+    rows, run = [], harness.environment()
+    path = harness.results_file("coverage", args)
     for model_type in args.types or tiny.causal_lm_types():
         try:
             with time_limit(SECONDS):
@@ -239,8 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         shown = "" if found.difference is None else f"{found.difference:.1e}"
         print(f"{model_type:26s} {found.verdict:9s} {shown:8s} {found.why}", flush=True)
         rows.append({"case": {"type": model_type}, **found._asdict()})
-    path = harness.results_file("coverage", args)
-    harness.record(path, rows)
+        harness.record(path, rows[-1:], run)
     if args.types is None and args.output == harness.RESULTS:
         Path(PAGE).write_text(page(harness.read(path)), "utf-8")
     if any(row["verdict"] == "WRONG" for row in rows):

@@ -132,8 +132,9 @@ def cache_argument(module: nn.Module) -> str | None:
     if not hasattr(module, "layer_idx"):
         return None
     name = _cache_argument(type(module))
-    # Attention takes past_key_values too, and says whether it is causal. LFM2's convolutions do not.
-    return None if name == "past_key_values" and hasattr(module, "is_causal") else name
+    # Attention takes past_key_values too. LFM2's convolutions are no attention, by name and by attribute.
+    attends = hasattr(module, "is_causal") or "Attention" in type(module).__name__
+    return None if name == "past_key_values" and attends else name
 
 
 def recurrent_mixers(decoder: nn.Module) -> dict[str, nn.Module]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fastsdpo.prefix.model import causal_lm, unwrap
+from fastsdpo.prefix.model import causal_decoder, causal_lm, unwrap
 from fastsdpo.prefix.recurrent import recurrent_mixers
 
 # Layers of these types mix no tokens.
@@ -56,9 +56,9 @@ def unsupported(model: nn.Module) -> str | None:
         return f"{kind} has an encoder"
     if config.model_type in UNSUPPORTED_TYPES:
         return f"{kind} cannot share prefixes: {UNSUPPORTED_TYPES[config.model_type]}"
-    if getattr(causal, "_is_stateful", False) and not recurrent_mixers(causal.get_decoder()):
+    if getattr(causal, "_is_stateful", False) and not recurrent_mixers(causal_decoder(causal)):
         return f"{kind} has recurrent layers that do not take their states from a cache"
-    if not causal._can_set_attn_implementation() and not recurrent_mixers(causal.get_decoder()):
+    if not causal._can_set_attn_implementation() and not recurrent_mixers(causal_decoder(causal)):
         return f"{kind} does not call transformers' attention interface"
     others = set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES)
     if others:
