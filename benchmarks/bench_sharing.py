@@ -9,8 +9,9 @@
 
 How much time, memory and arithmetic does a step over the same interactions take, and to what is the difference
 owed? Rivals: `benchmarks/steps.py`. The gradients of all are compared on a short conversation before anything is
-timed. The model is SmolLM2-135M-Instruct in float32 with AdamW, or a small hybrid in Qwen3.5's shape; a step's interactions are one whole conversation.
-Memory is the peak resident memory of a process that runs one step, with gradients and Adam's states.
+timed. The model is SmolLM2-135M-Instruct in float32 with AdamW, or a small hybrid in Qwen3.5's shape; a step's
+interactions are one whole conversation. Memory is the peak resident memory of a process that runs one step, with
+gradients and Adam's states.
 """
 
 from __future__ import annotations
