@@ -157,6 +157,8 @@ def examine(model_type: str) -> Found:
                 for part in items.values()
                 for sharing in (("conversation", "interaction") if good else ("off",))
             ]
+    except TimeoutError:
+        raise
     except Exception as error:
         return Found("WRONG", _one_line(error), None)
     if max(errors) > TOLERANCE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from fastsdpo.prefix import text_inputs
 
 VOCABULARY = 256
 LAYERS = 4
+NOISE = re.compile("drop|jitter")  # probabilities that make two passes in training mode differ
 MOST_PARAMETERS = 40_000_000
 # Names of sizes, whatever the type; a configuration takes those that it has.
 SIZES: dict[str, Any] = {
@@ -136,7 +138,7 @@ def configuration(model_type: str, variant: dict[str, Any]) -> Any:
         kinds = list(dict.fromkeys(known["layer_types"]))
         given["layer_types"] = [kinds[n % len(kinds)] for n in range(LAYERS)]
     given = {name: value for name, value in given.items() if value is not None or name not in variant}
-    given |= {name: 0.0 for name, value in known.items() if "drop" in name and isinstance(value, float)}
+    given |= {name: 0.0 for name, value in known.items() if NOISE.search(name) and isinstance(value, float)}
     given |= {name: 0.0 for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "layerdrop") if name in known}
     small = type(default)(**{**given, "is_decoder": True})
     if default is whole:

@@ -48,9 +48,10 @@ def causal_lm(model: nn.Module) -> nn.Module:
 
 
 def causal_decoder(causal: nn.Module) -> nn.Module:
-    """The decoder of `causal_lm`. ModernBERT calls its head "decoder"."""
+    """The decoder of `causal_lm`. ModernBERT calls its head "decoder", and Llama 4 returns itself."""
     found = causal.get_decoder()
-    return causal.base_model if found is causal.get_output_embeddings() else found
+    wrong = found is causal or found is causal.get_output_embeddings()
+    return getattr(causal, "model", causal.base_model) if wrong else found
 
 
 def layers_before_head(model: nn.Module) -> nn.Module | None:

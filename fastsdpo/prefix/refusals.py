@@ -58,7 +58,8 @@ def unsupported(model: nn.Module) -> str | None:
         return f"{kind} cannot share prefixes: {UNSUPPORTED_TYPES[config.model_type]}"
     if getattr(causal, "_is_stateful", False) and not recurrent_mixers(causal_decoder(causal)):
         return f"{kind} has recurrent layers that do not take their states from a cache"
-    if not causal._can_set_attn_implementation() and not recurrent_mixers(causal_decoder(causal)):
+    decoder = causal_decoder(causal)
+    if not decoder._can_set_attn_implementation() and not recurrent_mixers(decoder):
         return f"{kind} does not call transformers' attention interface"
     others = set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES)
     if others:
