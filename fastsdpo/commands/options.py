@@ -175,7 +175,9 @@ def add_setting_options(parser: argparse.ArgumentParser, presets: Iterable[str])
         action="store_true",
         help="less memory, a third more time (default: on a GPU for models of a billion weights and more)",
     )
-    compute.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    compute.add_argument(
+        "--bf16", action="store_true", help="bfloat16 autocast (default: on GPUs that have it; off: --set bf16=false)"
+    )
     compute.add_argument("--cpu", action="store_true", dest="use_cpu")
 
     logs = parser.add_argument_group("logs and checkpoints")

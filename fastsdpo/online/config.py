@@ -169,7 +169,7 @@ class OnlineSDPOConfig(SDPOConfig):
         """
         if name not in PRESETS:
             raise ValueError(f"OnlineSDPOConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        return cls(**with_preset(PRESETS[name], settings, bf16=name == "paper"))
+        return cls(**with_preset(PRESETS[name], settings))
 
     @property
     def needs_reference(self) -> bool:

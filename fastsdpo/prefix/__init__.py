@@ -25,6 +25,7 @@ from fastsdpo.prefix.forward import ResponseStates as ResponseStates
 from fastsdpo.prefix.forward import shared_forward as shared_forward
 from fastsdpo.prefix.model import HeadParameters as HeadParameters
 from fastsdpo.prefix.model import causal_lm as causal_lm
+from fastsdpo.prefix.model import decoder_of as decoder_of
 from fastsdpo.prefix.model import head_parameters as head_parameters
 from fastsdpo.prefix.model import is_wrapped as is_wrapped
 from fastsdpo.prefix.model import model_device as model_device

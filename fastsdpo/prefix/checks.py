@@ -12,6 +12,7 @@ from fastsdpo.prefix.forward import ResponseStates, shared_forward
 from fastsdpo.prefix.model import (
     HeadParameters,
     causal_lm,
+    decoder_of,
     forward_name,
     forward_replaced,
     head_parameters,
@@ -53,7 +54,7 @@ def check_head(model: nn.Module) -> tuple[bool, str]:
         return logits
 
     ids = torch.tensor([probe_ids(model, 8)], device=model_device(model))
-    hook = causal.get_decoder().register_forward_hook(take_states, prepend=True)
+    hook = decoder_of(causal).register_forward_hook(take_states, prepend=True)
     try:
         with torch.no_grad(), forward_replaced(output_embeddings, logits_from_head):
             logits = model(**text_inputs(causal, ids)).logits

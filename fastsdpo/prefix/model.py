@@ -47,6 +47,20 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return inner
 
 
+def decoder_of(causal: nn.Module) -> Any:
+    """The decoder below the head of a causal LM.
+
+    Raises:
+        TypeError: there is none; some models (Llama 4's text model) say that they are their own.
+    """
+    found = causal.get_decoder()
+    if found is causal:
+        found = getattr(causal, "model", None)
+    if found is None:
+        raise TypeError(f"model must have a decoder below its head, got {type(causal).__name__}")
+    return found
+
+
 def model_device(model: nn.Module) -> torch.device:
     """The device that takes the token ids."""
     return causal_lm(model).get_input_embeddings().weight.device

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsdpo.prefix.attention import KeysValues, SharedPass, attention_windows, let_attention_switch
-from fastsdpo.prefix.model import causal_lm, forward_replaced, model_device, text_inputs, unwrap
+from fastsdpo.prefix.model import causal_lm, decoder_of, forward_replaced, model_device, text_inputs, unwrap
 from fastsdpo.prefix.partitioned import gathered
 from fastsdpo.prefix.plan import Plan
 from fastsdpo.prefix.refusals import rotary_limit, unsupported
@@ -116,7 +116,7 @@ class PassRunner:
     def __init__(self, model: nn.Module, attention: str = "auto"):
         self.model = model
         self.causal = causal_lm(model)
-        self.decoder = self.causal.get_decoder()
+        self.decoder = decoder_of(self.causal)
         self.device = model_device(model)
         self.attention = attention
         limit = rotary_limit(model)

@@ -46,6 +46,9 @@ def unsupported(model: nn.Module) -> str | None:
     }
     if others:
         return f"{kind} has layers of type {', '.join(sorted(others))}"
+    if getattr(config, "attn_temperature_tuning", None) and 0 in (getattr(config, "no_rope_layers", None) or [0]):
+        # Beyond floor_scale tokens, which no short check reaches.
+        return f"{kind} scales queries by their place in the pass (attn_temperature_tuning), not by their position"
     if getattr(config, "attn_logit_softcapping", None):
         return f"{kind} softcaps its attention scores"
     if getattr(config, "output_router_logits", False):

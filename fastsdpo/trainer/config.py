@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from fastsdpo.trainer.launch import check_deepspeed, check_launch
 from fastsdpo.trainer.presets import PRESETS as PRESETS
-from fastsdpo.trainer.presets import checkpointing_given, split_batch, with_preset
+from fastsdpo.trainer.presets import checkpointing_given, default_bf16, gpu_has_bf16, split_batch, with_preset
 
 CHOICES = {
     "mode": ("sampled_token", "full", "topk"),
@@ -72,7 +72,7 @@ class SDPOConfig(TrainingArguments):
     they are split changes memory and speed, not the result.
     ``SDPOConfig.preset("paper", output_dir=...)`` is the published offline recipe.
 
-    Changed defaults of TrainingArguments: ``learning_rate=2e-6``, ``lr_scheduler_type="cosine"``,
+    Changed defaults of TrainingArguments: ``bf16`` on GPUs that have it, ``learning_rate=2e-6``, ``lr_scheduler_type="cosine"``,
     ``warmup_steps=0.05`` (a share), ``num_train_epochs=2``: the paper's; ``logging_steps=10`` and
     ``logging_first_step``, so that every run shows a loss; ``remove_unused_columns``
     and ``logging_nan_inf_filter`` off (the latter waits for the GPU in every micro-step; see
@@ -269,6 +269,13 @@ class SDPOConfig(TrainingArguments):
     )
 
     # Changed defaults
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Matrix products in bfloat16 (autocast). None: on GPUs that have it, but where dtype or fp16 "
+            "asks for another."
+        },
+    )
     learning_rate: float = field(default=2e-6, metadata={"help": "The largest learning rate of the run."})
     lr_scheduler_type: str = field(
         default="cosine",
@@ -298,6 +305,9 @@ class SDPOConfig(TrainingArguments):
         self._check_method()
         self._check_text()
         self._checkpointing_given = checkpointing_given(self)
+        self._bf16_given = self.bf16 is not None
+        if self.bf16 is None:
+            self.bf16 = default_bf16(self.dtype, self.fp16, gpu_has_bf16(self.use_cpu))
         # Before the processes have met, since plugins read the batch sizes in super().__post_init__;
         # launchers other than torchrun and accelerate tell their number only there.
         processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -384,13 +394,13 @@ class SDPOConfig(TrainingArguments):
                 objective than the paper's runs, see docs/objectives.md) or "paper" (the published
                 offline recipe: sampled token, live teacher, the first two tokens left out, learning
                 rate 2e-6 with a cosine schedule, 32 interactions a step over all processes, gradient
-                clip 10; bf16 autocast where there is a GPU).
+                clip 10).
             settings: a batch of one's own (``per_device_train_batch_size`` or
                 ``gradient_accumulation_steps``) replaces the preset's ``global_batch_size``.
         """
         if name not in PRESETS:
             raise ValueError(f"SDPOConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        return cls(**with_preset(PRESETS[name], settings, bf16=name == "paper"))
+        return cls(**with_preset(PRESETS[name], settings))
 
     def tokenizer_options(self) -> dict[str, Any]:
         """The keyword arguments of `fastsdpo.data.InteractionTokenizer`."""

@@ -116,10 +116,13 @@ def pack_sharing(pack: Sequence[TokenizedInteraction], sharing: Any, longest: in
 
 
 def _is_longer(item: TokenizedInteraction, longest: int | None) -> bool:
-    if longest is None:
-        return False
+    return longest is not None and longest_sequence(item) > longest
+
+
+def longest_sequence(item: TokenizedInteraction) -> int:
+    """How many tokens the longest of an interaction's sequences has."""
     prompts = item.prompt_ids, item.teacher_prompt_ids, item.neutral_prompt_ids or ()
-    return max(map(len, prompts)) + len(item.completion_ids) > longest
+    return max(map(len, prompts)) + len(item.completion_ids)
 
 
 def split_packs(

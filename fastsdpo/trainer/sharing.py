@@ -6,13 +6,15 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastsdpo.data import TokenizedInteraction
 from fastsdpo.prefix import check_sharing, rotary_limit
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import InteractionDataset
-from fastsdpo.trainer.packs import Item, pack_sharing, split_packs
+from fastsdpo.trainer.model import PositionTable, position_table
+from fastsdpo.trainer.packs import Item, longest_sequence, pack_sharing, split_packs
 from fastsdpo.trainer.processes import agreed
 
 logger = logging.getLogger("fastsdpo.trainer")
@@ -34,6 +36,7 @@ class PrefixSharing:
     Raises:
         NotImplementedError: the sharing asked for by name is not possible; or ZeRO-3 in several processes would
             have to run sequences alone.
+        ValueError: a sequence is longer than the model's table of positions.
     """
 
     def __init__(
@@ -46,6 +49,11 @@ class PrefixSharing:
         one_pass: bool,
         in_step: bool = False,
     ):
+        datasets = [dataset for dataset in datasets if isinstance(dataset, InteractionDataset)]
+        self.positions = position_table(model)
+        for dataset in datasets:
+            if self.positions is not None and len(dataset):
+                _check_positions(self.positions, dataset.longest())
         self.max_tokens = None if one_pass else args.max_tokens_per_pack
         self.one_pass = one_pass
         self.level = _choose(model, args, noisy)
@@ -67,8 +75,6 @@ class PrefixSharing:
             f"their prefixes are not shared: the model's {limit.kind} rotary embeddings change there"
         )
         for dataset in datasets:
-            if not isinstance(dataset, InteractionDataset):
-                continue
             longer = int((dataset.longest() > limit.positions).sum())
             if longer and one_pass and in_step and args.world_size > 1:
                 raise NotImplementedError(
@@ -92,10 +98,27 @@ class PrefixSharing:
         return level
 
     def packs(self, interactions: Sequence[Item]) -> list[list[Item]]:
-        """A micro-batch in packs; each is one forward pass of the student and one of the teacher."""
+        """A micro-batch in packs; each is one forward pass of the student and one of the teacher.
+
+        Raises:
+            ValueError: a sequence is longer than the model's table of positions.
+        """
+        if self.positions is not None and interactions:
+            _check_positions(self.positions, torch.tensor([longest_sequence(item) for item in interactions]))
         if self.alone and not self.one_pass:
             return [[item] for item in interactions]
         return split_packs(interactions, self.max_tokens, self.level, None if self.one_pass else self.longest)
+
+
+def _check_positions(table: PositionTable, lengths: Tensor) -> None:
+    longer = int((lengths > table.positions).sum())
+    if longer:
+        raise ValueError(
+            f"SDPOTrainer: sequences must have at most {table.positions:,} tokens, as the model's table of positions "
+            f"({table.name}), but {longer:,} of {len(lengths):,} interactions are longer, up to {int(lengths.max()):,}; "
+            "set a lower max_prompt_length (max_followup_length, max_completion_length): the longest sequence is the "
+            "history, the follow-up and the answer together"
+        )
 
 
 def _choose(model: nn.Module, args: SDPOConfig, noisy: str | None) -> str:
