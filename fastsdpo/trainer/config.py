@@ -72,7 +72,8 @@ class SDPOConfig(TrainingArguments):
     they are split changes memory and speed, not the result.
     ``SDPOConfig.preset("paper", output_dir=...)`` is the published offline recipe.
 
-    Changed defaults of TrainingArguments: ``bf16`` on GPUs that have it, ``learning_rate=2e-6``, ``lr_scheduler_type="cosine"``,
+    Changed defaults of TrainingArguments: ``bf16`` on GPUs that have it; ``learning_rate=2e-6``,
+    ``lr_scheduler_type="cosine"``,
     ``warmup_steps=0.05`` (a share), ``num_train_epochs=2``: the paper's; ``logging_steps=10`` and
     ``logging_first_step``, so that every run shows a loss; ``remove_unused_columns``
     and ``logging_nan_inf_filter`` off (the latter waits for the GPU in every micro-step; see

@@ -233,8 +233,8 @@ def test_a_table_of_positions_that_is_too_short_is_refused(tmp_path, lab, kind, 
         lab.make_trainer(tmp_path, model=model, interactions=lab.make_interactions(2, turns=6))
     short = lab.make_trainer(tmp_path, model=model, interactions=lab.make_interactions(2, turns=1), max_steps=1)
     short.train()
+    longer = lab.make_trainer(tmp_path, interactions=lab.make_interactions(1, turns=6)).train_dataset
     with pytest.raises(ValueError, match="at most 64 tokens"):  # what comes later, of a user who reacts
-        longer = lab.make_trainer(tmp_path, interactions=lab.make_interactions(1, turns=6)).train_dataset
         short.update([longer[len(longer) - 1]])
 
 
