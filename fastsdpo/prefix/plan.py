@@ -8,9 +8,10 @@ state, keys and values serve every sequence below.
 Layout. The nodes are cut into *runs*. A run is a chain that always follows the child with the most tokens below
 it (heavy paths, https://doi.org/10.1016/0022-0000(83)90006-5), and its tokens are packed without a gap. A
 token then attends to the tokens of its own run up to itself, and to one *segment* of each run on the way to
-the root; the whole run attends to the same segments. There are at most log2(tokens) of them. Students' runs
-come first. A teacher's tokens may stand below a student's but never above one, so the students' tokens alone
-are a complete plan, and the teachers' tokens attend to them.
+the root; the whole run attends to the same segments. There are at most log2(tokens) of them. What branches off a
+run lies in the pack without a gap too, in the order in which it branches off. Students' runs come first. A
+teacher's tokens may stand below a student's but never above one, so the students' tokens alone are a complete
+plan, and the teachers' tokens attend to them.
 
     packed:   [ run 0: x1 y1 x2 y2 ... ][ run 1: y1 in another rendering ] | [ o1 y1 ][ o2 y2 ] ...
                students                                                     teachers
@@ -148,6 +149,8 @@ def build_plan(
     walks = [preorder(root) for root in dict.fromkeys(roots)]
     for walk in walks:
         _choose_heavy_children(walk)
+    # Again, with these last: so what branches off a run lies behind it in the order in which it does.
+    walks = [preorder(root) for root in dict.fromkeys(roots)]
     packed = _Packed()
     for walk in walks:
         packed.lay_out(node for node in walk if not node.teacher)

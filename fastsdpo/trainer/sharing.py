@@ -115,7 +115,7 @@ def _check_positions(table: PositionTable, lengths: Tensor) -> None:
     if longer:
         raise ValueError(
             f"SDPOTrainer: sequences must have at most {table.positions:,} tokens, as the model's table of positions "
-            f"({table.name}), but {longer:,} of {len(lengths):,} interactions have more, up to {int(lengths.max()):,}; "
+            f"({table.name}), but {longer:,} of {len(lengths):,} interactions have up to {int(lengths.max()):,}; "
             "set a lower max_prompt_length (max_followup_length, max_completion_length): the longest sequence is the "
             "history, the follow-up and the answer together"
         )
