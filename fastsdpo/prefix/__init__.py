@@ -1,6 +1,6 @@
 """Student and teacher over the same conversations, every shared prefix computed once.
 
-    checks -> forward -> session -> passes -> attention, model -> plan -> trie
+    checks -> forward -> session -> ready -> passes -> attention, model -> plan -> trie
                                     pack -> plan
 
 Words, in this package and in the trainer:
@@ -46,6 +46,8 @@ from fastsdpo.prefix.plan import Plan as Plan
 from fastsdpo.prefix.plan import ResponseLabels as ResponseLabels
 from fastsdpo.prefix.plan import Sharing as Sharing
 from fastsdpo.prefix.plan import build_plan as build_plan
+from fastsdpo.prefix.ready import ReadyPasses as ReadyPasses
+from fastsdpo.prefix.ready import ready_passes as ready_passes
 from fastsdpo.prefix.refusals import above_the_decoder as above_the_decoder
 from fastsdpo.prefix.refusals import rotary_limit as rotary_limit
 from fastsdpo.prefix.session import ForwardSession as ForwardSession

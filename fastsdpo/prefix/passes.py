@@ -130,14 +130,22 @@ class PassRunner:
             NotImplementedError: the model does something that shared passes over ``plan`` would get wrong.
         """
         reason, limit = unsupported(self.model), rotary_limit(self.model)
-        if limit is not None and int(plan.position_ids.max()) >= limit.positions:
+        if limit is not None and plan.longest > limit.positions:
             reason = reason or str(limit)
         if reason is not None:
             raise NotImplementedError(f"shared_forward: sharing must be 'off' here: {reason}")
         let_attention_switch(self.decoder)
 
     def plan_pass(
-        self, plan: Plan, first: int, stop: int, rows: Tensor, *, keep: bool = False, before: KeysValues | None = None
+        self,
+        plan: Plan,
+        first: int,
+        stop: int,
+        rows: Tensor,
+        tables: dict[Any, Any],
+        *,
+        keep: bool = False,
+        before: KeysValues | None = None,
     ) -> DecoderPass:
         """The packed tokens ``[first, stop)`` of ``plan``; ``rows`` count from ``first``."""
         shared = SharedPass(
@@ -148,6 +156,7 @@ class PassRunner:
             windows=attention_windows(self.causal.config.get_text_config()),
             keep=keep,
             before=before,
+            tables=tables,
         )
         return DecoderPass(plan.token_ids[first:stop], plan.position_ids[first:stop], rows, shared)
 

@@ -97,6 +97,7 @@ class Plan:
             ``subtree_start[k] <= subtree_start[q] < subtree_stop[k]``.
         student_rows, teacher_rows: ``[N]`` packed index of the token that predicts each response token. A
             teacher's row may be a student's token. ``[0]`` where the plan was built without them.
+        longest: how many tokens the longest sequence has.
     """
 
     token_ids: Tensor
@@ -107,6 +108,7 @@ class Plan:
     subtree_stop: Tensor
     student_rows: Tensor
     teacher_rows: Tensor
+    longest: int
 
     @property
     def tokens(self) -> int:
@@ -167,6 +169,7 @@ def build_plan(
         subtree_stop=subtree_stop,
         student_rows=_predicting_rows(student_ends, interactions),
         teacher_rows=_predicting_rows(teacher_ends, interactions),
+        longest=1 + max(packed.positions),
     )
 
 
@@ -278,9 +281,9 @@ class ResponseLabels(NamedTuple):
 
 def response_labels(interactions: Sequence[InteractionIds], device: torch.device) -> ResponseLabels:
     """The labels of a pack: the responses of its interactions, one after the other."""
-    labels = [
-        (token, index, position)
-        for index, item in enumerate(interactions)
-        for position, token in enumerate(item.completion_ids)
-    ]
-    return ResponseLabels(*torch.tensor(labels, device=device).T.contiguous())
+    sizes = torch.tensor([len(item.completion_ids) for item in interactions])
+    targets = torch.tensor([token for item in interactions for token in item.completion_ids])
+    sequences = torch.arange(len(sizes)).repeat_interleave(sizes)
+    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    labels = targets, sequences, torch.arange(len(targets)) - starts
+    return ResponseLabels(*(label.to(device) for label in labels))

@@ -28,6 +28,7 @@ class SharedPass:
         windows: the sliding window of each layer in tokens, or None.
         keep: the layers keep their keys and values, until `take_keys_values`.
         before: the keys and values of the tokens ``[0, first)``; needed where ``first > 0``.
+        tables: what `cached` finds already (`fastsdpo.prefix.attention.tables`).
 
     Attributes:
         runs: the plan's runs in ``[first, stop)``.
@@ -44,6 +45,7 @@ class SharedPass:
         windows: dict[int, int | None],
         keep: bool = False,
         before: KeysValues | None = None,
+        tables: dict[Any, Any] | None = None,
     ):
         self.plan = plan
         self.first, self.stop = first, stop
@@ -54,7 +56,7 @@ class SharedPass:
         self.runs = [run for run in plan.runs if first <= run.start < stop]
         self.layers: set[int] = set()
         self.own_implementation: str | None = None  # of the layer that is being called
-        self._cache: dict[Any, Any] = {}
+        self._cache: dict[Any, Any] = dict(tables or {})
 
     def take_keys_values(self) -> KeysValues:
         """Hands over what the layers have kept; layers that run again in the backward pass keep nothing."""
