@@ -120,6 +120,9 @@ class OnlineSDPOConfig(SDPOConfig):
     teacher_check: int = field(
         default=0, metadata={"help": "Not used: there is no follow-up to check before the first answer."}
     )
+    dataloader_num_workers: int | None = field(
+        default=0, metadata={"help": "Processes that load prompts; packs are made where the answers are."}
+    )
     learning_rate: float = field(default=5e-6, metadata={"help": "The largest learning rate of the run."})
     lr_scheduler_type: str = field(
         default="constant",

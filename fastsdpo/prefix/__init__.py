@@ -17,6 +17,7 @@ pass         tokens that go through the decoder together. The student's pass car
 session      one forward call of the model as the caller wrapped it, with all passes over a pack and the loss in it.
 """
 
+from fastsdpo.prefix.bundle import Bundle as Bundle
 from fastsdpo.prefix.checks import check_head as check_head
 from fastsdpo.prefix.checks import check_passes as check_passes
 from fastsdpo.prefix.checks import check_sharing as check_sharing

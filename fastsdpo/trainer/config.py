@@ -12,7 +12,14 @@ from transformers import TrainingArguments
 
 from fastsdpo.trainer.launch import check_deepspeed, check_launch
 from fastsdpo.trainer.presets import PRESETS as PRESETS
-from fastsdpo.trainer.presets import checkpointing_given, default_bf16, gpu_has_bf16, split_batch, with_preset
+from fastsdpo.trainer.presets import (
+    checkpointing_given,
+    default_bf16,
+    gpu_has_bf16,
+    gpu_is_there,
+    split_batch,
+    with_preset,
+)
 
 CHOICES = {
     "mode": ("sampled_token", "full", "topk"),
@@ -72,12 +79,11 @@ class SDPOConfig(TrainingArguments):
     they are split changes memory and speed, not the result.
     ``SDPOConfig.preset("paper", output_dir=...)`` is the published offline recipe.
 
-    Changed defaults of TrainingArguments: ``bf16`` on GPUs that have it; ``learning_rate=2e-6``,
-    ``lr_scheduler_type="cosine"``,
-    ``warmup_steps=0.05`` (a share), ``num_train_epochs=2``: the paper's; ``logging_steps=10`` and
-    ``logging_first_step``, so that every run shows a loss; ``remove_unused_columns``
-    and ``logging_nan_inf_filter`` off (the latter waits for the GPU in every micro-step; see
-    ``non_finite``); ``ddp_broadcast_buffers`` off (language models have constant buffers).
+    Changed defaults of TrainingArguments: ``bf16`` on GPUs that have it, and two data loader workers there;
+    ``learning_rate=2e-6``, ``lr_scheduler_type="cosine"``, ``warmup_steps=0.05`` (a share),
+    ``num_train_epochs=2``: the paper's; ``logging_steps=10`` and ``logging_first_step``, so that every run shows
+    a loss; ``remove_unused_columns`` and ``logging_nan_inf_filter`` off (the latter waits for the GPU in every
+    micro-step; see ``non_finite``); ``ddp_broadcast_buffers`` off (language models have constant buffers).
 
     Settings of TrainingArguments that cannot work here, or that nothing would follow, have to keep
     their defaults (`fastsdpo.trainer.config.ONLY`): ``torch_compile``, ``label_smoothing_factor``,
@@ -287,6 +293,13 @@ class SDPOConfig(TrainingArguments):
         metadata={"help": "Steps in which the learning rate rises from 0; below 1, a share of all steps."},
     )
     num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the data."})
+    dataloader_num_workers: int | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Processes that make the packs of the next steps. None: 2 where a GPU would wait for them, else "
+            "0, this one."
+        },
+    )
     logging_steps: float = field(
         default=10, metadata={"help": "Steps between two logs of the loss; below 1, a share of all steps."}
     )
@@ -309,6 +322,8 @@ class SDPOConfig(TrainingArguments):
         self._bf16_given = self.bf16 is not None
         if self.bf16 is None:
             self.bf16 = default_bf16(self.dtype, self.fp16, gpu_has_bf16(self.use_cpu))
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 2 if gpu_is_there(self.use_cpu) else 0
         # Before the processes have met, since plugins read the batch sizes in super().__post_init__;
         # launchers other than torchrun and accelerate tell their number only there.
         processes = int(os.environ.get("WORLD_SIZE", 1))

@@ -94,6 +94,11 @@ def default_bf16(dtype: str | None, fp16: bool, has_bf16: bool) -> bool:
     return has_bf16 and not fp16 and dtype in (None, "auto", "bfloat16")
 
 
+def gpu_is_there(use_cpu: bool) -> bool:
+    """Whether training is on a GPU of CUDA."""
+    return not use_cpu and torch.cuda.is_available()
+
+
 def gpu_has_bf16(use_cpu: bool) -> bool:
-    """Whether training is on a GPU with bfloat16 units."""
-    return not use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    """Whether it has units for bfloat16."""
+    return gpu_is_there(use_cpu) and torch.cuda.is_bf16_supported(including_emulation=False)

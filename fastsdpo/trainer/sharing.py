@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastsdpo.data import TokenizedInteraction
-from fastsdpo.prefix import check_sharing, rotary_limit
+from fastsdpo.prefix import check_sharing, model_device, rotary_limit
+from fastsdpo.prefix.attention import BackendError, automatic_backends
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import InteractionDataset
 from fastsdpo.trainer.model import PositionTable, position_table
@@ -28,9 +30,12 @@ class PrefixSharing:
         datasets: what is trained on and held out; a sharing asked for by name must fit all of it.
         one_pass: a micro-batch is one pack, whatever its size (DeepSpeed).
         in_step: the processes gather weights in each pass (FSDP, ZeRO-3), and have to make equally many.
+        around: the context in which the model trains (autocast), for the check.
 
     Attributes:
         level: "conversation", "interaction" or "off".
+        attention: the backend of the shared attention: the one asked for; "auto", or where what that stands for
+            does not work here, the first that does.
         longest: sequences of more tokens are not shared; None: all are.
 
     Raises:
@@ -48,6 +53,7 @@ class PrefixSharing:
         *,
         one_pass: bool,
         in_step: bool = False,
+        around: Callable[[], AbstractContextManager] = nullcontext,
     ):
         datasets = [dataset for dataset in datasets if isinstance(dataset, InteractionDataset)]
         self.positions = position_table(model)
@@ -56,7 +62,7 @@ class PrefixSharing:
                 _check_positions(self.positions, dataset.longest())
         self.max_tokens = None if one_pass else args.max_tokens_per_pack
         self.one_pass = one_pass
-        self.level = _choose(model, args, noisy)
+        self.level, self.attention = _choose(model, args, noisy, around)
         # Without sharing each sequence is a pass: one interaction a pack makes equally many in all processes.
         self.alone = in_step and self.level == "off"
         if self.alone and one_pass and args.world_size > 1:
@@ -88,6 +94,10 @@ class PrefixSharing:
                     f"{len(dataset):,} interactions: {limit}; set sharing='auto', which shares the "
                     "prefixes of the others, or a lower max_prompt_length (max_completion_length)"
                 )
+
+    def backend(self, device: torch.device) -> str:
+        """The backend's name on a device: what "auto" stands for there."""
+        return automatic_backends(device)[0] if self.attention == "auto" else self.attention
 
     def of(self, pack: Sequence[TokenizedInteraction]) -> Any:
         """The sharing of a pack: "off" where a sequence is too long to be shared."""
@@ -121,15 +131,49 @@ def _check_positions(table: PositionTable, lengths: Tensor) -> None:
         )
 
 
-def _choose(model: nn.Module, args: SDPOConfig, noisy: str | None) -> str:
+def _choose(
+    model: nn.Module, args: SDPOConfig, noisy: str | None, around: Callable[[], AbstractContextManager]
+) -> tuple[str, str]:
+    """The level of the sharing and the backend of the attention."""
     if args.sharing == "off":
-        return "off"
-    good, reason = agreed(check_sharing(model, attention=args.attention))
+        return "off", args.attention
+    device = model_device(model)
+    named = args.attention != "auto" or device.type == "meta"
+    backends = (args.attention,) if named else automatic_backends(device)
+    good, reason, backend = False, "", backends[0]
+    for backend in backends:
+        good, reason = agreed(_check(model, backend, around, named))
+        if good or backend == backends[-1]:
+            break
+        following = backends[backends.index(backend) + 1]
+        if reason:
+            logger.warning("attention backend %r does not work here, %r is tried next: %s", backend, following, reason)
     if noisy is not None:
         good, reason = False, f"branches would share the noise of {noisy} in training mode"
+    if not named and backend == backends[0]:
+        backend = "auto"
     if good:
-        return "conversation" if args.sharing == "auto" else args.sharing
+        return "conversation" if args.sharing == "auto" else args.sharing, backend
     if args.sharing != "auto":
         raise NotImplementedError(f"SDPOTrainer: sharing={args.sharing!r} is not possible: {reason}")
     logger.warning("prefixes are not shared (sharing='off'): %s", reason)
-    return "off"
+    return "off", backend
+
+
+def _check(
+    model: nn.Module, backend: str, around: Callable[[], AbstractContextManager], named: bool
+) -> tuple[bool, str]:
+    """`check_sharing` as the model trains; any failure of a backend that nobody asked for is a reason."""
+    try:
+        with around():
+            return check_sharing(model, attention=backend)
+    except BackendError as error:
+        if named:
+            raise
+        logger.info("%s", error)
+        return False, ""  # not for this device or dtype
+    except Exception as error:  # compilers and kernels fail in many ways, when they run first
+        if named:
+            raise
+        first = (str(error).strip().splitlines() or ["without a message"])[0]
+        return False, f"{type(error).__name__}: {first[:300]}"

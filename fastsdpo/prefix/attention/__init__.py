@@ -27,6 +27,7 @@ from fastsdpo.prefix.attention.flash import flash_calls as flash_calls
 from fastsdpo.prefix.attention.flex import block_mask as block_mask
 from fastsdpo.prefix.attention.interface import BACKENDS as BACKENDS
 from fastsdpo.prefix.attention.interface import BackendError as BackendError
+from fastsdpo.prefix.attention.interface import automatic_backends as automatic_backends
 from fastsdpo.prefix.attention.interface import check_backend as check_backend
 from fastsdpo.prefix.attention.interface import choose_backend as choose_backend
 from fastsdpo.prefix.attention.interface import meta_autocast as meta_autocast

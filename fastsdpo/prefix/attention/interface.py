@@ -137,9 +137,8 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
         BackendError: an unknown name, or a backend that cannot run here.
     """
     if name == "auto":
-        if device.type != "cuda":
-            return "segments"
-        return "flash" if flash_runs_on(device, dtype) else "flex"
+        first, *others = automatic_backends(device)
+        return others[0] if first == "flash" and not flash_runs_on(device, dtype) else first
     check_backend(name)
     if name == "flex" and device.type == "cpu":
         raise BackendError("shared_forward: attention='flex' has no backward pass on a CPU")
@@ -149,6 +148,11 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
             f"float16 or bfloat16, got {device.type} and {dtype}"
         )
     return name
+
+
+def automatic_backends(device: torch.device) -> tuple[str, ...]:
+    """The backends that "auto" stands for on a device, the best one first."""
+    return ("flash", "flex", "segments") if device.type == "cuda" else ("segments",)
 
 
 def flash_runs_on(device: torch.device, dtype: torch.dtype) -> bool:
