@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import TrainingArguments
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 # The published offline recipe of https://arxiv.org/abs/2603.12273. Its 8-bit AdamW on bfloat16 weights
 # is not set here: it needs bitsandbytes, and most of its steps are rounded away (see lost_steps). The
@@ -96,9 +96,13 @@ def default_bf16(dtype: str | None, fp16: bool, has_bf16: bool) -> bool:
 
 def gpu_is_there(use_cpu: bool) -> bool:
     """Whether training is on a GPU of CUDA."""
+    import torch  # not above: the commands show the presets' names without it
+
     return not use_cpu and torch.cuda.is_available()
 
 
 def gpu_has_bf16(use_cpu: bool) -> bool:
     """Whether it has units for bfloat16."""
+    import torch
+
     return gpu_is_there(use_cpu) and torch.cuda.is_bf16_supported(including_emulation=False)
