@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsdpo.prefix.attention.flash import Call, Varlen
+from fastsdpo.prefix.attention.flash import VarlenCall, Varlen
 
 
 class VarlenOnCPU(Varlen):
@@ -21,7 +21,7 @@ class VarlenOnCPU(Varlen):
     def __init__(self):
         self.calls = 0
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, scale: float) -> tuple[Tensor, Tensor]:
         self.calls += 1
         out = torch.full((*q.shape[:2], v.shape[2]), torch.nan, dtype=q.dtype)
         lse = torch.full((q.shape[1], q.shape[0]), torch.inf, dtype=_wide(q))
@@ -33,7 +33,7 @@ class VarlenOnCPU(Varlen):
         return out, lse
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call, scale: float
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: VarlenCall, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         self.calls += 1
         assert grad.stride(-1) == out.stride(-1) == 1 and lse.is_contiguous()
@@ -55,7 +55,7 @@ def _wide(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
-def _sequences(q: Tensor, k: Tensor, call: Call):
+def _sequences(q: Tensor, k: Tensor, call: VarlenCall):
     for cu, tokens, longest in ((call.cu_seqlens_q, q, call.longest_q), (call.cu_seqlens_k, k, call.longest_k)):
         assert cu.dtype == torch.int32 and cu[0] == 0 and cu[-1] == len(tokens) and cu.diff().min() >= 0
         assert longest == cu.diff().max()

@@ -83,12 +83,11 @@ class SignalMetrics:
         """
         seconds = time.perf_counter() - self.started
         device = self.passes[0][0].device if self.passes else None
-        values = torch.zeros(6, 0, device=device)
-        ends = torch.zeros(0, device=device)
+        values, ends = torch.zeros(6, 0, device=device), torch.zeros(0, device=device)
         if self.passes:
-            passes = [(columns, at[at >= 0].to(device)) for columns, at in self.passes]
-            ends = torch.cat([columns[1, at][columns[0, at] > 0] for columns, at in passes])
-            values = torch.cat([columns[:, columns[0] > 0] for columns, _ in passes], dim=1)
+            at_ends = [columns[:, at[at >= 0].to(device)] for columns, at in self.passes]
+            ends = torch.cat([columns[1, columns[0] > 0] for columns in at_ends])
+            values = torch.cat([columns[:, columns[0] > 0] for columns, _ in self.passes], dim=1)
         values, ends = values.cpu().double(), ends.cpu().double()
         ratio = values[1]
         sums = torch.tensor(

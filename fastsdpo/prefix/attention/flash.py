@@ -39,7 +39,7 @@ class Pair(NamedTuple):
     k1: int
 
 
-class Call(NamedTuple):
+class VarlenCall(NamedTuple):
     """One varlen call of a pass.
 
     Attributes:
@@ -65,7 +65,7 @@ class Call(NamedTuple):
     no_queries: Tensor | None
 
 
-def flash_calls(runs: Sequence[Run], first: int) -> list[Call]:
+def flash_calls(runs: Sequence[Run], first: int) -> list[VarlenCall]:
     """The calls of a pass; its first query is packed token ``first``. The first call holds all queries."""
     own = [Pair(run.start - first, run.stop - first, run.start, run.stop) for run in runs]
     calls = [_call(own, False, True, first)]
@@ -131,7 +131,7 @@ def _dyadic(count: int) -> Iterator[tuple[int, int, int, int]]:
                 yield level, low, low + step, min(low + 2 * step, count + 1)
 
 
-def _call(pairs: list[Pair], before: bool, causal: bool, first: int) -> Call:
+def _call(pairs: list[Pair], before: bool, causal: bool, first: int) -> VarlenCall:
     base = 0 if before else first  # the packed index of the first of these keys
     queries = pairs[0].q0, pairs[-1].q1
     keys = pairs[0].k0 - base, pairs[-1].k1 - base
@@ -152,7 +152,7 @@ def _call(pairs: list[Pair], before: bool, causal: bool, first: int) -> Call:
         at_q.append(q1)
         at_k.append(k1)
     cu_q, cu_k = torch.tensor(at_q, dtype=torch.int32), torch.tensor(at_k, dtype=torch.int32)
-    return Call(
+    return VarlenCall(
         before,
         causal,
         queries,
@@ -172,7 +172,7 @@ class Varlen:
     The backward pass of the public function would take the call's own log-sum-exps; here it takes the merged ones.
     """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, scale: float) -> tuple[Tensor, Tensor]:
         """``[L, H, E]``, ``[S, G, E]`` twice -> output ``[L, H, E]``, log-sum-exp ``[H, L]`` float32.
 
         What the rows of ``call.no_keys`` hold is not defined.
@@ -194,7 +194,7 @@ class Varlen:
         )
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call, scale: float
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: VarlenCall, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v; rows in a gap are not defined."""
         state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
@@ -247,14 +247,14 @@ def flash_attention(
 ) -> Tensor:
     """As `plan_attention`, for layers that `flash_takes`; ``before`` are the keys and values of the tokens before."""
 
-    def make() -> list[Call]:
+    def make() -> list[VarlenCall]:
         return [to_device(call, query.device) for call in flash_calls(shared.runs, shared.first)]
 
     calls = shared.cached("flash", make)
     return FlashAttention.apply(query, key, value, before, calls, scale)
 
 
-def to_device(call: Call, device: torch.device) -> Call:
+def to_device(call: VarlenCall, device: torch.device) -> VarlenCall:
     return call._replace(**{n: v.to(device) for n, v in call._asdict().items() if isinstance(v, Tensor)})
 
 
@@ -262,7 +262,9 @@ class FlashAttention(torch.autograd.Function):
     """All calls of a layer as one autograd node. Keys and values before the pass have no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, before: Any, calls: list[Call], scale: float):
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, before: Any, calls: list[VarlenCall], scale: float
+    ):
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, H, E], without a copy
         sides = {False: (k, v)}
         if before is not None:
