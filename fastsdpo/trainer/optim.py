@@ -327,4 +327,5 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
     bits = values.contiguous().view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=values.device, generator=generator)
     rounded = noise.add_(bits).bitwise_and_(-65536).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values).to(dtype)
+    # An infinity has no bits below; those of a NaN may carry into its sign.
+    return torch.where(values.isnan(), values, rounded).to(dtype)
