@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsdpo.prefix.attention.flash import VarlenCall, Varlen
+from fastsdpo.prefix.attention.flash import Varlen, VarlenCall
 
 
 class VarlenOnCPU(Varlen):
