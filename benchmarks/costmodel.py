@@ -325,7 +325,9 @@ def activation_memory(model: Model, tokens: float, element: int = 2, *, checkpoi
 def adamw(parameters: float, *, weight: int = 4, state: int = 8, grad: int = 4) -> tuple[Cost, float]:
     """The update's cost, and the bytes of weights, gradients and states (bytes per parameter)."""
     moved = parameters * (2 * weight + grad + 2 * state)
-    return Cost(12.0 * parameters, moved, 10), parameters * (weight + grad + state)
+    if weight < 4 and state >= 12:  # a float32 master: copies of the gradients, and of the weights no reading
+        moved += parameters * (2 * 4 - weight)
+    return Cost(12.0 * parameters, moved, 4 * math.ceil(parameters / 2**24)), parameters * (weight + grad + state)
 
 
 # -------------------------------------------------------------------------------------------- steps

@@ -6,13 +6,15 @@ Models are of random weights, built from configurations here: nothing is downloa
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import costmodel
+from benchmarks.counted import conversation, count_step
 from benchmarks.gpu_machine import LeftOut, Machine, Row, cell, peaks
 from benchmarks.lengths import attention_pairs
 from fastsdpo import TokenizedInteraction, shared_forward
@@ -52,20 +54,9 @@ def make_model(machine: Machine, **changes: Any) -> nn.Module:
         return Qwen3ForCausalLM(Qwen3Config(**shape)).to(machine.dtype)
 
 
-def conversation(machine: Machine, vocabulary: int) -> list[TokenizedInteraction]:
-    """A conversation: every interaction's history is the one before with its answer and a message."""
-    turns, message, answer, followup = (3, 12, 20, 6) if machine.rehearsal else (12, 128, 256, 64)
-    draw = torch.Generator().manual_seed(1)
-
-    def ids(count: int) -> list[int]:
-        return torch.randint(vocabulary, (count,), generator=draw).tolist()
-
-    history, found = [], []
-    for _ in range(turns):
-        prompt, completion = history + ids(message), ids(answer)
-        found.append(TokenizedInteraction(prompt, prompt + ids(followup), completion, conversation_id="c"))
-        history = prompt + completion
-    return found
+def drawn(machine: Machine, vocabulary: int) -> list[TokenizedInteraction]:
+    """A conversation of a size for this machine."""
+    return conversation(*((3, 12, 20, 6) if machine.rehearsal else (12, 128, 256, 64)), vocabulary)
 
 
 # ------------------------------------------------------------------------------------- attention
@@ -79,7 +70,7 @@ def attention(machine: Machine) -> Iterator[Row]:
     that of separate passes in the same dtype.
     """
     model = make_model(machine, num_hidden_layers=2 if machine.rehearsal else 4, vocab_size=512)
-    items = conversation(machine, 512)
+    items = drawn(machine, 512)
     rows = sum(len(item.completion_ids) for item in items)
     # The sum of a normed vector's squares is constant: any other function has a gradient.
     direction = torch.randn(rows, model.config.hidden_size, device=machine.device)
@@ -156,7 +147,7 @@ def one_step(machine: Machine, ceilings: costmodel.GPU, sharing: Any, backend: s
     from fastsdpo import SDPOConfig, SDPOTrainer
 
     model = make_model(machine)
-    items = conversation(machine, model.config.vocab_size)
+    items = drawn(machine, model.config.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         args = SDPOConfig(
             output_dir=folder,
@@ -174,19 +165,51 @@ def one_step(machine: Machine, ceilings: costmodel.GPU, sharing: Any, backend: s
         trainer.create_optimizer()
         model.train()
 
+        batch: dict[str, Any] = {"interactions": items}
+        trainer.learner.ready(batch, args.device)
+        items_of_the_step = torch.tensor(len(items), device=args.device)
+
         def run() -> None:
-            trainer.training_step(trainer.model, {"interactions": items}, torch.tensor(len(items)))
+            trainer.training_step(trainer.model, batch, items_of_the_step)
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
 
         found = machine.time(run, repeats=3, queued=False)
         measured = peak_memory(run, machine.device)
+        found |= waits(machine, run)
     costs, memory = predicted(machine, model, items, args)
     return {
         "tokens": sum(count_tokens(items, sharing=sharing)[:2]),
         **found,
         "model_ms": 1e3 * costmodel.step_seconds(costs, ceilings),
+        **(counts_of_a_gpu(model, items, ceilings) if (sharing, backend) == ("conversation", "auto") else {}),
         **peaks(measured, memory),
+    }
+
+
+def waits(machine: Machine, run: Callable[[], None]) -> Row:
+    """How often the host waits for the GPU in a run; the optimizer step's own included."""
+    if not machine.gpu:
+        return {}
+    run()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return {"waits": sum("synchroniz" in str(one.message) for one in told)}
+
+
+def counts_of_a_gpu(model: nn.Module, items: list[TokenizedInteraction], ceilings: costmodel.GPU) -> Row:
+    """The step counted operator by operator (`benchmarks.counted`), in bfloat16 with the backend flash."""
+    counted = count_step(model.config, items)
+    return {
+        "counted_ms": 1e3 * counted.step_seconds(ceilings),
+        "counted_kernels": sum(len(kernels) for kernels in counted.parts.values()),
+        "counted_copies": counted.copies,
+        "counted_peak_mb": counted.memory / 1e6,
     }
 
 

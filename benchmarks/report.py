@@ -298,7 +298,8 @@ gradient; {sum(len(row) - 4 for row in every)} faults. Compiled by Triton {matri
 {len(found) - len(good)} that do not compile, {sum(cell[1] > 0 for _, cell in good)} that spill, at most {registers}
 registers a thread on NVIDIA's.
 What a GPU is expected to take is arithmetic from shapes: `python -m benchmarks.predictions` prints it with its
-assumptions, `fastsdpo train --dry-run` the memory of a run.
+assumptions, `python -m benchmarks.counted` counts a step of Qwen3-8B operator by operator, `fastsdpo train --dry-run`
+walks the memory of a run.
 """
 
 

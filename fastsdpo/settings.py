@@ -247,6 +247,13 @@ class SDPOSettings:
         metavar="NORM",
     )
     seed: int = setting(42, "Of the order of the data, and of a new adapter's weights.", group="optimization")
+    bf16: bool | None = setting(
+        None,
+        "Products in bfloat16 (autocast). None: on GPUs that have it, but where dtype or fp16 asks for another.",
+    )
+    dataloader_num_workers: int | None = setting(
+        None, "Processes that make the packs of the next steps. None: 2 where a GPU would wait for them, else 0."
+    )
     logging_steps: float = setting(
         10, "Steps between two logs of the loss; below 1, a share of all steps.", group="logs", metavar="STEPS"
     )

@@ -93,3 +93,15 @@ def run_in_one_and_two():
         assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(outputs)
 
     return run
+
+
+@pytest.fixture
+def varlen_on_cpu(monkeypatch):
+    """The backend "flash" runs on the CPU and in any dtype, its kernels by their contract (tests/varlen.py)."""
+    from fastsdpo.prefix.attention import flash, interface
+    from tests.varlen import VarlenOnCPU
+
+    kernels = VarlenOnCPU()
+    monkeypatch.setattr(flash, "VARLEN", kernels)
+    monkeypatch.setattr(interface, "flash_runs_on", lambda device, dtype: True)
+    return kernels

@@ -22,7 +22,7 @@ from fastsdpo.trainer.memory import Setting, card_of, lora_adapter, memory_lines
 from fastsdpo.trainer.memory_walk import ModelShape, Processes
 from fastsdpo.trainer.model import CHECKPOINTING, choose_checkpointing
 from fastsdpo.trainer.pack_table import PackTable
-from fastsdpo.trainer.presets import split_batch
+from fastsdpo.trainer.presets import default_bf16, split_batch
 from fastsdpo.trainer.report import dry_run_report
 from fastsdpo.trainer.sharing import PrefixSharing
 from fastsdpo.trainer.template_date import run_date
@@ -100,8 +100,8 @@ def setting_of(options: argparse.Namespace, config: SDPOConfig, shape: ModelShap
         args.per_device_train_batch_size, args.gradient_accumulation_steps = split_batch(
             args.global_batch_size, count, args.per_device_train_batch_size
         )
-    if kind == "cuda" and options.preset == "paper" and not hasattr(options, "bf16"):
-        args.bf16 = True  # as the preset has it where there is a GPU
+    if kind == "cuda" and not config._bf16_given:
+        args.bf16 = default_bf16(config.dtype, config.fp16, True)  # as on a GPU of today
     return Setting(shape, args, Processes(count, strategy), kind)
 
 

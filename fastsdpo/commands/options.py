@@ -187,7 +187,12 @@ def add_setting_options(
         default=argparse.SUPPRESS,
         help="less memory, a third more time (default: on a GPU for models of a billion weights and more)",
     )
-    compute.add_argument("--bf16", action="store_true", default=argparse.SUPPRESS, help="bfloat16 autocast")
+    compute.add_argument(
+        "--bf16",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="products in bfloat16, autocast (default: on GPUs that have it; off: --set bf16=false)",
+    )
     compute.add_argument(
         "--set",
         action="append",

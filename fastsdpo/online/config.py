@@ -120,6 +120,9 @@ class OnlineSDPOConfig(SDPOConfig):
     teacher_check: int = field(
         default=0, metadata={"help": "Not used: there is no follow-up to check before the first answer."}
     )
+    dataloader_num_workers: int | None = field(
+        default=0, metadata={"help": "Processes that load prompts; packs are made where the answers are."}
+    )
     learning_rate: float = field(default=5e-6, metadata={"help": "The largest learning rate of the run."})
     lr_scheduler_type: str = field(
         default="constant",
@@ -170,7 +173,7 @@ class OnlineSDPOConfig(SDPOConfig):
         """
         if name not in PRESETS:
             raise ValueError(f"OnlineSDPOConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        return cls(**with_preset(PRESETS[name], settings, bf16=name == "paper"))
+        return cls(**with_preset(PRESETS[name], settings))
 
     @property
     def needs_reference(self) -> bool:

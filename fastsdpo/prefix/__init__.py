@@ -1,6 +1,6 @@
 """Student and teacher over the same conversations, every shared prefix computed once.
 
-    checks -> forward -> session -> passes -> attention, model -> plan -> trie
+    checks -> forward -> session -> ready -> passes -> attention, model -> plan -> trie
                                     pack -> plan
 
 Words, in this package and in the trainer:
@@ -17,6 +17,7 @@ pass         tokens that go through the decoder together. The student's pass car
 session      one forward call of the model as the caller wrapped it, with all passes over a pack and the loss in it.
 """
 
+from fastsdpo.prefix.bundle import Bundle as Bundle
 from fastsdpo.prefix.checks import check_head as check_head
 from fastsdpo.prefix.checks import check_passes as check_passes
 from fastsdpo.prefix.checks import check_sharing as check_sharing
@@ -25,6 +26,7 @@ from fastsdpo.prefix.forward import ResponseStates as ResponseStates
 from fastsdpo.prefix.forward import shared_forward as shared_forward
 from fastsdpo.prefix.model import HeadParameters as HeadParameters
 from fastsdpo.prefix.model import causal_lm as causal_lm
+from fastsdpo.prefix.model import decoder_of as decoder_of
 from fastsdpo.prefix.model import head_parameters as head_parameters
 from fastsdpo.prefix.model import is_wrapped as is_wrapped
 from fastsdpo.prefix.model import model_device as model_device
@@ -45,6 +47,8 @@ from fastsdpo.prefix.plan import Plan as Plan
 from fastsdpo.prefix.plan import ResponseLabels as ResponseLabels
 from fastsdpo.prefix.plan import Sharing as Sharing
 from fastsdpo.prefix.plan import build_plan as build_plan
+from fastsdpo.prefix.ready import ReadyPasses as ReadyPasses
+from fastsdpo.prefix.ready import ready_passes as ready_passes
 from fastsdpo.prefix.refusals import above_the_decoder as above_the_decoder
 from fastsdpo.prefix.refusals import rotary_limit as rotary_limit
 from fastsdpo.prefix.session import ForwardSession as ForwardSession

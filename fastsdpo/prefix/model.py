@@ -47,11 +47,20 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return inner
 
 
-def causal_decoder(causal: nn.Module) -> nn.Module:
-    """The decoder of `causal_lm`. ModernBERT calls its head "decoder", and Llama 4 returns itself."""
+def decoder_of(causal: nn.Module) -> Any:
+    """The decoder below the head of a causal LM.
+
+    Raises:
+        TypeError: there is none; some models (Llama 4's text model) say that they are their own, and ModernBERT
+            calls its head "decoder".
+    """
     found = causal.get_decoder()
-    wrong = found is causal or found is causal.get_output_embeddings()
-    return getattr(causal, "model", causal.base_model) if wrong else found
+    if found is causal or found is causal.get_output_embeddings():
+        base = causal.base_model
+        found = getattr(causal, "model", None if base is causal else base)
+    if found is None:
+        raise TypeError(f"model must have a decoder below its head, got {type(causal).__name__}")
+    return found
 
 
 def layers_before_head(model: nn.Module) -> nn.Module | None:
@@ -61,7 +70,7 @@ def layers_before_head(model: nn.Module) -> nn.Module | None:
         layers = getattr(causal, name, None)
         if layers is not None and causal.get_output_embeddings() not in set(layers.modules()):
             return layers
-    head, decoder = causal.get_output_embeddings(), causal_decoder(causal)
+    head, decoder = causal.get_output_embeddings(), decoder_of(causal)
     for child in causal.children():
         parts = set(child.modules())
         if head in parts and decoder not in parts:

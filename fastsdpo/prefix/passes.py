@@ -22,8 +22,8 @@ from fastsdpo.prefix.attention import (
     let_attention_switch,
 )
 from fastsdpo.prefix.model import (
-    causal_decoder,
     causal_lm,
+    decoder_of,
     forward_replaced,
     layers_before_head,
     model_device,
@@ -134,7 +134,7 @@ class PassRunner:
     def __init__(self, model: nn.Module, attention: str = "auto"):
         self.model = model
         self.causal = causal_lm(model)
-        self.decoder = causal_decoder(self.causal)
+        self.decoder = decoder_of(self.causal)
         self.device = model_device(model)
         self.attention = attention
         limit = rotary_limit(model)
@@ -152,7 +152,7 @@ class PassRunner:
             NotImplementedError: the model does something that shared passes over ``plan`` would get wrong.
         """
         reason, limit = unsupported(self.model), rotary_limit(self.model)
-        if limit is not None and int(plan.position_ids.max()) >= limit.positions:
+        if limit is not None and plan.longest > limit.positions:
             reason = reason or str(limit)
         if reason is not None:
             raise NotImplementedError(f"shared_forward: sharing must be 'off' here: {reason}")
@@ -160,7 +160,15 @@ class PassRunner:
         let_mixers_share(self.decoder)
 
     def plan_pass(
-        self, plan: Plan, first: int, stop: int, rows: Tensor, *, keep: bool = False, before: Kept | None = None
+        self,
+        plan: Plan,
+        first: int,
+        stop: int,
+        rows: Tensor,
+        tables: dict[Any, Any],
+        *,
+        keep: bool = False,
+        before: Kept | None = None,
     ) -> DecoderPass:
         """The packed tokens ``[first, stop)`` of ``plan``; ``rows`` count from ``first``."""
         shared = SharedPass(
@@ -171,6 +179,7 @@ class PassRunner:
             windows=attention_windows(self.causal.config.get_text_config()),
             keep=keep,
             before=before,
+            tables=tables,
         )
         positions = plan.position_ids if self._padding is None else positions_without(plan, self._padding)
         return DecoderPass(plan.token_ids[first:stop], positions[first:stop], rows, shared)
@@ -201,6 +210,7 @@ class PassRunner:
     def run(self, one: DecoderPass) -> Tensor:
         """The hidden states ``[T, D]`` of another pass; called inside the ``body`` of `run_first`."""
         hidden = self.decoder(**self._inputs(self.decoder, one)).last_hidden_state
+        self._current = None  # it holds the keys, values and states of the pass before
         self._check_layers(one)
         return self._to_head(hidden)[0]
 

@@ -8,9 +8,10 @@ state, keys and values serve every sequence below.
 Layout. The nodes are cut into *runs*. A run is a chain that always follows the child with the most tokens below
 it (heavy paths, https://doi.org/10.1016/0022-0000(83)90006-5), and its tokens are packed without a gap. A
 token then attends to the tokens of its own run up to itself, and to one *segment* of each run on the way to
-the root; the whole run attends to the same segments. There are at most log2(tokens) of them. Students' runs
-come first. A teacher's tokens may stand below a student's but never above one, so the students' tokens alone
-are a complete plan, and the teachers' tokens attend to them.
+the root; the whole run attends to the same segments. There are at most log2(tokens) of them. What branches off a
+run lies in the pack without a gap too, in the order in which it branches off. Students' runs come first. A
+teacher's tokens may stand below a student's but never above one, so the students' tokens alone are a complete
+plan, and the teachers' tokens attend to them.
 
     packed:   [ run 0: x1 y1 x2 y2 ... ][ run 1: y1 in another rendering ] | [ o1 y1 ][ o2 y2 ] ...
                students                                                     teachers
@@ -96,6 +97,7 @@ class Plan:
             ``subtree_start[k] <= subtree_start[q] < subtree_stop[k]``.
         student_rows, teacher_rows: ``[N]`` packed index of the token that predicts each response token. A
             teacher's row may be a student's token. ``[0]`` where the plan was built without them.
+        longest: how many tokens the longest sequence has.
     """
 
     token_ids: Tensor
@@ -106,6 +108,7 @@ class Plan:
     subtree_stop: Tensor
     student_rows: Tensor
     teacher_rows: Tensor
+    longest: int
 
     @property
     def tokens(self) -> int:
@@ -148,6 +151,8 @@ def build_plan(
     walks = [preorder(root) for root in dict.fromkeys(roots)]
     for walk in walks:
         _choose_heavy_children(walk)
+    # Again, with these last: so what branches off a run lies behind it in the order in which it does.
+    walks = [preorder(root) for root in dict.fromkeys(roots)]
     packed = _Packed()
     for walk in walks:
         packed.lay_out(node for node in walk if not node.teacher)
@@ -164,6 +169,7 @@ def build_plan(
         subtree_stop=subtree_stop,
         student_rows=_predicting_rows(student_ends, interactions),
         teacher_rows=_predicting_rows(teacher_ends, interactions),
+        longest=1 + max(packed.positions),
     )
 
 
@@ -286,9 +292,9 @@ class ResponseLabels(NamedTuple):
 
 def response_labels(interactions: Sequence[InteractionIds], device: torch.device) -> ResponseLabels:
     """The labels of a pack: the responses of its interactions, one after the other."""
-    labels = [
-        (token, index, position)
-        for index, item in enumerate(interactions)
-        for position, token in enumerate(item.completion_ids)
-    ]
-    return ResponseLabels(*torch.tensor(labels, device=device).T.contiguous())
+    sizes = torch.tensor([len(item.completion_ids) for item in interactions])
+    targets = torch.tensor([token for item in interactions for token in item.completion_ids])
+    sequences = torch.arange(len(sizes)).repeat_interleave(sizes)
+    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    labels = targets, sequences, torch.arange(len(targets)) - starts
+    return ResponseLabels(*(label.to(device) for label in labels))

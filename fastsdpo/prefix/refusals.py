@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fastsdpo.prefix.model import causal_decoder, causal_lm, unwrap
+from fastsdpo.prefix.model import causal_lm, decoder_of, unwrap
 from fastsdpo.prefix.recurrent import recurrent_mixers
 
 # Layers of these types mix no tokens.
@@ -56,14 +56,17 @@ def unsupported(model: nn.Module) -> str | None:
         return f"{kind} has an encoder"
     if config.model_type in UNSUPPORTED_TYPES:
         return f"{kind} cannot share prefixes: {UNSUPPORTED_TYPES[config.model_type]}"
-    if getattr(causal, "_is_stateful", False) and not recurrent_mixers(causal_decoder(causal)):
+    if getattr(causal, "_is_stateful", False) and not recurrent_mixers(decoder_of(causal)):
         return f"{kind} has recurrent layers that do not take their states from a cache"
-    decoder = causal_decoder(causal)
+    decoder = decoder_of(causal)
     if not decoder._can_set_attn_implementation() and not recurrent_mixers(decoder):
         return f"{kind} does not call transformers' attention interface"
     others = set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES)
     if others:
         return f"{kind} has layers of type {', '.join(sorted(others))}"
+    if getattr(config, "attn_temperature_tuning", None) and 0 in (getattr(config, "no_rope_layers", None) or [0]):
+        # Beyond floor_scale tokens, which no short check reaches.
+        return f"{kind} scales queries by their place in the pass (attn_temperature_tuning), not by their position"
     if getattr(config, "output_router_logits", False):
         return f"{kind} adds an auxiliary loss over all routed tokens (output_router_logits=True)"
     for name, module in causal.named_modules():

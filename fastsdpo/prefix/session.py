@@ -13,21 +13,21 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from fastsdpo.prefix.attention import Kept, check_backend
 from fastsdpo.prefix.model import no_grad_pass
-from fastsdpo.prefix.passes import DecoderPass, PassRunner, sequence_pass
+from fastsdpo.prefix.passes import PassRunner
 from fastsdpo.prefix.plan import (
     InteractionIds,
     Plan,
     ResponseLabels,
     Sharing,
-    build_plan,
     check_interactions,
     check_sharing_level,
-    response_labels,
 )
+from fastsdpo.prefix.ready import ReadyPasses, ready_passes
 from fastsdpo.prefix.refusals import above_the_decoder
 
 Result = TypeVar("Result")
@@ -49,6 +49,7 @@ class ForwardSession:
 
     Args:
         model, interactions, teacher_model, teacher_context, sharing, attention: as `shared_forward`.
+        ready: what `ready_passes` has made of these interactions and settings; None: it is made here.
 
     Raises:
         ValueError, NotImplementedError: as `shared_forward`.
@@ -63,6 +64,7 @@ class ForwardSession:
         teacher_context: Callable[[], AbstractContextManager] | None = None,
         sharing: Sharing = "conversation",
         attention: str = "auto",
+        ready: ReadyPasses | None = None,
     ):
         name = "shared_forward"
         check_interactions(name, interactions)
@@ -75,19 +77,18 @@ class ForwardSession:
             if reason is not None:
                 raise NotImplementedError(f"{name}: the model is not supported: {reason}")
 
-        self._interactions = interactions
         self._runner = PassRunner(model, attention)
         self._teacher_runner = self._runner if teacher_model is None else PassRunner(teacher_model, attention)
         self._teacher_context = teacher_context or nullcontext
         self._live = (teacher_model is None or teacher_model is model) and teacher_context is None
-        self._plan: Plan | None = None
-        self._student_passes: list[DecoderPass] = []
-        self._teacher_passes: list[DecoderPass] = []  # empty where the live teacher reads the student's pass
-        if sharing == "off":
-            self._student_passes = [sequence_pass(i.prompt_ids, i.completion_ids) for i in interactions]
-            self._teacher_passes = [sequence_pass(i.teacher_prompt_ids, i.completion_ids) for i in interactions]
-        else:
-            self._plan_passes(sharing)
+        if ready is None:
+            ready = ready_passes(interactions, sharing=sharing, live=self._live)
+        elif (ready.sharing, ready.live) != (sharing, self._live):
+            raise ValueError(f"{name}: ready must be made for this sharing and teacher")
+        self._ready = ready = ready.to(self._runner.device)
+        self._student_passes, self._teacher_passes = ready.alone
+        if ready.plan is not None:
+            self._plan_passes(ready, ready.plan)
 
         self._used = False
         self._hidden: Tensor | None = None
@@ -95,19 +96,19 @@ class ForwardSession:
         self._student_rows: Tensor | None = None
         self._teacher_rows: Tensor | None = None
 
-    def _plan_passes(self, sharing: Sharing) -> None:
-        assert sharing != "off"
-        plan = build_plan(self._interactions, sharing=sharing, teachers=self._live)
+    def _plan_passes(self, ready: ReadyPasses, plan: Plan) -> None:
         self._runner.prepare_to_share(plan)
         keep = plan.teacher_tokens > 0  # the live teacher reads them
+        students = plan.student_tokens
         self._student_passes = [
-            self._runner.plan_pass(plan, 0, plan.student_tokens, plan.student_rows, keep=keep),
+            self._runner.plan_pass(plan, 0, students, plan.student_rows, ready.student_tables, keep=keep)
         ]
-        self._plan = plan
-        if not self._live:
-            other = build_plan(self._interactions, sharing=sharing, students=False)
+        other = ready.teacher_plan
+        if other is not None:
             self._teacher_runner.prepare_to_share(other)
-            self._teacher_passes = [self._teacher_runner.plan_pass(other, 0, other.tokens, other.teacher_rows)]
+            self._teacher_passes = [
+                self._teacher_runner.plan_pass(other, 0, other.tokens, other.teacher_rows, ready.teacher_tables)
+            ]
 
     def run(self, body: Callable[[ForwardSession], Result]) -> Result:
         """What ``body(session)`` returns, called in place of the head. A session runs once.
@@ -149,10 +150,10 @@ class ForwardSession:
         """The teacher's rows ``[N, D]`` after the final norm, no gradient; the same tensor at every call."""
         hidden = self._first_hidden()
         if self._teacher_rows is None:
-            if self._plan is not None:
+            if self._ready.plan is not None:
                 with no_grad_pass():
-                    self._teacher_rows = self._live_teacher(self._plan, hidden.detach())
-            elif all(list(i.teacher_prompt_ids) == list(i.prompt_ids) for i in self._interactions):
+                    self._teacher_rows = self._live_teacher(self._ready.plan, hidden.detach())
+            elif not self._teacher_passes:
                 self._teacher_rows = self.student().detach()  # the same sequences through the same model
             else:
                 with no_grad_pass():
@@ -162,7 +163,8 @@ class ForwardSession:
     @property
     def labels(self) -> ResponseLabels:
         """What the rows predict, on the device of the hidden states."""
-        return response_labels(self._interactions, self._first_hidden().device)
+        self._first_hidden()
+        return self._ready.labels
 
     def _first_hidden(self) -> Tensor:
         if self._hidden is None:
@@ -175,17 +177,14 @@ class ForwardSession:
         Where a teacher prompt equals the student's, the teacher's tokens are the student's: such rows are
         read from the student's hidden states ``[T, D]``, and the teacher's pass holds all others.
         """
-        device, middle = student_hidden.device, plan.student_tokens
         if plan.teacher_tokens == 0:
-            return student_hidden[plan.teacher_rows.to(device)]
-        in_student = plan.teacher_rows < middle
-        rows = plan.teacher_rows - middle
-        teacher_pass = self._runner.plan_pass(plan, middle, plan.tokens, rows, before=self._kept)
-        hidden = self._runner.run(teacher_pass)
+            return student_hidden[plan.teacher_rows]
+        middle, rows = plan.student_tokens, self._ready.teacher_rows
+        assert rows is not None
+        tables = self._ready.teacher_tables
+        teacher_pass = self._runner.plan_pass(plan, middle, plan.tokens, rows.own, tables, before=self._kept)
+        hidden = self._runner.run(teacher_pass)[rows.own]
         self._kept = None
-        if not bool(in_student.any()):
-            return hidden[rows.to(device)]
-        states = hidden.new_empty(len(rows), hidden.shape[-1])
-        states[in_student.to(device)] = student_hidden[plan.teacher_rows[in_student].to(device)]
-        states[~in_student.to(device)] = hidden[rows[~in_student].to(device)]
-        return states
+        if rows.order is None:
+            return hidden
+        return torch.cat([hidden, student_hidden[rows.students].to(hidden.dtype)])[rows.order]

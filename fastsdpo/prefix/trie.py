@@ -65,9 +65,11 @@ def insert(root: Node, ids: Sequence[int], teacher: bool) -> tuple[Node, int]:
 
 
 def preorder(root: Node) -> list[Node]:
+    """Parents before children; the child that a run goes on with, where it is known, after its siblings."""
     nodes, stack = [], list(reversed(root.children.values()))
     while stack:
         node = stack.pop()
         nodes.append(node)
-        stack.extend(reversed(node.children.values()))
+        children = [child for child in node.children.values() if child is not node.heavy]
+        stack.extend(reversed(children if node.heavy is None else [*children, node.heavy]))
     return nodes

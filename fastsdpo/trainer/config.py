@@ -13,7 +13,14 @@ from transformers import TrainingArguments
 from fastsdpo.settings import SDPOSettings as SDPOSettings
 from fastsdpo.trainer.launch import check_deepspeed, check_launch
 from fastsdpo.trainer.presets import PRESETS as PRESETS
-from fastsdpo.trainer.presets import checkpointing_given, split_batch, with_preset
+from fastsdpo.trainer.presets import (
+    checkpointing_given,
+    default_bf16,
+    gpu_has_bf16,
+    gpu_is_there,
+    split_batch,
+    with_preset,
+)
 
 CHOICES = {item.name: item.metadata["choices"] for item in fields(SDPOSettings) if "choices" in item.metadata}
 
@@ -65,11 +72,11 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
     they are split changes memory and speed, not the result.
     ``SDPOConfig.preset("paper", output_dir=...)`` is the published offline recipe.
 
-    Changed defaults of TrainingArguments: ``learning_rate=2e-6``, ``lr_scheduler_type="cosine"``,
-    ``warmup_steps=0.05`` (a share), ``num_train_epochs=2``: the paper's; ``logging_steps=10`` and
-    ``logging_first_step``, so that every run shows a loss; ``remove_unused_columns``
-    and ``logging_nan_inf_filter`` off (the latter waits for the GPU in every micro-step; see
-    ``non_finite``); ``ddp_broadcast_buffers`` off (language models have constant buffers).
+    Changed defaults of TrainingArguments: ``bf16`` on GPUs that have it, and two data loader workers there;
+    ``learning_rate=2e-6``, ``lr_scheduler_type="cosine"``, ``warmup_steps=0.05`` (a share),
+    ``num_train_epochs=2``: the paper's; ``logging_steps=10`` and ``logging_first_step``, so that every run shows
+    a loss; ``remove_unused_columns`` and ``logging_nan_inf_filter`` off (the latter waits for the GPU in every
+    micro-step; see ``non_finite``); ``ddp_broadcast_buffers`` off (language models have constant buffers).
 
     Settings of TrainingArguments that cannot work here, or that nothing would follow, have to keep
     their defaults (`fastsdpo.trainer.config.ONLY`): ``torch_compile``, ``label_smoothing_factor``,
@@ -81,6 +88,11 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         self._check_method()
         self._check_text()
         self._checkpointing_given = checkpointing_given(self)
+        self._bf16_given = self.bf16 is not None
+        if self.bf16 is None:
+            self.bf16 = default_bf16(self.dtype, self.fp16, gpu_has_bf16(self.use_cpu))
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 2 if gpu_is_there(self.use_cpu) else 0
         # Before the processes have met, since plugins read the batch sizes in super().__post_init__;
         # launchers other than torchrun and accelerate tell their number only there.
         processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -168,13 +180,13 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
             name: "full" (the defaults: matches the hindsight policy by the reverse KL over the whole vocabulary;
                 another objective than the paper's runs, see docs/objectives.md) or "paper" (the published offline
                 recipe, own-answer hindsight: sampled token, live teacher, the first two tokens left out, learning
-                rate 2e-6, cosine, 32 interactions a step, gradient clip 10; bf16 autocast where there is a GPU).
+                rate 2e-6, cosine, 32 interactions a step, gradient clip 10).
             settings: a batch of one's own (``per_device_train_batch_size`` or
                 ``gradient_accumulation_steps``) replaces the preset's ``global_batch_size``.
         """
         if name not in PRESETS:
             raise ValueError(f"SDPOConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        return cls(**with_preset(PRESETS[name], settings, bf16=name == "paper"))
+        return cls(**with_preset(PRESETS[name], settings))
 
     def tokenizer_options(self) -> dict[str, Any]:
         """The keyword arguments of `fastsdpo.data.InteractionTokenizer`."""

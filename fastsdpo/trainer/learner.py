@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from fastsdpo.data import TokenizedInteraction
-from fastsdpo.prefix import ForwardSession, ResponseStates, head_parameters
+from fastsdpo.prefix import ForwardSession, ResponseStates, causal_lm, head_parameters, model_device
+from fastsdpo.prefix.attention import attention_windows
 from fastsdpo.trainer.config import SDPOConfig
-from fastsdpo.trainer.loss import TokenStatistics, count_items, sdpo_step_loss, token_weights
-from fastsdpo.trainer.packs import Item
+from fastsdpo.trainer.loss import TokenStatistics, count_items, sdpo_step_loss, weigh
+from fastsdpo.trainer.packs import Item, PackMaker, ReadyPack
 from fastsdpo.trainer.sharing import PrefixSharing
 from fastsdpo.trainer.teachers import Ahead, PackPasses, make_teachers
 
@@ -42,6 +44,17 @@ class Learner:
     ):
         self.args, self.sharing = args, sharing
         self.teacher, self.initial, self.copies = make_teachers(args, model, unwrapped, sharded)
+        windows = {} if sharing.level == "off" else attention_windows(causal_lm(model).config.get_text_config())
+        self.maker = PackMaker(
+            sharing.packs,
+            sharing.level,
+            sharing.longest,
+            self.teacher.context is None,
+            sharing.backend(args.device),
+            tuple(dict.fromkeys(windows.values())),
+            args.normalization,
+            args.ignore_first_k,
+        )
 
     def count(self, interactions: Sequence[TokenizedInteraction]) -> int:
         """S (answers that count) or N (tokens that count), by which the loss is divided."""
@@ -52,6 +65,13 @@ class Learner:
         """A micro-batch in packs of at most ``max_tokens_per_pack`` tokens."""
         return self.sharing.packs(interactions)
 
+    def ready(self, batch: dict[str, Any], device: torch.device) -> list[ReadyPack]:
+        """The packs of a micro-batch on a device: those that the data loader has made, or made here."""
+        if "packs" not in batch:
+            batch["packs"] = self.maker.packs(batch["interactions"])
+        batch["packs"] = [pack.to(device) for pack in batch["packs"]]
+        return batch["packs"]
+
     def run_pass(
         self,
         model: nn.Module,
@@ -61,16 +81,20 @@ class Learner:
     ) -> tuple[Tensor, TokenStatistics]:
         """Loss and statistics of one pack.
 
+        Between the student's pass and the teacher's, nothing is copied to the device and nothing waits for it.
+
         Args:
             model: as it is wrapped for training.
+            pack: a `ReadyPack`; of other interactions one is made.
             num_items: S or N of the global batch (see `fastsdpo.trainer.loss`).
             options: further arguments of `sdpo_step_loss`.
         """
         args = self.args
-        passes = PackPasses(model, self.sharing.of(pack), args.attention)
-        lengths = [len(item.completion_ids) for item in pack]
-        weights, counts = token_weights(lengths, args.normalization, args.ignore_first_k, num_items)
-        weights, counts = weights.to(args.device), counts.to(args.device)
+        self.sharing.of(pack)  # says where it is another one
+        ready = pack if isinstance(pack, ReadyPack) else self.maker.pack(pack)
+        content = ready.to(model_device(model)).content
+        passes = PackPasses(model, content.passes.sharing, self.sharing.attention)
+        weights, counts = weigh(content.shares, num_items), content.counts
 
         # Before the student's pass, whose activations stay in memory until the backward pass.
         initial = None if self.initial is None else self.initial.states(passes, pack)
@@ -98,7 +122,7 @@ class Learner:
                 **self.loss_options(),
             )
 
-        loss, statistics = passes.student(pack, self.teacher.context, loss_fn)
+        loss, statistics = passes.student(pack, self.teacher.context, loss_fn, content.passes)
         return loss, statistics._replace(computed_tokens=passes.tokens)
 
     def loss_options(self) -> dict[str, Any]:

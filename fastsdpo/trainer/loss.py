@@ -59,30 +59,33 @@ def count_items(lengths: Sequence[int], normalization: str, ignore_first_k: int)
     return sum(n > 0 for n in counted) if normalization == "sequence" else sum(counted)
 
 
-def token_weights(
-    lengths: Sequence[int], normalization: str, ignore_first_k: int, num_items: int | float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """Weights w_t and which tokens count.
+def token_shares(lengths: Sequence[int], normalization: str, ignore_first_k: int) -> tuple[Tensor, Tensor]:
+    """``(shares [N] float32, counts [N] bool)`` on the CPU, answers one after the other.
+
+    A token's weight w_t is its share over S or N of the global batch; ``counts`` says which are part of the loss.
 
     Args:
         lengths: response tokens of each answer.
-        num_items: S or N of the global batch.
-
-    Returns:
-        ``(weights [N] float32, counts [N] bool)`` on the CPU, answers one after the other; the
-        weights are on ``num_items``'s device where that is a tensor.
     """
     sizes = torch.tensor(list(lengths), dtype=torch.int64)
     starts = sizes.cumsum(0) - sizes
     position = torch.arange(int(sizes.sum())) - starts.repeat_interleave(sizes)
     counts = position >= ignore_first_k
-    weights = counts.to(torch.float32)
+    shares = counts.to(torch.float32)
     if normalization == "sequence":
-        weights = weights / (sizes - ignore_first_k).clamp(min=1).repeat_interleave(sizes)
-    if not isinstance(num_items, (int, float)):
-        weights = weights.to(num_items.device)
-        return weights / num_items.clamp(min=1), counts
-    return weights / max(1, num_items), counts
+        shares = shares / (sizes - ignore_first_k).clamp(min=1).repeat_interleave(sizes)
+    return shares, counts
+
+
+def weigh(shares: Tensor, num_items: int | float | Tensor) -> Tensor:
+    """The weights w_t ``[N]`` of `token_shares`, on ``num_items``'s device where that is a tensor.
+
+    Args:
+        num_items: S or N of the global batch.
+    """
+    if isinstance(num_items, (int, float)):
+        return shares / max(1, num_items)
+    return shares.to(num_items.device) / num_items.clamp(min=1)
 
 
 def sdpo_step_loss(

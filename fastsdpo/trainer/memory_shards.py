@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastsdpo.prefix import causal_lm
+from fastsdpo.prefix import causal_lm, decoder_of
 from fastsdpo.trainer.memory_meter import Meter
 
 GATHERED = "gathered"
@@ -145,7 +145,7 @@ class Shards:
 def _units(model: nn.Module) -> list[Unit]:
     """In the order in which a forward pass calls them."""
     causal = causal_lm(model)
-    decoder, head = causal.get_decoder(), causal.get_output_embeddings()
+    decoder, head = decoder_of(causal), causal.get_output_embeddings()
     count = causal.config.get_text_config().num_hidden_layers
     layers = next(m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
     embedding = causal.get_input_embeddings()

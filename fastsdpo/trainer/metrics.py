@@ -60,7 +60,7 @@ class SignalMetrics:
             statistics.per_token_loss,
             torch.zeros_like(statistics.per_token_loss) if kl is None else kl,
         ]
-        self.passes.append((torch.stack([c.float() for c in columns]), torch.tensor(ends, device=columns[0].device)))
+        self.passes.append((torch.stack([c.float() for c in columns]), torch.tensor(ends)))
 
     def flush(
         self,
@@ -83,10 +83,10 @@ class SignalMetrics:
         """
         seconds = time.perf_counter() - self.started
         device = self.passes[0][0].device if self.passes else None
-        values = torch.zeros(6, 0, device=device)
-        ends = torch.zeros(0, device=device)
+        values, ends = torch.zeros(6, 0, device=device), torch.zeros(0, device=device)
         if self.passes:
-            ends = torch.cat([columns[1, at[at >= 0]][columns[0, at[at >= 0]] > 0] for columns, at in self.passes])
+            at_ends = [columns[:, at[at >= 0].to(device)] for columns, at in self.passes]
+            ends = torch.cat([columns[1, columns[0] > 0] for columns in at_ends])
             values = torch.cat([columns[:, columns[0] > 0] for columns, _ in self.passes], dim=1)
         values, ends = values.cpu().double(), ends.cpu().double()
         ratio = values[1]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import set_seed
 
 from fastsdpo.modeling import default_dtype, load_model_and_tokenizer
-from fastsdpo.prefix import above_the_decoder, causal_lm
+from fastsdpo.prefix import above_the_decoder, causal_lm, decoder_of
 from fastsdpo.quantized import how_packed, keep_differentiable
 from fastsdpo.trainer.adapters import check_adapter, is_peft
 from fastsdpo.trainer.config import SDPOConfig
@@ -47,6 +48,41 @@ def supports_checkpointing(model: nn.Module) -> bool:
     causal = causal_lm(model)
     names = ("supports_activation_checkpointing", "supports_gradient_checkpointing")
     return any(bool(getattr(causal, name, False)) for name in names)
+
+
+class PositionTable(NamedTuple):
+    """A table with a row for each of ``positions`` positions, and none beyond; ``name`` says where it is."""
+
+    name: str
+    positions: int
+
+
+POSITION_NAMES = re.compile(r"(^|\.)(wpe|\w*pos(ition)?s?_?(emb\w*|enc\w*)?)$")
+
+
+def position_table(model: nn.Module) -> PositionTable | None:
+    """The shortest table of positions that the model looks its tokens up in; None: its positions are computed.
+
+    Learned embeddings (GPT-2, OPT) and tables made in advance (GPT-J, CodeGen, CTRL, MPT) have an end. On a GPU a
+    position beyond it stops the process with a device-side assertion, in the step that meets it.
+    """
+    causal = causal_lm(model)
+    config: Any = causal.config.get_text_config()
+    decoder = decoder_of(causal)
+    tables = []
+    for name, module in decoder.named_modules():
+        if re.search("vision|visual|image|audio", name):
+            continue
+        if isinstance(module, nn.Embedding) and module is not causal.get_input_embeddings():
+            if POSITION_NAMES.search(name):
+                tables.append(PositionTable(name, module.num_embeddings - getattr(module, "offset", 0)))
+            continue
+        for key, value in {**vars(module), **module._buffers}.items():
+            if isinstance(value, Tensor) and value.dim() >= 2 and POSITION_NAMES.search(key):
+                tables.append(PositionTable(f"{name}.{key}".lstrip("."), value.shape[0]))
+    if config.model_type == "mpt":
+        tables.append(PositionTable("max_seq_len", config.max_seq_len))
+    return min(tables, key=lambda table: table.positions, default=None)
 
 
 def prepare_model(

@@ -1,4 +1,4 @@
-"""AdamW for bfloat16 weights that does not lose small steps.
+"""AdamW for bfloat16 weights that does not lose small steps, in few kernels.
 
 A bfloat16 number has 8 bits of precision: at a weight of 0.02 the next value is 0.4% away, while an
 AdamW step at learning rate 2e-6 moves it by 0.01%. Rounded to nearest, most weights never move.
@@ -6,9 +6,10 @@ AdamW step at learning rate 2e-6 moves it by 0.01%. Rounded to nearest, most wei
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ logger = logging.getLogger("fastsdpo.trainer")
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 TORCHAO = ("adamw_torch_8bit", "adamw_torch_4bit")  # AdamW with states of 8 or 4 bits
+PART = 2**24  # weights that take a step together
 
 
 def choose_update(wanted: str, optim: str, dtypes: set[torch.dtype]) -> str:
@@ -137,8 +139,22 @@ def seeded(optimizer: type, seed: int) -> type:
     return Seeded
 
 
+class _Part(NamedTuple):
+    """A piece of a weight and what its step needs, ``[n]`` each, on this process; all but the weight are float32."""
+
+    weight: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    master: Tensor | None  # takes the step in place of a weight of half precision
+
+
 class AdamWBF16(torch.optim.Optimizer):
     """`torch.optim.AdamW` with float32 arithmetic and state for weights of any dtype.
+
+    Torch's fused kernel takes the steps, on parts of `PART` weights: the float32 copies that it needs of gradients
+    (and, with stochastic rounding, of weights) are of one part at a time, and a part is a few kernels, however
+    many weights of the model lie in it.
 
     Args:
         rounding: "float32_master" keeps a float32 copy of each half-precision weight, which takes
@@ -172,39 +188,74 @@ class AdamWBF16(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        number = 0
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
+        for number, group in enumerate(self.param_groups):
+            # Weights that one call of the kernel can take: those of a dtype, device and number of steps.
+            alike: dict[Any, list[Tensor]] = {}
             for parameter in group["params"]:
-                number += 1
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = 0
-                    state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
-                    if self.rounding == "float32_master" and parameter.dtype != torch.float32:
-                        state["master"] = parameter.float()
-                state["step"] += 1
-                t = state["step"]
-                grad = parameter.grad.float()
-                state["exp_avg"].lerp_(grad, 1 - beta1)
-                state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-                scale = (state["exp_avg_sq"] / (1 - beta2**t)).sqrt_().add_(group["eps"])
-                weight = state.get("master", parameter).float()  # itself where it is float32
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.addcdiv_(state["exp_avg"], scale, value=-group["lr"] / (1 - beta1**t))
-                if parameter.dtype == torch.float32:
-                    continue
-                if "master" in state:
-                    parameter.copy_(weight)
-                else:
+                if parameter.grad is not None:
+                    kind = parameter.dtype, parameter.grad.dtype, parameter.device, self._count(parameter)
+                    alike.setdefault(kind, []).append(parameter)
+            for among, ((*_, t), parameters) in enumerate(alike.items()):
+                shard = _shard(parameters[0])
+                for place, parts in enumerate(_in_parts(self._parts_of(p) for p in parameters)):
                     # A hash of integers: the same everywhere.
-                    key = (self.seed, number, t, *_shard(parameter))
-                    local, weight = _local(parameter), _local(weight)
-                    local.copy_(stochastic_round(weight, local.dtype, hash(key) % 2**63))
+                    self._update(group, t, parts, hash((self.seed, number, among, place, t, *shard)) % 2**63)
         return loss
+
+    def _count(self, parameter: Tensor) -> int:
+        """Which step of a weight it is, from 1; makes its states at the first."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = _contiguous(torch.zeros_like(parameter, dtype=torch.float32))
+            if self.rounding == "float32_master" and parameter.dtype != torch.float32:
+                state["master"] = _contiguous(parameter.float())
+        state["step"] += 1
+        return state["step"]
+
+    def _parts_of(self, parameter: Tensor) -> list[_Part]:
+        state = self.state[parameter]
+        names = "exp_avg", "exp_avg_sq", *(("master",) if "master" in state else ())
+        tensors = [_local(t) for t in (parameter.detach(), parameter.grad, *(state[name] for name in names))]
+        if all(t.is_contiguous() for t in tensors):
+            pieces = zip(*(t.view(-1).split(PART) for t in tensors))
+        else:
+            pieces = [tensors]  # whole: copies of weight and gradient have their shape, and not their strides
+        return [_Part(*piece, *([None] * (5 - len(piece)))) for piece in pieces]
+
+    def _update(self, group: dict[str, Any], t: int, parts: list[_Part], seed: int) -> None:
+        """The step ``t`` of parts that are alike."""
+        weights = [part.weight for part in parts]
+        grads = [part.grad for part in parts]
+        copies = None
+        stepped = [part.weight if part.master is None else part.master for part in parts]
+        if not all(x.dtype == torch.float32 and x.is_contiguous() for x in stepped):
+            copies, stepped = _float32_copies(weights)
+        if not all(x.dtype == torch.float32 and x.is_contiguous() for x in grads):
+            _, grads = _float32_copies(grads)
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_(
+            stepped,
+            grads,
+            [part.exp_avg for part in parts],
+            [part.exp_avg_sq for part in parts],
+            [],
+            [torch.full((), float(t), device=grads[0].device)] * len(parts),
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+        grads = []  # their copies are not needed any more
+        if copies is not None and self.rounding == "stochastic_rounding" and weights[0].dtype != torch.float32:
+            rounded = stochastic_round(copies, weights[0].dtype, seed)
+            stepped = _views(rounded, weights)
+        if stepped[0] is not weights[0]:
+            torch._foreach_copy_(weights, stepped)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the state stays float32 where the weight is bfloat16."""
@@ -216,6 +267,38 @@ class AdamWBF16(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     value = value.to(parameter.device, torch.float32, copy=True)
                 self.state[parameter][name] = value
+
+
+def _in_parts(weights: Iterable[list[_Part]]) -> Iterator[list[_Part]]:
+    """The parts of all weights, together at most `PART` numbers at a time where none is larger."""
+    taken, size = [], 0
+    for part in itertools.chain.from_iterable(weights):
+        count = part.weight.numel()
+        if taken and size + count > PART:
+            yield taken
+            taken, size = [], 0
+        if count:
+            taken.append(part)
+            size += count
+    if taken:
+        yield taken
+
+
+def _float32_copies(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Copies of ``tensors``, and the one ``[n]`` in which they all lie."""
+    flat = torch.empty(sum(t.numel() for t in tensors), dtype=torch.float32, device=tensors[0].device)
+    views = _views(flat, tensors)
+    torch._foreach_copy_(views, tensors)
+    return flat, views
+
+
+def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Parts of ``flat``, one after the other, with the shapes of ``tensors``."""
+    return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+
+
+def _contiguous(state: Tensor) -> Tensor:
+    return state if hasattr(state, "to_local") else state.contiguous()
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -243,5 +326,6 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
     generator = None if values.is_meta else torch.Generator(values.device).manual_seed(seed)
     bits = values.contiguous().view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=values.device, generator=generator)
-    rounded = ((bits + noise) & -65536).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values).to(dtype)
+    rounded = noise.add_(bits).bitwise_and_(-65536).view(torch.float32)
+    # An infinity has no bits below; those of a NaN may carry into its sign.
+    return torch.where(values.isnan(), values, rounded).to(dtype)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from fastsdpo.data import TokenizedInteraction
-from fastsdpo.prefix import pack_conversations
+from fastsdpo.prefix import Bundle, ReadyPasses, pack_conversations, ready_passes
+from fastsdpo.trainer.loss import token_shares
 
 Item = TypeVar("Item", bound=TokenizedInteraction)
 
@@ -110,16 +113,106 @@ def collate(items: list[TokenizedInteraction | None]) -> dict[str, list[Tokenize
     return {"interactions": [item for item in items if item is not None]}
 
 
+class PackContent(NamedTuple):
+    """What a step computes of a pack, besides the model.
+
+    Attributes:
+        passes: of student and teacher.
+        shares, counts: ``[N]``, see `fastsdpo.trainer.loss.token_shares`.
+    """
+
+    passes: ReadyPasses
+    shares: Tensor
+    counts: Tensor
+
+
+class ReadyPack(Sequence):
+    """The interactions of a pack, and its `PackContent`, which moves to a device in one copy.
+
+    A data loader pins it, and accelerate moves it, as if it were a tensor.
+    """
+
+    def __init__(self, interactions: Sequence[TokenizedInteraction], bundle: Bundle):
+        self.interactions, self.bundle = interactions, bundle
+        self._content: PackContent | None = None
+
+    def __len__(self) -> int:
+        return len(self.interactions)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.interactions[index]
+
+    @property
+    def content(self) -> PackContent:
+        if self._content is None:
+            self._content = content = self.bundle.open()
+            return content
+        return self._content
+
+    def pin_memory(self) -> ReadyPack:
+        return ReadyPack(self.interactions, self.bundle.pin_memory())
+
+    def to(self, device: Any, non_blocking: bool = True) -> ReadyPack:
+        """Itself where it is there already. The copy is never waited for: what reads it comes after it in line."""
+        moved = self.bundle.to(device)
+        return self if moved is self.bundle else ReadyPack(self.interactions, moved)
+
+
+@dataclass
+class PackMaker:
+    """Makes packs of micro-batches, in the processes of a data loader too.
+
+    Args:
+        split: a micro-batch in packs.
+        sharing, longest: as `pack_sharing` takes them.
+        live: the teacher is the model itself, as it is.
+        backend, windows: of the attention, as `fastsdpo.prefix.ready_passes` takes them.
+        normalization, ignore_first_k: as in `SDPOConfig`.
+    """
+
+    split: Callable[[Sequence[Any]], list[list[Any]]]
+    sharing: Any
+    longest: int | None
+    live: bool
+    backend: str
+    windows: tuple[int | None, ...]
+    normalization: str
+    ignore_first_k: int
+
+    def collate(self, items: list[TokenizedInteraction | None]) -> dict[str, Any]:
+        """A micro-batch: its interactions, without the fill, and packs of them."""
+        batch: dict[str, Any] = collate(items)
+        return {**batch, "packs": self.packs(batch["interactions"])}
+
+    def packs(self, interactions: Sequence[TokenizedInteraction]) -> list[ReadyPack]:
+        return [self.pack(pack) for pack in self.split(interactions)]
+
+    def pack(self, interactions: Sequence[TokenizedInteraction]) -> ReadyPack:
+        passes = ready_passes(
+            interactions,
+            sharing=pack_sharing(interactions, self.sharing, self.longest),
+            live=self.live,
+            backend=self.backend,
+            windows=self.windows,
+        )
+        lengths = [len(item.completion_ids) for item in interactions]
+        content = PackContent(passes, *token_shares(lengths, self.normalization, self.ignore_first_k))
+        return ReadyPack(interactions, Bundle(content))
+
+
 def pack_sharing(pack: Sequence[TokenizedInteraction], sharing: Any, longest: int | None = None) -> Any:
     """``sharing``; or "off" where a sequence has more than ``longest`` tokens."""
     return "off" if any(_is_longer(item, longest) for item in pack) else sharing
 
 
 def _is_longer(item: TokenizedInteraction, longest: int | None) -> bool:
-    if longest is None:
-        return False
+    return longest is not None and longest_sequence(item) > longest
+
+
+def longest_sequence(item: TokenizedInteraction) -> int:
+    """How many tokens the longest of an interaction's sequences has."""
     prompts = item.prompt_ids, item.teacher_prompt_ids, item.neutral_prompt_ids or ()
-    return max(map(len, prompts)) + len(item.completion_ids) > longest
+    return max(map(len, prompts)) + len(item.completion_ids)
 
 
 def split_packs(

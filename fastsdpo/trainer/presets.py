@@ -40,15 +40,11 @@ FULL: dict[str, Any] = {"mode": "full", "alpha": 1.0}
 PRESETS = {"paper": PAPER, "full": FULL}
 
 
-def with_preset(preset: dict[str, Any], settings: dict[str, Any], *, bf16: bool = False) -> dict[str, Any]:
-    """A preset changed by settings; with ``bf16``, autocast where there is a GPU that has it."""
+def with_preset(preset: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """A preset changed by settings."""
     chosen = dict(preset)
     if {"per_device_train_batch_size", "gradient_accumulation_steps"} & settings.keys():
         chosen.pop("global_batch_size", None)
-    if bf16:
-        import torch  # not above: the commands show the presets' names without it
-
-        chosen["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return {**chosen, **settings}
 
 
@@ -88,3 +84,26 @@ def checkpointing_given(args: TrainingArguments) -> bool:
     # Versions of transformers without the new name cannot tell False from nothing.
     explicit = hasattr(args, "activation_checkpointing") and False in said
     return True in said or explicit or bool(in_fsdp)
+
+
+def default_bf16(dtype: str | None, fp16: bool, has_bf16: bool) -> bool:
+    """Whether matrix products are in bfloat16 (autocast) where nothing is said about it.
+
+    They are on a GPU that has it, whatever the checkpoint's dtype, as in other trainers. Who asks for weights of
+    float32, float16 or float64, or for ``fp16``, gets products of that dtype.
+    """
+    return has_bf16 and not fp16 and dtype in (None, "auto", "bfloat16")
+
+
+def gpu_is_there(use_cpu: bool) -> bool:
+    """Whether training is on a GPU of CUDA."""
+    import torch  # not above: the commands show the presets' names without it
+
+    return not use_cpu and torch.cuda.is_available()
+
+
+def gpu_has_bf16(use_cpu: bool) -> bool:
+    """Whether it has units for bfloat16."""
+    import torch
+
+    return gpu_is_there(use_cpu) and torch.cuda.is_bf16_supported(including_emulation=False)

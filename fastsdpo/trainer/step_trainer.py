@@ -111,6 +111,8 @@ class StepTrainer(CheckpointTrainer):
         self.model_accepts_loss_kwargs = True
         self._check_launch()
         self.learner = self._make_learner()
+        if type(self).collate is StepTrainer.collate:
+            self.data_collator = self.learner.maker.collate  # which makes packs too, in the loader's workers
         self.sampler: Any = None
         self.metrics = self.new_metrics()
         self.finite = FiniteCheck(self)
@@ -161,6 +163,7 @@ class StepTrainer(CheckpointTrainer):
             datasets,
             one_pass=self.is_deepspeed_enabled,
             in_step=in_shards,
+            around=self.accelerator.autocast,
         )
         return Learner(
             self.model,
@@ -216,7 +219,7 @@ class StepTrainer(CheckpointTrainer):
             return [], None  # goes on from its last checkpoint; transformers would take one step more
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = self.prepare_batches(batches)
-        packs = [len(self.learner.packs(batch["interactions"])) for batch in batches]
+        packs = [len(self.learner.ready(batch, device)) for batch in batches]
         items = sum(self.learner.count(batch["interactions"]) for batch in batches)
         if self.args.world_size == 1:
             return batches, torch.tensor(items, device=device)
@@ -236,7 +239,7 @@ class StepTrainer(CheckpointTrainer):
                 f"FSDP or DeepSpeed, got {type(model).__name__}: each process would train a model of "
                 "its own. Was it prepared before train()?"
             )
-        packs = self.learner.packs(inputs["interactions"])
+        packs = self.learner.ready(inputs, self.args.device)
         # A process without interactions (at the end of an epoch), or with fewer passes than another,
         # runs the model all the same, with weight 0.
         empty = max(1, inputs.get("passes", 0)) - len(packs)

@@ -22,6 +22,7 @@ from fastsdpo.data import TokenizedInteraction
 from fastsdpo.prefix import (
     ForwardSession,
     HeadParameters,
+    ReadyPasses,
     ResponseStates,
     count_tokens,
     head_parameters,
@@ -50,7 +51,10 @@ class PackPasses:
 
     def ahead(self, interactions: Sequence[TokenizedInteraction], context: TeacherContext | None) -> ResponseStates:
         """States without gradient, of the model under a context, before the student's pass."""
-        self._count(interactions, live=True)
+        counts = count_tokens(interactions, sharing=self.options["sharing"], live=True)
+        self.tokens += counts.student
+        if any(item.teacher_prompt_ids != item.prompt_ids for item in interactions):
+            self.tokens += counts.teacher  # else both are the same, and one pass
         with no_grad_pass(), nullcontext() if context is None else context():
             return shared_forward(self.model, interactions, **self.options)
 
@@ -59,16 +63,12 @@ class PackPasses:
         interactions: Sequence[TokenizedInteraction],
         context: TeacherContext | None,
         loss_fn: Callable[[ForwardSession], Any],
+        ready: ReadyPasses,
     ) -> Any:
         """The student's pass, and in place of its head ``loss_fn``; the teacher's pass is under ``context``."""
-        self._count(interactions, live=context is None)
-        return ForwardSession(self.model, interactions, teacher_context=context, **self.options).run(loss_fn)
-
-    def _count(self, interactions: Sequence[TokenizedInteraction], *, live: bool) -> None:
-        counts = count_tokens(interactions, sharing=self.options["sharing"], live=live)
-        self.tokens += counts.student
-        if not (live and all(item.teacher_prompt_ids == item.prompt_ids for item in interactions)):
-            self.tokens += counts.teacher  # else both are the same, and one pass
+        self.tokens += ready.tokens
+        session = ForwardSession(self.model, interactions, teacher_context=context, ready=ready, **self.options)
+        return session.run(loss_fn)
 
 
 class Ahead(NamedTuple):

@@ -178,7 +178,7 @@ class SDPOTrainer(StepTrainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Adds a batch to the evaluation's sums; returns its loss sum, which `evaluation_loop` drops."""
         interactions, evaluation = inputs["interactions"], self._evaluation
-        packs = self.learner.packs(interactions)
+        packs = self.learner.ready(inputs, self.args.device)
         idle = 0
         if self.sharded:
             counted: Any = self.accelerator.gather(torch.tensor([len(packs)], device=self.args.device))

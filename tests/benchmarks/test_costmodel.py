@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import costmodel, harness, predictions
+from benchmarks import costmodel, counted, harness, predictions
 from fastsdpo.ops import head
 
 
@@ -86,3 +86,30 @@ def test_memory_of_documented_options(options, student, responses, walked):
     (setup,) = [s for s in predictions.SETUPS if s.options == options]
     found = predictions.setup_peak(costmodel.QWEN3_8B, setup, student, responses)
     assert found / 1e9 == pytest.approx(walked, rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_counted_step_agrees_with_the_formulas(checkpointing):
+    """Products of the trunk, kernels that grow with layers and pack alike, one copy, and no wait."""
+    found = {}
+    pack = counted.conversation(3, 40, 60, 10, 512)
+    for layers in (2, 3):
+        sizes = {**counted.QWEN3_8B, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 512}
+        config = transformers.Qwen3Config(**{**sizes, "num_hidden_layers": layers})
+        found[layers] = counted.count_step(config, pack, checkpointing=checkpointing)
+    step, more = found[2], found[3]
+    shape = costmodel.Model("tiny", 2, 256, 32, 8, 128, 512, 512, False, True)
+    work = step.tokens_and_pairs
+    wanted = {
+        "student forward": costmodel.trunk_forward(shape, work.student, work.student_pairs),
+        "teacher forward": costmodel.trunk_forward(shape, work.teacher, work.teacher_pairs),
+        "backward": costmodel.trunk_backward(shape, work.student, work.student_pairs, checkpointing=checkpointing),
+    }
+    for part, cost in wanted.items():
+        assert sum(c.flops for _, c in step.parts[part]) == pytest.approx(cost.flops, rel=0.03), part
+        most = 160 if checkpointing and part == "backward" else 110
+        assert len(more.parts[part]) - len(step.parts[part]) < most, part
+    assert (step.copies, step.waits_between) == (1, 0) and step.attention == more.attention == (1, 3, 1)
+    seconds = step.seconds(costmodel.GPUS[0])
+    assert all(device > 0 and host > 0 for device, host in seconds.values())
+    assert step.step_seconds(costmodel.GPUS[0]) < step.step_seconds(costmodel.GPUS[1])

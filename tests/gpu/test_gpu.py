@@ -179,7 +179,7 @@ def test_shared_prefixes_on_every_attention_backend(attention):
     from fastsdpo.prefix import shared_forward
 
     if attention == "flash":
-        pytest.importorskip("flash_attn")
+        pytest.importorskip("torch.nn.attention.varlen")
     model = tiny_llama().to(DEVICE, torch.bfloat16)
     draw = torch.Generator().manual_seed(1)
 
@@ -191,7 +191,10 @@ def test_shared_prefixes_on_every_attention_backend(attention):
         prompt, answer = history + ids(20), ids(30)
         items.append(SimpleNamespace(prompt_ids=prompt, teacher_prompt_ids=prompt + ids(12), completion_ids=answer))
         history = prompt + answer
-    direction = torch.randn(4 * 30, 256, generator=draw).to(DEVICE)
+    for length in (25, 70, 71, 150, 150):  # branches, so that keys are shared by several runs
+        prompt = history[:length] + ids(20)
+        items.append(SimpleNamespace(prompt_ids=prompt, teacher_prompt_ids=prompt + ids(5), completion_ids=ids(30)))
+    direction = torch.randn(len(items) * 30, 256, generator=draw).to(DEVICE)
     found = []
     for sharing, backend in (("off", "auto"), ("conversation", attention)):
         model.zero_grad()
@@ -231,3 +234,25 @@ def test_a_training_step_equals_the_cpu_s():
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-3)
     for name, want in found[0][1].items():
         assert (found[1][1][name] - want).norm() < 1e-2 * want.norm(), name
+
+
+@cuda_only
+@pytest.mark.parametrize("attention", ["auto", "segments", "flex", "dense", "flash"])
+def test_a_training_step_waits_for_nothing(tmp_path, attention):
+    """Of the trainer's own step, once its batch is on the GPU."""
+    from fastsdpo import SDPOConfig, SDPOTrainer, TokenizedInteraction
+
+    items = [TokenizedInteraction([1] * n, [1] * n + [2, 3], [4, 5, 6, n]) for n in (10, 20, 30)]
+    args = SDPOConfig(output_dir=str(tmp_path), report_to=[], save_strategy="no", teacher_check=0, attention=attention)
+    model = tiny_llama().to(torch.bfloat16)
+    trainer = SDPOTrainer(model, args, items)
+    trainer.create_optimizer()
+    batch = {"interactions": items}
+    trainer.learner.ready(batch, args.device)
+    count = torch.tensor(3, device=args.device)
+    trainer.training_step(trainer.model, batch, count)  # compiled by now
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.training_step(trainer.model, batch, count)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

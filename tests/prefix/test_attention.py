@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsdpo.prefix.attention import (
     SharedPass,
     choose_backend,
     dense,
     flash,
+    flex,
     interface,
     kernels,
     run_blocks,
     segments,
-    varlen_index,
 )
 from fastsdpo.prefix.plan import build_plan
 
@@ -121,7 +123,7 @@ def test_flex_mask(lab, part, window):
     """flex_attention has no CPU backward pass; its uncompiled forward runs, mask and all."""
     plan, first = one_plan(lab, part)
     inputs = [t.detach() for t in tensors(plan, first, size=16, value_size=16)]
-    compare(dense.flex_block_attention, plan, first, inputs, window, tolerance=1e-6)
+    compare(flex.flex_block_attention, plan, first, inputs, window, tolerance=1e-6)
 
 
 def test_large_scores_do_not_overflow(lab):
@@ -161,31 +163,131 @@ def test_blocks_are_few_and_need_no_mask_inside(lab, window):
     assert covered == list(range(plan.tokens))
 
 
-@pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("part", ["all", "teachers"])
-def test_varlen_call(lab, part, window):
-    """What flash-attn is given, read by its documented rules: causal from the bottom right."""
+@pytest.mark.parametrize("part", ["all", "teachers", "students"])
+@pytest.mark.parametrize("window", [None, 1000])
+def test_flash_equals_the_definition(lab, varlen_on_cpu, part, window):
+    """Keys of the pass and of the one before it are read where they are, forward and backward."""
     plan, first = one_plan(lab, part)
+    stop = plan.student_tokens if part == "students" else plan.tokens
+    query, key, value = tensors(plan, first)
+    if part == "students":
+        query, key, value = (t.detach()[:, :, :stop].requires_grad_() for t in (query, key, value))
+    shared = SharedPass(plan, first=first, stop=stop, backend="flash", windows={})
+    assert flash.flash_takes(query, value, shared, window) and not flash.flash_takes(query, value, shared, 7)
+    before = (key[:, :, :first].detach(), value[:, :, :first].detach()) if first else None
+    got = flash.flash_attention(query, key[:, :, first:], value[:, :, first:], shared, 0.3, before)
+    want = definition(query, key, value, plan, first, None, 0.3)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    if first:
+        return  # the teacher's pass has no gradient
+    seed = torch.randn_like(want)
+    grads = [torch.autograd.grad((out * seed).sum(), (query, key, value)) for out in (got, want)]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+    again = torch.autograd.grad(
+        (flash.flash_attention(query, key, value, shared, 0.3) * seed).sum(), (query, key, value)
+    )
+    assert all(map(torch.equal, again, grads[0]))  # repeatable to the last bit
 
-    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size):
-        assert causal and cu_q.dtype == cu_k.dtype == torch.int32
-        assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
-        out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
-        for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]):
-            i = torch.arange(b - a)[:, None] + (d - c) - (b - a)
-            j = torch.arange(d - c)[None, :]
-            see = (j <= i) & ((i - j <= window_size[0]) if window_size[0] >= 0 else j >= 0)
-            repeat = q.shape[1] // k.shape[1]
-            kk, vv = (x[c:d].repeat_interleave(repeat, 1).transpose(0, 1) for x in (k, v))
-            scores = q[a:b].transpose(0, 1) @ kk.transpose(-1, -2) * softmax_scale
-            probabilities = scores.masked_fill(~see, -math.inf).softmax(-1)
-            out[a:b] = (probabilities @ vv).transpose(0, 1)
+
+def test_flash_gradients_of_shared_keys_are_summed_in_float32(lab, varlen_on_cpu):
+    """A history under 200 branches at different places: each call sums in the kernel, and the calls in float32."""
+    items = [lab.tokenized([1] * (8 + n), [1] * (8 + n), [10 + n, 3]) for n in range(64)]
+    plan = build_plan(items)
+    q, k, v = (t.detach().bfloat16().requires_grad_() for t in tensors(plan, 0))
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    got = flash.flash_attention(q, k, v, shared_pass(plan), 0.3)
+    got_grads = torch.autograd.grad(got.sum(), (q, k, v))
+    want_grads = torch.autograd.grad(definition(*exact, plan, 0, None, 0.3).sum(), exact)
+    for got_grad, want_grad in zip(got_grads[1:], want_grads[1:]):
+        error = (got_grad.double() - want_grad).norm() / want_grad.norm()
+        assert error < 2 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("turns", [1, 3, 24])
+@pytest.mark.parametrize("think", [False, True])
+def test_flash_calls_are_few_and_gather_nothing(lab, turns, think):
+    """Keys are read where they are: of 24 nested interactions 1.0 per token are kept, and none is gathered."""
+    plan = build_plan(lab.conversation(turns, think=think) + lab.conversation(5, think=True, seed=1))
+    for first, stop in ((0, plan.student_tokens), (plan.student_tokens, plan.tokens)):
+        runs = [run for run in plan.runs if first <= run.start < stop]
+        calls = flash.flash_calls(runs, first)
+        seen = torch.zeros(stop - first, stop, dtype=torch.int32)
+        for call in calls:
+            base = 0 if call.before else first
+            q, k = call.cu_seqlens_q + call.queries[0], call.cu_seqlens_k + call.keys[0] + base
+            assert (q.diff() >= 0).all() and (k.diff() >= 0).all()  # so no query and no key is in it twice
+            assert q[-1] <= stop - first and k[-1] <= (first if call.before else stop)
+            for a, b, c, d in zip(q[:-1].tolist(), q[1:].tolist(), k[:-1].tolist(), k[1:].tolist()):
+                seen[a:b, c:d] += torch.ones(b - a, d - c, dtype=torch.int32).tril() if call.causal else 1
+        see = dense.visible(SharedPass(plan, first=first, stop=stop, backend="dense", windows={}), None, "cpu")
+        assert torch.equal(seen, see(torch.arange(stop - first)[:, None], torch.arange(stop)[None, :]).int())
+        depth = max(len(run.ancestors) for run in runs)
+        assert len(calls) <= 1 + 2 * max(1, depth) * math.ceil(math.log2(turns + 6))
+
+        # Torch's own operators, by their shapes alone.
+        query, key, value = (t.detach()[:, :, : stop if t.shape[1] == 2 else None] for t in tensors(plan, first))
+        inputs = [t.bfloat16().to("meta").requires_grad_() for t in (query[:, :, : stop - first], key, value)]
+        own = [inputs[0], *(t[:, :, first:] for t in inputs[1:])]
+        before = tuple(t.detach()[:, :, :first] for t in inputs[1:]) if first else None
+        shared = SharedPass(plan, first=first, stop=stop, backend="flash", windows={})
+        with CopiedBytes() as copied:
+            flash.flash_attention(*own, shared, 0.3, before)
+        assert copied.kernels == len(calls) and copied.bytes == 0
+
+
+class CopiedBytes(TorchDispatchMode):
+    """Bytes of operators that only move values, and calls of torch's varlen kernel."""
+
+    bytes = kernels = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.__name__.split(".")[0]
+        self.kernels += name == "_varlen_attn"
+        if name in ("index_select", "index", "gather", "cat", "clone", "_to_copy", "copy_", "repeat_interleave"):
+            self.bytes += out.nbytes if out.dim() > 3 or out.shape[1:].numel() == 16 else 0
         return out
 
-    def attend(q, k, v, shared, window, scale):
-        return flash.varlen_attention(q, k, v, varlen_index(shared.runs, q.device), window, scale, varlen)
 
-    compare(attend, plan, first, [t.detach() for t in tensors(plan, first)], window)
+@pytest.mark.parametrize("window", [None, 1, 100, 300])
+def test_the_block_mask_is_that_of_all_pairs(lab, window):
+    """Counted from the runs; flex's own evaluates the mask on queries x keys."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    history = list(range(700))
+    items = [lab.tokenized(history[:n], [*history[: n - 9], -1, -2], [-3 - n] * 90) for n in (300, 310, 600, 700)]
+    plan = build_plan(items + [lab.tokenized([5] * 260, [5] * 128 + [6], [7] * 5)])
+    for first, stop in ((0, plan.student_tokens), (plan.student_tokens, plan.tokens)):
+        shared = SharedPass(plan, first=first, stop=stop, backend="flex", windows={})
+        see = dense.visible(shared, window, torch.device("cpu"))
+        table = flex.block_table(shared.runs, first, stop - first, stop, window)
+        found = flex.block_mask(table, stop - first, stop, see)
+        want = create_block_mask(lambda b, h, q, k, see=see: see(q, k), None, None, stop - first, stop, "cpu")
+        for name in ("kv", "full_kv", "q", "full_q"):
+            counts, indices = getattr(found, f"{name}_num_blocks"), getattr(found, f"{name}_indices")
+            assert torch.equal(counts, getattr(want, f"{name}_num_blocks")), name
+            used = torch.arange(indices.shape[-1]) < counts[..., None]
+            assert torch.equal(indices[used], getattr(want, f"{name}_indices")[used]), name
+
+
+def test_the_block_mask_of_64k_tokens_is_small_and_quick(lab):
+    """Under 50 MB and 50 ms; queries x keys would be 4.3e9 evaluations and 43 GB."""
+    turns, items, history = 24, [], []
+    for conversation in range(4):
+        history = [conversation]
+        for turn in range(turns):
+            ids = [1000 * conversation + 10 * turn + 1] * 520
+            items.append(lab.tokenized(history, [*history, 7], [*ids, 2]))
+            history = [*history, *ids, 3, *ids[:60]]
+    plan = build_plan(items)
+    assert plan.tokens > 64_000
+    runs = list(plan.runs)
+    times = []
+    for _ in range(5):
+        started = time.thread_time()
+        table = flex.block_table(runs, 0, plan.tokens, plan.tokens, None)
+        times.append(time.thread_time() - started)
+    assert sum(t.nbytes for t in table) < 50e6 and min(times) < 0.05, times
 
 
 def test_cuda_kernel_signatures():
@@ -210,7 +312,6 @@ def test_choose_backend():
 
 def test_memory_is_linear_in_tokens(lab):
     """No tensor of queries x keys, forward or backward, with and without a window."""
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
         numel = 0

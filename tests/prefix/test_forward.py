@@ -80,6 +80,19 @@ def test_another_teacher(lab, sharing):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.parametrize(("name", "checkpointing"), [("llama", False), ("qwen3", True)])
+def test_flash(lab, varlen_on_cpu, name, checkpointing):
+    """The model's own forward and backward pass on the varlen calls of a GPU: no keys are gathered or joined."""
+    model = lab.tiny_model(name)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    items = lab.conversation(5, think=True) + lab.conversation(3, seed=1)
+    items += [lab.tokenized(items[1].prompt_ids, items[1].teacher_prompt_ids, [20 + n]) for n in range(3)]
+    lab.compare(model, items, 1e-12, attention="flash")
+    assert varlen_on_cpu.calls
+    lab.compare(model, items, 1e-12, attention="flash", sharing="interaction")
+
+
 def test_teacher_context(lab):
     """PEFT's base model as the teacher, with no second copy of the weights."""
     model, items = lora_model(lab, ["q_proj", "down_proj"]), lab.conversation(2)
@@ -243,7 +256,7 @@ def test_bad_arguments(lab):
         ({"sharing": "all"}, "sharing must be"),
         ({"attention": "fast"}, "attention must be 'auto' or one of"),
         ({"attention": "flex"}, "attention='flex' has no backward pass on a CPU"),
-        ({"attention": "flash"}, "attention='flash' needs the package flash-attn"),
+        ({"attention": "flash"}, "attention='flash' needs torch.nn.attention.varlen"),
         ({"teacher_model": model, "teacher_context": torch.no_grad}, "must not both be given"),
     ]:
         with pytest.raises(ValueError, match=words):

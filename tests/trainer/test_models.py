@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from fastsdpo.train import main
 from fastsdpo.trainer.pack_table import PackTable
 from fastsdpo.trainer.report import dry_run_report
 
@@ -206,3 +207,57 @@ def test_long_interactions_that_come_later_run_alone(tmp_path, lab, long_data, c
         losses.append(made.evaluate(interactions)["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert caplog.text.count("rotary embeddings change there") == 1
+
+
+def small(kind, **changes):
+    """A tiny model of a configuration class, with the vocabulary of the tests' tokenizer."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=68, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    shape |= dict(intermediate_size=48, pad_token_id=0, bos_token_id=None, eos_token_id=1, max_position_embeddings=64)
+    return transformers.AutoModelForCausalLM.from_config(kind(**{**shape, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "table"),
+    [
+        (transformers.GPT2Config, {}, "wpe"),
+        (transformers.OPTConfig, {"ffn_dim": 48, "word_embed_proj_dim": 32}, "embed_positions"),
+        (transformers.GPTJConfig, {"rotary_dim": 4}, "h.0.attn.embed_positions"),
+        (transformers.MptConfig, {"max_seq_len": 64}, "max_seq_len"),
+    ],
+)
+def test_a_table_of_positions_that_is_too_short_is_refused(tmp_path, lab, kind, changes, table):
+    """Before the first step; beyond it lies an index error, on a GPU an assertion that ends the process."""
+    model = small(kind, **changes)
+    with pytest.raises(ValueError, match=rf"at most 64 tokens, as the model's table of positions \({table}\), but \d"):
+        lab.make_trainer(tmp_path, model=model, interactions=lab.make_interactions(2, turns=6))
+    short = lab.make_trainer(tmp_path, model=model, interactions=lab.make_interactions(2, turns=1), max_steps=1)
+    short.train()
+    longer = lab.make_trainer(tmp_path, interactions=lab.make_interactions(1, turns=6)).train_dataset
+    with pytest.raises(ValueError, match="at most 64 tokens"):  # what comes later, of a user who reacts
+        short.update([longer[len(longer) - 1]])
+
+
+def test_the_command_refuses_a_table_of_positions_that_is_too_short(tmp_path, lab, capsys):
+    small(transformers.GPT2Config).save_pretrained(tmp_path / "model")
+    lab.make_tokenizer().save_pretrained(tmp_path / "model")
+    data = lab.write_rows(tmp_path / "data.jsonl", lab.make_interactions(2, turns=6))
+    flags = ["--model", str(tmp_path / "model"), "-o", str(tmp_path / "run"), "--cpu"]
+    assert main([str(data or tmp_path / "data.jsonl"), *flags]) == 1
+    assert "the model's table of positions (wpe)" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_llama_4_trains_and_says_why_it_runs_unshared(tmp_path, lab, caplog):
+    """Its queries are scaled by their place in the pass, beyond 8192 tokens: no short check would see it."""
+    text = dict(num_local_experts=2, head_dim=8, intermediate_size_mlp=48, attn_temperature_tuning=True)
+    for layers in (None, ["full_attention"] * 2):
+        caplog.clear()
+        model = small(transformers.Llama4TextConfig, **text, no_rope_layers=[1, 0], layer_types=layers)
+        with caplog.at_level(logging.WARNING, logger="fastsdpo.trainer"):
+            made = lab.make_trainer(tmp_path, model=model, max_steps=2)
+        reason = "layers of type chunked_attention" if layers is None else "scales queries by their place in the pass"
+        assert any(reason in record.message for record in caplog.records)
+        made.train()
+        losses = [row["loss"] for row in made.state.log_history if "loss" in row]
+        assert made.sharing == "off" and len(losses) == 2 and torch.tensor(losses).isfinite().all()

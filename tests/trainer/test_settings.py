@@ -14,7 +14,7 @@ from fastsdpo.online import ConstantUser, OnlineSDPOConfig, OnlineSDPOTrainer
 from fastsdpo.train import build_parser, load, read_config
 from fastsdpo.trainer import NonFiniteError, SDPOConfig, SDPOTrainer
 from fastsdpo.trainer.data import InteractionDataset
-from fastsdpo.trainer.presets import split_batch
+from fastsdpo.trainer.presets import default_bf16, split_batch
 from fastsdpo.trainer.report import step_text
 
 
@@ -243,6 +243,47 @@ def test_the_command_s_dtype(tmp_path, lab, folder, flags, dtype):
     config = read_config(options)
     assert load(options, config)[0].dtype == dtype
     assert train_by_name(lab, folder, tmp_path, dtype=config.dtype).model.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fp16", "has_bf16", "on"),
+    [
+        (None, False, True, True),
+        ("auto", False, True, True),
+        ("bfloat16", False, True, True),
+        ("float32", False, True, False),
+        ("float16", False, True, False),
+        (None, True, True, False),
+        (None, False, False, False),
+    ],
+)
+def test_products_in_bfloat16_are_the_default_of_a_gpu(dtype, fp16, has_bf16, on):
+    assert default_bf16(dtype, fp16, has_bf16) == on
+
+
+@pytest.mark.parametrize("door", ["trainer", "command"])
+def test_a_float32_checkpoint_trains_in_bfloat16_on_a_gpu(tmp_path, lab, monkeypatch, door):
+    """The decision alone is a GPU's here; autocast is that of the CPU."""
+    path = tmp_path / "model"
+    lab.make_model().save_pretrained(path)
+    lab.make_tokenizer().save_pretrained(path)
+    assert not lab.make_config(tmp_path).bf16
+    monkeypatch.setattr("fastsdpo.trainer.config.gpu_has_bf16", lambda use_cpu: True)
+    given = []
+    if door == "trainer":
+        config = lab.make_config(tmp_path, max_steps=1)
+        made = SDPOTrainer(str(path), config, lab.make_interactions())
+    else:
+        options = build_parser().parse_args(["data", "--model", str(path), "-o", str(tmp_path), "--cpu"])
+        config = read_config(options)
+        model, tokenizer, _ = load(options, config)
+        config = lab.make_config(tmp_path, max_steps=1, bf16=config.bf16, dtype=config.dtype)
+        made = SDPOTrainer(model, config, lab.make_interactions(), processing_class=tokenizer)
+    made.model.model.layers[0].mlp.down_proj.register_forward_hook(lambda _m, _a, out: given.append(out.dtype))
+    made.train()
+    assert config.bf16 and made.model.dtype == torch.float32 and set(given) == {torch.bfloat16}
+    for off in ({"bf16": False}, {"dtype": "float32"}):
+        assert not lab.make_config(tmp_path, **off).bf16
 
 
 # ---------------------------------------------------------------------------------- what is told

@@ -7,8 +7,10 @@ import logging
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsdpo.trainer.optim import ADAMW, TORCHAO, choose_update
+from fastsdpo.trainer import optim as optimizers_of
+from fastsdpo.trainer.optim import ADAMW, TORCHAO, AdamWBF16, choose_update
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 STEPS, RATE = 12, 2e-6
@@ -180,3 +182,76 @@ def test_a_resumed_run_with_eight_bit_states(tmp_path, lab, optim):
     whole = run()
     assert lab.largest_difference(run(noise=5), whole) == 0
     assert lab.largest_difference(run(str(tmp_path / "checkpoint-2")), whole) == 0
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operators that do something, which are kernels on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        free = ("record_function", "view", "detach", "split", "empty", "alias", "expand")
+        self.count += not any(word in func.__name__ for word in free)
+        return func(*args, **(kwargs or {}))
+
+
+def drawn_weights(dtype):
+    """300 weights of odd shapes, one of them not contiguous, with gradients."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(n % 7 + 1, n % 11 + 1).to(dtype)) for n in range(299)]
+    weights.append(torch.nn.Parameter(torch.randn(6, 5).to(dtype).T))
+    for p in weights:
+        p.grad = torch.randn(p.shape).to(dtype)
+    return weights
+
+
+@pytest.mark.parametrize("part", [2**24, 64])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(BF16, "float32_master"), (FP32, "float32_master"), (BF16, "stochastic_rounding")]
+)
+def test_steps_equal_adamw_in_float64(monkeypatch, dtype, rounding, part):
+    """But for the rounding of float32; rounding to bfloat16 is right on average."""
+    monkeypatch.setattr(optimizers_of, "PART", part)
+    settings = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+    found = drawn_weights(dtype)
+    wanted = [torch.nn.Parameter(p.detach().double()) for p in found]
+    oracle, optimizer = torch.optim.AdamW(wanted, **settings), AdamWBF16(found, **settings, rounding=rounding)
+    for _ in range(3):
+        for p, q in zip(found, wanted):
+            q.grad = p.grad.double()
+        oracle.step()
+        optimizer.step()
+    errors = []
+    for p, q in zip(found, wanted):
+        error = optimizer.state[p].get("master", p.detach()).double() - q.detach()
+        scale = q.detach().abs().clamp(min=1e-3)
+        errors.append((error / scale).flatten())
+        if rounding == "float32_master":
+            torch.testing.assert_close(p.detach(), optimizer.state[p].get("master", p.detach()).to(dtype))
+    errors = torch.cat(errors)
+    if rounding == "float32_master":
+        assert float(errors.abs().max()) < 4e-7 * 3
+    else:
+        assert float(errors.abs().max()) < 3 * 2**-7 and abs(float(errors.mean())) < 3 * 2**-8 / len(errors) ** 0.5
+
+
+def test_a_step_is_a_few_kernels():
+    """However many weights there are: not eleven operators for each of 300."""
+    counts = {}
+    for rounding in ("float32_master", "stochastic_rounding"):
+        weights = drawn_weights(BF16)[:-1]
+        optimizer = AdamWBF16(weights, rounding=rounding)
+        optimizer.step()
+        with Kernels() as kernels:
+            optimizer.step()
+        counts[rounding] = kernels.count
+    assert counts == {"float32_master": 4, "stochastic_rounding": 11}, counts
+
+
+def test_what_is_not_finite_stays_so():
+    """The NaN of CUDA kernels has all bits set, and would become -0."""
+    bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800000, -0x800000], dtype=torch.int32).repeat(64)
+    rounded = optimizers_of.stochastic_round(bits.view(torch.float32), BF16, 0).view(64, 4)
+    assert rounded[:, :2].isnan().all() and (rounded[:, 2] == torch.inf).all() and (rounded[:, 3] == -torch.inf).all()

@@ -13,19 +13,21 @@ A transformers model calls `plan_attention` in place of its own attention functi
     returns exactly the block's share of the gradients (dS = P * (dP - rowsum(dO * out))). Keys and values are
     read in place: none is copied, concatenated or repeated for grouped queries, and no block has a gradient of
     full size. Memory is linear in the tokens.
-``flex``  GPUs: one compiled flex_attention call; its block mask comes from the times of the plan's walk.
-``flash`` GPUs with the package flash-attn: one varlen call. The keys of each run are gathered behind those of
-    its ancestors; flash-attn aligns its causal mask at the last query and the last key.
+``flash`` GPUs, half precision: a few calls of torch's varlen attention to a layer, on keys in place, merged in the
+    same way; see `flash`. A layer whose sliding window cuts a sequence short runs in ``flex``.
+``flex``  GPUs: one compiled flex_attention call; its block mask is counted from the runs, without looking at
+    queries x keys.
 ``dense`` any device: one scaled_dot_product_attention call with a mask of queries x keys.
 
 All four respect sliding windows. None of the GPU paths has run on a GPU yet.
 """
 
 from fastsdpo.prefix.attention.dense import visible as visible
-from fastsdpo.prefix.attention.flash import VarlenIndex as VarlenIndex
-from fastsdpo.prefix.attention.flash import varlen_index as varlen_index
+from fastsdpo.prefix.attention.flash import flash_calls as flash_calls
+from fastsdpo.prefix.attention.flex import block_mask as block_mask
 from fastsdpo.prefix.attention.interface import BACKENDS as BACKENDS
 from fastsdpo.prefix.attention.interface import BackendError as BackendError
+from fastsdpo.prefix.attention.interface import automatic_backends as automatic_backends
 from fastsdpo.prefix.attention.interface import check_backend as check_backend
 from fastsdpo.prefix.attention.interface import choose_backend as choose_backend
 from fastsdpo.prefix.attention.interface import meta_autocast as meta_autocast

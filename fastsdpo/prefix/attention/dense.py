@@ -1,16 +1,13 @@
-"""The backends ``dense`` and ``flex``: one call, with a mask made from the times of the plan's walk."""
+"""The backend ``dense``: one call, with a mask made from the times of the plan's walk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsdpo.prefix.attention.kernels import ShapeAttention
 from fastsdpo.prefix.attention.shared_pass import SharedPass
 
 
@@ -66,30 +63,3 @@ def _plain_attention(
     if sinks is not None:  # one more key, with the value 0
         scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(-1, -1, scores.shape[2], 1)], -1)
     return scores.softmax(-1)[..., : key.shape[2]].to(value.dtype) @ value
-
-
-@cache
-def _compiled_flex_attention() -> Callable:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
-
-
-def flex_block_attention(
-    query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, window: int | None, scale: float
-) -> Tensor:
-    if query.is_meta:
-        return ShapeAttention.apply(query, key, value).transpose(1, 2)
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def make() -> Any:
-        see = visible(shared, window, query.device)
-        lengths = query.shape[2], key.shape[2]
-        return create_block_mask(lambda _b, _h, q, k: see(q, k), None, None, *lengths, query.device)
-
-    mask = shared.cached(("flex", window), make)
-    # On a CPU (in tests) it runs uncompiled, as torch's own dense definition of it.
-    attend = flex_attention if query.device.type == "cpu" else _compiled_flex_attention()
-    grouped = query.shape[1] != key.shape[1]
-    output = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
-    return output.transpose(1, 2)

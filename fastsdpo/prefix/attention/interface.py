@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsdpo.prefix.attention.dense import dense_attention, flex_block_attention
-from fastsdpo.prefix.attention.flash import flash_attention
+from fastsdpo.prefix.attention.dense import dense_attention
+from fastsdpo.prefix.attention.flash import flash_attention, flash_takes, varlen_installed
+from fastsdpo.prefix.attention.flex import flex_block_attention
 from fastsdpo.prefix.attention.segments import segment_attention
 from fastsdpo.prefix.attention.shared_pass import SharedPass
 
@@ -60,20 +60,22 @@ def plan_attention(
     shared.layers.add(layer)
     if shared.kept is not None:
         shared.kept[layer] = (key.detach(), value.detach())
-    if shared.before is not None:
-        before_key, before_value = shared.before[layer]
-        key = torch.cat([before_key, key], dim=2)
-        value = torch.cat([before_value, value], dim=2)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Chosen here, because only here the dtype under autocast is known.
     backend = choose_backend(shared.backend, query.device, query.dtype)
-    if s_aux is not None or softcap is not None:
-        attend = {"segments": segment_attention, "dense": dense_attention}[_with_sinks(backend, shared.backend)]
-        return attend(query, key, value, shared, sliding_window, scale, s_aux, softcap), None
+    before = None if shared.before is None else shared.before[layer]
+    plain = s_aux is None and softcap is None
+    if plain and backend == "flash" and flash_takes(query, value, shared, sliding_window):
+        return flash_attention(query, key, value, shared, scale, before), None
+    if before is not None:
+        key, value = (torch.cat(pair, dim=2) for pair in zip(before, (key, value)))
+    if not plain:
+        with_sinks = {"segments": segment_attention, "dense": dense_attention}[_with_sinks(backend, shared.backend)]
+        return with_sinks(query, key, value, shared, sliding_window, scale, s_aux, softcap), None
     attend = {
         "segments": segment_attention,
         "flex": flex_block_attention,
-        "flash": flash_attention,
+        "flash": flex_block_attention,  # windows that cut a sequence short, and heads of two sizes
         "dense": dense_attention,
     }
     output = attend[backend](query, key, value, shared, sliding_window, scale)
@@ -163,22 +165,26 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         BackendError: an unknown name, or a backend that cannot run here.
     """
-    half = dtype in (torch.float16, torch.bfloat16)
     if name == "auto":
-        if device.type != "cuda":
-            return "segments"
-        return "flash" if half and flash_attn_installed() else "flex"
+        first, *others = automatic_backends(device)
+        return others[0] if first == "flash" and not flash_runs_on(device, dtype) else first
     check_backend(name)
     if name == "flex" and device.type == "cpu":
         raise BackendError("shared_forward: attention='flex' has no backward pass on a CPU")
-    if name == "flash" and not (device.type == "cuda" and half and flash_attn_installed()):
+    if name == "flash" and not flash_runs_on(device, dtype):
         raise BackendError(
-            "shared_forward: attention='flash' needs the package flash-attn, a CUDA device and "
+            "shared_forward: attention='flash' needs torch.nn.attention.varlen (torch 2.10), a CUDA device and "
             f"float16 or bfloat16, got {device.type} and {dtype}"
         )
     return name
 
 
-@cache
-def flash_attn_installed() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+def automatic_backends(device: torch.device) -> tuple[str, ...]:
+    """The backends that "auto" stands for on a device, the best one first."""
+    return ("flash", "flex", "segments") if device.type == "cuda" else ("segments",)
+
+
+def flash_runs_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has varlen kernels for tensors there; on "meta" as on CUDA."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return half and device.type in ("cuda", "meta") and varlen_installed()

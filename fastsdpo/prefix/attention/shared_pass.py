@@ -40,6 +40,7 @@ class SharedPass:
         windows: the sliding window of each layer in tokens, or None.
         keep: the layers keep their keys and values, and their states, until `take_kept`.
         before: what the layers have kept of the tokens ``[0, first)``; needed where ``first > 0``.
+        tables: what `cached` finds already (`fastsdpo.prefix.attention.tables`).
 
     Attributes:
         runs: the plan's runs in ``[first, stop)``.
@@ -57,6 +58,7 @@ class SharedPass:
         windows: dict[int, int | None],
         keep: bool = False,
         before: Kept | None = None,
+        tables: dict[Any, Any] | None = None,
     ):
         self.plan = plan
         self.first, self.stop = first, stop
@@ -70,7 +72,7 @@ class SharedPass:
         self.layers: set[int] = set()
         self.mixers: set[nn.Module] = set()
         self.own_implementation: str | None = None  # of the layer that is being called
-        self._cache: dict[Any, Any] = {}
+        self._cache: dict[Any, Any] = dict(tables or {})
 
     def take_kept(self) -> Kept:
         """Hands over what the layers have kept; layers that run again in the backward pass keep nothing."""
