@@ -119,7 +119,7 @@ def check_sharing(model: nn.Module, *, attention: str = "auto") -> tuple[bool, s
         # something else. Named refusals speak for themselves.
         named = isinstance(error, NotImplementedError)
         first = (str(error).splitlines() or [""])[0]
-        return False, str(error) if named else f"shared passes fail with {type(error).__name__}: {first}"
+        return False, str(error) if named else f"{type(error).__name__}: {first}"
     mixture = any(
         getattr(causal_lm(model).config.get_text_config(), key, None)
         for key in ("num_experts", "num_local_experts", "n_routed_experts")
