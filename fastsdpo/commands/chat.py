@@ -8,31 +8,32 @@ default a new LoRA adapter is trained (--lora 0: all weights, and checkpoints of
 --model is the folder of an adapter, that one.
 
     /teach TEXT    TEXT is your reaction to the last answer: the model learns from it and answers it
-    /teach         your last message was a reaction to the answer before it: the model learns from it
-    /undo          takes back the last update
-    /new           a new conversation
-    /learn always  from now on every message after an answer is learned from; /learn told: as at first
-    /save FOLDER   writes the model (the adapter, with LoRA) and its tokenizer
-    /help, /quit   (or Ctrl-D)
+    /undo          takes back the last update, and the conversation since then
+    /help          all commands
 
-A paste of several lines is one message. Ctrl-C while the model answers cancels the answer. Started again
-with the same folder it goes on from the last checkpoint. The folder holds ``checkpoint-*/`` (--keep of
-them: so far /undo goes back) and ``interactions.jsonl``, what was learned from, which `fastsdpo train`
-can read.
+Each update shows what your reaction changes in the answer, and the same message answered before and
+after. At a terminal Enter sends, Alt-Enter begins a new line, the arrow keys bring back earlier
+messages, and a paste is one message. Ctrl-C cancels the answer, or drops what is typed; Ctrl-D ends the
+chat. Where standard input is no terminal, each line of it is a message.
+
+Started again with the same folder the chat goes on: the folder holds ``checkpoint-*/`` (--keep of them: so
+far /undo goes back), ``conversation.json``, ``history.txt`` (what was typed) and ``interactions.jsonl``, what
+was learned from, which `fastsdpo train` can read. docs/chat.md has an example.
 
 Exit status: 0 done; 1 an input, model or setting cannot be used; 2 wrong options; 3 a loss or gradient
-was not finite; 130 ended by Ctrl-C, with every update saved.
+was not finite; 130 ended by Ctrl-C where input is no terminal, with every update saved.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from fastsdpo.commands.options import (
+    DONE,
     STOPPED,
     add_field_options,
     add_model_options,
@@ -42,14 +43,14 @@ from fastsdpo.commands.options import (
 )
 from fastsdpo.commands.parser import Parser
 from fastsdpo.commands.run import load
-from fastsdpo.data import TokenizedInteraction
-from fastsdpo.data.interactions import is_blank
-from fastsdpo.online.chat import ChatLearner, forget_updates, log_update
+from fastsdpo.commands.screen import PlainScreen, make_screen
+from fastsdpo.commands.talk import COMMANDS, ENDS, LEARN, Talk
+from fastsdpo.online.chat import ChatLearner
 from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
-from fastsdpo.online.terminal import interrupt, read_message, uninterrupted
+from fastsdpo.online.terminal import MessageReader, interrupt
 from fastsdpo.ops.backend import describe_backend
 
-LEARN = ("told", "always")
+HISTORY_FILE = "history.txt"
 # Settings that a chat does not read: its steps have one interaction each, and no end.
 WITHOUT = (
     "data",
@@ -108,168 +109,40 @@ def chat(options: argparse.Namespace) -> int:
         raise ValueError(f"--keep must be at least 2, got {options.keep}")
     config = read_config(options, OnlineSDPOConfig, **CHAT, save_total_limit=options.keep)
 
-    def say(text: str) -> None:
-        if not options.quiet:
-            print(text, file=sys.stderr, flush=True)
-
-    say(f"[{describe_backend(config.device.type, config.dtype)}]")
-    model, tokenizer, adapter = load(options, config, lora=16)
-    learner = ChatLearner(model, config, tokenizer, adapter)
+    screen = make_screen(options.quiet)
+    history = os.path.join(options.output, HISTORY_FILE)
+    reader = MessageReader(history=history, commands=COMMANDS, status=lambda: talk.status_line())
+    screen.say(describe_backend(config.device.type, config.dtype))
+    with screen.busy("loading the model"):
+        model, tokenizer, adapter = load(options, config, lora=16)
+        learner = ChatLearner(model, config, tokenizer, adapter)
     if learner.updates:
-        say(f"[goes on after update {learner.updates}]")
-    talk = Talk(learner, options, say)
-    say(f"[{talk.learns_from()}; /help]")
+        screen.say(f"goes on after update {learner.updates}")
+    talk = Talk(learner, options, screen)
+    screen.say(f"{talk.learns_from()}; /help")
     with interrupt(signal.default_int_handler):  # whatever a library has put in its place
-        while True:
-            try:
-                text = read_message("you > " if not options.quiet else "")
-            except KeyboardInterrupt:
-                say(f"\n[stopped; {learner.updates} updates are saved in {options.output}]")
-                return STOPPED + signal.SIGINT
-            if text is None or text.strip() in ("/quit", "/exit"):
-                return 0
-            try:
-                talk.take(text)
-            except KeyboardInterrupt:
-                pass  # it waited until the command was done
-            except ValueError as error:
-                print(f"[{error}]", file=sys.stderr, flush=True)
+        return converse(talk, reader, screen, options)
 
 
-class Talk:
-    """What is typed, answered and learned from.
-
-    Args:
-        options: of the command: ``system``, ``learn``, ``quiet``, ``output``.
-        say: shows what is no answer.
-    """
-
-    def __init__(self, learner: ChatLearner, options: argparse.Namespace, say: Callable[[str], None]):
-        self.learner, self.options, self.say = learner, options, say
-        self.always = options.learn == "always"
-        self.start()
-
-    def start(self) -> None:
-        """A new conversation; the model keeps what it has learned."""
-        system = self.options.system
-        self.messages = [{"role": "system", "content": system}] if system else []
-        # By the place of the message: an answer's tokens, and the update that a reaction led to.
-        self.answers: dict[int, TokenizedInteraction] = {}
-        self.learned: dict[int, int] = {}
-
-    def learns_from(self) -> str:
-        if self.always:
-            return "the model learns from every message after an answer; /learn told ends that"
-        return "the model learns only when told: /teach TEXT, your reaction to its last answer"
-
-    def take(self, text: str) -> None:
-        """A message or a command; nothing for what nobody would see.
-
-        Raises:
-            ValueError: there is no such command, or it cannot be done; nothing has changed.
-        """
-        if is_blank(text):
-            return
-        if not text.startswith("/"):
-            self.write(text.strip(), learn=self.always and bool(self.answers))
-            return
-        command, rest = [*text.split(maxsplit=1), ""][:2]
-        rest = rest.strip()
-        if command == "/teach":
-            if not rest:
-                self.teach(len(self.messages) - 2)
-            elif is_blank(rest):
-                raise ValueError("/teach: nobody can see anything in that text")
-            else:
-                self.write(rest, learn=True)
-        elif command == "/learn" and rest in LEARN:
-            self.always = rest == "always"
-            self.say(f"[{self.learns_from()}]")
-        elif command == "/save" and rest and "\n" not in rest:
-            with uninterrupted():
-                self.save(rest)
-        elif rest or command not in ("/undo", "/new", "/help"):
-            raise ValueError(
-                f"there is no command {text.splitlines()[0].strip()!r} (/help lists them), and nothing "
-                "was sent; a space before the / makes it a message"
-            )
-        elif command == "/undo":
-            with uninterrupted():
-                self.undo()
-        elif command == "/new":
-            self.start()
-            self.say("[a new conversation]")
-        else:
-            print(str(__doc__).split("\n\n")[3], file=sys.stderr, flush=True)
-
-    def write(self, text: str, *, learn: bool = False) -> None:
-        """Answers a message of the user's; with ``learn`` the model learns from it first."""
-        place = len(self.messages)
+def converse(talk: Talk, reader: MessageReader, screen: PlainScreen, options: argparse.Namespace) -> int:
+    """Reads and answers until the input ends; returns the exit status."""
+    while True:
         try:
-            if learn:
-                self.teach(place, text)
-            self.messages.append({"role": "user", "content": text})
-            reply, answer = self.learner.answer(self.messages)
-        except BaseException as error:
-            del self.messages[place:]
-            self.learned.pop(place, None)
-            if not isinstance(error, KeyboardInterrupt):
-                raise
-            self.say("\n[cancelled; your message is left out of the conversation]")
-            return
-        if not reply and len(answer.completion_ids) >= self.learner.config.max_new_tokens:
-            del self.messages[place:]
-            self.learned.pop(place, None)
-            self.say(
-                "[cut while it was still reasoning; raise --max-new-tokens. Your message is left out of "
-                "the conversation]"
-            )
-            return
-        self.messages.append({"role": "assistant", "content": reply})
-        self.answers[place + 1] = answer
-        print(f"model > {reply}" if not self.options.quiet else reply, flush=True)
-
-    def teach(self, place: int, text: str | None = None) -> None:
-        """One update from the message at a place, the reaction to the answer before it.
-
-        Args:
-            text: the message, where it is not there yet.
-
-        Raises:
-            ValueError: there is no answer before it, or it was learned from already.
-        """
-        if place - 1 not in self.answers:
-            raise ValueError("/teach: there is no answer that this would be a reaction to")
-        if place in self.learned:
-            raise ValueError(f"/teach: your last message was learned from in update {self.learned[place]}")
-        followup = self.messages[place]["content"] if text is None else text
-        history, answer = self.messages[: place - 1], self.messages[place - 1]["content"]
-        with uninterrupted():
-            figures = self.learner.learn(history, self.answers[place - 1], followup)
-            update = self.learned[place] = self.learner.updates
-            log_update(self.options.output, update, history, answer, followup)
-            self.say(
-                f"[update {update}: learned from {_short(followup)} as your reaction to {_short(answer)}; /undo "
-                f"takes it back. Loss {figures['loss']:.3f}, signal {figures['signal']:.3f} nats per token]"
-            )
-
-    def undo(self) -> None:
-        left = self.learner.undo()
-        forget_updates(self.options.output, left)
-        self.learned = {place: update for place, update in self.learned.items() if update <= left}
-        self.say(f"[update {left + 1} is taken back]")
-
-    def save(self, folder: str) -> None:
+            text = reader.read("" if options.quiet else "you > ")
+        except KeyboardInterrupt:
+            if reader.session is not None:
+                screen.say("Ctrl-D or /quit ends the chat")
+                continue
+            screen.say(f"stopped; {talk.learner.updates} updates are saved in {options.output}")
+            return STOPPED + signal.SIGINT
+        if text is None or text.strip() in ENDS:
+            return DONE
         try:
-            self.learner.trainer.save_model(folder)
-        except OSError as error:
-            raise ValueError(f"/save: {error}") from error
-        self.say(f"[saved in {folder}]")
-
-
-def _short(text: str, length: int = 40) -> str:
-    line = " ".join(text.split())
-    return repr(line if len(line) <= length else line[: length - 3] + "...")
+            talk.take(text)
+        except KeyboardInterrupt:
+            pass  # it waited until the command was done
+        except ValueError as error:
+            screen.complain(str(error))
 
 
 # One interaction a step, and no end to the steps: a teacher that cannot drift with the student, and answers

@@ -16,7 +16,7 @@ from fastsdpo.commands.options import DONE, add_model_source_options, model_sour
 from fastsdpo.commands.parser import Parser
 from fastsdpo.data import HindsightTemplate, Interaction, extract_interactions, load_conversations
 from fastsdpo.data.templates import AUTO, PRESETS, choose_template
-from fastsdpo.signal.compute import NEUTRAL_FOLLOWUP, SignalResult, choose_unrelated, compute_signal
+from fastsdpo.signal.compute import NEUTRAL_FOLLOWUP, SignalResult, choose_unrelated, compute_signal, neutral_followup
 from fastsdpo.signal.page import render_html
 from fastsdpo.signal.terminal import color_depth, render_terminal, terminal_theme
 
@@ -78,7 +78,7 @@ def build_parser() -> Parser:
     output.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained page")
     output.add_argument("--json", metavar="FILE", type=Path, help="write all numbers")
     output.add_argument("--values", action="store_true", help="print the numbers of every token")
-    output.add_argument("--scale", type=float, metavar="NATS", help="log-ratio at which colours saturate")
+    output.add_argument("--scale", type=float, metavar="NATS", help="log-ratio at which colours saturate (default 3)")
     output.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="of the output")
     output.add_argument(
         "--theme",
@@ -114,7 +114,7 @@ def _add_source(source: argparse._ArgumentGroup) -> None:
         "--unrelated",
         metavar="TEXT",
         help="the follow-up to compare with (default: that of another conversation in the "
-        "source, or else a built-in one)",
+        "source, or else a built-in one, of similar length)",
     )
     source.add_argument("--no-unrelated", action="store_true", help="compare with nothing")
 
@@ -207,7 +207,7 @@ def read_interaction(options: argparse.Namespace) -> tuple[Interaction, str | No
         prompt = [] if options.system is None else [{"role": "system", "content": options.system}]
         prompt.append({"role": "user", "content": options.prompt})
         interaction = Interaction(prompt, options.completion or "", options.followup)
-        unrelated = NEUTRAL_FOLLOWUP
+        unrelated = neutral_followup(options.followup)
     elif options.source == "-":
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "standard-input.json")

@@ -46,6 +46,7 @@ def generate(
     end_ids: Sequence[int],
     batch_size: int | None = None,
     seed: str | None = None,
+    streamer: Any = None,
 ) -> list[Sample]:
     """One answer per prompt, from the model's whole distribution (no top-k, top-p or penalties).
 
@@ -57,6 +58,7 @@ def generate(
         end_ids: tokens that end an answer; `InteractionTokenizer.end_ids`.
         batch_size: prompts at once, padded on the left; None: all.
         seed: of the draws, which then depend on nothing else; None: torch's generator.
+        streamer: gets the tokens of one prompt's answer as they are drawn, as `transformers` has it.
 
     Returns:
         samples in the order of `prompts`, cut after the first of `end_ids`.
@@ -96,6 +98,7 @@ def generate(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
                     generation_config=config,
+                    streamer=streamer,
                 )
                 for row in out[:, ids.shape[1] :].tolist():
                     samples.append(Sample(cut(row, end_ids)))

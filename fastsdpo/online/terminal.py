@@ -3,46 +3,114 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 PASTE_SECONDS = 0.1  # the lines of a paste follow each other faster
 
 
-def read_message(question: str = "") -> str | None:
-    """One message from standard input, its lines joined by ``"\\n"``; None at the end of the input.
+def is_terminal() -> bool:
+    """Whether a person types and looks on: standard input and output are both a terminal."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
-    On a terminal a paste of several lines is one message: readline keeps it together until Enter is
-    pressed, and where there is no such readline, the lines that are already waiting belong to it. Input
-    that is no terminal has one message per line.
+
+class MessageReader:
+    """Reads a person's messages, one at a time.
+
+    At a terminal, prompt_toolkit (https://python-prompt-toolkit.readthedocs.io) edits the message. Enter
+    sends it, Alt-Enter begins a new line, and the arrow keys bring back earlier messages. A paste of
+    several lines is one message and waits for Enter, as do lines that were typed ahead. Elsewhere each line
+    of standard input is a message.
+
+    Args:
+        history: a file that keeps the messages for the arrow keys; None: they last as long as the reader.
+        commands: words that begin with ``/``, and what each does; they are completed.
+        status: gives the text of the line below the message.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C.
+        ModuleNotFoundError: prompt_toolkit is missing at a terminal.
     """
-    terminal = sys.stdin.isatty()
-    if terminal:
-        with contextlib.suppress(ImportError):
-            import readline  # from here on input() has line editing and a history
 
-            if "libedit" not in (readline.__doc__ or ""):
-                readline.parse_and_bind("set enable-bracketed-paste on")
-    lines: list[str] = []
-    with contextlib.suppress(EOFError):
-        lines.append(input(question))
-        while terminal and _waiting():
-            lines.append(input())
-    return "\n".join(lines) if lines else None
+    def __init__(
+        self,
+        *,
+        history: str | None = None,
+        commands: Mapping[str, str] | None = None,
+        status: Callable[[], str] | None = None,
+    ):
+        self.session = _make_session(history, commands or {}, status) if is_terminal() else None
+
+    def read(self, question: str = "") -> str | None:
+        """One message; its lines are joined by ``"\\n"``. None at the end of the input (Ctrl-D).
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C. At a terminal it first drops what was typed.
+        """
+        try:
+            if self.session is None:
+                return input(question)
+            return self.session.prompt([("class:question", question)])
+        except EOFError:
+            return None
 
 
-def _waiting() -> bool:
-    """Whether standard input holds another line already."""
-    try:
-        return bool(select.select([sys.stdin], [], [], PASTE_SECONDS)[0])
-    except (OSError, ValueError):  # a console of Windows, or no file
-        return False
+def _make_session(history: str | None, commands: Mapping[str, str], status: Callable[[], str] | None) -> Any:
+    """A `PromptSession` of prompt_toolkit, which draws the message and keeps the history."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.styles import Style
+
+    style = {"question": "bold ansigreen", "bottom-toolbar": "noreverse ansibrightblack"}
+    return PromptSession(
+        multiline=True,
+        key_bindings=_make_keys(),
+        history=InMemoryHistory() if history is None else FileHistory(history),
+        completer=WordCompleter(list(commands), meta_dict=commands, sentence=True),
+        bottom_toolbar=None if status is None else lambda: [("class:bottom-toolbar", status())],
+        prompt_continuation=lambda width, *_: " " * width,
+        reserve_space_for_menu=4,
+        style=Style.from_dict(style),
+    )
+
+
+def _make_keys() -> Any:
+    """Enter sends, Alt-Enter begins a line, Ctrl-C drops what is typed."""
+    from prompt_toolkit.application import get_app
+    from prompt_toolkit.filters import Condition
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.keys import Keys
+
+    keys = KeyBindings()
+    last = -PASTE_SECONDS
+
+    @keys.add("enter")
+    def enter(event: Any) -> None:
+        """Sends what a person typed; more keys than that are a paste that the terminal did not mark as one."""
+        nonlocal last
+        now, queue = time.monotonic(), event.key_processor.input_queue
+        if any(press.key != Keys.CPRResponse for press in queue) or now - last < PASTE_SECONDS:
+            last = now
+            event.current_buffer.insert_text("\n")
+        else:
+            event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def begin_line(event: Any) -> None:
+        event.current_buffer.insert_text("\n")
+
+    typed = Condition(lambda: bool(get_app().current_buffer.text))
+
+    @keys.add("c-c", filter=typed)
+    @keys.add("<sigint>", filter=typed)
+    def drop(event: Any) -> None:
+        event.current_buffer.reset()
+
+    return keys
 
 
 @contextlib.contextmanager

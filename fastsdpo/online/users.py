@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from fastsdpo.data.interactions import is_blank
 from fastsdpo.online.endpoint import ChatEndpoint
 from fastsdpo.online.rules import Rule, parse_rule
-from fastsdpo.online.terminal import interrupt, read_message
+from fastsdpo.online.terminal import MessageReader, interrupt
 
 Messages = list[dict]
 
@@ -226,8 +226,9 @@ class LanguageModelUser(EndpointUser):
 class TerminalUser:
     """A person at the terminal: sees each answer and types what comes next; an empty line skips.
 
-    Ctrl-C at a question, or the end of the input, asks nothing more and interrupts the process as Ctrl-C
-    does elsewhere: in `fastsdpo online` training stops after this step, with a checkpoint.
+    At a terminal the text is edited as in `fastsdpo chat`: Ctrl-C drops what was typed. Ctrl-C at an
+    empty question, or the end of the input, asks nothing more and interrupts the process as Ctrl-C does
+    elsewhere: in `fastsdpo online` training stops after this step, with a checkpoint.
 
     Args:
         stream_in, stream_out: where follow-ups are read, one a line, and questions written; None: the
@@ -236,31 +237,32 @@ class TerminalUser:
 
     def __init__(self, stream_in: Any = None, stream_out: Any = None):
         self.stream_in, self.stream_out = stream_in, stream_out
+        self.reader = MessageReader() if stream_in is None else None
         self.stopped = False
 
     def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
         followups = []
-        for prompt, response in zip(prompts, responses):
-            text = "" if self.stopped else self._ask(prompt[-1]["content"], response)
+        for number, (prompt, response) in enumerate(zip(prompts, responses), 1):
+            where = f"{number} of {len(prompts)}"
+            text = "" if self.stopped else self._ask(where, prompt[-1]["content"], response)
             if text is None:
                 self.stopped = True
                 signal.raise_signal(signal.SIGINT)
             followups.append("" if text is None or is_blank(text) else text.strip())
         return followups
 
-    def _ask(self, message: str, response: str) -> str | None:
+    def _ask(self, where: str, message: str, response: str) -> str | None:
         """What the person says next; None for Ctrl-C and the end of the input."""
-        question = f"\nuser       {message}\nassistant  {response}\nfollow-up (empty: none) > "
-        seen, _, question = question.rpartition("\n")
-        print(seen, file=self.stream_out)
+        print(f"\n[{where}]\nuser       {message}\nassistant  {response}", file=self.stream_out)
+        question = "follow-up (empty: none; Ctrl-D: stop training) > "
         if self.stream_out is not None:
             print(question, end="", file=self.stream_out, flush=True)
             question = ""
         try:
             # The trainer's own handler would wait for the end of the step, and so for the answers to it.
             with interrupt(signal.default_int_handler):
-                if self.stream_in is None:
-                    return read_message(question)
+                if self.reader is not None:
+                    return self.reader.read(question)
                 print(question, end="", flush=True)
                 return self.stream_in.readline() or None
         except KeyboardInterrupt:

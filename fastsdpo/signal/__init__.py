@@ -10,4 +10,6 @@ from fastsdpo.signal.compute import choose_unrelated as choose_unrelated
 from fastsdpo.signal.compute import compute_signal as compute_signal
 from fastsdpo.signal.page import render_html as render_html
 from fastsdpo.signal.terminal import color_depth as color_depth
+from fastsdpo.signal.terminal import render_answer as render_answer
+from fastsdpo.signal.terminal import render_legend as render_legend
 from fastsdpo.signal.terminal import render_terminal as render_terminal

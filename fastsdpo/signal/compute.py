@@ -11,7 +11,9 @@ any text in that place, not of what the user said.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +26,11 @@ from fastsdpo.ops.linear_token_logps import linear_token_logps
 from fastsdpo.signal.tokens import TokenGroup, group_tokens
 
 NEUTRAL_FOLLOWUP = "By the way, what is the difference between a peninsula and an island?"
+OTHER_NEUTRAL = (
+    "What time is it in Tokyo?",
+    "I have another question. Our neighbour's cat has slept on our balcony every night of this week. Do cats choose "
+    "such a place for the warmth, for the view, or because nobody disturbs them there?",
+)
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,7 @@ def compute_signal(
     template: HindsightTemplate | str = "note",
     *,
     unrelated: str | None = NEUTRAL_FOLLOWUP,
+    completion_ids: Sequence[int] | None = None,
     teacher_model: Any = None,
     temperature: float = 1.0,
     sharing: str = "off",
@@ -159,6 +167,7 @@ def compute_signal(
         template: how o enters the context: a `HindsightTemplate`, a preset's name or a text with
             ``{o}``.
         unrelated: a follow-up to compare with; None: no comparison. See `choose_unrelated`.
+        completion_ids: tokens of y, where they are known; None: those of the interaction's text.
         temperature: divides the logits.
         sharing: as in `fastsdpo.shared_forward`; ``"off"`` works with every model.
         backend: of `fastsdpo.linear_token_logps`.
@@ -170,7 +179,7 @@ def compute_signal(
     """
     tokenize = InteractionTokenizer(tokenizer, template, **tokenization)
     followups = [interaction.followup] + ([] if unrelated is None else [unrelated])
-    tokenized = [tokenize(dataclasses.replace(interaction, followup=o)) for o in followups]
+    tokenized = [tokenize(dataclasses.replace(interaction, followup=o), completion_ids) for o in followups]
     ids = tokenized[0].completion_ids
 
     with _evaluating(model, teacher_model):
@@ -255,21 +264,33 @@ def _logps(
     return student, list(teacher.split(count))
 
 
-def choose_unrelated(
-    interactions: Iterable[Interaction], interaction: Interaction, default: str = NEUTRAL_FOLLOWUP
-) -> str:
-    """The first follow-up among `interactions` that belongs to another conversation.
+def choose_unrelated(interactions: Iterable[Interaction], interaction: Interaction) -> str:
+    """The follow-up of another conversation that is nearest in length, among the first 1,000 interactions.
 
-    One with the same text does not count, nor one without a conversation id unless its first
-    message differs; `default` where there is none.
+    A longer text in the context moves an answer more, whatever it says. A text equal to the
+    interaction's does not count, nor one without a conversation id unless its first message differs;
+    where there is none, `neutral_followup`.
     """
 
     def conversation(item: Interaction) -> Any:
         return item.conversation_id or item.prompt[0]["content"]
 
-    for other in interactions:
-        different = conversation(other) != conversation(interaction)
-        same = other.followup.strip() == interaction.followup.strip()
-        if different and not same and not is_blank(other.followup):
-            return other.followup
-    return default
+    own = interaction.followup.strip()
+    found = [
+        other.followup
+        for other in itertools.islice(interactions, 1000)
+        if conversation(other) != conversation(interaction)
+        and other.followup.strip() != own
+        and not is_blank(other.followup)
+    ]
+    return nearest(found, own) if found else neutral_followup(own)
+
+
+def neutral_followup(followup: str) -> str:
+    """A built-in question, nearest in length, that has nothing to do with any answer."""
+    return nearest((NEUTRAL_FOLLOWUP, *OTHER_NEUTRAL), followup)
+
+
+def nearest(texts: Sequence[str], text: str) -> str:
+    """The text whose length in characters has the ratio nearest to 1; the first of equals."""
+    return min(texts, key=lambda other: abs(math.log(len(other.strip()) / max(1, len(text.strip())))))

@@ -10,45 +10,49 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import re
 
 from fastsdpo.signal.compute import FollowupSignal, SignalResult
 from fastsdpo.signal.palette import (
     LEVELS,
+    SCALE,
     THEMES,
     hex_color,
     level,
     signed,
     tint,
-    tint_limit,
 )
 from fastsdpo.signal.tokens import visible
+from fastsdpo.signal.words import LESS, MORE, TRAINING, comparison, times, verdict
 
 STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1a1c1f; --quiet: #5b6168;
   --line: #d5d9de; --card: #f6f7f9; --focus: #6b2fb3; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 100rem; padding: 1.5rem 1.5rem 7rem; background: var(--page);
-  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; margin: 0 0 .25rem; }
-h2 { font-size: 1.05rem; margin: 0 0 .5rem; }
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1.5rem 6rem; background: var(--page);
+  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; margin: 0 0 .5rem; }
+h2 { font-size: 1.1rem; margin: 0 0 .5rem; }
+h3 { font-size: .95rem; margin: .9rem 0 .35rem; }
 p { margin: .25rem 0; }
+.verdict { font-size: 1.1rem; max-width: 60rem; }
 .quiet { color: var(--quiet); }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; }
+.text { white-space: pre-wrap; unicode-bidi: plaintext; }
+code, .t.code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .92em; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
-  padding: .75rem 1rem; margin: 0 0 .75rem; }
-header, .role, #readout { overflow-wrap: anywhere; }
+  padding: .6rem .9rem; margin: 0; }
 .role { font-size: .8rem; color: var(--quiet); margin: .5rem 0 0; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
   gap: 1.5rem; margin: 1.25rem 0; }
 .panel { min-width: 0; }
-.answer { line-height: 2; background: var(--page); border: 1px solid var(--line);
-  border-radius: .5rem; padding: .75rem 1rem; }
-dl { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; margin: .75rem 0; }
+.answer { line-height: 1.9; background: var(--page); border: 1px solid var(--line);
+  border-radius: .5rem; padding: .6rem .9rem; }
+dl { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; margin: .5rem 0; }
 dl div { display: flex; gap: .5rem; }
 dt { color: var(--quiet); }
 dd { margin: 0; font-variant-numeric: tabular-nums; font-weight: 600; }
-.legend { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem .75rem; margin: .75rem 0; }
-.swatches { display: inline-flex; border: 1px solid var(--line); }
+.legend { display: grid; grid-template-columns: auto 1fr; gap: .3rem .75rem; margin: 1rem 0; }
+.swatches { display: inline-flex; align-self: center; border: 1px solid var(--line); }
 .swatches span { width: 1.1rem; height: 1.1rem; }
 .t { position: relative; border-radius: .2rem; padding: .1rem 0; cursor: default;
   forced-color-adjust: none; print-color-adjust: exact; }
@@ -56,23 +60,24 @@ dd { margin: 0; font-variant-numeric: tabular-nums; font-weight: 600; }
 .t.on { outline: 2px solid var(--quiet); }
 .t:focus { outline: 3px solid var(--focus); }
 .t:hover, .t:focus { z-index: 1; }
-.t:hover::after, .t:focus::after { content: attr(data-value); position: absolute; left: 0;
-  bottom: calc(100% + .15rem); padding: 0 .35rem; border-radius: .25rem; background: var(--ink);
-  color: var(--page); font: 600 .8rem/1.5 system-ui, sans-serif; white-space: nowrap;
-  direction: ltr; unicode-bidi: isolate; pointer-events: none; }
-#readout { position: fixed; left: 0; right: 0; bottom: 0; padding: .6rem 1.5rem;
-  background: var(--card); border-top: 1px solid var(--line); min-height: 4.25rem;
-  font-variant-numeric: tabular-nums; }
+#readout { position: fixed; left: 0; right: 0; bottom: 0; padding: .5rem 1.5rem;
+  background: var(--card); border-top: 1px solid var(--line); font-size: .95rem; line-height: 1.4;
+  max-height: 30vh; overflow-y: auto; font-variant-numeric: tabular-nums; }
+#readout:empty { display: none; }
 #readout b { font-weight: 600; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; overflow-wrap: normal; }
 th, td { padding: .15rem .75rem; text-align: right; border-bottom: 1px solid var(--line); }
-td.text, th.text { text-align: left; }
-summary { cursor: pointer; }
+td.text, th.text { text-align: left; white-space: pre; }
+summary { cursor: pointer; padding: .25rem 0; }
+@media (max-width: 40rem) {
+  body { padding: 1rem 1rem 6rem; }
+  #readout { padding: .4rem 1rem; font-size: .85rem; }
+}
 """
 
-# Arrow keys, Home and End move through the answer, so that Tab passes it in one step. Hover and
-# focus mark the same tokens under the other follow-up and write the numbers of both below.
+# Arrow keys, Home and End move through the answer, so that Tab passes it in one step. Hover, focus and
+# a tap mark the same token under the other reply and say what it means below; a tap elsewhere ends that.
 SCRIPT = """
 (() => {
   const readout = document.getElementById("readout");
@@ -90,19 +95,29 @@ SCRIPT = """
     return row;
   };
   let shown = [];
-  const show = (token) => {
+  const hide = () => {
     for (const other of shown) other.classList.remove("on");
+    shown = [];
+    readout.replaceChildren();
+  };
+  const show = (token) => {
+    hide();
     shown = groups.get(token.dataset.group);
-    readout.replaceChildren(line(token.dataset.token, token.dataset.student));
     for (const other of shown) {
       other.classList.add("on");
-      readout.append(line(other.dataset.title + ":", other.dataset.detail));
+      readout.append(line(other.dataset.title + " " + token.dataset.token, other.dataset.detail));
     }
   };
   const find = (event) => event.target.closest && event.target.closest(".t");
   document.addEventListener("mouseover", (event) => { const t = find(event); if (t) show(t); });
   document.addEventListener("focusin", (event) => { const t = find(event); if (t) show(t); });
+  document.addEventListener("click", (event) => {
+    const token = find(event);
+    if (token) show(token);
+    else if (!readout.contains(event.target)) hide();
+  });
   document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") hide();
     const token = find(event);
     if (!token || event.ctrlKey || event.altKey || event.metaKey) return;
     const row = [...token.parentElement.querySelectorAll(".t")];
@@ -118,28 +133,36 @@ SCRIPT = """
 })();
 """
 
+TITLE = "What a reply tells the model about its answer"
+CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
+PANELS = (
+    ("The model's answer, tinted by the reply", "The user's reply", "After the reply,"),
+    (
+        "For comparison: tinted by an unrelated reply",
+        "An unrelated reply",
+        "After the unrelated one,",
+    ),
+)
+
 
 def render_html(result: SignalResult, *, limit: float | None = None) -> str:
     """The page as text; write it as UTF-8.
 
-    Tokens are tinted by their log-ratio under the real and, side by side, the unrelated follow-up;
-    values appear on hover and on keyboard focus, and in a table. Light or dark as the reader's
-    system is.
+    It shows prompt, answer and follow-up in the order of the talk, with the answer's tokens tinted by
+    their log-ratio, and beside it the same answer tinted by the unrelated follow-up. What a token's tint
+    means is said on hover, tap and keyboard focus; all numbers are in a table. Light or dark as the
+    reader's system is.
 
     Args:
-        limit: log-ratio in nats at which tints saturate; None: `tint_limit`.
+        limit: log-ratio in nats at which tints saturate; None: `SCALE`, so that pages compare.
     """
-    if limit is None:
-        limit = tint_limit(group.value(signal.log_ratio) for _, signal in result.followups for group in result.groups)
+    limit = SCALE if limit is None else limit
     style = STYLE + _tints()
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(SCRIPT)}'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    panels = "".join(
-        _panel(result, title, signal, limit, number) for number, (title, signal) in enumerate(result.followups)
-    )
-    model = f"Model <b>{_text(result.model)}</b>. " if result.model else ""
+    panels = "".join(_panel(result, signal, limit, number) for number, (_, signal) in enumerate(result.followups))
     notes = "".join(f"<p>{_text(note)}</p>" for note in result.notes)
     return f"""<!doctype html>
 <html lang="en">
@@ -149,23 +172,21 @@ def render_html(result: SignalResult, *, limit: float | None = None) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="referrer" content="no-referrer">
 <link rel="icon" href="data:,">
-<title>Token-level signal</title>
+<title>{TITLE}</title>
 <style>{style}</style>
 </head>
 <body>
 <header>
-<h1>Token-level signal</h1>
-<p>How much more likely each token of the answer becomes when the model also sees what the user said
-next: log p(token | prompt, follow-up) − log p(token | prompt), in nats.</p>
-<p class="quiet">{model}{len(result.token_ids)} tokens after a context of {result.prompt_tokens}.
-Hindsight template: <span class="text">{_text(result.template.strip())}</span></p>{notes}
+<h1>{TITLE}</h1>
+<p class="verdict">{_text(verdict(result))}</p>{notes}
 </header>
-{_conversation(result)}
 {_legend(limit)}
-<main class="panels">{panels}</main>
-{_table(result)}
-<div id="readout" role="status" aria-live="polite"><span class="quiet">Point at a token, or move to
-the answer with Tab and through it with the arrow keys.</span></div>
+<main>
+{_conversation(result)}
+<div class="panels">{panels}</div>
+</main>
+{_numbers(result)}
+<div id="readout" role="status" aria-live="polite"></div>
 <script>{SCRIPT}</script>
 </body>
 </html>
@@ -175,6 +196,15 @@ the answer with Tab and through it with the arrow keys.</span></div>
 def _text(text: str) -> str:
     """Text from anywhere as HTML text or attribute value, nothing invisible in it."""
     return html.escape(visible(text, marks=False), quote=True)
+
+
+def _message(text: str) -> str:
+    """A message as HTML, with its code in a fixed font."""
+    pieces, end = [], 0
+    for match in CODE.finditer(text):
+        pieces += [_text(text[end : match.start()]), f"<code>{_text(match.group())}</code>"]
+        end = match.end()
+    return "".join([*pieces, _text(text[end:])])
 
 
 def _hash(content: str) -> str:
@@ -209,69 +239,71 @@ def _tints() -> str:
 
 def _conversation(result: SignalResult) -> str:
     def show(message: dict) -> str:
-        return (
-            f'<p class="role">{_text(message["role"])}</p>'
-            f'<div class="text" dir="auto">{_text(message["content"])}</div>'
-        )
+        return f'<div class="card text" dir="auto">{_message(message["content"])}</div>'
 
     *history, last = result.interaction.prompt
     earlier = ""
     if history:
-        rows = "".join(map(show, history))
+        rows = "".join(f'<p class="role">{_text(message["role"])}</p>{show(message)}' for message in history)
         plural = "s" if len(history) > 1 else ""
         earlier = f"<details><summary>{len(history)} earlier message{plural}</summary>{rows}</details>"
-    return f'<section class="card"><h2>Prompt</h2>{earlier}{show(last)}</section>'
+    return f"<section><h2>The user's prompt</h2>{earlier}{show(last)}</section>"
 
 
 def _legend(limit: float) -> str:
-    swatches = "".join(f'<span class="{_step_class(step)}"></span>' for step in range(-LEVELS, LEVELS + 1))
+    def swatches(sign: int) -> str:
+        steps = "".join(f'<span class="{_step_class(sign * step)}"></span>' for step in range(2, LEVELS + 1, 2))
+        return f'<span class="swatches" aria-hidden="true">{steps}</span>'
+
+    blue, orange = (text.replace(":", "</b>:", 1).capitalize() for text in (MORE, LESS))
+    full = times(limit).removesuffix(" more likely")
     return (
-        f'<div class="legend"><span>−{limit:g} less likely</span>'
-        f'<span class="swatches" aria-hidden="true">{swatches}</span>'
-        f"<span>more likely +{limit:g}</span>"
-        '<span class="quiet">nats; strongly negative tokens are underlined. ↵ newline, → tab, '
-        "· space alone</span></div>"
+        f'<div class="legend">{swatches(1)}<span><b>{blue}.</span>'
+        f"{swatches(-1)}<span><b>{orange}.</span>"
+        f'<span></span><span class="quiet">{TRAINING} Full colour: {full} or more. Point at a word or tap it '
+        "to see its change.</span></div>"
     )
 
 
-def _panel(result: SignalResult, title: str, signal: FollowupSignal, limit: float, number: int) -> str:
-    tokens = "".join(_token(result, title, signal, limit, index) for index in range(len(result.groups)))
-    names = {
-        "mean": signed(signal.mean, 3),
-        "sum": signed(signal.sum),
-        "mean magnitude": f"{signal.mean_absolute:.3f}",
-        "first token": signed(signal.first),
-        "end of turn": signed(signal.end_of_turn),
-    }
-    stats = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in names.items())
+def _panel(result: SignalResult, signal: FollowupSignal, limit: float, number: int) -> str:
+    title, reply, _ = PANELS[number]
+    code = _code_groups(result)
+    note = f'<p class="quiet">{comparison(result)}</p>'
+    tokens = "".join(
+        _token(result, signal, limit, index, number, index in code) for index in range(len(result.groups))
+    )
     return (
         f'<section class="panel" aria-labelledby="panel{number}">'
         f'<h2 id="panel{number}">{title}</h2>'
-        f'<div class="card text" dir="auto">{_text(signal.followup.strip())}</div>'
-        f"<dl>{stats}</dl>"
         f'<div class="answer text" dir="auto" role="group" aria-describedby="readout" '
-        f'aria-label="Answer, {title.lower()}">{tokens}</div></section>'
+        f'aria-labelledby="panel{number}">{tokens}</div>'
+        f"{note if number else ''}<h3>{reply}</h3>"
+        f'<div class="card text" dir="auto">{_message(signal.followup.strip())}</div></section>'
     )
 
 
-def _token(result: SignalResult, title: str, signal: FollowupSignal, limit: float, index: int) -> str:
+def _code_groups(result: SignalResult) -> set[int]:
+    """The groups of tokens that are part of code in the answer."""
+    text = "".join(group.text for group in result.groups)
+    spans = [match.span() for match in CODE.finditer(text)]
+    found, start = set(), 0
+    for index, group in enumerate(result.groups):
+        end = start + len(group.text)
+        if any(start < stop and begin < end for begin, stop in spans):
+            found.add(index)
+        start = end
+    return found
+
+
+def _token(result: SignalResult, signal: FollowupSignal, limit: float, index: int, number: int, code: bool) -> str:
     group = result.groups[index]
     value = group.value(signal.log_ratio)
-    student = group.value(result.student_logps)
-    teacher = group.value(signal.teacher_logps)
-    several = group.end - group.start > 1
-    where = f"token {group.start}" + (f"–{group.end - 1}" if several else "")
-    detail = f"{signed(value, 3)}, log p {signed(teacher, 3)}"
-    if several:
-        parts = " ".join(signed(v, 3) for v in signal.log_ratio[group.start : group.end])
-        detail += f", sum of {parts}"
-    kind = " special" if group.special else ""
+    kind = (" special" if group.special else "") + (" code" if code else "")
     return (
         f'<span class="t {_step_class(level(value, limit))}{kind}" data-group="{index}" '
-        f'tabindex="{0 if index == 0 else -1}" data-title="{title}" '
-        f'data-value="{signed(value)}" data-detail="{detail}" '
-        f'data-token="“{_attribute(group.text)}”" '
-        f'data-student="{where}, log p without follow-up {signed(student, 3)}">'
+        f'tabindex="{0 if index == 0 else -1}" data-title="{PANELS[number][2]}" '
+        f'data-detail="{times(value)} ({signed(value)} nats)" '
+        f'data-token="“{_attribute(group.text)}”:">'
         f"{html.escape(visible(group.text))}</span>"
     )
 
@@ -280,8 +312,30 @@ def _attribute(text: str) -> str:
     return html.escape(visible(text).replace("\n", ""), quote=True)
 
 
+def _numbers(result: SignalResult) -> str:
+    """What a reader of the paper looks for: settings, summaries, and a table of all tokens."""
+    model = f"Model <b>{_text(result.model)}</b>. " if result.model else ""
+    rows = []
+    for title, signal in result.followups:
+        names = {
+            "mean": signed(signal.mean, 3),
+            "sum": signed(signal.sum),
+            "mean magnitude": f"{signal.mean_absolute:.3f}",
+            "first token": signed(signal.first),
+            "end of turn": signed(signal.end_of_turn),
+        }
+        stats = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in names.items())
+        rows.append(f"<h3>{title}, in nats</h3><dl>{stats}</dl>")
+    return (
+        "<details><summary>Numbers</summary><p>A token's number is log p(token | prompt, reply) − log p(token | "
+        f"prompt), in nats. {model}{len(result.token_ids)} tokens after a context of {result.prompt_tokens}. "
+        f'The reply enters the context as <span class="text">{_text(result.template.strip())}</span></p>'
+        f"{''.join(rows)}{_table(result)}</details>"
+    )
+
+
 def _table(result: SignalResult) -> str:
-    heads = "".join(f"<th>{title}: log p</th><th>log-ratio</th>" for title, _ in result.followups)
+    heads = "".join(f"<th>{title}: log p</th><th>change</th>" for title, _ in result.followups)
     rows = []
     for group in result.groups:
         for t in range(group.start, group.end):
@@ -297,7 +351,7 @@ def _table(result: SignalResult) -> str:
                 f"<td>{signed(result.student_logps[t], 3)}</td>{numbers}</tr>"
             )
     return (
-        "<details><summary>Values of every token</summary><div class='scroll'><table><thead><tr>"
-        '<th>#</th><th class="text">token</th><th>id</th><th>log p without follow-up</th>'
-        f"{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
+        "<h3>Every token</h3><div class='scroll'><table><thead><tr>"
+        '<th>#</th><th class="text">token</th><th>id</th><th>log p without reply</th>'
+        f"{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )

@@ -1,14 +1,14 @@
 """Colours of log-ratios: blue above zero, orange below, the same in every output.
 
 Blue and orange stay apart under every common colour blindness, and each tint carries the text
-colour, black or white, that reads better on it. Strength is linear in the value up to `limit`, where it
-saturates; the limit is common to everything that is shown together, so that tints compare.
+colour, black or white, that reads better on it. The same colour means the same value everywhere: tints
+saturate at `SCALE` unless a reader asks for another limit. Strength goes with the square root of the
+value, so that weak and strong signals both show on that one scale.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 LEVELS = 8  # steps from no tint to full tint, on each side
 
@@ -20,24 +20,13 @@ THEMES: dict[str, tuple[Color, Color, Color, Color]] = {
     "dark": ((20, 22, 26), (229, 231, 235), (84, 164, 255), (255, 146, 43)),
 }
 
-SMALLEST_LIMIT = 0.5  # nats; below this nobody should see strong tints
-
-
-def tint_limit(values: Iterable[float]) -> float:
-    """The magnitude, in nats, at which tints saturate: the 95th percentile, rounded up to two digits."""
-    magnitudes = sorted(abs(value) for value in values)
-    if not magnitudes:
-        return SMALLEST_LIMIT
-    limit = magnitudes[math.ceil(0.95 * len(magnitudes)) - 1]
-    if limit <= SMALLEST_LIMIT:
-        return SMALLEST_LIMIT
-    unit = 10.0 ** (math.floor(math.log10(limit)) - 1)
-    return round(math.ceil(limit / unit - 1e-9) * unit, 6)
+SCALE = 3.0  # nats at which tints saturate: 20 times as likely, or a twentieth
 
 
 def level(value: float, limit: float) -> int:
     """The step of a value, -LEVELS to LEVELS."""
-    return max(-LEVELS, min(LEVELS, round(value / limit * LEVELS)))
+    strength = min(1.0, math.sqrt(abs(value) / limit))
+    return round(math.copysign(strength * LEVELS, value))
 
 
 def tint(step: int, theme: str) -> tuple[Color, Color]:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastsdpo.signal.compute import FollowupSignal, SignalResult
-from fastsdpo.signal.palette import LEVELS, Color, level, signed, tint, tint_limit
+from fastsdpo.signal.palette import LEVELS, SCALE, Color, level, signed, tint
 from fastsdpo.signal.tokens import visible
+from fastsdpo.signal.words import LESS, MORE, TRAINING, comparison, verdict
 
 RESET = "\x1b[0m"
 CUBE = (0, 95, 135, 175, 215, 255)
@@ -44,18 +45,16 @@ def render_terminal(
     limit: float | None = None,
     values: bool = False,
 ) -> str:
-    """The answer with its tokens tinted, once per follow-up, a legend and the summary.
+    """The answer with its tokens tinted, once per follow-up, a verdict in words and the summary.
 
     Args:
         colors: bits of colour, see `color_depth`. With 0 a token whose log-ratio is at least a
             quarter of `limit` is written ``[token +1.20]``.
         theme: ``"dark"`` or ``"light"``, the terminal's background.
-        limit: log-ratio in nats at which tints saturate; None: `tint_limit`.
+        limit: log-ratio in nats at which tints saturate; None: `SCALE`.
         values: add a table with the numbers of every token.
     """
-    signals = [signal for _, signal in result.followups]
-    if limit is None:
-        limit = tint_limit(group.value(signal.log_ratio) for signal in signals for group in result.groups)
+    limit = SCALE if limit is None else limit
 
     def bold(text: str) -> str:
         return f"\x1b[1m{text}{RESET}" if colors else text
@@ -66,16 +65,25 @@ def render_terminal(
         "",
     ]
     for title, signal in result.followups:
-        lines += [f"{bold(title)}: {visible(signal.followup, marks=False).strip()}"]
-        lines += [_answer(result, signal, limit, colors, theme), _summary(signal), ""]
-    lines += [_legend(limit, colors, theme), f"{len(result.token_ids)} tokens" + _named(result)]
+        lines += [bold("Answer"), render_answer(result, signal, colors=colors, theme=theme, limit=limit), ""]
+        lines += [f"{bold(title)}: {visible(signal.followup, marks=False).strip()}", _summary(signal), ""]
+    lines += [
+        bold(verdict(result)),
+        *filter(None, [comparison(result)]),
+        render_legend(colors=colors, theme=theme, limit=limit),
+        "",
+    ]
+    lines += [f"{len(result.token_ids)} tokens" + _named(result)]
     lines += result.notes
     if values:
         lines += ["", _table(result)]
     return "\n".join(lines) + "\n"
 
 
-def _answer(result: SignalResult, signal: FollowupSignal, limit: float, colors: int, theme: str) -> str:
+def render_answer(
+    result: SignalResult, signal: FollowupSignal, *, colors: int, theme: str = "dark", limit: float = SCALE
+) -> str:
+    """The answer alone, its tokens tinted by one follow-up; arguments as `render_terminal`."""
     pieces = []
     for group in result.groups:
         value = group.value(signal.log_ratio)
@@ -116,12 +124,15 @@ def _summary(signal: FollowupSignal) -> str:
     )
 
 
-def _legend(limit: float, colors: int, theme: str) -> str:
-    meaning = "log-ratio in nats, + more likely given the follow-up, − less likely"
+def render_legend(*, colors: int, theme: str = "dark", limit: float = SCALE) -> str:
+    """What the colours mean, in words; arguments as `render_terminal`."""
     if not colors:
-        return f"Legend: {meaning}; shown in brackets where at least {limit / 4:.2g}"
+        return (
+            f"[word +1.20]: the model would say this more after reading the reply, [word −1.20]: less; in nats, "
+            f"from {limit / 4:.2g}. {TRAINING}"
+        )
     steps = "".join(_tinted("  ", step, colors, theme) or "  " for step in range(-LEVELS, LEVELS + 1, 2))
-    return f"Legend: −{limit:g} {steps} +{limit:g}  {meaning}"
+    return f"−{limit:g} {steps} +{limit:g} nats\n{MORE}; {LESS}. {TRAINING}"
 
 
 def _named(result: SignalResult) -> str:

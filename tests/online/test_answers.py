@@ -111,14 +111,16 @@ SETTINGS = {
 def test_chat_shows_the_answer_and_learns_from_all_of_it(answering, tmp_path):
     model, tokenizer, ids, said, prompt = answering
     learner = ChatLearner(model, OnlineSDPOConfig(output_dir=str(tmp_path), **SETTINGS), tokenizer)
-    text, item = learner.answer(HELLO)
-    assert text == said
+    grown = []
+    text, item = learner.answer(HELLO, show=grown.append)
+    assert text == said == grown[-1]
+    assert all(said.startswith(shorter.rstrip("\ufffd")) for shorter in grown)  # nothing shown is taken back
     assert item.completion_ids == ids
     assert tokenizer.decode(item.prompt_ids) == prompt
     seen = []
     run_pass = learner.trainer.run_pass
     learner.trainer.run_pass = lambda *a: seen.extend(a[1]) or run_pass(*a)
-    learner.learn(HELLO, item, "Shorter")
+    learner.learn(HELLO, item.completion_ids, "Shorter")
     assert (seen[0].prompt_ids, seen[0].completion_ids) == (item.prompt_ids, ids)
     told = [{"role": "user", "content": "hello\n\nNote: Shorter"}]
     assert tokenizer.decode(seen[0].teacher_prompt_ids) == tokenizer.apply_chat_template(

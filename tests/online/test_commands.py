@@ -6,7 +6,9 @@ import gzip
 import json
 import math
 import os
+import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastsdpo.cli import main
+from fastsdpo.commands import screen
 from fastsdpo.online import OnlineSDPOConfig, PromptDataset, RuleUser, terminal
 from fastsdpo.online import chat as chat_module
 from fastsdpo.online.chat import ChatLearner
@@ -265,7 +268,7 @@ def test_chat_learns_saves_and_undoes(lora, saved, tmp_path, monkeypatch, capsys
     assert chat(saved, output, "--lora", lora) == 0
     said = capsys.readouterr()
     assert said.out.count("model > ") == 5
-    assert "update 1" in said.err and "update 2" in said.err and "/teach TEXT " in said.err
+    assert "update 1" in said.err and "update 2" in said.err and "/teach [TEXT] " in said.err
     assert checkpoints(output) == ["checkpoint-0", "checkpoint-1"]
     assert followups(output) == ["w3 w4"]
     assert rows_of(output)[0]["prompt"] == [{"role": "user", "content": "w1 w2"}]
@@ -278,14 +281,19 @@ def test_chat_learns_saves_and_undoes(lora, saved, tmp_path, monkeypatch, capsys
 
 def test_chat_learns_from_nothing_unless_told(saved, tmp_path, monkeypatch, capsys):
     """A next question, thanks, mistyped commands, a text that nobody can see."""
-    refused = ["/Undo", "/teech w4", "/learn", "/learn on", "/save", "/undo now"]
-    lines = ["/teach", "/teach w1", "w1 w2", "w3", "\u200b", " \ufeff", "/teach \u2060", *refused, " /w5", "/exit"]
+    refused = {"/Undo": "/undo", "/teech w4": "/teach", "/rety": "/retry", "/zzz": None}
+    misused = ["/learn", "/learn on", "/save", "/undo now"]
+    unseen = ["\u200b", " \ufeff", "/teach \u2060"]
+    lines = ["/teach", "/teach w1", "/retry", "/show w1", "w1 w2", "w3", *unseen, *refused, *misused, " /w5", "/exit"]
     talk(monkeypatch, lines)
     assert chat(saved, tmp_path / "chat", "--lora", "0") == 0
     said = capsys.readouterr()
     assert said.out.count("model > ") == 3  # w1 w2, w3 and /w5
     assert "update" not in said.err
-    assert all(f"there is no command '{text}'" in said.err for text in refused)
+    for text, meant in refused.items():
+        hint = f"did you mean {meant}?" if meant else "/help lists the commands."
+        assert f"there is no command '{text}'; {hint}" in said.err
+    assert said.err.count(": the command is ") == 4
     assert said.err.count("/teach: ") == 3
     assert checkpoints(tmp_path / "chat") == ["checkpoint-0"] and rows_of(tmp_path / "chat") == []
 
@@ -302,6 +310,69 @@ def test_chat_learns_from_the_message_before(saved, tmp_path, monkeypatch, capsy
     assert [message["content"] for message in row["prompt"]] == ["w9", "w1 w2"]
     assert row["user_response"]["content"] == "w3"
     assert said.out.startswith(f"model > {row['completion']['content']}\n")
+
+
+def said_in(output):
+    """What the conversation of a chat's folder holds."""
+    return [message["content"] for message in json.loads((output / "conversation.json").read_text())["messages"]]
+
+
+def test_chat_goes_on_with_the_conversation(saved, tmp_path, monkeypatch, capsys):
+    """Restarted, retried, undone: what is in the folder is what was said and what was learned."""
+    output = tmp_path / "chat"
+    talk(monkeypatch, ["/system w9", "w1 w2", "/retry", "/show w3", "/status"])
+    assert chat(saved, output, "--lora", "0") == 0
+    shown = capsys.readouterr()
+    first, again = (line.removeprefix("model > ") for line in shown.out.splitlines())
+    assert first != again and said_in(output) == ["w9", "w1 w2", again]
+    assert rows_of(output) == [] and "conversation   3 messages" in shown.err and "system prompt  w9" in shown.err
+    assert re.search(r"\[Knowing the reply|\[The reply hardly", shown.err)
+
+    talk(monkeypatch, ["/teach w3", "w4"])
+    assert chat(saved, output, "--lora", "0") == 0
+    shown = capsys.readouterr()
+    assert "goes on after 2 messages (/new begins another); the last ones:]\n" in shown.err
+    assert f"[you > w1 w2]\n[model > {again}]" in shown.err
+    compared = re.search(r"before > (.*)\]\n\[after  > (.*)\]", shown.err)
+    assert compared[1] == again != compared[2]
+    assert len(said_in(output)) == 7 and rows_of(output)[0]["completion"]["content"] == again
+
+    talk(monkeypatch, ["/new", "w5", "/undo"])  # of another conversation: this one stays
+    assert chat(saved, tmp_path / "chat", "--lora", "0") == 0
+    assert said_in(output)[:2] == ["w9", "w5"] and rows_of(output) == []
+    talk(monkeypatch, ["/teach w6", "w7", "/undo"])
+    before = said_in(output)
+    assert chat(saved, output, "--lora", "0") == 0
+    assert said_in(output) == before and "(4 messages)" in capsys.readouterr().err
+
+    (output / "conversation.json").write_text("{")
+    assert chat(saved, output, "--lora", "0") == 1
+    assert f"{output / 'conversation.json'} holds no conversation" in capsys.readouterr().err
+
+
+def test_chat_at_a_terminal(saved, tmp_path, monkeypatch, capsys):
+    """Keys go in, a paste is one message, Ctrl-C drops what is typed, the answer is streamed."""
+    pytest.importorskip("prompt_toolkit")
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    monkeypatch.setattr(terminal, "is_terminal", lambda: True)
+    monkeypatch.setattr(screen, "is_terminal", lambda: True)
+    output = tmp_path / "chat"
+    with create_pipe_input() as keys, create_app_session(keys, DummyOutput()):
+        paste, begin_line, ctrl_c = "\x1b[200~w1\nw2\x1b[201~\r", "\x1b\r", "\x03"
+        lines = [paste, f"/teach w3{begin_line}w4\r", f"w9{ctrl_c}w5\r", ctrl_c, "/teech x\r", "\x04"]
+        typed = iter(lines)
+        read = terminal.MessageReader.read
+        monkeypatch.setattr(terminal.MessageReader, "read", lambda *a: keys.send_text(next(typed)) or read(*a))
+        assert chat(saved, output, "--lora", "0") == 0
+    users = [m["content"] for m in json.loads((output / "conversation.json").read_text())["messages"][::2]]
+    assert users == ["w1\nw2", "w3\nw4", "w5"]
+    assert followups(output) == ["w3\nw4"]
+    shown = capsys.readouterr().out
+    assert shown.count("model > ") == 3 and shown.count("after  > ") == 1
+    assert "Ctrl-D or /quit ends the chat" in shown and "did you mean /teach?" in shown
 
 
 def test_chat_learns_from_every_message_on_request(saved, tmp_path, monkeypatch):
@@ -358,7 +429,8 @@ import importlib.util, sys
 spec = importlib.util.spec_from_file_location("terminal", sys.argv[1])
 terminal = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(terminal)
-while (text := terminal.read_message("you > ")) is not None:
+reader = terminal.MessageReader()
+while (text := reader.read("you > ")) is not None:
     print(f"read {text!r}", flush=True)
 """
 
@@ -390,8 +462,13 @@ def test_a_paste_is_one_message():
         type_and_wait(b"", "you > ")
         type_and_wait(b"w1\r", "read 'w1'", "you > ")
         type_and_wait(b"\x1b[200~w2 w3\nw4\n/undo\x1b[201~\r", r"read 'w2 w3\nw4\n/undo'", "you > ")
-        type_and_wait(b"w5\nw6\nw7\n", r"read 'w5\nw6\nw7'", "you > ")
-        type_and_wait(b"w8\nw9", "w9")  # the last line waits for Enter
+        type_and_wait(b"w5\nw6\nw7\n", "w7")
+        time.sleep(2 * terminal.PASTE_SECONDS)
+        type_and_wait(b"\r", r"read 'w5\nw6\nw7\n'", "you > ")
+        type_and_wait(b"w8\nw9", "w9")
+        time.sleep(2 * terminal.PASTE_SECONDS)
+        type_and_wait(b"\r", r"read 'w8\nw9'", "you > ")
+        type_and_wait(b"\x1b[A", "w9")  # the arrow brings the last message back
         type_and_wait(b"\r", r"read 'w8\nw9'", "you > ")
         os.write(master, b"\x04")
         assert process.wait(60) == 0
@@ -409,7 +486,20 @@ def learner(lab, folder, **changes):
 def step(one, followup="w9"):
     messages = [{"role": "user", "content": "w1 w2"}]
     _, answer = one.answer(messages)
-    return one.learn(messages, answer, followup)
+    return one.learn(messages, answer.completion_ids, followup)
+
+
+def test_a_restarted_chat_takes_the_learning_rate_that_it_is_given(lab, tmp_path):
+    """Not the one in its checkpoint: one step at another rate moves the weights by another amount."""
+    step(learner(lab, tmp_path / "a"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    moved = []
+    for folder, rate in (("a", 1e-2), ("b", 1e-4)):
+        one = learner(lab, tmp_path / folder, learning_rate=rate)
+        before = weights(one.model)
+        step(one)
+        moved.append(max(float((value - before[name]).abs().max()) for name, value in weights(one.model).items()))
+    assert moved[0] > 20 * moved[1] > 0
 
 
 @pytest.mark.parametrize("teacher", ["live", "ema", "frozen"])

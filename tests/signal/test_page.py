@@ -15,6 +15,8 @@ import pytest
 from fastsdpo.data import Interaction
 from fastsdpo.signal import compute_signal, render_html
 from fastsdpo.signal.palette import level, signed, tint
+from fastsdpo.signal.tokens import visible
+from fastsdpo.signal.words import times
 
 ATTACK = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -28,7 +30,7 @@ def attacked(model, tokenizer):
     prompt = [(ATTACK, ATTACK), ("assistant", ATTACK), ("user", "What?" + ATTACK)]
     interaction = Interaction(
         [{"role": role, "content": content} for role, content in prompt],
-        "the answer " + ATTACK + "\n\n\tمرحبا 🎉 \u202e",
+        "the answer " + ATTACK + "\n\n\tمرحبا 🎉 \u202e\n```\nx = 1\n```",
         "followup " + ATTACK,
         id=ATTACK,
     )
@@ -99,7 +101,19 @@ def test_table_holds_every_number(attacked):
 
 def test_one_panel_without_comparison(attacked):
     page = render_html(dataclasses.replace(attacked, unrelated=None))
-    assert page.count('class="panel"') == 1 and "Unrelated follow-up" not in page
+    assert page.count('class="panel"') == 1 and "unrelated" not in page.lower()
+
+
+def test_the_order_is_that_of_the_talk(attacked):
+    headings = re.findall(r"<h[123][^>]*>([^<]*)</h", render_html(attacked))
+    assert headings[:6] == [
+        "What a reply tells the model about its answer",
+        "The user's prompt",
+        "The model's answer, tinted by the reply",
+        "The user's reply",
+        "For comparison: tinted by an unrelated reply",
+        "An unrelated reply",
+    ]
 
 
 # In a browser. What a reader does is done by a script of the test, which the page's policy is told of.
@@ -112,16 +126,22 @@ const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("k
 const found = {title: document.title};
 found.tints = [0, 1].map((panel) => [...Array(40).keys()].map((index) => shade(panel, index)));
 found.page = getComputedStyle(document.body).backgroundColor;
-token(1, 5).dispatchEvent(new MouseEvent("mouseover", {bubbles: true}));
-found.readout = document.getElementById("readout").textContent;
-found.marked = document.querySelectorAll(".t.on").length;
+const readout = document.getElementById("readout");
+found.read = ["mouseover", "click"].map((event) => {
+  token(1, 5).dispatchEvent(new MouseEvent(event, {bubbles: true}));
+  const said = [readout.innerText, document.querySelectorAll(".t.on").length];
+  document.body.click();
+  return [...said, getComputedStyle(readout).display];
+});
+const fonts = (selector) => getComputedStyle(document.querySelector(selector)).fontFamily;
+found.fonts = [fonts(".t"), fonts(".t.code")];
 token(0, 0).focus();
 found.focused = ["ArrowLeft", "ArrowRight", "ArrowRight", "ArrowLeft", "End", "Home"].map((key) => {
   press(key);
   return document.activeElement.dataset.group;
 });
-found.tip = getComputedStyle(document.activeElement, "::after").content;
 found.stops = document.querySelectorAll('.t[tabindex="0"]').length;
+document.querySelectorAll("details").forEach((details) => { details.open = true; });
 document.body.style.width = "360px";  // a phone's
 found.width = document.body.scrollWidth;
 document.title = JSON.stringify(found);
@@ -154,7 +174,7 @@ def test_a_reader_in_a_browser(attacked, tmp_path, scheme):
     elements = Elements(left)
     assert elements.count("script") == 2 and not elements.count("img", "svg")
     found = json.loads(elements.inside["title"])
-    assert found["title"] == "Token-level signal"
+    assert found["title"] == "What a reply tells the model about its answer"
 
     def color(step):
         return "rgb({}, {}, {})".format(*tint(step, scheme)[0])
@@ -166,10 +186,12 @@ def test_a_reader_in_a_browser(attacked, tmp_path, scheme):
     assert found["width"] <= 360
 
     real, unrelated = (attacked.groups[5].value(signal.log_ratio) for _, signal in attacked.followups)
-    assert f"Real follow-up: {signed(real, 3)}" in found["readout"]
-    assert f"Unrelated follow-up: {signed(unrelated, 3)}" in found["readout"]
-    assert found["marked"] == 2
+    text = " ".join(visible(attacked.groups[5].text).split())
+    said = f"After the reply, “{text}”: {times(real)} ({signed(real)} nats)\n"
+    said += f"After the unrelated one, “{text}”: {times(unrelated)} ({signed(unrelated)} nats)"
+    assert [" ".join(read[0].split()) for read in found["read"]] == [" ".join(said.split())] * 2
+    assert [read[1:] for read in found["read"]] == [[2, "none"]] * 2  # a tap elsewhere ends it
+    assert found["fonts"][0].startswith("system-ui") and found["fonts"][1].startswith("ui-monospace")
     # Tab passes each answer in one step; the keys move through it and stop at its ends.
     assert found["focused"] == ["0", "1", "2", "1", str(len(attacked.groups) - 1), "0"]
     assert found["stops"] == 2
-    assert found["tip"] == f'"{signed(attacked.groups[0].value(attacked.real.log_ratio))}"'

@@ -26,9 +26,10 @@ from fastsdpo.signal import (
     compute_signal,
     render_terminal,
 )
-from fastsdpo.signal.palette import LEVELS, THEMES, contrast, level, signed, tint, tint_limit
+from fastsdpo.signal.palette import LEVELS, SCALE, THEMES, contrast, level, signed, tint
 from fastsdpo.signal.terminal import terminal_theme
 from fastsdpo.signal.tokens import group_tokens, visible
+from fastsdpo.signal.words import comparison, times, verdict
 from fastsdpo.testing import package_file
 
 INTERACTION = Interaction(
@@ -125,7 +126,11 @@ def test_choose_unrelated():
     mine = interaction("o", "c1")
     others = [interaction("same conversation", "c1"), interaction("o ", "c2"), interaction("found", "c2")]
     assert choose_unrelated(others, mine) == "found"
-    assert choose_unrelated(others[:2], mine) == NEUTRAL_FOLLOWUP
+    assert choose_unrelated([interaction("x" * 900, "c3"), *others, interaction("ok", "c2")], mine) == "ok"
+    # Where there is none, a built-in one of similar length.
+    assert len(choose_unrelated(others[:2], mine)) < 30
+    assert choose_unrelated([], interaction("o" * 70)) == NEUTRAL_FOLLOWUP
+    assert len(choose_unrelated([], interaction("o" * 900))) > 150
     # Without ids, conversations are told apart by how they start.
     assert choose_unrelated([interaction("p"), interaction("q", prompt="b")], interaction("o")) == "q"
 
@@ -226,11 +231,30 @@ def test_text_reads_on_every_tint(theme):
 
 def test_scale():
     assert level(0.0, 2.0) == 0 and level(2.0, 2.0) == LEVELS and level(-99.0, 2.0) == -LEVELS
-    assert level(1.0, 2.0) == -level(-1.0, 2.0) == LEVELS // 2
-    assert tint_limit([]) == tint_limit([0.01, -0.02]) == 0.5
-    assert tint_limit([1.234] * 99 + [50.0]) == 1.3  # one outlier does not fade all others
-    assert tint_limit([2.0] * 10) == 2.0
+    assert level(0.5, 2.0) == -level(-0.5, 2.0) == LEVELS // 2
     assert [signed(v) for v in (0.534, -1.2, 0.001, -0.001, None)] == ["+0.53", "−1.20", "0.00", "0.00", "—"]
+
+
+def test_words(result):
+    assert [times(value) for value in (0.0, 2.0, -2.5, 99.0)] == [
+        "as likely as before",
+        "7.4 times more likely",
+        "12 times less likely",
+        "over 10,000 times more likely",
+    ]
+    real, unrelated = (dataclasses.replace(result.real, log_ratio=[v] * len(result.token_ids)) for v in (-2.0, 1.0))
+    made = dataclasses.replace(result, real=real, unrelated=unrelated)
+    assert re.fullmatch(
+        r"Knowing the reply, the model would be less likely to give this answer, and “.+” is [\d.]+ times less likely "
+        r"\(after an unrelated reply: [\d.]+ times more likely\)\.",
+        verdict(made),
+    )
+    assert "2.0 times as much as an unrelated one" in comparison(made)
+    swapped = dataclasses.replace(made, real=unrelated, unrelated=real)
+    assert "an unrelated reply moves the model 2.0 times as much" in comparison(swapped)
+    still = dataclasses.replace(real, log_ratio=[0.0] * len(result.token_ids))
+    assert verdict(dataclasses.replace(made, real=still)) == "The reply hardly changes what the model would say."
+    assert comparison(dataclasses.replace(made, unrelated=None)) == ""
 
 
 # Terminal
@@ -258,8 +282,7 @@ def test_terminal_without_colour(result):
     text = render_terminal(result, colors=0)
     assert "\x1b" not in text
     assert "Shorter, please." in text and "What is 27*4?" in text
-    limit = tint_limit(g.value(s.log_ratio) for _, s in result.followups for g in result.groups)
-    strong = [g for g in result.groups if abs(g.value(result.real.log_ratio)) >= limit / 4 and g.text.isalpha()]
+    strong = [g for g in result.groups if abs(g.value(result.real.log_ratio)) >= SCALE / 4 and g.text.isalpha()]
     assert strong
     for group in strong:
         assert f"[{group.text} {signed(group.value(result.real.log_ratio))}]" in text
@@ -347,7 +370,7 @@ def test_command_reads_interaction_rows_from_standard_input(capsys, folder, monk
     path = tmp_path / "out.json"
     code, out, _ = run(capsys, "-", "--model", folder, "--index", 1, "--json", path, "--color", "always")
     assert code == 0 and "\x1b[48;" in out
-    assert json.loads(path.read_text())["unrelated"]["followup"] == NEUTRAL_FOLLOWUP
+    assert json.loads(path.read_text())["unrelated"]["followup"] == "What time is it in Tokyo?"
 
 
 def test_command_on_texts(capsys, folder):
@@ -405,7 +428,7 @@ LACKING = "xpu" if torch.cuda.is_available() else "cuda"
         (["{source}", "--index", 9], "no interaction with index 9 among the 3 there"),
         (["{source}", "--id", "nine"], "no interaction with id 'nine' among the 3 there"),
         (["/no/such.json"], "no such file: /no/such.json"),
-        (["{source}", "--template", "x"], "name must be one of offline-v1"),
+        (["{source}", "--template", "x"], "--template must be one of offline-v1"),
         (["{source}", "--unrelated", " "], "followup must be text that is not blank"),
         (["{source}", "--dtype", "int8"], "dtype must be auto, float32"),
         (["{source}", "--device", "toaster"], "device must be one that this PyTorch can use"),

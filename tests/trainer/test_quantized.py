@@ -113,6 +113,6 @@ def test_online_and_chat(place, dequantized, tmp_path, monkeypatch, capsys, comm
         assert (tmp_path / "out" / "model" / "adapter_config.json").exists()
         return
     lines = iter(["w1 w2", "/teach w3 w4", f"/save {tmp_path / 'saved'}", None])
-    monkeypatch.setattr(chat, "read_message", lambda prompt: next(lines))
+    monkeypatch.setattr(chat.MessageReader, "read", lambda self, question: next(lines))
     assert chat.main(common) == 0
     assert (tmp_path / "saved" / "adapter_config.json").exists()
