@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -147,7 +147,7 @@ def model_source(options: argparse.Namespace) -> dict[str, Any]:
     return {"name": options.model, **{name: getattr(options, name) for name in names}}
 
 
-def add_setting_options(parser: argparse.ArgumentParser, presets: Iterable[str]) -> None:
+def add_setting_options(parser: argparse.ArgumentParser, presets: Collection[str]) -> None:
     """Flags named as the fields of `SDPOConfig` that they set; read by `read_config`."""
     _add_method(parser.add_argument_group("method"), presets)
     text = parser.add_argument_group("text")
@@ -193,13 +193,14 @@ def add_setting_options(parser: argparse.ArgumentParser, presets: Iterable[str])
     )
 
 
-def _add_method(method: argparse._ArgumentGroup, presets: Iterable[str]) -> None:
+def _add_method(method: argparse._ArgumentGroup, presets: Collection[str]) -> None:
     method.add_argument(
         "--preset",
         default="exact",
         choices=list(presets),
         help="exact (default): reverse KL, summed over the whole vocabulary; paper: "
-        "the published recipe, which is another objective (docs/objectives.md)",
+        "the published recipe, which is another objective (docs/objectives.md)"
+        + ("; personal: ours for one user's wish (docs/online.md)" if "personal" in presets else ""),
     )
     method.add_argument(
         "--mode",
