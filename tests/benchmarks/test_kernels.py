@@ -143,7 +143,8 @@ def traffic(*arguments):
     return {(cell["loss"], cell["by"]): cell for cell in json.loads(said.strip().splitlines()[-1])}
 
 
-@pytest.mark.parametrize("vocabulary", [pytest.param(50257, marks=pytest.mark.slow), 32001])
+@pytest.mark.parametrize("vocabulary", [50257, 32001])
+@pytest.mark.slow
 def test_kernels_move_what_the_cost_model_says(vocabulary):
     others = vocabulary == 32001 and all(importlib.util.find_spec(name) for name in ("trl", "liger_kernel"))
     found = traffic("--vocabulary", str(vocabulary), *([] if others else ["--ours"]))

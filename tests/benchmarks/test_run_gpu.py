@@ -56,6 +56,7 @@ def read(output):
     return json.loads(files[0].read_text("utf-8")) if files else None
 
 
+@pytest.mark.slow
 def test_the_whole_rehearsal(box, tmp_path):
     run = rehearse(box, tmp_path)
     while run.poll() is None:

@@ -63,7 +63,7 @@ NO_COMPILER = ["--without", "torch.compile", "Liger compiled", "CCE"]
         ("memory", []),
         ("trl", []),
         pytest.param("integrations", [], marks=SLOW),
-        ("data", ["--source", "{source}"]),
+        pytest.param("data", ["--source", "{source}"], marks=SLOW),
         pytest.param("processes", [], marks=SLOW),
     ],
 )

@@ -51,7 +51,8 @@ def over(found, limits):
     return {name: found[name] for name, most in limits.items() if found[name] > most}
 
 
-@pytest.mark.parametrize("part", ["offline", pytest.param("online", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["offline", "online"])
 def test_training_takes_no_more_memory_with_every_step(part, results, tmp_path):
     settings = {"folder": str(tmp_path), "period": 2, "steps": 18}
     if LONG:
