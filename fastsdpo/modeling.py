@@ -93,7 +93,7 @@ def load_model_and_tokenizer(
         if local and (Path(place) / "adapter_config.json").exists():
             raise ValueError(
                 f"load_model_and_tokenizer: {adapter.says} must be a whole model, but {place} is an "
-                "adapter too; merge that into its own base model (merge_and_unload of PEFT)"
+                "adapter too; merge that into its own base model (fastsdpo merge)"
             )
     if quantize is not None and gguf_file is not None:
         raise ValueError(f"load_model_and_tokenizer: quantize must be left out for a GGUF file, got {quantize!r}")

@@ -30,26 +30,6 @@ if TYPE_CHECKING:
     from fastsdpo.trainer import SDPOTrainer
 
 
-def add_forecast_options(group: argparse._ArgumentGroup) -> None:
-    """The machine that a dry run forecasts."""
-    group.add_argument(
-        "--card", default=None, metavar="SIZE", help="memory of each GPU, such as 80GB (default: of this machine's)"
-    )
-    group.add_argument(
-        "--processes",
-        type=int,
-        default=None,
-        metavar="N",
-        help="that train together, one to a GPU (default: as started)",
-    )
-    group.add_argument(
-        "--strategy",
-        choices=("ddp", "fsdp"),
-        default=None,
-        help="ddp: each process holds all; fsdp: weights, gradients and states in shards (default: as started)",
-    )
-
-
 def check_options(options: argparse.Namespace) -> None:
     """Raises ValueError for options of a dry run that are unusable, or given without one."""
     if options.card is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastsdpo.commands.options import DONE, add_model_source_options, model_source, run_command
+from fastsdpo.commands.parser import Parser
 from fastsdpo.data import HindsightTemplate, Interaction, extract_interactions, load_conversations
 from fastsdpo.data.templates import PRESETS
 from fastsdpo.signal.compute import NEUTRAL_FOLLOWUP, SignalResult, choose_unrelated, compute_signal
@@ -39,38 +40,37 @@ exit status: 0; 1 for input, a model or a file that cannot be used; 2 for wrong 
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastsdpo signal",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def build_parser() -> Parser:
+    parser = Parser("signal", DESCRIPTION, epilog=EXAMPLES)
     _add_source(parser.add_argument_group("what to look at"))
+    parser.add_config_option()
 
     method = parser.add_argument_group("method")
     method.add_argument(
         "--template",
         default="note",
         metavar="NAME|TEXT",
-        help=f"hindsight template: {', '.join(PRESETS)}, or a text with {{o}} (default note)",
+        help=f"hindsight template: {', '.join(PRESETS)}, or a text with {{o}}",
     )
-    method.add_argument("--temperature", type=float, default=1.0)
-    method.add_argument("--max-prompt-length", type=int, default=2048, metavar="TOKENS")
-    method.add_argument("--max-completion-length", type=int, default=2048, metavar="TOKENS")
+    method.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
+    method.add_argument(
+        "--max-prompt-length", type=int, default=2048, metavar="TOKENS", help="most tokens of the history"
+    )
+    method.add_argument(
+        "--max-completion-length", type=int, default=2048, metavar="TOKENS", help="most tokens of the answer"
+    )
     method.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer that the model writes")
     method.add_argument("--seed", type=int, default=0, help="of an answer that the model writes")
 
     model = parser.add_argument_group("model")
     add_model_source_options(model)
-    model.add_argument("--device", help="cpu, cuda, cuda:1, ...")
 
     output = parser.add_argument_group("output")
     output.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained page")
     output.add_argument("--json", metavar="FILE", type=Path, help="write all numbers")
     output.add_argument("--values", action="store_true", help="print the numbers of every token")
     output.add_argument("--scale", type=float, metavar="NATS", help="log-ratio at which colours saturate")
-    output.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="(default auto)")
+    output.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="of the output")
     output.add_argument(
         "--theme",
         choices=["auto", "light", "dark"],
@@ -88,9 +88,11 @@ def _add_source(source: argparse._ArgumentGroup) -> None:
         help="conversations or interactions, in any layout that `fastsdpo prepare` reads; "
         "'-' reads JSON or JSON Lines from standard input",
     )
-    source.add_argument("--index", type=int, help="number of the interaction in the source, from 0 (default 0)")
+    source.add_argument("--index", type=int, help="number of the interaction in the source, from 0 (default: 0)")
     source.add_argument("--id", help="id of the interaction, or of a conversation (its first interaction)")
-    source.add_argument("--max-history-messages", type=int, metavar="N")
+    source.add_argument(
+        "--max-history-messages", type=int, metavar="N", help="the last N messages of the history (default: all)"
+    )
     source.add_argument("--prompt", metavar="TEXT", help="a user's message, instead of a source")
     source.add_argument("--system", metavar="TEXT", help="a system message before --prompt")
     source.add_argument(
@@ -113,10 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     _check_options(parser, options)
-    return run_command("signal", signal, options)
+    return run_command(parser, signal, options)
 
 
-def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def _check_options(parser: Parser, options: argparse.Namespace) -> None:
     if (options.source is None) == (options.prompt is None):
         parser.error("give either a source or --prompt")
     if options.prompt is not None and options.followup is None:

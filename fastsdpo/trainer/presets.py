@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import TrainingArguments
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 # The published offline recipe of https://arxiv.org/abs/2603.12273. Its 8-bit AdamW on bfloat16 weights
 # is not set here: it needs bitsandbytes, and most of its steps are rounded away (see lost_steps). The
@@ -45,6 +45,8 @@ def with_preset(preset: dict[str, Any], settings: dict[str, Any], *, bf16: bool 
     if {"per_device_train_batch_size", "gradient_accumulation_steps"} & settings.keys():
         chosen.pop("global_batch_size", None)
     if bf16:
+        import torch  # not above: the commands show the presets' names without it
+
         chosen["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return {**chosen, **settings}
 

@@ -100,23 +100,23 @@ MISSING = next(name for name in INTEGRATION_TO_CALLBACK if name not in get_avail
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--alpha 1.5", r"alpha must be in \[0, 1\], got 1.5"),
-        ("--topk 5", "topk must be given with mode='topk', and only there, got 5"),
-        ("--mode topk", "topk must be given with mode='topk', and only there, got None"),
-        ("--mode sampled_token --alpha 0", "alpha must be 1 with mode='sampled_token', got 0"),
+        ("--alpha 1.5", r"--alpha must be in \[0, 1\], got 1.5"),
+        ("--topk 5", "--topk must be given with --mode topk, and only there, got 5"),
+        ("--mode topk", "--topk must be given with --mode topk, and only there, got None"),
+        ("--mode sampled_token --alpha 0", "--alpha must be 1 with --mode sampled_token, got 0"),
         ("--set nonsense=1", "--set must be NAME=VALUE with a field of SDPOConfig, got 'nonsense=1'"),
         ("--set teacher", "--set must be NAME=VALUE with a field of SDPOConfig, got 'teacher'"),
-        ("--set teacher=other", "teacher must be one of live, ema, frozen, trust_region, got 'other'"),
-        ("--ema-rate 0", r"ema_rate must be in \(0, 1\], got 0"),
-        ("--reference-kl -1", "reference_kl must be >= 0, got -1"),
-        ("--ignore-first-k -1", "ignore_first_k must be >= 0, got -1"),
-        ("--max-tokens-per-pack 0", "max_tokens_per_pack must be at least 1 or None, got 0"),
+        ("--set teacher=other", "--teacher must be one of live, ema, frozen, trust_region, got 'other'"),
+        ("--ema-rate 0", r"--ema-rate must be in \(0, 1\], got 0"),
+        ("--reference-kl -1", "--reference-kl must be >= 0, got -1"),
+        ("--ignore-first-k -1", "--ignore-first-k must be >= 0, got -1"),
+        ("--max-tokens-per-pack 0", "--max-tokens-per-pack must be at least 1 or None, got 0"),
         (f"--report-to {MISSING}", f"--report-to {MISSING}: .*[Ii]nstall"),
         (f"--set report_to={MISSING}", f"--report-to {MISSING}: .*[Ii]nstall"),
         ("--report-to nobody", "--report-to must be of azure_ml, .*, got 'nobody'"),
-        ("--template nosuch", "name must be one of offline-v1, .*got 'nosuch'"),
+        ("--template nosuch", "--template must be one of offline-v1, .*got 'nosuch'"),
         ("--eval-data nosuch.jsonl", "no such file: nosuch.jsonl"),
-        ("", "no such file or folder: /nowhere/model"),
+        ("", "--model: no such file or folder: /nowhere/model"),
     ],
 )
 def test_mistakes_are_said_before_a_model_is_loaded(place, tmp_path, capsys, more, message):
@@ -157,9 +157,7 @@ def test_a_damaged_model_is_one_sentence(place, tmp_path, capsys, monkeypatch):
     weights.write_bytes(weights.read_bytes()[:3000])
     command = arguments(place, tmp_path / "out", "--model", str(tmp_path / "model"))
     assert main(command) == 1
-    assert re.search(
-        "^fastsdpo train: .* the model in folder .* cannot be read", capsys.readouterr().err, re.MULTILINE
-    )
+    assert re.search("^fastsdpo train: the model in folder .* cannot be read", capsys.readouterr().err, re.MULTILINE)
     monkeypatch.setenv("FASTSDPO_TRACEBACK", "1")
     with pytest.raises(OSError, match="cannot be read"):
         main(command)
