@@ -106,6 +106,7 @@ def build_parser() -> Parser:
 ANSWERS = {
     "num_generations": "N",
     "max_new_tokens": "TOKENS",
+    "eval_max_new_tokens": "TOKENS",
     "sampling_temperature": "T",
     "generation_batch_size": "N",
     "generation_url": "URL",
@@ -197,9 +198,10 @@ def measure_headroom(
     if not new and path.exists():
         return json.loads(path.read_text("utf-8"))
     said = {"wish in the prompt": user.wishes, "unrelated remark in the prompt": UNRELATED[0]}
-    found = {name: trainer.evaluate_told(text) for name, text in said.items()}
-    for name, metrics in found.items():
-        say(f"{name}: {summary(metrics, 'eval_')}")
+    found = {}
+    for name, text in said.items():
+        found[name] = trainer.evaluate_told(text)
+        say(f"{name}: {summary(found[name], 'eval_')}")
     if trainer.is_world_process_zero():
         write_report(path, found)
     return found
