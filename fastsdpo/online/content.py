@@ -76,7 +76,7 @@ def perplexity(model: Any, tokenizer: Any, conversations: list[list[dict]], *, m
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :max_tokens]
         ids = ids.to(model.get_input_embeddings().weight.device)
-        logps = token_logps(model(input_ids=ids).logits[:, :-1], ids[:, 1:])
+        logps: Any = token_logps(model(input_ids=ids).logits[:, :-1], ids[:, 1:])
         total, count = total - float(logps.double().sum()), count + logps.numel()
     model.train(training)
     return float(torch.tensor(total / count).exp())
