@@ -129,6 +129,7 @@ def recorded_control() -> tuple[str, tuple[dict[str, float], float | None]] | No
 def part_one(folder: Path, base: Path, conversations: Path, options: argparse.Namespace) -> list[str]:
     """Learning from complaints, and the table; what failed."""
     data = read_data(conversations)
+    data = data._replace(test=data.test[: options.questions])
     (folder / "prompts.txt").write_text("\n".join(data.train) + "\n", "utf-8")
     (folder / "held_out.txt").write_text("\n".join(data.test) + "\n", "utf-8")
     found = learn(folder, base, "run", options, "--headroom")
@@ -196,6 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", default="demo_output", metavar="FOLDER")
     parser.add_argument("--steps", type=int, default=6, help="rounds of 16 questions (default: 6)")
+    parser.add_argument("--questions", type=int, default=48, help="held-out questions (default: 48)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--control", action="store_true", help="train the control here too: half as long again")
     options = parser.parse_args(argv)

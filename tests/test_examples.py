@@ -75,7 +75,7 @@ def demo(folder, tmp_path):
 def test_demo(demo, capsys):
     """All of it; the tiny model learns nothing, so the exit status is 1, and says why."""
     example, out = demo
-    assert example.main(["--output", str(out), "--steps", "1"]) == 1
+    assert example.main(["--output", str(out), "--steps", "1", "--questions", "6"]) == 1
     shown = capsys.readouterr()
     assert "failed: satisfied did not rise by two standard errors" in shown.err
     report = json.loads((out / "run" / "report.json").read_text())
