@@ -41,11 +41,11 @@ RULES, WISH = WISHES["short"]
 # Short logged conversations, so that a minute is enough for a few steps.
 PREPARE = (
     "--limit 4000 --max-user-chars 400 --max-assistant-chars 600 --max-history-messages 1 "
-    "--max-conversations 80 --eval-fraction 0.15 --overwrite"
+    "--max-conversations 40 --eval-fraction 0.15 --overwrite"
 )
 TRAIN = (
     "--lora 16 --template note --learning-rate 1e-4 --batch-size 8 --max-prompt-length 96 --max-completion-length 48 "
-    "--max-followup-length 48 --logging-steps 1 --eval-steps 1000 --seed 1 --set teacher_check=0 --overwrite"
+    "--max-followup-length 48 --logging-steps 1 --seed 1 --set teacher_check=0 --overwrite"
 )
 # Each follow-up says what is wrong with its answer.
 CORRECTIONS = (
@@ -94,8 +94,7 @@ class Answers:
 def learn(folder: Path, base: Path, run: str, options: argparse.Namespace, *more: str) -> dict[str, Answers]:
     """One online run; the answers before, told and after, by their place in the table."""
     rules = [word for rule in RULES for word in ("--rule", rule)]
-    # Nothing is answered on the way: the answers of a slow machine would take minutes more.
-    steps = ("--max-steps", options.steps, "--seed", options.seed, "--eval-steps", 1000)
+    steps = ("--max-steps", options.steps, "--seed", options.seed)
     files = (folder / "prompts.txt", "--eval-prompts", folder / "held_out.txt")
     command(
         *("online", *files, "--model", base, "-o", folder / run, "--preset", "personal", *rules, "--wish", WISH),
