@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         "  your user  fastsdpo online prompts.txt --model MODEL -o runs/mine --preset personal --rule ... --headroom"
     )
-    print("  evidence   docs/online.md: three seeds, the paper's method, controls, and what fails")
+    print("  evidence   docs/online.md: the experiment, its controls, and what fails")
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"took {(time.monotonic() - start) / 60:.1f} minutes; {folder} holds {size / 1e6:.0f} MB")
     for text in failed:
