@@ -42,21 +42,24 @@ def without_seconds(path):
     return [{**row, "seconds": None, "run": None} for row in harness.read(path)]
 
 
-def test_an_interrupted_run_goes_on_to_the_same_row(lab_of, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("moment", ["in a round", "after the last round"])
+def test_an_interrupted_run_goes_on_to_the_same_row(moment, lab_of, tmp_path, monkeypatch, capsys):
     whole, cut = lab_of(tmp_path / "whole"), lab_of(tmp_path / "cut")
     whole.measure_run("personal", 1)
-    asked = experiment.RuleUser.feedback
+    # The user is asked in the rounds, and satisfied in the last answers too.
+    name = "feedback" if moment == "in a round" else "satisfied"
+    asked = getattr(experiment.RuleUser, name)
+    checkpoint = "checkpoint-1" if moment == "in a round" else "checkpoint-2"
 
     def killed(user, prompts, responses):
-        if (cut.work / "personal-1" / "checkpoint-1").exists():
+        if (cut.work / "personal-1" / checkpoint).exists():
             raise RuntimeError("killed")
         return asked(user, prompts, responses)
 
-    monkeypatch.setattr(experiment.RuleUser, "feedback", killed)
-    with pytest.raises(RuntimeError, match="killed"):
-        cut.measure_run("personal", 1)
-    monkeypatch.undo()
-    monkeypatch.setattr(experiment, "INTERACTIONS", 2 * experiment.STEP)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.RuleUser, name, killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            cut.measure_run("personal", 1)
     cut.measure_run("personal", 1)
     assert without_seconds(cut.results) == without_seconds(whole.results)
     said = capsys.readouterr().out
