@@ -117,10 +117,9 @@ def recorded_control() -> tuple[str, tuple[dict[str, float], float | None]] | No
     for file in sorted(harness.RESULTS.glob("personalization_*.json")):
         rows = harness.read(file)
         found = [row for row in rows if row["case"].get("condition") == "control"]
-        before = [row["perplexity"] for row in rows if row["case"] == {"condition": "before", "wish": "short"}]
-        if found and before:
+        if found:
             values = {name: mean([row["after"][name] for row in found]) for name in COUNTS}
-            change = mean([row["perplexity"] for row in found]) / before[0] - 1
+            change = mean([row["perplexity_change"] for row in found])
             return f"control (not run here: {file.name}, seeds: {len(found)})", (values, change)
     return None
 

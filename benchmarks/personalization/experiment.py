@@ -232,6 +232,11 @@ class Experiment:
     def done(self) -> list[dict[str, Any]]:
         return [row["case"] for row in harness.read(self.results)] if self.results.exists() else []
 
+    def row(self, condition: str, wish: str) -> dict[str, Any]:
+        """What was measured without training."""
+        rows = harness.read(self.results)
+        return next(row for row in rows if row["case"] == {"condition": condition, "wish": wish})
+
     def keep(self, row: dict[str, Any]) -> None:
         harness.record(self.results, [row], self.run)
 
@@ -268,6 +273,7 @@ class Experiment:
         for wish in wishes:
             row[f"after, {wish}" if len(wishes) > 1 else "after"] = measured(wish, self.data.test, answers)
         row["perplexity"] = perplexity(trainer.model, trainer.processing_class, self.data.ordinary)
+        row["perplexity_change"] = row["perplexity"] / self.row("before", condition.wish)["perplexity"] - 1
         for key in ("satisfaction", "followups", "degenerate", "response_length"):
             row[f"{key} by round"] = [log[f"online/{key}"] for log in history]
         row["loss by round"] = [log["loss"] for log in history if "loss" in log]

@@ -36,14 +36,13 @@ def tables(rows: list[Row]) -> list[str]:
     for wish in dict.fromkeys(wish for _, wish in base):
         lines += [f"\n{wish}:\n", "| | " + " | ".join([*COUNTS.values(), "perplexity"]) + " |", "| --- " * 9 + "|"]
         lines += [line(name, [row], []) for (name, other), row in base.items() if other == wish]
-        first = base["before", wish]["perplexity"]
         for name, condition in CONDITIONS.items():
             if wish not in (condition.wish, condition.then):
                 continue
             key = "after" if condition.then is None else f"after, {wish}"
             found = [row for row in runs if row["case"]["condition"] == name]
             if found:
-                changes = [row["perplexity"] / first - 1 for row in found]
+                changes = [row["perplexity_change"] for row in found]
                 lines.append(line(condition.about, [row[key] for row in found], changes))
     return lines
 
