@@ -72,16 +72,21 @@ def demo(folder, tmp_path):
     return example, out
 
 
-def test_demo(demo, capsys):
+def test_demo(demo, capsys, tmp_path, monkeypatch):
     """All of it; the tiny model learns nothing, so the exit status is 1, and says why."""
     example, out = demo
+    counted = {name: 0.25 for name in example.COUNTS}
+    row = {"case": {"condition": "control", "seed": 1}, "after": counted, "perplexity_change": 0.5, "run": {}}
+    example.harness.write(tmp_path / "personalization_here.json", [row])
+    monkeypatch.setattr(example.harness, "RESULTS", tmp_path)
     assert example.main(["--output", str(out), "--steps", "1", "--questions", "6"]) == 1
     shown = capsys.readouterr()
     assert "failed: satisfied did not rise by two standard errors" in shown.err
     report = json.loads((out / "run" / "report.json").read_text())
     assert report["steps"] == 1 and set(report["headroom"]) == {"wish in the prompt", "unrelated remark in the prompt"}
-    for row in ("before", "wish in the prompt", "unrelated note in the prompt", "after", "control"):
+    for row in ("before", "wish in the prompt", "unrelated note in the prompt", "after"):
         assert f"\n| {row}" in shown.out
+    assert "control (not run here: personalization_here.json, seeds: 1) | 25% | 0.2 |" in shown.out
     assert json.loads((out / "logged" / "report.json").read_text())["steps"] == 1
     assert (out / "signal_3.html").read_text().startswith("<!doctype html>")
 
