@@ -54,10 +54,13 @@ def _help(*command: str) -> str:
 
 def settings(name: str) -> str:
     """A table of what a configuration adds to the one that it extends: name, default, what it does."""
+    from transformers import TrainingArguments
+
     from fastsdpo import OnlineSDPOConfig, SDPOConfig
 
     config = {"SDPOConfig": SDPOConfig, "OnlineSDPOConfig": OnlineSDPOConfig}[name]
-    inherited = {field.name: field for field in dataclasses.fields(config.__mro__[1])}
+    extended = next(base for base in config.__mro__[1:] if base in (SDPOConfig, TrainingArguments))
+    inherited = {field.name: field for field in dataclasses.fields(extended)}
     rows = ["| setting | default | what it does |", "| --- | --- | --- |"]
     for field in dataclasses.fields(config):
         known = inherited.get(field.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -34,7 +35,10 @@ def main(argv: list[str] | None = None) -> int:
         needed, here = (".".join(map(str, version[:2])) for version in (PYTHON, sys.version_info))
         print(f"fastsdpo needs Python {needed} or newer; this is {here}", file=sys.stderr)
         return 2
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        if not sys.stderr.isatty():  # a bar of another package would be a line for each of its states
+            os.environ.setdefault("TQDM_DISABLE", "1")
     if not argv or argv[0] in ("-h", "--help", "help"):
         if argv[1:2] and argv[1] in COMMANDS:  # fastsdpo help train
             return main([argv[1], "--help"])

@@ -6,6 +6,7 @@ and fail with the same sentences.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 import os
@@ -309,8 +310,13 @@ def _find_on_hub(name: str) -> None:
         return  # the loader tries again
     except Exception as error:  # whatever the hub's HTTP library raises without a network
         why = f"the hub cannot be reached: {error}"
+    beside = Path(name).parent
+    there = [path.as_posix() for path in beside.iterdir()] if beside.is_dir() else []
+    close = difflib.get_close_matches(name, there, n=1)
+    meant = f"; did you mean the folder {close[0]!r}?" if close else ""
     raise OSError(
-        f"load_model_and_tokenizer: {name!r} is no local folder or file, and as a hub id it cannot be loaded: {why}"
+        f"load_model_and_tokenizer: {name!r} is no local folder or file, and as a hub id it cannot be loaded: "
+        f"{why}{meant}"
     )
 
 

@@ -37,9 +37,9 @@ class SDPOSettings:
     # The objective
     mode: str = setting(
         "full",
-        "full: a divergence over the whole vocabulary; topk: over the likeliest tokens; sampled_token: -A log p of "
-        "the answer's own tokens (the paper's runs), another objective and no estimate of full where follow-ups "
-        "depend on answers.",
+        "full: matches the hindsight policy, by a divergence over the whole vocabulary; topk: over the likeliest "
+        "tokens; sampled_token: own-answer hindsight, -A log p of the answer's tokens (the paper's runs), another "
+        "objective and no estimate of full where follow-ups depend on answers.",
         group="method",
         choices=("sampled_token", "full", "topk"),
     )
@@ -94,10 +94,19 @@ class SDPOSettings:
         8, "Interactions on which to compare real and unrelated follow-ups before training; 0: no check."
     )
 
+    measure_interactions: int = setting(
+        32, "Held-out interactions measured at each evaluation (docs/objectives.md); 0: none."
+    )
+    measure_answers: int = setting(
+        8, "Of their questions, how many the model answers itself before and after training; 0: none."
+    )
+    measure_tokens: int = setting(64, "Most tokens of these answers.")
+
     # Text to tokens
     template: str = setting(
-        "offline-v1",
-        "How the follow-up enters: the name of a template (offline-v1, online-v1, note, ...), or a text with {o}.",
+        "auto",
+        "How the follow-up enters: the name of a template (offline-v1, online-v1, note, ...), or a text with {o}. "
+        "auto: note for models below a billion weights, else online-v1.",
         group="text",
         metavar="NAME|TEXT",
     )

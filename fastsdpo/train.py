@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from fastsdpo.commands import options
-from fastsdpo.commands.forecast import held_out as held_out
+from fastsdpo.commands.paths import held_out as held_out
 from fastsdpo.commands.run import load as load
 from fastsdpo.commands.train import build_parser as build_parser
 from fastsdpo.commands.train import main as main

@@ -1,5 +1,6 @@
 """The package itself: what importing needs, what is where."""
 
+import json
 import os
 import re
 import subprocess
@@ -33,7 +34,7 @@ auto = fastsdpo.sdpo_loss(z, t, torch.arange(4), mode="full")
 assert out.loss > 0 and z.grad.abs().sum() > 0 and abs(float(auto.loss - out.loss)) < 1e-5
 
 GIVEN = {
-    "train": "data --model m -o o",
+    "train": "row.jsonl --model m -o o",
     "online": "",
     "chat": "",
     "eval": "",
@@ -46,8 +47,13 @@ runpy.run_module("fastsdpo", run_name="__main__")
 """
 
 
-def test_torch_is_enough_for_losses_and_commands_say_what_they_lack():
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", TORCH_ONLY], capture_output=True, text=True, cwd=ROOT)
+def test_torch_is_enough_for_losses_and_commands_say_what_they_lack(tmp_path):
+    message = {"role": "user", "content": "a"}
+    row = {"prompt": [message], "completion": {"role": "assistant", "content": "b"}, "user_response": message}
+    (tmp_path / "row.jsonl").write_text(json.dumps(row) + "\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-W", "ignore", "-c", TORCH_ONLY]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"fastsdpo {fastsdpo.__version__}\n"
     said = done.stderr.splitlines()

@@ -272,10 +272,9 @@ def _short(text: str, length: int = 40) -> str:
     return repr(line if len(line) <= length else line[: length - 3] + "...")
 
 
-# One interaction a step, and no end to the steps: a teacher that cannot drift with the student, the wording
-# that small models follow best, and answers that are read by a person, so drawn as the model's makers do.
+# One interaction a step, and no end to the steps: a teacher that cannot drift with the student, and answers
+# that are read by a person, so drawn as the model's makers do.
 CHAT: dict[str, Any] = {
-    "template": "note",
     "teacher": "frozen",
     "learning_rate": 1e-4,
     "sampling_temperature": None,

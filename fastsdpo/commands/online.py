@@ -47,6 +47,7 @@ from fastsdpo.commands.options import (
     run_command,
 )
 from fastsdpo.commands.parser import Parser
+from fastsdpo.commands.paths import check_folder
 from fastsdpo.commands.users import add_user_options, given_user_options, make_user
 from fastsdpo.online.config import PERSONAL_LORA, PRESETS, OnlineSDPOConfig
 from fastsdpo.online.prompts import PromptDataset
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
 def online(options: argparse.Namespace) -> int:
     """The run, in order."""
     config = read_config(options, OnlineSDPOConfig)
-    run.check_folder(options.output, options.resume or options.overwrite)
+    check_folder(options.output, options.resume or options.overwrite)
     run.check_push(options)
     show = run.shows(options, config)
     say = run.printer(show)

@@ -112,10 +112,11 @@ def add_model_source_options(
     model.add_argument("--tokenizer", default=None, help="folder, hub id or GGUF file (default: the model's)")
     model.add_argument("--revision", default=None, help="branch, tag or commit of a hub id (default: main)")
     usual = "float32 on a CPU, else the checkpoint's"
+    own: dict[str, Any] = {} if dtype is None else {"default": dtype}  # else the parser's
     model.add_argument(
         "--dtype",
         help=f"of the weights: float32, bfloat16, float16, auto: the checkpoint's (default: {dtype or usual})",
-        **({} if dtype is None else {"default": dtype}),
+        **own,
     )
     model.add_argument(
         "--attn-implementation", default=None, metavar="NAME", help="eager, sdpa, ... (default: the model's)"
@@ -141,8 +142,8 @@ def model_source(options: argparse.Namespace) -> dict[str, Any]:
 
 
 PRESET_HELP = (
-    "exact (default): reverse KL, summed over the whole vocabulary; paper: the published recipe, which is another "
-    "objective (docs/objectives.md)"
+    "full (default): match the hindsight policy, by the reverse KL over the whole vocabulary; paper: the published "
+    "recipe, own-answer hindsight, which is another objective (docs/objectives.md)"
 )
 GROUPS = {
     "method": "method",
@@ -173,7 +174,7 @@ def add_setting_options(
     groups = {name: parser.add_argument_group(title) for name, title in wanted.items()}
     names = list(presets)
     about = PRESET_HELP + ("; personal: ours for one user's wish (docs/online.md)" if "personal" in names else "")
-    groups["method"].add_argument("--preset", default="exact", choices=names, help=about)
+    groups["method"].add_argument("--preset", default="full", choices=names, help=about)
     own: dict[str, Field] = {item.name: item for item in fields(config)}
     for item in fields(SDPOSettings):
         group = groups.get(item.metadata.get("group", ""))
@@ -297,14 +298,15 @@ def read_config(options: argparse.Namespace, config: type[Config], **settings: A
     for steps, strategy in (("eval_steps", "eval_strategy"), ("save_steps", "save_strategy")):
         if steps in given:
             given[strategy] = "steps"
-    given |= _read_set(options.set, config.__name__, names)
+    given |= _read_set(options.set, config)
     if "gradient_checkpointing" in given:
         # transformers is renaming it; the new name where there is one.
         new = "activation_checkpointing"
         said = given.pop("gradient_checkpointing")
         given[new if new in names else "gradient_checkpointing"] = said
     device = None if options.device is None else usable_device(options.device)
-    if device is not None and device.type == "cpu":
+    # transformers takes --bf16 for a wish for a GPU unless it is told.
+    if (device is not None and device.type == "cpu") or (given.get("bf16") and not torch.cuda.is_available()):
         given["use_cpu"] = True
     defaults: dict[str, Any] = {
         "report_to": [],
@@ -327,17 +329,22 @@ def read_config(options: argparse.Namespace, config: type[Config], **settings: A
     return made
 
 
-def _read_set(texts: list[str], config: str, names: set[str]) -> dict[str, Any]:
-    given = {}
+def _read_set(texts: list[str], config: type) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    kinds = {field.name: str(getattr(field.type, "__name__", field.type)) for field in fields(config)}
     for text in texts:
         name, equals, value = text.partition("=")
         if name.endswith("_token"):
             raise ValueError(f"--set {name}: tokens are read from the environment only (HF_TOKEN)")
-        if not equals or name not in names:
-            meant = did_you_mean(name, names - {name})
-            raise ValueError(f"--set must be NAME=VALUE with a field of {config}, got {text!r}{meant}")
+        if not equals or name not in kinds:
+            meant = did_you_mean(name, kinds.keys() - {name})
+            raise ValueError(f"--set must be NAME=VALUE with a field of {config.__name__}, got {text!r}{meant}")
         try:
             given[name] = json.loads(value)
         except json.JSONDecodeError:
             given[name] = value
+        kind = kinds[name].split(" | ")[0]
+        if isinstance(given[name], str) and kind in ("int", "float", "bool") and "str" not in kinds[name]:
+            wanted = "true or false" if kind == "bool" else "a number"
+            raise ValueError(f"--set {name} must be {wanted}, got {value!r}")
     return given

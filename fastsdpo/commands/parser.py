@@ -167,13 +167,8 @@ class Parser(argparse.ArgumentParser):
         found = meant.get(wanted)
         if found is None:
             longer = [text for text in known if text.startswith(wanted)]
-            close = (
-                longer
-                or [  # flags before settings without one
-                    *difflib.get_close_matches(wanted, known, n=1, cutoff=0.7),
-                    *difflib.get_close_matches(wanted, meant, n=1, cutoff=0.7),
-                ][:1]
-            )
+            close = longer or difflib.get_close_matches(wanted, known, n=2, cutoff=0.8)
+            close = close or difflib.get_close_matches(wanted, meant, n=1, cutoff=0.7)  # settings without a flag
             found = " or ".join(dict.fromkeys(meant[text] for text in close[:3]))
         return f"; did you mean {found}?" if found else ""
 
@@ -249,6 +244,8 @@ class Parser(argparse.ArgumentParser):
         """What differs from the defaults, by the names of a configuration file."""
         given = {}
         for action in self._actions:
+            if action.help == argparse.SUPPRESS:
+                continue  # another name of an option
             value = getattr(options, action.dest, None)
             name = self._flag(action).strip("-") if action.option_strings else action.dest
             default = None if action.default == argparse.SUPPRESS else action.default

@@ -30,7 +30,8 @@ def format_report(report: PrepareReport) -> str:
     lines += [f"read      {report.records:>9,} records{': ' if formats else ''}{', '.join(formats)}"]
 
     def kept(title: str, conversations: int, interactions: int, path: str | None) -> None:
-        lines.append(f"{title:<9} {conversations:>9,} conversations, {interactions:,} interactions -> {path}")
+        where = f" -> {path}" if report.interactions + report.eval_interactions else ""
+        lines.append(f"{title:<9} {conversations:>9,} conversations, {interactions:,} interactions{where}")
 
     kept("kept", report.conversations, report.interactions, report.output)
     if report.eval_output is not None:
@@ -108,7 +109,7 @@ def _parser() -> Parser:
         metavar="N",
         help="print the first N rows as the tokens of --tokenizer: the prompt, the hindsight, what is trained on",
     )
-    group.add_argument("--template", default="offline-v1", metavar="NAME|TEXT", help="the hindsight's, for --show")
+    group.add_argument("--template", default="online-v1", metavar="NAME|TEXT", help="the hindsight's, for --show")
 
     _add_held_out(parser)
     prepare_prompts.add_prompt_options(parser)

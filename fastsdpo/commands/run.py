@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastsdpo.commands.options import model_source
 from fastsdpo.data import HindsightTemplate
+from fastsdpo.data.templates import choose_template
 from fastsdpo.prefix import whole_size
 from fastsdpo.trainer.by_time import ByTime
 from fastsdpo.trainer.callbacks import BeforeTraining, Progress, StopOnSignal
@@ -44,13 +45,6 @@ def printer(show: bool) -> Callable[[str], None]:
     return lambda text: print(text, flush=True) if show else None
 
 
-def check_folder(folder: str, allowed: bool) -> None:
-    """Raises ValueError where a folder holds a run already and that is not ``allowed``."""
-    used = Path(folder, "report.json").exists() or any(Path(folder).glob("checkpoint-*"))
-    if used and not allowed:
-        raise ValueError(f"{folder} holds a run; pass --resume to go on with it, or --overwrite")
-
-
 def check_settings(config: SDPOConfig, lora: int | None) -> None:
     """What would otherwise be found out after minutes of loading a model.
 
@@ -60,7 +54,7 @@ def check_settings(config: SDPOConfig, lora: int | None) -> None:
     """
     from transformers.integrations import integration_utils
 
-    HindsightTemplate.parse(config.template)
+    HindsightTemplate.parse(choose_template(config.template, 0))
     known = integration_utils.INTEGRATION_TO_CALLBACK
     available = integration_utils.get_available_reporting_integrations()
     for name in set(config.report_to or []) - set(available):
@@ -93,11 +87,15 @@ def load(
         ImportError: --quantize without bitsandbytes.
         NotImplementedError: --quantize where the weights would be sharded.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from fastsdpo.modeling import is_adapter, load_model_and_tokenizer
     from fastsdpo.quantized import check_quantize
     from fastsdpo.trainer.adapters import is_peft
     from fastsdpo.trainer.launch import check_quantized_launch
 
+    if options.quiet or not sys.stderr.isatty():
+        disable_progress_bar()  # of loading, whose every state would be a line
     rank = lora if options.lora is None else options.lora
     check_settings(config, rank)
     check_quantize(options.quantize)
@@ -194,12 +192,14 @@ class Training(NamedTuple):
         seconds: of this run.
         before: held-out figures before the first step; None without held-out data.
         stopped: the signal's number, where one stopped it.
+        measured: the measures of each held-out interaction before the first step.
     """
 
     steps: int
     seconds: float
     before: dict[str, float] | None
     stopped: int | None
+    measured: list[dict[str, Any]]
 
 
 def run_training(
@@ -228,14 +228,14 @@ def run_training(
     before = BeforeTraining(trainer, path, lambda metrics: say(describe(metrics)))
     if trainer.eval_dataset is not None and checkpoint is None:
         trainer.add_callback(before)
-    elif trainer.eval_dataset is not None and path.exists():
-        before.metrics = json.loads(path.read_text("utf-8"))
+    elif trainer.eval_dataset is not None:
+        before.read()
     started = time.perf_counter()
     with stop:
         steps = trainer.train(resume_from_checkpoint=checkpoint).global_step
     if stop.received is not None:
         say(f"stopped at step {steps} of {trainer.state.max_steps}; the same command with --resume goes on")
-    return Training(steps, time.perf_counter() - started, before.metrics, stop.received)
+    return Training(steps, time.perf_counter() - started, before.metrics, stop.received, before.measured)
 
 
 def save_model(trainer: AnyTrainer, options: argparse.Namespace) -> None:

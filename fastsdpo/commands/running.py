@@ -59,8 +59,6 @@ def run_command(
     # Not on the root: what other packages show themselves would be shown twice.
     if not logger.hasHandlers():
         logger.addHandler(logging.StreamHandler())
-    if quiet or not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # other packages' bars, whose every state would be a line
     # What peft asks of transformers is no news to the user.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:

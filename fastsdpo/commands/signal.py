@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from fastsdpo.commands.options import DONE, add_model_source_options, model_source, run_command
 from fastsdpo.commands.parser import Parser
 from fastsdpo.data import HindsightTemplate, Interaction, extract_interactions, load_conversations
-from fastsdpo.data.templates import PRESETS
+from fastsdpo.data.templates import AUTO, PRESETS, choose_template
 from fastsdpo.signal.compute import NEUTRAL_FOLLOWUP, SignalResult, choose_unrelated, compute_signal
 from fastsdpo.signal.page import render_html
 from fastsdpo.signal.terminal import color_depth, render_terminal, terminal_theme
@@ -33,8 +33,16 @@ EXAMPLES = """\
 examples:
   fastsdpo signal conversations.jsonl --model path/to/model
   fastsdpo signal interactions.jsonl --index 7 --model model.gguf --html signal.html
-  fastsdpo signal --model MODEL --prompt "Name a fruit." --completion "An apple." \\
-      --followup "Please answer in capital letters."
+
+where hindsight works: the word that the user corrects falls, and nothing else does (by 2.4 nats with
+SmolLM2-135M-Instruct)
+  fastsdpo signal --model MODEL --prompt "What is the capital of Australia?" \\
+      --completion "The capital of Australia is Sydney." --followup "No, it is Canberra."
+
+where a small model merely copies: the word that the user rejects rises, since the follow-up has it (by 5.5 nats
+with the same model; look at --values, and train on such follow-ups with a larger model only)
+  fastsdpo signal --model MODEL --prompt "Name a fruit." \\
+      --completion "A durian." --followup "I do not like durian at all."
 
 exit status: 0; 1 for input, a model or a file that cannot be used; 2 for wrong options.
 """
@@ -48,9 +56,10 @@ def build_parser() -> Parser:
     method = parser.add_argument_group("method")
     method.add_argument(
         "--template",
-        default="note",
+        default=AUTO,
         metavar="NAME|TEXT",
-        help=f"hindsight template: {', '.join(PRESETS)}, or a text with {{o}}",
+        help=f"hindsight template: {', '.join(PRESETS)}, or a text with {{o}}; auto, as in training: note for models "
+        "below a billion weights, else online-v1",
     )
     method.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
     method.add_argument(
@@ -147,10 +156,12 @@ def _check_options(parser: Parser, options: argparse.Namespace) -> None:
 def signal(options: argparse.Namespace) -> int:
     """Reads the interaction, computes its signal, shows it and writes the files asked for."""
     interaction, unrelated = read_interaction(options)
-    template = HindsightTemplate.parse(options.template)
+    template = HindsightTemplate.parse(choose_template(options.template, 0))
     for followup in [interaction.followup] + ([] if unrelated is None else [unrelated]):
         template.render(followup)  # a blank one is refused before minutes are spent on a model
     model, tokenizer = load(options)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    template = HindsightTemplate.parse(choose_template(options.template, weights))
     notes = []
     if options.prompt is not None and options.completion is None:
         answer, note = write_answer(model, tokenizer, interaction.prompt, options)

@@ -4,11 +4,13 @@ r"""Trains a model on interactions: `fastsdpo train` or `python -m fastsdpo.trai
     fastsdpo train interactions.jsonl --model MODEL -o runs/first --dry-run
     fastsdpo train interactions.jsonl --model MODEL -o runs/first
 
-It loads model and data, tokenizes, checks what hindsight does to a sample, measures the held-out
-loss, trains, measures again, and leaves in the output folder: ``model/`` (weights and tokenizer,
-for ``AutoModelForCausalLM.from_pretrained``; with --lora the adapter), ``checkpoint-*/``,
-``report.json`` and ``report.png``. It does not prepare conversations, and it knows no scheduler:
-several processes are started with ``torchrun -m fastsdpo.train`` or ``accelerate launch``.
+It loads model and data, tokenizes, checks what hindsight does to a sample, measures held-out
+interactions (docs/objectives.md), trains, measures again, says what improved and what did not, and
+leaves in the output folder: ``model/`` (weights and tokenizer, for
+``AutoModelForCausalLM.from_pretrained``; with --lora the adapter), ``checkpoint-*/``,
+``report.json``, ``report.png`` and ``answers.json``, the model's own answers to held-out questions. It
+does not prepare conversations, and it knows no scheduler: several processes are started with
+``torchrun -m fastsdpo.train`` or ``accelerate launch``.
 
 Where --model is the folder of an adapter (``model/`` of a run with --lora), training goes on with it.
 
@@ -45,6 +47,7 @@ from fastsdpo.commands.options import (
     run_command,
 )
 from fastsdpo.commands.parser import Parser
+from fastsdpo.commands.paths import check_data, check_folder, check_template, held_out
 from fastsdpo.settings import SDPOSettings
 from fastsdpo.trainer.presets import PRESETS
 
@@ -82,6 +85,13 @@ def build_parser() -> Parser:
         default=0,
         metavar="N",
         help="print the first N interactions as the tokens that are trained on, and go on (default: 0)",
+    )
+    group.add_argument(
+        "--measure-rule",
+        metavar="RULE",
+        default=None,
+        help="what the follow-ups ask for, where it can be checked (max_sentences=1, ...; see `fastsdpo online "
+        "--list-rules`): the share of own answers to held-out questions that fulfil it, before and after",
     )
     add_resume_options(group)
     add_push_option(group)
@@ -122,7 +132,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def start(options: argparse.Namespace) -> int:
-    """The run, whose code imports torch."""
+    """What needs no torch is checked first: it takes seconds to import."""
+    check_folder(options.output, options.resume or options.overwrite or options.dry_run)
+    check_data(options.data, held_out(options))
+    check_template(options)
     choose_device(options)
     from fastsdpo.commands.train_run import train
 

@@ -11,7 +11,6 @@ from fastsdpo.commands import run
 from fastsdpo.commands.forecast import (
     check_options,
     forecast,
-    held_out,
     needs_weights,
     of_trainer,
     setting_of,
@@ -21,12 +20,16 @@ from fastsdpo.commands.options import (
     STOPPED,
     read_config,
 )
+from fastsdpo.commands.paths import held_out
 from fastsdpo.commands.tokens import show_interactions
 from fastsdpo.data import load_interactions
+from fastsdpo.online.own_answers import OwnAnswers
+from fastsdpo.online.rules import parse_rule
 from fastsdpo.ops.backend import describe_backend
 from fastsdpo.prefix import whole_shapes
 from fastsdpo.trainer.callbacks import StopOnSignal, clock
 from fastsdpo.trainer.config import SDPOConfig
+from fastsdpo.trainer.measures_verdict import changes, table, verdict
 from fastsdpo.trainer.memory import card_of, memory_lines
 from fastsdpo.trainer.pack_table import PackTable
 from fastsdpo.trainer.report import dry_run_report, plot_history, write_report
@@ -38,9 +41,8 @@ if TYPE_CHECKING:
 def train(options: argparse.Namespace) -> int:
     """The run, in order."""
     check_options(options)
+    rule = None if options.measure_rule is None else parse_rule(options.measure_rule)
     config = read_config(options, SDPOConfig)
-    run.check_folder(options.output, options.resume or options.overwrite or options.dry_run)
-    check_data(options.data, held_out(options))
     run.check_push(options)
     show = run.shows(options, config)
     say = run.printer(show)
@@ -62,21 +64,39 @@ def train(options: argparse.Namespace) -> int:
         return DONE
 
     checkpoint = run.choose_checkpoint(trainer, options, say)
+    answers = OwnAnswers(trainer, Path(options.output, "answers.json"), rule)
+    trainer.add_callback(answers)
     training = run.run_training(
         trainer,
         options,
         stop,
         checkpoint,
         say,
-        lambda metrics: f"held-out loss before training: {metrics['eval_loss']:.4f}",
+        lambda metrics: "\n".join([*before_lines(metrics), *answers.headroom()]),
     )
     if training.stopped is not None:
         return STOPPED + training.stopped
     after = None if trainer.eval_dataset is None else trainer.evaluate()
+    answers.after()
     run.save_model(trainer, options)
-    report(trainer, options, training, after, say)
+    report(trainer, options, training, after, answers, say)
     run.push(trainer, options, say)
     return DONE
+
+
+def before_lines(metrics: dict[str, float]) -> list[str]:
+    """What the held-out figures before training say."""
+    lines = [f"held-out loss before training: {metrics['eval_loss']:.4f}"]
+    share = metrics.get("eval_measures/headroom_share")
+    if share is not None:
+        stranger = metrics.get("eval_measures/stranger_headroom_share")
+        lines.append(
+            "headroom: the follow-up makes the answer that came next likelier, against the logged one, in "
+            f"{share:.0%} of the {metrics['eval_measures/next_answers']:.0f} held-out interactions that have one"
+            + ("" if stranger is None else f"; a stranger's answer of its length in {stranger:.0%}")
+            + " (a follow-up that is a new question counts too)"
+        )
+    return lines
 
 
 def make_trainer(options: argparse.Namespace, config: SDPOConfig, stop: StopOnSignal, show: bool) -> SDPOTrainer:
@@ -104,10 +124,13 @@ def report(
     options: argparse.Namespace,
     training: run.Training,
     after: dict[str, float] | None,
+    answers: OwnAnswers,
     say: Callable[[str], None],
 ) -> None:
     """Writes ``report.json`` and ``report.png``, and says what came of the run."""
     plotted = False
+    found = changes(training.measured, trainer.measured_rows) if training.measured else {}
+    said = verdict(found) if found else []
     if trainer.is_world_process_zero():
         folder = Path(options.output)
         write_report(
@@ -119,21 +142,18 @@ def report(
                 "left_out": trainer.train_dataset.dropped,
                 "sharing": trainer.sharing,
                 **run.report_of(trainer, training, after),
+                "measures": {name: {**row._asdict(), "interval": str(row)} for name, row in found.items()},
+                "verdict": said,
+                "answers": answers.rows,
             },
         )
         plotted = plot_history(trainer.state.log_history, folder / "report.png")
+    for line in [*(table(found) if found else []), *said, *answers.changes()]:
+        say(line)
     if after is not None and training.before is not None:
-        say(f"held-out loss: {training.before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after")
+        say(
+            f"held-out loss: {training.before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after (a model that "
+            "ignores its user lowers it too)"
+        )
     plot = " and report.png" if plotted else " (matplotlib is not installed: no plot)"
     say(f"trained {training.steps} steps in {clock(training.seconds)}; {options.output}/model, report.json{plot}")
-
-
-def check_data(*files: str | None) -> None:
-    """Reads the first interaction of each file, before minutes are spent on a model.
-
-    Raises:
-        OSError, TypeError, ValueError: there is none, with file and line.
-    """
-    for file in files:
-        if file is not None and not Path(file).is_fifo():  # that can be read once only
-            next(load_interactions(file), None)

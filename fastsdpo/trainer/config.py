@@ -131,7 +131,9 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         check(self.guidance > 0, "guidance", "be > 0")
         guided_region = self.is_guided and self.teacher == "trust_region"
         check(not guided_region, "teacher", "be live, ema or frozen with guidance or neutral_followup")
-        check(self.teacher_check >= 0, "teacher_check", "be >= 0")
+        for name in ("teacher_check", "measure_interactions", "measure_answers"):
+            check(getattr(self, name) >= 0, name, "be >= 0")
+        check(self.measure_tokens >= 1, "measure_tokens", "be at least 1")
         lengths = ("max_prompt_length", "max_completion_length", "max_followup_length")
         for name in (*lengths, "max_tokens_per_pack", "chunk_size", "tokenizer_workers"):
             value = getattr(self, name)
@@ -163,11 +165,10 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         """A preset, and changes to it.
 
         Args:
-            name: "exact" (the defaults: reverse KL, summed over the whole vocabulary; another
-                objective than the paper's runs, see docs/objectives.md) or "paper" (the published
-                offline recipe: sampled token, live teacher, the first two tokens left out, learning
-                rate 2e-6 with a cosine schedule, 32 interactions a step over all processes, gradient
-                clip 10; bf16 autocast where there is a GPU).
+            name: "full" (the defaults: matches the hindsight policy by the reverse KL over the whole vocabulary;
+                another objective than the paper's runs, see docs/objectives.md) or "paper" (the published offline
+                recipe, own-answer hindsight: sampled token, live teacher, the first two tokens left out, learning
+                rate 2e-6, cosine, 32 interactions a step, gradient clip 10; bf16 autocast where there is a GPU).
             settings: a batch of one's own (``per_device_train_batch_size`` or
                 ``gradient_accumulation_steps``) replaces the preset's ``global_batch_size``.
         """
