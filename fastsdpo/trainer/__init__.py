@@ -27,3 +27,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fastsdpo.trainer' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
