@@ -50,21 +50,64 @@ def test_lightning_module(folder):
     assert losses and all(map(math.isfinite, losses)) and len(set(losses)) == len(losses)
 
 
-def test_demo(folder, tmp_path):
-    """With the tiny model in the place of SmolLM2, and conversations of its words."""
+@pytest.fixture
+def demo(folder, tmp_path):
+    """The demo with the tiny model in the place of SmolLM2, and conversations of its words."""
     example, out = load(ROOT / "examples" / "demo.py"), tmp_path / "out"
     shutil.copytree(folder, out / "base")
     rows = [
-        {"id": str(i), "conversations": [{"from": who, "value": f"w{i} w{i + n}"} for n, who in enumerate(TURNS, 1)]}
+        {
+            "id": str(i),
+            "conversations": [
+                {"from": who, "value": " ".join(f"w{(i * n + k) % 40}" for k in range(9)) + "?"}
+                for n, who in enumerate(TURNS, 1)
+            ],
+        }
         for i in range(40)
     ]
+    rows += [{**row, "conversations": row["conversations"][1:] * 2} for row in rows[:3]]
+    rows[-1]["conversations"] = [{"from": who, "value": f"w{n} w3"} for n, who in enumerate(TURNS)]
     (tmp_path / "conversations.json").write_text(json.dumps(rows))
     example.package_file = lambda package, pattern: tmp_path / "conversations.json"
-    status = example.main(["--output", str(out), "--steps", "2"])
+    return example, out
+
+
+def test_demo(demo, capsys, tmp_path, monkeypatch):
+    """All of it; the tiny model learns nothing, so the exit status is 1, and says why."""
+    example, out = demo
+    counted = {name: 0.25 for name in example.COUNTS}
+    row = {"case": {"condition": "control", "seed": 1}, "after": counted, "perplexity_change": 0.5, "run": {}}
+    example.harness.write(tmp_path / "personalization_here.json", [row])
+    monkeypatch.setattr(example.harness, "RESULTS", tmp_path)
+    assert example.main(["--output", str(out), "--steps", "1", "--questions", "6"]) == 1
+    shown = capsys.readouterr()
+    assert "failed: satisfied did not rise by two standard errors" in shown.err
     report = json.loads((out / "run" / "report.json").read_text())
-    assert report["steps"] == 2
-    assert status == int(report["after"]["eval_loss"] >= report["before"]["eval_loss"])
-    assert (out / "signal.html").read_text().startswith("<!doctype html>")
+    assert report["steps"] == 1 and set(report["headroom"]) == {"wish in the prompt", "unrelated remark in the prompt"}
+    for row in ("before", "wish in the prompt", "unrelated note in the prompt", "after"):
+        assert f"\n| {row}" in shown.out
+    assert "control (not run here: personalization_here.json, seeds: 1) | 25% | 0.2 |" in shown.out
+    assert json.loads((out / "logged" / "report.json").read_text())["steps"] == 1
+    assert (out / "signal_3.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "failed"),
+    [
+        ([0] * 12, [1] * 8 + [0] * 4, 0),
+        ([0] * 12, [1] + [0] * 11, 1),  # within two standard errors
+        ([1] * 12, [0] * 12, 1),
+    ],
+)
+def test_the_demo_fails_on_what_it_measures(demo, before, after, failed):
+    example, _ = demo
+    answers = [
+        example.Answers([{"prompt": f"w{i}000?", "response": f"w{i}000", "satisfied": s} for i, s in enumerate(x)])
+        for x in (before, after)
+    ]
+    assert len(example.failures(*answers)) == failed
+    silent = example.Answers([{"prompt": q, "response": "This.", "satisfied": True} for q in answers[0].texts])
+    assert any("keywords fell" in text for text in example.failures(answers[0], silent))
 
 
 def test_trl(folder, tmp_path):

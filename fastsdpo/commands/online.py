@@ -12,7 +12,9 @@ reacts to each answer, and the model learns from the reactions. The user is one 
                                    --user-local for a model on this machine
     --terminal                     you
 
-With --then-rule the wishes change after --flip-at interactions. It leaves in the output folder:
+With --then-rule the wishes change after --flip-at interactions. --preset personal is the recipe that was
+measured to learn one user's wish (docs/online.md); it trains a LoRA adapter of rank 16 where --lora says nothing
+else. A run leaves in the output folder:
 ``model/``, ``checkpoint-*/``, ``interactions.jsonl`` (which `fastsdpo train` can read),
 ``eval_answers.jsonl`` (held-out answers) and ``report.json``. Every setting without a flag is a field
 of `OnlineSDPOConfig`: ``--set name=value``.
@@ -23,6 +25,7 @@ Exit status: that of `fastsdpo train`; 4 where --stop-when-degenerate stopped th
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,9 +49,10 @@ from fastsdpo.commands.options import (
 from fastsdpo.commands.parser import Parser
 from fastsdpo.commands.paths import check_folder
 from fastsdpo.commands.users import add_user_options, given_user_options, make_user
-from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
+from fastsdpo.online.config import PERSONAL_LORA, PRESETS, OnlineSDPOConfig
 from fastsdpo.online.prompts import PromptDataset
 from fastsdpo.online.rules import describe
+from fastsdpo.online.users import UNRELATED
 from fastsdpo.ops.backend import describe_backend
 from fastsdpo.trainer.callbacks import StopOnSignal, clock
 from fastsdpo.trainer.report import write_report
@@ -75,6 +79,13 @@ def build_parser() -> Parser:
     parser.add_config_option(group)
     group.add_argument("--eval-prompts", metavar="FILE", default=None, help="held-out prompts")
     group.add_argument(
+        "--headroom",
+        action="store_true",
+        default=False,
+        help="first answer the held-out prompts with the wish in the prompt, and with an unrelated remark: a wish "
+        "that the model does not follow when told can hardly be learned from follow-ups",
+    )
+    group.add_argument(
         "--system",
         metavar="TEXT",
         default=None,
@@ -96,6 +107,7 @@ def build_parser() -> Parser:
 ANSWERS = {
     "num_generations": "N",
     "max_new_tokens": "TOKENS",
+    "eval_max_new_tokens": "TOKENS",
     "sampling_temperature": "T",
     "generation_batch_size": "N",
     "generation_url": "URL",
@@ -128,6 +140,7 @@ def online(options: argparse.Namespace) -> int:
     stop = StopOnSignal()
     prompts, eval_prompts = read_prompts(options)
     user = make_user(options)
+    check_headroom(options, user)
     say(describe_backend(config.device.type, config.dtype))
     trainer = make_trainer(options, config, user, prompts, eval_prompts, run.callbacks(stop, show))
     answers = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
@@ -138,6 +151,7 @@ def online(options: argparse.Namespace) -> int:
     checkpoint = run.choose_checkpoint(trainer, options, say)
     if checkpoint is None:
         trainer.forget_answers(0)  # those of a run before, of which nothing else is left
+    headroom = measure_headroom(trainer, options, user, say, new=checkpoint is None)
     training = run.run_training(
         trainer, options, stop, checkpoint, say, lambda metrics: f"before   {summary(metrics, 'eval_')}"
     )
@@ -148,7 +162,7 @@ def online(options: argparse.Namespace) -> int:
     if after is not None:
         say(f"after    {summary(after, 'eval_')}")
     run.save_model(trainer, options)
-    report(trainer, options, user, training, after, say)
+    report(trainer, options, user, training, after, headroom, say)
     run.push(trainer, options, say)
     if trainer.degenerate_stop is not None:
         print(f"fastsdpo online: stopped: {trainer.degenerate_stop}", file=sys.stderr)
@@ -165,6 +179,35 @@ def read_prompts(options: argparse.Namespace) -> tuple[PromptDataset, PromptData
     return prompts, PromptDataset.from_source(options.eval_prompts, "eval_dataset", system)
 
 
+def check_headroom(options: argparse.Namespace, user: UserSimulator) -> None:
+    """Raises ValueError where --headroom cannot be measured."""
+    if options.headroom and (options.eval_prompts is None or not hasattr(user, "wishes")):
+        raise ValueError("--headroom needs --eval-prompts and a user of rules (--rule or --wish)")
+
+
+def measure_headroom(
+    trainer: OnlineSDPOTrainer, options: argparse.Namespace, user: Any, say: Callable[[str], None], *, new: bool
+) -> dict[str, dict[str, float]] | None:
+    """Held-out figures with the wish in the prompt, and with an unrelated remark; None: not asked for.
+
+    Args:
+        new: measure; else read what the run that goes on has measured.
+    """
+    path = Path(options.output, "headroom.json")
+    if not options.headroom:
+        return None
+    if not new and path.exists():
+        return json.loads(path.read_text("utf-8"))
+    said = {"wish in the prompt": user.wishes, "unrelated remark in the prompt": UNRELATED[0]}
+    found = {}
+    for name, text in said.items():
+        found[name] = trainer.evaluate_told(text)
+        say(f"{name}: {summary(found[name], 'eval_')}")
+    if trainer.is_world_process_zero():
+        write_report(path, found)
+    return found
+
+
 def make_trainer(
     options: argparse.Namespace,
     config: OnlineSDPOConfig,
@@ -178,7 +221,9 @@ def make_trainer(
 
     from fastsdpo.online.trainer import OnlineSDPOTrainer
 
-    model, tokenizer, adapter = run.load(options, config)
+    # The preset's learning rate is an adapter's.
+    rank = PERSONAL_LORA if options.preset == "personal" else None
+    model, tokenizer, adapter = run.load(options, config, lora=rank)
     trainer = OnlineSDPOTrainer(
         model, config, user, prompts, eval_prompts, tokenizer, peft_config=adapter, callbacks=callbacks
     )
@@ -192,6 +237,7 @@ def report(
     user: UserSimulator,
     training: run.Training,
     after: dict[str, float] | None,
+    headroom: dict[str, dict[str, float]] | None,
     say: Callable[[str], None],
 ) -> None:
     """Writes ``report.json``, and says what came of the run."""
@@ -207,6 +253,7 @@ def report(
                 "user_failures": failures,
                 "interactions": trainer.interactions,
                 "stopped": trainer.degenerate_stop,
+                "headroom": headroom,
                 **run.report_of(trainer, training, after),
             },
         )
@@ -216,12 +263,16 @@ def report(
 
 
 def summary(metrics: dict[str, float], prefix: str) -> str:
-    """Satisfaction, length and degenerate answers of a log or an evaluation."""
+    """Satisfaction, length, content and degenerate answers of a log or an evaluation."""
     parts = []
     for name, form in (
         ("satisfaction", "satisfied {:.0%}"),
         ("response_words", "{:.1f} words"),
         ("response_length", "{:.0f} tokens"),
+        ("keyword_recall", "question's keywords {:.0%}"),
+        ("new_keywords", "new {:.1f}"),
+        ("nothing_new", "nothing new {:.0%}"),
+        ("refusals", "refusals {:.0%}"),
         ("degenerate", "degenerate {:.0%}"),
     ):
         if f"{prefix}{name}" in metrics:

@@ -172,7 +172,9 @@ def add_setting_options(
     """
     wanted = {name: title for name, title in GROUPS.items() if name not in without}
     groups = {name: parser.add_argument_group(title) for name, title in wanted.items()}
-    groups["method"].add_argument("--preset", default="full", choices=list(presets), help=PRESET_HELP)
+    names = list(presets)
+    about = PRESET_HELP + ("; personal: ours for one user's wish (docs/online.md)" if "personal" in names else "")
+    groups["method"].add_argument("--preset", default="full", choices=names, help=about)
     own: dict[str, Field] = {item.name: item for item in fields(config)}
     for item in fields(SDPOSettings):
         group = groups.get(item.metadata.get("group", ""))

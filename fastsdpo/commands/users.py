@@ -7,7 +7,15 @@ from typing import Any
 
 from fastsdpo.commands.options import read_text
 from fastsdpo.online.endpoint import ChatEndpoint
-from fastsdpo.online.users import EndpointUser, LocalChat, RuleUser, SwitchingUser, TerminalUser, UserSimulator
+from fastsdpo.online.users import (
+    EndpointUser,
+    LocalChat,
+    RuleUser,
+    SwitchingUser,
+    TerminalUser,
+    UnrelatedUser,
+    UserSimulator,
+)
 
 
 def add_user_options(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +46,13 @@ def add_user_options(parser: argparse.ArgumentParser) -> None:
         "--persona", default=None, metavar="TEXT", help="who the user is and what they want; @FILE reads it"
     )
     add_chat_model_options(user, "user")
+    user.add_argument(
+        "--control",
+        action="store_true",
+        default=False,
+        help="a control run: where a rule is broken the user speaks of something else (a cat, the rain). What such a "
+        "run changes is not learned from what the user wants",
+    )
     user.add_argument("--terminal", action="store_true", default=False, help="you are the user")
 
 
@@ -70,6 +85,7 @@ USER_OPTIONS = (
     "user_url",
     "user_model",
     "user_local",
+    "control",
     "terminal",
 )
 
@@ -99,16 +115,21 @@ def make_user(options: argparse.Namespace) -> UserSimulator:
         raise ValueError("--flip-at needs --then-rule or --then-wish, and they need --flip-at")
     if flips and not (options.rule or options.wish):
         raise ValueError("--flip-at needs a user of rules (--rule)")
+    if options.control and not options.rule:
+        raise ValueError("--control needs a user of rules (--rule)")
     if options.terminal:
         return TerminalUser()
     if options.persona is not None:
         return EndpointUser(chat_model(options, "user"), read_text(options.persona))
-    first = RuleUser(options.rule, wish=options.wish, praise=options.praise)
+    first: Any = RuleUser(options.rule, wish=options.wish, praise=options.praise)
+    if options.control:
+        first = UnrelatedUser(first)
     if not flips:
         return first
     if options.flip_at < 1:
         raise ValueError(f"--flip-at must be at least 1, got {options.flip_at}")
-    then = RuleUser(options.then_rule, wish=options.then_wish, praise=options.praise)
+    then: Any = RuleUser(options.then_rule, wish=options.then_wish, praise=options.praise)
+    then = UnrelatedUser(then) if options.control else then
     return SwitchingUser([(0, first), (options.flip_at, then)])
 
 

@@ -12,4 +12,5 @@ from fastsdpo.online.users import LanguageModelUser as LanguageModelUser
 from fastsdpo.online.users import RuleUser as RuleUser
 from fastsdpo.online.users import SwitchingUser as SwitchingUser
 from fastsdpo.online.users import TerminalUser as TerminalUser
+from fastsdpo.online.users import UnrelatedUser as UnrelatedUser
 from fastsdpo.online.users import UserSimulator as UserSimulator

@@ -30,7 +30,28 @@ PAPER: dict[str, Any] = {
 # another objective than the paper's runs have (docs/objectives.md).
 FULL: dict[str, Any] = {"mode": "full", "alpha": 1.0}
 
-PRESETS = {"paper": PAPER, "full": FULL}
+# Ours: what learned one user's wish from complaints with a small model (docs/online.md). Its rate is for a
+# LoRA adapter of rank `PERSONAL_LORA`; the teacher is a fixed target.
+PERSONAL: dict[str, Any] = {
+    "mode": "full",
+    "alpha": 1.0,
+    "teacher": "frozen",
+    "guidance": 2.0,
+    "neutral_followup": "Okay.",
+    "template": "note",
+    "sampling_temperature": 0.5,
+    "max_new_tokens": 48,
+    "eval_max_new_tokens": 96,
+    "learning_rate": 3.5e-4,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "global_batch_size": 16,
+    "per_device_train_batch_size": 16,  # at most
+    "max_grad_norm": 1.0,
+}
+PERSONAL_LORA = 16
+
+PRESETS = {"paper": PAPER, "full": FULL, "personal": PERSONAL}
 
 
 @dataclass
@@ -63,6 +84,9 @@ class OnlineSDPOConfig(SDPOConfig):
     )
     generation_batch_size: int | None = field(
         default=None, metadata={"help": "Answers sampled at once; None: all of a step."}
+    )
+    eval_max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Most tokens of a held-out answer; None: max_new_tokens."}
     )
     eval_temperature: float = field(default=0.0, metadata={"help": "Of held-out answers; 0: the likeliest token."})
     generation_url: str | None = field(
@@ -142,6 +166,8 @@ class OnlineSDPOConfig(SDPOConfig):
     def __post_init__(self):
         for name in ("num_generations", "max_new_tokens", "updates_per_batch", "degenerate_window"):
             self._check(getattr(self, name) >= 1, name, "be at least 1")
+        longest = self.eval_max_new_tokens
+        self._check(longest is None or longest >= 1, "eval_max_new_tokens", "be at least 1 or None")
         size = self.generation_batch_size
         self._check(size is None or size >= 1, "generation_batch_size", "be at least 1 or None")
         warm = self.sampling_temperature
@@ -168,7 +194,8 @@ class OnlineSDPOConfig(SDPOConfig):
                 another objective than the paper's runs, see docs/objectives.md) or "paper" (the
                 published online recipe, own-answer hindsight:
                 sampled token, PPO clip 0.2, mean-centered advantages, learning rate 5e-6, constant,
-                16 prompts a step over all processes).
+                16 prompts a step over all processes) or "personal" (ours, for one user's wish: the
+                reverse KL to a frozen teacher with guidance 2, for a LoRA adapter of rank 16).
             settings: as for `SDPOConfig.preset`.
         """
         if name not in PRESETS:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from fastsdpo.data.interactions import is_blank
 from fastsdpo.online.config import OnlineSDPOConfig
+from fastsdpo.online.content import content
 from fastsdpo.online.degeneration import CollapseDetector, degenerate
 from fastsdpo.online.rollout import Answers
 from fastsdpo.trainer.loss import TokenStatistics
@@ -23,7 +24,19 @@ logger = logging.getLogger("fastsdpo.online")
 class AnswerFigures:
     """Means over the answers added, over all processes."""
 
-    NAMES = ("response_length", "response_words", "ended", "degenerate", "followups", "satisfaction", "entropy")
+    NAMES = (
+        "response_length",
+        "response_words",
+        "ended",
+        "degenerate",
+        "followups",
+        "satisfaction",
+        "entropy",
+        "keyword_recall",
+        "new_keywords",
+        "nothing_new",
+        "refusals",
+    )
 
     def __init__(self):
         self.values = {name: [0.0, 0.0] for name in self.NAMES}
@@ -37,6 +50,14 @@ class AnswerFigures:
         self.add("response_length", [len(sample.ids) for sample in answers.samples])
         self.add("ended", [sample.ids[-1] in end_ids for sample in answers.samples])
         self.add("degenerate", [degenerate(text) is not None for text in answers.texts])
+
+    def add_content(self, prompts: Sequence[Sequence[dict]], texts: Sequence[str]) -> None:
+        """What the answers say of their questions: means of `fastsdpo.online.content.Content`."""
+        found = [content(prompt[-1]["content"], text) for prompt, text in zip(prompts, texts)]
+        self.add("keyword_recall", [one.recall for one in found if one.recall is not None])
+        self.add("new_keywords", [one.new for one in found])
+        self.add("nothing_new", [one.empty for one in found])
+        self.add("refusals", [one.refuses for one in found])
 
     def add_followups(self, followups: Sequence[str | None]) -> None:
         self.add("followups", [text is not None and not is_blank(text) for text in followups])

@@ -96,6 +96,7 @@ class OnlineSDPOTrainer(StepTrainer):
         self.files = RowFiles(args.output_dir, enabled=args.log_interactions and self.is_world_process_zero())
         self._rollout: list[list[SampledInteraction]] = []
         self._rollout_of = -1  # the batch of prompts that it answers
+        self._told: str | None = None  # a follow-up in every held-out prompt
         self.add_callback(_ResumedFiles(self))
         self.add_callback(self.collapse)
 
@@ -282,7 +283,7 @@ class OnlineSDPOTrainer(StepTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Answers to held-out prompts: length, degenerate share and, where known, satisfaction."""
+        """Answers to held-out prompts: length, content, degenerate share and, where known, satisfaction."""
         figures = AnswerFigures()
         rows: list[dict] = []
         if hasattr(self.user, "at"):
@@ -290,34 +291,56 @@ class OnlineSDPOTrainer(StepTrainer):
         for number, batch in enumerate(dataloader):
             if not batch["prompts"]:
                 continue
-            answers = self._held_out_answers([messages for _, messages in batch["prompts"]], number)
+            asked = [messages for _, messages in batch["prompts"]]
+            answers = self.held_out_answers(asked, number, told=self._told)
             satisfied = [None] * len(answers.texts)
             if hasattr(self.user, "satisfied"):
                 satisfied = list(self.user.satisfied(answers.prompts, answers.texts))
                 figures.add("satisfaction", satisfied)
             figures.add_answers(answers, self.end_ids)
+            figures.add_content(answers.prompts, answers.texts)
             figures.add("response_words", [len(text.split()) for text in answers.texts])
             for messages, text, good in zip(answers.prompts, answers.texts, satisfied):
-                row = {"step": self.state.global_step, "prompt": messages[-1]["content"]}
+                row = {"step": self.state.global_step, "prompt": messages[-1]["content"], "told": self._told}
                 rows.append({**row, "response": text, "satisfied": good})
         metrics = figures.flush(self.reduce_sum, f"{metric_key_prefix}_")
         metrics[f"{metric_key_prefix}_interactions"] = float(self.interactions)
         self.files.append(ANSWERS_FILE, gather_list(rows))
         return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))  # type: ignore[arg-type]
 
-    def _held_out_answers(self, prompts: list[list[dict]], number: int) -> Answers:
-        args = self.args
-        starts = [self.tokenize.generation_prompt(messages) for messages in prompts]
+    def evaluate_told(self, followup: str) -> dict[str, float]:
+        """Held-out figures where every prompt holds a follow-up, as the teacher reads it.
+
+        What the model does when it is told: with a user's wish, the headroom of training; with a remark about
+        something else, what any text in the prompt does. Both are in ``eval_answers.jsonl`` (``told``).
+        """
+        self._told = followup
+        try:
+            return self.evaluate()
+        finally:
+            self._told = None
+
+    def held_out_answers(self, prompts: list[list[dict]], number: int = 0, told: str | None = None) -> Answers:
+        """Answers to prompts at ``eval_temperature``.
+
+        Args:
+            number: of the batch, for the draws.
+            told: a follow-up in every prompt, as the teacher reads it.
+        """
+        args, tokenize = self.args, self.tokenize
+        starts = [tokenize.generation_prompt(messages) for messages in prompts]
+        if told is not None:
+            starts = [tokenize(Interaction(messages, "", told)).teacher_prompt_ids for messages in prompts]
         samples = generate(
             self.accelerator.unwrap_model(self.model),
             starts,
-            max_new_tokens=args.max_new_tokens,
+            max_new_tokens=args.eval_max_new_tokens or args.max_new_tokens,
             temperature=args.eval_temperature,
             end_ids=self.end_ids,
             batch_size=args.generation_batch_size,
             seed=f"{args.seed}/eval/{number}/{args.process_index}",
         )
-        texts = [self.tokenize.said(sample.ids, start) for sample, start in zip(samples, starts)]
+        texts = [tokenize.said(sample.ids, start) for sample, start in zip(samples, starts)]
         return Answers(prompts, samples, texts, [])
 
     # ------------------------------------------------------------------------------- checkpoints

@@ -71,6 +71,11 @@ class RuleUser:
             raise ValueError("RuleUser: rules must not be empty (or wish must be given)")
         self.wish, self.praise = wish, praise
 
+    @property
+    def wishes(self) -> str:
+        """All that it wants, as it would say it."""
+        return self.wish or " ".join(rule.wish for rule in self.rules)
+
     def satisfied(self, prompts: list[Messages], responses: list[str]) -> list[bool]:
         return [all(rule.holds(text) for rule in self.rules) for text in responses]
 
@@ -97,6 +102,37 @@ class ConstantUser:
         return [self.texts[index % len(self.texts)] for index in range(len(responses))]
 
 
+# Of a user who speaks of something else; nothing about an answer can be learned from them.
+UNRELATED = (
+    "My cat is called Minka.",
+    "It rained here all day yesterday.",
+    "I am going to the dentist tomorrow.",
+    "My neighbour bought a red bicycle.",
+)
+
+
+class UnrelatedUser:
+    """A control: where another user would say something, this one speaks of something else.
+
+    Args:
+        user: who decides about which answers something is said, and reports satisfaction.
+    """
+
+    def __init__(self, user: Any):
+        self.user = user
+
+    @property
+    def wishes(self) -> str:
+        return self.user.wishes
+
+    def satisfied(self, prompts: list[Messages], responses: list[str]) -> list[bool]:
+        return self.user.satisfied(prompts, responses)
+
+    def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
+        said = self.user.feedback(prompts, responses)
+        return [UNRELATED[index % len(UNRELATED)] if text else "" for index, text in enumerate(said)]
+
+
 class SwitchingUser:
     """Another user from a given interaction on: a preference that changes.
 
@@ -117,6 +153,11 @@ class SwitchingUser:
                 self.current = user
         if hasattr(self.current, "at"):
             self.current.at(interactions)
+
+    @property
+    def wishes(self) -> str:
+        """Those of now."""
+        return self.current.wishes
 
     def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
         return self.current.feedback(prompts, responses)

@@ -7,6 +7,7 @@ the real ones.
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from fastsdpo.cli import main
 from fastsdpo.online import ConstantUser, OnlineSDPOConfig, OnlineSDPOTrainer
 from fastsdpo.online.chat import ChatLearner
+from fastsdpo.online.content import content, perplexity
 from fastsdpo.online.sampling import ServerSampler, generate
 from fastsdpo.online.users import LocalChat
 
@@ -287,3 +289,26 @@ class TestDrawing:
         drawing = {"temperature": 0.9, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         assert {name: told[name] for name in drawing} == drawing
         assert not drawing.keys() & alone.keys()
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "expected"),
+    [
+        ("How do hash tables work?", "Hash tables work by hashing.", (1.0, 1, False, False)),  # hash, hashi(ng)
+        ("What is a prime number?", "A prime number is a number.", (1.0, 0, True, False)),
+        ("What is a prime number?", "I'm sorry, as an AI I know no numbers.", (0.5, 2, False, True)),
+        ("Why?", "Because.", (None, 1, False, False)),
+        ("Was ist eine Primzahl?", "Eine Primzahl hat zwei Teiler.", (1.0, 2, False, False)),
+    ],
+)
+def test_content(question, answer, expected):
+    assert tuple(content(question, answer)) == expected
+
+
+def test_perplexity_is_that_of_the_model(lab):
+    """Beside the model's own loss, token by token."""
+    model, tokenizer = lab.model(), lab.tokenizer()
+    talks = [[{"role": "user", "content": f"w{i} w2"}, {"role": "assistant", "content": "w3 w4 w5"}] for i in range(3)]
+    ids = [tokenizer.apply_chat_template(talk, tokenize=True, return_dict=False)[:7] for talk in talks]
+    losses = [model(input_ids=torch.tensor([one]), labels=torch.tensor([one])).loss.item() for one in ids]
+    assert perplexity(model, tokenizer, talks, max_tokens=7) == pytest.approx(math.exp(sum(losses) / 3), rel=1e-5)

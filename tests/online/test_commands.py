@@ -27,6 +27,7 @@ from fastsdpo.online import OnlineSDPOConfig, PromptDataset, RuleUser, terminal
 from fastsdpo.online import chat as chat_module
 from fastsdpo.online.chat import ChatLearner
 from fastsdpo.online.rules import parse_rule
+from fastsdpo.online.users import UNRELATED
 from fastsdpo.online.winrate import WinRate, compare_by_judge, compare_by_rules, read_verdict, wilson
 from fastsdpo.trainer import NonFiniteError
 
@@ -123,6 +124,25 @@ def test_online_and_eval_put_a_system_prompt_first(prompts, saved, tmp_path, cap
     assert "system must be some text" in capsys.readouterr().err
 
 
+def test_headroom_control_and_the_personal_preset(prompts, saved, tmp_path, capsys):
+    """Held-out answers with the wish in the prompt; remarks about something else; an adapter by default."""
+    output = tmp_path / "run"
+    told = ("--rule", "max_words=2", "--wish", "w5 w6", "--eval-prompts", prompts, "--headroom")
+    assert online(prompts, saved, output, *told, "--control", "--preset", "personal", "--seed", "3") == 0
+    report = json.loads((output / "report.json").read_text())
+    assert (report["settings"]["teacher"], report["settings"]["guidance"]) == ("frozen", 2.0)
+    assert (output / "model" / "adapter_config.json").exists()
+    before, wish = report["before"], report["headroom"]["wish in the prompt"]
+    assert {"eval_new_keywords", "eval_nothing_new", "eval_refusals"} <= set(before)
+    answers = [json.loads(line) for line in (output / "eval_answers.jsonl").read_text().splitlines()]
+    first = [row for row in answers if row["step"] == 0]
+    assert [row["told"] for row in first] == ["w5 w6"] * 8 + [UNRELATED[0]] * 8 + [None] * 8
+    words = [len(row["response"].split()) for row in first]
+    assert wish["eval_response_words"] == sum(words[:8]) / 8 != before["eval_response_words"] == sum(words[16:]) / 8
+    assert set(followups(output)) - {""} <= set(UNRELATED) and any(followups(output))
+    assert "wish in the prompt: " in capsys.readouterr().out
+
+
 def test_online_flips_the_preference(prompts, saved, tmp_path):
     flip = ("--wish", "w5", "--flip-at", "4", "--then-wish", "w6")
     assert online(prompts, saved, tmp_path / "run", *flip, "--quiet") == 0
@@ -144,6 +164,8 @@ def test_a_local_model_plays_the_user(prompts, saved, tmp_path):
         ("--rule max_words=2 --flip-at 4", "--flip-at needs --then-rule"),
         ("--rule max_words=2 --then-wish x", "they need --flip-at"),
         ("--persona x", "--user-url with --user-model"),
+        ("--wish x --control", "--control needs a user of rules"),
+        ("--rule max_words=2 --headroom", "--headroom needs --eval-prompts"),
         ("--persona x --user-url http://localhost:1/v1", "needs --user-model"),
         ("--rule max_words=2 --set spin=1", "field of OnlineSDPOConfig"),
         ("--rule max_words=2 --set num_generations=0", "--num-generations must"),

@@ -1,123 +1,121 @@
-"""The personalization experiment: an interrupted run goes on to the same curve, and is reported."""
+"""The personalization experiment on a tiny model: every condition runs, and an interrupted run goes on."""
 
 from __future__ import annotations
-
-import argparse
-import json
-import math
 
 import pytest
 import torch
 
-from benchmarks.personalization import experiment, record, report
+from benchmarks import harness
+from benchmarks.personalization import experiment, report
+from benchmarks.personalization.data import Data, read_data
+from benchmarks.personalization.experiment import CONDITIONS, Baseline, Experiment, make_trainer
+from benchmarks.personalization.users import KindUser
+from fastsdpo.online.users import UNRELATED, ConstantUser
 
 pytest.importorskip("peft")
+LONG, OTHER = " ".join(f"w{i}" for i in range(30)), "w1 w2 w3"
+DATA = Data([f"w{i} w{i + 1} w{i + 2}" for i in range(12)], ["w1 w2"], ["w3 w4", "w5 w6"], [])
+TINY = {
+    "template": " note {o}",
+    "max_new_tokens": 6,
+    "eval_max_new_tokens": 6,
+    "global_batch_size": 4,
+    "per_device_train_batch_size": 4,
+    "neutral_followup": "w9",
+}
 
 
-def options(folder, model, condition="short"):
-    data = folder / "data.json"
-    rows = {
-        "train": [f"w{i} w{i + 1} w{i + 2}" for i in range(12)],
-        "held_out": ["w1 w2", "w3 w4"],
-        "ordinary": [messages("w1 w2 w3", "w4 w5 w6 w7", "w8")],
-        "brief": [messages("w1", "w2 w3")],
-    }
-    folder.mkdir(exist_ok=True)
-    data.write_text(json.dumps(rows))
-    recipe = {
-        "template": " note {o}",
-        "max_new_tokens": 6,
-        "per_device_train_batch_size": 4,
-        "lora": 2,
-        "learning_rate": 1e-2,
-    }
-    return argparse.Namespace(
-        output=str(folder),
-        model=model,
-        condition=condition,
-        seed=1,
-        recipe=json.dumps(recipe),
-        interactions=16,
-        every=1,
-        threads=1,
-        data=str(data),
+@pytest.fixture
+def lab_of(saved, lab, monkeypatch):
+    talk = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+    monkeypatch.setattr(experiment, "INTERACTIONS", 2 * experiment.STEP)
+    return lambda folder: Experiment(
+        folder / "personalization_tiny.json",
+        folder / "work",
+        model_file=saved,
+        data=DATA._replace(ordinary=[talk]),
+        settings=TINY,
     )
 
 
-def messages(*texts):
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+def without_seconds(path):
+    return [{**row, "seconds": None, "run": None} for row in harness.read(path)]
 
 
-def points(folder, condition="short"):
-    found = json.loads((folder / f"{condition}-1" / "points.json").read_text())
-    return [{k: v for k, v in point.items() if k != "seconds"} for point in found]
+@pytest.mark.parametrize("moment", ["in a round", "after the last round"])
+def test_an_interrupted_run_goes_on_to_the_same_row(moment, lab_of, tmp_path, monkeypatch, capsys):
+    whole, cut = lab_of(tmp_path / "whole"), lab_of(tmp_path / "cut")
+    whole.measure_run("personal", 1)
+    # The user is asked in the rounds, and satisfied in the last answers too.
+    name = "feedback" if moment == "in a round" else "satisfied"
+    asked = getattr(experiment.RuleUser, name)
+    checkpoint = "checkpoint-1" if moment == "in a round" else "checkpoint-2"
 
-
-def test_an_interrupted_run_goes_on_to_the_same_curve(saved, tmp_path, monkeypatch):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert experiment.run_one(options(whole, saved)) == 0
-    measure, calls = experiment.perplexities, []
-
-    def failing(*arguments):
-        calls.append(1)
-        if len(calls) == 7:  # two a measurement: after the third step, before its checkpoint
+    def killed(user, prompts, responses):
+        if (cut.work / "personal-1" / checkpoint).exists():
             raise RuntimeError("killed")
-        return measure(*arguments)
+        return asked(user, prompts, responses)
 
-    monkeypatch.setattr(experiment, "perplexities", failing)
-    with pytest.raises(RuntimeError, match="killed"):
-        experiment.run_one(options(cut, saved))
-    assert len(points(cut)) == 3
-    assert experiment.run_one(options(cut, saved)) == 0
-    assert points(cut) == points(whole)
-    assert [point["interactions"] for point in points(whole)] == [0, 4, 8, 12, 16]
-    assert points(whole)[0]["perplexity"] != points(whole)[-1]["perplexity"]
-
-
-def test_the_report_shows_every_point(saved, tmp_path):
-    for condition in ("flip", "unrelated"):
-        assert experiment.run_one(options(tmp_path, saved, condition)) == 0
-    report.write_report(tmp_path)
-    text = (tmp_path / "report.md").read_text()
-    for condition in ("flip", "unrelated"):
-        assert text.count(f"| {condition} | 1 |") == 5
-    assert "- w1 w2 **" in text
-    pytest.importorskip("matplotlib")
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    results = tmp_path / "results"
-    assert record.main([str(tmp_path), "--results", str(results)]) == 0
-    stored = json.loads((results / "personalization_cpu.json").read_text())
-    assert len(stored["rows"]) == 10 and all(len(row) == len(stored["columns"]) for row in stored["rows"])
-    assert list(stored["answers"]) == ["w1 w2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.RuleUser, name, killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            cut.measure_run("personal", 1)
+    cut.measure_run("personal", 1)
+    assert without_seconds(cut.results) == without_seconds(whole.results)
+    said = capsys.readouterr().out
+    cut.measure_run("personal", 1)
+    assert said and not capsys.readouterr().out, "what is in the results file is not run again"
 
 
-def test_perplexities_are_those_of_the_text(lab):
-    """Against the plain log-softmax, word by word."""
-    model, tokenizer = lab.model(), lab.tokenizer()
-    found = experiment.perplexities(model, tokenizer, [messages("w1 w2", "w4 w5 w6")])
-    words = ["<user>", "w1", "w2", "<end>", "<assistant>", "w4", "w5", "w6", "<end>"]
-    ids = torch.tensor([tokenizer.convert_tokens_to_ids(words)])
-    with torch.no_grad():
-        logps = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-    users, answers = logps[0:2], logps[4:7]
-    wanted = {"perplexity": torch.cat([users, answers]), "perplexity_users": users, "perplexity_answers": answers}
-    for name, values in wanted.items():
-        assert found[name] == pytest.approx(math.exp(-values.mean()), rel=1e-4), name
+@pytest.mark.parametrize("name", ["paper", "unlikely tokens", "kind, shuffled", "flip", "persona"])
+def test_conditions_run_and_are_reported(name, lab_of, tmp_path, capsys):
+    tiny = lab_of(tmp_path)
+    tiny.measure_run(name, 1)
+    (row,) = [row for row in harness.read(tiny.results) if row["case"] == {"condition": name, "seed": 1}]
+    assert len(row["satisfaction by round"]) == (4 if name == "flip" else 2)
+    capsys.readouterr()
+    assert report.main([str(tiny.results)]) == 0
+    assert f"| {CONDITIONS[name].about} |" in capsys.readouterr().out
 
 
-def test_the_data_are_questions_whole_conversations_and_brief_exchanges(tmp_path):
-    rows = [
-        messages("What is the answer to everything?", "It is 42.", "Why is that?", "Nobody knows."),
-        messages("What is the answer to everything?", "Asked once more."),
-        messages("Tell me about cats", "Cats are small animals. " * 10, "More."),
-        messages("Tell me about dogs", "Dogs are loyal animals. " * 40, "Thanks."),
-        messages("Erz\u00e4hl mir etwas", "Gern. " * 100),
-        [{"role": "assistant", "content": "I speak first."}],
-    ]
-    file = tmp_path / "data.jsonl"
-    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    found = experiment.read_data(str(file), train=1, held_out=1, ordinary=3)
-    assert found["held_out"] == ["What is the answer to everything?"]
-    assert found["train"] == []
-    assert [len(c) for c in found["brief"]] == [2]
-    assert [c[0]["content"] for c in found["ordinary"]] == ["Tell me about dogs"]
+def test_sft_is_the_gradient_of_the_answers_likelihood(lab_of, saved, tmp_path):
+    """Beside -log p of the answers' tokens, mean over each answer and then over answers, by autograd."""
+    trainer = make_trainer(CONDITIONS["sft"], tmp_path, 1, 1, saved, DATA, **TINY)
+    assert isinstance(trainer, Baseline)
+    trainer.user = ConstantUser("w3")
+    prompts = [(index, [{"role": "user", "content": text}]) for index, text in enumerate((LONG, OTHER))]
+    (items,) = trainer.roll_out([prompts], 0)
+    weights = [p for p in trainer.model.parameters() if p.requires_grad]
+    loss, _ = trainer.run_pass(trainer.model, items, len(items))
+    got = torch.autograd.grad(loss, weights)
+    plain = torch.zeros(())
+    for item in items:
+        ids = torch.tensor([[*item.prompt_ids, *item.completion_ids]])
+        rows = trainer.model(input_ids=ids).logits[0, len(item.prompt_ids) - 1 : -1].log_softmax(-1)
+        plain = plain - rows.gather(-1, torch.tensor(item.completion_ids)[:, None]).mean() / len(items)
+    wanted = torch.autograd.grad(plain, weights)
+    for left, right in zip(got, wanted):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
+def test_users_speak_of_the_answer():
+    prompts = [[{"role": "user", "content": text}] for text in ("How do I bake?", "What is flour?", "How so now?")]
+    answers = ["1. Mix.\n2. Bake.", LONG + ".", "Just bake."]
+    user = KindUser()
+    assert user.satisfied(prompts, answers) == [True, False, False]
+    said = user.feedback(prompts, answers)
+    assert said[0] == "" and "one short sentence" in said[1] and "numbered list" in said[2]
+    shuffled = {tuple(KindUser(shuffled=True).feedback(prompts[1:] * 4, answers[1:] * 4)) for _ in range(2)}
+    assert len(shuffled) == 1 and sorted(shuffled.pop()) == sorted(said[1:] * 4) != said[1:] * 4
+    control = experiment.UnrelatedUser(user)
+    assert [text in UNRELATED for text in control.feedback(prompts, answers)] == [False, True, True]
+
+
+def test_questions_are_apart(tmp_path):
+    rows = [f'{{"messages": [{{"role": "user", "content": "What may the number {i:03} be?"}}, '
+            f'{{"role": "assistant", "content": "It is {i}."}}]}}' for i in range(120)]  # fmt: skip
+    (tmp_path / "talks.jsonl").write_text("\n".join(rows))
+    data = read_data(tmp_path / "talks.jsonl")
+    parts = [set(data.train), set(data.choose), set(data.test)]
+    assert [len(part) for part in parts] == [60, 24, 36] and not (parts[0] | parts[1]) & parts[2]
+    assert max(data.train + data.choose) < min(data.test), "the test takes later questions"
