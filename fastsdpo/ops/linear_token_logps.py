@@ -232,7 +232,7 @@ def linear_token_logps(
     if entropy_grad or extra_ids is not None:
         extra = token_terms.check_extra_ids(name, extra_ids, target_ids, entropy_grad, return_entropy)
         ids = [flat_ids(target_ids), extra]
-        _, logps, entropy, _ = token_terms.linear_token_terms_op(flat, weight, bias, ids, *rest)
+        logps, entropy, *_ = token_terms.linear_token_terms_op(flat, weight, bias, ids, *rest)
         entropy = (entropy if entropy_grad else entropy.detach()) if return_entropy else None
         return token_terms.results(logps, entropy, target_ids, extra, ignore_index)
     logps, entropy, _ = linear_token_logps_op(flat, weight, bias, flat_ids(target_ids), *rest)

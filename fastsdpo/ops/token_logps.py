@@ -103,7 +103,7 @@ def token_logps(
 
         extra = token_terms.check_extra_ids(name, extra_ids, target_ids, entropy_grad, return_entropy)
         given = as_rows(logits), flat_ids(target_ids), extra
-        _, logps, entropy, _ = token_terms.token_terms_op(*given, *options, return_entropy, backend)
+        logps, entropy, *_ = token_terms.token_terms_op(*given, *options, return_entropy, backend)
         entropy = (entropy if entropy_grad else entropy.detach()) if return_entropy else None
         return token_terms.results(logps, entropy, target_ids, extra, ignore_index)
     logps, entropy, _ = _operators.token_logps_op(

@@ -33,16 +33,16 @@ class Terms(NamedTuple):
     """Results of rows, saved for backward.
 
     Attributes:
-        ids: ``[N, 1 + K]``, the target first (0 where it is ignored); it also stands for ids that do not count.
-        logps: ``[N, 1 + K]``.
+        logps: ``[N, 1 + K]`` of ``ids``.
         entropy: ``[N]``, or ``[0]`` where none was asked for.
         stats: ``[N, 2]``, as of `rows.TokenResults`.
+        ids: ``[N, 1 + K]``, the target first (0 where it is ignored); it also stands for ids that do not count.
     """
 
-    ids: Tensor
     logps: Tensor
     entropy: Tensor
     stats: Tensor
+    ids: Tensor
 
 
 def check_extra_ids(name: str, extra_ids: Any, target_ids: Tensor, entropy_grad: bool, return_entropy: bool) -> Tensor:
@@ -80,7 +80,7 @@ def forward(
     extra = torch.where(extra_ids == options.ignore_index, targets, extra_ids)
     if extra.shape[1]:
         logps = torch.cat([logps, support_logps(logits, found.stats, extra, options)], -1)
-    return Terms(torch.cat([targets, extra], -1), logps.contiguous(), found.entropy, found.stats)
+    return Terms(logps.contiguous(), found.entropy, found.stats, torch.cat([targets, extra], -1))
 
 
 def _per_class(slopes: Tensor, ids: Tensor) -> Tensor:
@@ -179,10 +179,12 @@ def _(logits, target_ids, extra_ids, mode, floats, integers, entropy, backend):
     return _fake_terms(logits, target_ids, extra_ids, accumulation_dtype(logits), entropy)
 
 
-def _fake_terms(like, target_ids, extra_ids, dtype, entropy):
+def _fake_terms(
+    like: Tensor, target_ids: Tensor, extra_ids: Tensor, dtype: torch.dtype, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, k = target_ids.shape[0], extra_ids.shape[1] + 1
     logps = like.new_empty(n, k, dtype=dtype)
-    return target_ids.new_empty(n, k), logps, logps.new_empty(n if entropy else 0), logps.new_empty(n, 2)
+    return logps, logps.new_empty(n if entropy else 0), logps.new_empty(n, 2), target_ids.new_empty(n, k)
 
 
 @custom_op("fastsdpo::token_terms_backward", mutates_args=())
@@ -220,17 +222,17 @@ forbid_second_derivative(token_terms_backward_op)
 
 def _slopes(upstream: Sequence[Tensor | None], terms: Sequence[Tensor]) -> tuple[Tensor, Tensor | None] | None:
     """Upstream gradients of log-probs and entropy; None where there are none."""
-    _, logps, entropy, _ = upstream
+    logps, entropy, *_ = upstream
     if logps is None and entropy is None:
         return None
     if logps is None:
-        logps = torch.zeros_like(terms[1])
+        logps = torch.zeros_like(terms[0])
     return logps.contiguous(), None if entropy is None else entropy.contiguous()
 
 
 def _token_terms_setup(ctx, inputs, output):
     logits, target_ids, _, *ctx.options, _, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[0], output[3])
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, target_ids, *output)
 
@@ -239,7 +241,9 @@ def _token_terms_backward(ctx, *upstream):
     grad, (logits, target_ids, *terms) = None, ctx.saved_tensors
     slopes = _slopes(upstream, terms)
     if slopes is not None and ctx.needs_input_grad[0]:
-        grad = token_terms_backward_op(*slopes, logits, target_ids, terms, *ctx.options, ctx.backend)
+        mode, floats, integers = ctx.options
+        rest = logits, target_ids, terms, mode, floats, integers, ctx.backend
+        grad = token_terms_backward_op(slopes[0], slopes[1], *rest)
     return grad, *(None,) * 7
 
 
@@ -268,7 +272,7 @@ def linear_token_terms_op(
     target_ids, extra_ids = ids
     for argument, given in (("target_ids", target_ids), ("extra_ids", extra_ids)):
         check_ids(given, len(weight), f"linear_token_logps: {argument}", options.ignore_index)
-    found = Terms(*_fake_terms(hidden, target_ids, extra_ids, accumulation_dtype(hidden, weight), entropy))
+    found = _fake_terms(hidden, target_ids, extra_ids, accumulation_dtype(hidden, weight), entropy)
 
     def tile_loss(logits: Tensor, teacher: Tensor | None, which: slice, grad: Tensor | None):
         part = forward(logits.unsqueeze(0), target_ids[which], extra_ids[which], options, backend, entropy)
@@ -277,7 +281,7 @@ def linear_token_terms_op(
                 whole[which] = values
 
     through_head(hidden, HeadGemms(weight, bias, plan.operand), tile_loss, plan)
-    return tuple(found)
+    return found
 
 
 @linear_token_terms_op.register_fake
@@ -337,7 +341,7 @@ forbid_second_derivative(linear_token_terms_backward_op)
 def _linear_setup(ctx, inputs, output):
     hidden, weight, bias, ids = inputs[:4]
     ctx.rest, ctx.backend = (*inputs[4:7], *inputs[8:10]), inputs[10]
-    ctx.mark_non_differentiable(output[0], output[3])
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, ids[0], *output)
 
@@ -348,8 +352,9 @@ def _linear_backward(ctx, *upstream):
     of_ids = [None, None]
     if slopes is None or not any(needs):
         return None, None, None, of_ids, *(None,) * 7
-    saved = [target_ids, *terms]
-    found = linear_token_terms_backward_op(*slopes, hidden, weight, bias, saved, *ctx.rest, needs, ctx.backend)
+    mode, floats, integers, chunk_size, dtypes = ctx.rest
+    rest = [target_ids, *terms], mode, floats, integers, chunk_size, dtypes, needs, ctx.backend
+    found = linear_token_terms_backward_op(slopes[0], slopes[1], hidden, weight, bias, *rest)
     return *present(needs, found), of_ids, *(None,) * 7
 
 
