@@ -286,7 +286,7 @@ def linear_token_terms_op(
 
 @linear_token_terms_op.register_fake
 def _(hidden, weight, bias, ids, mode, floats, integers, entropy, *args):
-    return _fake_terms(hidden, *ids, accumulation_dtype(hidden, weight), entropy)
+    return _fake_terms(hidden, ids[0], ids[1], accumulation_dtype(hidden, weight), entropy)
 
 
 @custom_op("fastsdpo::linear_token_terms_backward", mutates_args=())

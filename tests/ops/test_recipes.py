@@ -1,5 +1,5 @@
-"""What recipes of knowledge distillation add to the losses, on every backend, against float64 autograd: a cross entropy
-of the targets, a teacher's logits beside hidden states, padded vocabularies, several ids, entropies."""
+"""What recipes of distillation add to the losses, on every backend, against float64 autograd: a cross entropy of the
+targets, logits of a teacher beside hidden states, padded vocabularies, several ids, entropies."""
 
 import pytest
 import torch
