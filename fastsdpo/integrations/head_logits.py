@@ -79,12 +79,7 @@ class HeadLogits:
             self._refuse(f"gather(dim={dim}) of {'log-probs' if self.normalized else 'logits'}")
         weight, bias, softcap, scale = self.head
         given = {"bias": bias, "softcap": softcap, "logit_scale": scale, "temperature": self.temperature}
-        ids = index[..., 0]
-        if index.shape[-1] == 1:
-            found = linear_token_logps(self.hidden, weight, ids, **given)
-            assert isinstance(found, Tensor)
-            return found.unsqueeze(-1)
-        return linear_token_logps(self.hidden, weight, ids, extra_ids=index, **given)[1]
+        return linear_token_logps(self.hidden, weight, index[..., 0], extra_ids=index, **given)[1]
 
     def topk(self, k: int, dim: int = -1) -> tuple[None, Tensor]:
         """``(None, ids)``: the ids ``[*rows, k]`` alone, the most likely first."""
