@@ -31,7 +31,7 @@ def async_trainer() -> Any:
     if found != ARGUMENTS:
         raise ImportError(
             f"fastsdpo.integrations.trl: TRL {version('trl')} differs from {NEEDED}, for which this was written, in "
-            f"what is replaced: {MODULE}._chunked_jsd_loss({', '.join(found)}). Install TRL {NEEDED} or a newer fastsdpo."
+            f"what is replaced: _chunked_jsd_loss({', '.join(found)}). Install TRL {NEEDED} or a newer fastsdpo."
         )
     return module
 

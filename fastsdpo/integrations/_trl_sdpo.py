@@ -1,4 +1,4 @@
-"""TRL's `SDPOTrainer` and `SDFTTrainer` with losses from hidden states, or from logits: the methods that are replaced."""
+"""TRL's `SDPOTrainer` and `SDFTTrainer` with losses from hidden states or logits: the methods that are replaced."""
 
 from __future__ import annotations
 
