@@ -201,7 +201,7 @@ def served(qwen2_folder):
             self.wfile.write(data)
 
         def do_GET(self):
-            self.reply({"data": [{"id": "teacher"}]})
+            self.reply({"data": [{"id": "teacher", "max_model_len": 256}]})
 
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -252,8 +252,8 @@ class Rollouts:
         from trl.experimental.async_distillation.async_rollout_worker import RolloutSample
 
         self.rollout_buffer, self.metrics_queue = queue.Queue(), queue.Queue()
-        draw = np.random.default_rng(0)
-        for number in range(20):  # some are fetched ahead
+        draw, samples = np.random.default_rng(0), []
+        for number in range(4):
             ids = draw.integers(6, 60, 9 + number % 4)
             top, logps = np.full((len(ids), width + 1), -1), np.full((len(ids), width + 1), -np.inf, np.float32)
             for position, entry in enumerate(score(ids.tolist(), width)):
@@ -264,7 +264,9 @@ class Rollouts:
             fields = {"input_ids": ids, "completion_mask": mask, "teacher_topk_ids": top, "metrics": {}}
             fields |= {"teacher_topk_logprobs": logps, "model_version": 0, "prompt_id": number, "prompt": []}
             teacher = f"teacher{number % 2}"
-            self.rollout_buffer.put(RolloutSample(**fields, completion=[], teacher_id=teacher))
+            samples.append(RolloutSample(**fields, completion=[], teacher_id=teacher))
+        for sample in samples * 30:  # more than five steps take: batches are fetched ahead
+            self.rollout_buffer.put(sample)
 
     def start(self):
         pass
@@ -300,6 +302,7 @@ def test_asynchronous_distillation(beta, tail, served, llama_folder, tmp_path, m
         urls = {"teacher0": served[0], "teacher1": served[0]}
         given = {**SETTINGS, "beta": beta, "add_tail_bucket": tail, "teacher_top_k": 5, "teacher_server_urls": urls}
         given |= {"model_init_kwargs": {"attn_implementation": "sdpa", "dtype": "float32"}, "max_staleness": 100}
+        given["vllm_server_base_url"] = served[0]
         return AsyncDistillationTrainer(
             model=llama_folder,
             args=AsyncDistillationConfig(output_dir=str(tmp_path), **given),
