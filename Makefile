@@ -7,13 +7,15 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard ker
 # Two test processes, one thread each, on the two cores that the suite is sized for.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help demo personalization test test-slow distributed fuzz soak compatibility lint types format bench compile-matrix ptx native-sanitize gpu clean
+.PHONY: help demo docs personalization test test-python test-slow distributed fuzz soak compatibility lint types format bench compile-matrix ptx native-sanitize gpu clean
 
 help:
 	@echo "make demo       real conversations -> trained SmolLM2-135M-Instruct, before and after (CPU)"
 	@echo "make personalization   a user's wish learned online, one seed (CPU; SEEDS=\"1 2 3\" for more)"
 	@echo "make test       the test suite (under 15 minutes on 2 cores)"
 	@echo "make test-slow  the long tests"
+	@echo "make test-python   the test suite without the native kernels, on the last commit"
+	@echo "make docs       the documentation as a site in site/; a dead link is an error"
 	@echo "make distributed  several processes: torchrun, accelerate, DeepSpeed, QLoRA; half an hour"
 	@echo "make fuzz       kills, full disks, mutated data, drawn numbers: long (20 minutes to an hour on 2 cores)"
 	@echo "make soak       MINUTES of training with flat memory (10), 100,000 interactions in bounded memory"
@@ -57,6 +59,16 @@ personalization: $(VENV)/.dev
 test: $(VENV)/.dev
 	$(PYTEST) -n 2 --dist loadfile tests
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m "interpreted and not slow" tests/ops tests/reliability/test_numerics.py
+
+# A clone of the last commit, in which nothing was compiled: what a machine without a compiler has.
+test-python: $(VENV)/.dev
+	rm -rf build/python && git clone --quiet . build/python
+	cd build/python && PYTHONPATH=$(CURDIR)/build/python OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(CURDIR)/$(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+docs: $(VENV)/.demo
+	$(PIP) install --quiet -c constraints.txt mkdocs-material mkdocstrings-python
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # The long counts of tests/reliability; what was tried, injected, survived and lost goes to the results file.
 RESULTS = benchmarks/results/reliability_cpu.json

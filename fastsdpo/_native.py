@@ -89,7 +89,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             why = f"{path.name} was not built"
         return None, (
             f"the compiled library is missing ({why}); reinstall with FASTSDPO_REQUIRE_NATIVE=1 "
-            "to see the whole error (needs CMake and GCC or Clang with OpenMP)"
+            "to see the whole error (needs CMake and GCC or Clang)"
         )
     try:
         library = _open(path)
@@ -111,7 +111,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if wanted and library.fastsdpo_set_isa(wanted.encode()) != 0:
         names = library.fastsdpo_isas().decode()
         raise ValueError(f"FASTSDPO_ISA must be one of {names} on this CPU, got {wanted!r}")
-    return library, f"instruction set {library.fastsdpo_isa().decode()}"
+    threads = "" if library.fastsdpo_parallel() else ", one thread: it was built without OpenMP"
+    return library, f"instruction set {library.fastsdpo_isa().decode()}{threads}"
 
 
 def native_available() -> tuple[bool, str]:

@@ -6,6 +6,7 @@ and fail with the same sentences.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 import os
@@ -93,7 +94,7 @@ def load_model_and_tokenizer(
         if local and (Path(place) / "adapter_config.json").exists():
             raise ValueError(
                 f"load_model_and_tokenizer: {adapter.says} must be a whole model, but {place} is an "
-                "adapter too; merge that into its own base model (merge_and_unload of PEFT)"
+                "adapter too; merge that into its own base model (fastsdpo merge)"
             )
     if quantize is not None and gguf_file is not None:
         raise ValueError(f"load_model_and_tokenizer: quantize must be left out for a GGUF file, got {quantize!r}")
@@ -309,8 +310,13 @@ def _find_on_hub(name: str) -> None:
         return  # the loader tries again
     except Exception as error:  # whatever the hub's HTTP library raises without a network
         why = f"the hub cannot be reached: {error}"
+    beside = Path(name).parent
+    there = [path.as_posix() for path in beside.iterdir()] if beside.is_dir() else []
+    close = difflib.get_close_matches(name, there, n=1)
+    meant = f"; did you mean the folder {close[0]!r}?" if close else ""
     raise OSError(
-        f"load_model_and_tokenizer: {name!r} is no local folder or file, and as a hub id it cannot be loaded: {why}"
+        f"load_model_and_tokenizer: {name!r} is no local folder or file, and as a hub id it cannot be loaded: "
+        f"{why}{meant}"
     )
 
 

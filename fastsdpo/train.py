@@ -2,16 +2,16 @@
 
     torchrun --nproc-per-node 2 -m fastsdpo.train interactions.jsonl --model MODEL -o runs/first
 
-The run itself, in order, is `fastsdpo.commands.train.train`.
+The run itself, in order, is `fastsdpo.commands.train_run.train`.
 """
 
 import argparse
 import sys
 
 from fastsdpo.commands import options
+from fastsdpo.commands.paths import held_out as held_out
 from fastsdpo.commands.run import load as load
 from fastsdpo.commands.train import build_parser as build_parser
-from fastsdpo.commands.train import held_out as held_out
 from fastsdpo.commands.train import main as main
 from fastsdpo.trainer import SDPOConfig
 

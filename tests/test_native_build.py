@@ -188,6 +188,28 @@ needs_native = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
+@needs_native
+def test_without_openmp_the_kernels_have_one_thread(sources):
+    """As with Apple's compiler: what is built says so, and computes the same."""
+    off = f"-DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON -DFASTSDPO_WERROR=ON -DFASTSDPO_OUTPUT_DIRECTORY={sources}/fastsdpo"
+    configured = run("cmake", "-S", ".", "-B", "build", *off.split(), cwd=sources)
+    assert "the kernels will have one thread" in configured.stderr
+    built = run("cmake", "--build", "build", "--target", "fastsdpo_library", cwd=sources)
+    assert built.returncode == 0, built.stdout[-2000:]
+    code = """
+import torch, fastsdpo
+from fastsdpo import _native
+print(_native.native_available()[1])
+z = torch.randn(1, 2, 100_000, generator=torch.Generator().manual_seed(0))
+logps = [fastsdpo.token_logps(z, torch.tensor([[1, 2]]), backend=name) for name in ("native", "reference")]
+torch.testing.assert_close(logps[0], logps[1], rtol=1e-6, atol=1e-6)
+"""
+    tried = run(sys.executable, "-c", code, cwd=sources, PYTHONPATH=str(sources))
+    assert tried.returncode == 0, tried.stderr[-2000:]
+    assert "one thread: it was built without OpenMP" in tried.stdout
+
+
 @needs_native
 @pytest.mark.slow
 def test_instruction_set_is_chosen_by_the_environment():

@@ -1,5 +1,7 @@
 """The package itself: what importing needs, what is where."""
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -31,16 +33,27 @@ out.loss.backward()
 auto = fastsdpo.sdpo_loss(z, t, torch.arange(4), mode="full")
 assert out.loss > 0 and z.grad.abs().sum() > 0 and abs(float(auto.loss - out.loss)) < 1e-5
 
-interaction = ["--model", "m", "--prompt", "x", "--completion", "y", "--followup", "z"]
-for name in ("train", "online", "chat", "eval", "signal"):
-    assert fastsdpo.cli.main([name, *(interaction if name == "signal" else [])]) != 0, name
+GIVEN = {
+    "train": "row.jsonl --model m -o o",
+    "online": "",
+    "chat": "",
+    "eval": "",
+    "signal": "--model m --prompt x --completion y --followup z",
+}
+for name, options in GIVEN.items():
+    assert fastsdpo.cli.main([name, *options.split()]) != 0, name
 sys.argv = ["fastsdpo", "--version"]
 runpy.run_module("fastsdpo", run_name="__main__")
 """
 
 
-def test_torch_is_enough_for_losses_and_commands_say_what_they_lack():
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", TORCH_ONLY], capture_output=True, text=True, cwd=ROOT)
+def test_torch_is_enough_for_losses_and_commands_say_what_they_lack(tmp_path):
+    message = {"role": "user", "content": "a"}
+    row = {"prompt": [message], "completion": {"role": "assistant", "content": "b"}, "user_response": message}
+    (tmp_path / "row.jsonl").write_text(json.dumps(row) + "\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-W", "ignore", "-c", TORCH_ONLY]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"fastsdpo {fastsdpo.__version__}\n"
     said = done.stderr.splitlines()
@@ -48,11 +61,38 @@ def test_torch_is_enough_for_losses_and_commands_say_what_they_lack():
     assert all("install it with: pip install 'fastsdpo[train]'" in line for line in said)
 
 
+LIGHT = """
+import contextlib, io, sys
+import fastsdpo.cli
+
+for argv in (
+    ["--help"], ["--version"], ["nosuch"], ["train", "--help"], ["train", "--nosuch"], ["prepare", "--help"],
+    ["demo-data"], ["prepare", "conversations.jsonl", "-o", "out/", "--eval-fraction", "0.1", "--quiet"],
+):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        fastsdpo.cli.main(argv)
+    assert "torch" not in sys.modules and "transformers" not in sys.modules, argv
+fastsdpo.sdpo_loss, fastsdpo.linear_sdpo_loss, fastsdpo.SDPOLoss
+assert "torch" in sys.modules and "torch._dynamo" not in sys.modules, "the compiler takes as long to import as torch"
+"""
+
+
+def test_help_and_prepare_start_without_torch(tmp_path):
+    """And the losses start without its compiler: `import fastsdpo` costs no more than `import torch`."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"interactions{end}" for end in (".jsonl", ".eval.jsonl", ".report.json")
+    }
+
+
 def test_command_line_lists_commands_and_refuses_others(capsys):
     assert main(["--help"]) == 0 and main([]) == 2
     assert {"prepare", "train", "signal", "bench", "doctor"} <= set(capsys.readouterr().out.split())
-    assert main(["frobnicate"]) == 2
-    assert "unknown command 'frobnicate'" in capsys.readouterr().err
+    assert main(["frobnicate"]) == 2 and main(["trian"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "unknown command 'frobnicate'" in said[0] and "did you mean 'train'?" in said[1]
 
 
 def test_kernels_folder_holds_no_python():

@@ -20,37 +20,51 @@ from typing import Any
 import torch
 
 from fastsdpo import bench, timing
+from fastsdpo.commands.options import DONE, add_device_option, run_command
+from fastsdpo.commands.parser import Parser
 from fastsdpo.ops.backend import describe_backend, usable_device
 
 HEADER = ["from", "shape", "dtype", "loss", "who", "ms", "spread", "times fastsdpo", "peak MiB"]
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastsdpo bench", description="The losses on this machine beside plain PyTorch, torch.compile and Liger."
-    )
+def make_parser() -> Parser:
+    parser = Parser("bench", __doc__)
     parser.add_argument("--quick", action="store_true", help="small shapes, three rounds")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_option(parser, "cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU, float32 on a CPU"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the inputs (default: bfloat16 on a GPU, float32 on a CPU)",
     )
-    parser.add_argument("--modes", nargs="+", choices=list(bench.MODES), default=["sampled", *bench.DIVERGENCES])
-    parser.add_argument("--questions", nargs="+", choices=["logits", "hidden"], default=["logits", "hidden"])
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=list(bench.MODES),
+        default=["sampled", *bench.DIVERGENCES],
+        help="the losses to time",
+    )
+    parser.add_argument(
+        "--questions",
+        nargs="+",
+        choices=["logits", "hidden"],
+        default=["logits", "hidden"],
+        help="what the losses start from",
+    )
     parser.add_argument(
         "--model",
         choices=list(bench.MODELS),
         metavar="NAME",
         help="vocabulary, width and softcap of " + ", ".join(bench.MODELS),
     )
-    parser.add_argument("--softcap", type=float, help="of the logits; default: none, or the model's")
+    parser.add_argument("--softcap", type=float, help="of the logits (default: none, or the model's)")
     parser.add_argument(
         "--without", nargs="+", default=[], metavar="RIVAL", help="leave out, as in --without torch.compile"
     )
-    parser.add_argument("--tokens", type=int, help="T; default: 512, or 8192 on a GPU")
-    parser.add_argument("--vocabulary", type=int, help="V; default: 49152, or 151936 on a GPU")
-    parser.add_argument("--hidden", type=int, help="D; default: 576, or 4096 on a GPU")
-    parser.add_argument("--rounds", type=int, help="default: 5, with --quick 3")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="writes bench.json and bench.md there")
+    parser.add_argument("--tokens", type=int, help="rows of the inputs (default: 512, or 8192 on a GPU)")
+    parser.add_argument("--vocabulary", type=int, help="columns of the logits (default: 49152, or 151936 on a GPU)")
+    parser.add_argument("--hidden", type=int, help="width of the hidden states (default: 576, or 4096 on a GPU)")
+    parser.add_argument("--rounds", type=int, help="how often each is timed (default: 5, with --quick 3)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="writes bench.json and bench.md there")
     return parser
 
 
@@ -67,7 +81,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     try:
         gpu = usable_device(args.device).type == "cuda"
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(f"--{error}")
     if args.quick:
         defaults = (1024, 32000, 1024) if gpu else (128, 16384, 256)
     else:
@@ -120,7 +134,12 @@ def page(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    """Runs the command; 0 done, 1 the device or the output cannot be used, 2 wrong options."""
+    return run_command(make_parser(), measure, parse(argv))
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Times everything, prints a line for each loss and the table at the end."""
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)  # before any work is done
     print(describe_backend(torch.device(args.device).type), flush=True)
@@ -139,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
                 (args.output / "bench.json").write_text(text, encoding="utf-8")
                 (args.output / "bench.md").write_text(page(about, rows), encoding="utf-8")
     print("\n" + page(about, rows) if args.output is None else f"written to {args.output}")
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

@@ -33,13 +33,14 @@ from collections.abc import Callable
 from typing import Any
 
 from fastsdpo.commands.options import (
-    NOT_FINITE,
     STOPPED,
+    add_field_options,
     add_model_options,
     add_setting_options,
     read_config,
     run_command,
 )
+from fastsdpo.commands.parser import Parser
 from fastsdpo.commands.run import load
 from fastsdpo.data import TokenizedInteraction
 from fastsdpo.data.interactions import is_blank
@@ -47,20 +48,34 @@ from fastsdpo.online.chat import ChatLearner, forget_updates, log_update
 from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
 from fastsdpo.online.terminal import interrupt, read_message, uninterrupted
 from fastsdpo.ops.backend import describe_backend
-from fastsdpo.trainer import NonFiniteError
 
 LEARN = ("told", "always")
+# Settings that a chat does not read: its steps have one interaction each, and no end.
+WITHOUT = (
+    "data",
+    "logs",
+    "teacher_check",
+    "normalization",
+    "global_batch_size",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastsdpo chat",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def build_parser() -> Parser:
+    parser = Parser(
+        "chat",
+        __doc__,
+        settings=OnlineSDPOConfig.__dataclass_fields__,
         argument_default=argparse.SUPPRESS,
     )
     run = parser.add_argument_group("chat")
-    run.add_argument("-o", "--output", required=True, metavar="FOLDER")
+    run.add_argument("-o", "--output", required=True, metavar="FOLDER", help="checkpoints and what was learned from")
+    parser.add_config_option(run)
     run.add_argument("--system", default=None, metavar="TEXT", help="the system prompt")
     run.add_argument(
         "--learn",
@@ -71,19 +86,17 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--keep", type=int, default=10, metavar="CHECKPOINTS", help="how many are kept; /undo goes back one fewer"
     )
-    run.add_argument("--max-new-tokens", type=int, help="of an answer")
-    run.add_argument(
-        "--sampling-temperature", type=float, help="default: as the model's own generation config samples, or 0.7"
-    )
+    add_field_options(run, OnlineSDPOConfig, {"max_new_tokens": "TOKENS", "sampling_temperature": "T"}, CHAT)
     run.add_argument("--quiet", action="store_true", default=False, help="the answers only")
-    add_model_options(parser)
-    add_setting_options(parser, PRESETS)
+    add_model_options(parser, lora=16)
+    add_setting_options(parser, PRESETS, OnlineSDPOConfig, changed=CHAT, without=WITHOUT)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see the module for the exit status."""
-    return run_command("chat", chat, build_parser().parse_args(argv), statuses={NonFiniteError: NOT_FINITE})
+    parser = build_parser()
+    return run_command(parser, chat, parser.parse_args(argv))
 
 
 def chat(options: argparse.Namespace) -> int:
@@ -259,10 +272,9 @@ def _short(text: str, length: int = 40) -> str:
     return repr(line if len(line) <= length else line[: length - 3] + "...")
 
 
-# One interaction a step, and no end to the steps: a teacher that cannot drift with the student, the wording
-# that small models follow best, and answers that are read by a person, so drawn as the model's makers do.
+# One interaction a step, and no end to the steps: a teacher that cannot drift with the student, and answers
+# that are read by a person, so drawn as the model's makers do.
 CHAT: dict[str, Any] = {
-    "template": "note",
     "teacher": "frozen",
     "learning_rate": 1e-4,
     "sampling_temperature": None,

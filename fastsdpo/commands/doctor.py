@@ -10,18 +10,22 @@ import argparse
 import json
 from typing import Any
 
-from fastsdpo import doctor
-from fastsdpo.commands.options import DONE, FAILED
+from fastsdpo.commands.options import DONE, FAILED, run_command
+from fastsdpo.commands.parser import Parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see the module for the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="fastsdpo doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("doctor", __doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--no-bandwidth", action="store_true", help=argparse.SUPPRESS)  # nothing measures it any more
-    options = parser.parse_args(argv)
+    return run_command(parser, check, parser.parse_args(argv))
+
+
+def check(options: argparse.Namespace) -> int:
+    """Makes the report and prints it."""
+    from fastsdpo import doctor
+
     report = doctor.report()
     print(json.dumps(report, indent=1) if options.json else describe(report))
     return FAILED if report["wrong"] else DONE

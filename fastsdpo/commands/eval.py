@@ -21,7 +21,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fastsdpo.commands.options import DONE, read_text, run_command
+from fastsdpo.commands.options import DONE, add_device_option, read_text, run_command
+from fastsdpo.commands.parser import Parser
 from fastsdpo.commands.users import add_chat_model_options, chat_model
 from fastsdpo.modeling import check_name, load_model_and_tokenizer
 from fastsdpo.online.degeneration import degenerate
@@ -32,12 +33,8 @@ from fastsdpo.online.winrate import WinRate, compare_by_judge, compare_by_rules
 from fastsdpo.trainer.report import write_report
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastsdpo eval",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def build_parser() -> Parser:
+    parser = Parser("eval", __doc__)
     parser.add_argument(
         "prompts",
         help="held-out prompts: a text file, one per line, or rows with 'prompt' (JSON, JSON Lines, Parquet)",
@@ -56,12 +53,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_chat_model_options(parser, "judge")
     parser.add_argument("--persona", default="", metavar="TEXT", help="whom the judge judges for; @FILE reads it")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="most tokens of an answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
-    parser.add_argument("--batch-size", type=int, default=16, help="answers written at once")
+    parser.add_argument("--generation-batch-size", type=int, default=16, metavar="N", help="answers written at once")
     parser.add_argument("--limit", type=int, default=None, help="the first prompts only")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of answers that are sampled (--temperature)")
     parser.add_argument("--dtype", default=None, help="of the weights, as in `fastsdpo train`")
+    add_device_option(parser)
+    parser.add_config_option()
     parser.add_argument(
         "-o", "--output", default=None, metavar="FILE", help="JSON: the outcomes, with both answers to each prompt"
     )
@@ -71,7 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see the module for the exit status."""
-    return run_command("eval", evaluate, build_parser().parse_args(argv))
+    parser = build_parser()
+    return run_command(parser, evaluate, parser.parse_args(argv))
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -121,13 +121,13 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def answers_of(name: str, prompts: list[list[dict]], options: argparse.Namespace) -> list[str]:
     """One answer per prompt of the model ``name``, which is loaded here and dropped again."""
-    model, tokenizer = load_model_and_tokenizer(name, dtype=options.dtype)
+    model, tokenizer = load_model_and_tokenizer(name, dtype=options.dtype, device=options.device)
     chat = LocalChat(
         model,
         tokenizer,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
-        batch_size=options.batch_size,
+        batch_size=options.generation_batch_size,
         seed=options.seed,
     )
     return [text or "" for text in chat.replies(prompts)]

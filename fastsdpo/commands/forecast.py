@@ -6,14 +6,15 @@ import argparse
 import copy
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from fastsdpo.commands import run
 from fastsdpo.commands.options import DONE, model_source
+from fastsdpo.commands.paths import held_out
 from fastsdpo.data.chat_template import reads_clock
+from fastsdpo.data.templates import choose_template
 from fastsdpo.model_config import has_weights, load_configuration
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import InteractionDataset
@@ -28,26 +29,6 @@ from fastsdpo.trainer.template_date import run_date
 
 if TYPE_CHECKING:
     from fastsdpo.trainer import SDPOTrainer
-
-
-def add_forecast_options(group: argparse._ArgumentGroup) -> None:
-    """The machine that a dry run forecasts."""
-    group.add_argument(
-        "--card", default=None, metavar="SIZE", help="memory of each GPU, such as 80GB (default: of this machine's)"
-    )
-    group.add_argument(
-        "--processes",
-        type=int,
-        default=None,
-        metavar="N",
-        help="that train together, one to a GPU (default: as started)",
-    )
-    group.add_argument(
-        "--strategy",
-        choices=("ddp", "fsdp"),
-        default=None,
-        help="ddp: each process holds all; fsdp: weights, gradients and states in shards (default: as started)",
-    )
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -87,6 +68,7 @@ def forecast(options: argparse.Namespace, config: SDPOConfig, say: Callable[[str
     say(f"model {options.model}: {describe_weights(model)}; no weights are loaded, so there is no teacher check")
     if reads_clock(found.tokenizer, args.chat_template_kwargs):  # type: ignore[arg-type]
         args.chat_template_date = run_date(args)
+    args.template = choose_template(args.template, sum(p.numel() for p in model.parameters()))
     read = {"cache": args.token_cache, "workers": args.tokenizer_workers, "progress": not options.quiet}
     sets = [
         None
@@ -139,12 +121,3 @@ def describe_weights(model: torch.nn.Module) -> str:
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, requires_grad in sizes if requires_grad)
     return f"{trained:,} of {sum(size for size, _ in sizes):,} weights are trained"
-
-
-def held_out(options: argparse.Namespace) -> str | None:
-    """The held-out file: as given, or where `fastsdpo prepare --eval-fraction` puts it."""
-    if options.eval_data is not None:
-        return options.eval_data
-    data = Path(options.data)
-    beside = data.with_name(f"{data.stem}.eval{data.suffix}")
-    return str(beside) if beside.is_file() else None

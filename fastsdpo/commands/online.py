@@ -32,21 +32,24 @@ from fastsdpo.commands import run
 from fastsdpo.commands.options import (
     DEGENERATE,
     DONE,
-    NOT_FINITE,
+    LOST,
     STOPPED,
+    add_field_options,
     add_model_options,
+    add_push_option,
     add_resume_options,
     add_setting_options,
     read_config,
     read_text,
     run_command,
 )
+from fastsdpo.commands.parser import Parser
+from fastsdpo.commands.paths import check_folder
 from fastsdpo.commands.users import add_user_options, given_user_options, make_user
 from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
 from fastsdpo.online.prompts import PromptDataset
 from fastsdpo.online.rules import describe
 from fastsdpo.ops.backend import describe_backend
-from fastsdpo.trainer import NonFiniteError
 from fastsdpo.trainer.callbacks import StopOnSignal, clock
 from fastsdpo.trainer.report import write_report
 
@@ -57,18 +60,19 @@ if TYPE_CHECKING:
     from fastsdpo.online.users import UserSimulator
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastsdpo online",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def build_parser() -> Parser:
+    parser = Parser(
+        "online",
+        __doc__,
+        settings=OnlineSDPOConfig.__dataclass_fields__,
         argument_default=argparse.SUPPRESS,  # what is not given stays the preset's
     )
     group = parser.add_argument_group("run")
     group.add_argument(
         "prompts", help="what users ask: a text file, one per line, or rows with 'prompt' (JSON, JSON Lines, Parquet)"
     )
-    group.add_argument("-o", "--output", required=True, metavar="FOLDER")
+    group.add_argument("-o", "--output", required=True, metavar="FOLDER", help="what the run leaves behind")
+    parser.add_config_option(group)
     group.add_argument("--eval-prompts", metavar="FILE", default=None, help="held-out prompts")
     group.add_argument(
         "--system",
@@ -78,25 +82,26 @@ def build_parser() -> argparse.ArgumentParser:
         "with TL;DR asks for a summary of one or two sentences that begins with 'TL;DR:', and nothing else",
     )
     add_resume_options(group)
+    add_push_option(group)
     group.add_argument("--list-rules", action=ListRules, nargs=0, help="print the rules, and stop")
     add_user_options(parser)
     add_model_options(parser)
 
-    answers = parser.add_argument_group("answers")
-    answers.add_argument("--num-generations", type=int, help="answers per prompt")
-    answers.add_argument("--max-new-tokens", type=int)
-    answers.add_argument("--sampling-temperature", type=float)
-    answers.add_argument("--generation-batch-size", type=int)
-    answers.add_argument("--generation-url", help="a vLLM server that samples the answers")
-    answers.add_argument("--updates-per-batch", type=int, help="steps on each batch of answers")
-    answers.add_argument(
-        "--stop-when-degenerate",
-        type=float,
-        metavar="SHARE",
-        help="stop, with a checkpoint, at this share of degenerate answers",
-    )
-    add_setting_options(parser, PRESETS)
+    add_field_options(parser.add_argument_group("answers"), OnlineSDPOConfig, ANSWERS)
+    add_setting_options(parser, PRESETS, OnlineSDPOConfig, without=("data",))
     return parser
+
+
+# Fields of the configuration and what their values are called.
+ANSWERS = {
+    "num_generations": "N",
+    "max_new_tokens": "TOKENS",
+    "sampling_temperature": "T",
+    "generation_batch_size": "N",
+    "generation_url": "URL",
+    "updates_per_batch": "STEPS",
+    "stop_when_degenerate": "SHARE",
+}
 
 
 class ListRules(argparse.Action):
@@ -109,14 +114,15 @@ class ListRules(argparse.Action):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see the module for the exit status."""
-    options = build_parser().parse_args(argv)
-    return run_command("online", online, options, statuses={NonFiniteError: NOT_FINITE}, stopped=run.LOST)
+    parser = build_parser()
+    return run_command(parser, online, parser.parse_args(argv), stopped=LOST)
 
 
 def online(options: argparse.Namespace) -> int:
     """The run, in order."""
     config = read_config(options, OnlineSDPOConfig)
-    run.check_folder(options.output, options.resume or options.overwrite)
+    check_folder(options.output, options.resume or options.overwrite)
+    run.check_push(options)
     show = run.shows(options, config)
     say = run.printer(show)
     stop = StopOnSignal()
@@ -133,7 +139,7 @@ def online(options: argparse.Namespace) -> int:
     if checkpoint is None:
         trainer.forget_answers(0)  # those of a run before, of which nothing else is left
     training = run.run_training(
-        trainer, stop, checkpoint, say, lambda metrics: f"before   {summary(metrics, 'eval_')}"
+        trainer, options, stop, checkpoint, say, lambda metrics: f"before   {summary(metrics, 'eval_')}"
     )
     if training.stopped is not None:
         return STOPPED + training.stopped
@@ -141,8 +147,9 @@ def online(options: argparse.Namespace) -> int:
     after = None if trainer.eval_dataset is None else trainer.evaluate()
     if after is not None:
         say(f"after    {summary(after, 'eval_')}")
-    run.save_model(trainer, options.output)
+    run.save_model(trainer, options)
     report(trainer, options, user, training, after, say)
+    run.push(trainer, options, say)
     if trainer.degenerate_stop is not None:
         print(f"fastsdpo online: stopped: {trainer.degenerate_stop}", file=sys.stderr)
         return DEGENERATE

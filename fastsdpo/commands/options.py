@@ -1,92 +1,52 @@
-"""Options, errors and exit statuses that several commands share."""
+"""Options that several commands share, and the configuration that they make."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import logging
 import os
-import signal
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
+from fastsdpo.commands.parser import did_you_mean
+from fastsdpo.commands.running import DEGENERATE as DEGENERATE
+from fastsdpo.commands.running import DONE as DONE
+from fastsdpo.commands.running import FAILED as FAILED
+from fastsdpo.commands.running import LOST as LOST
+from fastsdpo.commands.running import STOPPED as STOPPED
+from fastsdpo.commands.running import describe_error as describe_error
+from fastsdpo.commands.running import run_command as run_command
+from fastsdpo.settings import SDPOSettings
 
 if TYPE_CHECKING:
     from fastsdpo.trainer.config import SDPOConfig
 
     Config = TypeVar("Config", bound=SDPOConfig)
 
-DONE, FAILED, NOT_FINITE, DEGENERATE = 0, 1, 3, 4
-STOPPED = 128  # + the signal's number, as shells count: 130 for Ctrl-C, 143 for SIGTERM
 
-# Shown as one sentence; any other error is a fault of this package and shows its traceback.
-USER_ERRORS = (
-    ValueError,
-    TypeError,
-    NotImplementedError,
-    OSError,
-    ImportError,
-    torch.OutOfMemoryError,
-)
+def choose_device(options: argparse.Namespace) -> None:
+    """Makes the GPU of ``--device cuda:N`` the only one that this process sees; before torch looks for any.
 
+    Trainers would take the first one, and refuse to begin where they see several.
 
-def run_command(
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    options: argparse.Namespace,
-    *,
-    statuses: Mapping[type[Exception], int] = MappingProxyType({}),
-    stopped: str = "stopped at once",
-) -> int:
-    """Runs a command and turns errors into one sentence on standard error and an exit status.
-
-    Args:
-        name: of the command.
-        run: the command; it returns its exit status.
-        options: what was given; ``quiet`` silences all logs but errors.
-        statuses: errors of this command alone, with their exit statuses.
-        stopped: said after Ctrl-C.
-
-    Returns:
-        the status of ``run``; 1 after one of `USER_ERRORS`, which the environment variable
-        FASTSDPO_TRACEBACK=1 lets through; 130 after Ctrl-C.
+    Raises:
+        ValueError: a launcher has started several processes, which have a GPU each.
     """
-    logger = logging.getLogger("fastsdpo")
-    level = logger.level
-    logger.setLevel(logging.ERROR if options.quiet else logging.INFO)
-    # Not on the root: what other packages show themselves would be shown twice.
-    if not logger.hasHandlers():
-        logger.addHandler(logging.StreamHandler())
-    # What peft asks of transformers is no news to the user.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    try:
-        return run(options)
-    except tuple(statuses) as error:
-        status = next(status for kind, status in statuses.items() if isinstance(error, kind))
-        said = str(error)
-    except USER_ERRORS as error:
-        if os.environ.get("FASTSDPO_TRACEBACK"):
-            raise
-        status, said = FAILED, describe_error(error)
-    except KeyboardInterrupt:
-        status, said = STOPPED + signal.SIGINT, stopped
-    finally:
-        logger.setLevel(level)
-    print(f"fastsdpo {name}: {said}", file=sys.stderr)
-    return status
-
-
-def describe_error(error: Exception) -> str:
-    """The error as a sentence; for a missing package, how to install it."""
-    if isinstance(error, ModuleNotFoundError) and error.name is not None:
-        return f"needs the package {error.name!r}; install it with: pip install 'fastsdpo[train]'"
-    return str(error)
+    device = getattr(options, "device", None) or ""
+    if not re.fullmatch(r"cuda:\d+", device):
+        return
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"--device must be cpu or cuda where a launcher starts several processes, got {device}")
+    number, seen = int(device[5:]), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(number)] if seen is None else seen.split(",")[number : number + 1]
+    if not names:
+        raise ValueError(f"--device must be one of the GPUs in CUDA_VISIBLE_DEVICES={seen}, got {device}")
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[0]
+    options.device = "cuda"
 
 
 def read_text(given: str) -> str:
@@ -105,11 +65,19 @@ def add_resume_options(run: argparse._ArgumentGroup) -> None:
         help="go on from a checkpoint, or from the output folder's newest; without one, begin",
     )
     run.add_argument("--overwrite", action="store_true", default=False, help="start anew in a folder that holds a run")
-    run.add_argument("--quiet", action="store_true", default=False, help="print nothing but errors")
+    add_quiet_option(run)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model, from where, and what of it is trained; read by `fastsdpo.commands.run.load`."""
+def add_quiet_option(group: Any) -> None:
+    group.add_argument("--quiet", action="store_true", default=False, help="print nothing but errors")
+
+
+def add_model_options(parser: argparse.ArgumentParser, lora: int | None = None) -> None:
+    """Which model, from where, and what of it is trained; read by `fastsdpo.commands.run.load`.
+
+    Args:
+        lora: the rank where --lora is not given.
+    """
     model = parser.add_argument_group("model")
     add_model_source_options(model)
     model.add_argument(
@@ -117,9 +85,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=None,
         metavar="RANK",
-        help="train a new LoRA adapter of this rank on all linear layers",
+        help="train a new LoRA adapter of this rank on all linear layers; 0: all weights (default: "
+        f"{lora or 'all weights'}; where --model is an adapter, training goes on with it)",
     )
-    model.add_argument("--lora-alpha", type=int, default=None, help="default: twice the rank")
+    model.add_argument(
+        "--lora-alpha", type=int, default=None, metavar="ALPHA", help="scale of the adapter (default: twice the rank)"
+    )
     model.add_argument(
         "--quantize",
         choices=("4bit", "8bit"),
@@ -128,17 +99,40 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_source_options(model: argparse._ArgumentGroup) -> None:
-    """Which model and tokenizer, and from where; read by `model_source`. --dtype is the caller's to read."""
+def add_model_source_options(
+    model: argparse._ArgumentGroup, dtype: str | None = None, device: str | None = None
+) -> None:
+    """Which model and tokenizer, and from where; read by `model_source`, but for --dtype and --device.
+
+    Args:
+        dtype, device: where they are not given; None: as for training.
+    """
     model.add_argument("--model", required=True, help="folder, hub id or GGUF file, or an adapter")
-    model.add_argument("--gguf-file", default=None, help="the GGUF file in that folder or repository")
+    model.add_argument("--gguf-file", default=None, metavar="FILE", help="the GGUF file in that folder or repository")
     model.add_argument("--tokenizer", default=None, help="folder, hub id or GGUF file (default: the model's)")
-    model.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
+    model.add_argument("--revision", default=None, help="branch, tag or commit of a hub id (default: main)")
+    usual = "float32 on a CPU, else the checkpoint's"
+    own: dict[str, Any] = {} if dtype is None else {"default": dtype}  # else the parser's
     model.add_argument(
-        "--dtype", help="of the weights: float32, bfloat16, auto (default: float32 on a CPU, else the checkpoint's)"
+        "--dtype",
+        help=f"of the weights: float32, bfloat16, float16, auto: the checkpoint's (default: {dtype or usual})",
+        **own,
     )
-    model.add_argument("--attn-implementation", default=None, help="eager, sdpa, ...")
-    model.add_argument("--trust-remote-code", action="store_true", default=False)
+    model.add_argument(
+        "--attn-implementation", default=None, metavar="NAME", help="eager, sdpa, ... (default: the model's)"
+    )
+    model.add_argument(
+        "--trust-remote-code", action="store_true", default=False, help="run Python code that comes with the model"
+    )
+    add_device_option(model, device)
+
+
+def add_device_option(group: Any, default: str | None = None) -> None:
+    said = default or "a GPU where there is one"
+    group.add_argument("--device", default=default, help=f"cpu, cuda, cuda:1, ... (default: {said})")
+    group.add_argument(
+        "--cpu", action="store_const", const="cpu", default=argparse.SUPPRESS, dest="device", help=argparse.SUPPRESS
+    )
 
 
 def model_source(options: argparse.Namespace) -> dict[str, Any]:
@@ -147,99 +141,137 @@ def model_source(options: argparse.Namespace) -> dict[str, Any]:
     return {"name": options.model, **{name: getattr(options, name) for name in names}}
 
 
-def add_setting_options(parser: argparse.ArgumentParser, presets: Iterable[str]) -> None:
-    """Flags named as the fields of `SDPOConfig` that they set; read by `read_config`."""
-    _add_method(parser.add_argument_group("method"), presets)
-    text = parser.add_argument_group("text")
-    text.add_argument("--template", help="offline-v1, note, ..., or a text with {o}")
-    text.add_argument("--max-prompt-length", type=int, metavar="TOKENS")
-    text.add_argument("--max-completion-length", type=int, metavar="TOKENS")
-    text.add_argument("--max-followup-length", type=int, metavar="TOKENS")
-    text.add_argument(
-        "--token-cache",
-        type=lambda text: None if text == "none" else text,
-        metavar="FOLDER",
-        help="where the tokens of data files are kept for other processes and runs; none: nowhere (default: "
-        "~/.cache/fastsdpo/tokens, for files of 32 MB and more)",
-    )
-    text.add_argument(
-        "--tokenizer-workers", type=int, metavar="N", help="processes that tokenize a data file (default: by its size)"
-    )
-    _add_optimization(parser.add_argument_group("optimization"))
+PRESET_HELP = (
+    "full (default): match the hindsight policy, by the reverse KL over the whole vocabulary; paper: the published "
+    "recipe, own-answer hindsight, which is another objective (docs/objectives.md)"
+)
+GROUPS = {
+    "method": "method",
+    "text": "text",
+    "optimization": "optimization",
+    "computation": "computation",
+    "data": "data",
+    "logs": "logs and checkpoints",
+}
 
-    compute = parser.add_argument_group("computation")
-    compute.add_argument("--sharing", choices=("auto", "conversation", "interaction", "off"))
-    compute.add_argument("--max-tokens-per-pack", type=int, metavar="TOKENS", help="of one forward pass")
+
+def add_setting_options(
+    parser: argparse.ArgumentParser,
+    presets: Iterable[str],
+    config: type = SDPOSettings,
+    *,
+    changed: Mapping[str, Any] = MappingProxyType({}),
+    without: Collection[str] = (),
+) -> None:
+    """A flag for each setting that has a group; read by `read_config`.
+
+    Args:
+        config: has the defaults that are shown.
+        changed: other defaults, of the command.
+        without: groups and settings that the command has no use for.
+    """
+    wanted = {name: title for name, title in GROUPS.items() if name not in without}
+    groups = {name: parser.add_argument_group(title) for name, title in wanted.items()}
+    groups["method"].add_argument("--preset", default="full", choices=list(presets), help=PRESET_HELP)
+    own: dict[str, Field] = {item.name: item for item in fields(config)}
+    for item in fields(SDPOSettings):
+        group = groups.get(item.metadata.get("group", ""))
+        if group is not None and item.name not in without:
+            here = own[item.name]
+            default = changed.get(item.name, here.default)
+            _add_setting(group, item, here.metadata.get("help", item.metadata["help"]), default, item.metadata)
+    compute = groups["computation"]
     compute.add_argument(
         "--gradient-checkpointing",
         action="store_true",
+        default=argparse.SUPPRESS,
         help="less memory, a third more time (default: on a GPU for models of a billion weights and more)",
     )
-    compute.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    compute.add_argument("--cpu", action="store_true", dest="use_cpu")
-
-    logs = parser.add_argument_group("logs and checkpoints")
-    logs.add_argument("--logging-steps", type=int)
-    logs.add_argument("--eval-steps", type=int)
-    logs.add_argument("--save-steps", type=int)
-    logs.add_argument("--save-total-limit", type=int)
-    logs.add_argument("--report-to", nargs="+", help="wandb, tensorboard, ... (default: none)")
-    logs.add_argument(
+    compute.add_argument("--bf16", action="store_true", default=argparse.SUPPRESS, help="bfloat16 autocast")
+    compute.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="any other field of the configuration; the value is JSON or text",
+        help="any other field of the configuration, those of transformers.TrainingArguments included; the value is "
+        "JSON or text",
+    )
+    if "logs" in groups:
+        _add_logs(groups["logs"])
+
+
+def add_field_options(
+    group: argparse._ArgumentGroup,
+    config: type,
+    names: Mapping[str, str],
+    changed: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """A flag for each of a configuration's own fields; read by `read_config`.
+
+    Args:
+        names: of the fields, and what their values are called in the help.
+        changed: other defaults, of the command.
+    """
+    own: dict[str, Field] = {item.name: item for item in fields(config)}
+    for name, metavar in names.items():
+        default = changed.get(name, own[name].default)
+        _add_setting(group, own[name], own[name].metadata["help"], default, {"metavar": metavar})
+
+
+def _add_setting(
+    group: argparse._ArgumentGroup, item: Field, help: str, default: Any, more: Mapping[str, Any]
+) -> None:
+    flag = more.get("flag") or f"--{item.name.replace('_', '-')}"
+    kind = {"int": int, "float": float}.get(str(item.type).split(" | ")[0], str)
+    nullable = "None" in str(item.type)
+
+    def read(text: str) -> Any:
+        return None if nullable and text == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # in argparse's errors
+    said = "none" if default in (None, MISSING) else getattr(default, "value", default)
+    group.add_argument(
+        flag,
+        dest=item.name,
+        type=read,
+        choices=more.get("choices"),
+        metavar=None if "choices" in more else more.get("metavar", item.name.upper().split("_")[-1]),
+        default=argparse.SUPPRESS,  # what is not given stays the preset's
+        help=f"{help.rstrip('.')} (default: {said})".replace("%", "%%"),
     )
 
 
-def _add_method(method: argparse._ArgumentGroup, presets: Iterable[str]) -> None:
-    method.add_argument(
-        "--preset",
-        default="exact",
-        choices=list(presets),
-        help="exact (default): reverse KL, summed over the whole vocabulary; paper: "
-        "the published recipe, which is another objective (docs/objectives.md)",
-    )
-    method.add_argument(
-        "--mode",
-        choices=("full", "topk", "sampled_token"),
-        help="the divergence over all tokens, over the likeliest, or the policy gradient of the answer's own tokens",
-    )
-    method.add_argument("--alpha", type=float, help="0 forward KL, 1 reverse KL, between JSD")
-    method.add_argument("--topk", type=int)
-    method.add_argument("--teacher", choices=("live", "ema", "frozen", "trust_region"))
-    method.add_argument("--ema-rate", type=float)
-    method.add_argument(
-        "--guidance", type=float, metavar="G", help="how much a follow-up counts in the teacher (default: 1)"
-    )
-    method.add_argument("--neutral-followup", metavar="TEXT", help="one that says nothing; its effect is subtracted")
-    method.add_argument("--reference-kl", type=float, help="times KL(student || initial model)")
-    method.add_argument("--normalization", choices=("sequence", "token"))
-    method.add_argument("--ignore-first-k", type=int, help="tokens of each answer")
-
-
-def _add_optimization(steps: argparse._ArgumentGroup) -> None:
-    steps.add_argument("--learning-rate", type=float)
-    steps.add_argument("--epochs", type=float, dest="num_train_epochs")
-    steps.add_argument("--max-steps", type=int)
-    steps.add_argument(
-        "--global-batch-size",
+def _add_logs(logs: argparse._ArgumentGroup) -> None:
+    own: dict[str, Any] = {"default": argparse.SUPPRESS}
+    logs.add_argument(
+        "--eval-steps",
         type=int,
         metavar="N",
-        help="interactions per step over all processes; --batch-size is then the most of one micro-batch",
+        help="measure the held-out loss every N steps (default: after 5 minutes, then every 30)",
+        **own,
     )
-    steps.add_argument(
-        "--batch-size",
+    logs.add_argument(
+        "--save-steps",
         type=int,
-        dest="per_device_train_batch_size",
-        help="interactions per process and step, times --accumulate",
+        metavar="N",
+        help="write a checkpoint every N steps (default: after 5 minutes, then every 30, and every 500 steps)",
+        **own,
     )
-    steps.add_argument("--accumulate", type=int, dest="gradient_accumulation_steps")
-    steps.add_argument("--warmup", type=float, dest="warmup_steps", help="steps, or a share below 1")
-    steps.add_argument("--schedule", dest="lr_scheduler_type", help="cosine, constant, linear, ...")
-    steps.add_argument("--clip", type=float, dest="max_grad_norm", help="of the gradient's norm")
-    steps.add_argument("--seed", type=int)
+    logs.add_argument(
+        "--save-total-limit", type=int, metavar="N", help="how many checkpoints are kept (default: 2)", **own
+    )
+    logs.add_argument(
+        "--report-to", nargs="+", metavar="NAME", help="wandb, trackio, tensorboard, ... (default: none)", **own
+    )
+
+
+def add_push_option(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--push-to-hub",
+        default=None,
+        metavar="OWNER/NAME",
+        help="upload the trained model, with its card, to this repository of the hub; a new one is private",
+    )
 
 
 def read_config(options: argparse.Namespace, config: type[Config], **settings: Any) -> Config:
@@ -251,29 +283,29 @@ def read_config(options: argparse.Namespace, config: type[Config], **settings: A
         **settings: fields of ``config``.
 
     Raises:
-        ValueError: a setting is unknown or out of range.
+        ValueError: a setting is unknown or out of range, or --device names none that can be used here.
     """
-    names = {field.name for field in dataclasses.fields(config)}
+    import torch
+
+    from fastsdpo.ops.backend import usable_device
+
+    choose_device(options)
+    names = {field.name for field in fields(config)}
     flags = {*names, "gradient_checkpointing"}
     given = {name: value for name, value in vars(options).items() if name in flags}
     for steps, strategy in (("eval_steps", "eval_strategy"), ("save_steps", "save_strategy")):
         if steps in given:
             given[strategy] = "steps"
-    for text in options.set:
-        name, equals, value = text.partition("=")
-        if name.endswith("_token"):
-            raise ValueError(f"--set {name}: tokens are read from the environment only (HF_TOKEN)")
-        if not equals or name not in names:
-            raise ValueError(f"--set must be NAME=VALUE with a field of {config.__name__}, got {text!r}")
-        try:
-            given[name] = json.loads(value)
-        except json.JSONDecodeError:
-            given[name] = value
+    given |= _read_set(options.set, config)
     if "gradient_checkpointing" in given:
         # transformers is renaming it; the new name where there is one.
         new = "activation_checkpointing"
         said = given.pop("gradient_checkpointing")
         given[new if new in names else "gradient_checkpointing"] = said
+    device = None if options.device is None else usable_device(options.device)
+    # transformers takes --bf16 for a wish for a GPU unless it is told.
+    if (device is not None and device.type == "cpu") or (given.get("bf16") and not torch.cuda.is_available()):
+        given["use_cpu"] = True
     defaults: dict[str, Any] = {
         "report_to": [],
         "save_total_limit": 2,
@@ -281,6 +313,36 @@ def read_config(options: argparse.Namespace, config: type[Config], **settings: A
         "disable_tqdm": True,  # the progress shown is our own
     }
     given = {**defaults, **settings, **given}
+    if (
+        device is not None
+        and device.type == "cuda"
+        and torch.cuda.device_count() > 1
+        and "WORLD_SIZE" not in os.environ
+    ):
+        raise ValueError(f"--device must say which of the {torch.cuda.device_count()} GPUs, such as cuda:0, got cuda")
     made = config.preset(options.preset, output_dir=options.output, **given)
     assert isinstance(made, config)
+    if device is not None and made.device.type != device.type:
+        raise ValueError(f"--device must be {made.device.type} or cpu for training here, got {device.type}")
     return made
+
+
+def _read_set(texts: list[str], config: type) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    kinds = {field.name: str(getattr(field.type, "__name__", field.type)) for field in fields(config)}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if name.endswith("_token"):
+            raise ValueError(f"--set {name}: tokens are read from the environment only (HF_TOKEN)")
+        if not equals or name not in kinds:
+            meant = did_you_mean(name, kinds.keys() - {name})
+            raise ValueError(f"--set must be NAME=VALUE with a field of {config.__name__}, got {text!r}{meant}")
+        try:
+            given[name] = json.loads(value)
+        except json.JSONDecodeError:
+            given[name] = value
+        kind = kinds[name].split(" | ")[0]
+        if isinstance(given[name], str) and kind in ("int", "float", "bool") and "str" not in kinds[name]:
+            wanted = "true or false" if kind == "bool" else "a number"
+            raise ValueError(f"--set {name} must be {wanted}, got {value!r}")
+    return given

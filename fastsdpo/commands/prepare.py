@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from fastsdpo.commands import prepare_prompts
+from fastsdpo.commands.options import DONE, FAILED, run_command
+from fastsdpo.commands.parser import Parser
 from fastsdpo.data.answers import RatingFollowups
 from fastsdpo.data.filters import PRESETS, ConversationFilter
 from fastsdpo.data.output import LAYOUTS
@@ -21,10 +25,13 @@ from fastsdpo.data.schema import ROW_SCHEMA
 def format_report(report: PrepareReport) -> str:
     """The table that the command prints."""
     formats = [name if len(report.formats) == 1 else f"{name} {n:,}" for name, n in sorted(report.formats.items())]
-    lines = [f"read      {report.records:>9,} records{': ' if formats else ''}{', '.join(formats)}"]
+    done = ["already done: the same command has written this before (--overwrite does it again)"]
+    lines = done if report.already_done else []
+    lines += [f"read      {report.records:>9,} records{': ' if formats else ''}{', '.join(formats)}"]
 
     def kept(title: str, conversations: int, interactions: int, path: str | None) -> None:
-        lines.append(f"{title:<9} {conversations:>9,} conversations, {interactions:,} interactions -> {path}")
+        where = f" -> {path}" if report.interactions + report.eval_interactions else ""
+        lines.append(f"{title:<9} {conversations:>9,} conversations, {interactions:,} interactions{where}")
 
     kept("kept", report.conversations, report.interactions, report.output)
     if report.eval_output is not None:
@@ -53,10 +60,8 @@ class _PrintSchema(argparse.Action):
         parser.exit()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastsdpo prepare", description="Conversations in any known layout -> a file of interactions."
-    )
+def _parser() -> Parser:
+    parser = Parser("prepare", "Conversations in any known layout -> a file of interactions.")
     parser.add_argument(
         "sources",
         nargs="+",
@@ -64,7 +69,10 @@ def _parser() -> argparse.ArgumentParser:
         help="file (JSON, JSON Lines, CSV, Parquet; .gz, .zst), folder, glob or dataset name",
     )
     parser.add_argument("--schema", action=_PrintSchema, nargs=0, help="print a JSON Schema of the rows, and exit")
-    parser.add_argument("-o", "--output", required=True, help="the JSON Lines file to write")
+    parser.add_argument(
+        "-o", "--output", required=True, help="the JSON Lines file to write, or a folder (with / at the end)"
+    )
+    parser.add_config_option()
     parser.add_argument("--strict", action="store_true", help="stop at the first damaged record")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument(
@@ -101,24 +109,30 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="print the first N rows as the tokens of --tokenizer: the prompt, the hindsight, what is trained on",
     )
-    group.add_argument("--template", default="offline-v1", metavar="NAME|TEXT", help="the hindsight's, for --show")
+    group.add_argument("--template", default="online-v1", metavar="NAME|TEXT", help="the hindsight's, for --show")
 
+    _add_held_out(parser)
+    prepare_prompts.add_prompt_options(parser)
+    return parser
+
+
+def _add_held_out(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("order and held-out part")
-    group.add_argument("--seed", type=int, default=42)
-    group.add_argument("--eval-fraction", type=float, default=0.0, metavar="SHARE")
+    group.add_argument("--seed", type=int, default=42, help="of the order, and of what is held out")
+    group.add_argument(
+        "--eval-fraction", type=float, default=0.0, metavar="SHARE", help="of the conversations, to hold out"
+    )
     group.add_argument(
         "--eval-after", metavar="DATE", help="hold out the conversations from this time on, in place of a share"
     )
     group.add_argument("--eval-output", help="default: <output>.eval.jsonl")
-    prepare_prompts.add_prompt_options(parser)
-    return parser
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sources")
     group.add_argument("--limit", type=int, help="read at most so many records")
-    group.add_argument("--config", help="configuration of a Hugging Face dataset")
-    group.add_argument("--split", default="train", help="its split (default: train)")
+    group.add_argument("--subset", metavar="NAME", help="of a Hugging Face dataset, where it has several")
+    group.add_argument("--split", default="train", metavar="NAME", help="its split")
     group.add_argument(
         "--redact",
         metavar="MODULE:FUNCTION",
@@ -136,7 +150,7 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
         default="default",
         choices=list(PRESETS),
         help="wildchat, wildfeedback: the paper's limits; paper-wildchat, paper-wildfeedback: exactly what the code "
-        "published with it selects (docs/paper-data.md). The dataset microsoft/WildFeedback needs --config "
+        "published with it selects (docs/paper-data.md). The dataset microsoft/WildFeedback needs --subset "
         "wildfeedback",
     )
     group.add_argument("--languages", nargs="*", metavar="NAME", help="as the records name them; none: any")
@@ -152,6 +166,7 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
 
 
 _HELP = {
+    "shuffle": "conversations in random order (by --seed), else in the order of the sources",
     "drop_toxic": 'without records that are marked "toxic", or not marked at all',
     "drop_redacted": 'without records that are marked "redacted", or not marked at all',
     "after": "records from this time on: an ISO date, or seconds since 1970",
@@ -212,49 +227,58 @@ def main(argv: list[str]) -> int:
     """Runs the command; 0 done, 1 failed (with the reason on stderr), 130 interrupted."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    try:
+
+    def run(arguments: argparse.Namespace) -> int:
         prepare_prompts.check_options(parser, arguments)
-        if arguments.prompts is not None:
-            prompts = prepare_prompts.write_prompts(arguments)
-            if not arguments.quiet:
-                print(prepare_prompts.format_report(prompts))
-            return 0
-        report = prepare(
-            arguments.sources,
-            arguments.output,
-            rules=_rules(arguments),
-            seed=arguments.seed,
-            eval_fraction=arguments.eval_fraction,
-            eval_output=arguments.eval_output,
-            limit=arguments.limit,
-            config=arguments.config,
-            split=arguments.split,
-            strict=arguments.strict,
-            redact=arguments.redact,
-            workers=arguments.workers,
-            overwrite=arguments.overwrite,
-            resume=arguments.resume,
-            progress=not arguments.quiet,
-            keep=arguments.keep,
-            eval_after=arguments.eval_after,
-            layout=arguments.layout,
-            parser=RecordParser(arguments.format, arguments.map, arguments.reader, arguments.branches),
-            rating_followups=RatingFollowups(arguments.rating_followup) if arguments.rating_followup else None,
-        )
-    except KeyboardInterrupt:
-        print("fastsdpo prepare: interrupted; the same command starts again", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        print(f"fastsdpo prepare: {error}", file=sys.stderr)
-        return 1
+        if arguments.prompts is None:
+            return _interactions(arguments)
+        arguments.output = _file(arguments.output, "prompts.jsonl")
+        prompts = prepare_prompts.write_prompts(arguments)
+        if not arguments.quiet:
+            print(prepare_prompts.format_report(prompts))
+        return DONE
+
+    return run_command(parser, run, arguments, stopped="interrupted; the same command starts again")
+
+
+def _file(output: str, name: str) -> str:
+    """The file to write: ``name`` in a folder that is there, or that is meant by a slash at the end."""
+    folder = output.endswith(("/", os.sep)) or Path(output).is_dir()
+    return str(Path(output, name)) if folder else output
+
+
+def _interactions(arguments: argparse.Namespace) -> int:
+    arguments.output = _file(arguments.output, "interactions.jsonl")
+    report = prepare(
+        arguments.sources,
+        arguments.output,
+        rules=_rules(arguments),
+        seed=arguments.seed,
+        eval_fraction=arguments.eval_fraction,
+        eval_output=arguments.eval_output,
+        limit=arguments.limit,
+        config=arguments.subset,
+        split=arguments.split,
+        strict=arguments.strict,
+        redact=arguments.redact,
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+        resume=arguments.resume,
+        progress=not arguments.quiet,
+        keep=arguments.keep,
+        eval_after=arguments.eval_after,
+        layout=arguments.layout,
+        parser=RecordParser(arguments.format, arguments.map, arguments.reader, arguments.branches),
+        rating_followups=RatingFollowups(arguments.rating_followup) if arguments.rating_followup else None,
+    )
     if not arguments.quiet:
         print(format_report(report))
     if report.interactions == 0:
-        print("fastsdpo prepare: no interaction was kept", file=sys.stderr)
-        return 1
+        print("fastsdpo prepare: no interaction was kept, and nothing is written", file=sys.stderr)
+        return FAILED
     if arguments.show > 0:
         print(f"\n{_shown(arguments)}")
-    return 0
+    return DONE
 
 
 def _shown(arguments: argparse.Namespace) -> str:

@@ -15,6 +15,7 @@ SHARED = (
     "overwrite",
     "quiet",
     "limit",
+    "subset",
     "config",
     "split",
     "seed",
@@ -59,7 +60,7 @@ def check_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace
         own.add("tokenizer")
     elif arguments.tokenizer is None:
         raise ValueError("--show needs --tokenizer, the model's folder, hub id or GGUF file")
-    given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
+    given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)} - {"given"}
     wrong = given - own - set(SHARED) if arguments.prompts is not None else given & own
     if wrong:
         flag = "--" + min(wrong).replace("_", "-")
@@ -89,7 +90,7 @@ def write_prompts(arguments: argparse.Namespace) -> PromptReport:
         eval_split=arguments.eval_split,
         eval_fraction=arguments.eval_fraction,
         eval_output=arguments.eval_output,
-        config=arguments.config,
+        config=arguments.subset,
         split=arguments.split,
         overwrite=arguments.overwrite,
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import logging
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastsdpo.commands.options import model_source
 from fastsdpo.data import HindsightTemplate
+from fastsdpo.data.templates import choose_template
 from fastsdpo.prefix import whole_size
+from fastsdpo.trainer.by_time import ByTime
 from fastsdpo.trainer.callbacks import BeforeTraining, Progress, StopOnSignal
 from fastsdpo.trainer.checkpoints import writing
 
@@ -27,7 +30,8 @@ if TYPE_CHECKING:
 
     AnyTrainer = SDPOTrainer | OnlineSDPOTrainer
 
-LOST = "stopped at once, without a checkpoint of the steps since the last"
+# What belongs to one start of a run and not to the run; see `keep_options`.
+NOT_KEPT = ("resume", "overwrite", "quiet", "dry-run", "show", "card", "processes", "strategy")
 logger = logging.getLogger(__name__)
 
 
@@ -41,13 +45,6 @@ def printer(show: bool) -> Callable[[str], None]:
     return lambda text: print(text, flush=True) if show else None
 
 
-def check_folder(folder: str, allowed: bool) -> None:
-    """Raises ValueError where a folder holds a run already and that is not ``allowed``."""
-    used = Path(folder, "report.json").exists() or any(Path(folder).glob("checkpoint-*"))
-    if used and not allowed:
-        raise ValueError(f"{folder} holds a run; pass --resume to go on with it, or --overwrite")
-
-
 def check_settings(config: SDPOConfig, lora: int | None) -> None:
     """What would otherwise be found out after minutes of loading a model.
 
@@ -57,7 +54,7 @@ def check_settings(config: SDPOConfig, lora: int | None) -> None:
     """
     from transformers.integrations import integration_utils
 
-    HindsightTemplate.parse(config.template)
+    HindsightTemplate.parse(choose_template(config.template, 0))
     known = integration_utils.INTEGRATION_TO_CALLBACK
     available = integration_utils.get_available_reporting_integrations()
     for name in set(config.report_to or []) - set(available):
@@ -90,11 +87,15 @@ def load(
         ImportError: --quantize without bitsandbytes.
         NotImplementedError: --quantize where the weights would be sharded.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from fastsdpo.modeling import is_adapter, load_model_and_tokenizer
     from fastsdpo.quantized import check_quantize
     from fastsdpo.trainer.adapters import is_peft
     from fastsdpo.trainer.launch import check_quantized_launch
 
+    if options.quiet or not sys.stderr.isatty():
+        disable_progress_bar()  # of loading, whose every state would be a line
     rank = lora if options.lora is None else options.lora
     check_settings(config, rank)
     check_quantize(options.quantize)
@@ -130,13 +131,31 @@ def check_same_adapter(options: argparse.Namespace, adapter: PeftConfig) -> None
         raise ValueError(
             f"{flag} must be left out for --model {options.model}, got {wanted}: it is a {what}, and "
             "training goes on with that. For anything else merge it into its base model first "
-            "(merge_and_unload of PEFT)"
+            "(fastsdpo merge)"
         )
 
 
 def callbacks(stop: StopOnSignal, show: bool) -> list[TrainerCallback]:
     """What watches the training: signals, and on the process that prints its progress."""
     return [stop, *([Progress()] if show else [])]
+
+
+def keep_options(options: argparse.Namespace, trainer: AnyTrainer) -> None:
+    """Writes ``run.yaml`` into the output folder: what was given, for ``--config``."""
+    if not trainer.is_world_process_zero():
+        return
+    import yaml
+
+    from fastsdpo._version import __version__
+
+    given = {name: value for name, value in options.given.items() if name not in NOT_KEPT}
+    command = "online" if "prompts" in given else "train"
+    text = (
+        f"# What fastsdpo {__version__} {command} was given. Again, into another folder:\n"
+        f"#   fastsdpo {command} --config {options.output}/run.yaml --output FOLDER\n"
+        f"# All settings are in report.json.\n"
+    )
+    Path(options.output, "run.yaml").write_text(text + yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
 
 
 def describe_model(trainer: AnyTrainer, name: str) -> str:
@@ -173,16 +192,19 @@ class Training(NamedTuple):
         seconds: of this run.
         before: held-out figures before the first step; None without held-out data.
         stopped: the signal's number, where one stopped it.
+        measured: the measures of each held-out interaction before the first step.
     """
 
     steps: int
     seconds: float
     before: dict[str, float] | None
     stopped: int | None
+    measured: list[dict[str, Any]]
 
 
 def run_training(
     trainer: AnyTrainer,
+    options: argparse.Namespace,
     stop: StopOnSignal,
     checkpoint: str | None,
     say: Callable[[str], None],
@@ -190,35 +212,81 @@ def run_training(
 ) -> Training:
     """Trains, with the held-out figures measured before the first step; a run that goes on reads them.
 
+    Where no steps are given for them, checkpoints and evaluations come by the clock.
+
     Args:
         stop: one of the trainer's callbacks.
         checkpoint: where to go on from; None: the beginning.
         say: prints a line.
         describe: the line about the held-out figures.
     """
+    keep_options(options, trainer)
+    evaluates = trainer.eval_dataset is not None and trainer.args.eval_strategy == "no"
+    saves = trainer.args.save_strategy != "no" and not hasattr(options, "save_steps")
+    trainer.add_callback(ByTime(evaluates, saves))
     path = Path(trainer.args.output_dir or "", "before.json")
     before = BeforeTraining(trainer, path, lambda metrics: say(describe(metrics)))
     if trainer.eval_dataset is not None and checkpoint is None:
         trainer.add_callback(before)
-    elif trainer.eval_dataset is not None and path.exists():
-        before.metrics = json.loads(path.read_text("utf-8"))
+    elif trainer.eval_dataset is not None:
+        before.read()
     started = time.perf_counter()
     with stop:
         steps = trainer.train(resume_from_checkpoint=checkpoint).global_step
     if stop.received is not None:
         say(f"stopped at step {steps} of {trainer.state.max_steps}; the same command with --resume goes on")
-    return Training(steps, time.perf_counter() - started, before.metrics, stop.received)
+    return Training(steps, time.perf_counter() - started, before.metrics, stop.received, before.measured)
 
 
-def save_model(trainer: AnyTrainer, output: str) -> None:
-    """Writes ``model/`` into the output folder.
+def save_model(trainer: AnyTrainer, options: argparse.Namespace) -> None:
+    """Writes ``model/`` into the output folder, with a card.
 
     Raises:
         OSError: it cannot be written.
     """
-    folder = str(Path(output, "model"))
+    folder = str(Path(options.output, "model"))
     with writing(folder):
         trainer.save_model(folder)
+
+
+def check_push(options: argparse.Namespace) -> None:
+    """Finds out now whether --push-to-hub can work: makes the repository, private, where it is new.
+
+    Raises:
+        OSError: the hub cannot be reached, or does not let this user write there.
+    """
+    if options.push_to_hub is None or int(os.environ.get("RANK", 0)) or getattr(options, "dry_run", False):
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        HfApi().create_repo(options.push_to_hub, private=True, exist_ok=True)
+    except HFValidationError as error:
+        raise ValueError(f"--push-to-hub must be OWNER/NAME, got {options.push_to_hub!r}: {error}") from error
+    except Exception as error:  # whatever the hub's HTTP library raises
+        raise OSError(
+            f"--push-to-hub {options.push_to_hub}: the repository cannot be made or written to (is HF_TOKEN set, or "
+            f"did `hf auth login` run?): {error}"
+        ) from error
+
+
+def push(trainer: AnyTrainer, options: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Uploads ``model/`` where --push-to-hub says.
+
+    Raises:
+        OSError: that failed; the text says how to upload it by hand.
+    """
+    if options.push_to_hub is None or not trainer.is_world_process_zero():
+        return
+    from huggingface_hub import HfApi
+
+    folder, name = Path(options.output, "model"), options.push_to_hub
+    try:
+        HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Trained with fastsdpo")
+    except Exception as error:  # whatever the hub's HTTP library raises
+        raise OSError(f"{folder} is saved, but not uploaded: {error}. Again: hf upload {name} {folder}") from error
+    say(f"uploaded to {name}")
 
 
 def report_of(trainer: AnyTrainer, training: Training, after: dict[str, float] | None) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastsdpo.commands.options import DONE, add_model_source_options, model_source, run_command
+from fastsdpo.commands.parser import Parser
 from fastsdpo.data import HindsightTemplate, Interaction, extract_interactions, load_conversations
-from fastsdpo.data.templates import PRESETS
+from fastsdpo.data.templates import AUTO, PRESETS, choose_template
 from fastsdpo.signal.compute import NEUTRAL_FOLLOWUP, SignalResult, choose_unrelated, compute_signal
 from fastsdpo.signal.page import render_html
 from fastsdpo.signal.terminal import color_depth, render_terminal, terminal_theme
@@ -32,45 +33,53 @@ EXAMPLES = """\
 examples:
   fastsdpo signal conversations.jsonl --model path/to/model
   fastsdpo signal interactions.jsonl --index 7 --model model.gguf --html signal.html
-  fastsdpo signal --model MODEL --prompt "Name a fruit." --completion "An apple." \\
-      --followup "Please answer in capital letters."
+
+where hindsight works: the word that the user corrects falls, and nothing else does (by 2.4 nats with
+SmolLM2-135M-Instruct)
+  fastsdpo signal --model MODEL --prompt "What is the capital of Australia?" \\
+      --completion "The capital of Australia is Sydney." --followup "No, it is Canberra."
+
+where a small model merely copies: the word that the user rejects rises, since the follow-up has it (by 5.5 nats
+with the same model; look at --values, and train on such follow-ups with a larger model only)
+  fastsdpo signal --model MODEL --prompt "Name a fruit." \\
+      --completion "A durian." --followup "I do not like durian at all."
 
 exit status: 0; 1 for input, a model or a file that cannot be used; 2 for wrong options.
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastsdpo signal",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def build_parser() -> Parser:
+    parser = Parser("signal", DESCRIPTION, epilog=EXAMPLES)
     _add_source(parser.add_argument_group("what to look at"))
+    parser.add_config_option()
 
     method = parser.add_argument_group("method")
     method.add_argument(
         "--template",
-        default="note",
+        default=AUTO,
         metavar="NAME|TEXT",
-        help=f"hindsight template: {', '.join(PRESETS)}, or a text with {{o}} (default note)",
+        help=f"hindsight template: {', '.join(PRESETS)}, or a text with {{o}}; auto, as in training: note for models "
+        "below a billion weights, else online-v1",
     )
-    method.add_argument("--temperature", type=float, default=1.0)
-    method.add_argument("--max-prompt-length", type=int, default=2048, metavar="TOKENS")
-    method.add_argument("--max-completion-length", type=int, default=2048, metavar="TOKENS")
+    method.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
+    method.add_argument(
+        "--max-prompt-length", type=int, default=2048, metavar="TOKENS", help="most tokens of the history"
+    )
+    method.add_argument(
+        "--max-completion-length", type=int, default=2048, metavar="TOKENS", help="most tokens of the answer"
+    )
     method.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer that the model writes")
     method.add_argument("--seed", type=int, default=0, help="of an answer that the model writes")
 
     model = parser.add_argument_group("model")
     add_model_source_options(model)
-    model.add_argument("--device", help="cpu, cuda, cuda:1, ...")
 
     output = parser.add_argument_group("output")
     output.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained page")
     output.add_argument("--json", metavar="FILE", type=Path, help="write all numbers")
     output.add_argument("--values", action="store_true", help="print the numbers of every token")
     output.add_argument("--scale", type=float, metavar="NATS", help="log-ratio at which colours saturate")
-    output.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="(default auto)")
+    output.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="of the output")
     output.add_argument(
         "--theme",
         choices=["auto", "light", "dark"],
@@ -88,9 +97,11 @@ def _add_source(source: argparse._ArgumentGroup) -> None:
         help="conversations or interactions, in any layout that `fastsdpo prepare` reads; "
         "'-' reads JSON or JSON Lines from standard input",
     )
-    source.add_argument("--index", type=int, help="number of the interaction in the source, from 0 (default 0)")
+    source.add_argument("--index", type=int, help="number of the interaction in the source, from 0 (default: 0)")
     source.add_argument("--id", help="id of the interaction, or of a conversation (its first interaction)")
-    source.add_argument("--max-history-messages", type=int, metavar="N")
+    source.add_argument(
+        "--max-history-messages", type=int, metavar="N", help="the last N messages of the history (default: all)"
+    )
     source.add_argument("--prompt", metavar="TEXT", help="a user's message, instead of a source")
     source.add_argument("--system", metavar="TEXT", help="a system message before --prompt")
     source.add_argument(
@@ -113,10 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     _check_options(parser, options)
-    return run_command("signal", signal, options)
+    return run_command(parser, signal, options)
 
 
-def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def _check_options(parser: Parser, options: argparse.Namespace) -> None:
     if (options.source is None) == (options.prompt is None):
         parser.error("give either a source or --prompt")
     if options.prompt is not None and options.followup is None:
@@ -145,10 +156,12 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
 def signal(options: argparse.Namespace) -> int:
     """Reads the interaction, computes its signal, shows it and writes the files asked for."""
     interaction, unrelated = read_interaction(options)
-    template = HindsightTemplate.parse(options.template)
+    template = HindsightTemplate.parse(choose_template(options.template, 0))
     for followup in [interaction.followup] + ([] if unrelated is None else [unrelated]):
         template.render(followup)  # a blank one is refused before minutes are spent on a model
     model, tokenizer = load(options)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    template = HindsightTemplate.parse(choose_template(options.template, weights))
     notes = []
     if options.prompt is not None and options.completion is None:
         answer, note = write_answer(model, tokenizer, interaction.prompt, options)

@@ -4,11 +4,13 @@ r"""Trains a model on interactions: `fastsdpo train` or `python -m fastsdpo.trai
     fastsdpo train interactions.jsonl --model MODEL -o runs/first --dry-run
     fastsdpo train interactions.jsonl --model MODEL -o runs/first
 
-It loads model and data, tokenizes, checks what hindsight does to a sample, measures the held-out
-loss, trains, measures again, and leaves in the output folder: ``model/`` (weights and tokenizer,
-for ``AutoModelForCausalLM.from_pretrained``; with --lora the adapter), ``checkpoint-*/``,
-``report.json`` and ``report.png``. It does not prepare conversations, and it knows no scheduler:
-several processes are started with ``torchrun -m fastsdpo.train`` or ``accelerate launch``.
+It loads model and data, tokenizes, checks what hindsight does to a sample, measures held-out
+interactions (docs/objectives.md), trains, measures again, says what improved and what did not, and
+leaves in the output folder: ``model/`` (weights and tokenizer, for
+``AutoModelForCausalLM.from_pretrained``; with --lora the adapter), ``checkpoint-*/``,
+``report.json``, ``report.png`` and ``answers.json``, the model's own answers to held-out questions. It
+does not prepare conversations, and it knows no scheduler: several processes are started with
+``torchrun -m fastsdpo.train`` or ``accelerate launch``.
 
 Where --model is the folder of an adapter (``model/`` of a run with --lora), training goes on with it.
 
@@ -34,55 +36,33 @@ FASTSDPO_TRACEBACK=1 shows where they come from.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fastsdpo.commands import run
-from fastsdpo.commands.forecast import (
-    add_forecast_options,
-    check_options,
-    forecast,
-    held_out,
-    needs_weights,
-    of_trainer,
-    setting_of,
-)
 from fastsdpo.commands.options import (
-    DONE,
-    NOT_FINITE,
-    STOPPED,
+    LOST,
     add_model_options,
+    add_push_option,
     add_resume_options,
     add_setting_options,
-    read_config,
+    choose_device,
     run_command,
 )
-from fastsdpo.commands.tokens import show_interactions
-from fastsdpo.data import load_interactions
-from fastsdpo.ops.backend import describe_backend
-from fastsdpo.prefix import whole_shapes
-from fastsdpo.trainer import NonFiniteError
-from fastsdpo.trainer.callbacks import StopOnSignal, clock
-from fastsdpo.trainer.config import PRESETS, SDPOConfig
-from fastsdpo.trainer.memory import card_of, memory_lines
-from fastsdpo.trainer.pack_table import PackTable
-from fastsdpo.trainer.report import dry_run_report, plot_history, write_report
-
-if TYPE_CHECKING:
-    from fastsdpo.trainer import SDPOTrainer
+from fastsdpo.commands.parser import Parser
+from fastsdpo.commands.paths import check_data, check_folder, check_template, held_out
+from fastsdpo.settings import SDPOSettings
+from fastsdpo.trainer.presets import PRESETS
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastsdpo train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def build_parser() -> Parser:
+    parser = Parser(
+        "train",
+        __doc__,
+        settings=SDPOSettings.__dataclass_fields__,
         argument_default=argparse.SUPPRESS,  # what is not given stays the preset's
     )
     group = parser.add_argument_group("run")
-    group.add_argument("data", help="interactions, as `fastsdpo prepare` writes them")
+    group.add_argument("data", metavar="DATA", help="interactions, as `fastsdpo prepare` writes them")
     group.add_argument("-o", "--output", default=None, metavar="FOLDER", help="needed but for --dry-run")
+    parser.add_config_option(group)
     group.add_argument(
         "--eval-data",
         metavar="FILE",
@@ -104,12 +84,40 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="print the first N interactions as the tokens that are trained on, and go on",
+        help="print the first N interactions as the tokens that are trained on, and go on (default: 0)",
+    )
+    group.add_argument(
+        "--measure-rule",
+        metavar="RULE",
+        default=None,
+        help="what the follow-ups ask for, where it can be checked (max_sentences=1, ...; see `fastsdpo online "
+        "--list-rules`): the share of own answers to held-out questions that fulfil it, before and after",
     )
     add_resume_options(group)
+    add_push_option(group)
     add_model_options(parser)
     add_setting_options(parser, PRESETS)
     return parser
+
+
+def add_forecast_options(group: argparse._ArgumentGroup) -> None:
+    """The machine that a dry run forecasts."""
+    group.add_argument(
+        "--card", default=None, metavar="SIZE", help="memory of each GPU, such as 80GB (default: of this machine's)"
+    )
+    group.add_argument(
+        "--processes",
+        type=int,
+        default=None,
+        metavar="N",
+        help="that train together, one to a GPU (default: as started)",
+    )
+    group.add_argument(
+        "--strategy",
+        choices=("ddp", "fsdp"),
+        default=None,
+        help="ddp: each process holds all; fsdp: weights, gradients and states in shards (default: as started)",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,107 +126,17 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.output is None:
         if not options.dry_run:
-            parser.error("the following arguments are required: -o/--output")
+            parser.error("missing: -o/--output")
         options.output = "dry-run"  # which writes nothing
-    return run_command("train", train, options, statuses={NonFiniteError: NOT_FINITE}, stopped=run.LOST)
+    return run_command(parser, start, options, stopped=LOST)
 
 
-def train(options: argparse.Namespace) -> int:
-    """The run, in order."""
-    check_options(options)
-    config = read_config(options, SDPOConfig)
-    run.check_folder(options.output, options.resume or options.overwrite or options.dry_run)
+def start(options: argparse.Namespace) -> int:
+    """What needs no torch is checked first: it takes seconds to import."""
+    check_folder(options.output, options.resume or options.overwrite or options.dry_run)
     check_data(options.data, held_out(options))
-    show = run.shows(options, config)
-    say = run.printer(show)
-    if options.dry_run and not needs_weights(options, config):
-        return forecast(options, config, say)
-    say(describe_backend(config.device.type, config.dtype))
-    stop = StopOnSignal()
-    trainer = make_trainer(options, config, stop, show)
-    say(run.describe_model(trainer, options.model))
-    if options.show > 0 and trainer.tokenize is not None:
-        say(show_interactions(trainer.tokenize, load_interactions(options.data), options.show))
-    table = PackTable(trainer.model, config, trainer.train_dataset, trainer.sharing)
-    sets = trainer.train_dataset, trainer.eval_dataset
-    say(dry_run_report(whole_shapes(trainer.model), config, *sets, table, config.world_size))
-    if options.dry_run:
-        for line in memory_lines(setting_of(options, config, of_trainer(trainer)), table, card_of(config.device)):
-            say(line)
-        say(str(trainer.check_teacher() or ""))
-        return DONE
+    check_template(options)
+    choose_device(options)
+    from fastsdpo.commands.train_run import train
 
-    checkpoint = run.choose_checkpoint(trainer, options, say)
-    training = run.run_training(
-        trainer,
-        stop,
-        checkpoint,
-        say,
-        lambda metrics: f"held-out loss before training: {metrics['eval_loss']:.4f}",
-    )
-    if training.stopped is not None:
-        return STOPPED + training.stopped
-    after = None if trainer.eval_dataset is None else trainer.evaluate()
-    run.save_model(trainer, options.output)
-    report(trainer, options, training, after, say)
-    return DONE
-
-
-def make_trainer(options: argparse.Namespace, config: SDPOConfig, stop: StopOnSignal, show: bool) -> SDPOTrainer:
-    """The trainer of the options, with the model loaded and the data tokenized."""
-    from transformers import PrinterCallback
-
-    from fastsdpo.trainer import SDPOTrainer
-
-    model, tokenizer, adapter = run.load(options, config)
-    trainer = SDPOTrainer(
-        model=model,
-        args=config,
-        train_dataset=options.data,
-        eval_dataset=held_out(options),
-        processing_class=tokenizer,
-        peft_config=adapter,
-        callbacks=run.callbacks(stop, show),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def report(
-    trainer: SDPOTrainer,
-    options: argparse.Namespace,
-    training: run.Training,
-    after: dict[str, float] | None,
-    say: Callable[[str], None],
-) -> None:
-    """Writes ``report.json`` and ``report.png``, and says what came of the run."""
-    plotted = False
-    if trainer.is_world_process_zero():
-        folder = Path(options.output)
-        write_report(
-            folder / "report.json",
-            {
-                "model": options.model,
-                "data": options.data,
-                "interactions": len(trainer.train_dataset),
-                "left_out": trainer.train_dataset.dropped,
-                "sharing": trainer.sharing,
-                **run.report_of(trainer, training, after),
-            },
-        )
-        plotted = plot_history(trainer.state.log_history, folder / "report.png")
-    if after is not None and training.before is not None:
-        say(f"held-out loss: {training.before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after")
-    plot = " and report.png" if plotted else " (matplotlib is not installed: no plot)"
-    say(f"trained {training.steps} steps in {clock(training.seconds)}; {options.output}/model, report.json{plot}")
-
-
-def check_data(*files: str | None) -> None:
-    """Reads the first interaction of each file, before minutes are spent on a model.
-
-    Raises:
-        OSError, TypeError, ValueError: there is none, with file and line.
-    """
-    for file in files:
-        if file is not None and not Path(file).is_fifo():  # that can be read once only
-            next(load_interactions(file), None)
+    return train(options)

@@ -28,8 +28,12 @@ def add_user_options(parser: argparse.ArgumentParser) -> None:
     user.add_argument(
         "--flip-at", type=int, default=None, metavar="N", help="from this interaction on: --then-rule, --then-wish"
     )
-    user.add_argument("--then-rule", action="append", default=[], metavar="NAME=VALUE")
-    user.add_argument("--then-wish", default=None, metavar="TEXT")
+    user.add_argument(
+        "--then-rule", action="append", default=[], metavar="NAME=VALUE", help="a wish from --flip-at on"
+    )
+    user.add_argument(
+        "--then-wish", default=None, metavar="TEXT", help="what the user says then (default: the rules' own)"
+    )
     user.add_argument(
         "--persona", default=None, metavar="TEXT", help="who the user is and what they want; @FILE reads it"
     )
@@ -47,8 +51,12 @@ def add_chat_model_options(group: Any, role: str) -> None:
     group.add_argument(f"--{role}-url", default=None, metavar="URL", help="http://host:8000/v1")
     group.add_argument(f"--{role}-model", default=None, metavar="NAME", help="its name there")
     group.add_argument(f"--{role}-local", default=None, metavar="MODEL", help="folder, hub id or GGUF file")
-    group.add_argument(f"--{role}-timeout", type=float, default=60.0, metavar="SECONDS")
-    group.add_argument(f"--{role}-concurrency", type=int, default=8, metavar="REQUESTS")
+    group.add_argument(
+        f"--{role}-timeout", type=float, default=60.0, metavar="SECONDS", help="how long to wait for a reply"
+    )
+    group.add_argument(
+        f"--{role}-concurrency", type=int, default=8, metavar="REQUESTS", help="how many are sent at once"
+    )
 
 
 USER_OPTIONS = (

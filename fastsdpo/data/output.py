@@ -38,6 +38,7 @@ class PrepareReport:
         dropped: records that a rule dropped, by rule, and conversations over the wanted number.
         records, damaged, problems, lost_bytes: as in `LoadReport`.
         settings: what decides the result.
+        already_done: an earlier run with these settings has written the files, and nothing was done now.
     """
 
     output: str
@@ -58,6 +59,11 @@ class PrepareReport:
     problems: dict[str, list[str]] = field(default_factory=dict)
     lost_bytes: int = 0
     settings: dict = field(default_factory=dict)
+    already_done: bool = False
+
+
+class NothingKept(Exception):
+    """There is no interaction to write; the files are as before."""
 
 
 WRITTEN_BYTES = 1 << 20  # at a time: small writes take half as long again
@@ -131,6 +137,9 @@ def write_outputs(
     Args:
         eval_after: what is held out, in place of a fraction: records from this time on.
         order: of all records of the spool, none of which is to be merged; None: conversations, by `rules`.
+
+    Raises:
+        NothingKept: there is no interaction.
     """
     merged = spool.merge(join=order is None)
     kept = merged.kept  # of each conversation, which the number of its first record stands for
@@ -157,6 +166,8 @@ def write_outputs(
                 files[0].write(data)
                 result.conversations += 1
                 result.interactions += kept[conversation]
+        if not result.interactions + result.eval_interactions:
+            raise NothingKept
 
 
 def _wanted(order: array, kept: array, rules: ConversationFilter, result: PrepareReport) -> array:

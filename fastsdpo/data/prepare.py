@@ -22,7 +22,7 @@ from pathlib import Path
 
 from fastsdpo.data.answers import RatingFollowups
 from fastsdpo.data.filters import ConversationFilter
-from fastsdpo.data.output import LAYOUTS, TRL_KEYS, atomic_file, write_outputs
+from fastsdpo.data.output import LAYOUTS, TRL_KEYS, NothingKept, atomic_file, write_outputs
 from fastsdpo.data.output import PrepareReport as PrepareReport
 from fastsdpo.data.output import encode_rows as encode_rows
 from fastsdpo.data.progress import ProgressBar
@@ -64,7 +64,7 @@ def prepare(
     """Writes the interactions of the sources' conversations to `output`, whole or not at all.
 
     Records of one conversation are merged, and each interaction is written once (merging.py). The same
-    arguments and sources give the same bytes.
+    arguments and sources give the same bytes. Where no interaction is kept, no file is written.
 
     Args:
         sources: what `load_conversations` takes.
@@ -228,7 +228,7 @@ class _Job:
             report = json.loads(self.report_path.read_text(encoding="utf-8"))
             sizes = [output.stat().st_size for output in self.outputs]
             if report["settings"] == self.settings and report["sizes"] == sizes:
-                return PrepareReport(**report)
+                return PrepareReport(**{**report, "already_done": True})
         except (OSError, ValueError, TypeError, KeyError):
             pass
         return None
@@ -240,7 +240,7 @@ class _Job:
             return
         for path in self.outputs:
             if path.exists():
-                raise FileExistsError(f"prepare: {path} exists; pass --overwrite (overwrite=True) to replace it")
+                raise FileExistsError(f"prepare: {path} exists; pass overwrite=True to replace it")
 
     def read(self, spool: Spool, report: ReadReport, bar: ProgressBar, workers: int | None) -> None:
         """Reads the sources to their end, or until there is enough."""
@@ -294,16 +294,19 @@ class _Job:
             lost_bytes=report.lost_bytes,
             settings=self.settings,
         )
-        write_outputs(
-            spool,
-            self.outputs,
-            self.rules,
-            self.seed,
-            self.settings["eval_fraction"],
-            result,
-            eval_after=self.eval_after,
-            order=order,
-        )
+        try:
+            write_outputs(
+                spool,
+                self.outputs,
+                self.rules,
+                self.seed,
+                self.settings["eval_fraction"],
+                result,
+                eval_after=self.eval_after,
+                order=order,
+            )
+        except NothingKept:
+            return result
         result.sizes = [path.stat().st_size for path in self.outputs]
         with atomic_file(self.report_path) as file:
             file.write(json.dumps(asdict(result), indent=2, ensure_ascii=False).encode() + b"\n")

@@ -293,7 +293,7 @@ def _outputs(output: Path, eval_output: str | PathLike | None, holds_out: bool, 
         raise ValueError(f"prepare: eval_output must differ from output, got {output} for both")
     for path in outputs:
         if path.exists() and not overwrite:
-            raise FileExistsError(f"prepare: {path} exists; pass --overwrite (overwrite=True) to replace it")
+            raise FileExistsError(f"prepare: {path} exists; pass overwrite=True to replace it")
     return outputs
 
 

@@ -13,7 +13,7 @@ from fastsdpo.data.interactions import is_blank, message_text
 
 # Wire formats. offline-v1 and online-v1: the code published with https://arxiv.org/abs/2603.12273;
 # paper-table1: that paper's Table 1 (its white space is not given). note is the wording that
-# models below a billion parameters follow best.
+# SmolLM2-135M-Instruct follows best: a small model repeats a longer frame, or overlooks what is in it.
 PRESETS = {
     "offline-v1": (
         "\n\n[HINDSIGHT CONTEXT]\n"
@@ -32,6 +32,21 @@ PRESETS = {
     ),
     "note": "\n\nNote: {o}",
 }
+
+AUTO = "auto"  # the default of every command: by the size of the model
+SMALL_MODEL = 10**9  # weights
+
+
+def choose_template(template: str, weights: int) -> str:
+    """The template of a setting. "auto" is "note" for a model of fewer than a billion weights, else "online-v1".
+
+    One rule for training, online training, chat and `signal`, so that what is shown is what is trained on.
+    Of the published wordings online-v1 is the one that also fits a content user: offline-v1 calls every
+    answer insufficient.
+    """
+    if template != AUTO:
+        return template
+    return "note" if weights < SMALL_MODEL else "online-v1"
 
 
 @dataclass(frozen=True)

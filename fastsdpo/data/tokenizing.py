@@ -16,7 +16,6 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastsdpo.data.columns import Columns
@@ -25,10 +24,8 @@ from fastsdpo.data.keys import TextKeys
 from fastsdpo.data.tokenization import InteractionTokenizer, TokenizedInteraction
 
 CHUNK = 256  # interactions
-# Without torch, which takes longer to import than thousands of interactions take to tokenize (see worker.py).
-PROGRAM = (
-    "import runpy, sys; runpy.run_path(sys.argv[1])['stand_in'](); from fastsdpo.data.tokenizing import serve; serve()"
-)
+# It imports no torch, which takes longer to start than thousands of interactions take to tokenize.
+PROGRAM = "from fastsdpo.data.tokenizing import serve; serve()"
 
 
 class Chunk(NamedTuple):
@@ -150,7 +147,7 @@ class _Worker:
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(Path(__file__).with_name("worker.py"))],
+            [sys.executable, "-c", PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

@@ -9,30 +9,9 @@ import sys
 if not getattr(sys.flags, "safe_path", False):
     sys.path.pop(0)  # this folder, whose modules are no top-level ones
 
-import importlib.util
 import os
 import pickle
 import signal
-from pathlib import Path
-
-
-def stand_in() -> None:
-    """Puts an empty module in the place of the package, whose own names need torch, until one of them is used."""
-    folder = Path(__file__).parents[1]
-    spec = importlib.util.spec_from_file_location(
-        folder.name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None and spec.loader is not None
-    loader = spec.loader
-    package = importlib.util.module_from_spec(spec)
-
-    def load(name: str) -> object:
-        del package.__getattr__
-        loader.exec_module(package)
-        return getattr(package, name)
-
-    package.__getattr__ = load
-    sys.modules[folder.name] = package
 
 
 def main() -> None:
@@ -41,7 +20,6 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a hook prints is no answer
     sys.path[:] = pickle.load(requests)
-    stand_in()
     from fastsdpo.data.reading import BatchReader, ReadReport
 
     options, path = pickle.load(requests)

@@ -26,11 +26,11 @@ PAPER: dict[str, Any] = {
     "max_grad_norm": 1.0,
 }
 
-# The reverse KL over the whole vocabulary on sampled answers (equation 2); another objective than the
-# paper's runs have (docs/objectives.md).
-EXACT: dict[str, Any] = {"mode": "full", "alpha": 1.0}
+# Matches the hindsight policy: the reverse KL over the whole vocabulary, on sampled answers (equation 2). It is
+# another objective than the paper's runs have (docs/objectives.md).
+FULL: dict[str, Any] = {"mode": "full", "alpha": 1.0}
 
-PRESETS = {"paper": PAPER, "exact": EXACT}
+PRESETS = {"paper": PAPER, "full": FULL}
 
 
 @dataclass
@@ -45,7 +45,7 @@ class OnlineSDPOConfig(SDPOConfig):
     ``is_clip`` weighs tokens by ``min(p_student / p_sampling, is_clip)`` here: the answers' own
     sampling-time probabilities, not the initial model's.
 
-    Changed defaults of `SDPOConfig`: ``template="online-v1"``, ``learning_rate=5e-6``,
+    Changed defaults of `SDPOConfig`: ``learning_rate=5e-6``,
     ``lr_scheduler_type="constant"``, ``warmup_steps=0``, ``max_grad_norm=1``,
     ``num_train_epochs=1``, ``logging_steps=1``, ``teacher_check=0`` (there is no follow-up to check
     before the first answer).
@@ -89,7 +89,11 @@ class OnlineSDPOConfig(SDPOConfig):
         },
     )
     center_advantages: bool = field(
-        default=False, metadata={"help": "With ppo_clip: subtract each answer's mean advantage."}
+        default=False,
+        metadata={
+            "help": "With ppo_clip: subtract each answer's mean advantage. The loss is logged "
+            "without that, since it would be 0."
+        },
     )
 
     # Safety
@@ -113,10 +117,6 @@ class OnlineSDPOConfig(SDPOConfig):
     )
 
     # Changed defaults
-    template: str = field(
-        default="online-v1",
-        metadata={"help": "How the follow-up enters: a preset's name, or a text with {o}."},
-    )
     teacher_check: int = field(
         default=0, metadata={"help": "Not used: there is no follow-up to check before the first answer."}
     )
@@ -153,7 +153,7 @@ class OnlineSDPOConfig(SDPOConfig):
         share = self.stop_when_degenerate
         self._check(share is None or 0 < share <= 1, "stop_when_degenerate", "be in (0, 1] or None")
         self._check(0 <= self.min_entropy_share < 1, "min_entropy_share", "be in [0, 1)")
-        self.teacher_check = 0
+        self.teacher_check = self.measure_interactions = self.measure_answers = 0
         super().__post_init__()
 
     @classmethod
@@ -161,8 +161,9 @@ class OnlineSDPOConfig(SDPOConfig):
         """A preset, and changes to it.
 
         Args:
-            name: "exact" (the reverse KL, summed over the whole vocabulary; another objective than
-                the paper's runs, see docs/objectives.md) or "paper" (the published online recipe:
+            name: "full" (matches the hindsight policy: the reverse KL over the whole vocabulary;
+                another objective than the paper's runs, see docs/objectives.md) or "paper" (the
+                published online recipe, own-answer hindsight:
                 sampled token, PPO clip 0.2, mean-centered advantages, learning rate 5e-6, constant,
                 16 prompts a step over all processes).
             settings: as for `SDPOConfig.preset`.

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Callable
@@ -228,7 +229,9 @@ def parse_rule(text: str) -> Rule:
     """
     name, equals, value = text.partition("=")
     if not equals or name not in RULES:
-        raise ValueError(f"a rule must be NAME=VALUE with a name of {', '.join(RULES)}, got {text!r}")
+        close = difflib.get_close_matches(name, RULES, n=1)
+        meant = f"; did you mean {close[0]!r}?" if close and equals else ""
+        raise ValueError(f"a rule must be NAME=VALUE with a name of {', '.join(RULES)}, got {text!r}{meant}")
     try:
         return RULES[name](value)
     except ValueError as error:

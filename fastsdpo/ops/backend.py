@@ -10,18 +10,27 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+_Result = TypeVar("_Result")
 LOSS_BACKENDS = ("auto", "triton", "native", "reference")
+
+
+def constant(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """`torch.compiler.assume_constant_result`, which imports the whole compiler: as much time as torch itself."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _triton_reason() -> str | None:
     """Why Triton cannot run at all here, or None."""
     if importlib.util.find_spec("triton") is None:
@@ -31,7 +40,7 @@ def _triton_reason() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _native_reason() -> str | None:
     """Why the native library cannot run here, or None."""
     try:
@@ -60,7 +69,7 @@ def _kernels_for(device: str) -> tuple[str | None, str | None]:
     return (name, None) if reason is None else (None, f"no {name} kernels: {reason}")
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _auto(device: str) -> str:
     name, reason = _kernels_for(device)
     if reason is not None and reason not in _told:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fastsdpo.ops._memory import autocast_dtype, borrow_tiles, kind_of, padded, return_tiles
+from fastsdpo.ops.backend import constant
 from fastsdpo.ops.checks import accumulation_dtype
 
 # f(student's logits [n, V], teacher's or None, slice of the tokens, gradient buffer [n, V] or None)
@@ -58,7 +59,7 @@ def gradient_chunks(tokens: int, chunk: int) -> int:
 _mixed: dict[str, bool] = {}  # by device type
 
 
-@torch.compiler.assume_constant_result
+@constant
 def has_mixed_gemm(device: torch.device) -> bool:
     """Whether GEMMs of half-precision operands can write and accumulate float32 (``out_dtype``); tries one.
 

@@ -31,7 +31,7 @@ def check_adapter(model: nn.Module, peft_config: Any) -> None:
     if is_peft(model) and peft_config is not None:
         raise ValueError(
             "SDPOTrainer: peft_config must be None, the model has an adapter, which training goes on "
-            "with; for a new one, merge it into its base model first (merge_and_unload)"
+            "with; for a new one, merge it into its base model first (fastsdpo merge)"
         )
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import time
@@ -107,17 +108,26 @@ class BeforeTraining(TrainerCallback):
 
     Attributes:
         metrics: the figures; None as long as there are none.
+        measured: the measures of each held-out interaction (`SDPOTrainer.measured_rows`).
     """
 
     def __init__(self, trainer: Trainer, path: Path, tell: Callable[[dict[str, float]], None]):
         self.trainer, self.path, self.tell = trainer, path, tell
         self.metrics: dict[str, float] | None = None
+        self.measured: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         metrics = self.metrics = self.trainer.evaluate()
+        self.measured = getattr(self.trainer, "measured_rows", [])
         if state.is_world_process_zero:
-            write_report(self.path, metrics)
+            write_report(self.path, {**metrics, "measured": self.measured})
         self.tell(metrics)
+
+    def read(self) -> None:
+        """Takes the figures from the file, where there is one."""
+        if self.path.exists():
+            metrics = json.loads(self.path.read_text("utf-8"))
+            self.measured, self.metrics = metrics.pop("measured", []), metrics
 
 
 class MovingAverage(TrainerCallback):

@@ -24,10 +24,12 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from fastsdpo.data.locks import locked
 from fastsdpo.prefix import whole_size
 from fastsdpo.trainer.adapters import is_peft
+from fastsdpo.trainer.card import write_card
 from fastsdpo.trainer.optim import ADAMW
 from fastsdpo.trainer.processes import agreed
 from fastsdpo.trainer.teacher_weights import TeacherWeights
@@ -74,8 +76,19 @@ def check_saved_model(folder: str | os.PathLike) -> None:
         raise OSError(f"the model was not saved: {folder} holds no weights")
 
 
+def open_as_umask(folder: str | os.PathLike) -> None:
+    """Gives files that only their owner can read, as safetensors writes them, the rights of any new file."""
+    with tempfile.TemporaryDirectory(dir=folder) as probe:
+        (new := Path(probe, "new")).touch()
+        mode = new.stat().st_mode & 0o777
+    for path in Path(folder).rglob("*"):
+        if path.is_file() and path.stat().st_mode & 0o777 == 0o600 != mode:
+            path.chmod(mode)
+
+
 def finish_checkpoint(part: Path, place: Path) -> None:
     """``part`` becomes the checkpoint ``place``, which it replaces."""
+    open_as_umask(part)
     sums = {}
     for path in sorted(path for path in part.rglob("*") if path.is_file()):
         size, crc = _sum(path, sync=True)
@@ -189,6 +202,7 @@ class CheckpointTrainer(Trainer):
     What is overridden, and why:
 
         _save_checkpoint    writes aside, sums up, renames; deletes older ones afterwards
+        _save               a model card; no pickle; files that others may read
         save_model          the whole weights, however they are sharded
         _save_optimizer_and_scheduler, _load_optimizer_and_scheduler    the teacher's weights as well
     """
@@ -219,6 +233,15 @@ class CheckpointTrainer(Trainer):
         """What `save_state_to` wrote."""
         self._load_from_checkpoint(folder)
         self._load_optimizer_and_scheduler(folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """With a card, and without the pickle of the settings, which nothing reads and which loads as code."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            write_card(self, folder)
+            open_as_umask(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The whole model (or adapter) and the tokenizer, for ``from_pretrained``.

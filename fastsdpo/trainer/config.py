@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
 from transformers import TrainingArguments
 
+from fastsdpo.settings import SDPOSettings as SDPOSettings
 from fastsdpo.trainer.launch import check_deepspeed, check_launch
 from fastsdpo.trainer.presets import PRESETS as PRESETS
 from fastsdpo.trainer.presets import checkpointing_given, split_batch, with_preset
 
-CHOICES = {
-    "mode": ("sampled_token", "full", "topk"),
-    "teacher": ("live", "ema", "frozen", "trust_region"),
-    "normalization": ("sequence", "token"),
-    "truncation": ("shared", "independent-left"),
-    "sharing": ("auto", "conversation", "interaction", "off"),
-    "weight_update": ("auto", "plain", "float32_master", "stochastic_rounding"),
-    "non_finite": ("stop", "skip"),
-}
+CHOICES = {item.name: item.metadata["choices"] for item in fields(SDPOSettings) if "choices" in item.metadata}
 
 # Settings of TrainingArguments that would break a run, or that nothing here would follow: the only
 # value of each, and why.
@@ -64,8 +57,8 @@ TOKENIZER_OPTIONS = (
 
 
 @dataclass
-class SDPOConfig(TrainingArguments):
-    """All settings of a run: those below, and every one of `transformers.TrainingArguments`.
+class SDPOConfig(SDPOSettings, TrainingArguments):
+    """All settings of a run: those of `SDPOSettings`, and every one of `transformers.TrainingArguments`.
 
     One optimizer step trains on ``global_batch_size`` interactions, however many processes share
     them; without it on ``per_device_train_batch_size * gradient_accumulation_steps * processes``. How
@@ -82,216 +75,6 @@ class SDPOConfig(TrainingArguments):
     their defaults (`fastsdpo.trainer.config.ONLY`): ``torch_compile``, ``label_smoothing_factor``,
     ``auto_find_batch_size``, ``use_liger_kernel``, ``train_sampling_strategy``, ...
     """
-
-    # The objective
-    mode: str = field(
-        default="full",
-        metadata={
-            "help": "full: a divergence over the whole vocabulary; topk: over the likeliest "
-            "tokens; sampled_token: -A log p of the answer's own tokens (the paper's runs), "
-            "another objective and no estimate of full where follow-ups depend on answers."
-        },
-    )
-    alpha: float = field(default=1.0, metadata={"help": "0 forward KL, 1 reverse KL, between: Jensen-Shannon."})
-    topk: int | None = field(default=None, metadata={"help": "Student's most likely tokens, for mode=topk."})
-    add_tail: bool = field(default=True, metadata={"help": "mode=topk: a bucket for the rest of the vocabulary."})
-    temperature: float = field(default=1.0, metadata={"help": "Divides both policies' logits."})
-    is_clip: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weigh tokens by min(p_student / p_initial, is_clip): logged answers "
-            "taken as drawn from the initial model. None: no weights."
-        },
-    )
-    reference_kl: float = field(
-        default=0.0,
-        metadata={"help": "Times KL(student || initial model) without the follow-up, per token."},
-    )
-    normalization: str = field(
-        default="sequence",
-        metadata={
-            "help": "sequence: mean over each answer's tokens, then over answers; token: "
-            "mean over all tokens. Both over the whole global batch."
-        },
-    )
-    ignore_first_k: int = field(default=0, metadata={"help": "First tokens of each answer left out of the loss."})
-
-    # The teacher
-    teacher: str = field(
-        default="live",
-        metadata={
-            "help": "live: the model itself; ema: a moving average; frozen: the initial "
-            "model; trust_region: exp((1-a) log frozen + a log live), normalized."
-        },
-    )
-    ema_rate: float = field(default=0.05, metadata={"help": "teacher += ema_rate * (student - teacher) each step."})
-    trust_region_mix: float = field(default=0.5, metadata={"help": "a of the trust region: 0 frozen, 1 live."})
-    guidance: float = field(
-        default=1.0,
-        metadata={
-            "help": "g: the teacher is proportional to p(. | x) (p(. | x, o) / p(. | x, n))^g, "
-            "all of the teacher's weights; 1 without neutral_followup: p(. | x, o)."
-        },
-    )
-    neutral_followup: str | None = field(
-        default=None,
-        metadata={
-            "help": "n: a follow-up that says nothing (Okay.), whose effect on the answer is "
-            "subtracted from that of the user's. None: no follow-up, n is empty."
-        },
-    )
-    teacher_check: int = field(
-        default=8,
-        metadata={
-            "help": "Interactions on which to compare real and unrelated follow-ups before training; 0: no check."
-        },
-    )
-
-    # Text to tokens
-    template: str = field(
-        default="offline-v1",
-        metadata={"help": "How the follow-up enters: a preset's name, or a text with {o}."},
-    )
-    max_prompt_length: int | None = field(default=2048, metadata={"help": "Tokens of the history."})
-    max_completion_length: int | None = field(default=2048, metadata={"help": "Tokens of the answer."})
-    max_followup_length: int | None = field(default=1024, metadata={"help": "Tokens of the follow-up."})
-    truncation: str = field(
-        default="shared",
-        metadata={"help": "shared: student and teacher lose the same history; independent-left: the paper's."},
-    )
-    end_of_turn: str = field(
-        default="template",
-        metadata={"help": "template: the token that ends an answer in the chat template; eos; or a token."},
-    )
-    allow_special_tokens: bool = field(default=False, metadata={"help": "Let text spell control tokens."})
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "For the chat template, as JSON."}
-    )
-    chat_template_date: str | None = field(
-        default=None,
-        metadata={
-            "help": "What a chat template with a clock reads: date and time in ISO form. None: "
-            "the run's start, kept in the output folder for when it goes on."
-        },
-    )
-
-    # Computation; nothing here changes the result
-    sharing: str = field(
-        default="auto",
-        metadata={
-            "help": "Prefixes computed once: conversation, interaction, off; auto: "
-            "conversation where the model allows it, else off."
-        },
-    )
-    attention: str = field(default="auto", metadata={"help": "Backend of the shared attention."})
-    backend: str = field(default="auto", metadata={"help": "Backend of the loss."})
-    chunk_size: int | None = field(default=None, metadata={"help": "Tokens per tile of logits."})
-    max_tokens_per_pack: int | None = field(
-        default=16384,
-        metadata={
-            "help": "Most tokens (student and teacher, shared prefixes once) in one forward "
-            "pass; larger micro-batches take several. None: no limit."
-        },
-    )
-
-    token_cache: str | None = field(
-        default="auto",
-        metadata={
-            "help": "Folder in which the tokens of data files are kept, to be found again by other processes and "
-            "runs. auto: ~/.cache/fastsdpo/tokens, for files of 32 MB and more. None: nothing is kept."
-        },
-    )
-    tokenizer_workers: int | None = field(
-        default=None,
-        metadata={"help": "Processes that tokenize a data file. None: one for each core, at most 8; 1 below 32 MB."},
-    )
-
-    auto_checkpointing: bool = field(
-        default=True,
-        metadata={
-            "help": "Gradient checkpointing on GPUs for models of a billion weights and more, where nothing is said "
-            "about it (gradient_checkpointing): less memory, a third more time, the same result."
-        },
-    )
-
-    # Batches, weights, safety
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Interactions (online: prompts) per optimizer step over all processes. Sets "
-            "per_device_train_batch_size, at most to its given value, and "
-            "gradient_accumulation_steps. None: these two decide."
-        },
-    )
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Of the weights of a model given by name: float32, bfloat16, float16, auto "
-            "(the checkpoint's). None: float32 on a CPU, else auto."
-        },
-    )
-    group_by_conversation: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Keep a conversation's interactions together in the shuffled order. "
-            "None: where sharing is by conversation."
-        },
-    )
-    weight_update: str = field(
-        default="auto",
-        metadata={
-            "help": "For bfloat16 weights: plain (most small steps are rounded away), "
-            "float32_master (optim=adamw_torch), stochastic_rounding (optim=adamw_torch, or "
-            "adamw_torch_8bit of torchao: 6 bytes a weight in all). auto: float32_master with "
-            "adamw_torch, stochastic_rounding with adamw_torch_8bit, else plain and a warning."
-        },
-    )
-    non_finite: str = field(
-        default="stop",
-        metadata={
-            "help": "A loss or gradient that is not finite: stop with the interactions' "
-            "ids, or skip the step and count."
-        },
-    )
-    allow_leaks: bool = field(
-        default=False,
-        metadata={
-            "help": "Warn, and do not refuse, where a held-out interaction or another part of "
-            "its conversation is in the training data."
-        },
-    )
-    disable_dropout: bool = field(
-        default=True,
-        metadata={
-            "help": "Turn off every dropout and router jitter, and refuse a model that stays "
-            "noisy in training (a teacher with noise is no teacher)."
-        },
-    )
-
-    # Changed defaults
-    learning_rate: float = field(default=2e-6, metadata={"help": "The largest learning rate of the run."})
-    lr_scheduler_type: str = field(
-        default="cosine",
-        metadata={"help": "How the learning rate changes over the run: cosine, constant, linear, ..."},
-    )
-    warmup_steps: float = field(
-        default=0.05,
-        metadata={"help": "Steps in which the learning rate rises from 0; below 1, a share of all steps."},
-    )
-    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the data."})
-    logging_steps: float = field(
-        default=10, metadata={"help": "Steps between two logs of the loss; below 1, a share of all steps."}
-    )
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the loss of the first step too."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay off: interactions are objects, without columns."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Must stay off: it would hide what non_finite looks for."}
-    )
-    ddp_broadcast_buffers: bool | None = field(
-        default=False, metadata={"help": "Whether DDP sends the first process's buffers before each pass."}
-    )
 
     def __post_init__(self):
         self._check_fixed()
@@ -348,7 +131,9 @@ class SDPOConfig(TrainingArguments):
         check(self.guidance > 0, "guidance", "be > 0")
         guided_region = self.is_guided and self.teacher == "trust_region"
         check(not guided_region, "teacher", "be live, ema or frozen with guidance or neutral_followup")
-        check(self.teacher_check >= 0, "teacher_check", "be >= 0")
+        for name in ("teacher_check", "measure_interactions", "measure_answers"):
+            check(getattr(self, name) >= 0, name, "be >= 0")
+        check(self.measure_tokens >= 1, "measure_tokens", "be at least 1")
         lengths = ("max_prompt_length", "max_completion_length", "max_followup_length")
         for name in (*lengths, "max_tokens_per_pack", "chunk_size", "tokenizer_workers"):
             value = getattr(self, name)
@@ -380,11 +165,10 @@ class SDPOConfig(TrainingArguments):
         """A preset, and changes to it.
 
         Args:
-            name: "exact" (the defaults: reverse KL, summed over the whole vocabulary; another
-                objective than the paper's runs, see docs/objectives.md) or "paper" (the published
-                offline recipe: sampled token, live teacher, the first two tokens left out, learning
-                rate 2e-6 with a cosine schedule, 32 interactions a step over all processes, gradient
-                clip 10; bf16 autocast where there is a GPU).
+            name: "full" (the defaults: matches the hindsight policy by the reverse KL over the whole vocabulary;
+                another objective than the paper's runs, see docs/objectives.md) or "paper" (the published offline
+                recipe, own-answer hindsight: sampled token, live teacher, the first two tokens left out, learning
+                rate 2e-6, cosine, 32 interactions a step, gradient clip 10; bf16 autocast where there is a GPU).
             settings: a batch of one's own (``per_device_train_batch_size`` or
                 ``gradient_accumulation_steps``) replaces the preset's ``global_batch_size``.
         """

@@ -23,6 +23,7 @@ from fastsdpo.data.loading import expand_source, parse_interaction
 from fastsdpo.data.output import encode_rows
 from fastsdpo.data.token_cache import LARGE, cache_folder, cached_columns, size_of, token_key
 from fastsdpo.data.tokenizing import Tokenization, tokenize_chunks
+from fastsdpo.trainer.measures_sample import MeasuredInteraction
 
 logger = logging.getLogger("fastsdpo.trainer")
 
@@ -43,6 +44,7 @@ class InteractionDataset(Dataset):
     Attributes:
         sample: up to 64 interactions as text, drawn evenly, where they came as text.
         dropped: messages about the interactions that could not be used.
+        measured: the interactions whose measures are taken, where it is held out.
         keys: of each interaction, a 61-bit key of its prompt, answer and follow-up; 0 where it came
             as tokens.
         history_keys: of each interaction, in ``history_ends[i] : history_ends[i + 1]``, such keys of
@@ -52,6 +54,7 @@ class InteractionDataset(Dataset):
     def __init__(self, interactions: Iterable[TokenizedInteraction] | Columns | MappedColumns):
         self.sample: list[Interaction] = []
         self.dropped: list[str] = []
+        self.measured: list[MeasuredInteraction] = []
         columns = (
             interactions if isinstance(interactions, (Columns, MappedColumns)) else _checked_columns(interactions)
         )

@@ -23,6 +23,8 @@ logger = logging.getLogger("fastsdpo.trainer")
 class NonFiniteError(RuntimeError):
     """A loss or gradient that is not finite; the text names the interactions."""
 
+    exit_status = 3  # of a command
+
 
 class FiniteCheck(TrainerCallback):
     """Before each optimizer step: stops the run, or drops the gradients so that the step changes nothing.

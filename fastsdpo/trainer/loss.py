@@ -216,6 +216,9 @@ def ppo_token_loss(
 
         l_t = -min(r_t A_t, clamp(r_t, 1 - c, 1 + c) A_t),    r_t = exp(log p_S - log p_old)
 
+    The gradient is that of l_t with centered A_t. Where r_t = 1 an answer's centered l_t add up to 0, so the
+    value that is returned, to be logged, is that of l_t with A_t as it is.
+
     Args:
         logps: ``[N]`` the student's, with gradient.
         teacher_logps: ``[N]``
@@ -230,7 +233,7 @@ def ppo_token_loss(
     student = logps.detach()
     log_ratio = teacher_logps.detach() - student
     advantage = log_ratio if advantages is None else advantages.to(student)
-    advantage = torch.where(counts, advantage, 0.0)
+    uncentered = advantage = torch.where(counts, advantage, 0.0)
     if center and len(sequence_ids):
         answers = int(sequence_ids.max()) + 1
         sums = advantage.new_zeros(answers).index_add_(0, sequence_ids, advantage)
@@ -238,10 +241,15 @@ def ppo_token_loss(
         advantage = torch.where(counts, advantage - (sums / sizes.clamp(min=1))[sequence_ids], 0.0)
     old = student if old_logps is None else old_logps.to(student)
     ratio = (logps - old).clamp(-20, 20).exp()
-    per_token = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    per_token = torch.where(counts, per_token, 0.0)
+
+    def clipped(advantage: Tensor) -> Tensor:
+        per_token = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+        return torch.where(counts, per_token, 0.0)
+
+    per_token, logged = clipped(advantage), clipped(uncentered).detach()
     loss = (weights.to(per_token) * per_token).sum()
-    return SDPOLossOutput(loss, per_token.detach(), log_ratio, student, teacher_logps.detach())
+    loss = loss + ((weights.to(logged) * logged).sum() - loss).detach()
+    return SDPOLossOutput(loss, logged, log_ratio, student, teacher_logps.detach())
 
 
 def guide(followup_hidden: Tensor, unguided: ResponseStates, guidance: float) -> Tensor:

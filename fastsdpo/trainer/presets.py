@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import TrainingArguments
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
-# The published offline recipe of https://arxiv.org/abs/2603.12273. Its 8-bit AdamW on bfloat16 weights
+# The published offline recipe of https://arxiv.org/abs/2603.12273: the answer's own tokens, weighed by its own
+# hindsight. Its 8-bit AdamW on bfloat16 weights
 # is not set here: it needs bitsandbytes, and most of its steps are rounded away (see lost_steps). The
 # same with those: optim="adamw_bnb_8bit", weight_update="plain".
 PAPER: dict[str, Any] = {
@@ -32,11 +33,11 @@ PAPER: dict[str, Any] = {
     "max_grad_norm": 10.0,
 }
 
-# The reverse KL over the whole vocabulary (equation 4): exact in that no token is sampled for it. It is
-# another objective than the paper's runs have (docs/objectives.md).
-EXACT: dict[str, Any] = {"mode": "full", "alpha": 1.0}
+# Matches the hindsight policy: the reverse KL over the whole vocabulary (equation 4). It is another
+# objective than the paper's runs have (docs/objectives.md).
+FULL: dict[str, Any] = {"mode": "full", "alpha": 1.0}
 
-PRESETS = {"paper": PAPER, "exact": EXACT}
+PRESETS = {"paper": PAPER, "full": FULL}
 
 
 def with_preset(preset: dict[str, Any], settings: dict[str, Any], *, bf16: bool = False) -> dict[str, Any]:
@@ -45,6 +46,8 @@ def with_preset(preset: dict[str, Any], settings: dict[str, Any], *, bf16: bool 
     if {"per_device_train_batch_size", "gradient_accumulation_steps"} & settings.keys():
         chosen.pop("global_batch_size", None)
     if bf16:
+        import torch  # not above: the commands show the presets' names without it
+
         chosen["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return {**chosen, **settings}
 

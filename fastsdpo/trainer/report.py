@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,7 +103,7 @@ def step_text(interactions: int, args: SDPOConfig, processes: int | None = None)
     )
 
 
-def write_report(path: str | os.PathLike, report: dict[str, Any]) -> None:
+def write_report(path: str | os.PathLike, report: Any) -> None:
     """Writes JSON; the file appears whole or not at all."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
@@ -111,15 +112,20 @@ def write_report(path: str | os.PathLike, report: dict[str, Any]) -> None:
 
 
 def plot_history(history: list[dict[str, Any]], path: str | os.PathLike) -> bool:
-    """Loss and signal over the steps as PNG; False where matplotlib is not installed."""
+    """Loss, signal and measures over the steps as PNG; False where matplotlib is not installed.
+
+    What was measured before training is the point at step 0.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(8.5, 6.5), layout="constrained")
+    measured = any("eval_measures/real_abs" in row for row in history)
+    figure = Figure(figsize=(12, 6.5) if measured else (8.5, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
-    loss, ratio = figure.subplots(2, 1, sharex=True)
+    panels = figure.subplots(2, 2 if measured else 1, sharex=True, squeeze=False)
+    loss, ratio = panels[:, 0]
 
     def series(key: str) -> tuple[list[float], list[float]]:
         rows = [row for row in history if key in row]
@@ -141,7 +147,34 @@ def plot_history(history: list[dict[str, Any]], path: str | os.PathLike) -> bool
     ratio.set_ylabel("log-ratio, teacher - student (nats)")
     ratio.set_xlabel("step")
     ratio.legend(frameon=False)
-    for axes in (loss, ratio):
+    if measured:
+        _plot_measures(panels[0, 1], panels[1, 1], series)
+    for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     return True
+
+
+def _plot_measures(listening: Any, margins: Any, series: Callable[[str], tuple[list[float], list[float]]]) -> None:
+    """Whether the model still listens, and how far answers have moved from the logged one since the start."""
+    for name, label, color in (("real", "real follow-up", "#4477aa"), ("unrelated", "unrelated", "#999999")):
+        listening.plot(*series(f"eval_measures/{name}_abs"), "o-", color=color, label=label)
+    listening.set_ylim(0, 1.05 * listening.get_ylim()[1])
+    listening.set_ylabel("mean |A|, held out (nats)")
+    listening.set_title("falling together: the model forgets to listen", fontsize=9)
+    shown = (
+        ("margin", "next answer", "#228833"),
+        ("stranger_margin", "a stranger's, as long", "#ee7733"),
+        ("stranger_length_margin", "a stranger's, other length", "#ccbb44"),
+        ("answer_logp", "log p of the logged answer", "#cc3311"),
+    )
+    for name, label, color in shown:
+        steps, values = series(f"eval_measures/{name}")
+        style = "o:" if name == "answer_logp" else "o-"
+        margins.plot(steps, [value - values[0] for value in values], style, color=color, label=label)
+    margins.axhline(0, color="#999999", linewidth=0.8)
+    margins.set_ylabel("margin over the logged answer,\nchange since the start (nats)")
+    margins.set_title("learning: the next answer rises above strangers'", fontsize=9)
+    margins.set_xlabel("step")
+    for axes in (listening, margins):
+        axes.legend(frameon=False, fontsize=8)

@@ -35,7 +35,8 @@ from transformers import TrainerCallback
 
 from fastsdpo.data import InteractionTokenizer, TokenizedInteraction
 from fastsdpo.data.chat_template import reads_clock
-from fastsdpo.prefix import check_head, check_passes, gathered_layers, is_wrapped
+from fastsdpo.data.templates import AUTO, choose_template
+from fastsdpo.prefix import check_head, check_passes, gathered_layers, is_wrapped, whole_size
 from fastsdpo.trainer.callbacks import EpochOrder, MovingAverage, SignalWindow
 from fastsdpo.trainer.checkpoints import CheckpointTrainer
 from fastsdpo.trainer.config import SDPOConfig
@@ -84,6 +85,9 @@ class StepTrainer(CheckpointTrainer):
         module, processing_class = prepare_model(model, args, processing_class, peft_config)
         if choose_checkpointing(args, module, args.device.type):
             logger.info("%s", CHECKPOINTING)
+        if args.template == AUTO:
+            args.template = choose_template(args.template, sum(map(whole_size, module.parameters())))
+            logger.info("hindsight template: %s, by the size of the model (--template names another)", args.template)
         self.tokenize: InteractionTokenizer | None = None
         if processing_class is not None:
             if reads_clock(processing_class, args.chat_template_kwargs):  # type: ignore[arg-type]

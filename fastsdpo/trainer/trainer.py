@@ -21,6 +21,8 @@ from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import InteractionDataset
 from fastsdpo.trainer.finite import NonFiniteError as NonFiniteError
 from fastsdpo.trainer.leaks import check_held_out
+from fastsdpo.trainer.measures import HeldOutMeasures, summary
+from fastsdpo.trainer.measures_sample import MeasuredInteraction, sample_measured
 from fastsdpo.trainer.metrics import SignalMetrics
 from fastsdpo.trainer.packs import GroupSampler
 from fastsdpo.trainer.step_trainer import StepTrainer
@@ -45,6 +47,9 @@ class SDPOTrainer(StepTrainer):
             adapter on its base already (the folder of one, a `peft.PeftModel`): training goes on.
         callbacks, optimizers: as in `transformers.Trainer`.
 
+    Attributes:
+        measured_rows: the measures of each held-out interaction at the last evaluation of ``eval_dataset``.
+
     Raises:
         TypeError, ValueError: a setting or dataset is unusable; the text says which and why. So is
             held-out data of which a conversation is trained on (see `SDPOConfig.allow_leaks`).
@@ -67,6 +72,9 @@ class SDPOTrainer(StepTrainer):
         args = SDPOConfig(output_dir="sdpo_output") if args is None else args
         if not isinstance(args, SDPOConfig):
             raise TypeError(f"SDPOTrainer: args must be an SDPOConfig, got {type(args).__name__}")
+        self.measures: HeldOutMeasures | None = None
+        self.measured_rows: list[dict[str, Any]] = []
+        self._measures_of: InteractionDataset | None = None
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, optimizers
         )
@@ -80,9 +88,15 @@ class SDPOTrainer(StepTrainer):
         progress = not args.disable_tqdm and args.process_index == 0
         tokenizer, options = self.processing_class, args.tokenizer_options()
         options |= {"cache": args.token_cache, "workers": args.tokenizer_workers}
-        return InteractionDataset.from_source(
+        dataset = InteractionDataset.from_source(
             source, tokenizer, args.template, name=name, progress=progress, **options
         )
+        if name != "train_dataset" and not dataset.measured:
+            count = args.measure_interactions
+            dataset.measured = sample_measured(source, count) or [
+                MeasuredInteraction(item) for item in dataset.sample[:count]
+            ]
+        return dataset
 
     def idle_interaction(self) -> TokenizedInteraction:
         return self.train_dataset[0]
@@ -136,7 +150,24 @@ class SDPOTrainer(StepTrainer):
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(1.0, items)
         for name, value in metrics.items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
+        for name, value in self.measure(dataloader.dataset).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
+
+    def measure(self, dataset: InteractionDataset) -> dict[str, float]:
+        """The measures of held-out interactions (docs/objectives.md), means; none where it has no text.
+
+        The rows of each interaction are kept in `measured_rows`. All processes must call it.
+        """
+        if self.tokenize is None or not dataset.measured:
+            return {}
+        if dataset is not self._measures_of:
+            self._measures_of, self.measures = dataset, HeldOutMeasures(self, dataset.measured)
+        assert self.measures is not None
+        rows = self.measures() if self.measures.contexts else []
+        if dataset is self.eval_dataset:
+            self.measured_rows = rows
+        return summary(rows) if rows else {}
 
     def prediction_step(
         self,

@@ -116,6 +116,14 @@ int fastsdpo_convert(const void* x, int64_t x_dtype, void* y, int64_t y_dtype, i
 
 int fastsdpo_abi(void) { return FASTSDPO_ABI; }
 
+int fastsdpo_parallel(void) {
+#ifdef FASTSDPO_OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 const char* fastsdpo_isa(void) { return current() ? current()->name : ""; }
 
 const char* fastsdpo_isas(void) {

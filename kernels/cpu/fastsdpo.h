@@ -76,6 +76,7 @@ FASTSDPO_EXPORT int fastsdpo_convert(const void* x, int64_t x_dtype, void* y, in
                                      int64_t n);
 
 FASTSDPO_EXPORT int fastsdpo_abi(void);
+FASTSDPO_EXPORT int fastsdpo_parallel(void);  // 0: built without OpenMP, every call has one thread
 FASTSDPO_EXPORT const char* fastsdpo_isa(void);  // the instruction set in use, or ""
 FASTSDPO_EXPORT const char* fastsdpo_isas(
     void);  // those this CPU runs, best first, comma-separated

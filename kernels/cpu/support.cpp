@@ -116,7 +116,8 @@ struct Candidates {
 int FASTSDPO_NAME(support)(const fastsdpo_call& call) {
   const int64_t N = call.B * call.L, K = call.K;
   const Rows logits(call.student, call.L);
-  const int threads = call.threads < 1 ? 1 : (int)(call.threads < 1024 ? call.threads : 1024);
+  [[maybe_unused]] const int threads =
+      call.threads < 1 ? 1 : (int)(call.threads < 1024 ? call.threads : 1024);
   int status = 0;
 #pragma omp parallel num_threads(threads < N ? threads : (int)N)
   {

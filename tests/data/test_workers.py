@@ -201,19 +201,3 @@ def test_ctrl_c_ends_the_workers(outcome, monkeypatch):
     for process in started:
         with pytest.raises(ProcessLookupError):
             os.kill(process.pid, 0)
-
-
-def test_workers_import_torch_only_where_a_hook_needs_it():
-    code = """
-import runpy, sys
-runpy.run_path(sys.argv[1])["stand_in"]()
-import fastsdpo.data.reading
-assert "torch" not in sys.modules
-sys.modules["torch"] = None
-try:
-    from fastsdpo import sdpo_loss  # runs the package itself
-except ImportError as error:
-    print(error)
-"""
-    argv = [sys.executable, "-c", code, str(Path(workers.__file__).with_name("worker.py"))]
-    assert "torch" in subprocess.run(argv, capture_output=True, text=True, check=True).stdout

@@ -115,7 +115,7 @@ def test_online_and_eval_put_a_system_prompt_first(prompts, saved, tmp_path, cap
     judged = ("--rule", "max_words=2", "--quiet", "--limit", "2")
     assert evaluate(rows, saved, saved, *judged, *system) == 0
     assert evaluate(rows, saved, saved, *judged, "--system", "w1") == 1
-    assert f"{rows}:1: OnlineSDPOTrainer: prompt must have no other system prompt" in capsys.readouterr().err
+    assert f"{rows}:1: prompt must have no other system prompt" in capsys.readouterr().err
     assert online(prompts, saved, tmp_path / "other", "--system", " ", *user) == 1
     assert "system must be some text" in capsys.readouterr().err
 
@@ -143,7 +143,7 @@ def test_a_local_model_plays_the_user(prompts, saved, tmp_path):
         ("--persona x", "--user-url with --user-model"),
         ("--persona x --user-url http://localhost:1/v1", "needs --user-model"),
         ("--rule max_words=2 --set spin=1", "field of OnlineSDPOConfig"),
-        ("--rule max_words=2 --set num_generations=0", "num_generations must"),
+        ("--rule max_words=2 --set num_generations=0", "--num-generations must"),
         ("--wish w5 --eval-prompts nosuch.txt", "no such file: nosuch.txt"),
     ],
 )
@@ -195,7 +195,7 @@ TOOL = json.dumps({"prompt": [CALL, {"role": "user", "content": "It said: sunny"
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("p.csv", b"question,label\nFirst,1\n", ":2: OnlineSDPOTrainer: prompt must have 'prompt'"),
+        ("p.csv", b"question,label\nFirst,1\n", ":2: prompt must have 'prompt'"),
         ("p.tsv", b"prompt\tlabel\nFirst\n", ":2: the row has 1 cells, the first one 2"),
         ("p.yaml", b"- First\n", "got a name that ends in .yaml"),
         ("p.parquet", b"PAR1\xff\xfe", "not a whole Parquet file"),
@@ -203,9 +203,9 @@ TOOL = json.dumps({"prompt": [CALL, {"role": "user", "content": "It said: sunny"
         ("p.txt", "Caf\xe9".encode("latin-1"), "must be UTF-8 text, got other bytes at 3"),
         ("p.txt", "First".encode("utf-16"), "must be UTF-8 text, got other bytes at 0"),
         ("p.txt", "First".encode("utf-16-le"), "must be UTF-8 text, got a NUL character"),
-        ("prompts", b'{"question": "First"}\n', ":1: OnlineSDPOTrainer: prompt must have 'prompt'"),
+        ("prompts", b'{"question": "First"}\n', ":1: prompt must have 'prompt'"),
         ("prompts", b'[\n{"prompt": "First"},\n{"prompt": ', "element 1 (line 3): cut off"),
-        ("p.jsonl", TOOL, ":1: OnlineSDPOTrainer: prompt: prompt[0]: must"),
+        ("p.jsonl", TOOL, ":1: prompt: prompt[0]: must"),
     ],
 )
 def test_files_that_are_no_prompts(name, data, said, tmp_path, capsys):

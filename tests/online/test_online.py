@@ -52,7 +52,8 @@ def test_clipped_loss_and_gradient(center):
             advantage = advantage - sum(teacher[i] - logps[i] for i in mates) / len(mates)
         ratio = (logps[t] - old[t]).exp()
         clipped = min(max(ratio, 0.8), 1.2)
-        loss -= weights[t] * min(ratio * advantage, clipped * advantage)
+        own = teacher[t] - logps[t]  # the value is that of the advantages as they are, the gradient centered
+        loss -= weights[t] * min(ratio * own, clipped * own)
         if ratio * advantage <= clipped * advantage:
             exact[t] = -weights[t] * ratio * advantage
     torch.testing.assert_close(out.loss.double(), torch.as_tensor(loss), rtol=1e-5, atol=1e-6)

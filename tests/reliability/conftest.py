@@ -212,7 +212,7 @@ def outcome():
         found = {}
         for path in sorted(folder.glob("out*/**/*")) + sorted(folder.glob("out*")):
             name = str(path.relative_to(folder))
-            if path.is_dir() or path.name in ("training_args.bin", "checksums.json", "report.png"):
+            if path.is_dir() or path.name in ("checksums.json", "report.png"):
                 continue
             if path.name in ("report.json", "before.json", "trainer_state.json"):
                 found[name] = without_clocks(json.loads(path.read_text("utf-8")))

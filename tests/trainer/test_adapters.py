@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from fastsdpo.cli import main as fastsdpo
 from fastsdpo.modeling import load_model_and_tokenizer
 from fastsdpo.train import main
 from fastsdpo.trainer import SDPOTrainer
@@ -105,7 +106,7 @@ def test_a_second_round_begins_where_the_first_ended(place, tmp_path, more):
     [
         (["--lora", "8"], "--lora must be left out for --model .*, got 8: it is a LoRA adapter with r=4"),
         (["--lora", "0"], "--lora must be left out for --model .*, got 0: it is a LoRA adapter with r=4"),
-        (["--lora-alpha", "4"], "--lora-alpha must be left out .* LoRA adapter with lora_alpha=8"),
+        (["--lora-alpha", "4"], "--lora-alpha must be left out .* LoRA adapter with --lora-alpha 8"),
     ],
 )
 def test_another_adapter_than_the_one_that_is_there(place, tmp_path, capsys, more, message):
@@ -330,3 +331,39 @@ def test_a_saved_prompt_is_refused(place, tmp_path, capsys):
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "prompt")
     assert main(command(place, tmp_path / "out", model=tmp_path / "prompt")) == 1
     assert "PROMPT_TUNING adapter puts virtual tokens" in capsys.readouterr().err
+
+
+def test_merge_is_that_of_peft_and_keeps_the_dtype(place, tmp_path, capsys):
+    """`fastsdpo merge` of a trained adapter on a bfloat16 model; its files are as servers read them."""
+    base = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    load_model_and_tokenizer(place / "model")[1].save_pretrained(tmp_path / "base")
+    options = command(place, tmp_path / "run", "--lora", "4", "--quiet")
+    options[2] = str(tmp_path / "base")
+    assert main(options) == 0
+    adapter = tmp_path / "run" / "model"
+    assert fastsdpo(["merge", "--model", str(adapter), "-o", str(tmp_path / "merged")]) == 0
+    assert "bfloat16" in capsys.readouterr().out
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    expected = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    assert whole.dtype == torch.bfloat16
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto").state_dict()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(whole.state_dict()[name], value), name
+        assert torch.equal(before[name], value) != ("proj" in name), name
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "12 interactions" in card and "library_name: transformers" in card and "AutoPeft" not in card
+    # What vLLM asks of an adapter (docs/serving.md).
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["r"] == 4 and config["lora_alpha"] == 8 and isinstance(config["target_modules"], list)
+    assert not config["modules_to_save"] and not config["use_dora"] and config["bias"] == "none"
+    for name in load_file(adapter / "adapter_model.safetensors"):
+        assert re.fullmatch(r"base_model\.model\.model\.layers\.\d+\.\w+\.\w+_proj\.lora_[AB]\.weight", name), name
+    # Refused: another model in that place, and what is no adapter.
+    for model, said in (
+        (adapter, "holds a model; pass --overwrite"),
+        (tmp_path / "base", "must be the folder or hub id"),
+    ):
+        output = tmp_path / ("merged" if model == adapter else "other")
+        assert fastsdpo(["merge", "--model", str(model), "-o", str(output)]) == 1
+        assert said in capsys.readouterr().err

@@ -8,7 +8,9 @@ import logging
 import re
 import shutil
 import signal
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from fastsdpo.commands import run
 from fastsdpo.data.locks import locked
 from fastsdpo.train import main
+from fastsdpo.trainer import by_time
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,25 @@ def test_run_report_and_reload(place, tmp_path, capsys):
     prompt = AutoTokenizer.from_pretrained(output / "model")("<user> w1 <end> <assistant>", return_tensors="pt")
     assert after.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
 
+    # The card, and nothing that loads as code; others may read the weights.
+    card = (output / "model" / "README.md").read_text()
+    for line in (
+        "| training | 12 interactions of 6 conversations |",
+        "| held out | 4 interactions of 2 conversations |",
+        f"| loss | {report['before']['eval_loss']:.4f} | {report['after']['eval_loss']:.4f} |",
+        "| learning_rate | `0.001` |",
+    ):
+        assert line in card, card
+    assert "base_model" not in card and str(place) not in card  # a local folder, and whose
+    files = {path.name: path.stat().st_mode & 0o777 for path in (output / "model").iterdir()}
+    assert "training_args.bin" not in files and len(set(files.values())) == 1, files
+
+    # The same run again, from the file that it left.
+    again = ["--config", str(output / "run.yaml"), "-o", str(tmp_path / "again"), "--quiet"]
+    assert main(again) == 0
+    repeated = loaded(tmp_path / "again" / "model").state_dict()
+    assert all(torch.equal(value, repeated[name]) for name, value in after.state_dict().items())
+
     # A second run into the same folder is refused, and the first one's files stay.
     text = (output / "report.json").read_text()
     assert main(arguments(place, output)) == 1
@@ -100,23 +122,23 @@ MISSING = next(name for name in INTEGRATION_TO_CALLBACK if name not in get_avail
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--alpha 1.5", r"alpha must be in \[0, 1\], got 1.5"),
-        ("--topk 5", "topk must be given with mode='topk', and only there, got 5"),
-        ("--mode topk", "topk must be given with mode='topk', and only there, got None"),
-        ("--mode sampled_token --alpha 0", "alpha must be 1 with mode='sampled_token', got 0"),
+        ("--alpha 1.5", r"--alpha must be in \[0, 1\], got 1.5"),
+        ("--topk 5", "--topk must be given with --mode topk, and only there, got 5"),
+        ("--mode topk", "--topk must be given with --mode topk, and only there, got None"),
+        ("--mode sampled_token --alpha 0", "--alpha must be 1 with --mode sampled_token, got 0"),
         ("--set nonsense=1", "--set must be NAME=VALUE with a field of SDPOConfig, got 'nonsense=1'"),
         ("--set teacher", "--set must be NAME=VALUE with a field of SDPOConfig, got 'teacher'"),
-        ("--set teacher=other", "teacher must be one of live, ema, frozen, trust_region, got 'other'"),
-        ("--ema-rate 0", r"ema_rate must be in \(0, 1\], got 0"),
-        ("--reference-kl -1", "reference_kl must be >= 0, got -1"),
-        ("--ignore-first-k -1", "ignore_first_k must be >= 0, got -1"),
-        ("--max-tokens-per-pack 0", "max_tokens_per_pack must be at least 1 or None, got 0"),
+        ("--set teacher=other", "--teacher must be one of live, ema, frozen, trust_region, got 'other'"),
+        ("--ema-rate 0", r"--ema-rate must be in \(0, 1\], got 0"),
+        ("--reference-kl -1", "--reference-kl must be >= 0, got -1"),
+        ("--ignore-first-k -1", "--ignore-first-k must be >= 0, got -1"),
+        ("--max-tokens-per-pack 0", "--max-tokens-per-pack must be at least 1 or None, got 0"),
         (f"--report-to {MISSING}", f"--report-to {MISSING}: .*[Ii]nstall"),
         (f"--set report_to={MISSING}", f"--report-to {MISSING}: .*[Ii]nstall"),
         ("--report-to nobody", "--report-to must be of azure_ml, .*, got 'nobody'"),
-        ("--template nosuch", "name must be one of offline-v1, .*got 'nosuch'"),
+        ("--template nosuch", "--template must be one of offline-v1, .*got 'nosuch'"),
         ("--eval-data nosuch.jsonl", "no such file: nosuch.jsonl"),
-        ("", "no such file or folder: /nowhere/model"),
+        ("", "--model: no such file or folder: /nowhere/model"),
     ],
 )
 def test_mistakes_are_said_before_a_model_is_loaded(place, tmp_path, capsys, more, message):
@@ -157,9 +179,7 @@ def test_a_damaged_model_is_one_sentence(place, tmp_path, capsys, monkeypatch):
     weights.write_bytes(weights.read_bytes()[:3000])
     command = arguments(place, tmp_path / "out", "--model", str(tmp_path / "model"))
     assert main(command) == 1
-    assert re.search(
-        "^fastsdpo train: .* the model in folder .* cannot be read", capsys.readouterr().err, re.MULTILINE
-    )
+    assert re.search("^fastsdpo train: the model in folder .* cannot be read", capsys.readouterr().err, re.MULTILINE)
     monkeypatch.setenv("FASTSDPO_TRACEBACK", "1")
     with pytest.raises(OSError, match="cannot be read"):
         main(command)
@@ -171,10 +191,12 @@ def test_a_mistyped_folder_costs_one_request(place, tmp_path, capsys, monkeypatc
     for name in ("", "fastsdpo"):  # as without pytest's own handlers
         monkeypatch.setattr(logging.getLogger(name), "handlers", [])
     started = time.perf_counter()
-    assert main(arguments(place, tmp_path / "out", "--model", "mode")) == 1
+    monkeypatch.chdir(place)
+    assert main(arguments(place, tmp_path / "out", "--model", "modle")) == 1
     assert time.perf_counter() - started < 20  # a minute, with the loaders' retries
     (line,) = capsys.readouterr().err.splitlines()
-    assert "'mode' is no local folder or file" in line and "the hub cannot be reached" in line
+    assert "'modle' is no local folder or file" in line and "the hub cannot be reached" in line
+    assert line.endswith("did you mean the folder 'model'?")
     assert logging.getLogger().handlers == []
 
 
@@ -194,6 +216,66 @@ def test_sigterm_saves_a_checkpoint_and_resume_goes_on(place, tmp_path, monkeypa
     assert not (tmp_path / "report.json").exists()
     assert main(arguments(place, tmp_path, "--resume", "--quiet")) == 0
     assert json.loads((tmp_path / "report.json").read_text())["steps"] == 3
+
+
+def test_evaluations_and_checkpoints_by_the_clock(place, tmp_path, monkeypatch):
+    """After the first minutes, where no steps are given for them."""
+    monkeypatch.setattr(by_time, "MOST", float("inf"))  # however long an evaluation takes
+    monkeypatch.setattr(run, "ByTime", lambda evaluate, save: by_time.ByTime(evaluate, save, first=0, every=3600))
+    assert main(arguments(place, tmp_path, "--set", "save_strategy=steps", "--quiet")) == 0
+    history = json.loads((tmp_path / "report.json").read_text())["history"]
+    assert [row["step"] for row in history if "eval_loss" in row] == [0, 1, 3]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+
+
+ASKED: list = []
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as an upload asks for; keeps what was asked."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        ASKED.append((self.path, body))
+        if self.path.endswith("/preupload/main"):
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            answer = {"files": files}
+        else:
+            url = "https://huggingface.co/me/mine"
+            answer = {"url": url, "commitUrl": f"{url}/commit/0", "commitOid": "0"}
+        data = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_push_to_hub(place, tmp_path, monkeypatch, capsys):
+    """The repository is made, private, before training; model and card are uploaded after it."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    try:
+        argv = arguments(place, tmp_path, "--lora", "2", "--max-steps", "1", "--push-to-hub", "me/mine")
+        assert main(argv) == 0, capsys.readouterr().err
+    finally:
+        server.shutdown()
+        server.server_close()
+    paths = [path for path, _ in ASKED]
+    made = json.loads(ASKED[0][1])
+    assert paths[0] == "/api/repos/create" and made["name"] == "mine" and made["visibility"] == "private"
+    commit = next(body for path, body in ASKED if "/commit/" in path)
+    sent = {row["value"]["path"] for row in map(json.loads, commit.splitlines()) if row["key"] == "file"}
+    assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "tokenizer_config.json"} <= sent
+    assert "uploaded to me/mine" in capsys.readouterr().out
 
 
 def test_two_runs_into_one_folder(place, tmp_path, capsys):

@@ -59,6 +59,7 @@ def test_weights_and_statistics(results, lab, name):
     assert len(one["history"]) == len(two["history"]) == 2
     logs = [*zip(one["history"], two["history"])]
     logs += [(one[key], two[key]) for key in ("before", "evaluation")]
+    assert one["evaluation"]["eval_measures/next_answers"] == 2 and "eval_measures/stranger_margin" in one["before"]
     for left, right in logs:
         assert right.pop("sdpo/imbalance", right.pop("eval_sdpo/imbalance", 1)) >= 1  # of several processes alone
         assert left.keys() == right.keys()

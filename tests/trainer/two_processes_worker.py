@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,15 @@ def set_clock(day):
     fastsdpo.trainer.data.datetime = transformers.utils.chat_template_utils.datetime = Clock
 
 
+def conversations(lab):
+    """Five held-out interactions; two have a next answer, which is what the measures need."""
+    first, last, other, another = lab.make_interactions(2, seed=7)
+    pairs = []
+    for one, two in ((first, last), (other, another)):
+        pairs += [one, replace(two, prompt=[*two.prompt[:-1], {"role": "user", "content": one.followup}])]
+    return [*pairs, *(replace(item, id="x", conversation_id="x") for item in lab.make_interactions(1, seed=8)[:1])]
+
+
 def main(folder: str, runs: dict) -> None:
     torch.set_num_threads(1)
     lab = load_lab()
@@ -53,7 +63,7 @@ def main(folder: str, runs: dict) -> None:
         trainer = lab.make_trainer(
             f"{folder}/{name}-{world}",
             interactions=interactions,
-            eval_dataset=lab.make_interactions(2, seed=7)[:3],
+            eval_dataset=conversations(lab),
             optim="sgd",
             learning_rate=0.5,
             max_grad_norm=0.0,

@@ -1,0 +1,10 @@
+# A GPU image with everything that `fastsdpo train` needs:
+#   docker build -t fastsdpo . && docker run --gpus all -v "$PWD":/work fastsdpo doctor
+FROM python:3.12-slim
+# The compiler builds the CPU kernels now and Triton's launchers at run time.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ libgomp1 && rm -rf /var/lib/apt/lists/*
+COPY . /source
+RUN pip install --no-cache-dir "/source[train,online,fast]" && rm -rf /source
+WORKDIR /work
+ENTRYPOINT ["fastsdpo"]
+CMD ["--help"]

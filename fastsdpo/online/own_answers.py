@@ -1,0 +1,168 @@
+"""The model's own answers to held-out questions: before training with and without the follow-up, and after it.
+
+Before training they tell whether there is anything to learn (headroom): does the model answer a follow-up better
+when it is in context? There is no judge here. Without a rule the model's own probabilities stand in for one: an
+answer y fits a follow-up o by
+
+    c(y) = log p(y | x, o) - log p(y | x, o')        mean per token, o' a follow-up of another conversation
+
+which says that the model reacts to what o says, not that the user would be content.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from fastsdpo.data import TokenizedInteraction
+from fastsdpo.online.rules import Rule
+from fastsdpo.online.sampling import generate
+from fastsdpo.trainer.measures import Scorer
+from fastsdpo.trainer.measures_sample import Contexts, make_contexts
+from fastsdpo.trainer.processes import gather_list
+from fastsdpo.trainer.report import write_report
+
+logger = logging.getLogger("fastsdpo.online")
+
+
+class OwnAnswers(TrainerCallback):
+    """Answers the first held-out questions when training begins, and again when `after` is called.
+
+    The likeliest token each time. Several processes share the questions. A run that goes on reads what was
+    answered before from the file.
+
+    Args:
+        trainer: an `SDPOTrainer` whose held-out data came as text.
+        path: the file, JSON.
+        rule: what an answer should be like, where it is known.
+
+    Attributes:
+        rows: one per question; None before training, or where there is nothing to answer.
+    """
+
+    def __init__(self, trainer: Any, path: Path, rule: Rule | None = None):
+        self.trainer, self.path, self.rule = trainer, path, rule
+        self.rows: list[dict[str, Any]] | None = None
+        sample = getattr(trainer.eval_dataset, "measured", [])[: trainer.args.measure_answers]
+        contexts = make_contexts(sample, trainer.tokenize) if sample else []
+        if contexts and trainer.sharded:
+            logger.warning("no own answers are measured: FSDP and DeepSpeed hold the weights in shards")
+            contexts = []
+        numbered = list(enumerate(contexts))[trainer.args.process_index :: trainer.args.world_size]
+        self.numbers = [number for number, _ in numbered]
+        self.mine: Sequence[Contexts] = [context for _, context in numbered]
+        self.count = len(contexts)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.count:
+            return
+        if state.global_step > 0:
+            self.rows = json.loads(self.path.read_text("utf-8")) if self.path.exists() else None
+            return
+        prompts = {
+            "before": [c.real.prompt_ids for c in self.mine],
+            "with_followup": [c.real.teacher_prompt_ids for c in self.mine],
+            "with_unrelated": [c.unrelated.teacher_prompt_ids for c in self.mine],
+        }
+        answers = {name: self._answers(starts) for name, starts in prompts.items()}
+        rows = [
+            {
+                "number": self.numbers[place],
+                "id": c.id,
+                "prompt": c.interaction.prompt[-1]["content"],
+                "followup": c.interaction.followup,
+                "unrelated": c.unrelated_followup,
+                **{name: texts[place][1] for name, texts in answers.items()},
+            }
+            for place, c in enumerate(self.mine)
+        ]
+        for name, texts in answers.items():
+            items = [
+                TokenizedInteraction(c.unrelated.teacher_prompt_ids, c.real.teacher_prompt_ids, ids)
+                for c, (ids, _) in zip(self.mine, texts)
+            ]
+            for row, score in zip(rows, Scorer(self.trainer)(items)):
+                row[f"fit_{name}"] = score.teacher - score.student
+        self.rows = sorted(gather_list(rows), key=lambda row: row["number"])
+        self._write()
+
+    def after(self) -> None:
+        """Answers the same questions again."""
+        if self.rows is None:
+            return
+        answers = self._answers([c.real.prompt_ids for c in self.mine])
+        texts = dict(gather_list([(number, text) for number, (_, text) in zip(self.numbers, answers)]))
+        for row in self.rows:
+            row["after"] = texts[row["number"]]
+        self._write()
+
+    def _answers(self, starts: Sequence[list[int]]) -> list[tuple[list[int], str]]:
+        """``(tokens, text)`` after each prompt."""
+        if not starts:
+            return []
+        trainer = self.trainer
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        samples = generate(
+            model,
+            starts,
+            max_new_tokens=trainer.args.measure_tokens,
+            temperature=0.0,
+            end_ids=trainer.tokenize.end_ids(model),
+        )
+        return [(s.ids, trainer.tokenize.said(s.ids, start)) for s, start in zip(samples, starts)]
+
+    def _write(self) -> None:
+        if self.trainer.is_world_process_zero():
+            write_report(self.path, self.rows)
+
+    # ---------------------------------------------------------------------------------- in words
+
+    def headroom(self) -> list[str]:
+        """Lines: in how many questions the own answer fits the follow-up better with it in context."""
+        if not self.rows:
+            return []
+        count = len(self.rows)
+        gains = [row["fit_with_followup"] - row["fit_before"] for row in self.rows]
+        other = [row["fit_with_unrelated"] - row["fit_before"] for row in self.rows]
+        lines = [
+            "headroom: with the follow-up in context the model's own answer fits it better in "
+            f"{sum(g > 0 for g in gains)} of {count} held-out questions, by {sum(gains) / count:+.3f} nats per token; "
+            f"with an unrelated one in {sum(g > 0 for g in other)}, by {sum(other) / count:+.3f} (by the model's own "
+            "probabilities; there is no judge)"
+        ]
+        if self.rule is not None:
+            lines.append(f"rule {self.rule.name}: " + self._fulfilled(("before", "with_followup", "with_unrelated")))
+        return lines
+
+    def changes(self, shown: int = 3) -> list[str]:
+        """Lines: the rule before and after, and the first answers side by side."""
+        if not self.rows or "after" not in self.rows[0]:
+            return []
+        lines = []
+        if self.rule is not None:
+            lines.append(f"rule {self.rule.name}: " + self._fulfilled(("before", "with_followup", "after")))
+        for row in self.rows[:shown]:
+            lines.append(f"  question        {_short(row['prompt'])}")
+            for title in ("before", "with_followup", "after"):
+                lines.append(f"    {title.replace('_', ' '):<13} {_short(row[title])}")
+            lines.append(f"    {'follow-up':<13} {_short(row['followup'])}")
+        return lines
+
+    def _fulfilled(self, names: Sequence[str]) -> str:
+        assert self.rule is not None and self.rows
+        parts = []
+        for name in names:
+            share = sum(self.rule.holds(row[name]) for row in self.rows) / len(self.rows)
+            error = (share * (1 - share) / len(self.rows)) ** 0.5
+            parts.append(f"{name.replace('_', ' ')} {share:.0%} +- {2 * error:.0%}")
+        return ", ".join(parts)
+
+
+def _short(text: str, length: int = 96) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 3] + "..."

@@ -1,0 +1,258 @@
+"""The settings of training, each defined once: default, help and flag. Imports no torch, so that `--help` is quick.
+
+`SDPOConfig` adds them to `transformers.TrainingArguments`; the commands make an option of each that has a group
+(`fastsdpo.commands.options.add_setting_options`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    group: str | None = None,
+    flag: str | None = None,
+    metavar: str | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A field of `SDPOSettings`.
+
+    Args:
+        group: of options in which the commands show it; None: it has no flag and is set with ``--set``.
+        flag: None: the field's name.
+        choices: the only values; None: any of the type.
+    """
+    given = {"group": group, "flag": flag, "metavar": metavar, "choices": choices}
+    return field(default=default, metadata={"help": help, **{name: value for name, value in given.items() if value}})
+
+
+@dataclass
+class SDPOSettings:
+    """The fields that `SDPOConfig` adds to `transformers.TrainingArguments`, or whose defaults it changes."""
+
+    # The objective
+    mode: str = setting(
+        "full",
+        "full: matches the hindsight policy, by a divergence over the whole vocabulary; topk: over the likeliest "
+        "tokens; sampled_token: own-answer hindsight, -A log p of the answer's tokens (the paper's runs), another "
+        "objective and no estimate of full where follow-ups depend on answers.",
+        group="method",
+        choices=("sampled_token", "full", "topk"),
+    )
+    alpha: float = setting(1.0, "0 forward KL, 1 reverse KL, between: Jensen-Shannon.", group="method")
+    topk: int | None = setting(
+        None, "The student's K most likely tokens, for --mode topk.", group="method", metavar="K"
+    )
+    add_tail: bool = setting(True, "mode=topk: a bucket for the rest of the vocabulary.")
+    temperature: float = setting(1.0, "Divides both policies' logits.")
+    is_clip: float | None = setting(
+        None,
+        "Weigh tokens by min(p_student / p_initial, is_clip): logged answers taken as drawn from the initial model. "
+        "None: no weights.",
+    )
+    reference_kl: float = setting(
+        0.0, "Times KL(student || initial model) without the follow-up, per token.", group="method"
+    )
+    normalization: str = setting(
+        "sequence",
+        "sequence: mean over each answer's tokens, then over answers; token: mean over all tokens. Both over the "
+        "whole global batch.",
+        group="method",
+        choices=("sequence", "token"),
+    )
+    ignore_first_k: int = setting(0, "First tokens of each answer left out of the loss.", group="method", metavar="K")
+
+    # The teacher
+    teacher: str = setting(
+        "live",
+        "live: the model itself; ema: a moving average; frozen: the initial model; trust_region: "
+        "exp((1-a) log frozen + a log live), normalized.",
+        group="method",
+        choices=("live", "ema", "frozen", "trust_region"),
+    )
+    ema_rate: float = setting(0.05, "teacher += ema_rate * (student - teacher) each step.", group="method")
+    trust_region_mix: float = setting(0.5, "a of the trust region: 0 frozen, 1 live.")
+    guidance: float = setting(
+        1.0,
+        "How much a follow-up counts. g: the teacher is proportional to p(. | x) (p(. | x, o) / p(. | x, n))^g, all "
+        "of the teacher's weights; 1 without neutral_followup: p(. | x, o).",
+        group="method",
+        metavar="G",
+    )
+    neutral_followup: str | None = setting(
+        None,
+        "n: a follow-up that says nothing (Okay.), whose effect on the answer is subtracted from that of the user's. "
+        "None: no follow-up, n is empty.",
+        group="method",
+        metavar="TEXT",
+    )
+    teacher_check: int = setting(
+        8, "Interactions on which to compare real and unrelated follow-ups before training; 0: no check."
+    )
+
+    measure_interactions: int = setting(
+        32, "Held-out interactions measured at each evaluation (docs/objectives.md); 0: none."
+    )
+    measure_answers: int = setting(
+        8, "Of their questions, how many the model answers itself before and after training; 0: none."
+    )
+    measure_tokens: int = setting(64, "Most tokens of these answers.")
+
+    # Text to tokens
+    template: str = setting(
+        "auto",
+        "How the follow-up enters: the name of a template (offline-v1, online-v1, note, ...), or a text with {o}. "
+        "auto: note for models below a billion weights, else online-v1.",
+        group="text",
+        metavar="NAME|TEXT",
+    )
+    max_prompt_length: int | None = setting(2048, "Most tokens of the history.", group="text", metavar="TOKENS")
+    max_completion_length: int | None = setting(2048, "Most tokens of the answer.", group="text", metavar="TOKENS")
+    max_followup_length: int | None = setting(1024, "Most tokens of the follow-up.", group="text", metavar="TOKENS")
+    truncation: str = setting(
+        "shared",
+        "shared: student and teacher lose the same history; independent-left: the paper's.",
+        choices=("shared", "independent-left"),
+    )
+    end_of_turn: str = setting(
+        "template", "template: the token that ends an answer in the chat template; eos; or a token."
+    )
+    allow_special_tokens: bool = setting(False, "Let text spell control tokens.")
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "For the chat template, as JSON."}
+    )
+    chat_template_date: str | None = setting(
+        None,
+        "What a chat template with a clock reads: date and time in ISO form. None: the run's start, kept in the "
+        "output folder for when it goes on.",
+    )
+
+    # Computation; nothing here changes the result
+    sharing: str = setting(
+        "auto",
+        "Prefixes computed once: conversation, interaction, off; auto: conversation where the model allows it, else "
+        "off.",
+        group="computation",
+        choices=("auto", "conversation", "interaction", "off"),
+    )
+    attention: str = setting("auto", "Backend of the shared attention.")
+    backend: str = setting("auto", "Backend of the loss.")
+    chunk_size: int | None = setting(None, "Tokens per tile of logits.")
+    max_tokens_per_pack: int | None = setting(
+        16384,
+        "Most tokens (student and teacher, shared prefixes once) in one forward pass; larger micro-batches take "
+        "several. None: no limit.",
+        group="computation",
+        metavar="TOKENS",
+    )
+    token_cache: str | None = setting(
+        "auto",
+        "Folder in which the tokens of data files are kept, to be found again by other processes and runs. auto: "
+        "~/.cache/fastsdpo/tokens, for files of 32 MB and more. None: nothing is kept.",
+        group="data",
+        metavar="FOLDER",
+    )
+    tokenizer_workers: int | None = setting(
+        None,
+        "Processes that tokenize a data file. None: one for each core, at most 8; 1 below 32 MB.",
+        group="data",
+        metavar="N",
+    )
+    auto_checkpointing: bool = setting(
+        True,
+        "Gradient checkpointing on GPUs for models of a billion weights and more, where nothing is said about it "
+        "(gradient_checkpointing): less memory, a third more time, the same result.",
+    )
+
+    # Batches, weights, safety
+    global_batch_size: int | None = setting(
+        None,
+        "Interactions (online: prompts) per optimizer step over all processes. Sets per_device_train_batch_size "
+        "(--batch-size), at most to its given value, and gradient_accumulation_steps (--accumulate). None: these two "
+        "decide.",
+        group="optimization",
+        metavar="N",
+    )
+    per_device_train_batch_size: int = setting(
+        8,
+        "Interactions (online: prompts) per process in one micro-batch; a step takes --accumulate of them.",
+        group="optimization",
+        flag="--batch-size",
+        metavar="N",
+    )
+    gradient_accumulation_steps: int = setting(
+        1, "Micro-batches per optimizer step.", group="optimization", flag="--accumulate", metavar="N"
+    )
+    dtype: str | None = setting(
+        None,
+        "Of the weights of a model given by name: float32, bfloat16, float16, auto (the checkpoint's). None: float32 "
+        "on a CPU, else auto.",
+    )
+    group_by_conversation: bool | None = setting(
+        None,
+        "Keep a conversation's interactions together in the shuffled order. None: where sharing is by conversation.",
+    )
+    weight_update: str = setting(
+        "auto",
+        "For bfloat16 weights: plain (most small steps are rounded away), float32_master (optim=adamw_torch), "
+        "stochastic_rounding (optim=adamw_torch, or adamw_torch_8bit of torchao: 6 bytes a weight in all). auto: "
+        "float32_master with adamw_torch, stochastic_rounding with adamw_torch_8bit, else plain and a warning.",
+        choices=("auto", "plain", "float32_master", "stochastic_rounding"),
+    )
+    non_finite: str = setting(
+        "stop",
+        "A loss or gradient that is not finite: stop with the interactions' ids, or skip the step and count.",
+        choices=("stop", "skip"),
+    )
+    allow_leaks: bool = setting(
+        False,
+        "Warn, and do not refuse, where a held-out interaction or another part of its conversation is in the "
+        "training data.",
+    )
+    disable_dropout: bool = setting(
+        True,
+        "Turn off every dropout and router jitter, and refuse a model that stays noisy in training (a teacher with "
+        "noise is no teacher).",
+    )
+
+    # Fields of TrainingArguments, most with another default
+    learning_rate: float = setting(2e-6, "The largest learning rate of the run.", group="optimization", metavar="RATE")
+    lr_scheduler_type: str = setting(
+        "cosine",
+        "How the learning rate changes over the run: cosine, constant, linear, ...",
+        group="optimization",
+        flag="--schedule",
+        metavar="NAME",
+    )
+    warmup_steps: float = setting(
+        0.05,
+        "Steps in which the learning rate rises from 0; below 1, a share of all steps.",
+        group="optimization",
+        flag="--warmup",
+        metavar="STEPS",
+    )
+    num_train_epochs: float = setting(2.0, "Passes over the data.", group="optimization", flag="--epochs", metavar="N")
+    max_steps: int = setting(
+        -1, "Optimizer steps, in place of --epochs; -1: --epochs decides.", group="optimization", metavar="N"
+    )
+    max_grad_norm: float = setting(
+        1.0,
+        "Gradients are scaled down to this norm; 0: they are not.",
+        group="optimization",
+        flag="--clip",
+        metavar="NORM",
+    )
+    seed: int = setting(42, "Of the order of the data, and of a new adapter's weights.", group="optimization")
+    logging_steps: float = setting(
+        10, "Steps between two logs of the loss; below 1, a share of all steps.", group="logs", metavar="STEPS"
+    )
+    logging_first_step: bool = setting(True, "Log the loss of the first step too.")
+    remove_unused_columns: bool = setting(False, "Must stay off: interactions are objects, without columns.")
+    logging_nan_inf_filter: bool = setting(False, "Must stay off: it would hide what non_finite looks for.")
+    ddp_broadcast_buffers: bool | None = setting(
+        False, "Whether DDP sends the first process's buffers before each pass."
+    )

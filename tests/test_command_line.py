@@ -1,0 +1,137 @@
+"""The command line as a whole: options, help, suggestions and files of options, for every command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastsdpo.cli import COMMANDS, main
+from fastsdpo.commands import train
+from fastsdpo.commands.options import choose_device
+from fastsdpo.settings import SDPOSettings
+from fastsdpo.trainer.config import SDPOConfig
+
+
+def parser_of(command, monkeypatch):
+    """The parser that a command builds."""
+    found = []
+
+    def stop(self, *arguments):
+        found.append(self)
+        raise SystemExit
+
+    module = importlib.import_module(COMMANDS[command][0])
+    monkeypatch.setattr("fastsdpo.commands.parser.Parser.parse_args", stop)
+    with pytest.raises(SystemExit):
+        module.main([])
+    return found[0]
+
+
+def test_every_option_has_help_and_one_meaning(monkeypatch):
+    meaning: dict[str, set] = {}
+    for command in COMMANDS:
+        parser = parser_of(command, monkeypatch)
+        for action in parser._actions:
+            assert action.help, (command, action.option_strings)
+            for flag in action.option_strings:
+                meaning.setdefault(flag, set()).add(action.dest)
+        told = parser.format_help()
+        assert told.startswith(f"usage: fastsdpo {command} ") and max(map(len, told.splitlines())) <= 119, command
+        if command not in ("demo-data", "bench", "doctor"):
+            assert "--config" in told, command
+        if command in ("train", "online", "chat", "eval", "signal", "merge", "bench"):
+            assert "--device" in told, command
+    assert not {flag: names for flag, names in meaning.items() if len(names) > 1}
+
+
+def test_options_are_the_settings_of_the_configuration():
+    parser = train.build_parser()
+    told = " ".join(parser.format_help().split())
+    for name, setting in SDPOSettings.__dataclass_fields__.items():
+        assert SDPOConfig.__dataclass_fields__[name].default == setting.default, name
+        if "group" in setting.metadata:
+            flag = parser.flag_of(name)
+            assert flag and flag.startswith("--") and " " not in flag and flag in told, name
+    assert "(default: 2e-06)" in told and "(default: cosine)" in told
+
+
+RUN = ["train", "data.jsonl", "--model", "m", "-o", "out"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([*RUN, "--lr", "1e-5"], "fastsdpo train: unknown option --lr; did you mean --learning-rate?"),
+        ([*RUN, "--num_train_epochs=1"], "did you mean --epochs?"),
+        ([*RUN, "--evl-steps", "1"], "did you mean --eval-steps?"),
+        ([*RUN, "--is-clip", "1"], "did you mean --set is_clip=...?"),
+        (["train", "data.jsonl", "--modle", "m"], "unknown option --modle; did you mean --mode or --model?"),
+        ([*RUN, "--teacher", "forzen"], "--teacher must be one of live, ema, frozen, trust_region, got 'forzen'"),
+        ([*RUN, "--topk", "many"], "--topk must be a whole number, got 'many'"),
+        ([*RUN, "more.jsonl"], "unexpected argument 'more.jsonl'"),
+        (["train"], "missing: DATA, --model"),
+        (["chat", "--model", "m", "-o", "c", "--epochs", "1"], "unknown option --epochs"),
+        (["prepare", "x", "-o", "y", "--layot", "trl"], "did you mean --layout?"),
+    ],
+)
+def test_wrong_options_are_one_line(argv, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and said in line, line
+
+
+def test_a_file_of_options(tmp_path, capsys):
+    """Options of the command line win; a positional argument may stand in the file; what was given comes back."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "data: a.jsonl\nmodel: m\noutput: out\nlearning_rate: 1e-5\nquiet: true\nreport-to: [wandb, trackio]\n"
+        "set:\n  adam_beta2: 0.95\n  optim: adamw_torch\nallow-leaks: false\ntemplate: '--{o}'\n"
+    )
+    options = train.build_parser().parse_args(["--config", str(file), "-o", "other", "--set", "seed=1"])
+    assert (options.data, options.model, options.output, options.learning_rate) == ("a.jsonl", "m", "other", 1e-5)
+    assert options.quiet and options.report_to == ["wandb", "trackio"] and options.template == "--{o}"
+    assert options.set == ["seed=1"] and not hasattr(options, "allow_leaks")
+    assert options.given["learning-rate"] == 1e-5 and options.given["data"] == "a.jsonl"
+    options = train.build_parser().parse_args(["b.jsonl", f"--config={file}"])
+    assert options.data == "b.jsonl" and options.set == ["adam_beta2=0.95", "optim=adamw_torch"]
+    for text, said in (
+        ("lr: 1", "unknown option 'lr'; did you mean --learning-rate?"),
+        ("model: [a, b]", "model must be one value"),
+        ("lora: true", "lora must have a value"),
+        ("quiet: 3", "quiet must be true or false"),
+        ("- a", "must hold lines NAME: VALUE, got list"),
+        ("a: [", "is not YAML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(SystemExit):
+            train.build_parser().parse_args(["d", "--config", str(file)])
+        assert said in capsys.readouterr().err, text
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "after"), [("cuda:1", None, "1"), ("cuda:1", "4,7", "7"), ("cuda", "4,7", "4,7")]
+)
+def test_a_gpu_by_number(device, visible, after, monkeypatch):
+    """It is the only one that torch will find; TrainingArguments would take the first."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible) if visible else monkeypatch.delenv(
+        "CUDA_VISIBLE_DEVICES", raising=False
+    )
+    options = argparse.Namespace(device=device)
+    choose_device(options)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == after and options.device == "cuda"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    with pytest.raises(ValueError, match="--device must be one of the GPUs"):
+        choose_device(argparse.Namespace(device="cuda:1"))
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    program = "import sys, fastsdpo.cli as c; sys.exit(c.main(['demo-data', '/dev/null', '--overwrite']))"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() in (0, 141)
