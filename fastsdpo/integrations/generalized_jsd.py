@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsdpo.integrations.head_logits import HeadLogits, divergence
+from fastsdpo.integrations._head_logits import HeadLogits, divergence
 from fastsdpo.ops.divergence import sdpo_loss
 
 REDUCTIONS = ("batchmean", "sum", "mean")

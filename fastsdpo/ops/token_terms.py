@@ -291,8 +291,7 @@ def _(hidden, weight, bias, ids, mode, floats, integers, entropy, *args):
 
 @custom_op("fastsdpo::linear_token_terms_backward", mutates_args=())
 def linear_token_terms_backward_op(
-    slopes: Tensor,
-    entropy_slopes: Tensor | None,
+    upstream: Sequence[Tensor | None],
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -305,7 +304,12 @@ def linear_token_terms_backward_op(
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden states, weight and bias; computes the logits of each chunk again."""
+    """Gradients of hidden states, weight and bias; computes the logits of each chunk again.
+
+    ``upstream`` are the gradients of log-probs ``[N, 1 + K]`` and entropy ``[N]`` or None.
+    """
+    slopes, entropy_slopes = upstream
+    assert slopes is not None
     options, plan = LossOptions.unpacked(mode, floats, integers), ChunkPlan.unpacked(chunk_size, dtypes)
     target_ids, terms = saved[0], Terms(*saved[1:])
     both = slopes if entropy_slopes is None else torch.cat([slopes, entropy_slopes[:, None]], -1)
@@ -328,9 +332,9 @@ def linear_token_terms_backward_op(
 
 
 @linear_token_terms_backward_op.register_fake
-def _(slopes, entropy_slopes, hidden, weight, bias, *args):
+def _(upstream, hidden, weight, bias, *args):
     return tuple(
-        like.new_empty(like.shape) if need else slopes.new_empty(0)
+        like.new_empty(like.shape) if need else upstream[0].new_empty(0)
         for need, like in zip(args[-2], (hidden, weight, bias))
     )
 
@@ -354,7 +358,7 @@ def _linear_backward(ctx, *upstream):
         return None, None, None, of_ids, *(None,) * 7
     mode, floats, integers, chunk_size, dtypes = ctx.rest
     rest = [target_ids, *terms], mode, floats, integers, chunk_size, dtypes, needs, ctx.backend
-    found = linear_token_terms_backward_op(slopes[0], slopes[1], hidden, weight, bias, *rest)
+    found = linear_token_terms_backward_op(list(slopes), hidden, weight, bias, *rest)
     return *present(needs, found), of_ids, *(None,) * 7
 
 

@@ -3,8 +3,8 @@
     python -m tests.integrations.liger CHECKOUT [pytest's arguments]
 
 CHECKOUT is a clone of https://github.com/linkedin/Liger-Kernel at the version that is installed. Liger's tests of the
-fused linear JSD, the chunked JSD loss, the JSD and the KL divergence then run over our losses. What ours do not have is
-left out by name: ``reduction="none"``, which is one number for each token and vocabulary entry.
+fused linear JSD, the chunked JSD loss, the JSD and the KL divergence then run over our losses. What ours do not have
+is left out by name: ``reduction="none"``, which is one number for each token and vocabulary entry.
 """
 
 from __future__ import annotations

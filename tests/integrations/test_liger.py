@@ -1,4 +1,4 @@
-"""A sample of Liger's chunked JSD, the installed function, against ours: `tests.integrations.liger` runs its own tests."""
+"""A sample of Liger's chunked JSD, as installed, against ours; `tests.integrations.liger` runs its own tests."""
 
 from __future__ import annotations
 

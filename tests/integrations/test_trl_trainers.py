@@ -302,7 +302,7 @@ def test_asynchronous_distillation(beta, tail, served, llama_folder, tmp_path, m
         urls = {"teacher0": served[0], "teacher1": served[0]}
         given = {**SETTINGS, "beta": beta, "add_tail_bucket": tail, "teacher_top_k": 5, "teacher_server_urls": urls}
         given |= {"model_init_kwargs": {"attn_implementation": "sdpa", "dtype": "float32"}, "max_staleness": 100}
-        given["vllm_server_base_url"] = served[0]
+        given |= {"vllm_server_base_url": served[0], "token_budget": 26}
         return AsyncDistillationTrainer(
             model=llama_folder,
             args=AsyncDistillationConfig(output_dir=str(tmp_path), **given),

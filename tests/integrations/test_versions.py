@@ -27,6 +27,6 @@ def test_installed_versions_are_those_that_the_page_was_tested_with(page):
             continue
         installed = installed.partition("+")[0]
         assert installed in requirement.specifier, (
-            f"{page.name} was tested with {requirement}, installed is {installed}: run tests/integrations and move the "
+            f"{page.name} was tested with {requirement}, installed is {installed}: run the tests and move the "
             "range, or pin the version in constraints.txt"
         )
