@@ -12,8 +12,8 @@ towards 1, the difference does not change.
     logits    patch_trl("logits"): from logits, for models whose head is not a plain linear layer
 
 ``--trainers GKD GOLD`` does the same for the trainers with a teacher model of its own, whose loss is TRL's
-``generalized_jsd_loss``; their rows are in a file of their own. Each has another row under bfloat16 autocast: the loss
-and how far it is from float64 losses of the same hidden states and head, for a teacher near the student.
+``generalized_jsd_loss``; their rows are in a file of their own. Each also has, under bfloat16 autocast, how far the
+loss is from the float64 loss of the same hidden states and heads.
 """
 
 from __future__ import annotations
@@ -146,13 +146,15 @@ def sequences_of(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def exact_loss(trainer: Any, batch: dict[str, torch.Tensor]) -> float:
     """float64, of the hidden states that the models give under bfloat16 autocast."""
+    # GKD samples at its temperature, GOLD divides the logits by it too.
+    temperature = trainer.temperature if type(trainer).__name__ == "GOLDTrainer" else 1.0
     states, counts = [], batch["labels"][:, 1:] != -100
     for model in (trainer.model, trainer.teacher_model):
         given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             hidden = run_inside(model, lambda hidden: hidden, given)[:, :-1][counts]
         weight = model.get_output_embeddings().weight.detach()
-        states.append((hidden.double() @ weight.double().T).log_softmax(-1))
+        states.append((hidden.double() @ weight.double().T / temperature).log_softmax(-1))
     return classes_divergence(states[0], states[1], trainer.beta).mean().item()
 
 
@@ -182,16 +184,13 @@ def bench_generalized(name: str, args: Any, folder: str, batch: dict[str, Any]) 
     runs = {"TRL": step, "hidden": patched("hidden"), "logits": patched("logits")}
     for mode, beta in BETAS.items():
         trainer.beta = beta
-        rows.append(
-            harness.compare({"trainer": name, "mode": mode, **size}, runs, args, prepare=trainer.model.zero_grad)
-        )
         exact, errors = exact_loss(trainer, given), {}
         for rival, run in runs.items():
             with torch.autocast("cpu", torch.bfloat16):
                 errors[rival] = abs(run().item() / exact - 1)
-        case = {"trainer": name, "mode": mode, "autocast": "bfloat16", **size}
-        rows.append({"case": case, "exact_loss": exact, "relative_error": errors})
-        print(case, rows[-1])
+        case = {"trainer": name, "mode": mode, **size}
+        extra = {"bfloat16_exact_loss": exact, "bfloat16_relative_error": errors}
+        rows.append(harness.compare(case, runs, args, prepare=trainer.model.zero_grad, **extra))
     return rows
 
 
@@ -212,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             batch = make_batch(args.sequences, args.prompt, args.completion, args.vocabulary)
             rows = bench_generalized(name, args, folder, batch)
-            harness.record(harness.results_file("trl_trainers", args), rows)
+            harness.record(harness.results_file("distillation_trainers", args), rows)
     if args.trainers:
         return
     with tempfile.TemporaryDirectory() as folder:
