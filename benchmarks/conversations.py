@@ -54,6 +54,30 @@ def load_model() -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(load_model_folder(), dtype=torch.float32).train()
 
 
+def random_hybrid(vocabulary: int) -> nn.Module:
+    """A small model in Qwen3.5's shape with random weights: 6 layers of linear attention, 2 of full attention."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    torch.manual_seed(0)
+    config = Qwen3_5TextConfig(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 2,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    )
+    return Qwen3_5ForCausalLM(config).train()
+
+
 def random_llama(vocabulary: int, hidden: int, layers: int, heads: tuple[int, int] = (9, 3)) -> Any:
     """A Llama with random weights; ``heads``: of queries, of keys and values."""
     from transformers import LlamaConfig, LlamaForCausalLM

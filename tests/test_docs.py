@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import re
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fastsdpo
+from fastsdpo.cli import COMMANDS, main
+from fastsdpo.commands.parser import Parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -43,3 +52,112 @@ def test_named_files_and_linked_pages_exist(page):
     named = re.findall(r"`((?:benchmarks|tests|examples|docs|kernels)/[\w./-]+\.(?:py|md|json))`", text)
     for name in named:
         assert (ROOT / name).exists(), name
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+NAMES = ("HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", "MODEL")
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+
+
+def commands(page):
+    """The calls of fastsdpo in the page's shell blocks, as arguments."""
+    for block in blocks(page, "bash"):
+        text = re.sub(r"(^|\s)#.*", "", block.replace("\\\n", " "))
+        words = shlex.shlex(text, posix=True, punctuation_chars="\n;|&<>")
+        words.whitespace, words.whitespace_split = " \t", True
+        for is_end, call in itertools.groupby(words, lambda word: set(word) <= set("\n;|&<>")):
+            call = list(call)
+            if not is_end and call[0] == "fastsdpo" and call[1:] and "..." not in call:
+                yield call[1:]
+
+
+@pytest.fixture(scope="module")
+def tiny(byte_tokenizer, tmp_path_factory):
+    """A model of a few thousand weights, in the place of the models that pages name."""
+    tokenizer = byte_tokenizer(CHATML, special=["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=258, max_position_embeddings=4096, bos_token_id=None, **shape))
+    folder = tmp_path_factory.mktemp("documents") / "tiny"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pages
+def test_commands_have_the_options_that_pages_give_them(page, monkeypatch, tmp_path):
+    parse = Parser.parse_args
+
+    def stop(self, argv=None, namespace=None):
+        parse(self, argv, namespace)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(Parser, "parse_args", stop)
+    monkeypatch.chdir(tmp_path)
+    for argv in commands(page):
+        if argv[0] in COMMANDS:
+            with pytest.raises(SystemExit) as ended:
+                main(argv)
+            assert ended.value.code in (0, None), shlex.join(argv)
+
+
+def test_the_readme_works_as_pasted(tiny, tmp_path, monkeypatch, capsys):
+    """Its first block prints what it says, its four commands and its trainer run, on a tiny model."""
+    page = ROOT / "README.md"
+    local = {name: str(tiny) for name in NAMES}
+    losses, trainer, *_ = blocks(page, "python")
+    exec(compile(losses, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == blocks(page, "text")[1].strip()
+    monkeypatch.chdir(tmp_path)
+    job = [argv for argv in commands(page) if argv[0] in ("demo-data", "prepare", "train", "signal")]
+    assert [argv[0] for argv in job] == ["demo-data", "prepare", "train", "signal"]
+    for argv in job:
+        assert main([local.get(word, word) for word in argv]) == 0, capsys.readouterr().err
+    assert (tmp_path / "runs/first/model").is_dir() and (tmp_path / "signal.html").stat().st_size > 10_000
+    text = trainer.replace("runs/first", "runs/second")
+    for name, folder in local.items():
+        text = text.replace(name, folder)
+    exec(compile(text, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("name", ["integrations/pytorch"])
+def test_blocks_run_one_after_the_other(name, tiny):
+    """With tensors and a model of the names that the page uses."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    model = LlamaForCausalLM.from_pretrained(tiny)
+    items = [
+        fastsdpo.TokenizedInteraction([1, 2], [1, 2, 7], [3, 4], "a", "c"),
+        fastsdpo.TokenizedInteraction([1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 9], [6], "b", "c"),
+    ]
+    names = {
+        "torch": torch,
+        "fastsdpo": fastsdpo,
+        "model": model,
+        "batch": items,
+        "temperature": 1.5,
+        "student_logits": draw(2, 3, 50).requires_grad_(),
+        "teacher_logits": draw(2, 3, 50),
+        "student_hidden": draw(2, 3, 8).requires_grad_(),
+        "teacher_hidden": draw(2, 3, 8),
+        "lm_head": SimpleNamespace(weight=draw(50, 8).requires_grad_()),
+        "completion_ids": torch.randint(50, (2, 3), generator=generator),
+        "weights": torch.full((2, 3), 1 / 6),
+    }
+    for block in blocks(ROOT / f"docs/{name}.md", "python"):
+        exec(compile(block, name, "exec"), names)
+    plain = names["sdpo_loss"](names["student_logits"], names["teacher_logits"], 1.5, names["weights"])
+    fused = fastsdpo.SDPOLoss(mode="full", alpha=1.0, temperature=1.5)(
+        names["student_logits"], names["teacher_logits"], names["completion_ids"], weights=names["weights"]
+    )
+    torch.testing.assert_close(fused.loss, plain)
+    assert names["out"].loss.isfinite() and model.lm_head.weight.grad.abs().sum() > 0

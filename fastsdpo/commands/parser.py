@@ -1,7 +1,7 @@
 """The command line: argparse, with defaults in the help, suggestions in the errors, and options from a YAML file.
 
-argparse is kept because it costs no start-up time and no dependency; typer, tyro and jsonargparse take 0.1 s to 0.4 s
-and would need `SDPOConfig`, and with it torch, before they could show any help.
+argparse is kept: it is no dependency and costs no start-up time. What builds a command line from a configuration class
+needs `SDPOConfig`, and with it torch, before it can show any help.
 """
 
 from __future__ import annotations

@@ -125,5 +125,5 @@ def name_flags(text: str, parser: Parser) -> str:
             return f"{flag}={match[3]}"
         return flag if match[3] == "True" else f"{flag} {match[3]}"
 
-    text = re.sub(r"\b(\w+)=('?)([^\s,;:()']+)\2", argument, text)
+    text = re.sub(r"\b(\w+)=('?)([^\s,;:()'`]+)\2", argument, text)
     return re.sub(r"^(\w+)( must | needs |: )", subject, text)

@@ -22,6 +22,7 @@ class WinRate(NamedTuple):
         left_out: prompts without a verdict.
         rate: ``(wins + ties / 2) / (wins + ties + losses)``; NaN without any.
         low, high: its 95% interval.
+        without_ties: the paper's, ``wins / (wins + losses)``; NaN without any.
     """
 
     wins: int
@@ -31,6 +32,7 @@ class WinRate(NamedTuple):
     rate: float
     low: float
     high: float
+    without_ties: float
 
     @classmethod
     def of(cls, outcomes: Sequence[float | None]) -> WinRate:
@@ -39,13 +41,15 @@ class WinRate(NamedTuple):
         count = len(known)
         rate = sum(known) / count if count else math.nan
         low, high = wilson(rate, count)
-        return cls(known.count(1), known.count(0.5), known.count(0), len(outcomes) - count, rate, low, high)
+        wins, ties, losses = (known.count(value) for value in (1, 0.5, 0))
+        without_ties = wins / (wins + losses) if wins + losses else math.nan
+        return cls(wins, ties, losses, len(outcomes) - count, rate, low, high, without_ties)
 
     def __str__(self) -> str:
         left = f", {self.left_out} left out" if self.left_out else ""
         return (
             f"win rate {self.rate:.1%} (95% interval {self.low:.1%} to {self.high:.1%}): "
-            f"{self.wins} wins, {self.ties} ties, {self.losses} losses{left}"
+            f"{self.wins} wins, {self.ties} ties, {self.losses} losses{left}; without ties {self.without_ties:.1%}"
         )
 
 
@@ -69,23 +73,38 @@ def compare_by_rules(rules: Sequence[Any], answers: list[str], base: list[str]) 
 
 
 def compare_by_judge(
-    judge: Any, prompts: list[list[dict]], answers: list[str], base: list[str], persona: str = ""
+    judge: Any,
+    prompts: list[list[dict]],
+    answers: list[str],
+    base: list[str],
+    persona: str = "",
+    wording: str | None = None,
 ) -> list[float | None]:
     """1, 0.5, 0 or None per prompt, from two verdicts in both orders.
 
     Args:
         judge: `ChatEndpoint` or `LocalChat`.
         persona: who the user is and what they want.
+        wording: what the judge is asked, one user message with ``{history}``, ``{first}`` and ``{second}``, and
+            ``{persona}`` where it is wanted; None: `JUDGE_SYSTEM` and `JUDGE_TURN`.
+
+    Raises:
+        ValueError: the wording lacks a place.
     """
+    if wording is not None:
+        for name in ("history", "first", "second"):
+            if wording.count("{" + name + "}") != 1:
+                raise ValueError(f"--judge-prompt must contain {{{name}}} exactly once")
     system = JUDGE_SYSTEM.replace("{persona}", f"The user: {persona} " if persona else "")
 
     def question(prompt: list[dict], first: str, second: str) -> list[dict]:
         history = "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-        turn = JUDGE_TURN
+        turn = JUDGE_TURN if wording is None else wording.replace("{persona}", persona)
         for name, text in (("history", history), ("first", first), ("second", second)):
             head, _, tail = turn.partition("{" + name + "}")
             turn = head + text.replace("{", "(").replace("}", ")") + tail
-        return [{"role": "system", "content": system}, {"role": "user", "content": turn}]
+        asked = [{"role": "user", "content": turn}]
+        return asked if wording is not None else [{"role": "system", "content": system}, *asked]
 
     asked = [question(p, mine, other) for p, mine, other in zip(prompts, answers, base)]
     asked += [question(p, other, mine) for p, mine, other in zip(prompts, answers, base)]

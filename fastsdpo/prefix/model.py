@@ -47,6 +47,28 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return inner
 
 
+def causal_decoder(causal: nn.Module) -> nn.Module:
+    """The decoder of `causal_lm`. ModernBERT calls its head "decoder", and Llama 4 returns itself."""
+    found = causal.get_decoder()
+    wrong = found is causal or found is causal.get_output_embeddings()
+    return getattr(causal, "model", causal.base_model) if wrong else found
+
+
+def layers_before_head(model: nn.Module) -> nn.Module | None:
+    """The module of the causal LM that holds the head behind layers of its own (BERT, RoBERTa), or None."""
+    causal = causal_lm(model)
+    for name in ("generator_predictions", "lm_head"):  # ELECTRA, ModernBERT: layers beside the head
+        layers = getattr(causal, name, None)
+        if layers is not None and causal.get_output_embeddings() not in set(layers.modules()):
+            return layers
+    head, decoder = causal.get_output_embeddings(), causal_decoder(causal)
+    for child in causal.children():
+        parts = set(child.modules())
+        if head in parts and decoder not in parts:
+            return None if child is head or isinstance(child, nn.ModuleList) else child
+    return None
+
+
 def model_device(model: nn.Module) -> torch.device:
     """The device that takes the token ids."""
     return causal_lm(model).get_input_embeddings().weight.device

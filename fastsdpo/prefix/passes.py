@@ -6,6 +6,7 @@ tokens through the decoder there: one sequence alone, or a part of a plan.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -13,11 +14,26 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastsdpo.prefix.attention import KeysValues, SharedPass, attention_windows, let_attention_switch
-from fastsdpo.prefix.model import causal_lm, forward_replaced, model_device, text_inputs, unwrap
+from fastsdpo.prefix.attention import (
+    Kept,
+    SharedPass,
+    attention_modules,
+    attention_windows,
+    let_attention_switch,
+)
+from fastsdpo.prefix.model import (
+    causal_decoder,
+    causal_lm,
+    forward_replaced,
+    layers_before_head,
+    model_device,
+    text_inputs,
+    unwrap,
+)
 from fastsdpo.prefix.partitioned import gathered
-from fastsdpo.prefix.plan import Plan
-from fastsdpo.prefix.refusals import rotary_limit, unsupported
+from fastsdpo.prefix.plan import Plan, positions_without
+from fastsdpo.prefix.recurrent import let_mixers_share, recurrent_mixers
+from fastsdpo.prefix.refusals import WITHOUT_MIXING, rotary_limit, unsupported
 
 Result = TypeVar("Result")
 
@@ -79,13 +95,15 @@ class _InPlaceOfHead(Generic[Result]):
 
     def take_result(self, _head: nn.Module, args: Any, output: Result) -> Tensor:
         """The head's last hook: those of FSDP and ZeRO have seen the result before it."""
+        if output is args[0]:  # of `PassRunner._to_head`
+            return output
         self.result.append(output)
         return args[0].new_empty(*self.shape[:-1], 0, self.vocabulary)
 
     def give_result(self, _model: nn.Module, _args: Any, _output: Any) -> Result:
         if not self.result:
             raise NotImplementedError(f"run_inside: {self.name} does not call its head")
-        return self.result[0]
+        return self.result[-1]
 
 
 class DecoderPass(NamedTuple):
@@ -116,11 +134,15 @@ class PassRunner:
     def __init__(self, model: nn.Module, attention: str = "auto"):
         self.model = model
         self.causal = causal_lm(model)
-        self.decoder = self.causal.get_decoder()
+        self.decoder = causal_decoder(self.causal)
         self.device = model_device(model)
         self.attention = attention
         limit = rotary_limit(model)
         dynamic = limit is not None and limit.kind == "dynamic"
+        counting = [m for m in self.decoder.modules() if hasattr(m, "create_position_ids_from_input_ids")]
+        self._padding: int | None = counting[0].padding_idx if counting else None  # RoBERTa
+        self._before_head = layers_before_head(model)
+        self._current: DecoderPass | None = None
         self._dynamic = [m for m in self.decoder.modules() if dynamic and hasattr(m, "max_seq_len_cached")]
 
     def prepare_to_share(self, plan: Plan) -> None:
@@ -135,9 +157,10 @@ class PassRunner:
         if reason is not None:
             raise NotImplementedError(f"shared_forward: sharing must be 'off' here: {reason}")
         let_attention_switch(self.decoder)
+        let_mixers_share(self.decoder)
 
     def plan_pass(
-        self, plan: Plan, first: int, stop: int, rows: Tensor, *, keep: bool = False, before: KeysValues | None = None
+        self, plan: Plan, first: int, stop: int, rows: Tensor, *, keep: bool = False, before: Kept | None = None
     ) -> DecoderPass:
         """The packed tokens ``[first, stop)`` of ``plan``; ``rows`` count from ``first``."""
         shared = SharedPass(
@@ -149,11 +172,27 @@ class PassRunner:
             keep=keep,
             before=before,
         )
-        return DecoderPass(plan.token_ids[first:stop], plan.position_ids[first:stop], rows, shared)
+        positions = plan.position_ids if self._padding is None else positions_without(plan, self._padding)
+        return DecoderPass(plan.token_ids[first:stop], positions[first:stop], rows, shared)
 
     def run_first(self, one: DecoderPass, body: Callable[[Tensor], Result]) -> Result:
         """``body(hidden [T, D])`` in place of the head, inside the call of the whole model that makes ``one``."""
-        return run_inside(self.model, partial(self._check_first, one, body), self._inputs(self.causal, one))
+        kinds = [m for m in self.decoder.modules() if "PositionalEmbedding" in type(m).__name__]
+        kinds = [m for m in kinds if "position_ids" in inspect.signature(type(m).forward).parameters]
+        hooks = [module.register_forward_pre_hook(self._give_positions, with_kwargs=True) for module in kinds]
+        try:
+            return run_inside(self.model, partial(self._check_first, one, body), self._inputs(self.causal, one))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _give_positions(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Learned position embeddings that count the tokens themselves (BART) get the positions of the pass."""
+        one = self._current
+        if one is None or one.shared is None:
+            return None
+        given, positions = kwargs.get("position_ids"), one.position_ids.to(self.device)
+        return args, {**kwargs, "position_ids": positions if given is None or given.ndim == 1 else positions[None]}
 
     def _check_first(self, one: DecoderPass, body: Callable[[Tensor], Result], hidden: Tensor) -> Result:
         self._check_layers(one)
@@ -161,9 +200,16 @@ class PassRunner:
 
     def run(self, one: DecoderPass) -> Tensor:
         """The hidden states ``[T, D]`` of another pass; called inside the ``body`` of `run_first`."""
-        hidden = self.decoder(**self._inputs(self.decoder, one)).last_hidden_state[0]
+        hidden = self.decoder(**self._inputs(self.decoder, one)).last_hidden_state
         self._check_layers(one)
-        return hidden
+        return self._to_head(hidden)[0]
+
+    def _to_head(self, hidden: Tensor) -> Tensor:
+        """What the head is given for the decoder's states ``hidden``."""
+        if self._before_head is None:
+            return hidden
+        with forward_replaced(self.causal.get_output_embeddings(), lambda hidden: hidden):
+            return self._before_head(hidden)
 
     def rows(self, passes: list[DecoderPass], first_hidden: Tensor | None = None) -> Tensor:
         """The rows ``[N, D]`` of ``passes``; ``first_hidden [T, D]`` are the states of the first, if it has run."""
@@ -175,6 +221,7 @@ class PassRunner:
 
     def _inputs(self, module: nn.Module, one: DecoderPass) -> dict[str, Any]:
         """The keyword arguments with which ``module``, the whole model or its decoder, makes a pass."""
+        self._current = one
         for rotary in self._dynamic:  # or the pass would use the frequencies of a longer one before it
             for name in [n for n in vars(rotary) if n.endswith("max_seq_len_cached")]:
                 setattr(rotary, name, 0)
@@ -188,12 +235,20 @@ class PassRunner:
         return inputs
 
     def _check_layers(self, one: DecoderPass) -> None:
-        """Raises NotImplementedError where a layer did not use the plan's attention."""
+        """Raises NotImplementedError where a layer that mixes tokens did not do so by the plan."""
         if one.shared is None:
             return
-        missing = sorted(set(range(self.causal.config.get_text_config().num_hidden_layers)) - one.shared.layers)
-        if missing:
+        mixers = recurrent_mixers(self.decoder)
+        without = {module.layer_idx for module in mixers.values()}
+        without -= {module.layer_idx for module in attention_modules(self.decoder)}
+        config = self.causal.config.get_text_config()
+        types = getattr(config, "layer_types", None) or ()
+        without |= {layer for layer, kind in enumerate(types) if kind in WITHOUT_MIXING}
+        missing = sorted(set(range(config.num_hidden_layers)) - without - one.shared.layers)
+        silent = [name for name, module in mixers.items() if module not in one.shared.mixers]
+        what = "do not call the attention interface" if missing else "do not get the pass"
+        if missing or silent:
             raise NotImplementedError(
-                f"shared_forward: sharing must be 'off' here: layers {missing} of "
-                f"{type(self.causal).__name__} do not call the attention interface"
+                f"shared_forward: sharing must be 'off' here: layers {missing or silent} of "
+                f"{type(self.causal).__name__} {what}"
             )

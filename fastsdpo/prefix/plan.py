@@ -167,6 +167,17 @@ def build_plan(
     )
 
 
+def positions_without(plan: Plan, padding: int) -> Tensor:
+    """``[T]`` positions as RoBERTa counts them: from ``padding + 1``, and not over tokens with the id ``padding``."""
+    counted = plan.token_ids != padding
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), counted.cumsum(0)])
+    positions = torch.empty_like(plan.token_ids)
+    for run in plan.runs:
+        above = sum(int(before[segment.stop] - before[segment.start]) for segment in run.ancestors)
+        positions[run.start : run.stop] = before[run.start + 1 : run.stop + 1] - before[run.start] + above
+    return positions * counted + padding
+
+
 def _insert_all(roots: list[Node], interactions: Sequence[InteractionIds], *, teacher: bool) -> list[Node]:
     """Inserts one side's sequences; the nodes in which they end."""
     ends = []

@@ -6,7 +6,23 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fastsdpo.prefix.model import causal_lm, unwrap
+from fastsdpo.prefix.model import causal_decoder, causal_lm, unwrap
+from fastsdpo.prefix.recurrent import recurrent_mixers
+
+# Layers of these types mix no tokens.
+WITHOUT_MIXING = ("mlp", "moe")
+LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention", "conv", "mamba", "hybrid", *WITHOUT_MIXING)
+
+# Model types that cannot share, and why.
+SELECTIVE_SCAN = "its selective scan (Mamba-1) takes no state to start from"
+INDEXER = "its indexer chooses the keys of each token among those before it in the pack"
+UNSUPPORTED_TYPES = {
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba", "zamba"), SELECTIVE_SCAN),
+    "zamba2": "its layers share one attention module",
+    "zaya": "its attention has recurrent projections, which take no state to start from",
+    **dict.fromkeys(("inkling", "inkling_text", "inkling2", "inkling2_text"), "its attention has convolutions inside"),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "glm5_next", "qwen4_exp", "qwen4_exp_text"), INDEXER),
+}
 
 # Adapters that are more than layers of the decoder, by the type that PEFT gives them.
 ABOVE_THE_DECODER = {
@@ -38,16 +54,16 @@ def unsupported(model: nn.Module) -> str | None:
     kind = type(causal).__name__
     if getattr(config, "is_encoder_decoder", False):
         return f"{kind} has an encoder"
-    if getattr(causal, "_is_stateful", False):
-        return f"{kind} has recurrent layers: their state belongs to one sequence"
-    others = set(getattr(config, "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }
+    if config.model_type in UNSUPPORTED_TYPES:
+        return f"{kind} cannot share prefixes: {UNSUPPORTED_TYPES[config.model_type]}"
+    if getattr(causal, "_is_stateful", False) and not recurrent_mixers(causal_decoder(causal)):
+        return f"{kind} has recurrent layers that do not take their states from a cache"
+    decoder = causal_decoder(causal)
+    if not decoder._can_set_attn_implementation() and not recurrent_mixers(decoder):
+        return f"{kind} does not call transformers' attention interface"
+    others = set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES)
     if others:
         return f"{kind} has layers of type {', '.join(sorted(others))}"
-    if getattr(config, "attn_logit_softcapping", None):
-        return f"{kind} softcaps its attention scores"
     if getattr(config, "output_router_logits", False):
         return f"{kind} adds an auxiliary loss over all routed tokens (output_router_logits=True)"
     for name, module in causal.named_modules():

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from fastsdpo.prefix.attention import KeysValues, check_backend
+from fastsdpo.prefix.attention import Kept, check_backend
 from fastsdpo.prefix.model import no_grad_pass
 from fastsdpo.prefix.passes import DecoderPass, PassRunner, sequence_pass
 from fastsdpo.prefix.plan import (
@@ -43,8 +43,8 @@ class ForwardSession:
 
         loss = ForwardSession(model, interactions).run(step)
 
-    The student's pass runs first, in the call of the model itself. The live teacher's pass reads the keys and
-    values that the student's pass leaves, which are freed right after it. Another teacher's pass runs before
+    The student's pass runs first, in the call of the model itself. The live teacher's pass reads the keys, values
+    and states that the student's pass leaves, which are freed right after it. Another teacher's pass runs before
     the student's, whose activations stay in memory until the backward pass.
 
     Args:
@@ -91,7 +91,7 @@ class ForwardSession:
 
         self._used = False
         self._hidden: Tensor | None = None
-        self._keys_values: KeysValues | None = None
+        self._kept: Kept | None = None
         self._student_rows: Tensor | None = None
         self._teacher_rows: Tensor | None = None
 
@@ -130,13 +130,13 @@ class ForwardSession:
         try:
             return self._runner.run_first(self._student_passes[0], partial(self._in_place_of_head, body))
         finally:
-            self._hidden = self._keys_values = self._student_rows = self._teacher_rows = None
+            self._hidden = self._kept = self._student_rows = self._teacher_rows = None
 
     def _in_place_of_head(self, body: Callable[[ForwardSession], Result], hidden: Tensor) -> Result:
         self._hidden = hidden
         shared = self._student_passes[0].shared
         if shared is not None:  # also where no teacher reads them: layers that run again must keep nothing
-            self._keys_values = shared.take_keys_values()
+            self._kept = shared.take_kept()
         return body(self)
 
     def student(self) -> Tensor:
@@ -180,9 +180,9 @@ class ForwardSession:
             return student_hidden[plan.teacher_rows.to(device)]
         in_student = plan.teacher_rows < middle
         rows = plan.teacher_rows - middle
-        teacher_pass = self._runner.plan_pass(plan, middle, plan.tokens, rows, before=self._keys_values)
+        teacher_pass = self._runner.plan_pass(plan, middle, plan.tokens, rows, before=self._kept)
         hidden = self._runner.run(teacher_pass)
-        self._keys_values = None
+        self._kept = None
         if not bool(in_student.any()):
             return hidden[rows.to(device)]
         states = hidden.new_empty(len(rows), hidden.shape[-1])

@@ -21,8 +21,6 @@ GEMMA3 = dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_att
 GEMMA3 |= dict(query_pre_attn_scalar=16, final_logit_softcapping=5.0)
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 GPT2 = dict(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=512)
-LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
-LINEAR |= dict(layer_types=["linear_attention"] * 2 + ["full_attention"], shared_expert_intermediate_size=16)
 CONFIGS = {
     "llama": (transformers.LlamaConfig, SHAPE),
     "qwen3": (transformers.Qwen3Config, HEAD),
@@ -32,11 +30,9 @@ CONFIGS = {
     "granite": (transformers.GraniteConfig, SHAPE | dict(logits_scaling=4.0, attention_multiplier=0.2)),
     "cohere": (transformers.CohereConfig, SHAPE | dict(logit_scale=0.25)),
     "gpt2": (transformers.GPT2Config, GPT2 | dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)),
-    # These are refused.
     "gemma2": (transformers.Gemma2Config, HEAD | dict(attn_logit_softcapping=20.0)),
-    "gpt_oss": (transformers.GptOssConfig, HEAD | dict(num_local_experts=4, layer_types=["full_attention"] * 3)),
+    # These are refused.
     "mamba": (transformers.MambaConfig, dict(vocab_size=VOCABULARY, hidden_size=32, state_size=4, use_mambapy=False)),
-    "qwen3_next": (transformers.Qwen3NextConfig, HEAD | MOE | LINEAR),
     "bloom": (transformers.BloomConfig, dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)),
 }
 

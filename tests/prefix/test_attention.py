@@ -12,6 +12,7 @@ from fastsdpo.prefix.attention import (
     choose_backend,
     dense,
     flash,
+    interface,
     kernels,
     run_blocks,
     segments,
@@ -30,20 +31,21 @@ def one_plan(lab, part="all"):
     return plan, plan.student_tokens if part == "teachers" else 0
 
 
-def compare(function, plan, first, inputs, window=None, scale=0.3, tolerance=1e-12):
-    """Asserts that outputs and gradients are those of the definition."""
-    want = definition(*inputs, plan, first, window, scale)
-    got = function(*inputs, shared_pass(plan, first), window, scale)
+def compare(function, plan, first, inputs, window=None, scale=0.3, tolerance=1e-12, **more):
+    """Asserts that outputs and gradients are those of the definition; ``more``: sinks, softcap."""
+    want = definition(*inputs, plan, first, window, scale, **more)
+    got = function(*inputs, shared_pass(plan, first), window, scale, **more)
     assert got.isfinite().all()
     torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
     if inputs[0].requires_grad:
         seed = torch.randn_like(want)
+        inputs = [*inputs, *(value for value in more.values() if isinstance(value, torch.Tensor))]
         grads = [torch.autograd.grad((out * seed).sum(), inputs) for out in (got, want)]
         torch.testing.assert_close(*grads, rtol=0, atol=tolerance)
 
 
-def definition(query, key, value, plan, first, window, scale):
-    """Softmax over what each token sees, by its path."""
+def definition(query, key, value, plan, first, window, scale, sinks=None, softcap=None):
+    """Softmax over what each token sees, by its path, and over a sink with the value 0."""
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     q = torch.arange(first, first + query.shape[2])[:, None]
@@ -53,7 +55,12 @@ def definition(query, key, value, plan, first, window, scale):
     if window is not None:
         see &= position[q] - position[k] < window
     scores = (query @ key.transpose(-1, -2)) * scale
-    return (scores.masked_fill(~see, -math.inf).softmax(-1) @ value).transpose(1, 2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~see, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
+    return (scores.softmax(-1)[..., : key.shape[2]] @ value).transpose(1, 2)
 
 
 def tensors(plan, first, heads=4, groups=2, size=8, value_size=8, dtype=torch.float64):
@@ -74,6 +81,31 @@ def test_backends_equal_the_definition(lab, monkeypatch, backend, part, window):
         monkeypatch.setattr(segments, "choose_kernel", lambda q, v: kernel)
     function = dense.dense_attention if backend == "dense" else segments.segment_attention
     compare(function, plan, first, tensors(plan, first), window)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("part", ["all", "teachers"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("function", [segments.segment_attention, dense.dense_attention])
+def test_sinks_and_softcap(lab, function, softcap, part, window):
+    """Against a softmax with one more key, with and without values of another size."""
+    plan, first = one_plan(lab, part)
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    for given in (sinks, None) if softcap else (sinks,):
+        compare(function, plan, first, tensors(plan, first), window, sinks=given, softcap=softcap)
+    compare(function, plan, first, tensors(plan, first, value_size=6), window, sinks=sinks, softcap=softcap)
+
+
+def test_backends_without_sinks(caplog):
+    """Where the device has a backend without them, a model with sinks takes another one and says so once."""
+    interface._tell.cache_clear()
+    assert [interface._with_sinks("flex", "auto") for _ in range(2)] == ["segments"] * 2
+    assert [record.message for record in caplog.records] == [
+        "the attention backend is 'segments': 'flex' has no attention sinks and no softcap"
+    ]
+    assert interface._with_sinks("dense", "dense") == "dense"
+    with pytest.raises(ValueError, match="attention='flash' has no attention sinks and no softcap"):
+        interface._with_sinks("flash", "flash")
 
 
 def test_values_of_another_size(lab):

@@ -177,19 +177,19 @@ def test_keys_and_values_are_freed_before_the_loss(lab, monkeypatch, checkpointi
     model, passes, keys = lab.tiny_model("llama"), [], []
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    take = SharedPass.take_keys_values
+    take = SharedPass.take_kept
 
     def remember(self):
         kept = take(self)
         passes.append(self)
-        keys.extend(weakref.ref(key) for key, _ in kept.values())
+        keys.extend(weakref.ref(key) for key, _ in kept.keys_values.values())
         return kept
 
     def loss_fn(states):
         assert len(keys) == 3 and not any(key() is not None for key in keys)
         return states.student_hidden.sum()
 
-    monkeypatch.setattr(SharedPass, "take_keys_values", remember)
+    monkeypatch.setattr(SharedPass, "take_kept", remember)
     shared_forward(model, lab.conversation(3), loss_fn=loss_fn).backward()
     (student,) = passes
     assert student.kept is None and student.layers == {0, 1, 2}

@@ -113,7 +113,7 @@ def test_code_that_comes_with_a_model_is_run_only_when_asked(saved, commands, tm
         load_model_and_tokenizer(saved)
     argv = ["train", str(commands["train"][1]), "--model", str(saved), "-o", str(tmp_path / "out"), "--cpu"]
     assert main(argv) == 1
-    assert "trust_remote_code" in capsys.readouterr().err
+    assert "`--trust-remote-code`" in capsys.readouterr().err
     assert not (tmp_path / "boom").exists()
     assert main([*argv, "--trust-remote-code"]) == 1  # there is no model of that configuration
     assert (tmp_path / "boom").exists()

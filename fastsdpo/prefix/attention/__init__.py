@@ -34,7 +34,8 @@ from fastsdpo.prefix.attention.kernels import ShapeAttention as ShapeAttention
 from fastsdpo.prefix.attention.segments import BAND_BLOCK as BAND_BLOCK
 from fastsdpo.prefix.attention.segments import Block as Block
 from fastsdpo.prefix.attention.segments import run_blocks as run_blocks
-from fastsdpo.prefix.attention.shared_pass import KeysValues as KeysValues
+from fastsdpo.prefix.attention.shared_pass import Kept as Kept
 from fastsdpo.prefix.attention.shared_pass import SharedPass as SharedPass
+from fastsdpo.prefix.attention.switch import attention_modules as attention_modules
 from fastsdpo.prefix.attention.switch import attention_windows as attention_windows
 from fastsdpo.prefix.attention.switch import let_attention_switch as let_attention_switch

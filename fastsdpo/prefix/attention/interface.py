@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +16,8 @@ from fastsdpo.prefix.attention.dense import dense_attention, flex_block_attentio
 from fastsdpo.prefix.attention.flash import flash_attention
 from fastsdpo.prefix.attention.segments import segment_attention
 from fastsdpo.prefix.attention.shared_pass import SharedPass
+
+logger = logging.getLogger("fastsdpo")
 
 BACKENDS = ("segments", "flex", "flash", "dense")
 
@@ -30,6 +33,8 @@ def plan_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of T packed tokens, as `AttentionInterface` calls it; the plan replaces the mask.
@@ -37,6 +42,8 @@ def plan_attention(
     Args:
         query, key, value: ``[1, H, T, E]``, ``[1, G, T, E]``, ``[1, G, T, F]``, for H query and G key heads.
         sliding_window: in tokens; must be the configuration's for this layer.
+        s_aux: ``[H]``, attention sinks: each query has one more key with this score and the value 0.
+        softcap: scores are ``softcap * tanh(score / softcap)``.
 
     Returns:
         ``[1, T, H, F]``, and None in place of the weights.
@@ -60,6 +67,9 @@ def plan_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Chosen here, because only here the dtype under autocast is known.
     backend = choose_backend(shared.backend, query.device, query.dtype)
+    if s_aux is not None or softcap is not None:
+        attend = {"segments": segment_attention, "dense": dense_attention}[_with_sinks(backend, shared.backend)]
+        return attend(query, key, value, shared, sliding_window, scale, s_aux, softcap), None
     attend = {
         "segments": segment_attention,
         "flex": flex_block_attention,
@@ -68,6 +78,23 @@ def plan_attention(
     }
     output = attend[backend](query, key, value, shared, sliding_window, scale)
     return output, None
+
+
+def _with_sinks(backend: str, asked: str) -> str:
+    """The backend of a layer with attention sinks or softcapped scores."""
+    if backend in ("segments", "dense"):
+        return backend
+    if asked != "auto":
+        raise BackendError(
+            f"shared_forward: attention={asked!r} has no attention sinks and no softcap; use 'auto' or 'segments'"
+        )
+    _tell(f"the attention backend is 'segments': {backend!r} has no attention sinks and no softcap")
+    return "segments"
+
+
+@cache
+def _tell(message: str) -> None:
+    logger.warning("%s", message)  # once
 
 
 _meta_autocast: list[torch.dtype | None] = [None]
@@ -99,7 +126,7 @@ def _check_layer(
 ) -> None:
     """Raises NotImplementedError for what the plan's attention does not do."""
     layer = module.layer_idx
-    for name in ("softcap", "s_aux", "sinks", "position_bias", "head_mask", "indices"):
+    for name in ("sinks", "position_bias", "head_mask", "indices"):
         if others.get(name) is not None:
             raise NotImplementedError(f"shared prefixes: layer {layer} uses attention {name}")
     if dropout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -113,8 +114,15 @@ class ShapeAttention(torch.autograd.Function):
         return shape_backward(grad_output, query, key, value, None, lse, True, None, 1.0, None)
 
 
-def _plain_scores(q, k, causal, mask, scale):
+def softcapped_kernel(softcap: float) -> Kernel:
+    """Plain matrix products with scores of ``softcap * tanh(score / softcap)``; no fused kernel of torch has them."""
+    return Kernel(partial(plain_forward, softcap=softcap), partial(plain_backward, softcap=softcap))
+
+
+def _plain_scores(q, k, causal, mask, scale, softcap):
     scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores + mask
     if causal:
@@ -123,15 +131,18 @@ def _plain_scores(q, k, causal, mask, scale):
     return scores
 
 
-def plain_forward(q, k, v, causal, mask, scale):
-    scores = _plain_scores(q, k, causal, mask, scale)
+def plain_forward(q, k, v, causal, mask, scale, softcap=None):
+    scores = _plain_scores(q, k, causal, mask, scale, softcap)
     lse = scores.logsumexp(-1)
     return (scores - lse.unsqueeze(-1)).exp().to(v.dtype) @ v, lse, None
 
 
-def plain_backward(grad, q, k, v, out, lse, causal, mask, scale, _state):
-    p = (_plain_scores(q, k, causal, mask, scale) - lse.unsqueeze(-1)).exp()
+def plain_backward(grad, q, k, v, out, lse, causal, mask, scale, _state, softcap=None):
+    scores = _plain_scores(q, k, causal, mask, scale, softcap)
+    p = (scores - lse.unsqueeze(-1)).exp()
     dp = (grad @ v.transpose(-1, -2)).to(p.dtype)
     ds = p * (dp - (grad * out).sum(-1, keepdim=True).to(p.dtype)) * scale
+    if softcap is not None:  # the derivative of tanh; hidden scores have p = 0
+        ds = ds * (1 - (scores / softcap).clamp(-1, 1).square())
     dv = p.to(grad.dtype).transpose(-1, -2) @ grad
     return ds.to(k.dtype) @ k, ds.to(q.dtype).transpose(-1, -2) @ q, dv

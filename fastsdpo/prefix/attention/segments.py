@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsdpo.prefix.attention.kernels import choose_kernel
+from fastsdpo.prefix.attention.kernels import choose_kernel, softcapped_kernel
 from fastsdpo.prefix.attention.shared_pass import SharedPass
 from fastsdpo.prefix.plan import Run, Segment
 
@@ -30,11 +30,18 @@ class Block(NamedTuple):
 
 
 def segment_attention(
-    query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, window: int | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared: SharedPass,
+    window: int | None,
+    scale: float,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """As `plan_attention`, without gathered keys and without a mask of queries x keys."""
     blocks = shared.cached(("blocks", window), lambda: run_blocks(shared.runs, shared.first, window))
-    return SegmentAttention.apply(query, key, value, blocks, scale)
+    return SegmentAttention.apply(query, key, value, sinks, blocks, scale, softcap)
 
 
 def run_blocks(runs: list[Run], first: int, window: int | None) -> list[list[Block]]:
@@ -78,14 +85,18 @@ def _windowed_blocks(run: Run, start: int, stop: int, segments: list[Segment], f
 
 
 class SegmentAttention(torch.autograd.Function):
-    """All blocks of a layer as one autograd node, with one gradient buffer for the keys and one for the values."""
+    """All blocks of a layer as one autograd node, with one gradient buffer for the keys and one for the values.
+
+    A sink is one more key of every query, with a score s of its own for each head and the value 0. It joins the
+    merged blocks: ``lse' = logaddexp(lse, s)``, ``out' = exp(lse - lse') out``.
+    """
 
     @staticmethod
-    def forward(ctx, query, key, value, groups, scale):
+    def forward(ctx, query, key, value, sinks, groups, scale, softcap):
         # Grouped queries: [G, R, T, E], R query heads to a key head; the key head is a stride-0 view.
         q = query[0].unflatten(0, (key.shape[1], -1))
         k, v = _per_query_head(key, q.shape[1]), _per_query_head(value, q.shape[1])
-        kernel = choose_kernel(q, v)
+        kernel = choose_kernel(q, v) if softcap is None else softcapped_kernel(softcap)
         tokens, heads = query.shape[2], query.shape[1]
         output = query.new_empty(1, tokens, heads, value.shape[-1])
         out = output[0].unflatten(1, q.shape[:2]).permute(1, 2, 0, 3)  # [G, R, T, F]
@@ -109,17 +120,21 @@ class SegmentAttention(torch.autograd.Function):
                     lse[:, :, rows] = part_lse
                 else:
                     _merge(out[:, :, rows], lse[:, :, rows], part, part_lse)
-        ctx.save_for_backward(query, key, value, output, lse)
-        ctx.groups, ctx.scale, ctx.states = groups, scale, states
+        if sinks is not None:
+            total = torch.logaddexp(lse, _per_head(sinks, lse))
+            out.mul_(torch.exp(lse - total).unsqueeze(-1).to(out.dtype))
+            lse = total
+        ctx.save_for_backward(query, key, value, output, lse, sinks)
+        ctx.groups, ctx.scale, ctx.softcap, ctx.states = groups, scale, softcap, states
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        query, key, value, output, lse = ctx.saved_tensors
+        query, key, value, output, lse, sinks = ctx.saved_tensors
         q = query[0].unflatten(0, (key.shape[1], -1))
         k, v = _per_query_head(key, q.shape[1]), _per_query_head(value, q.shape[1])
-        kernel = choose_kernel(q, v)
+        kernel = choose_kernel(q, v) if ctx.softcap is None else softcapped_kernel(ctx.softcap)
         grad, out = (t[0].unflatten(1, q.shape[:2]).permute(1, 2, 0, 3) for t in (grad_output, output))
         # Many branches add to the gradient of a token of a long history: sum in float32.
         total_dtype = lse.dtype
@@ -144,11 +159,16 @@ class SegmentAttention(torch.autograd.Function):
                 grad_q[:, :, rows] += dq
                 grad_k[:, columns] += dk.sum(1)
                 grad_v[:, columns] += dv.sum(1)
+        grad_sinks = None
+        if sinks is not None:  # its share of the softmax times (0 - rowsum(dO * out)): its value is 0
+            delta = (grad * out).sum(-1, dtype=lse.dtype)
+            grad_sinks = -(torch.exp(_per_head(sinks, lse) - lse) * delta).sum(-1).flatten().to(sinks.dtype)
         grad_query = grad_q.flatten(0, 1)[None].to(query.dtype)
         return (
             grad_query,
             grad_k[None].to(key.dtype),
             grad_v[None].to(value.dtype),
+            grad_sinks,
             None,
             None,
             None,
@@ -158,6 +178,11 @@ class SegmentAttention(torch.autograd.Function):
 def _per_query_head(x: Tensor, repeats: int) -> Tensor:
     """``[1, G, T, E]`` as ``[G, repeats, T, E]`` without a copy."""
     return x[0].unsqueeze(1).expand(-1, repeats, -1, -1)
+
+
+def _per_head(sinks: Tensor, lse: Tensor) -> Tensor:
+    """``[H]`` as ``[G, R, 1]``, to go with ``lse [G, R, T]``."""
+    return sinks.to(lse.dtype).view(*lse.shape[:2], 1)
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:

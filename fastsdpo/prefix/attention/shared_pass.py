@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsdpo.prefix.plan import Plan
 
 KeysValues = dict[int, tuple[Tensor, Tensor]]  # by layer: [1, G, tokens, E] and [1, G, tokens, F]
+
+
+class Kept(NamedTuple):
+    """What the layers of one pass keep for the pass after it.
+
+    Attributes:
+        keys_values: of the attention layers.
+        states: of the recurrent mixers (`fastsdpo.prefix.recurrent.MixerStates`).
+    """
+
+    keys_values: KeysValues
+    states: dict[nn.Module, Any]
 
 
 class SharedPass:
@@ -26,12 +38,13 @@ class SharedPass:
         first, stop: the tokens of this pass.
         backend: a name of `BACKENDS` or "auto".
         windows: the sliding window of each layer in tokens, or None.
-        keep: the layers keep their keys and values, until `take_keys_values`.
-        before: the keys and values of the tokens ``[0, first)``; needed where ``first > 0``.
+        keep: the layers keep their keys and values, and their states, until `take_kept`.
+        before: what the layers have kept of the tokens ``[0, first)``; needed where ``first > 0``.
 
     Attributes:
         runs: the plan's runs in ``[first, stop)``.
         layers: the indices of the layers that have called the attention.
+        mixers: the recurrent mixers that have run.
     """
 
     def __init__(
@@ -43,23 +56,27 @@ class SharedPass:
         backend: str,
         windows: dict[int, int | None],
         keep: bool = False,
-        before: KeysValues | None = None,
+        before: Kept | None = None,
     ):
         self.plan = plan
         self.first, self.stop = first, stop
         self.backend = backend
         self.windows = windows
-        self.before = before
+        self.before = None if before is None else before.keys_values
+        self.states_before: dict[nn.Module, Any] = {} if before is None else before.states
         self.kept: KeysValues | None = {} if keep else None
+        self.states_kept: dict[nn.Module, Any] | None = {} if keep else None
         self.runs = [run for run in plan.runs if first <= run.start < stop]
         self.layers: set[int] = set()
+        self.mixers: set[nn.Module] = set()
         self.own_implementation: str | None = None  # of the layer that is being called
         self._cache: dict[Any, Any] = {}
 
-    def take_keys_values(self) -> KeysValues:
+    def take_kept(self) -> Kept:
         """Hands over what the layers have kept; layers that run again in the backward pass keep nothing."""
-        kept, self.kept = self.kept, None
-        return {} if kept is None else kept
+        kept = Kept(self.kept or {}, self.states_kept or {})
+        self.kept = self.states_kept = None
+        return kept
 
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:
         """Masks and indices: the first layer that needs one makes it for all."""

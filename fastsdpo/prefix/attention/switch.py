@@ -25,15 +25,22 @@ def attention_windows(config: Any) -> dict[int, int | None]:
     return {layer: window if kind == "sliding_attention" else None for layer, kind in enumerate(types)}
 
 
+def attention_modules(decoder: nn.Module) -> list[nn.Module]:
+    """The modules that choose an attention function by their configuration."""
+    return [
+        module
+        for module in decoder.modules()
+        if hasattr(module, "layer_idx") and "Attention" in type(module).__name__ and hasattr(module, "config")
+    ]
+
+
 def let_attention_switch(decoder: nn.Module) -> None:
     """Adds hooks to the attention modules, once per model: calls with a `SharedPass` use the plan's attention.
 
     The hooks sit on the modules inside the layers, because gradient checkpointing runs these again, hooks
     included, in the backward pass. Evaluation and generation carry no `SharedPass` and run as before.
     """
-    for module in decoder.modules():
-        if not hasattr(module, "layer_idx") or "Attention" not in type(module).__name__:
-            continue
+    for module in attention_modules(decoder):
         if not any(hook is _use_plan for hook in module._forward_pre_hooks.values()):
             module.register_forward_pre_hook(_use_plan, with_kwargs=True)
             module.register_forward_hook(_use_own, with_kwargs=True, always_call=True)
