@@ -32,6 +32,7 @@ if Version(version("trl")) < Version(NEEDED):
 with warnings.catch_warnings():
     # TRL warns that trl.experimental may change; `_check_signatures` notices such changes.
     warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
+    from trl.experimental import sdft as trl_sdft
     from trl.experimental import sdpo as trl_sdpo
 
 from trl.trainer import distillation_trainer as trl_distillation
@@ -40,9 +41,11 @@ from fastsdpo.ops.token_logps import token_logps
 
 # TRL has no types for most of what its trainers hold.
 SDPOTrainer: Any = trl_sdpo.SDPOTrainer
+SDFTTrainer: Any = trl_sdft.SDFTTrainer
 distillation_trainer: Any = trl_distillation
 
-# The methods of `SDPOTrainer` that are replaced, with the arguments that the replacements take.
+# The methods of `SDPOTrainer` that are replaced, with the arguments that the replacements take. `SDFTTrainer` has the
+# same but for the policy loss.
 REPLACED = {
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
     "_forward_logits": ("self", "model", "input_ids", "attention_mask", "logits_to_keep"),
@@ -50,6 +53,7 @@ REPLACED = {
     "_compute_self_distillation_loss": ("self", "model", "inputs", "distillation_logits"),
     "_compute_rollout_logps": ("self", "prompt_ids", "prompt_mask", "completion_ids", "completion_mask"),
 }
+SDFT_REPLACED = tuple(name for name in REPLACED if name != "_compute_policy_loss")
 # Methods that the replacements call.
 _CALLED = ("_get_teacher_context_for_self_distillation", "_log_self_distillation_metric")
 # The arguments of the function that is replaced for `DistillationTrainer`.
@@ -68,12 +72,13 @@ def _check_signatures() -> None:
         return tuple(inspect.signature(getattr(owner, name)).parameters) if hasattr(owner, name) else None
 
     problems = []
-    for name, expected in REPLACED.items():
-        found = arguments(SDPOTrainer, name)
-        if found != expected:
-            looks = " is missing" if found is None else f"({', '.join(found)})"
-            problems.append(f"SDPOTrainer.{name}{looks}")
-    problems += [f"SDPOTrainer.{name} is missing" for name in _CALLED if not hasattr(SDPOTrainer, name)]
+    for trainer, methods in ((SDPOTrainer, REPLACED), (SDFTTrainer, SDFT_REPLACED)):
+        for name in methods:
+            found = arguments(trainer, name)
+            if found != REPLACED[name]:
+                looks = " is missing" if found is None else f"({', '.join(found)})"
+                problems.append(f"{trainer.__name__}.{name}{looks}")
+        problems += [f"{trainer.__name__}.{name} is missing" for name in _CALLED if not hasattr(trainer, name)]
     if arguments(distillation_trainer, "_chunked_divergence_loss") != _DIVERGENCE:
         problems.append("trl.trainer.distillation_trainer._chunked_divergence_loss")
     if problems:
@@ -86,6 +91,7 @@ def _check_signatures() -> None:
 
 _check_signatures()
 TRL_METHODS = {name: vars(SDPOTrainer)[name] for name in REPLACED}
+SDFT_METHODS = {name: vars(SDFTTrainer)[name] for name in SDFT_REPLACED}
 trl_divergence = distillation_trainer._chunked_divergence_loss
 
 

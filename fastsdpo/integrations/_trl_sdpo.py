@@ -1,4 +1,4 @@
-"""TRL's `SDPOTrainer` with losses from hidden states, or from logits: the methods that are replaced."""
+"""TRL's `SDPOTrainer` and `SDFTTrainer` with losses from hidden states or logits: the methods that are replaced."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 import logging
 import types
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,7 +23,10 @@ from fastsdpo.integrations._distillation import (
 )
 from fastsdpo.integrations._trl_originals import (
     REPLACED,
+    SDFT_METHODS,
+    SDFT_REPLACED,
     TRL_METHODS,
+    SDFTTrainer,
     SDPOTrainer,
     policy_loss_from_logits,
     policy_loss_from_logps,
@@ -72,7 +76,7 @@ class FastSDPOTrainer(SDPOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs or not _uses_hidden_states(self, model):
-            return TRL_METHODS["compute_loss"](self, model, inputs, return_outputs, num_items_in_batch)
+            return _theirs(self)["compute_loss"](self, model, inputs, return_outputs, num_items_in_batch)
         found = _HiddenPass(self, model, inputs).run()
         loss = found.loss
         # After the forward pass: these gather metrics over the processes.
@@ -91,7 +95,7 @@ class FastSDPOTrainer(SDPOTrainer):
     def _compute_rollout_logps(self, prompt_ids, prompt_mask, completion_ids, completion_mask):
         steps = self.args.steps_per_generation * self.num_iterations
         if self.args.gradient_accumulation_steps % steps == 0 or not _uses_hidden_states(self, self.model):
-            return TRL_METHODS["_compute_rollout_logps"](
+            return _theirs(self)["_compute_rollout_logps"](
                 self, prompt_ids, prompt_mask, completion_ids, completion_mask
             )
         length = completion_ids.size(1)
@@ -103,7 +107,7 @@ class FastSDPOTrainer(SDPOTrainer):
 
         with torch.no_grad():
             return run_inside(
-                self.model, logps, _model_inputs(prompt_ids, prompt_mask, completion_ids, completion_mask)
+                self.model, logps, model_inputs(prompt_ids, prompt_mask, completion_ids, completion_mask)
             )
 
     def _forward_logits(self, model, input_ids, attention_mask, logits_to_keep):
@@ -128,6 +132,12 @@ class FastSDPOTrainer(SDPOTrainer):
 
 
 OURS = {name: vars(FastSDPOTrainer)[name] for name in REPLACED}
+OURS_OF_SDFT = {name: OURS[name] for name in SDFT_REPLACED}
+
+
+def _theirs(trainer: Any) -> dict[str, Any]:
+    """TRL's own methods of a trainer."""
+    return SDFT_METHODS if isinstance(trainer, SDFTTrainer) else TRL_METHODS
 
 
 class _GivenLogps(NamedTuple):
@@ -147,9 +157,10 @@ def _log_distillation(trainer: Any, model: nn.Module, mean: Tensor) -> None:
 
 def _why_not_hidden(trainer: Any, model: nn.Module) -> str | None:
     """Why this trainer's loss cannot come from hidden states; None where it can."""
-    own: dict[str, tuple[Any, ...]] = {name: (OURS[name], TRL_METHODS[name]) for name in REPLACED}
+    theirs = _theirs(trainer)
+    own: dict[str, tuple[Any, ...]] = {name: (OURS[name], theirs[name]) for name in theirs}
     for name in ("_compute_teacher_student_logits", "_compute_server_distillation_loss"):
-        own[name] = (vars(SDPOTrainer)[name],)
+        own[name] = (vars(SDFTTrainer if theirs is SDFT_METHODS else SDPOTrainer)[name],)
     for name, known in own.items():
         if inspect.getattr_static(type(trainer), name) not in known:
             return f"{type(trainer).__name__} has its own {name}, which works on logits"
@@ -157,16 +168,21 @@ def _why_not_hidden(trainer: Any, model: nn.Module) -> str | None:
         return "the teacher's log-probs come from a server (use_teacher_server=True)"
     if trainer.args.distillation_mode not in MODES:
         return f"distillation_mode={trainer.args.distillation_mode!r} is not known"
+    return why_not_model(trainer, model, trainer.teacher_model)
+
+
+def why_not_model(trainer: Any, model: nn.Module, teacher: nn.Module | None) -> str | None:
+    """Why the losses of a trainer's models cannot come from hidden states; None where they can."""
     if trainer.args.torch_compile or hasattr(model, "_orig_mod"):
         return "the model is compiled, and hooks on it would break its graph"
     reason = above_the_decoder(model)
     if reason is not None:
         return reason
     models = {"model": model}
-    if unwrap(trainer.teacher_model) is not unwrap(model):
-        if trainer.is_fsdp_enabled:
+    if teacher is not None and unwrap(teacher) is not unwrap(model):
+        if getattr(trainer, "is_fsdp_enabled", False):
             return "FSDP frees the separate teacher's head after its forward pass"
-        models["teacher"] = trainer.teacher_model
+        models["teacher"] = teacher
     for role, checked in models.items():
         right, reason = _check_head(checked)
         if not right:
@@ -192,6 +208,10 @@ def _check_head(model: nn.Module) -> tuple[bool, str]:
 
 
 def _uses_hidden_states(trainer: Any, model: nn.Module) -> bool:
+    return uses_hidden_states(trainer, model, _why_not_hidden)
+
+
+def uses_hidden_states(trainer: Any, model: nn.Module, why_not: Callable[[Any, nn.Module], str | None]) -> bool:
     """Whether the loss comes from hidden states; finds out once for each model of a trainer.
 
     Raises:
@@ -203,7 +223,7 @@ def _uses_hidden_states(trainer: Any, model: nn.Module) -> bool:
     reasons = trainer.__dict__.setdefault("_fastsdpo_reasons", {})
     key = id(unwrap(model))
     if key not in reasons:
-        reasons[key] = _why_not_hidden(trainer, model)
+        reasons[key] = why_not(trainer, model)
         if reasons[key] is None:
             logger.info("losses from hidden states")
         elif source == "auto":
@@ -247,11 +267,11 @@ class _HiddenPass:
         self.trainer = trainer
         self.model = model
         self.inputs = inputs
-        self.weight = trainer.args.distillation_weight
+        self.weight = getattr(trainer.args, "distillation_weight", 1.0)  # SDFT has no policy loss
 
     def run(self) -> _Losses:
         batch = (self.inputs[f"{part}_{kind}"] for part in ("prompt", "completion") for kind in ("ids", "mask"))
-        return run_inside(self.model, self._losses, _model_inputs(*batch))
+        return run_inside(self.model, self._losses, model_inputs(*batch))
 
     def _at_completion(self, hidden: Tensor) -> Tensor:
         length = self.inputs["completion_ids"].size(1)
@@ -275,18 +295,24 @@ class _HiddenPass:
                 assert policy is not None
                 loss = policy_gradient_loss(student, head, policy, self.trainer.temperature)
                 return _Losses(loss, None, logps)
-            chosen = self.inputs.get("self_distillation_mask")
-            mask = self.inputs["completion_mask"]
             loss, mean = _distillation_terms(
                 self.trainer.args,
                 _Policies(student, teacher.to(device), head, teacher_head),
                 self.inputs["completion_ids"].to(device),
-                (mask if chosen is None else mask * chosen.unsqueeze(1)).to(device),
+                self._mask().to(device),
                 self.inputs.get("old_per_token_logps"),
                 self.trainer.temperature,
                 policy,
             )
         return _Losses(loss, mean, logps)
+
+    def _mask(self) -> Tensor:
+        """``[B, T]``, 1 where a token is distilled: SDPO leaves sequences out, SDFT their first tokens."""
+        mask, chosen = self.inputs["completion_mask"], self.inputs.get("self_distillation_mask")
+        if chosen is not None:
+            mask = mask * chosen.unsqueeze(1)
+        skipped = getattr(self.trainer, "num_loss_tokens_to_skip", 0)
+        return mask * (torch.arange(mask.shape[1], device=mask.device) >= skipped)
 
     def _teacher(self) -> tuple[Tensor, HeadParameters | None]:
         """The teacher's hidden states at the completion, and its head; None is the student's."""
@@ -338,7 +364,7 @@ class _WithoutMetrics:
         return getattr(self._trainer, name)
 
 
-def _model_inputs(
+def model_inputs(
     prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
 ) -> dict[str, Any]:
     return {

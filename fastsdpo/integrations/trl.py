@@ -22,10 +22,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastsdpo.integrations._trl_async import async_trainer, replacement
 from fastsdpo.integrations._trl_distillation import chunked_divergence_loss as chunked_divergence_loss
-from fastsdpo.integrations._trl_originals import SDPOTrainer, distillation_trainer
+from fastsdpo.integrations._trl_generalized import replacements
+from fastsdpo.integrations._trl_originals import SDFTTrainer, SDPOTrainer, distillation_trainer
 from fastsdpo.integrations._trl_sdpo import MODES as MODES
-from fastsdpo.integrations._trl_sdpo import OURS, check_source
+from fastsdpo.integrations._trl_sdpo import OURS, OURS_OF_SDFT, check_source
 from fastsdpo.integrations._trl_sdpo import SOURCES as SOURCES
 from fastsdpo.integrations._trl_sdpo import FastSDPOTrainer as FastSDPOTrainer
 from fastsdpo.integrations._trl_sdpo import Source as Source
@@ -53,6 +55,7 @@ class TRLPatch:
 _MISSING = object()
 _patches: list[TRLPatch] = []
 _before: dict[tuple[Any, str], Any] = {}
+_wanted: dict[tuple[Any, str], Any] = {}
 
 
 def _apply() -> None:
@@ -65,12 +68,25 @@ def _apply() -> None:
                 setattr(owner, name, value)
         _before.clear()
         return
-    wanted = {(SDPOTrainer, name): value for name, value in OURS.items()}
-    wanted[SDPOTrainer, "fastsdpo_source"] = _patches[-1].source
-    wanted[distillation_trainer, "_chunked_divergence_loss"] = chunked_divergence_loss
+    if not _before:
+        _wanted.update(_replacements())
+    wanted = dict(_wanted)
+    for owner in {owner for owner, name in _wanted if name == "compute_loss"}:
+        wanted[owner, "fastsdpo_source"] = _patches[-1].source
     for (owner, name), value in wanted.items():
         _before.setdefault((owner, name), vars(owner).get(name, _MISSING))
         setattr(owner, name, value)
+
+
+def _replacements() -> dict[tuple[Any, str], Any]:
+    """What is set in classes and modules of TRL, as long as TRL is as it is installed."""
+    found = {(SDPOTrainer, name): value for name, value in OURS.items()}
+    found |= {(SDFTTrainer, name): value for name, value in OURS_OF_SDFT.items()}
+    found[distillation_trainer, "_chunked_divergence_loss"] = chunked_divergence_loss
+    found |= {(owner, name): value for owner, name, value in replacements()}
+    module = async_trainer()
+    found[module, "_chunked_jsd_loss"] = replacement(module)
+    return found
 
 
 def patch_trl(source: Source = "auto") -> TRLPatch:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastsdpo.ops import rows
+from fastsdpo.ops import cross_entropy, rows
 from fastsdpo.ops.checks import accumulation_dtype, as_rows, check_distinct, check_ids
 from fastsdpo.ops.rows import STATISTICS, LossOptions, RowResults, Tokens
 
@@ -186,17 +186,18 @@ class SDPOFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         teacher = teacher if options.mode == "full" else None
         # Save the student itself, not a view: autograd then notices a change between forward and backward.
-        ctx.save_for_backward(student, teacher, tokens.target_ids, tokens.topk_ids, *found)
-        return weighted_sum(found.coef, found.per_token), *out
+        ctx.save_for_backward(student, teacher, tokens.target_ids, tokens.topk_ids, tokens.ce_weights, *found)
+        loss = weighted_sum(found.coef, found.per_token) + cross_entropy.value(logits, tokens, options, backend)
+        return loss, *out
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
         if upstream[0] is None:
             return (None,) * 6
         options, inplace, backend, shape = ctx.call
-        student, teacher, ids, topk_ids, *saved = ctx.saved_tensors
+        student, teacher, ids, topk_ids, ce_weights, *saved = ctx.saved_tensors
         found, logits = RowResults(*saved), as_rows(student.detach())
-        tokens = Tokens(ids, found.coef, topk_ids=topk_ids)
+        tokens = Tokens(ids, found.coef, topk_ids=topk_ids, ce_weights=ce_weights)
         if torch.is_grad_enabled():  # create_graph: an operator that refuses a second derivative
             mode, floats, integers = options.packed()
             grad = sdpo_backward_op(
@@ -215,7 +216,7 @@ class SDPOFunction(torch.autograd.Function):
             if inplace:
                 torch.autograd.graph.increment_version(student)
             factor = upstream[0].reshape(1).to(found.coef.dtype)
-            rows.backward(factor, found, logits, teacher, tokens, options, backend, grad)
+            cross_entropy.backward(factor, found, logits, teacher, tokens, options, backend, grad)
         return grad.view(shape), None, None, None, None, None
 
 
@@ -233,8 +234,9 @@ def sdpo_op(
     inputs, options = Tokens(*tokens), LossOptions.unpacked(mode, floats, integers)
     check_values("sdpo_loss", student.shape[-1], inputs, options.ignore_index)
     found = rows.forward(student, teacher, inputs, options, backend)
+    loss = weighted_sum(found.coef, found.per_token) + cross_entropy.value(student, inputs, options, backend)
     # An operator must not return views of one buffer, so clone them.
-    return weighted_sum(found.coef, found.per_token), *(result.clone() for result in found)
+    return loss, *(result.clone() for result in found)
 
 
 @sdpo_op.register_fake
@@ -263,7 +265,7 @@ def sdpo_backward_op(
     grad, results = empty_gradient(student), RowResults(*found)
     factor = upstream.reshape(1).to(results.coef.dtype)
     inputs, options = Tokens(*tokens), LossOptions.unpacked(mode, floats, integers)
-    rows.backward(factor, results, student, teacher, inputs, options, backend, grad)
+    cross_entropy.backward(factor, results, student, teacher, inputs, options, backend, grad)
     return grad
 
 
@@ -282,14 +284,14 @@ def _sdpo_setup(ctx, inputs, output):
     tokens = Tokens(*tokens)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(student, teacher, tokens.target_ids, tokens.topk_ids, *output[1:])
+    ctx.save_for_backward(student, teacher, tokens.target_ids, tokens.topk_ids, tokens.ce_weights, *output[1:])
 
 
 def _sdpo_backward(ctx, upstream, *unused):
     grad = None
     if upstream is not None and ctx.needs_input_grad[0]:
-        student, teacher, ids, topk_ids, *found = ctx.saved_tensors
-        tokens = list(Tokens(ids, found[1], topk_ids=topk_ids))
+        student, teacher, ids, topk_ids, ce_weights, *found = ctx.saved_tensors
+        tokens = list(Tokens(ids, found[1], topk_ids=topk_ids, ce_weights=ce_weights))
         mode, floats, integers = ctx.options
         grad = sdpo_backward_op(upstream, student, teacher, tokens, found, mode, floats, integers, ctx.backend)
     return grad, *(None,) * 6

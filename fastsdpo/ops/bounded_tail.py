@@ -17,6 +17,8 @@ whose tail is the whole row.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -52,11 +54,11 @@ def add_tail_class(logps: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([logps, tail], -1), bounded
 
 
-def _support_logps(logits: Tensor, stats: Tensor, ids: Tensor, options: LossOptions) -> Tensor:
+def support_logps(logits: Tensor, stats: Tensor, ids: Tensor, options: LossOptions) -> Tensor:
     """Log-probs ``[N, K]`` on the support."""
     c = logits.gather(-1, ids.view(*logits.shape[:2], -1)).reshape(ids.shape).to(stats.dtype)
     if options.softcap:
-        c = options.softcap * torch.tanh(c / options.softcap)
+        c = torch.where(c == -math.inf, c, options.softcap * torch.tanh(c / options.softcap))
     row_max, log_sum = stats[:, :1], stats[:, 1:] * 0.6931471805599453
     return (c - row_max) / options.temperature - log_sum
 
@@ -66,13 +68,13 @@ def forward(student: Tensor, teacher: Tensor | None, tokens: Tokens, options: Lo
     assert tokens.topk_ids is not None
     ids, ignored = tokens.target_ids, (tokens.target_ids == options.ignore_index)[:, None]
     student_logps, _, stats = rows.token_forward(student, ids, options, backend)
-    s, bounded = add_tail_class(_support_logps(student, stats, tokens.topk_ids, options))
+    s, bounded = add_tail_class(support_logps(student, stats, tokens.topk_ids, options))
     if teacher is None:
         assert tokens.topk_logps is not None
         teacher_logps, on_support = given_logps(tokens, options), tokens.topk_logps
     else:
         teacher_logps, _, own = rows.token_forward(teacher, ids, options, backend)
-        on_support = _support_logps(teacher, own, tokens.topk_ids, options)
+        on_support = support_logps(teacher, own, tokens.topk_ids, options)
     t, _ = add_tail_class(on_support)
     per_token, g = class_gradients(s, t, options.alpha)
     p, tail = s[:, :-1].exp(), s[:, -1:].exp()

@@ -63,9 +63,9 @@ def check_like(
     return value
 
 
-def check_temperature(name: str, temperature: float) -> float:
+def check_temperature(name: str, temperature: float, argument: str = "temperature") -> float:
     if not 0 < temperature < math.inf:
-        raise ValueError(f"{name}: temperature must be > 0 and finite, got {temperature}")
+        raise ValueError(f"{name}: {argument} must be > 0 and finite, got {temperature}")
     return float(temperature)
 
 
@@ -150,3 +150,15 @@ def flat_float(values: Tensor, dtype: torch.dtype) -> Tensor:
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float32 whatever comes in; float64 stays float64."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def cut_vocabulary(name: str, argument: str, value: Any, vocab_size: int | None, axis: int) -> Any:
+    """The first ``vocab_size`` entries along the vocabulary's axis, a view; ``value`` itself where either is None."""
+    if vocab_size is None or not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    if isinstance(vocab_size, bool) or int(vocab_size) != vocab_size or not 1 <= vocab_size <= value.shape[axis]:
+        raise ValueError(
+            f"{name}: vocab_size must be an integer in [1, {value.shape[axis]}], the vocabulary of {argument}, "
+            f"got {vocab_size}"
+        )
+    return value.narrow(axis, 0, int(vocab_size))

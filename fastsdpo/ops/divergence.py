@@ -44,6 +44,7 @@ from fastsdpo.ops.checks import (
     check_temperature,
     check_tensor,
     check_topk,
+    cut_vocabulary,
     flat_float,
     flat_ids,
 )
@@ -90,6 +91,8 @@ def check_loss(
     softcap: float | None,
     ignore_index: int,
     bounded_tail: bool = False,
+    ce_weights: Tensor | None = None,
+    ce_temperature: float = 1.0,
 ) -> tuple[LossOptions, Tokens]:
     """Checks everything but the logits (or hidden states) themselves and flattens the tokens.
 
@@ -153,6 +156,7 @@ def check_loss(
         add_tail=bool(add_tail),
         is_clip=float(is_clip or 0.0),
         bounded_tail=bounded_tail,
+        ce_temperature=check_temperature(name, ce_temperature, "ce_temperature"),
     )
     ids = flat_ids(target_ids)
     if weights is None:
@@ -167,7 +171,9 @@ def check_loss(
             old_logps = None
     if teacher_logps is not None:
         teacher_logps = flat_float(check_like(name, "teacher_logps", teacher_logps, shape, device), dtype)
-    return options, Tokens(ids, flat_weights, old_logps, teacher_logps, topk_ids, topk_logps)
+    if ce_weights is not None:
+        ce_weights = flat_float(check_like(name, "ce_weights", ce_weights, shape, device), dtype)
+    return options, Tokens(ids, flat_weights, old_logps, teacher_logps, topk_ids, topk_logps, ce_weights)
 
 
 def sdpo_loss(
@@ -184,6 +190,9 @@ def sdpo_loss(
     teacher_topk: tuple[Tensor, Tensor] | None = None,
     old_logps: Tensor | None = None,
     is_clip: float | None = None,
+    ce_weights: Tensor | None = None,
+    ce_temperature: float = 1.0,
+    vocab_size: int | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
@@ -191,6 +200,9 @@ def sdpo_loss(
     backend: str = "auto",
 ) -> SDPOLossOutput:
     """Self-distillation loss ``sum_t w_t r_t l_t`` of the student towards the hindsight teacher.
+
+    With ``ce_weights`` h a cross entropy of the targets is added, ``- sum_t h_t log p'_S[y_t]``, and its gradient
+    to the divergence's: the hard-label term of knowledge distillation.
 
     Formulas and gradients are in the module docstring (equations 1 to 4 of
     https://arxiv.org/abs/2603.12273; top-k with a tail bucket from https://arxiv.org/abs/2601.20802).
@@ -215,6 +227,10 @@ def sdpo_loss(
             log-probs under its whole distribution, for ``"topk"``; ids distinct in each row.
         old_logps, is_clip: with both, ``r_t = min(exp(clamp(log p_S[y_t] - old_logps_t, -20, 20)),
             is_clip)`` without gradient; else ``r_t = 1``.
+        ce_weights: ``(...)`` h_t of the cross entropy, beside ``weights``, not in place of them; None adds none.
+        ce_temperature: of p'_S = softmax(c / ce_temperature); the divergence has ``temperature``.
+        vocab_size: only the first so many logits are tokens, the rest are padding: student and teacher may then
+            differ in V. None: all.
         temperature, softcap: of the effective logits ``u``, for both policies.
         ignore_index: targets equal to it cost and give nothing, whatever their logits hold.
         inplace_grad: lets backward overwrite ``student_logits`` with their gradient. A later use
@@ -229,11 +245,15 @@ def sdpo_loss(
         ValueError, TypeError: an argument of the wrong shape, dtype or range, by name.
         ImportError: a backend asked for by name that is not installed.
 
+    ``per_token_loss`` is the divergence alone; the cross entropy is ``loss - sum_t w_t r_t l_t``.
+
     Numerics: statistics and loss in float32; a divergence that is truly infinite is ``inf``. Its
         gradient is then not finite.
     Memory: nothing of size V but the gradient of ``student_logits``, and not that in place.
     """
     name = "sdpo_loss"
+    student_logits = cut_vocabulary(name, "student_logits", student_logits, vocab_size, -1)
+    teacher_logits = cut_vocabulary(name, "teacher_logits", teacher_logits, vocab_size, -1)
     if teacher_logits is None:
         student = check_logits(name, "student_logits", student_logits)
     else:
@@ -261,6 +281,8 @@ def sdpo_loss(
         temperature=temperature,
         softcap=softcap,
         ignore_index=ignore_index,
+        ce_weights=ce_weights,
+        ce_temperature=ce_temperature,
     )
     backend = resolve_backend(name, backend, *both)
     return rows_loss(student, teacher_logits, tokens, options, backend, inplace_grad)

@@ -18,14 +18,14 @@ training step the peak is the loss, so that is rarely more memory than before.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastsdpo.ops import rows
+from fastsdpo.ops import cross_entropy
 from fastsdpo.ops._memory import kind_of
 from fastsdpo.ops._memory import meta_stands_for as meta_stands_for
 from fastsdpo.ops._memory import release_tiles as release_tiles
@@ -36,7 +36,7 @@ from fastsdpo.ops._operators import (
     weighted_sum,
 )
 from fastsdpo.ops.backend import resolve_backend
-from fastsdpo.ops.checks import accumulation_dtype
+from fastsdpo.ops.checks import accumulation_dtype, cut_vocabulary
 from fastsdpo.ops.divergence import SDPOLossOutput, check_loss, loss_output
 from fastsdpo.ops.head import (
     ChunkPlan,
@@ -55,98 +55,17 @@ from fastsdpo.ops.linear_checks import (
     check_hidden,
     check_scale,
     check_teacher,
+    check_teacher_logits,
     check_tile,
     flat_hidden,
     gathered,
+    refuse_with_shards,
 )
+from fastsdpo.ops.linear_rows import LinearCall as LinearCall
+from fastsdpo.ops.linear_rows import PolicyGradient as PolicyGradient
+from fastsdpo.ops.linear_rows import RowLoss
+from fastsdpo.ops.linear_rows import RowVectors as RowVectors
 from fastsdpo.ops.rows import LossOptions, Tokens
-
-
-class PolicyGradient(NamedTuple):
-    """Another loss of the log-probs of tokens, by its gradient; both ``[N]``.
-
-    Attributes:
-        target_ids: ``ignore_index`` where a token has no part in it.
-        grad_logps: derivative of the loss in the log-prob of each target.
-    """
-
-    target_ids: Tensor
-    grad_logps: Tensor
-
-
-@dataclass(frozen=True)
-class LinearCall:
-    """A checked call without the tensors that may need a gradient (hidden states ``[N, D]``, weight, bias).
-
-    Attributes:
-        teacher_weight, teacher_bias: None: the student's head serves both.
-        policy: a second loss whose gradient joins this one's.
-        vocab_group: process group of a vocabulary-parallel head.
-    """
-
-    tokens: Tokens
-    options: LossOptions
-    plan: ChunkPlan
-    backend: str
-    teacher_hidden: Tensor | None = None
-    teacher_weight: Tensor | None = None
-    teacher_bias: Tensor | None = None
-    policy: PolicyGradient | None = None
-    vocab_group: Any = None
-
-
-class RowVectors:
-    """Per-token results ``[N]`` of all chunks; 0 where nothing is written."""
-
-    def __init__(self, like: Tensor):
-        self.per_token, self.coef, self.student_logps, self.teacher_logps = (torch.zeros_like(like) for _ in range(4))
-
-    def write(self, which: slice, found: Sequence[Tensor]) -> None:
-        """The first four of `rows.RowResults`."""
-        self.per_token[which], self.coef[which] = found[0], found[1]
-        self.student_logps[which], self.teacher_logps[which] = found[2], found[3]
-
-
-class RowLoss:
-    """The `head.TileLoss` of `ops.rows`."""
-
-    def __init__(self, call: LinearCall):
-        self.call = call
-        self.vectors = RowVectors(call.tokens.weights)
-        self.second: Tensor | None = None  # gradient tile of the policy's loss
-
-    def __call__(self, student: Tensor, teacher: Tensor | None, which: slice, grad: Tensor | None) -> None:
-        options, backend = self.call.options, self.call.backend
-        tokens = self.call.tokens.chunk(which)
-        logits = student.unsqueeze(0)
-        second = None
-        if grad is not None and self.call.policy is not None:
-            # Before `rows.forward`, which may overwrite the logits with their gradient.
-            second = self._policy_gradient(self.call.policy, logits, which, grad)
-        if options.mode == "topk" and tokens.topk_ids is None:
-            ids = rows.support(logits, tokens.target_ids, options.topk, options.ignore_index, backend)
-            tokens = tokens._replace(topk_ids=ids)
-        found = rows.forward(
-            logits,
-            None if teacher is None else teacher.unsqueeze(0),
-            tokens,
-            options,
-            backend,
-            None if grad is None else grad.unsqueeze(0),
-        )
-        self.vectors.write(which, found)
-        if second is not None:
-            assert grad is not None
-            grad += second
-
-    def _policy_gradient(self, policy: PolicyGradient, logits: Tensor, which: slice, grad: Tensor) -> Tensor:
-        tile = self.second = torch.empty_like(grad) if self.second is None else self.second
-        second, ids = tile[: len(grad)], policy.target_ids[which]
-        options, backend = self.call.options, self.call.backend
-        stats = rows.token_forward(logits, ids, options, backend).stats
-        upstream = policy.grad_logps[which]
-        rows.token_backward(upstream, stats, logits, ids, options, backend, second.unsqueeze(0))
-        return second
 
 
 def linear_forward(
@@ -160,10 +79,12 @@ def linear_forward(
     check_values("linear_sdpo_loss", vocabulary, tokens, call.options.ignore_index)
     scale = None
     if any(needs):
-        slopes = [tokens.weights] + ([] if policy is None else [policy.grad_logps])
+        others = [tokens.ce_weights, None if policy is None else policy.grad_logps]
+        slopes = [tokens.weights, *(other for other in others if other is not None)]
         scale = gradient_scale(torch.cat(slopes), plan.operand)
     if scale is not None:
-        tokens = tokens._replace(weights=tokens.weights * scale)
+        labels = None if tokens.ce_weights is None else tokens.ce_weights * scale
+        tokens = tokens._replace(weights=tokens.weights * scale, ce_weights=labels)
         if policy is not None:
             policy = policy._replace(grad_logps=policy.grad_logps * scale)
         call = replace(call, tokens=tokens, policy=policy)
@@ -185,6 +106,9 @@ def linear_forward(
         coef = coef / scale
         grads = Gradients(*(None if grad is None else grad.div_(scale) for grad in grads))
     loss = weighted_sum(coef, vectors.per_token)
+    if call.tokens.ce_weights is not None:
+        labels = cross_entropy.cross_entropy(call.tokens.ce_weights, vectors.label_logps)
+        loss = loss + (labels if scale is None else labels / scale)
     return (loss, vectors.per_token, vectors.student_logps, vectors.teacher_logps), grads
 
 
@@ -265,8 +189,7 @@ def linear_sdpo_op(
     """What `linear_forward` gives, for compilers; an empty tensor where no gradient is needed."""
     options = LossOptions.unpacked(mode, floats, integers)
     plan = ChunkPlan.unpacked(chunk_size, dtypes)
-    teacher_hidden, teacher_weight, teacher_bias = teacher
-    call = LinearCall(Tokens(*tokens), options, plan, backend, teacher_hidden, teacher_weight, teacher_bias)
+    call = LinearCall(Tokens(*tokens), options, plan, backend, *teacher)
     found, grads = linear_forward(hidden, weight, bias, call, needed(needs))
     none = found[0].new_empty(0)
     return *found, *(none.clone() if grad is None else grad for grad in grads)
@@ -317,7 +240,7 @@ def linear_loss(
     if is_real(hidden) and is_real(weight):
         found = _LinearLoss.apply(hidden, weight, bias, call, needs)
     else:
-        teacher = [call.teacher_hidden, call.teacher_weight, call.teacher_bias]
+        teacher = [call.teacher_hidden, call.teacher_weight, call.teacher_bias, call.teacher_logits]
         found = linear_sdpo_op(
             hidden,
             weight,
@@ -341,6 +264,7 @@ def linear_sdpo_loss(
     bias: Tensor | None = None,
     teacher_weight: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
     tile_dtype: torch.dtype | None = None,
@@ -353,6 +277,9 @@ def linear_sdpo_loss(
     teacher_topk: tuple[Tensor, Tensor] | None = None,
     old_logps: Tensor | None = None,
     is_clip: float | None = None,
+    ce_weights: Tensor | None = None,
+    ce_temperature: float = 1.0,
+    vocab_size: int | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
@@ -372,7 +299,10 @@ def linear_sdpo_loss(
         target_ids: ``(...)`` integer in [0, V), or ``ignore_index``.
         teacher_weight, teacher_bias: ``(V, D_T)``, ``(V,)``; None is the student's own head
             (self-distillation): its GEMM then serves both.
+        teacher_logits: ``(..., V)`` in place of ``teacher_hidden``: the teacher's logits or log-probs over the whole
+            vocabulary, as they are (``logit_scale`` is the student's alone); not with a softcap.
         logit_scale: multiplies both heads' outputs before the softcap; > 0.
+        vocab_size: as `sdpo_loss`; cuts the rows of both heads.
         chunk_size: tokens per tile; None chooses (`ops.head.default_chunk_size`).
         tile_dtype: dtype of the logit tiles on a GPU; None is float32. bfloat16 tiles halve the
             tiles' memory and put 7% to 10% error into the gradients when teacher and student are
@@ -399,9 +329,20 @@ def linear_sdpo_loss(
     """
     name = "linear_sdpo_loss"
     student = check_hidden(name, "student_hidden", student_hidden)
-    weight, bias = gathered(weight), gathered(bias)
+    heads = {"weight": weight, "bias": bias, "teacher_weight": teacher_weight, "teacher_bias": teacher_bias}
+    weight, bias, *teacher_head = (
+        cut_vocabulary(name, argument, gathered(value), vocab_size, 0) for argument, value in heads.items()
+    )
     weight, bias = check_head_tensors(name, "weight", student, weight, bias)
-    teacher = check_teacher(name, student, weight.shape[0], teacher_hidden, teacher_weight, teacher_bias)
+    teacher = check_teacher(name, student, weight.shape[0], teacher_hidden, *teacher_head)
+    if teacher_logits is not None:
+        teacher_logits = cut_vocabulary(name, "teacher_logits", teacher_logits, vocab_size, -1)
+        given = teacher_hidden is not None
+        teacher_logits = check_teacher_logits(name, student, len(weight), teacher_logits, given, softcap)
+        if check_scale(name, logit_scale) != 1.0:
+            student, bias = student * logit_scale, None if bias is None else bias * logit_scale
+        logit_scale = 1.0
+    refuse_with_shards(name, vocab_group, ce_weights=ce_weights, teacher_logits=teacher_logits, vocab_size=vocab_size)
     shape = student.shape[:-1]
     operand, tile = choose_dtypes(student, weight, tile_dtype)
     vocabulary = weight.shape[0]
@@ -415,7 +356,7 @@ def linear_sdpo_loss(
         accumulation_dtype(student, weight),
         target_ids,
         teacher="teacher_hidden",
-        has_teacher=teacher_hidden is not None,
+        has_teacher=teacher_hidden is not None or teacher_logits is not None,
         mode=mode,
         alpha=alpha,
         topk=topk,
@@ -428,12 +369,20 @@ def linear_sdpo_loss(
         temperature=temperature,
         softcap=softcap,
         ignore_index=ignore_index,
+        ce_weights=ce_weights,
+        ce_temperature=ce_temperature,
     )
     scale = check_scale(name, logit_scale)
-    options = replace(options, temperature=options.temperature / scale, softcap=options.softcap / scale)
+    options = replace(
+        options,
+        temperature=options.temperature / scale,
+        softcap=options.softcap / scale,
+        ce_temperature=options.ce_temperature / scale,
+    )
     check_tile(name, tile_dtype, student.device)
     flat = flat_hidden(student)
     chunk = check_chunk(name, chunk_size, flat.shape[0], weight)
     backend = resolve_backend(name, backend, weight.new_empty(0, dtype=tile))
-    call = LinearCall(tokens, options, ChunkPlan(chunk, operand, tile), backend, *teacher, vocab_group=vocab_group)
+    plan = ChunkPlan(chunk, operand, tile)
+    call = LinearCall(tokens, options, plan, backend, *teacher, teacher_logits, vocab_group=vocab_group)
     return linear_loss(flat, weight, bias, call, shape)

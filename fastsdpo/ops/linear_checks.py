@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsdpo.ops.checks import FLOAT_DTYPES, check_like, check_tensor, shape_text
+from fastsdpo.ops.checks import FLOAT_DTYPES, as_rows, check_like, check_logits, check_tensor, shape_text
 from fastsdpo.ops.head import default_chunk_size, has_mixed_gemm
 
 
@@ -81,6 +81,34 @@ def check_teacher(
     if weight.shape[0] != vocabulary:
         raise ValueError(f"{name}: teacher_weight must have V = {vocabulary} rows, got {weight.shape[0]}")
     return flat_hidden(hidden), weight.detach(), None if bias is None else bias.detach()
+
+
+def check_teacher_logits(
+    name: str, student: Tensor, vocabulary: int, logits: Any, has_hidden: bool, softcap: float | None
+) -> Tensor:
+    """The teacher's logits ``[B, L, V]``, detached."""
+    if has_hidden:
+        raise ValueError(f"{name}: exactly one of teacher_hidden and teacher_logits must be given, got both")
+    if softcap is not None:
+        raise ValueError(
+            f"{name}: softcap must be None with teacher_logits, got {softcap}: it would cap them again; "
+            "give teacher_hidden, or take sdpo_loss of capped logits"
+        )
+    logits = check_logits(name, "teacher_logits", logits)
+    if logits.shape != (*student.shape[:-1], vocabulary) or logits.device != student.device:
+        wanted = shape_text((*student.shape[:-1], vocabulary))
+        raise ValueError(
+            f"{name}: teacher_logits must have shape {wanted} on {student.device}, "
+            f"got {shape_text(logits.shape)} on {logits.device}"
+        )
+    return as_rows(logits.detach())
+
+
+def refuse_with_shards(name: str, vocab_group: Any, **arguments: Any) -> None:
+    """Raises where an argument that a vocabulary-parallel head does not know is given with one."""
+    given = [argument for argument, value in arguments.items() if value is not None]
+    if vocab_group is not None and given:
+        raise ValueError(f"{name}: {given[0]} must be None with vocab_group: heads in shards do not know it")
 
 
 def check_hidden(name: str, argument: str, hidden: Any) -> Tensor:

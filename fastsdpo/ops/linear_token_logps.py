@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastsdpo.ops import rows
+from fastsdpo.ops import rows, token_terms
 from fastsdpo.ops._operators import forbid_second_derivative
 from fastsdpo.ops.backend import resolve_backend
 from fastsdpo.ops.checks import (
@@ -180,10 +180,12 @@ def linear_token_logps(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    entropy_grad: bool = False,
+    extra_ids: Tensor | None = None,
     chunk_size: int | None = None,
     tile_dtype: torch.dtype | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Log-probability of each target token from hidden states, without storing the logits.
 
         z = logit_scale * (hidden @ weight.T + bias);  then as `token_logps`
@@ -193,7 +195,7 @@ def linear_token_logps(
         weight: ``(V, D)`` the head; a DTensor is gathered.
         target_ids: ``(...)`` integer in [0, V), or ``ignore_index`` (0 and no gradient).
         bias: ``(V,)`` or None.
-        temperature, softcap, return_entropy, backend: as `token_logps`.
+        temperature, softcap, return_entropy, entropy_grad, extra_ids, backend: as `token_logps`.
         logit_scale: multiplies the head's output before the softcap; > 0.
         chunk_size: tokens per tile; None chooses (`ops.head.default_chunk_size`).
         tile_dtype: dtype of the logit tiles on a GPU; None is float32. bfloat16 tiles halve the
@@ -201,7 +203,7 @@ def linear_token_logps(
 
     Returns:
         ``(...)`` float32 (float64 for float64 inputs), differentiable in ``hidden``, ``weight``
-        and ``bias``; with ``return_entropy`` the pair ``(logps, entropy)``, in nats.
+        and ``bias``; with ``return_entropy`` and ``extra_ids`` a tuple as of `token_logps`.
 
     Raises:
         ValueError, TypeError, ImportError: as `token_logps`, by argument.
@@ -225,15 +227,14 @@ def linear_token_logps(
     chunk = check_chunk(name, chunk_size, flat.shape[0], weight)
     operand, tile = choose_dtypes(hidden, weight, tile_dtype)
     backend = resolve_backend(name, backend, weight.new_empty(0, dtype=tile))
-    logps, entropy, _ = linear_token_logps_op(
-        flat,
-        weight,
-        bias,
-        flat_ids(target_ids),
-        *LossOptions(temperature, cap, ignore_index).packed(),
-        return_entropy,
-        *ChunkPlan(chunk, operand, tile).packed(),
-        backend,
-    )
+    options = LossOptions(temperature, cap, ignore_index).packed()
+    rest = *options, return_entropy, *ChunkPlan(chunk, operand, tile).packed(), backend
+    if entropy_grad or extra_ids is not None:
+        extra = token_terms.check_extra_ids(name, extra_ids, target_ids, entropy_grad, return_entropy)
+        ids = [flat_ids(target_ids), extra]
+        logps, entropy, *_ = token_terms.linear_token_terms_op(flat, weight, bias, ids, *rest)
+        entropy = (entropy if entropy_grad else entropy.detach()) if return_entropy else None
+        return token_terms.results(logps, entropy, target_ids, extra, ignore_index)
+    logps, entropy, _ = linear_token_logps_op(flat, weight, bias, flat_ids(target_ids), *rest)
     logps = logps.view(shape)
     return (logps, entropy.detach().view(shape)) if return_entropy else logps

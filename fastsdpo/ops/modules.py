@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastsdpo.ops.divergence import SDPOLossOutput, sdpo_loss
 from fastsdpo.ops.linear import linear_sdpo_loss
 
-_TOKEN_TENSORS = ("weights", "teacher_logps", "teacher_topk", "old_logps")
+_TOKEN_TENSORS = ("weights", "teacher_logps", "teacher_topk", "old_logps", "ce_weights")
 
 
 class _Loss(nn.Module):
@@ -31,8 +31,8 @@ class SDPOLoss(_Loss):
 
     Args:
         options: the keyword arguments of `sdpo_loss` that are not tensors (``mode``, ``alpha``,
-            ``topk``, ``add_tail``, ``is_clip``, ``temperature``, ``softcap``, ``ignore_index``,
-            ``inplace_grad``, ``backend``).
+            ``topk``, ``add_tail``, ``is_clip``, ``ce_temperature``, ``vocab_size``, ``temperature``, ``softcap``,
+            ``ignore_index``, ``inplace_grad``, ``backend``).
     """
 
     def __init__(self, **options: Any):
@@ -48,6 +48,7 @@ class SDPOLoss(_Loss):
         teacher_logps: Tensor | None = None,
         teacher_topk: tuple[Tensor, Tensor] | None = None,
         old_logps: Tensor | None = None,
+        ce_weights: Tensor | None = None,
     ) -> SDPOLossOutput:
         return sdpo_loss(
             student_logits,
@@ -57,6 +58,7 @@ class SDPOLoss(_Loss):
             teacher_logps=teacher_logps,
             teacher_topk=teacher_topk,
             old_logps=old_logps,
+            ce_weights=ce_weights,
             **self.options,
         )
 
@@ -82,10 +84,12 @@ class LinearSDPOLoss(_Loss):
         bias: Tensor | None = None,
         teacher_weight: Tensor | None = None,
         teacher_bias: Tensor | None = None,
+        teacher_logits: Tensor | None = None,
         weights: Tensor | None = None,
         teacher_logps: Tensor | None = None,
         teacher_topk: tuple[Tensor, Tensor] | None = None,
         old_logps: Tensor | None = None,
+        ce_weights: Tensor | None = None,
     ) -> SDPOLossOutput:
         return linear_sdpo_loss(
             student_hidden,
@@ -95,9 +99,11 @@ class LinearSDPOLoss(_Loss):
             bias=bias,
             teacher_weight=teacher_weight,
             teacher_bias=teacher_bias,
+            teacher_logits=teacher_logits,
             weights=weights,
             teacher_logps=teacher_logps,
             teacher_topk=teacher_topk,
             old_logps=old_logps,
+            ce_weights=ce_weights,
             **self.options,
         )

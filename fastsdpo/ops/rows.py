@@ -18,7 +18,7 @@ buffer has the shape of the logits, may be the student's logits themselves, and 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -49,19 +49,20 @@ class LossOptions:
     add_tail: bool = True
     is_clip: float = 0.0  # used where there are old log-probs
     bounded_tail: bool = False  # the tail of other libraries: see `ops.bounded_tail`
+    ce_temperature: float = 1.0  # used where there are cross-entropy weights: see `ops.cross_entropy`
 
     def packed(self) -> tuple[str, list[float], list[int]]:
         """As arguments of an operator; numbers may be a compiler's symbols. `unpacked` reads them."""
         words = [self.mode]
         words += ["tail"] if self.add_tail else []
         words += ["bounded"] if self.bounded_tail else []
-        floats = [self.temperature, self.softcap, self.alpha, self.is_clip]
+        floats = [self.temperature, self.softcap, self.alpha, self.is_clip, self.ce_temperature]
         return " ".join(words), floats, [self.ignore_index, self.topk]
 
     @staticmethod
     def unpacked(words: str, floats: Sequence[float], integers: Sequence[int]) -> LossOptions:
         mode, *tail = words.split()
-        temperature, softcap, alpha, is_clip = floats
+        temperature, softcap, alpha, is_clip, ce_temperature = floats
         ignore_index, topk = integers
         return LossOptions(
             temperature=temperature,
@@ -73,6 +74,7 @@ class LossOptions:
             add_tail="tail" in tail,
             is_clip=is_clip,
             bounded_tail="bounded" in tail,
+            ce_temperature=ce_temperature,
         )
 
 
@@ -80,7 +82,8 @@ class Tokens(NamedTuple):
     """The checked per-token tensors of one loss call: ``[N]``, those of the support ``[N, K]``.
 
     ``teacher_logps`` and ``topk_logps`` replace the teacher's logits. A backend always gets ``topk_ids`` for
-    top-k. None of the tensors needs a gradient.
+    top-k. ``ce_weights`` weigh a cross entropy of the targets that is added to the loss (`ops.cross_entropy`);
+    backends do not read them. None of the tensors needs a gradient.
     """
 
     target_ids: Tensor
@@ -89,6 +92,7 @@ class Tokens(NamedTuple):
     teacher_logps: Tensor | None = None
     topk_ids: Tensor | None = None
     topk_logps: Tensor | None = None
+    ce_weights: Tensor | None = None
 
     def chunk(self, rows: slice) -> Tokens:
         """The same for some of the tokens."""
@@ -220,3 +224,19 @@ def support(logits: Tensor, target_ids: Tensor, k: int, ignore_index: int, backe
     The backend chooses among equal logits. Ignored rows may get any ids.
     """
     return implementation(backend).support(logits, target_ids, k, ignore_index)
+
+
+BLOCK = 2**22  # elements of a block
+
+
+def row_blocks(*logits: Tensor | None) -> Iterator[tuple[slice, list[Tensor | None]]]:
+    """Blocks ``[1, n, V]`` of tensors ``[B, L, V]``, with the numbers of their rows; None stays None."""
+    if all(one is None or one.is_contiguous() for one in logits):
+        logits = tuple(None if one is None else one.view(1, -1, one.shape[-1]) for one in logits)
+    (count, length, vocabulary) = next(one for one in logits if one is not None).shape
+    step = max(1, BLOCK // max(1, vocabulary))
+    for b in range(count):
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            part = [None if one is None else one[b : b + 1, start:stop] for one in logits]
+            yield slice(b * length + start, b * length + stop), part

@@ -62,8 +62,10 @@ def token_logps(
     softcap: float | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    entropy_grad: bool = False,
+    extra_ids: Tensor | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Log-probability of each target token under ``softmax(u)``, in nats.
 
     Args:
@@ -72,12 +74,15 @@ def token_logps(
         temperature: divides the (capped) logits; > 0.
         softcap: ``softcap * tanh(logits / softcap)`` first, or None.
         ignore_index: targets equal to it give 0 and no gradient, whatever their logits hold.
-        return_entropy: also return each row's entropy in nats; it carries no gradient.
+        return_entropy: also return each row's entropy in nats.
+        entropy_grad: the entropy carries a gradient too; needs ``return_entropy``.
+        extra_ids: ``(..., K)`` integer in [0, V), more tokens of each row whose log-probs are wanted, in any order
+            and more than once if need be; ``ignore_index`` gives 0.
         backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``.
 
     Returns:
-        ``(...)`` float32 (float64 for float64 logits), differentiable in ``logits``; with
-        ``return_entropy`` the pair ``(logps, entropy)``.
+        ``(...)`` float32 (float64 for float64 logits), differentiable in ``logits``; with ``return_entropy``
+        the pair ``(logps, entropy)``, with ``extra_ids`` their log-probs ``(..., K)`` as the last of a tuple.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or range, by name.
@@ -93,6 +98,14 @@ def token_logps(
     cap = check_softcap(name, softcap)
     backend = resolve_backend(name, backend, logits)
     options = LossOptions(temperature, cap, ignore_index).packed()
+    if entropy_grad or extra_ids is not None:
+        from fastsdpo.ops import token_terms
+
+        extra = token_terms.check_extra_ids(name, extra_ids, target_ids, entropy_grad, return_entropy)
+        given = as_rows(logits), flat_ids(target_ids), extra
+        logps, entropy, *_ = token_terms.token_terms_op(*given, *options, return_entropy, backend)
+        entropy = (entropy if entropy_grad else entropy.detach()) if return_entropy else None
+        return token_terms.results(logps, entropy, target_ids, extra, ignore_index)
     logps, entropy, _ = _operators.token_logps_op(
         as_rows(logits), flat_ids(target_ids), *options, return_entropy, backend
     )

@@ -5,7 +5,7 @@ import torch
 from torch.library import opcheck
 
 import fastsdpo
-from fastsdpo.ops import _operators, linear, linear_token_logps
+from fastsdpo.ops import _operators, linear, linear_token_logps, token_terms
 from fastsdpo.ops.head import ChunkPlan
 from fastsdpo.ops.rows import LossOptions, Tokens
 
@@ -30,6 +30,10 @@ def test_token_logps(backend):
     options = LossOptions(0.9, 2.0).packed()
     opcheck(_operators.token_logps_op, (z, y, *options, True, backend))
     opcheck(_operators.token_log_ratio_op, (z.detach(), t, y, *options, backend))
+    extra = torch.randint(0, 11, (6, 3))
+    opcheck(token_terms.token_terms_op, (z, y, extra, *options, True, backend))
+    h, weight, plan = torch.randn(6, 4, requires_grad=True), torch.randn(11, 4), (4, "torch.float32 torch.float32")
+    opcheck(token_terms.linear_token_terms_op, (h, weight, None, [y, extra], *options, True, *plan, backend))
 
 
 def test_losses(backend):
@@ -41,6 +45,7 @@ def test_losses(backend):
         opcheck(_operators.sdpo_op, (z, teacher, list(tokens), *packed, backend))
 
     check(t, Tokens(y, w, old), is_clip=2.0)
+    check(t, Tokens(y, w, ce_weights=w), ce_temperature=2.0)
     check(None, Tokens(y, w, teacher_logps=torch.randn(6)))
     for alpha in (0.0, 0.5, 1.0):
         check(t, Tokens(y, w), mode="full", alpha=alpha)
@@ -61,7 +66,7 @@ def test_losses_from_hidden_states(backend):
     options = LossOptions(mode="full", alpha=0.5).packed()
     # Its backward overwrites what forward stored, so a check that runs backward twice cannot pass.
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    teacher, tokens = [t, None, None], list(Tokens(y, w))
+    teacher, tokens = [t, None, None, None], list(Tokens(y, w, ce_weights=w))
     arguments = (h, weight, bias, teacher, tokens, *options, *plan, [True] * 3, backend)
     opcheck(linear.linear_sdpo_op, arguments, test_utils=checks)
     arguments = (h, weight, bias, y, *LossOptions().packed(), True, *plan, backend)

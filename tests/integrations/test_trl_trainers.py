@@ -1,0 +1,345 @@
+"""TRL's other trainers that distil, patched against unpatched: losses, metrics and every gradient of five steps."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers.trainer_utils import set_seed
+
+from fastsdpo.integrations.generalized_jsd import adapt
+from fastsdpo.integrations.trl import patch_trl
+from tests.integrations.conftest import make_tokenizer
+
+PROMPTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9", "w10"]
+ANSWERS = ["w20 w21 w22", "w23", "w24 w25", "w26 w27 w28 w29 w30"]
+SETTINGS = {
+    "learning_rate": 0.05,
+    "optim": "sgd",  # a step in proportion to the gradient: rounding stays rounding
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 2,
+    "gradient_checkpointing": False,
+    "logging_steps": 1,
+    "max_steps": 5,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "seed": 3,
+    "disable_tqdm": True,
+}
+
+
+class Gradients(TrainerCallback):
+    """Every parameter's gradient before each step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.steps.append({n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def tokenizer_of(folder):
+    return PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
+
+
+def conversations():
+    rows = zip(PROMPTS, ANSWERS)
+    return Dataset.from_dict(
+        {"messages": [[{"role": "user", "content": p}, {"role": "assistant", "content": a}] for p, a in rows]}
+    )
+
+
+def sdft(student, teacher, output, **options):
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    data = Dataset.from_dict({"prompt": PROMPTS, "privileged_context": ["w11 w12", "w13", "w14 w15", "w17"]})
+    args = SDFTConfig(output_dir=output, max_completion_length=6, num_generations=2, **SETTINGS, **options)
+    return SDFTTrainer(model=student, args=args, train_dataset=data, processing_class=tokenizer_of(student))
+
+
+def gkd(student, teacher, output, **options):
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    args = GKDConfig(output_dir=output, max_new_tokens=6, max_length=64, **SETTINGS, **options)
+    pair = {"model": AutoModelForCausalLM.from_pretrained(student), "teacher_model": teacher}
+    return GKDTrainer(**pair, args=args, train_dataset=conversations(), processing_class=tokenizer_of(student))
+
+
+def byte_level_tokenizer():
+    """GOLD wants one whose offsets are bytes: a token per character of the prompts."""
+    special = ["<pad>", "<end>", "<user>", "<assistant>", "<system>", "<unk>"]
+    vocabulary = {token: number for number, token in enumerate([*special, *"w0123456789\u0120"])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    names = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **names)
+    tokenizer.chat_template = make_tokenizer().chat_template
+    return tokenizer
+
+
+def gold(student, teacher, output, **options):
+    from trl.experimental.gold import GOLDConfig, GOLDTrainer
+
+    args = GOLDConfig(output_dir=output, max_completion_length=6, max_length=64, **SETTINGS, **options)
+    pair = {"model": AutoModelForCausalLM.from_pretrained(student), "teacher_model": teacher}
+    return GOLDTrainer(**pair, args=args, train_dataset=conversations(), processing_class=byte_level_tokenizer())
+
+
+def iw_opd(student, teacher, output, **options):
+    from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
+
+    args = IWOPDConfig(output_dir=output, max_completion_length=6, max_length=64, **SETTINGS, **options)
+    pair = {"model": student, "teacher_model": teacher}
+    return IWOPDTrainer(**pair, args=args, train_dataset=conversations(), processing_class=tokenizer_of(student))
+
+
+TOPK = {"distillation_mode": "topk_logits", "distillation_topk": 7}
+JSD = {"distillation_objective": "jsd", "lmbda": 0.5}
+RUNS = {
+    "sdft-topk": (sdft, {**TOPK, "temperature": 0.8, "num_loss_tokens_to_skip": 1}),
+    "sdft-full-ema": (sdft, {"distillation_mode": "full_logits", "teacher_model_kind": "ema", "num_iterations": 2}),
+    "gkd": (gkd, {"beta": 0.5, "lmbda": 0.5, "gradient_accumulation_steps": 2}),
+    "gkd-forward": (gkd, {"beta": 0.0, "lmbda": 0.0}),
+    "gold": (gold, {"beta": 0.3, "lmbda": 0.5, "temperature": 0.8}),
+    "gold-reverse": (gold, {"beta": 1.0, "lmbda": 0.0}),
+    "iw-opd": (iw_opd, {"temperature": 0.8, "gradient_accumulation_steps": 2}),
+    "iw-opd-jsd": (iw_opd, {**JSD, "beta": 0.5, "loss_top_k": 0}),
+    "iw-opd-top1": (iw_opd, {**JSD, "beta": 0.5, "loss_top_k": 1, "reverse_kl_top_1_mode": "argmax"}),
+    "iw-opd-top4-union": (iw_opd, {**JSD, "beta": 0.5, "loss_top_k": 4}),
+    "iw-opd-top4-forward": (iw_opd, {**JSD, "beta": 0.0, "loss_top_k": 4, "loss_add_tail": False}),
+}
+
+
+def run(trainer):
+    recorded = Gradients()
+    trainer.add_callback(recorded)
+    set_seed(7)
+    trainer.train()
+    kept = ("loss", "grad_norm", "jsd", "entropy", "teacher_entropy")
+    logs = [
+        {k: v for k, v in entry.items() if k in kept or k.startswith(("iw_opd/", "self_dist", "teacher_jsd"))}
+        for entry in trainer.state.log_history
+    ]
+    return logs, recorded.steps
+
+
+def assert_same(found, wanted):
+    (logs, steps), (want_logs, want_steps) = found, wanted
+    assert len(steps) == len(want_steps) == 5
+    assert any(entry.get("loss", 0) != 0 for entry in want_logs)
+    for got, want in zip(logs, want_logs, strict=True):
+        assert got == pytest.approx(want, rel=5e-5, abs=5e-6, nan_ok=True)
+    for got, want in zip(steps, want_steps):
+        assert got.keys() == want.keys() and any(grad.any() for grad in want.values())
+        for name, grad in want.items():
+            limit = 5e-5 * grad.abs().max().item() + 1e-7
+            torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=limit, msg=name)
+
+
+SOONER = ("sdft-topk", "gkd", "gold", "iw-opd-jsd")
+
+
+@pytest.mark.parametrize("name", [n if n in SOONER else pytest.param(n, marks=pytest.mark.slow) for n in RUNS])
+def test_five_steps(name, llama_folder, qwen2_folder, tmp_path):
+    """From hidden states: the student's head never runs. The teacher is another model with a head of its own."""
+    make, options = RUNS[name]
+    wanted = run(make(llama_folder, qwen2_folder, str(tmp_path), **options))
+    with patch_trl("hidden"):
+        assert_same(run(make(llama_folder, qwen2_folder, str(tmp_path), **options)), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sdft-topk", "gkd", "gold", "iw-opd-jsd", "iw-opd-top4-forward"])
+def test_five_steps_from_logits(name, llama_folder, qwen2_folder, tmp_path):
+    make, options = RUNS[name]
+    wanted = run(make(llama_folder, qwen2_folder, str(tmp_path), **options))
+    with patch_trl("logits"):
+        assert_same(run(make(llama_folder, qwen2_folder, str(tmp_path), **options)), wanted)
+
+
+# ----------------------------------------------------------------- teachers behind servers
+
+
+@pytest.fixture
+def served(qwen2_folder):
+    """The teacher as an HTTP server with the replies of `vllm serve` to ``prompt_logprobs``; its URL."""
+    model = AutoModelForCausalLM.from_pretrained(qwen2_folder).eval()
+
+    def score(ids, k):
+        with torch.no_grad():
+            logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        entries = [None]
+        for position, token in enumerate(ids[1:]):
+            best = logps[position].topk(k)
+            row = {int(i): {"logprob": float(p), "rank": n + 1} for n, (p, i) in enumerate(zip(*best))}
+            rank = int((logps[position] > logps[position, token]).sum()) + 1
+            row.setdefault(token, {"logprob": float(logps[position, token]), "rank": rank})
+            entries.append(row)
+        return entries
+
+    class Handler(BaseHTTPRequestHandler):
+        def reply(self, body):
+            data = json.dumps(body).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self):
+            self.reply({"data": [{"id": "teacher", "max_model_len": 256}]})
+
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert asked["temperature"] == 1.0
+            self.reply({"choices": [{"prompt_logprobs": score(s, asked["prompt_logprobs"])} for s in asked["prompt"]]})
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", score
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beta": 0.5},
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ({"beta": 0.0, "loss_top_k": 5}, {"beta": 1.0})),
+    ],
+)
+def test_server_distillation(options, served, llama_folder, tmp_path, monkeypatch):
+    """TRL's client only looks whether vLLM is installed; it talks HTTP."""
+    from trl.experimental.server_distillation import ServerDistillationConfig, ServerDistillationTrainer
+
+    monkeypatch.setattr("trl.generation.vllm_client.is_vllm_available", lambda *args, **kwargs: True)
+
+    def make():
+        given = {**SETTINGS, **options, "max_completion_length": 6, "teacher_model_server_url": served[0]}
+        return ServerDistillationTrainer(
+            model=llama_folder,
+            args=ServerDistillationConfig(output_dir=str(tmp_path), **given),
+            train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+            processing_class=tokenizer_of(llama_folder),
+        )
+
+    wanted = run(make())
+    with patch_trl("hidden"):
+        assert_same(run(make()), wanted)
+
+
+class Rollouts:
+    """TRL's `RolloutWorkerProtocol`: answers that exist, scored by the served teacher."""
+
+    def __init__(self, score, width):
+        from trl.experimental.async_distillation.async_rollout_worker import RolloutSample
+
+        self.rollout_buffer, self.metrics_queue = queue.Queue(), queue.Queue()
+        draw, samples = np.random.default_rng(0), []
+        for number in range(4):
+            ids = draw.integers(6, 60, 9 + number % 4)
+            top, logps = np.full((len(ids), width + 1), -1), np.full((len(ids), width + 1), -np.inf, np.float32)
+            for position, entry in enumerate(score(ids.tolist(), width)):
+                for place, (token, found) in enumerate((entry or {}).items()):
+                    top[position, place], logps[position, place] = token, found["logprob"]
+            top[5] = -1  # nothing came back for this token
+            mask = (np.arange(len(ids)) >= 4).astype(np.int64)
+            fields = {"input_ids": ids, "completion_mask": mask, "teacher_topk_ids": top, "metrics": {}}
+            fields |= {"teacher_topk_logprobs": logps, "model_version": 0, "prompt_id": number, "prompt": []}
+            teacher = f"teacher{number % 2}"
+            samples.append(RolloutSample(**fields, completion=[], teacher_id=teacher))
+        for sample in samples * 30:  # more than five steps take: batches are fetched ahead
+            self.rollout_buffer.put(sample)
+
+    def start(self):
+        pass
+
+    def stop(self):
+        pass
+
+    def update_model_version(self, version):
+        pass
+
+    def check_health(self, stale_after_s):
+        assert not self.rollout_buffer.empty()
+
+
+MODULE = "trl.experimental.async_distillation.async_distillation_trainer"
+
+
+class NoTransfer:
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize(
+    ("beta", "tail"), [(0.0, True), *(pytest.param(*v, marks=pytest.mark.slow) for v in ((0.5, False), (1.0, True)))]
+)
+def test_asynchronous_distillation(beta, tail, served, llama_folder, tmp_path, monkeypatch):
+    """Of TRL only the name of the GPU, for its share of peak FLOP/s, is not there on a CPU."""
+    from trl.experimental.async_distillation import AsyncDistillationConfig, AsyncDistillationTrainer
+
+    monkeypatch.setattr(f"{MODULE}.get_peak_flops_per_device", lambda *args: 1e12)
+
+    def make():
+        urls = {"teacher0": served[0], "teacher1": served[0]}
+        given = {**SETTINGS, "beta": beta, "add_tail_bucket": tail, "teacher_top_k": 5, "teacher_server_urls": urls}
+        given |= {"model_init_kwargs": {"attn_implementation": "sdpa", "dtype": "float32"}, "max_staleness": 100}
+        given |= {"vllm_server_base_url": served[0], "token_budget": 26}
+        return AsyncDistillationTrainer(
+            model=llama_folder,
+            args=AsyncDistillationConfig(output_dir=str(tmp_path), **given),
+            train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+            processing_class=tokenizer_of(llama_folder),
+            rollout_worker=Rollouts(served[1], 5),
+            weight_transfer=NoTransfer(),
+        )
+
+    wanted = run(make())
+    with patch_trl():
+        assert_same(run(make()), wanted)
+
+
+# ----------------------------------------------------------------------- the adapter by itself
+
+
+@pytest.mark.parametrize("which", ["gkd.gkd_trainer:GKDTrainer", "gold.gold_trainer:GOLDTrainer"])
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "sum"}, {"reduction": "mean"}, {"reduction": "none"}, {"num_items_in_batch": 7}]
+)
+def test_the_adapter_in_every_reduction(which, labelled, options):
+    import importlib
+
+    module, name = which.split(":")
+    theirs = getattr(importlib.import_module(f"trl.experimental.{module}"), name).generalized_jsd_loss
+    student, teacher = torch.randn(2, 5, 33), torch.randn(2, 5, 33)
+    labels = torch.tensor([[-100, 1, 2, 3, -100], [-100, -100, 1, 1, 1]]) if labelled else None
+    for beta in (0.0, 0.3, 1.0):
+        found = []
+        for function in (theirs, adapt(theirs)):
+            leaf = student.clone().requires_grad_()
+            loss = function(leaf, teacher, labels, beta, 1.7, **options)
+            loss.sum().backward()
+            found.append((loss.detach(), leaf.grad))
+        for want, got in zip(*found):
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
+    with pytest.raises(TypeError, match="adapt: the function must have the arguments"):
+        adapt(lambda student, teacher: None)
