@@ -2,16 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP := $(BIN)/python -W "ignore:Editable installation" -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard kernels/cpu/*)
 # Two test processes, one thread each, on the two cores that the suite is sized for.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help demo docs personalization test test-python test-slow distributed fuzz soak compatibility lint types format bench compile-matrix ptx native-sanitize gpu clean
+.PHONY: help demo docs evidence liger-tests test test-python test-slow distributed fuzz soak compatibility lint types format bench compile-matrix ptx native-sanitize gpu clean
 
 help:
 	@echo "make demo       real conversations -> trained SmolLM2-135M-Instruct, before and after (CPU)"
-	@echo "make personalization   a user's wish learned online, one seed (CPU; SEEDS=\"1 2 3\" for more)"
+	@echo "make evidence   does it learn, against controls, by seeds: hours; goes on where it was stopped"
+	@echo "make liger-tests CHECKOUT=FOLDER   Liger-Kernel's own tests over our losses"
 	@echo "make test       the test suite (under 15 minutes on 2 cores)"
 	@echo "make test-slow  the long tests"
 	@echo "make test-python   the test suite without the native kernels, on the last commit"
@@ -49,10 +50,14 @@ $(VENV)/.dev: $(VENV)/.demo
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
-# Goes on where it was stopped; delete personalization/ to start anew.
-SEEDS := 1
-personalization: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.personalization.experiment --output personalization --seeds $(SEEDS)
+# Hours; what is in the results file is not run again, and an interrupted run goes on. The cheapest first:
+# ARGS='--only personal control "paper, our rate"'
+SEEDS := 1 2 3
+MACHINE := intel
+evidence: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.personalization.experiment --machine $(MACHINE) --seeds 1 --only personal control
+	$(BIN)/python -m benchmarks.personalization.experiment --machine $(MACHINE) --headroom
+	$(BIN)/python -m benchmarks.personalization.experiment --machine $(MACHINE) --seeds $(SEEDS) $(ARGS)
 
 # The compiled Triton kernels are executed by tests/ptx. Triton's interpreter, which stands for AMD's path, runs
 # in processes of its own (it is chosen at import): a sample here, all of it in test-slow.
@@ -86,6 +91,10 @@ distributed: $(VENV)/.dev
 	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation --no-deps -c constraints.txt deepspeed
 	$(PYTEST) -m "slow or not slow" tests/trainer/test_launched.py tests/trainer/test_deepspeed.py \
 		tests/trainer/test_deepspeed_loop.py tests/trainer/test_quantized.py tests/trainer/test_launch_refusals.py
+
+# Liger-Kernel's own tests of its distillation losses, with ours in their place.
+liger-tests: $(VENV)/.dev
+	$(BIN)/python -m tests.integrations.liger $(CHECKOUT)
 
 MINUTES := 10
 soak: $(VENV)/.dev
@@ -141,4 +150,4 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i kernels/cpu/*.cpp kernels/cpu/*.h
 
 clean:
-	rm -rf build dist *.egg-info demo_output personalization .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info demo_output .pytest_cache .ruff_cache

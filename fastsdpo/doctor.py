@@ -17,7 +17,7 @@ import fastsdpo
 from fastsdpo.ops.backend import resolve_backend, triton_interpreted
 from fastsdpo.testing import assert_gradient_close, make_rows, oracle_sdpo_loss, round_interpreted_bfloat16
 
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "flash-attn", "liger-kernel", "trl")
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "liger-kernel", "trl")
 TRAINING = ("transformers", "accelerate", "peft")  # what the commands need beyond torch
 DTYPES = ("bfloat16", "float16", "float32")
 LOSSES: dict[str, dict[str, Any]] = {
