@@ -18,6 +18,8 @@ GONE = {
     "fastsdpo.data.load_conversations": {"position"},
     "fastsdpo.load_conversations": {"position"},
     "fastsdpo.data.LoadReport": {"position"},
+    # What is said where no other follow-up is found: one of three questions, the nearest in length.
+    "fastsdpo.signal.choose_unrelated": {"default"},
     # The command, which `fastsdpo signal` still is, and the picture that it no longer draws.
     "fastsdpo.signal.main": None,
     "fastsdpo.signal.render_png": None,

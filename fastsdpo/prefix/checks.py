@@ -118,6 +118,8 @@ def check_sharing(model: nn.Module, *, attention: str = "auto") -> tuple[bool, s
         # Models that do not know the keyword or read the mask; backends that cannot compile; modules that return
         # something else. Named refusals speak for themselves.
         named = isinstance(error, NotImplementedError)
+        if isinstance(error, RuntimeError) and not named and attention != "auto":
+            raise  # a backend that is asked for by name runs or raises
         first = (str(error).splitlines() or [""])[0]
         return False, str(error) if named else f"{type(error).__name__}: {first}"
     mixture = any(

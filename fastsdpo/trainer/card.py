@@ -107,7 +107,7 @@ def _measures(history: list[dict[str, Any]]) -> str:
         return "Nothing was measured: there was no held-out data, or no measurement yet."
     (first, before), (last, after) = at[0], at[-1]
     lines = [f"| held out | step {first} | step {last} |", "| --- | --- | --- |"]
-    for name in after:
+    for name in sorted(after):  # a state that was read from a file has lost their order
         values = [found.get(name) for found in (before, after)]
         if all(isinstance(value, (int, float)) for value in values):
             lines.append(f"| {name.removeprefix('eval_')} | {values[0]:.4f} | {values[1]:.4f} |")

@@ -132,9 +132,12 @@ class TestEvalAfter:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            ("--eval-after 2030-01-01", "eval_after must leave conversations on both sides, got 0 of 4 from then on"),
+            (
+                "--eval-after 2030-01-01",
+                "--eval-after must leave conversations on both sides, got 0 of 4 from then on",
+            ),
             ("--eval-after 2000-01-01", "on both sides, got 4 of 4"),
-            ("--eval-after soon", "eval_after: a time must be an ISO date or seconds since 1970, got 'soon'"),
+            ("--eval-after soon", "--eval-after: a time must be an ISO date or seconds since 1970, got 'soon'"),
             ("--eval-after 2023-01-01 --eval-fraction 0.1", "by eval_fraction or by eval_after, got both"),
         ],
     )
@@ -145,7 +148,7 @@ class TestEvalAfter:
     def test_a_filter_names_its_option(self, capsys):
         with pytest.raises(SystemExit):
             main(["in.jsonl", "-o", "out.jsonl", "--after", "soon"])
-        assert "argument --after: a time must be an ISO date" in capsys.readouterr().err
+        assert "--after: a time must be an ISO date" in capsys.readouterr().err
 
 
 def test_the_layout_of_trl(prepared):
@@ -161,4 +164,4 @@ def test_the_layout_of_trl(prepared):
         in prepared(RECORDS, "--layout", "trl", "--keep", "images").error
     )
     two = [{**done.rows[0], "completion": done.rows[0]["completion"] * 2}]
-    assert "completion" in json.dumps(prepared(two, "--overwrite").report["problems"])
+    assert "completion" in prepared(two, "--overwrite").table

@@ -26,7 +26,7 @@ WORLD = 2
 @pytest.mark.parametrize("wrapper", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 @pytest.mark.parametrize("name", ["llama", pytest.param("qwen3_5_text", marks=pytest.mark.slow)])
 def test_two_processes(tmp_path, name, wrapper):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     common = [str(tmp_path / "store"), name, wrapper]
     commands = [[sys.executable, __file__, str(rank), *common] for rank in range(WORLD)]

@@ -172,7 +172,7 @@ def test_a_read_only_output_is_reported_before_any_work(name, runner, commands, 
     argv[argv.index("-o") + 1] = "out/out.jsonl" if name == "prepare" else "out"
     ended = mounted(runner(tmp_path, argv, disk={"size": 2**20, "read_only": True}))
     assert ended.status == 1, ended.log
-    assert "Read-only file system" in ended.log
+    assert "read-only file system" in ended.log.lower()
     assert "Traceback" not in ended.log
     assert "step 1/" not in ended.log
 

@@ -197,7 +197,7 @@ def test_the_command_walks_a_model_without_weights(tmp_path, lab, capsys, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "model"], "nothing is written"
     with pytest.raises(SystemExit):
         main([word for word in command if word != "--dry-run"])
-    assert "required: -o/--output" in capsys.readouterr().err
+    assert "missing: -o/--output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -225,8 +225,10 @@ def test_large_models_are_checkpointed_on_gpus(tmp_path, lab, capsys, monkeypatc
         ("--strategy fsdp", "--strategy must be given with --dry-run"),
     ],
 )
-def test_mistakes_are_said(capsys, more, message):
-    assert main(["data.jsonl", "--model", "/nowhere", "-o", "run", *more.split()]) == 1
+def test_mistakes_are_said(tmp_path, capsys, more, message):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "w1", "completion": "w2", "user_response": "w3"}\n')
+    command = [str(tmp_path / "data.jsonl"), "--model", str(tmp_path), "-o", str(tmp_path / "run")]
+    assert main([*command, *more.split()]) == 1
     assert message in capsys.readouterr().err
 
 
