@@ -1,7 +1,6 @@
 """What records say beside their messages: `--keep`, filters by mark, model and time, and `--eval-after`."""
 
 import datetime
-import json
 
 import pytest
 

@@ -225,8 +225,8 @@ def test_large_models_are_checkpointed_on_gpus(tmp_path, lab, capsys, monkeypatc
         ("--strategy fsdp", "--strategy must be given with --dry-run"),
     ],
 )
-def test_mistakes_are_said(tmp_path, capsys, more, message):
-    (tmp_path / "data.jsonl").write_text('{"prompt": "w1", "completion": "w2", "user_response": "w3"}\n')
+def test_mistakes_are_said(tmp_path, lab, capsys, more, message):
+    lab.write_rows(tmp_path / "data.jsonl", lab.make_interactions(1))
     command = [str(tmp_path / "data.jsonl"), "--model", str(tmp_path), "-o", str(tmp_path / "run")]
     assert main([*command, *more.split()]) == 1
     assert message in capsys.readouterr().err
