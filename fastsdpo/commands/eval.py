@@ -24,7 +24,8 @@ With --benchmark the prompts are a benchmark's file, and --base may be left out:
     fastsdpo eval alpaca_eval.json --benchmark alpaca-eval --model runs/brief/model -o answers.json
 
 ifeval checks the answers here (pip install 'fastsdpo[ifeval]'): strict and loose, by prompt and by
-instruction, with standard errors. alpaca-eval and arena-hard write the answers to --output, as their own judges read them.
+instruction, with standard errors. alpaca-eval and arena-hard write the answers to --output, as their own
+judges read them.
 
 Exit status: 0 done; 1 an input or model cannot be used; 2 wrong options.
 """
@@ -88,7 +89,7 @@ def build_parser() -> Parser:
         "--judge-prompt",
         default=None,
         metavar="FILE",
-        help="the judge's wording: a text with {history}, {first} and {second}, and {persona} where it is wanted; what "
+        help="the judge's wording: a text with {history}, {first}, {second} and, where it is wanted, {persona}; what "
         "stands before a line of three dashes is the system prompt. The judge answers A, B or C",
     )
     parser.add_argument(

@@ -142,7 +142,7 @@ def model_source(options: argparse.Namespace) -> dict[str, Any]:
 
 PRESET_HELP = (
     "exact (default): reverse KL, summed over the whole vocabulary; paper: the published recipe, which is another "
-    "objective (docs/objectives.md)"
+    "objective (docs/objectives.md); paper-later: that of the code published later, the top 20 tokens and the rest"
 )
 GROUPS = {
     "method": "method",

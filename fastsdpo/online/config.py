@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastsdpo.trainer.config import SDPOConfig
-from fastsdpo.trainer.presets import with_preset
+from fastsdpo.trainer.presets import LATER, with_preset
 
 # The published online recipe of https://arxiv.org/abs/2603.12273.
 PAPER: dict[str, Any] = {
@@ -30,7 +30,10 @@ PAPER: dict[str, Any] = {
 # paper's runs have (docs/objectives.md).
 EXACT: dict[str, Any] = {"mode": "full", "alpha": 1.0}
 
-PRESETS = {"paper": PAPER, "exact": EXACT}
+# What the code published later has; how many steps it takes on each interaction is not known to us.
+LATER_ONLINE: dict[str, Any] = {**LATER, "template": "online-v1", "sampling_temperature": 1.0, "updates_per_batch": 4}
+
+PRESETS = {"paper": PAPER, "exact": EXACT, "paper-later": LATER_ONLINE}
 
 
 @dataclass
@@ -164,12 +167,14 @@ class OnlineSDPOConfig(SDPOConfig):
             name: "exact" (the reverse KL, summed over the whole vocabulary; another objective than
                 the paper's runs, see docs/objectives.md) or "paper" (the published online recipe:
                 sampled token, PPO clip 0.2, mean-centered advantages, learning rate 5e-6, constant,
-                16 prompts a step over all processes).
+                16 prompts a step over all processes) or "paper-later" (that of the code published
+                later: reverse KL over the top 20 and the rest, one interaction a batch, several
+                steps on it, learning rate 5e-6; give it a LoRA of rank 256).
             settings: as for `SDPOConfig.preset`.
         """
         if name not in PRESETS:
             raise ValueError(f"OnlineSDPOConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        return cls(**with_preset(PRESETS[name], settings, bf16=name == "paper"))
+        return cls(**with_preset(PRESETS[name], settings, bf16=name.startswith("paper")))
 
     @property
     def needs_reference(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 PERSONAS = {
-    "no-emojis": "You want answers without emojis and without icons. Everything else about an answer is fine with you.",
+    "no-emojis": "You want answers without emojis and icons. Everything else about an answer is fine with you.",
     "no-filler-praise": (
         "You want answers that begin with what was asked for and end there. Praise at the start ('Great question!') "
         "and closing phrases at the end ('I hope this helps!') bother you."

@@ -162,9 +162,10 @@ class UserWording(NamedTuple):
         return cls(system.strip(), turn.strip())
 
 
-def persona_messages(persona: str, prompt: Messages, response: str, wording: UserWording = UserWording()) -> Messages:
+def persona_messages(persona: str, prompt: Messages, response: str, wording: UserWording | None = None) -> Messages:
     """What a language model that plays the user is asked: persona, conversation, answer."""
     history = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    wording = wording or UserWording()
     places = {"persona": persona, "history": history, "response": response}
 
     def filled(text: str) -> str:

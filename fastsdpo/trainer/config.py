@@ -167,13 +167,14 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
                 objective than the paper's runs, see docs/objectives.md) or "paper" (the published
                 offline recipe: sampled token, live teacher, the first two tokens left out, learning
                 rate 2e-6 with a cosine schedule, 32 interactions a step over all processes, gradient
-                clip 10; bf16 autocast where there is a GPU).
+                clip 10; bf16 autocast where there is a GPU) or "paper-later" (the objective and steps of
+                the code published later: top 20 and the rest, one interaction a step, 5e-6).
             settings: a batch of one's own (``per_device_train_batch_size`` or
                 ``gradient_accumulation_steps``) replaces the preset's ``global_batch_size``.
         """
         if name not in PRESETS:
             raise ValueError(f"SDPOConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        return cls(**with_preset(PRESETS[name], settings, bf16=name == "paper"))
+        return cls(**with_preset(PRESETS[name], settings, bf16=name.startswith("paper")))
 
     def tokenizer_options(self) -> dict[str, Any]:
         """The keyword arguments of `fastsdpo.data.InteractionTokenizer`."""
