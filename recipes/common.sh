@@ -34,8 +34,8 @@ launch() {
   local count=${GPUS:-$([ -n "$TINY" ] && echo 1 || nvidia-smi --list-gpus | wc -l)}
   if [ "$count" -le 1 ]; then
     fastsdpo "$@"
-  else # weights, gradients and moments are split over the GPUs
-    "$PYTHON" -m torch.distributed.run --nproc-per-node "$count" -m fastsdpo "$@" --set fsdp=full_shard
+  else
+    "$PYTHON" -m torch.distributed.run --nproc-per-node "$count" -m fastsdpo "$@"
   fi
 }
 
