@@ -126,7 +126,7 @@ def test_steps_of_the_published_presets(preset, lab, tmp_path):
             wanted = torch.cat([p.grad.flatten() for p in model.parameters()])
             error = (torch.cat([g.flatten() for g in found]) - wanted).norm() / wanted.norm()
             compared.append(float(error))
-            assert float(sum(part for _, part in seen)) == pytest.approx(float(loss), rel=1e-5, abs=1e-6)
+            assert float(sum(part for _, part in seen)) == pytest.approx(float(loss.detach()), rel=1e-5, abs=1e-6)
             for parameter, gradient in zip(model.parameters(), found):
                 parameter.grad = gradient
             seen.clear()
