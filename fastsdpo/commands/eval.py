@@ -36,6 +36,7 @@ from fastsdpo.commands.parser import Parser
 from fastsdpo.commands.users import add_chat_model_options, chat_model
 from fastsdpo.modeling import check_name, load_model_and_tokenizer
 from fastsdpo.online.degeneration import degenerate
+from fastsdpo.online.personas import read_persona
 from fastsdpo.online.prompts import PromptDataset
 from fastsdpo.online.rules import Rule, parse_rule
 from fastsdpo.online.users import LocalChat
@@ -139,7 +140,7 @@ def with_system(prompts: list[list[dict]], system: str | None) -> list[list[dict
     """The prompts behind a system prompt, in the place of one that they have."""
     if system is None:
         return prompts
-    first = {"role": "system", "content": read_text(system)}
+    first = {"role": "system", "content": read_persona(system)}
     return [[first, *(m for m in prompt if m["role"] != "system")] for prompt in prompts]
 
 
@@ -165,7 +166,7 @@ def compare(options: argparse.Namespace) -> int:
     if judged == bool(options.rule):
         raise ValueError("name either --rule, or a judge with --judge-url or --judge-local")
     rules = [parse_rule(text) for text in options.rule]
-    persona = read_text(options.persona)
+    persona = read_persona(options.persona)
     system = None if options.system is None else read_text(options.system)
     prompts = PromptDataset.from_source(options.prompts, "prompts", system).prompts[: options.limit]
     models = [options.model] if options.checkpoints is None else checkpoints(options.checkpoints)

@@ -12,9 +12,9 @@ reacts to each answer, and the model learns from the reactions. The user is one 
                                    --user-local for a model on this machine
     --terminal                     you
 
-With --then-rule the wishes change after --flip-at interactions. --preset personal is the recipe that was
-measured to learn one user's wish (docs/online.md); it trains a LoRA adapter of rank 16 where --lora says nothing
-else. A run leaves in the output folder:
+With --then-rule or --then-persona the wishes change after --flip-at interactions. --preset personal is the recipe
+that was measured to learn one user's wish (docs/online.md); it trains a LoRA adapter of rank 16 where --lora says
+nothing else. A run leaves in the output folder:
 ``model/``, ``checkpoint-*/``, ``interactions.jsonl`` (which `fastsdpo train` can read),
 ``eval_answers.jsonl`` (held-out answers) and ``report.json``. Every setting without a flag is a field
 of `OnlineSDPOConfig`: ``--set name=value``.

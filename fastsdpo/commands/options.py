@@ -143,7 +143,8 @@ def model_source(options: argparse.Namespace) -> dict[str, Any]:
 
 PRESET_HELP = (
     "full (default): match the hindsight policy, by the reverse KL over the whole vocabulary; paper: the published "
-    "recipe, own-answer hindsight, which is another objective (docs/objectives.md)"
+    "recipe, own-answer hindsight, which is another objective (docs/objectives.md); "
+    "paper-later: that of the code published later, the top 20 tokens and the rest"
 )
 GROUPS = {
     "method": "method",

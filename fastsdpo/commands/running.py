@@ -31,6 +31,7 @@ FUNCTIONS = re.compile(
 # Arguments of those functions that have another name than their option.
 ARGUMENTS = {"name": "model", "train_dataset": "data", "eval_dataset": "eval_data", "config": "subset"}
 EXTRAS = {"openai": "online", "langdetect": "online", "bitsandbytes": "quantize", "deepspeed": "deepspeed"}
+EXTRAS |= {"if_verifiable": "ifeval", "nltk": "ifeval"}
 
 
 def run_command(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from fastsdpo.commands.options import DONE, add_model_source_options, model_source, run_command
 from fastsdpo.commands.parser import Parser
+from fastsdpo.commands.signal_cases import signal_cases
 from fastsdpo.data import HindsightTemplate, Interaction, extract_interactions, load_conversations
 from fastsdpo.data.templates import AUTO, PRESETS, choose_template
 from fastsdpo.signal.compute import NEUTRAL_FOLLOWUP, SignalResult, choose_unrelated, compute_signal, neutral_followup
@@ -76,6 +77,7 @@ def build_parser() -> Parser:
 
     output = parser.add_argument_group("output")
     output.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained page")
+    output.add_argument("--heatmap", metavar="FILE", type=Path, help="of --cases: a PNG with a strip for each")
     output.add_argument("--json", metavar="FILE", type=Path, help="write all numbers")
     output.add_argument("--values", action="store_true", help="print the numbers of every token")
     output.add_argument("--scale", type=float, metavar="NATS", help="log-ratio at which colours saturate (default 3)")
@@ -96,6 +98,13 @@ def _add_source(source: argparse._ArgumentGroup) -> None:
         nargs="?",
         help="conversations or interactions, in any layout that `fastsdpo prepare` reads; "
         "'-' reads JSON or JSON Lines from standard input",
+    )
+    source.add_argument(
+        "--cases",
+        metavar="FILE",
+        type=Path,
+        help="many cases with one model load: JSON with 'raw_prompt', 'followup_message' and 'unrelated_followup'; "
+        "the model writes the answers",
     )
     source.add_argument("--index", type=int, help="number of the interaction in the source, from 0 (default: 0)")
     source.add_argument("--id", help="id of the interaction, or of a conversation (its first interaction)")
@@ -124,12 +133,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     _check_options(parser, options)
-    return run_command(parser, signal, options)
+    return run_command(parser, signal if options.cases is None else signal_cases, options)
 
 
 def _check_options(parser: Parser, options: argparse.Namespace) -> None:
-    if (options.source is None) == (options.prompt is None):
-        parser.error("give either a source or --prompt")
+    if [options.source, options.prompt, options.cases].count(None) != 2:
+        parser.error("give either a source or --prompt, or --cases")
+    one = ("completion", "system", "followup", "unrelated", "index", "id", "html")
+    if options.cases is not None and any(getattr(options, name) is not None for name in one):
+        parser.error(f"--cases goes without {', '.join(f'--{name}' for name in one)}")
+    if options.heatmap is not None and options.cases is None:
+        parser.error("--heatmap needs --cases")
     if options.prompt is not None and options.followup is None:
         parser.error("--prompt needs --followup")
     if options.source is not None and (options.completion is not None or options.system is not None):
@@ -146,7 +160,7 @@ def _check_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error(f"--temperature must be positive, got {options.temperature}")
     if options.scale is not None and not 0 < options.scale < float("inf"):
         parser.error(f"--scale must be positive, got {options.scale}")
-    for name in ("html", "json"):
+    for name in ("html", "json", "heatmap"):
         path = getattr(options, name)
         # Before minutes are spent on a model.
         if path is not None and (path.is_dir() or not path.parent.is_dir()):

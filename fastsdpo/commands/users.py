@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastsdpo.commands.options import read_text
 from fastsdpo.online.endpoint import ChatEndpoint
+from fastsdpo.online.personas import PERSONAS, read_persona
 from fastsdpo.online.users import (
     EndpointUser,
     LocalChat,
@@ -15,7 +15,10 @@ from fastsdpo.online.users import (
     TerminalUser,
     UnrelatedUser,
     UserSimulator,
+    UserWording,
 )
+
+PERSONA_HELP = f"who the user is and what they want; @FILE reads it; by name: {', '.join(PERSONAS)}"
 
 
 def add_user_options(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +37,12 @@ def add_user_options(parser: argparse.ArgumentParser) -> None:
         "--praise", default=None, metavar="TEXT", help="what the user says where none is (default: nothing)"
     )
     user.add_argument(
-        "--flip-at", type=int, default=None, metavar="N", help="from this interaction on: --then-rule, --then-wish"
+        "--flip-at",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="from this interaction on: --then-rule, --then-wish or --then-persona; again, for a third persona",
     )
     user.add_argument(
         "--then-rule", action="append", default=[], metavar="NAME=VALUE", help="a wish from --flip-at on"
@@ -43,7 +51,19 @@ def add_user_options(parser: argparse.ArgumentParser) -> None:
         "--then-wish", default=None, metavar="TEXT", help="what the user says then (default: the rules' own)"
     )
     user.add_argument(
-        "--persona", default=None, metavar="TEXT", help="who the user is and what they want; @FILE reads it"
+        "--then-persona",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="who the user is from --flip-at on; once for each --flip-at",
+    )
+    user.add_argument("--persona", default=None, metavar="TEXT", help=PERSONA_HELP)
+    user.add_argument(
+        "--user-prompt",
+        default=None,
+        metavar="FILE",
+        help="how the language model that plays the user is asked: a text with {history} and {response}; what stands "
+        "before a line of three dashes is the system prompt, with {persona}",
     )
     add_chat_model_options(user, "user")
     user.add_argument(
@@ -82,6 +102,8 @@ USER_OPTIONS = (
     "then_rule",
     "then_wish",
     "persona",
+    "then_persona",
+    "user_prompt",
     "user_url",
     "user_model",
     "user_local",
@@ -110,27 +132,37 @@ def make_user(options: argparse.Namespace) -> UserSimulator:
     if sum(named.values()) != 1:
         chosen = [name for name, given in named.items() if given]
         raise ValueError(f"name one user: {', '.join(named)}; got {' and '.join(chosen) or 'none'}")
-    flips = options.flip_at is not None
-    if flips != bool(options.then_rule or options.then_wish):
-        raise ValueError("--flip-at needs --then-rule or --then-wish, and they need --flip-at")
-    if flips and not (options.rule or options.wish):
-        raise ValueError("--flip-at needs a user of rules (--rule)")
+    thens = bool(options.then_rule or options.then_wish) or len(options.then_persona)
+    if len(options.flip_at) != thens:
+        raise ValueError(
+            "--flip-at needs --then-rule, --then-wish or one --then-persona for each, and they need --flip-at"
+        )
+    if options.then_persona and (options.persona is None or options.then_rule or options.then_wish):
+        raise ValueError("--then-persona goes with --persona, and without --then-rule and --then-wish")
+    if options.flip_at and not (options.rule or options.wish or options.then_persona):
+        raise ValueError("--flip-at needs a user of rules (--rule), or --persona with --then-persona")
+    starts = [0, *options.flip_at]
+    if starts != sorted(set(starts)):
+        raise ValueError(f"--flip-at must be at least 1 and ascend, got {' '.join(map(str, options.flip_at))}")
+    if options.user_prompt is not None and options.persona is None:
+        raise ValueError("--user-prompt needs --persona")
     if options.control and not options.rule:
         raise ValueError("--control needs a user of rules (--rule)")
     if options.terminal:
         return TerminalUser()
     if options.persona is not None:
-        return EndpointUser(chat_model(options, "user"), read_text(options.persona))
+        personas = [read_persona(text) for text in (options.persona, *options.then_persona)]
+        wording = UserWording.read(options.user_prompt)
+        endpoint = chat_model(options, "user")
+        users = [EndpointUser(endpoint, persona, wording) for persona in personas]
+        return users[0] if len(users) == 1 else SwitchingUser(list(zip(starts, users)))
     first: Any = RuleUser(options.rule, wish=options.wish, praise=options.praise)
-    if options.control:
-        first = UnrelatedUser(first)
-    if not flips:
+    first = UnrelatedUser(first) if options.control else first
+    if not options.flip_at:
         return first
-    if options.flip_at < 1:
-        raise ValueError(f"--flip-at must be at least 1, got {options.flip_at}")
     then: Any = RuleUser(options.then_rule, wish=options.then_wish, praise=options.praise)
     then = UnrelatedUser(then) if options.control else then
-    return SwitchingUser([(0, first), (options.flip_at, then)])
+    return SwitchingUser([(0, first), (options.flip_at[0], then)])
 
 
 def chat_model(options: argparse.Namespace, role: str, **settings: Any) -> ChatEndpoint | LocalChat:

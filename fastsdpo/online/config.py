@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastsdpo.trainer.config import SDPOConfig
-from fastsdpo.trainer.presets import with_preset
+from fastsdpo.trainer.presets import LATER, with_preset
 
 # The published online recipe of https://arxiv.org/abs/2603.12273.
 PAPER: dict[str, Any] = {
@@ -51,7 +51,10 @@ PERSONAL: dict[str, Any] = {
 }
 PERSONAL_LORA = 16
 
-PRESETS = {"paper": PAPER, "full": FULL, "personal": PERSONAL}
+# What the code published later has; how many steps it takes on each interaction is not known to us.
+LATER_ONLINE: dict[str, Any] = {**LATER, "template": "online-v1", "sampling_temperature": 1.0, "updates_per_batch": 4}
+
+PRESETS = {"paper": PAPER, "full": FULL, "personal": PERSONAL, "paper-later": LATER_ONLINE}
 
 
 @dataclass
@@ -194,8 +197,10 @@ class OnlineSDPOConfig(SDPOConfig):
                 another objective than the paper's runs, see docs/objectives.md) or "paper" (the
                 published online recipe, own-answer hindsight:
                 sampled token, PPO clip 0.2, mean-centered advantages, learning rate 5e-6, constant,
-                16 prompts a step over all processes) or "personal" (ours, for one user's wish: the
-                reverse KL to a frozen teacher with guidance 2, for a LoRA adapter of rank 16).
+                16 prompts a step over all processes), "personal" (ours, for one user's wish: the
+                reverse KL to a frozen teacher with guidance 2, for a LoRA adapter of rank 16) or
+                "paper-later" (that of the code published later: reverse KL over the top 20 and the rest, one
+                interaction a batch, several steps on it, learning rate 5e-6; give it a LoRA of rank 256).
             settings: as for `SDPOConfig.preset`.
         """
         if name not in PRESETS:

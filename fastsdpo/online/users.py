@@ -9,9 +9,11 @@ A user is anything with ``feedback(prompts, responses) -> list[str]``. It may al
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from fastsdpo.data.interactions import is_blank
 from fastsdpo.online.endpoint import ChatEndpoint
@@ -162,8 +164,11 @@ class SwitchingUser:
     def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
         return self.current.feedback(prompts, responses)
 
-    def satisfied(self, prompts: list[Messages], responses: list[str]) -> list[bool]:
-        return self.current.satisfied(prompts, responses)
+    def __getattr__(self, name: str) -> Any:
+        # Only a user of rules knows whether it is satisfied; one that is asked through an endpoint counts failures.
+        if name not in ("satisfied", "failures"):
+            raise AttributeError(name)
+        return getattr(self.__dict__["current"], name)
 
 
 PERSONA_SYSTEM = (
@@ -174,13 +179,41 @@ PERSONA_SYSTEM = (
 PERSONA_TURN = "{history}\n\nassistant: {response}\n\nThe user's next message:"
 
 
-def persona_messages(persona: str, prompt: Messages, response: str) -> Messages:
+class UserWording(NamedTuple):
+    """What a language model that plays a user is asked: the system prompt with {persona}, and the turn."""
+
+    system: str = PERSONA_SYSTEM
+    turn: str = PERSONA_TURN
+
+    @classmethod
+    def read(cls, path: str | None) -> UserWording:
+        """From a file, whose text before a line ``---`` is the system prompt; None: ours.
+
+        Raises:
+            ValueError: a place for the persona, the conversation or the answer is missing.
+        """
+        if path is None:
+            return cls()
+        parts = re.split(r"(?m)^---\s*$", Path(path).read_text("utf-8-sig"), maxsplit=1)
+        system, turn = parts if len(parts) == 2 else ("{persona}", parts[0])
+        missing = [place for place in ("{history}", "{response}") if place not in turn]
+        missing += [] if "{persona}" in system + turn else ["{persona}"]
+        if missing:
+            raise ValueError(f"{path}: must contain {' and '.join(missing)}")
+        return cls(system.strip(), turn.strip())
+
+
+def persona_messages(persona: str, prompt: Messages, response: str, wording: UserWording | None = None) -> Messages:
     """What a language model that plays the user is asked: persona, conversation, answer."""
     history = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-    return [
-        {"role": "system", "content": PERSONA_SYSTEM.replace("{persona}", persona)},
-        {"role": "user", "content": PERSONA_TURN.replace("{history}", history).replace("{response}", response)},
-    ]
+    wording = wording or UserWording()
+    places = {"persona": persona, "history": history, "response": response}
+
+    def filled(text: str) -> str:
+        return re.sub(r"\{(persona|history|response)\}", lambda found: places[found[1]], text)
+
+    start = [{"role": "system", "content": filled(wording.system)}] if wording.system else []
+    return [*start, {"role": "user", "content": filled(wording.turn)}]
 
 
 class LocalChat:
@@ -240,12 +273,14 @@ class EndpointUser:
     Args:
         endpoint: where to ask, a `ChatEndpoint` or a `LocalChat`.
         persona: who the user is and what they want.
+        wording: how it is asked; None: ours.
     """
 
-    def __init__(self, endpoint: ChatEndpoint | LocalChat, persona: str):
+    def __init__(self, endpoint: ChatEndpoint | LocalChat, persona: str, wording: UserWording | None = None):
         if is_blank(persona):
             raise ValueError("EndpointUser: persona must not be blank")
         self.endpoint, self.persona = endpoint, persona
+        self.wording = wording or UserWording()
 
     @property
     def failures(self) -> dict[str, int]:
@@ -253,7 +288,7 @@ class EndpointUser:
         return dict(getattr(self.endpoint, "failures", {}))
 
     def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
-        asked = [persona_messages(self.persona, p, r) for p, r in zip(prompts, responses)]
+        asked = [persona_messages(self.persona, p, r, self.wording) for p, r in zip(prompts, responses)]
         return [text or "" for text in self.endpoint.replies(asked)]
 
 

@@ -178,9 +178,11 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
 
         Args:
             name: "full" (the defaults: matches the hindsight policy by the reverse KL over the whole vocabulary;
-                another objective than the paper's runs, see docs/objectives.md) or "paper" (the published offline
+                another objective than the paper's runs, see docs/objectives.md), "paper" (the published offline
                 recipe, own-answer hindsight: sampled token, live teacher, the first two tokens left out, learning
-                rate 2e-6, cosine, 32 interactions a step, gradient clip 10).
+                rate 2e-6, cosine, 32 interactions a step, gradient clip 10) or
+                "paper-later" (the objective and steps of the code published later: top 20 and the rest, one
+                interaction a step, 5e-6).
             settings: a batch of one's own (``per_device_train_batch_size`` or
                 ``gradient_accumulation_steps``) replaces the preset's ``global_batch_size``.
         """

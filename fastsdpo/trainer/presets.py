@@ -37,7 +37,29 @@ PAPER: dict[str, Any] = {
 # objective than the paper's runs have (docs/objectives.md).
 FULL: dict[str, Any] = {"mode": "full", "alpha": 1.0}
 
-PRESETS = {"paper": PAPER, "full": FULL}
+# What the code published later takes for online training: the reverse KL over the student's 20 likeliest tokens
+# and a bucket for the rest, one interaction a step. It trains LoRA of rank 256 (--lora 256 --lora-alpha 512).
+LATER: dict[str, Any] = {
+    "mode": "topk",
+    "topk": 20,
+    "add_tail": True,
+    "alpha": 1.0,
+    "teacher": "live",
+    "normalization": "sequence",
+    "learning_rate": 5e-6,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "adam_epsilon": 1e-6,
+    "global_batch_size": 1,
+    "per_device_train_batch_size": 1,
+    "max_grad_norm": 1.0,
+}
+
+# The same objective and steps on logged interactions, tokenized as for the published offline recipe.
+TEXT = ("template", "max_prompt_length", "max_completion_length", "truncation", "end_of_turn", "allow_special_tokens")
+LATER_OFFLINE = {**LATER, **{name: PAPER[name] for name in TEXT}, "group_by_conversation": False}
+
+PRESETS = {"paper": PAPER, "full": FULL, "paper-later": LATER_OFFLINE}
 
 
 def with_preset(preset: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from fastsdpo.data import InteractionTokenizer
+from fastsdpo.data import HindsightTemplate, InteractionTokenizer
 from fastsdpo.online import (
     ConstantUser,
     RuleUser,
     SwitchingUser,
     degenerate,
 )
+from fastsdpo.online.config import PRESETS
 from fastsdpo.online.rules import parse_rule
 from fastsdpo.trainer.loss import ppo_token_loss
 
@@ -58,6 +59,83 @@ def test_clipped_loss_and_gradient(center):
             exact[t] = -weights[t] * ratio * advantage
     torch.testing.assert_close(out.loss.double(), torch.as_tensor(loss), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(leaf.grad.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["paper", "paper-later"])
+def test_steps_of_the_published_presets(preset, lab, tmp_path):
+    """Gradients of 4 steps by two padded passes: x and (x, o) from the chat template, then y as it was sampled.
+
+    paper: -A ratio, with A centered over each answer, at ratio 1. paper-later: the reverse KL over the student's 20
+    likeliest tokens and one bucket for the rest, with the teacher as it is after the step before.
+    """
+    changes = {"template": "online-v1", "learning_rate": 1e-3, "max_steps": 4, "max_new_tokens": 8}
+    chosen = {"paper": PRESETS["paper"], "paper-later": {**PRESETS["paper-later"], "updates_per_batch": 2}}[preset]
+    # An own batch size, as a user gives it: 2 x 2 answers a step.
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "global_batch_size": None}
+    trainer = lab.trainer(tmp_path, **{**chosen, **changes, **(sizes if preset == "paper" else {})})
+    tokenizer, model, seen, compared = lab.tokenizer(), trainer.model, [], []
+    step = trainer.training_step
+
+    def recorded(model, inputs, count=None):
+        seen.append((inputs["interactions"], step(model, inputs, count)))
+        return seen[-1][1]
+
+    def context(messages):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def logps(contexts, answers):
+        rows = [c + y for c, y in zip(contexts, answers)]
+        ids = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
+        mask = torch.arange(ids.shape[1])[None] < torch.tensor([len(row) for row in rows])[:, None]
+        scores = model(input_ids=ids, attention_mask=mask.long()).logits.log_softmax(-1)
+        return [one[len(c) - 1 : len(c) + len(y) - 1] for one, c, y in zip(scores, contexts, answers)]
+
+    def answer_loss(student, teacher, answer):
+        if preset == "paper":
+            s, t = (part.gather(-1, torch.tensor(answer)[:, None])[:, 0] for part in (student, teacher))
+            advantage = (t - s).detach()
+            return -((advantage - advantage.mean()) * (s - s.detach()).exp()).mean()
+        top = student.detach().topk(20).indices
+        kept = [part.gather(-1, top) for part in (student, teacher)]
+        s, t = (torch.cat([part, (1 - part.exp().sum(-1, keepdim=True)).log()], -1) for part in kept)
+        return (s.exp() * (s - t)).sum(-1).mean()
+
+    class Compare(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            found = [p.grad.clone() for p in model.parameters()]
+            items = [item for batch, _ in seen for item in batch]
+            rows = {
+                row["id"]: row for row in map(json.loads, (tmp_path / "interactions.jsonl").read_text().splitlines())
+            }
+            own = [rows[item.id] for item in items]
+            answers = [item.completion_ids for item in items]
+            told = HindsightTemplate.preset("online-v1").text
+            xs = [context(row["prompt"]) for row in own]
+            xos = [
+                context([{**m, "content": m["content"] + told.replace("{o}", row["user_response"]["content"])}])
+                for row in own
+                for m in row["prompt"]
+            ]
+            student = logps(xs, answers)
+            with torch.no_grad():
+                teacher = logps(xos, answers)
+            model.zero_grad()
+            loss = torch.stack([answer_loss(*parts) for parts in zip(student, teacher, answers)]).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            wanted = torch.cat([p.grad.flatten() for p in model.parameters()])
+            error = (torch.cat([g.flatten() for g in found]) - wanted).norm() / wanted.norm()
+            compared.append(float(error))
+            assert float(sum(part for _, part in seen)) == pytest.approx(float(loss.detach()), rel=1e-5, abs=1e-6)
+            for parameter, gradient in zip(model.parameters(), found):
+                parameter.grad = gradient
+            seen.clear()
+
+    trainer.training_step = recorded
+    trainer.add_callback(Compare())
+    trainer.train()
+    assert len(compared) == 4 and max(compared) < 3e-5, compared
 
 
 def test_at_sampling_time_the_ratio_is_one():

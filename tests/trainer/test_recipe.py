@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import fastsdpo
 from fastsdpo.data import HindsightTemplate
@@ -105,6 +106,63 @@ def test_the_paper_preset_is_the_published_computation(tmp_path, lab, tokenizer)
     wanted = {n: p.grad for n, p in model.named_parameters()}
     assert loss == pytest.approx(float(wanted_loss.detach()), rel=1e-5)
     assert_close(found, wanted, 1e-5)
+
+
+def test_four_steps_of_the_paper_preset_are_the_published_ones(tmp_path, lab, tokenizer):
+    """16 interactions, 4 steps of 2 x 2: loss, clipped gradient and weights of each step, by a loop written out.
+
+    AdamW without decay, 5% of the steps (one) of warm-up from 0, then half a cosine, the norm clipped at 10.
+    """
+    interactions = lab.make_interactions(8, turns=2)
+    limit = {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 2}  # so that weights move
+    args = fastsdpo.SDPOConfig.preset(
+        "paper",
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        teacher_check=0,
+        dataloader_pin_memory=False,
+        gradient_accumulation_steps=2,
+        **limit,
+    )
+    model = lab.make_model()
+    plain = lab.make_model()
+    trainer = fastsdpo.SDPOTrainer(model=model, args=args, train_dataset=interactions, processing_class=tokenizer)
+    order, losses, gradients, weights = [], [], [], []
+    step = trainer.training_step
+
+    def recorded(model, inputs, count=None):
+        order.append([item.id for item in inputs["interactions"]])
+        losses.append(step(model, inputs, count))
+        return losses[-1]
+
+    class Record(TrainerCallback):
+        def on_pre_optimizer_step(self, *_, **__):
+            gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+
+        def on_optimizer_step(self, *_, **__):
+            weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    trainer.training_step = recorded
+    trainer.add_callback(Record())
+    trainer.train()
+    assert [len(batch) for batch in order] == [2] * 8 and len(gradients) == 4
+
+    by_id = {item.id: item for item in interactions}
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
+    for number, rate in enumerate((0.0, 1.0, 0.75, 0.25)):  # (1 + cos(pi t / 3)) / 2
+        wanted_loss = published_loss(plain, tokenizer, [by_id[i] for batch in order[2 * number :][:2] for i in batch])
+        optimizer.zero_grad()
+        wanted_loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 10.0)
+        optimizer.param_groups[0]["lr"] = 1e-3 * rate
+        found_loss = float(sum(losses[2 * number :][:2]))
+        assert found_loss == pytest.approx(float(wanted_loss.detach()), rel=1e-5, abs=1e-6)
+        assert_close(gradients[number], {n: p.grad for n, p in plain.named_parameters()}, 3e-5)
+        optimizer.step()
+        assert_close(weights[number], {n: p.detach() for n, p in plain.named_parameters()}, 1e-5)
+    assert lab.largest_difference(weights[0], weights[-1]) > 1e-4
 
 
 # -------------------------------------------------------------------- what must not change it
