@@ -61,5 +61,4 @@ def test_a_recipe_runs(name, folder, tmp_path):  # noqa: F811
         assert answer["uid"] == "u1" and answer["messages"][1]["role"] == "assistant"
         assert json.loads((tmp_path / "alpaca_eval.json").read_text())[0]["generator"] == "mine"
     if name == "sequence":
-        users = [json.loads(line) for line in (tmp_path / "run/interactions.jsonl").open()]
-        assert users
+        assert json.loads((tmp_path / "run/interactions.jsonl").read_text().splitlines()[0])["user_response"]
