@@ -107,9 +107,9 @@ def test_resumed_equals_uninterrupted(tmp_path, lab, teacher, stop_at):
     "settings",
     [
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
-        {"teacher": "frozen"},
+        pytest.param({"teacher": "frozen"}, marks=pytest.mark.slow),
         {"teacher": "trust_region", "reference_kl": 0.1},
-        {"teacher": "ema", "lora": True},
+        pytest.param({"teacher": "ema", "lora": True}, marks=pytest.mark.slow),
         {"teacher": "frozen", "lora": True},
     ],
 )
