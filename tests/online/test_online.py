@@ -95,7 +95,8 @@ def test_steps_of_the_published_presets(preset, lab, tmp_path):
         if preset == "paper":
             s, t = (part.gather(-1, torch.tensor(answer)[:, None])[:, 0] for part in (student, teacher))
             advantage = (t - s).detach()
-            return -((advantage - advantage.mean()) * (s - s.detach()).exp()).mean()
+            centered = -((advantage - advantage.mean()) * (s - s.detach()).exp()).mean()
+            return centered - centered.detach() - advantage.mean()  # the value that is logged is not centered
         top = student.detach().topk(20).indices
         kept = [part.gather(-1, top) for part in (student, teacher)]
         s, t = (torch.cat([part, (1 - part.exp().sum(-1, keepdim=True)).log()], -1) for part in kept)
