@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from benchmarks.conversations import random_llama
+from fastsdpo.integrations.sdpo_fork import self_distillation_loss
 from fastsdpo.integrations.transformers import fused_logps
-from fastsdpo.integrations.verl import self_distillation_loss
 from fastsdpo.prefix import HeadParameters
 
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
 """fastsdpo as the loss of other trainers; each module needs its own package, so import it by name.
 
-``fastsdpo.integrations.trl``, ``.verl``, ``.transformers``, ``.vllm``.
+``fastsdpo.integrations.trl``, ``.verl``, ``.sdpo_fork``, ``.transformers``, ``.vllm``.
 """

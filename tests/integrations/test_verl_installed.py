@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastsdpo.integrations import sdpo_fork
 from fastsdpo.integrations import verl as integration
 
 PROMPTS, ANSWERS = [2, 4, 3], [5, 1, 3]
 MASKS = [[1, 1, 0, 0, 1], [1], [1, 1, 1]]  # a tool wrote two tokens of the first answer
-AGGREGATIONS = (*integration.AGGREGATIONS, "token-sum")
+AGGREGATIONS = (*sdpo_fork.AGGREGATIONS, "token-sum")
 NAME = integration.LOSS_NAME
 
 
@@ -264,4 +265,4 @@ def test_registered_twice(verl):
 
 def test_not_the_fork(verl):
     with pytest.raises(ImportError, match="has no compute_self_distillation_loss"):
-        integration.patch_sdpo_fork()
+        sdpo_fork.patch_sdpo_fork()

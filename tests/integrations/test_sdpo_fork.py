@@ -9,11 +9,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from fastsdpo.integrations import verl
+from fastsdpo.integrations import sdpo_fork
 from fastsdpo.prefix import HeadParameters
 
 B, T, V, D, K = 3, 5, 23, 8, 4
-AGGREGATIONS = verl.AGGREGATIONS
+AGGREGATIONS = sdpo_fork.AGGREGATIONS
 
 
 def settings(**changes):
@@ -124,7 +124,7 @@ def from_states(given, config, aggregation, hidden, source="hidden"):
     if source == "logits":
         rows, head = [logits(h, given) for h in rows], None
     more = {"head": head, "temperature": given.temperature, **options(given, config, aggregation)}
-    return verl.self_distillation_loss(*rows, given.ids, given.mask, config, **more)
+    return sdpo_fork.self_distillation_loss(*rows, given.ids, given.mask, config, **more)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -156,7 +156,7 @@ def test_with_the_forks_signature(form, name, aggregation, given):
         tensors["teacher_topk_log_probs"] = t.gather(-1, support)
     elif config.full_logit_distillation:
         tensors["student_all_log_probs"], tensors["teacher_all_log_probs"] = everything
-    loss, metrics = verl.compute_self_distillation_loss(
+    loss, metrics = sdpo_fork.compute_self_distillation_loss(
         s.gather(-1, given.ids[..., None])[..., 0],
         t.gather(-1, given.ids[..., None])[..., 0],
         given.mask,
@@ -209,20 +209,18 @@ def test_errors(given):
     values = torch.zeros(B, T)
     for config, message in ERRORS:
         with pytest.raises(ValueError, match=message):
-            verl.compute_self_distillation_loss(values, values, given.mask, config)
+            sdpo_fork.compute_self_distillation_loss(values, values, given.mask, config)
     with pytest.raises(ValueError, match="loss_agg_mode must be one of"):
-        verl.compute_self_distillation_loss(values, values, given.mask, CONFIGS["sampled"], loss_agg_mode="mean")
+        sdpo_fork.compute_self_distillation_loss(values, values, given.mask, CONFIGS["sampled"], loss_agg_mode="mean")
     with pytest.raises(ValueError, match="self_distillation_loss: old_log_probs must be given"):
-        verl.self_distillation_loss(given.student, given.teacher, given.ids, given.mask, settings(is_clip=2.0))
+        sdpo_fork.self_distillation_loss(given.student, given.teacher, given.ids, given.mask, settings(is_clip=2.0))
 
 
 def test_without_verl(monkeypatch):
-    for name in ("verl", "verl.trainer.distillation.losses", "verl.trainer.ppo.core_algos"):
+    for name in ("verl", "verl.trainer.ppo.core_algos"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"verl\.trainer\.distillation \(0\.8 or newer\)"):
-        verl.register_distillation_loss()
     with pytest.raises(ImportError, match=r"github\.com/lasgroup/SDPO"):
-        verl.patch_sdpo_fork()
+        sdpo_fork.patch_sdpo_fork()
 
 
 def test_patched_fork(monkeypatch):
@@ -231,14 +229,14 @@ def test_patched_fork(monkeypatch):
     def original(*arguments):
         raise AssertionError
 
-    original.__signature__ = inspect.signature(verl.compute_self_distillation_loss)
+    original.__signature__ = inspect.signature(sdpo_fork.compute_self_distillation_loss)
     modules = [ModuleType(name) for name in ("verl.trainer.ppo.core_algos", "verl.workers.actor.dp_actor")]
     for module in modules:
         module.compute_self_distillation_loss = original
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    with verl.patch_sdpo_fork():
+    with sdpo_fork.patch_sdpo_fork():
         for module in modules:
-            assert module.compute_self_distillation_loss is verl.compute_self_distillation_loss
+            assert module.compute_self_distillation_loss is sdpo_fork.compute_self_distillation_loss
     assert all(module.compute_self_distillation_loss is original for module in modules)
 
     def other(student_log_probs, teacher_log_probs, ref_all_log_probs):
@@ -246,9 +244,9 @@ def test_patched_fork(monkeypatch):
 
     modules[1].compute_self_distillation_loss = other
     with pytest.raises(ImportError, match=r"dp_actor\.compute_.*\(.*, ref_all_log_probs\), not"):
-        verl.patch_sdpo_fork()
+        sdpo_fork.patch_sdpo_fork()
     assert modules[0].compute_self_distillation_loss is original
     assert modules[1].compute_self_distillation_loss is other
     del modules[0].compute_self_distillation_loss
     with pytest.raises(ImportError, match="has no compute_self_distillation_loss"):
-        verl.patch_sdpo_fork()
+        sdpo_fork.patch_sdpo_fork()
