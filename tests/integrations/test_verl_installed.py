@@ -1,9 +1,15 @@
-"""The registered loss inside the installed verl: its configuration, its batches, its loss function."""
+"""The losses inside the installed verl: its configuration, its batches, its loss function, its engine."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +17,8 @@ import torch
 
 from fastsdpo.integrations import sdpo_fork
 from fastsdpo.integrations import verl as integration
+from fastsdpo.integrations.verl_self_teacher import use_self_teacher
+from tests.integrations import verl_on_cpu as lab
 
 PROMPTS, ANSWERS = [2, 4, 3], [5, 1, 3]
 MASKS = [[1, 1, 0, 0, 1], [1], [1, 1, 1]]  # a tool wrote two tokens of the first answer
@@ -22,6 +30,7 @@ NAME = integration.LOSS_NAME
 def verl():
     """What is used of verl; imported here because that takes seconds."""
     pytest.importorskip("verl", reason="needs verl: see docs/integrations/verl.md for the install")
+    lab.use_cpu()
     from omegaconf import OmegaConf
     from tensordict import TensorDict
     from verl.trainer.distillation import losses
@@ -47,6 +56,7 @@ def verl():
     yield SimpleNamespace(
         settings=settings,
         actor=actor,
+        losses=losses,
         loss=losses.distillation_ppo_loss,
         TensorDict=TensorDict,
         DistillationConfig=DistillationConfig,
@@ -60,8 +70,7 @@ def verl():
         del registry[NAME]
 
 
-def nested(rows):
-    return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
+nested = lab.nested
 
 
 @pytest.fixture
@@ -266,3 +275,153 @@ def test_registered_twice(verl):
 def test_not_the_fork(verl):
     with pytest.raises(ImportError, match="has no compute_self_distillation_loss"):
         sdpo_fork.patch_sdpo_fork()
+
+
+# ---- inside verl's FSDP engine: the batch and the definition are those of `verl_on_cpu` ----
+
+
+@pytest.fixture(scope="module")
+def engine(verl, qwen2_folder):
+    with pytest.MonkeyPatch.context() as patch:
+        from transformers.integrations import flash_attention
+
+        # verl replaces it for the process
+        patch.setattr(flash_attention, "_flash_attention_forward", flash_attention._flash_attention_forward)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # engines for which packages are missing
+            importlib.import_module("verl.workers.engine.fsdp.transformer_impl")
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            yield lab.make_engine(qwen2_folder)
+        finally:
+            torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", lab.OBJECTIVES)
+def test_self_teacher(verl, engine, qwen2_folder, name):
+    """Values and gradients of a plain model, once packed and once padded."""
+    objective = lab.OBJECTIVES[name]
+    want = lab.defined(qwen2_folder, **objective)
+    with use_self_teacher(**objective):
+        for packed, teacher in ((True, "column"), (False, "agent loop")):
+            data = lab.make_batch(use_remove_padding=packed, teacher=teacher)
+            found = lab.run(engine, data, lab.actor_loss())
+            lab.assert_same(found, want)
+            # 6 of the 9 tokens that count, in two micro-batches
+            assert found[2]["distillation/teacher_fraction"].aggregate() == pytest.approx(6 / 9)
+    assert engine.module.training
+
+
+def answers_of(folder, temperature):
+    """Float32 log-probs of the answers' tokens."""
+    student = lab.logits_of(folder)[1]
+    rows = [(z.detach() / temperature).log_softmax(-1) for z in student]
+    return [row[range(len(ids)), ids].float() for row, ids in zip(rows, lab.ANSWERS)]
+
+
+def test_self_teacher_as_a_penalty_of_the_policy_loss(verl, engine, qwen2_folder):
+    """With answers of the present policy its gradient is that of the plain loss."""
+    columns = {"old_log_probs": answers_of(qwen2_folder, lab.TEMPERATURE)}
+    columns["advantages"] = [torch.zeros(len(ids)) for ids in lab.ANSWERS]
+    with use_self_teacher("sampled_token", use_policy_gradient=True, use_task_rewards=True):
+        found = lab.run(engine, lab.make_batch(**columns), lab.actor_loss())
+    want = lab.defined(qwen2_folder, "sampled_token")
+    lab.assert_same((want[0], found[1]), want)
+
+
+def test_self_teacher_with_bound_and_rollout_correction(verl, engine, qwen2_folder):
+    factors = [[0.5 + 0.3 * i for i in range(len(ids))] for ids in lab.ANSWERS]
+    want = lab.defined(qwen2_folder, "full", factors=factors, bound=1.0)
+    assert 0.1 < want[0] < 0.99 * lab.defined(qwen2_folder, "full", factors=factors)[0]
+    with use_self_teacher("full", loss_max_clamp=1.0):
+        found = lab.run(engine, lab.make_batch(rollout_is_weights=factors), lab.actor_loss())
+    lab.assert_same(found, want)
+    assert 0 < found[2]["distillation/clamped_fraction"].aggregate() < 6 / 9
+
+
+def test_topk_of_a_server(verl, engine, qwen2_folder):
+    """The divergences of `register_distillation_loss`; verl's own goes its own way."""
+    torch.manual_seed(3)
+    logits = [torch.randn(len(prompt + ids), 63) for prompt, ids in zip(lab.PROMPTS, lab.ANSWERS)]
+    best = [row.log_softmax(-1).topk(lab.TOPK) for row in logits]
+    served = {"teacher_ids": [b.indices.int() for b in best], "teacher_logprobs": [b.values for b in best]}
+    rows = [slice(len(prompt) - 1, -1) for prompt in lab.PROMPTS]
+    given = {"teacher": [lab.TEMPERATURE * z[r] for z, r in zip(logits, rows)], "mode": "topk"}
+    given["support"] = [b.indices[r] for b, r in zip(best, rows)]
+
+    def found(loss_mode):
+        data = lab.make_batch(teacher=None, **served)
+        verl.assign(data, distillation_use_topk=True, distillation_only=True)
+        config = verl.settings(loss_mode, use_task_rewards=False, topk=lab.TOPK)
+        return lab.run(engine, data, functools.partial(verl.loss, verl.actor(), config))
+
+    before = found("forward_kl_topk")
+    cases = {"tail": {"alpha": 0.0}, "renormalized": {"alpha": 0.4, "add_tail": False}}
+    try:
+        for name, options in cases.items():
+            integration.register_distillation_loss(name, mode="topk", **options)
+            lab.assert_same(found(name), lab.defined(qwen2_folder, **given, **options))
+        after = found("forward_kl_topk")
+    finally:
+        for registry in (verl.losses.DISTILLATION_LOSS_REGISTRY, verl.losses.DISTILLATION_SETTINGS_REGISTRY):
+            [registry.pop(name, None) for name in cases]
+    assert before[0] == after[0] != 0
+    assert all(torch.equal(grad, after[1][name]) for name, grad in before[1].items())
+
+
+REFUSED = {
+    "policy gradient": ({"use_policy_gradient": True}, {}, ValueError, "use_policy_gradient must be False for a div"),
+    "no support": ({"mode": "topk"}, {}, ValueError, "topk must be given"),
+    "mode": ({"mode": "all"}, {}, ValueError, "mode must be one of"),
+    "alpha": ({"alpha": 2.0}, {}, ValueError, "alpha must lie in"),
+    "bound": ({"loss_max_clamp": 0.0}, {}, ValueError, "loss_max_clamp must be null or above 0"),
+    "no prompts": ({}, {"teacher": None}, ValueError, "teacher_prompt_ids must be a column of the batch or"),
+    "fused kernels": ({}, {"use_fused_kernels": True}, NotImplementedError, "use_fused_kernels must be False"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_self_teacher_refuses(verl, engine, name):
+    options, batch, error, words = REFUSED[name]
+    data = lab.make_batch(teacher=batch.get("teacher", "column"))
+    verl.assign(data, use_fused_kernels=batch.get("use_fused_kernels", False))
+    with pytest.raises(error, match=words), use_self_teacher(**options):
+        lab.run(engine, data, lab.actor_loss())
+    with use_self_teacher():  # nothing is left of it
+        pass
+
+
+def test_only_the_versions_that_were_tested(verl, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("verl"), "__version__", "0.10.0")
+    for call in (use_self_teacher, functools.partial(integration.register_distillation_loss, "new", mode="topk")):
+        with pytest.raises(ImportError, match=r"was tested with verl 0\.9\.\*, got 0\.10\.0"):
+            call()
+    with pytest.raises(ValueError, match="a server scores K tokens"):
+        integration.register_distillation_loss("new", mode="full")
+
+
+@pytest.mark.slow
+def test_self_teacher_in_two_processes(verl, qwen2_folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.integrations.verl_on_cpu", qwen2_folder],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=480)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)

@@ -1,0 +1,193 @@
+"""verl's own FSDP engine on a CPU, a batch for it, and the gradients that it must find.
+
+As a program it is one of several processes: verl_on_cpu.py MODEL   (RANK, WORLD_SIZE, MASTER_* are set)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from types import SimpleNamespace
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from fastsdpo.testing import oracle_sdpo_loss
+
+TEMPERATURE = 0.8
+# Prompts, answers, which tokens of an answer count (a tool wrote the others), the teacher's prompts.
+PROMPTS = [[7, 8], [9, 10, 11, 12], [6], [40, 41, 42]]
+ANSWERS = [[13, 14, 15, 16], [17], [20, 21, 22], [30, 31]]
+MASKS = [[1, 0, 1, 1], [1], [1, 1, 1], [1, 1]]
+TEACHERS = [[7, 8, 50, 51, 52], [9, 33], None, [44, 45, 46, 47, 48, 49]]
+SEQUENCES = range(len(PROMPTS))
+TOPK = 5
+
+
+def use_cpu():
+    """Makes the CPU the device of all of verl that is imported afterwards; its platforms are accelerators."""
+    from verl.models.transformers import monkey_patch
+    from verl.plugin.platform import platform_base, platform_manager
+
+    module = SimpleNamespace(**dict.fromkeys(("empty_cache", "synchronize", "set_device"), lambda *_: None))
+    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
+        setattr(module, name, lambda *_: 0)
+    module.mem_get_info, module.is_available = lambda *_: (0, 0), lambda: True
+    values = {"device_name": "cpu", "device_module": module, "current_device": "cpu", "is_available": True}
+    values |= {"communication_backend_name": "gloo", "nvtx_range": contextlib.nullcontext()}
+
+    def member(name):
+        def value(self, *args, **kwargs):
+            return values.get(name)
+
+        return property(value) if name in ("device_name", "device_module", "vendor_name") else value
+
+    names = {*platform_base.PlatformBase.__abstractmethods__, *values}
+    cpu = type("CPU", (platform_base.PlatformBase,), {name: member(name) for name in names})
+    platform_manager.set_platform(cpu())
+    monkey_patch.is_trl_available = lambda: False  # verl 0.9.1 patches a class that TRL 1.16 has no more
+
+
+def make_engine(folder):
+    """An engine of the model in ``folder``, in float32; the process group must exist."""
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+    model = HFModelConfig(path=folder, override_config={"attn_implementation": "sdpa"})
+    precision = dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32")
+    engine = {"strategy": "fsdp2", "mixed_precision": precision, "use_torch_compile": False}
+    optimizer = FSDPOptimizerConfig(lr=1e-2, total_training_steps=10)
+    found = FSDPEngineWithLMHead(model, FSDPEngineConfig(**engine), optimizer, CheckpointConfig())
+    found.initialize()
+    return found
+
+
+def nested(rows):
+    return torch.nested.as_nested_tensor([torch.as_tensor(row) for row in rows], layout=torch.jagged)
+
+
+def make_batch(which=SEQUENCES, *, use_remove_padding=True, teacher="column", **columns):
+    """A batch as verl's trainer hands it to a worker, in micro-batches of two sequences; ``columns`` of tensors."""
+    from tensordict import TensorDict
+    from verl.utils import tensordict_utils
+
+    masks = nested([MASKS[i] for i in which])
+    rows = [PROMPTS[i] + ANSWERS[i] for i in which]
+    tensors = {"prompts": nested([PROMPTS[i] for i in which]), "responses": nested([ANSWERS[i] for i in which])}
+    tensors |= {"input_ids": nested(rows), "position_ids": nested([torch.arange(len(row)) for row in rows])}
+    tensors |= {"response_mask": masks, "loss_mask": masks}
+    tensors |= {name: nested([values[i] for i in which]) for name, values in columns.items()}
+    data = TensorDict(tensors, batch_size=len(which))
+    prompts = [TEACHERS[i] for i in which]
+    if teacher == "column":
+        tensordict_utils.assign_non_tensor_stack(data, "teacher_prompt_ids", prompts)
+    if teacher == "agent loop":
+        extras = [{"teacher_prompt_ids": prompt, "turn_scores": []} for prompt in prompts]
+        tensordict_utils.assign_non_tensor_stack(data, "extra_fields", extras)
+    settings = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 2, "global_batch_size": len(SEQUENCES)}
+    settings |= {"temperature": TEMPERATURE, "use_remove_padding": use_remove_padding}
+    tensordict_utils.assign_non_tensor(data, **settings)
+    return data
+
+
+def run(engine, data, loss):
+    """``(loss, gradients, metrics)`` of the engine's own loop over micro-batches."""
+    with engine.train_mode():
+        engine.optimizer_zero_grad()
+        out = engine.forward_backward_batch(data, loss)
+        grads = {name: p.grad.full_tensor().clone() for name, p in engine.module.named_parameters()}
+    return sum(out["loss"]), grads, out["metrics"]
+
+
+def actor_loss():
+    """What verl's worker gives its engine where ``distillation.enabled`` is false."""
+    from verl.workers.config import FSDPActorConfig
+    from verl.workers.utils.losses import ppo_loss
+
+    return functools.partial(ppo_loss, config=FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1))
+
+
+@functools.cache
+def logits_of(folder):
+    """``(model, student, teacher)`` in float64: per sequence the logits ``[T, V]`` before its answer's tokens."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+
+    def rows(prompt, answer):
+        ids = torch.tensor([prompt + answer])
+        return model(ids).logits[0, -len(answer) - 1 : -1]
+
+    student = [rows(prompt, answer) for prompt, answer in zip(PROMPTS, ANSWERS)]
+    with torch.no_grad():
+        teacher = [rows(prompt or own, answer) for prompt, own, answer in zip(TEACHERS, PROMPTS, ANSWERS)]
+    return model, student, teacher
+
+
+def defined(folder, mode, teacher=None, support=None, bound=None, factors=None, **options):
+    """``(loss, gradients)``: the sum over tokens that count, divided by the number of all tokens that count.
+
+    Args:
+        teacher: logits per sequence, in place of those of the model behind `TEACHERS`.
+        support: ids per sequence.
+        bound: tokens of a larger loss have this one, without a gradient.
+        factors: per sequence, of the tokens' losses.
+    """
+    model, student, behind_prompts = logits_of(folder)
+    model.zero_grad()
+    total, divisor = 0.0, sum(map(sum, MASKS))
+    for i in SEQUENCES:
+        if teacher is None and TEACHERS[i] is None:
+            continue
+        ids = torch.tensor(ANSWERS[i]).masked_fill(torch.tensor(MASKS[i]) == 0, -100)
+        given = {"temperature": TEMPERATURE, "mode": mode, **options}
+        given |= {} if support is None else {"topk_ids": support[i]}
+        loss_of = functools.partial(oracle_sdpo_loss, student[i], (teacher or behind_prompts)[i], ids, **given)
+        weights = torch.ones(ids.shape, dtype=torch.float64) if factors is None else torch.as_tensor(factors[i])
+        out = loss_of(weights=weights / divisor)
+        # verl reports the log-ratio, of which the sampled-token loss has the gradient.
+        values = out.student_logps - out.teacher_logps if mode == "sampled_token" else out.per_token_loss * weights
+        if bound is not None:
+            out = loss_of(weights=weights * (values <= bound) / divisor)
+            values = values.clamp(max=bound)
+        total += values.sum().item() / divisor
+        student[i].backward(out.grad, retain_graph=True)
+    return total, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same(found, want):
+    assert abs(found[0] - want[0]) <= 1e-5 * abs(want[0])
+    for name, grad in want[1].items():
+        gap = (found[1][name].double() - grad).norm()
+        assert gap <= 2e-5 * grad.norm() + 1e-9, f"{name}: {gap} of {grad.norm()}"
+
+
+OBJECTIVES = {
+    "sampled": {"mode": "sampled_token"},
+    "reverse": {"mode": "full"},
+    "jsd": {"mode": "full", "alpha": 0.3},
+    "topk-tail": {"mode": "topk", "alpha": 0.0, "topk": TOPK},
+}
+
+
+def main(folder):
+    """Each process has its own sequences; the gradients are those of the whole batch."""
+    from fastsdpo.integrations.verl_self_teacher import use_self_teacher
+
+    use_cpu()
+    torch.distributed.init_process_group("gloo")
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    part = list(SEQUENCES)[rank::world]
+    engine = make_engine(folder)
+    for objective in OBJECTIVES.values():
+        with use_self_teacher(**objective):
+            found = run(engine, make_batch(part), actor_loss())
+        loss = torch.tensor(found[0])
+        torch.distributed.all_reduce(loss)
+        assert_same((loss.item() / world, found[1]), defined(folder, **objective))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
