@@ -162,6 +162,10 @@ class SDPOSettings:
         group="data",
         metavar="N",
     )
+    peak_tflops: float | None = setting(
+        None,
+        "TFLOP/s of a card in 16-bit products, for sdpo/mfu. None: the data sheet's of cards that are known by name.",
+    )
     auto_checkpointing: bool = setting(
         True,
         "Gradient checkpointing on GPUs for models of a billion weights and more, where nothing is said about it "

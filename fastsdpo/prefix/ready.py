@@ -64,6 +64,11 @@ class ReadyPasses:
             return sum(len(one.token_ids) for passes in self.alone for one in passes)
         return self.plan.tokens + (0 if self.teacher_plan is None else self.teacher_plan.tokens)
 
+    @property
+    def student_tokens(self) -> int:
+        """Those of them that are the student's."""
+        return sum(len(one.token_ids) for one in self.alone[0]) if self.plan is None else self.plan.student_tokens
+
 
 def ready_passes(
     interactions: Sequence[InteractionIds],

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback
 from fastsdpo.trainer.learner import Learner
 from fastsdpo.trainer.metrics import SignalMetrics
 from fastsdpo.trainer.report import write_report
+from fastsdpo.trainer.speed import SpeedMeter
 
 
 def clock(seconds: float) -> str:
@@ -141,13 +142,14 @@ class MovingAverage(TrainerCallback):
 
 
 class SignalWindow(TrainerCallback):
-    """The window of the signal's statistics begins with training: what was measured before is dropped."""
+    """The windows of what is logged begin with training: what was measured before is dropped."""
 
-    def __init__(self, metrics: SignalMetrics):
-        self.metrics = metrics
+    def __init__(self, metrics: SignalMetrics, speed: SpeedMeter):
+        self.metrics, self.speed = metrics, speed
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.metrics.reset()
+        self.speed.reset()
 
 
 class EpochOrder(TrainerCallback):

@@ -138,6 +138,7 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         check(self.is_clip is None or self.is_clip > 0, "is_clip", "be > 0 or None")
         check(self.reference_kl >= 0, "reference_kl", "be >= 0")
         check(self.ignore_first_k >= 0, "ignore_first_k", "be >= 0")
+        check(self.peak_tflops is None or self.peak_tflops > 0, "peak_tflops", "be > 0 or None")
         check(0 < self.ema_rate <= 1, "ema_rate", "be in (0, 1]")
         check(0 <= self.trust_region_mix <= 1, "trust_region_mix", "be in [0, 1]")
         check(self.guidance > 0, "guidance", "be > 0")

@@ -123,7 +123,8 @@ class Learner:
             )
 
         loss, statistics = passes.student(pack, self.teacher.context, loss_fn, content.passes)
-        return loss, statistics._replace(computed_tokens=passes.tokens)
+        trained = content.passes.student_tokens if torch.is_grad_enabled() else 0
+        return loss, statistics._replace(computed_tokens=passes.tokens, trained_tokens=trained)
 
     def loss_options(self) -> dict[str, Any]:
         """Those arguments of `linear_sdpo_loss` that the settings give."""

@@ -41,6 +41,7 @@ class TokenStatistics(NamedTuple):
         reference_kl: KL(p_S || p_0), nats; None without the term.
         sequence_loss: ``[interactions]`` each answer's share of the loss, to find the bad one.
         computed_tokens: how many tokens went through the model for it, shared prefixes once.
+        trained_tokens: those of them that the backward pass goes through.
     """
 
     counts: Tensor
@@ -51,6 +52,7 @@ class TokenStatistics(NamedTuple):
     reference_kl: Tensor | None
     sequence_loss: Tensor
     computed_tokens: int = 0
+    trained_tokens: int = 0
 
 
 def count_items(lengths: Sequence[int], normalization: str, ignore_first_k: int) -> int:

@@ -23,12 +23,13 @@ class GroupSampler(Sampler):
 
     The fill makes the length a multiple of the interactions that all processes take at once, so that no
     process repeats interactions to keep up with the others. The order depends on ``seed`` and the epoch
-    only, but for which process takes which of the interactions that are taken at once: they are shared out so
-    that all have about as many tokens to compute, and a group's stay together where they can.
+    only, but for which process takes which interactions of an optimizer step, and when: they are shared out so that
+    all have about as many tokens to compute at once, and in sum, and a group's stay together where they can.
 
     Args:
         each: interactions that one process takes at once.
         processes: their number.
+        accumulated: how often they take so many in one optimizer step.
         costs: of each index the tokens to compute where it is a group's first, and where it follows another
             of its group; None: processes take interactions in their order.
     """
@@ -39,12 +40,13 @@ class GroupSampler(Sampler):
         *,
         each: int = 1,
         processes: int = 1,
+        accumulated: int = 1,
         seed: int = 0,
         shuffle: bool = True,
         costs: Sequence[Sequence[int]] | None = None,
     ):
         self.groups = groups
-        self.each, self.processes, self.costs = each, processes, costs
+        self.each, self.processes, self.accumulated, self.costs = each, processes, accumulated, costs
         self.seed, self.shuffle = seed, shuffle
         self.epoch = 0
         size = sum(len(group) for group in groups)
@@ -67,27 +69,43 @@ class GroupSampler(Sampler):
         if self.costs is None or self.processes == 1:
             yield from (index for _, index in indices)
             return
-        while block := list(itertools.islice(indices, self.each * self.processes)):
+        while block := list(itertools.islice(indices, self.each * self.processes * self.accumulated)):
             yield from self._shared_out(block)
 
-    def _shared_out(self, block: Sequence[tuple[int, int | None]]) -> list[int | None]:
-        """What is taken at once, in an order in which each process's part costs about the same.
+    def _shared_out(self, block: Sequence[tuple[int, int | None]]) -> Iterator[int | None]:
+        """An optimizer step's interactions, in an order in which each process's parts cost about the same.
 
-        The most expensive part of a group first, each to the process that has the least to do so far.
+        Micro-batches are filled alike, then those that cost about the same are taken at once, and of these the
+        cheapest by the process that had the most to do before.
         """
+        micro_batches = self._micro_batches(block)
+        micro_batches.sort(key=lambda one: -one[0])
+        loads = [0] * self.processes
+        for start in range(0, len(micro_batches), self.processes):
+            free = sorted(range(self.processes), key=lambda p: (loads[p], p))
+            taken = dict(zip(free, micro_batches[start : start + self.processes]))
+            for process in range(self.processes):
+                cost, indices = taken[process]
+                loads[process] += cost
+                yield from indices
+
+    def _micro_batches(self, block: Sequence[tuple[int, int | None]]) -> list[tuple[int, list[int | None]]]:
+        """Costs and interactions of micro-batches: the most expensive part of a group first, each to the micro-batch
+        that costs the least so far."""
         assert self.costs is not None
         parts = [[index for _, index in part] for _, part in itertools.groupby(block, lambda item: item[0])]
         parts = [part for whole in parts for part in _cut(whole, self.each if whole[0] is not None else 1)]
         costs = [self._cost(part) for part in parts]
-        taken: list[list[int]] = [[] for _ in range(self.processes)]  # parts of each process
-        loads, room = [0] * self.processes, [self.each] * self.processes
+        count = len(block) // self.each
+        taken: list[list[int]] = [[] for _ in range(count)]  # parts of each micro-batch
+        loads, room = [0] * count, [self.each] * count
         waiting = sorted(range(len(parts)), key=lambda number: (-costs[number], number))
         for number in waiting:
-            fits = [p for p in range(self.processes) if room[p] >= len(parts[number])]
+            fits = [p for p in range(count) if room[p] >= len(parts[number])]
             if not fits:  # cut in pieces of one, which fit somewhere
                 for index in parts[number]:
                     parts.append([index])
-                    place = min((p for p in range(self.processes) if room[p]), key=lambda p: (loads[p], p))
+                    place = min((p for p in range(count) if room[p]), key=lambda p: (loads[p], p))
                     taken[place].append(len(parts) - 1)
                     loads[place] += self._cost([index])
                     room[place] -= 1
@@ -96,7 +114,9 @@ class GroupSampler(Sampler):
             taken[place].append(number)
             loads[place] += costs[number]
             room[place] -= len(parts[number])
-        return [index for mine in taken for number in sorted(mine) for index in parts[number]]
+        return [
+            (load, [index for number in sorted(mine) for index in parts[number]]) for load, mine in zip(loads, taken)
+        ]
 
     def _cost(self, part: Sequence[int | None]) -> int:
         assert self.costs is not None

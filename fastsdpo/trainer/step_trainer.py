@@ -53,6 +53,7 @@ from fastsdpo.trainer.optim import optimizer_class
 from fastsdpo.trainer.packs import collate
 from fastsdpo.trainer.processes import agreed, gather_values, reduce_sum
 from fastsdpo.trainer.sharing import PrefixSharing
+from fastsdpo.trainer.speed import SpeedMeter
 from fastsdpo.trainer.teacher_weights import TeacherWeights
 from fastsdpo.trainer.template_date import keep_date, run_date
 
@@ -115,11 +116,11 @@ class StepTrainer(CheckpointTrainer):
             self.data_collator = self.learner.maker.collate  # which makes packs too, in the loader's workers
         self.sampler: Any = None
         self.metrics = self.new_metrics()
+        self.speed = SpeedMeter.of(self.model, args)
         self.finite = FiniteCheck(self)
-        self.add_callback(self.finite)
-        self.add_callback(MovingAverage(self.learner))
-        self.add_callback(SignalWindow(self.metrics))
-        self.add_callback(EpochOrder(lambda: self.sampler))
+        windows, order = SignalWindow(self.metrics, self.speed), EpochOrder(lambda: self.sampler)
+        for callback in (self.finite, MovingAverage(self.learner), windows, order):
+            self.add_callback(callback)
 
     def _check_launch(self) -> None:
         if self.args.n_gpu > 1:
@@ -217,7 +218,8 @@ class StepTrainer(CheckpointTrainer):
         """The micro-batches of one optimizer step, and S or N over all of them and all processes."""
         if self.state.global_step >= self.state.max_steps:
             return [], None  # goes on from its last checkpoint; transformers would take one step more
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with self.speed.waiting():
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = self.prepare_batches(batches)
         packs = [len(self.learner.ready(batch, device)) for batch in batches]
         items = sum(self.learner.count(batch["interactions"]) for batch in batches)
@@ -271,6 +273,7 @@ class StepTrainer(CheckpointTrainer):
         else:
             loss, statistics = self.run_pass(model, pack, num_items_in_batch)
             self.metrics.add(pack, statistics)
+            self.speed.add(statistics)
             self.finite.add(pack, statistics.sequence_loss)
             loss = loss * self.accelerator.num_processes
         if self.is_deepspeed_enabled:  # whose backward pass takes the step as well
@@ -296,9 +299,7 @@ class StepTrainer(CheckpointTrainer):
             NotImplementedError: with several processes, FSDP or DeepSpeed.
         """
         if self.args.world_size > 1 or self.sharded:
-            raise NotImplementedError(
-                "SDPOTrainer: update() works in one process, without FSDP or DeepSpeed; use train()"
-            )
+            raise NotImplementedError("SDPOTrainer: update() takes one process without FSDP or DeepSpeed; use train()")
         hooks: Any = self.args, self.state, self.control
         self.finite.on_step_begin(*hooks)
         try:
@@ -378,7 +379,7 @@ class StepTrainer(CheckpointTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.is_in_train:
-            logs.update(self.flush_metrics())
+            logs.update({**self.flush_metrics(), **self.speed.flush(self.gather_values)})
             if self.args.non_finite == "skip":
                 logs["sdpo/skipped_steps"] = float(self.skipped_steps)
         super().log(logs, start_time)

@@ -111,6 +111,7 @@ class SDPOTrainer(StepTrainer):
             dataset.groups(grouped),
             each=self._train_batch_size,
             processes=args.world_size,
+            accumulated=args.gradient_accumulation_steps,
             costs=dataset.costs(self.sharing) if args.world_size > 1 else None,
             seed=args.seed if args.data_seed is None else args.data_seed,
         )

@@ -9,6 +9,10 @@ from fastsdpo.trainer.data import InteractionDataset
 from fastsdpo.trainer.packs import GroupSampler
 
 
+def batched(order, size):
+    return (order[start : start + size] for start in range(0, len(order), size))
+
+
 @pytest.fixture(scope="module")
 def dataset(lab):
     """Conversations of one to four interactions, a few of them ten times as long as the others."""
@@ -23,10 +27,12 @@ def dataset(lab):
 
 
 @pytest.mark.parametrize("sharing", ["conversation", "off"])
-@pytest.mark.parametrize(("each", "processes"), [(4, 4), (1, 3), (8, 2), (5, 1)])
-def test_work_is_shared_out_and_steps_stay_the_same(dataset, sharing, each, processes):
+@pytest.mark.parametrize(
+    ("each", "processes", "accumulated"), [(4, 4, 1), (1, 3, 1), (8, 2, 1), (5, 1, 2), (2, 2, 4), (1, 4, 4)]
+)
+def test_work_is_shared_out_and_steps_stay_the_same(dataset, sharing, each, processes, accumulated):
     groups, costs = dataset.groups(sharing == "conversation"), dataset.costs(sharing)
-    size = {"each": each, "processes": processes, "seed": 3}
+    size = {"each": each, "processes": processes, "accumulated": accumulated, "seed": 3}
     plain, shared = GroupSampler(groups, **size), GroupSampler(groups, **size, costs=costs)
     for sampler in (plain, shared):
         sampler.set_epoch(2)
@@ -34,26 +40,26 @@ def test_work_is_shared_out_and_steps_stay_the_same(dataset, sharing, each, proc
     assert len(before) == len(after) == len(plain) == len(shared) and len(after) % (each * processes) == 0
 
     def waits(order):
-        """Of all steps, the most that one process has to compute."""
-        total = 0
-        for start in range(0, len(order), each * processes):
-            parts = [order[start + p * each : start + (p + 1) * each] for p in range(processes)]
-            loads = []
-            for part in parts:
+        """Of all steps, the most that one process has to compute: in sum, and where it waits at every micro-batch."""
+        summed = at_once = 0
+        for step in batched(order, each * processes * accumulated):
+            loads = [[] for _ in range(processes)]
+            for number, part in enumerate(batched(step, each)):
                 seen, load = set(), 0
                 for index in (i for i in part if i is not None):
                     conversation = dataset.conversation_ids[index]
                     load += costs[index][conversation in seen]
                     seen.add(conversation)
-                loads.append(load)
-            total += max(loads)
-        return total
+                loads[number % processes].append(load)
+            summed += max(map(sum, loads))
+            at_once += sum(map(max, zip(*loads)))
+        return summed, at_once
 
-    for start in range(0, len(after), each * processes):
-        step = slice(start, start + each * processes)
-        assert sorted(map(str, before[step])) == sorted(map(str, after[step]))
+    for left, right in zip(*(batched(order, each * processes * accumulated) for order in (before, after))):
+        assert sorted(map(str, left)) == sorted(map(str, right))
     if processes == 1:
         assert before == after
-    elif each > 1:
-        assert waits(after) < 0.85 * waits(before)
+    elif each * accumulated > 1:
+        for shared_out, as_they_come in zip(waits(after), waits(before)):
+            assert shared_out < (0.85 if accumulated == 1 else 0.95) * as_they_come
     assert after == list(itertools.chain(shared)), "the same at every pass"
