@@ -17,9 +17,13 @@ fastsdpo eval "$ALPACA" --write alpaca_eval --model "$TRAINED" --generator mine 
 fastsdpo eval "$ARENA" --write arena_hard --model "$TRAINED" --generator mine "${LONG[@]}" -o "$OUT/arena_hard.jsonl"
 
 if [ -z "$TINY" ]; then
-  lm_eval --model hf --model_args "pretrained=$TRAINED,dtype=bfloat16" --apply_chat_template --batch_size auto \
-    --tasks mmlu_pro,truthfulqa_mc1,hellaswag,commonsense_qa --output_path "$OUT/lm_eval"
-elif command -v lm_eval >/dev/null; then # a task over a local file
-  (cd "$HERE/tiny" && lm_eval --model hf --model_args "pretrained=$TRAINED" --device cpu --batch_size 1 \
-    --include_path . --tasks tiny_choice --output_path "$OUT/lm_eval")
+  "$PYTHON" -m lm_eval --model hf --model_args "pretrained=$TRAINED,dtype=bfloat16" --apply_chat_template \
+    --batch_size auto --tasks mmlu_pro,truthfulqa_mc1,hellaswag,commonsense_qa --output_path "$OUT/lm_eval"
+elif "$PYTHON" -c "import lm_eval" 2>/dev/null; then # a task over a local file, which is found from its folder
+  TRAINED=$(realpath "$TRAINED") OUT=$(realpath "$OUT")
+  cd "$HERE/tiny"
+  "$PYTHON" -m lm_eval --model hf --model_args "pretrained=$TRAINED" --device cpu --batch_size 1 \
+    --include_path . --tasks tiny_choice --output_path "$OUT/lm_eval"
+else
+  echo "lm-eval is not installed: its task is left out"
 fi

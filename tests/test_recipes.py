@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -28,7 +29,7 @@ LEFT = {
 
 def test_every_recipe_is_run_here():
     names = {path.stem for path in (ROOT / "recipes").glob("*.sh")} - {"common", "prompts"}
-    table = (ROOT / "recipes/README.md").read_text()
+    table = (ROOT / "docs/recipes.md").read_text()
     assert names == set(LEFT) and all(f"| `{name}.sh` |" in table for name in names)
 
 
@@ -40,7 +41,8 @@ def test_a_recipe_runs(name, folder, tmp_path):  # noqa: F811
         pytest.importorskip("trl")
     if name == "benchmarks":
         pytest.importorskip("if_verifiable")
-    own = {"PYTHON": sys.executable, "TINY_MODEL": str(folder), "OUT": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    own = {"PYTHON": sys.executable, "TINY_MODEL": str(folder), "OUT": str(tmp_path), "PYTHONPATH": path}
     done = subprocess.run(
         ["bash", str(ROOT / "recipes" / f"{name}.sh"), "--tiny"],
         env={**os.environ, **own, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
@@ -60,5 +62,10 @@ def test_a_recipe_runs(name, folder, tmp_path):  # noqa: F811
         answer = json.loads((tmp_path / "arena_hard.jsonl").read_text())
         assert answer["uid"] == "u1" and answer["messages"][1]["role"] == "assistant"
         assert json.loads((tmp_path / "alpaca_eval.json").read_text())[0]["generator"] == "mine"
+        if importlib.util.find_spec("lm_eval"):
+            (found,) = tmp_path.glob("lm_eval/*/results_*.json")
+            assert 0 <= json.loads(found.read_text())["results"]["tiny_choice"]["acc,none"] <= 1
+        else:
+            assert "lm-eval is not installed" in done.stdout
     if name == "sequence":
         assert json.loads((tmp_path / "run/interactions.jsonl").read_text().splitlines()[0])["user_response"]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from benchmarks.personalization.data import CHOOSE, Data, count, means, read_data, standard_error
+from benchmarks.personalization.data import CHOOSE, COUNTS, Data, count, means, over_seeds, read_data, standard_error
 from benchmarks.personalization.users import WISHES, KindUser, SatisfiedByRule, user_of
 from fastsdpo.modeling import load_model_and_tokenizer
 from fastsdpo.online import (
@@ -288,6 +288,21 @@ class Experiment:
             flush=True,
         )
 
+    def summarize(self, name: str) -> None:
+        """Adds the means of a condition over its seeds, with intervals, where there are three and more."""
+        rows = [row for row in (harness.read(self.results) if self.results.exists() else []) if "seed" in row["case"]]
+        runs = [row for row in rows if row["case"]["condition"] == name]
+        if len(runs) < 3:
+            return
+        found = {
+            key: {counted: over_seeds([run[key][counted] for run in runs]) for counted in COUNTS}
+            for key in runs[0]
+            if key.startswith("after")
+        }
+        change = over_seeds([run["perplexity_change"] for run in runs])
+        seeds = [run["case"]["seed"] for run in runs]
+        self.keep({"case": {"summary": name}, "seeds": seeds, **found, "perplexity_change": change})
+
     def measure_headroom(self) -> None:
         """Every wish on the questions for choosing: without it, with it, and with an unrelated remark."""
         trainer = self.trainer(CONDITIONS["personal"], self.work / "base", 1, 1)
@@ -330,6 +345,7 @@ def main(argv: list[str] | None = None) -> int:
     for seed in options.seeds:
         for name in options.only:
             experiment.measure_run(name, seed)
+            experiment.summarize(name)
     return 0
 
 

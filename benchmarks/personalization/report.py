@@ -1,6 +1,7 @@
 """The tables of docs/online.md from a results file: `python -m benchmarks.personalization.report FILE`.
 
-A cell holds one number for each seed. Shares are in percent of the answers (``standard_errors`` in the file).
+A cell holds one number for each seed, and where there are three, a row below their mean and 95% interval. Shares are
+in percent of the answers (``standard_errors`` in the file).
 """
 
 from __future__ import annotations
@@ -28,10 +29,18 @@ def line(label: str, measured: list[Row], changes: list[float]) -> str:
     return f"| {label} | {' | '.join(cells)} | {perplexity + '%' if perplexity else ''} |"
 
 
+def summary(label: str, measured: Row, change: list[float]) -> str:
+    """Means and intervals over seeds."""
+    texts = [(show(name, measured[name][0]), show(name, measured[name][1])) for name in COUNTS]
+    cells = [f"{middle.rstrip('%')} \u00b1 {half}" for middle, half in texts]
+    return f"| {label} | {' | '.join(cells)} | {100 * change[0]:+.1f} \u00b1 {100 * change[1]:.1f}% |"
+
+
 def tables(rows: list[Row]) -> list[str]:
     """For each wish what is measured without training, then every condition."""
     base = {(row["case"]["condition"], row["case"]["wish"]): row for row in rows if "wish" in row["case"]}
     runs = [row for row in rows if "seed" in row["case"]]
+    over = {row["case"]["summary"]: row for row in rows if "summary" in row["case"]}
     lines = []
     for wish in dict.fromkeys(wish for _, wish in base):
         lines += [f"\n{wish}:\n", "| | " + " | ".join([*COUNTS.values(), "perplexity"]) + " |", "| --- " * 9 + "|"]
@@ -44,6 +53,9 @@ def tables(rows: list[Row]) -> list[str]:
             if found:
                 changes = [row["perplexity_change"] for row in found]
                 lines.append(line(condition.about, [row[key] for row in found], changes))
+            if name in over:
+                label = f"mean of {len(over[name]['seeds'])} seeds, 95% interval"
+                lines.append(summary(label, over[name][key], over[name]["perplexity_change"]))
     return lines
 
 

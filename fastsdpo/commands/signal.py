@@ -170,12 +170,10 @@ def _check_options(parser: Parser, options: argparse.Namespace) -> None:
 def signal(options: argparse.Namespace) -> int:
     """Reads the interaction, computes its signal, shows it and writes the files asked for."""
     interaction, unrelated = read_interaction(options)
-    template = HindsightTemplate.parse(choose_template(options.template, 0))
     for followup in [interaction.followup] + ([] if unrelated is None else [unrelated]):
-        template.render(followup)  # a blank one is refused before minutes are spent on a model
+        template_of(options).render(followup)  # a blank one is refused before minutes are spent on a model
     model, tokenizer = load(options)
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    template = HindsightTemplate.parse(choose_template(options.template, weights))
+    template = template_of(options, model)
     notes = []
     if options.prompt is not None and options.completion is None:
         answer, note = write_answer(model, tokenizer, interaction.prompt, options)
@@ -264,6 +262,16 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokeni
     if options.quiet or not sys.stderr.isatty():
         disable_progress_bar()
     return load_model_and_tokenizer(**model_source(options), dtype=options.dtype, device=options.device)
+
+
+def template_of(options: argparse.Namespace, model: PreTrainedModel | None = None) -> HindsightTemplate:
+    """The template of --template, for a model: ``auto`` goes by its size (None: as for a small one).
+
+    Raises:
+        ValueError: neither a name nor a text with ``{o}``.
+    """
+    weights = 0 if model is None else sum(parameter.numel() for parameter in model.parameters())
+    return HindsightTemplate.parse(choose_template(options.template, weights))
 
 
 def write_answer(

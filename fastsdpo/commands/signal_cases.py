@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastsdpo.data import HindsightTemplate, Interaction
+from fastsdpo.data import Interaction
 from fastsdpo.data.interactions import is_blank
 
 FOLLOWUPS = ("followup_message", "feedback_followup")  # as the published files name it
@@ -55,14 +55,15 @@ def _read_case(where: str, case: Any, number: int, unrelated: bool) -> tuple[str
 def signal_cases(options: argparse.Namespace) -> int:
     """Computes all, writes the files asked for and prints a line for each case."""
     from fastsdpo.commands.options import DONE
-    from fastsdpo.commands.signal import load, write_answer
+    from fastsdpo.commands.signal import load, template_of, write_answer
     from fastsdpo.signal.compute import compute_signal
 
     cases = read_cases(options.cases, not options.no_unrelated)
-    template = HindsightTemplate.parse(options.template)
+    template_of(options)  # a wrong one is refused before minutes are spent on a model
     if options.heatmap is not None:
         import matplotlib  # noqa: F401  missing, it is said before minutes are spent on a model
     model, tokenizer = load(options)
+    template = template_of(options, model)
     results, written = [], {}
     for name, interaction, unrelated in cases:
         notes = []

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from fastsdpo.cli import main
 from fastsdpo.commands.signal import build_parser
 from fastsdpo.data import HindsightTemplate, Interaction
+from fastsdpo.data.templates import PRESETS
 from fastsdpo.signal import (
     NEUTRAL_FOLLOWUP,
     choose_unrelated,
@@ -386,6 +387,17 @@ def test_command_lets_the_model_answer(capsys, folder):
     code, out, _ = run(capsys, *argv, "--seed", 3)
     assert code == 0 and "(seed 3" in out
     assert run(capsys, *argv, "--seed", 3)[1] == out != run(capsys, *argv, "--seed", 4)[1]
+
+
+def test_command_on_cases_takes_the_default_template(capsys, folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    case = {"raw_prompt": "Hi", "completion": "Hello", "followup_message": "$5 or $6_?", "unrelated_followup": "No"}
+    files = {name: tmp_path / name for name in ("cases.json", "picture.png", "signal.json")}
+    files["cases.json"].write_text(json.dumps([case]))
+    argv = ["--cases", files["cases.json"], "--model", folder, "--heatmap", files["picture.png"]]
+    code, out, _ = run(capsys, *argv, "--json", files["signal.json"])
+    assert code == 0 and "mean |log-ratio| real" in out and files["picture.png"].stat().st_size > 0
+    assert json.loads(files["signal.json"].read_text())[0]["template"] == PRESETS["note"]
 
 
 def test_command_survives_an_ascii_terminal(folder, monkeypatch):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from benchmarks import harness
-from benchmarks.personalization import experiment, report
-from benchmarks.personalization.data import Data, read_data
+from benchmarks.personalization import experiment, ifeval, report
+from benchmarks.personalization.data import COUNTS, Data, read_data
 from benchmarks.personalization.experiment import CONDITIONS, Baseline, Experiment, make_trainer
 from benchmarks.personalization.users import KindUser
 from fastsdpo.online.users import UNRELATED, ConstantUser
@@ -119,3 +121,49 @@ def test_questions_are_apart(tmp_path):
     parts = [set(data.train), set(data.choose), set(data.test)]
     assert [len(part) for part in parts] == [60, 24, 36] and not (parts[0] | parts[1]) & parts[2]
     assert max(data.train + data.choose) < min(data.test), "the test takes later questions"
+
+
+def test_three_seeds_have_a_mean_and_an_interval(lab_of, tmp_path, capsys):
+    tiny = lab_of(tmp_path)
+    base = {"case": {"condition": "before", "wish": "short"}, **dict.fromkeys(COUNTS, 0.5)}
+    runs = [
+        {
+            "case": {"condition": "control", "seed": seed},
+            "after": dict.fromkeys(COUNTS, share),
+            "perplexity_change": 0.1,
+        }
+        for seed, share in ((1, 0.7), (2, 0.8), (3, 0.9))
+    ]
+    for row in (base, *({**run, "satisfaction by round": []} for run in runs[:2])):
+        tiny.keep(row)
+    tiny.summarize("control")
+    assert len(harness.read(tiny.results)) == 3, "no interval of two"
+    tiny.keep({**runs[2], "satisfaction by round": []})
+    tiny.summarize("control")
+    (row,) = [row for row in harness.read(tiny.results) if "summary" in row["case"]]
+    half = 4.303 * 0.1 / 3**0.5  # Student's t of 2 degrees of freedom; the standard deviation is 0.1
+    assert row["seeds"] == [1, 2, 3] and row["after"]["satisfied"] == pytest.approx([0.8, half], rel=1e-4)
+    assert report.main([str(tiny.results)]) == 0
+    shown = capsys.readouterr().out
+    assert "| 70 / 80 / 90% |" in shown and "| mean of 3 seeds, 95% interval | 80 \u00b1 25% |" in shown
+
+
+def test_ifeval_before_and_after_the_demo(saved, tmp_path):
+    pytest.importorskip("if_verifiable")
+    (tmp_path / "demo/run").mkdir(parents=True)
+    for folder in ("base", "run/model"):
+        (tmp_path / "demo" / folder).symlink_to(saved)
+    prompts = tmp_path / "input_data.jsonl"
+    names = ["punctuation:no_comma", "length_constraints:number_words"]
+    kwargs = [{}, {"relation": "at least", "num_words": 300}]
+    rows = [{"key": n, "prompt": f"w{n}", "instruction_id_list": names, "kwargs": kwargs} for n in range(3)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [prompts, "--demo", tmp_path / "demo", "--limit", "2", "--max-new-tokens", "3", "--results", tmp_path]
+    assert ifeval.main([*map(str, argv), "--machine", "here"]) == 0
+    before, after, change = harness.read(tmp_path / "ifeval_here.json")
+    assert [row["case"]["model"] for row in (before, after, change)] == ["before", "after", "after - before"]
+    assert before["prompts"] == 2 and before["prompt_loose"][0] == 0 and before["instruction_loose"][0] == 0.5
+    assert before["followed and asked loosely, by kind"] == {"length_constraints": [0, 2], "punctuation": [2, 2]}
+    assert before["prompts followed loosely"] == [0, 0] and change["prompt_loose"] == [0, 0]
+    (tmp_path / "demo/base").unlink()
+    assert ifeval.main([*map(str, argv), "--machine", "here"]) == 0, "what is in the file is not run again"
