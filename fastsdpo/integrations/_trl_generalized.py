@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fastsdpo.integrations._head_logits import HeadLogits
+from fastsdpo.integrations._hidden_or_logits import uses_hidden_states, why_not_model
 from fastsdpo.integrations._trl_originals import NEEDED
-from fastsdpo.integrations._trl_sdpo import model_inputs, uses_hidden_states, why_not_model
+from fastsdpo.integrations._trl_sdpo import model_inputs
 from fastsdpo.integrations.generalized_jsd import adapt
 from fastsdpo.integrations.transformers import gathered_head
 from fastsdpo.prefix import head_parameters, no_grad_pass, run_inside

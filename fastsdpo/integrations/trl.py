@@ -22,15 +22,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastsdpo.integrations._hidden_or_logits import SOURCES as SOURCES
+from fastsdpo.integrations._hidden_or_logits import Source as Source
+from fastsdpo.integrations._hidden_or_logits import check_source
 from fastsdpo.integrations._trl_async import async_trainer, replacement
 from fastsdpo.integrations._trl_distillation import chunked_divergence_loss as chunked_divergence_loss
 from fastsdpo.integrations._trl_generalized import replacements
 from fastsdpo.integrations._trl_originals import SDFTTrainer, SDPOTrainer, distillation_trainer
 from fastsdpo.integrations._trl_sdpo import MODES as MODES
-from fastsdpo.integrations._trl_sdpo import OURS, OURS_OF_SDFT, check_source
-from fastsdpo.integrations._trl_sdpo import SOURCES as SOURCES
+from fastsdpo.integrations._trl_sdpo import OURS, OURS_OF_SDFT
 from fastsdpo.integrations._trl_sdpo import FastSDPOTrainer as FastSDPOTrainer
-from fastsdpo.integrations._trl_sdpo import Source as Source
 
 
 class TRLPatch:
