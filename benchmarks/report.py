@@ -21,11 +21,11 @@ PAGE = harness.ROOT / "docs" / "performance.md"
 MODES = ("sampled", "forward_kl", "reverse_kl", "jsd", "topk")
 INTRODUCTION = """# Performance
 
-Made by `python -m benchmarks.report` from the files in `benchmarks/results/`, which hold machine, versions, commit and
-command of every row. Ratios are of medians of interleaved runs in one process on one machine (two cores each): they
-are what may carry over to another. `make bench` measures them on yours and sets them beside these.
-**Nothing here has run on a GPU.** What is known of the GPU kernels comes from counting and executing their compiled
-code on a CPU; what is expected of them is arithmetic, and says so.
+`python -m benchmarks.report` makes this page from the files in `benchmarks/results/`. They hold the machine, versions,
+commit and command of every row. All ratios compare medians of runs that alternate in one process, on machines with two
+cores. A ratio may carry over to another machine; a time does not. `make bench` measures the same on yours.
+**Nothing here has run on a GPU.** Figures about the GPU kernels come from counting their bytes and from executing their
+compiled code on a CPU. Expected times are arithmetic, and are marked so.
 """
 # Goals that were set for the losses, by machine's results: rival, and the least ratio of its time to ours.
 GOALS = {"logits": {"TRL": (10.0, 30.0), "torch.compile": (4.0, 8.0)}, "linear": {"TRL": 1.4, "Liger compiled": 1.4}}
