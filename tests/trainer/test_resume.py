@@ -78,8 +78,11 @@ def train(lab, folder, *, stop_at=None, resume=None, lora=False, callbacks=(), *
 
 # 12 interactions in batches of 4: three steps an epoch; 2 is within the first, 3 at its end, 4 within
 # the second.
-@pytest.mark.parametrize("stop_at", [2, 3, 4])
-@pytest.mark.parametrize("teacher", ["live", "ema"])
+@pytest.mark.parametrize(
+    ("teacher", "stop_at"),
+    [("live", 3), ("ema", 4)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("live", 2), ("live", 4), ("ema", 2), ("ema", 3))],
+)
 def test_resumed_equals_uninterrupted(tmp_path, lab, teacher, stop_at):
     whole = train(lab, tmp_path / "whole", teacher=teacher)
     part = train(lab, tmp_path / "part", teacher=teacher, stop_at=stop_at)
