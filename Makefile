@@ -28,6 +28,7 @@ help:
 	@echo "make gpu        tests and benchmarks that need a GPU, 8 minutes (SYSTEM=1: without .venv)"
 
 $(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=..." if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt pip setuptools wheel
 

@@ -73,6 +73,7 @@ RUN = ["train", "data.jsonl", "--model", "m", "-o", "out"]
         (["train", "data.jsonl", "--modle", "m"], "unknown option --modle; did you mean --mode or --model?"),
         ([*RUN, "--teacher", "forzen"], "--teacher must be one of live, ema, frozen, trust_region, got 'forzen'"),
         ([*RUN, "--topk", "many"], "--topk must be a whole number, got 'many'"),
+        ([*RUN, "--push-to-hub"], "--push-to-hub needs a value"),
         ([*RUN, "more.jsonl"], "unexpected argument 'more.jsonl'"),
         (["train"], "missing: DATA, --model"),
         (["chat", "--model", "m", "-o", "c", "--epochs", "1"], "unknown option --epochs"),

@@ -19,7 +19,10 @@ import torch
 import fastsdpo
 from fastsdpo import _native
 from fastsdpo.ops import backend
+from tests import test_docs
+from tests.test_docs import NAMES, commands
 
+tiny = test_docs.tiny
 ROOT = Path(__file__).parents[1]
 SOURCES = ["setup.py", "pyproject.toml", "CMakeLists.txt", "kernels", "fastsdpo"]
 TEXTS = ["README.md", "LICENSE"]
@@ -59,6 +62,14 @@ def unpack(sources: Path) -> Path:
     with zipfile.ZipFile(file) as archive:
         archive.extractall(site)
     return site
+
+
+def quick_compiler(folder: Path) -> str:
+    """A real one, without the minutes of optimization."""
+    compiler = folder / "c++"
+    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
+    compiler.chmod(0o755)
+    return str(compiler)
 
 
 USE = """
@@ -112,12 +123,9 @@ def test_broken_compiler_is_fatal_on_request(sources):
 
 def test_a_second_build_from_the_same_checkout_has_the_library(sources, tmp_path):
     """pip builds in another environment each time, and the first one's CMake and ninja are gone."""
-    compiler = tmp_path / "c++"  # a real one, without the minutes of optimization
-    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
-    compiler.chmod(0o755)
     for _ in range(2):
         shutil.rmtree(sources / "dist", ignore_errors=True)
-        built = wheel(sources, isolated=True, CXX=str(compiler))
+        built = wheel(sources, isolated=True, CXX=quick_compiler(tmp_path))
         if "No matching distribution found" in built.stderr:
             pytest.skip("no package index to build the isolated environment from")
         assert built.returncode == 0, built.stderr
@@ -127,14 +135,43 @@ def test_a_second_build_from_the_same_checkout_has_the_library(sources, tmp_path
         assert "fastsdpo/native_build_failed.txt" not in names
 
 
+def install(sources: Path) -> Path:
+    """The program `fastsdpo` of the wheel, in an environment that has the dependencies but not this checkout."""
+    environment = sources.parent / "environment"
+    assert run(sys.executable, "-m", "venv", "--without-pip", str(environment), cwd=sources).returncode == 0
+    programs = environment / ("Scripts" if os.name == "nt" else "bin")
+    (file,) = (sources / "dist").glob("*.whl")
+    pip = (sys.executable, "-m", "pip", "--python", str(programs / "python"), "install", "--no-deps", "--no-index")
+    installed = run(*pip, str(file), cwd=sources)
+    assert installed.returncode == 0, installed.stderr
+    (site,) = {path.parents[1] for path in environment.rglob("fastsdpo/__init__.py")}
+    (site / "dependencies.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # its own .pth files are not read
+    return programs / "fastsdpo"
+
+
 @pytest.mark.slow
-def test_wheel_holds_one_library_that_runs(sources):
-    built = wheel(sources, FASTSDPO_REQUIRE_NATIVE="1")
+@pytest.mark.parametrize("native", [True, False], ids=["native", "pure"])
+def test_an_installed_wheel_runs_the_readme(native, sources, tiny, tmp_path):
+    """With and without the library: the README's four commands, from an empty folder."""
+    compiler, required = (quick_compiler(tmp_path), "1") if native else ("/bin/false", "0")
+    built = wheel(sources, CXX=compiler, FASTSDPO_REQUIRE_NATIVE=required)
     assert built.returncode == 0, built.stderr
     site = unpack(sources)
-    assert [path.name for path in site.glob("fastsdpo/libfastsdpo*")] == ["libfastsdpo.so"]
+    assert [path.name for path in site.glob("fastsdpo/libfastsdpo*")] == ["libfastsdpo.so"] * native
     assert not list(site.glob("kernels*"))
-    assert use(site).strip() == "available"
+    assert (use(site).strip() == "available") == native
+    fastsdpo, empty = install(sources), tmp_path / "empty"
+    empty.mkdir()
+    job = [argv for argv in commands(ROOT / "README.md") if argv[0] in ("demo-data", "prepare", "train", "signal")]
+    assert len(job) == 4
+    for argv in job:
+        argv = [str(tiny) if word in NAMES else word for word in argv]
+        done = run(str(fastsdpo), *argv, cwd=empty, PYTHONPATH="")
+        assert done.returncode == 0, done.stderr[-2000:]
+        if argv[0] == "train":
+            said = "computed by the native kernels" if native else "by the reference (eager PyTorch), slowly: "
+            assert said in done.stdout
+    assert (empty / "runs/first/model/README.md").exists() and (empty / "signal.html").exists()
 
 
 def test_missing_library_is_explained(monkeypatch, tmp_path):

@@ -17,8 +17,9 @@ messages, and a paste is one message. Ctrl-C cancels the answer, or drops what i
 chat. Where standard input is no terminal, each line of it is a message.
 
 Started again with the same folder the chat goes on: the folder holds ``checkpoint-*/`` (--keep of them: so
-far /undo goes back), ``conversation.json``, ``history.txt`` (what was typed) and ``interactions.jsonl``, what
-was learned from, which `fastsdpo train` can read. docs/chat.md has an example.
+far /undo goes back), ``conversation.json``, ``history.txt`` (what was typed), ``run.yaml`` (the options, for
+--config) and ``interactions.jsonl``, what was learned from, which `fastsdpo train` can read. docs/chat.md has an
+example.
 
 Exit status: 0 done; 1 an input, model or setting cannot be used; 2 wrong options; 3 a loss or gradient
 was not finite; 130 ended by Ctrl-C where input is no terminal, with every update saved.
@@ -30,6 +31,7 @@ import argparse
 import os
 import signal
 import sys
+from dataclasses import fields
 from typing import Any
 
 from fastsdpo.commands.options import (
@@ -42,13 +44,14 @@ from fastsdpo.commands.options import (
     run_command,
 )
 from fastsdpo.commands.parser import Parser
-from fastsdpo.commands.run import load
+from fastsdpo.commands.run import keep_options, load
 from fastsdpo.commands.screen import PlainScreen, make_screen
 from fastsdpo.commands.talk import COMMANDS, ENDS, LEARN, Talk
 from fastsdpo.online.chat import ChatLearner
 from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
 from fastsdpo.online.terminal import MessageReader, interrupt
 from fastsdpo.ops.backend import describe_backend
+from fastsdpo.trainer.config import SDPOConfig
 
 HISTORY_FILE = "history.txt"
 # Settings that a chat does not read: its steps have one interaction each, and no end.
@@ -65,6 +68,10 @@ WITHOUT = (
     "lr_scheduler_type",
     "warmup_steps",
 )
+
+
+# Fields of the online configuration that a chat reads, and what their values are called.
+CHAT_FIELDS = {"max_new_tokens": "TOKENS", "sampling_temperature": "T"}
 
 
 def build_parser() -> Parser:
@@ -87,7 +94,7 @@ def build_parser() -> Parser:
     run.add_argument(
         "--keep", type=int, default=10, metavar="CHECKPOINTS", help="how many are kept; /undo goes back one fewer"
     )
-    add_field_options(run, OnlineSDPOConfig, {"max_new_tokens": "TOKENS", "sampling_temperature": "T"}, CHAT)
+    add_field_options(run, OnlineSDPOConfig, CHAT_FIELDS, CHAT)
     run.add_argument("--quiet", action="store_true", default=False, help="the answers only")
     add_model_options(parser, lora=16)
     add_setting_options(parser, PRESETS, OnlineSDPOConfig, changed=CHAT, without=WITHOUT)
@@ -107,6 +114,7 @@ def chat(options: argparse.Namespace) -> int:
     disable_progress_bar()
     if options.keep < 2:
         raise ValueError(f"--keep must be at least 2, got {options.keep}")
+    check_set(options)
     config = read_config(options, OnlineSDPOConfig, **CHAT, save_total_limit=options.keep)
 
     screen = make_screen(options.quiet)
@@ -116,12 +124,25 @@ def chat(options: argparse.Namespace) -> int:
     with screen.busy("loading the model"):
         model, tokenizer, adapter = load(options, config, lora=16)
         learner = ChatLearner(model, config, tokenizer, adapter)
+        keep_options(options, learner.trainer)
     if learner.updates:
         screen.say(f"goes on after update {learner.updates}")
     talk = Talk(learner, options, screen)
     screen.say(f"{talk.learns_from()}; /help")
     with interrupt(signal.default_int_handler):  # whatever a library has put in its place
         return converse(talk, reader, screen, options)
+
+
+def check_set(options: argparse.Namespace) -> None:
+    """Raises ValueError where --set names a setting that a chat does not read."""
+    own = {item.name for item in fields(OnlineSDPOConfig)} - {item.name for item in fields(SDPOConfig)}
+    unread = {*WITHOUT, *(own - CHAT_FIELDS.keys()), "token_cache", "tokenizer_workers", "report_to", "measure_tokens"}
+    for text in options.set:
+        name = text.partition("=")[0]
+        if name == "save_total_limit":
+            raise ValueError("--set save_total_limit: a chat has --keep")
+        if name in unread or name.startswith(("eval_", "save_", "logging_", "dataloader_")):
+            raise ValueError(f"--set {name}: a chat does not read it")
 
 
 def converse(talk: Talk, reader: MessageReader, screen: PlainScreen, options: argparse.Namespace) -> int:

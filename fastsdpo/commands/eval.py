@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastsdpo.commands.benchmark import QUESTIONS, run_ifeval, write_answers
-from fastsdpo.commands.options import DONE, add_device_option, read_text, run_command
+from fastsdpo.commands.options import DONE, add_device_option, read_text, refuse, run_command
 from fastsdpo.commands.parser import Parser
 from fastsdpo.commands.users import add_chat_model_options, chat_model
 from fastsdpo.modeling import check_name, load_model_and_tokenizer
@@ -42,6 +42,9 @@ from fastsdpo.online.rules import Rule, parse_rule
 from fastsdpo.online.users import LocalChat
 from fastsdpo.online.winrate import WinRate, compare_by_judge, compare_by_rules
 from fastsdpo.trainer.report import write_report
+
+# What only a judge reads.
+JUDGED = ("judge-model", "judge-timeout", "judge-concurrency", "judge-prompt", "persona")
 
 
 def build_parser() -> Parser:
@@ -118,6 +121,12 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ValueError(f"--limit must be at least 1, got {options.limit}")
     if (options.model is None) == (options.checkpoints is None):
         raise ValueError("name either --model or --checkpoints")
+    if options.write is None:
+        refuse(options, ("generator",), "needs --write")
+    if options.judge_url is None and options.judge_local is None:
+        refuse(options, JUDGED, "needs a judge (--judge-url or --judge-local)")
+    if options.temperature == 0:
+        refuse(options, ("seed",), "needs answers that are sampled (--temperature)")
     if options.benchmark is None and options.write is None:
         return compare(options)
     unused = [

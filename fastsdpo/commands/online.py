@@ -44,6 +44,7 @@ from fastsdpo.commands.options import (
     add_setting_options,
     read_config,
     read_text,
+    refuse,
     run_command,
 )
 from fastsdpo.commands.parser import Parser
@@ -138,6 +139,8 @@ def online(options: argparse.Namespace) -> int:
     show = run.shows(options, config)
     say = run.printer(show)
     stop = StopOnSignal()
+    if options.eval_prompts is None:
+        refuse(options, ("eval-steps", "eval-max-new-tokens"), "needs held-out prompts (--eval-prompts)")
     prompts, eval_prompts = read_prompts(options)
     user = make_user(options)
     check_headroom(options, user)

@@ -49,6 +49,18 @@ def choose_device(options: argparse.Namespace) -> None:
     options.device = "cuda"
 
 
+def refuse(options: argparse.Namespace, flags: Iterable[str], reason: str) -> None:
+    """Raises ValueError where one of the flags was given, since the command would not read it.
+
+    Args:
+        flags: without the dashes.
+        reason: what comes after the flag: "needs --held-out".
+    """
+    for flag in flags:
+        if flag in options.given:
+            raise ValueError(f"--{flag} {reason}")
+
+
 def read_text(given: str) -> str:
     """The text, or what the file after an @ holds."""
     return Path(given[1:]).read_text("utf-8-sig").strip() if given.startswith("@") else given
@@ -282,6 +294,14 @@ def add_push_option(group: argparse._ArgumentGroup) -> None:
     )
 
 
+# Settings that are read only where another one has this value.
+READ_WITH = {
+    "ema_rate": ("teacher", "ema"),
+    "trust_region_mix": ("teacher", "trust_region"),
+    "add_tail": ("mode", "topk"),
+}
+
+
 def read_config(options: argparse.Namespace, config: type[Config], **settings: Any) -> Config:
     """The preset, changed by ``settings`` and then by the flags that were given.
 
@@ -305,6 +325,7 @@ def read_config(options: argparse.Namespace, config: type[Config], **settings: A
         if steps in given:
             given[strategy] = "steps"
     given |= _read_set(options.set, config)
+    asked = dict(given)
     if "gradient_checkpointing" in given:
         # transformers is renaming it; the new name where there is one.
         new = "activation_checkpointing"
@@ -330,6 +351,9 @@ def read_config(options: argparse.Namespace, config: type[Config], **settings: A
         raise ValueError(f"--device must say which of the {torch.cuda.device_count()} GPUs, such as cuda:0, got cuda")
     made = config.preset(options.preset, output_dir=options.output, **given)
     assert isinstance(made, config)
+    for name, (other, value) in READ_WITH.items():
+        if name in asked and getattr(made, other) != value:
+            raise ValueError(f"{name} needs {other}={value}, got {other}={getattr(made, other)}")
     if device is not None and made.device.type != device.type:
         raise ValueError(f"--device must be {made.device.type} or cpu for training here, got {device.type}")
     return made
@@ -342,6 +366,8 @@ def _read_set(texts: list[str], config: type) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if name.endswith("_token"):
             raise ValueError(f"--set {name}: tokens are read from the environment only (HF_TOKEN)")
+        if name == "push_to_hub" or name.startswith("hub_"):
+            raise ValueError(f"--set {name}: to upload the model give --push-to-hub OWNER/NAME")
         if not equals or name not in kinds:
             meant = did_you_mean(name, kinds.keys() - {name})
             raise ValueError(f"--set must be NAME=VALUE with a field of {config.__name__}, got {text!r}{meant}")

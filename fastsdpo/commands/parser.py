@@ -124,6 +124,8 @@ class Parser(argparse.ArgumentParser):
             message = f"{name} must be one of {', '.join(choices)}, got {got!r}{did_you_mean(got, choices)}"
         message = re.sub(r"^argument (.+?): invalid int value: ", r"\1 must be a whole number, got ", message)
         message = re.sub(r"^argument (.+?): invalid float value: ", r"\1 must be a number, got ", message)
+        message = re.sub(r"^argument (.+?): expected one argument", r"\1 needs a value", message)
+        message = re.sub(r"^argument (.+?): expected at least one argument", r"\1 needs at least one value", message)
         message = re.sub(r"^argument (.+?): ", r"\1: ", message)
         message = message.replace("the following arguments are required:", "missing:")
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsdpo.commands import prepare_prompts
-from fastsdpo.commands.options import DONE, FAILED, run_command
+from fastsdpo.commands.options import DONE, FAILED, refuse, run_command
 from fastsdpo.commands.parser import Parser
 from fastsdpo.data.answers import RatingFollowups
 from fastsdpo.data.filters import PRESETS, ConversationFilter
@@ -229,6 +229,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
 
     def run(arguments: argparse.Namespace) -> int:
+        if all(Path(source).exists() for source in arguments.sources):
+            refuse(arguments, ("subset", "split"), "needs a dataset of the hub, and the sources are files")
         prepare_prompts.check_options(parser, arguments)
         if arguments.prompts is None:
             return _interactions(arguments)
@@ -248,6 +250,8 @@ def _file(output: str, name: str) -> str:
 
 
 def _interactions(arguments: argparse.Namespace) -> int:
+    if not arguments.show:
+        refuse(arguments, ("template",), "needs --show")
     arguments.output = _file(arguments.output, "interactions.jsonl")
     report = prepare(
         arguments.sources,

@@ -83,7 +83,8 @@ def load(
         lora: the rank where --lora is not given; None: no new adapter.
 
     Raises:
-        ValueError: --lora asks for another adapter than the one that --model names; --quantize without one.
+        ValueError: --lora asks for another adapter than the one that --model names; --quantize or --lora-alpha
+            without one.
         ImportError: --quantize without bitsandbytes.
         NotImplementedError: --quantize where the weights would be sharded.
     """
@@ -100,7 +101,10 @@ def load(
     check_settings(config, rank)
     check_quantize(options.quantize)
     check_quantized_launch(options.quantize, config)
-    if options.quantize and not rank and not is_adapter(options.model, options.revision):
+    adapts = options.quantize or options.lora_alpha is not None
+    if adapts and not rank and not is_adapter(options.model, options.revision):
+        if not options.quantize:
+            raise ValueError("--lora-alpha needs an adapter: add --lora RANK")
         raise ValueError(
             f"--quantize {options.quantize} needs an adapter to train, since packed weights cannot take a step: add "
             "--lora RANK, or let --model name an adapter"
@@ -149,7 +153,7 @@ def keep_options(options: argparse.Namespace, trainer: AnyTrainer) -> None:
     from fastsdpo._version import __version__
 
     given = {name: value for name, value in options.given.items() if name not in NOT_KEPT}
-    command = "online" if "prompts" in given else "train"
+    command = "online" if "prompts" in given else "train" if "data" in given else "chat"
     text = (
         f"# What fastsdpo {__version__} {command} was given. Again, into another folder:\n"
         f"#   fastsdpo {command} --config {options.output}/run.yaml --output FOLDER\n"

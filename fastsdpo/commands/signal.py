@@ -150,6 +150,14 @@ def _check_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error("--completion and --system go with --prompt, not with a source")
     if options.source is None and (options.index is not None or options.id is not None):
         parser.error("--index and --id need a source")
+    if options.source is None and options.max_history_messages is not None:
+        parser.error("--max-history-messages needs a source")
+    if options.source is not None or options.completion is not None:
+        for flag in ("max-new-tokens", "seed"):
+            if flag in options.given:
+                parser.error(f"--{flag} is of an answer that the model writes, and this one is there already")
+    if options.quiet and options.values:
+        parser.error("give --quiet or --values, not both")
     if options.index is not None and options.id is not None:
         parser.error("give --index or --id, not both")
     if options.index is not None and options.index < 0:

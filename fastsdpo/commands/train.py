@@ -44,6 +44,7 @@ from fastsdpo.commands.options import (
     add_resume_options,
     add_setting_options,
     choose_device,
+    refuse,
     run_command,
 )
 from fastsdpo.commands.parser import Parser
@@ -134,7 +135,10 @@ def main(argv: list[str] | None = None) -> int:
 def start(options: argparse.Namespace) -> int:
     """What needs no torch is checked first: it takes seconds to import."""
     check_folder(options.output, options.resume or options.overwrite or options.dry_run)
-    check_data(options.data, held_out(options))
+    eval_data = held_out(options)
+    check_data(options.data, eval_data)
+    if eval_data is None:
+        refuse(options, ("eval-steps", "measure-rule"), "needs held-out interactions (--eval-data)")
     check_template(options)
     choose_device(options)
     from fastsdpo.commands.train_run import train

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from fastsdpo.commands.options import refuse
 from fastsdpo.online.endpoint import ChatEndpoint
 from fastsdpo.online.personas import PERSONAS, read_persona
 from fastsdpo.online.users import (
@@ -94,6 +95,9 @@ def add_chat_model_options(group: Any, role: str) -> None:
     )
 
 
+# What asks a language model to play the user.
+MODEL_OPTIONS = ("user-prompt", "user-url", "user-model", "user-local", "user-timeout", "user-concurrency")
+
 USER_OPTIONS = (
     "rule",
     "wish",
@@ -132,6 +136,10 @@ def make_user(options: argparse.Namespace) -> UserSimulator:
     if sum(named.values()) != 1:
         chosen = [name for name, given in named.items() if given]
         raise ValueError(f"name one user: {', '.join(named)}; got {' and '.join(chosen) or 'none'}")
+    if options.persona is None:
+        refuse(options, MODEL_OPTIONS, "needs --persona")
+    if not (options.rule or options.wish):
+        refuse(options, ("praise",), "needs a user of rules (--rule or --wish)")
     thens = bool(options.then_rule or options.then_wish) or len(options.then_persona)
     if len(options.flip_at) != thens:
         raise ValueError(
@@ -144,8 +152,6 @@ def make_user(options: argparse.Namespace) -> UserSimulator:
     starts = [0, *options.flip_at]
     if starts != sorted(set(starts)):
         raise ValueError(f"--flip-at must be at least 1 and ascend, got {' '.join(map(str, options.flip_at))}")
-    if options.user_prompt is not None and options.persona is None:
-        raise ValueError("--user-prompt needs --persona")
     if options.control and not options.rule:
         raise ValueError("--control needs a user of rules (--rule)")
     if options.terminal:
@@ -179,6 +185,8 @@ def chat_model(options: argparse.Namespace, role: str, **settings: Any) -> ChatE
     if (url is None) == (local is None):
         raise ValueError(f"name either --{role}-url with --{role}-model, or --{role}-local")
     if url is None:
+        remote = (f"{role}-{part}" for part in ("model", "timeout", "concurrency"))
+        refuse(options, remote, f"needs --{role}-url")
         from fastsdpo.modeling import load_model_and_tokenizer
 
         model, tokenizer = load_model_and_tokenizer(local)

@@ -69,7 +69,10 @@ def _parse(prompt: Any, where: str, system: str | None) -> list[dict]:
     prompt, row = getattr(prompt, "prompt", prompt), {}
     if isinstance(prompt, Mapping):
         if "prompt" not in prompt:
-            raise ValueError(f"OnlineSDPOTrainer: {where} must have 'prompt', got {list(prompt)}")
+            raise ValueError(
+                f"OnlineSDPOTrainer: {where} must have 'prompt', got the keys {', '.join(map(repr, prompt))}; of "
+                "conversations `fastsdpo prepare` makes such rows"
+            )
         row, prompt = prompt, prompt["prompt"]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]

@@ -167,6 +167,9 @@ def test_a_local_model_plays_the_user(prompts, saved, tmp_path):
         ("--wish x --control", "--control needs a user of rules"),
         ("--rule max_words=2 --headroom", "--headroom needs --eval-prompts"),
         ("--persona x --user-url http://localhost:1/v1", "needs --user-model"),
+        ("--wish x --user-url http://localhost:1/v1", "--user-url needs --persona"),
+        ("--terminal --praise Good", "--praise needs a user of rules"),
+        ("--wish x --eval-max-new-tokens 5", "--eval-max-new-tokens needs held-out prompts"),
         ("--rule max_words=2 --set spin=1", "field of OnlineSDPOConfig"),
         ("--rule max_words=2 --set num_generations=0", "--num-generations must"),
         ("--wish w5 --eval-prompts nosuch.txt", "no such file: nosuch.txt"),
@@ -281,6 +284,12 @@ def test_the_rules_are_listed(capsys):
 # -------------------------------------------------------------------------------------------- chat
 
 
+@pytest.mark.parametrize("setting", ["max_steps=3", "eval_steps=1", "ppo_clip=0.2", "save_total_limit=2"])
+def test_chat_refuses_settings_that_it_does_not_read(setting, tmp_path, capsys):
+    assert chat("/no/such/model", tmp_path / "chat", "--set", setting) == 1
+    assert f"--set {setting.split('=')[0]}: a chat " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("lora", ["0", "4"])
 def test_chat_learns_saves_and_undoes(lora, saved, tmp_path, monkeypatch, capsys):
     if lora != "0":
@@ -350,8 +359,9 @@ def test_chat_goes_on_with_the_conversation(saved, tmp_path, monkeypatch, capsys
     assert rows_of(output) == [] and "conversation   3 messages" in shown.err and "system prompt  w9" in shown.err
     assert re.search(r"\[Knowing the reply|\[The reply hardly", shown.err)
 
+    # The same options again, from the file that the chat left.
     talk(monkeypatch, ["/teach w3", "w4"])
-    assert chat(saved, output, "--lora", "0") == 0
+    assert main(["chat", "--config", str(output / "run.yaml")]) == 0
     shown = capsys.readouterr()
     assert "goes on after 2 messages (/new begins another); the last ones:]\n" in shown.err
     assert f"[you > w1 w2]\n[model > {again}]" in shown.err

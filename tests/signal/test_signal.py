@@ -422,6 +422,7 @@ def test_command_survives_an_ascii_terminal(folder, monkeypatch):
         ("x.json --model m --temperature 0", "--temperature must be positive"),
         ("x.json --model m --scale 0", "--scale must be positive, got 0"),
         ("x.json --model m --html /no/such/a.html", "--html must be a file in an"),
+        ("x.json --model m --seed 3", "--seed is of an answer that the model writes"),
         ("x.json --model m --unrelated u --no-unrelated", "--no-unrelated"),
     ],
 )
