@@ -2,8 +2,7 @@
 
     {"conversation_id": "c7", "messages": [{"role": "user", "content": "Hi."}, ...], ...}
 
-What `ordinary` passes over, `RecordParser`
-reads; for what it reads, that gives the same.
+What `ordinary` passes over, `RecordParser` reads; for what it reads, that gives the same.
 """
 
 from __future__ import annotations

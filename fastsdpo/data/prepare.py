@@ -27,7 +27,7 @@ from fastsdpo.data.output import encode_rows as encode_rows
 from fastsdpo.data.progress import ProgressBar
 from fastsdpo.data.published import PublishedReader
 from fastsdpo.data.readers.registry import RecordParser
-from fastsdpo.data.reading import BatchReader, ReadOptions, ReadReport, without_collector
+from fastsdpo.data.reading import BatchReader, ReadOptions, ReadReport, seldom_collected
 from fastsdpo.data.record_fields import RecordFields, parse_time
 from fastsdpo.data.redaction import redaction_settings
 from fastsdpo.data.sources import expand_source
@@ -256,7 +256,7 @@ class _Job:
                     bar.update()
                 spool.complete(pool.keys_of_rows)
             return
-        with without_collector():
+        with seldom_collected():
             for batch in BatchReader(self.options).read_sources(self.items, report):
                 spool.add(batch)
                 bar.update()

@@ -96,19 +96,18 @@ class ReadReport(LoadReport):
 
 
 @contextlib.contextmanager
-def without_collector() -> Iterator[None]:
-    """Turns the garbage collector off: what is read has no cycles, and many objects that it would look through."""
-    enabled = gc.isenabled()
-    gc.disable()
+def seldom_collected() -> Iterator[None]:
+    """Lets the garbage collector wait for more objects: a long record has many, and is freed without it."""
+    before = gc.get_threshold()
+    gc.set_threshold(100 * before[0], *before[1:])
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        gc.set_threshold(*before)
 
 
 class BatchReader:
-    """Sources, or pieces of them -> batches, each with its rows.
+    """Sources, or pieces of them -> batches.
 
     Raises:
         DamagedRecord: with `strict`, at the first record that is damaged or holds no interaction.

@@ -26,7 +26,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a hook prints is no answer
     sys.path[:] = pickle.load(requests)
-    from fastsdpo.data.reading import BatchReader, Piece, ReadReport, without_collector
+    from fastsdpo.data.reading import BatchReader, Piece, ReadReport, seldom_collected
     from fastsdpo.data.spool import keys_of_rows
 
     options, path = pickle.load(requests)
@@ -36,7 +36,7 @@ def main() -> None:
         pickle.dump(value, answers)
         answers.flush()
 
-    with open(path, "r+b") as file, without_collector():
+    with open(path, "r+b") as file, seldom_collected():
 
         def hear() -> None:
             try:
