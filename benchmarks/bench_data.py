@@ -50,7 +50,7 @@ from fastsdpo.prefix import build_plan
 
 TEMPLATE = "offline-v1"
 BATCH = 1000
-FIELDS = ("prompt", "completion", "user_response")
+FIELDS = ("id", "conversation_id", "turn_id", "prompt", "completion", "user_response")
 
 
 def write_source(path: Path, count: int, source: Path) -> int:
@@ -83,16 +83,17 @@ def write_source(path: Path, count: int, source: Path) -> int:
 # ------------------------------------------------------------------------------------------- rivals
 
 
-def rows_of(messages: list[dict]) -> Iterator[dict]:
+def rows_of(name: str, messages: list[dict]) -> Iterator[dict]:
     """One row per answer that is followed by a user's message."""
-    for i in range(1, len(messages) - 1, 2):
-        yield dict(zip(FIELDS, (messages[:i], messages[i], messages[i + 1])))
+    for turn, i in enumerate(range(1, len(messages) - 1, 2)):
+        yield dict(zip(FIELDS, (f"{name}:{turn}", name, turn, messages[:i], messages[i], messages[i + 1])))
 
 
 def plain_prepare(source: Path, output: Path) -> None:
     with open(source, "rb") as lines, open(output, "wb") as out:
         for line in lines:
-            for row in rows_of(orjson.loads(line)["messages"]):
+            record = orjson.loads(line)
+            for row in rows_of(record["conversation_id"], record["messages"]):
                 out.write(orjson.dumps(row) + b"\n")
 
 
@@ -100,7 +101,8 @@ def datasets_prepare(source: Path, output: Path) -> None:
     from datasets import load_dataset
 
     def expand(batch: dict[str, list]) -> dict[str, list]:
-        rows = [row for messages in batch["messages"] for row in rows_of(messages)]
+        records = zip(batch["conversation_id"], batch["messages"])
+        rows = [row for name, messages in records for row in rows_of(name, messages)]
         return {key: [row[key] for row in rows] for key in FIELDS}
 
     with tempfile.TemporaryDirectory() as cache:

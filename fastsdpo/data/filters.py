@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 from fastsdpo.data.interactions import Conversation
+
+if TYPE_CHECKING:
+    from fastsdpo.data.ordinary import Ordinary
 
 NO_TIME = "no time given"
 
@@ -63,7 +67,7 @@ class ConversationFilter:
             raise ValueError(f"ConversationFilter: name must be one of {', '.join(PRESETS)}, got {name!r}")
         return PRESETS[name]
 
-    @property
+    @cached_property
     def facts(self) -> tuple[str, ...]:
         """What `reason_to_drop` looks up in `Conversation.facts`."""
         asked = {
@@ -81,10 +85,9 @@ class ConversationFilter:
         least = (self.enough_conversations, self.enough_interactions)
         return least != (None, None) and conversations >= (least[0] or 0) and interactions >= (least[1] or 0)
 
-    def reason_to_drop(self, conversation: Conversation) -> str | None:
+    def reason_to_drop(self, conversation: Conversation | Ordinary) -> str | None:
         """The first rule that the conversation breaks, in words that can be counted by, or None."""
-        reason = self._reason_in_facts(conversation) if self.facts else None
-        if reason is not None:
+        if self.facts and (reason := self._reason_in_facts(conversation)) is not None:
             return reason
         if self.languages is not None:
             if conversation.language is None:
@@ -92,7 +95,7 @@ class ConversationFilter:
             if conversation.language.strip().lower() not in {name.lower() for name in self.languages}:
                 return "other language"
         messages = conversation.messages
-        if sum(message["role"] != "system" for message in messages) < self.min_messages:
+        if self.min_messages and sum(message["role"] != "system" for message in messages) < self.min_messages:
             return f"fewer than {self.min_messages} messages"
         limit = self.max_conversation_chars
         if limit is not None and sum(len(message["content"]) for message in messages) > limit:
@@ -104,7 +107,7 @@ class ConversationFilter:
                 return f"{role} message over {limit:,} characters"
         return None
 
-    def _reason_in_facts(self, conversation: Conversation) -> str | None:
+    def _reason_in_facts(self, conversation: Conversation | Ordinary) -> str | None:
         facts = conversation.facts
         for name, wanted in (("toxic", self.drop_toxic), ("redacted", self.drop_redacted)):
             if wanted and facts.get(name) is not False:

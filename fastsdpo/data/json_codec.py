@@ -7,6 +7,7 @@ library, and all else by Python's, whose floats are spelled differently.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 try:
@@ -24,27 +25,28 @@ DECODER = json.JSONDecoder(parse_int=_integer)
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-def encode(value: Any) -> bytes:
-    """JSON without spaces; what is no valid Unicode in it becomes question marks."""
-    return _encode(value).encode(errors="replace")
-
-
 def _encode_message(message: dict[str, str]) -> bytes:
     return _encode(message).encode()
 
 
 # A message, that is a dict of valid texts. orjson writes no other types here, so that both write the same.
-encode_message = _encode_message if orjson is None else orjson.dumps
+encode_message: Callable[[Any], bytes] = _encode_message if orjson is None else orjson.dumps
 
 
-def decode(data: bytes) -> Any:
-    """The value of a text in UTF-8. A ValueError where there is none, or it is not one for a fast parser.
+def encode(value: Any) -> bytes:
+    """JSON without spaces; what is no valid Unicode in it becomes question marks."""
+    if type(value) is str and value.isascii():
+        return encode_message(value)
+    return _encode(value).encode(errors="replace")
 
-    Whoever catches it asks `DECODER`, which takes more (lone surrogates, numbers without end) and says why.
-    """
-    if orjson is not None:
-        return orjson.loads(data)
+
+def _decode(data: bytes) -> Any:
     try:
         return DECODER.decode(data.decode())
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+
+
+# The value of a text in UTF-8. A ValueError where there is none, or it is not one for a fast parser; whoever catches
+# it asks `DECODER`, which takes more (lone surrogates, numbers without end) and says why.
+decode: Callable[[bytes], Any] = _decode if orjson is None else orjson.loads

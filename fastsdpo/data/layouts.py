@@ -27,7 +27,7 @@ MESSAGE_KEYS = tuple(FORMATS)
 INTERACTION_KEYS = ("prompt", "completion", "user_response")
 # Images and the like beside the messages, where the text has a placeholder (LLaVA, LLaMA-Factory).
 _FILES = {"image": "<image>", "images": "<image>", "videos": "<video>", "audios": "<audio>"}
-_BESIDE = frozenset((*SYSTEM_KEYS, *_FILES))
+BESIDE = frozenset((*SYSTEM_KEYS, *_FILES))
 # All that is read of such a record: the columns that a table of many others needs.
 PLAIN_KEYS = frozenset(
     (*MESSAGE_KEYS, *INTERACTION_KEYS, *SYSTEM_KEYS, *CONVERSATION_ID_KEYS, *RECORD_ID_KEYS, *_FILES, *ROW_FIELDS)
@@ -81,7 +81,7 @@ def _messages_conversation(record: Mapping, key: str) -> Conversation:
     messages = record[key]
     messages = decoded(messages) if isinstance(messages, str) else messages
     turns = read_turns(messages, key)
-    if not _BESIDE.isdisjoint(record):
+    if not BESIDE.isdisjoint(record):
         turns = with_system(record, turns)
         _mark_files(record, turns)
     name = identifier(record, CONVERSATION_ID_KEYS)

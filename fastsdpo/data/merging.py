@@ -12,6 +12,11 @@ exported twice, a row per interaction. From the keys of all records (keys.py) fo
 
 None of it depends on the order of the records, but for which of two equal interactions is kept.
 
+All keys of a record cost as much as to parse it, and most records have nothing to do with any other: whatever two
+have in common, they have the same name, or all messages up to the first user's. So a record whose interactions
+are whole turns (`whole_turns`) gets two marks at first, for its name and for that beginning, and is *light*. All
+keys are made, from its rows, of those only that have a mark in common with another record (`find_related`).
+
 The keys lie in files, and are compared a part of all keys at a time. In memory are 20 bytes for each
 record, one for each interaction, and one part's keys.
 """
@@ -21,46 +26,72 @@ from __future__ import annotations
 import itertools
 import operator
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from fastsdpo.data.interactions import Conversation, Interaction
 from fastsdpo.data.keys import FACTOR, PRIME, ROLE_KEYS, RunKeys, extend, run_hash
+from fastsdpo.data.messages import is_blank
 
 PART_KEYS = 3 << 14  # compared at a time, some 100 bytes each
 MOST_PARTS = 64  # the files are read once for each part
 
+KEY_LISTS = ("name", "messages", "beginnings", "prompts", "histories", "interactions", "ids", "id_names")
+# In these a light record may have a mark of its own where another record has to do with it.
+_RELATED = ("name", "messages", "beginnings", "histories", "id_names")
+OF_ROWS = ("interactions", "ids")  # numbered by interaction, the others by record
 
-# The lists with one key for each record or interaction (`times`: or none), and those with any number for each record.
-ONE_EACH = ("name", "messages", "interactions", "ids", "times")
-MANY_EACH = ("beginnings", "prompts", "histories")
+
+class LightRecord(NamedTuple):
+    """A light record, of which all keys are to be made.
+
+    Attributes:
+        number, first: of the record and of its first interaction.
+        place, size: of its rows in their file.
+        rest: the key of an answer after the last follow-up, or None.
+    """
+
+    number: int
+    first: int
+    place: int
+    size: int
+    rest: int | None
 
 
 class RecordKeys:
-    """The keys of records that hold interactions, one record after another.
+    """Keys of records that hold interactions, and the number of the record or interaction of each.
 
     Attributes:
-        name: of its conversation's name.
-        messages: of all its messages.
-        interactions: of each interaction's prompt, answer and follow-up.
-        ids: of each interaction's id.
-        beginnings: of its first message, its first two, ..., without all.
-        prompts: of each interaction's prompt; the first is enough where it begins the others.
-        histories: of what begins these prompts and ends with a user's message, themselves included.
-        times: the record's time in microseconds since 1970, where rules asked for it.
-        counts: how many in each of beginnings, prompts and histories are of each record.
+        keys: by list,
+            name: of its conversation's name;
+            messages: of all its messages;
+            beginnings: of its first message, its first two, ..., without all;
+            prompts: of each interaction's prompt; the first is enough where it begins the others;
+            histories: of what begins these prompts and ends with a user's message, themselves included;
+            interactions: of each interaction's prompt, answer and follow-up;
+            ids: of each interaction's id;
+            id_names: of the names in these, where they are others;
+            marks: of light records;
+            times: the time in microseconds since 1970, of all records where rules asked for it.
+        numbers: by list, as many. Those of records are counted from 0.
     """
 
     def __init__(self):
-        self.name, self.messages, self.interactions, self.ids, self.times = ([] for _ in ONE_EACH)
-        self.beginnings, self.prompts, self.histories = ([] for _ in MANY_EACH)
-        self.counts = {name: [] for name in MANY_EACH}
+        self.keys = {name: array("Q") for name in (*KEY_LISTS, "marks", "times")}
+        self.numbers = {name: array("Q") for name in self.keys}
 
-    def add(self, conversation: Conversation, interactions: list[Interaction]) -> None:
-        """Adds a record; the conversation and its interactions must have ids."""
+    def add(
+        self, conversation: Conversation, interactions: list[Interaction], number: int = 0, first: int = 0
+    ) -> None:
+        """Adds a record; the conversation and its interactions must have ids.
+
+        Args:
+            number, first: of the record and of its first interaction.
+        """
         texts = RunKeys()
-        self._begin(conversation)
-        prompts, histories = [], []
+        name = self._begin(str(conversation.id), _histories(conversation.messages), number)
+        prompts, histories, whole, ids = [], [], [], []
         prompt: list[dict] = []
         history = 0
         for interaction in interactions:
@@ -75,47 +106,91 @@ class RecordKeys:
                     histories.append(history)
             prompts.append(history)
             answered = extend(history, ROLE_KEYS["assistant"], texts[interaction.completion])
-            self.interactions.append(extend(answered, ROLE_KEYS["user"], texts[interaction.followup]))
-            before, _, number = str(interaction.id).rpartition(":")
-            number = int(number) if number.isdecimal() else texts[number]
-            self.ids.append(extend(0, texts[before], number))
-        self._add_many("prompts", prompts)
-        self._add_many("histories", histories)
+            whole.append(extend(answered, ROLE_KEYS["user"], texts[interaction.followup]))
+            before, _, turn = str(interaction.id).rpartition(":")
+            ids.append(extend(0, texts[before], int(turn) if turn.isdecimal() else texts[turn]))
+            if texts[before] != name:
+                self._add("id_names", [texts[before]], number)
+        self._add("prompts", prompts, number)
+        self._add("histories", histories, number)
+        self._add_rows(whole, ids, first)
 
-    def add_whole(self, conversation: Conversation, first: int, count: int) -> None:
-        """`add` of a record with the interactions ``(messages[: t], messages[t], messages[t + 1])`` for
-        ``t = first + 1, first + 3, ...``, which are `count`, and have the ids ``name:0``, ``name:1``, ..."""
-        name, histories = self._begin(conversation)
-        prompts = histories[first::2][:count]
-        self._add_many("prompts", prompts[:1])  # begins the others: who has one of them in its histories has it too
-        self._add_many("histories", prompts)
-        self.interactions += histories[first + 2 :: 2]
-        self.ids += [(3 * name + number) % PRIME for number in range(count)]
+    def add_light(self, name: str, messages: list[dict], first: int, number: int) -> int | None:
+        """Adds the marks of a light record whose first user's message is the one of this index, and gives
+        `LightRecord.rest`."""
+        history = 0
+        for message in messages[: first + 1]:
+            history = extend(history, ROLE_KEYS[message["role"]], _key(message["content"]))
+        self.keys["marks"].extend((_key(name), history))
+        self.numbers["marks"].extend((number, number))
+        return None if (len(messages) - first) % 2 else _key(messages[-1]["content"])
 
-    def pack(self) -> None:
-        """Makes arrays of the lists, as they are sent to another process."""
-        for name in (*ONE_EACH, *MANY_EACH):
-            setattr(self, name, array("Q", getattr(self, name)))
-        self.counts = {name: array("I", counts) for name, counts in self.counts.items()}
+    def add_all(self, record: LightRecord, row: Mapping[str, Any]) -> None:
+        """Adds a light record with all its keys, from the last of its rows."""
+        answer = row["completion"]
+        answer = answer[0] if isinstance(answer, list) else answer
+        histories = _histories([*row["prompt"], answer, row["user_response"]])
+        first = 1 if row["prompt"][0]["role"] == "system" else 0
+        prompts = histories[first:-2:2]
+        if record.rest is not None:
+            histories.append(extend(histories[-1], ROLE_KEYS["assistant"], record.rest))
+        name = self._begin(row["conversation_id"], histories, record.number)
+        self._add("prompts", prompts[:1], record.number)
+        self._add("histories", prompts, record.number)
+        ids = [extend(0, name, turn) for turn in range(len(prompts))]
+        self._add_rows(histories[first + 2 :: 2], ids, record.first)
 
-    def _begin(self, conversation: Conversation) -> tuple[int, list[int]]:
-        """Adds what is of the record: (key of its name, keys of its first message, its first two, ..., all)."""
-        histories, history = [], 0
-        for message in conversation.messages:  # `extend` and `RunKeys`, without their calls
-            key = run_hash(message["content"].strip())
-            history = (history * FACTOR + 3 * ROLE_KEYS[message["role"]] + key) % PRIME
-            histories.append(history)
-        name = run_hash(str(conversation.id).strip()) % PRIME
-        self.name.append(name)
-        self.messages.append(histories[-1])
-        self._add_many("beginnings", histories[:-1])
+    def add_time(self, conversation: Conversation, number: int) -> None:
+        """Adds the time of a record, where its facts have it."""
         if conversation.facts.get("time") is not None:
-            self.times.append(max(0, round(conversation.facts["time"] * 1e6)))
-        return name, histories
+            self._add("times", [max(0, round(conversation.facts["time"] * 1e6))], number)
 
-    def _add_many(self, name: str, keys: list[int]) -> None:
-        getattr(self, name).extend(keys)
-        self.counts[name].append(len(keys))
+    def _begin(self, name: str, histories: list[int], number: int) -> int:
+        key = _key(name)
+        self._add("name", [key], number)
+        self._add("messages", histories[-1:], number)
+        self._add("beginnings", histories[:-1], number)
+        return key
+
+    def _add(self, name: str, keys: Iterable[int], number: int) -> None:
+        found, numbers = self.keys[name], self.numbers[name]
+        found.extend(keys)
+        numbers.extend([number] * (len(found) - len(numbers)))
+
+    def _add_rows(self, whole: list[int], ids: list[int], first: int) -> None:
+        for name, keys in zip(OF_ROWS, (whole, ids)):
+            self.keys[name].extend(keys)
+            self.numbers[name].extend(range(first, first + len(keys)))
+
+
+def _key(text: str) -> int:
+    return run_hash(text.strip()) % PRIME
+
+
+def _histories(messages: list[dict]) -> list[int]:
+    """The keys of the first message, the first two, ..., all."""
+    histories, history = [], 0
+    for message in messages:  # `extend` and `RunKeys`, without their calls
+        key = run_hash(message["content"].strip())
+        history = (history * FACTOR + 3 * ROLE_KEYS[message["role"]] + key) % PRIME
+        histories.append(history)
+    return histories
+
+
+def whole_turns(roles: list[str], texts: list[str]) -> int | None:
+    """The index of the first user's message, where the interactions of a conversation are
+    ``(messages[: t], messages[t], messages[t + 1])`` for each answer t but the last: at most one system message, then
+    user and assistant take turns, and none is silent. None for others."""
+    first = 1 if roles[0] == "system" else 0
+    turns = len(roles) - first
+    if turns < 3 or roles[first:] != (_TURNS[:turns] if turns <= len(_TURNS) else (_TURNS[:2] * turns)[:turns]):
+        return None
+    starts = [text[:1] for text in texts[first:]]
+    seen = min(starts) >= "!" and max(starts) <= "~"  # then no text is blank
+    return first if seen or not any(map(is_blank, texts[first:])) else None
+
+
+_TURNS = ["user", "assistant"] * 100
 
 
 @dataclass
@@ -146,7 +221,7 @@ class Merged:
 
 
 # (name of a list in `RecordKeys`, part, parts) -> its keys of that part (those whose lowest byte has the
-# remainder `part`) in order, some at a time, and the number of the record or interaction of each
+# remainder `part`), some at a time, and the number of the record or interaction of each
 Keys = Callable[[str, int, int], Iterator["tuple[Iterable[int], Iterable[int]]"]]
 
 
@@ -205,6 +280,21 @@ def merge(keys: Keys, starts: array, single: bytearray, *, join: bool = True) ->
     return Merged(conversations, families, following, left_out, kept, renamed)
 
 
+def find_related(keys: Keys, records: int) -> bytearray:
+    """Of each record 1, where it has a mark that another record has too, or a key of that other."""
+    related = bytearray(records)
+    parts = _parts(records)
+    for part in range(parts):
+        first: dict[int, int] = {}
+        for key, number in _pairs(keys("marks", part, parts)):
+            if first.setdefault(key, number) != number:
+                related[first[key]] = related[number] = 1
+        for name in _RELATED if first else ():
+            for key, _ in _of_others(first, keys(name, part, parts)):
+                related[first[key]] = 1
+    return related
+
+
 def _pairs(blocks: Iterable[tuple[Iterable[int], Iterable[int]]]) -> Iterator[tuple[int, int]]:
     return itertools.chain.from_iterable(itertools.starmap(zip, blocks))
 
@@ -221,7 +311,7 @@ def _repeated(keys: Keys, name: str, count: int, left_out: bytearray | None = No
             continue
         different.clear()
         first: dict[int, int] = {}
-        for key, number in _pairs(keys(name, part, parts)):
+        for key, number in sorted(_pairs(keys(name, part, parts)), key=operator.itemgetter(1)):
             if left_out is not None and left_out[number]:
                 continue
             if first.setdefault(key, number) != number:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastsdpo.data.filters import ConversationFilter
-from fastsdpo.data.interactions import Conversation, Interaction
+from fastsdpo.data.interactions import Interaction
 from fastsdpo.data.json_codec import encode, encode_message
 from fastsdpo.data.merging import Merged
 from fastsdpo.data.spool import Spool
@@ -69,6 +69,7 @@ class NothingKept(Exception):
 WRITTEN_BYTES = 1 << 20  # at a time: small writes take half as long again
 
 _ROW = b'{"id":%b,"conversation_id":%b,"turn_id":%d,"prompt":['
+_ROW_START, _ROW_MIDDLE, _PROMPT = b'{"id":%b:', b'","conversation_id":%b,"turn_id":', b',"prompt":['
 _END = b"}\n"
 # Around the answer, by the layout of rows.
 _ANSWERS = {
@@ -102,19 +103,22 @@ def encode_rows(interactions: list[Interaction], first_turn: int, layout: str = 
     return b"".join(parts)
 
 
-def encode_whole(conversation: Conversation, first: int, count: int, layout: str) -> bytes:
-    """`encode_rows` of the interactions ``(messages[: t], messages[t], messages[t + 1])`` for
-    ``t = first + 1, first + 3, ...``, which are `count`, and have the ids ``name:0``, ``name:1``, ..."""
-    encoded = [encode_message(message) for message in conversation.messages]
-    name, end = encode(conversation.id), _encode_fields(conversation.fields) + _END
-    prompt, (before, after) = b",".join(encoded[: first + 1]), _ANSWERS[layout]
+def encode_whole(name: str, encoded: list[bytes], first: int, fields: Mapping[str, Any], layout: str) -> list[bytes]:
+    """`encode_rows`, in parts that are to be joined, of whole turns, whose messages come encoded: the interactions are
+    ``(messages[: t], messages[t], messages[t + 1])`` for ``t = first + 1, first + 3, ...``, and have the ids
+    ``name:0``, ``name:1``, ..."""
+    quoted, end = encode(name), _encode_fields(fields) + _END if fields else _END
+    start, middle = _ROW_START % quoted[:-1], _ROW_MIDDLE % quoted
+    before, after = _ANSWERS[layout]
+    with_commas: list[bytes] = []
+    for message in encoded:
+        with_commas += (message, b",")
     parts: list[bytes] = []
-    for turn, place in enumerate(range(first + 1, first + 1 + 2 * count, 2)):
-        answer, followup = encoded[place], encoded[place + 1]
-        row = _ROW % (b'%b:%d"' % (name[:-1], turn), name, turn)
-        parts += (row, prompt, before, answer, after, followup, end)
-        prompt = b",".join((prompt, answer, followup))
-    return b"".join(parts)
+    for turn, answer in enumerate(range(first + 1, len(encoded) - 1, 2)):
+        number = b"%d" % turn
+        parts += (start, number, middle, number, _PROMPT, *with_commas[: 2 * answer - 1])
+        parts += (before, encoded[answer], after, encoded[answer + 1], end)
+    return parts
 
 
 def _encode_fields(fields: Mapping[str, Any]) -> bytes:
@@ -154,6 +158,14 @@ def write_outputs(
         order, held_out = _from_then_on(merged, order, spool.times(), eval_after, result)
     else:
         held_out = _held_out(merged.families, order, eval_fraction, seed)
+    changed = result.duplicate_interactions or merged.renamed
+    if order and len(outputs) == 1 and not changed and order == array("I", range(len(kept))):
+        result.conversations, result.interactions = len(order), sum(kept)
+        rows = spool.release_rows()
+        with open(rows, "r+b") as file:
+            os.fsync(file.fileno())
+        replace_durably(rows, outputs[0])
+        return
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(atomic_file(path)) for path in outputs]
         for conversation in order:
@@ -288,10 +300,16 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_durably(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def replace_durably(written: Path, path: Path) -> None:
+    """Moves a file that is on the disk to `path`, also after a power failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(written, path)
     with contextlib.suppress(OSError):  # folders cannot be opened on Windows
         folder = os.open(path.parent, os.O_RDONLY)
         try:

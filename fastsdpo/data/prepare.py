@@ -2,7 +2,7 @@
 
 Reads, filters, extracts, merges (merging.py), shuffles and splits, in memory that does not grow with
 the text: kept interactions go to a spool (spool.py) in the order they are read, and are copied from
-there in the final order (output.py).
+there in the final order (output.py). Where that is the same, the spool's file is the output.
 
 Every file that is written appears whole, or not at all. A run that is killed leaves a folder
 ``<output>.partial``; the same command starts anew, replaces what that run has written, and comes to the
@@ -11,7 +11,6 @@ same bytes.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from array import array
@@ -28,7 +27,7 @@ from fastsdpo.data.output import encode_rows as encode_rows
 from fastsdpo.data.progress import ProgressBar
 from fastsdpo.data.published import PublishedReader
 from fastsdpo.data.readers.registry import RecordParser
-from fastsdpo.data.reading import BatchReader, ReadOptions, ReadReport
+from fastsdpo.data.reading import BatchReader, ReadOptions, ReadReport, seldom_collected
 from fastsdpo.data.record_fields import RecordFields, parse_time
 from fastsdpo.data.redaction import redaction_settings
 from fastsdpo.data.sources import expand_source
@@ -127,7 +126,8 @@ def prepare(
         shutil.rmtree(job.partial, ignore_errors=True)
         return finished
     job.check_outputs(overwrite, resume)
-    with Spool(job.partial, job.settings) as spool:
+    in_order = not job.rules.shuffle and len(job.outputs) == 1
+    with Spool(job.partial, job.settings, in_order=in_order) as spool:
         if job.rules.published is not None:
             reader = PublishedReader(job, spool)
             with ProgressBar(reader.report, progress) as bar:
@@ -248,16 +248,17 @@ class _Job:
             report.bytes_total = sum(item.stat().st_size for item in self.items if isinstance(item, Path))
         parser = self.options.parser
         workers = default_workers(self.items, parser) if workers is None else workers
-        with contextlib.ExitStack() as stack:
-            # Where reading may end early, it goes on record by record.
-            if workers > 1 and self.options.limit is None and not self._wants_first:
-                pool = stack.enter_context(Workers(workers, self.options, spool))
-                batches = pool.read(cut(self.items, parser), report)
-            else:
-                rows = stack.enter_context(open(spool.add_file(), "ab"))
-                batches = ((0, batch) for batch in BatchReader(self.options, rows).read_sources(self.items, report))
-            for file, batch in batches:
-                spool.add(batch, file)
+        # Where reading may end early, it goes on record by record.
+        if workers > 1 and self.options.limit is None and not self._wants_first:
+            with Workers(workers, self.options, spool) as pool:
+                for batch in pool.read(cut(self.items, parser), report):
+                    spool.add(batch)
+                    bar.update()
+                spool.complete(pool.keys_of_rows)
+            return
+        with seldom_collected():
+            for batch in BatchReader(self.options).read_sources(self.items, report):
+                spool.add(batch)
                 bar.update()
                 if len(batch) and self._wants_first and self._has_enough(spool):
                     return

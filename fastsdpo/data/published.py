@@ -26,7 +26,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastsdpo.data.filters import NO_TIME
 from fastsdpo.data.interactions import Conversation, Interaction
@@ -171,17 +171,16 @@ class PublishedReader:
         options, report = self.job.options, self.report
         columns = options.fields.columns
         entries = read_sources(self.job.items, report, options.config, options.split, MAX_RECORD_BYTES, columns)
-        with open(self.spool.add_file(), "ab") as file:
-            for conversation in parse_entries(entries, self._parse, report, strict=options.strict):
-                self._keep(conversation, report.records - 1, file)
-                bar.update()
-                if options.limit is not None and report.records >= options.limit:
-                    return
+        for conversation in parse_entries(entries, self._parse, report, strict=options.strict):
+            self._keep(conversation, report.records - 1)
+            bar.update()
+            if options.limit is not None and report.records >= options.limit:
+                return
 
     def _parse(self, record: Any) -> tuple[Conversation]:
         return (self.job.options.fields.add_to(parse_published(record, str(self.job.rules.published)), record),)
 
-    def _keep(self, conversation: Conversation, place: int, file: BinaryIO) -> None:
+    def _keep(self, conversation: Conversation, place: int) -> None:
         rules, wildchat = self.job.rules, self.job.rules.published == "wildchat"
         if self._redaction is not None:
             conversation = self._redaction.redact(conversation, self.report.where)
@@ -199,9 +198,8 @@ class PublishedReader:
             conversation, rules.max_history_messages, self.report.left_out, wildchat=wildchat
         )
         rows, batch = encode_rows(interactions, 0, self.job.options.layout), Batch()
-        file.write(rows)
-        batch.keys.add(conversation, interactions)
-        batch.add(len(rows), len(interactions), False)
+        batch.keys.add_time(conversation, 0)
+        batch.add([rows], conversation, interactions)
         self.spool.add(batch)
         self.places.append(place)
 

@@ -1,22 +1,31 @@
 """Records -> rows and keys: what `prepare` does with each record, in one process or in several.
 
-A batch (spool.py) holds what is kept of some records; their rows are in a file before it is given out.
+A batch (spool.py) holds what is kept of some records, and comes with their rows.
+
+Most records take a short way: `ordinary` reads them, or None says that they are not; their interactions are whole
+turns, which `encode_whole` writes, and their keys are made when they are needed (merging.py). The long way, by
+`RecordParser`, `extract_interactions` and `encode_rows`, gives the same for them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from fastsdpo.data.answers import RatingFollowups
 from fastsdpo.data.filters import NO_TIME, ConversationFilter
-from fastsdpo.data.interactions import Conversation, Interaction, extract_interactions, is_blank
+from fastsdpo.data.interactions import Conversation, Interaction, extract_interactions
+from fastsdpo.data.json_codec import encode_message
 from fastsdpo.data.json_records import read_lines
 from fastsdpo.data.loading import MAX_RECORD_BYTES, parse_entries
+from fastsdpo.data.merging import whole_turns
+from fastsdpo.data.ordinary import Ordinary, ordinary
 from fastsdpo.data.output import encode_rows, encode_whole
 from fastsdpo.data.readers.registry import RecordParser
 from fastsdpo.data.record_fields import RecordFields
@@ -24,8 +33,6 @@ from fastsdpo.data.records import DamagedRecord, Entry, LoadReport
 from fastsdpo.data.redaction import Redaction
 from fastsdpo.data.sources import read_sources
 from fastsdpo.data.spool import Batch
-
-BATCH_BYTES, BATCH_RECORDS = 1 << 20, 1000  # of rows; of records, kept or not
 
 
 @dataclass(frozen=True)
@@ -88,21 +95,31 @@ class ReadReport(LoadReport):
             self.damaged[kind] += other.damaged[kind] - len(messages)
 
 
+@contextlib.contextmanager
+def seldom_collected() -> Iterator[None]:
+    """Lets the garbage collector wait for more objects: a long record has many, and is freed without it."""
+    before = gc.get_threshold()
+    gc.set_threshold(100 * before[0], *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 class BatchReader:
     """Sources, or pieces of them -> batches.
-
-    Args:
-        rows: where the rows go.
 
     Raises:
         DamagedRecord: with `strict`, at the first record that is damaged or holds no interaction.
         ValueError: the hook of `redact` failed; the text names the record.
     """
 
-    def __init__(self, options: ReadOptions, rows: BinaryIO):
-        self._options, self._file = options, rows
+    def __init__(self, options: ReadOptions):
+        self._options = options
         self._hook = None if options.redact is None else Redaction(options.redact)
-        self._first_source = self._kept = 0
+        self._short = options.parser.is_plain and options.fields.is_empty and self._hook is None
+        self._short = self._short and options.rules.max_history_messages is None
+        self._first_source = 0
 
     def read_sources(self, items: list[Path | str], report: ReadReport) -> Iterator[Batch]:
         """The batches of sources, one after another, to their end or the limit of records."""
@@ -123,35 +140,44 @@ class BatchReader:
         return self._read(read_lines(Path(piece.item), piece.lines, progress, MAX_RECORD_BYTES), report)
 
     def _read(self, entries: Iterable[Entry], report: ReadReport) -> Iterator[Batch]:
-        options = self._options
-        batch, rows, size = Batch(), [], 0
-        for conversation in parse_entries(entries, self._parse, report, strict=options.strict, limit=options.limit):
-            new = self._keep(conversation, report, batch)
-            is_full = report.records % BATCH_RECORDS == 0
-            if new:
-                rows.append(new)
-                size += len(new)
-                self._kept += 1
-                # Where reading may end early, that is looked at when their number is a power of two.
-                is_full = is_full or size >= BATCH_BYTES or not self._kept & (self._kept - 1)
-            if is_full:
-                self._write(rows)
-                yield batch
-                batch, rows, size = Batch(), [], 0
-        self._write(rows)
+        options, batch = self._options, Batch()
+        for entry in entries:
+            if options.limit is not None and report.records >= options.limit:
+                break
+            if self._keep_ordinary(entry, report, batch):
+                if batch.is_full(report.records):
+                    yield batch
+                    batch = batch.next()
+                continue
+            for conversation in parse_entries((entry,), self._parse, report, strict=options.strict):
+                self._keep(conversation, report, batch)
+                if batch.is_full(report.records):
+                    yield batch
+                    batch = batch.next()
         yield batch
+
+    def _keep_ordinary(self, entry: Entry, report: ReadReport, batch: Batch) -> bool:
+        """Keeps or drops an ordinary record; False for others, with which nothing is done."""
+        found = ordinary(entry.record) if self._short else None
+        if found is None:
+            return False
+        report.where = entry.where
+        report.records += 1
+        report.formats[found.format] += 1
+        reason = self._options.rules.reason_to_drop(found)
+        if reason is None:
+            self._keep_whole(self._name(found, report), found, found.encoded, found.first, batch)
+        else:
+            report.dropped[reason] += 1
+        return True
 
     def _parse(self, record: Any) -> Iterable[Conversation]:
         found, fields = self._options.parser(record), self._options.fields
         return found if fields.is_empty else (fields.add_to(conversation, record) for conversation in found)
 
-    def _write(self, rows: list[bytes]) -> None:
-        self._file.write(b"".join(rows))
-        self._file.flush()
-
-    def _keep(self, conversation: Conversation, report: ReadReport, batch: Batch) -> bytes:
-        """The rows of a conversation, which is added to the batch; empty where it has none to keep."""
-        rules, layout = self._options.rules, self._options.layout
+    def _keep(self, conversation: Conversation, report: ReadReport, batch: Batch) -> None:
+        """Adds the rows of a conversation to the batch, where it has some to keep."""
+        rules = self._options.rules
         if self._hook is not None:
             conversation = self._hook.redact(conversation, report.where)
         said = conversation.messages
@@ -162,36 +188,43 @@ class BatchReader:
             reason = NO_TIME
         if reason is not None:
             report.dropped[reason] += 1
-            return b""
-        conversation = self._named(conversation, report)
-        if (found := _whole_turns(conversation, rules.max_history_messages)) is not None:
-            count = found[1]
-            rows = encode_whole(conversation, *found, layout)
-            batch.keys.add_whole(conversation, *found)
-        else:
-            interactions = self._extract(conversation, report)
-            count = len(interactions)
-            if not count:
-                return b""
-            answers = sum(message["role"] == "assistant" for message in conversation.messages)
-            rows = encode_rows(interactions, answers - 1 if conversation.single else 0, layout)
-            if said is not conversation.messages:
-                # By what was said it may begin a record in which the user did reply.
-                conversation = replace(conversation, messages=said)
-                report.rating_followups += 1
-            batch.keys.add(conversation, interactions)
-        batch.add(len(rows), count, conversation.single)
-        return rows
+            return
+        name = self._name(conversation, report)
+        if (first := _first_turn(conversation, rules.max_history_messages)) is not None:
+            batch.keys.add_time(conversation, len(batch))
+            encoded = [*map(encode_message, conversation.messages)]
+            self._keep_whole(name, conversation, encoded, first, batch)
+            return
+        conversation = self._named(conversation, name)
+        interactions = self._extract(conversation, report)
+        if not interactions:
+            return
+        answers = sum(message["role"] == "assistant" for message in conversation.messages)
+        rows = encode_rows(interactions, answers - 1 if conversation.single else 0, self._options.layout)
+        if said is not conversation.messages:
+            # By what was said it may begin a record in which the user did reply.
+            conversation = replace(conversation, messages=said)
+            report.rating_followups += 1
+        batch.keys.add_time(conversation, len(batch))
+        batch.add([rows], conversation, interactions)
 
-    def _named(self, conversation: Conversation, report: ReadReport) -> Conversation:
+    def _keep_whole(
+        self, name: str, conversation: Conversation | Ordinary, encoded: list[bytes], first: int, batch: Batch
+    ) -> None:
+        """`_keep` of whole turns (`whole_turns`), of which the first user's message has the index `first`."""
+        rows = encode_whole(name, encoded, first, conversation.fields, self._options.layout)
+        count = (len(encoded) - first - 1) // 2
+        batch.add_light(rows, count, name, conversation.messages, first)
+
+    def _name(self, conversation: Conversation | Ordinary, report: ReadReport) -> str:
+        """The conversation's id. The place where it was read, where it has none, keeps its interactions together."""
+        name = os.path.basename(report.where) if conversation.id is None else conversation.id
+        source = self._first_source + report.source
+        # Another source may have given the same name to another record.
+        return f"{source}/{name}" if source and conversation.own_id else name
+
+    def _named(self, conversation: Conversation, name: str) -> Conversation:
         """The conversation with ids."""
-        name, source = conversation.id, self._first_source + report.source
-        if name is None:
-            # The place where it was read names it, so that its interactions stay together.
-            name = os.path.basename(report.where)
-        if source and conversation.own_id:
-            # Another source may have given the same name to another record.
-            name = f"{source}/{name}"
         if name is not conversation.id:
             conversation = replace(conversation, id=name)
         if conversation.single and conversation.interaction_id is None:
@@ -217,19 +250,9 @@ class BatchReader:
         return interactions
 
 
-def _whole_turns(conversation: Conversation, max_history_messages: int | None) -> tuple[int, int] | None:
-    """(number of the first user's message, number of interactions) of most conversations, which need no
-    look at single messages: user and assistant take turns, none is silent, and whole histories are kept."""
+def _first_turn(conversation: Conversation, max_history_messages: int | None) -> int | None:
+    """`whole_turns` of a conversation that was read the long way; None where rows need more than that."""
     messages = conversation.messages
-    if conversation.single or conversation.answer_fields or max_history_messages is not None:
+    if conversation.single or conversation.answer_fields or max_history_messages is not None or not messages:
         return None
-    roles = [message["role"] for message in messages]
-    first = 1 if roles[:1] == ["system"] else 0
-    count = (len(roles) - first - 1) // 2
-    if count < 1 or roles[first:] != (["user", "assistant"] * (count + 1))[: len(roles) - first]:
-        return None
-    for message in messages[first:]:
-        text = message["content"]
-        if not "!" <= text[:1] <= "~" and is_blank(text):
-            return None
-    return first, count
+    return whole_turns([m["role"] for m in messages], [m["content"] for m in messages])

@@ -15,6 +15,7 @@ def _message(roles: list[str], description: str) -> dict[str, Any]:
     }
 
 
+_ANSWER = _message(["assistant"], "The model's answer.")
 ROW_SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "fastsdpo interaction",
@@ -34,7 +35,10 @@ ROW_SCHEMA: dict[str, Any] = {
             "minItems": 1,
             "contains": {"properties": {"role": {"const": "user"}}},
         },
-        "completion": _message(["assistant"], "The model's answer."),
+        "completion": {
+            "description": "The model's answer; in a list with `--layout trl`.",
+            "anyOf": [_ANSWER, {"type": "array", "items": _ANSWER, "minItems": 1, "maxItems": 1}],
+        },
         "user_response": _message(["user"], "What the user said next."),
     },
     "required": ["id", "conversation_id", "turn_id", "prompt", "completion", "user_response"],

@@ -1,6 +1,6 @@
 """The folder in which `prepare` keeps what it has read, until the output is written.
 
-    rows-*.jsonl    rows of the kept records, a file for each process that reads
+    rows-*.jsonl    rows of the kept records, in the order in which they are read
     keys.bin        blocks of keys, each of one list of `RecordKeys`
     settings.json   of the run
     lock            held by the run
@@ -19,16 +19,26 @@ import shutil
 import struct
 import sys
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from fastsdpo.data.merging import MANY_EACH, ONE_EACH, Merged, RecordKeys, merge
+from fastsdpo.data.interactions import Conversation, Interaction
+from fastsdpo.data.json_codec import decode
+from fastsdpo.data.merging import OF_ROWS, LightRecord, Merged, RecordKeys, find_related, merge
 
 KEY_BLOCK = struct.Struct("<BI")  # which list, keys
 BLOCK_KEYS = 1 << 13
-KEY_LISTS = (*ONE_EACH, *MANY_EACH)
+LISTS = tuple(RecordKeys().keys)
+FLUSHED_BYTES = 1 << 24  # at a time
+BLOCK_BYTES = 1 << 18  # of rows, that are joined; larger ones leave the cache before they are written
+BATCH_BLOCKS, BATCH_RECORDS = 4, 1000  # in a batch; records kept or not
+LIGHT_RECORDS = 200  # whose keys are made at a time
+_NO_REST, _NOT_LIGHT = (1 << 64) - 1, (1 << 64) - 2  # no keys, which have 61 bits
 _LOWEST_BYTE = 0 if sys.byteorder == "little" else array("Q").itemsize - 1
+
+# `keys_of_rows`, in this process or in others
+KeyMaker = Callable[[Path, Iterable["list[LightRecord]"]], Iterator[RecordKeys]]
 
 
 def read_settings(folder: Path) -> object:
@@ -40,24 +50,69 @@ def read_settings(folder: Path) -> object:
 
 
 class Batch:
-    """Records of which the rows were written to a file: one after another, without a gap.
+    """Records and their rows, one behind the other.
+
+    Args:
+        before: how many records were kept before these.
 
     Attributes:
         sizes: bytes of each record's rows.
         counts: how many they are.
         single: of each record, 1 where it is one interaction out of a conversation.
-        keys: of the records.
+        keys: of the records, numbered within the batch.
     """
 
-    def __init__(self):
+    def __init__(self, before: int = 0):
+        self._before = before
         self.sizes, self.counts, self.single = array("Q"), array("I"), bytearray()
+        self.rests = array("Q")  # of light records
         self.keys = RecordKeys()
+        self._blocks: list[bytes] = []
+        self._parts: list[bytes] = []  # of the next block
+        self._size = self._count = 0  # of these; of all rows
 
-    def add(self, size: int, count: int, single: bool) -> None:
-        """A record, whose keys are there already."""
+    def add(self, rows: list[bytes], conversation: Conversation, interactions: list[Interaction]) -> None:
+        """A record with its rows, in parts."""
+        self.keys.add(conversation, interactions, len(self), self._count)
+        self._add(rows, len(interactions), conversation.single, _NOT_LIGHT)
+
+    def add_light(self, rows: list[bytes], count: int, name: str, messages: list[dict], first: int) -> None:
+        """A light record with so many interactions; see `RecordKeys.add_light`."""
+        rest = self.keys.add_light(name, messages, first, len(self))
+        self._add(rows, count, False, _NO_REST if rest is None else rest)
+
+    def _add(self, rows: list[bytes], count: int, single: bool, rest: int) -> None:
+        size = sum(map(len, rows))
         self.sizes.append(size)
         self.counts.append(count)
         self.single.append(single)
+        self.rests.append(rest)
+        self._count += count
+        self._parts += rows
+        self._size += size
+        if self._size >= BLOCK_BYTES:
+            self._join()
+
+    def _join(self) -> None:
+        self._blocks.append(b"".join(self._parts))
+        self._parts, self._size = [], 0
+
+    def is_full(self, read: int) -> bool:
+        """Whether no more is to be added, after so many records were read, kept or not."""
+        # Where reading may end early, that is looked at when the number of kept records is a power of two.
+        kept = self._before + len(self)
+        wanted = len(self) and not kept & (kept - 1)
+        return bool(wanted) or len(self._blocks) >= BATCH_BLOCKS or not read % BATCH_RECORDS
+
+    def next(self) -> Batch:
+        """An empty one for the records after these."""
+        return Batch(self._before + len(self))
+
+    def take_rows(self) -> list[bytes]:
+        """The rows, in blocks; they are then no longer here."""
+        self._join()
+        blocks, self._blocks = self._blocks, []
+        return blocks
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -66,7 +121,13 @@ class Batch:
 class Spool:
     """Kept rows and their keys. A context manager: the folder is removed at its end.
 
+    Args:
+        in_order: the file of rows may become the output as it is; the disk gets it while it is written, so that
+            nobody waits for that at the end.
+
     Attributes:
+        rows: the file of rows.
+        size: bytes of the rows that are known.
         starts: of each record, the number of its first row; at the end the number of all rows.
         single: of each record, 1 where it is one interaction out of a conversation.
 
@@ -75,7 +136,7 @@ class Spool:
         OSError: it cannot be written.
     """
 
-    def __init__(self, folder: Path, settings: dict):
+    def __init__(self, folder: Path, settings: dict, *, in_order: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._lock = _lock(folder)
@@ -83,78 +144,95 @@ class Spool:
             path.unlink()
         (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
         self._keys = open(folder / "keys.bin", "wb")  # noqa: SIM115
-        self._files: list[IO[bytes]] = []  # of rows, opened to be read
-        self._ends: list[int] = []  # of what is known of each
-        self._name = secrets.token_hex(8)  # no process that a killed run has left writes to its files
+        # No process that a killed run has left writes to this file.
+        self.rows, self.size = folder / f"rows-{secrets.token_hex(8)}.jsonl", 0
+        self._writer = open(self.rows, "wb")  # noqa: SIM115
+        self._reader = open(self.rows, "rb", buffering=0)  # noqa: SIM115
+        self._on_its_way = 0 if in_order and hasattr(os, "posix_fadvise") else None  # bytes that the disk gets
         self.starts, self.single = array("Q", [0]), bytearray()
-        self._places, self._sizes, self._of_file = array("Q"), array("Q"), array("H")
-        self._blocks = {name: array("Q") for name in KEY_LISTS}
-        self._numbers = {name: array("I") for name in MANY_EACH}  # of each key's record
+        self._places, self._rests = array("Q", [0]), array("Q")
+        self._blocks = {name: (array("Q"), array("Q")) for name in LISTS}
 
     def __len__(self) -> int:
         """The records."""
         return len(self.single)
 
-    def add_file(self) -> Path:
-        """A new empty file for rows. The batches of the n-th one are added as those of file n."""
-        path = self.folder / f"rows-{self._name}-{len(self._files)}.jsonl"
-        path.touch()
-        self._files.append(open(path, "rb", buffering=0))  # noqa: SIM115
-        self._ends.append(0)
-        return path
-
-    def add(self, batch: Batch, file: int = 0) -> None:
-        """The next records of a file, whose rows are in it; they follow all that were added before."""
-        first = len(self)
-        *places, self._ends[file] = itertools.accumulate(batch.sizes, initial=self._ends[file])
-        self._places.extend(places)
-        self._sizes.extend(batch.sizes)
-        self._of_file.extend([file] * len(batch))
+    def add(self, batch: Batch) -> None:
+        """The next records, and their rows, where these are not taken and written to the file by others."""
+        self._writer.writelines(batch.take_rows())
+        self._writer.flush()
+        first, first_row = len(self), self.starts[-1]
+        self._places.extend([*itertools.accumulate(batch.sizes, initial=self.size)][1:])
+        self.starts.extend([*itertools.accumulate(batch.counts, initial=first_row)][1:])
+        self.size = self._places[-1]
         self.single += batch.single
-        self.starts.extend([*itertools.accumulate(batch.counts, initial=self.starts[-1])][1:])
-        for name, block in self._blocks.items():
-            block.extend(getattr(batch.keys, name))
-            if name in MANY_EACH:
-                numbers = map(itertools.repeat, itertools.count(first), batch.keys.counts[name])
-                self._numbers[name].extend(itertools.chain.from_iterable(numbers))
-            if len(block) >= BLOCK_KEYS:
-                self._write_block(name)
+        self._rests += batch.rests
+        self._add_keys(batch.keys, first, first_row)
+        if self._on_its_way is not None and self.size - self._on_its_way >= FLUSHED_BYTES:
+            # Says that these bytes are not needed: Linux begins to write those that were changed, and does not wait.
+            size = self.size - self._on_its_way
+            os.posix_fadvise(self._reader.fileno(), self._on_its_way, size, os.POSIX_FADV_DONTNEED)
+            self._on_its_way = self.size
+
+    def _add_keys(self, keys: RecordKeys, first: int, first_row: int) -> None:
+        for name, found in keys.keys.items():
+            if found:
+                block, numbers = self._blocks[name]
+                block += found
+                start = first_row if name in OF_ROWS else first
+                numbers.extend([number + start for number in keys.numbers[name]])
+                if len(block) >= BLOCK_KEYS:
+                    self._write_block(name)
 
     def _write_block(self, name: str) -> None:
-        block, numbers = self._blocks[name], self._numbers.get(name, array("I"))
-        header = KEY_BLOCK.pack(KEY_LISTS.index(name), len(block))
-        self._keys.write(header + block.tobytes() + numbers.tobytes())
+        block, numbers = self._blocks[name]
+        self._keys.write(KEY_BLOCK.pack(LISTS.index(name), len(block)) + block.tobytes() + numbers.tobytes())
         del block[:], numbers[:]
 
-    def _read_keys(self, name: str, part: int, parts: int) -> Iterator[tuple[Iterable[int], Iterable[int]]]:
-        """The keys of a part of a list of `RecordKeys`, and their records' or rows' numbers, by block."""
-        first, chosen = 0, bytes(byte % parts == part for byte in range(256))
-        with open(self.folder / "keys.bin", "rb") as file:
-            while header := file.read(KEY_BLOCK.size):
-                which, size = KEY_BLOCK.unpack(header)
-                many = KEY_LISTS[which] in MANY_EACH
-                block, numbers = array("Q"), array("I")
-                if KEY_LISTS[which] != name:
-                    skipped = block.itemsize + (numbers.itemsize if many else 0)
-                    file.seek(size * skipped, os.SEEK_CUR)
-                    continue
-                block.fromfile(file, size)
-                if many:
-                    numbers.fromfile(file, size)
-                numbered = numbers if many else range(first, first + size)
-                first += size
-                if parts == 1:
-                    yield block, numbered
-                else:
-                    lowest = block.tobytes()[_LOWEST_BYTE :: block.itemsize].translate(chosen)
-                    yield itertools.compress(block, lowest), itertools.compress(numbered, lowest)
-
-    def merge(self, *, join: bool = True) -> Merged:
-        """The records so far, merged; see `merging.merge` for `join`."""
-        for name, block in self._blocks.items():
+    def _write_blocks(self) -> None:
+        for name, (block, _) in self._blocks.items():
             if block:
                 self._write_block(name)
         self._keys.flush()
+
+    def _read_keys(self, name: str, part: int, parts: int) -> Iterator[tuple[Iterable[int], Iterable[int]]]:
+        """The keys of a part of a list of `RecordKeys`, and their records' or rows' numbers, by block."""
+        chosen = bytes(byte % parts == part for byte in range(256))
+        with open(self.folder / "keys.bin", "rb") as file:
+            while header := file.read(KEY_BLOCK.size):
+                which, size = KEY_BLOCK.unpack(header)
+                block, numbers = array("Q"), array("Q")
+                if LISTS[which] != name:
+                    file.seek(size * (block.itemsize + numbers.itemsize), os.SEEK_CUR)
+                    continue
+                block.fromfile(file, size)
+                numbers.fromfile(file, size)
+                if parts == 1:
+                    yield block, numbers
+                else:
+                    lowest = block.tobytes()[_LOWEST_BYTE :: block.itemsize].translate(chosen)
+                    yield itertools.compress(block, lowest), itertools.compress(numbers, lowest)
+
+    def complete(self, make_keys: KeyMaker) -> None:
+        """Makes all keys of the light records that may have to do with others."""
+        self._write_blocks()
+        related = find_related(self._read_keys, len(self))
+        numbers = itertools.compress(range(len(related)), related)
+        records = (self._light_record(number) for number in numbers if self._rests[number] != _NOT_LIGHT)
+        lists = iter(lambda: [*itertools.islice(records, LIGHT_RECORDS)], [])
+        for keys in make_keys(self.rows, lists):
+            self._add_keys(keys, 0, 0)
+
+    def _light_record(self, number: int) -> LightRecord:
+        """A light record, which then is light no more."""
+        rest, self._rests[number] = self._rests[number], _NOT_LIGHT
+        rest = None if rest == _NO_REST else rest
+        return LightRecord(number, self.starts[number], self._places[number], self._size_of(number), rest)
+
+    def merge(self, *, join: bool = True) -> Merged:
+        """The records so far, merged; see `merging.merge` for `join`."""
+        self.complete(keys_of_rows)
+        self._write_blocks()
         return merge(self._read_keys, self.starts, self.single, join=join)
 
     def times(self) -> array:
@@ -166,18 +244,38 @@ class Spool:
 
     def read(self, record: int) -> bytes:
         """The rows of a record, as they were written."""
-        file = self._files[self._of_file[record]]
-        file.seek(self._places[record])
-        return file.read(self._sizes[record])
+        self._reader.seek(self._places[record])
+        return self._reader.read(self._size_of(record))
+
+    def release_rows(self) -> Path:
+        """The file of rows, which is no longer used here."""
+        self._writer.close()
+        self._reader.close()
+        return self.rows
+
+    def _size_of(self, record: int) -> int:
+        return self._places[record + 1] - self._places[record]
 
     def __enter__(self) -> Spool:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for file in (*self._files, self._keys, self._lock):
+        for file in (self._writer, self._reader, self._keys, self._lock):
             with contextlib.suppress(OSError):  # what is buffered may have no room on the disk
                 file.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def keys_of_rows(path: Path, lists: Iterable[list[LightRecord]]) -> Iterator[RecordKeys]:
+    """All keys of light records, some at a time, from the file of rows."""
+    with open(path, "rb") as file:
+        for records in lists:
+            keys = RecordKeys()
+            for record in records:
+                file.seek(record.place)
+                rows = file.read(record.size)
+                keys.add_all(record, decode(rows[rows.rfind(b"\n", 0, -1) + 1 :]))
+            yield keys
 
 
 def _lock(folder: Path) -> IO[bytes]:

@@ -1,7 +1,10 @@
 """The program of a process that reads for `prepare`; `workers.py` starts it as a file.
 
-On stdin come pickled: ``sys.path``; the options and the file of rows; the pieces to read, one by one. On stdout go
-batches as they are read, and after the last of a piece its report, or the error that ended it.
+On stdin come pickled: ``sys.path``; the options and the file of rows; and then, in any order,
+
+- pieces to read. On stdout go their batches, and after the last of a piece its report, or the error that ended it;
+- places in the file, for the rows of one batch after another, which wait here until then;
+- light records, whose keys go on stdout.
 """
 
 import sys
@@ -12,6 +15,9 @@ if not getattr(sys.flags, "safe_path", False):
 import os
 import pickle
 import signal
+from collections import deque
+
+MOST_WAITING = 16  # batches
 
 
 def main() -> None:
@@ -20,27 +26,48 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a hook prints is no answer
     sys.path[:] = pickle.load(requests)
-    from fastsdpo.data.reading import BatchReader, ReadReport
+    from fastsdpo.data.reading import BatchReader, Piece, ReadReport, seldom_collected
+    from fastsdpo.data.spool import keys_of_rows
 
     options, path = pickle.load(requests)
-    with open(path, "ab") as rows:
-        reader = BatchReader(options, rows)
-        while True:
+    reader, pieces, waiting = BatchReader(options), deque(), deque()
+
+    def answer(value: object) -> None:
+        pickle.dump(value, answers)
+        answers.flush()
+
+    with open(path, "r+b") as file, seldom_collected():
+
+        def hear() -> None:
             try:
-                piece = pickle.load(requests)
+                request = pickle.load(requests)
             except EOFError:
-                return
+                sys.exit()
+            if isinstance(request, Piece):
+                pieces.append(request)
+            elif isinstance(request, int):
+                file.seek(request)
+                file.writelines(waiting.popleft())
+                file.flush()
+            else:
+                answer(next(keys_of_rows(path, [request])))
+
+        def read(piece: Piece) -> None:
             report = ReadReport()
-            answer: object = report
-            try:
-                for batch in reader.read_piece(piece, report):
-                    batch.keys.pack()
-                    pickle.dump((batch, report.records, report.bytes_done), answers)
-                    answers.flush()
-            except Exception as error:
-                answer = error
-            pickle.dump(answer, answers)
-            answers.flush()
+            for batch in reader.read_piece(piece, report):
+                while len(waiting) >= MOST_WAITING:
+                    hear()
+                waiting.append(batch.take_rows())
+                answer((batch, report.records, report.bytes_done))
+            answer(report)
+
+        try:
+            while True:
+                while not pieces:
+                    hear()
+                read(pieces.popleft())
+        except Exception as error:
+            answer(error)
 
 
 if __name__ == "__main__":

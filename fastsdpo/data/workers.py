@@ -1,8 +1,8 @@
 """Several processes that read pieces of the sources, in the order of the pieces.
 
 Files of JSON Lines are cut at line ends into pieces of some 1 MB; every other source is one piece. The pieces
-go round to the workers, of which each has two at most: what waits is bounded. Each worker writes rows to a
-file of its own, and sends keys.
+go round to the workers, of which each has two at most: what waits is bounded. A worker sends what it has read but
+for the rows: it is told where they stand in the one file, when that is known, and writes them there.
 
 The workers are programs of their own (worker.py): they need no ``if __name__ == "__main__"`` in a script that
 calls `prepare`, and import no torch.
@@ -24,6 +24,7 @@ from typing import Any
 
 from fastsdpo.data.json_records import find_lines, json_records, split_lines
 from fastsdpo.data.loading import MAX_RECORD_BYTES
+from fastsdpo.data.merging import LightRecord, RecordKeys
 from fastsdpo.data.readers.registry import RecordParser
 from fastsdpo.data.reading import Piece, ReadOptions, ReadReport
 from fastsdpo.data.sources import JSON_SUFFIXES
@@ -84,6 +85,7 @@ class Workers:
         # Keys must be the same in all of them.
         environment = {**os.environ, "PYTHONHASHSEED": str(random.SystemRandom().randrange(1, 1 << 32))}
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._size = spool.size
         try:
             for _ in range(count):
                 process = subprocess.Popen(
@@ -96,32 +98,48 @@ class Workers:
                 )
                 self._processes.append(process)
                 self._send(process, [*sys.path])
-                self._send(process, (options, spool.add_file()))
+                self._send(process, (options, spool.rows))
         except BaseException:
             self._end()
             raise
 
-    def read(self, pieces: Iterable[Piece], report: ReadReport) -> Iterator[tuple[int, Batch]]:
-        """(number of the file of rows, batch) in the order of the pieces, all of which are added to the report."""
-        waiting: deque[tuple[int, Piece]] = deque()
-        for number, piece in zip(itertools.cycle(range(len(self._processes))), pieces):
-            self._send(self._processes[number], piece)
-            waiting.append((number, piece))
+    def read(self, pieces: Iterable[Piece], report: ReadReport) -> Iterator[Batch]:
+        """The batches in the order of the pieces, all of which are added to the report.
+
+        Their rows are written one behind the other to the file, and are all there at the end.
+        """
+        waiting: deque[tuple[subprocess.Popen[bytes], Piece]] = deque()
+        for process, piece in zip(itertools.cycle(self._processes), pieces):
+            self._send(process, piece)
+            waiting.append((process, piece))
             if len(waiting) == PIECES_EACH * len(self._processes):
                 yield from self._answers(*waiting.popleft(), report)
         while waiting:
             yield from self._answers(*waiting.popleft(), report)
+        for process in self._processes:  # which answer when they have written what they were told to
+            self._send(process, [])
+            self._receive(process)
 
-    def _answers(self, number: int, piece: Piece, report: ReadReport) -> Iterator[tuple[int, Batch]]:
+    def _answers(self, process: subprocess.Popen[bytes], piece: Piece, report: ReadReport) -> Iterator[Batch]:
         records = report.records
-        while isinstance(answer := self._receive(self._processes[number]), tuple):
-            batch, of_piece, place = answer
-            report.records, report.bytes_done = records + of_piece, piece.before + place
-            yield number, batch
-        if isinstance(answer, BaseException):
-            raise answer
+        while isinstance(answer := self._receive(process), tuple):
+            batch, of_piece, done = answer
+            self._send(process, self._size)
+            self._size += sum(batch.sizes)
+            report.records, report.bytes_done = records + of_piece, piece.before + done
+            yield batch
         report.records = records
         report.add(answer)
+
+    def keys_of_rows(self, path: Path, lists: Iterable[list[LightRecord]]) -> Iterator[RecordKeys]:
+        """`spool.keys_of_rows` by the workers."""
+        waiting: deque[subprocess.Popen[bytes]] = deque()
+        for process, records in zip(itertools.cycle(self._processes), lists):
+            self._send(process, records)
+            waiting.append(process)
+            if len(waiting) == len(self._processes):
+                yield self._receive(waiting.popleft())
+        yield from map(self._receive, waiting)
 
     def _send(self, process: subprocess.Popen[bytes], value: Any) -> None:
         assert process.stdin is not None
@@ -134,9 +152,12 @@ class Workers:
     def _receive(self, process: subprocess.Popen[bytes]) -> Any:
         assert process.stdout is not None
         try:
-            return pickle.load(process.stdout)
+            answer = pickle.load(process.stdout)
         except (EOFError, pickle.UnpicklingError):
             raise self._lost(process) from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
     def _lost(self, process: subprocess.Popen[bytes]) -> ChildProcessError:
         status = process.wait()

@@ -9,11 +9,19 @@ import random
 
 import pytest
 
-from fastsdpo.data import InteractionTokenizer, LoadReport, RecordParser, extract_interactions, load_conversations
+from fastsdpo.data import (
+    InteractionTokenizer,
+    LoadReport,
+    RecordParser,
+    extract_interactions,
+    load_conversations,
+    reading,
+)
 from fastsdpo.data.answers import RatingFollowups
 from fastsdpo.data.loading import DamagedRecord
 from fastsdpo.data.merging import RecordKeys
 from fastsdpo.data.output import encode_rows
+from fastsdpo.data.prepare import prepare
 from fastsdpo.data.readers.registry import BY_NAME, is_record
 from fastsdpo.data.readers.tables import GroupedRows
 from tests.data.layout_records import CASES
@@ -228,6 +236,71 @@ def mutate_records(case, count):
     return parsed
 
 
+# Few, so that conversations begin alike, repeat and go on in two ways; some are blank, or so only at their start.
+SHORT = ["a", "b", "é", " a", "\u200b", "\u200ba", "\\", "\n", "日本"]
+OTHER_KEYS = [{"model": "m"}, {"system": "Be brief."}, {"response": {}}, {"language": "English"}, {"prompt": "a"}]
+
+
+def ordinary_lines(draw):
+    """Lines of which most are ordinary records (`fastsdpo.data.ordinary`), and all nearly so."""
+    lines = []
+    for _ in range(draw.randint(1, 30)):
+        turns = ["user", "assistant"] * draw.randint(1, 3) + ["user"] * (draw.randrange(3) > 0)
+        turns = ["system"] * (draw.randrange(4) == 0) + turns
+        if draw.randrange(8) == 0:
+            turns.insert(draw.randrange(len(turns)), draw.choice(["system", "user", "assistant", "tool"]))
+        messages = [{"role": turn, "content": draw.choice(SHORT[: draw.choice([2, 4, 4, 9])])} for turn in turns]
+        name = draw.choice(["id", "conversation_id", "session_id", "uuid", "title"])
+        record = {
+            name: draw.choice(["c", "c:0", "d ", "é", "", 7]),
+            draw.choice(["messages", "conversation"]): messages,
+        }
+        if draw.randrange(4) == 0:
+            record |= draw.choice(OTHER_KEYS)
+        if draw.randrange(6) == 0:
+            record = retype(draw, record)
+        if draw.randrange(8) == 0:
+            record["messages"] = [dict(reversed(m.items())) if isinstance(m, dict) else m for m in messages]
+        lines.append(json.dumps(record, ensure_ascii=draw.random() < 0.5).encode(errors="replace"))
+        if draw.randrange(12) == 0:
+            lines[-1] = mutate(draw, lines[-1])[0]
+    return b"\n".join([*lines, *draw.choices(lines, k=draw.randrange(3))])
+
+
+def both_ways(folder, cases):
+    """Runs `prepare` on drawn lines, and again without its short way: the same bytes and the same report."""
+    source, output, short = folder / "in.jsonl", folder / "out.jsonl", 0
+    ordinary = reading.ordinary
+
+    def counted(record):
+        nonlocal short
+        found = ordinary(record)
+        short += found is not None
+        return found
+
+    for seed in range(cases):
+        draw = random.Random(seed)
+        source.write_bytes(ordinary_lines(draw))
+        options = {"rules": draw.choice(["none", "default"]), "layout": draw.choice(["fastsdpo", "trl"])}
+        options |= draw.choice([{}, {}, {"keep": ["model"]}, {"eval_fraction": 0.3}, {"limit": 3}])
+        found = []
+        for looked_at in (counted, lambda *_: None):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(reading, "ordinary", looked_at)
+                if looked_at is not counted:
+                    patch.setattr(reading, "whole_turns", looked_at)
+                said = ""
+                try:
+                    prepare([source], output, **options, workers=1)
+                except ValueError as error:  # all begin alike, so that none can be held out
+                    said = str(error)
+            found.append({path.name: path.read_bytes() for path in folder.glob("out*")} | {"said": said})
+            for path in folder.glob("out*"):
+                path.unlink()
+        assert found[0] == found[1], f"seed {seed}"
+    return short
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_mutated_records(case):
     assert mutate_records(case, 60)
@@ -237,6 +310,11 @@ def test_mutated_files(tmp_path, smollm2):
     assert run(400, tmp_path, smollm2) > 100
 
 
+def test_the_short_way_gives_the_same(tmp_path):
+    assert both_ways(tmp_path, 60) > 100
+
+
 @pytest.mark.slow
 def test_many_mutated_files(tmp_path, smollm2):
     assert run(10_000, tmp_path, smollm2) > 2500
+    assert both_ways(tmp_path, 5_000) > 8_000

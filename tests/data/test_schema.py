@@ -15,6 +15,8 @@ CHANGES = [
     ({"prompt": [{"role": "user", "content": None}]}, False),
     ({"prompt": [{"role": "tool", "content": "{}"}]}, False),
     ({"completion": "text"}, False),
+    ({"completion": [MESSAGES[2]]}, True),
+    ({"completion": [MESSAGES[2]] * 2}, False),
     ({"completion": {"role": "user", "content": ""}}, False),
     ({"user_response": {"role": "user"}}, False),
     ({"turn_id": "0"}, False),
@@ -25,14 +27,14 @@ CHANGES = [
 
 def test_the_schema(prepared, capsys):
     validator = pytest.importorskip("jsonschema").Draft202012Validator
-    rows = prepared(RECORDS).rows
+    rows, of_trl = (prepared(RECORDS, "--layout", layout, "--overwrite").rows for layout in ("fastsdpo", "trl"))
     with pytest.raises(SystemExit) as ended:
         main(["--schema"])
     schema = json.loads(capsys.readouterr().out)
     assert ended.value.code in (0, None)
     validator.check_schema(schema)
     fits = validator(schema).is_valid
-    assert len(rows) == 2 and all(fits(row) and list(row) == schema["required"] for row in rows)
+    assert len(rows) == 2 and all(fits(row) and list(row) == schema["required"] for row in rows + of_trl)
     for change, is_fit in CHANGES:
         assert fits({**rows[0], **change}) == is_fit, change
         if is_fit:

@@ -92,7 +92,8 @@ def test_any_number_of_workers_gives_the_same(outcome, monkeypatch):
         assert outcome("--workers", count, *SHARES) == alone
     # Most conversations take a short way to their rows and keys; the long one gives the same.
     with monkeypatch.context() as patch:
-        patch.setattr(reading, "_whole_turns", lambda *arguments: None)
+        patch.setattr(reading, "ordinary", lambda *arguments: None)
+        patch.setattr(reading, "whole_turns", lambda *arguments: None)
         assert outcome("--workers", 1, *SHARES) == alone
     few = [("--limit", 9), ("--max-conversations", 4), ("--strict",)]
     assert [outcome("--workers", 2, *argv) for argv in few] == [outcome("--workers", 1, *argv) for argv in few]

@@ -132,7 +132,7 @@ READERS = (
 )
 BY_NAME = {reader.name: reader for reader in READERS}
 # A record without any of these keys has its messages in a list, or nothing.
-_SPECIAL = frozenset(key for reader in READERS for key in reader.keys) - {*MESSAGE_KEYS, *INTERACTION_KEYS}
+SPECIAL_KEYS = frozenset(key for reader in READERS for key in reader.keys) - {*MESSAGE_KEYS, *INTERACTION_KEYS}
 BRANCHES = ("active", "all")
 
 
@@ -216,7 +216,7 @@ class RecordParser:
         Of lists of messages and of rows, only what is read of them: other columns can be large.
         """
         names = list(names)
-        if not self.is_plain or not _SPECIAL.isdisjoint(names):
+        if not self.is_plain or not SPECIAL_KEYS.isdisjoint(names):
             return None
         if not any(key in names for key in (*MESSAGE_KEYS, "completion")):
             return None
@@ -229,7 +229,7 @@ class RecordParser:
             TypeError, ValueError: no known layout, or a malformed record; the text says which and how.
         """
         if self.is_plain:
-            if type(record) is dict and _SPECIAL.isdisjoint(record):
+            if type(record) is dict and SPECIAL_KEYS.isdisjoint(record):
                 messages = next((record[key] for key in MESSAGE_KEYS if record.get(key)), None)
                 first = messages[0] if type(messages) is list else None
                 if (type(first) is dict and ("role" in first or "from" in first)) or (
@@ -305,4 +305,4 @@ def is_record(value: Any) -> bool:
         return isinstance(first, dict) and bool(first.keys() & {"role", "from"})
     if any(isinstance(value.get(key), list) for key in (*MESSAGE_KEYS, "prompt")):
         return True
-    return not _SPECIAL.isdisjoint(value) and find_reader(value) is not None
+    return not SPECIAL_KEYS.isdisjoint(value) and find_reader(value) is not None
