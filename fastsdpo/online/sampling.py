@@ -174,11 +174,11 @@ class ServerSampler:
             values: the adapter's parameters by their names in ``model``, whole.
 
         Raises:
-            ConnectionError: the server takes no adapters while it runs.
+            ConnectionError: the server refuses it.
         """
         path = os.path.join(self.folder, name)
         model.save_pretrained(path, state_dict=values)
-        with self._refusing("adapters while it runs (vLLM: --enable-lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True)"):
+        with self._refusing("an adapter (it needs --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True)"):
             self.client.post("/load_lora_adapter", body={"lora_name": name, "lora_path": path}, cast_to=str)
         before = self._loaded
         self.use_adapter(name)
@@ -205,7 +205,7 @@ class ServerSampler:
                 top-k, top-p and penalties.
 
         Raises:
-            ConnectionError: the server takes no prompts of token ids.
+            ConnectionError: the server refuses such prompts.
             RuntimeError: its answer lacks token ids or log-probabilities.
         """
         drawing: dict[str, Any] = {}
@@ -237,7 +237,7 @@ class ServerSampler:
 
     @contextmanager
     def _refusing(self, what: str) -> Iterator[None]:
-        """Raises ConnectionError where the server says that it does not take ``what``."""
+        """Raises ConnectionError where the server refuses ``what``."""
         import openai
 
         try:
@@ -246,6 +246,6 @@ class ServerSampler:
             if error.status_code not in (400, 404, 405, 422):
                 raise
             raise ConnectionError(
-                f"ServerSampler: {self.url} takes no {what}: {error}. A vLLM server is needed: `transformers serve` "
-                "takes text alone, gives no token ids and log-probabilities, and loads no adapters"
+                f"ServerSampler: {self.url} refused {what}: {error}. If it is no vLLM server: one is needed, since "
+                "`transformers serve` takes text alone, gives no token ids or log-probabilities and loads no adapters"
             ) from error

@@ -31,8 +31,7 @@ from tests.trainer.launching import (
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
-# The batches of "accumulated" are those of one process.
-TORCHRUN = names("accumulated")
+TORCHRUN = names()
 FOUR = ("untied", "lora", "resumed_ema", "trust_region")
 # Packs divided among two processes: all that takes more than one kind of pass.
 DIVIDED = {
@@ -83,11 +82,6 @@ def test_fsdp2_with_four_processes(place, one, four, lab, name):
 
 
 @pytest.fixture(scope="module")
-def accumulated(place):
-    torchrun(1, *worker("plain"), runs(place, "plain", ["accumulated"]))
-
-
-@pytest.fixture(scope="module")
 def divided(place):
     """Two processes with one pack, and four with two."""
     torchrun(2, *worker("plain"), runs(place, "ulysses", DIVIDED, 2, variants=DIVIDED))
@@ -97,7 +91,7 @@ def divided(place):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("name", DIVIDED)
-def test_ulysses(place, one, accumulated, divided, lab, name, processes):
+def test_ulysses(place, one, divided, lab, name, processes):
     compare(place, f"ulysses{processes}-{name}", name, lab)
 
 
