@@ -149,6 +149,13 @@ class SDPOSettings:
         group="computation",
         metavar="TOKENS",
     )
+    ulysses: int = setting(
+        1,
+        "Processes that share one pack in training, for long conversations: each computes some of its tokens, and "
+        "in the attention some of the heads.",
+        group="computation",
+        metavar="PROCESSES",
+    )
     token_cache: str | None = setting(
         "auto",
         "Folder in which the tokens of data files are kept, to be found again by other processes and runs. auto: "

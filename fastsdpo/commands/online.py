@@ -201,6 +201,11 @@ def measure_headroom(
         return None
     if not new and path.exists():
         return json.loads(path.read_text("utf-8"))
+    if trainer.sharded:
+        raise ValueError(
+            "--headroom is measured before training, when FSDP2 and DeepSpeed have not divided the model yet: leave "
+            "it out, or measure it in one process"
+        )
     said = {"wish in the prompt": user.wishes, "unrelated remark in the prompt": UNRELATED[0]}
     found = {}
     for name, text in said.items():

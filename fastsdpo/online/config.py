@@ -102,8 +102,9 @@ class OnlineSDPOConfig(SDPOConfig):
     generation_sync: str = field(
         default="lora",
         metadata={
-            "help": "How the server gets the trained weights: lora (the adapter is loaded by "
-            "name at each step), or none (its answers are off-policy; use is_clip or ppo_clip)."
+            "help": "How the server gets the trained weights: lora (the adapter is loaded by name at each step), "
+            "weights (all of them, by vLLM's weight transfer), or none (its answers are off-policy; use is_clip or "
+            "ppo_clip)."
         },
     )
 
@@ -176,7 +177,7 @@ class OnlineSDPOConfig(SDPOConfig):
         warm = self.sampling_temperature
         self._check(warm is None or warm > 0, "sampling_temperature", "be > 0 or None")
         self._check(self.eval_temperature >= 0, "eval_temperature", "be >= 0")
-        self._check(self.generation_sync in ("lora", "none"), "generation_sync", "be lora or none")
+        self._check(self.generation_sync in ("lora", "weights", "none"), "generation_sync", "be lora, weights or none")
         clip = self.ppo_clip
         self._check(clip is None or 0 < clip < 1, "ppo_clip", "be in (0, 1) or None")
         self._check(clip is None or self.mode == "sampled_token", "ppo_clip", "be None unless mode='sampled_token'")

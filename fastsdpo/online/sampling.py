@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +100,7 @@ def generate(
                     attention_mask=mask.to(device),
                     generation_config=config,
                     streamer=streamer,
+                    synced_gpus=False,  # what FSDP2 has divided is whole here (`unsharded`)
                 )
                 for row in out[:, ids.shape[1] :].tolist():
                     samples.append(Sample(cut(row, end_ids)))
@@ -142,7 +144,8 @@ class ServerSampler:
 
     Raises:
         ImportError: the package openai is missing.
-        ConnectionError: the server cannot be reached.
+        ConnectionError: the server cannot be reached, or does not answer as vLLM does (`transformers serve` takes
+            no token ids).
     """
 
     def __init__(
@@ -163,11 +166,20 @@ class ServerSampler:
         self.model = model
         self._loaded: str | None = None
 
-    def load_adapter(self, model: Any, name: str) -> None:
-        """Writes the adapter and has the server answer with it from now on."""
+    def load_adapter(self, model: Any, name: str, values: dict[str, Tensor]) -> None:
+        """Writes the adapter and has the server answer with it from now on.
+
+        Args:
+            model: PEFT's.
+            values: the adapter's parameters by their names in ``model``, whole.
+
+        Raises:
+            ConnectionError: the server refuses it.
+        """
         path = os.path.join(self.folder, name)
-        model.save_pretrained(path)
-        self.client.post("/load_lora_adapter", body={"lora_name": name, "lora_path": path}, cast_to=str)
+        model.save_pretrained(path, state_dict=values)
+        with self._refusing("an adapter (it needs --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True)"):
+            self.client.post("/load_lora_adapter", body={"lora_name": name, "lora_path": path}, cast_to=str)
         before = self._loaded
         self.use_adapter(name)
         if before is not None:
@@ -193,19 +205,21 @@ class ServerSampler:
                 top-k, top-p and penalties.
 
         Raises:
-            RuntimeError: the server's answer lacks token ids or log-probabilities.
+            ConnectionError: the server refuses such prompts.
+            RuntimeError: its answer lacks token ids or log-probabilities.
         """
         drawing: dict[str, Any] = {}
         if temperature is not None:  # the server would take what is not set from the model's config
             drawing = {"temperature": temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-        reply = self.client.completions.create(
-            model=self._loaded or self.model,
-            prompt=[list(prompt) for prompt in prompts],
-            max_tokens=max_new_tokens,
-            logprobs=0,
-            seed=seed,
-            extra_body={"return_token_ids": True, "stop_token_ids": list(end_ids), **drawing},
-        )
+        with self._refusing("prompts of token ids"):
+            reply = self.client.completions.create(
+                model=self._loaded or self.model,
+                prompt=[list(prompt) for prompt in prompts],
+                max_tokens=max_new_tokens,
+                logprobs=0,
+                seed=seed,
+                extra_body={"return_token_ids": True, "stop_token_ids": list(end_ids), **drawing},
+            )
         samples: list[Sample | None] = [None] * len(prompts)
         for choice in reply.choices:
             ids = getattr(choice, "token_ids", None)
@@ -220,3 +234,18 @@ class ServerSampler:
         if missing:
             raise RuntimeError(f"ServerSampler: {self.url} left out prompts {missing}")
         return samples  # type: ignore[return-value]
+
+    @contextmanager
+    def _refusing(self, what: str) -> Iterator[None]:
+        """Raises ConnectionError where the server refuses ``what``."""
+        import openai
+
+        try:
+            yield
+        except openai.APIStatusError as error:
+            if error.status_code not in (400, 404, 405, 422):
+                raise
+            raise ConnectionError(
+                f"ServerSampler: {self.url} refused {what}: {error}. If it is no vLLM server: one is needed, since "
+                "`transformers serve` takes text alone, gives no token ids or log-probabilities and loads no adapters"
+            ) from error

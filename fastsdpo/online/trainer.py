@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from fastsdpo.data import Interaction, InteractionTokenizer, TokenizedInteraction
 from fastsdpo.online.config import OnlineSDPOConfig
 from fastsdpo.online.figures import AnswerFigures, CollapseWatch
+from fastsdpo.online.generation import Generation
 from fastsdpo.online.prompts import PromptDataset, PromptSampler, collate_prompts
 from fastsdpo.online.rollout import (
     ANSWERS_FILE,
@@ -29,11 +30,11 @@ from fastsdpo.online.rollout import (
     SampledInteraction,
     roll_out,
 )
-from fastsdpo.online.sampling import Sample, ServerSampler, generate
+from fastsdpo.online.sampling import Sample
 from fastsdpo.online.users import UserSimulator
-from fastsdpo.trainer.adapters import is_peft
 from fastsdpo.trainer.processes import gather_list
 from fastsdpo.trainer.step_trainer import StepTrainer
+from fastsdpo.trainer.whole_weights import unsharded
 
 STATE_FILE = "online_state_{}.json"  # of each process, in checkpoints
 
@@ -51,8 +52,8 @@ class OnlineSDPOTrainer(StepTrainer):
         processing_class, peft_config, callbacks, optimizers: as for `SDPOTrainer`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `SDPOTrainer`, and where answers cannot be
-            sampled: sharded weights, or a server without LoRA to synchronize.
+        TypeError, ValueError, NotImplementedError: as `SDPOTrainer`, and where answers cannot be sampled
+            (`fastsdpo.online.generation.Generation`).
     """
 
     args: OnlineSDPOConfig
@@ -83,14 +84,8 @@ class OnlineSDPOTrainer(StepTrainer):
         )
         if self.tokenize is None:
             raise ValueError("OnlineSDPOTrainer: processing_class must be a tokenizer, got None")
-        if self.sharded:
-            raise NotImplementedError(
-                "OnlineSDPOTrainer: FSDP and DeepSpeed hold the weights in shards, from which answers "
-                "cannot be sampled (and adapters not be written for a server); use DDP"
-            )
         self.user: Any = user
-        self.server = self._make_server()
-        self.end_ids = self.tokenize.end_ids(self.accelerator.unwrap_model(self.model))
+        self.generation = Generation(self)
         self.figures = AnswerFigures()
         self.collapse = CollapseWatch(args, self.figures)
         self.files = RowFiles(args.output_dir, enabled=args.log_interactions and self.is_world_process_zero())
@@ -99,18 +94,6 @@ class OnlineSDPOTrainer(StepTrainer):
         self._told: str | None = None  # a follow-up in every held-out prompt
         self.add_callback(_ResumedFiles(self))
         self.add_callback(self.collapse)
-
-    def _make_server(self) -> ServerSampler | None:
-        args = self.args
-        if args.generation_url is None:
-            return None
-        if args.generation_sync == "lora" and not is_peft(self.model):
-            raise ValueError(
-                "OnlineSDPOTrainer: generation_sync='lora' needs an adapter (peft_config); "
-                "the server cannot be given other weights while it runs"
-            )
-        folder = os.path.join(args.output_dir, "adapters")
-        return ServerSampler(args.generation_url, args.generation_model, folder=folder)
 
     @property
     def degenerate_stop(self) -> str | None:
@@ -188,7 +171,7 @@ class OnlineSDPOTrainer(StepTrainer):
         )
         if self.args.updates_per_batch > 1:
             found = [self._score(interactions) for interactions in found]
-        self.figures.add_answers(answers, self.end_ids)
+        self.figures.add_answers(answers, self.generation.end_ids)
         self.figures.add_followups(answers.followups)
         if hasattr(self.user, "satisfied"):
             self.figures.add("satisfaction", self.user.satisfied(answers.prompts, answers.texts))
@@ -203,32 +186,19 @@ class OnlineSDPOTrainer(StepTrainer):
             number: of the rollout; the draws depend on it and on the seed.
         """
         args = self.args
-        if not prompts:
-            return []
-        drawing: dict[str, Any] = {
-            "max_new_tokens": args.max_new_tokens,
-            "temperature": args.sampling_temperature,
-            "end_ids": self.end_ids,
-        }
-        model: Any = self.accelerator.unwrap_model(self.model)
-        if self.server is None:
-            seed = f"{args.seed}/{number}/{args.process_index}"
-            return generate(model, prompts, batch_size=args.generation_batch_size, seed=seed, **drawing)
-        if args.generation_sync == "lora" and number > 0:
-            name = f"sdpo-{number}"
-            if self.is_world_process_zero():
-                self.server.load_adapter(model, name)
-            self.server.use_adapter(name)
-            self.accelerator.wait_for_everyone()
-        place = (args.seed * 1_000_003 + number * args.world_size + args.process_index) % 2**31
-        return self.server.sample(prompts, seed=place, **drawing)
+        return self.generation(
+            prompts,
+            seed=f"{args.seed}/{number}/{args.process_index}",
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.sampling_temperature,
+        )
 
     def _score(self, interactions: list[SampledInteraction]) -> list[SampledInteraction]:
         """With the log-probabilities and advantages of now, before the first update."""
         scored: list[SampledInteraction] = []
         training = self.model.training
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), unsharded(self.accelerator.unwrap_model(self.model)):
             for pack in self.learner.packs(interactions):
                 _, statistics = self.run_pass(self.model, pack, 1)
                 sizes = [len(item.completion_ids) for item in pack]
@@ -263,7 +233,7 @@ class OnlineSDPOTrainer(StepTrainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ):
         loss, statistics = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if num_items_in_batch is not None and self.is_in_train:
+        if num_items_in_batch is not None and self.is_in_train and self.speaks:
             self.collapse.add_pass(len(inputs["interactions"]), statistics)
         return (loss, statistics) if return_outputs else loss
 
@@ -289,15 +259,15 @@ class OnlineSDPOTrainer(StepTrainer):
         if hasattr(self.user, "at"):
             self.user.at(max(0, self.interactions - 1) if self.state.global_step else 0)
         for number, batch in enumerate(dataloader):
-            if not batch["prompts"]:
-                continue
             asked = [messages for _, messages in batch["prompts"]]
-            answers = self.held_out_answers(asked, number, told=self._told)
+            answers = self.held_out_answers(asked, number, told=self._told)  # in all processes
+            if not asked:
+                continue
             satisfied = [None] * len(answers.texts)
             if hasattr(self.user, "satisfied"):
                 satisfied = list(self.user.satisfied(answers.prompts, answers.texts))
                 figures.add("satisfaction", satisfied)
-            figures.add_answers(answers, self.end_ids)
+            figures.add_answers(answers, self.generation.end_ids)
             figures.add_content(answers.prompts, answers.texts)
             figures.add("response_words", [len(text.split()) for text in answers.texts])
             for messages, text, good in zip(answers.prompts, answers.texts, satisfied):
@@ -331,14 +301,12 @@ class OnlineSDPOTrainer(StepTrainer):
         starts = [tokenize.generation_prompt(messages) for messages in prompts]
         if told is not None:
             starts = [tokenize(Interaction(messages, "", told)).teacher_prompt_ids for messages in prompts]
-        samples = generate(
-            self.accelerator.unwrap_model(self.model),
+        samples = self.generation(
             starts,
+            seed=f"{args.seed}/eval/{number}/{args.process_index}",
             max_new_tokens=args.eval_max_new_tokens or args.max_new_tokens,
             temperature=args.eval_temperature,
-            end_ids=self.end_ids,
-            batch_size=args.generation_batch_size,
-            seed=f"{args.seed}/eval/{number}/{args.process_index}",
+            here=args.generation_sync == "none",  # whose server has other weights
         )
         texts = [tokenize.said(sample.ids, start) for sample, start in zip(samples, starts)]
         return Answers(prompts, samples, texts, [])

@@ -52,3 +52,5 @@ from fastsdpo.prefix.ready import ready_passes as ready_passes
 from fastsdpo.prefix.refusals import above_the_decoder as above_the_decoder
 from fastsdpo.prefix.refusals import rotary_limit as rotary_limit
 from fastsdpo.prefix.session import ForwardSession as ForwardSession
+from fastsdpo.prefix.ulysses import Ulysses as Ulysses
+from fastsdpo.prefix.ulysses import not_divisible as not_divisible

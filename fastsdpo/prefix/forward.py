@@ -12,6 +12,7 @@ from fastsdpo.prefix.model import causal_lm as causal_lm
 from fastsdpo.prefix.model import unwrap as unwrap
 from fastsdpo.prefix.plan import InteractionIds, Sharing
 from fastsdpo.prefix.session import ForwardSession
+from fastsdpo.prefix.ulysses import Ulysses
 
 
 class ResponseStates(NamedTuple):
@@ -41,6 +42,7 @@ def shared_forward(
     sharing: Sharing = "conversation",
     attention: str = "auto",
     loss_fn: Callable[[ResponseStates], Any] | None = None,
+    ulysses: Ulysses | None = None,
 ) -> Any:
     """Hidden states of student and teacher at the positions that predict response tokens.
 
@@ -60,6 +62,7 @@ def shared_forward(
         attention: "auto", or a backend of `fastsdpo.prefix.attention`, which then runs or raises.
         loss_fn: called with the states in place of the head's forward function, where FSDP and ZeRO hold the
             head's parameters gathered. Returns a tensor or a tuple.
+        ulysses: as `ForwardSession`; the states are then this process's share of the rows.
 
     Returns:
         ResponseStates, or what ``loss_fn`` returned.
@@ -81,5 +84,6 @@ def shared_forward(
         teacher_context=teacher_context,
         sharing=sharing,
         attention=attention,
+        ulysses=ulysses,
     )
     return session.run(body)

@@ -34,6 +34,7 @@ from fastsdpo.prefix.partitioned import gathered
 from fastsdpo.prefix.plan import Plan, positions_without
 from fastsdpo.prefix.recurrent import let_mixers_share, recurrent_mixers
 from fastsdpo.prefix.refusals import WITHOUT_MIXING, rotary_limit, unsupported
+from fastsdpo.prefix.ulysses import Ulysses
 
 Result = TypeVar("Result")
 
@@ -129,10 +130,14 @@ def sequence_pass(prompt: Sequence[int], completion: Sequence[int]) -> DecoderPa
 
 
 class PassRunner:
-    """Sends tokens through the decoder of one model, wrapped or not."""
+    """Sends tokens through the decoder of one model, wrapped or not.
 
-    def __init__(self, model: nn.Module, attention: str = "auto"):
-        self.model = model
+    Args:
+        ulysses: the processes among which the tokens of each pass over a plan are divided; None: they are not.
+    """
+
+    def __init__(self, model: nn.Module, attention: str = "auto", ulysses: Ulysses | None = None):
+        self.model, self.ulysses = model, ulysses
         self.causal = causal_lm(model)
         self.decoder = decoder_of(self.causal)
         self.device = model_device(model)
@@ -170,7 +175,7 @@ class PassRunner:
         keep: bool = False,
         before: Kept | None = None,
     ) -> DecoderPass:
-        """The packed tokens ``[first, stop)`` of ``plan``; ``rows`` count from ``first``."""
+        """The packed tokens ``[first, stop)`` of ``plan``, or this process's; ``rows`` count from ``first``."""
         shared = SharedPass(
             plan,
             first=first,
@@ -180,9 +185,13 @@ class PassRunner:
             keep=keep,
             before=before,
             tables=tables,
+            ulysses=self.ulysses,
         )
         positions = plan.position_ids if self._padding is None else positions_without(plan, self._padding)
-        return DecoderPass(plan.token_ids[first:stop], positions[first:stop], rows, shared)
+        tokens, positions = plan.token_ids[first:stop], positions[first:stop]
+        if self.ulysses is not None:
+            tokens, positions = self.ulysses.stretch(tokens), self.ulysses.stretch(positions)
+        return DecoderPass(tokens, positions, rows, shared)
 
     def run_first(self, one: DecoderPass, body: Callable[[Tensor], Result]) -> Result:
         """``body(hidden [T, D])`` in place of the head, inside the call of the whole model that makes ``one``."""
@@ -226,8 +235,12 @@ class PassRunner:
         kept = []
         for number, one in enumerate(passes):
             hidden = first_hidden if number == 0 and first_hidden is not None else self.run(one)
-            kept.append(hidden[one.rows.to(hidden.device)])
+            kept.append(self.take(hidden, one.rows))
         return kept[0] if len(kept) == 1 else torch.cat(kept)
+
+    def take(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Rows ``[n, D]`` of a pass's states ``hidden [T, D]``, which may be divided."""
+        return hidden[rows.to(hidden.device)] if self.ulysses is None else self.ulysses.rows(hidden, rows)
 
     def _inputs(self, module: nn.Module, one: DecoderPass) -> dict[str, Any]:
         """The keyword arguments with which ``module``, the whole model or its decoder, makes a pass."""

@@ -29,6 +29,7 @@ from fastsdpo.prefix.plan import (
 )
 from fastsdpo.prefix.ready import ReadyPasses, ready_passes
 from fastsdpo.prefix.refusals import above_the_decoder
+from fastsdpo.prefix.ulysses import Ulysses
 
 Result = TypeVar("Result")
 
@@ -50,6 +51,8 @@ class ForwardSession:
     Args:
         model, interactions, teacher_model, teacher_context, sharing, attention: as `shared_forward`.
         ready: what `ready_passes` has made of these interactions and settings; None: it is made here.
+        ulysses: the processes among which the passes are divided; all call the session with the same interactions,
+            and each has its share of the rows. None: they are not divided.
 
     Raises:
         ValueError, NotImplementedError: as `shared_forward`.
@@ -65,6 +68,7 @@ class ForwardSession:
         sharing: Sharing = "conversation",
         attention: str = "auto",
         ready: ReadyPasses | None = None,
+        ulysses: Ulysses | None = None,
     ):
         name = "shared_forward"
         check_interactions(name, interactions)
@@ -77,8 +81,13 @@ class ForwardSession:
             if reason is not None:
                 raise NotImplementedError(f"{name}: the model is not supported: {reason}")
 
-        self._runner = PassRunner(model, attention)
-        self._teacher_runner = self._runner if teacher_model is None else PassRunner(teacher_model, attention)
+        if ulysses is not None and sharing == "off":
+            raise NotImplementedError(
+                f"{name}: passes are divided among processes by their plan, which sharing='off' has none of"
+            )
+        self._ulysses = ulysses
+        self._runner = PassRunner(model, attention, ulysses)
+        self._teacher_runner = self._runner if teacher_model is None else PassRunner(teacher_model, attention, ulysses)
         self._teacher_context = teacher_context or nullcontext
         self._live = (teacher_model is None or teacher_model is model) and teacher_context is None
         if ready is None:
@@ -127,7 +136,7 @@ class ForwardSession:
         if not self._live:
             runner, passes = self._teacher_runner, self._teacher_passes
             with no_grad_pass(), self._teacher_context():
-                self._teacher_rows = runner.run_first(passes[0], partial(runner.rows, passes))
+                self._teacher_rows = self._share(runner.run_first(passes[0], partial(runner.rows, passes)))
         try:
             return self._runner.run_first(self._student_passes[0], partial(self._in_place_of_head, body))
         finally:
@@ -143,7 +152,7 @@ class ForwardSession:
     def student(self) -> Tensor:
         """The student's rows ``[N, D]`` after the final norm, with gradient; the same tensor at every call."""
         if self._student_rows is None:
-            self._student_rows = self._runner.rows(self._student_passes, self._first_hidden())
+            self._student_rows = self._share(self._runner.rows(self._student_passes, self._first_hidden()))
         return self._student_rows
 
     def teacher(self) -> Tensor:
@@ -152,7 +161,7 @@ class ForwardSession:
         if self._teacher_rows is None:
             if self._ready.plan is not None:
                 with no_grad_pass():
-                    self._teacher_rows = self._live_teacher(self._ready.plan, hidden.detach())
+                    self._teacher_rows = self._share(self._live_teacher(self._ready.plan, hidden.detach()))
             elif not self._teacher_passes:
                 self._teacher_rows = self.student().detach()  # the same sequences through the same model
             else:
@@ -164,7 +173,10 @@ class ForwardSession:
     def labels(self) -> ResponseLabels:
         """What the rows predict, on the device of the hidden states."""
         self._first_hidden()
-        return self._ready.labels
+        return ResponseLabels(*map(self._share, self._ready.labels))
+
+    def _share(self, rows: Tensor) -> Tensor:
+        return rows if self._ulysses is None else self._ulysses.share(rows)
 
     def _first_hidden(self) -> Tensor:
         if self._hidden is None:
@@ -178,13 +190,14 @@ class ForwardSession:
         read from the student's hidden states ``[T, D]``, and the teacher's pass holds all others.
         """
         if plan.teacher_tokens == 0:
-            return student_hidden[plan.teacher_rows]
+            return self._runner.take(student_hidden, plan.teacher_rows)
         middle, rows = plan.student_tokens, self._ready.teacher_rows
         assert rows is not None
         tables = self._ready.teacher_tables
         teacher_pass = self._runner.plan_pass(plan, middle, plan.tokens, rows.own, tables, before=self._kept)
-        hidden = self._runner.run(teacher_pass)[rows.own]
+        hidden = self._runner.take(self._runner.run(teacher_pass), rows.own)
         self._kept = None
         if rows.order is None:
             return hidden
-        return torch.cat([hidden, student_hidden[rows.students].to(hidden.dtype)])[rows.order]
+        students = self._runner.take(student_hidden, rows.students)
+        return torch.cat([hidden, students.to(hidden.dtype)])[rows.order]

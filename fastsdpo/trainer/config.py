@@ -103,6 +103,8 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         check_deepspeed(self)
         if self.world_size != processes:
             self._split_global_batch(self.world_size, *batch)
+        processes = self.world_size
+        self._check(processes % self.ulysses == 0, "ulysses", f"divide the number of processes ({processes})")
         if self.accelerator_config.split_batches:
             raise ValueError(
                 "SDPOConfig: split_batches of accelerator_config must be False: it would divide the "
@@ -147,6 +149,7 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         for name in ("teacher_check", "measure_interactions", "measure_answers"):
             check(getattr(self, name) >= 0, name, "be >= 0")
         check(self.measure_tokens >= 1, "measure_tokens", "be at least 1")
+        check(self.ulysses >= 1, "ulysses", "be at least 1")
         lengths = ("max_prompt_length", "max_completion_length", "max_followup_length")
         for name in (*lengths, "max_tokens_per_pack", "chunk_size", "tokenizer_workers"):
             value = getattr(self, name)

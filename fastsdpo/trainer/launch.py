@@ -1,8 +1,8 @@
 """How a run was started: what cannot work is refused by name, before any weights are loaded.
 
-One process per GPU holds whole interactions: DDP, FSDP2, DeepSpeed ZeRO-1 to 3. A plan of shared prefixes needs all
-tokens of its pack, and the loss all columns of the head, so whatever divides a sequence, a layer or the list of
-layers among GPUs is refused.
+One process per GPU holds whole interactions: DDP, FSDP2, DeepSpeed ZeRO-1 to 3; ``ulysses`` processes may share
+those that they hold. A plan of shared prefixes needs all tokens of its pack, and the loss all columns of the head, so
+whatever else divides a sequence, a layer or the list of layers among GPUs is refused.
 """
 
 from __future__ import annotations
@@ -21,17 +21,12 @@ INSTEAD = (
     "start one process per GPU and divide the weights among them with FSDP2 or DeepSpeed ZeRO-3 (accelerate launch), "
     "which also hold models that one GPU cannot"
 )
+LONG = "for long conversations use --ulysses PROCESSES, by which a pack is divided along its plan"
 # By the name in accelerate's ParallelismConfig, and in the environment with PARALLELISM_CONFIG_ before it.
 FORMS = {
     "tp_size": ("tensor parallelism", INSTEAD),
-    "cp_size": (
-        "context parallelism",
-        "for long conversations use --gradient-checkpointing and a lower --max-tokens-per-pack or --max-prompt-length",
-    ),
-    "sp_size": (
-        "sequence parallelism (Ulysses)",
-        "for long conversations use --gradient-checkpointing and a lower --max-tokens-per-pack or --max-prompt-length",
-    ),
+    "cp_size": ("context parallelism", LONG),
+    "sp_size": ("accelerate's sequence parallelism, which cuts padded batches,", LONG),
     "dp_replicate_size": ("FSDP with replicas (HSDP)", "divide the weights among all processes: dp_replicate_size 1"),
 }
 

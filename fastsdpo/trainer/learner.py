@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fastsdpo.data import TokenizedInteraction
-from fastsdpo.prefix import ForwardSession, ResponseStates, causal_lm, head_parameters, model_device
+from fastsdpo.prefix import ForwardSession, ResponseStates, Ulysses, causal_lm, head_parameters, model_device
 from fastsdpo.prefix.attention import attention_windows
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.loss import TokenStatistics, count_items, sdpo_step_loss, weigh
 from fastsdpo.trainer.packs import Item, PackMaker, ReadyPack
 from fastsdpo.trainer.sharing import PrefixSharing
 from fastsdpo.trainer.teachers import Ahead, PackPasses, make_teachers
+from fastsdpo.trainer.ulysses import check_divisible, share_rows, whole_statistics
 
 
 class Learner:
@@ -28,9 +29,10 @@ class Learner:
         model: the model, not wrapped yet.
         unwrapped: gives the model without a wrapper at any time.
         sharded: as `make_teachers`.
+        ulysses: the processes among which the passes of a training step are divided, or None.
 
     Raises:
-        NotImplementedError: see `make_teachers`.
+        NotImplementedError: see `make_teachers`; or the passes cannot be divided.
     """
 
     def __init__(
@@ -41,8 +43,11 @@ class Learner:
         *,
         unwrapped: Callable[[], Any],
         sharded: Literal["fsdp2", "zero3"] | None,
+        ulysses: Ulysses | None = None,
     ):
-        self.args, self.sharing = args, sharing
+        self.args, self.sharing, self.sharded, self.ulysses = args, sharing, sharded, ulysses
+        if ulysses is not None:
+            check_divisible(model, args, sharing, ulysses.size)
         self.teacher, self.initial, self.copies = make_teachers(args, model, unwrapped, sharded)
         windows = {} if sharing.level == "off" else attention_windows(causal_lm(model).config.get_text_config())
         self.maker = PackMaker(
@@ -77,6 +82,8 @@ class Learner:
         model: nn.Module,
         pack: Sequence[TokenizedInteraction],
         num_items: int | float | Tensor,
+        *,
+        divided: bool = False,
         **options: Any,
     ) -> tuple[Tensor, TokenStatistics]:
         """Loss and statistics of one pack.
@@ -87,14 +94,18 @@ class Learner:
             model: as it is wrapped for training.
             pack: a `ReadyPack`; of other interactions one is made.
             num_items: S or N of the global batch (see `fastsdpo.trainer.loss`).
+            divided: among the processes of ``ulysses``, where there are any: the loss is then this process's share
+                of it, and the statistics the whole pack's.
             options: further arguments of `sdpo_step_loss`.
         """
-        args = self.args
+        args, ulysses = self.args, self.ulysses if divided else None
         self.sharing.of(pack)  # says where it is another one
         ready = pack if isinstance(pack, ReadyPack) else self.maker.pack(pack)
         content = ready.to(model_device(model)).content
-        passes = PackPasses(model, content.passes.sharing, self.sharing.attention)
+        passes = PackPasses(model, content.passes.sharing, self.sharing.attention, ulysses)
         weights, counts = weigh(content.shares, num_items), content.counts
+        if ulysses is not None:
+            weights, counts, options = share_rows(ulysses, weights, counts, options)
 
         # Before the student's pass, whose activations stay in memory until the backward pass.
         initial = None if self.initial is None else self.initial.states(passes, pack)
@@ -124,7 +135,11 @@ class Learner:
 
         loss, statistics = passes.student(pack, self.teacher.context, loss_fn, content.passes)
         trained = content.passes.student_tokens if torch.is_grad_enabled() else 0
-        return loss, statistics._replace(computed_tokens=passes.tokens, trained_tokens=trained)
+        if ulysses is None:
+            return loss, statistics._replace(computed_tokens=passes.tokens, trained_tokens=trained)
+        computed, trained = (-(-tokens // ulysses.size) for tokens in (passes.tokens, trained))
+        whole = whole_statistics(ulysses, statistics, content.counts)
+        return loss, whole._replace(computed_tokens=computed, trained_tokens=trained)
 
     def loss_options(self) -> dict[str, Any]:
         """Those arguments of `linear_sdpo_loss` that the settings give."""

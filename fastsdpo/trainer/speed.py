@@ -75,9 +75,9 @@ class ModelWork(NamedTuple):
         decoder, trained = sum(size for size, _ in sizes), sum(size for size, requires_grad in sizes if requires_grad)
         return cls(decoder, trained, whole_size(head), whole_size(head) if head.requires_grad else 0)
 
-    def flops(self, statistics: TokenStatistics) -> float:
-        """Of the passes over one pack."""
-        rows, backward = statistics.counts.numel(), statistics.trained_tokens
+    def flops(self, statistics: TokenStatistics, parts: int = 1) -> float:
+        """This process's, of the passes over one pack, whose rows ``parts`` processes share."""
+        rows, backward = statistics.counts.numel() / parts, statistics.trained_tokens
         work = self.decoder * statistics.computed_tokens + (self.decoder + self.trained) * backward
         return 2 * (work + rows * (2 * self.head + (self.head + self.trained_head if backward else 0)))
 
@@ -107,8 +107,9 @@ class SpeedMeter:
         self.done = self.waited = 0.0
         self.started = time.perf_counter()
 
-    def add(self, statistics: TokenStatistics) -> None:
-        self.done += self.work.flops(statistics)
+    def add(self, statistics: TokenStatistics, parts: int = 1) -> None:
+        """Takes the work of one pack, which ``parts`` processes share (``ulysses``)."""
+        self.done += self.work.flops(statistics, parts)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

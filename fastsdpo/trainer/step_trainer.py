@@ -56,6 +56,7 @@ from fastsdpo.trainer.sharing import PrefixSharing
 from fastsdpo.trainer.speed import SpeedMeter
 from fastsdpo.trainer.teacher_weights import TeacherWeights
 from fastsdpo.trainer.template_date import keep_date, run_date
+from fastsdpo.trainer.ulysses import make_ulysses
 
 logger = logging.getLogger("fastsdpo.trainer")
 
@@ -112,7 +113,7 @@ class StepTrainer(CheckpointTrainer):
         self.model_accepts_loss_kwargs = True
         self._check_launch()
         self.learner = self._make_learner()
-        if type(self).collate is StepTrainer.collate:
+        if type(self).collate is StepTrainer.collate and self.args.ulysses == 1:
             self.data_collator = self.learner.maker.collate  # which makes packs too, in the loader's workers
         self.sampler: Any = None
         self.metrics = self.new_metrics()
@@ -172,6 +173,7 @@ class StepTrainer(CheckpointTrainer):
             sharing,
             unwrapped=lambda: self.accelerator.unwrap_model(self.model),
             sharded=("fsdp2" if self.is_fsdp_enabled else "zero3") if in_shards else None,
+            ulysses=make_ulysses(self.args),
         )
 
     # ------------------------------------------------------------------------- what subclasses say
@@ -210,6 +212,11 @@ class StepTrainer(CheckpointTrainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property
+    def speaks(self) -> bool:
+        """Whether this process counts and reports its packs: the first of those that share them (``ulysses``)."""
+        return self.learner.ulysses is None or self.learner.ulysses.rank == 0
+
+    @property
     def skipped_steps(self) -> int:
         """How many steps changed nothing, as a loss or gradient was not finite."""
         return self.finite.skipped
@@ -221,8 +228,11 @@ class StepTrainer(CheckpointTrainer):
         with self.speed.waiting():
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = self.prepare_batches(batches)
+        ulysses = self.learner.ulysses
+        if ulysses is not None:  # the processes of a group take each other's interactions
+            batches = [{"interactions": ulysses.join(batch["interactions"])} for batch in batches]
         packs = [len(self.learner.ready(batch, device)) for batch in batches]
-        items = sum(self.learner.count(batch["interactions"]) for batch in batches)
+        items = sum(self.learner.count(batch["interactions"]) for batch in batches) if self.speaks else 0
         if self.args.world_size == 1:
             return batches, torch.tensor(items, device=device)
         counted: Any = self.accelerator.gather(torch.tensor([[items, *packs]], device=device))
@@ -251,7 +261,9 @@ class StepTrainer(CheckpointTrainer):
         losses = []
         for number, (pack, divisor) in enumerate(passes):
             last = number == len(passes) - 1
-            with nullcontext() if last else self.accelerator.no_sync(model):
+            # Before a step's last micro-batch transformers is in no_sync already, and FSDP2's cannot be nested.
+            syncs = last or not self.accelerator.sync_gradients
+            with nullcontext() if syncs else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, {"interactions": pack}, divisor))
         return torch.stack(losses).sum()
 
@@ -268,12 +280,15 @@ class StepTrainer(CheckpointTrainer):
         """
         pack = inputs["interactions"]
         if num_items_in_batch is None:
-            loss, statistics = self.run_pass(model, pack, 1)
+            loss, statistics = self.run_pass(model, pack, 1, divided=True)
             loss = loss * 0.0
         else:
-            loss, statistics = self.run_pass(model, pack, num_items_in_batch)
-            self.metrics.add(pack, statistics)
-            self.speed.add(statistics)
+            loss, statistics = self.run_pass(model, pack, num_items_in_batch, divided=True)
+            self.speed.add(statistics, 1 if self.learner.ulysses is None else self.learner.ulysses.size)
+            if self.speaks:
+                self.metrics.add(pack, statistics)
+            else:
+                self.metrics.computed += statistics.computed_tokens
             self.finite.add(pack, statistics.sequence_loss)
             loss = loss * self.accelerator.num_processes
         if self.is_deepspeed_enabled:  # whose backward pass takes the step as well
@@ -281,10 +296,20 @@ class StepTrainer(CheckpointTrainer):
         return (loss, statistics) if return_outputs else loss
 
     def run_pass(
-        self, model: nn.Module, interactions: Sequence[TokenizedInteraction], num_items: int | float | Tensor
+        self,
+        model: nn.Module,
+        interactions: Sequence[TokenizedInteraction],
+        num_items: int | float | Tensor,
+        *,
+        divided: bool = False,
     ) -> tuple[Tensor, TokenStatistics]:
-        """Loss and statistics of one pack; the weights' divisor is ``num_items`` (S or N)."""
-        return self.learner.run_pass(model, interactions, num_items, **self.pass_options(interactions))
+        """Loss and statistics of one pack; the weights' divisor is ``num_items`` (S or N).
+
+        Args:
+            divided: as `Learner.run_pass`.
+        """
+        options = self.pass_options(interactions)
+        return self.learner.run_pass(model, interactions, num_items, divided=divided, **options)
 
     def update(self, interactions: Sequence[TokenizedInteraction]) -> dict[str, float]:
         """One optimizer step on these interactions, outside `train` and with all that a step in it does.

@@ -24,6 +24,7 @@ from fastsdpo.prefix import (
     HeadParameters,
     ReadyPasses,
     ResponseStates,
+    Ulysses,
     count_tokens,
     head_parameters,
     no_grad_pass,
@@ -40,13 +41,16 @@ from fastsdpo.trainer.teacher_weights import DisabledAdapter, TeacherContext, Te
 class PackPasses:
     """The forward passes over one pack, with one sharing.
 
+    Args:
+        ulysses: the processes among which they are divided, or None.
+
     Attributes:
         tokens: how many went through the model so far, shared prefixes once.
     """
 
-    def __init__(self, model: nn.Module, sharing: Any, attention: str):
+    def __init__(self, model: nn.Module, sharing: Any, attention: str, ulysses: Ulysses | None = None):
         self.model = model
-        self.options = {"sharing": sharing, "attention": attention}
+        self.options: dict[str, Any] = {"sharing": sharing, "attention": attention, "ulysses": ulysses}
         self.tokens = 0
 
     def ahead(self, interactions: Sequence[TokenizedInteraction], context: TeacherContext | None) -> ResponseStates:

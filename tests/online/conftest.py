@@ -140,16 +140,20 @@ def server():
 @pytest.fixture
 def vllm():
     """Answers every prompt with the tokens 10, 11, 1 (the end); requests are kept in ``asked``."""
-    state = SimpleNamespace(asked=[], spoil=lambda choices: choices, models=["base"])
+    state = SimpleNamespace(asked=[], spoil=lambda choices: choices, models=["base"], refuse=None)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.reply({"object": "list", "data": [{"id": name} for name in state.models]})
+            if self.path == "/get_world_size":
+                return self.reply({"world_size": 2})
+            return self.reply({"object": "list", "data": [{"id": name} for name in state.models]})
 
         def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
             state.asked.append((self.path, body))
-            if self.path.endswith("_lora_adapter"):
+            if state.refuse is not None:
+                return self.reply({"detail": state.refuse}, 422)
+            if not self.path.endswith("/completions"):
                 return self.reply("done")
             choices = [
                 {
@@ -171,9 +175,9 @@ def vllm():
                 }
             )
 
-        def reply(self, content):
+        def reply(self, content, status=200):
             data = json.dumps(content).encode()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.end_headers()
             self.wfile.write(data)

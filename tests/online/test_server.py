@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastsdpo.online.sampling import ServerSampler
 
@@ -92,20 +95,18 @@ def test_training_on_a_servers_answers_sends_it_the_adapter(lab, vllm, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "interactions.jsonl").read_text().splitlines()]
     assert len(rows) == 12
     paths = [path.rpartition("/")[2] for path, _ in vllm.asked]
-    assert paths == [
-        "completions",
-        "load_lora_adapter",
-        "completions",
-        "load_lora_adapter",
-        "unload_lora_adapter",
-        "completions",
-    ]
+    again = ["load_lora_adapter", "unload_lora_adapter", "completions"]
+    assert paths == ["load_lora_adapter", "completions", *again, *again]
     names = [body["model"] for path, body in vllm.asked if path.endswith("completions")]
-    assert names == ["base", "sdpo-1", "sdpo-2"]
-    loaded = vllm.asked[1][1]
-    assert loaded["lora_name"] == "sdpo-1"
-    assert (tmp_path / "adapters" / "sdpo-1" / "adapter_model.safetensors").exists()
-    assert loaded["lora_path"] == str(tmp_path / "adapters" / "sdpo-1")
+    assert names == ["sdpo-0", "sdpo-1", "sdpo-2"]
+    folder = tmp_path / "adapters" / "sdpo-2"
+    assert vllm.asked[5] == ("/v1/load_lora_adapter", {"lora_name": "sdpo-2", "lora_path": str(folder)})
+    trainer.evaluate()  # with the weights of now
+    assert [path.rpartition("/")[2] for path, _ in vllm.asked[8:]] == again
+    assert vllm.asked[-1][1]["model"] == "sdpo-3" and vllm.asked[-1][1]["temperature"] == 0
+    saved = load_file(tmp_path / "adapters" / "sdpo-3" / "adapter_model.safetensors")
+    own = peft.get_peft_model_state_dict(trainer.model)
+    assert saved.keys() == own.keys() and all(torch.equal(saved[name], own[name]) for name in own)
 
 
 def test_the_importance_ratio_is_to_the_servers_log_probabilities(lab, vllm, tmp_path):
@@ -115,3 +116,79 @@ def test_the_importance_ratio_is_to_the_servers_log_probabilities(lab, vllm, tmp
     options = trainer.pass_options([item])
     assert options["old_logps"].tolist() == [-1.0, -2.0, -0.5]
     assert options["is_clip"] == 2.0
+
+
+@pytest.fixture
+def transfer(monkeypatch):
+    """The trainer's side of vLLM's weight transfer, as its documentation has it; what is sent is kept."""
+    kept = SimpleNamespace(made=[], sent=[])
+
+    class Engine:
+        def __init__(self, source):
+            self.source = source
+
+        def send_weights(self):
+            kept.sent.append({name: value.detach().clone() for name, value in self.source.named_parameters()})
+
+    def trainer_init(init_info, *, client, source=None):
+        kept.made.append((init_info, client))
+        return Engine(source)
+
+    for name, content in {
+        "vllm": {},
+        "vllm.distributed": {},
+        "vllm.distributed.weight_transfer": {
+            "WeightTransferTrainerFactory": SimpleNamespace(trainer_init=trainer_init),
+            "ModuleSource": lambda module: module,
+            "HTTPVLLMWeightSyncClient": lambda base_url: base_url,
+        },
+        "vllm.distributed.weight_transfer.nccl_engine": {"NCCLTrainerInitInfo": dict},
+        "vllm.utils": {},
+        "vllm.utils.network_utils": {"get_ip": lambda: "10.0.0.1", "get_open_port": lambda: 29501},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
+    return kept
+
+
+def test_all_weights_by_weight_transfer(lab, vllm, transfer, tmp_path):
+    trainer = lab.trainer(tmp_path, generation_url=vllm.url, generation_sync="weights", max_steps=2)
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    trainer.evaluate()
+    trainer.evaluate()  # nothing has changed since
+    root = vllm.url.removesuffix("/v1")
+    info = {"master_address": "10.0.0.1", "master_port": 29501, "world_size": 3, "rank": 0}
+    assert transfer.made == [(info, root)]
+    again = ["/pause", "/resume", "/v1/completions"]
+    assert [path for path, _ in vllm.asked] == [*again * 3, "/v1/completions"]
+    assert all(torch.equal(transfer.sent[0][name], before[name]) for name in before)
+    now = dict(trainer.model.named_parameters())
+    assert len(transfer.sent) == 3 and all(torch.equal(transfer.sent[2][name], now[name]) for name in now)
+    assert not torch.equal(transfer.sent[1]["model.norm.weight"], transfer.sent[2]["model.norm.weight"])
+
+
+def test_weights_that_cannot_be_sent(lab, vllm, tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    weights = {"generation_url": vllm.url, "generation_sync": "weights"}
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="'weights' a model without one"):
+        lab.trainer(tmp_path, peft_config=adapter, **weights)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match="needs the package vllm beside the trainer, of a version with"):
+        lab.trainer(tmp_path, **weights)
+
+
+def test_a_server_that_is_not_vllm(vllm, tmp_path):
+    """What `transformers serve` answers (transformers 5.23)."""
+    vllm.refuse = "Unexpected fields in the request: {'return_token_ids', 'stop_token_ids'}"
+    server = ServerSampler(vllm.url, "base", folder=tmp_path)
+    with pytest.raises(ConnectionError, match=r"refused prompts of token ids: .*422.*`transformers serve` takes text"):
+        sample(server)
+    adapter = SimpleNamespace(save_pretrained=lambda path, state_dict: None)
+    with pytest.raises(ConnectionError, match=r"refused an adapter \(it needs --enable-lora"):
+        server.load_adapter(adapter, "sdpo-1", {})

@@ -59,7 +59,8 @@ def main(rank: int, store: str, name: str, wrapper: str) -> None:
         plain, tolerance = lab.tiny_model(name), 1e-12
     else:  # recurrent layers, all of whose casts are to float64
         plain, tolerance = tiny.build(name).double(), 1e-10
-        tiny.in_float64().__enter__()
+        casts = tiny.in_float64()
+        casts.__enter__()
     for other in items_of:
         (lab.independent_logps(plain, other).sum() / WORLD).backward()
     want = lab.gradients(plain)
@@ -72,7 +73,7 @@ def main(rank: int, store: str, name: str, wrapper: str) -> None:
         if checkpointing:
             inner.gradient_checkpointing_enable({"use_reentrant": False})
         model = DistributedDataParallel(inner) if wrapper == "ddp" else shard(inner, reshard=checkpointing)
-        assert check_sharing(model) == (True, "") and check_head(model) == (True, "")
+        assert check_head(model) == (True, "") and check_sharing(model) == (True, "")
 
         def loss_fn(states, model=model):  # after the forward pass a resharded head is gone
             head = head_parameters(model)

@@ -1,6 +1,8 @@
-"""Runs `fastsdpo train` several times in one process of a launcher, where asked for under FSDP2.
+"""Runs `fastsdpo train` or `online` several times in one process of a launcher, where asked for under FSDP2.
 
-Usage: torchrun --nproc-per-node N launched_worker.py plain|fsdp2|deepspeed RUNS_JSON    (lists of arguments)
+Usage: torchrun --nproc-per-node N launched_worker.py plain|fsdp2|deepspeed RUNS_JSON
+
+RUNS_JSON is a list of lists of arguments, of `online` after that word.
 
 accelerate turns FSDP on for accelerators only. All that stands in the way on a CPU is the choice of
 the kind of process group, so this sets the kind; everything that shards, gathers, saves and loads is
@@ -17,6 +19,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
+from fastsdpo.commands import online
 from fastsdpo.train import build_parser, held_out, main, read_config
 from fastsdpo.trainer import SDPOTrainer
 
@@ -47,10 +50,10 @@ if __name__ == "__main__":
     if sys.argv[1] == "fsdp2":
         let_cpu_processes_use_fsdp()
     runs = json.loads(sys.argv[2])
-    if sys.argv[1] != "plain":
+    if sys.argv[1] != "plain" and runs[0][0] != "online":
         evaluate_before_training(runs[0], {"fsdp2": "FSDP2", "deepspeed": "DeepSpeed"}[sys.argv[1]])
     for arguments in runs:
-        status = main(arguments)
+        status = online.main(arguments[1:]) if arguments[0] == "online" else main(arguments)
         if status:
             sys.exit(status)
     if torch.distributed.is_initialized():

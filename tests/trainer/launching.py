@@ -50,7 +50,8 @@ VARIANTS = {
     # The rounding of each shard draws its own numbers.
     "stochastic": Variant([*HALF, "--set", "weight_update=stochastic_rounding"], tolerance=2e-2),
     "master": Variant(HALF, "untied", tolerance=2e-2),
-    "accumulated": Variant(["--batch-size", "2", "--accumulate", "2", "--set", "teacher_check=4"], "untied"),
+    # Four micro-batches of one process, two of each of two.
+    "accumulated": Variant(["--batch-size", "1", "--global-batch-size", "4", "--set", "teacher_check=4"], "untied"),
 }
 
 

@@ -20,8 +20,8 @@ INSTEAD = "FSDP2 or DeepSpeed ZeRO-3"
 # Environment, further arguments, what is said.
 REFUSED = {
     "tensor": ({**FORMS, "PARALLELISM_CONFIG_TP_SIZE": "2"}, [], f"tensor parallelism (.*TP_SIZE=2).*{INSTEAD}"),
-    "context": ({**FORMS, "PARALLELISM_CONFIG_CP_SIZE": "2"}, [], "context parallelism .*--gradient-checkpointing"),
-    "sequence": ({**FORMS, "PARALLELISM_CONFIG_SP_SIZE": "4"}, [], "Ulysses.*--max-tokens-per-pack"),
+    "context": ({**FORMS, "PARALLELISM_CONFIG_CP_SIZE": "2"}, [], "context parallelism .*--ulysses"),
+    "sequence": ({**FORMS, "PARALLELISM_CONFIG_SP_SIZE": "4"}, [], "sequence parallelism.*--ulysses"),
     "replicas": ({**FORMS, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}, [], "HSDP"),
     "pipeline": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, [], f"pipeline parallelism.*{INSTEAD}"),
     "fsdp1": ({**FSDP, "FSDP_VERSION": "1"}, [], "FSDP1 .*fsdp_version: 2"),

@@ -31,9 +31,13 @@ from tests.trainer.launching import (
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
-# The batches of "accumulated" are those of one process.
-TORCHRUN = names("accumulated")
+TORCHRUN = names()
 FOUR = ("untied", "lora", "resumed_ema", "trust_region")
+# Packs divided among two processes: all that takes more than one kind of pass.
+DIVIDED = {
+    name: VARIANTS[name]._replace(arguments=[*VARIANTS[name].arguments, "--ulysses", "2"])
+    for name in ("resumed_ema", "reference", "trust_region", "checkpointing", "lora_frozen", "accumulated", "master")
+}
 # With accelerate's files of examples/; the others start by torchrun.
 LAUNCHED = ("untied", "lora_frozen")
 
@@ -75,6 +79,20 @@ def test_fsdp2(place, one, two, lab, name):
 @pytest.mark.parametrize("name", FOUR)
 def test_fsdp2_with_four_processes(place, one, four, lab, name):
     compare(place, f"fsdp2{4}-{name}", name, lab)
+
+
+@pytest.fixture(scope="module")
+def divided(place):
+    """Two processes with one pack, and four with two."""
+    torchrun(2, *worker("plain"), runs(place, "ulysses", DIVIDED, 2, variants=DIVIDED))
+    torchrun(4, *worker("fsdp2"), runs(place, "ulysses", DIVIDED, 4, variants=DIVIDED), **FSDP2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("name", DIVIDED)
+def test_ulysses(place, one, divided, lab, name, processes):
+    compare(place, f"ulysses{processes}-{name}", name, lab)
 
 
 @pytest.mark.slow

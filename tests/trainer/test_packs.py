@@ -1,9 +1,11 @@
 """Which process takes what of a global batch."""
 
+import contextlib
 import itertools
 import random
 
 import pytest
+import torch
 
 from fastsdpo.trainer.data import InteractionDataset
 from fastsdpo.trainer.packs import GroupSampler
@@ -63,3 +65,21 @@ def test_work_is_shared_out_and_steps_stay_the_same(dataset, sharing, each, proc
         for shared_out, as_they_come in zip(waits(after), waits(before)):
             assert shared_out < (0.85 if accumulated == 1 else 0.95) * as_they_come
     assert after == list(itertools.chain(shared)), "the same at every pass"
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_gradients_are_averaged_once_a_step(lab, tmp_path, monkeypatch, last):
+    """With the last pack of the last micro-batch; FSDP2's no_sync would end the outer one of transformers."""
+    trainer, held = lab.make_trainer(tmp_path, max_tokens_per_pack=60), []
+
+    @contextlib.contextmanager
+    def no_sync(model):
+        held.append(True)
+        yield
+
+    monkeypatch.setattr(trainer.accelerator, "no_sync", no_sync)
+    trainer.accelerator.gradient_state._set_sync_gradients(last)
+    batch = {"interactions": [trainer.train_dataset[index] for index in range(4)]}
+    trainer.training_step(trainer.model, batch, torch.tensor(4))
+    assert len(held) == (len(batch["packs"]) - 1 if last else 0) and len(batch["packs"]) > 1
+    trainer.accelerator.gradient_state._set_sync_gradients(True)

@@ -39,6 +39,8 @@ def plan_attention(
 ) -> tuple[Tensor, None]:
     """Attention of T packed tokens, as `AttentionInterface` calls it; the plan replaces the mask.
 
+    Where the pass is divided among processes, the tensors hold this process's tokens.
+
     Args:
         query, key, value: ``[1, H, T, E]``, ``[1, G, T, E]``, ``[1, G, T, F]``, for H query and G key heads.
         sliding_window: in tokens; must be the configuration's for this layer.
@@ -51,12 +53,36 @@ def plan_attention(
     Raises:
         NotImplementedError: the layer asks for something that the plan's attention does not do.
     """
-    shared, layer = fastsdpo_pass, module.layer_idx
-    _check_layer(module, query, shared, dropout, sliding_window, kwargs)
+    shared, split = fastsdpo_pass, fastsdpo_pass.ulysses
     dtype = _autocast_dtype(query.device)
     if dtype is not None:
         # Rotary embeddings may give float32; autocast casts the inputs of scaled_dot_product_attention too.
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if split is not None:
+        if query.shape[1] % split.size:
+            raise NotImplementedError(
+                f"shared prefixes: the {query.shape[1]} heads of layer {module.layer_idx} cannot be divided by "
+                f"{split.size}"
+            )
+        query, key, value = (split.to_heads(states, shared.stop - shared.first) for states in (query, key, value))
+        s_aux = None if s_aux is None else split.own_heads(s_aux)
+    _check_layer(module, query, shared, dropout, sliding_window, kwargs)
+    output = _attend(module.layer_idx, query, key, value, shared, scaling, sliding_window, s_aux, softcap)
+    return output if split is None else split.to_tokens(output), None
+
+
+def _attend(
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared: SharedPass,
+    scaling: float | None,
+    sliding_window: int | None,
+    s_aux: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """``[1, T, H, F]``; the layer's keys and values are kept where the pass keeps them."""
     shared.layers.add(layer)
     if shared.kept is not None:
         shared.kept[layer] = (key.detach(), value.detach())
@@ -66,20 +92,19 @@ def plan_attention(
     before = None if shared.before is None else shared.before[layer]
     plain = s_aux is None and softcap is None
     if plain and backend == "flash" and flash_takes(query, value, shared, sliding_window):
-        return flash_attention(query, key, value, shared, scale, before), None
+        return flash_attention(query, key, value, shared, scale, before)
     if before is not None:
         key, value = (torch.cat(pair, dim=2) for pair in zip(before, (key, value)))
     if not plain:
         with_sinks = {"segments": segment_attention, "dense": dense_attention}[_with_sinks(backend, shared.backend)]
-        return with_sinks(query, key, value, shared, sliding_window, scale, s_aux, softcap), None
+        return with_sinks(query, key, value, shared, sliding_window, scale, s_aux, softcap)
     attend = {
         "segments": segment_attention,
         "flex": flex_block_attention,
         "flash": flex_block_attention,  # windows that cut a sequence short, and heads of two sizes
         "dense": dense_attention,
     }
-    output = attend[backend](query, key, value, shared, sliding_window, scale)
-    return output, None
+    return attend[backend](query, key, value, shared, sliding_window, scale)
 
 
 def _with_sinks(backend: str, asked: str) -> str:

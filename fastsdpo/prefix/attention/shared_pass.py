@@ -41,6 +41,7 @@ class SharedPass:
         keep: the layers keep their keys and values, and their states, until `take_kept`.
         before: what the layers have kept of the tokens ``[0, first)``; needed where ``first > 0``.
         tables: what `cached` finds already (`fastsdpo.prefix.attention.tables`).
+        ulysses: the processes among which the tokens are divided (`fastsdpo.prefix.ulysses.Ulysses`), or None.
 
     Attributes:
         runs: the plan's runs in ``[first, stop)``.
@@ -59,11 +60,13 @@ class SharedPass:
         keep: bool = False,
         before: Kept | None = None,
         tables: dict[Any, Any] | None = None,
+        ulysses: Any = None,
     ):
         self.plan = plan
         self.first, self.stop = first, stop
         self.backend = backend
         self.windows = windows
+        self.ulysses = ulysses
         self.before = None if before is None else before.keys_values
         self.states_before: dict[nn.Module, Any] = {} if before is None else before.states
         self.kept: KeysValues | None = {} if keep else None
