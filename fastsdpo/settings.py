@@ -214,6 +214,10 @@ class SDPOSettings:
         "float32_master with adamw_torch, stochastic_rounding with adamw_torch_8bit, else plain and a warning.",
         choices=("auto", "plain", "float32_master", "stochastic_rounding"),
     )
+    async_checkpoints: bool = setting(
+        False,
+        "FSDP2: checkpoints are written from copies of the shards in memory while training goes on.",
+    )
     non_finite: str = setting(
         "stop",
         "A loss or gradient that is not finite: stop with the interactions' ids, or skip the step and count.",

@@ -168,6 +168,20 @@ class EpochOrder(TrainerCallback):
             sampler.set_epoch(int(state.epoch or 0))
 
 
+class WrittenCheckpoint(TrainerCallback):
+    """A checkpoint that is written while training goes on is whole after the first step at which all have written it.
+
+    Args:
+        finish: `CheckpointTrainer.finish_checkpoint`.
+    """
+
+    def __init__(self, finish: Callable[..., None]):
+        self.finish = finish
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.finish(wait=False)
+
+
 class StopOnSignal(TrainerCallback):
     """SIGTERM or Ctrl-C: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
 

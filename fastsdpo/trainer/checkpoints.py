@@ -1,6 +1,6 @@
 """Checkpoints that are whole: written aside, summed up, renamed; and found again when a run goes on.
 
-    checkpoint-<step>/    a whole checkpoint; checksums.json holds size and CRC-32 of its files
+    checkpoint-<step>/    a whole checkpoint; checksums.json holds size and CRC-32 of its files (checksums.py)
     checkpoint.part/      one that is being written or deleted; never read
 
 A checkpoint gets its name once everything in it is on the disk, so a run that is killed leaves whole
@@ -9,18 +9,17 @@ ones only. The checksums tell what a disk, a copy or a person changed afterwards
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
 import tempfile
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
@@ -29,18 +28,18 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from fastsdpo.data.locks import locked
 from fastsdpo.prefix import whole_size
 from fastsdpo.trainer.adapters import is_peft
+from fastsdpo.trainer.callbacks import WrittenCheckpoint
 from fastsdpo.trainer.card import write_card
+from fastsdpo.trainer.checksums import BLOCK, Recorder, damage_of, write_checksums
 from fastsdpo.trainer.optim import ADAMW
-from fastsdpo.trainer.processes import agreed
+from fastsdpo.trainer.processes import agreed, gather_list
 from fastsdpo.trainer.teacher_weights import TeacherWeights
 
 logger = logging.getLogger("fastsdpo.trainer")
 
 TEACHER_FILE = "teacher_{}.safetensors"
-CHECKSUMS = "checksums.json"
 PART = "checkpoint.part"
 LOCK = ".lock"  # in the output folder, while a run trains
-BLOCK = 1 << 20
 
 
 @contextmanager
@@ -86,17 +85,14 @@ def open_as_umask(folder: str | os.PathLike) -> None:
             path.chmod(mode)
 
 
-def finish_checkpoint(part: Path, place: Path) -> None:
-    """``part`` becomes the checkpoint ``place``, which it replaces."""
+def finish_checkpoint(part: Path, place: Path, written: Mapping[str, tuple[int, int]]) -> None:
+    """``part`` becomes the checkpoint ``place``, which it replaces.
+
+    Args:
+        written: as `write_checksums` takes them.
+    """
     open_as_umask(part)
-    sums = {}
-    for path in sorted(path for path in part.rglob("*") if path.is_file()):
-        size, crc = _sum(path, sync=True)
-        sums[path.relative_to(part).as_posix()] = {"bytes": size, "crc32": crc}
-    with open(part / CHECKSUMS, "w", encoding="utf-8") as file:
-        json.dump(sums, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_checksums(part, written)
     if place.exists():
         delete_checkpoint(place)
     os.replace(part, place)
@@ -133,33 +129,6 @@ def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def damage_of(checkpoint: str | os.PathLike) -> str | None:
-    """What differs from the checkpoint's checksums; None: nothing, or it has none to compare with.
-
-    Reads every byte of it.
-    """
-    place = Path(checkpoint)
-    try:
-        sums = json.loads((place / CHECKSUMS).read_text("utf-8"))
-        wanted = {name: (int(row["bytes"]), int(row["crc32"])) for name, row in sums.items()}
-    except FileNotFoundError:
-        return None  # written by another trainer, or by an older version of this one
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"{CHECKSUMS} cannot be read: {error}"
-    for name, (size, crc) in wanted.items():
-        path = place / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
-        try:
-            if _sum(path)[1] != crc:
-                return f"the content of {name} has changed"
-        except OSError as error:
-            return f"{name} cannot be read: {error}"
-    return None
-
-
 def shards_of(checkpoint: str | os.PathLike) -> int:
     """How many processes of DeepSpeed wrote a checkpoint; 0 for one without its files."""
     names = {path.name for path in Path(checkpoint).glob("global_step*/*_optim_states.pt")}
@@ -173,27 +142,23 @@ class FoundCheckpoint(NamedTuple):
     damaged: list[str]
 
 
-def find_checkpoint(folder: str | os.PathLike) -> FoundCheckpoint:
-    """The newest checkpoint of a run that is whole."""
+def find_checkpoint(places: Iterable[Path], damage: Callable[[Path], str | None] = damage_of) -> FoundCheckpoint:
+    """The first checkpoint that is whole."""
     damaged = []
-    for place in reversed(list_checkpoints(folder)):
-        problem = damage_of(place)
+    for place in places:
+        problem = damage(place)
         if problem is None:
             return FoundCheckpoint(str(place), damaged)
         damaged.append(f"checkpoint {place} is damaged: {problem}")
     return FoundCheckpoint(None, damaged)
 
 
-def _sum(path: Path, sync: bool = False) -> tuple[int, int]:
-    """``(bytes, CRC-32)`` of a file, which is on the disk afterwards where ``sync``."""
-    size = crc = 0
-    with open(path, "r+b" if sync else "rb") as file:
-        while block := file.read(BLOCK):
-            size += len(block)
-            crc = zlib.crc32(block, crc)
-        if sync:
-            os.fsync(file.fileno())
-    return size, crc
+class _Pending(NamedTuple):
+    """A checkpoint of which files may still be written, and the folder that it will be in."""
+
+    recorder: Recorder
+    folder: Path
+    name: str
 
 
 class CheckpointTrainer(Trainer):
@@ -208,6 +173,18 @@ class CheckpointTrainer(Trainer):
     """
 
     _writing_checkpoint = False
+    _pending: _Pending | None = None
+    _writers: Sequence[Any] = ()  # the groups of `Recorder`
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.args.async_checkpoints:
+            self.add_callback(WrittenCheckpoint(self.finish_checkpoint))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().train(*args, **kwargs)
+        self.finish_checkpoint()
+        return output
 
     def teacher_copies(self) -> dict[str, TeacherWeights]:
         """By name, the weights beside the model's that a checkpoint holds; for subclasses."""
@@ -265,7 +242,12 @@ class CheckpointTrainer(Trainer):
         return os.path.join(folder, PART) if self._writing_checkpoint else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """A whole checkpoint, or OSError and none; the older ones go once it is there."""
+        """A whole checkpoint, or OSError and none; the older ones go once it is there.
+
+        With ``async_checkpoints`` it is whole when `finish_checkpoint` has been called.
+        """
+        self.finish_checkpoint()
+        self._check_room()
         folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         part = folder / PART
         if self.args.should_save:
@@ -275,34 +257,69 @@ class CheckpointTrainer(Trainer):
             best = folder / f"checkpoint-{self.state.best_global_step}"
             if best.exists():
                 self.state.best_model_checkpoint = str(best)
+        if self.args.async_checkpoints and not self._writers:  # of the model's shards and of the optimizer's
+            self._writers = [torch.distributed.new_group(backend="gloo") for _ in range(2)]
+        recorder = Recorder(self._writers)
         self._writing_checkpoint = True
         try:
-            with writing(f"{folder / name}"):
+            with writing(f"{folder / name}"), recorder.recording():
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
+                if self.args.should_save and self.state.best_global_step == self.state.global_step:
+                    self.state.best_model_checkpoint = str(folder / name)
+                    self.state.save_to_json(str(part / name / "trainer_state.json"))
+            self._pending = _Pending(recorder, folder, name)
+        finally:
+            self._writing_checkpoint = False
+            if self.args.should_save and self._pending is None:
+                shutil.rmtree(part, ignore_errors=True)
+        if not self.args.async_checkpoints:
+            self.finish_checkpoint()
+
+    def finish_checkpoint(self, *, wait: bool = True) -> None:
+        """Makes whole the checkpoint that was saved last, where it is not yet. All processes must call it.
+
+        Args:
+            wait: False: only where all processes have written their files.
+
+        Raises:
+            OSError: it cannot be written, and is not there.
+        """
+        if self._pending is None or not (wait or all(gather_list([self._pending.recorder.done]))):
+            return
+        (recorder, folder, name), self._pending = self._pending, None
+        part = folder / PART / name
+        try:
+            with writing(f"{folder / name}"):
+                recorder.wait()
+                paths = {path.removesuffix(".part"): sum for path, sum in recorder.sums.items()}  # renamed since
+                own = {Path(os.path.relpath(path, part)).as_posix(): sum for path, sum in paths.items()}
+                written = {name: sum for sums in gather_list([own]) for name, sum in sums.items()}
                 if self.args.should_save:
-                    if self.state.best_global_step == self.state.global_step:
-                        self.state.best_model_checkpoint = str(folder / name)
-                        self.state.save_to_json(str(part / name / "trainer_state.json"))
-                    finish_checkpoint(part / name, folder / name)
+                    finish_checkpoint(part, folder / name, written)
                     best_one = self.state.best_model_checkpoint
                     delete_old_checkpoints(folder, self.args.save_total_limit, best_one)
         finally:
-            self._writing_checkpoint = False
             if self.args.should_save:
-                shutil.rmtree(part, ignore_errors=True)
+                shutil.rmtree(folder / PART, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+
+    def _load_best_model(self) -> None:
+        self.finish_checkpoint()
+        super()._load_best_model()
 
     def save_before_stop(self) -> str:
         """Saves the state after the last whole step; a sentence that says where.
 
         For what is found during a step, before the optimizer has changed anything.
         """
+        self.finish_checkpoint()
         if self.state.global_step == 0:
             return "No step was taken before"
         place = os.path.join(self._get_output_dir(), f"checkpoint-{self.state.global_step}")
         if not os.path.isdir(place):
             self._save_checkpoint(self.model)
+            self.finish_checkpoint()
         return f"The state before it is in {place}"
 
     def check_output(self, *, model: bool = False) -> None:
@@ -321,6 +338,17 @@ class CheckpointTrainer(Trainer):
             teachers = sum(teacher.bytes for teacher in self.teacher_copies().values())
             needed += saved + teachers + (2 * _bytes(trained) if moments else 0)
         check_output_folder(self.args.output_dir, needed)
+
+    def _check_room(self) -> None:
+        """Raises OSError in all processes where the next checkpoint has no room."""
+        problem = None
+        try:
+            self.check_output()
+        except OSError as error:
+            problem = str(error)
+        problem = agreed(problem)
+        if problem is not None:
+            raise OSError(f"checkpoint-{self.state.global_step} cannot be written: {problem}")
 
     @contextmanager
     def output_folder_locked(self) -> Iterator[None]:
@@ -353,7 +381,8 @@ class CheckpointTrainer(Trainer):
             ValueError: there are checkpoints, and all are damaged.
         """
         first = self.args.process_index == 0
-        path, damaged = agreed(find_checkpoint(self.args.output_dir) if first else None)
+        places = agreed(list_checkpoints(self.args.output_dir)[::-1] if first else None)
+        path, damaged = find_checkpoint(places, self._damage_of)
         if path is None and damaged:
             raise ValueError(f"SDPOTrainer: no checkpoint is whole: {'; '.join(damaged)}")
         if first:
@@ -361,9 +390,14 @@ class CheckpointTrainer(Trainer):
                 logger.warning("%s; going on from %s", problem, path)
         return path
 
+    def _damage_of(self, checkpoint: str | os.PathLike) -> str | None:
+        """`damage_of`, each process with its share of the files."""
+        found = gather_list([damage_of(checkpoint, self.args.process_index, self.args.world_size)])
+        return next((problem for problem in found if problem is not None), None)
+
     def check_checkpoint(self, checkpoint: str | os.PathLike) -> None:
         """Raises ValueError, in all processes, where the checkpoint is damaged or DeepSpeed cannot go on from it."""
-        problem = agreed(damage_of(checkpoint) if self.args.process_index == 0 else None)
+        problem = self._damage_of(checkpoint)
         if problem is not None:
             raise ValueError(f"SDPOTrainer: checkpoint {checkpoint} is damaged: {problem}")
         written_by = agreed(shards_of(checkpoint) if self.args.process_index == 0 else None)

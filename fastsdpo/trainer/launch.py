@@ -37,7 +37,8 @@ def check_launch(args: TrainingArguments) -> None:
     Raises:
         NotImplementedError: tensor, context, sequence or pipeline parallelism, FSDP1, HSDP. The text says what to
             use instead.
-        ValueError: DeepSpeed beside ``use_cpu``, which would leave it out.
+        ValueError: DeepSpeed beside ``use_cpu``, which would leave it out; ``async_checkpoints`` where the weights
+            are not written in shards.
     """
     for form, instead in _unsupported(args):
         raise NotImplementedError(f"{form} is not supported: {instead}")
@@ -45,6 +46,17 @@ def check_launch(args: TrainingArguments) -> None:
         raise ValueError(
             "--cpu (use_cpu) must be left out beside a DeepSpeed configuration, which would be ignored. To try "
             "DeepSpeed without a GPU set DS_ACCELERATOR=cpu in the environment"
+        )
+    _check_async_checkpoints(args)
+
+
+def _check_async_checkpoints(args: Any) -> None:
+    kind = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    in_shards = (is_set("ACCELERATE_USE_FSDP") or bool(args.fsdp)) and kind in ("SHARDED_STATE_DICT", "2")
+    if args.async_checkpoints and not in_shards:
+        raise ValueError(
+            "async_checkpoints must be False without FSDP2 and fsdp_state_dict_type: SHARDED_STATE_DICT: torch's "
+            "distributed checkpoint alone writes beside training"
         )
 
 

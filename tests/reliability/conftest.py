@@ -192,7 +192,7 @@ def commands(lab, tmp_path_factory):
 
 
 # What depends on time, or is transformers' account of one process.
-CLOCKS = ("seconds", "time", "per_second", "train_loss", "stateful_callbacks")
+CLOCKS = ("seconds", "time", "per_second", "data_wait", "peak_memory", "train_loss", "stateful_callbacks")
 
 
 def without_clocks(value):

@@ -35,10 +35,12 @@ class Variant(NamedTuple):
 
 
 HALF = ["--dtype", "bfloat16", "--set", "optim=adamw_torch", "--learning-rate", "1e-3"]
+STEPS_SAVED = ["--set", "save_strategy=steps", "--save-steps", "2"]
 VARIANTS = {
     "tied": Variant([]),
-    "resumed": Variant(["--set", "save_strategy=steps", "--save-steps", "2"]),
-    "resumed_ema": Variant(["--set", "save_strategy=steps", "--save-steps", "2", "--teacher", "ema"]),
+    "resumed": Variant(STEPS_SAVED),
+    "resumed_ema": Variant([*STEPS_SAVED, "--teacher", "ema"]),
+    "resumed_async": Variant([*STEPS_SAVED, "--set", "async_checkpoints=true"]),
     "reference": Variant(["--teacher", "frozen", "--reference-kl", "0.1"], "untied"),
     "trust_region": Variant(["--teacher", "trust_region"], "untied"),
     "lora_ema": Variant(["--lora", "4", "--teacher", "ema", "--ema-rate", "0.2"], "untied"),
@@ -99,8 +101,8 @@ def runs(place, kind, chosen, processes=1, *, variants=VARIANTS, cpu=True):
 
 
 def names(*without):
-    """Of the variants that a strategy has."""
-    return [name for name in VARIANTS if name not in without]
+    """Of the variants that a strategy has; FSDP2 alone writes checkpoints beside training."""
+    return [name for name in VARIANTS if name not in (*without, "resumed_async")]
 
 
 def worker(kind):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastsdpo.trainer.checksums import damage_of
 from tests.trainer.launching import (
     CONFIGURATIONS,
     FSDP2,
@@ -54,7 +55,7 @@ def one(place):
 
 @pytest.fixture(scope="module")
 def two(place):
-    torchrun(2, *worker("fsdp2"), runs(place, "fsdp2", TORCHRUN, 2), **FSDP2)
+    torchrun(2, *worker("fsdp2"), runs(place, "fsdp2", [*TORCHRUN, "resumed_async"], 2), **FSDP2)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,14 @@ def test_ddp_with_held_out_data(place, one, lab):
 @pytest.mark.parametrize("name", TORCHRUN)
 def test_fsdp2(place, one, two, lab, name):
     compare(place, f"fsdp2{2}-{name}", name, lab)
+
+
+def test_checkpoints_written_beside_training(place, one, two, lab):
+    """Whole ones: the run went on from the second step's, and their sums hold."""
+    compare(place, "fsdp22-resumed_async", "resumed", lab)
+    for step in (2, 4):
+        checkpoint = place / "fsdp22-resumed_async" / f"checkpoint-{step}"
+        assert len(list(checkpoint.glob("*_0/__*_0.distcp"))) == 4 and damage_of(checkpoint) is None
 
 
 @pytest.mark.slow
