@@ -34,7 +34,7 @@ from benchmarks import harness, tiny
 from fastsdpo.prefix import check_head, check_passes, check_sharing, head_parameters, no_grad_pass, shared_forward
 
 PAGE = harness.ROOT / "docs" / "models.md"
-TOLERANCE = 1e-7  # relative, in float64; what is wrong is off by 1e-2 and more
+TOLERANCE = 1e-6  # relative; what is wrong is off by 1e-2 and more. RecurrentGemma's states stay in float32
 SECONDS = 120  # for one type
 
 

@@ -24,7 +24,7 @@ INTRODUCTION = """# Performance
 `python -m benchmarks.report` makes this page from the files in `benchmarks/results/`. They hold the machine, versions,
 commit and command of every row. All ratios compare medians of runs that alternate in one process, on machines with two
 cores. A ratio may carry over to another machine; a time does not. `make bench` measures the same on yours.
-**Nothing here has run on a GPU.** Figures about the GPU kernels come from counting their bytes and from executing their
+**Nothing here has run on a GPU.** Figures about the GPU kernels come from counting their bytes and executing their
 compiled code on a CPU. Expected times are arithmetic, and are marked so.
 """
 # Goals that were set for the losses, by machine's results: rival, and the least ratio of its time to ours.

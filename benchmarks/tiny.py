@@ -46,6 +46,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("mamba_n_groups",), 1),
     **dict.fromkeys(("mamba_expand",), 2),
     **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 16),
+    "index_topk": 8,  # fewer keys than the plans have
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -57,6 +58,7 @@ VISION = {
     **dict.fromkeys(("num_hidden_layers", "depth", "num_layers", "encoder_layers", "num_blocks"), 1),
     **dict.fromkeys(("num_attention_heads", "num_heads", "encoder_attention_heads"), 2),
 }
+TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LINEAR = ["linear_attention", "full_attention"] * 2
 # What single types need beside these.
@@ -84,7 +86,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16},
     "nemotron": {"num_key_value_heads": 2},
-    "qwen4_exp_text": {"layer_types": LINEAR},
+    "qwen4_exp_text": {"layer_types": LINEAR, "hc_lowrank": 8, "ngram_vocab_size_base": 500, "split_ngram_parts": 1}
+    | {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16}
+    | {"indexer_budget": 32, "indexer_compress_ratio": 4, "heads_per_ngram": 2},
+    "longcat_flash": {"ffn_hidden_size": 96, "zero_expert_num": 2, "num_key_value_heads": 4},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 96},
+    },
+    "git": {"vision_config": TOWER | {"num_hidden_layers": 1}},
+    "phi4_multimodal": {
+        "vision_config": TOWER | {"num_hidden_layers": 1},
+        "audio_config": TOWER | {"num_blocks": 1},
+    },
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local"] * LAYERS, "hidden_size": 64},
     "xlm": {"emb_dim": 64},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
@@ -97,7 +111,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "n_groups": 2,
         "moe_latent_size": None,
     },
-    "falcon_h1": {"mamba_d_ssm": 128},
+    "falcon_h1": {"mamba_d_ssm": 128, "lm_head_multiplier": 0.5, "key_multiplier": 0.7},
+    # Short, so that the plans meet the end of a chunk and the scales of queries.
+    "llama4_text": {"attention_chunk_size": 16, "floor_scale": 16},
+    "minicpm3": {"dim_model_base": 16},
+    "zamba": {"layer_types": ["linear_attention", "hybrid"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba2": {"layer_types": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1, "hybrid_layer_ids": [1, 3]},
     "bamba": {"attn_layer_indices": [1, 3]},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
@@ -208,13 +227,15 @@ def in_float64() -> Iterator[None]:
     prefixes = ("transformers.models.", "transformers.integrations", "transformers.modeling_rope_utils")
     modules = [m for name, m in list(sys.modules.items()) if name.startswith(prefixes) and hasattr(m, "torch")]
     modules = [module for module in modules if module.torch is torch]
-    own = torch.Tensor.float
+    own, default = torch.Tensor.float, torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
     for module in modules:
         module.torch = _Float64()
     try:
         yield
     finally:
+        torch.set_default_dtype(default)
         torch.Tensor.float = own  # type: ignore[method-assign]
         for module in modules:
             module.torch = torch

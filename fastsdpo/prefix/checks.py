@@ -162,7 +162,7 @@ def _probe(model: nn.Module, items: list[_Item], sharing: Any, attention: str) -
             return output
         leaf = output.detach().requires_grad_()
         embedded.append((args[0].flatten(), leaf))
-        return leaf
+        return leaf * 1  # CTRL scales it in place
 
     def rows(states: ResponseStates) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
         hidden = states.student_hidden
@@ -181,7 +181,7 @@ def _probe(model: nn.Module, items: list[_Item], sharing: Any, attention: str) -
         hook.remove()
     # By token id: what a shared token gets from its branches, separate passes give it in parts.
     count = 1 + max(int(ids.max()) for ids, _ in embedded)
-    table = torch.zeros(count, student.shape[-1], dtype=torch.float64, device=student.device)
+    table = torch.zeros(count, gradients[0].shape[-1], dtype=torch.float64, device=student.device)
     for (ids, _), gradient in zip(embedded, gradients):
         table.index_add_(0, ids, gradient.double().reshape(len(ids), -1))
     return _Probe(student.double(), teacher.double(), table[table.abs().sum(-1) > 0], dtype)

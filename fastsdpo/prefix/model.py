@@ -137,6 +137,12 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
         delattr(module, name) if own is None else setattr(module, name, own)
 
 
+def hidden_scale(model: nn.Module) -> float:
+    """By what the model multiplies its decoder's states before it gives them to the head."""
+    config = causal_lm(model).config.get_text_config()
+    return config.dim_model_base / config.hidden_size if config.model_type == "minicpm3" else 1.0
+
+
 class HeadParameters(NamedTuple):
     """The head as the losses from hidden states take it.
 
@@ -169,21 +175,17 @@ def head_parameters(model: nn.Module) -> HeadParameters:
     causal = causal_lm(model)
     head = causal.get_output_embeddings()
     config = causal.config.get_text_config()
-    for attribute in (
-        "lm_head_multiplier",
-        "output_multiplier",
-        "logits_soft_cap",
-        "output_logit_soft_cap",
-        "dim_model_base",
-        "final_logits_bias",
-    ):
+    for attribute in ("output_multiplier", "final_logits_bias"):
         if getattr(config, attribute, None) not in (None, 1.0):
             raise NotImplementedError(f"{name}: the configuration's {attribute} is not supported")
-    softcap = getattr(config, "final_logit_softcapping", None) or None
+    # Gemma; RecurrentGemma; xLSTM
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    softcap = next((cap for cap in (getattr(config, attribute, None) for attribute in caps) if cap), None)
     scale = 1.0
-    if getattr(config, "logit_scale", None) is not None:  # Cohere
-        scale = float(config.logit_scale)
-    if getattr(config, "logits_scaling", None) not in (None, 1.0):
+    for attribute in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
+        if getattr(config, attribute, None) is not None:
+            scale *= float(getattr(config, attribute))
+    if getattr(config, "logits_scaling", None) not in (None, 1.0) and hidden_scale(model) == 1.0:
         # Granite divides by it, HyperCLOVA X multiplies.
         if config.model_type.startswith("granite"):
             scale = 1.0 / config.logits_scaling

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -17,20 +18,25 @@ from torch import Tensor, nn
 from fastsdpo.prefix.attention import (
     Kept,
     SharedPass,
+    attending_alone,
+    attends_alone,
     attention_modules,
     attention_windows,
     let_attention_switch,
+    plan_masks,
 )
 from fastsdpo.prefix.model import (
     causal_lm,
     decoder_of,
     forward_replaced,
+    hidden_scale,
     layers_before_head,
     model_device,
     text_inputs,
     unwrap,
 )
 from fastsdpo.prefix.partitioned import gathered
+from fastsdpo.prefix.paths import let_paths_run, path_mixers
 from fastsdpo.prefix.plan import Plan, positions_without
 from fastsdpo.prefix.recurrent import let_mixers_share, recurrent_mixers
 from fastsdpo.prefix.refusals import WITHOUT_MIXING, rotary_limit, unsupported
@@ -147,7 +153,9 @@ class PassRunner:
         counting = [m for m in self.decoder.modules() if hasattr(m, "create_position_ids_from_input_ids")]
         self._padding: int | None = counting[0].padding_idx if counting else None  # RoBERTa
         self._before_head = layers_before_head(model)
+        self._hidden_scale = hidden_scale(model)
         self._current: DecoderPass | None = None
+        self._alone = attends_alone(self.decoder)
         self._dynamic = [m for m in self.decoder.modules() if dynamic and hasattr(m, "max_seq_len_cached")]
 
     def prepare_to_share(self, plan: Plan) -> None:
@@ -161,8 +169,10 @@ class PassRunner:
             reason = reason or str(limit)
         if reason is not None:
             raise NotImplementedError(f"shared_forward: sharing must be 'off' here: {reason}")
-        let_attention_switch(self.decoder)
+        if not self._alone:
+            let_attention_switch(self.decoder, path_mixers(self.decoder).values())
         let_mixers_share(self.decoder)
+        let_paths_run(self.decoder)
 
     def plan_pass(
         self,
@@ -198,19 +208,32 @@ class PassRunner:
         kinds = [m for m in self.decoder.modules() if "PositionalEmbedding" in type(m).__name__]
         kinds = [m for m in kinds if "position_ids" in inspect.signature(type(m).forward).parameters]
         hooks = [module.register_forward_pre_hook(self._give_positions, with_kwargs=True) for module in kinds]
+        hooks.append(self.decoder.register_forward_pre_hook(self._give_pass, with_kwargs=True))
+        alone = attending_alone(self.decoder, self._current_pass) if self._alone else nullcontext()
         try:
-            return run_inside(self.model, partial(self._check_first, one, body), self._inputs(self.causal, one))
+            with alone:
+                return run_inside(self.model, partial(self._check_first, one, body), self._inputs(self.causal, one))
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _give_positions(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _current_pass(self) -> SharedPass | None:
+        return None if self._current is None else self._current.shared
+
+    def _give_pass(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Some models hand their decoder no keyword arguments on (Mamba-2)."""
+        shared = self._current_pass()
+        return None if shared is None else (args, {**kwargs, "fastsdpo_pass": shared})
+
+    def _give_positions(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Learned position embeddings that count the tokens themselves (BART) get the positions of the pass."""
         one = self._current
         if one is None or one.shared is None:
             return None
-        given, positions = kwargs.get("position_ids"), one.position_ids.to(self.device)
-        return args, {**kwargs, "position_ids": positions if given is None or given.ndim == 1 else positions[None]}
+        call = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        given, positions = call.arguments.get("position_ids"), one.position_ids.to(self.device)
+        call.arguments["position_ids"] = positions if given is None or given.ndim == 1 else positions[None]
+        return call.args[1:], call.kwargs
 
     def _check_first(self, one: DecoderPass, body: Callable[[Tensor], Result], hidden: Tensor) -> Result:
         self._check_layers(one)
@@ -226,9 +249,10 @@ class PassRunner:
     def _to_head(self, hidden: Tensor) -> Tensor:
         """What the head is given for the decoder's states ``hidden``."""
         if self._before_head is None:
-            return hidden
+            return hidden if self._hidden_scale == 1.0 else hidden * self._hidden_scale
         with forward_replaced(self.causal.get_output_embeddings(), lambda hidden: hidden):
-            return self._before_head(hidden)
+            found = self._before_head(hidden)
+        return found[0] if isinstance(found, tuple) else found  # XLM
 
     def rows(self, passes: list[DecoderPass], first_hidden: Tensor | None = None) -> Tensor:
         """The rows ``[N, D]`` of ``passes``; ``first_hidden [T, D]`` are the states of the first, if it has run."""
@@ -255,19 +279,24 @@ class PassRunner:
             # jump back at a branch for packed sequences, and make a mask. The plan's attention reads none.
             inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=self.device)
             inputs["fastsdpo_pass"] = one.shared
+            if self._alone:
+                config, dtype = self.causal.config.get_text_config(), self.causal.get_input_embeddings().weight.dtype
+                inputs["attention_mask"] = plan_masks(one.shared, config, dtype, self.device)
         return inputs
 
     def _check_layers(self, one: DecoderPass) -> None:
         """Raises NotImplementedError where a layer that mixes tokens did not do so by the plan."""
         if one.shared is None:
             return
-        mixers = recurrent_mixers(self.decoder)
-        without = {module.layer_idx for module in mixers.values()}
-        without -= {module.layer_idx for module in attention_modules(self.decoder)}
+        paths = path_mixers(self.decoder)
+        mixers = {**recurrent_mixers(self.decoder), **paths}
+        without = {next(int(part) for part in name.split(".") if part.isdigit()) for name in mixers}
+        without -= {module.layer_idx for module in attention_modules(self.decoder) if module not in paths.values()}
         config = self.causal.config.get_text_config()
         types = getattr(config, "layer_types", None) or ()
         without |= {layer for layer, kind in enumerate(types) if kind in WITHOUT_MIXING}
-        missing = sorted(set(range(config.num_hidden_layers)) - without - one.shared.layers)
+        without |= set(getattr(config, "cross_attention_layers", None) or ())  # of images: they do not run on text
+        missing = sorted(set(range(config.num_hidden_layers)) - without - one.shared.calls.keys())
         silent = [name for name, module in mixers.items() if module not in one.shared.mixers]
         what = "do not call the attention interface" if missing else "do not get the pass"
         if missing or silent:

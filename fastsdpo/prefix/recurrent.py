@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastsdpo.prefix.attention import SharedPass
+from fastsdpo.prefix.paths import path_mixers
 from fastsdpo.prefix.stretches import Stretch, group_calls, handed_on
 
 
@@ -132,14 +133,16 @@ def cache_argument(module: nn.Module) -> str | None:
     if not hasattr(module, "layer_idx"):
         return None
     name = _cache_argument(type(module))
-    # Attention takes past_key_values too. LFM2's convolutions are no attention, by name and by attribute.
-    attends = hasattr(module, "is_causal") or "Attention" in type(module).__name__
+    # Attention takes past_key_values too, and an indexer. LFM2's convolutions are no attention, by name and attribute.
+    attends = hasattr(module, "is_causal") or "Attention" in type(module).__name__ or hasattr(module, "index_topk")
     return None if name == "past_key_values" and attends else name
 
 
 def recurrent_mixers(decoder: nn.Module) -> dict[str, nn.Module]:
     """The mixers that take their states from a cache, by name."""
-    return {name: module for name, module in decoder.named_modules() if cache_argument(module) is not None}
+    whole = {part for module in path_mixers(decoder).values() for part in module.modules()}
+    found = decoder.named_modules()
+    return {name: module for name, module in found if cache_argument(module) is not None and module not in whole}
 
 
 def let_mixers_share(decoder: nn.Module) -> None:

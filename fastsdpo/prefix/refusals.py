@@ -6,23 +6,30 @@ from typing import NamedTuple
 
 from torch import nn
 
+from fastsdpo.prefix.attention import attends_alone, functional_dropout
 from fastsdpo.prefix.model import causal_lm, decoder_of, unwrap
+from fastsdpo.prefix.paths import path_mixers
 from fastsdpo.prefix.recurrent import recurrent_mixers
 
 # Layers of these types mix no tokens.
 WITHOUT_MIXING = ("mlp", "moe")
 LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention", "conv", "mamba", "hybrid", *WITHOUT_MIXING)
+LAYER_TYPES += ("chunked_attention", "indexed_attention")
 
 # Model types that cannot share, and why.
 SELECTIVE_SCAN = "its selective scan (Mamba-1) takes no state to start from"
-INDEXER = "its indexer chooses the keys of each token among those before it in the pack"
+INDEXER = "its indexer chooses keys from recurrent states"
 UNSUPPORTED_TYPES = {
-    **dict.fromkeys(("mamba", "falcon_mamba", "jamba", "zamba"), SELECTIVE_SCAN),
-    "zamba2": "its layers share one attention module",
-    "zaya": "its attention has recurrent projections, which take no state to start from",
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), SELECTIVE_SCAN),
+    "big_bird": "its attention is another one in longer passes",
+    "doge": "it leaves out keys by how many the pass has (keep_window_size)",
+    "cpmant": "its tokens see those behind them",
     **dict.fromkeys(("inkling", "inkling_text", "inkling2", "inkling2_text"), "its attention has convolutions inside"),
-    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "glm5_next", "qwen4_exp", "qwen4_exp_text"), INDEXER),
+    **dict.fromkeys(("glm5_next", "qwen4_exp", "qwen4_exp_text"), INDEXER),
 }
+
+# Model types that cannot be trained on sequences of any length, and why.
+UNTRAINABLE_TYPES = {"reformer": "takes sequences in training only whose length is a multiple of its chunks"}
 
 # Adapters that are more than layers of the decoder, by the type that PEFT gives them.
 ABOVE_THE_DECODER = {
@@ -33,7 +40,13 @@ ABOVE_THE_DECODER = {
 
 
 def above_the_decoder(model: nn.Module) -> str | None:
-    """What an adapter of PEFT does above the decoder, or None. Calls of the decoder alone would leave it out."""
+    """Why no passes of the decoder alone can train this model, or None.
+
+    An adapter of PEFT may do something above the decoder, which these would leave out.
+    """
+    causal = causal_lm(model)
+    if causal.config.model_type in UNTRAINABLE_TYPES:
+        return f"{type(causal).__name__} {UNTRAINABLE_TYPES[causal.config.model_type]}"
     config = getattr(unwrap(model), "active_peft_config", None)
     if config is None:
         return None
@@ -56,15 +69,22 @@ def unsupported(model: nn.Module) -> str | None:
         return f"{kind} has an encoder"
     if config.model_type in UNSUPPORTED_TYPES:
         return f"{kind} cannot share prefixes: {UNSUPPORTED_TYPES[config.model_type]}"
-    if getattr(causal, "_is_stateful", False) and not recurrent_mixers(decoder_of(causal)):
-        return f"{kind} has recurrent layers that do not take their states from a cache"
     decoder = decoder_of(causal)
-    if not decoder._can_set_attn_implementation() and not recurrent_mixers(decoder):
-        return f"{kind} does not call transformers' attention interface"
+    paths = path_mixers(decoder)
+    if getattr(causal, "_is_stateful", False) and not (paths or recurrent_mixers(decoder)):
+        return f"{kind} has recurrent layers that do not take their states from a cache"
+    alone = attends_alone(decoder)
+    if not (decoder._can_set_attn_implementation() or alone or recurrent_mixers(decoder)):
+        return f"{kind} does not call transformers' attention interface, nor give its keys to a cache"
+    dropout = functional_dropout(decoder) if alone else None
+    if dropout is not None:
+        return f"dropout is active ({dropout}): branches would share its mask"
+    if config.model_type == "falcon" and config.alibi:
+        return f"{kind} adds ALiBi's biases by the place in the pass (alibi=True), not by the position"
     others = set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES)
-    if others:
+    if others and not paths:
         return f"{kind} has layers of type {', '.join(sorted(others))}"
-    if getattr(config, "attn_temperature_tuning", None) and 0 in (getattr(config, "no_rope_layers", None) or [0]):
+    if getattr(config, "attn_temperature_tuning", None) and not config.model_type.startswith("llama4"):
         # Beyond floor_scale tokens, which no short check reaches.
         return f"{kind} scales queries by their place in the pass (attn_temperature_tuning), not by their position"
     if getattr(config, "output_router_logits", False):

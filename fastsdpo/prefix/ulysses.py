@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastsdpo.prefix.attention import attends_alone
 from fastsdpo.prefix.model import causal_lm, decoder_of
+from fastsdpo.prefix.paths import path_mixers
 from fastsdpo.prefix.recurrent import recurrent_mixers
 from fastsdpo.prefix.refusals import rotary_limit
 
@@ -148,6 +150,12 @@ def not_divisible(model: nn.Module, size: int) -> str | None:
     kind, config = type(causal).__name__, causal.config.get_text_config()
     if recurrent_mixers(decoder_of(causal)):
         return f"{kind} has recurrent layers, which read all tokens in their order"
+    if path_mixers(decoder_of(causal)):
+        return f"{kind} has layers that read whole sequences"
+    if attends_alone(decoder_of(causal)):
+        return f"the attention of {kind} is its own, and not divided by heads"
+    if getattr(config, "attn_temperature_tuning", None):
+        return f"{kind} scales queries by their place in the pass (attn_temperature_tuning)"
     limit = rotary_limit(model)
     if limit is not None:
         return f"{kind} looks at the longest sequence of a pass: {limit}"

@@ -166,11 +166,11 @@ def test_the_check_allows_for_rounding(name, dtype):
 REFUSED = {
     "jamba": "its selective scan (Mamba-1) takes no state to start from",
     "falcon_mamba": "its selective scan (Mamba-1) takes no state to start from",
-    "zamba2": "its layers share one attention module",
-    "zaya": "its attention has recurrent projections",
     "inkling_text": "its attention has convolutions inside",
-    "deepseek_v32": "its indexer chooses the keys of each token",
-    "recurrent_gemma": "recurrent layers that do not take their states from a cache",
+    "qwen4_exp_text": "its indexer chooses keys from recurrent states",
+    "rwkv": "recurrent layers that do not take their states from a cache",
+    "doge": "it leaves out keys by how many the pass has",
+    "big_bird": "its attention is another one in longer passes",
 }
 
 

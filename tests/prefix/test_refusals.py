@@ -8,7 +8,7 @@ import torch
 
 from fastsdpo.prefix import check_head, check_passes, check_sharing, head_parameters, shared_forward
 
-SUPPORTED = ["llama", "qwen3", "gemma3", "mistral", "qwen3_moe", "gpt2", "granite", "cohere"]
+SUPPORTED = ["llama", "qwen3", "gemma3", "mistral", "qwen3_moe", "gpt2", "granite", "cohere", "bloom"]
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,7 @@ def refused(lab, model, words):
     ("name", "changes", "words"),
     [
         ("mamba", {}, "its selective scan (Mamba-1) takes no state to start from"),
-        ("bloom", {}, "does not call transformers' attention interface"),
-        ("llama", {"layer_types": ["chunked_attention"] * 3}, "layers of type chunked_attention"),
+        ("llama", {"layer_types": ["compressed_sparse_attention"] * 3}, "layers of type compressed_sparse_attention"),
         ("qwen3_moe", {"output_router_logits": True}, "output_router_logits=True"),
         # A layer that is said to slide but would be computed without its window.
         ("llama", {"sliding_window": 8}, "sliding window 8 by its configuration, but passes None"),

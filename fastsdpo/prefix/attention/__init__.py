@@ -19,7 +19,8 @@ A transformers model calls `plan_attention` in place of its own attention functi
     queries x keys.
 ``dense`` any device: one scaled_dot_product_attention call with a mask of queries x keys.
 
-All four respect sliding windows. None of the GPU paths has run on a GPU yet.
+All four respect sliding windows and chunks. Models with attention of their own get a mask (`own`). None of the GPU
+paths has run on a GPU yet.
 """
 
 from fastsdpo.prefix.attention.dense import visible as visible
@@ -33,11 +34,17 @@ from fastsdpo.prefix.attention.interface import choose_backend as choose_backend
 from fastsdpo.prefix.attention.interface import meta_autocast as meta_autocast
 from fastsdpo.prefix.attention.interface import plan_attention as plan_attention
 from fastsdpo.prefix.attention.kernels import ShapeAttention as ShapeAttention
+from fastsdpo.prefix.attention.own import attending_alone as attending_alone
+from fastsdpo.prefix.attention.own import attends_alone as attends_alone
+from fastsdpo.prefix.attention.own import functional_dropout as functional_dropout
+from fastsdpo.prefix.attention.own import plan_masks as plan_masks
 from fastsdpo.prefix.attention.segments import BAND_BLOCK as BAND_BLOCK
 from fastsdpo.prefix.attention.segments import Block as Block
 from fastsdpo.prefix.attention.segments import run_blocks as run_blocks
 from fastsdpo.prefix.attention.shared_pass import Kept as Kept
 from fastsdpo.prefix.attention.shared_pass import SharedPass as SharedPass
 from fastsdpo.prefix.attention.switch import attention_modules as attention_modules
-from fastsdpo.prefix.attention.switch import attention_windows as attention_windows
 from fastsdpo.prefix.attention.switch import let_attention_switch as let_attention_switch
+from fastsdpo.prefix.attention.windows import Chunk as Chunk
+from fastsdpo.prefix.attention.windows import Window as Window
+from fastsdpo.prefix.attention.windows import attention_windows as attention_windows

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsdpo.prefix.attention.shared_pass import SharedPass
+from fastsdpo.prefix.attention.windows import Chunk, Window
 
 
-def visible(shared: SharedPass, window: int | None, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def visible(shared: SharedPass, window: Window, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """A function of broadcast indices: does query q see key k? Queries count from ``shared.first``."""
     plan = shared.plan
     start, stop, position = shared.cached(
@@ -22,6 +23,8 @@ def visible(shared: SharedPass, window: int | None, device: torch.device) -> Cal
     def see(q: Tensor, k: Tensor) -> Tensor:
         q = q + shared.first
         above = (start[k] <= start[q]) & (start[q] < stop[k])
+        if isinstance(window, Chunk):
+            return above & (position[q] // window.size == position[k] // window.size)
         return above if window is None else above & (position[q] - position[k] < window)
 
     return see
@@ -32,7 +35,7 @@ def dense_attention(
     key: Tensor,
     value: Tensor,
     shared: SharedPass,
-    window: int | None,
+    window: Window,
     scale: float,
     sinks: Tensor | None = None,
     softcap: float | None = None,

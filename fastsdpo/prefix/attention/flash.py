@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fastsdpo.prefix.attention.shared_pass import SharedPass
+from fastsdpo.prefix.attention.windows import Window, is_cut_short
 from fastsdpo.prefix.plan import Run
 
 
@@ -225,16 +226,11 @@ def varlen_installed() -> bool:
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
-def flash_takes(query: Tensor, value: Tensor, shared: SharedPass, window: int | None) -> bool:
+def flash_takes(query: Tensor, value: Tensor, shared: SharedPass, window: Window) -> bool:
     """Whether the varlen calls compute this layer: heads of one size, and no window that cuts a sequence short."""
     size = query.shape[-1]
     whole = not is_cut_short(shared.runs, window)
     return whole and size == value.shape[-1] and size <= 256 and size % 8 == 0
-
-
-def is_cut_short(runs: Sequence[Run], window: int | None) -> bool:
-    """Whether a sliding window hides a token of any sequence from another one."""
-    return window is not None and any(run.position + run.stop - run.start > window for run in runs)
 
 
 def flash_attention(

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastsdpo.prefix.attention.dense import visible
 from fastsdpo.prefix.attention.kernels import ShapeAttention
 from fastsdpo.prefix.attention.shared_pass import SharedPass
+from fastsdpo.prefix.attention.windows import Chunk, Window, within_chunks
 from fastsdpo.prefix.plan import Run
 
 BLOCK = 128
@@ -39,7 +40,7 @@ class BlockTable(NamedTuple):
     full_q_indices: Tensor
 
 
-def block_table(runs: Sequence[Run], first: int, queries: int, keys: int, window: int | None) -> BlockTable:
+def block_table(runs: Sequence[Run], first: int, queries: int, keys: int, window: Window) -> BlockTable:
     """The blocks of a pass over ``queries`` tokens, the first of them packed token ``first``, on the CPU."""
     counts = visible_pairs(runs, first, queries, keys, window)
     full = counts == BLOCK * BLOCK
@@ -47,8 +48,10 @@ def block_table(runs: Sequence[Run], first: int, queries: int, keys: int, window
     return BlockTable(*_listed(part), *_listed(full), *_listed(part.T), *_listed(full.T))
 
 
-def visible_pairs(runs: Sequence[Run], first: int, queries: int, keys: int, window: int | None) -> np.ndarray:
+def visible_pairs(runs: Sequence[Run], first: int, queries: int, keys: int, window: Window) -> np.ndarray:
     """``[blocks of queries, blocks of keys]`` int64: how many pairs of a block are visible."""
+    if isinstance(window, Chunk):
+        runs, window = within_chunks(runs, window.size), None
     counts = np.zeros((-(-queries // BLOCK), -(-keys // BLOCK)), np.int64)
     edges = np.arange(max(counts.shape) + 1) * BLOCK
     for run in runs:
@@ -122,7 +125,7 @@ def _compiled_flex_attention() -> Callable:
 
 
 def flex_block_attention(
-    query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, window: int | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, window: Window, scale: float
 ) -> Tensor:
     if query.is_meta:
         return ShapeAttention.apply(query, key, value).transpose(1, 2)

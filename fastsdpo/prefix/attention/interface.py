@@ -16,6 +16,7 @@ from fastsdpo.prefix.attention.flash import flash_attention, flash_takes, varlen
 from fastsdpo.prefix.attention.flex import flex_block_attention
 from fastsdpo.prefix.attention.segments import segment_attention
 from fastsdpo.prefix.attention.shared_pass import SharedPass
+from fastsdpo.prefix.attention.windows import Chunk
 
 logger = logging.getLogger("fastsdpo")
 
@@ -53,7 +54,8 @@ def plan_attention(
     Raises:
         NotImplementedError: the layer asks for something that the plan's attention does not do.
     """
-    shared, split = fastsdpo_pass, fastsdpo_pass.ulysses
+    shared, split, layer = fastsdpo_pass, fastsdpo_pass.ulysses, module.layer_idx
+    query = _tempered(module, query, shared)
     dtype = _autocast_dtype(query.device)
     if dtype is not None:
         # Rotary embeddings may give float32; autocast casts the inputs of scaled_dot_product_attention too.
@@ -61,13 +63,12 @@ def plan_attention(
     if split is not None:
         if query.shape[1] % split.size:
             raise NotImplementedError(
-                f"shared prefixes: the {query.shape[1]} heads of layer {module.layer_idx} cannot be divided by "
-                f"{split.size}"
+                f"shared prefixes: the {query.shape[1]} heads of layer {layer} cannot be divided by {split.size}"
             )
         query, key, value = (split.to_heads(states, shared.stop - shared.first) for states in (query, key, value))
         s_aux = None if s_aux is None else split.own_heads(s_aux)
     _check_layer(module, query, shared, dropout, sliding_window, kwargs)
-    output = _attend(module.layer_idx, query, key, value, shared, scaling, sliding_window, s_aux, softcap)
+    output = _attend(layer, query, key, value, shared, scaling, s_aux, softcap)
     return output if split is None else split.to_tokens(output), None
 
 
@@ -78,33 +79,54 @@ def _attend(
     value: Tensor,
     shared: SharedPass,
     scaling: float | None,
-    sliding_window: int | None,
     s_aux: Tensor | None,
     softcap: float | None,
 ) -> Tensor:
     """``[1, T, H, F]``; the layer's keys and values are kept where the pass keeps them."""
-    shared.layers.add(layer)
+    shared.calls[layer] += 1
+    name, window = (layer, shared.calls[layer]), shared.windows.get(layer)  # some layers attend twice
     if shared.kept is not None:
-        shared.kept[layer] = (key.detach(), value.detach())
+        shared.kept[name] = (key.detach(), value.detach())
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Chosen here, because only here the dtype under autocast is known.
     backend = choose_backend(shared.backend, query.device, query.dtype)
-    before = None if shared.before is None else shared.before[layer]
+    before = None if shared.before is None else shared.before[name]
     plain = s_aux is None and softcap is None
-    if plain and backend == "flash" and flash_takes(query, value, shared, sliding_window):
+    if plain and backend == "flash" and flash_takes(query, value, shared, window):
         return flash_attention(query, key, value, shared, scale, before)
     if before is not None:
         key, value = (torch.cat(pair, dim=2) for pair in zip(before, (key, value)))
     if not plain:
         with_sinks = {"segments": segment_attention, "dense": dense_attention}[_with_sinks(backend, shared.backend)]
-        return with_sinks(query, key, value, shared, sliding_window, scale, s_aux, softcap)
+        return with_sinks(query, key, value, shared, window, scale, s_aux, softcap)
     attend = {
         "segments": segment_attention,
         "flex": flex_block_attention,
         "flash": flex_block_attention,  # windows that cut a sequence short, and heads of two sizes
         "dense": dense_attention,
     }
-    return attend[backend](query, key, value, shared, sliding_window, scale)
+    return attend[backend](query, key, value, shared, window, scale)
+
+
+def _tempered(module: nn.Module, query: Tensor, shared: SharedPass) -> Tensor:
+    """The queries as if Llama 4 had scaled them by their positions, and not by their places in the pass.
+
+    Its layers without rotary embeddings multiply the query at p by ``1 + attn_scale log(1 + (p + 1) // floor_scale)``.
+    """
+    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
+        return query
+    tokens, floor = shared.stop - shared.first, module.floor_scale
+    if max(tokens, shared.plan.longest) < floor:
+        return query  # all by 1
+
+    def scales(positions: Tensor) -> Tensor:
+        return 1 + module.attn_scale * torch.log1p(((positions + 1) // floor).double())
+
+    def make() -> Tensor:
+        ratio = scales(shared.plan.position_ids[shared.first : shared.stop].cpu()) / scales(torch.arange(tokens))
+        return ratio[:, None].to(query.device)
+
+    return (query * shared.cached("temperature", make)).to(query.dtype)
 
 
 def _with_sinks(backend: str, asked: str) -> str:
@@ -158,10 +180,10 @@ def _check_layer(
             raise NotImplementedError(f"shared prefixes: layer {layer} uses attention {name}")
     if dropout:
         raise NotImplementedError(f"shared prefixes: layer {layer} has attention dropout {dropout}")
-    if not getattr(module, "is_causal", True):
+    if not (getattr(module, "is_causal", True) or getattr(module, "is_decoder", False)):
         raise NotImplementedError(f"shared prefixes: the attention of layer {layer} is not causal")
     window = shared.windows.get(layer)
-    if sliding_window != window:
+    if sliding_window != window and not (sliding_window is None and isinstance(window, Chunk)):
         raise NotImplementedError(
             f"shared prefixes: layer {layer} has sliding window {window} by its configuration, but passes "
             f"{sliding_window} to its attention"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastsdpo.prefix.attention.kernels import choose_kernel, softcapped_kernel
 from fastsdpo.prefix.attention.shared_pass import SharedPass
+from fastsdpo.prefix.attention.windows import Chunk, Window, within_chunks
 from fastsdpo.prefix.plan import Run, Segment
 
 # Queries per block where a sliding window needs a mask: bounds the mask to [512, 512 + window].
@@ -34,7 +35,7 @@ def segment_attention(
     key: Tensor,
     value: Tensor,
     shared: SharedPass,
-    window: int | None,
+    window: Window,
     scale: float,
     sinks: Tensor | None = None,
     softcap: float | None = None,
@@ -44,11 +45,13 @@ def segment_attention(
     return SegmentAttention.apply(query, key, value, sinks, blocks, scale, softcap)
 
 
-def run_blocks(runs: list[Run], first: int, window: int | None) -> list[list[Block]]:
+def run_blocks(runs: list[Run], first: int, window: Window) -> list[list[Block]]:
     """The blocks of each group of queries; indices of queries count from packed token ``first``.
 
     The first block of a group holds all its queries, each other block some of them.
     """
+    if isinstance(window, Chunk):
+        runs, window = within_chunks(runs, window.size), None
     groups = []
     for run in runs:
         q0, q1 = run.start - first, run.stop - first

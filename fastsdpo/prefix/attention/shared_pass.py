@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fastsdpo.prefix.attention.windows import Window
 from fastsdpo.prefix.plan import Plan
 
-KeysValues = dict[int, tuple[Tensor, Tensor]]  # by layer: [1, G, tokens, E] and [1, G, tokens, F]
+# By layer and number of the call: [1, G, tokens, E] and [1, G, tokens, F]. Attention of a model's own names its keys.
+KeysValues = dict[Any, tuple[Tensor, ...]]
 
 
 class Kept(NamedTuple):
@@ -37,7 +40,7 @@ class SharedPass:
         plan: which token attends to which.
         first, stop: the tokens of this pass.
         backend: a name of `BACKENDS` or "auto".
-        windows: the sliding window of each layer in tokens, or None.
+        windows: the sliding window of each layer in tokens, its chunk, or None.
         keep: the layers keep their keys and values, and their states, until `take_kept`.
         before: what the layers have kept of the tokens ``[0, first)``; needed where ``first > 0``.
         tables: what `cached` finds already (`fastsdpo.prefix.attention.tables`).
@@ -45,7 +48,7 @@ class SharedPass:
 
     Attributes:
         runs: the plan's runs in ``[first, stop)``.
-        layers: the indices of the layers that have called the attention.
+        calls: how often each layer has called the attention, by its index.
         mixers: the recurrent mixers that have run.
     """
 
@@ -56,7 +59,7 @@ class SharedPass:
         first: int,
         stop: int,
         backend: str,
-        windows: dict[int, int | None],
+        windows: dict[int, Window],
         keep: bool = False,
         before: Kept | None = None,
         tables: dict[Any, Any] | None = None,
@@ -72,7 +75,7 @@ class SharedPass:
         self.kept: KeysValues | None = {} if keep else None
         self.states_kept: dict[nn.Module, Any] | None = {} if keep else None
         self.runs = [run for run in plan.runs if first <= run.start < stop]
-        self.layers: set[int] = set()
+        self.calls: Counter[int] = Counter()
         self.mixers: set[nn.Module] = set()
         self.own_implementation: str | None = None  # of the layer that is being called
         self._cache: dict[Any, Any] = dict(tables or {})

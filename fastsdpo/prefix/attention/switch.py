@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -13,18 +14,6 @@ ATTENTION_NAME = "fastsdpo_plan"
 AttentionInterface.register(ATTENTION_NAME, plan_attention)
 
 
-def attention_windows(config: Any) -> dict[int, int | None]:
-    """The sliding window of each layer in tokens, or None, as the configuration says."""
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        if getattr(config, "use_sliding_window", True) is False:
-            window = None
-        types = ["full_attention" if window is None else "sliding_attention"]
-        types = types * config.num_hidden_layers
-    return {layer: window if kind == "sliding_attention" else None for layer, kind in enumerate(types)}
-
-
 def attention_modules(decoder: nn.Module) -> list[nn.Module]:
     """The modules that choose an attention function by their configuration."""
     return [
@@ -34,14 +23,16 @@ def attention_modules(decoder: nn.Module) -> list[nn.Module]:
     ]
 
 
-def let_attention_switch(decoder: nn.Module) -> None:
-    """Adds hooks to the attention modules, once per model: calls with a `SharedPass` use the plan's attention.
+def let_attention_switch(decoder: nn.Module, besides: Collection[nn.Module] = ()) -> None:
+    """Adds hooks to the attention modules, but not to ``besides``, once per model.
+
+    Calls with a `SharedPass` use the plan's attention.
 
     The hooks sit on the modules inside the layers, because gradient checkpointing runs these again, hooks
     included, in the backward pass. Evaluation and generation carry no `SharedPass` and run as before.
     """
     for module in attention_modules(decoder):
-        if not any(hook is _use_plan for hook in module._forward_pre_hooks.values()):
+        if module not in besides and not any(hook is _use_plan for hook in module._forward_pre_hooks.values()):
             module.register_forward_pre_hook(_use_plan, with_kwargs=True)
             module.register_forward_hook(_use_own, with_kwargs=True, always_call=True)
 
