@@ -55,10 +55,13 @@ demo: $(VENV)/.demo
 # ARGS='--only personal control "paper, our rate"'
 SEEDS := 1 2 3
 MACHINE := intel
+# IFEVAL=input_data.jsonl: IFEval too, with what `make demo` left (fastsdpo eval --help says where the prompts are).
+IFEVAL :=
 evidence: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.personalization.experiment --machine $(MACHINE) --seeds 1 --only personal control
 	$(BIN)/python -m benchmarks.personalization.experiment --machine $(MACHINE) --headroom
 	$(BIN)/python -m benchmarks.personalization.experiment --machine $(MACHINE) --seeds $(SEEDS) $(ARGS)
+	$(if $(IFEVAL),$(BIN)/python -m benchmarks.personalization.ifeval $(IFEVAL) --machine $(MACHINE))
 
 # The compiled Triton kernels are executed by tests/ptx. Triton's interpreter, which stands for AMD's path, runs
 # in processes of its own (it is chosen at import): a sample here, all of it in test-slow.
