@@ -44,7 +44,7 @@ def _help(*command: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "fastsdpo", *command, "--help"],
         cwd=ROOT,
-        env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1"},
+        env={**os.environ, "COLUMNS": "88", "NO_COLOR": "1"},
         capture_output=True,
         text=True,
         check=True,
