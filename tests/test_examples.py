@@ -45,6 +45,21 @@ def test_loss_falls(name, folder, tmp_path):
         assert losses[-1] < losses[0]
 
 
+def test_verl_data_set(folder, tmp_path):
+    """One row per interaction; the teacher's ids are those of the prompt with the follow-up in it."""
+    parquet, transformers = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("transformers")
+    say = lambda role, text: {"role": role, "content": text}  # noqa: E731
+    row = {"prompt": [say("user", "w1 w2")], "completion": say("assistant", "w3"), "user_response": say("user", "w4")}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    example = load(ROOT / "examples" / "verl" / "prepare.py")
+    options = ["--model", folder, "--template", " w5 {o}", "-o", str(tmp_path / "train.parquet")]
+    assert example.main([str(tmp_path / "rows.jsonl"), *options]) == 1
+    (found,) = parquet.read_table(tmp_path / "train.parquet").to_pylist()
+    text = transformers.AutoTokenizer.from_pretrained(folder).decode(found.pop("teacher_prompt_ids"))
+    assert text == "<user> w1 w2 w5 w4 <end> <assistant>"
+    assert found["prompt"] == row["prompt"] and found["extra_info"] == {"index": 0}
+
+
 def test_lightning_module(folder):
     losses = load(ROOT / "examples" / "lightning_module.py").main(["--model", folder, "--steps", "3", "--lr", "3e-3"])
     assert losses and all(map(math.isfinite, losses)) and len(set(losses)) == len(losses)

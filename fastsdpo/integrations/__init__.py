@@ -1,4 +1,5 @@
 """fastsdpo as the loss of other trainers; each module needs its own package, so import it by name.
 
-``fastsdpo.integrations.trl``, ``.verl``, ``.sdpo_fork``, ``.transformers``, ``.vllm``.
+``fastsdpo.integrations.trl``, ``.generalized_jsd``, ``.verl``, ``.verl_self_teacher``, ``.sdpo_fork``,
+``.transformers``; teachers elsewhere: ``.vllm``, ``.sglang``, ``.hidden_states``.
 """

@@ -141,7 +141,7 @@ def _read_sequence(
             f"{where}: completion_lengths must lie in [1, {len(token_ids) - 1}] (the first token "
             f"has no score), got {length}"
         )
-    if entries[0] is not None:
+    if entries[0]:  # vLLM's flat_logprobs has an empty one
         raise ValueError(
             f"{where}: the first entry must be None (nothing predicts the first token), got "
             f"{type(entries[0]).__name__}; do the entries begin one token late?"

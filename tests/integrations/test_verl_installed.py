@@ -299,15 +299,14 @@ def engine(verl, qwen2_folder):
 
 @pytest.mark.parametrize("name", lab.OBJECTIVES)
 def test_self_teacher(verl, engine, qwen2_folder, name):
-    """Values and gradients of a plain model, once packed and once padded."""
+    """Values and gradients of a plain model, from either trainer's batches."""
     objective = lab.OBJECTIVES[name]
     want = lab.defined(qwen2_folder, **objective)
     with use_self_teacher(**objective):
-        for packed, teacher in ((True, "column"), (False, "agent loop")):
-            data = lab.make_batch(use_remove_padding=packed, teacher=teacher)
+        for data in (lab.make_batch(), lab.make_batch(packed=False, padded=True, teacher="agent loop")):
             found = lab.run(engine, data, lab.actor_loss())
             lab.assert_same(found, want)
-            # 6 of the 9 tokens that count, in two micro-batches
+            # 6 of the 9 tokens that count
             assert found[2]["distillation/teacher_fraction"].aggregate() == pytest.approx(6 / 9)
     assert engine.module.training
 
@@ -398,6 +397,18 @@ def test_only_the_versions_that_were_tested(verl, monkeypatch):
             call()
     with pytest.raises(ValueError, match="a server scores K tokens"):
         integration.register_distillation_loss("new", mode="full")
+
+
+def test_recipe(verl):
+    """The configuration of examples/verl is one that this verl knows, and starts no teacher servers."""
+    from hydra import compose, initialize_config_dir
+    from verl.trainer.ppo.utils import need_teacher_policy
+    from verl.utils.config import omega_conf_to_dataclass
+
+    with initialize_config_dir(str(Path(__file__).parents[2] / "examples/verl"), version_base=None):
+        config = compose("self_teacher", overrides=["trainer.n_gpus_per_node=8"])
+    assert not need_teacher_policy(config)
+    assert omega_conf_to_dataclass(config.actor_rollout_ref.actor).engine.strategy == "fsdp2"
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ def use_cpu():
     module.mem_get_info, module.is_available = lambda *_: (0, 0), lambda: True
     values = {"device_name": "cpu", "device_module": module, "current_device": "cpu", "is_available": True}
     values |= {"communication_backend_name": "gloo", "nvtx_range": contextlib.nullcontext()}
+    values |= {"visible_devices_envvar": "CUDA_VISIBLE_DEVICES"}
 
     def member(name):
         def value(self, *args, **kwargs):
@@ -68,10 +69,27 @@ def nested(rows):
     return torch.nested.as_nested_tensor([torch.as_tensor(row) for row in rows], layout=torch.jagged)
 
 
-def make_batch(which=SEQUENCES, *, use_remove_padding=True, teacher="column", **columns):
-    """A batch as verl's trainer hands it to a worker, in micro-batches of two sequences; ``columns`` of tensors."""
+def pad(which):
+    """Prompts padded on the left, answers on the right."""
+    prompts, answers = ([x[i] for i in which] for x in (PROMPTS, ANSWERS))
+    before, after = max(map(len, prompts)), max(map(len, answers))
+    rows = [[0] * (before - len(x)) + x + y + [0] * (after - len(y)) for x, y in zip(prompts, answers)]
+    used = [[0] * (before - len(x)) + [1] * len(x + y) + [0] * (after - len(y)) for x, y in zip(prompts, answers)]
+    ids, attention = torch.tensor(rows), torch.tensor(used)
+    masks = torch.tensor([MASKS[i] + [0] * (after - len(MASKS[i])) for i in which])
+    found = {"input_ids": ids, "attention_mask": attention, "position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
+    return {**found, "prompts": ids[:, :before], "responses": ids[:, before:], "response_mask": masks}
+
+
+def make_batch(which=SEQUENCES, *, packed=True, padded=False, teacher="column", **columns):
+    """A batch as verl's trainer hands it to a worker; ``columns`` of tensors.
+
+    ``packed``: without padding inside the model; ``padded``: as verl's older trainer makes it, and in micro-batches by
+    tokens in place of two sequences.
+    """
     from tensordict import TensorDict
     from verl.utils import tensordict_utils
+    from verl.workers.utils.padding import left_right_2_no_padding
 
     masks = nested([MASKS[i] for i in which])
     rows = [PROMPTS[i] + ANSWERS[i] for i in which]
@@ -80,14 +98,16 @@ def make_batch(which=SEQUENCES, *, use_remove_padding=True, teacher="column", **
     tensors |= {"response_mask": masks, "loss_mask": masks}
     tensors |= {name: nested([values[i] for i in which]) for name, values in columns.items()}
     data = TensorDict(tensors, batch_size=len(which))
+    if padded:
+        data = left_right_2_no_padding(TensorDict(pad(which), batch_size=len(which)))
     prompts = [TEACHERS[i] for i in which]
     if teacher == "column":
         tensordict_utils.assign_non_tensor_stack(data, "teacher_prompt_ids", prompts)
     if teacher == "agent loop":
         extras = [{"teacher_prompt_ids": prompt, "turn_scores": []} for prompt in prompts]
         tensordict_utils.assign_non_tensor_stack(data, "extra_fields", extras)
-    settings = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 2, "global_batch_size": len(SEQUENCES)}
-    settings |= {"temperature": TEMPERATURE, "use_remove_padding": use_remove_padding}
+    settings = {"use_dynamic_bsz": padded, "micro_batch_size_per_gpu": 2, "max_token_len_per_gpu": 12}
+    settings |= {"temperature": TEMPERATURE, "use_remove_padding": packed, "global_batch_size": len(SEQUENCES)}
     tensordict_utils.assign_non_tensor(data, **settings)
     return data
 
