@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastsdpo.integrations._head_logits import HeadLogits
+from fastsdpo.integrations._head_logits import HeadLogits as HeadLogits
 from fastsdpo.integrations._hidden_or_logits import Source, check_source, uses_hidden_states, why_not_model
 from fastsdpo.integrations.transformers import gathered_head
 from fastsdpo.ops.divergence import sdpo_loss
