@@ -85,18 +85,26 @@ class HeadLogits:
         """``(None, ids)``: the ids ``[*rows, k]`` alone, the most likely first."""
         if dim not in (-1, len(self.shape) - 1):
             self._refuse(f"topk over axis {dim}")
-        weight, bias, _, _ = self.head
+        return None, self.topk_logits(k)[0]
+
+    def topk_logits(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k most likely ids ``[*rows, k]`` and their logits, not yet divided by the temperature; no gradient."""
+        weight, bias, softcap, scale = self.head
         hidden = self.hidden.detach().reshape(-1, self.hidden.shape[-1])
         ids = torch.empty(len(hidden), k, dtype=torch.int64, device=self.device)
+        values = torch.empty(len(hidden), k, dtype=self.dtype, device=self.device)
 
         def keep(logits: Tensor, teacher: Tensor | None, which: slice, grad: Tensor | None) -> None:
-            ids[which] = logits.topk(k, -1).indices
+            values[which], ids[which] = logits.topk(k, -1)
 
         operand, tile = choose_dtypes(hidden, weight, None)
         plan = ChunkPlan(default_chunk_size(len(hidden), len(weight), self.device), operand, tile)
         with torch.no_grad():
             through_head(hidden, HeadGemms(weight.detach(), bias, operand), keep, plan)
-        return None, ids.view(*self.shape[:-1], k)
+            values = values * scale
+            values = values if softcap is None else softcap * torch.tanh(values / softcap)
+        shape = (*self.shape[:-1], k)
+        return ids.view(shape), values.view(shape)
 
     def argmax(self, dim: int = -1) -> Tensor:
         return self.topk(1, dim)[1].squeeze(-1)

@@ -164,8 +164,8 @@ class HeadParameters(NamedTuple):
 def head_parameters(model: nn.Module) -> HeadParameters:
     """Weight, bias, softcap and scale of the head that follows the hidden states.
 
-    LoRA on the head is merged into the returned weight, differentiably. `check_head` compares the
-    result with the model's own logits.
+    Adapters on the head (LoRA, DoRA, trained rows) are merged into the returned weight, differentiably. `check_head`
+    compares the result with the model's own logits.
 
     Raises:
         NotImplementedError: the head is more than a linear layer with a known scale or softcap, or it is
@@ -204,25 +204,55 @@ def head_parameters(model: nn.Module) -> HeadParameters:
 
 
 def _linear_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight ``[V, D]`` and bias ``[V]`` of a linear layer, with its LoRA adapters merged in."""
-    head = unwrap(head)
+    """Weight ``[V, D]`` and bias ``[V]`` of a linear layer, with its adapters merged in."""
+    name, head = "head_parameters", unwrap(head)
     if hasattr(head, "modules_to_save") and hasattr(head, "active_adapters"):  # PEFT's trained copy
         active = [name for name in head.active_adapters if name in head.modules_to_save]
         if active and not getattr(head, "disable_adapters", False):
             return _linear_weight(head.modules_to_save[active[0]])
         return _linear_weight(head.original_module)
+    if hasattr(head, "token_adapter"):  # PEFT's trained rows of embeddings, on a head that is tied to them
+        tokens = head.token_adapter
+        weight, bias = _linear_weight(tokens.base_layer)
+        if tokens.disable_adapters or tokens.merged or not tokens.active_adapters:
+            return weight, bias
+        return tokens.get_merged_weights(tokens.active_adapters), bias
     if hasattr(head, "lora_A"):
         weight, bias = _linear_weight(head.base_layer)
         if head.disable_adapters or head.merged:
             return weight, bias
-        for adapter in head.active_adapters:
-            if adapter not in head.lora_A:
-                continue
-            if head.use_dora.get(adapter) or getattr(head.lora_dropout[adapter], "p", 0) > 0:
-                raise NotImplementedError("head_parameters: DoRA or LoRA dropout on the head")
+        active = [adapter for adapter in head.active_adapters if adapter in head.lora_A]
+        for adapter in active:
+            if getattr(head.lora_dropout[adapter], "p", 0) > 0:
+                raise NotImplementedError(
+                    f"{name}: LoRA dropout on the head, whose weight it changes for every token; set lora_dropout=0 "
+                    "or leave the head out of target_modules"
+                )
             weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
+            if head.use_dora.get(adapter):
+                if len(active) > 1:
+                    raise NotImplementedError(f"{name}: DoRA beside another adapter on the head, got {active}")
+                # Equation 5 of https://arxiv.org/abs/2402.09353; the norm is a constant (section 4.3).
+                norm = torch.linalg.norm(weight.detach(), dim=1)
+                weight = (head.lora_magnitude_vector[adapter].weight / norm)[:, None].to(weight.dtype) * weight
         return weight, bias
+    if hasattr(head, "base_layer"):
+        raise NotImplementedError(
+            f"{name}: the head has an adapter of {type(head).__module__}; leave the head out of its target_modules"
+        )
+    weight = getattr(head, "weight", None)
+    # A layer of bitsandbytes, GPTQ, AWQ, ..., or torchao's weight in a layer of torch.
+    if getattr(head, "quant_state", None) or hasattr(weight, "quant_state") or hasattr(weight, "CB"):
+        raise NotImplementedError(
+            f"{name}: the head is quantized ({type(head).__name__}); load the model with its head as it is, "
+            "BitsAndBytesConfig(llm_int8_skip_modules=['lm_head'])"
+        )
+    if type(weight).__module__.startswith("torchao"):
+        raise NotImplementedError(
+            f"{name}: the head is quantized ({type(weight).__name__}); load the model with its head as it is, "
+            "TorchAoConfig(modules_to_not_convert=['lm_head'])"
+        )
     # FSDP2 makes a subclass, which computes the same. A subclass with another forward (quantized, ...) does not.
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise NotImplementedError(f"head_parameters: the head must be a torch.nn.Linear, got {type(head).__name__}")
+        raise NotImplementedError(f"{name}: the head must be a torch.nn.Linear, got {type(head).__name__}")
     return head.weight, head.bias
