@@ -79,7 +79,7 @@ class FiniteCheck(TrainerCallback):
             certain = [names for what, names in found if what == "the loss"]
             what = "the loss" if certain else "the gradient"
             chosen = certain or [names for _, names in found]
-            offenders = [name for names in chosen for name in names]
+            offenders = list(dict.fromkeys(name for names in chosen for name in names))  # processes may share packs
         names = ", ".join(offenders[:10]) + (", ..." if len(offenders) > 10 else "")
         message = f"step {state.global_step + 1}: {what} is not finite; interactions: {names}"
         if args.non_finite == "stop":
