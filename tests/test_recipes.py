@@ -49,7 +49,7 @@ def test_a_recipe_runs(name, folder, tmp_path):  # noqa: F811
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=550,  # pytest ends a test after 600
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for left in LEFT[name]:

@@ -54,7 +54,7 @@ def tables(rows: list[Row]) -> list[str]:
                 changes = [row["perplexity_change"] for row in found]
                 lines.append(line(condition.about, [row[key] for row in found], changes))
             if name in over:
-                label = f"mean of {len(over[name]['seeds'])} seeds, 95% interval"
+                label = f"mean \u00b1 interval of {len(over[name]['seeds'])} seeds"
                 lines.append(summary(label, over[name][key], over[name]["perplexity_change"]))
     return lines
 

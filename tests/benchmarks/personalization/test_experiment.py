@@ -145,7 +145,7 @@ def test_three_seeds_have_a_mean_and_an_interval(lab_of, tmp_path, capsys):
     assert row["seeds"] == [1, 2, 3] and row["after"]["satisfied"] == pytest.approx([0.8, half], rel=1e-4)
     assert report.main([str(tiny.results)]) == 0
     shown = capsys.readouterr().out
-    assert "| 70 / 80 / 90% |" in shown and "| mean of 3 seeds, 95% interval | 80 \u00b1 25% |" in shown
+    assert "| 70 / 80 / 90% |" in shown and "| mean \u00b1 interval of 3 seeds | 80 \u00b1 25% |" in shown
 
 
 def test_ifeval_before_and_after_the_demo(saved, tmp_path):
