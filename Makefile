@@ -108,7 +108,7 @@ peers: $(VENV)/.dev
 		$(PIP) install --quiet --no-deps --upgrade --target build/peers/$$peer \
 			-r tests/integrations/peers/$$peer.txt || exit 1; \
 		PYTHONPATH=$(CURDIR)/build/peers/$$peer:$(CURDIR) $(PYTEST) -o filterwarnings=ignore -m "slow or not slow" \
-			tests/integrations/peers/test_$$peer.py tests/integrations/test_versions.py || exit 1; \
+			-k $$peer tests/integrations/peers/test_$$peer.py tests/integrations/test_versions.py || exit 1; \
 	done
 
 MINUTES := 10
