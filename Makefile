@@ -7,12 +7,13 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard ker
 # Two test processes, one thread each, on the two cores that the suite is sized for.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help demo docs evidence liger-tests test test-python test-slow distributed fuzz soak compatibility lint types format bench compile-matrix ptx native-sanitize gpu clean
+.PHONY: help demo docs evidence liger-tests peers test test-python test-slow distributed fuzz soak compatibility lint types format bench compile-matrix ptx native-sanitize gpu clean
 
 help:
 	@echo "make demo       real conversations -> trained SmolLM2-135M-Instruct, before and after (CPU)"
 	@echo "make evidence   does it learn, against controls, by seeds: hours; goes on where it was stopped"
 	@echo "make liger-tests CHECKOUT=FOLDER   Liger-Kernel's own tests over our losses"
+	@echo "make peers      the integrations inside ms-swift, axolotl, torchrl and bitsandbytes, as installed"
 	@echo "make test       the test suite (under 15 minutes on 2 cores)"
 	@echo "make test-slow  the long tests"
 	@echo "make test-python   the test suite without the native kernels, on the last commit"
@@ -99,6 +100,16 @@ distributed: $(VENV)/.dev
 # Liger-Kernel's own tests of its distillation losses, with ours in their place.
 liger-tests: $(VENV)/.dev
 	$(BIN)/python -m tests.integrations.liger $(CHECKOUT)
+
+# Each of these packages wants other versions than the suite's: a folder each, put before the environment's own.
+PEERS := swift axolotl torchrl bitsandbytes
+peers: $(VENV)/.dev
+	for peer in $(PEERS); do \
+		$(PIP) install --quiet --no-deps --upgrade --target build/peers/$$peer \
+			-r tests/integrations/peers/$$peer.txt || exit 1; \
+		PYTHONPATH=$(CURDIR)/build/peers/$$peer:$(CURDIR) $(PYTEST) -o filterwarnings=ignore -m "slow or not slow" \
+			-k $$peer tests/integrations/peers/test_$$peer.py tests/integrations/test_versions.py || exit 1; \
+	done
 
 MINUTES := 10
 soak: $(VENV)/.dev

@@ -20,7 +20,7 @@ from fastsdpo.commands.parser import Parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OUTSIDE = {"fastsdpo.integrations.trl": "trl", "fastsdpo.integrations.transformers": "transformers"}
+OUTSIDE = {f"fastsdpo.integrations.{name}": name for name in ("trl", "transformers", "torchrl")}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 

@@ -1,6 +1,6 @@
 """``generalized_jsd_loss`` with fastsdpo's losses: one adapter for every trainer that has a function of this name.
 
-TRL's GKD, GOLD and IW-OPD trainers, ms-swift's GKD and many trainers written after them form their loss in a function
+TRL's GKD, GOLD and IW-OPD trainers and many trainers written after them form their loss in a function
 
     generalized_jsd_loss(student_logits, teacher_logits, labels=None, beta=0.5, temperature=1.0,
                          reduction="batchmean", ...)

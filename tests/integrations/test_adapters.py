@@ -1,4 +1,4 @@
-"""Adapters and packed weights through the doors of all integrations: the head, hidden states, losses from both."""
+"""Adapters through the doors of all integrations; `peers/test_bitsandbytes.py` adds packed weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from fastsdpo.integrations._head_logits import HeadLogits
 from fastsdpo.integrations.axolotl import KDSettings, kd_loss
@@ -108,37 +108,17 @@ def compare(model, rtol):
                 assert (one - other).abs().max() <= 10 * rtol * scale, f"{name}: {parameter_name}"
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("folder", ["llama_folder", "qwen2_folder"], ids=["tied", "untied"])
+TIED = ("lora-head", "lora-embeddings-head", "modules-to-save", "tokens")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "folder"),
+    [*((a, "qwen2_folder") for a in ADAPTERS if a != "tokens"), *((a, "llama_folder") for a in TIED)],
+)
 def test_adapters(adapter, folder, request):
     model = make(request.getfixturevalue(folder), adapter)
     assert check_head(model) == (True, "")
     compare(model, 1e-5)
-
-
-# DoRA on layers of 8 bits fails in bitsandbytes 0.50 itself, in the model's second pass on a CPU.
-@pytest.mark.parametrize("adapter", ["lora", "dora-head", "modules-to-save", "ia3"])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_packed_weights(qwen2_folder, bits, adapter):
-    pytest.importorskip("bitsandbytes")
-    if (bits, adapter) == (8, "dora-head"):
-        adapter = "lora-head"
-    config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=torch.float32)
-    model = make(qwen2_folder, adapter, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32)
-    # 8 bits: its layers round what they read by the outliers of all tokens of a pass, and its products are fp16.
-    compare(model, 1e-5 if bits == 4 else 2e-3)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_packed_head_is_refused_with_the_remedy(qwen2_folder, bits):
-    pytest.importorskip("bitsandbytes")
-    config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, llm_int8_skip_modules=["none"])
-    model = make(qwen2_folder, quantization_config=config, device_map={"": "cpu"})
-    with pytest.raises(NotImplementedError, match=rf"quantized \(Linear.*{bits}.*llm_int8_skip_modules=\['lm_head'\]"):
-        head_parameters(model)
-    right, reason = check_head(model)
-    assert not right
-    assert "llm_int8_skip_modules" in reason
 
 
 def test_adapters_on_the_head_that_are_refused_name_the_remedy(qwen2_folder):
