@@ -28,7 +28,7 @@ CHUNK = 256  # interactions
 PROGRAM = "from fastsdpo.data.tokenizing import serve; serve()"
 
 
-class Chunk(NamedTuple):
+class TokenChunk(NamedTuple):
     """Some interactions, tokenized.
 
     Attributes:
@@ -55,7 +55,7 @@ class Tokenization(NamedTuple):
 
 def tokenize_chunks(
     items: Iterable[Interaction | TokenizedInteraction], how: Tokenization, workers: int = 1
-) -> Iterator[Chunk]:
+) -> Iterator[TokenChunk]:
     """Tokenizes interactions in order; those that are tokens already are taken as they are.
 
     Args:
@@ -75,7 +75,7 @@ def tokenize_chunks(
         else:
             tokenize = tokenize or how.make()
             columns, places, dropped = _tokenized(tokenize, chunk)
-            yield Chunk(columns, [chunk[place] for place in places], dropped)
+            yield TokenChunk(columns, [chunk[place] for place in places], dropped)
 
 
 def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
@@ -85,11 +85,11 @@ def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
             yield chunk
 
 
-def _as_they_are(chunk: list[Any]) -> Chunk:
+def _as_they_are(chunk: list[Any]) -> TokenChunk:
     columns = Columns()
     for item in chunk:
         columns.add(item)
-    return Chunk(columns, [], [])
+    return TokenChunk(columns, [], [])
 
 
 def _tokenized(tokenize: InteractionTokenizer, chunk: list[Any]) -> tuple[Columns, list[int], list[str]]:
@@ -106,14 +106,14 @@ def _tokenized(tokenize: InteractionTokenizer, chunk: list[Any]) -> tuple[Column
     return columns, places, dropped
 
 
-def _by_workers(chunks: Iterable[list[Any]], how: Tokenization, count: int) -> Iterator[Chunk]:
+def _by_workers(chunks: Iterable[list[Any]], how: Tokenization, count: int) -> Iterator[TokenChunk]:
     how.make()  # what it raises is raised here
     workers = [_Worker(how) for _ in range(count)]
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     for worker in workers:
         idle.put(worker)
 
-    def run(chunk: list[Any]) -> Chunk:
+    def run(chunk: list[Any]) -> TokenChunk:
         if isinstance(chunk[0], TokenizedInteraction):
             return _as_they_are(chunk)
         worker = idle.get()
@@ -121,7 +121,7 @@ def _by_workers(chunks: Iterable[list[Any]], how: Tokenization, count: int) -> I
             columns, places, dropped = worker(chunk)
         finally:
             idle.put(worker)
-        return Chunk(columns, [chunk[place] for place in places], dropped)
+        return TokenChunk(columns, [chunk[place] for place in places], dropped)
 
     pool = ThreadPoolExecutor(count)
     try:

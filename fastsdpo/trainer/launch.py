@@ -7,6 +7,7 @@ whatever else divides a sequence, a layer or the list of layers among GPUs is re
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,6 +17,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from fastsdpo.prefix import is_partitioned
+
+logger = logging.getLogger("fastsdpo.trainer")
 
 INSTEAD = (
     "start one process per GPU and divide the weights among them with FSDP2 or DeepSpeed ZeRO-3 (accelerate launch), "
@@ -128,6 +131,35 @@ def check_deepspeed(args: Any) -> None:
         raise NotImplementedError(
             "weight_update='stochastic_rounding' is not possible with DeepSpeed, which keeps float32 weights of its "
             "own for the optimizer; use 'auto'"
+        )
+
+
+def check_engine(args: Any, fsdp: bool, deepspeed: bool) -> None:
+    """Refuses what only shows once the engine has been set up.
+
+    Args:
+        args: the settings (`SDPOConfig`).
+        fsdp, deepspeed: whether the engine is one of these.
+
+    Raises:
+        NotImplementedError: several GPUs in one process.
+        ValueError: FSDP was asked for, and accelerate left it out.
+    """
+    if args.n_gpu > 1:
+        raise NotImplementedError(
+            "SDPOTrainer: nn.DataParallel is not supported; start one process per GPU "
+            "(torchrun or accelerate launch), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if is_set("ACCELERATE_USE_FSDP") and not fsdp:
+        raise ValueError(
+            "SDPOTrainer: FSDP must run on GPUs: accelerate leaves it out on this device "
+            f"({args.device.type}). Start without it, or with DDP"
+        )
+    if deepspeed and args.max_tokens_per_pack is not None:
+        # Its engine counts backward passes and steps by itself.
+        logger.warning(
+            "max_tokens_per_pack does not apply under DeepSpeed, which takes one backward pass per "
+            "micro-batch: per_device_train_batch_size bounds the memory"
         )
 
 

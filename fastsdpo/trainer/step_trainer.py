@@ -42,7 +42,7 @@ from fastsdpo.trainer.checkpoints import CheckpointTrainer
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.finite import FiniteCheck
 from fastsdpo.trainer.finite import NonFiniteError as NonFiniteError
-from fastsdpo.trainer.launch import is_set
+from fastsdpo.trainer.launch import check_engine
 from fastsdpo.trainer.leaks import check_held_out
 from fastsdpo.trainer.learner import Learner
 from fastsdpo.trainer.loss import TokenStatistics
@@ -111,7 +111,7 @@ class StepTrainer(CheckpointTrainer):
         )
         # The loss is normalized by num_items_in_batch, whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
-        self._check_launch()
+        check_engine(self.args, self.is_fsdp_enabled, self.is_deepspeed_enabled)
         self.learner = self._make_learner()
         if type(self).collate is StepTrainer.collate and self.args.ulysses == 1:
             self.data_collator = self.learner.maker.collate  # which makes packs too, in the loader's workers
@@ -122,24 +122,6 @@ class StepTrainer(CheckpointTrainer):
         windows, order = SignalWindow(self.metrics, self.speed), EpochOrder(lambda: self.sampler)
         for callback in (self.finite, MovingAverage(self.learner), windows, order):
             self.add_callback(callback)
-
-    def _check_launch(self) -> None:
-        if self.args.n_gpu > 1:
-            raise NotImplementedError(
-                "SDPOTrainer: nn.DataParallel is not supported; start one process per GPU "
-                "(torchrun or accelerate launch), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
-            )
-        if is_set("ACCELERATE_USE_FSDP") and not self.is_fsdp_enabled:
-            raise ValueError(
-                "SDPOTrainer: FSDP must run on GPUs: accelerate leaves it out on this device "
-                f"({self.args.device.type}). Start without it, or with DDP"
-            )
-        if self.is_deepspeed_enabled and self.args.max_tokens_per_pack is not None:
-            # Its engine counts backward passes and steps by itself.
-            logger.warning(
-                "max_tokens_per_pack does not apply under DeepSpeed, which takes one backward pass per "
-                "micro-batch: per_device_train_batch_size bounds the memory"
-            )
 
     def _make_learner(self) -> Learner:
         """Once the model is where it trains; what it cannot do is refused here, by name."""
