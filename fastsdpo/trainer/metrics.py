@@ -42,15 +42,21 @@ class SignalMetrics:
         self.computed = self.sequences = 0
         self.started = time.perf_counter()
 
-    def add(self, pack: Sequence[TokenizedInteraction], statistics: TokenStatistics) -> None:
-        """One pass over the interactions of a pack."""
+    def add(self, pack: Sequence[TokenizedInteraction], statistics: TokenStatistics, counts: bool = True) -> None:
+        """One pass over the interactions of a pack.
+
+        Args:
+            counts: False where another process counts the interactions (``ulysses``), and this one its tokens alone.
+        """
+        self.computed += statistics.computed_tokens
+        if not counts:
+            return
         ends, row = [], -1
         for item in pack:
             row += len(item.completion_ids)
             whole = self.end_id is None or item.completion_ids[-1] == self.end_id
             ends.append(row if whole else -1)  # -1: the answer was cut
             self.sequences += len(item.prompt_ids) + len(item.teacher_prompt_ids) + 2 * len(item.completion_ids)
-        self.computed += statistics.computed_tokens
         kl = statistics.reference_kl
         columns = [
             statistics.counts,

@@ -112,7 +112,8 @@ class StepTrainer(CheckpointTrainer):
         # The loss is normalized by num_items_in_batch, whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
         check_engine(self.args, self.is_fsdp_enabled, self.is_deepspeed_enabled)
-        self.learner = self._make_learner()
+        with gathered_layers(self.model):
+            self.learner = self._make_learner()
         if type(self).collate is StepTrainer.collate and self.args.ulysses == 1:
             self.data_collator = self.learner.maker.collate  # which makes packs too, in the loader's workers
         self.sampler: Any = None
@@ -125,10 +126,6 @@ class StepTrainer(CheckpointTrainer):
 
     def _make_learner(self) -> Learner:
         """Once the model is where it trains; what it cannot do is refused here, by name."""
-        with gathered_layers(self.model):
-            return self._checked_learner()
-
-    def _checked_learner(self) -> Learner:
         good, reason = agreed(check_head(self.model))
         if not good:
             raise NotImplementedError(f"SDPOTrainer: the model's head is not supported: {reason}")
@@ -267,10 +264,7 @@ class StepTrainer(CheckpointTrainer):
         else:
             loss, statistics = self.run_pass(model, pack, num_items_in_batch, divided=True)
             self.speed.add(statistics, 1 if self.learner.ulysses is None else self.learner.ulysses.size)
-            if self.speaks:
-                self.metrics.add(pack, statistics)
-            else:
-                self.metrics.computed += statistics.computed_tokens
+            self.metrics.add(pack, statistics, self.speaks)
             self.finite.add(pack, statistics.sequence_loss)
             loss = loss * self.accelerator.num_processes
         if self.is_deepspeed_enabled:  # whose backward pass takes the step as well
