@@ -91,11 +91,11 @@ fuzz: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.reliability
 
 # Every launch: torchrun, accelerate's files, DeepSpeed, QLoRA; two and four CPU processes. About half an hour.
+# What came of it goes to benchmarks/results/distributed_cpu.json and into the matrix of docs/distributed.md.
 distributed: $(VENV)/.dev
 	$(PIP) install --quiet -c constraints.txt bitsandbytes einops hjson py-cpuinfo
 	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation --no-deps -c constraints.txt deepspeed
-	$(PYTEST) -m "slow or not slow" tests/trainer/test_launched.py tests/trainer/test_deepspeed.py \
-		tests/trainer/test_deepspeed_loop.py tests/trainer/test_quantized.py tests/trainer/test_launch_refusals.py
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks.distributed --tests
 
 # Liger-Kernel's own tests of its distillation losses, with ours in their place.
 liger-tests: $(VENV)/.dev

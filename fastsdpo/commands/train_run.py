@@ -54,11 +54,12 @@ def train(options: argparse.Namespace) -> int:
     say(run.describe_model(trainer, options.model))
     if options.show > 0 and trainer.tokenize is not None:
         say(show_interactions(trainer.tokenize, load_interactions(options.data), options.show))
-    table = PackTable(trainer.model, config, trainer.train_dataset, trainer.sharing)
     sets = trainer.train_dataset, trainer.eval_dataset
-    say(dry_run_report(whole_shapes(trainer.model), config, *sets, table, config.world_size))
+    if show or options.dry_run:
+        packs = PackTable(trainer.model, config, trainer.train_dataset, trainer.sharing)
+        say(dry_run_report(whole_shapes(trainer.model), config, *sets, packs, config.world_size))
     if options.dry_run:
-        for line in memory_lines(setting_of(options, config, of_trainer(trainer)), table, card_of(config.device)):
+        for line in memory_lines(setting_of(options, config, of_trainer(trainer)), packs, card_of(config.device)):
             say(line)
         say(str(trainer.check_teacher() or ""))
         return DONE

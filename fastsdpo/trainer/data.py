@@ -13,6 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -192,16 +193,15 @@ class InteractionDataset(Dataset):
         """``[len, 3]`` tokens of prompt, teacher's prompt and completion."""
         return self.ends.diff().view(-1, 4)[:, :3]
 
-    def costs(self, sharing: str) -> list[tuple[int, int]]:
-        """Of each interaction about how many tokens student and teacher compute: alone, and after another of its
-        conversation."""
-        prompt, teacher, completion = self.lengths().T
-        both = prompt + teacher + 2 * completion
-        if sharing == "off":
-            return [(cost, cost) for cost in both.tolist()]
-        new = (teacher - prompt).clamp_min(0) + 2 * completion  # the hindsight, and the answer twice
-        alone = prompt + new
-        return list(zip(alone.tolist(), (new if sharing == "conversation" else alone).tolist()))
+    def costs(self, sharing: str) -> np.ndarray:
+        """``[len, 2]`` int32: about how many tokens student and teacher compute of each interaction, alone, and after
+        another of its conversation."""
+        prompt, teacher, completion = self.lengths().int().T
+        alone = after = prompt + teacher + 2 * completion
+        if sharing != "off":
+            after = (teacher - prompt).clamp_min(0) + 2 * completion  # the hindsight, and the answer twice
+            alone = prompt + after
+        return torch.stack([alone, after if sharing == "conversation" else alone], dim=1).numpy()
 
     def longest(self) -> Tensor:
         """``[len]`` tokens of each interaction's longest sequence."""
@@ -223,15 +223,36 @@ class InteractionDataset(Dataset):
         tokens = array("i", self.tokens[start:end].tolist()).tobytes()
         return int.from_bytes(blake2b(tokens, digest_size=8).digest(), "little")
 
-    def groups(self, by_conversation: bool) -> list[list[int]]:
+    def groups(self, by_conversation: bool) -> Groups:
         """Indices by conversation, in order of first appearance; or each by itself."""
         if not by_conversation:
-            return [[index] for index in range(len(self))]
-        groups: dict[Any, list[int]] = {}
-        for index, conversation in enumerate(self.conversation_ids):
-            key = ("alone", index) if conversation is None else conversation
-            groups.setdefault(key, []).append(index)
-        return list(groups.values())
+            return Groups(np.arange(len(self)), np.arange(len(self) + 1))
+        # Eight bytes stand for an id, which would take a hundred.
+        names = (f"\0{index}" if name is None else name for index, name in enumerate(self.conversation_ids))
+        digests = b"".join(blake2b(name.encode(), digest_size=8).digest() for name in names)
+        _, first, group = np.unique(np.frombuffer(digests, np.uint64), return_index=True, return_inverse=True)
+        rank = np.empty_like(first)
+        rank[np.argsort(first)] = np.arange(len(first))
+        group = rank[group]
+        return Groups(np.argsort(group, kind="stable"), np.append(0, np.bincount(group).cumsum()))
+
+
+class Groups(Sequence):
+    """Lists of indices, in two arrays: 16 bytes an index.
+
+    Args:
+        indices: of all lists, one after another.
+        ends: where they end, after a first 0.
+    """
+
+    def __init__(self, indices: np.ndarray, ends: np.ndarray):
+        self.indices, self.ends = indices, ends
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.indices[self.ends[number] : self.ends[number + 1]].tolist()
 
 
 class _Reading:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from fastsdpo.data import TokenizedInteraction
@@ -15,11 +16,14 @@ from fastsdpo.trainer.data import InteractionDataset
 from fastsdpo.trainer.packs import pack_sharing, split_packs
 
 KEPT = 16  # micro-batches with the largest packs
+SAMPLED = 100_000  # interactions, about
 Pack = list[TokenizedInteraction]
 
 
 class PackTable:
-    """All micro-batches of an epoch in the order of the file, in packs.
+    """The micro-batches of an epoch in the order of the file, in packs.
+
+    Of large data a sample: micro-batches at equal distances, and those with the most tokens.
 
     Args:
         sharing: the level: "conversation", "interaction" or "off".
@@ -27,6 +31,7 @@ class PackTable:
     Attributes:
         tokens, unshared: computed by student and teacher in an epoch, and what they would be without sharing.
         passes: packs in an epoch.
+        exact: whether all were counted; else these three are projected from the sample.
     """
 
     def __init__(self, model: nn.Module, args: SDPOConfig, train: InteractionDataset, sharing: Any):
@@ -36,18 +41,28 @@ class PackTable:
         self.tokens = self.unshared = self.passes = 0
         self._accumulates = args.gradient_accumulation_steps > 1
         largest: list[tuple[int, int, Pack]] = []
-        for start, items in _micro_batches(args, train, sharing):
-            widest = 0
+        batches = _MicroBatches(args, train, sharing)
+        sample = range(0, len(batches), max(1, len(batches) * batches.size // SAMPLED))
+        self.exact = len(sample) == len(batches)
+        numbers = {} if self.exact else dict.fromkeys(batches.largest(KEPT), False)
+        numbers |= dict.fromkeys(sample, True)  # whether it is counted
+        for number, counted in numbers.items():
+            items, widest = batches[number], 0
             for pack in self._split(items, args.max_tokens_per_pack):
                 counts = self._count(pack)
-                self.tokens += counts.student + counts.teacher
-                self.unshared += counts.unshared_student + counts.unshared_teacher
                 widest = max(widest, counts.student)
-                self.passes += 1
-            heapq.heappush(largest, (widest, -start, items))
+                if counted:
+                    self.tokens += counts.student + counts.teacher
+                    self.unshared += counts.unshared_student + counts.unshared_teacher
+                    self.passes += 1
+            heapq.heappush(largest, (widest, -number, items))
             if len(largest) > KEPT:
                 heapq.heappop(largest)
         self._batches = [items for *_, items in sorted(largest, reverse=True)]
+        if not self.exact:
+            scale = batches.tokens.sum() / max(1, batches.tokens[list(sample)].sum())
+            self.tokens, self.unshared = (round(scale * count) for count in (self.tokens, self.unshared))
+            self.passes = round(len(batches) / len(sample) * self.passes)
 
     def _split(self, items: Sequence[TokenizedInteraction], max_tokens: int | None) -> list[Pack]:
         return split_packs(items, max_tokens, self.sharing, self.longest)
@@ -71,11 +86,32 @@ class PackTable:
         return [answers, widest], self._accumulates or any(len(batch) > 1 for batch in split)
 
 
-def _micro_batches(args: SDPOConfig, train: InteractionDataset, sharing: Any) -> Iterator[tuple[int, Pack]]:
-    grouped = args.group_by_conversation
-    if grouped is None:
-        grouped = sharing == "conversation"
-    order = [index for group in train.groups(grouped) for index in group]
-    size = args.per_device_train_batch_size
-    for start in range(0, len(order), size):
-        yield start, [train[index] for index in order[start : start + size]]
+class _MicroBatches:
+    """Those of an epoch; by number the interactions of one.
+
+    Attributes:
+        tokens: what each computes is in proportion to it, about.
+    """
+
+    def __init__(self, args: SDPOConfig, train: InteractionDataset, sharing: Any):
+        grouped = args.group_by_conversation
+        if grouped is None:
+            grouped = sharing == "conversation"
+        self.train, self.size = train, args.per_device_train_batch_size
+        self.order = train.groups(grouped).indices
+        starts = np.arange(0, len(self.order), self.size)
+        # Without shared prefixes, and as if all were shared: what is computed lies between. And the answers' tokens.
+        columns = np.column_stack([train.costs(sharing), train.lengths()[:, 2].numpy()])
+        self._sums = np.add.reduceat(columns[self.order], starts, dtype=np.int64)
+        self.tokens = self._sums[:, :2].sum(1)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, number: int) -> Pack:
+        return [self.train[int(index)] for index in self.order[number * self.size : (number + 1) * self.size]]
+
+    def largest(self, count: int) -> list[int]:
+        """Those that compute the most, by either bound, and those with the longest answers."""
+        orders = np.argsort(-self._sums, axis=0, kind="stable")[:count]
+        return list(dict.fromkeys(orders.ravel().tolist()))

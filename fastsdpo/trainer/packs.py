@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -30,7 +31,7 @@ class GroupSampler(Sampler):
         each: interactions that one process takes at once.
         processes: their number.
         accumulated: how often they take so many in one optimizer step.
-        costs: of each index the tokens to compute where it is a group's first, and where it follows another
+        costs: ``[indices, 2]``: the tokens to compute where it is a group's first, and where it follows another
             of its group; None: processes take interactions in their order.
     """
 
@@ -43,13 +44,13 @@ class GroupSampler(Sampler):
         accumulated: int = 1,
         seed: int = 0,
         shuffle: bool = True,
-        costs: Sequence[Sequence[int]] | None = None,
+        costs: Any = None,
     ):
         self.groups = groups
         self.each, self.processes, self.accumulated, self.costs = each, processes, accumulated, costs
         self.seed, self.shuffle = seed, shuffle
         self.epoch = 0
-        size = sum(len(group) for group in groups)
+        size = sum(map(len, groups))
         self.fill = -size % (each * processes)
         self.size = size + self.fill
 
@@ -60,7 +61,7 @@ class GroupSampler(Sampler):
         return self.size
 
     def __iter__(self) -> Iterator[int | None]:
-        order = list(range(len(self.groups)))
+        order = array("q", range(len(self.groups)))
         if self.shuffle:
             random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
         indices: Iterator[tuple[int, int | None]] = itertools.chain(
@@ -120,7 +121,7 @@ class GroupSampler(Sampler):
 
     def _cost(self, part: Sequence[int | None]) -> int:
         assert self.costs is not None
-        return sum(self.costs[index][number > 0] for number, index in enumerate(part) if index is not None)
+        return sum(int(self.costs[index, int(n > 0)]) for n, index in enumerate(part) if index is not None)
 
 
 def _cut(items: list[Any], most: int) -> Iterator[list[Any]]:

@@ -63,6 +63,7 @@ def dry_run_report(
     lines.append(
         f"sharing {table.sharing}: {table.tokens:,} of {table.unshared:,} tokens are computed per epoch, "
         f"in {table.passes:,} passes of at most {args.max_tokens_per_pack or 'any number of'} tokens"
+        + ("" if table.exact else ", projected from a sample")
     )
     lines.append(step_text(len(train), args, processes))
     limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)

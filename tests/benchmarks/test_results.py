@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from benchmarks import compare, compatibility, harness, reliability, report
+from benchmarks import compare, compatibility, distributed, harness, reliability, report
 
 RUN = {"device": "d", "commit": "c", "date": "2026-01-01"}
 
@@ -61,6 +61,8 @@ def test_recorded_files(path):
 def test_the_pages_are_what_the_files_say():
     assert report.PAGE.read_text("utf-8") == report.page(), "run: python -m benchmarks.report"
     assert len(report.page().splitlines()) <= 150
+    text = distributed.PAGE.read_text("utf-8")
+    assert text == distributed.page(text), "run: python -m benchmarks.distributed"
     text = reliability.PAGE.read_text("utf-8")
     assert text == reliability.page(text), "run: python -m benchmarks.reliability"
     for name, row in reliability.read().items():
@@ -87,3 +89,20 @@ def test_a_plot(tmp_path):
     harness.record(tmp_path / "logits_x.json", [losses()], RUN)
     assert report.main(["--plot", str(tmp_path / "logits_x.json")]) == 0
     assert (tmp_path / "logits_x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_matrix_of_launches(tmp_path):
+    """Of what pytest says of its tests, a cell for each variant and strategy."""
+    report = tmp_path / "report.xml"
+    cases = {
+        'classname="tests.trainer.test_launched" name="test_fsdp2[lora]"': "",
+        'classname="tests.trainer.test_launched" name="test_ddp[lora]"': "<skipped/>",
+        'classname="tests.trainer.test_deepspeed" name="test_one_process[zero3-tied]"': "<failure/>",
+        'classname="tests.trainer.test_launch_refusals" name="test_settings[0]"': "",
+    }
+    body = "".join(f"<testcase {about}>{result}</testcase>" for about, result in cases.items())
+    report.write_text(f"<testsuites><testsuite>{body}</testsuite></testsuites>")
+    rows = [{"case": {"test": test}, "result": result} for test, result in distributed.read_tests(report).items()]
+    table = distributed.matrix(rows)
+    assert "| `lora` | skipped | same |  |  |  |" in table and "| `tied` |  |  |  |  | failed |" in table
+    assert "2 passed, 1 skipped, 1 failed" in table

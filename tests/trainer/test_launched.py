@@ -54,6 +54,11 @@ def one(place):
 
 
 @pytest.fixture(scope="module")
+def replicas(place):
+    torchrun(2, *worker("plain"), runs(place, "ddp", TORCHRUN, 2))
+
+
+@pytest.fixture(scope="module")
 def two(place):
     torchrun(2, *worker("fsdp2"), runs(place, "fsdp2", [*TORCHRUN, "resumed_async"], 2), **FSDP2)
 
@@ -69,6 +74,12 @@ def test_ddp_with_held_out_data(place, one, lab):
     printed = torchrun(2, "-m", "fastsdpo.train", *run)
     assert "held-out loss before training: " in printed
     compare(place, "ddp2-untied", "untied", lab)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TORCHRUN)
+def test_ddp(place, one, replicas, lab, name):
+    compare(place, f"ddp2-{name}", name, lab)
 
 
 @pytest.mark.parametrize("name", TORCHRUN)

@@ -7,7 +7,9 @@ import random
 import pytest
 import torch
 
+from fastsdpo.trainer import SDPOConfig
 from fastsdpo.trainer.data import InteractionDataset
+from fastsdpo.trainer.pack_table import PackTable
 from fastsdpo.trainer.packs import GroupSampler
 
 
@@ -50,7 +52,7 @@ def test_work_is_shared_out_and_steps_stay_the_same(dataset, sharing, each, proc
                 seen, load = set(), 0
                 for index in (i for i in part if i is not None):
                     conversation = dataset.conversation_ids[index]
-                    load += costs[index][conversation in seen]
+                    load += costs[index, int(conversation in seen)]
                     seen.add(conversation)
                 loads[number % processes].append(load)
             summed += max(map(sum, loads))
@@ -83,3 +85,17 @@ def test_gradients_are_averaged_once_a_step(lab, tmp_path, monkeypatch, last):
     trainer.training_step(trainer.model, batch, torch.tensor(4))
     assert len(held) == (len(batch["packs"]) - 1 if last else 0) and len(batch["packs"]) > 1
     trainer.accelerator.gradient_state._set_sync_gradients(True)
+
+
+@pytest.mark.parametrize("sharing", ["conversation", "off"])
+def test_large_data_is_counted_by_a_sample(dataset, sharing, lab, tmp_path, monkeypatch):
+    args = SDPOConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2)
+    tables = []
+    for sampled in (10**6, len(dataset) // 3):
+        monkeypatch.setattr("fastsdpo.trainer.pack_table.SAMPLED", sampled)
+        tables.append(PackTable(lab.make_model(), args, dataset, sharing))
+    whole, part = tables
+    assert whole.exact and not part.exact
+    for name in ("tokens", "unshared", "passes"):
+        assert getattr(part, name) == pytest.approx(getattr(whole, name), rel=0.1), name
+    assert part.largest(None) == whole.largest(None), "the forecast of memory is the same"
