@@ -188,12 +188,12 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 SHARED = """Values and gradients equal those of separate passes. In three ways:
 
-- Attention through transformers' interface, and recurrent layers with states in a cache: each token is computed once.
-- Attention of a model's own (Bloom, MPT, Falcon, GPT-J, CodeGen, StableLM, Nemotron, LongCat-Flash, HRM ...; all models
-  with an indexer, such as DeepSeek V3.2 and GLM-5): so too, with a mask of queries x keys for the whole pack. Such models
-  form all scores anyway; but theirs grow with the square of a pack, so `max_tokens_per_pack` should be a few sequences.
-- Layers that go on from no state (MiniMax's and Zamba's linear layers, RecurrentGemma's, the attention of Zaya and of
-  DeepSeek V4): they run along whole sequences, and everything else is computed once."""
+- Attention through transformers' interface, and recurrent layers with states in a cache: a token is computed once.
+- Attention of a model's own (Bloom, MPT, Falcon, GPT-J, CodeGen, StableLM, Nemotron, LongCat-Flash, HRM ...; all
+  models with an indexer, such as DeepSeek V3.2 and GLM-5): so too, with a mask of queries x keys for the pack. Such
+  models form all scores anyway, but these grow with the square of a pack: keep `max_tokens_per_pack` small.
+- Layers that go on from no state (MiniMax's and Zamba's linear layers, RecurrentGemma's, the attention of Zaya and
+  of DeepSeek V4): they run along whole sequences, and everything else is computed once."""
 
 HEADINGS = {
     "WRONG": ("Wrong", "These give wrong values or stop with an error in training."),
@@ -258,16 +258,17 @@ def page(rows: list[harness.Row]) -> str:
     lines = [
         "# Model types",
         "",
-        "`python -m benchmarks.coverage --record` writes this page and its results file, `coverage_cpu.json`. It builds",
-        "a tiny random model of every causal-LM type of transformers "
-        f"{rows[0]['run']['versions']['transformers']}, and compares shared passes",
-        "with separate calls of the model in float64: log-probabilities and the gradient of every parameter.",
+        "`python -m benchmarks.coverage --record` writes this page and its results file, `coverage_cpu.json`. It",
+        "builds a tiny random model of every causal-LM type of transformers "
+        f"{rows[0]['run']['versions']['transformers']}, and compares",
+        "shared passes with separate calls of the model in float64: log-probabilities and the gradient of every",
+        "parameter.",
         "",
         f"Of {len(rows)} types, {len(built)} can be built. {counts['shared']} of these share prefixes, "
         f"{counts['unshared']} run",
-        f"unshared, {counts['refused']} are refused, and {counts['WRONG']} are wrong. {len(chat)} of those that can be "
-        f"built are models that one",
-        f"trains to chat (the last section names the others), and {shared} of these share prefixes.",
+        f"unshared, {counts['refused']} are refused, and {counts['WRONG']} are wrong. {len(chat)} of those that can",
+        f"be built are models that one trains to chat (the last section names the others), and {shared} of these",
+        "share prefixes.",
         "",
         "## Families",
         "",
