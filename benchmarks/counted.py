@@ -254,7 +254,8 @@ def main() -> None:
     tokens = counted.tokens_and_pairs.student + counted.tokens_and_pairs.teacher
     print(
         f"Qwen3-8B, a conversation of 24 interactions, {tokens:,} tokens, gradient checkpointing, on one "
-        f"{GPUS[0].name}: {1e3 * counted.step_seconds(GPUS[0]):.0f} ms a step, peak {counted.memory / 1e9:.0f} GB{room}.\n"
+        f"{GPUS[0].name}: {1e3 * counted.step_seconds(GPUS[0]):.0f} ms a step, "
+        f"peak {counted.memory / 1e9:.0f} GB{room}.\n"
         f"Attention kernels of a layer: student {students}, teacher {teachers}, backward {backward}. Copies to the "
         f"device: {counted.copies} before the step, {counted.waits_between} in it.\n"
     )

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from benchmarks import compare, compatibility, harness, reliability, report
+from benchmarks import compare, compatibility, coverage, harness, reliability, report
 
 RUN = {"device": "d", "commit": "c", "date": "2026-01-01"}
 
@@ -87,3 +87,14 @@ def test_a_plot(tmp_path):
     harness.record(tmp_path / "logits_x.json", [losses()], RUN)
     assert report.main(["--plot", str(tmp_path / "logits_x.json")]) == 0
     assert (tmp_path / "logits_x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_of_model_types():
+    rows = harness.read(harness.RESULTS / "coverage_cpu.json")
+    assert coverage.PAGE.read_text("utf-8") == coverage.page(rows)
+    verdicts = {row["case"]["type"]: row["verdict"] for row in rows}
+    assert "WRONG" not in verdicts.values()
+    for family, names in coverage.FAMILIES.items():
+        assert {verdicts[name] for name in names.split()} == {"shared"}, family
+    built = [verdict for verdict in verdicts.values() if verdict != "not built"]
+    assert built.count("shared") >= 0.9 * len(built)
