@@ -249,11 +249,13 @@ def main() -> None:
     pack = conversation(24, 96, 192, 48, 151936)
     print(f"{(__doc__ or '').strip()}\n")
     counted = count_step(Qwen3Config(**QWEN3_8B), pack, checkpointing=True)
+    room = "" if counted.memory <= GPUS[0].memory else ", which it does not have: FSDP has to shard them"
     students, teachers, backward = counted.attention
     tokens = counted.tokens_and_pairs.student + counted.tokens_and_pairs.teacher
     print(
         f"Qwen3-8B, a conversation of 24 interactions, {tokens:,} tokens, gradient checkpointing, on one "
-        f"{GPUS[0].name}: {1e3 * counted.step_seconds(GPUS[0]):.0f} ms a step, peak {counted.memory / 1e9:.0f} GB.\n"
+        f"{GPUS[0].name}: {1e3 * counted.step_seconds(GPUS[0]):.0f} ms a step, "
+        f"peak {counted.memory / 1e9:.0f} GB{room}.\n"
         f"Attention kernels of a layer: student {students}, teacher {teachers}, backward {backward}. Copies to the "
         f"device: {counted.copies} before the step, {counted.waits_between} in it.\n"
     )

@@ -35,7 +35,7 @@ from fastsdpo.prefix import check_head, check_passes, check_sharing, head_parame
 
 PAGE = harness.ROOT / "docs" / "models.md"
 TOLERANCE = 1e-6  # relative; what is wrong is off by 1e-2 and more. RecurrentGemma's states stay in float32
-SECONDS = 120  # for one type
+SECONDS = 120  # of CPU time, for one type
 
 
 class Item(NamedTuple):
@@ -175,41 +175,109 @@ def time_limit(seconds: int) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise TimeoutError("it takes too long")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 # ------------------------------------------------------------------------------------------------- the page
 
+SHARED = """Values and gradients equal those of separate passes. In three ways:
+
+- Attention through transformers' interface, and recurrent layers with states in a cache: a token is computed once.
+- Attention of a model's own (Bloom, MPT, Falcon, GPT-J, CodeGen, StableLM, Nemotron, LongCat-Flash, HRM ...; all
+  models with an indexer, such as DeepSeek V3.2 and GLM-5): so too, with a mask of queries x keys for the pack. Such
+  models form all scores anyway, but these grow with the square of a pack: keep `max_tokens_per_pack` small.
+- Layers that go on from no state (MiniMax's and Zamba's linear layers, RecurrentGemma's, the attention of Zaya and
+  of DeepSeek V4): they run along whole sequences, and everything else is computed once."""
+
 HEADINGS = {
     "WRONG": ("Wrong", "These give wrong values or stop with an error in training."),
-    "shared": ("Share prefixes", "Values and gradients equal those of separate passes."),
+    "shared": ("Share prefixes", SHARED),
     "unshared": ("Run unshared", "Every sequence runs alone, with right values. The trainer says so when it starts."),
     "refused": ("Refused", "The trainer stops before it starts, and says why."),
     "not built": ("Not built", "No tiny model could be built or run on text alone. So nothing is known of these."),
 }
 
 
+# Causal-LM classes of transformers that nobody trains as a chat model, and why.
+NO_CHAT_MODELS = {
+    "encoders, whose tokens see both sides; as decoders they stand for half of an encoder-decoder": (
+        "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
+        "roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xlnet xmod"
+    ),
+    "decoders of models that translate, summarize, write down speech or read images": (
+        "bart bigbird_pegasus blenderbot blenderbot-small git marian mbart mvp pegasus plbart prophetnet trocr whisper"
+    ),
+    "speech and music": "moshi musicgen musicgen_melody",
+    "drafts for speculative decoding, which read another model's states": "gemma4_assistant gemma4_unified_assistant",
+}
+# The families that are trained most today, by the types of their models.
+FAMILIES = {
+    "Llama 3": "llama",
+    "Llama 4": "llama4 llama4_text",
+    "Qwen2.5": "qwen2 qwen2_moe",
+    "Qwen3": "qwen3 qwen3_moe",
+    "Qwen3-Next": "qwen3_next",
+    "Qwen3.5, 3.6, 3.8": "qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text",
+    "Gemma 2, 3, 3n, 4": "gemma2 gemma3 gemma3_text gemma3n_text gemma4 gemma4_text",
+    "Mistral, Ministral": "mistral ministral ministral3",
+    "Mixtral": "mixtral",
+    "Phi-3, Phi-4": "phi3 phimoe phi4_multimodal",
+    "gpt-oss": "gpt_oss",
+    "DeepSeek V3, R1, Kimi K2": "deepseek_v3",
+    "DeepSeek V3.2, V4": "deepseek_v32 deepseek_v4",
+    "GLM-4, 4.5, 4.6": "glm4 glm4_moe glm4_moe_lite",
+    "GLM-5": "glm_moe_dsa",
+    "Olmo 2, 3": "olmo2 olmo3 olmoe",
+    "Olmo Hybrid": "olmo_hybrid",
+    "SmolLM3": "smollm3",
+    "Granite 3, 4, 4-H": "granite granitemoe granitemoehybrid",
+    "Nemotron, Nemotron-H": "nemotron nemotron_h",
+    "LFM2": "lfm2 lfm2_moe",
+    "Kimi-Linear": "kimi_linear",
+    "Falcon, Falcon-H1": "falcon falcon_h1",
+    "Command R, Command A": "cohere cohere2",
+    "MiMo": "mimo_v2_flash",
+    "MiniMax": "minimax minimax_m2",
+    "ERNIE 4.5, Hunyuan, Seed-OSS": "ernie4_5 ernie4_5_moe hunyuan_v1_dense hunyuan_v1_moe seed_oss",
+}
+
+
 def page(rows: list[harness.Row]) -> str:
-    counts = {name: sum(row["verdict"] == name for row in rows) for name in HEADINGS}
-    built = len(rows) - counts["not built"]
+    verdicts = {row["case"]["type"]: row["verdict"] for row in rows}
+    left_out = {name for names in NO_CHAT_MODELS.values() for name in names.split()}
+    built = [name for name, verdict in verdicts.items() if verdict != "not built"]
+    chat = [name for name in built if name not in left_out]
+    counts = {name: sum(verdict == name for verdict in verdicts.values()) for name in HEADINGS}
+    shared = sum(verdicts[name] == "shared" for name in chat)
     lines = [
         "# Model types",
         "",
-        "`python -m benchmarks.coverage --record` writes this page and its results file. It builds a",
-        "tiny random model of every causal-LM type of transformers "
-        f"{rows[0]['run']['versions']['transformers']}, and compares shared passes",
-        "with separate calls of the model in float64: log-probabilities and the gradient of every parameter.",
+        "`python -m benchmarks.coverage --record` writes this page and its results file, `coverage_cpu.json`. It",
+        "builds a tiny random model of every causal-LM type of transformers "
+        f"{rows[0]['run']['versions']['transformers']}, and compares",
+        "shared passes with separate calls of the model in float64: log-probabilities and the gradient of every",
+        "parameter.",
         "",
-        f"Of {len(rows)} types, {built} can be built. {counts['shared']} of these share prefixes, "
+        f"Of {len(rows)} types, {len(built)} can be built. {counts['shared']} of these share prefixes, "
         f"{counts['unshared']} run",
-        f"unshared, {counts['refused']} are refused, and {counts['WRONG']} are wrong.",
+        f"unshared, {counts['refused']} are refused, and {counts['WRONG']} are wrong. {len(chat)} of those that can",
+        f"be built are models that one trains to chat (the last section names the others), and {shared} of these",
+        "share prefixes.",
+        "",
+        "## Families",
+        "",
+        "| family | model types | prefixes |",
+        "|---|---|---|",
     ]
+    for family, names in FAMILIES.items():
+        found = sorted({verdicts[name] for name in names.split()})
+        lines.append(f"| {family} | {', '.join(f'`{name}`' for name in names.split())} | {', '.join(found)} |")
     for verdict, (title, about) in HEADINGS.items():
         found = [row for row in rows if row["verdict"] == verdict]
         if not found:
@@ -220,6 +288,9 @@ def page(rows: list[harness.Row]) -> str:
             continue
         lines += ["| type | why |", "|---|---|"]
         lines += [f"| `{row['case']['type']}` | {row['why'].replace('|', '/')} |" for row in found]
+    lines += ["", "## Types that are no chat models", "", "They are examined too, and listed above.", ""]
+    for why, names in NO_CHAT_MODELS.items():
+        lines.append(f"- {why}: {', '.join(f'`{name}`' for name in names.split())}")
     return "\n".join(lines) + "\n"
 
 
@@ -242,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{model_type:26s} {found.verdict:9s} {shown:8s} {found.why}", flush=True)
         rows.append({"case": {"type": model_type}, **found._asdict()})
         harness.record(path, rows[-1:], run)
-    if args.types is None and args.output == harness.RESULTS:
+    if args.output == harness.RESULTS:
         Path(PAGE).write_text(page(harness.read(path)), "utf-8")
     if any(row["verdict"] == "WRONG" for row in rows):
         sys.exit("coverage: some types are wrong")

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from benchmarks import compare, compatibility, distributed, harness, reliability, report
+from benchmarks import compare, compatibility, coverage, distributed, harness, reliability, report
 
 RUN = {"device": "d", "commit": "c", "date": "2026-01-01"}
 
@@ -106,3 +106,14 @@ def test_the_matrix_of_launches(tmp_path):
     table = distributed.matrix(rows)
     assert "| `lora` | skipped | same |  |  |  |" in table and "| `tied` |  |  |  |  | failed |" in table
     assert "2 passed, 1 skipped, 1 failed" in table
+
+
+def test_the_page_of_model_types():
+    rows = harness.read(harness.RESULTS / "coverage_cpu.json")
+    assert coverage.PAGE.read_text("utf-8") == coverage.page(rows)
+    verdicts = {row["case"]["type"]: row["verdict"] for row in rows}
+    assert "WRONG" not in verdicts.values()
+    for family, names in coverage.FAMILIES.items():
+        assert {verdicts[name] for name in names.split()} == {"shared"}, family
+    built = [verdict for verdict in verdicts.values() if verdict != "not built"]
+    assert built.count("shared") >= 0.9 * len(built)

@@ -1,4 +1,4 @@
-"""Recurrent layers, attention sinks and softcapped scores over a plan, against separate passes."""
+"""Layers that are more than plain attention over a plan, against separate passes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ from fastsdpo.prefix.stretches import group_calls, handed_on, plan_stretches
 
 MODELS = ["qwen3_5_text", "qwen3_next", "olmo_hybrid", "granitemoehybrid", "nemotron_h", "lfm2", "gpt_oss"]
 MORE = ["falcon_h1", "kimi_linear", "bailing_hybrid", "bamba", "lfm2_moe", "gemma2", "mimo_v2_flash", "granite_swa"]
+OWN = [
+    "bloom",
+    "deepseek_v32",
+    "mpt",
+    "stablelm",
+    "glm_moe_dsa",
+    "hrm_text",
+    "longcat_flash",
+]  # attention of their own
+PATHS = ["minimax", "deepseek_v4", "zaya", "zamba"]
 PLANS = coverage.plans()  # nested; prompts shorter than a convolution; single tokens between branches
 # One projection in, and none out: PEFT refuses Mamba's out_proj.
 TARGETS = ["in_proj", "in_proj_qkv", "in_proj_qkvz", "q_proj", "v_proj", "down_proj", "up_proj"]
@@ -46,8 +56,8 @@ def float64():
 
 
 # The others of MODELS are the same kinds of mixers; in float32 all of them are compared.
-SOONER = ("qwen3_5_text", "nemotron_h", "lfm2", "gpt_oss")
-LATER = [name for name in (*MODELS, *MORE) if name not in SOONER]
+SOONER = ("qwen3_5_text", "nemotron_h", "lfm2", "gpt_oss", *OWN[:2], PATHS[0], "llama4_text")
+LATER = [name for name in (*MODELS, *MORE, *OWN, *PATHS) if name not in SOONER]
 
 
 @pytest.mark.parametrize("name", [*SOONER, *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)])
