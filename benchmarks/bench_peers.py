@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from fastsdpo.integrations.axolotl import KDSettings, kd_loss
-from fastsdpo.integrations.swift import HeadLogits, Objective, divergence
+from fastsdpo.integrations.swift import GKDSettings, HeadLogits, divergence
 from fastsdpo.prefix import HeadParameters
 
 Runs = dict[str, Callable[[], Tensor]]
@@ -57,7 +57,7 @@ def swift_runs(args: argparse.Namespace, beta: float, topk: int | None) -> Runs:
         teacher = HeadLogits(states[0], HeadParameters(w.detach(), None, None, 1.0))
         support = None if topk is None else teacher.topk_logits(topk)
         student = HeadLogits(h[0], HeadParameters(w, None, None, 1.0))
-        return divergence(student, teacher, support, Objective(beta, 1.0))[0]
+        return divergence(student, teacher, support, GKDSettings(beta, 1.0))[0]
 
     leaves = (hidden, True), (weight, True)
     return {"ms-swift": step(theirs, *leaves), "ours": step(ours, *leaves)}

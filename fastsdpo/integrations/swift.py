@@ -39,7 +39,7 @@ REPLACED = {
 }
 
 
-class Objective(NamedTuple):
+class GKDSettings(NamedTuple):
     """Settings of ms-swift: ``beta``, ``temperature``, and the weight of the cross entropy beside the divergence."""
 
     beta: float
@@ -51,7 +51,7 @@ def divergence(
     student: Tensor | HeadLogits,
     teacher: Tensor | HeadLogits | None,
     topk: tuple[Tensor, Tensor] | None,
-    objective: Objective,
+    objective: GKDSettings,
     labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(loss, number)``: the mean over the tokens that count, and their number.
@@ -111,7 +111,7 @@ def _from_hidden_states(trainer: Any, model: nn.Module, inputs: Any) -> Tensor:
         with no_grad_pass(), _adapter_off(trainer, model):
             teacher = run_inside(holder, lambda hidden: _kept(holder, hidden[taught_counts]), _forward_inputs(taught))
     sampled = getattr(batch.data_source, "value", None) == "student"
-    objective = Objective(trainer.beta, trainer.temperature, 0.0 if sampled else trainer.args.sft_alpha)
+    objective = GKDSettings(trainer.beta, trainer.temperature, 0.0 if sampled else trainer.args.sft_alpha)
     labels[:, -1] = -100  # the first label of the sequence, which the model's own cross entropy does not have
 
     def body(hidden: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def _gkd_loss(theirs: Any) -> Any:
         counts = labels != -100
         taught = teacher_output.select(counts if teacher_output.labels is None else teacher_output.labels != -100)
         topk = (taught.topk_indices, taught.topk_logprobs) if taught.is_topk_mode else None
-        objective = Objective(beta, temperature)
+        objective = GKDSettings(beta, temperature)
         loss, number = divergence(student_logits[counts], taught.full_logits, topk, objective)
         return loss * number.clamp(min=1), number
 

@@ -3,9 +3,9 @@
 torchrl estimates a KL divergence from the log-probs of the tokens that were written (k3). Here the divergence is over
 the whole vocabulary or the student's most likely tokens, from hidden states of both models:
 
-    loss = SDPOLoss(actor, teacher_network=teacher, mode="full", alpha=0.5)       # another model teaches
-    loss = SDPOLoss(actor, mode="full")                                           # the actor itself, with hindsight
-    loss = SDPOLoss(actor, mode="k3")                                             # torchrl's own loss
+    loss = SDPODistillationLoss(actor, teacher_network=teacher, mode="full", alpha=0.5)       # another model teaches
+    loss = SDPODistillationLoss(actor, mode="full")                                           # the actor itself, with hindsight
+    loss = SDPODistillationLoss(actor, mode="k3")                                             # torchrl's own loss
 
 With ``teacher_network=None`` the teacher is the actor, which reads ``("teacher_history", "full")``: the same
 conversation with the user's follow-up in it, whose last answer is the same. "k3" and "sampled_token" need no teacher's
@@ -39,7 +39,7 @@ class _Batch(NamedTuple):
     counts: Tensor
 
 
-class SDPOLoss(DistillationLoss):
+class SDPODistillationLoss(DistillationLoss):
     """A distillation loss of the actor's transformers model.
 
     Args:
@@ -77,12 +77,14 @@ class SDPOLoss(DistillationLoss):
         **others: Any,
     ):
         if mode not in MODES:
-            raise ValueError(f"SDPOLoss: mode must be one of {MODES}, got {mode!r}")
+            raise ValueError(f"SDPODistillationLoss: mode must be one of {MODES}, got {mode!r}")
         if (mode == "topk") != (topk is not None):
-            raise ValueError(f"SDPOLoss: topk must be given with mode='topk' only, got mode={mode!r}, topk={topk}")
+            raise ValueError(
+                f"SDPODistillationLoss: topk must be given with mode='topk' only, got mode={mode!r}, topk={topk}"
+            )
         super().__init__(actor_network, **others)
         if self.reduction == "none":
-            raise NotImplementedError("SDPOLoss: reduction must be 'mean' or 'sum', got 'none'")
+            raise NotImplementedError("SDPODistillationLoss: reduction must be 'mean' or 'sum', got 'none'")
         # In a list: a teacher is no parameter of the loss.
         teacher = teacher_network.model if isinstance(teacher_network, TransformersWrapper) else teacher_network
         self._teacher = [] if teacher is None else [teacher]
@@ -103,7 +105,7 @@ class SDPOLoss(DistillationLoss):
             rows = pad_sequence([row.detach() for row in given], batch_first=True).to(batch.ids.device)
             if rows.shape != batch.ids.shape:
                 raise ValueError(
-                    f"SDPOLoss: the teacher's log-probs must have the tokens' shape {list(batch.ids.shape)}, "
+                    f"SDPODistillationLoss: the teacher's log-probs must have the tokens' shape {list(batch.ids.shape)}, "
                     f"got {list(rows.shape)}"
                 )
             teacher_logps = rows[:, 1:][batch.counts]
@@ -113,7 +115,9 @@ class SDPOLoss(DistillationLoss):
                 key = self.tensor_keys.teacher_history
             taught = self._batch(tensordict, key)
             if (taught.counts.sum(-1) != batch.counts.sum(-1)).any():
-                raise ValueError(f"SDPOLoss: {key} must have the tokens of the answers in {self.tensor_keys.history}")
+                raise ValueError(
+                    f"SDPODistillationLoss: {key} must have the tokens of the answers in {self.tensor_keys.history}"
+                )
             with no_grad_pass():
                 states = run_inside(teacher, lambda hidden: hidden[:, :-1][taught.counts], _inputs(taught))
 
@@ -145,7 +149,7 @@ class SDPOLoss(DistillationLoss):
         other = head_parameters(teacher)
         ratio = other.logit_scale / head.logit_scale
         if other.softcap != head.softcap:
-            raise NotImplementedError("SDPOLoss: student and teacher must have one softcap")
+            raise NotImplementedError("SDPODistillationLoss: student and teacher must have one softcap")
         options = {**self.options, "mode": self.mode, "temperature": self.temperature}
         if states is None or self.mode == "sampled_token":
             options["teacher_logps"], states = teacher_logps, None
@@ -195,7 +199,7 @@ class SDPOLoss(DistillationLoss):
         )
         counts = (attention * counts if self.assistant_only else attention).to(torch.bool)[:, 1:]
         if not counts.any(-1).all():
-            raise ValueError(f"SDPOLoss: every conversation at {key} must have a token that counts")
+            raise ValueError(f"SDPODistillationLoss: every conversation at {key} must have a token that counts")
         return _Batch(ids, attention, counts)
 
     def _check(self, model: nn.Module, teacher: nn.Module) -> None:
@@ -205,7 +209,7 @@ class SDPOLoss(DistillationLoss):
             reason = above_the_decoder(one)
             right, why = (False, reason) if reason else check_head(one)
             if not right:
-                raise NotImplementedError(f"SDPOLoss: {why}; use torchrl's DistillationLoss")
+                raise NotImplementedError(f"SDPODistillationLoss: {why}; use torchrl's DistillationLoss")
         self._checked = True
 
 

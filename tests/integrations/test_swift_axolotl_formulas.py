@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from fastsdpo.integrations._head_logits import HeadLogits
 from fastsdpo.integrations.axolotl import KDSettings, kd_loss
-from fastsdpo.integrations.swift import Objective, divergence
+from fastsdpo.integrations.swift import GKDSettings, divergence
 from fastsdpo.prefix import HeadParameters
 
 N, D, V, K = 11, 12, 40, 5
@@ -61,7 +61,7 @@ def test_the_loss_of_swift(beta, support, options):
     other = HeadParameters(draw(V, D + 2), draw(V), head.softcap, 2 * head.logit_scale)
     labels = torch.randint(0, V, (N,))
     labels[4] = -100
-    objective = Objective(beta, 1.7, 0.25)
+    objective = GKDSettings(beta, 1.7, 0.25)
     student, teacher = HeadLogits(hidden, head), HeadLogits(states, other)
     z, t, topk = logits_of(hidden, head), logits_of(states, other), None
     uncovered = torch.zeros(N, dtype=torch.bool)

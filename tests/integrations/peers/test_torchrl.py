@@ -1,4 +1,4 @@
-"""`SDPOLoss` beside the installed torchrl's `DistillationLoss`, over its own data and wrappers (`make peers`)."""
+"""`SDPODistillationLoss` beside the installed torchrl's `DistillationLoss`, over its own data and wrappers (`make peers`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchrl.modules.llm.policies.common import ChatHistory
 from torchrl.objectives.llm import DistillationLoss
 from transformers import AutoModelForCausalLM
 
-from fastsdpo.integrations.torchrl import SDPOLoss
+from fastsdpo.integrations.torchrl import SDPODistillationLoss
 from tests.integrations.conftest import make_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -94,7 +94,7 @@ def test_k3_is_torchrls_own_loss(lab, direction, more):
     actor = wrap(model)
     want = DistillationLoss(actor, kl_direction=direction, **more)(data)
     for options in ({}, {"teacher_network": teacher}):
-        got = SDPOLoss(actor, mode="k3", kl_direction=direction, **options, **more)(data)
+        got = SDPODistillationLoss(actor, mode="k3", kl_direction=direction, **options, **more)(data)
         torch.testing.assert_close(got.kl_to_teacher, want.kl_to_teacher, rtol=1e-5, atol=1e-6)
     same(got.loss_distill, want.loss_distill, model)
 
@@ -106,7 +106,7 @@ def test_whole_distributions_against_the_formula(lab, mode, hindsight):
     if not hindsight:
         data = data.exclude("teacher_history")
     options = {"alpha": 0.3} if mode == "full" else {"topk": 5, "add_tail": False} if mode == "topk" else {}
-    loss = SDPOLoss(wrap(model), mode=mode, teacher_network=None if hindsight else teacher, **options)
+    loss = SDPODistillationLoss(wrap(model), mode=mode, teacher_network=None if hindsight else teacher, **options)
     got = loss(data)
     assert not any(parameter is other for parameter in loss.parameters() for other in teacher.parameters())
     with torch.no_grad():
@@ -133,12 +133,12 @@ def test_what_is_refused(lab):
     wrap, model, _, _, data = lab
     actor = wrap(model)
     with pytest.raises(ValueError, match="mode must be one of"):
-        SDPOLoss(actor, mode="k2")
+        SDPODistillationLoss(actor, mode="k2")
     with pytest.raises(ValueError, match="topk must be given with mode='topk' only"):
-        SDPOLoss(actor, mode="topk")
+        SDPODistillationLoss(actor, mode="topk")
     with pytest.raises(NotImplementedError, match="reduction must be 'mean' or 'sum'"):
-        SDPOLoss(actor, reduction="none")
-    loss = SDPOLoss(actor)
+        SDPODistillationLoss(actor, reduction="none")
+    loss = SDPODistillationLoss(actor)
     other = [[chat[0], {"role": "assistant", "content": "w1 w1 w1 w1"}] for chat in HINTS]
     data = data.clone()
     data["teacher_history"] = lazy_stack([ChatHistory(full=one) for one in History.from_chats(other).unbind(0)])
@@ -146,4 +146,4 @@ def test_what_is_refused(lab):
         loss(data)
     model.config.lm_head_multiplier = 2.0
     with pytest.raises(NotImplementedError, match=r"lm_head_multiplier.*DistillationLoss"):
-        SDPOLoss(actor)(data)
+        SDPODistillationLoss(actor)(data)
