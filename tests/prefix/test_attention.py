@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsdpo.prefix.attention import (
-    Chunk,
+    ChunkWindow,
     SharedPass,
     choose_backend,
     dense,
@@ -55,7 +55,7 @@ def definition(query, key, value, plan, first, window, scale, sinks=None, softca
     k = torch.arange(key.shape[2])[None, :]
     start, stop, position = plan.subtree_start, plan.subtree_stop, plan.position_ids
     see = (start[k] <= start[q]) & (start[q] < stop[k])
-    if isinstance(window, Chunk):
+    if isinstance(window, ChunkWindow):
         see &= position[q] // window.size == position[k] // window.size
     elif window is not None:
         see &= position[q] - position[k] < window
@@ -76,7 +76,7 @@ def tensors(plan, first, heads=4, groups=2, size=8, value_size=8, dtype=torch.fl
     return [t.requires_grad_() for t in (q, k, v)]
 
 
-@pytest.mark.parametrize("window", [None, 1, 7, 24, 1000, Chunk(1), Chunk(16), Chunk(1000)])
+@pytest.mark.parametrize("window", [None, 1, 7, 24, 1000, ChunkWindow(1), ChunkWindow(16), ChunkWindow(1000)])
 @pytest.mark.parametrize("part", ["all", "teachers"])
 @pytest.mark.parametrize("backend", ["segments", "dense", "plain"])
 def test_backends_equal_the_definition(lab, monkeypatch, backend, part, window):
@@ -177,7 +177,7 @@ def test_flash_equals_the_definition(lab, varlen_on_cpu, part, window):
         query, key, value = (t.detach()[:, :, :stop].requires_grad_() for t in (query, key, value))
     shared = SharedPass(plan, first=first, stop=stop, backend="flash", windows={})
     assert flash.flash_takes(query, value, shared, window) and not flash.flash_takes(query, value, shared, 7)
-    assert not flash.flash_takes(query, value, shared, Chunk(7))
+    assert not flash.flash_takes(query, value, shared, ChunkWindow(7))
     before = (key[:, :, :first].detach(), value[:, :, :first].detach()) if first else None
     got = flash.flash_attention(query, key[:, :, first:], value[:, :, first:], shared, 0.3, before)
     want = definition(query, key, value, plan, first, None, 0.3)
@@ -253,7 +253,7 @@ class CopiedBytes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("window", [None, 1, 100, 300, Chunk(50)])
+@pytest.mark.parametrize("window", [None, 1, 100, 300, ChunkWindow(50)])
 def test_the_block_mask_is_that_of_all_pairs(lab, window):
     """Counted from the runs; flex's own evaluates the mask on queries x keys."""
     from torch.nn.attention.flex_attention import create_block_mask

@@ -45,6 +45,6 @@ from fastsdpo.prefix.attention.shared_pass import Kept as Kept
 from fastsdpo.prefix.attention.shared_pass import SharedPass as SharedPass
 from fastsdpo.prefix.attention.switch import attention_modules as attention_modules
 from fastsdpo.prefix.attention.switch import let_attention_switch as let_attention_switch
-from fastsdpo.prefix.attention.windows import Chunk as Chunk
+from fastsdpo.prefix.attention.windows import ChunkWindow as ChunkWindow
 from fastsdpo.prefix.attention.windows import Window as Window
 from fastsdpo.prefix.attention.windows import attention_windows as attention_windows

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsdpo.prefix.attention.shared_pass import SharedPass
-from fastsdpo.prefix.attention.windows import Chunk, Window
+from fastsdpo.prefix.attention.windows import ChunkWindow, Window
 
 
 def visible(shared: SharedPass, window: Window, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
@@ -23,7 +23,7 @@ def visible(shared: SharedPass, window: Window, device: torch.device) -> Callabl
     def see(q: Tensor, k: Tensor) -> Tensor:
         q = q + shared.first
         above = (start[k] <= start[q]) & (start[q] < stop[k])
-        if isinstance(window, Chunk):
+        if isinstance(window, ChunkWindow):
             return above & (position[q] // window.size == position[k] // window.size)
         return above if window is None else above & (position[q] - position[k] < window)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastsdpo.prefix.attention.dense import visible
 from fastsdpo.prefix.attention.kernels import ShapeAttention
 from fastsdpo.prefix.attention.shared_pass import SharedPass
-from fastsdpo.prefix.attention.windows import Chunk, Window, within_chunks
+from fastsdpo.prefix.attention.windows import ChunkWindow, Window, within_chunks
 from fastsdpo.prefix.plan import Run
 
 BLOCK = 128
@@ -50,7 +50,7 @@ def block_table(runs: Sequence[Run], first: int, queries: int, keys: int, window
 
 def visible_pairs(runs: Sequence[Run], first: int, queries: int, keys: int, window: Window) -> np.ndarray:
     """``[blocks of queries, blocks of keys]`` int64: how many pairs of a block are visible."""
-    if isinstance(window, Chunk):
+    if isinstance(window, ChunkWindow):
         runs, window = within_chunks(runs, window.size), None
     counts = np.zeros((-(-queries // BLOCK), -(-keys // BLOCK)), np.int64)
     edges = np.arange(max(counts.shape) + 1) * BLOCK

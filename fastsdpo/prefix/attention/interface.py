@@ -16,7 +16,7 @@ from fastsdpo.prefix.attention.flash import flash_attention, flash_takes, varlen
 from fastsdpo.prefix.attention.flex import flex_block_attention
 from fastsdpo.prefix.attention.segments import segment_attention
 from fastsdpo.prefix.attention.shared_pass import SharedPass
-from fastsdpo.prefix.attention.windows import Chunk
+from fastsdpo.prefix.attention.windows import ChunkWindow
 
 logger = logging.getLogger("fastsdpo")
 
@@ -183,7 +183,7 @@ def _check_layer(
     if not (getattr(module, "is_causal", True) or getattr(module, "is_decoder", False)):
         raise NotImplementedError(f"shared prefixes: the attention of layer {layer} is not causal")
     window = shared.windows.get(layer)
-    if sliding_window != window and not (sliding_window is None and isinstance(window, Chunk)):
+    if sliding_window != window and not (sliding_window is None and isinstance(window, ChunkWindow)):
         raise NotImplementedError(
             f"shared prefixes: layer {layer} has sliding window {window} by its configuration, but passes "
             f"{sliding_window} to its attention"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsdpo.prefix.attention.kernels import choose_kernel, softcapped_kernel
 from fastsdpo.prefix.attention.shared_pass import SharedPass
-from fastsdpo.prefix.attention.windows import Chunk, Window, within_chunks
+from fastsdpo.prefix.attention.windows import ChunkWindow, Window, within_chunks
 from fastsdpo.prefix.plan import Run, Segment
 
 # Queries per block where a sliding window needs a mask: bounds the mask to [512, 512 + window].
@@ -50,7 +50,7 @@ def run_blocks(runs: list[Run], first: int, window: Window) -> list[list[Block]]
 
     The first block of a group holds all its queries, each other block some of them.
     """
-    if isinstance(window, Chunk):
+    if isinstance(window, ChunkWindow):
         runs, window = within_chunks(runs, window.size), None
     groups = []
     for run in runs:

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 from fastsdpo.prefix.plan import Run, Segment
 
 
-class Chunk(NamedTuple):
+class ChunkWindow(NamedTuple):
     """A query sees the keys of its own chunk of ``size`` positions, and none before it (Llama 4)."""
 
     size: int
 
 
-Window = int | Chunk | None  # how many keys a query sees, itself included; None: all
+Window = int | ChunkWindow | None  # how many keys a query sees, itself included; None: all
 
 
 def attention_windows(config: Any) -> dict[int, Window]:
@@ -29,13 +29,13 @@ def attention_windows(config: Any) -> dict[int, Window]:
         types = types * config.num_hidden_layers
     by_type: dict[str, Window] = {"sliding_attention": window}
     if "chunked_attention" in types:
-        by_type["chunked_attention"] = Chunk(config.attention_chunk_size)
+        by_type["chunked_attention"] = ChunkWindow(config.attention_chunk_size)
     return {layer: by_type.get(kind) for layer, kind in enumerate(types)}
 
 
 def is_cut_short(runs: Sequence[Run], window: Window) -> bool:
     """Whether a window hides a token of any sequence from another one."""
-    size = window.size if isinstance(window, Chunk) else window
+    size = window.size if isinstance(window, ChunkWindow) else window
     return size is not None and any(run.position + run.stop - run.start > size for run in runs)
 
 
