@@ -1,4 +1,4 @@
-"""`SDPODistillationLoss` beside the installed torchrl's `DistillationLoss`, over its own data and wrappers (`make peers`)."""
+"""`SDPODistillationLoss` beside the installed torchrl's loss, over its own data and wrappers (`make peers`)."""
 
 from __future__ import annotations
 
