@@ -145,5 +145,5 @@ def test_what_is_refused(lab):
     with pytest.raises(ValueError, match="must have the tokens of the answers"):
         loss(data)
     model.config.lm_head_multiplier = 2.0
-    with pytest.raises(NotImplementedError, match="use torchrl.s DistillationLoss"):
+    with pytest.raises(NotImplementedError, match="use torchrl's DistillationLoss"):
         SDPODistillationLoss(actor)(data)
