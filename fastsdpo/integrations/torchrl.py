@@ -3,9 +3,9 @@
 torchrl estimates a KL divergence from the log-probs of the tokens that were written (k3). Here the divergence is over
 the whole vocabulary or the student's most likely tokens, from hidden states of both models:
 
-    loss = SDPODistillationLoss(actor, teacher_network=teacher, mode="full", alpha=0.5)       # another model teaches
-    loss = SDPODistillationLoss(actor, mode="full")                                           # the actor itself, with hindsight
-    loss = SDPODistillationLoss(actor, mode="k3")                                             # torchrl's own loss
+    loss = SDPODistillationLoss(actor, teacher_network=teacher, mode="full", alpha=0.5)  # another model teaches
+    loss = SDPODistillationLoss(actor, mode="full")  # the actor itself, with hindsight
+    loss = SDPODistillationLoss(actor, mode="k3")  # torchrl's own loss
 
 With ``teacher_network=None`` the teacher is the actor, which reads ``("teacher_history", "full")``: the same
 conversation with the user's follow-up in it, whose last answer is the same. "k3" and "sampled_token" need no teacher's
@@ -105,8 +105,8 @@ class SDPODistillationLoss(DistillationLoss):
             rows = pad_sequence([row.detach() for row in given], batch_first=True).to(batch.ids.device)
             if rows.shape != batch.ids.shape:
                 raise ValueError(
-                    f"SDPODistillationLoss: the teacher's log-probs must have the tokens' shape {list(batch.ids.shape)}, "
-                    f"got {list(rows.shape)}"
+                    "SDPODistillationLoss: the teacher's log-probs must have the tokens' shape "
+                    f"{list(batch.ids.shape)}, got {list(rows.shape)}"
                 )
             teacher_logps = rows[:, 1:][batch.counts]
         else:

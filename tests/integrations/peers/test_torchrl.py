@@ -1,4 +1,4 @@
-"""`SDPODistillationLoss` beside the installed torchrl's `DistillationLoss`, over its own data and wrappers (`make peers`)."""
+"""`SDPODistillationLoss` beside the installed torchrl's loss, over its own data and wrappers (`make peers`)."""
 
 from __future__ import annotations
 
@@ -145,5 +145,5 @@ def test_what_is_refused(lab):
     with pytest.raises(ValueError, match="must have the tokens of the answers"):
         loss(data)
     model.config.lm_head_multiplier = 2.0
-    with pytest.raises(NotImplementedError, match=r"lm_head_multiplier.*DistillationLoss"):
+    with pytest.raises(NotImplementedError, match="use torchrl's DistillationLoss"):
         SDPODistillationLoss(actor)(data)
