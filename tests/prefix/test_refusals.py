@@ -188,10 +188,10 @@ def test_unknown_heads_are_refused(lab):
         head_parameters(model)
     assert not check_head(model)[0]
     del model.config.logits_scaling
-    model.config.lm_head_multiplier = 0.5
-    with pytest.raises(NotImplementedError, match="lm_head_multiplier is not supported"):
+    model.config.output_multiplier = 0.5
+    with pytest.raises(NotImplementedError, match="output_multiplier is not supported"):
         head_parameters(model)
-    del model.config.lm_head_multiplier
+    del model.config.output_multiplier
     model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 211))
     with pytest.raises(NotImplementedError, match=r"must be a torch\.nn\.Linear, got Sequential"):
         head_parameters(model)
