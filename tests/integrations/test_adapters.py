@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def make(folder, adapter=None, **given):
     model = AutoModelForCausalLM.from_pretrained(folder, **given)
     torch.manual_seed(8)
     if adapter is not None:
-        model = peft.get_peft_model(model, ADAPTERS[adapter])
+        model = peft.get_peft_model(model, copy.deepcopy(ADAPTERS[adapter]))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
