@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsdpo.prefix.attention.tables import pass_tables
+from fastsdpo.prefix.attention.windows import Window
 from fastsdpo.prefix.bundle import Bundle
 from fastsdpo.prefix.passes import DecoderPass, sequence_pass
 from fastsdpo.prefix.plan import InteractionIds, Plan, ResponseLabels, Sharing, build_plan, response_labels
@@ -76,7 +77,7 @@ def ready_passes(
     sharing: Sharing,
     live: bool,
     backend: str = "auto",
-    windows: Iterable[int | None] = (),
+    windows: Iterable[Window] = (),
 ) -> ReadyPasses:
     """What `ForwardSession` would make of these interactions, on the CPU.
 

@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 
 from fastsdpo.data import TokenizedInteraction
 from fastsdpo.prefix import Bundle, ReadyPasses, pack_conversations, ready_passes
+from fastsdpo.prefix.attention import Window
 from fastsdpo.trainer.loss import token_shares
 
 Item = TypeVar("Item", bound=TokenizedInteraction)
@@ -196,7 +197,7 @@ class PackMaker:
     longest: int | None
     live: bool
     backend: str
-    windows: tuple[int | None, ...]
+    windows: tuple[Window, ...]
     normalization: str
     ignore_first_k: int
 
