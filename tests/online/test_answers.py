@@ -121,7 +121,7 @@ def test_chat_shows_the_answer_and_learns_from_all_of_it(answering, tmp_path):
     assert tokenizer.decode(item.prompt_ids) == prompt
     seen = []
     run_pass = learner.trainer.run_pass
-    learner.trainer.run_pass = lambda *a: seen.extend(a[1]) or run_pass(*a)
+    learner.trainer.run_pass = lambda *a, **k: seen.extend(a[1]) or run_pass(*a, **k)
     learner.learn(HELLO, item.completion_ids, "Shorter")
     assert (seen[0].prompt_ids, seen[0].completion_ids) == (item.prompt_ids, ids)
     told = [{"role": "user", "content": "hello\n\nNote: Shorter"}]

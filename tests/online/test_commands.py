@@ -433,9 +433,9 @@ def test_ctrl_c_cancels_an_answer_and_no_update(saved, tmp_path, monkeypatch, ca
             signal.raise_signal(signal.SIGINT)
         return generate(*arguments, **options)
 
-    def update(*arguments):
+    def update(*arguments, **options):
         signal.raise_signal(signal.SIGINT)
-        return run_pass(*arguments)
+        return run_pass(*arguments, **options)
 
     monkeypatch.setattr(chat_module, "generate", answer)
     monkeypatch.setattr(chat_module.SDPOTrainer, "run_pass", update)
@@ -563,8 +563,8 @@ def test_a_step_that_is_not_finite_changes_nothing(lab, tmp_path):
     one = learner(lab, tmp_path)
     before, run_pass = weights(one.model), one.trainer.run_pass
 
-    def broken(*arguments):
-        loss, statistics = run_pass(*arguments)
+    def broken(*arguments, **options):
+        loss, statistics = run_pass(*arguments, **options)
         return loss * math.nan, statistics._replace(sequence_loss=statistics.sequence_loss * math.nan)
 
     one.trainer.run_pass = broken

@@ -327,9 +327,9 @@ def test_tokens_per_second_are_those_computed(tmp_path, lab, sharing, settings):
     items = []
     run_pass = made.run_pass
 
-    def noted(model, interactions, num_items):
+    def noted(model, interactions, num_items, **options):
         items.extend(interactions)
-        return run_pass(model, interactions, num_items)
+        return run_pass(model, interactions, num_items, **options)
 
     made.run_pass = noted
     made.train()
@@ -408,8 +408,8 @@ def test_an_infinite_gradient_names_the_interaction(tmp_path, lab):
         def backward(ctx, grad):
             return grad * float("inf")
 
-    def run(model, items, num_items):
-        loss, statistics = run_pass(model, items, num_items)
+    def run(model, items, num_items, **options):
+        loss, statistics = run_pass(model, items, num_items, **options)
         if any(item.completion_ids == poisoned for item in items):
             loss = Overflow.apply(loss)
         return loss, statistics

@@ -27,9 +27,9 @@ def test_flops_are_those_of_the_products(tmp_path, lab, lora, teacher):
         with counter:
             return step(*arguments)
 
-    def note(statistics):
-        noted.append((made.speed.work.flops(statistics), statistics.computed_tokens))
-        add(statistics)
+    def note(statistics, parts):
+        noted.append((made.speed.work.flops(statistics, parts), statistics.computed_tokens))
+        add(statistics, parts)
 
     made.training_step, made.speed.add = counted, note
     made.train()
