@@ -7,6 +7,7 @@ import copy
 import re
 import sys
 from collections.abc import Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -228,17 +229,32 @@ def in_float64() -> Iterator[None]:
     modules = [m for name, m in list(sys.modules.items()) if name.startswith(prefixes) and hasattr(m, "torch")]
     modules = [module for module in modules if module.torch is torch]
     own, default = torch.Tensor.float, torch.get_default_dtype()
+    defaults = {f: f.__defaults__ for f in _functions(modules) if torch.float32 in (f.__defaults__ or ())}
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
     for module in modules:
         module.torch = _Float64()
+    for function, given in defaults.items():  # RecurrentGemma's scan
+        function.__defaults__ = tuple(torch.float64 if value is torch.float32 else value for value in given)
     try:
         yield
     finally:
+        for function, given in defaults.items():
+            function.__defaults__ = given
         torch.set_default_dtype(default)
         torch.Tensor.float = own  # type: ignore[method-assign]
         for module in modules:
             module.torch = torch
+
+
+def _functions(modules: list[Any]) -> Iterator[Any]:
+    """The functions of the modules, and of their classes."""
+    for module in modules:
+        for value in list(vars(module).values()):
+            if isinstance(value, FunctionType):
+                yield value
+            elif isinstance(value, type):
+                yield from (method for method in vars(value).values() if isinstance(method, FunctionType))
 
 
 def call(model: nn.Module, ids: Tensor) -> Any:

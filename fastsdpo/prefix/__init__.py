@@ -21,7 +21,6 @@ from fastsdpo.prefix.bundle import Bundle as Bundle
 from fastsdpo.prefix.checks import check_head as check_head
 from fastsdpo.prefix.checks import check_passes as check_passes
 from fastsdpo.prefix.checks import check_sharing as check_sharing
-from fastsdpo.prefix.checks import probe_ids as probe_ids
 from fastsdpo.prefix.forward import ResponseStates as ResponseStates
 from fastsdpo.prefix.forward import shared_forward as shared_forward
 from fastsdpo.prefix.model import HeadParameters as HeadParameters
@@ -47,10 +46,11 @@ from fastsdpo.prefix.plan import Plan as Plan
 from fastsdpo.prefix.plan import ResponseLabels as ResponseLabels
 from fastsdpo.prefix.plan import Sharing as Sharing
 from fastsdpo.prefix.plan import build_plan as build_plan
+from fastsdpo.prefix.probe import probe_ids as probe_ids
 from fastsdpo.prefix.ready import ReadyPasses as ReadyPasses
 from fastsdpo.prefix.ready import ready_passes as ready_passes
 from fastsdpo.prefix.refusals import above_the_decoder as above_the_decoder
-from fastsdpo.prefix.refusals import rotary_limit as rotary_limit
+from fastsdpo.prefix.refusals import sharing_limit as sharing_limit
 from fastsdpo.prefix.session import ForwardSession as ForwardSession
 from fastsdpo.prefix.ulysses import Ulysses as Ulysses
 from fastsdpo.prefix.ulysses import not_divisible as not_divisible

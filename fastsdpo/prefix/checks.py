@@ -23,6 +23,7 @@ from fastsdpo.prefix.model import (
     unwrap,
 )
 from fastsdpo.prefix.partitioned import gathered
+from fastsdpo.prefix.probe import ProbeItem, probe_ids, sharing_probe
 from fastsdpo.prefix.refusals import above_the_decoder, unsupported
 
 
@@ -71,7 +72,7 @@ def check_passes(model: nn.Module) -> tuple[bool, str]:
     processes must call it.
     """
     ids = probe_ids(model, 20)
-    item = _Item(ids[:5], ids[5:12], ids[12:])
+    item = ProbeItem(ids[:5], ids[5:12], ids[12:])
 
     def logits(states: ResponseStates) -> tuple[Tensor, Tensor, torch.dtype]:
         head = head_parameters(model)
@@ -95,12 +96,17 @@ def check_passes(model: nn.Module) -> tuple[bool, str]:
     return True, ""
 
 
-def check_sharing(model: nn.Module, *, attention: str = "auto") -> tuple[bool, str]:
+def check_sharing(model: nn.Module, *, attention: str = "auto", longest: int = 4096) -> tuple[bool, str]:
     """Whether shared passes give this model's values: (True, "") or (False, reason).
 
-    Names what is known to be unsupported. Then it compares a small plan with independent passes: hidden states of
-    both sides, and the gradient of the token embeddings. Once per model and process is enough. Where the model
-    is sharded, all processes must call it.
+    Names what is known to be unsupported. Then it compares a plan with independent passes: hidden states of both
+    sides, and the gradient of the token embeddings. Once per model and process is enough. Where the model is
+    sharded, all processes must call it.
+
+    Args:
+        attention: as `shared_forward`.
+        longest: tokens of the longest sequence that will be trained. The plan has sequences beyond each window,
+            chunk or count of keys of the model that this many tokens exceed.
 
     Raises:
         BackendError: an attention backend that does not exist or cannot run here; it is a ValueError.
@@ -108,7 +114,7 @@ def check_sharing(model: nn.Module, *, attention: str = "auto") -> tuple[bool, s
     if model_device(model).type == "meta":  # no values: what is known of it alone
         reason = above_the_decoder(model) or unsupported(model)
         return reason is None, reason or ""
-    items = _sharing_probe(model)
+    items = sharing_probe(model, longest)
     try:
         shared = _probe(model, items, "conversation", attention)
         alone = _probe(model, items, "off", attention)
@@ -149,7 +155,7 @@ class _Probe(NamedTuple):
     dtype: torch.dtype
 
 
-def _probe(model: nn.Module, items: list[_Item], sharing: Any, attention: str) -> _Probe:
+def _probe(model: nn.Module, items: list[ProbeItem], sharing: Any, attention: str) -> _Probe:
     """Passes over ``items``, and the gradient of the token embeddings.
 
     The gradient is taken at the output of the embeddings, which all mixing of tokens stands behind. So no
@@ -172,7 +178,7 @@ def _probe(model: nn.Module, items: list[_Item], sharing: Any, attention: str) -
 
     hook = causal_lm(model).get_input_embeddings().register_forward_hook(cut)
     try:
-        with torch.enable_grad(), _without_checkpointing(model), _without_averaging(model):
+        with torch.enable_grad(), _without_reentrant_checkpointing(model), _without_averaging(model):
             loss, student, teacher, dtype = shared_forward(
                 model, items, sharing=sharing, attention=attention, loss_fn=rows
             )
@@ -188,9 +194,10 @@ def _probe(model: nn.Module, items: list[_Item], sharing: Any, attention: str) -
 
 
 @contextmanager
-def _without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Reentrant checkpointing takes no gradients of chosen tensors; and a probe needs no memory saved."""
+def _without_reentrant_checkpointing(model: nn.Module) -> Iterator[None]:
+    """It takes no gradients of chosen tensors. The other kind stays, as a long probe needs the memory."""
     active = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    active = [m for m in active if _is_reentrant(getattr(m, "_gradient_checkpointing_func", None))]
     for module in active:
         module.gradient_checkpointing = False
     try:
@@ -200,39 +207,14 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True
 
 
+def _is_reentrant(checkpoint: Any) -> bool:
+    return getattr(checkpoint, "keywords", {}).get("use_reentrant", True) is not False
+
+
 def _without_averaging(model: nn.Module) -> AbstractContextManager:
     """DDP and FSDP1 would wait for the gradients of all parameters."""
     no_sync = getattr(model, "no_sync", None)
     return nullcontext() if no_sync is None else no_sync()
-
-
-def _sharing_probe(model: nn.Module) -> list[_Item]:
-    """Nested histories, branches, a branch in a branch, tokens alone between branches, and very short prompts."""
-    ids = probe_ids(model, 120)
-    first, second, short = ids[:24], ids[:40], ids[100:101]
-    return [
-        _Item(first, first + ids[80:88], ids[24:36]),
-        _Item(second, second[:-2] + ids[84:96], ids[60:72]),
-        _Item(second, second + ids[90:96], ids[60:66] + ids[72:80]),
-        # One token, then another branch: a recurrent layer has a path of its own for one token and states.
-        _Item([*first, ids[96]], [*first, ids[96], ids[97]], ids[110:113]),
-        _Item([*first, ids[98]], [*first, ids[98], ids[96], ids[99]], ids[112:114]),
-        # Shorter than the kernel of a convolution.
-        _Item(short, [*short, ids[102]], ids[103:108]),
-        _Item([*short, ids[103]], ids[101:103], ids[108:110]),
-    ]
-
-
-class _Item(NamedTuple):
-    prompt_ids: list[int]
-    teacher_prompt_ids: list[int]
-    completion_ids: list[int]
-
-
-def probe_ids(model: nn.Module, count: int) -> list[int]:
-    """``count`` token ids to try a model on: the same every time, and all different in a large vocabulary."""
-    vocabulary = causal_lm(model).config.get_text_config().vocab_size
-    return [(7 + 37 * n) % vocabulary for n in range(count)]
 
 
 def _logits(hidden: Tensor, head: HeadParameters) -> Tensor:

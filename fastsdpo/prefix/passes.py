@@ -39,7 +39,7 @@ from fastsdpo.prefix.partitioned import gathered
 from fastsdpo.prefix.paths import let_paths_run, path_mixers
 from fastsdpo.prefix.plan import Plan, positions_without
 from fastsdpo.prefix.recurrent import let_mixers_share, recurrent_mixers
-from fastsdpo.prefix.refusals import WITHOUT_MIXING, rotary_limit, unsupported
+from fastsdpo.prefix.refusals import WITHOUT_MIXING, sharing_limit, unsupported
 from fastsdpo.prefix.ulysses import Ulysses
 
 Result = TypeVar("Result")
@@ -148,7 +148,7 @@ class PassRunner:
         self.decoder = decoder_of(self.causal)
         self.device = model_device(model)
         self.attention = attention
-        limit = rotary_limit(model)
+        limit = sharing_limit(model)
         dynamic = limit is not None and limit.kind == "dynamic"
         counting = [m for m in self.decoder.modules() if hasattr(m, "create_position_ids_from_input_ids")]
         self._padding: int | None = counting[0].padding_idx if counting else None  # RoBERTa
@@ -164,7 +164,7 @@ class PassRunner:
         Raises:
             NotImplementedError: the model does something that shared passes over ``plan`` would get wrong.
         """
-        reason, limit = unsupported(self.model), rotary_limit(self.model)
+        reason, limit = unsupported(self.model), sharing_limit(self.model)
         if limit is not None and plan.longest > limit.positions:
             reason = reason or str(limit)
         if reason is not None:

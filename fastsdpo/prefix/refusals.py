@@ -22,7 +22,6 @@ INDEXER = "its indexer chooses keys from recurrent states"
 UNSUPPORTED_TYPES = {
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), SELECTIVE_SCAN),
     "big_bird": "its attention is another one in longer passes",
-    "doge": "it leaves out keys by how many the pass has (keep_window_size)",
     "cpmant": "its tokens see those behind them",
     **dict.fromkeys(("inkling", "inkling_text", "inkling2", "inkling2_text"), "its attention has convolutions inside"),
     **dict.fromkeys(("glm5_next", "qwen4_exp", "qwen4_exp_text"), INDEXER),
@@ -95,26 +94,32 @@ def unsupported(model: nn.Module) -> str | None:
     return None
 
 
-class RotaryLimit(NamedTuple):
-    """Rotary embeddings of ``kind`` that change in a pass over more than ``positions`` positions."""
+class SharingLimit(NamedTuple):
+    """What changes in a pass over more than ``positions`` positions; ``kind`` names its cause."""
 
     kind: str
     positions: int
+    change: str
 
     def __str__(self) -> str:
-        return f"its {self.kind} rotary embeddings change beyond {self.positions} positions"
+        return f"its {self.change} beyond {self.positions} positions"
 
 
-def rotary_limit(model: nn.Module) -> RotaryLimit | None:
-    """The longest sequence that can share a pass, where rotary embeddings depend on the longest in it.
+def sharing_limit(model: nn.Module) -> SharingLimit | None:
+    """The longest sequence that can share a pass. None: there is no limit.
 
-    Beyond the limit one long sequence would change the others of its pass. None: there is no limit.
+    Beyond it, rotary embeddings depend on the longest sequence in a pass; or attention keeps a number of keys, and
+    among those with equal scores, as equal tokens have, the ones that come first in the pass (Doge).
     """
     config = causal_lm(model).config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     limits = []
     for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # by layer
         limit = part.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
-        if part.get("rope_type") in ("dynamic", "longrope") and limit:
-            limits.append(RotaryLimit(part["rope_type"], limit))
+        kind = part.get("rope_type")
+        if kind in ("dynamic", "longrope") and limit:
+            limits.append(SharingLimit(kind, limit, f"{kind} rotary embeddings change"))
+    if config.model_type == "doge":
+        change = "attention leaves out keys by their place in the pass"
+        limits.append(SharingLimit("keep_window_size", config.keep_window_size, change))
     return min(limits, key=lambda limit: limit.positions, default=None)

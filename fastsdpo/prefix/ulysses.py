@@ -25,7 +25,7 @@ from fastsdpo.prefix.attention import attends_alone
 from fastsdpo.prefix.model import causal_lm, decoder_of
 from fastsdpo.prefix.paths import path_mixers
 from fastsdpo.prefix.recurrent import recurrent_mixers
-from fastsdpo.prefix.refusals import rotary_limit
+from fastsdpo.prefix.refusals import sharing_limit
 
 
 class Ulysses:
@@ -156,7 +156,7 @@ def not_divisible(model: nn.Module, size: int) -> str | None:
         return f"the attention of {kind} is its own, and not divided by heads"
     if getattr(config, "attn_temperature_tuning", None):
         return f"{kind} scales queries by their place in the pass (attn_temperature_tuning)"
-    limit = rotary_limit(model)
+    limit = sharing_limit(model)
     if limit is not None:
         return f"{kind} looks at the longest sequence of a pass: {limit}"
     heads = getattr(config, "num_attention_heads", 0)

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from fastsdpo.data import TokenizedInteraction
-from fastsdpo.prefix import count_tokens, rotary_limit
+from fastsdpo.prefix import count_tokens, sharing_limit
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import InteractionDataset
 from fastsdpo.trainer.packs import pack_sharing, split_packs
@@ -35,7 +35,7 @@ class PackTable:
     """
 
     def __init__(self, model: nn.Module, args: SDPOConfig, train: InteractionDataset, sharing: Any):
-        limit = None if sharing == "off" else rotary_limit(model)
+        limit = None if sharing == "off" else sharing_limit(model)
         self.sharing, self.longest = sharing, None if limit is None else limit.positions
         self.live = args.teacher in ("live", "trust_region")
         self.tokens = self.unshared = self.passes = 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsdpo.data import TokenizedInteraction
-from fastsdpo.prefix import check_sharing, model_device, rotary_limit
+from fastsdpo.prefix import check_sharing, model_device, sharing_limit
 from fastsdpo.prefix.attention import BackendError, automatic_backends
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import InteractionDataset
@@ -62,7 +62,7 @@ class PrefixSharing:
                 _check_positions(self.positions, dataset.longest())
         self.max_tokens = None if one_pass else args.max_tokens_per_pack
         self.one_pass = one_pass
-        self.level, self.attention = _choose(model, args, noisy, around)
+        self.level, self.attention = _choose(model, args, noisy, around, _longest(args, datasets))
         # Without sharing each sequence is a pass: one interaction a pack makes equally many in all processes.
         self.alone = in_step and self.level == "off"
         if self.alone and one_pass and args.world_size > 1:
@@ -72,13 +72,13 @@ class PrefixSharing:
             )
         self.longest: int | None = None
         self.reason: str | None = None
-        limit = None if self.level == "off" else rotary_limit(model)
+        limit = None if self.level == "off" else sharing_limit(model)
         if limit is None:
             return
         self.longest = limit.positions
         self.reason = (
             f"interactions with a sequence of more than {limit.positions} tokens run alone, and "
-            f"their prefixes are not shared: the model's {limit.kind} rotary embeddings change there"
+            f"their prefixes are not shared: the model's {limit.change} there"
         )
         for dataset in datasets:
             longer = int((dataset.longest() > limit.positions).sum())
@@ -131,8 +131,20 @@ def _check_positions(table: PositionTable, lengths: Tensor) -> None:
         )
 
 
+def _longest(args: SDPOConfig, datasets: Sequence[InteractionDataset]) -> int:
+    """Tokens of the longest sequence that is trained, as the data or the settings say."""
+    if datasets and all(map(len, datasets)):
+        return max(int(dataset.longest().max()) for dataset in datasets)
+    lengths = (args.max_prompt_length, args.max_followup_length, args.max_completion_length)
+    return sum(2048 if length is None else length for length in lengths)
+
+
 def _choose(
-    model: nn.Module, args: SDPOConfig, noisy: str | None, around: Callable[[], AbstractContextManager]
+    model: nn.Module,
+    args: SDPOConfig,
+    noisy: str | None,
+    around: Callable[[], AbstractContextManager],
+    longest: int,
 ) -> tuple[str, str]:
     """The level of the sharing and the backend of the attention."""
     if args.sharing == "off":
@@ -142,7 +154,7 @@ def _choose(
     backends = (args.attention,) if named else automatic_backends(device)
     good, reason, backend = False, "", backends[0]
     for backend in backends:
-        good, reason = agreed(_check(model, backend, around, named))
+        good, reason = agreed(_check(model, backend, around, named, longest))
         if good or backend == backends[-1]:
             break
         following = backends[backends.index(backend) + 1]
@@ -161,12 +173,12 @@ def _choose(
 
 
 def _check(
-    model: nn.Module, backend: str, around: Callable[[], AbstractContextManager], named: bool
+    model: nn.Module, backend: str, around: Callable[[], AbstractContextManager], named: bool, longest: int
 ) -> tuple[bool, str]:
     """`check_sharing` as the model trains; any failure of a backend that nobody asked for is a reason."""
     try:
         with around():
-            return check_sharing(model, attention=backend)
+            return check_sharing(model, attention=backend, longest=longest)
     except BackendError as error:
         if named:
             raise

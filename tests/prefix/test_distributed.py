@@ -20,11 +20,12 @@ from benchmarks import tiny
 from fastsdpo.prefix import check_head, check_sharing, head_parameters, shared_forward
 
 WORLD = 2
+KINDS = ("qwen3_5_text", "stablelm", "doge", "minimax", "recurrent_gemma")  # recurrent; own masks; whole paths
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize("wrapper", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
-@pytest.mark.parametrize("name", ["llama", pytest.param("qwen3_5_text", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in KINDS)])
 def test_two_processes(tmp_path, name, wrapper):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -57,7 +58,7 @@ def main(rank: int, store: str, name: str, wrapper: str) -> None:
     # What both wrappers promise: the gradients of the processes, averaged.
     if name == "llama":
         plain, tolerance = lab.tiny_model(name), 1e-12
-    else:  # recurrent layers, all of whose casts are to float64
+    else:  # all of whose casts are to float64
         plain, tolerance = tiny.build(name).double(), 1e-10
         casts = tiny.in_float64()
         casts.__enter__()

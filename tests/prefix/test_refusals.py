@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastsdpo.prefix import check_head, check_passes, check_sharing, head_parameters, shared_forward
+from fastsdpo.prefix.probe import probe_length
 
 SUPPORTED = ["llama", "qwen3", "gemma3", "mistral", "qwen3_moe", "gpt2", "granite", "cohere", "bloom"]
 
@@ -77,6 +78,38 @@ def test_positions_that_are_not_used_are_found(lab):
 
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
 DYNAMIC |= {"max_position_embeddings": 32}
+
+
+def test_a_mask_of_the_layers_own(lab):
+    """The plan's attention would leave it out: whatever its values are, and however short the passes."""
+    model = lab.tiny_model("llama", torch.float32)
+
+    def own_mask(_module, args, kwargs):
+        tokens = kwargs["hidden_states"].shape[1]
+        return args, {**kwargs, "attention_mask": torch.zeros(1, 1, tokens, tokens).tril()}
+
+    model.model.layers[1].self_attn.register_forward_pre_hook(own_mask, with_kwargs=True)
+    refused(lab, model, "layer 1 adds a mask of its own to its scores")
+
+
+def test_what_changes_with_the_length_is_met(lab):
+    """The probe is as long as what is trained: beyond windows, chunks and the blocks of kernels."""
+    model = lab.tiny_model("llama", torch.float32)
+
+    def by_place(_module, _args, output):
+        place = torch.arange(output.shape[1])[None, :, None]
+        return torch.where(place < 145, output, 2 * output)
+
+    model.model.layers[1].mlp.register_forward_hook(by_place)
+    ok, reason = check_sharing(model)
+    assert not ok and "independent passes differ" in reason
+    assert check_sharing(model, longest=100) == (True, "")  # such a place is in no sequence of at most 100 tokens
+
+    gemma = lab.tiny_model("gemma3", torch.float32)
+    gemma.config.sliding_window = 300
+    assert [probe_length(gemma, longest) for longest in (4096, 250, 50)] == [340, 160, 50]
+
+
 # The length stands with the kind of layer; the configuration's positions are the extended ones.
 BY_LAYER = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},

@@ -65,8 +65,16 @@ def test_a_model_with_images_is_trained_on_text(tmp_path, lab, settings):
     assert len(found[0]) == 2 and found[1] == pytest.approx(found[0], rel=1e-6)
 
 
-def changing_rotary(lab, kind, limit):
-    """A model whose rotary embeddings are others in a pass over more than ``limit`` tokens."""
+def changing_with_length(lab, kind, limit):
+    """A model that does something else in a pass over more than ``limit`` tokens."""
+    if kind == "keep_window_size":
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 68, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+        model = transformers.DogeForCausalLM(transformers.DogeConfig(**sizes, **heads, keep_window_size=limit))
+        for layer in model.model.layers:
+            torch.nn.init.normal_(layer.self_attn.A)  # 0 at first: all scores are equal
+        return model
     if kind == "dynamic":
         rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
         return lab.make_model(max_position_embeddings=limit, rope_parameters=rope)
@@ -109,7 +117,7 @@ def long_data(tmp_path_factory, lab):
 
 
 @pytest.mark.parametrize("settings", [{}, {"teacher": "ema", "max_tokens_per_pack": 200}])
-@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+@pytest.mark.parametrize("kind", ["longrope", "dynamic", "keep_window_size"])
 def test_a_long_interaction_runs_alone(tmp_path, lab, long_data, caplog, kind, settings):
     """Where it would change the rotary embeddings of those that it shares a pass with."""
     interactions, limit = long_data
@@ -124,7 +132,7 @@ def test_a_long_interaction_runs_alone(tmp_path, lab, long_data, caplog, kind, s
         caplog.clear()
         made = lab.make_trainer(
             tmp_path,
-            model=changing_rotary(lab, kind, limit),
+            model=changing_with_length(lab, kind, limit),
             interactions=interactions,
             sharing=sharing,
             per_device_train_batch_size=8,
@@ -150,7 +158,7 @@ def test_a_long_interaction_runs_alone(tmp_path, lab, long_data, caplog, kind, s
         made.model.zero_grad()
         made.train()
         losses = [row["loss"] for row in made.state.log_history if "loss" in row]
-        said = [r.message for r in caplog.records if "rotary embeddings change" in r.message]
+        said = [r.message for r in caplog.records if "run alone, and their prefixes" in r.message]
         found[sharing] = losses, gradients, said, sum(computed)
     assert found["auto"][0][0] == pytest.approx(found["off"][0][0], rel=1e-5)
     for name, gradient in found["off"][1].items():
@@ -164,7 +172,7 @@ def test_the_dry_run_counts_a_long_interaction_alone(tmp_path, lab, long_data):
     interactions, limit = long_data
     made = lab.make_trainer(
         tmp_path,
-        model=changing_rotary(lab, "longrope", limit),
+        model=changing_with_length(lab, "longrope", limit),
         interactions=interactions,
         per_device_train_batch_size=8,
     )
@@ -187,7 +195,7 @@ def test_a_named_sharing_that_does_not_fit_the_data_is_refused(tmp_path, lab, lo
         else {"interactions": interactions}
     )
     with pytest.raises(NotImplementedError, match="is not possible for 1 of 8 interactions") as error:
-        lab.make_trainer(tmp_path, model=changing_rotary(lab, "longrope", limit), sharing="interaction", **data)
+        lab.make_trainer(tmp_path, model=changing_with_length(lab, "longrope", limit), sharing="interaction", **data)
     assert f"longrope rotary embeddings change beyond {limit} positions" in str(error.value)
 
 
@@ -200,7 +208,7 @@ def test_long_interactions_that_come_later_run_alone(tmp_path, lab, long_data, c
     for wanted in (sharing, "off"):
         made = lab.make_trainer(
             tmp_path,
-            model=changing_rotary(lab, "longrope", limit),
+            model=changing_with_length(lab, "longrope", limit),
             interactions=lab.make_interactions(1, seed=5),
             sharing=wanted,
         )

@@ -67,7 +67,7 @@ def plan_attention(
             )
         query, key, value = (split.to_heads(states, shared.stop - shared.first) for states in (query, key, value))
         s_aux = None if s_aux is None else split.own_heads(s_aux)
-    _check_layer(module, query, shared, dropout, sliding_window, kwargs)
+    _check_layer(module, query, shared, dropout, sliding_window, attention_mask, kwargs)
     output = _attend(layer, query, key, value, shared, scaling, s_aux, softcap)
     return output if split is None else split.to_tokens(output), None
 
@@ -171,6 +171,7 @@ def _check_layer(
     shared: SharedPass,
     dropout: float,
     sliding_window: int | None,
+    mask: Any,
     others: dict[str, Any],
 ) -> None:
     """Raises NotImplementedError for what the plan's attention does not do."""
@@ -178,6 +179,8 @@ def _check_layer(
     for name in ("sinks", "position_bias", "head_mask", "indices"):
         if others.get(name) is not None:
             raise NotImplementedError(f"shared prefixes: layer {layer} uses attention {name}")
+    if mask is not None and mask.numel() > 1:  # another one than the pass gives
+        raise NotImplementedError(f"shared prefixes: layer {layer} adds a mask of its own to its scores")
     if dropout:
         raise NotImplementedError(f"shared prefixes: layer {layer} has attention dropout {dropout}")
     if not (getattr(module, "is_causal", True) or getattr(module, "is_decoder", False)):

@@ -25,7 +25,7 @@ from fastsdpo.prefix.attention.shared_pass import SharedPass
 from fastsdpo.prefix.attention.windows import Window
 
 # Model types that call the interface, but without the pass or with a mask of their own.
-OWN_MASKS = ("nemotron", "stablelm", "hrm_text", "longcat_flash", "git")
+OWN_MASKS = ("doge", "nemotron", "stablelm", "hrm_text", "longcat_flash", "git")
 
 
 class PlanCache:
