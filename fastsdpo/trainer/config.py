@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from fastsdpo.settings import SDPOSettings as SDPOSettings
 from fastsdpo.trainer.launch import check_deepspeed, check_launch
+from fastsdpo.trainer.liger import check_liger_settings
 from fastsdpo.trainer.presets import PRESETS as PRESETS
 from fastsdpo.trainer.presets import (
     checkpointing_given,
@@ -34,7 +35,6 @@ ONLY: dict[str, tuple[Any, str]] = {
     "torch_compile": (False, COMPILED),
     "torch_compile_backend": (None, COMPILED),
     "torch_compile_mode": (None, COMPILED),
-    "use_liger_kernel": (False, "it exchanges layers after the model was checked"),
     "neftune_noise_alpha": (None, "the teacher would be noisy too"),
     "label_smoothing_factor": (0, "the loss is between two policies and has no labels"),
     "label_names": (None, "interactions have no labels"),
@@ -80,7 +80,7 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
 
     Settings of TrainingArguments that cannot work here, or that nothing would follow, have to keep
     their defaults (`fastsdpo.trainer.config.ONLY`): ``torch_compile``, ``label_smoothing_factor``,
-    ``auto_find_batch_size``, ``use_liger_kernel``, ``train_sampling_strategy``, ...
+    ``auto_find_batch_size``, ``train_sampling_strategy``, ...
     """
 
     def __post_init__(self):
@@ -101,6 +101,7 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         check_launch(self)
         super().__post_init__()
         check_deepspeed(self)
+        check_liger_settings(self.use_liger_kernel, self.liger_kernel_config, self.device)
         if self.world_size != processes:
             self._split_global_batch(self.world_size, *batch)
         processes = self.world_size

@@ -15,6 +15,7 @@ from fastsdpo.quantized import how_packed, keep_differentiable
 from fastsdpo.trainer.adapters import check_adapter, is_peft
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.launch import check_loaded_dtype, check_placement, check_quantized_launch
+from fastsdpo.trainer.liger import use_liger_layers
 from fastsdpo.trainer.noise import dropout_rates, turn_off
 
 CHECKPOINTING = (
@@ -107,6 +108,8 @@ def prepare_model(
 
         set_seed(args.seed)  # Trainer sets it later than the adapter draws its weights
         module = get_peft_model(module, peft_config)  # type: ignore[arg-type]
+    if args.use_liger_kernel:
+        args.liger_kernel_config = use_liger_layers(module, args.liger_kernel_config)
     reason = above_the_decoder(module)
     if reason is not None:
         raise NotImplementedError(f"SDPOTrainer: the model is not supported: {reason}")

@@ -425,7 +425,6 @@ def test_an_infinite_gradient_names_the_interaction(tmp_path, lab):
         ("torch_compile", True),
         ("torch_compile_backend", "eager"),
         ("torch_compile_mode", "default"),
-        ("use_liger_kernel", True),
         ("label_smoothing_factor", 0.1),
         ("label_names", ["labels"]),
         ("auto_find_batch_size", True),
