@@ -51,7 +51,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "sliding_window": 32,
+    **dict.fromkeys(("sliding_window", "attention_window_size"), 32),
     "is_decoder": True,
 }
 VISION = {

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from torch import nn
 
 from fastsdpo.prefix.attention import attention_windows
-from fastsdpo.prefix.model import causal_lm, model_device
+from fastsdpo.prefix.model import causal_lm, decoder_of, model_device
+from fastsdpo.prefix.recurrent import recurrent_mixers
 from fastsdpo.prefix.refusals import sharing_limit
 
 # Settings of a configuration that name a number of tokens, beyond which a layer does something else.
@@ -22,8 +23,8 @@ LENGTHS = (
     "mamba_chunk_size",
     "window_size",
 )
-# Two chunks of 64, in which delta rules run, and two blocks of 128 of the attention kernels on a GPU.
-LEAST, LEAST_ON_GPU = 160, 320
+LEAST_RECURRENT = 160  # two chunks of 64, in which delta rules run
+LEAST_ON_GPU = 320  # two blocks of 128 of the attention kernels
 
 
 class ProbeItem(NamedTuple):
@@ -41,7 +42,7 @@ def probe_ids(model: nn.Module, count: int) -> list[int]:
 def sharing_probe(model: nn.Module, longest: int) -> list[ProbeItem]:
     """Nested histories, branches, a branch in a branch, tokens alone between branches, and very short prompts.
 
-    Two interactions are as long as `probe_length` says. Their histories are one, and their branches end it.
+    Where `probe_length` says so, two more are longer. Their histories are one, and their branches end it.
     """
     count = probe_length(model, longest)
     ids = probe_ids(model, max(120, count))
@@ -65,11 +66,12 @@ def sharing_probe(model: nn.Module, longest: int) -> list[ProbeItem]:
 
 
 def probe_length(model: nn.Module, longest: int) -> int:
-    """How many tokens meet all that the model does by length, in sequences of at most ``longest`` tokens.
+    """How many tokens meet all that the model does by length, in sequences of at most ``longest`` tokens; 0: any.
 
     Windows, chunks and the counts of keys that an indexer leaves are met where such sequences meet them.
     """
-    config = causal_lm(model).config.get_text_config()
+    causal = causal_lm(model)
+    config = causal.config.get_text_config()
     sizes = [getattr(window, "size", window) for window in attention_windows(config).values()]
     sizes += [getattr(config, name, None) for name in LENGTHS]
     limit = sharing_limit(model)
@@ -78,6 +80,9 @@ def probe_length(model: nn.Module, longest: int) -> int:
         getattr(config, "max_position_embeddings", None) or longest,
         longest if limit is None else limit.positions,
     )
-    least = LEAST_ON_GPU if model_device(model).type == "cuda" else LEAST
-    met = [size + 40 for size in sizes if isinstance(size, int) and 0 < size < most]
-    return min(max([least, *met]), most)
+    wanted = [size + 40 for size in sizes if isinstance(size, int) and 0 < size < most]
+    if model_device(model).type == "cuda":
+        wanted.append(LEAST_ON_GPU)
+    if recurrent_mixers(decoder_of(causal)):
+        wanted.append(LEAST_RECURRENT)
+    return min(max(wanted, default=0), most)

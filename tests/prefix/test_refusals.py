@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 
+from benchmarks import tiny
 from fastsdpo.prefix import check_head, check_passes, check_sharing, head_parameters, shared_forward
 from fastsdpo.prefix.probe import probe_length
 
@@ -93,21 +94,25 @@ def test_a_mask_of_the_layers_own(lab):
 
 
 def test_what_changes_with_the_length_is_met(lab):
-    """The probe is as long as what is trained: beyond windows, chunks and the blocks of kernels."""
-    model = lab.tiny_model("llama", torch.float32)
+    """The probe is as long as what is trained, where a window or a chunk lets the model change there."""
+    gemma = lab.tiny_model("gemma3", torch.float32)
+    gemma.config.sliding_window = 100
+    for layer in gemma.model.layers:
+        if layer.self_attn.sliding_window is not None:
+            layer.self_attn.sliding_window = 100
 
     def by_place(_module, _args, output):
         place = torch.arange(output.shape[1])[None, :, None]
-        return torch.where(place < 145, output, 2 * output)
+        return torch.where(place < 125, output, -output)
 
-    model.model.layers[1].mlp.register_forward_hook(by_place)
-    ok, reason = check_sharing(model)
+    gemma.model.layers[1].mlp.register_forward_hook(by_place)
+    ok, reason = check_sharing(gemma)
     assert not ok and "independent passes differ" in reason
-    assert check_sharing(model, longest=100) == (True, "")  # such a place is in no sequence of at most 100 tokens
-
-    gemma = lab.tiny_model("gemma3", torch.float32)
-    gemma.config.sliding_window = 300
-    assert [probe_length(gemma, longest) for longest in (4096, 250, 50)] == [340, 160, 50]
+    assert check_sharing(gemma, longest=90) == (True, "")  # such a place is in no sequence of at most 90 tokens
+    assert [probe_length(gemma, longest) for longest in (4096, 120, 90)] == [140, 120, 0]
+    hybrid = tiny.build("qwen3_5_text")
+    assert [probe_length(hybrid, longest) for longest in (4096, 120)] == [160, 120]
+    assert probe_length(lab.tiny_model("llama"), 4096) == 0
 
 
 # The length stands with the kind of layer; the configuration's positions are the extended ones.
