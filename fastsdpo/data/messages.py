@@ -24,6 +24,7 @@ ROLES = {
     "bard": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "chatbot": "assistant",
     "system": "system",
     "developer": "system",
     "tool": "tool",
@@ -47,7 +48,10 @@ SYSTEM_KEYS = (
 CALL_KEYS = ("tool_calls", "function_call", "tool_call", "function_calls", "toolCalls", "toolInvocations")
 # ... and images and files: Ollama's, claude.ai's, OpenAI's, the AI SDK's.
 FILE_KEYS = ("images", "image", "audio", "attachments", "files", "file_ids", "experimental_attachments")
-_BESIDE = frozenset((*CALL_KEYS, *FILE_KEYS, "parts"))
+PART_KEYS = ("parts", "blocks")  # lists of parts in the place of the content: the AI SDK's, LlamaIndex's
+_BESIDE = frozenset((*CALL_KEYS, *FILE_KEYS, *PART_KEYS))
+_OFTEN_TEXT = ("text", "message", "body", "msg")
+_NO_TEXT = frozenset(("role", "from", "reasoning", "reasoning_content", "thinking", "refusal", "metadata"))
 
 # Types of the parts of a message; those of tools are known by a word in them.
 _TEXT_TYPES = frozenset(("text", "input_text", "output_text", "refusal"))
@@ -172,6 +176,8 @@ def parse_message(message: Any) -> dict:
     text, beside = (content, None) if type(content) is str else read_content(content)
     if (len(message) > 2 or content is None) and not _BESIDE.isdisjoint(message):
         text, beside = _read_beside(message, role, text, beside)
+    elif content is None:
+        _check_text_is_here(message)
     if not text.isascii():
         check_unicode(text, "content")
     if beside == "tool" and role in ("user", "assistant"):
@@ -181,11 +187,23 @@ def parse_message(message: Any) -> dict:
     return {"role": role, "content": text}
 
 
+def _check_text_is_here(message: Mapping) -> None:
+    """A TypeError where a message without a content has what may be its text elsewhere."""
+    if "content" in message or "value" in message:
+        return
+    for key, value in message.items():
+        may_be = isinstance(value, (list, Mapping)) or key in _OFTEN_TEXT or " " in str(value).strip()
+        if value and may_be and key not in _NO_TEXT:
+            keys = ", ".join(map(repr, message))
+            raise TypeError(f"must have 'content', got the keys {keys} (--map content={key} reads {key!r})")
+
+
 def _read_beside(message: Mapping, role: str, text: str, beside: str | None) -> tuple[str, str | None]:
     """The text of a message and what stands beside it, with the other keys of the message."""
-    if isinstance(message.get("parts"), (list, tuple)):  # the AI SDK, which may repeat the text as the content
-        said, found = read_content(message["parts"])
-        text, beside = (said if is_blank(text) else text), beside or found
+    for key in PART_KEYS:
+        if isinstance(message.get(key), (list, tuple)):  # the AI SDK may repeat the text as the content
+            said, found = read_content(message[key])
+            text, beside = (said if is_blank(text) else text), beside or found
     if role == "assistant" and called_key(message) is not None:
         return text, "tool"
     if beside != "tool" and any(message.get(key) for key in FILE_KEYS):

@@ -151,11 +151,23 @@ class TestMessages:
             ({"role": "user", "content": {"a": 1}}, TypeError, "content must be text, got dict"),
             ({"role": "user", "content": [{"text": 3}]}, TypeError, "content must be text, got a part dict"),
             ({"role": "user", "content": "a\ud800"}, ValueError, "lone surrogate at character 1"),
+            (
+                {"role": "user", "text": "a"},
+                TypeError,
+                "must have 'content', got the keys 'role', 'text' .--map content=",
+            ),
+            ({"role": "bot", "said": [{"text": "a"}]}, TypeError, "got the keys 'role', 'said'"),
         ],
     )
     def test_malformed(self, message, error, text):
         with pytest.raises(error, match=text):
             parse_messages([message], "x")
+
+    def test_text_in_blocks(self):
+        """LlamaIndex's; and what has no text at all is silent."""
+        blocks = [{"block_type": "text", "text": "a"}, {"block_type": "text", "text": "b"}]
+        said = [{"role": "user", "blocks": blocks}, {"role": "assistant", "name": "x", "reasoning": "so it is"}]
+        assert parse_messages(said, "x") == messages(("u", "ab"), ("a", ""))
 
     def test_message_of_an_error_stays_short(self):
         nested = []
