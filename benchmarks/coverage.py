@@ -189,9 +189,10 @@ def time_limit(seconds: int) -> Iterator[None]:
 SHARED = """Values and gradients equal those of separate passes. In three ways:
 
 - Attention through transformers' interface, and recurrent layers with states in a cache: a token is computed once.
-- Attention of a model's own (Bloom, MPT, Falcon, GPT-J, CodeGen, StableLM, Nemotron, LongCat-Flash, HRM ...; all
+- Attention of a model's own (Bloom, MPT, Falcon, GPT-J, CodeGen, StableLM, Nemotron, Doge, HRM ...; all
   models with an indexer, such as DeepSeek V3.2 and GLM-5): so too, with a mask of queries x keys for the pack. Such
-  models form all scores anyway, but these grow with the square of a pack: keep `max_tokens_per_pack` small.
+  models form all scores anyway, but these grow with the square of a pack: keep `max_tokens_per_pack` small. Doge
+  shares up to `keep_window_size` tokens, and runs longer sequences alone.
 - Layers that go on from no state (MiniMax's and Zamba's linear layers, RecurrentGemma's, the attention of Zaya and
   of DeepSeek V4): they run along whole sequences, and everything else is computed once."""
 
