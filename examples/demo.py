@@ -41,11 +41,12 @@ RULES, WISH = WISHES["short"]
 # Short logged conversations, so that a minute is enough for a few steps.
 PREPARE = (
     "--limit 4000 --max-user-chars 400 --max-assistant-chars 600 --max-history-messages 1 "
-    "--max-conversations 40 --eval-fraction 0.15 --overwrite"
+    "--max-conversations 40 --eval-fraction 0.08 --overwrite"
 )
 TRAIN = (
     "--lora 16 --template note --learning-rate 1e-4 --batch-size 8 --max-prompt-length 96 --max-completion-length 48 "
-    "--max-followup-length 48 --logging-steps 1 --seed 1 --set teacher_check=0 --overwrite"
+    "--max-followup-length 48 --logging-steps 1 --seed 1 --set teacher_check=0 --set measure_interactions=8 "
+    "--set measure_answers=4 --overwrite"
 )
 # Each follow-up says what is wrong with its answer.
 CORRECTIONS = (

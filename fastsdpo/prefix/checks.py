@@ -22,7 +22,7 @@ from fastsdpo.prefix.model import (
     training_mode,
     unwrap,
 )
-from fastsdpo.prefix.partitioned import gathered
+from fastsdpo.prefix.partitioned import gathered, is_partitioned
 from fastsdpo.prefix.probe import ProbeItem, probe_ids, sharing_probe
 from fastsdpo.prefix.refusals import above_the_decoder, unsupported
 
@@ -195,9 +195,11 @@ def _probe(model: nn.Module, items: list[ProbeItem], sharing: Any, attention: st
 
 @contextmanager
 def _without_reentrant_checkpointing(model: nn.Module) -> Iterator[None]:
-    """It takes no gradients of chosen tensors. The other kind stays, as a long probe needs the memory."""
+    """It takes no gradients of chosen tensors. The other kind stays, as a long probe needs the memory; but not where
+    `gathered_layers` holds weights between a layer's forward and backward pass."""
     active = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
-    active = [m for m in active if _is_reentrant(getattr(m, "_gradient_checkpointing_func", None))]
+    if not is_partitioned(model):
+        active = [m for m in active if _is_reentrant(getattr(m, "_gradient_checkpointing_func", None))]
     for module in active:
         module.gradient_checkpointing = False
     try:
