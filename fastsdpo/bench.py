@@ -10,48 +10,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsdpo.ops.divergence import sdpo_loss
 from fastsdpo.ops.linear import linear_sdpo_loss
+from fastsdpo.shapes import DIVERGENCES as DIVERGENCES
+from fastsdpo.shapes import MODELS as MODELS
+from fastsdpo.shapes import MODES as MODES
 from fastsdpo.timing import installed_version, interleave
 from fastsdpo.timing import peak_memory as peak_memory
-
-MODES: dict[str, dict[str, Any]] = {
-    "sampled": {"mode": "sampled_token"},
-    "forward_kl": {"mode": "full", "alpha": 0.0},
-    "reverse_kl": {"mode": "full", "alpha": 1.0},
-    "jsd": {"mode": "full", "alpha": 0.5},
-    "topk": {"mode": "topk", "alpha": 1.0, "topk": 100},
-}
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-
-
-class Shape(NamedTuple):
-    """Vocabulary, width of the hidden states, softcap of the final logits."""
-
-    vocabulary: int
-    hidden: int
-    softcap: float | None = None
-
-
-# From the models' config.json. Gemma-3 has the field for a softcap and leaves it empty.
-MODELS = {
-    "SmolLM2-135M": Shape(49152, 576),
-    "SmolLM2-360M": Shape(49152, 960),
-    "SmolLM2-1.7B": Shape(49152, 2048),
-    "Qwen3-0.6B": Shape(151936, 1024),
-    "Qwen3-4B": Shape(151936, 2560),
-    "Qwen3-8B": Shape(151936, 4096),
-    "Llama-3-8B": Shape(128256, 4096),
-    "Gemma-2-2B": Shape(256000, 2304, 30.0),
-    "Gemma-3-1B": Shape(262144, 1152),
-    "Gemma-3-4B": Shape(262208, 2560),
-    "Gemma-3n-E4B": Shape(262400, 2048, 30.0),
-}
 
 # Rivals are checked on so many tokens of the case's vocabulary, and at most this width.
 CHECKED_TOKENS, CHECKED_HIDDEN = 48, 512

@@ -278,3 +278,82 @@ class SDPOSettings:
     ddp_broadcast_buffers: bool | None = setting(
         False, "Whether DDP sends the first process's buffers before each pass."
     )
+
+
+def changed(name: str, default: Any, help: str | None = None) -> Any:
+    """A field of `SDPOSettings` with another default, and where given another help."""
+    metadata = SDPOSettings.__dataclass_fields__[name].metadata
+    return field(default=default, metadata={**metadata, "help": help or metadata["help"]})
+
+
+@dataclass
+class OnlineSDPOSettings(SDPOSettings):
+    """The fields that `OnlineSDPOConfig` adds to `SDPOConfig`, or whose defaults it changes."""
+
+    # Answers
+    num_generations: int = setting(1, "Answers sampled per prompt.", group="answers", metavar="N")
+    max_new_tokens: int = setting(256, "Most tokens of an answer.", group="answers", metavar="TOKENS")
+    sampling_temperature: float | None = setting(
+        1.0,
+        "Of the answers. Only at 1 are they the model's own distribution. None: as the model's generation config "
+        "samples, with its top-k, top-p and penalties.",
+        group="answers",
+        metavar="T",
+    )
+    generation_batch_size: int | None = setting(
+        None, "Answers sampled at once; None: all of a step.", group="answers", metavar="N"
+    )
+    eval_max_new_tokens: int | None = setting(
+        None, "Most tokens of a held-out answer; None: max_new_tokens.", group="answers", metavar="TOKENS"
+    )
+    eval_temperature: float = setting(0.0, "Of held-out answers; 0: the likeliest token.")
+    generation_url: str | None = setting(
+        None,
+        "OpenAI-compatible server (vLLM) that samples the answers; None: generate.",
+        group="answers",
+        metavar="URL",
+    )
+    generation_model: str | None = setting(None, "The model's name on that server; None: its first.")
+    generation_sync: str = setting(
+        "lora",
+        "How the server gets the trained weights: lora (the adapter is loaded by name at each step), weights (all of "
+        "them, by vLLM's weight transfer), or none (its answers are off-policy; use is_clip or ppo_clip).",
+    )
+
+    # The online objective
+    updates_per_batch: int = setting(
+        1, "Optimizer steps on each batch of sampled answers.", group="answers", metavar="STEPS"
+    )
+    ppo_clip: float | None = setting(
+        None, "mode=sampled_token: clip the probability ratio to sampling time to 1 +- this. None: no ratio."
+    )
+    center_advantages: bool = setting(
+        False,
+        "With ppo_clip: subtract each answer's mean advantage. The loss is logged without that, since it would be 0.",
+    )
+
+    # Safety
+    stop_when_degenerate: float | None = setting(
+        None,
+        "Stop, with a checkpoint, where this share of the answers of the last degenerate_window interactions is "
+        "degenerate. None: report only.",
+        group="answers",
+        metavar="SHARE",
+    )
+    degenerate_window: int = setting(32, "Interactions that stop_when_degenerate looks back on.")
+    min_entropy_share: float = setting(0.2, "Entropy collapse: below this share of the first window's entropy.")
+    log_interactions: bool = setting(True, "Write interactions.jsonl and eval_answers.jsonl to the output folder.")
+
+    # Changed defaults
+    teacher_check: int = changed(
+        "teacher_check", 0, "Not used: there is no follow-up to check before the first answer."
+    )
+    dataloader_num_workers: int | None = changed(
+        "dataloader_num_workers", 0, "Processes that load prompts; packs are made where the answers are."
+    )
+    learning_rate: float = changed("learning_rate", 5e-6)
+    lr_scheduler_type: str = changed("lr_scheduler_type", "constant")
+    warmup_steps: float = changed("warmup_steps", 0)
+    num_train_epochs: float = changed("num_train_epochs", 1.0, "Passes over the prompts.")
+    max_grad_norm: float = changed("max_grad_norm", 1.0)
+    logging_steps: float = changed("logging_steps", 1)

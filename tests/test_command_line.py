@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fastsdpo.cli import COMMANDS, main
 from fastsdpo.commands import train
 from fastsdpo.commands.options import choose_device
-from fastsdpo.settings import SDPOSettings
+from fastsdpo.settings import OnlineSDPOSettings, SDPOSettings
 from fastsdpo.trainer.config import SDPOConfig
+
+ROOT = Path(__file__).parents[1]
 
 
 def parser_of(command, monkeypatch):
@@ -136,3 +140,73 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() in (0, 141)
+
+
+def names_read(module, seen):
+    """Attributes and texts in a module of commands and in those that it imports, but for the options' definitions."""
+    if module in seen:
+        return set()
+    seen.add(module)
+    tree, found = ast.parse(Path(importlib.import_module(module).__file__).read_text("utf-8")), set()
+    defined = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and "add_argument" in ast.unparse(node.func)
+    ]
+    for node in set(ast.walk(tree)) - {part for call in defined for part in ast.walk(call)}:
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= {node.value, node.value.replace("-", "_")}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastsdpo.commands"):
+            names = (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+            modules = [name for name in names if (ROOT / f"{name.replace('.', '/')}.py").is_file()]
+            found = found.union(*(names_read(name, seen) for name in modules))
+    return found
+
+
+def test_every_option_is_read_by_its_command(monkeypatch):
+    settings = {*OnlineSDPOSettings.__dataclass_fields__, *SDPOConfig.__dataclass_fields__}  # `read_config` takes all
+    for command in COMMANDS:
+        read = names_read(COMMANDS[command][0], set())
+        for action in parser_of(command, monkeypatch)._actions:
+            given = {f"{role}_{part}" for role in ("user", "judge") for part in ("url", "model", "local")}
+            if action.dest not in {"help", "config", "schema", "list_rules", *settings, *given}:
+                assert action.dest in read, (command, action.dest)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["train", "--set", "seed=1", "--seed", "2"], "--seed 2 is given, and --set seed too: leave one of them out"),
+        (
+            ["train", "--schedule", "constant", "--warmup", "9"],
+            "--warmup needs a schedule that warms up: --schedule c",
+        ),
+        (["train", "--save-steps", "9", "--set", "save_strategy=no"], "--save-steps needs --set save_strategy=steps"),
+        (["train", "--ema-rate", "0.5"], "--ema-rate needs --teacher ema, got --teacher live"),
+        (["train", "--allow-leaks"], "--allow-leaks needs held-out interactions (--eval-data)"),
+        (["train", "--set", "measure_answers=3"], "--set measure_answers needs held-out interactions (--eval-data)"),
+        (["train", "--show", "3", "--quiet"], "--show goes without --quiet"),
+        (["train", "--revision", "v1"], "--revision needs a hub id as --model, got the folder or file m"),
+        (["online", "--wish", "w", "--praise", "p"], "--praise needs a user of rules"),
+        (["online", "--wish", "w", "--set", "teacher_check=3"], "--set teacher_check is of `fastsdpo train`"),
+        (
+            ["online", "--wish", "w", "--set", "generation_model=a"],
+            "--set generation_model needs --generation-url URL",
+        ),
+        (["chat", "--set", "non_finite=skip"], "--set non_finite: a chat does not read it"),
+        (["eval", "--write", "arena_hard", "--base", "m", "-o", "x"], "--base does not go with --write"),
+        (["prepare", "--seed", "3", "--no-shuffle"], "--seed needs --shuffle or --eval-fraction"),
+        (["bench", "--without", "liger"], "--without must be of "),
+    ],
+)
+def test_options_without_effect_are_refused(argv, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("m").mkdir()
+    Path("d.jsonl").write_text(
+        '{"prompt": [{"role": "user", "content": "a"}], "completion": {"role": "assistant", "content": "b"}, '
+        '"user_response": {"role": "user", "content": "c"}}\n'
+    )
+    run = {"train": ["d.jsonl", "--model", "m", "-o", "o"], "chat": ["--model", "m", "-o", "o"], "bench": []}
+    run |= {"online": run["train"], "eval": ["d.jsonl", "--model", "m"], "prepare": ["d.jsonl", "-o", "i.jsonl"]}
+    assert main([argv[0], *run[argv[0]], *argv[1:]]) == 1
+    assert said in capsys.readouterr().err

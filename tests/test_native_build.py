@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -24,7 +25,7 @@ from tests.test_docs import NAMES, commands
 
 tiny = test_docs.tiny
 ROOT = Path(__file__).parents[1]
-SOURCES = ["setup.py", "pyproject.toml", "CMakeLists.txt", "kernels", "fastsdpo"]
+SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "kernels", "fastsdpo"]
 TEXTS = ["README.md", "LICENSE"]
 
 
@@ -99,6 +100,18 @@ def use(site: Path) -> str:
     return result.stdout
 
 
+def test_the_source_distribution_holds_the_sources_of_the_kernels(sources):
+    """A wheel that is made from it has the kernels: `python -m build`, and pip where no wheel fits."""
+    made = run(sys.executable, "-c", "from setuptools import build_meta; build_meta.build_sdist('dist')", cwd=sources)
+    assert made.returncode == 0, made.stderr
+    (file,) = (sources / "dist").glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels/cpu").iterdir()}
+    assert len(wanted) > 5 and held >= {*wanted, "CMakeLists.txt", "setup.py", "fastsdpo/data/demo.jsonl"}
+    assert not any(name.endswith((".so", ".dylib")) for name in held)
+
+
 def test_broken_compiler_still_installs_and_explains_itself(sources):
     (sources / "fastsdpo" / "libfastsdpo.so").write_bytes(b"of an earlier build")
     built = wheel(sources, "-v", CXX="/bin/false")
@@ -113,6 +126,7 @@ def test_broken_compiler_still_installs_and_explains_itself(sources):
     # Once, though four losses were computed, and before anybody asked.
     assert text.count("warned: losses are computed by the reference (eager PyTorch), slowly: ") == 1
     assert text.startswith("warned: ")
+    assert "its build failed at install); `fastsdpo doctor` says why" in text.splitlines()[0]
 
 
 def test_broken_compiler_is_fatal_on_request(sources):

@@ -35,9 +35,9 @@ assert out.loss > 0 and z.grad.abs().sum() > 0 and abs(float(auto.loss - out.los
 
 GIVEN = {
     "train": "row.jsonl --model m -o o",
-    "online": "",
-    "chat": "",
-    "eval": "",
+    "online": "row.jsonl --model m -o o --wish w",
+    "chat": "--model m -o o",
+    "eval": "row.jsonl --model m --base m --rule max_sentences=1",
     "signal": "--model m --prompt x --completion y --followup z",
 }
 for name, options in GIVEN.items():
@@ -66,7 +66,8 @@ import contextlib, io, sys
 import fastsdpo.cli
 
 for argv in (
-    ["--help"], ["--version"], ["nosuch"], ["train", "--help"], ["train", "--nosuch"], ["prepare", "--help"],
+    ["--help"], ["--version"], ["nosuch"], *([name, "--help"] for name in fastsdpo.cli.COMMANDS),
+    *([name, "--nosuch"] for name in fastsdpo.cli.COMMANDS), ["eval", "p.txt"], ["online", "--list-rules"],
     ["demo-data"], ["prepare", "conversations.jsonl", "-o", "out/", "--eval-fraction", "0.1", "--quiet"],
 ):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):

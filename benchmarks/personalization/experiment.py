@@ -34,8 +34,8 @@ from fastsdpo.online import (
     SwitchingUser,
     UnrelatedUser,
 )
-from fastsdpo.online.config import PAPER, PERSONAL, PERSONAL_LORA
 from fastsdpo.online.content import perplexity
+from fastsdpo.online.presets import PAPER, PERSONAL, PERSONAL_LORA
 from fastsdpo.online.users import UNRELATED
 from fastsdpo.testing import package_file
 

@@ -12,25 +12,18 @@ checked against float64 before it is timed.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from fastsdpo import bench, timing
-from fastsdpo.commands.options import DONE, add_device_option, run_command
+from fastsdpo.commands.options import add_device_option, run_command
 from fastsdpo.commands.parser import Parser
-from fastsdpo.ops.backend import describe_backend, usable_device
-
-HEADER = ["from", "shape", "dtype", "loss", "who", "ms", "spread", "times fastsdpo", "peak MiB"]
+from fastsdpo.shapes import DIVERGENCES, MODELS, MODES
 
 
 def make_parser() -> Parser:
     parser = Parser("bench", __doc__)
     parser.add_argument("--quick", action="store_true", help="small shapes, three rounds")
-    add_device_option(parser, "cuda" if torch.cuda.is_available() else "cpu")
+    add_device_option(parser)
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -39,8 +32,8 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--modes",
         nargs="+",
-        choices=list(bench.MODES),
-        default=["sampled", *bench.DIVERGENCES],
+        choices=list(MODES),
+        default=["sampled", *DIVERGENCES],
         help="the losses to time",
     )
     parser.add_argument(
@@ -52,9 +45,9 @@ def make_parser() -> Parser:
     )
     parser.add_argument(
         "--model",
-        choices=list(bench.MODELS),
+        choices=list(MODELS),
         metavar="NAME",
-        help="vocabulary, width and softcap of " + ", ".join(bench.MODELS),
+        help="vocabulary, width and softcap of " + ", ".join(MODELS),
     )
     parser.add_argument("--softcap", type=float, help="of the logits (default: none, or the model's)")
     parser.add_argument(
@@ -68,20 +61,33 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments, with the defaults of the device and the model filled in."""
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; 0 done, 1 the device or the output cannot be used, 2 wrong options."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    check(parser, args)
+    return run_command(parser, start, args)
+
+
+def check(parser: Parser, args: argparse.Namespace) -> None:
+    """Ends the command where a size is none."""
     for name in ("tokens", "vocabulary", "hidden", "rounds"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
+    if args.hidden is not None and "hidden" not in args.questions:
+        parser.error("--hidden needs --questions hidden")
     if args.softcap is not None and not args.softcap > 0:
         parser.error(f"--softcap must be above 0, got {args.softcap:g}")
-    try:
-        gpu = usable_device(args.device).type == "cuda"
-    except ValueError as error:
-        parser.error(f"--{error}")
+
+
+def start(args: argparse.Namespace) -> int:
+    """Fills in the defaults of the device and the model, and measures."""
+    from fastsdpo.commands.bench_run import measure
+    from fastsdpo.ops.backend import usable_device
+
+    gpu = usable_device(args.device).type == "cuda"
+    args.device = args.device or ("cuda" if gpu else "cpu")
     if args.quick:
         defaults = (1024, 32000, 1024) if gpu else (128, 16384, 256)
     else:
@@ -89,76 +95,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     chosen = dict(zip(("tokens", "vocabulary", "hidden"), defaults))
     chosen |= {"rounds": 3 if args.quick else 5, "dtype": "bfloat16" if gpu else "float32"}
     if args.model is not None:
-        chosen |= bench.MODELS[args.model]._asdict()
+        chosen |= MODELS[args.model]._asdict()
     for name, value in chosen.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    return args
-
-
-def lines_of(row: dict[str, Any]) -> list[list[str]]:
-    """A line of the table for each rival."""
-    case, ours = row["case"], row["rivals"]["fastsdpo"]["median"]
-    shape = " x ".join(str(case[size]) for size in ("tokens", "vocabulary", "hidden") if size in case)
-    shape += f", softcap {case['softcap']:g}" if "softcap" in case else ""
-    return [
-        [
-            case["question"],
-            shape,
-            case["dtype"],
-            case["mode"],
-            who,
-            f"{found['median'] * 1e3:.2f}",
-            f"{found['fastest'] * 1e3:.2f} to {found['slowest'] * 1e3:.2f}",
-            f"{found['median'] / ours:.2f}",
-            "" if found["peak_bytes"] is None else f"{found['peak_bytes'] / 2**20:.0f}",
-        ]
-        for who, found in row["rivals"].items()
-    ]
-
-
-def page(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    text = (
-        f"# fastsdpo bench\n\n{about['device']}; {about['native']}; Python {about['python']}; {versions}; "
-        f"{about['date']}.\n\nCommand: `{about['command']}`. Loss and gradients; medians of one interleaved run. "
-        "Peaks are above the inputs, gradients included.\n\n"
-    )
-    text += timing.markdown_table(HEADER, [line for row in rows for line in lines_of(row)])
-    left_out = [
-        f"- {row['case']['question']} {row['case']['mode']}: {who} left out: {reason}\n"
-        for row in rows
-        for who, reason in row["left_out"].items()
-    ]
-    return text + ("\n" + "".join(left_out) if left_out else "")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; 0 done, 1 the device or the output cannot be used, 2 wrong options."""
-    return run_command(make_parser(), measure, parse(argv))
-
-
-def measure(args: argparse.Namespace) -> int:
-    """Times everything, prints a line for each loss and the table at the end."""
-    if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)  # before any work is done
-    print(describe_backend(torch.device(args.device).type), flush=True)
-    about, rows = timing.environment(args.device), []
-    for question in args.questions:
-        kind = bench.LogitsCase if question == "logits" else bench.HiddenCase
-        hidden = args.hidden if question == "hidden" else 0
-        case = kind(args.tokens, args.vocabulary, hidden, getattr(torch, args.dtype), args.device, args.softcap)
-        for mode in args.modes:
-            rows.append(bench.measure(case, mode, rounds=args.rounds, without=args.without))
-            ratios = "  ".join(f"{line[4]} {line[7]}x" for line in lines_of(rows[-1])[1:])
-            ours = rows[-1]["rivals"]["fastsdpo"]["median"]
-            print(f"{question} {case.label} {mode}: fastsdpo {ours * 1e3:.2f} ms; {ratios}", flush=True)
-            if args.output is not None:  # after every row: an interrupted run keeps what it has
-                text = json.dumps({"environment": about, "rows": rows}, indent=1) + "\n"
-                (args.output / "bench.json").write_text(text, encoding="utf-8")
-                (args.output / "bench.md").write_text(page(about, rows), encoding="utf-8")
-    print("\n" + page(about, rows) if args.output is None else f"written to {args.output}")
-    return DONE
+    return measure(args)
 
 
 if __name__ == "__main__":

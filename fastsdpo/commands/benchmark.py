@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastsdpo.commands.eval import QUESTIONS
 from fastsdpo.commands.options import DONE
 from fastsdpo.online import ifeval
 from fastsdpo.trainer.report import write_report
 
 Answers = Callable[[str, list[list[dict]]], list[str]]
-QUESTIONS = {"alpaca_eval": "instruction", "arena_hard": "prompt"}  # the key of a question in the benchmark's own file
 
 
 def run_ifeval(options: argparse.Namespace, answers_of: Answers) -> int:

@@ -28,32 +28,15 @@ was not finite; 130 ended by Ctrl-C where input is no terminal, with every updat
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
-from dataclasses import fields
 from typing import Any
 
-from fastsdpo.commands.options import (
-    DONE,
-    STOPPED,
-    add_field_options,
-    add_model_options,
-    add_setting_options,
-    read_config,
-    run_command,
-)
+from fastsdpo.commands.options import add_model_options, add_setting_options, choose_device, run_command
 from fastsdpo.commands.parser import Parser
-from fastsdpo.commands.run import keep_options, load
-from fastsdpo.commands.screen import PlainScreen, make_screen
-from fastsdpo.commands.talk import COMMANDS, ENDS, LEARN, Talk
-from fastsdpo.online.chat import ChatLearner
-from fastsdpo.online.config import PRESETS, OnlineSDPOConfig
-from fastsdpo.online.terminal import MessageReader, interrupt
-from fastsdpo.ops.backend import describe_backend
-from fastsdpo.trainer.config import SDPOConfig
+from fastsdpo.commands.paths import check_template
+from fastsdpo.online.presets import PRESETS
+from fastsdpo.settings import OnlineSDPOSettings, SDPOSettings
 
-HISTORY_FILE = "history.txt"
 # Settings that a chat does not read: its steps have one interaction each, and no end.
 WITHOUT = (
     "data",
@@ -70,15 +53,18 @@ WITHOUT = (
 )
 
 
-# Fields of the online configuration that a chat reads, and what their values are called.
-CHAT_FIELDS = {"max_new_tokens": "TOKENS", "sampling_temperature": "T"}
+# The only settings of the online configuration that a chat reads.
+CHAT_FIELDS = ("max_new_tokens", "sampling_temperature")
+OWN = OnlineSDPOSettings.__dataclass_fields__.keys() - SDPOSettings.__dataclass_fields__.keys()
+UNREAD = ("token_cache", "tokenizer_workers", "report_to", "allow_leaks", "group_by_conversation", "non_finite")
+LEARN = ("told", "always")
 
 
 def build_parser() -> Parser:
     parser = Parser(
         "chat",
         __doc__,
-        settings=OnlineSDPOConfig.__dataclass_fields__,
+        settings=OnlineSDPOSettings.__dataclass_fields__,
         argument_default=argparse.SUPPRESS,
     )
     run = parser.add_argument_group("chat")
@@ -94,76 +80,40 @@ def build_parser() -> Parser:
     run.add_argument(
         "--keep", type=int, default=10, metavar="CHECKPOINTS", help="how many are kept; /undo goes back one fewer"
     )
-    add_field_options(run, OnlineSDPOConfig, CHAT_FIELDS, CHAT)
     run.add_argument("--quiet", action="store_true", default=False, help="the answers only")
     add_model_options(parser, lora=16)
-    add_setting_options(parser, PRESETS, OnlineSDPOConfig, changed=CHAT, without=WITHOUT)
+    without = {*WITHOUT, *OWN.difference(CHAT_FIELDS)}
+    add_setting_options(parser, PRESETS, OnlineSDPOSettings, changed=CHAT, without=without)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see the module for the exit status."""
     parser = build_parser()
-    return run_command(parser, chat, parser.parse_args(argv))
+    return run_command(parser, start, parser.parse_args(argv))
 
 
-def chat(options: argparse.Namespace) -> int:
-    """Reads messages from the standard input until it ends."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
+def start(options: argparse.Namespace) -> int:
+    """What needs no torch is checked first: it takes seconds to import."""
     if options.keep < 2:
         raise ValueError(f"--keep must be at least 2, got {options.keep}")
     check_set(options)
-    config = read_config(options, OnlineSDPOConfig, **CHAT, save_total_limit=options.keep)
+    check_template(options)
+    choose_device(options)
+    from fastsdpo.commands.chat_run import chat
 
-    screen = make_screen(options.quiet)
-    history = os.path.join(options.output, HISTORY_FILE)
-    reader = MessageReader(history=history, commands=COMMANDS, status=lambda: talk.status_line())
-    screen.say(describe_backend(config.device.type, config.dtype))
-    with screen.busy("loading the model"):
-        model, tokenizer, adapter = load(options, config, lora=16)
-        learner = ChatLearner(model, config, tokenizer, adapter)
-        keep_options(options, learner.trainer)
-    if learner.updates:
-        screen.say(f"goes on after update {learner.updates}")
-    talk = Talk(learner, options, screen)
-    screen.say(f"{talk.learns_from()}; /help")
-    with interrupt(signal.default_int_handler):  # whatever a library has put in its place
-        return converse(talk, reader, screen, options)
+    return chat(options, CHAT)
 
 
 def check_set(options: argparse.Namespace) -> None:
     """Raises ValueError where --set names a setting that a chat does not read."""
-    own = {item.name for item in fields(OnlineSDPOConfig)} - {item.name for item in fields(SDPOConfig)}
-    unread = {*WITHOUT, *(own - CHAT_FIELDS.keys()), "token_cache", "tokenizer_workers", "report_to", "measure_tokens"}
+    unread = {*WITHOUT, *OWN.difference(CHAT_FIELDS), *UNREAD}
     for text in options.set:
         name = text.partition("=")[0]
         if name == "save_total_limit":
             raise ValueError("--set save_total_limit: a chat has --keep")
-        if name in unread or name.startswith(("eval_", "save_", "logging_", "dataloader_")):
+        if name in unread or name.startswith(("eval_", "save_", "logging_", "dataloader_", "measure_")):
             raise ValueError(f"--set {name}: a chat does not read it")
-
-
-def converse(talk: Talk, reader: MessageReader, screen: PlainScreen, options: argparse.Namespace) -> int:
-    """Reads and answers until the input ends; returns the exit status."""
-    while True:
-        try:
-            text = reader.read("" if options.quiet else "you > ")
-        except KeyboardInterrupt:
-            if reader.session is not None:
-                screen.say("Ctrl-D or /quit ends the chat")
-                continue
-            screen.say(f"stopped; {talk.learner.updates} updates are saved in {options.output}")
-            return STOPPED + signal.SIGINT
-        if text is None or text.strip() in ENDS:
-            return DONE
-        try:
-            talk.take(text)
-        except KeyboardInterrupt:
-            pass  # it waited until the command was done
-        except ValueError as error:
-            screen.complain(str(error))
 
 
 # One interaction a step, and no end to the steps: a teacher that cannot drift with the student, and answers

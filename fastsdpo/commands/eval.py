@@ -27,22 +27,13 @@ Exit status: 0 done; 1 an input or model cannot be used; 2 wrong options.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
 
-from fastsdpo.commands.benchmark import QUESTIONS, run_ifeval, write_answers
-from fastsdpo.commands.options import DONE, add_device_option, read_text, refuse, run_command
+from fastsdpo.commands.options import add_device_option, refuse, run_command
 from fastsdpo.commands.parser import Parser
-from fastsdpo.commands.users import add_chat_model_options, chat_model
-from fastsdpo.modeling import check_name, load_model_and_tokenizer
-from fastsdpo.online.degeneration import degenerate
-from fastsdpo.online.personas import read_persona
-from fastsdpo.online.prompts import PromptDataset
-from fastsdpo.online.rules import Rule, parse_rule
-from fastsdpo.online.users import LocalChat
-from fastsdpo.online.winrate import WinRate, compare_by_judge, compare_by_rules
-from fastsdpo.trainer.report import write_report
+from fastsdpo.commands.users import add_chat_model_options
 
+# The key of a question in the benchmark's own file.
+QUESTIONS = {"alpaca_eval": "instruction", "arena_hard": "prompt"}
 # What only a judge reads.
 JUDGED = ("judge-model", "judge-timeout", "judge-concurrency", "judge-prompt", "persona")
 
@@ -116,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """A benchmark, a file of answers, or a comparison with the base."""
+    """Checks the options, which needs no torch, and runs what they ask for."""
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {options.limit}")
     if (options.model is None) == (options.checkpoints is None):
@@ -128,115 +119,20 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.temperature == 0:
         refuse(options, ("seed",), "needs answers that are sampled (--temperature)")
     if options.benchmark is None and options.write is None:
+        if options.base is None:
+            raise ValueError("name --base, what the model is compared with")
+        judged = options.judge_url is not None or options.judge_local is not None
+        if judged == bool(options.rule):
+            raise ValueError("name either --rule, or a judge with --judge-url or --judge-local")
+        from fastsdpo.commands.eval_run import compare
+
         return compare(options)
-    unused = [
-        name for name in ("rule", "judge_url", "judge_local", "checkpoints", "base_system") if vars(options)[name]
-    ]
-    if options.benchmark and options.write:
-        unused.append("write")
-    if unused:
-        flag = "--" + unused[0].replace("_", "-")
-        raise ValueError(f"{flag} does not go with --{'benchmark' if options.benchmark else 'write'}")
+    mode, more = ("benchmark", "write") if options.benchmark else ("write", "base")
+    refuse(
+        options, ("rule", "judge-url", "judge-local", "checkpoints", "base-system", more), f"does not go with --{mode}"
+    )
     if options.write and not options.output:
         raise ValueError("--write needs --output")
-    for name in filter(None, (options.model, options.base)):
-        check_name(name)
-    run = run_ifeval if options.benchmark else write_answers
-    return run(options, lambda name, prompts: answers_of(name, with_system(prompts, options.system), options))
+    from fastsdpo.commands.eval_run import benchmark
 
-
-def with_system(prompts: list[list[dict]], system: str | None) -> list[list[dict]]:
-    """The prompts behind a system prompt, in the place of one that they have."""
-    if system is None:
-        return prompts
-    first = {"role": "system", "content": read_persona(system)}
-    return [[first, *(m for m in prompt if m["role"] != "system")] for prompt in prompts]
-
-
-def checkpoints(run: str) -> list[str]:
-    """The folders of a run's checkpoints, in order of their steps, and the model at its end.
-
-    Raises:
-        ValueError: there are none.
-    """
-    numbered = [path for path in Path(run).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    found = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
-    final = Path(run, "model")
-    if not found:
-        raise ValueError(f"--checkpoints {run}: no checkpoint there; run with --save-steps N and --save-total-limit M")
-    return [*map(str, found), *([str(final)] if final.is_dir() else [])]
-
-
-def compare(options: argparse.Namespace) -> int:
-    """The comparison, in order."""
-    if options.base is None:
-        raise ValueError("name --base, what the model is compared with")
-    judged = options.judge_url is not None or options.judge_local is not None
-    if judged == bool(options.rule):
-        raise ValueError("name either --rule, or a judge with --judge-url or --judge-local")
-    rules = [parse_rule(text) for text in options.rule]
-    persona = read_persona(options.persona)
-    system = None if options.system is None else read_text(options.system)
-    prompts = PromptDataset.from_source(options.prompts, "prompts", system).prompts[: options.limit]
-    models = [options.model] if options.checkpoints is None else checkpoints(options.checkpoints)
-    for name in (*models, options.base):  # the base is loaded long after the model
-        check_name(name)
-    judge = chat_model(options, "judge", max_new_tokens=8, temperature=0.0) if judged else None
-    wording = None if options.judge_prompt is None else Path(options.judge_prompt).read_text("utf-8")
-
-    def answered(role: str, name: str) -> list[str]:
-        texts = answers_of(name, with_system(prompts, options.base_system) if role == "base" else prompts, options)
-        if not options.quiet:
-            print(f"{role:6} {name}: {describe_answers(texts, rules)}", flush=True)
-        return texts
-
-    base, reports = answered("base", options.base), []
-    for name in models:
-        mine = answered("model", name)
-        outcomes: Sequence[float | None] = (
-            compare_by_rules(rules, mine, base)
-            if judge is None
-            else compare_by_judge(judge, prompts, mine, base, persona, wording)
-        )
-        result = WinRate.of(outcomes)
-        reports.append(
-            {
-                **result._asdict(),
-                "model": name,
-                "base": options.base,
-                "rules": options.rule,
-                "judge": options.judge_local or options.judge_model,
-                "judge_failures": dict(getattr(judge, "failures", {})),
-                "answers": [
-                    {"prompt": prompt[-1]["content"], "model": text, "base": other, "outcome": outcome}
-                    for prompt, text, other, outcome in zip(prompts, mine, base, outcomes)
-                ],
-            }
-        )
-        print(f"{Path(name).name}: {result}" if options.checkpoints else result, flush=True)
-    if options.output is not None:
-        write_report(options.output, reports if options.checkpoints else reports[0])
-    return DONE
-
-
-def answers_of(name: str, prompts: list[list[dict]], options: argparse.Namespace) -> list[str]:
-    """One answer per prompt of the model ``name``, which is loaded here and dropped again."""
-    model, tokenizer = load_model_and_tokenizer(name, dtype=options.dtype, device=options.device)
-    chat = LocalChat(
-        model,
-        tokenizer,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        batch_size=options.generation_batch_size,
-        seed=options.seed,
-    )
-    return [text or "" for text in chat.replies(prompts)]
-
-
-def describe_answers(answers: list[str], rules: list[Rule]) -> str:
-    """How many fulfil the rules, their length in words, and how many are degenerate."""
-    words = sum(len(text.split()) for text in answers) / len(answers)
-    bad = sum(degenerate(text) is not None for text in answers)
-    kept = sum(all(rule.holds(text) for rule in rules) for text in answers)
-    share = f"{kept / len(answers):.0%} fulfil the rules, " if rules else ""
-    return f"{share}{words:.1f} words, {bad} of {len(answers)} degenerate"
+    return benchmark(options)

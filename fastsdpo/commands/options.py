@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -49,16 +50,19 @@ def choose_device(options: argparse.Namespace) -> None:
     options.device = "cuda"
 
 
-def refuse(options: argparse.Namespace, flags: Iterable[str], reason: str) -> None:
-    """Raises ValueError where one of the flags was given, since the command would not read it.
+def refuse(options: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+    """Raises ValueError where one of the options or settings was given, since the command would not read it.
 
     Args:
-        flags: without the dashes.
-        reason: what comes after the flag: "needs --held-out".
+        names: options without the dashes, or fields that ``--set`` names.
+        reason: what comes after the name: "needs --held-out".
     """
-    for flag in flags:
-        if flag in options.given:
-            raise ValueError(f"--{flag} {reason}")
+    fields_set = {text.partition("=")[0] for text in getattr(options, "set", [])}
+    for name in names:
+        if name in options.given:
+            raise ValueError(f"--{name} {reason}")
+        if name in fields_set:
+            raise ValueError(f"--set {name} {reason}")
 
 
 def read_text(given: str) -> str:
@@ -149,6 +153,8 @@ def add_device_option(group: Any, default: str | None = None) -> None:
 
 def model_source(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `fastsdpo.modeling.load_model_and_tokenizer` that `add_model_source_options` asks for."""
+    if options.revision is not None and Path(options.model).exists():
+        raise ValueError(f"--revision needs a hub id as --model, got the folder or file {options.model}")
     names = ("gguf_file", "tokenizer", "revision", "attn_implementation", "trust_remote_code")
     return {"name": options.model, **{name: getattr(options, name) for name in names}}
 
@@ -159,6 +165,7 @@ PRESET_HELP = (
     "paper-later: that of the code published later, the top 20 tokens and the rest"
 )
 GROUPS = {
+    "answers": "answers",
     "method": "method",
     "text": "text",
     "optimization": "optimization",
@@ -179,22 +186,20 @@ def add_setting_options(
     """A flag for each setting that has a group; read by `read_config`.
 
     Args:
-        config: has the defaults that are shown.
+        config: the class whose settings they are: `SDPOSettings` or `OnlineSDPOSettings`.
         changed: other defaults, of the command.
         without: groups and settings that the command has no use for.
     """
     wanted = {name: title for name, title in GROUPS.items() if name not in without}
-    groups = {name: parser.add_argument_group(title) for name, title in wanted.items()}
+    used = {item.metadata.get("group") for item in fields(config)}
+    groups = {name: parser.add_argument_group(title) for name, title in wanted.items() if name in used}
     names = list(presets)
     about = PRESET_HELP + ("; personal: ours for one user's wish (docs/online.md)" if "personal" in names else "")
     groups["method"].add_argument("--preset", default="full", choices=names, help=about)
-    own: dict[str, Field] = {item.name: item for item in fields(config)}
-    for item in fields(SDPOSettings):
+    for item in fields(config):
         group = groups.get(item.metadata.get("group", ""))
         if group is not None and item.name not in without:
-            here = own[item.name]
-            default = changed.get(item.name, here.default)
-            _add_setting(group, item, here.metadata.get("help", item.metadata["help"]), default, item.metadata)
+            _add_setting(group, item, changed.get(item.name, item.default))
     compute = groups["computation"]
     compute.add_argument(
         "--gradient-checkpointing",
@@ -220,27 +225,8 @@ def add_setting_options(
         _add_logs(groups["logs"])
 
 
-def add_field_options(
-    group: argparse._ArgumentGroup,
-    config: type,
-    names: Mapping[str, str],
-    changed: Mapping[str, Any] = MappingProxyType({}),
-) -> None:
-    """A flag for each of a configuration's own fields; read by `read_config`.
-
-    Args:
-        names: of the fields, and what their values are called in the help.
-        changed: other defaults, of the command.
-    """
-    own: dict[str, Field] = {item.name: item for item in fields(config)}
-    for name, metavar in names.items():
-        default = changed.get(name, own[name].default)
-        _add_setting(group, own[name], own[name].metadata["help"], default, {"metavar": metavar})
-
-
-def _add_setting(
-    group: argparse._ArgumentGroup, item: Field, help: str, default: Any, more: Mapping[str, Any]
-) -> None:
+def _add_setting(group: argparse._ArgumentGroup, item: Field, default: Any) -> None:
+    more = item.metadata
     flag = more.get("flag") or f"--{item.name.replace('_', '-')}"
     kind = {"int": int, "float": float}.get(str(item.type).split(" | ")[0], str)
     nullable = "None" in str(item.type)
@@ -257,7 +243,7 @@ def _add_setting(
         choices=more.get("choices"),
         metavar=None if "choices" in more else more.get("metavar", item.name.upper().split("_")[-1]),
         default=argparse.SUPPRESS,  # what is not given stays the preset's
-        help=f"{help.rstrip('.')} (default: {said})".replace("%", "%%"),
+        help=f"{more['help'].rstrip('.')} (default: {said})".replace("%", "%%"),
     )
 
 
@@ -294,12 +280,35 @@ def add_push_option(group: argparse._ArgumentGroup) -> None:
     )
 
 
-# Settings that are read only where another one has this value.
-READ_WITH = {
+# Settings that are read only where another one has this value; None: where it has any.
+READ_WITH: dict[str, tuple[str, Any]] = {
     "ema_rate": ("teacher", "ema"),
     "trust_region_mix": ("teacher", "trust_region"),
     "add_tail": ("mode", "topk"),
+    "generation_model": ("generation_url", None),
+    "generation_sync": ("generation_url", None),
 }
+
+
+def check_read(asked: Mapping[str, Any], made: SDPOConfig) -> None:
+    """Raises ValueError where a setting was given that the others leave without effect; says where --epochs is one.
+
+    Args:
+        asked: what was given.
+        made: the configuration of it.
+    """
+    for name, (other, value) in READ_WITH.items():
+        has = getattr(made, other, None)
+        if name in asked and (has is None if value is None else has != value):
+            got = f", got {other}={has}" if value else ""
+            raise ValueError(f"{name} needs {other}={value or 'URL'}{got}")
+    if asked.get("warmup_steps") and made.lr_scheduler_type == "constant":
+        raise ValueError("warmup_steps needs a schedule that warms up: lr_scheduler_type=constant_with_warmup")
+    for steps, strategy in (("eval_steps", "eval_strategy"), ("save_steps", "save_strategy")):
+        if steps in asked and getattr(made, strategy) != "steps":
+            raise ValueError(f"{steps} needs {strategy}=steps, got {strategy}={getattr(made, strategy).value}")
+    if made.max_steps > 0 and "num_train_epochs" in asked:
+        logging.getLogger(__name__).info("--epochs is not read: --max-steps decides how long the run is")
 
 
 def read_config(options: argparse.Namespace, config: type[Config], **settings: Any) -> Config:
@@ -321,10 +330,13 @@ def read_config(options: argparse.Namespace, config: type[Config], **settings: A
     names = {field.name for field in fields(config)}
     flags = {*names, "gradient_checkpointing"}
     given = {name: value for name, value in vars(options).items() if name in flags}
+    fields_set = _read_set(options.set, config)
+    for name in fields_set.keys() & given.keys():
+        raise ValueError(f"{name}={given[name]} is given, and --set {name} too: leave one of them out")
     for steps, strategy in (("eval_steps", "eval_strategy"), ("save_steps", "save_strategy")):
         if steps in given:
             given[strategy] = "steps"
-    given |= _read_set(options.set, config)
+    given |= fields_set
     asked = dict(given)
     if "gradient_checkpointing" in given:
         # transformers is renaming it; the new name where there is one.
@@ -351,9 +363,7 @@ def read_config(options: argparse.Namespace, config: type[Config], **settings: A
         raise ValueError(f"--device must say which of the {torch.cuda.device_count()} GPUs, such as cuda:0, got cuda")
     made = config.preset(options.preset, output_dir=options.output, **given)
     assert isinstance(made, config)
-    for name, (other, value) in READ_WITH.items():
-        if name in asked and getattr(made, other) != value:
-            raise ValueError(f"{name} needs {other}={value}, got {other}={getattr(made, other)}")
+    check_read(asked, made)
     if device is not None and made.device.type != device.type:
         raise ValueError(f"--device must be {made.device.type} or cpu for training here, got {device.type}")
     return made

@@ -252,11 +252,14 @@ def _file(output: str, name: str) -> str:
 def _interactions(arguments: argparse.Namespace) -> int:
     if not arguments.show:
         refuse(arguments, ("template",), "needs --show")
+    rules = _rules(arguments)
+    if not rules.shuffle and not arguments.eval_fraction:
+        refuse(arguments, ("seed",), "needs --shuffle or --eval-fraction: nothing else is drawn")
     arguments.output = _file(arguments.output, "interactions.jsonl")
     report = prepare(
         arguments.sources,
         arguments.output,
-        rules=_rules(arguments),
+        rules=rules,
         seed=arguments.seed,
         eval_fraction=arguments.eval_fraction,
         eval_output=arguments.eval_output,

@@ -139,8 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_options(parser: Parser, options: argparse.Namespace) -> None:
     if [options.source, options.prompt, options.cases].count(None) != 2:
         parser.error("give either a source or --prompt, or --cases")
-    one = ("completion", "system", "followup", "unrelated", "index", "id", "html")
-    if options.cases is not None and any(getattr(options, name) is not None for name in one):
+    one = ("completion", "system", "followup", "unrelated", "index", "id", "html", "values", "color", "theme")
+    if options.cases is not None and options.given.keys() & set(one):
         parser.error(f"--cases goes without {', '.join(f'--{name}' for name in one)}")
     if options.heatmap is not None and options.cases is None:
         parser.error("--heatmap needs --cases")
@@ -156,8 +156,17 @@ def _check_options(parser: Parser, options: argparse.Namespace) -> None:
         for flag in ("max-new-tokens", "seed"):
             if flag in options.given:
                 parser.error(f"--{flag} is of an answer that the model writes, and this one is there already")
-    if options.quiet and options.values:
-        parser.error("give --quiet or --values, not both")
+    for flag in ("values", "color", "theme"):
+        if options.quiet and flag in options.given:
+            parser.error(f"give --quiet or --{flag}, not both")
+    if options.quiet and [options.html, options.json, options.heatmap] == [None, None, None]:
+        parser.error("--quiet needs --html, --json or --heatmap: else nothing would come of it")
+    if options.color == "never" and options.theme != "auto":
+        parser.error("--theme needs colours, and --color never turns them off")
+    if options.scale is not None and options.cases is not None and options.heatmap is None:
+        parser.error("--scale needs --heatmap where --cases is given")
+    if options.scale is not None and options.quiet and options.html is None and options.heatmap is None:
+        parser.error("--scale needs --html where --quiet is given")
     if options.index is not None and options.id is not None:
         parser.error("give --index or --id, not both")
     if options.index is not None and options.index < 0:

@@ -7,6 +7,7 @@ import copy
 import difflib
 from pathlib import Path
 
+from fastsdpo.commands.chat import LEARN
 from fastsdpo.commands.screen import PlainScreen
 from fastsdpo.data import Interaction
 from fastsdpo.data.interactions import is_blank
@@ -15,7 +16,6 @@ from fastsdpo.online.terminal import uninterrupted
 from fastsdpo.signal import compute_signal
 from fastsdpo.trainer.report import write_report
 
-LEARN = ("told", "always")
 # What can be typed, and what it does: for /help and for completion.
 COMMANDS = {
     "/teach": "TEXT is your reaction to the last answer: the model learns from it and answers it. Without TEXT: your "

@@ -52,6 +52,17 @@ from fastsdpo.commands.paths import check_data, check_folder, check_template, he
 from fastsdpo.settings import SDPOSettings
 from fastsdpo.trainer.presets import PRESETS
 
+# What only held-out interactions are read for.
+HELD_OUT = (
+    "eval-steps",
+    "measure-rule",
+    "allow-leaks",
+    "measure_interactions",
+    "measure_answers",
+    "measure_tokens",
+    "per_device_eval_batch_size",
+)
+
 
 def build_parser() -> Parser:
     parser = Parser(
@@ -138,7 +149,9 @@ def start(options: argparse.Namespace) -> int:
     eval_data = held_out(options)
     check_data(options.data, eval_data)
     if eval_data is None:
-        refuse(options, ("eval-steps", "measure-rule"), "needs held-out interactions (--eval-data)")
+        refuse(options, HELD_OUT, "needs held-out interactions (--eval-data)")
+    if options.quiet:
+        refuse(options, ("dry-run", "show"), "goes without --quiet: it is there to be read")
     check_template(options)
     choose_device(options)
     from fastsdpo.commands.train_run import train

@@ -15,11 +15,7 @@ from fastsdpo.commands.forecast import (
     of_trainer,
     setting_of,
 )
-from fastsdpo.commands.options import (
-    DONE,
-    STOPPED,
-    read_config,
-)
+from fastsdpo.commands.options import DONE, STOPPED, read_config, refuse
 from fastsdpo.commands.paths import held_out
 from fastsdpo.commands.tokens import show_interactions
 from fastsdpo.data import load_interactions
@@ -37,6 +33,10 @@ from fastsdpo.trainer.report import dry_run_report, plot_history, write_report
 if TYPE_CHECKING:
     from fastsdpo.trainer import SDPOTrainer
 
+# What only training, saving and uploading read.
+NOT_DRY = ("push-to-hub", "resume", "overwrite", "measure-rule", "report-to", "eval-steps", "save-steps")
+NOT_DRY += ("save-total-limit", "logging-steps")
+
 
 def train(options: argparse.Namespace) -> int:
     """The run, in order."""
@@ -46,7 +46,9 @@ def train(options: argparse.Namespace) -> int:
     run.check_push(options)
     show = run.shows(options, config)
     say = run.printer(show)
+    say_unread(options, say)
     if options.dry_run and not needs_weights(options, config):
+        refuse(options, ("show",), "needs the model's weights, which this dry run does not load")
         return forecast(options, config, say)
     say(describe_backend(config.device.type, config.dtype))
     stop = StopOnSignal()
@@ -83,6 +85,13 @@ def train(options: argparse.Namespace) -> int:
     report(trainer, options, training, after, answers, say)
     run.push(trainer, options, say)
     return DONE
+
+
+def say_unread(options: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Says what a dry run does not use; it may be the whole command of a run with --dry-run behind it."""
+    unread = [f"--{name}" for name in NOT_DRY if name in options.given]
+    if options.dry_run and unread:
+        say(f"dry run: nothing is trained, saved or uploaded; not used here: {', '.join(unread)}")
 
 
 def before_lines(metrics: dict[str, float]) -> list[str]:

@@ -138,8 +138,8 @@ def make_user(options: argparse.Namespace) -> UserSimulator:
         raise ValueError(f"name one user: {', '.join(named)}; got {' and '.join(chosen) or 'none'}")
     if options.persona is None:
         refuse(options, MODEL_OPTIONS, "needs --persona")
-    if not (options.rule or options.wish):
-        refuse(options, ("praise",), "needs a user of rules (--rule or --wish)")
+    if not (options.rule or options.then_rule):
+        refuse(options, ("praise",), "needs a user of rules (--rule): one with a wish alone is never content")
     thens = bool(options.then_rule or options.then_wish) or len(options.then_persona)
     if len(options.flip_at) != thens:
         raise ValueError(

@@ -74,8 +74,14 @@ def _auto(device: str) -> str:
     name, reason = _kernels_for(device)
     if reason is not None and reason not in _told:
         _told.add(reason)  # once per process, whatever the filters: losses are called in loops
-        warnings.warn(f"{REFERENCE}, slowly: {reason}", stacklevel=2)
+        warnings.warn(f"{REFERENCE}, slowly: {_short(reason)}", stacklevel=2)
     return name or "reference"
+
+
+def _short(reason: str) -> str:
+    """The reason without a compiler's output, which may be long."""
+    start, failed, _ = reason.partition("failed at install: ")
+    return f"{start}failed at install); `fastsdpo doctor` says why" if failed else reason
 
 
 def describe_backend(device: str, dtype: str | None = None) -> str:
@@ -92,7 +98,7 @@ def describe_backend(device: str, dtype: str | None = None) -> str:
     name, reason = _kernels_for(device)
     if reason is not None:
         _told.add(reason)
-        return f"{REFERENCE}, slowly: {reason}"
+        return f"{REFERENCE}, slowly: {_short(reason)}"
     if name is None:
         return f"{REFERENCE}: there are no kernels for the device type {device!r}"
     return f"losses are computed by the {name} kernels"

@@ -16,14 +16,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from fastsdpo.data import HindsightTemplate, Interaction, InteractionTokenizer, TokenizedInteraction
 from fastsdpo.data.interactions import is_blank
-from fastsdpo.ops.linear_token_logps import linear_token_logps
 from fastsdpo.signal.tokens import TokenGroup, group_tokens
+
+if TYPE_CHECKING:
+    import torch
 
 NEUTRAL_FOLLOWUP = "By the way, what is the difference between a peninsula and an island?"
 OTHER_NEUTRAL = (
@@ -225,7 +225,6 @@ def _signal(followup: str, teacher: torch.Tensor, student: torch.Tensor, ends_tu
     return FollowupSignal(followup, teacher.tolist(), log_ratio.tolist(), ends_turn)
 
 
-@torch.no_grad()
 def _logps(
     model: Any,
     teacher_model: Any,
@@ -239,11 +238,11 @@ def _logps(
     From hidden states, as training does: the logits are float32 whatever the model's dtype, since
     rounding to bfloat16 would be larger than most log-ratios.
     """
-    # Here, so that `fastsdpo signal --help` need not import transformers.
-    from fastsdpo.prefix import head_parameters, shared_forward
+    # Here, so that `fastsdpo signal --help` need not import torch.
+    import torch
 
-    states = shared_forward(model, tokenized, teacher_model=teacher_model, sharing=sharing)  # type: ignore[arg-type]
-    count = len(tokenized[0].completion_ids)
+    from fastsdpo.ops.linear_token_logps import linear_token_logps
+    from fastsdpo.prefix import head_parameters, shared_forward
 
     def of_head(owner: Any, hidden: torch.Tensor) -> torch.Tensor:
         head = head_parameters(owner)
@@ -259,8 +258,11 @@ def _logps(
         )
         return logps.to("cpu", torch.float64)
 
-    student = of_head(model, states.student_hidden[:count])
-    teacher = of_head(model if teacher_model is None else teacher_model, states.teacher_hidden)
+    with torch.no_grad():
+        states = shared_forward(model, tokenized, teacher_model=teacher_model, sharing=sharing)  # type: ignore[arg-type]
+        count = len(tokenized[0].completion_ids)
+        student = of_head(model, states.student_hidden[:count])
+        teacher = of_head(model if teacher_model is None else teacher_model, states.teacher_hidden)
     return student, list(teacher.split(count))
 
 

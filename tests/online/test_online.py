@@ -16,7 +16,7 @@ from fastsdpo.online import (
     SwitchingUser,
     degenerate,
 )
-from fastsdpo.online.config import PRESETS
+from fastsdpo.online.presets import PRESETS
 from fastsdpo.online.rules import parse_rule
 from fastsdpo.trainer.loss import ppo_token_loss
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from fastsdpo.commands import chat, online, train
 from fastsdpo.modeling import load_model_and_tokenizer
+from fastsdpo.online.terminal import MessageReader
 from tests.trainer.launching import Variant, arguments, compare, runs, torchrun, worker
 
 LORA = ["--lora", "4"]
@@ -113,6 +114,6 @@ def test_online_and_chat(place, dequantized, tmp_path, monkeypatch, capsys, comm
         assert (tmp_path / "out" / "model" / "adapter_config.json").exists()
         return
     lines = iter(["w1 w2", "/teach w3 w4", f"/save {tmp_path / 'saved'}", None])
-    monkeypatch.setattr(chat.MessageReader, "read", lambda self, question: next(lines))
+    monkeypatch.setattr(MessageReader, "read", lambda self, question: next(lines))
     assert chat.main(common) == 0
     assert (tmp_path / "saved" / "adapter_config.json").exists()
