@@ -163,7 +163,7 @@ def pytest(python: Path, work: Path, tests: list[str], *options: str, **environm
 
 
 def doctor(python: Path, work: Path) -> dict[str, Any]:
-    done = run([python, "-m", "fastsdpo", "doctor", "--no-bandwidth", "--json"], cwd=work)
+    done = run([python, "-m", "fastsdpo", "doctor", "--json"], cwd=work)
     try:
         found = json.loads(done.stdout[done.stdout.index("{") :])
     except ValueError:

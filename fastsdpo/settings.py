@@ -37,13 +37,18 @@ class SDPOSettings:
     # The objective
     mode: str = setting(
         "full",
-        "full: matches the hindsight policy, by a divergence over the whole vocabulary; topk: over the likeliest "
-        "tokens; sampled_token: own-answer hindsight, -A log p of the answer's tokens (the paper's runs), another "
-        "objective and no estimate of full where follow-ups depend on answers.",
+        "The objective. full matches the hindsight policy, by a divergence over the whole vocabulary. topk "
+        "does so over the likeliest tokens. sampled_token is own-answer hindsight, -A log p of the answer's "
+        "tokens (the paper's runs): another objective, and no estimate of full where follow-ups depend on "
+        "answers.",
         group="method",
         choices=("sampled_token", "full", "topk"),
     )
-    alpha: float = setting(1.0, "0 forward KL, 1 reverse KL, between: Jensen-Shannon.", group="method")
+    alpha: float = setting(
+        1.0,
+        "Which divergence: 0 is the forward KL, 1 the reverse KL, and between them Jensen-Shannon.",
+        group="method",
+    )
     topk: int | None = setting(
         None, "The student's K most likely tokens, for --mode topk.", group="method", metavar="K"
     )
@@ -55,38 +60,44 @@ class SDPOSettings:
         "None: no weights.",
     )
     reference_kl: float = setting(
-        0.0, "Times KL(student || initial model) without the follow-up, per token.", group="method"
+        0.0, "Weight of KL(student || initial model), without the follow-up, per token.", group="method"
     )
     normalization: str = setting(
         "sequence",
-        "sequence: mean over each answer's tokens, then over answers; token: mean over all tokens. Both over the "
-        "whole global batch.",
+        "How losses are averaged over the whole global batch. sequence: over each answer's tokens, then over "
+        "answers. token: over all tokens.",
         group="method",
         choices=("sequence", "token"),
     )
-    ignore_first_k: int = setting(0, "First tokens of each answer left out of the loss.", group="method", metavar="K")
+    ignore_first_k: int = setting(
+        0, "How many of the first tokens of each answer the loss leaves out.", group="method", metavar="K"
+    )
 
     # The teacher
     teacher: str = setting(
         "live",
-        "live: the model itself; ema: a moving average; frozen: the initial model; trust_region: "
-        "exp((1-a) log frozen + a log live), normalized.",
+        "Who teaches, with the follow-up in view. live: the model itself. ema: its moving average. frozen: "
+        "the initial model. trust_region: exp((1-a) log frozen + a log live), normalized.",
         group="method",
         choices=("live", "ema", "frozen", "trust_region"),
     )
-    ema_rate: float = setting(0.05, "teacher += ema_rate * (student - teacher) each step.", group="method")
+    ema_rate: float = setting(
+        0.05,
+        "How fast the teacher of --teacher ema follows: teacher += rate * (student - teacher) at each step.",
+        group="method",
+    )
     trust_region_mix: float = setting(0.5, "a of the trust region: 0 frozen, 1 live.")
     guidance: float = setting(
         1.0,
-        "How much a follow-up counts. g: the teacher is proportional to p(. | x) (p(. | x, o) / p(. | x, n))^g, all "
-        "of the teacher's weights; 1 without neutral_followup: p(. | x, o).",
+        "How much a follow-up counts. With G the teacher is proportional to p(. | x) (p(. | x, o) / p(. | x, "
+        "n))^G, all of the teacher's weights. 1, without a neutral follow-up: p(. | x, o).",
         group="method",
         metavar="G",
     )
     neutral_followup: str | None = setting(
         None,
-        "n: a follow-up that says nothing (Okay.), whose effect on the answer is subtracted from that of the user's. "
-        "None: no follow-up, n is empty.",
+        "A follow-up that says nothing, such as Okay. Its effect on the answer is subtracted from that of the "
+        "user's. None: there is no such follow-up.",
         group="method",
         metavar="TEXT",
     )
@@ -105,14 +116,16 @@ class SDPOSettings:
     # Text to tokens
     template: str = setting(
         "auto",
-        "How the follow-up enters: the name of a template (offline-v1, online-v1, note, ...), or a text with {o}. "
-        "auto: note for models below a billion weights, else online-v1.",
+        "How the follow-up enters the prompt: the name of a template (offline-v1, online-v1, paper-table1, "
+        "note), or a text with {o}. auto: note for models below a billion weights, else online-v1.",
         group="text",
         metavar="NAME|TEXT",
     )
-    max_prompt_length: int | None = setting(2048, "Most tokens of the history.", group="text", metavar="TOKENS")
-    max_completion_length: int | None = setting(2048, "Most tokens of the answer.", group="text", metavar="TOKENS")
-    max_followup_length: int | None = setting(1024, "Most tokens of the follow-up.", group="text", metavar="TOKENS")
+    max_prompt_length: int | None = setting(2048, "The most tokens of the history.", group="text", metavar="TOKENS")
+    max_completion_length: int | None = setting(2048, "The most tokens of the answer.", group="text", metavar="TOKENS")
+    max_followup_length: int | None = setting(
+        1024, "The most tokens of the follow-up.", group="text", metavar="TOKENS"
+    )
     truncation: str = setting(
         "shared",
         "shared: student and teacher lose the same history; independent-left: the paper's.",
@@ -134,8 +147,8 @@ class SDPOSettings:
     # Computation; nothing here changes the result
     sharing: str = setting(
         "auto",
-        "Prefixes computed once: conversation, interaction, off; auto: conversation where the model allows it, else "
-        "off.",
+        "Which shared prefixes are computed once: those of a conversation, of an interaction, or none (off). "
+        "auto: conversation where the model allows it, else off.",
         group="computation",
         choices=("auto", "conversation", "interaction", "off"),
     )
@@ -144,28 +157,28 @@ class SDPOSettings:
     chunk_size: int | None = setting(None, "Tokens per tile of logits.")
     max_tokens_per_pack: int | None = setting(
         16384,
-        "Most tokens (student and teacher, shared prefixes once) in one forward pass; larger micro-batches take "
-        "several. None: no limit.",
+        "The most tokens in one forward pass (student and teacher, shared prefixes once). Larger "
+        "micro-batches take several passes. None: no limit.",
         group="computation",
         metavar="TOKENS",
     )
     ulysses: int = setting(
         1,
-        "Processes that share one pack in training, for long conversations: each computes some of its tokens, and "
-        "in the attention some of the heads.",
+        "How many processes share one pack in training, for long conversations. Each computes some of its "
+        "tokens, and in the attention some of the heads.",
         group="computation",
         metavar="PROCESSES",
     )
     token_cache: str | None = setting(
         "auto",
-        "Folder in which the tokens of data files are kept, to be found again by other processes and runs. auto: "
+        "The folder in which the tokens of data files are kept for other processes and runs. auto: "
         "~/.cache/fastsdpo/tokens, for files of 32 MB and more. None: nothing is kept.",
         group="data",
         metavar="FOLDER",
     )
     tokenizer_workers: int | None = setting(
         None,
-        "Processes that tokenize a data file. None: one for each core, at most 8; 1 below 32 MB.",
+        "How many processes tokenize a data file. None: one for each core, at most 8; one below 32 MB.",
         group="data",
         metavar="N",
     )
@@ -182,21 +195,21 @@ class SDPOSettings:
     # Batches, weights, safety
     global_batch_size: int | None = setting(
         None,
-        "Interactions (online: prompts) per optimizer step over all processes. Sets per_device_train_batch_size "
-        "(--batch-size), at most to its given value, and gradient_accumulation_steps (--accumulate). None: these two "
-        "decide.",
+        "Interactions (online: prompts) of one optimizer step, over all processes. Sets "
+        "per_device_train_batch_size (--batch-size), at most to its given value, and "
+        "gradient_accumulation_steps (--accumulate). None: these two decide.",
         group="optimization",
         metavar="N",
     )
     per_device_train_batch_size: int = setting(
         8,
-        "Interactions (online: prompts) per process in one micro-batch; a step takes --accumulate of them.",
+        "Interactions (online: prompts) of one process in one micro-batch. A step takes --accumulate micro-batches.",
         group="optimization",
         flag="--batch-size",
         metavar="N",
     )
     gradient_accumulation_steps: int = setting(
-        1, "Micro-batches per optimizer step.", group="optimization", flag="--accumulate", metavar="N"
+        1, "Micro-batches of one optimizer step.", group="optimization", flag="--accumulate", metavar="N"
     )
     dtype: str | None = setting(
         None,
@@ -238,30 +251,36 @@ class SDPOSettings:
     learning_rate: float = setting(2e-6, "The largest learning rate of the run.", group="optimization", metavar="RATE")
     lr_scheduler_type: str = setting(
         "cosine",
-        "How the learning rate changes over the run: cosine, constant, linear, ...",
+        "How the learning rate changes over the run: cosine, constant, constant_with_warmup, linear, and "
+        "others that transformers knows.",
         group="optimization",
         flag="--schedule",
         metavar="NAME",
     )
     warmup_steps: float = setting(
         0.05,
-        "Steps in which the learning rate rises from 0; below 1, a share of all steps.",
+        "How many steps the learning rate takes to rise from 0. Below 1: a share of all steps.",
         group="optimization",
         flag="--warmup",
         metavar="STEPS",
     )
     num_train_epochs: float = setting(2.0, "Passes over the data.", group="optimization", flag="--epochs", metavar="N")
     max_steps: int = setting(
-        -1, "Optimizer steps, in place of --epochs; -1: --epochs decides.", group="optimization", metavar="N"
+        -1,
+        "How many optimizer steps to take, instead of --epochs. -1: --epochs decides.",
+        group="optimization",
+        metavar="N",
     )
     max_grad_norm: float = setting(
         1.0,
-        "Gradients are scaled down to this norm; 0: they are not.",
+        "Gradients are scaled down to this norm. 0: they are not.",
         group="optimization",
         flag="--clip",
         metavar="NORM",
     )
-    seed: int = setting(42, "Of the order of the data, and of a new adapter's weights.", group="optimization")
+    seed: int = setting(
+        42, "Decides the order of the data, and the first weights of a new adapter.", group="optimization"
+    )
     bf16: bool | None = setting(
         None,
         "Products in bfloat16 (autocast). None: on GPUs that have it, but where dtype or fp16 asks for another.",
@@ -270,7 +289,7 @@ class SDPOSettings:
         None, "Processes that make the packs of the next steps. None: 2 where a GPU would wait for them, else 0."
     )
     logging_steps: float = setting(
-        10, "Steps between two logs of the loss; below 1, a share of all steps.", group="logs", metavar="STEPS"
+        10, "Steps between two logs of the loss. Below 1: a share of all steps.", group="logs", metavar="STEPS"
     )
     logging_first_step: bool = setting(True, "Log the loss of the first step too.")
     remove_unused_columns: bool = setting(False, "Must stay off: interactions are objects, without columns.")
@@ -291,25 +310,25 @@ class OnlineSDPOSettings(SDPOSettings):
     """The fields that `OnlineSDPOConfig` adds to `SDPOConfig`, or whose defaults it changes."""
 
     # Answers
-    num_generations: int = setting(1, "Answers sampled per prompt.", group="answers", metavar="N")
-    max_new_tokens: int = setting(256, "Most tokens of an answer.", group="answers", metavar="TOKENS")
+    num_generations: int = setting(1, "How many answers are sampled for each prompt.", group="answers", metavar="N")
+    max_new_tokens: int = setting(256, "The most tokens of an answer.", group="answers", metavar="TOKENS")
     sampling_temperature: float | None = setting(
         1.0,
-        "Of the answers. Only at 1 are they the model's own distribution. None: as the model's generation config "
-        "samples, with its top-k, top-p and penalties.",
+        "How freely answers are sampled. Only at 1 do they follow the model's own distribution. None: as the "
+        "model's generation config samples, with its top-k, top-p and penalties.",
         group="answers",
         metavar="T",
     )
     generation_batch_size: int | None = setting(
-        None, "Answers sampled at once; None: all of a step.", group="answers", metavar="N"
+        None, "How many answers are sampled at once. None: all of a step.", group="answers", metavar="N"
     )
     eval_max_new_tokens: int | None = setting(
-        None, "Most tokens of a held-out answer; None: max_new_tokens.", group="answers", metavar="TOKENS"
+        None, "The most tokens of a held-out answer. None: as many as of others.", group="answers", metavar="TOKENS"
     )
-    eval_temperature: float = setting(0.0, "Of held-out answers; 0: the likeliest token.")
+    eval_temperature: float = setting(0.0, "How freely held-out answers are sampled. 0: always the likeliest token.")
     generation_url: str | None = setting(
         None,
-        "OpenAI-compatible server (vLLM) that samples the answers; None: generate.",
+        "An OpenAI-compatible server (vLLM) that samples the answers. None: this process samples them.",
         group="answers",
         metavar="URL",
     )
@@ -322,7 +341,7 @@ class OnlineSDPOSettings(SDPOSettings):
 
     # The online objective
     updates_per_batch: int = setting(
-        1, "Optimizer steps on each batch of sampled answers.", group="answers", metavar="STEPS"
+        1, "How many optimizer steps are taken on each batch of sampled answers.", group="answers", metavar="STEPS"
     )
     ppo_clip: float | None = setting(
         None, "mode=sampled_token: clip the probability ratio to sampling time to 1 +- this. None: no ratio."
@@ -335,8 +354,8 @@ class OnlineSDPOSettings(SDPOSettings):
     # Safety
     stop_when_degenerate: float | None = setting(
         None,
-        "Stop, with a checkpoint, where this share of the answers of the last degenerate_window interactions is "
-        "degenerate. None: report only.",
+        "Stop, with a checkpoint, where this share of the answers to the last degenerate_window interactions "
+        "is degenerate (empty, or repeating itself). None: report only.",
         group="answers",
         metavar="SHARE",
     )

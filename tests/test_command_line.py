@@ -15,6 +15,7 @@ import pytest
 from fastsdpo.cli import COMMANDS, main
 from fastsdpo.commands import train
 from fastsdpo.commands.options import choose_device
+from fastsdpo.data.filters import ConversationFilter
 from fastsdpo.settings import OnlineSDPOSettings, SDPOSettings
 from fastsdpo.trainer.config import SDPOConfig
 
@@ -40,8 +41,13 @@ def test_every_option_has_help_and_one_meaning(monkeypatch):
     meaning: dict[str, set] = {}
     for command in COMMANDS:
         parser = parser_of(command, monkeypatch)
-        for action in parser._actions:
-            assert action.help, (command, action.option_strings)
+        for action in [action for action in parser._actions if action.help != argparse.SUPPRESS]:
+            text = parser._get_formatter()._get_help_string(action).replace("%%", "%")
+            where, start = (command, *action.option_strings, text), text.partition(" ")[0]
+            assert text.endswith((".", ")")) and "  " not in text, where
+            assert start[0].isupper() or start.rstrip(":") in (action.choices or ()) or "-" in start, where
+            if action.option_strings and action.nargs != 0 and not action.required:
+                assert text.count("Default: ") == 1, where
             for flag in action.option_strings:
                 meaning.setdefault(flag, set()).add(action.dest)
         told = parser.format_help()
@@ -61,7 +67,7 @@ def test_options_are_the_settings_of_the_configuration():
         if "group" in setting.metadata:
             flag = parser.flag_of(name)
             assert flag and flag.startswith("--") and " " not in flag and flag in told, name
-    assert "(default: 2e-06)" in told and "(default: cosine)" in told
+    assert "Default: 2e-06." in told and "Default: cosine." in told
 
 
 RUN = ["train", "data.jsonl", "--model", "m", "-o", "out"]
@@ -164,12 +170,13 @@ def names_read(module, seen):
 
 
 def test_every_option_is_read_by_its_command(monkeypatch):
+    rules = ConversationFilter.__dataclass_fields__  # `prepare` takes all
     settings = {*OnlineSDPOSettings.__dataclass_fields__, *SDPOConfig.__dataclass_fields__}  # `read_config` takes all
     for command in COMMANDS:
         read = names_read(COMMANDS[command][0], set())
         for action in parser_of(command, monkeypatch)._actions:
             given = {f"{role}_{part}" for role in ("user", "judge") for part in ("url", "model", "local")}
-            if action.dest not in {"help", "config", "schema", "list_rules", *settings, *given}:
+            if action.dest not in {"help", "config", "schema", "list_rules", *settings, *given, *rules}:
                 assert action.dest in read, (command, action.dest)
 
 

@@ -22,42 +22,54 @@ from fastsdpo.shapes import DIVERGENCES, MODELS, MODES
 
 def make_parser() -> Parser:
     parser = Parser("bench", __doc__)
-    parser.add_argument("--quick", action="store_true", help="small shapes, three rounds")
+    parser.add_argument("--quick", action="store_true", help="Small shapes, three rounds.")
     add_device_option(parser)
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="of the inputs (default: bfloat16 on a GPU, float32 on a CPU)",
+        help="The type of the inputs. Default: bfloat16 on a GPU, float32 on a CPU.",
     )
     parser.add_argument(
         "--modes",
         nargs="+",
         choices=list(MODES),
         default=["sampled", *DIVERGENCES],
-        help="the losses to time",
+        help="The losses to time.",
     )
     parser.add_argument(
         "--questions",
         nargs="+",
         choices=["logits", "hidden"],
         default=["logits", "hidden"],
-        help="what the losses start from",
+        help="What the losses start from.",
     )
     parser.add_argument(
         "--model",
         choices=list(MODELS),
         metavar="NAME",
-        help="vocabulary, width and softcap of " + ", ".join(MODELS),
+        help=f"Take vocabulary, width and softcap of {', '.join(MODELS)}.",
     )
-    parser.add_argument("--softcap", type=float, help="of the logits (default: none, or the model's)")
+    parser.add_argument("--softcap", type=float, help="The softcap of the logits. Default: none, or the model's.")
     parser.add_argument(
-        "--without", nargs="+", default=[], metavar="RIVAL", help="leave out, as in --without torch.compile"
+        "--without", nargs="+", default=[], metavar="RIVAL", help="Rivals to leave out, such as torch.compile."
     )
-    parser.add_argument("--tokens", type=int, help="rows of the inputs (default: 512, or 8192 on a GPU)")
-    parser.add_argument("--vocabulary", type=int, help="columns of the logits (default: 49152, or 151936 on a GPU)")
-    parser.add_argument("--hidden", type=int, help="width of the hidden states (default: 576, or 4096 on a GPU)")
-    parser.add_argument("--rounds", type=int, help="how often each is timed (default: 5, with --quick 3)")
-    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="writes bench.json and bench.md there")
+    parser.add_argument(
+        "--tokens", type=int, help="Rows of the inputs. Default: 512, or 8192 on a GPU; with --quick 128 or 1024."
+    )
+    parser.add_argument(
+        "--vocabulary",
+        type=int,
+        help="Columns of the logits. Default: 49152, or 151936 on a GPU; with --quick 16384 or 32000.",
+    )
+    parser.add_argument(
+        "--hidden",
+        type=int,
+        help="Width of the hidden states. Default: 576, or 4096 on a GPU; with --quick 256 or 1024.",
+    )
+    parser.add_argument("--rounds", type=int, help="How often each is timed. Default: 5, with --quick 3.")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FOLDER", help="Write bench.json and bench.md into this folder."
+    )
     return parser
 
 

@@ -31,7 +31,7 @@ import argparse
 import sys
 from typing import Any
 
-from fastsdpo.commands.options import add_model_options, add_setting_options, choose_device, run_command
+from fastsdpo.commands.options import add_model_options, add_setting_options, choose_device, read_text, run_command
 from fastsdpo.commands.parser import Parser
 from fastsdpo.commands.paths import check_template
 from fastsdpo.online.presets import PRESETS
@@ -68,19 +68,29 @@ def build_parser() -> Parser:
         argument_default=argparse.SUPPRESS,
     )
     run = parser.add_argument_group("chat")
-    run.add_argument("-o", "--output", required=True, metavar="FOLDER", help="checkpoints and what was learned from")
+    run.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="FOLDER",
+        help="The folder for checkpoints and for what was learned from.",
+    )
     parser.add_config_option(run)
-    run.add_argument("--system", default=None, metavar="TEXT", help="the system prompt")
+    run.add_argument("--system", default=None, metavar="TEXT", help="The system prompt. @FILE reads it from a file.")
     run.add_argument(
         "--learn",
         choices=LEARN,
         default="told",
-        help="from the messages that /teach names (default), or from every message that follows an answer",
+        help="told: the model learns from the messages that /teach names. always: from every message after an answer.",
     )
     run.add_argument(
-        "--keep", type=int, default=10, metavar="CHECKPOINTS", help="how many are kept; /undo goes back one fewer"
+        "--keep",
+        type=int,
+        default=10,
+        metavar="CHECKPOINTS",
+        help="How many checkpoints are kept. /undo goes back one fewer.",
     )
-    run.add_argument("--quiet", action="store_true", default=False, help="the answers only")
+    run.add_argument("--quiet", action="store_true", default=False, help="Print the answers only.")
     add_model_options(parser, lora=16)
     without = {*WITHOUT, *OWN.difference(CHAT_FIELDS)}
     add_setting_options(parser, PRESETS, OnlineSDPOSettings, changed=CHAT, without=without)
@@ -98,6 +108,8 @@ def start(options: argparse.Namespace) -> int:
     if options.keep < 2:
         raise ValueError(f"--keep must be at least 2, got {options.keep}")
     check_set(options)
+    if options.system is not None:
+        options.system = read_text(options.system)
     check_template(options)
     choose_device(options)
     from fastsdpo.commands.chat_run import chat

@@ -14,8 +14,8 @@ NAME = "conversations.jsonl"
 
 def build_parser() -> Parser:
     parser = Parser("demo-data", "Writes 40 short conversations, made up for this package, to try the commands with.")
-    parser.add_argument("output", nargs="?", default=NAME, metavar="FILE", help=f"default: {NAME}")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    parser.add_argument("output", nargs="?", default=NAME, metavar="FILE", help=f"The file to write. Default: {NAME}.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace a file that exists.")
     add_quiet_option(parser)
     return parser
 

@@ -17,8 +17,7 @@ from fastsdpo.commands.parser import Parser
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see the module for the exit status."""
     parser = Parser("doctor", __doc__)
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--no-bandwidth", action="store_true", help=argparse.SUPPRESS)  # nothing measures it any more
+    parser.add_argument("--json", action="store_true", help="Print the report as JSON.")
     return run_command(parser, check, parser.parse_args(argv))
 
 

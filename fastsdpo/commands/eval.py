@@ -42,61 +42,102 @@ def build_parser() -> Parser:
     parser = Parser("eval", __doc__)
     parser.add_argument(
         "prompts",
-        help="held-out prompts: a text file, one per line, or rows with 'prompt' (JSON, JSON Lines, Parquet)",
+        help="Held-out prompts: a text file with one in each line, or rows with 'prompt' (JSON, JSON Lines, Parquet).",
     )
     parser.add_argument(
-        "--system", metavar="TEXT", default=None, help="a system prompt, as in `fastsdpo online`; @FILE reads it"
+        "--system", metavar="TEXT", default=None, help="A system prompt for both models. @FILE reads it from a file."
     )
-    parser.add_argument("--model", default=None, help="folder, hub id or GGUF file, or an adapter")
-    parser.add_argument("--base", default=None, help="what it is compared with")
+    parser.add_argument(
+        "--model", default=None, help="The model: a folder, a hub id or a GGUF file; or the folder of an adapter."
+    )
+    parser.add_argument(
+        "--base", default=None, help="The model that it is compared with, such as the one before training."
+    )
     parser.add_argument(
         "--base-system",
         metavar="TEXT",
         default=None,
-        help="a system prompt for the base alone, such as the wish: what it can do when told; @FILE reads it",
+        help="A system prompt for the base alone, such as the wish: what it can do when told. @FILE reads it from "
+        "a file.",
     )
     parser.add_argument(
-        "--checkpoints", metavar="RUN", default=None, help="instead of --model: every checkpoint of this run's folder"
+        "--checkpoints",
+        metavar="RUN",
+        default=None,
+        help="Compare every checkpoint in this run's folder, instead of --model.",
     )
     parser.add_argument(
-        "--benchmark", choices=["ifeval"], default=None, help="instead of a rule or a judge; PROMPTS is its file"
+        "--benchmark",
+        choices=["ifeval"],
+        default=None,
+        help="Measure this benchmark, instead of a rule or a judge. PROMPTS is the benchmark's file.",
     )
     parser.add_argument(
         "--write",
         choices=list(QUESTIONS),
         default=None,
-        help="write answers for this benchmark to --output; PROMPTS is its file of questions",
+        help="Write answers for this benchmark to --output. PROMPTS is the benchmark's file of questions.",
     )
-    parser.add_argument("--generator", metavar="NAME", default=None, help="with --write: the model's name there")
+    parser.add_argument(
+        "--generator",
+        metavar="NAME",
+        default=None,
+        help="The model's name in the file of --write. Default: its folder's name.",
+    )
     parser.add_argument(
         "--rule",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="as in `fastsdpo online`; several are all to be fulfilled",
+        help="A rule, as in `fastsdpo online`. Of several, an answer has to fulfil all.",
     )
     add_chat_model_options(parser, "judge")
     parser.add_argument(
         "--judge-prompt",
         metavar="FILE",
         default=None,
-        help="the judge's wording, with {persona}, {history}, {first} and {second}; it must ask for A, B or C",
+        help="A file with the judge's wording, with {persona}, {history}, {first} and {second}. It must ask for A, "
+        "B or C. Default: our own text.",
     )
-    parser.add_argument("--persona", default="", metavar="TEXT", help="whom the judge judges for; @FILE reads it")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="most tokens of an answer")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
-    parser.add_argument("--generation-batch-size", type=int, default=16, metavar="N", help="answers written at once")
     parser.add_argument(
-        "--limit", type=int, default=None, help="the first prompts only; with --benchmark as many, evenly spaced"
+        "--persona",
+        default="",
+        metavar="TEXT",
+        help="Whom the judge judges for, and what this person wants. @FILE reads it from a file. Default: nobody "
+        "in particular.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of answers that are sampled (--temperature)")
-    parser.add_argument("--dtype", default=None, help="of the weights, as in `fastsdpo train`")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="The most tokens of an answer.")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="How freely answers are sampled. 0: always the likeliest token."
+    )
+    parser.add_argument(
+        "--generation-batch-size", type=int, default=16, metavar="N", help="How many answers are written at once."
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=None,
+        help="Use the first N prompts only; with --benchmark N of them, evenly spaced. Default: all.",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Decides the answers that are sampled. Needs --temperature."
+    )
+    parser.add_argument(
+        "--dtype",
+        default=None,
+        help="The type of the weights: float32, bfloat16, float16, or auto: the checkpoint's. Default: float32 on "
+        "a CPU, else the checkpoint's.",
+    )
     add_device_option(parser)
     parser.add_config_option()
     parser.add_argument(
-        "-o", "--output", default=None, metavar="FILE", help="JSON: the outcomes, with both answers to each prompt"
+        "-o",
+        "--output",
+        default=None,
+        metavar="FILE",
+        help="Write the outcomes, with both answers to each prompt, as JSON.",
     )
-    parser.add_argument("--quiet", action="store_true", help="print the last line only")
+    parser.add_argument("--quiet", action="store_true", help="Print the last line only.")
     return parser
 
 

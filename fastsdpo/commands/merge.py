@@ -22,9 +22,9 @@ from fastsdpo.commands.parser import Parser
 def build_parser() -> Parser:
     parser = Parser("merge", __doc__)
     run = parser.add_argument_group("run")
-    run.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for the whole model")
+    run.add_argument("-o", "--output", required=True, metavar="FOLDER", help="The folder for the whole model.")
     parser.add_config_option(run)
-    run.add_argument("--overwrite", action="store_true", help="replace a model in that folder")
+    run.add_argument("--overwrite", action="store_true", help="Replace a model in that folder.")
     add_quiet_option(run)
     add_model_source_options(parser.add_argument_group("model"), dtype="auto", device="cpu")
     return parser

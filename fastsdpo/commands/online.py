@@ -59,28 +59,35 @@ def build_parser() -> Parser:
     )
     group = parser.add_argument_group("run")
     group.add_argument(
-        "prompts", help="what users ask: a text file, one per line, or rows with 'prompt' (JSON, JSON Lines, Parquet)"
+        "prompts",
+        help="What users ask: a text file with one prompt in each line, or rows with 'prompt' (JSON, JSON Lines, "
+        "Parquet).",
     )
-    group.add_argument("-o", "--output", required=True, metavar="FOLDER", help="what the run leaves behind")
+    group.add_argument(
+        "-o", "--output", required=True, metavar="FOLDER", help="The folder for everything that the run leaves behind."
+    )
     parser.add_config_option(group)
-    group.add_argument("--eval-prompts", metavar="FILE", default=None, help="held-out prompts")
+    group.add_argument(
+        "--eval-prompts", metavar="FILE", default=None, help="Held-out prompts, answered before and after training."
+    )
     group.add_argument(
         "--headroom",
         action="store_true",
         default=False,
-        help="first answer the held-out prompts with the wish in the prompt, and with an unrelated remark: a wish "
-        "that the model does not follow when told can hardly be learned from follow-ups",
+        help="First answer the held-out prompts with the wish in the prompt, and with an unrelated remark. A wish "
+        "that the model does not follow when told can hardly be learned from follow-ups.",
     )
     group.add_argument(
         "--system",
         metavar="TEXT",
         default=None,
-        help="a system prompt, the first message of each prompt; @FILE reads it. That of the paper's experiment "
-        "with TL;DR asks for a summary of one or two sentences that begins with 'TL;DR:', and nothing else",
+        help="A system prompt, the first message of each prompt. @FILE reads it from a file.",
     )
     add_resume_options(group)
     add_push_option(group)
-    group.add_argument("--list-rules", action=ListRules, nargs=0, help="print the rules, and stop")
+    group.add_argument(
+        "--list-rules", action=ListRules, nargs=0, help="Print the rules that a user can have, and stop."
+    )
     add_user_options(parser)
     add_model_options(parser)
     add_setting_options(parser, PRESETS, OnlineSDPOSettings, without=("data",))

@@ -78,14 +78,17 @@ def add_resume_options(run: argparse._ArgumentGroup) -> None:
         const=True,
         default=None,
         metavar="CHECKPOINT",
-        help="go on from a checkpoint, or from the output folder's newest; without one, begin",
+        help="Continue from this checkpoint, or from the newest in the output folder. Where there is none, "
+        "begin. Default: begin, and refuse a folder that holds a run.",
     )
-    run.add_argument("--overwrite", action="store_true", default=False, help="start anew in a folder that holds a run")
+    run.add_argument(
+        "--overwrite", action="store_true", default=False, help="Start again in a folder that holds a run."
+    )
     add_quiet_option(run)
 
 
 def add_quiet_option(group: Any) -> None:
-    group.add_argument("--quiet", action="store_true", default=False, help="print nothing but errors")
+    group.add_argument("--quiet", action="store_true", default=False, help="Print nothing but errors.")
 
 
 def add_model_options(parser: argparse.ArgumentParser, lora: int | None = None) -> None:
@@ -101,17 +104,21 @@ def add_model_options(parser: argparse.ArgumentParser, lora: int | None = None) 
         type=int,
         default=None,
         metavar="RANK",
-        help="train a new LoRA adapter of this rank on all linear layers; 0: all weights (default: "
-        f"{lora or 'all weights'}; where --model is an adapter, training goes on with it)",
+        help="Train a new LoRA adapter of this rank on all linear layers. 0: all weights. Default: "
+        f"{lora or 'all weights'}; where --model is an adapter, training continues with it.",
     )
     model.add_argument(
-        "--lora-alpha", type=int, default=None, metavar="ALPHA", help="scale of the adapter (default: twice the rank)"
+        "--lora-alpha",
+        type=int,
+        default=None,
+        metavar="ALPHA",
+        help="The scale of the adapter. Default: twice the rank.",
     )
     model.add_argument(
         "--quantize",
         choices=("4bit", "8bit"),
         default=None,
-        help="pack the base model's weights with bitsandbytes and train the adapter alone (QLoRA)",
+        help="Pack the base model's weights with bitsandbytes, and train the adapter alone (QLoRA).",
     )
 
 
@@ -123,29 +130,39 @@ def add_model_source_options(
     Args:
         dtype, device: where they are not given; None: as for training.
     """
-    model.add_argument("--model", required=True, help="folder, hub id or GGUF file, or an adapter")
-    model.add_argument("--gguf-file", default=None, metavar="FILE", help="the GGUF file in that folder or repository")
-    model.add_argument("--tokenizer", default=None, help="folder, hub id or GGUF file (default: the model's)")
-    model.add_argument("--revision", default=None, help="branch, tag or commit of a hub id (default: main)")
+    model.add_argument(
+        "--model", required=True, help="The model: a folder, a hub id or a GGUF file; or the folder of an adapter."
+    )
+    model.add_argument("--gguf-file", default=None, metavar="FILE", help="The GGUF file in that folder or repository.")
+    model.add_argument(
+        "--tokenizer", default=None, help="The tokenizer: a folder, a hub id or a GGUF file. Default: the model's."
+    )
+    model.add_argument("--revision", default=None, help="The branch, tag or commit of a hub id. Default: main.")
     usual = "float32 on a CPU, else the checkpoint's"
     own: dict[str, Any] = {} if dtype is None else {"default": dtype}  # else the parser's
     model.add_argument(
         "--dtype",
-        help=f"of the weights: float32, bfloat16, float16, auto: the checkpoint's (default: {dtype or usual})",
+        help="The type of the weights: float32, bfloat16, float16, or auto: the checkpoint's. "
+        f"Default: {dtype or usual}.",
         **own,
     )
     model.add_argument(
-        "--attn-implementation", default=None, metavar="NAME", help="eager, sdpa, ... (default: the model's)"
+        "--attn-implementation",
+        default=None,
+        metavar="NAME",
+        help="How transformers computes attention: eager, sdpa, and so on. Default: the model's.",
     )
     model.add_argument(
-        "--trust-remote-code", action="store_true", default=False, help="run Python code that comes with the model"
+        "--trust-remote-code", action="store_true", default=False, help="Run Python code that comes with the model."
     )
     add_device_option(model, device)
 
 
 def add_device_option(group: Any, default: str | None = None) -> None:
     said = default or "a GPU where there is one"
-    group.add_argument("--device", default=default, help=f"cpu, cuda, cuda:1, ... (default: {said})")
+    group.add_argument(
+        "--device", default=default, help=f"Where to compute: cpu, cuda, cuda:1, and so on. Default: {said}."
+    )
     group.add_argument(
         "--cpu", action="store_const", const="cpu", default=argparse.SUPPRESS, dest="device", help=argparse.SUPPRESS
     )
@@ -160,9 +177,9 @@ def model_source(options: argparse.Namespace) -> dict[str, Any]:
 
 
 PRESET_HELP = (
-    "full (default): match the hindsight policy, by the reverse KL over the whole vocabulary; paper: the published "
-    "recipe, own-answer hindsight, which is another objective (docs/objectives.md); "
-    "paper-later: that of the code published later, the top 20 tokens and the rest"
+    "A recipe, which the other options change. full: match the hindsight policy, by the reverse KL over the whole "
+    "vocabulary. paper: the published recipe, own-answer hindsight, which is another objective (docs/objectives.md). "
+    "paper-later: the recipe of the code published later, the top 20 tokens and the rest."
 )
 GROUPS = {
     "answers": "answers",
@@ -194,7 +211,7 @@ def add_setting_options(
     used = {item.metadata.get("group") for item in fields(config)}
     groups = {name: parser.add_argument_group(title) for name, title in wanted.items() if name in used}
     names = list(presets)
-    about = PRESET_HELP + ("; personal: ours for one user's wish (docs/online.md)" if "personal" in names else "")
+    about = PRESET_HELP + (" personal: ours, for one user's wish (docs/online.md)." if "personal" in names else "")
     groups["method"].add_argument("--preset", default="full", choices=names, help=about)
     for item in fields(config):
         group = groups.get(item.metadata.get("group", ""))
@@ -205,21 +222,22 @@ def add_setting_options(
         "--gradient-checkpointing",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="less memory, a third more time (default: on a GPU for models of a billion weights and more)",
+        help="Takes less memory and a third more time. Default: on, for models of a billion weights and more on a "
+        "GPU.",
     )
     compute.add_argument(
         "--bf16",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="products in bfloat16, autocast (default: on GPUs that have it; off: --set bf16=false)",
+        help="Multiply in bfloat16 (autocast). Default: on, for GPUs that have it; --set bf16=false turns it off.",
     )
     compute.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="any other field of the configuration, those of transformers.TrainingArguments included; the value is "
-        "JSON or text",
+        help="Any other setting, those of transformers.TrainingArguments included. VALUE is JSON or text. Can be "
+        "given several times.",
     )
     if "logs" in groups:
         _add_logs(groups["logs"])
@@ -243,7 +261,7 @@ def _add_setting(group: argparse._ArgumentGroup, item: Field, default: Any) -> N
         choices=more.get("choices"),
         metavar=None if "choices" in more else more.get("metavar", item.name.upper().split("_")[-1]),
         default=argparse.SUPPRESS,  # what is not given stays the preset's
-        help=f"{more['help'].rstrip('.')} (default: {said})".replace("%", "%%"),
+        help=f"{more['help']} Default: {said}.".replace("None", "none").replace("%", "%%"),
     )
 
 
@@ -253,21 +271,25 @@ def _add_logs(logs: argparse._ArgumentGroup) -> None:
         "--eval-steps",
         type=int,
         metavar="N",
-        help="measure the held-out loss every N steps (default: after 5 minutes, then every 30)",
+        help="Measure the held-out loss every N steps. Default: after 5 minutes, then every 30 minutes.",
         **own,
     )
     logs.add_argument(
         "--save-steps",
         type=int,
         metavar="N",
-        help="write a checkpoint every N steps (default: after 5 minutes, then every 30, and every 500 steps)",
+        help="Write a checkpoint every N steps. Default: after 5 minutes, then every 30 minutes, and every 500 steps.",
         **own,
     )
     logs.add_argument(
-        "--save-total-limit", type=int, metavar="N", help="how many checkpoints are kept (default: 2)", **own
+        "--save-total-limit", type=int, metavar="N", help="How many checkpoints are kept. Default: 2.", **own
     )
     logs.add_argument(
-        "--report-to", nargs="+", metavar="NAME", help="wandb, trackio, tensorboard, ... (default: none)", **own
+        "--report-to",
+        nargs="+",
+        metavar="NAME",
+        help="Where to report to: wandb, trackio, tensorboard, and others that transformers knows. Default: none.",
+        **own,
     )
 
 
@@ -276,7 +298,7 @@ def add_push_option(group: argparse._ArgumentGroup) -> None:
         "--push-to-hub",
         default=None,
         metavar="OWNER/NAME",
-        help="upload the trained model, with its card, to this repository of the hub; a new one is private",
+        help="Upload the trained model, with its card, to this repository of the hub. A new repository is private.",
     )
 
 
@@ -306,7 +328,7 @@ def check_read(asked: Mapping[str, Any], made: SDPOConfig) -> None:
         raise ValueError("warmup_steps needs a schedule that warms up: lr_scheduler_type=constant_with_warmup")
     for steps, strategy in (("eval_steps", "eval_strategy"), ("save_steps", "save_strategy")):
         if steps in asked and getattr(made, strategy) != "steps":
-            raise ValueError(f"{steps} needs {strategy}=steps, got {strategy}={getattr(made, strategy).value}")
+            raise ValueError(f"{steps} needs --set {strategy}=steps, got {strategy}={getattr(made, strategy).value}")
     if made.max_steps > 0 and "num_train_epochs" in asked:
         logging.getLogger(__name__).info("--epochs is not read: --max-steps decides how long the run is")
 

@@ -58,11 +58,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        told = default in (None, argparse.SUPPRESS, False) or default == [] or "default:" in text
+        told = default is argparse.SUPPRESS or "Default:" in text or action.required
         if told or not action.option_strings or action.nargs == 0:
             return text
         said = " ".join(map(str, default)) if isinstance(default, list) else default
-        return f"{text} (default: {said})".replace("%", "%%") if text else f"default: {said}"
+        return f"{text} Default: {'none' if said in (None, '') else said}.".replace("%", "%%")
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,8 +83,10 @@ class Parser(argparse.ArgumentParser):
             description=description,
             formatter_class=HelpFormatter,
             allow_abbrev=False,
+            add_help=False,
             **more,
         )
+        self.add_argument("-h", "--help", action="help", default=argparse.SUPPRESS, help="Show this help and stop.")
         self.command, self.settings = command, sorted(settings)
 
     def add_config_option(self, group: Any = None) -> None:
@@ -93,8 +95,8 @@ class Parser(argparse.ArgumentParser):
             "--config",
             metavar="FILE",
             default=None,
-            help="a YAML file with options (their names without dashes in front), such as the run.yaml that a run "
-            "leaves in its output folder; an option on the command line wins",
+            help="A YAML file with options (their names without dashes in front), such as the run.yaml that a run "
+            "leaves in its output folder. An option on the command line wins.",
         )
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:

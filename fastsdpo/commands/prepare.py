@@ -61,28 +61,35 @@ class _PrintSchema(argparse.Action):
 
 
 def _parser() -> Parser:
-    parser = Parser("prepare", "Conversations in any known layout -> a file of interactions.")
+    parser = Parser(
+        "prepare",
+        "Turns conversations in any known layout into a file of interactions, each of which is what "
+        "was said,\nan answer, and the user's next message.",
+    )
     parser.add_argument(
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="file (JSON, JSON Lines, CSV, Parquet; .gz, .zst), folder, glob or dataset name",
+        help="A file (JSON, JSON Lines, CSV or Parquet; .gz and .zst too), a folder, a pattern such as "
+        "logs/*.jsonl, or the name of a dataset on the hub.",
     )
-    parser.add_argument("--schema", action=_PrintSchema, nargs=0, help="print a JSON Schema of the rows, and exit")
     parser.add_argument(
-        "-o", "--output", required=True, help="the JSON Lines file to write, or a folder (with / at the end)"
+        "--schema", action=_PrintSchema, nargs=0, help="Print a JSON Schema of the rows that are written, and stop."
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, help="The JSON Lines file to write, or a folder (with / at the end)."
     )
     parser.add_config_option()
-    parser.add_argument("--strict", action="store_true", help="stop at the first damaged record")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    parser.add_argument("--strict", action="store_true", help="Stop at the first damaged record.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
     parser.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="do nothing where a run of the same command has finished, and replace what one that was "
-        "killed has written (default: yes)",
+        help="Do nothing where the same command has finished before, and replace what a killed one has written. "
+        "Default: yes.",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
+    parser.add_argument("--quiet", action="store_true", help="Print no progress bar and no table.")
 
     _add_reading(parser)
     _add_layout(parser)
@@ -93,13 +100,13 @@ def _parser() -> Parser:
         type=lambda text: [name.strip() for name in text.split(",")],
         default=[],
         metavar="KEY,...",
-        help="keys of the records that the rows get: model,timestamp,toxic",
+        help="Keys of the records to copy into the rows, such as model,timestamp,toxic.",
     )
     group.add_argument(
         "--layout",
         default="fastsdpo",
         choices=LAYOUTS,
-        help="trl: the answer is a list of one message, as TRL reads it",
+        help="trl writes the answer as a list of one message, as TRL reads it.",
     )
 
     group.add_argument(
@@ -107,9 +114,15 @@ def _parser() -> Parser:
         type=int,
         default=0,
         metavar="N",
-        help="print the first N rows as the tokens of --tokenizer: the prompt, the hindsight, what is trained on",
+        help="Print the first N rows as tokens of --tokenizer: the prompt, the follow-up's place, and what is "
+        "trained on.",
     )
-    group.add_argument("--template", default="online-v1", metavar="NAME|TEXT", help="the hindsight's, for --show")
+    group.add_argument(
+        "--template",
+        default="online-v1",
+        metavar="NAME|TEXT",
+        help="The template that places the follow-up, for --show.",
+    )
 
     _add_held_out(parser)
     prepare_prompts.add_prompt_options(parser)
@@ -118,85 +131,116 @@ def _parser() -> Parser:
 
 def _add_held_out(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("order and held-out part")
-    group.add_argument("--seed", type=int, default=42, help="of the order, and of what is held out")
+    group.add_argument("--seed", type=int, default=42, help="Decides the random order, and what is held out.")
     group.add_argument(
-        "--eval-fraction", type=float, default=0.0, metavar="SHARE", help="of the conversations, to hold out"
+        "--eval-fraction", type=float, default=0.0, metavar="SHARE", help="Hold out this share of the conversations."
     )
     group.add_argument(
-        "--eval-after", metavar="DATE", help="hold out the conversations from this time on, in place of a share"
+        "--eval-after", metavar="DATE", help="Hold out the conversations from this time on, instead of a share."
     )
-    group.add_argument("--eval-output", help="default: <output>.eval.jsonl")
+    group.add_argument(
+        "--eval-output", help="The file for what is held out. Default: OUTPUT's name with .eval before its ending."
+    )
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sources")
-    group.add_argument("--limit", type=int, help="read at most so many records")
-    group.add_argument("--subset", metavar="NAME", help="of a Hugging Face dataset, where it has several")
-    group.add_argument("--split", default="train", metavar="NAME", help="its split")
+    group.add_argument("--limit", type=int, metavar="N", help="Read at most N records. Default: all.")
+    group.add_argument("--subset", metavar="NAME", help="The subset of a dataset of the hub that has several.")
+    group.add_argument("--split", default="train", metavar="NAME", help="The split of a dataset of the hub.")
     group.add_argument(
         "--redact",
         metavar="MODULE:FUNCTION",
-        help="a function of yours, text -> text, that is applied to all text before anything else",
+        help="Your own function, text -> text, applied to every text before anything else.",
     )
     group.add_argument(
-        "--workers", type=int, metavar="N", help="processes that read (default: one for each core, at most 8)"
+        "--workers", type=int, metavar="N", help="How many processes read. Default: one for each core, at most 8."
     )
 
 
 def _add_rules(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("which conversations", "a preset, and changes to it")
+    group = parser.add_argument_group(
+        "which conversations", "A preset, and changes to it. The value none takes the preset's limit away."
+    )
     group.add_argument(
         "--preset",
         default="default",
         choices=list(PRESETS),
-        help="wildchat, wildfeedback: the paper's limits; paper-wildchat, paper-wildfeedback: exactly what the code "
-        "published with it selects (docs/paper-data.md). The dataset microsoft/WildFeedback needs --subset "
-        "wildfeedback",
+        help="wildchat and wildfeedback have the paper's limits. paper-wildchat and paper-wildfeedback select "
+        "exactly what the code published with the paper selects (docs/paper-data.md). The dataset "
+        "microsoft/WildFeedback needs --subset wildfeedback.",
     )
-    group.add_argument("--languages", nargs="*", metavar="NAME", help="as the records name them; none: any")
-    group.add_argument("--models", nargs="*", metavar="NAME", help="names or patterns (gpt-4*); none: any")
+    group.add_argument(
+        "--languages",
+        nargs="*",
+        metavar="NAME",
+        help="Languages, as the records name them. Default: the preset's; without a name behind it: any.",
+    )
+    group.add_argument(
+        "--models",
+        nargs="*",
+        metavar="NAME",
+        help="Names of models, or patterns such as gpt-4*. Default: the preset's; without a name behind it: any.",
+    )
     for option in fields(ConversationFilter):
         flag = "--" + option.name.replace("_", "-")
+        about = f"{_HELP.get(option.name, '')} Default: the preset's."
         if option.name in ("shuffle", "drop_toxic", "drop_redacted"):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=_HELP.get(option.name))
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=about)
         elif option.name in ("after", "before"):
-            group.add_argument(flag, type=_time_or_none, metavar="DATE", help=_HELP[option.name])
+            group.add_argument(flag, type=_time_or_none, metavar="DATE", help=about)
         elif option.name not in ("languages", "models", "published"):
-            group.add_argument(flag, type=_number_or_none, metavar="N", help=_HELP.get(option.name, "N, or none"))
+            group.add_argument(flag, type=_number_or_none, metavar="N", help=about)
 
 
 _HELP = {
-    "shuffle": "conversations in random order (by --seed), else in the order of the sources",
-    "drop_toxic": 'without records that are marked "toxic", or not marked at all',
-    "drop_redacted": 'without records that are marked "redacted", or not marked at all',
-    "after": "records from this time on: an ISO date, or seconds since 1970",
-    "before": "records from before this time",
-    "enough_conversations": "stop as well once there are this many conversations ...",
-    "enough_interactions": "... with this many interactions",
+    "min_messages": "Leave out conversations with fewer messages, system messages not counted.",
+    "max_conversation_chars": "Leave out conversations with more characters in all.",
+    "max_assistant_chars": "Leave out conversations with a longer answer, in characters.",
+    "max_user_chars": "Leave out conversations with a longer message of the user, in characters.",
+    "max_history_messages": "Keep the last N messages of each history.",
+    "max_conversations": "Stop after N conversations.",
+    "max_interactions": "Stop at the conversation with which there are N interactions.",
+    "shuffle": "Write conversations in random order (by --seed), or in the order of the sources.",
+    "drop_toxic": 'Leave out records that are marked "toxic", or not marked at all.',
+    "drop_redacted": 'Leave out records that are marked "redacted", or not marked at all.',
+    "after": "Take records from this time on: an ISO date, or seconds since 1970.",
+    "before": "Take records from before this time.",
+    "enough_conversations": "Stop early at N conversations; with --enough-interactions where there are both.",
+    "enough_interactions": "Stop early at N interactions; with --enough-conversations where there are both.",
 }
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "layout of the records",
-        "Found by their keys, unless one of the first three is given. Known: " + ", ".join(BY_NAME),
+        "Layouts are found by the records' keys, unless --format, --map or --reader is given. Known are "
+        f"{', '.join(BY_NAME)}.",
     )
-    group.add_argument("--format", metavar="NAME", help="read all records as of this layout")
+    group.add_argument(
+        "--format", metavar="NAME", help="Read every record as this layout. Default: found by the record's keys."
+    )
     group.add_argument(
         "--map",
         metavar="NAME=PATH,...",
-        help="where things are in other records, such as role=author.role,content=text,messages=chat.items",
+        help="Where things are in records of another layout, such as "
+        "role=author.role,content=text,messages=chat.items.",
     )
-    group.add_argument("--reader", metavar="MODULE:FUNCTION", help="a function: record -> messages or a Conversation")
     group.add_argument(
-        "--branches", default="active", metavar="NAME", help="of a tree of messages: active (default), or all"
+        "--reader", metavar="MODULE:FUNCTION", help="Your own function: record -> messages or a Conversation."
+    )
+    group.add_argument(
+        "--branches",
+        default="active",
+        metavar="NAME",
+        help="Which branches of a tree of messages to read: the active one, or all.",
     )
     group.add_argument(
         "--rating-followup",
         action="append",
         metavar="RATING=TEXT",
-        help="what stands for a follow-up to an answer with this rating (up, down, a number) where the user said "
-        "nothing more; {comment} is the user's comment; can be given several times",
+        help="The follow-up to write for an answer with this rating (up, down or a number) where the user said "
+        "nothing more. {comment} is the user's comment. Can be given several times.",
     )
 
 

@@ -28,28 +28,37 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """The options that only `--prompts` reads."""
     group = parser.add_argument_group(
         "prompts for `fastsdpo online`",
-        "in the place of interactions; the other options that go with them: sources, "
-        "--seed, --eval-fraction, --eval-output, --strict, --overwrite, --quiet",
+        "They are written instead of interactions. These other options go with them: sources, --limit, --subset, "
+        "--split, --seed, --eval-fraction, --eval-output, --strict, --overwrite, --quiet.",
     )
     group.add_argument(
         "--prompts",
         choices=list(PROMPT_SETS),
-        help="the data set whose prompts are written, by the filters published with the paper (docs/paper-data.md)",
+        help="Write the prompts of this data set, by the filters published with the paper (docs/paper-data.md).",
     )
     group.add_argument(
-        "--eval-source", nargs="+", default=[], metavar="SOURCE", help="held-out prompts, of other files"
+        "--eval-source", nargs="+", default=[], metavar="SOURCE", help="Take held-out prompts from these other files."
     )
-    group.add_argument("--eval-split", metavar="NAME", help="held-out prompts, of another split of the dataset")
-    group.add_argument("--max-prompts", type=int, metavar="N", help="N of them, drawn by --seed")
-    group.add_argument("--max-eval-prompts", type=int, metavar="N", help="N of the held-out ones")
-    group.add_argument("--tokenizer", metavar="NAME", help="the model's folder, hub id or GGUF file: counts tokens")
+    group.add_argument("--eval-split", metavar="NAME", help="Take held-out prompts from another split of the dataset.")
+    group.add_argument("--max-prompts", type=int, metavar="N", help="Draw N of the prompts, by --seed. Default: all.")
     group.add_argument(
-        "--max-prompt-tokens", type=int, default=512, metavar="N", help="with --tokenizer (default: 512)"
+        "--max-eval-prompts", type=int, metavar="N", help="Draw N of the held-out prompts. Default: all."
+    )
+    group.add_argument(
+        "--tokenizer", metavar="NAME", help="The model's folder, hub id or GGUF file. Its tokenizer counts tokens."
+    )
+    group.add_argument(
+        "--max-prompt-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="Leave out prompts with more tokens. Needs --tokenizer.",
     )
     group.add_argument(
         "--system",
         metavar="TEXT",
-        help="counted with the tokens, and not written: give it to `fastsdpo online` as well",
+        help="A system prompt, to be counted with the tokens. It is not written: give it to `fastsdpo online` as "
+        "well.",
     )
 
 

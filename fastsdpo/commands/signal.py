@@ -59,36 +59,45 @@ def build_parser() -> Parser:
         "--template",
         default=AUTO,
         metavar="NAME|TEXT",
-        help=f"hindsight template: {', '.join(PRESETS)}, or a text with {{o}}; auto, as in training: note for models "
-        "below a billion weights, else online-v1",
+        help=f"How the follow-up enters the prompt: {', '.join(PRESETS)}, or a text with {{o}}. auto, as in training: "
+        "note for models below a billion weights, else online-v1.",
     )
-    method.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
+    method.add_argument("--temperature", type=float, default=1.0, help="Divides the logits.")
     method.add_argument(
-        "--max-prompt-length", type=int, default=2048, metavar="TOKENS", help="most tokens of the history"
+        "--max-prompt-length", type=int, default=2048, metavar="TOKENS", help="The most tokens of the history."
     )
     method.add_argument(
-        "--max-completion-length", type=int, default=2048, metavar="TOKENS", help="most tokens of the answer"
+        "--max-completion-length", type=int, default=2048, metavar="TOKENS", help="The most tokens of the answer."
     )
-    method.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer that the model writes")
-    method.add_argument("--seed", type=int, default=0, help="of an answer that the model writes")
+    method.add_argument(
+        "--max-new-tokens", type=int, default=256, help="The most tokens of an answer that the model writes."
+    )
+    method.add_argument("--seed", type=int, default=0, help="Decides the answer that the model writes.")
 
     model = parser.add_argument_group("model")
     add_model_source_options(model)
 
     output = parser.add_argument_group("output")
-    output.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained page")
-    output.add_argument("--heatmap", metavar="FILE", type=Path, help="of --cases: a PNG with a strip for each")
-    output.add_argument("--json", metavar="FILE", type=Path, help="write all numbers")
-    output.add_argument("--values", action="store_true", help="print the numbers of every token")
-    output.add_argument("--scale", type=float, metavar="NATS", help="log-ratio at which colours saturate (default 3)")
-    output.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="of the output")
+    output.add_argument("--html", metavar="FILE", type=Path, help="Write a page for a browser, in one file.")
+    output.add_argument(
+        "--heatmap", metavar="FILE", type=Path, help="For --cases: write a PNG with a strip for each case."
+    )
+    output.add_argument("--json", metavar="FILE", type=Path, help="Write all numbers as JSON.")
+    output.add_argument("--values", action="store_true", help="Print the numbers of every token.")
+    output.add_argument(
+        "--scale", type=float, metavar="NATS", help="The log-ratio at which a colour is at its strongest. Default: 3."
+    )
+    output.add_argument(
+        "--color", choices=["auto", "always", "never"], default="auto", help="Whether the output has colours."
+    )
     output.add_argument(
         "--theme",
         choices=["auto", "light", "dark"],
         default="auto",
-        help="of the terminal (auto: COLORFGBG or else dark)",
+        help="The background of the terminal. auto goes by the variable COLORFGBG, and takes dark where it is not "
+        "set.",
     )
-    output.add_argument("--quiet", action="store_true", help="print nothing, write files only")
+    output.add_argument("--quiet", action="store_true", help="Print nothing, write files only.")
     return parser
 
 
@@ -96,36 +105,38 @@ def _add_source(source: argparse._ArgumentGroup) -> None:
     source.add_argument(
         "source",
         nargs="?",
-        help="conversations or interactions, in any layout that `fastsdpo prepare` reads; "
-        "'-' reads JSON or JSON Lines from standard input",
+        help="Conversations or interactions, in any layout that `fastsdpo prepare` reads. '-' reads JSON or JSON "
+        "Lines from standard input.",
     )
     source.add_argument(
         "--cases",
         metavar="FILE",
         type=Path,
-        help="many cases with one model load: JSON with 'raw_prompt', 'followup_message' and 'unrelated_followup'; "
-        "the model writes the answers",
+        help="A file with many cases: JSON with 'raw_prompt', 'followup_message' and 'unrelated_followup'. The "
+        "model writes the answers.",
     )
-    source.add_argument("--index", type=int, help="number of the interaction in the source, from 0 (default: 0)")
-    source.add_argument("--id", help="id of the interaction, or of a conversation (its first interaction)")
     source.add_argument(
-        "--max-history-messages", type=int, metavar="N", help="the last N messages of the history (default: all)"
+        "--index", type=int, help="The number of the interaction in the source, counted from 0. Default: 0."
     )
-    source.add_argument("--prompt", metavar="TEXT", help="a user's message, instead of a source")
-    source.add_argument("--system", metavar="TEXT", help="a system message before --prompt")
+    source.add_argument("--id", help="The id of the interaction, or of a conversation (then its first interaction).")
+    source.add_argument(
+        "--max-history-messages", type=int, metavar="N", help="Keep the last N messages of the history. Default: all."
+    )
+    source.add_argument("--prompt", metavar="TEXT", help="A user's message, instead of a source.")
+    source.add_argument("--system", metavar="TEXT", help="A system message before --prompt.")
     source.add_argument(
         "--completion",
         metavar="TEXT",
-        help="the answer to look at; without it the model writes one, sampled at temperature 1",
+        help="The answer to look at. Default: the model writes one, sampled at temperature 1.",
     )
-    source.add_argument("--followup", metavar="TEXT", help="the follow-up; replaces the source's where given")
+    source.add_argument("--followup", metavar="TEXT", help="The user's reply to the answer. Default: the source's.")
     source.add_argument(
         "--unrelated",
         metavar="TEXT",
-        help="the follow-up to compare with (default: that of another conversation in the "
-        "source, or else a built-in one, of similar length)",
+        help="The follow-up to compare with. Default: one of another conversation in the source, or a built-in "
+        "one, of similar length.",
     )
-    source.add_argument("--no-unrelated", action="store_true", help="compare with nothing")
+    source.add_argument("--no-unrelated", action="store_true", help="Compare with nothing.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -190,6 +190,9 @@ class Talk:
         self.talk.messages.append({"role": "assistant", "content": said})
         self.talk.tokens[place], self.talk.seeds[place] = answer.completion_ids, seed
         self.unanswered = None
+        most, ends = self.learner.config.max_new_tokens, self.learner.end_ids
+        if len(answer.completion_ids) >= most and answer.completion_ids[-1] not in ends:
+            self.say(f"cut after {most} tokens; --max-new-tokens allows more")
         return True
 
     def retry(self) -> None:

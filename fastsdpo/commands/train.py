@@ -72,23 +72,31 @@ def build_parser() -> Parser:
         argument_default=argparse.SUPPRESS,  # what is not given stays the preset's
     )
     group = parser.add_argument_group("run")
-    group.add_argument("data", metavar="DATA", help="interactions, as `fastsdpo prepare` writes them")
-    group.add_argument("-o", "--output", default=None, metavar="FOLDER", help="needed but for --dry-run")
+    group.add_argument("data", metavar="DATA", help="Interactions, as `fastsdpo prepare` writes them.")
+    group.add_argument(
+        "-o",
+        "--output",
+        default=None,
+        metavar="FOLDER",
+        help="The folder for everything that the run leaves behind. Only --dry-run needs none.",
+    )
     parser.add_config_option(group)
     group.add_argument(
         "--eval-data",
         metavar="FILE",
         default=None,
-        help="held-out interactions (default: DATA's .eval file, if there)",
+        help="Held-out interactions. Default: DATA's .eval file, where there is one.",
     )
     group.add_argument(
-        "--allow-leaks", action="store_true", help="warn, and do not refuse, where held-out conversations are in DATA"
+        "--allow-leaks",
+        action="store_true",
+        help="Only warn, instead of stopping, where held-out conversations are also in DATA.",
     )
     group.add_argument(
         "--dry-run",
         action="store_true",
         default=False,
-        help="tokenize, report lengths, steps and memory, check what follow-ups do to a sample, and stop",
+        help="Tokenize, report lengths, steps and memory, check what follow-ups do to a sample, and stop.",
     )
     add_forecast_options(parser.add_argument_group("dry run"))
     group.add_argument(
@@ -96,14 +104,15 @@ def build_parser() -> Parser:
         type=int,
         default=0,
         metavar="N",
-        help="print the first N interactions as the tokens that are trained on, and go on (default: 0)",
+        help="Print the first N interactions as the tokens that are trained on, and go on.",
     )
     group.add_argument(
         "--measure-rule",
         metavar="RULE",
         default=None,
-        help="what the follow-ups ask for, where it can be checked (max_sentences=1, ...; see `fastsdpo online "
-        "--list-rules`): the share of own answers to held-out questions that fulfil it, before and after",
+        help="A rule that says what the follow-ups ask for, such as max_sentences=1 (`fastsdpo online "
+        "--list-rules` lists them). The run reports how many of the model's own answers to held-out questions "
+        "fulfil it, before and after.",
     )
     add_resume_options(group)
     add_push_option(group)
@@ -115,20 +124,21 @@ def build_parser() -> Parser:
 def add_forecast_options(group: argparse._ArgumentGroup) -> None:
     """The machine that a dry run forecasts."""
     group.add_argument(
-        "--card", default=None, metavar="SIZE", help="memory of each GPU, such as 80GB (default: of this machine's)"
+        "--card", default=None, metavar="SIZE", help="The memory of each GPU, such as 80GB. Default: this machine's."
     )
     group.add_argument(
         "--processes",
         type=int,
         default=None,
         metavar="N",
-        help="that train together, one to a GPU (default: as started)",
+        help="How many processes train together, one on each GPU. Default: as many as were started.",
     )
     group.add_argument(
         "--strategy",
         choices=("ddp", "fsdp"),
         default=None,
-        help="ddp: each process holds all; fsdp: weights, gradients and states in shards (default: as started)",
+        help="ddp: each process holds everything. fsdp: weights, gradients and optimizer states are divided. "
+        "Default: as started.",
     )
 
 

@@ -19,23 +19,32 @@ from fastsdpo.online.users import (
     UserWording,
 )
 
-PERSONA_HELP = f"who the user is and what they want; @FILE reads it; by name: {', '.join(PERSONAS)}"
+PERSONA_HELP = (
+    f"Who the user is and what they want, in words, or one of {', '.join(PERSONAS)}. @FILE reads it from a file."
+)
 
 
 def add_user_options(parser: argparse.ArgumentParser) -> None:
     """Who reacts; read by `make_user`."""
     user = parser.add_argument_group("user")
     user.add_argument(
-        "--rule", action="append", default=[], metavar="NAME=VALUE", help="a wish; several are all to be fulfilled"
+        "--rule",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="A wish that is checked by rule. Of several, an answer has to fulfil all.",
     )
     user.add_argument(
         "--wish",
         default=None,
         metavar="TEXT",
-        help="what the user says where a rule is broken (default: the rules' own)",
+        help="What the user says about an answer that breaks a rule. Default: the rule's own words.",
     )
     user.add_argument(
-        "--praise", default=None, metavar="TEXT", help="what the user says where none is (default: nothing)"
+        "--praise",
+        default=None,
+        metavar="TEXT",
+        help="What the user says about an answer that breaks none. Default: nothing.",
     )
     user.add_argument(
         "--flip-at",
@@ -43,38 +52,42 @@ def add_user_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="N",
-        help="from this interaction on: --then-rule, --then-wish or --then-persona; again, for a third persona",
+        help="From interaction N on, --then-rule, --then-wish or --then-persona holds. Once more for a third "
+        "persona. Default: never.",
     )
     user.add_argument(
-        "--then-rule", action="append", default=[], metavar="NAME=VALUE", help="a wish from --flip-at on"
+        "--then-rule", action="append", default=[], metavar="NAME=VALUE", help="A wish from --flip-at on."
     )
     user.add_argument(
-        "--then-wish", default=None, metavar="TEXT", help="what the user says then (default: the rules' own)"
+        "--then-wish",
+        default=None,
+        metavar="TEXT",
+        help="What the user says from then on. Default: the rule's own words.",
     )
     user.add_argument(
         "--then-persona",
         action="append",
         default=[],
         metavar="TEXT",
-        help="who the user is from --flip-at on; once for each --flip-at",
+        help="Who the user is from --flip-at on. Once for each --flip-at.",
     )
     user.add_argument("--persona", default=None, metavar="TEXT", help=PERSONA_HELP)
     user.add_argument(
         "--user-prompt",
         default=None,
         metavar="FILE",
-        help="how the language model that plays the user is asked: a text with {history} and {response}; what stands "
-        "before a line of three dashes is the system prompt, with {persona}",
+        help="How the language model that plays the user is asked: a text with {history} and {response}. What "
+        "stands before a line of three dashes is the system prompt, with {persona}. Default: our own text.",
     )
     add_chat_model_options(user, "user")
     user.add_argument(
         "--control",
         action="store_true",
         default=False,
-        help="a control run: where a rule is broken the user speaks of something else (a cat, the rain). What such a "
-        "run changes is not learned from what the user wants",
+        help="A control run: where a rule is broken, the user speaks of something else (a cat, the rain). What "
+        "such a run changes is not learned from what the user wants.",
     )
-    user.add_argument("--terminal", action="store_true", default=False, help="you are the user")
+    user.add_argument("--terminal", action="store_true", default=False, help="You are the user.")
 
 
 def add_chat_model_options(group: Any, role: str) -> None:
@@ -84,14 +97,24 @@ def add_chat_model_options(group: Any, role: str) -> None:
         group: a parser or a group of one.
         role: the flags are ``--{role}-url`` and so on.
     """
-    group.add_argument(f"--{role}-url", default=None, metavar="URL", help="http://host:8000/v1")
-    group.add_argument(f"--{role}-model", default=None, metavar="NAME", help="its name there")
-    group.add_argument(f"--{role}-local", default=None, metavar="MODEL", help="folder, hub id or GGUF file")
     group.add_argument(
-        f"--{role}-timeout", type=float, default=60.0, metavar="SECONDS", help="how long to wait for a reply"
+        f"--{role}-url",
+        default=None,
+        metavar="URL",
+        help="The address of an OpenAI-compatible server, such as http://host:8000/v1.",
+    )
+    group.add_argument(f"--{role}-model", default=None, metavar="NAME", help="The model's name on that server.")
+    group.add_argument(
+        f"--{role}-local",
+        default=None,
+        metavar="MODEL",
+        help="A model on this machine instead: a folder, a hub id or a GGUF file.",
     )
     group.add_argument(
-        f"--{role}-concurrency", type=int, default=8, metavar="REQUESTS", help="how many are sent at once"
+        f"--{role}-timeout", type=float, default=60.0, metavar="SECONDS", help="How long to wait for a reply."
+    )
+    group.add_argument(
+        f"--{role}-concurrency", type=int, default=8, metavar="REQUESTS", help="How many requests are sent at once."
     )
 
 

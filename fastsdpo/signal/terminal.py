@@ -9,7 +9,7 @@ from typing import Any
 from fastsdpo.signal.compute import FollowupSignal, SignalResult
 from fastsdpo.signal.palette import LEVELS, SCALE, Color, level, signed, tint
 from fastsdpo.signal.tokens import visible
-from fastsdpo.signal.words import LESS, MORE, TRAINING, comparison, verdict
+from fastsdpo.signal.words import LESS, MORE, TRAINING, comparison, times, verdict
 
 RESET = "\x1b[0m"
 CUBE = (0, 95, 135, 175, 215, 255)
@@ -132,7 +132,7 @@ def render_legend(*, colors: int, theme: str = "dark", limit: float = SCALE) -> 
             f"from {limit / 4:.2g}. {TRAINING}"
         )
     steps = "".join(_tinted("  ", step, colors, theme) or "  " for step in range(-LEVELS, LEVELS + 1, 2))
-    return f"−{limit:g} {steps} +{limit:g} nats\n{MORE}; {LESS}. {TRAINING}"
+    return f"{times(-limit)} {steps} {times(limit)}\n{MORE}; {LESS}. {TRAINING}"
 
 
 def _named(result: SignalResult) -> str:
