@@ -229,12 +229,12 @@ def support(logits: Tensor, target_ids: Tensor, k: int, ignore_index: int, backe
 BLOCK = 2**22  # elements of a block
 
 
-def row_blocks(*logits: Tensor | None) -> Iterator[tuple[slice, list[Tensor | None]]]:
+def row_blocks(*logits: Tensor | None, size: int = BLOCK) -> Iterator[tuple[slice, list[Tensor | None]]]:
     """Blocks ``[1, n, V]`` of tensors ``[B, L, V]``, with the numbers of their rows; None stays None."""
     if all(one is None or one.is_contiguous() for one in logits):
         logits = tuple(None if one is None else one.view(1, -1, one.shape[-1]) for one in logits)
     (count, length, vocabulary) = next(one for one in logits if one is not None).shape
-    step = max(1, BLOCK // max(1, vocabulary))
+    step = max(1, size // max(1, vocabulary))
     for b in range(count):
         for start in range(0, length, step):
             stop = min(start + step, length)

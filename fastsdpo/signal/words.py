@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fastsdpo.signal.compute import SignalResult
-from fastsdpo.signal.tokens import visible
+from fastsdpo.signal.tokens import TokenGroup, visible
 
 MORE = "blue: the model would say this more after reading the reply"
 LESS = "orange: the model would say this less"
@@ -29,9 +29,17 @@ def verdict(result: SignalResult) -> str:
     real, unrelated = result.real, result.unrelated
     other = [0.0] * len(real.log_ratio) if unrelated is None else unrelated.log_ratio
     shown = [group for group in result.groups if group.text.strip() and not group.special]
-    top = max(shown, key=lambda group: abs(group.value(real.log_ratio) - group.value(other)), default=None)
+
+    def beyond(group: TokenGroup) -> float:
+        """How much more the reply moves a word than an unrelated one does; 0 where it moves it less."""
+        mine, others = group.value(real.log_ratio), group.value(other)
+        return abs(mine - others) if abs(mine) > abs(others) else 0.0
+
+    top = max(shown, key=beyond, default=None)
     if top is None or real.mean_absolute < STILL:
         return "The reply hardly changes what the model would say."
+    if beyond(top) < STILL:
+        return "The reply moves no word of the answer more than an unrelated reply does."
     said = (
         f"Knowing the reply, the model would be {'more' if real.sum > 0 else 'less'} likely to give this answer, and "
         f"“{' '.join(visible(top.text, marks=False).split())}” is {times(top.value(real.log_ratio))}"
