@@ -45,15 +45,16 @@ ELSEWHERE = {
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they are written, and the default of every option."""
+    """Descriptions with their examples as they are written, and the default of every option."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=30, width=min(100, shutil.get_terminal_size().columns - 2))
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        lines = text.splitlines()
-        return "\n".join(
-            line if len(line) < 120 else textwrap.fill(line, width, break_on_hyphens=False) for line in lines
+        """Paragraphs as wide as the terminal; those with an indented line (examples) as they are."""
+        return "\n\n".join(
+            part if re.search(r"^ ", part, re.MULTILINE) else textwrap.fill(part, width, break_on_hyphens=False)
+            for part in text.strip().replace("``", "`").split("\n\n")
         )
 
     def _get_help_string(self, action: argparse.Action) -> str:

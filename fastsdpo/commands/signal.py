@@ -25,27 +25,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DESCRIPTION = """\
-Show what a user's follow-up tells the model about each token of its answer: the log-ratio
-log p(token | prompt, follow-up) - log p(token | prompt), in nats, under the real follow-up and,
-for comparison, under an unrelated one.
+Shows what a user's follow-up tells the model about each word of its answer: how much more or less the model would
+say it, had it known the follow-up. The numbers are log p(token | prompt, follow-up) - log p(token | prompt), in nats,
+for the real follow-up and, for comparison, for an unrelated one.
 """
 
 EXAMPLES = """\
-examples:
+Examples:
   fastsdpo signal conversations.jsonl --model path/to/model
   fastsdpo signal interactions.jsonl --index 7 --model model.gguf --html signal.html
 
-where hindsight works: the word that the user corrects falls, and nothing else does (by 2.4 nats with
-SmolLM2-135M-Instruct)
+A correction that works: the word that the user corrects becomes less likely, and nothing else does (by 2.4 nats
+with SmolLM2-135M-Instruct):
   fastsdpo signal --model MODEL --prompt "What is the capital of Australia?" \\
       --completion "The capital of Australia is Sydney." --followup "No, it is Canberra."
 
-where a small model merely copies: the word that the user rejects rises, since the follow-up has it (by 5.5 nats
-with the same model; look at --values, and train on such follow-ups with a larger model only)
+A small model that merely copies: the word that the user rejects becomes more likely, since the follow-up has it (by
+5.5 nats with the same model; look at --values, and train on such follow-ups with a larger model only):
   fastsdpo signal --model MODEL --prompt "Name a fruit." \\
       --completion "A durian." --followup "I do not like durian at all."
 
-exit status: 0; 1 for input, a model or a file that cannot be used; 2 for wrong options.
+Exit status: 0 done; 1 an input, a model or a file cannot be used; 2 wrong options.
 """
 
 

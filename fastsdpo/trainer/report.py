@@ -120,6 +120,7 @@ def plot_history(history: list[dict[str, Any]], path: str | os.PathLike) -> bool
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return False
     measured = any("eval_measures/real_abs" in row for row in history)
@@ -132,26 +133,30 @@ def plot_history(history: list[dict[str, Any]], path: str | os.PathLike) -> bool
         rows = [row for row in history if key in row]
         return [row["step"] for row in rows], [row[key] for row in rows]
 
-    loss.plot(*series("loss"), color="#4477aa", alpha=0.5, label="training")
+    few = "o-" if len(series("loss")[0]) < 12 else "-"  # a line of one point would not be seen
+    loss.plot(*series("loss"), few, color="#4477aa", alpha=0.5, label="training")
     steps, values = series("eval_loss")
     if steps:
         loss.plot(steps, values, "o-", color="#cc3311", label="held out")
     loss.set_ylabel("loss (nats)")
+    loss.set_title("how far the model is from its own answer with the follow-up in view", fontsize=9)
     loss.legend(frameon=False)
     steps, low = series("sdpo/log_ratio_p05")
     _, high = series("sdpo/log_ratio_p95")
     if steps:
         ratio.fill_between(steps, low, high, color="#4477aa", alpha=0.2, label="5% to 95%")
-    ratio.plot(*series("sdpo/log_ratio_mean"), color="#4477aa", label="mean")
-    ratio.plot(*series("sdpo/eos_log_ratio"), color="#ee7733", label="end of turn")
+    ratio.plot(*series("sdpo/log_ratio_mean"), few, color="#4477aa", label="mean")
+    ratio.plot(*series("sdpo/eos_log_ratio"), few, color="#ee7733", label="end of the answer")
     ratio.axhline(0, color="#999999", linewidth=0.8)
     ratio.set_ylabel("log-ratio, teacher - student (nats)")
+    ratio.set_title("above 0: the follow-up asks for more of a token; below: for less", fontsize=9)
     ratio.set_xlabel("step")
     ratio.legend(frameon=False)
     if measured:
         _plot_measures(panels[0, 1], panels[1, 1], series)
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=130)
     return True
 
@@ -161,8 +166,8 @@ def _plot_measures(listening: Any, margins: Any, series: Callable[[str], tuple[l
     for name, label, color in (("real", "real follow-up", "#4477aa"), ("unrelated", "unrelated", "#999999")):
         listening.plot(*series(f"eval_measures/{name}_abs"), "o-", color=color, label=label)
     listening.set_ylim(0, 1.05 * listening.get_ylim()[1])
-    listening.set_ylabel("mean |A|, held out (nats)")
-    listening.set_title("falling together: the model forgets to listen", fontsize=9)
+    listening.set_ylabel("mean size of the log-ratio,\nheld out (nats)")
+    listening.set_title("how much a follow-up moves the answer; both falling: the model forgets to listen", fontsize=9)
     shown = (
         ("margin", "next answer", "#228833"),
         ("stranger_margin", "a stranger's, as long", "#ee7733"),
@@ -175,7 +180,7 @@ def _plot_measures(listening: Any, margins: Any, series: Callable[[str], tuple[l
         margins.plot(steps, [value - values[0] for value in values], style, color=color, label=label)
     margins.axhline(0, color="#999999", linewidth=0.8)
     margins.set_ylabel("margin over the logged answer,\nchange since the start (nats)")
-    margins.set_title("learning: the next answer rises above strangers'", fontsize=9)
+    margins.set_title("learning: the answer that came next rises above strangers' answers", fontsize=9)
     margins.set_xlabel("step")
     for axes in (listening, margins):
         axes.legend(frameon=False, fontsize=8)
