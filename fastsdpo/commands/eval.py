@@ -1,4 +1,4 @@
-"""Win rate of a model against its base on held-out prompts: `fastsdpo eval`.
+r"""Win rate of a model against its base on held-out prompts: `fastsdpo eval`.
 
     fastsdpo eval held_out.txt --model runs/brief/model --base MODEL --rule max_sentences=1
     fastsdpo eval held_out.txt --model runs/brief/model --base MODEL --judge-local JUDGE \
@@ -44,91 +44,6 @@ def build_parser() -> Parser:
         "prompts",
         help="Held-out prompts: a text file with one in each line, or rows with 'prompt' (JSON, JSON Lines, Parquet).",
     )
-    parser.add_argument(
-        "--system", metavar="TEXT", default=None, help="A system prompt for both models. @FILE reads it from a file."
-    )
-    parser.add_argument(
-        "--model", default=None, help="The model: a folder, a hub id or a GGUF file; or the folder of an adapter."
-    )
-    parser.add_argument(
-        "--base", default=None, help="The model that it is compared with, such as the one before training."
-    )
-    parser.add_argument(
-        "--base-system",
-        metavar="TEXT",
-        default=None,
-        help="A system prompt for the base alone, such as the wish: what it can do when told. @FILE reads it from "
-        "a file.",
-    )
-    parser.add_argument(
-        "--checkpoints",
-        metavar="RUN",
-        default=None,
-        help="Compare every checkpoint in this run's folder, instead of --model.",
-    )
-    parser.add_argument(
-        "--benchmark",
-        choices=["ifeval"],
-        default=None,
-        help="Measure this benchmark, instead of a rule or a judge. PROMPTS is the benchmark's file.",
-    )
-    parser.add_argument(
-        "--write",
-        choices=list(QUESTIONS),
-        default=None,
-        help="Write answers for this benchmark to --output. PROMPTS is the benchmark's file of questions.",
-    )
-    parser.add_argument(
-        "--generator",
-        metavar="NAME",
-        default=None,
-        help="The model's name in the file of --write. Default: its folder's name.",
-    )
-    parser.add_argument(
-        "--rule",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="A rule, as in `fastsdpo online`. Of several, an answer has to fulfil all.",
-    )
-    add_chat_model_options(parser, "judge")
-    parser.add_argument(
-        "--judge-prompt",
-        metavar="FILE",
-        default=None,
-        help="A file with the judge's wording, with {persona}, {history}, {first} and {second}. It must ask for A, "
-        "B or C. Default: our own text.",
-    )
-    parser.add_argument(
-        "--persona",
-        default="",
-        metavar="TEXT",
-        help="Whom the judge judges for, and what this person wants. @FILE reads it from a file. Default: nobody "
-        "in particular.",
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="The most tokens of an answer.")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="How freely answers are sampled. 0: always the likeliest token."
-    )
-    parser.add_argument(
-        "--generation-batch-size", type=int, default=16, metavar="N", help="How many answers are written at once."
-    )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        default=None,
-        help="Use the first N prompts only; with --benchmark N of them, evenly spaced. Default: all.",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="Decides the answers that are sampled. Needs --temperature."
-    )
-    parser.add_argument(
-        "--dtype",
-        default=None,
-        help="The type of the weights: float32, bfloat16, float16, or auto: the checkpoint's. Default: float32 on "
-        "a CPU, else the checkpoint's.",
-    )
-    add_device_option(parser)
     parser.add_config_option()
     parser.add_argument(
         "-o",
@@ -138,7 +53,104 @@ def build_parser() -> Parser:
         help="Write the outcomes, with both answers to each prompt, as JSON.",
     )
     parser.add_argument("--quiet", action="store_true", help="Print the last line only.")
+    _add_models(parser.add_argument_group("models"))
+    _add_judges(parser.add_argument_group("rule, judge or benchmark"))
+    _add_answers(parser.add_argument_group("answers"))
     return parser
+
+
+def _add_models(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--system", metavar="TEXT", default=None, help="A system prompt for both models. @FILE reads it from a file."
+    )
+    group.add_argument(
+        "--model", default=None, help="The model: a folder, a hub id or a GGUF file; or the folder of an adapter."
+    )
+    group.add_argument(
+        "--base", default=None, help="The model that it is compared with, such as the one before training."
+    )
+    group.add_argument(
+        "--base-system",
+        metavar="TEXT",
+        default=None,
+        help="A system prompt for the base alone, such as the wish: what it can do when told. @FILE reads it from "
+        "a file.",
+    )
+    group.add_argument(
+        "--checkpoints",
+        metavar="RUN",
+        default=None,
+        help="Compare every checkpoint in this run's folder, instead of --model.",
+    )
+    group.add_argument(
+        "--dtype",
+        default=None,
+        help="The type of the weights: float32, bfloat16, float16, or auto: the checkpoint's. Default: float32 on "
+        "a CPU, else the checkpoint's.",
+    )
+    add_device_option(group)
+
+
+def _add_judges(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="A rule, as in `fastsdpo online`. Of several, an answer has to fulfil all.",
+    )
+    add_chat_model_options(group, "judge")
+    group.add_argument(
+        "--judge-prompt",
+        metavar="FILE",
+        default=None,
+        help="A file with the judge's wording, with {persona}, {history}, {first} and {second}. It must ask for A, "
+        "B or C. Default: our own text.",
+    )
+    group.add_argument(
+        "--persona",
+        default="",
+        metavar="TEXT",
+        help="Whom the judge judges for, and what this person wants. @FILE reads it from a file. Default: nobody "
+        "in particular.",
+    )
+    group.add_argument(
+        "--benchmark",
+        choices=["ifeval"],
+        default=None,
+        help="Measure this benchmark, instead of a rule or a judge. PROMPTS is the benchmark's file.",
+    )
+    group.add_argument(
+        "--write",
+        choices=list(QUESTIONS),
+        default=None,
+        help="Write answers for this benchmark to --output. PROMPTS is the benchmark's file of questions.",
+    )
+    group.add_argument(
+        "--generator",
+        metavar="NAME",
+        default=None,
+        help="The model's name in the file of --write. Default: its folder's name.",
+    )
+
+
+def _add_answers(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--max-new-tokens", type=int, default=256, help="The most tokens of an answer.")
+    group.add_argument(
+        "--temperature", type=float, default=0.0, help="How freely answers are sampled. 0: always the likeliest token."
+    )
+    group.add_argument(
+        "--generation-batch-size", type=int, default=16, metavar="N", help="How many answers are written at once."
+    )
+    group.add_argument(
+        "--limit",
+        type=int,
+        default=None,
+        help="Use the first N prompts only; with --benchmark N of them, evenly spaced. Default: all.",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, help="Decides the answers that are sampled. Needs --temperature."
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -161,7 +173,7 @@ def evaluate(options: argparse.Namespace) -> int:
         refuse(options, ("seed",), "needs answers that are sampled (--temperature)")
     if options.benchmark is None and options.write is None:
         if options.base is None:
-            raise ValueError("name --base, what the model is compared with")
+            raise ValueError("name --base, the model to compare with")
         judged = options.judge_url is not None or options.judge_local is not None
         if judged == bool(options.rule):
             raise ValueError("name either --rule, or a judge with --judge-url or --judge-local")

@@ -1,4 +1,4 @@
-"""Trains a model on a user's reactions to its own answers: `fastsdpo online`.
+r"""Trains a model on a user's reactions to its own answers: `fastsdpo online`.
 
     fastsdpo online prompts.txt --model MODEL -o runs/brief --rule max_sentences=1 \
         --wish "Please answer in one very short sentence."

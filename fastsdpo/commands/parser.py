@@ -53,7 +53,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         """Paragraphs as wide as the terminal; those with an indented line (examples) as they are."""
         return "\n\n".join(
-            part if re.search(r"^ ", part, re.MULTILINE) else textwrap.fill(part, width, break_on_hyphens=False)
+            part
+            if re.search(r"^ ", part, re.MULTILINE)
+            else textwrap.fill(part, width, break_long_words=False, break_on_hyphens=False)
             for part in text.strip().replace("``", "`").split("\n\n")
         )
 

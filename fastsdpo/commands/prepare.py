@@ -94,6 +94,13 @@ def _parser() -> Parser:
     _add_reading(parser)
     _add_layout(parser)
     _add_rules(parser)
+    _add_rows(parser)
+    _add_held_out(parser)
+    prepare_prompts.add_prompt_options(parser)
+    return parser
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("rows")
     group.add_argument(
         "--keep",
@@ -123,10 +130,6 @@ def _parser() -> Parser:
         metavar="NAME|TEXT",
         help="The template that places the follow-up, for --show.",
     )
-
-    _add_held_out(parser)
-    prepare_prompts.add_prompt_options(parser)
-    return parser
 
 
 def _add_held_out(parser: argparse.ArgumentParser) -> None:

@@ -46,6 +46,28 @@ def add_user_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="What the user says about an answer that breaks none. Default: nothing.",
     )
+    user.add_argument("--persona", default=None, metavar="TEXT", help=PERSONA_HELP)
+    user.add_argument(
+        "--user-prompt",
+        default=None,
+        metavar="FILE",
+        help="How the language model that plays the user is asked: a text with {history} and {response}. What "
+        "stands before a line of three dashes is the system prompt, with {persona}. Default: our own text.",
+    )
+    add_chat_model_options(user, "user")
+    user.add_argument(
+        "--control",
+        action="store_true",
+        default=False,
+        help="A control run: where a rule is broken, the user speaks of something else (a cat, the rain). What "
+        "such a run changes is not learned from what the user wants.",
+    )
+    user.add_argument("--terminal", action="store_true", default=False, help="You are the user.")
+    _add_later_wishes(user)
+
+
+def _add_later_wishes(user: argparse._ArgumentGroup) -> None:
+    """What the user wants from --flip-at on."""
     user.add_argument(
         "--flip-at",
         type=int,
@@ -71,23 +93,6 @@ def add_user_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="Who the user is from --flip-at on. Once for each --flip-at.",
     )
-    user.add_argument("--persona", default=None, metavar="TEXT", help=PERSONA_HELP)
-    user.add_argument(
-        "--user-prompt",
-        default=None,
-        metavar="FILE",
-        help="How the language model that plays the user is asked: a text with {history} and {response}. What "
-        "stands before a line of three dashes is the system prompt, with {persona}. Default: our own text.",
-    )
-    add_chat_model_options(user, "user")
-    user.add_argument(
-        "--control",
-        action="store_true",
-        default=False,
-        help="A control run: where a rule is broken, the user speaks of something else (a cat, the rain). What "
-        "such a run changes is not learned from what the user wants.",
-    )
-    user.add_argument("--terminal", action="store_true", default=False, help="You are the user.")
 
 
 def add_chat_model_options(group: Any, role: str) -> None:
