@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import sys
@@ -121,8 +122,9 @@ def replace() -> None:
 class EachBackend:
     """A plugin of pytest: every test once for each backend, and what came of them."""
 
-    def __init__(self, backends: list[str]):
+    def __init__(self, backends: list[str], largest: float):
         self.backends = backends
+        self.largest = largest
         self.found: dict[str, Counter[str]] = {name: Counter() for name in backends}
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
@@ -135,12 +137,15 @@ class EachBackend:
             if name in request.node.nodeid.replace(f"[{request.param}-", "["):
                 pytest.skip(f"left out: {reason}")
         given = request.node.callspec.params
+        size = given.get("B", 1) * given.get("T", 1) * given.get("V", 1)
+        if size > self.largest:
+            pytest.skip("larger than --largest")
         with contextlib.ExitStack() as stack:
             backend = request.param
             if backend == "ptx":
                 from tests.ptx.executor import executing
 
-                if given.get("B", 1) * given.get("T", 1) * given.get("V", 1) > PTX_ELEMENTS:
+                if size > PTX_ELEMENTS:
                     pytest.skip("too large for executed PTX")
                 executor = stack.enter_context(executing(90))
                 backend = "triton"
@@ -160,6 +165,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("folder", type=Path, help=f"Liger-Kernel with its tests: it has {TESTS[0]}")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--largest", type=float, default=math.inf, help="elements of logits; larger cases are skipped")
     parser.add_argument("--record", action="store_true", help=f"write to {RESULTS.relative_to(harness.ROOT)}")
     args, rest = parser.parse_known_args()
     if not (args.folder / TESTS[0]).exists():
@@ -170,7 +176,7 @@ def main() -> int:
 
     their_utils.supports_bfloat16 = lambda: True
     replace()
-    plugin = EachBackend(args.backends)
+    plugin = EachBackend(args.backends, args.largest)
     status = pytest.main(["-q", "-p", "no:cacheprovider", "-W", "ignore", *TESTS, *rest], [plugin])
     for name, found in plugin.found.items():
         print(f"{name}: " + ", ".join(f"{count} {what}" for what, count in sorted(found.items())))
