@@ -112,12 +112,13 @@ liger-tests: build/liger/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.integrations.liger build/liger $(ARGS)
 
 # Each of these packages wants other versions than the suite's: a folder each, put before the environment's own.
-PEERS := swift axolotl torchrl bitsandbytes
+# bitsandbytes comes first: the tests of the others have packed weights too.
+PEERS := bitsandbytes swift axolotl torchrl
 peers: $(VENV)/.dev
 	for peer in $(PEERS); do \
 		$(PIP) install --quiet --no-deps --upgrade --target build/peers/$$peer \
 			-r tests/integrations/peers/$$peer.txt || exit 1; \
-		PYTHONPATH=$(CURDIR)/build/peers/$$peer:$(CURDIR) $(PYTEST) -o filterwarnings=ignore -m "slow or not slow" \
+		PYTHONPATH=$(CURDIR)/build/peers/$$peer:$(CURDIR)/build/peers/bitsandbytes:$(CURDIR) $(PYTEST) -o filterwarnings=ignore -m "slow or not slow" \
 			-k $$peer tests/integrations/peers/test_$$peer.py tests/integrations/test_versions.py || exit 1; \
 	done
 
