@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 help:
 	@echo "make demo       real conversations -> trained SmolLM2-135M-Instruct, before and after (CPU)"
 	@echo "make evidence   does it learn, against controls, by seeds: hours; goes on where it was stopped"
-	@echo "make liger-tests CHECKOUT=FOLDER   Liger-Kernel's own tests over our losses"
+	@echo "make liger-tests   Liger-Kernel's own tests over our losses, for every backend: an hour on 2 cores"
 	@echo "make peers      the integrations inside ms-swift, axolotl, torchrl and bitsandbytes, as installed"
 	@echo "make test       the test suite (under 15 minutes on 2 cores)"
 	@echo "make test-slow  the long tests"
@@ -66,7 +66,7 @@ evidence: $(VENV)/.dev
 
 # The compiled Triton kernels are executed by tests/ptx. Triton's interpreter, which stands for AMD's path, runs
 # in processes of its own (it is chosen at import): a sample here, all of it in test-slow.
-test: $(VENV)/.dev
+test: build/liger/test
 	$(PYTEST) -n 2 --dist loadfile tests
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m "interpreted and not slow" tests/ops tests/reliability/test_numerics.py
 
@@ -98,17 +98,27 @@ distributed: $(VENV)/.dev
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks.distributed --tests
 	$(PYTEST) -m "slow or not slow" tests/prefix/test_distributed.py tests/prefix/test_ulysses.py tests/online/test_launched.py
 
-# Liger-Kernel's own tests of its distillation losses, with ours in their place.
-liger-tests: $(VENV)/.dev
-	$(BIN)/python -m tests.integrations.liger $(CHECKOUT)
+# Liger-Kernel's sources: its tests are not in its wheel.
+build/liger/test: $(VENV)/.dev
+	mkdir -p build/liger
+	$(PIP) download --quiet --no-deps --no-build-isolation --no-binary liger_kernel -c constraints.txt \
+		-d build/liger liger_kernel
+	tar -xzf build/liger/liger_kernel-*.tar.gz -C build/liger --strip-components 1
+	touch $@
+
+# Liger-Kernel's own tests of its distillation losses, over ours: native, reference and executed PTX.
+# ARGS="--backends native", ARGS=--record: counts to benchmarks/results/liger_cpu.json
+liger-tests: build/liger/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.integrations.liger build/liger $(ARGS)
 
 # Each of these packages wants other versions than the suite's: a folder each, put before the environment's own.
-PEERS := swift axolotl torchrl bitsandbytes
+# bitsandbytes comes first: the tests of the others have packed weights too.
+PEERS := bitsandbytes swift axolotl torchrl
 peers: $(VENV)/.dev
 	for peer in $(PEERS); do \
 		$(PIP) install --quiet --no-deps --upgrade --target build/peers/$$peer \
 			-r tests/integrations/peers/$$peer.txt || exit 1; \
-		PYTHONPATH=$(CURDIR)/build/peers/$$peer:$(CURDIR) $(PYTEST) -o filterwarnings=ignore -m "slow or not slow" \
+		PYTHONPATH=$(CURDIR)/build/peers/$$peer:$(CURDIR)/build/peers/bitsandbytes:$(CURDIR) $(PYTEST) -o filterwarnings=ignore -m "slow or not slow" \
 			-k $$peer tests/integrations/peers/test_$$peer.py tests/integrations/test_versions.py || exit 1; \
 	done
 

@@ -1,11 +1,14 @@
-"""The losses of ms-swift and axolotl as installed, beside ours in their place: time and peak memory.
+"""The losses of ms-swift, axolotl and torchrl as installed, beside ours in their place: time and peak memory.
 
     PYTHONPATH=build/peers/swift python -m benchmarks.bench_peers --peer swift
     PYTHONPATH=build/peers/axolotl python -m benchmarks.bench_peers --peer axolotl
+    PYTHONPATH=build/peers/torchrl python -m benchmarks.bench_peers --peer torchrl
 
 `make peers` makes these folders. Forward and backward from hidden states, the products with the head in it. ``swift``:
 its `gkd_loss` over the logits of both models at the tokens that count. ``axolotl``: its chunked top-k loss (its code,
 not compiled) over all tokens, of which those that count are half; with the head trained, and frozen as under LoRA.
+``torchrl``: its `DistillationLoss` (k3, the teacher's log-probs in the data) of a model, ours in mode "k3", and ours
+over the whole vocabulary with the teacher's pass in it, which is another loss; half the tokens count.
 """
 
 from __future__ import annotations
@@ -15,9 +18,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks import harness
+from benchmarks.conversations import random_llama
 from fastsdpo.integrations.axolotl import KDSettings, kd_loss
 from fastsdpo.integrations.swift import GKDSettings, HeadLogits, divergence
 from fastsdpo.prefix import HeadParameters
@@ -87,12 +93,55 @@ def axolotl_runs(args: argparse.Namespace, frozen: bool, normalize: bool) -> Run
     return {"axolotl": step(theirs, *leaves), "ours": step(ours, *leaves)}
 
 
+def torchrl_runs(args: argparse.Namespace) -> Runs:
+    from tensordict import TensorDict, lazy_stack
+    from torchrl.data.llm.history import History
+    from torchrl.modules.llm import TransformersWrapper
+    from torchrl.modules.llm.policies.common import ChatHistory
+    from torchrl.objectives.llm import DistillationLoss
+
+    from fastsdpo.integrations.torchrl import SDPODistillationLoss
+
+    # A token for each letter; the padding of a word is a space, which is none.
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<end>", *"abcdefgh"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="a")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} <end> "
+        "{% endgeneration %}{% else %}{{ m['content'] }} <end> {% endif %}{% endfor %}"
+    )
+    words = " ".join("abcdefgh"[i % 8] for i in range(args.tokens // 4 - 1))
+    chats = [[{"role": "user", "content": words}, {"role": "assistant", "content": words}] for _ in range(2)]
+    history = History.from_chats(chats)
+    data = lazy_stack(list(TensorDict(history=ChatHistory(full=history), batch_size=(2,)).unbind(0)))
+    length = 2 * (args.tokens // 4)
+    data["next", "teacher_log_probs", "full"] = lazy_stack([-torch.rand(length) - 9 for _ in range(2)])
+    model, teacher = (random_llama(args.vocabulary, args.hidden, 1) for _ in range(2))
+    actor = TransformersWrapper(model, tokenizer=tokenizer, generate=False, input_mode="history", pad_output=False)
+
+    def run(loss_of: Any, *without: Any) -> Callable[[], Tensor]:
+        def once() -> Tensor:
+            model.zero_grad()
+            loss_of(data.exclude(*without)).loss_distill.backward()
+            return model.get_output_embeddings().weight.grad.clone()
+
+        return once
+
+    whole = SDPODistillationLoss(actor, teacher_network=teacher, mode="full", alpha=0.5)
+    return {
+        "torchrl": run(DistillationLoss(actor)),
+        "ours": run(SDPODistillationLoss(actor, mode="k3")),
+        "ours, whole vocabulary": run(whole),
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = harness.Arguments(__doc__, rounds=3)
-    parser.add_argument("--peer", choices=("swift", "axolotl"), required=True)
+    parser.add_argument("--peer", choices=("swift", "axolotl", "torchrl"), required=True)
     parser.size("tokens", 256, 16)
     parser.size("vocabulary", 49152, 512)
-    parser.size("hidden", 576, 32)
+    parser.size("hidden", 576, 36)
     parser.size("topk", 20, 4)
     args = parser.parse_args(argv)
     torch.manual_seed(0)
@@ -102,12 +151,23 @@ def main(argv: list[str] | None = None) -> None:
         for name, beta, topk in (("forward", 0.0, None), ("jsd", 0.5, None), ("reverse", 1.0, None)):
             cases[name] = swift_runs(args, beta, topk)
         cases["top-k, forward"] = swift_runs(args, 0.0, args.topk)
+    elif args.peer == "torchrl":
+        cases["k3"] = torchrl_runs(args)
     else:
         for frozen in (False, True):
             for normalize in (True, False):
                 name = f"{'normalized' if normalize else 'as it is'}, head {'frozen' if frozen else 'trained'}"
                 cases[name] = axolotl_runs(args, frozen, normalize)
-    rows = [harness.compare({"peer": args.peer, "loss": name, **size}, runs, args) for name, runs in cases.items()]
+    rows = []
+    for name, runs in cases.items():
+        other = runs.pop("ours, whole vocabulary", None)  # another loss: timed, not compared
+        case = {"peer": args.peer, "loss": name, **size}
+        row = harness.compare(case, runs, args)
+        if other is not None:
+            row["rivals"] |= harness.compare({**case, "loss": "JSD"}, {"ours, whole vocabulary": other}, args)[
+                "rivals"
+            ]
+        rows.append(row)
     harness.record(harness.results_file("peers", args), rows)
 
 

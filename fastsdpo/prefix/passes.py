@@ -90,6 +90,7 @@ class _InPlaceOfHead(Generic[Result]):
         self.body = body
         self.shape = shape
         self.result: list[Result] = []
+        self.in_body = False
 
     def forward(self, hidden: Tensor) -> Result:
         if tuple(hidden.shape[:-1]) != self.shape:
@@ -97,12 +98,16 @@ class _InPlaceOfHead(Generic[Result]):
                 f"run_inside: {self.name} must call its head on all positions "
                 f"{list(self.shape)}, got {list(hidden.shape[:-1])}"
             )
-        with gathered(*self.head.parameters()):  # an adapter's layer gathers what is its own, and not its base's
-            return self.body(hidden)
+        self.in_body = True
+        try:
+            with gathered(*self.head.parameters()):  # an adapter's layer gathers what is its own, and not its base's
+                return self.body(hidden)
+        finally:
+            self.in_body = False
 
     def take_result(self, _head: nn.Module, args: Any, output: Result) -> Tensor:
         """The head's last hook: those of FSDP and ZeRO have seen the result before it."""
-        if output is args[0]:  # of `PassRunner._to_head`
+        if self.in_body:  # of `PassRunner._to_head`
             return output
         self.result.append(output)
         return args[0].new_empty(*self.shape[:-1], 0, self.vocabulary)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from benchmarks import compare, compatibility, coverage, distributed, harness, reliability, report
+from benchmarks import compare, compatibility, coverage, distributed, gained, harness, reliability, report
 
 RUN = {"device": "d", "commit": "c", "date": "2026-01-01"}
 
@@ -69,6 +69,26 @@ def test_the_pages_are_what_the_files_say():
         shown = [found for found in re.findall(r"<!-- rows: (.*?) -->", text) if re.search(found, name)]
         assert len(shown) == 1, name
         assert row["lost"] == 0 and row["survived"] == row["tried"], name
+
+
+@pytest.mark.parametrize("path", gained.PAGES, ids=lambda path: path.stem)
+def test_what_is_gained_is_what_the_files_say(path):
+    text = path.read_text("utf-8")
+    assert text == gained.page(text), "run: python -m benchmarks.gained"
+
+
+def test_a_table_of_what_is_gained(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    marked = "before\n<!-- gained: peers peer=swift -->\n{}<!-- end -->\nafter\n"
+    assert "Not measured yet: `PYTHONPATH=build/peers/swift python" in gained.page(marked.format(""))
+    case = {"peer": "swift", "loss": "jsd", "tokens": 256, "vocabulary": 512, "hidden": 36}
+    rivals = {"ms-swift": {"median": 2.0, "peak_bytes": 4}, "ours": {"median": 0.5, "peak_bytes": 3}}
+    other = {"case": {**case, "peer": "axolotl"}, "rivals": rivals}
+    harness.record(tmp_path / "peers_x.json", [{"case": case, "rivals": rivals}, other], RUN)
+    found = gained.page(marked.format("old\n"))
+    assert found.count("| jsd | 0.25 | 0.75 |") == 1 and "old" not in found
+    assert gained.page(found) == found and found.startswith("before") and found.endswith("after\n")
 
 
 def test_versions_that_were_tried():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -157,3 +159,23 @@ def test_run_all(tmp_path, monkeypatch, capsys):
     assert "failed: none" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run_all.main(["--record", "--quick"])
+
+
+@SLOW
+@pytest.mark.parametrize("name", ["GKD", "GOLD", "Distillation", "SDFT", "IW-OPD", "Server", "Async"])
+def test_quick_steps_of_trl_trainers(name, tmp_path):
+    """Patched and not they give the same loss, or the script ends."""
+    pytest.importorskip("trl")
+    importlib.import_module("benchmarks.bench_trl").main(["--quick", "--output", str(tmp_path), "--trainers", name])
+    rows = harness.read(tmp_path / "distillation_trainers_cpu.json")
+    assert rows and all({"TRL", "hidden"} <= row["rivals"].keys() for row in rows)
+
+
+@SLOW
+def test_quick_steps_of_verl(tmp_path):
+    """In a process of its own: verl's platform is the process's."""
+    pytest.importorskip("verl")
+    command = [sys.executable, "-m", "benchmarks.bench_verl", "--quick", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=harness.ROOT)
+    rows = harness.read(tmp_path / "verl_cpu.json")
+    assert [row["case"]["teacher"] for row in rows] == ["self"] * 4 + ["server"]

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fastsdpo.integrations._head_logits import HeadLogits
 from fastsdpo.integrations.axolotl import KDSettings, kd_loss
@@ -15,6 +15,7 @@ from fastsdpo.integrations.swift import GKDSettings, divergence
 from fastsdpo.integrations.transformers import fused_logps
 from fastsdpo.ops.divergence import sdpo_loss
 from fastsdpo.prefix import check_head, head_parameters, no_grad_pass, run_inside
+from fastsdpo.quantized import keep_differentiable
 
 peft = pytest.importorskip("peft")
 
@@ -31,6 +32,7 @@ ADAPTERS = {
     "lora": lora(),
     "lora-head": lora("lm_head"),
     "lora-embeddings-head": lora("embed_tokens", "lm_head"),
+    "dora": lora(use_dora=True),
     "dora-head": lora("lm_head", use_dora=True),
     "modules-to-save": lora(modules_to_save=["lm_head", "embed_tokens"]),
     "tokens": lora(trainable_token_indices=[9, 10]),
@@ -40,16 +42,34 @@ IDS = torch.randint(6, 60, (2, 9), generator=torch.Generator().manual_seed(5))
 LABELS = torch.where(torch.arange(9) >= 4, IDS, -100)
 
 
+def adapted(model, adapter):
+    """An adapter of `ADAPTERS` that changes something, on ``model``."""
+    torch.manual_seed(8)
+    model = peft.get_peft_model(model, copy.deepcopy(ADAPTERS[adapter]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    return model.train()
+
+
 def make(folder, adapter=None, **given):
     model = AutoModelForCausalLM.from_pretrained(folder, **given)
-    torch.manual_seed(8)
-    if adapter is not None:
-        model = peft.get_peft_model(model, copy.deepcopy(ADAPTERS[adapter]))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.05 * torch.randn_like(parameter)
-    return model.train()
+    return adapted(model, adapter) if adapter else model.train()
+
+
+def bits_and_bytes(bits, **more):
+    return BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=torch.float32, **more
+    )
+
+
+def packed(folder, bits, adapter=None, **more):
+    """A base that bitsandbytes packs in 4 or 8 bits, with an adapter of `ADAPTERS`."""
+    given = {"quantization_config": bits_and_bytes(bits, **more), "device_map": {"": "cpu"}, "dtype": torch.float32}
+    model = make(folder, adapter, **given)
+    keep_differentiable(model)  # else layers of this size cannot even be evaluated where a CPU has AVX512-BF16
+    return model
 
 
 def doors(model):

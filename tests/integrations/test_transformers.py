@@ -148,6 +148,13 @@ def train(folder, output, *, batch_size, accumulate, collator=collate, **options
     return losses, [p.detach() for p in trainer.model.parameters()]
 
 
+def test_the_hidden_states_themselves(qwen2_folder, batch):
+    """A body that returns what it is given."""
+    model = AutoModelForCausalLM.from_pretrained(qwen2_folder)
+    hidden = run_inside(model, lambda states: states, {"input_ids": batch["input_ids"]})
+    torch.testing.assert_close(model.lm_head(hidden), model(input_ids=batch["input_ids"]).logits)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"mode": "sampled_token", "is_clip": 1.5}, {"mode": "topk", "alpha": 0.5, "temperature": 0.8}],

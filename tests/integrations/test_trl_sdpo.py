@@ -30,7 +30,7 @@ def reward(prompts, completions, **_):
     return [1.0 if len(c.split()) % 2 else 0.0 for c in completions]
 
 
-def make_trainer(folder, output, *, kind=SDPOTrainer, steps=3, peft_config=None, source=None, **options):
+def make_trainer(folder, output, *, model=None, kind=SDPOTrainer, steps=3, peft_config=None, source=None, **options):
     data = Dataset.from_dict({"prompt": PROMPTS, "privileged_context": ["w11 w12", "w13", "w14 w15 w16", "w17"]})
     defaults = {
         "learning_rate": 0.05,
@@ -51,7 +51,7 @@ def make_trainer(folder, output, *, kind=SDPOTrainer, steps=3, peft_config=None,
         "disable_tqdm": True,
     }
     return kind(
-        model=folder,
+        model=model or folder,
         reward_funcs=reward,
         args=SDPOConfig(output_dir=str(output), **{**defaults, **options}),
         train_dataset=data,

@@ -62,19 +62,19 @@ def conversations():
     )
 
 
-def sdft(student, teacher, output, **options):
+def sdft(student, teacher, output, model=None, **options):
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
     data = Dataset.from_dict({"prompt": PROMPTS, "privileged_context": ["w11 w12", "w13", "w14 w15", "w17"]})
     args = SDFTConfig(output_dir=output, max_completion_length=6, num_generations=2, **SETTINGS, **options)
-    return SDFTTrainer(model=student, args=args, train_dataset=data, processing_class=tokenizer_of(student))
+    return SDFTTrainer(model=model or student, args=args, train_dataset=data, processing_class=tokenizer_of(student))
 
 
-def gkd(student, teacher, output, **options):
+def gkd(student, teacher, output, model=None, **options):
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     args = GKDConfig(output_dir=output, max_new_tokens=6, max_length=64, **SETTINGS, **options)
-    pair = {"model": AutoModelForCausalLM.from_pretrained(student), "teacher_model": teacher}
+    pair = {"model": model or AutoModelForCausalLM.from_pretrained(student), "teacher_model": teacher}
     return GKDTrainer(**pair, args=args, train_dataset=conversations(), processing_class=tokenizer_of(student))
 
 
@@ -92,19 +92,19 @@ def byte_level_tokenizer():
     return tokenizer
 
 
-def gold(student, teacher, output, **options):
+def gold(student, teacher, output, model=None, **options):
     from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
     args = GOLDConfig(output_dir=output, max_completion_length=6, max_length=64, **SETTINGS, **options)
-    pair = {"model": AutoModelForCausalLM.from_pretrained(student), "teacher_model": teacher}
+    pair = {"model": model or AutoModelForCausalLM.from_pretrained(student), "teacher_model": teacher}
     return GOLDTrainer(**pair, args=args, train_dataset=conversations(), processing_class=byte_level_tokenizer())
 
 
-def iw_opd(student, teacher, output, **options):
+def iw_opd(student, teacher, output, model=None, **options):
     from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 
     args = IWOPDConfig(output_dir=output, max_completion_length=6, max_length=64, **SETTINGS, **options)
-    pair = {"model": student, "teacher_model": teacher}
+    pair = {"model": model or student, "teacher_model": teacher}
     return IWOPDTrainer(**pair, args=args, train_dataset=conversations(), processing_class=tokenizer_of(student))
 
 
@@ -138,16 +138,17 @@ def run(trainer):
     return logs, recorded.steps
 
 
-def assert_same(found, wanted):
+def assert_same(found, wanted, rounding=0.0):
+    """``rounding``: of the gradients' dtype, where it is not float32."""
     (logs, steps), (want_logs, want_steps) = found, wanted
     assert len(steps) == len(want_steps) == 5
     assert any(entry.get("loss", 0) != 0 for entry in want_logs)
     for got, want in zip(logs, want_logs, strict=True):
-        assert got == pytest.approx(want, rel=5e-5, abs=5e-6, nan_ok=True)
+        assert got == pytest.approx(want, rel=5e-5 + rounding, abs=5e-6, nan_ok=True)
     for got, want in zip(steps, want_steps):
         assert got.keys() == want.keys() and any(grad.any() for grad in want.values())
         for name, grad in want.items():
-            limit = 5e-5 * grad.abs().max().item() + 1e-7
+            limit = (5e-5 + rounding) * grad.abs().max().item() + 1e-7
             torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=limit, msg=name)
 
 

@@ -1,18 +1,22 @@
-"""verl's own FSDP engine on a CPU, a batch for it, and the gradients that it must find.
+"""A batch for verl's own FSDP engine on a CPU, and the gradients that it must find.
 
 As a program it is one of several processes: verl_on_cpu.py MODEL   (RANK, WORLD_SIZE, MASTER_* are set)
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
-from types import SimpleNamespace
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from benchmarks.verl_on_cpu import actor_loss as actor_loss
+from benchmarks.verl_on_cpu import make_engine as make_engine
+from benchmarks.verl_on_cpu import nested as nested
+from benchmarks.verl_on_cpu import run as run
+from benchmarks.verl_on_cpu import use_cpu as use_cpu
 from fastsdpo.testing import oracle_sdpo_loss
 
 TEMPERATURE = 0.8
@@ -23,50 +27,6 @@ MASKS = [[1, 0, 1, 1], [1], [1, 1, 1], [1, 1]]
 TEACHERS = [[7, 8, 50, 51, 52], [9, 33], None, [44, 45, 46, 47, 48, 49]]
 SEQUENCES = range(len(PROMPTS))
 TOPK = 5
-
-
-def use_cpu():
-    """Makes the CPU the device of all of verl that is imported afterwards; its platforms are accelerators."""
-    from verl.models.transformers import monkey_patch
-    from verl.plugin.platform import platform_base, platform_manager
-
-    module = SimpleNamespace(**dict.fromkeys(("empty_cache", "synchronize", "set_device"), lambda *_: None))
-    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
-        setattr(module, name, lambda *_: 0)
-    module.mem_get_info, module.is_available = lambda *_: (0, 0), lambda: True
-    values = {"device_name": "cpu", "device_module": module, "current_device": "cpu", "is_available": True}
-    values |= {"communication_backend_name": "gloo", "nvtx_range": contextlib.nullcontext()}
-    values |= {"visible_devices_envvar": "CUDA_VISIBLE_DEVICES"}
-
-    def member(name):
-        def value(self, *args, **kwargs):
-            return values.get(name)
-
-        return property(value) if name in ("device_name", "device_module", "vendor_name") else value
-
-    names = {*platform_base.PlatformBase.__abstractmethods__, *values}
-    cpu = type("CPU", (platform_base.PlatformBase,), {name: member(name) for name in names})
-    platform_manager.set_platform(cpu())
-    monkey_patch.is_trl_available = lambda: False  # verl 0.9.1 patches a class that TRL 1.16 has no more
-
-
-def make_engine(folder):
-    """An engine of the model in ``folder``, in float32; the process group must exist."""
-    from verl.trainer.config import CheckpointConfig
-    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
-    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
-
-    model = HFModelConfig(path=folder, override_config={"attn_implementation": "sdpa"})
-    precision = dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32")
-    engine = {"strategy": "fsdp2", "mixed_precision": precision, "use_torch_compile": False}
-    optimizer = FSDPOptimizerConfig(lr=1e-2, total_training_steps=10)
-    found = FSDPEngineWithLMHead(model, FSDPEngineConfig(**engine), optimizer, CheckpointConfig())
-    found.initialize()
-    return found
-
-
-def nested(rows):
-    return torch.nested.as_nested_tensor([torch.as_tensor(row) for row in rows], layout=torch.jagged)
 
 
 def pad(which):
@@ -112,27 +72,12 @@ def make_batch(which=SEQUENCES, *, packed=True, padded=False, teacher="column", 
     return data
 
 
-def run(engine, data, loss):
-    """``(loss, gradients, metrics)`` of the engine's own loop over micro-batches."""
-    with engine.train_mode():
-        engine.optimizer_zero_grad()
-        out = engine.forward_backward_batch(data, loss)
-        grads = {name: p.grad.full_tensor().clone() for name, p in engine.module.named_parameters()}
-    return sum(out["loss"]), grads, out["metrics"]
-
-
-def actor_loss():
-    """What verl's worker gives its engine where ``distillation.enabled`` is false."""
-    from verl.workers.config import FSDPActorConfig
-    from verl.workers.utils.losses import ppo_loss
-
-    return functools.partial(ppo_loss, config=FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1))
-
-
 @functools.cache
-def logits_of(folder):
+def logits_of(folder, adapter=None):
     """``(model, student, teacher)`` in float64: per sequence the logits ``[T, V]`` before its answer's tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True).double()
 
     def rows(prompt, answer):
         ids = torch.tensor([prompt + answer])
@@ -144,7 +89,7 @@ def logits_of(folder):
     return model, student, teacher
 
 
-def defined(folder, mode, teacher=None, support=None, bound=None, factors=None, **options):
+def defined(folder, mode, teacher=None, support=None, bound=None, factors=None, adapter=None, **options):
     """``(loss, gradients)``: the sum over tokens that count, divided by the number of all tokens that count.
 
     Args:
@@ -152,8 +97,9 @@ def defined(folder, mode, teacher=None, support=None, bound=None, factors=None, 
         support: ids per sequence.
         bound: tokens of a larger loss have this one, without a gradient.
         factors: per sequence, of the tokens' losses.
+        adapter: a folder of PEFT.
     """
-    model, student, behind_prompts = logits_of(folder)
+    model, student, behind_prompts = logits_of(folder, adapter)
     model.zero_grad()
     total, divisor = 0.0, sum(map(sum, MASKS))
     for i in SEQUENCES:
@@ -172,7 +118,7 @@ def defined(folder, mode, teacher=None, support=None, bound=None, factors=None, 
             values = values.clamp(max=bound)
         total += values.sum().item() / divisor
         student[i].backward(out.grad, retain_graph=True)
-    return total, {name: p.grad.clone() for name, p in model.named_parameters()}
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same(found, want):

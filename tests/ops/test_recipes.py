@@ -1,6 +1,8 @@
 """What recipes of distillation add to the losses, on every backend, against float64 autograd: a cross entropy of the
 targets, logits of a teacher beside hidden states, padded vocabularies, several ids, entropies."""
 
+import os
+
 import pytest
 import torch
 
@@ -11,13 +13,24 @@ from tests.ops.test_linear import Watch
 
 BACKENDS = [name for name in ("reference", "native") if fastsdpo.available_backends()[name] == "available"]
 BACKENDS += [pytest.param("triton", marks=[pytest.mark.interpreted, pytest.mark.slow])]
+BACKENDS += [pytest.param("ptx", marks=pytest.mark.slow)]  # the compiled kernels of Triton, executed on the CPU
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RECIPES = {name: LOSSES[name] for name in ("sampled", "forward", "jsd", "topk-jsd")}
 SCALES = {"temperature": 2.0, "softcap": 4.0}
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    return request.param
+    if request.param != "ptx":
+        yield request.param
+        return
+    if INTERPRETED:
+        pytest.skip("the kernels are the interpreter's here")
+    from tests.ptx.executor import executing
+
+    with executing(90) as executor:
+        yield "triton"
+    assert not executor.faults, list(map(str, executor.faults))
 
 
 @pytest.fixture(params=RECIPES)
@@ -145,7 +158,7 @@ def ids_and_logits(vocabulary, dtype):
 @pytest.mark.parametrize("entropy_grad", [False, True])
 @pytest.mark.parametrize(("vocabulary", "dtype"), [(2, torch.float32), (131, torch.bfloat16), (33_000, torch.float32)])
 def test_several_ids_and_an_entropy_with_a_gradient(backend, vocabulary, dtype, entropy_grad, softcap):
-    if backend == "triton" and vocabulary > 1000:
+    if INTERPRETED and vocabulary > 1000:
         pytest.skip("minutes in the interpreter")
     logits, target_ids, extra_ids = ids_and_logits(vocabulary, dtype)
     keep = target_ids != -100

@@ -90,6 +90,16 @@ def funnel_shift(a, b, by, left: bool, wrap: bool):
     return ((both << by >> U64(32)) if left else both >> by).astype(U32)
 
 
+def extract(a, at, length):
+    """bfe: ``length`` of 32 bits from ``at`` on; the highest of a signed number's fills what is above."""
+    bits = a.astype(np.int64) >> np.minimum(at & U32(0xFF), U32(32)).astype(np.int64)
+    above = 64 - np.minimum(length & U32(0xFF), U32(32)).astype(np.int64)
+    near = np.minimum(above, 63)
+    moved = np.where(above == 64, 0, bits << near)
+    out = moved >> near if a.dtype.kind == "i" else moved.view(U64) >> near.astype(U64)
+    return out.astype(a.dtype)
+
+
 def permute(a, b, selector):
     """Four bytes picked of eight; bit 3 of a selector copies the byte's sign into all of it."""
     both, out = (b.astype(U64) << U64(32)) | a, U64(0)
@@ -171,6 +181,8 @@ def _function_of(i: Instruction) -> tuple[Callable, list[str]]:
         return lambda a, by: shift(a, by, name == "shl"), [kind, "u32"]
     if name == "shf":
         return lambda a, b, by: funnel_shift(a, b, by, op[1] == "l", op[2] == "wrap"), ["u32"] * 3
+    if name == "bfe" and kind in ("s32", "u32"):
+        return extract, [kind, "u32", "u32"]
     if name == "prmt" and op[1] == "b32":
         return permute, ["u32"] * 3
     if name == "lop3":

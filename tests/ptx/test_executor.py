@@ -192,6 +192,20 @@ def test_a_maximum_of_three():
         assert result.view(torch.float32).tolist() == [7.0] * 64
 
 
+@pytest.mark.parametrize("kind", ["s32", "u32"])
+def test_a_field_of_bits(kind):
+    """Every place and length of a number with its highest bit set, beside PTX's definition bit by bit."""
+    number = 0xA5C3_0F69
+    for at in (0, 1, 5, 30, 31, 40):
+        for length in (0, 1, 4, 27, 32, 300):
+            body = f"mov.u32 %r1, {number}; bfe.{kind} %r3, %r1, {at}, {length}; st.global.b32 [%rd3], %r3;"
+            count = length & 0xFF
+            last = number >> min(at + count - 1, 31) & 1 if kind == "s32" and count else 0
+            want = [number >> at + i & 1 if i < count and at + i < 32 else last for i in range(32)]
+            result = executed(body)[0][0].item() & 0xFFFFFFFF
+            assert result == sum(bit << i for i, bit in enumerate(want)), (at, length)
+
+
 @pytest.mark.parametrize(
     "text",
     ["popc.b32 %r3, %r1;", "add.f32 %r3, %r1, %r2, %r1;", "max.xorsign.abs.f32 %r3, %r1, %r2;"],

@@ -16,6 +16,8 @@ from axolotl.integrations.kd.trainer import AxolotlKDTrainer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.integrations.test_adapters import make, packed
+
 pytestmark = pytest.mark.slow
 
 NAME = "fastsdpo.integrations.axolotl.FastKDPlugin"
@@ -74,20 +76,27 @@ def loss_and_grads(trainer, batch):
     return loss.detach(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["all weights", "LoRA"])
-@pytest.mark.parametrize("name", SETTINGS)
-def test_loss_and_every_gradient_are_those_of_axolotl(trainers, qwen2_folder, tmp_path, name, adapter, monkeypatch):
+PACKED = [(4, "lora"), (4, "dora"), (4, "modules-to-save"), (8, "lora"), (8, "ia3")]
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "adapter"),
+    [
+        *((name, None, adapter) for name in SETTINGS for adapter in (None, "lora")),
+        *(("normalized", *p) for p in PACKED),
+    ],
+)
+def test_loss_and_every_gradient_are_those_of_axolotl(
+    trainers, qwen2_folder, tmp_path, name, bits, adapter, monkeypatch
+):
+    if bits:
+        pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # axolotl compiles its loss
     tokenizer = AutoTokenizer.from_pretrained(qwen2_folder)
     batch = features(tokenizer)
     found = []
     for trainer_class in trainers:
-        model = AutoModelForCausalLM.from_pretrained(qwen2_folder)
-        if adapter:
-            torch.manual_seed(1)
-            model = get_peft_model(
-                model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-            )
+        model = packed(qwen2_folder, bits, adapter) if bits else make(qwen2_folder, adapter)
         trainer = trainer_class(model=model, args=make_arguments(tmp_path, SETTINGS[name]), processing_class=tokenizer)
         found.append(loss_and_grads(trainer, batch))
     (want, wanted), (got, grads) = found
@@ -116,6 +125,16 @@ def test_a_head_with_an_adapter_is_trained_as_the_model_computes_it(trainers, qw
         (grad,) = torch.autograd.grad(loss, head_adapter(model), allow_unused=True) if loss.requires_grad else (None,)
         reached.append(grad is not None)
     assert reached == [False, True]
+
+
+def test_a_packed_head_is_refused(trainers, qwen2_folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tokenizer = AutoTokenizer.from_pretrained(qwen2_folder)
+    model = packed(qwen2_folder, 4, "lora", llm_int8_skip_modules=["none"])
+    args = make_arguments(tmp_path, SETTINGS["normalized"])
+    trainer = trainers[1](model=model, args=args, processing_class=tokenizer)
+    with pytest.raises(NotImplementedError, match="llm_int8_skip_modules"):
+        trainer.compute_loss(model, dict(features(tokenizer)))
 
 
 def test_what_is_refused(trainers, qwen2_folder, tmp_path):

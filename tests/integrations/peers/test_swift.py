@@ -9,14 +9,15 @@ import torch
 
 pytest.importorskip("swift", reason="needs ms-swift: make peers")
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from swift.model import get_model_processor
 from swift.rlhf_trainers import gkd_trainer
 from swift.rlhf_trainers.arguments import GKDConfig
 from swift.template import get_template
 
 from fastsdpo.integrations.swift import patch_swift
+from fastsdpo.quantized import keep_differentiable
 from tests.integrations.conftest import make_tokenizer
+from tests.integrations.test_adapters import adapted, bits_and_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -37,18 +38,27 @@ CASES = {
     "topk": {"beta": 0.5, "topk": 7},
     "server": {"beta": 0.0, "server": True, "sft_alpha": 0.4},
     "opsd": {"beta": 0.5, "self": True},
-    "adapter": {"beta": 1, "adapter": True},
+    "adapter": {"beta": 1, "adapter": "lora-head"},
+    "4 bits, LoRA on embeddings and head": {"beta": 0.5, "adapter": "lora-embeddings-head", "bits": 4},
+    "4 bits, DoRA": {"beta": 0.5, "adapter": "dora", "bits": 4},
+    "4 bits, modules to save": {"beta": 0.5, "adapter": "modules-to-save", "bits": 4},
+    "8 bits, IA3": {"beta": 0.5, "adapter": "ia3", "bits": 8},
 }
 
 
-def make_trainer(folder, output, case):
-    def load():
-        model, processor = get_model_processor(folder, model_type="qwen2", torch_dtype=torch.float32, device_map="cpu")
+def make_trainer(folder, output, case, skipped=("lm_head",)):
+    def load(bits=None):
+        given = {"model_type": "qwen2", "torch_dtype": torch.float32, "device_map": "cpu"}
+        if bits:
+            pytest.importorskip("bitsandbytes")
+            given["quantization_config"] = bits_and_bytes(bits, llm_int8_skip_modules=list(skipped))
+        model, processor = get_model_processor(folder, **given)
+        keep_differentiable(model)
         tokenizer = make_tokenizer()  # transformers would make one of Qwen2's of the files, with other words
         tokenizer.model_info, tokenizer.model_meta = processor.model_info, processor.model_meta
         return model, tokenizer
 
-    model, processor = load()
+    model, processor = load(case.get("bits"))
     teacher = None
     if not case.get("self") and not case.get("adapter"):
         teacher = load()[0].eval().requires_grad_(False)
@@ -57,10 +67,7 @@ def make_trainer(folder, output, case):
             for parameter in teacher.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
     if case.get("adapter"):
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.3)
+        model = adapted(model, case["adapter"])
     args = GKDConfig(
         output_dir=str(output),
         beta=case["beta"],
@@ -152,6 +159,9 @@ def test_what_is_refused(qwen2_folder, tmp_path, monkeypatch):
     trainer, rows = make_trainer(qwen2_folder, tmp_path, CASES["jsd"])
     monkeypatch.setattr(trainer.args, "offload_teacher_model", True)
     with patch_swift("hidden"), pytest.raises(NotImplementedError, match="offload_teacher_model"):
+        trainer.compute_loss(trainer.model, trainer._prepare_inputs(copy.deepcopy(rows[:2])))
+    trainer, rows = make_trainer(qwen2_folder, tmp_path, CASES["4 bits, DoRA"], ["none"])
+    with patch_swift("hidden"), pytest.raises(NotImplementedError, match="llm_int8_skip_modules"):
         trainer.compute_loss(trainer.model, trainer._prepare_inputs(copy.deepcopy(rows[:2])))
     monkeypatch.setattr(gkd_trainer, "gkd_loss", lambda logits: None)
     with pytest.raises(ImportError, match=r"gkd_loss must take .* got \(logits\)"):

@@ -15,7 +15,9 @@ from torchrl.objectives.llm import DistillationLoss
 from transformers import AutoModelForCausalLM
 
 from fastsdpo.integrations.torchrl import SDPODistillationLoss
+from fastsdpo.testing import classes_divergence
 from tests.integrations.conftest import make_tokenizer
+from tests.integrations.test_adapters import packed
 
 pytestmark = pytest.mark.slow
 
@@ -68,15 +70,17 @@ def rows(model, tokenizer, chats):
 
 
 def grads_of(loss, model):
-    return dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters()))))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return dict(zip(trained, torch.autograd.grad(loss, list(trained.values()))))
 
 
-def same(got, want, model):
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+def same(got, want, model, rtol=1e-5):
+    torch.testing.assert_close(got, want, rtol=rtol, atol=1e-6)
     wanted = grads_of(want, model)
     scale = max(grad.abs().max() for grad in wanted.values())
+    assert scale > 0
     for key, grad in grads_of(got, model).items():  # torchrl pads on the left
-        assert (grad - wanted[key]).abs().max() <= 1e-5 * scale, key
+        assert (grad - wanted[key]).abs().max() <= 10 * rtol * scale, key
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
@@ -114,10 +118,7 @@ def test_whole_distributions_against_the_formula(lab, mode, hindsight):
     means = []
     for (student, ids), (target, _) in zip(rows(model, tokenizer, CHATS), taught, strict=True):
         if mode == "full":
-            mixture = torch.logaddexp(student + torch.tensor(0.7).log(), target + torch.tensor(0.3).log())
-            per = 0.7 * (student.exp() * (student - mixture)).sum(-1) + 0.3 * (target.exp() * (target - mixture)).sum(
-                -1
-            )
+            per = classes_divergence(student, target, 0.3)
         elif mode == "topk":
             support = student.topk(5).indices
             s, t = (one.gather(-1, support).log_softmax(-1) for one in (student, target))
@@ -127,6 +128,25 @@ def test_whole_distributions_against_the_formula(lab, mode, hindsight):
             per = -(t - s).detach() * s
         means.append(per.mean())
     same(got.loss_distill, torch.stack(means).mean(), model)
+
+
+@pytest.mark.parametrize(
+    ("bits", "adapter"),
+    [(4, "lora-embeddings-head"), (4, "dora-head"), (4, "modules-to-save"), (8, "ia3"), (8, "lora")],
+)
+def test_packed_weights(lab, qwen2_folder, bits, adapter):
+    pytest.importorskip("bitsandbytes")
+    wrap, _, teacher, tokenizer, data = lab
+    model = packed(qwen2_folder, bits, adapter)
+    loss = SDPODistillationLoss(wrap(model), teacher_network=teacher, mode="full", alpha=0.3)
+    got = loss(data.exclude("teacher_history")).loss_distill
+    with torch.no_grad():
+        taught = rows(teacher, tokenizer, CHATS)
+    both = zip(rows(model, tokenizer, CHATS), taught, strict=True)
+    want = torch.stack([classes_divergence(student, target, 0.3).mean() for (student, _), (target, _) in both]).mean()
+    same(got, want, model, 1e-5 if bits == 4 else 5e-3)  # 8 bits round by the outliers of a whole pass
+    with pytest.raises(NotImplementedError, match="llm_int8_skip_modules"):
+        SDPODistillationLoss(wrap(packed(qwen2_folder, bits, "lora", llm_int8_skip_modules=["none"])))(data)
 
 
 def test_what_is_refused(lab):
