@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,26 +62,38 @@ def gathered(*parameters: Tensor | None) -> Iterator[None]:
 def gathered_layers(model: nn.Module) -> Iterator[None]:
     """Lets a model that DeepSpeed ZeRO-3 has loaded in parts run before there is an engine around it.
 
-    Each module holds its own weights whole while it runs, so that one layer's are whole at a time. Other models
-    run as they are. All processes must run the model alike.
+    Each module holds its own weights whole while it runs, so that one layer's are whole at a time; in a backward
+    pass from the gradient of what it gave to the gradient of what it was given. Other models run as they are. All
+    processes must run the model alike.
     """
     if not is_partitioned(model):
         yield
         return
     held: dict[nn.Module, list[ExitStack]] = {}
 
-    def gather(module: nn.Module, _args: Any) -> None:
+    def gather(module: nn.Module, *_: Any) -> None:
         stack = ExitStack()
         stack.enter_context(gathered(*module.parameters(recurse=False)))
         held.setdefault(module, []).append(stack)
 
-    def release(module: nn.Module, _args: Any, _output: Any) -> None:
+    def release(module: nn.Module, *_: Any) -> None:
         if held.get(module):
             held[module].pop().close()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        release(module)
+        found = output[0] if isinstance(output, tuple) else output
+        given = next((value for value in args if isinstance(value, Tensor) and value.requires_grad), None)
+        if given is not None and isinstance(found, Tensor) and found.requires_grad:
+            hooks.callback(found.register_hook(partial(gather, module)).remove)
+            hooks.callback(given.register_hook(partial(release, module)).remove)
 
     with ExitStack() as hooks:
         for module in model.modules():
             if next(module.parameters(recurse=False), None) is not None:
                 hooks.callback(module.register_forward_pre_hook(gather, prepend=True).remove)
-                hooks.callback(module.register_forward_hook(release, always_call=True).remove)
+                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
         yield
+        for stacks in held.values():
+            for stack in reversed(stacks):
+                stack.close()

@@ -55,7 +55,7 @@ def one(place):
 
 @pytest.fixture(scope="module")
 def replicas(place):
-    torchrun(2, *worker("plain"), runs(place, "ddp", TORCHRUN, 2))
+    torchrun(2, *worker("plain"), runs(place, "replicas", TORCHRUN, 2))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_ddp_with_held_out_data(place, one, lab):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHRUN)
 def test_ddp(place, one, replicas, lab, name):
-    compare(place, f"ddp2-{name}", name, lab)
+    compare(place, f"replicas2-{name}", name, lab)
 
 
 @pytest.mark.parametrize("name", TORCHRUN)
