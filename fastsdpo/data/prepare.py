@@ -79,9 +79,10 @@ def prepare(
         redact: ``module:function``, of a function text -> text that is applied to the text of each message and
             to all text in the fields of a record, before anything else is done with them.
         workers: processes that read. They change nothing in the outputs. Files of JSON Lines that are not
-            compressed are shared among them; every other source is read by one. With `limit`, with a
-            number of conversations or interactions and no shuffling, and for the presets of the paper, one
-            process reads. None: one for each core, at most 8, from 32 MB of JSON Lines on; else 1.
+            compressed are shared among them, and the files of a Hugging Face dataset; every other source is
+            read by one. With `limit`, with a number of conversations or interactions and no shuffling, and for
+            the presets of the paper, one process reads. None: one for each core, at most 8, from 32 MB of JSON
+            Lines on and for datasets; else 1.
         overwrite: replace an output that exists.
         resume: where a run with the same settings has finished, return its report and do nothing; where
             one was killed, replace what it has written.
@@ -251,7 +252,7 @@ class _Job:
         # Where reading may end early, it goes on record by record.
         if workers > 1 and self.options.limit is None and not self._wants_first:
             with Workers(workers, self.options, spool) as pool:
-                for batch in pool.read(cut(self.items, parser), report):
+                for batch in pool.read(cut(self.items, self.options), report):
                     spool.add(batch)
                     bar.update()
                 spool.complete(pool.keys_of_rows)

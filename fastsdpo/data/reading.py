@@ -31,7 +31,7 @@ from fastsdpo.data.readers.registry import RecordParser
 from fastsdpo.data.record_fields import RecordFields
 from fastsdpo.data.records import DamagedRecord, Entry, LoadReport
 from fastsdpo.data.redaction import Redaction
-from fastsdpo.data.sources import read_sources
+from fastsdpo.data.sources import dataset_records, read_sources
 from fastsdpo.data.spool import Batch
 
 
@@ -53,18 +53,20 @@ class ReadOptions:
 
 
 class Piece(NamedTuple):
-    """A part of the sources: one of them, or some lines of one.
+    """A part of the sources: one of them, some lines of one, or a shard of one.
 
     Attributes:
         source: the number of the source.
         before: bytes of the sources before it.
         lines: (first byte, end, number of the first line), or None for the whole source.
+        shard: the number of one of a Hugging Face dataset, or None for all.
     """
 
     item: Path | str
     source: int
     before: int
     lines: tuple[int, int, int] | None = None
+    shard: int | None = None
 
 
 @dataclass
@@ -131,6 +133,9 @@ class BatchReader:
     def read_piece(self, piece: Piece, report: ReadReport) -> Iterator[Batch]:
         """The batches of a piece."""
         self._first_source = piece.source
+        if piece.shard is not None:
+            options = self._options
+            return self._read(dataset_records(piece.item, options.config, options.split, piece.shard), report)
         if piece.lines is None:
             return self.read_sources([piece.item], report)
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from fastsdpo.data.json_records import COMPRESSIONS, json_records
 from fastsdpo.data.readers.registry import RecordParser
@@ -90,7 +91,7 @@ def read_sources(
             report.bytes_done = before + done
 
         if isinstance(item, str) or item.is_dir():
-            entries = _dataset_records(item, config, split)
+            entries = dataset_records(item, config, split)
         elif item.suffix == ".parquet":
             entries = _parquet_records(item, progress, parser or RecordParser(), columns)
         elif is_table(item):
@@ -103,7 +104,30 @@ def read_sources(
         report.bytes_done = before + sizes[number]
 
 
-def _dataset_records(name: str | Path, config: str | None, split: str) -> Iterator[Entry]:
+def dataset_records(name: str | Path, config: str | None, split: str, shard: int | None = None) -> Iterator[Entry]:
+    """The records of a Hugging Face dataset, or of one of its shards: the files that it is stored in."""
+    rows = _open_dataset(name, config, split)
+    count = _count_shards(rows)
+    for number in range(count) if shard is None else (shard,):
+        part = rows.shard(num_shards=count, index=number) if count > 1 else rows
+        place = f"{name}[{split}]" + (f" shard {number}" if count > 1 else "")
+        for row, record in enumerate(part):
+            yield Entry(f"{place} row {row}", record)
+
+
+def separate_shards(name: str | Path, config: str | None, split: str, parser: RecordParser) -> int:
+    """How many shards of a dataset can be read apart; 1 where a row is one message of a conversation."""
+    rows = _open_dataset(name, config, split)
+    count = _count_shards(rows)
+    first = next(iter(rows), None) if count > 1 else None
+    return 1 if first is None or parser.row_key(first) is not None else count
+
+
+def _count_shards(rows: Any) -> int:
+    return getattr(rows, "num_shards", 1)  # those of a stream
+
+
+def _open_dataset(name: str | Path, config: str | None, split: str) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -113,16 +137,13 @@ def _dataset_records(name: str | Path, config: str | None, split: str) -> Iterat
         ) from error
     if isinstance(name, Path):
         rows = datasets.load_from_disk(str(name))
-        rows = rows[split] if isinstance(rows, dict) else rows
-    else:
-        try:
-            rows = datasets.load_dataset(name, config, split=split, streaming=True)
-        except Exception as error:  # of many libraries: hub, HTTP, parsing
-            raise FileNotFoundError(
-                f"{name!r} is neither a file nor a dataset that can be loaded: {type(error).__name__}: {error}"
-            ) from error
-    for row, record in enumerate(rows):
-        yield Entry(f"{name}[{split}] row {row}", record)
+        return rows[split] if isinstance(rows, dict) else rows
+    try:
+        return datasets.load_dataset(name, config, split=split, streaming=True)
+    except Exception as error:  # of many libraries: hub, HTTP, parsing
+        raise FileNotFoundError(
+            f"{name!r} is neither a file nor a dataset that can be loaded: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _parquet_records(

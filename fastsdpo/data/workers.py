@@ -1,6 +1,7 @@
 """Several processes that read pieces of the sources, in the order of the pieces.
 
-Files of JSON Lines are cut at line ends into pieces of some 1 MB; every other source is one piece. The pieces
+Files of JSON Lines are cut at line ends into pieces of some 1 MB, Hugging Face datasets into the files that they
+are stored in; every other source is one piece. The pieces
 go round to the workers, of which each has two at most: what waits is bounded. A worker sends what it has read but
 for the rows: it is told where they stand in the one file, when that is known, and writes them there.
 
@@ -27,7 +28,7 @@ from fastsdpo.data.loading import MAX_RECORD_BYTES
 from fastsdpo.data.merging import LightRecord, RecordKeys
 from fastsdpo.data.readers.registry import RecordParser
 from fastsdpo.data.reading import Piece, ReadOptions, ReadReport
-from fastsdpo.data.sources import JSON_SUFFIXES
+from fastsdpo.data.sources import JSON_SUFFIXES, separate_shards
 from fastsdpo.data.spool import Batch, Spool
 
 PIECE_BYTES = 1 << 20
@@ -40,7 +41,9 @@ LEAST_BYTES = 32 << 20  # less is read before workers have started
 
 def default_workers(items: Iterable[Path | str], parser: RecordParser) -> int:
     """A worker for each core, where there is enough that can be cut into pieces; else 1."""
+    items = list(items)
     size = sum(item.stat().st_size for item in items if isinstance(item, Path) and _lines_of(item, parser))
+    size += LEAST_BYTES * any(isinstance(item, str) for item in items)  # a dataset, which is downloaded as it is read
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Windows and macOS
@@ -60,12 +63,15 @@ def _lines_of(item: Path | str, parser: RecordParser) -> tuple[int, int] | None:
     return None
 
 
-def cut(items: list[Path | str], parser: RecordParser) -> Iterator[Piece]:
+def cut(items: list[Path | str], options: ReadOptions) -> Iterator[Piece]:
     """The pieces of sources, in order."""
-    before = 0
+    before, parser = 0, options.parser
     for number, item in enumerate(items):
         lines = _lines_of(item, parser)
-        if lines is None:
+        shards = separate_shards(item, options.config, options.split, parser) if isinstance(item, str) else 1
+        if shards > 1:
+            yield from (Piece(item, number, before, shard=shard) for shard in range(shards))
+        elif lines is None:
             yield Piece(item, number, before)
         else:
             for part in split_lines(Path(item), *lines, PIECE_BYTES):

@@ -202,3 +202,46 @@ def test_ctrl_c_ends_the_workers(outcome, monkeypatch):
     for process in started:
         with pytest.raises(ProcessLookupError):
             os.kill(process.pid, 0)
+
+
+# Stands for the download alone: a dataset's name is a folder here, and all else is the package's.
+HUB = """
+import sys
+here = sys.path.index({here!r})
+sys.path.pop(here)
+del sys.modules["datasets"]
+import datasets
+sys.path.insert(here, {here!r})
+from_hub = datasets.load_dataset
+datasets.load_dataset = lambda name, *given, **more: from_hub({{"org/name": {folder!r}}}[name], *given, **more)
+"""
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_shards_of_a_dataset(tmp_path, monkeypatch, apart):
+    """The files of a streamed dataset go round to the workers; rows of one message each do not."""
+    datasets = pytest.importorskip("datasets")
+    folder, hub = tmp_path / "data", tmp_path / "hub"
+    for path in (folder, hub):
+        path.mkdir()
+    for number in range(3):
+        rows = [json.loads(line(10 * number + n)) for n in range(4)]
+        if not apart:
+            rows = [{"session": f"s{number}{n}", **m} for n, row in enumerate(rows) for m in row["messages"]]
+        datasets.Dataset.from_list(rows).to_parquet(folder / f"train-0000{number}-of-00003.parquet")
+    (hub / "datasets.py").write_text(HUB.format(here=str(hub), folder=str(folder)))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    from_hub = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda _, *given, **more: from_hub(str(folder), *given, **more))
+    monkeypatch.syspath_prepend(str(hub))  # for the workers
+    monkeypatch.chdir(tmp_path)
+    read = []
+    whole = workers.cut
+    monkeypatch.setattr("fastsdpo.data.prepare.cut", lambda *given: (read.append(p) or p for p in whole(*given)))
+    found = []
+    for count in ("1", "2"):
+        assert main(["org/name", "-o", f"out{count}.jsonl", "--workers", count, "--quiet"]) == 0
+        found.append((tmp_path / f"out{count}.jsonl").read_bytes())
+    assert found[0] == found[1] and found[0].count(b"\n") == 24
+    assert [piece.shard for piece in read] == ([0, 1, 2] if apart else [None])
+    assert (b"name[train] shard 1 row 3" in found[0]) == apart
