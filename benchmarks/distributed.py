@@ -3,7 +3,7 @@
     python -m benchmarks.distributed                   writes the page's tables from the results files
     python -m benchmarks.distributed --check           exit status 1 where the page is not what the files say
     python -m benchmarks.distributed --tests           runs the tests of every launch first (`make distributed`)
-    python -m benchmarks.distributed --forecasts       forecasts the steps of `PLANS` first; --only 8B: of these models
+    python -m benchmarks.distributed --forecasts       forecasts the steps of `PLANS` first; --only 8B: of these
 
 The page's text is written by hand; a table stands between ``<!-- matrix -->`` or ``<!-- forecasts -->`` and
 ``<!-- end -->``. Forecast memory is that of `fastsdpo train --dry-run` (`fastsdpo.trainer.memory_walk`). Seconds are
@@ -134,8 +134,15 @@ class Plan(NamedTuple):
 
     @property
     def rank(self) -> int:
-        found = re.search(r"--lora (\d+)", self.options)
-        return int(found[1]) if found else 0
+        return self._number("lora", 0)
+
+    @property
+    def ulysses(self) -> int:
+        return self._number("ulysses", 1)
+
+    def _number(self, flag: str, default: int) -> int:
+        found = re.search(rf"--{flag} (\d+)", self.options)
+        return int(found[1]) if found else default
 
     def settings(self) -> dict[str, Any]:
         return dict(text.split("=") for text in re.findall(r"--set (\S+)", self.options))
@@ -155,12 +162,15 @@ PLANS = (
     Plan("Qwen3-32B", 16, "fsdp"),
     Plan("Llama-3.3-70B", 8, "fsdp", "--lora 16"),
     Plan("Llama-3.3-70B", 32, "fsdp"),
+    Plan("Qwen3-8B", 8, "zero2"),
+    Plan("Qwen3-8B", 8, "zero3"),
+    Plan("Qwen3-8B", 8, "fsdp", "--ulysses 8"),
 )
 CARD = costmodel.GPUS[0]
 NETWORK = 50e9  # bytes/s of a card to other nodes, an assumption: 400 Gbit/s
 STEP = 32  # interactions of a step for each card, of the recorded lengths
 PACK = 24  # interactions of the largest pack, each 350 tokens of the student and 260 of the teacher: 14,640 tokens
-STRATEGY_NAMES = {"one": "one process", "ddp": "DDP", "fsdp": "FSDP2"}
+STRATEGY_NAMES = {"one": "one process", "ddp": "DDP", "fsdp": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 
 
 def largest_pack() -> list[TokenizedInteraction]:
@@ -176,6 +186,7 @@ def forecast(plan: Plan) -> harness.Row:
     adapter = lora_adapter(plan.rank) if plan.rank else None
     args = SDPOConfig(output_dir="unused", use_cpu=True, gradient_checkpointing=True, optim="adamw_torch")
     args.bf16 = True  # as on a GPU
+    args.ulysses = plan.ulysses
     for name, value in plan.settings().items():
         setattr(args, name, value)
     processes = Processes(plan.cards, "ddp" if plan.strategy == "one" else plan.strategy)
@@ -199,20 +210,30 @@ def step_costs(plan: Plan) -> dict[str, Cost]:
     if plan.rank:  # no gradients of the frozen weights: as many products less as a forward pass has
         costs["backward"] += costs["student forward"].times(-1)
         costs.pop("loss: dWeight")
-    share = plan.cards if plan.strategy == "fsdp" else 1
+    share = plan.cards if plan.strategy in ("fsdp", "zero2", "zero3") else 1
     costs["optimizer"] = costmodel.adamw(trained / share, weight=4 if plan.rank else 2, state=state, grad=2)[0]
     return costs
 
 
 def communication(plan: Plan) -> float:
-    """Seconds on the slowest link: DDP sums the gradients once a step, FSDP2 gathers the weights twice in each of two
-    passes and sums the gradients of the last."""
+    """Seconds on the slowest link.
+
+    DDP and ZeRO-2 sum the gradients once a step, FSDP2 and ZeRO-3 gather the weights twice in each of two passes and
+    sum the gradients of the last. Ulysses sends each layer's queries, keys, values and outputs, in the passes of both
+    and again in the layers that run again and in the backward pass.
+    """
     if plan.cards == 1:
         return 0.0
     model = costmodel.Model.from_config(MODELS[plan.model], plan.model)
     trained = model.adapter(plan.rank) if plan.rank else model.parameters
-    sent = 2 * 2 * trained if plan.strategy == "ddp" else 2 * (2 * 2 * model.parameters) + 2 * trained
-    return sent * (plan.cards - 1) / plan.cards / (CARD.link if plan.cards <= 8 else NETWORK)
+    whole = plan.strategy in ("ddp", "zero2")
+    sent = 2 * 2 * trained if whole else 2 * (2 * 2 * model.parameters) + 2 * trained
+    seconds = sent * (plan.cards - 1) / plan.cards / (CARD.link if plan.cards <= 8 else NETWORK)
+    size = plan.ulysses
+    work = recorded_tokens("smollm2", STEP)["conversation"]
+    heads = 2 * model.heads + 2 * max(model.kv_heads, size)
+    tokens = 3 * work.student + work.teacher
+    return seconds + 2 * tokens * model.layers * heads * model.head_dim * (size - 1) / size / CARD.link
 
 
 def forecasts(rows: list[harness.Row]) -> str:
@@ -256,14 +277,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tests", nargs="*", metavar="FILE", help="run these tests of tests/trainer first; none: all")
     parser.add_argument("--forecasts", action="store_true", help="forecast the steps first")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="tests that pytest -k selects; models whose name holds it"
+        "--only", default="", metavar="TEXT", help="tests that pytest -k selects; plans whose text holds it"
     )
     args = parser.parse_args(argv)
     if args.tests is not None:
         run_tests(args.tests or list(TESTS), args.only)
     if args.forecasts:
         for plan in PLANS:
-            if args.only in plan.model:
+            if args.only in " ".join(map(str, plan)):
                 harness.record(FORECASTS, [row := forecast(plan)])
                 print(plan, f"{row['peak'] / 1e9:.1f} GB", flush=True)
     old = PAGE.read_text("utf-8")

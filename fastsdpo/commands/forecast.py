@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from fastsdpo.commands import run
-from fastsdpo.commands.options import DONE, model_source
+from fastsdpo.commands.options import DONE, model_source, read_config
 from fastsdpo.commands.paths import held_out
 from fastsdpo.data.chat_template import reads_clock
 from fastsdpo.data.templates import choose_template
 from fastsdpo.model_config import has_weights, load_configuration
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import InteractionDataset
+from fastsdpo.trainer.launch import is_set, uses_deepspeed
 from fastsdpo.trainer.memory import Setting, card_of, lora_adapter, memory_lines, parse_size
 from fastsdpo.trainer.memory_walk import ModelShape, Processes
+from fastsdpo.trainer.memory_zero import ZeroSettings
 from fastsdpo.trainer.model import CHECKPOINTING, choose_checkpointing
 from fastsdpo.trainer.pack_table import PackTable
 from fastsdpo.trainer.presets import default_bf16, split_batch
@@ -41,6 +42,24 @@ def check_options(options: argparse.Namespace) -> None:
         for name in ("card", "processes", "strategy"):
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name} must be given with --dry-run: it is of the machine that that forecasts")
+
+
+def read_forecast_config(options: argparse.Namespace) -> SDPOConfig:
+    """The configuration of a dry run, whose ``--ulysses`` divides the processes of the machine that it forecasts.
+
+    Raises:
+        ValueError: it does not, or `read_config` refuses a setting.
+    """
+    count = options.processes
+    if not options.dry_run or count is None or "ulysses" not in options:
+        return read_config(options, SDPOConfig)
+    size = options.ulysses
+    if size < 1 or count % size:
+        raise ValueError(f"--ulysses must divide the number of processes ({count}), got {size}")
+    del options.ulysses
+    config = read_config(options, SDPOConfig)
+    config.ulysses = size
+    return config
 
 
 def needs_weights(options: argparse.Namespace, config: SDPOConfig) -> bool:
@@ -90,10 +109,8 @@ def forecast(options: argparse.Namespace, config: SDPOConfig, say: Callable[[str
 
 def setting_of(options: argparse.Namespace, config: SDPOConfig, shape: ModelShape) -> Setting:
     """What the options say of the machine, and the configuration as it would be there."""
-    sharded = bool(config.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
-    started = "deepspeed" if getattr(config, "hf_deepspeed_config", None) else "fsdp" if sharded else "ddp"
-    strategy = options.strategy or started
     count = options.processes or config.world_size
+    processes = Processes(count, options.strategy) if options.strategy else _as_started(config, count)
     kind = "cuda" if options.card is not None else config.device.type
     args = copy.copy(config)
     if args.global_batch_size is not None:
@@ -102,7 +119,22 @@ def setting_of(options: argparse.Namespace, config: SDPOConfig, shape: ModelShap
         )
     if kind == "cuda" and not config._bf16_given:
         args.bf16 = default_bf16(config.dtype, config.fp16, True)  # as on a GPU of today
-    return Setting(shape, args, Processes(count, strategy), kind)
+    if processes.zero:
+        args.max_tokens_per_pack = None  # a micro-batch is one pass of DeepSpeed's engine
+    return Setting(shape, args, processes, kind)
+
+
+def _as_started(config: SDPOConfig, count: int) -> Processes:
+    """How this process was started."""
+    if not uses_deepspeed(config):
+        return Processes(count, "fsdp" if config.fsdp or is_set("ACCELERATE_USE_FSDP") else "ddp")
+    zero = config.deepspeed_plugin.deepspeed_config.get("zero_optimization") or {}
+    for name in ("offload_optimizer", "offload_param"):
+        device = (zero.get(name) or {}).get("device") or "none"
+        if device != "none":
+            return Processes(count, f"DeepSpeed with {name} to {device}")
+    stage = zero.get("stage", 0)
+    return Processes(count, f"zero{stage}" if stage in (2, 3) else f"DeepSpeed ZeRO-{stage}", ZeroSettings.read(zero))
 
 
 def of_trainer(trainer: SDPOTrainer) -> ModelShape:

@@ -135,10 +135,10 @@ def add_forecast_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--strategy",
-        choices=("ddp", "fsdp"),
+        choices=("ddp", "fsdp", "zero2", "zero3"),
         default=None,
-        help="ddp: each process holds everything. fsdp: weights, gradients and optimizer states are divided. "
-        "Default: as started.",
+        help="ddp: each process holds everything. fsdp: weights, gradients and optimizer states are divided. zero2, "
+        "zero3: DeepSpeed's stages. Default: as started.",
     )
 
 

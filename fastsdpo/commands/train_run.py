@@ -13,9 +13,10 @@ from fastsdpo.commands.forecast import (
     forecast,
     needs_weights,
     of_trainer,
+    read_forecast_config,
     setting_of,
 )
-from fastsdpo.commands.options import DONE, STOPPED, read_config, refuse
+from fastsdpo.commands.options import DONE, STOPPED, refuse
 from fastsdpo.commands.paths import held_out
 from fastsdpo.commands.tokens import show_interactions
 from fastsdpo.data import load_interactions
@@ -42,7 +43,7 @@ def train(options: argparse.Namespace) -> int:
     """The run, in order."""
     check_options(options)
     rule = None if options.measure_rule is None else parse_rule(options.measure_rule)
-    config = read_config(options, SDPOConfig)
+    config = read_forecast_config(options)
     run.check_push(options)
     show = run.shows(options, config)
     say = run.printer(show)

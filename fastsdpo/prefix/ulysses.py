@@ -53,13 +53,13 @@ class Ulysses:
         states = states if times == 1 else states.repeat_interleave(times, 1)
         heads = states.shape[1] // self.size
         sent = states[0].unflatten(0, (self.size, heads))  # [size, h, C, E]
-        return _AllToAll.apply(sent, self.group).transpose(0, 1).flatten(1, 2)[None, :, :tokens]
+        return _AllToAll.apply(sent, self).transpose(0, 1).flatten(1, 2)[None, :, :tokens]
 
     def to_tokens(self, output: Tensor) -> Tensor:
         """This process's heads of all tokens ``[1, T, h, F]`` -> all heads of its stretch ``[1, C, H, F]``."""
         length = -(-output.shape[1] // self.size)
         sent = _padded(output[0], length * self.size).unflatten(0, (self.size, length))  # [size, C, h, F]
-        return _AllToAll.apply(sent, self.group).transpose(0, 1).flatten(1, 2)[None]
+        return _AllToAll.apply(sent, self).transpose(0, 1).flatten(1, 2)[None]
 
     def own_heads(self, values: Tensor) -> Tensor:
         """This process's part of a value for each head ``[H]``."""
@@ -67,10 +67,15 @@ class Ulysses:
 
     def rows(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """The states ``[n, D]`` of the tokens ``rows [n]``, in all processes; each has a stretch ``[C, D]``."""
-        place = rows.to(hidden.device) - self.rank * len(hidden)
-        mine = ((place >= 0) & (place < len(hidden))).nonzero()[:, 0]
-        found = hidden.new_zeros(len(rows), hidden.shape[1]).index_copy(0, mine, hidden[place[mine]])
-        return _Sum.apply(found, self.group)
+        mine, place = self.own_rows(rows.to(hidden.device), len(hidden))
+        found = hidden.new_zeros(len(rows), hidden.shape[1]).index_copy(0, mine, hidden[place])
+        return _Sum.apply(found, self)
+
+    def own_rows(self, rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Which of the tokens ``rows [n]`` are in this process's stretch of ``length``, and their places in it."""
+        place = rows - self.rank * length
+        mine = ((place >= 0) & (place < length)).nonzero()[:, 0]
+        return mine, place[mine]
 
     def share(self, values: Tensor) -> Tensor:
         """This process's share ``[S, ...]`` of the rows ``values [N, ...]``; where that is no row, the last one."""
@@ -87,14 +92,28 @@ class Ulysses:
     def whole(self, share: Tensor, count: int) -> Tensor:
         """The rows ``[count]`` of the shares ``[S]`` of all processes; without gradient."""
         parts = [torch.empty_like(share) for _ in range(self.size)]
-        dist.all_gather(parts, share.detach().contiguous(), group=self.group)
+        self.gather(parts, share.detach().contiguous())
         return torch.cat(parts)[:count]
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the processes; without gradient."""
         total = values.detach().clone()
-        dist.all_reduce(total, group=self.group)
+        self.add(total)
         return total
+
+    def exchange(self, sent: Tensor) -> Tensor:
+        """Part i of ``[size, ...]`` goes to process i, and part i of the result comes from it."""
+        received = torch.empty_like(sent, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, sent.contiguous(), group=self.group)
+        return received
+
+    def add(self, values: Tensor) -> None:
+        """Sums ``values`` over the processes, in place."""
+        dist.all_reduce(values, group=self.group)
+
+    def gather(self, parts: list[Tensor], own: Tensor) -> None:
+        """Fills ``parts`` with the tensors ``own`` of all processes."""
+        dist.all_gather(parts, own, group=self.group)
 
     def join(self, items: list[Any]) -> list[Any]:
         """The items of all processes, in their order, in each of them."""
@@ -109,38 +128,32 @@ def _padded(values: Tensor, length: int) -> Tensor:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Part i of ``[size, ...]`` goes to process i, and part i of the result comes from it."""
+    """`Ulysses.exchange`."""
 
     @staticmethod
-    def forward(ctx: Any, sent: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return _exchange(sent, group)
+    def forward(ctx: Any, sent: Tensor, ulysses: Ulysses) -> Tensor:
+        ctx.ulysses = ulysses
+        return ulysses.exchange(sent)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _exchange(grads[0], ctx.group), None
-
-
-def _exchange(sent: Tensor, group: Any) -> Tensor:
-    received = torch.empty_like(sent, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(received, sent.contiguous(), group=group)
-    return received
+        return ctx.ulysses.exchange(grads[0]), None
 
 
 class _Sum(torch.autograd.Function):
     """The sum over the processes, each of which differentiates a loss of its own."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, part: Tensor, ulysses: Ulysses) -> Tensor:
+        ctx.ulysses = ulysses
         total = part.clone()
-        dist.all_reduce(total, group=group)
+        ulysses.add(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
+        ctx.ulysses.add(total)
         return total, None
 
 

@@ -80,7 +80,8 @@ def smaller_settings(setting: Setting) -> Iterator[tuple[str, Setting]]:
             "--gradient-checkpointing",
             setting.changed(activation_checkpointing=True, gradient_checkpointing=True),
         )
-    if args.max_tokens_per_pack is None or args.max_tokens_per_pack > 4096:
+    zero = setting.processes.zero  # takes micro-batches whole
+    if not zero and (args.max_tokens_per_pack is None or args.max_tokens_per_pack > 4096):
         for flag in PACKS:
             limit = int(flag.split()[1])
             if args.max_tokens_per_pack is None or args.max_tokens_per_pack > limit:
@@ -109,10 +110,12 @@ def describe_forecast(setting: Setting, forecast: Forecast) -> str:
     """One line: the peak and its parts."""
     parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in forecast.parts.items() if size >= 1e-3 * 1e9)
     parts = parts or ", ".join(f"{name} {gigabytes(size)}" for name, size in forecast.parts.items() if size)
-    count, strategy, sharded = *setting.processes, setting.processes.sharded
-    where = "the process" if count == 1 else f"each of {count} processes ({strategy})"
+    count, strategy, parts_of = setting.processes.count, setting.processes.strategy, setting.args.ulysses
+    named = strategy if parts_of == 1 else f"{strategy}, --ulysses {parts_of}"
+    where = f"each of {count} processes ({named})" if count > 1 or setting.processes.zero else "the process"
     where += " on a CPU" if setting.kind == "cpu" else ""
-    held = f", its share of the weights among {count}" if sharded else ""
+    held = f", its share of the weights among {count}" if count > 1 and strategy in ("fsdp", "zero3") else ""
+    held += f", its share of a pack's tokens among {parts_of}" if parts_of > 1 else ""
     return f"memory of {where}: {gigabytes(forecast.peak)} at the peak of a step ({parts}{held})"
 
 
@@ -166,15 +169,16 @@ def _search(setting: Setting, table: PackTable, forecast: Forecast, room: float)
                 flags = [f for f in flags if f != PACKS[0]]
             setting, forecast = other, found
     count = setting.processes.count
-    if setting.processes.sharded:
-        count *= 2
+    strategy = setting.processes.strategy if setting.processes.zero == 3 else "fsdp"
+    if setting.processes.strategy == strategy:
+        count = max(2, 2 * count)
     least = (forecast.parts["weights"] + forecast.parts["optimizer"]) * setting.processes.count / room
     while count < max(2, least):
         count *= 2
     while count <= MOST_PROCESSES:
-        other = replace(setting, processes=Processes(count, "fsdp"))
+        other = replace(setting, processes=setting.processes._replace(count=count, strategy=strategy))
         found = other.walk(table)
-        said = " ".join([*flags, f"--processes {count} --strategy fsdp"])
+        said = " ".join([*flags, f"--processes {count} --strategy {strategy}"])
         fits = found.peak <= room
         yield f"  {said}: {gigabytes(found.peak)}" + (", fits" if fits else "")
         if fits:

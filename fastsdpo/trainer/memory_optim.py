@@ -50,12 +50,17 @@ def _bytes(size: int) -> Tensor:
 
 
 def make_shape_optimizer(
-    args: SDPOConfig, parameters: Sequence[nn.Parameter], kind: str, embeddings: frozenset[nn.Parameter]
+    args: SDPOConfig,
+    parameters: Sequence[nn.Parameter],
+    kind: str,
+    embeddings: frozenset[nn.Parameter],
+    dtypes: set[torch.dtype],
 ) -> AdamWBF16 | ShapeOptimizer:
     """The optimizer of the settings for weights without memory.
 
     Args:
         kind: the type of device that it would run on.
+        dtypes: of the model's trained weights, by which the optimizer is chosen.
         embeddings: weights whose states bitsandbytes keeps in float32, since transformers asks for it.
 
     Raises:
@@ -63,7 +68,7 @@ def make_shape_optimizer(
         ValueError: as `choose_update`.
     """
     optim = str(getattr(args.optim, "value", args.optim))
-    update = choose_update(args.weight_update, optim, {p.dtype for p in parameters})
+    update = choose_update(args.weight_update, optim, dtypes)
     if optim in ADAMW and update != "plain":
         return AdamWBF16(parameters, rounding=update)
     if optim == "adamw_torch_fused":

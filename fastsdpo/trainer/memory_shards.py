@@ -30,7 +30,7 @@ class Unit:
     """
 
     def __init__(self, modules: list[nn.Module], parameters: list[nn.Parameter], *, stays: bool):
-        self.modules, self.stays = modules, stays
+        self.modules, self.parameters, self.stays = modules, parameters, stays
         self.size = sum(p.nbytes for p in parameters)
         self.trained = [p for p in parameters if p.requires_grad]
         self.waiting = len(self.trained)

@@ -22,17 +22,19 @@ from transformers import AutoModelForCausalLM
 
 from fastsdpo.data import TokenizedInteraction
 from fastsdpo.ops.linear import meta_stands_for
-from fastsdpo.prefix import causal_lm
+from fastsdpo.prefix import Ulysses, causal_lm
 from fastsdpo.prefix.attention import meta_autocast
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.learner import Learner
 from fastsdpo.trainer.memory_meter import FusedOperators, Meter
 from fastsdpo.trainer.memory_optim import make_shape_optimizer
 from fastsdpo.trainer.memory_shards import Shards
+from fastsdpo.trainer.memory_zero import ZeroMemory, ZeroSettings, ZeroShards
 from fastsdpo.trainer.noise import dropout_rates, turn_off
 from fastsdpo.trainer.sharing import PrefixSharing
 
 GPU_GRANULE, CPU_GRANULE = 512, 64  # bytes in which the allocators count
+STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
 PURPOSES = (
     "weights",
     "gradients",
@@ -76,17 +78,47 @@ class ModelShape:
 
 
 class Processes(NamedTuple):
-    """How many train together, and how: "ddp" (each holds all) or "fsdp" (each holds a share).
+    """How many train together, and how.
 
-    "deepspeed" has no forecast: what its engine buffers is not known here.
+    Attributes:
+        strategy: "ddp" (each holds all), "fsdp" (each holds a share), "zero2" or "zero3" (DeepSpeed). Another has no
+            forecast.
+        settings: of DeepSpeed.
     """
 
     count: int = 1
     strategy: str = "ddp"
+    settings: ZeroSettings = ZeroSettings()
 
     @property
     def sharded(self) -> bool:
         return self.count > 1 and self.strategy == "fsdp"
+
+    @property
+    def zero(self) -> int:
+        """The stage of DeepSpeed's ZeRO; 0: it is not used."""
+        return {"zero2": 2, "zero3": 3}.get(self.strategy, 0)
+
+
+class ShapeUlysses(Ulysses):
+    """The first of a group of processes that are not there: it receives what it sends, in tensors without values."""
+
+    def __init__(self, size: int):
+        self.group, self.size, self.rank = None, size, 0
+
+    def own_rows(self, rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """As many as there can be: which process has how many depends on the answers' places."""
+        most = min(len(rows), length)
+        return rows[:most], rows[:most]
+
+    def exchange(self, sent: Tensor) -> Tensor:
+        return torch.empty_like(sent.contiguous())
+
+    def add(self, values: Tensor) -> None:
+        pass
+
+    def gather(self, parts: list[Tensor], own: Tensor) -> None:
+        pass
 
 
 class Forecast(NamedTuple):
@@ -123,16 +155,18 @@ class _Walk:
     """One walk; see `walk_step`."""
 
     def __init__(self, shape: ModelShape, args: SDPOConfig, kind: str, processes: Processes):
-        if processes.strategy == "deepspeed":
-            raise NotImplementedError("what DeepSpeed's engine buffers is not known here")
+        if processes.strategy not in STRATEGIES:
+            raise NotImplementedError(f"{processes.strategy} has none")
         self.kind, self.processes = kind, processes
         self.args = args = copy.copy(args)
         args.attention = _attention(args.attention, kind)
         args.backend = "reference" if args.backend == "reference" else "auto"
         lower = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        # FSDP2 keeps trained weights in float32 and gathers them in the lower dtype.
+        # FSDP2 keeps trained weights in float32 and gathers them in the lower dtype. DeepSpeed has them in the lower.
         wide = processes.sharded and lower is not None
-        self.model = model = shape.make(lower if wide else None)
+        self.model = model = shape.make(lower if wide or processes.zero else None)
+        if processes.zero:
+            lower = None  # instead of autocast
         causal: Any = causal_lm(model)
         self.meter = Meter(CPU_GRANULE if kind == "cpu" else GPU_GRANULE, causal.config.get_text_config().vocab_size)
         self.lower = lower
@@ -142,27 +176,41 @@ class _Walk:
             enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
             # Tensor.backward turns the operators off; the layers that run again in it need them.
             enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), self.operators)})
-        self.shards: Shards | None = None
-        if processes.sharded:
-            self.shards = Shards(self.meter, model, processes.count, wide=wide)
-        else:
-            for tensor in (*model.parameters(), *model.buffers()):
-                self.meter.see(tensor, "weights")
-            for parameter in self.trained:
-                parameter.register_post_accumulate_grad_hook(self._is_gradient)
-            if processes.count > 1:
-                self.meter.add("buckets", sum(p.nbytes for p in self.trained))
-        sharing = PrefixSharing(model, args, None, (), one_pass=False)
+        self.shards, self.zero = self._hold_weights(wide)
+        sharing = PrefixSharing(model, args, None, (), one_pass=processes.zero > 0)
+        ulysses = None if args.ulysses == 1 else ShapeUlysses(args.ulysses)
         # The passes are those of whole weights; what they hold of the teacher's in shards is counted below.
         metered = nullcontext() if processes.sharded else self.meter
         with metered, self.meter.allocating("teacher"):
-            self.learner = Learner(model, args, sharing, unwrapped=lambda: model, sharded=None)
+            held: Any = "zero3" if processes.zero == 3 else None
+            self.learner = Learner(model, args, sharing, unwrapped=lambda: model, sharded=held, ulysses=ulysses)
         if processes.sharded:
             self._count_teacher()
         self.stepped = self._weights_to_step(wide)
         embedding = causal.get_input_embeddings().weight
         embeddings = frozenset(own for own, p in zip(self.stepped, self.trained) if p is embedding)
-        self.optimizer = make_shape_optimizer(args, self.stepped, kind, embeddings)
+        dtypes = {p.dtype for p in (self.trained if self.zero else self.stepped)}
+        self.optimizer = make_shape_optimizer(args, self.stepped, kind, embeddings, dtypes)
+
+    def _hold_weights(self, wide: bool) -> tuple[Shards | None, ZeroMemory | None]:
+        """Counts the weights, and what the processes' traffic needs beside them."""
+        meter, model, processes = self.meter, self.model, self.processes
+        shards, zero = None, None
+        if processes.sharded:
+            shards = Shards(meter, model, processes.count, wide=wide)
+        elif processes.zero == 3:
+            shards = ZeroShards(meter, model, processes.count, processes.settings)
+        else:
+            for tensor in (*model.parameters(), *model.buffers()):
+                meter.see(tensor, "weights")
+        if processes.zero:
+            zero = ZeroMemory(meter, self.trained, processes.count, processes.zero, processes.settings)
+        elif not processes.sharded:
+            for parameter in self.trained:
+                parameter.register_post_accumulate_grad_hook(self._is_gradient)
+            if processes.count > 1:
+                meter.add("buckets", sum(p.nbytes for p in self.trained))
+        return shards, zero
 
     def _count_teacher(self) -> None:
         """The teachers' shards; the student's own, which are aside during a teacher's pass; a gathered head."""
@@ -181,6 +229,8 @@ class _Walk:
 
     def _weights_to_step(self, wide: bool) -> list[nn.Parameter]:
         """What the optimizer is given: the trained weights, or this process's parts of them."""
+        if self.zero is not None:
+            return [self.zero.master]
         if not self.processes.sharded:
             return self.trained
         count = self.processes.count
@@ -199,16 +249,7 @@ class _Walk:
             around.enter_context(meta_autocast(self.lower))
             around.enter_context(self.meter)
             # The optimizer's states are there from the second step on.
-            if not self.processes.sharded:
-                for p in self.stepped:
-                    p.grad = torch.empty_like(p)
-                    self.meter.see(p.grad, "gradients")
-            else:
-                assert self.shards is not None
-                self.meter.add("gradients", sum(map(self.shards.shard, self.trained)))
-            self._update()
-            if self.shards is not None:
-                self.meter.remove("gradients", sum(map(self.shards.shard, self.trained)))
+            self._make_states()
             for number, pack in enumerate(packs):
                 if not accumulated or number == 0:
                     self._drop_gradients()
@@ -219,21 +260,39 @@ class _Walk:
             self._update()
         return Forecast(self.meter.peak, {name: self.meter.at_peak.get(name, 0) for name in PURPOSES})
 
+    def _make_states(self) -> None:
+        if self.zero is None and self.shards is None:
+            for p in self.stepped:
+                p.grad = torch.empty_like(p)
+                self.meter.see(p.grad, "gradients")
+        sizes = 0 if self.zero is not None or self.shards is None else sum(map(self.shards.shard, self.trained))
+        self.meter.add("gradients", sizes)
+        self._update()
+        self.meter.remove("gradients", sizes)
+
     def _pass(self, pack: Sequence[TokenizedInteraction]) -> None:
         with self.operators:
             self.operators.forward_begins()
             loss, _statistics = self.learner.run_pass(
-                self.model, pack, self.learner.count(pack), is_clip=self.args.is_clip
+                self.model, pack, self.learner.count(pack), divided=True, is_clip=self.args.is_clip
             )
             self.operators.forward_ends()
+            if self.zero is not None:
+                self.zero.backward_begins()
             loss.backward()
+        if self.zero is not None:
+            self.zero.backward_ends()
         if self.shards is not None:
             self.shards.pass_ends()
 
     def _update(self) -> None:
         with self.meter.allocating("step"):
+            if self.zero is not None:
+                self.zero.step_begins()
             self.optimizer.step()
             self.learner.after_step()
+        if self.zero is not None:
+            self.zero.step_ends()
         for states in self.optimizer.state.values():
             for state in states.values():
                 if isinstance(state, Tensor):
@@ -242,6 +301,8 @@ class _Walk:
     def _drop_gradients(self) -> None:
         if self.shards is not None:
             self.shards.drop_gradients()
+        if self.zero is not None:
+            self.zero.drop_gradients()
         for p in self.trained:
             p.grad = None
 

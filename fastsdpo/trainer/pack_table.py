@@ -97,7 +97,8 @@ class _MicroBatches:
         grouped = args.group_by_conversation
         if grouped is None:
             grouped = sharing == "conversation"
-        self.train, self.size = train, args.per_device_train_batch_size
+        # The processes that share a pack take their micro-batches together.
+        self.train, self.size = train, args.per_device_train_batch_size * args.ulysses
         self.order = train.groups(grouped).indices
         starts = np.arange(0, len(self.order), self.size)
         # Without shared prefixes, and as if all were shared: what is computed lies between. And the answers' tokens.

@@ -26,6 +26,7 @@ from fastsdpo.trainer.learner import Learner
 from fastsdpo.trainer.memory_walk import ModelShape, Processes, walk_step
 from fastsdpo.trainer.optim import AdamWBF16
 from fastsdpo.trainer.sharing import PrefixSharing
+from fastsdpo.trainer.ulysses import make_ulysses
 
 PROCESSES = 8
 ITEMS = [TokenizedInteraction([3 + n] * 75, [3 + n] * 75 + [50 + n] * 30, [80 + n] * 100) for n in range(6)]
@@ -100,6 +101,7 @@ def measured(
     passes=1,
     hidden=256,
     vocabulary=4096,
+    ulysses=1,
 ):
     torch.manual_seed(0)
     gc.collect()
@@ -117,6 +119,7 @@ def measured(
     args = SDPOConfig(
         output_dir="unused", use_cpu=True, optim="adamw_torch", gradient_checkpointing=checkpointed, bf16=mixed
     )
+    args.ulysses = ulysses  # divides the processes, which are not there
     model = Qwen3ForCausalLM(config).to(getattr(torch, dtype)).train()
     learner = Learner(
         model,
@@ -124,6 +127,7 @@ def measured(
         PrefixSharing(model, args, None, (), one_pass=False),
         unwrapped=lambda: model,
         sharded=processes > 1,
+        ulysses=make_ulysses(args),
     )
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -140,7 +144,7 @@ def measured(
                 if processes > 1:
                     model.set_requires_gradient_sync(number == passes - 1)
                 with torch.autocast("cpu", lower) if mixed else contextlib.nullcontext():
-                    loss, statistics = learner.run_pass(model, ITEMS, len(ITEMS))
+                    loss, statistics = learner.run_pass(model, ITEMS, len(ITEMS), divided=True)
                 loss.backward()
                 del loss, statistics
             optimizer.step()

@@ -148,7 +148,7 @@ def results(script, *arguments, **environment):
 @pytest.mark.parametrize(
     "runs",
     [
-        {"two passes": {"passes": 2}},
+        {"two passes": {"passes": 2}, "Ulysses": {"passes": 2, "ulysses": 2}},
         pytest.param(
             {
                 "autocast, one process": {"mixed": True, "processes": 1},
@@ -157,6 +157,8 @@ def results(script, *arguments, **environment):
                 "tied": {"tied": True, "checkpointed": False},
                 "bfloat16": {"dtype": "bfloat16", "passes": 2, "hidden": 512, "vocabulary": 512},
                 "mixed, two passes": {"mixed": True, "checkpointed": False, "passes": 2},
+                "Ulysses, one pass": {"mixed": True, "ulysses": 4},
+                "Ulysses, whole weights": {"checkpointed": False, "ulysses": 4, "processes": 1},
             },
             marks=pytest.mark.slow,
         ),
@@ -167,6 +169,47 @@ def test_shards_as_fsdp2_has_them(runs):
     """Storages alive in a step of torch's FSDP2, with the whole gradients of its first passes, and under autocast."""
     for name, said, measured, parts in results("sharded_memory_worker.py", runs):
         assert said / measured == pytest.approx(1, abs=0.02), (name, said, measured, parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"stage": 2},
+        {"stage": 2, "passes": 2},
+        {"stage": 2, "dtype": "float32"},
+        {"stage": 3},
+        {"stage": 3, "layers": 24, "vocabulary": 512},
+        {"stage": 3, "hidden": 512, "vocabulary": 512},
+    ],
+    ids=str,
+)
+def test_parts_as_deepspeed_has_them(settings):
+    pytest.importorskip("deepspeed")
+    ((_, said, measured, parts),) = results("zero_memory_worker.py", {"run": settings}, DS_ACCELERATOR="cpu")
+    assert said / measured == pytest.approx(1, abs=0.1), (said, measured, parts)
+
+
+def test_strategies_by_name(tmp_path, lab, capsys, monkeypatch):
+    """Ulysses and DeepSpeed have forecasts of their own, and another set-up of DeepSpeed is named as having none."""
+    command = [*shape_only(tmp_path, lab, qwen3(2, 256, 4096)), "--template", " note {o}", "--card", "80GB"]
+
+    def memory(*more):
+        assert main([*command, *more]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]
+        return line
+
+    divided = memory("--processes", "4", "--ulysses", "2")
+    assert "(ddp, --ulysses 2)" in divided and "a pack's tokens among 2" in divided
+    for stage in ("zero2", "zero3"):
+        line = memory("--processes", "4", "--strategy", stage)
+        assert f"each of 4 processes ({stage})" in line and "buckets 1.0 GB" in line
+    # A moving average would need whole weights.
+    assert "ZeRO-3" in memory("--processes", "4", "--strategy", "zero3", "--teacher", "ema")
+    started = Processes(2, "DeepSpeed with offload_optimizer to cpu")
+    monkeypatch.setattr("fastsdpo.commands.forecast._as_started", lambda *_: started)
+    line = memory()
+    assert "no forecast" in line and "DeepSpeed with offload_optimizer to cpu has none" in line
 
 
 def shape_only(folder, lab, shape):
@@ -220,6 +263,7 @@ def test_large_models_are_checkpointed_on_gpus(tmp_path, lab, capsys, monkeypatc
     ("more", "message"),
     [
         ("--dry-run --card much", "--card must be a size like 80GB or 79.1GiB, got 'much'"),
+        ("--dry-run --processes 4 --ulysses 3", "--ulysses must divide the number of processes (4), got 3"),
         ("--dry-run --processes 0", "--processes must be at least 1, got 0"),
         ("--card 80GB", "--card must be given with --dry-run"),
         ("--strategy fsdp", "--strategy must be given with --dry-run"),
