@@ -56,7 +56,7 @@ def read_forecast_config(options: argparse.Namespace) -> SDPOConfig:
     size = options.ulysses
     if size < 1 or count % size:
         raise ValueError(f"--ulysses must divide the number of processes ({count}), got {size}")
-    del options.ulysses
+    delattr(options, "ulysses")
     config = read_config(options, SDPOConfig)
     config.ulysses = size
     return config

@@ -45,8 +45,8 @@ class ZeroSettings(NamedTuple):
             "prefetch": "stage3_prefetch_bucket_size",
             "small": "stage3_param_persistence_threshold",
         }
-        given = {name: zero.get(key) for name, key in keys.items()}
-        return cls(**{name: value for name, value in given.items() if isinstance(value, (int, float))})
+        given: dict[str, Any] = {name: zero.get(key) for name, key in keys.items()}
+        return cls(**{name: value for name, value in given.items() if isinstance(value, int)})
 
 
 class ZeroMemory:

@@ -1,4 +1,7 @@
-"""`fastsdpo online` by `torchrun` under FSDP2: the answers, weights and files of one plain process."""
+"""`fastsdpo online` under FSDP2 (torchrun) and ZeRO-2 (accelerate launch): what one plain process gives.
+
+The answers, the weights and the files.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.trainer.launching import FSDP2, torchrun, worker
+from tests.trainer.launching import FSDP2, accelerate, torchrun, worker
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,7 +39,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def arguments(place, output, processes, variant):
+def arguments(place, output, processes, variant, *, cpu=True):
     # So cold that every process draws the likeliest token: its seed then changes nothing.
     fixed = {
         "model": place / "model",
@@ -53,7 +56,7 @@ def arguments(place, output, processes, variant):
         "learning-rate": 0.5,
     }
     settings = ("optim=sgd", "save_strategy=no", "dataloader_pin_memory=false", "max_grad_norm=0")
-    given = [str(place / "prompts.txt"), "--cpu", *variant]
+    given = [str(place / "prompts.txt"), *(["--cpu"] if cpu else []), *variant]
     given += [text for name, value in fixed.items() for text in (f"--{name}", str(value))]
     return ["online", *given, *(text for setting in settings for text in ("--set", setting))]
 
@@ -74,9 +77,26 @@ def rows(folder, file, *keys):
     return sorted(str([row[key] for key in keys]) for row in map(json.loads, lines))
 
 
+@pytest.fixture(scope="module")
+def zero2(place, both):
+    """accelerate starts one process of DeepSpeed on a CPU."""
+    pytest.importorskip("deepspeed")
+    runs = [arguments(place, place / f"zero2-{name}", 1, VARIANTS[name], cpu=False) for name in VARIANTS]
+    accelerate("deepspeed_zero2", 1, *worker("deepspeed"), json.dumps(runs), DS_ACCELERATOR="cpu")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_zero2(place, zero2, name):
+    compare(place / f"plain-{name}", place / f"zero2-{name}", name)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_fsdp2(place, both, name):
-    plain, sharded = place / f"plain-{name}", place / f"fsdp2-{name}"
+    compare(place / f"plain-{name}", place / f"fsdp2-{name}", name)
+
+
+def compare(plain, sharded, name):
+    """Answers, losses, gradient norms and weights are those of one plain process."""
     for file, keys in (
         ("interactions.jsonl", ("step", "prompt", "completion", "user_response")),
         ("eval_answers.jsonl", ("step", "prompt", "response", "satisfied")),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +105,42 @@ def runs(place, kind, chosen, processes=1, *, variants=VARIANTS, cpu=True):
 def names(*without):
     """Of the variants that a strategy has; FSDP2 alone writes checkpoints beside training."""
     return [name for name in VARIANTS if name not in (*without, "resumed_async")]
+
+
+def documented():
+    """The command lines of docs/distributed.md."""
+    text = (ROOT / "docs" / "distributed.md").read_text("utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    blocks += re.findall(r"^ {4}((?:accelerate|fastsdpo|torchrun) .*)$", text, re.MULTILINE)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split()) for line in lines if line and not line.startswith("#")]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def slurm(folder):
+    """Environment of a job on two nodes with one process each, and stand-ins for Slurm's commands in ``folder``."""
+    commands = {
+        "sbatch": 'bash "$@"',
+        "scontrol": "echo 127.0.0.1",
+        "srun": 'SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@" && wait $!',
+    }
+    for name, body in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    return {
+        "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "GPUS": "1",
+        "PORT": free_port(),
+        "CONFIG": str(CONFIGURATIONS / "ddp.yaml"),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def worker(kind):

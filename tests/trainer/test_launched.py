@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +20,11 @@ from tests.trainer.launching import (
     accelerate,
     arguments,
     compare,
+    documented,
     make_place,
     names,
     runs,
+    slurm,
     torchrun,
     worker,
 )
@@ -69,9 +68,13 @@ def four(place):
 
 
 def test_ddp_with_held_out_data(place, one, lab):
-    """The very command that a user starts; the file beside the data is evaluated before training."""
+    """The first command of the page; the file beside the data is evaluated before training."""
+    line = (
+        "torchrun --nproc-per-node 8 -m fastsdpo.train data.jsonl --model MODEL -o runs/first --global-batch-size 32"
+    )
+    assert documented()[0] == line
     run = arguments(place, place / "ddp2-untied", VARIANTS["untied"], 2)
-    printed = torchrun(2, "-m", "fastsdpo.train", *run)
+    printed = torchrun(2, "-m", "fastsdpo.train", *run, "--global-batch-size", "4")
     assert "held-out loss before training: " in printed
     compare(place, "ddp2-untied", "untied", lab)
 
@@ -139,27 +142,9 @@ def test_resumed_by_another_number_of_processes(place, one, lab, kind):
 @pytest.mark.slow
 def test_slurm(place, one, lab, tmp_path):
     """The script, with Slurm's two commands stood in for: two nodes on this machine, one process each."""
-    commands = {
-        "scontrol": "echo 127.0.0.1",
-        "srun": 'SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@" && wait $!',
-    }
-    for name, body in commands.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "SLURM_NNODES": "2",
-        "SLURM_JOB_NODELIST": "node[0-1]",
-        "GPUS": "1",
-        "PORT": str(port),
-        "CONFIG": str(CONFIGURATIONS / "ddp.yaml"),
-        "OMP_NUM_THREADS": "1",
-    }
     run = arguments(place, place / "slurm2-untied", VARIANTS["untied"], 2)
     script = ["bash", str(CONFIGURATIONS / "slurm.sh"), *run]
-    done = subprocess.run(script, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, **slurm(tmp_path)}
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     compare(place, "slurm2-untied", "untied", lab)
