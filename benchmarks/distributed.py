@@ -46,6 +46,8 @@ STRATEGIES = {
     "DDP, 2": r"test_launched::test_ddp\[(.*)\]",
     "FSDP2, 2": r"test_launched::test_fsdp2\[(.*)\]",
     "FSDP2, 4": r"test_launched::test_fsdp2_with_four_processes\[(.*)\]",
+    "Ulysses: DDP, 2": r"test_launched::test_ulysses\[(.*)-2\]",
+    "Ulysses: FSDP2, 4": r"test_launched::test_ulysses\[(.*)-4\]",
     "ZeRO-2, 1": r"test_deepspeed::test_one_process\[zero2-(.*)\]",
     "ZeRO-3, 1": r"test_deepspeed::test_one_process\[zero3-(.*)\]",
 }

@@ -67,8 +67,12 @@ def launch(place, kind, processes, variants, **environment):
 
 
 @pytest.fixture(scope="module")
-def both(place):
+def one(place):
     launch(place, "plain", 1, VARIANTS)
+
+
+@pytest.fixture(scope="module")
+def both(place, one):
     launch(place, "fsdp2", 2, VARIANTS, **FSDP2)
 
 
@@ -78,7 +82,7 @@ def rows(folder, file, *keys):
 
 
 @pytest.fixture(scope="module")
-def zero2(place, both):
+def zero2(place, one):
     """accelerate starts one process of DeepSpeed on a CPU."""
     pytest.importorskip("deepspeed")
     runs = [arguments(place, place / f"zero2-{name}", 1, VARIANTS[name], cpu=False) for name in VARIANTS]
