@@ -1,7 +1,7 @@
 """Each command of docs/distributed.md as it stands there, with two CPU processes in place of the GPUs.
 
 Replaced are the model, the files, the number of processes and the nodes' address; a second node is a second launcher
-on this machine. accelerate starts one process of DeepSpeed on a CPU, without --bf16, and FSDP2 by launched_worker.py alone.
+on this machine. accelerate starts one process of DeepSpeed on a CPU, without --bf16, and FSDP2 by launched_worker.py.
 """
 
 from __future__ import annotations
