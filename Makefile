@@ -98,7 +98,8 @@ distributed: $(VENV)/.dev
 	$(PIP) install --quiet -c constraints.txt bitsandbytes einops hjson py-cpuinfo
 	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation --no-deps -c constraints.txt deepspeed
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks.distributed --tests
-	$(PYTEST) -m "slow or not slow" tests/prefix/test_distributed.py tests/prefix/test_ulysses.py tests/online/test_launched.py
+	$(PYTEST) -m "slow or not slow" tests/prefix/test_distributed.py tests/prefix/test_ulysses.py tests/online/test_launched.py \
+		tests/trainer/test_documented_launches.py
 
 # Liger-Kernel's sources: its tests are not in its wheel.
 build/liger/test: $(VENV)/.dev

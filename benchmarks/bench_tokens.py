@@ -131,6 +131,7 @@ def hold(cache: str, count: int) -> harness.Row:
     mapped, _ = cached_columns(Path(cache), "random", lambda sink: make_columns(sink, count, 49152))
     model = conversations.random_llama(64, 64, 1, (1, 1))
     args: Any = SimpleNamespace(
+        ulysses=1,
         teacher="live",
         gradient_accumulation_steps=1,
         per_device_train_batch_size=4,

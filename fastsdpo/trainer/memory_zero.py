@@ -45,8 +45,9 @@ class ZeroSettings(NamedTuple):
             "prefetch": "stage3_prefetch_bucket_size",
             "small": "stage3_param_persistence_threshold",
         }
-        given: dict[str, Any] = {name: zero.get(key) for name, key in keys.items()}
-        return cls(**{name: value for name, value in given.items() if isinstance(value, int)})
+        given = {name: zero.get(key) for name, key in keys.items()}
+        known: dict[str, Any] = {name: value for name, value in given.items() if isinstance(value, int)}
+        return cls(**known)
 
 
 class ZeroMemory:
