@@ -151,6 +151,7 @@ class Plan(NamedTuple):
 
 
 EIGHT_BIT = "--set optim=adamw_torch_8bit"
+EACH_PASS = "--set sync_each_pass=true"
 PLANS = (
     Plan("Qwen3-1.7B", 1, "one"),
     Plan("Qwen3-4B", 1, "one", EIGHT_BIT),
@@ -162,8 +163,10 @@ PLANS = (
     Plan("Qwen3-14B", 8, "fsdp"),
     Plan("Qwen3-32B", 8, "fsdp", "--lora 16"),
     Plan("Qwen3-32B", 16, "fsdp"),
+    Plan("Qwen3-32B", 16, "fsdp", EACH_PASS),
     Plan("Llama-3.3-70B", 8, "fsdp", "--lora 16"),
     Plan("Llama-3.3-70B", 32, "fsdp"),
+    Plan("Llama-3.3-70B", 32, "fsdp", EACH_PASS),
     Plan("Qwen3-8B", 8, "zero2"),
     Plan("Qwen3-8B", 8, "zero3"),
     Plan("Qwen3-8B", 8, "fsdp", "--ulysses 8"),
@@ -221,15 +224,16 @@ def communication(plan: Plan) -> float:
     """Seconds on the slowest link.
 
     DDP and ZeRO-2 sum the gradients once a step, FSDP2 and ZeRO-3 gather the weights twice in each of two passes and
-    sum the gradients of the last. Ulysses sends each layer's queries, keys, values and outputs, in the passes of both
-    and again in the layers that run again and in the backward pass.
+    sum the gradients of the last, or of both. Ulysses sends each layer's queries, keys, values and outputs, in the
+    passes of student and teacher, and again in the layers that run again and in the backward pass.
     """
     if plan.cards == 1:
         return 0.0
     model = costmodel.Model.from_config(MODELS[plan.model], plan.model)
     trained = model.adapter(plan.rank) if plan.rank else model.parameters
     whole = plan.strategy in ("ddp", "zero2")
-    sent = 2 * 2 * trained if whole else 2 * (2 * 2 * model.parameters) + 2 * trained
+    summed = 2 if EACH_PASS in plan.options else 1
+    sent = 2 * 2 * trained if whole else 2 * (2 * 2 * model.parameters) + summed * 2 * trained
     seconds = sent * (plan.cards - 1) / plan.cards / (CARD.link if plan.cards <= 8 else NETWORK)
     size = plan.ulysses
     work = recorded_tokens("smollm2", STEP)["conversation"]

@@ -227,6 +227,11 @@ class SDPOSettings:
         "float32_master with adamw_torch, stochastic_rounding with adamw_torch_8bit, else plain and a warning.",
         choices=("auto", "plain", "float32_master", "stochastic_rounding"),
     )
+    sync_each_pass: bool = setting(
+        False,
+        "FSDP2: Sum the gradients over the processes in every pass, not only in a step's last. Whole gradients then "
+        "need no room, and each pass sends its own.",
+    )
     async_checkpoints: bool = setting(
         False,
         "FSDP2: checkpoints are written from copies of the shards in memory while training goes on.",

@@ -101,6 +101,9 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         check_launch(self)
         super().__post_init__()
         check_deepspeed(self)
+        if self.sync_each_pass:  # transformers asks accelerate before a micro-batch
+            given = self.accelerator_config.gradient_accumulation_kwargs or {}
+            self.accelerator_config.gradient_accumulation_kwargs = {**given, "sync_each_batch": True}
         check_liger_settings(self.use_liger_kernel, self.liger_kernel_config, self.device)
         if self.world_size != processes:
             self._split_global_batch(self.world_size, *batch)

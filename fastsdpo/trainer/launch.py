@@ -51,11 +51,20 @@ def check_launch(args: TrainingArguments) -> None:
             "DeepSpeed without a GPU set DS_ACCELERATOR=cpu in the environment"
         )
     _check_async_checkpoints(args)
+    if args.sync_each_pass and not _uses_fsdp(args):
+        raise ValueError(
+            "sync_each_pass must be False without FSDP2: DDP and DeepSpeed keep whole gradients, or sum them as their "
+            "own configuration says"
+        )
+
+
+def _uses_fsdp(args: Any) -> bool:
+    return is_set("ACCELERATE_USE_FSDP") or bool(args.fsdp)
 
 
 def _check_async_checkpoints(args: Any) -> None:
     kind = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
-    in_shards = (is_set("ACCELERATE_USE_FSDP") or bool(args.fsdp)) and kind in ("SHARDED_STATE_DICT", "2")
+    in_shards = _uses_fsdp(args) and kind in ("SHARDED_STATE_DICT", "2")
     if args.async_checkpoints and not in_shards:
         raise ValueError(
             "async_checkpoints must be False without FSDP2 and fsdp_state_dict_type: SHARDED_STATE_DICT: torch's "

@@ -255,7 +255,7 @@ class _Walk:
                     self._drop_gradients()
                 last = number == len(packs) - 1
                 if self.shards is not None:
-                    self.shards.sync = last or not accumulated
+                    self.shards.sync = last or not accumulated or self.args.sync_each_pass
                 self._pass(pack)
             self._update()
         return Forecast(self.meter.peak, {name: self.meter.at_peak.get(name, 0) for name in PURPOSES})

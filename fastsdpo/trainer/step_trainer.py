@@ -241,7 +241,7 @@ class StepTrainer(CheckpointTrainer):
         for number, (pack, divisor) in enumerate(passes):
             last = number == len(passes) - 1
             # Before a step's last micro-batch transformers is in no_sync already, and FSDP2's cannot be nested.
-            syncs = last or not self.accelerator.sync_gradients
+            syncs = last or self.args.sync_each_pass or not self.accelerator.sync_gradients
             with nullcontext() if syncs else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, {"interactions": pack}, divisor))
         return torch.stack(losses).sum()

@@ -38,6 +38,8 @@ class Variant(NamedTuple):
 
 HALF = ["--dtype", "bfloat16", "--set", "optim=adamw_torch", "--learning-rate", "1e-3"]
 STEPS_SAVED = ["--set", "save_strategy=steps", "--save-steps", "2"]
+ACCUMULATED = ["--batch-size", "1", "--global-batch-size", "4", "--set", "teacher_check=4"]
+ONLY_FSDP2 = ("resumed_async", "each_pass")
 VARIANTS = {
     "tied": Variant([]),
     "resumed": Variant(STEPS_SAVED),
@@ -55,7 +57,8 @@ VARIANTS = {
     "stochastic": Variant([*HALF, "--set", "weight_update=stochastic_rounding"], tolerance=2e-2),
     "master": Variant(HALF, "untied", tolerance=2e-2),
     # Four micro-batches of one process, two of each of two.
-    "accumulated": Variant(["--batch-size", "1", "--global-batch-size", "4", "--set", "teacher_check=4"], "untied"),
+    "accumulated": Variant(ACCUMULATED, "untied"),
+    "each_pass": Variant([*ACCUMULATED, "--set", "sync_each_pass=true"], "untied"),
 }
 
 
@@ -103,8 +106,8 @@ def runs(place, kind, chosen, processes=1, *, variants=VARIANTS, cpu=True):
 
 
 def names(*without):
-    """Of the variants that a strategy has; FSDP2 alone writes checkpoints beside training."""
-    return [name for name in VARIANTS if name not in (*without, "resumed_async")]
+    """Of the variants that a strategy has."""
+    return [name for name in VARIANTS if name not in (*without, *ONLY_FSDP2)]
 
 
 def documented():

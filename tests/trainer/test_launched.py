@@ -16,6 +16,7 @@ from fastsdpo.trainer.checksums import damage_of
 from tests.trainer.launching import (
     CONFIGURATIONS,
     FSDP2,
+    ONLY_FSDP2,
     VARIANTS,
     accelerate,
     arguments,
@@ -59,7 +60,7 @@ def replicas(place):
 
 @pytest.fixture(scope="module")
 def two(place):
-    torchrun(2, *worker("fsdp2"), runs(place, "fsdp2", [*TORCHRUN, "resumed_async"], 2), **FSDP2)
+    torchrun(2, *worker("fsdp2"), runs(place, "fsdp2", [*TORCHRUN, *ONLY_FSDP2], 2), **FSDP2)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,10 @@ def test_checkpoints_written_beside_training(place, one, two, lab):
     for step in (2, 4):
         checkpoint = place / "fsdp22-resumed_async" / f"checkpoint-{step}"
         assert len(list(checkpoint.glob("*_0/__*_0.distcp"))) == 4 and damage_of(checkpoint) is None
+
+
+def test_gradients_summed_in_each_pass(place, one, two, lab):
+    compare(place, "fsdp22-each_pass", "accumulated", lab)
 
 
 @pytest.mark.slow
