@@ -38,8 +38,8 @@ def ratios(rows: list[harness.Row], bases: dict[str, str] | None = None) -> dict
     bases = {} if bases is None else bases
     found = {}
     for row in rows:
-        if "rivals" not in row:
-            continue  # an experiment's
+        if not row.get("rivals"):
+            continue  # an experiment's, or measured alone
         case = json.dumps(row["case"], sort_keys=True)
         base = row["rivals"].get(bases.setdefault(case, base_of(row["rivals"])), {})
         for field, quantity in QUANTITIES.items():
