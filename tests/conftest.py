@@ -16,6 +16,10 @@ import torch
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def pytest_configure(config):
@@ -62,6 +66,21 @@ def byte_tokenizer():
         return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **names)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny(byte_tokenizer, tmp_path_factory):
+    """A folder with a model of a few thousand weights, in the place of the models that pages name."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = byte_tokenizer(CHATML, special=["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=258, max_position_embeddings=4096, bos_token_id=None, **shape)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    folder = tmp_path_factory.mktemp("documents") / "tiny"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import ast
 import importlib
-import itertools
 import re
 import shlex
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import fastsdpo
 from fastsdpo.cli import COMMANDS, main
 from fastsdpo.commands.parser import Parser
+from tests.pages import NAMES, ROOT, blocks, commands
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OUTSIDE = {f"fastsdpo.integrations.{name}": name for name in ("trl", "transformers", "torchrl")}
 
@@ -52,42 +50,6 @@ def test_named_files_and_linked_pages_exist(page):
     named = re.findall(r"`((?:benchmarks|tests|examples|docs|kernels)/[\w./-]+\.(?:py|md|json))`", text)
     for name in named:
         assert (ROOT / name).exists(), name
-
-
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-NAMES = ("HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", "MODEL")
-
-
-def blocks(page, language):
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
-
-
-def commands(page):
-    """The calls of fastsdpo in the page's shell blocks, as arguments."""
-    for block in blocks(page, "bash"):
-        text = re.sub(r"(^|\s)#.*", "", block.replace("\\\n", " "))
-        words = shlex.shlex(text, posix=True, punctuation_chars="\n;|&<>")
-        words.whitespace, words.whitespace_split = " \t", True
-        for is_end, call in itertools.groupby(words, lambda word: set(word) <= set("\n;|&<>")):
-            call = list(call)
-            if not is_end and call[0] == "fastsdpo" and call[1:] and "..." not in call:
-                yield call[1:]
-
-
-@pytest.fixture(scope="module")
-def tiny(byte_tokenizer, tmp_path_factory):
-    """A model of a few thousand weights, in the place of the models that pages name."""
-    tokenizer = byte_tokenizer(CHATML, special=["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>")
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=258, max_position_embeddings=4096, bos_token_id=None, **shape))
-    folder = tmp_path_factory.mktemp("documents") / "tiny"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pages

@@ -20,11 +20,8 @@ import torch
 import fastsdpo
 from fastsdpo import _native
 from fastsdpo.ops import backend
-from tests import test_docs
-from tests.test_docs import NAMES, commands
+from tests.pages import NAMES, ROOT, commands
 
-tiny = test_docs.tiny
-ROOT = Path(__file__).parents[1]
 SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "kernels", "fastsdpo"]
 TEXTS = ["README.md", "LICENSE"]
 
