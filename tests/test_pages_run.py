@@ -130,6 +130,7 @@ def data_page(tiny):
 
 
 def evaluation_page(tiny):
+    pytest.importorskip("if_verifiable")
     adapter(tiny, "runs/brief", "--save-total-limit", "9")
     Path("judge.txt").write_text("{persona}\n{history}\nFirst: {first}\nSecond: {second}\nWhich is better, A, B or C?")
     lines(
@@ -183,14 +184,14 @@ def run(call, local, monkeypatch):
     words = [local.get(word, word) for word in call.words]
     typed = subprocess.run(call.piped, capture_output=True, text=True, check=True).stdout if call.piped else TYPED
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    if words[:2] == ["python", "-c"]:
+        subprocess.run([sys.executable, *words[1:]], check=True)
+        return
+    assert words[0] == "fastsdpo", f"neither run nor in SKIPPED: {text}"
+    more = [] if "--dry-run" in words else SMALL.get(words[1], "").split()
     with contextlib.ExitStack() as stack:
         if call.file:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(call.file, "w"))))
-        if words[:2] == ["python", "-c"]:
-            exec(compile(words[2], text, "exec"), {})
-            return
-        assert words[0] == "fastsdpo", f"neither run nor in SKIPPED: {text}"
-        more = [] if "--dry-run" in words else SMALL.get(words[1], "").split()
         try:
             status = main([*words[1:], *more])
         except SystemExit as ended:  # after --schema
@@ -216,7 +217,7 @@ def marked(page):
     return pytest.param(page, id=page.stem, marks=() if page.stem in QUICK else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("page", map(marked, PAGES))
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES])
 def test_the_page_runs(page, tiny, endpoint, tmp_path, monkeypatch):
     if page.stem == "paper-data":
         monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", hub)
