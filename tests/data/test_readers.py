@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import shlex
 
 import pytest
 
@@ -13,6 +14,7 @@ from fastsdpo.data.readers.registry import BY_NAME, RecordParser
 from tests.data import layout_records as layouts
 from tests.data.conftest import read_rows
 from tests.data.layout_records import A1, CASES, EXPECTED, SAID, SYSTEM, U1, U2, chat
+from tests.pages import ROOT, blocks
 
 FIELDS = ("rating", "rating_comment", "alternatives", "edited", "rank", "followup_from")
 
@@ -312,3 +314,19 @@ def test_a_damaged_row_costs_itself(tmp_path, data, damaged):
     conversations = list(load_conversations(path, report=report))
     assert report.damaged == {damaged: 1}
     assert damaged == "damaged file" or [m["content"] for m in conversations[0].messages] == SAID
+
+
+def test_the_example_of_the_page(smollm2, tmp_path, monkeypatch, capsys):
+    """docs/data.md: an export of ChatGPT, and what the command prints of it."""
+    said = [("user", "Name a fruit"), ("assistant", "Pear"), ("user", "No, in French"), ("assistant", "Poire")]
+    nodes = [{"id": "0", "parent": None, "children": [], "message": None}]
+    nodes += [layouts.node(str(n), str(n - 1), role, [text]) for n, (role, text) in enumerate(said, 1)]
+    nodes += [layouts.node("5", "4", "user", ["Thanks"]), layouts.node("other", "1", "assistant", ["Apple"])]
+    export = {"conversation_id": "abc", "mapping": {node["id"]: node for node in nodes}, "current_node": "5"}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conversations.json").write_text(json.dumps([export]))
+    smollm2.save_pretrained("MODEL")
+    command, printed = blocks(ROOT / "docs/data.md", "text")[0].split("\n", 1)
+    assert main(shlex.split(command)[3:]) == 0
+    assert capsys.readouterr().out.strip() == printed.strip()
+    assert read_rows(tmp_path / "interactions.jsonl")[0]["alternatives"] == ["Apple"]
