@@ -161,7 +161,7 @@ def start(options: argparse.Namespace) -> int:
     if eval_data is None:
         refuse(options, HELD_OUT, "needs held-out interactions (--eval-data)")
     if options.quiet:
-        refuse(options, ("dry-run", "show"), "goes without --quiet: it is there to be read")
+        refuse(options, ("show",), "goes without --quiet: it is there to be read")
     check_template(options)
     choose_device(options)
     from fastsdpo.commands.train_run import train

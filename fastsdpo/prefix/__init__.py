@@ -50,6 +50,7 @@ from fastsdpo.prefix.probe import probe_ids as probe_ids
 from fastsdpo.prefix.ready import ReadyPasses as ReadyPasses
 from fastsdpo.prefix.ready import ready_passes as ready_passes
 from fastsdpo.prefix.refusals import above_the_decoder as above_the_decoder
+from fastsdpo.prefix.refusals import rotary_limit as rotary_limit
 from fastsdpo.prefix.refusals import sharing_limit as sharing_limit
 from fastsdpo.prefix.session import ForwardSession as ForwardSession
 from fastsdpo.prefix.ulysses import Ulysses as Ulysses

@@ -123,3 +123,6 @@ def sharing_limit(model: nn.Module) -> SharingLimit | None:
         change = "attention leaves out keys by their place in the pass"
         limits.append(SharingLimit("keep_window_size", config.keep_window_size, change))
     return min(limits, key=lambda limit: limit.positions, default=None)
+
+
+rotary_limit = sharing_limit  # its name while rotary embeddings were the only reason

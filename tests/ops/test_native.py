@@ -51,7 +51,9 @@ class TestValues(Native, contract.Values):
     @pytest.mark.parametrize("kind", contract.Contract.dtypes, ids=str)
     def test_softcap_and_temperature_beyond_a_block(self, loss, kind):
         case = contract.without_ties(make_rows((7,), 4097, dtype=kind, seed=3), loss)
-        self.check(case, plain=True, weights=case.weights, temperature=0.7, softcap=5.0, **loss)
+        # The contract's floor: vectors of four floats round in another order, and plain PyTorch's error is the CPU's.
+        options = {"weights": case.weights, "temperature": 0.7, "softcap": 5.0}
+        self.check(case, plain=True, floor=self.floor, **options, **loss)
 
 
 @every_isa

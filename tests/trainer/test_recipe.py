@@ -158,7 +158,7 @@ def test_four_steps_of_the_paper_preset_are_the_published_ones(tmp_path, lab, to
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 10.0)
         optimizer.param_groups[0]["lr"] = 1e-3 * rate
         found_loss = float(sum(losses[2 * number :][:2]))
-        assert found_loss == pytest.approx(float(wanted_loss.detach()), rel=1e-5, abs=1e-6)
+        assert found_loss == pytest.approx(float(wanted_loss.detach()), rel=1e-5, abs=3e-6)  # signed terms near 1
         assert_close(gradients[number], {n: p.grad for n, p in plain.named_parameters()}, 3e-5)
         optimizer.step()
         assert_close(weights[number], {n: p.detach() for n, p in plain.named_parameters()}, 1e-5)
