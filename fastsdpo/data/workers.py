@@ -1,9 +1,9 @@
 """Several processes that read pieces of the sources, in the order of the pieces.
 
 Files of JSON Lines are cut at line ends into pieces of some 1 MB, Hugging Face datasets into the files that they
-are stored in; every other source is one piece. The pieces
-go round to the workers, of which each has two at most: what waits is bounded. A worker sends what it has read but
-for the rows: it is told where they stand in the one file, when that is known, and writes them there.
+are stored in; every other source is one piece. The pieces go round to the workers, of which each has two at most:
+what waits is bounded. A worker sends what it has read but for the rows: it is told where they stand in the one file,
+when that is known, and writes them there.
 
 The workers are programs of their own (worker.py): they need no ``if __name__ == "__main__"`` in a script that
 calls `prepare`, and import no torch.
