@@ -218,13 +218,13 @@ def measure_prepare(folder: Path, count: int, args: argparse.Namespace) -> harne
     written = write_source(source, count, args.source or conversations.sharegpt())
 
     def ours(workers: int) -> Callable[[], Path]:
-        output = folder / f"fastsdpo_{workers}.jsonl"
+        output = folder / f"fastsdpo_{workers}.jsonl"  # removed first: one process in the memory that another left
         options = {"rules": "none", "overwrite": True, "resume": False, "workers": workers}
-        return lambda: prepare([source], output, **options) and output
+        return lambda: output.unlink(missing_ok=True) or prepare([source], output, **options) and output
 
     def theirs(function: Callable[[Path, Path], None]) -> Callable[[], Path]:
         output = folder / f"{function.__name__}.jsonl"
-        return lambda: function(source, output) or output
+        return lambda: output.unlink(missing_ok=True) or function(source, output) or output
 
     runs = {
         "fastsdpo": ours(1),
