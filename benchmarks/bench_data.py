@@ -220,7 +220,7 @@ def measure_prepare(folder: Path, count: int, args: argparse.Namespace) -> harne
     def ours(workers: int) -> Callable[[], Path]:
         output = folder / f"fastsdpo_{workers}.jsonl"  # removed first: one process in the memory that another left
         options = {"rules": "none", "overwrite": True, "resume": False, "workers": workers}
-        return lambda: output.unlink(missing_ok=True) or prepare([source], output, **options) and output
+        return lambda: output.unlink(missing_ok=True) or (prepare([source], output, **options) and output)
 
     def theirs(function: Callable[[Path, Path], None]) -> Callable[[], Path]:
         output = folder / f"{function.__name__}.jsonl"

@@ -230,7 +230,8 @@ def data() -> str:
 ## Data and processes
 
 The others' time over ours; below 1 ours takes longer (the loops check nothing). `python -m benchmarks.bench_data`,
-`bench_processes`; {named("data")}, {named("processes")}.
+`bench_processes`; {named("data")}, {named("processes")}. Where two processes of the plain loop take as long as one, the
+machine's second core gives this work nothing, and two workers gain nothing either.
 
 {f".{chr(10)}".join(lines)}.
 """
