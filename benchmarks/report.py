@@ -230,8 +230,8 @@ def data() -> str:
 ## Data and processes
 
 The others' time over ours; below 1 ours takes longer (the loops check nothing). `python -m benchmarks.bench_data`,
-`bench_processes`; {named("data")}, {named("processes")}. Where two processes of the plain loop take as long as one, the
-machine's second core gives this work nothing, and two workers gain nothing either.
+`bench_processes`; {named("data")}, {named("processes")}.
+Where two processes of the plain loop are no faster than one, a second worker has nothing to gain.
 
 {f".{chr(10)}".join(lines)}.
 """
@@ -295,9 +295,8 @@ Bytes per token and word in bfloat16, forward and backward, V = {vocabulary}, co
 Compiled PTX executed on a CPU against float64, every memory access checked (`python -m benchmarks.ptx`; `ptx.json`):
 calls: {calls}; largest error {max(row[1] for row in every):.1e} of a loss, {max(row[2] for row in every):.1e} of a
 gradient; {sum(len(row) - 4 for row in every)} faults. Compiled by Triton {matrix["triton"]} for {targets}
-(`python -m benchmarks.compile_matrix`; `compile_matrix.json`): {len(found)} cells,
-{len(found) - len(good)} that do not compile, {sum(cell[1] > 0 for _, cell in good)} that spill, at most {registers}
-registers a thread on NVIDIA's.
+(`python -m benchmarks.compile_matrix`; `compile_matrix.json`): {len(found)} cells, {len(found) - len(good)} that
+do not compile, {sum(cell[1] > 0 for _, cell in good)} that spill, at most {registers} registers a thread on NVIDIA's.
 What a GPU is expected to take is arithmetic from shapes: `python -m benchmarks.predictions` prints it with its
 assumptions, `python -m benchmarks.counted` counts a step of Qwen3-8B operator by operator, `fastsdpo train --dry-run`
 walks the memory of a run.
