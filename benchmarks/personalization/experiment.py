@@ -40,7 +40,7 @@ from fastsdpo.online.users import UNRELATED
 from fastsdpo.testing import package_file
 
 STEP = PERSONAL["global_batch_size"]
-INTERACTIONS = 6 * STEP
+ROUNDS = 6  # optimizer steps for each wish
 # What the paper's preset shares with ours here: lengths, batch and adapter, so that the objective differs alone.
 LENGTHS = {name: PERSONAL[name] for name in ("max_new_tokens", "eval_max_new_tokens")}
 AS_PAPER = {**PAPER, **LENGTHS}
@@ -59,6 +59,7 @@ class Condition:
         user: "complains", "unrelated" (a control), "shuffled" (a control), "persona".
         recipe: settings of `OnlineSDPOConfig`.
         advantages: "sft" or "unlikely": the baselines of `Baseline`.
+        longer: how many times the rounds of the others.
     """
 
     about: str
@@ -67,6 +68,7 @@ class Condition:
     user: str = "complains"
     recipe: dict[str, Any] = field(default_factory=lambda: PERSONAL)
     advantages: str | None = None
+    longer: int = 1
 
 
 CONDITIONS: dict[str, Condition] = {
@@ -85,6 +87,7 @@ CONDITIONS: dict[str, Condition] = {
     "list": Condition("a numbered list", wish="list"),
     "list, control": Condition("its control: unrelated remarks", wish="list", user="unrelated"),
     "yes or no": Condition("begin with Yes or No", wish="yes or no"),
+    "yes or no, 18 rounds": Condition("the same, 18 rounds", wish="yes or no", longer=3),
     "flip": Condition("one short sentence, then the opposite", then="long"),
     "sequence": Condition("a numbered list, then one short sentence", wish="list", then="short"),
     "kind": Condition("steps where asked how, else one short sentence", wish="kind"),
@@ -132,7 +135,7 @@ def make_user(condition: Condition, model_file: Path) -> Any:
         first = UnrelatedUser(first)
     if condition.then is None:
         return first
-    return SwitchingUser([(0, first), (INTERACTIONS, user_of(condition.then))])
+    return SwitchingUser([(0, first), (ROUNDS * STEP, user_of(condition.then))])
 
 
 def make_trainer(
@@ -263,7 +266,7 @@ class Experiment:
         for wish in wishes:
             self.measure_base(wish)
         folder = self.work / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
-        steps = INTERACTIONS // STEP * len(wishes)
+        steps = ROUNDS * condition.longer * len(wishes)
         trainer = self.trainer(condition, folder, seed, steps)
         checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)

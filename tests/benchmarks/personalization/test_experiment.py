@@ -30,7 +30,7 @@ TINY = {
 @pytest.fixture
 def lab_of(saved, lab, monkeypatch):
     talk = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
-    monkeypatch.setattr(experiment, "INTERACTIONS", 2 * experiment.STEP)
+    monkeypatch.setattr(experiment, "ROUNDS", 2)
     return lambda folder: Experiment(
         folder / "personalization_tiny.json",
         folder / "work",
