@@ -1,26 +1,26 @@
-"""The divergence of TRL's `DistillationTrainer`, replaced."""
+"""TRL's `DistillationTrainer`: the divergence of two heads, without logits.
+
+The trainer computes the hidden states of student and teacher at the completion's tokens, and hands them with both
+heads to a function of its module, `_chunked_divergence_loss`. This is replaced by `chunked_divergence_loss`. Both give
+the generalized Jensen-Shannon divergence of the tokens that count and the student's entropy; TRL's takes 6 to 8
+products of a head for it, ours 5.
+
+Not computed here, so that TRL's own function runs: softcaps that differ between the two models, and a logit scale that
+is not positive.
+"""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsdpo.integrations._trl_originals import trl_divergence
-from fastsdpo.integrations.transformers import gathered
-from fastsdpo.ops.linear import linear_sdpo_loss
-from fastsdpo.ops.linear_token_logps import linear_token_logps
+from fastsdpo.integrations._head_logits import HeadLogits, divergence
+from fastsdpo.integrations._trl_installed import Replacement, trl_module
+from fastsdpo.integrations.transformers import gathered, label_logps
+from fastsdpo.prefix import HeadParameters
 
-
-class _Model(NamedTuple):
-    """One model's side of the divergence: hidden states ``[N, D]`` and the head, ``[V, D]`` and ``[V]``."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
+MODULE = trl_module("trainer.distillation_trainer")
+THEIRS = MODULE._chunked_divergence_loss
 
 
 def chunked_divergence_loss(
@@ -39,74 +39,35 @@ def chunked_divergence_loss(
     teacher_final_logit_softcapping: float | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Replaces TRL's function with the same arguments, which decides their number.
+    """In the place of TRL's function, with its arguments.
 
-    It takes 5 GEMMs (student, teacher, the student's entropy, two gradients) instead of 6, or of 8 for a
-    Jensen-Shannon divergence. TRL's own function runs where the softcaps of the two models differ and where a
-    logit scale is not positive.
+    Args:
+        student_hidden_states, teacher_hidden_states: ``[B, T, D]``, each model with its own D.
+        student_lm_head_weight, teacher_lm_head_weight: ``[V, D]``; the biases ``[V]``.
+        completion_mask: ``[B, T]``, not 0 where a token counts.
+        beta: 0 is KL(teacher || student), 1 is KL(student || teacher).
+        num_items_in_batch: divides the sum over the tokens; None is the number of tokens that count.
 
     Returns:
         ``(loss, sum of the student's entropies in nats, number of tokens that count)``.
     """
-    scales = (student_logit_scale, teacher_logit_scale)
-    if student_final_logit_softcapping != teacher_final_logit_softcapping or min(scales) <= 0:
-        return trl_divergence(
-            student_hidden_states,
-            teacher_hidden_states,
-            student_lm_head_weight,
-            teacher_lm_head_weight,
-            completion_mask,
-            beta,
-            num_items_in_batch,
-            student_lm_head_bias,
-            teacher_lm_head_bias,
-            *scales,
-            student_final_logit_softcapping,
-            teacher_final_logit_softcapping,
-            temperature,
-        )
-    counts = completion_mask.reshape(-1) != 0
+    given = dict(locals())
+    softcap = student_final_logit_softcapping or None
+    if softcap != (teacher_final_logit_softcapping or None) or min(student_logit_scale, teacher_logit_scale) <= 0:
+        return THEIRS(**given)
+    head = HeadParameters(student_lm_head_weight, student_lm_head_bias, softcap, student_logit_scale)
+    other = HeadParameters(teacher_lm_head_weight, teacher_lm_head_bias, softcap, teacher_logit_scale)
+    counts = completion_mask != 0
     count = counts.sum()
     divisor = count.clamp(min=1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-    softcap = student_final_logit_softcapping or None
-    student, teacher = student_hidden_states.flatten(0, -2)[counts], teacher_hidden_states.flatten(0, -2)[counts]
-    loss, entropy = _divergence(
-        _Model(student, student_lm_head_weight, student_lm_head_bias, student_logit_scale, softcap),
-        _Model(teacher, teacher_lm_head_weight, teacher_lm_head_bias, teacher_logit_scale, softcap),
-        beta,
-        (1.0 / divisor.to(count.device)).to(torch.float32),
-        temperature,
-    )
-    return loss, entropy, count
-
-
-def _divergence(
-    student: _Model, teacher: _Model, beta: float, weight: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """The divergence, each token times ``weight``, and the sum of the student's entropies."""
-    if teacher.logit_scale != student.logit_scale:
-        # The loss has one scale for both heads: the ratio goes into the teacher's hidden states and bias.
-        ratio = teacher.logit_scale / student.logit_scale
-        bias = None if teacher.bias is None else teacher.bias * ratio
-        teacher = teacher._replace(hidden=teacher.hidden * ratio, bias=bias)
-    ids = torch.zeros(len(student.hidden), dtype=torch.int64, device=student.hidden.device)
-    head = {"bias": student.bias, "softcap": student.softcap, "logit_scale": student.logit_scale}
-    with gathered(student.weight, student.bias, teacher.weight, teacher.bias):
+    weight = (1.0 / divisor.to(count.device)).to(torch.float32)
+    with gathered(head.weight, head.bias, other.weight, other.bias):
+        student, teacher = HeadLogits(student_hidden_states, head), HeadLogits(teacher_hidden_states, other)
         with torch.no_grad():
-            _, entropy = linear_token_logps(
-                student.hidden, student.weight, ids, temperature=temperature, return_entropy=True, **head
-            )
-        out = linear_sdpo_loss(
-            student.hidden,
-            teacher.hidden,
-            student.weight,
-            ids,
-            teacher_weight=teacher.weight,
-            teacher_bias=teacher.bias,
-            mode="full",
-            alpha=beta,
-            temperature=temperature,
-            weights=weight.expand(len(ids)),
-            **head,
-        )
-    return out.loss, entropy.sum()
+            any_token = torch.where(counts, 0, -100)  # the entropy does not depend on the token
+            _, entropy = label_logps(student_hidden_states, head, any_token, temperature, return_entropy=True)
+        loss = divergence(student, teacher, counts, beta, weight, temperature)
+    return loss, entropy.sum(), count
+
+
+REPLACEMENTS = [Replacement(MODULE, "_chunked_divergence_loss", chunked_divergence_loss)]

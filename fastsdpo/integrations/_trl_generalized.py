@@ -1,87 +1,42 @@
-"""TRL's GKD, GOLD, IW-OPD and server distillation trainers: their own code over logits that are never formed.
+"""TRL's `GKDTrainer`, `GOLDTrainer`, `IWOPDTrainer`, `ServerDistillationTrainer`: their code, logits never formed.
 
-Each of these has a ``compute_loss`` that calls ``model(...).logits`` and takes log-softmaxes. Here it runs as it is,
-inside the student's forward pass, on `HeadLogits` in place of logits; and ``generalized_jsd_loss`` is `adapt`'s.
+The first three compare student and teacher over the whole vocabulary (a generalized Jensen-Shannon divergence), over
+a top-k, or weigh log-probs of the tokens that were written (IW-OPD); the last has candidates of a server as its
+teacher. All of them do so in ``compute_loss``, which calls ``model(...).logits``. Two functions are replaced:
+
+    compute_loss            runs as it is, inside the student's forward pass, on `HeadLogits` in the place of logits:
+                            they are computed for the tokens, and summed over the vocabulary, when it asks for them
+    generalized_jsd_loss    `adapt`'s, of the first three: `sdpo_loss` over logits, `divergence` over `HeadLogits`
+
+Generation, requests, buffers and metrics remain TRL's. Where hidden states will not do (`_why_not_hidden`), and for an
+evaluation that returns outputs, ``compute_loss`` is TRL's own over logits.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import types
-import warnings
-from collections.abc import Callable
-from importlib.metadata import version
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
 from fastsdpo.integrations._head_logits import HeadLogits
 from fastsdpo.integrations._hidden_or_logits import uses_hidden_states, why_not_model
-from fastsdpo.integrations._trl_originals import NEEDED
-from fastsdpo.integrations._trl_sdpo import model_inputs
+from fastsdpo.integrations._trl_installed import Replacement, differs, trl_module
 from fastsdpo.integrations.generalized_jsd import adapt
 from fastsdpo.integrations.transformers import gathered_head
 from fastsdpo.prefix import head_parameters, no_grad_pass, run_inside
 
-COMPUTE_LOSS = ("self", "model", "inputs", "return_outputs", "num_items_in_batch")
-# Trainers, and whether they have a `generalized_jsd_loss`.
-TRAINERS = {
-    "trl.experimental.gkd.gkd_trainer:GKDTrainer": True,
-    "trl.experimental.gold.gold_trainer:GOLDTrainer": True,
-    "trl.experimental.iw_opd.iw_opd_trainer:IWOPDTrainer": True,
-    "trl.experimental.server_distillation.server_distillation_trainer:ServerDistillationTrainer": False,
-}
+TRAINERS = (
+    trl_module("experimental.gkd.gkd_trainer").GKDTrainer,
+    trl_module("experimental.gold.gold_trainer").GOLDTrainer,
+    trl_module("experimental.iw_opd.iw_opd_trainer").IWOPDTrainer,
+    trl_module("experimental.server_distillation.server_distillation_trainer").ServerDistillationTrainer,
+)
 # Methods that get logits or log-probs: a subclass that has its own may do with them what it likes.
 _OF_LOGITS = ("generalized_jsd", "_compute_", "_get_teacher_logits", "_get_reverse_kl")
-
-
-class Replacement(NamedTuple):
-    """What `patch_trl` sets in a class or module."""
-
-    owner: Any
-    name: str
-    value: Any
-
-
-def replacements() -> list[Replacement]:
-    """Of the trainers that the installed TRL can import.
-
-    Raises:
-        ImportError: a function that is replaced takes other arguments than expected.
-    """
-    found = []
-    for place, has_jsd in TRAINERS.items():
-        module, name = place.split(":")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
-            trainer = getattr(importlib.import_module(module), name)
-        if trainer not in _made:
-            _made[trainer] = _make(trainer, has_jsd)
-        found += _made[trainer]
-    return found
-
-
-_made: dict[Any, list[Replacement]] = {}
-
-
-def _make(trainer: Any, has_jsd: bool) -> list[Replacement]:
-    theirs = vars(trainer)["compute_loss"]
-    arguments = tuple(inspect.signature(theirs).parameters)
-    problem = None if arguments == COMPUTE_LOSS else f"{trainer.__name__}.compute_loss({', '.join(arguments)})"
-    made = [Replacement(trainer, "compute_loss", _compute_loss(trainer, theirs))]
-    if has_jsd and problem is None:
-        try:
-            ours = staticmethod(adapt(trainer.generalized_jsd_loss))
-            made.append(Replacement(trainer, "generalized_jsd_loss", ours))
-        except (AttributeError, TypeError) as error:
-            problem = f"{trainer.__name__}.generalized_jsd_loss ({error})"
-    if problem is not None:
-        raise ImportError(
-            f"fastsdpo.integrations.trl: TRL {version('trl')} differs from {NEEDED}, for which this was written, in "
-            f"what is replaced: {problem}. Install TRL {NEEDED} or a newer fastsdpo."
-        )
-    return made
 
 
 def _compute_loss(owner: Any, theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,8 +75,8 @@ def _from_hidden_states(theirs: Callable[..., Any], trainer: Any, model: nn.Modu
     if "input_ids" in inputs:
         given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     else:
-        batch = (inputs[f"{part}_{kind}"] for part in ("prompt", "completion") for kind in ("ids", "mask"))
-        given = model_inputs(*batch)
+        parts = {"input_ids": ("prompt_ids", "completion_ids"), "attention_mask": ("prompt_mask", "completion_mask")}
+        given = {name: torch.cat([inputs[part] for part in pair], dim=1) for name, pair in parts.items()}
 
     def body(hidden: Any) -> Any:
         with gathered_head(*(one for one in (model, trainer.teacher_model) if one is not None)):
@@ -166,3 +121,15 @@ class _HiddenTeacher:
         with no_grad_pass():
             hidden, head = run_inside(self._model, body, {**given, "use_cache": False})
         return types.SimpleNamespace(logits=HeadLogits(hidden.detach(), head._replace(weight=head.weight.detach())))
+
+
+def _replacements(trainer: Any) -> Iterator[Replacement]:
+    yield Replacement(trainer, "compute_loss", _compute_loss(trainer, vars(trainer)["compute_loss"]))
+    if trainer.__name__ != "ServerDistillationTrainer":
+        try:
+            yield Replacement(trainer, "generalized_jsd_loss", staticmethod(adapt(trainer.generalized_jsd_loss)))
+        except (AttributeError, TypeError) as error:
+            raise differs(f"{trainer.__name__}.generalized_jsd_loss ({error})") from error
+
+
+REPLACEMENTS = [found for trainer in TRAINERS for found in _replacements(trainer)]

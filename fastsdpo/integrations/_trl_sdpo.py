@@ -1,10 +1,31 @@
-"""TRL's `SDPOTrainer` and `SDFTTrainer` with losses from hidden states or logits: the methods that are replaced."""
+"""TRL's `SDPOTrainer` and `SDFTTrainer`: their losses from hidden states, or in one pass over the logits.
+
+Student and teacher read the same completions, the teacher behind more context. The distillation loss is a divergence
+of each token (``distillation_mode``: sampled token, whole vocabulary, or the student's top-k), its mean over a
+sequence, and then over the B sequences. SDPO mixes in a policy loss of rewards:
+
+    loss = distillation_weight * distillation + (1 - distillation_weight) * policy
+
+The methods of `FastSDPOTrainer` replace those of TRL's classes that have the same name:
+
+    compute_loss                      one forward pass of the student, in which the loss is formed (`_HiddenPass`);
+                                      or TRL's own, over logits, which calls the next three
+    _forward_logits                   TRL's, without its copy of the logits where the temperature is 1
+    _compute_self_distillation_loss   one pass over the logits of both
+    _compute_policy_loss              TRL's, with the fused log-probs; SDFT has none
+    _compute_rollout_logps            log-probs of a generated batch, from hidden states
+
+Generation, rewards, teachers and their updates, normalization and metrics remain TRL's. `_why_not_hidden` and
+`why_not_model` say when hidden states will not do.
+"""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import types
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,27 +41,14 @@ from fastsdpo.integrations._distillation import (
     targets_where,
 )
 from fastsdpo.integrations._hidden_or_logits import Source, check_source, uses_hidden_states, why_not_model
-from fastsdpo.integrations._trl_originals import (
-    REPLACED,
-    SDFT_METHODS,
-    SDFT_REPLACED,
-    TRL_METHODS,
-    SDFTTrainer,
-    SDPOTrainer,
-    policy_loss_from_logits,
-    policy_loss_from_logps,
-)
+from fastsdpo.integrations._trl_installed import Replacement, trl_module
 from fastsdpo.integrations.transformers import gathered_head, label_logps
-from fastsdpo.prefix import (
-    HeadParameters,
-    causal_lm,
-    head_parameters,
-    no_grad_pass,
-    run_inside,
-    unwrap,
-)
+from fastsdpo.ops.token_logps import token_logps
+from fastsdpo.prefix import HeadParameters, causal_lm, head_parameters, no_grad_pass, run_inside, unwrap
 
 MODES = {"sampled_token": "sampled_token", "full_logits": "full", "topk_logits": "topk"}
+SDPOTrainer: Any = trl_module("experimental.sdpo").SDPOTrainer
+SDFTTrainer: Any = trl_module("experimental.sdft").SDFTTrainer
 
 
 class FastSDPOTrainer(SDPOTrainer):
@@ -63,42 +71,18 @@ class FastSDPOTrainer(SDPOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs or not _uses_hidden_states(self, model):
-            return _theirs(self)["compute_loss"](self, model, inputs, return_outputs, num_items_in_batch)
+            return _THEIRS[_owner(self)]["compute_loss"](self, model, inputs, return_outputs, num_items_in_batch)
         found = _HiddenPass(self, model, inputs).run()
         loss = found.loss
         # After the forward pass: these gather metrics over the processes.
         if found.policy_logps is not None:
-            policy = self._compute_policy_loss(inputs, _GivenLogps(found.policy_logps))
+            policy = _policy_loss(self, inputs, found.policy_logps, _as_given)
             loss = loss + (1 - self.args.distillation_weight) * policy
         if found.distillation_mean is not None:
             _log_distillation(self, model, found.distillation_mean)
         return loss / (self.current_gradient_accumulation_steps if self.model.training else 1.0)
 
-    def _compute_policy_loss(self, inputs, student_logits):
-        if isinstance(student_logits, _GivenLogps):
-            return policy_loss_from_logps(self, inputs, student_logits.logps)
-        return policy_loss_from_logits(self, inputs, student_logits)
-
-    def _compute_rollout_logps(self, prompt_ids, prompt_mask, completion_ids, completion_mask):
-        steps = self.args.steps_per_generation * self.num_iterations
-        if self.args.gradient_accumulation_steps % steps == 0 or not _uses_hidden_states(self, self.model):
-            return _theirs(self)["_compute_rollout_logps"](
-                self, prompt_ids, prompt_mask, completion_ids, completion_mask
-            )
-        length = completion_ids.size(1)
-
-        def logps(hidden: Tensor) -> Tensor:
-            with gathered_head(self.model):
-                head = head_parameters(self.model)
-                return label_logps(hidden[:, -length - 1 : -1], head, completion_ids, self.temperature)[0]
-
-        with torch.no_grad():
-            return run_inside(
-                self.model, logps, model_inputs(prompt_ids, prompt_mask, completion_ids, completion_mask)
-            )
-
     def _forward_logits(self, model, input_ids, attention_mask, logits_to_keep):
-        """TRL's, without its copy of the logits where the temperature is 1."""
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if "logits_to_keep" in self.model_kwarg_keys:
             given["logits_to_keep"] = logits_to_keep + 1
@@ -106,9 +90,10 @@ class FastSDPOTrainer(SDPOTrainer):
         return logits if self.temperature == 1.0 else logits / self.temperature
 
     def _compute_self_distillation_loss(self, model, inputs, distillation_logits):
-        loss, mean = _distillation_terms(
+        loss, mean = _distillation(
             self.args,
-            _Policies(distillation_logits.student_logits, distillation_logits.teacher_logits),
+            distillation_logits.student_logits,
+            distillation_logits.teacher_logits,
             distillation_logits.completion_ids,
             distillation_logits.loss_mask,
             inputs.get("old_per_token_logps"),
@@ -117,20 +102,45 @@ class FastSDPOTrainer(SDPOTrainer):
         _log_distillation(self, model, mean)
         return loss
 
+    def _compute_policy_loss(self, inputs, student_logits):
+        return _policy_loss(self, inputs, student_logits, token_logps)
 
-OURS = {name: vars(FastSDPOTrainer)[name] for name in REPLACED}
-OURS_OF_SDFT = {name: OURS[name] for name in SDFT_REPLACED}
+    def _compute_rollout_logps(self, prompt_ids, prompt_mask, completion_ids, completion_mask):
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        if self.args.gradient_accumulation_steps % generate_every == 0 or not _uses_hidden_states(self, self.model):
+            theirs: Any = _THEIRS[_owner(self)]["_compute_rollout_logps"]
+            return theirs(self, prompt_ids, prompt_mask, completion_ids, completion_mask)
+
+        def logps(hidden: Tensor) -> Tensor:
+            with gathered_head(self.model):
+                head, at = head_parameters(self.model), slice(-completion_ids.size(1) - 1, -1)
+                return label_logps(hidden[:, at], head, completion_ids, self.temperature)[0]
+
+        with torch.no_grad():
+            return run_inside(self.model, logps, _sequences(prompt_ids, prompt_mask, completion_ids, completion_mask))
 
 
-def _theirs(trainer: Any) -> dict[str, Any]:
-    """TRL's own methods of a trainer."""
-    return SDFT_METHODS if isinstance(trainer, SDFTTrainer) else TRL_METHODS
+_COMMON = ("compute_loss", "_forward_logits", "_compute_self_distillation_loss", "_compute_rollout_logps")
+_REPLACED = {SDPOTrainer: (*_COMMON, "_compute_policy_loss"), SDFTTrainer: _COMMON}
+_THEIRS = {owner: {name: vars(owner).get(name) for name in names} for owner, names in _REPLACED.items()}
+REPLACEMENTS = [
+    Replacement(owner, name, vars(FastSDPOTrainer)[name]) for owner, names in _REPLACED.items() for name in names
+]
 
 
-class _GivenLogps(NamedTuple):
-    """Log-probs of the completion, in the place of TRL's logits."""
+def _owner(trainer: Any) -> Any:
+    return SDFTTrainer if isinstance(trainer, SDFTTrainer) else SDPOTrainer
 
-    logps: Tensor
+
+def _policy_loss(trainer: Any, inputs: dict[str, Any], found: Tensor, log_softmax: Callable[..., Tensor]) -> Tensor:
+    """TRL's policy loss, with its clipping and normalization, of ``log_softmax(found, completion_ids)``."""
+    theirs: Any = _THEIRS[SDPOTrainer]["_compute_policy_loss"]
+    names = {**theirs.__globals__, "selective_log_softmax": log_softmax}
+    return types.FunctionType(theirs.__code__, names)(trainer, inputs, found)
+
+
+def _as_given(logps: Tensor, ids: Tensor) -> Tensor:
+    return logps
 
 
 def _log_distillation(trainer: Any, model: nn.Module, mean: Tensor) -> None:
@@ -139,17 +149,16 @@ def _log_distillation(trainer: Any, model: nn.Module, mean: Tensor) -> None:
     trainer._log_self_distillation_metric("train" if model.training else "eval", value)
 
 
-# --------------------------------------------------------------------- hidden states, or why not
-
-
 def _why_not_hidden(trainer: Any, model: nn.Module) -> str | None:
     """Why this trainer's loss cannot come from hidden states; None where it can."""
-    theirs = _theirs(trainer)
-    own: dict[str, tuple[Any, ...]] = {name: (OURS[name], theirs[name]) for name in theirs}
+    owner = _owner(trainer)
+    known: dict[str, tuple[Any, ...]] = {
+        name: (vars(FastSDPOTrainer)[name], theirs) for name, theirs in _THEIRS[owner].items()
+    }
     for name in ("_compute_teacher_student_logits", "_compute_server_distillation_loss"):
-        own[name] = (vars(SDFTTrainer if theirs is SDFT_METHODS else SDPOTrainer)[name],)
-    for name, known in own.items():
-        if inspect.getattr_static(type(trainer), name) not in known:
+        known[name] = (vars(owner)[name],)
+    for name, values in known.items():
+        if inspect.getattr_static(type(trainer), name) not in values:
             return f"{type(trainer).__name__} has its own {name}, which works on logits"
     if trainer.use_teacher_server:
         return "the teacher's log-probs come from a server (use_teacher_server=True)"
@@ -160,6 +169,51 @@ def _why_not_hidden(trainer: Any, model: nn.Module) -> str | None:
 
 def _uses_hidden_states(trainer: Any, model: nn.Module) -> bool:
     return uses_hidden_states(trainer, model, _why_not_hidden)
+
+
+def _distillation(
+    args: Any,
+    student: Tensor,
+    teacher: Tensor,
+    completion_ids: Tensor,
+    mask: Tensor,
+    old_logps: Tensor | None,
+    temperature: float,
+    policy: PolicyGradient | None = None,
+    **heads: HeadParameters | None,
+) -> tuple[Tensor, Tensor]:
+    """TRL's distillation loss and its metric.
+
+    Args:
+        args: TRL's `SDPOConfig`.
+        student, teacher: ``[B, T, V]`` logits, or with ``heads`` ``[B, T, D]`` hidden states.
+        completion_ids, mask, old_logps: ``[B, T]``; ``mask`` is 1 where a token counts.
+        policy: a policy loss of the same hidden states, whose gradient is added. The loss is then multiplied by
+            distillation_weight.
+        heads: ``head`` and ``teacher_head``, as `distillation_loss`.
+
+    Returns:
+        The loss, a mean over the tokens of a sequence and then over all B sequences; the mean over all tokens.
+    """
+    mode = MODES.get(args.distillation_mode)
+    if mode is None:
+        raise ValueError(f"distillation_mode must be one of {', '.join(MODES)}, got {args.distillation_mode!r}")
+    if mode == "topk" and args.distillation_topk is None:
+        raise ValueError("distillation_topk must be set for distillation_mode='topk_logits'")
+    clip = args.distillation_is_clip
+    topk = args.distillation_topk if mode == "topk" else None
+    objective = Objective(mode, args.distillation_alpha, topk, args.distillation_add_tail, clip, temperature)
+    mask = mask.to(torch.float32)
+    tokens = mask.sum(-1, keepdim=True).clamp(min=1.0)
+    weights = mask / tokens / mask.shape[0] * (1.0 if policy is None else args.distillation_weight)
+    old_logps = None if clip is None or old_logps is None else old_logps.to(mask.device)
+    targets = Targets(targets_where(mask, completion_ids), weights, old_logps)
+    out = distillation_loss(student, teacher, targets, objective, policy=policy, **heads)
+    per_token = out.per_token_loss
+    if old_logps is not None:
+        ratio = (out.student_logps - old_logps).clamp(-20, 20).exp().clamp(max=clip)
+        per_token = per_token * torch.where(mask == 0, 0.0, ratio)
+    return out.loss, (per_token * mask).sum() / mask.sum().clamp(min=1.0)
 
 
 # ------------------------------------------------------------------------------ from hidden states
@@ -180,15 +234,6 @@ class _Losses(NamedTuple):
     policy_logps: Tensor | None
 
 
-class _Policies(NamedTuple):
-    """Student and teacher ``[B, T, .]``: logits, or hidden states with their heads (no head: the student's)."""
-
-    student: Tensor
-    teacher: Tensor
-    head: HeadParameters | None = None
-    teacher_head: HeadParameters | None = None
-
-
 class _HiddenPass:
     """The loss of one batch, formed inside the student's forward pass."""
 
@@ -200,11 +245,7 @@ class _HiddenPass:
 
     def run(self) -> _Losses:
         batch = (self.inputs[f"{part}_{kind}"] for part in ("prompt", "completion") for kind in ("ids", "mask"))
-        return run_inside(self.model, self._losses, model_inputs(*batch))
-
-    def _at_completion(self, hidden: Tensor) -> Tensor:
-        length = self.inputs["completion_ids"].size(1)
-        return hidden[:, -length - 1 : -1]
+        return run_inside(self.model, self._losses, _sequences(*batch))
 
     def _losses(self, hidden: Tensor) -> _Losses:
         # Student before teacher, as in TRL: dropout then draws the same numbers.
@@ -224,16 +265,22 @@ class _HiddenPass:
                 assert policy is not None
                 loss = policy_gradient_loss(student, head, policy, self.trainer.temperature)
                 return _Losses(loss, None, logps)
-            loss, mean = _distillation_terms(
+            loss, mean = _distillation(
                 self.trainer.args,
-                _Policies(student, teacher.to(device), head, teacher_head),
+                student,
+                teacher.to(device),
                 self.inputs["completion_ids"].to(device),
                 self._mask().to(device),
                 self.inputs.get("old_per_token_logps"),
                 self.trainer.temperature,
                 policy,
+                head=head,
+                teacher_head=teacher_head,
             )
         return _Losses(loss, mean, logps)
+
+    def _at_completion(self, hidden: Tensor) -> Tensor:
+        return hidden[:, -self.inputs["completion_ids"].size(1) - 1 : -1]
 
     def _mask(self) -> Tensor:
         """``[B, T]``, 1 where a token is distilled: SDPO leaves sequences out, SDFT their first tokens."""
@@ -274,28 +321,18 @@ class _HiddenPass:
                 (logps,) = label_logps(student, head, targets, self.trainer.temperature)
             # Padding gets the ratio 1, and the mask removes it. Its own ratio could be infinite.
             logps = torch.where(targets < 0, old_logps, logps.to(targets.device))
+        quiet = copy.copy(self.trainer)  # TRL's function gathers a metric over the processes
+        quiet.accelerator = types.SimpleNamespace(gather=lambda tensor: tensor)
+        quiet._metrics = defaultdict(lambda: defaultdict(list))
         with torch.enable_grad():
             leaf = logps.clone().requires_grad_()
-            loss = policy_loss_from_logps(_WithoutMetrics(self.trainer), self.inputs, leaf)
+            loss = _policy_loss(quiet, self.inputs, leaf, _as_given)
             (grad,) = torch.autograd.grad((1 - self.weight) * loss, leaf)
         return logps, PolicyGradient(targets.to(student.device), grad.to(student.device))
 
 
-class _WithoutMetrics:
-    """A trainer whose metrics are thrown away: TRL's policy loss would gather one over the processes."""
-
-    def __init__(self, trainer: Any):
-        self._trainer = trainer
-        self.accelerator = types.SimpleNamespace(gather=lambda tensor: tensor)
-        self._metrics = defaultdict(lambda: defaultdict(list))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._trainer, name)
-
-
-def model_inputs(
-    prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
-) -> dict[str, Any]:
+def _sequences(prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> Any:
+    """A model's inputs: prompts and completions in one."""
     return {
         "input_ids": torch.cat([prompt_ids, completion_ids], dim=1),
         "attention_mask": torch.cat([prompt_mask, completion_mask], dim=1),
@@ -310,51 +347,3 @@ def _head_of_active_adapters(model: nn.Module) -> HeadParameters | None:
     with gathered_head(model):
         head = head_parameters(model)
         return head._replace(weight=head.weight.detach())
-
-
-def _distillation_terms(
-    args: Any,
-    policies: _Policies,
-    completion_ids: Tensor,
-    mask: Tensor,
-    old_logps: Tensor | None,
-    temperature: float,
-    policy: PolicyGradient | None = None,
-) -> tuple[Tensor, Tensor]:
-    """TRL's distillation loss and its metric.
-
-    Args:
-        args: TRL's `SDPOConfig`.
-        completion_ids, mask, old_logps: ``[B, T]``; ``mask`` is 1 where a token counts.
-        policy: a policy loss of the same hidden states, whose gradient is added. The loss is then multiplied by
-            distillation_weight.
-
-    Returns:
-        The loss, a mean over the tokens of a sequence and then over all B sequences; the mean over all tokens.
-    """
-    mode = MODES.get(args.distillation_mode)
-    if mode is None:
-        raise ValueError(f"distillation_mode must be one of {', '.join(MODES)}, got {args.distillation_mode!r}")
-    if mode == "topk" and args.distillation_topk is None:
-        raise ValueError("distillation_topk must be set for distillation_mode='topk_logits'")
-    clip = args.distillation_is_clip
-    topk = args.distillation_topk if mode == "topk" else None
-    objective = Objective(mode, args.distillation_alpha, topk, args.distillation_add_tail, clip, temperature)
-    mask = mask.to(torch.float32)
-    tokens = mask.sum(-1, keepdim=True).clamp(min=1.0)
-    weights = mask / tokens / mask.shape[0] * (1.0 if policy is None else args.distillation_weight)
-    old_logps = None if clip is None or old_logps is None else old_logps.to(mask.device)
-    out = distillation_loss(
-        policies.student,
-        policies.teacher,
-        Targets(targets_where(mask, completion_ids), weights, old_logps),
-        objective,
-        head=policies.head,
-        teacher_head=policies.teacher_head,
-        policy=policy,
-    )
-    per_token = out.per_token_loss
-    if old_logps is not None:
-        ratio = (out.student_logps - old_logps).clamp(-20, 20).exp().clamp(max=clip)
-        per_token = per_token * torch.where(mask == 0, 0.0, ratio)
-    return out.loss, (per_token * mask).sum() / mask.sum().clamp(min=1.0)

@@ -1,13 +1,22 @@
-"""TRL's `SDPOTrainer` and `DistillationTrainer` with fastsdpo's losses: the same numbers, no logits.
+"""TRL's eight distilling trainers with fastsdpo's losses: the same numbers, no logits.
 
     from fastsdpo.integrations.trl import patch_trl
     patch_trl()                                  # or: with patch_trl(): ...
 
-TRL's SDPO trainer forms the logits of student and teacher, divides both by the temperature and takes log-softmaxes
-of both. Here the loss is formed inside the student's forward pass, from hidden states and a chunk of tokens at a
-time (``source="hidden"``), or from the logits with one pass over each (``source="logits"``). ``"auto"`` takes
-hidden states where the model allows it, and otherwise warns with the reason. Generation, rewards, teachers and their
-updates, normalization and metrics remain TRL's.
+Each file below is about its trainers alone, and says what they compute, which functions are replaced, and what is
+refused:
+
+    SDPOTrainer, SDFTTrainer                                            _trl_sdpo.py
+    DistillationTrainer                                                 _trl_distillation.py
+    GKDTrainer, GOLDTrainer, IWOPDTrainer, ServerDistillationTrainer    _trl_generalized.py
+    AsyncDistillationTrainer                                            _trl_async.py
+
+This one puts the replacements in their places and takes them away. Where TRL is not the one that they were written
+for, the import raises an ImportError that names what differs.
+
+A loss is formed inside the student's forward pass, from hidden states and a chunk of tokens at a time
+(``source="hidden"``), or from logits with one pass over each (``source="logits"``). ``"auto"`` takes hidden states
+where the model allows it, and otherwise warns with the reason (`_hidden_or_logits`).
 
 The numbers are TRL's to float32 rounding, with three exceptions:
 
@@ -22,16 +31,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastsdpo.integrations import _trl_async, _trl_distillation, _trl_generalized, _trl_sdpo
 from fastsdpo.integrations._hidden_or_logits import SOURCES as SOURCES
 from fastsdpo.integrations._hidden_or_logits import Source as Source
 from fastsdpo.integrations._hidden_or_logits import check_source
-from fastsdpo.integrations._trl_async import async_trainer, replacement
 from fastsdpo.integrations._trl_distillation import chunked_divergence_loss as chunked_divergence_loss
-from fastsdpo.integrations._trl_generalized import replacements
-from fastsdpo.integrations._trl_originals import SDFTTrainer, SDPOTrainer, distillation_trainer
+from fastsdpo.integrations._trl_installed import check_arguments
 from fastsdpo.integrations._trl_sdpo import MODES as MODES
-from fastsdpo.integrations._trl_sdpo import OURS, OURS_OF_SDFT
 from fastsdpo.integrations._trl_sdpo import FastSDPOTrainer as FastSDPOTrainer
+
+_REPLACEMENTS = [
+    *_trl_sdpo.REPLACEMENTS,
+    *_trl_distillation.REPLACEMENTS,
+    *_trl_generalized.REPLACEMENTS,
+    *_trl_async.REPLACEMENTS,
+]
+check_arguments(_REPLACEMENTS)
+_MISSING = object()
+_patches: list[TRLPatch] = []
+_before: dict[tuple[Any, str], Any] = {}
 
 
 class TRLPatch:
@@ -53,12 +71,6 @@ class TRLPatch:
         self.unpatch()
 
 
-_MISSING = object()
-_patches: list[TRLPatch] = []
-_before: dict[tuple[Any, str], Any] = {}
-_wanted: dict[tuple[Any, str], Any] = {}
-
-
 def _apply() -> None:
     """Sets what the latest patch wants, or restores what was there before the first one."""
     if not _patches:
@@ -69,36 +81,24 @@ def _apply() -> None:
                 setattr(owner, name, value)
         _before.clear()
         return
-    if not _before:
-        _wanted.update(_replacements())
-    wanted = dict(_wanted)
-    for owner in {owner for owner, name in _wanted if name == "compute_loss"}:
-        wanted[owner, "fastsdpo_source"] = _patches[-1].source
+    wanted = {(owner, name): ours for owner, name, ours in _REPLACEMENTS}
+    trainers = {owner for owner, name in wanted if name == "compute_loss"}
+    wanted |= {(trainer, "fastsdpo_source"): _patches[-1].source for trainer in trainers}
     for (owner, name), value in wanted.items():
         _before.setdefault((owner, name), vars(owner).get(name, _MISSING))
         setattr(owner, name, value)
 
 
-def _replacements() -> dict[tuple[Any, str], Any]:
-    """What is set in classes and modules of TRL, as long as TRL is as it is installed."""
-    found = {(SDPOTrainer, name): value for name, value in OURS.items()}
-    found |= {(SDFTTrainer, name): value for name, value in OURS_OF_SDFT.items()}
-    found[distillation_trainer, "_chunked_divergence_loss"] = chunked_divergence_loss
-    found |= {(owner, name): value for owner, name, value in replacements()}
-    module = async_trainer()
-    found[module, "_chunked_jsd_loss"] = replacement(module)
-    return found
-
-
 def patch_trl(source: Source = "auto") -> TRLPatch:
-    """Makes every `SDPOTrainer` and `DistillationTrainer` of TRL use fastsdpo's losses.
+    """Makes every distilling trainer of TRL use fastsdpo's losses.
 
     This includes trainers that exist already and subclasses; a subclass that overrides a method which works on
     logits gets logits. As a function it lasts for the rest of the process, as a context manager for its block.
     Patches may overlap; TRL is as before when the last one is off.
 
     Args:
-        source: as in `FastSDPOTrainer`, for SDPO. The DistillationTrainer always works on hidden states.
+        source: as in `FastSDPOTrainer`, for the trainers that have a choice. `DistillationTrainer` and
+            `AsyncDistillationTrainer` always work on hidden states.
 
     Returns:
         `TRLPatch`, with ``unpatch()``.
