@@ -5,7 +5,9 @@
 
 axolotl keeps the hidden states of every layer, sends every token through the head, a chunk at a time, and forms the
 gradient of the head even where it is frozen (LoRA). Here the loss takes the place of the head in the model's own
-forward pass, and only tokens that count reach it. Settings, data, collators and callbacks are axolotl's.
+forward pass, and only tokens that count reach it. Settings, data, collators and callbacks are axolotl's: the plugin
+differs from axolotl's in its trainer class alone, and that class in ``compute_loss`` (`FastKDTrainer`), which forms
+`kd_loss`.
 
     loss = sum over tokens (kd_alpha * T^2 * KD + kd_ce_alpha * CE) / num_items_in_batch
 

@@ -3,14 +3,18 @@
     from fastsdpo.integrations.swift import patch_swift
     patch_swift()                     # in a file that `swift rlhf --external_plugins FILE` loads
 
-The loss is formed inside the student's forward pass, from hidden states of the tokens that count; ms-swift forms the
-logits of student and teacher over the completion, takes log-softmaxes of both, of their mixture, and two divergences.
-With ``sft_alpha`` the cross entropy comes from the same products of the head. Where hidden states will not do, a
-warning says why, and ``gkd_loss`` takes one pass over the logits.
+ms-swift forms the logits of student and teacher over the completion, takes log-softmaxes of both, of their mixture,
+and two divergences. Two of its functions are replaced (`SwiftPatch`):
 
-Covered: a teacher of its own, the student itself (OPSD, ``disable_adapter``), a teacher behind a server, ``beta``,
-``temperature``, ``gkd_logits_topk``, ``sft_alpha``. ``beta`` 0 is KL(teacher || student), 1 KL(student || teacher).
-Data, generation, teachers and normalization are ms-swift's.
+    GKDTrainer.compute_loss    the loss is formed inside the student's forward pass, from hidden states of the tokens
+                               that count (`_from_hidden_states`); with ``sft_alpha`` the cross entropy comes from the
+                               same products of the head. Where hidden states will not do, a warning says why
+                               (`_why_not_hidden`), and ms-swift's own runs, which calls
+    gkd_loss                   one pass over the logits
+
+Both end in `divergence`. Covered: a teacher of its own, the student itself (OPSD, ``disable_adapter``), a teacher
+behind a server, ``beta`` (0 is KL(teacher || student), 1 KL(student || teacher)), ``temperature``,
+``gkd_logits_topk``, ``sft_alpha``. Data, generation, teachers and normalization are ms-swift's.
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ the whole vocabulary or the student's most likely tokens, from hidden states of 
 With ``teacher_network=None`` the teacher is the actor, which reads ``("teacher_history", "full")``: the same
 conversation with the user's follow-up in it, whose last answer is the same. "k3" and "sampled_token" need no teacher's
 pass where the log-probs are in the data, as `RetrieveLogProb` writes them.
+
+Nothing of torchrl is replaced: `SDPODistillationLoss` is a subclass with a `forward` of its own. Both models' hidden
+states at the tokens that count are taken with hooks, and the actor's loss is formed inside its forward pass.
 """
 
 from __future__ import annotations

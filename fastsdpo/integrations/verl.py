@@ -1,21 +1,24 @@
 """Losses for verl's registry (https://github.com/verl-project/verl), with a teacher behind verl's servers.
 
-`register_distillation_loss` registers the sampled-token loss, or a divergence over the teacher's top-k and a tail.
-Where the actor is its own teacher see `verl_self_teacher`.
+`register_distillation_loss` registers one of two losses:
 
-The path of a divergence through verl, for a micro-batch of B sequences with N tokens:
+    sampled token    `sampled_token_for_verl`: verl has the log-probs of student and teacher, this is a formula over
+                     them. Nothing of verl is replaced.
+    top-k            a divergence over the K tokens that the server scores, and a class for the rest. verl's
+                     `compute_topk_loss`, which calls one fixed loss, is replaced.
+
+The path of the second through verl, for a micro-batch of B sequences with N tokens:
 
     forward pass -> logits [1, N, V] -> logits processor -> values [1, N] -> loss function -> values [B, T] -> weights
 
 The logits processor is `divergences` here, the loss function `divergence_for_verl`. The weights are known last, so
 that the gradient is formed in the backward pass (`_PerToken`).
 
-For a divergence one function of verl is replaced: `compute_topk_loss`, which calls one fixed loss.
+`verl_self_teacher`, where the actor is its own teacher, uses the functions without an underscore.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -97,19 +100,19 @@ def register_distillation_loss(
     losses.register_distillation_loss(settings)(divergence_for_verl)
     _OF_NAME[name] = Divergence("topk", alpha, add_tail=add_tail)
     theirs = losses.compute_topk_loss
-    if theirs.__name__ == _compute_topk_loss.__name__:
+    if hasattr(theirs, "of_fastsdpo"):
         return  # another loss was registered before
 
-    @functools.wraps(_compute_topk_loss)
     def compute_topk_loss(config: Any, distillation_config: Any, data: Any, student_logits: Tensor, data_format: str):
         if distillation_config.distillation_loss.loss_mode not in _OF_NAME:
             return theirs(config, distillation_config, data, student_logits, data_format)
-        return _compute_topk_loss(distillation_config.distillation_loss, data, student_logits)
+        return _of_server(distillation_config.distillation_loss, data, student_logits)
 
+    compute_topk_loss.of_fastsdpo = True  # type: ignore[attr-defined]
     losses.compute_topk_loss = compute_topk_loss
 
 
-def _compute_topk_loss(settings: Any, data: Any, student_logits: Tensor) -> dict[str, Tensor]:
+def _of_server(settings: Any, data: Any, student_logits: Tensor) -> dict[str, Tensor]:
     """The logits processor's values of a loss with the server's tokens and log-probs ``[N, K]`` as the teacher."""
     check_supervised(settings)
     rows, counts = answer_rows(data)
@@ -221,7 +224,7 @@ def sampled_token_for_verl(
     padding = import_verl("verl.workers.utils.padding", "the registered loss needs verl")
     mask = padded(data["response_mask"]).bool()
     metrics = {}
-    if "distillation_counts" in model_output:  # from `_sampled_tokens`
+    if "distillation_counts" in model_output:  # of `verl_self_teacher`
         student, teacher, counts = (
             padding.no_padding_2_padding(model_output[f"distillation_{key}"], data)
             for key in ("student", "teacher", "counts")
