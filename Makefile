@@ -7,12 +7,13 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard ker
 # Two test processes, one thread each, on the two cores that the suite is sized for.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help demo docs evidence liger-tests peers test test-python test-slow distributed fuzz soak compatibility lint types format bench compile-matrix ptx native-sanitize gpu clean
+.PHONY: help demo docs evidence liger-tests peers test test-python test-slow distributed fuzz soak compatibility lint types format bench compile-matrix ptx native-sanitize gpu trl-tests clean
 
 help:
 	@echo "make demo       real conversations -> trained SmolLM2-135M-Instruct, before and after (CPU)"
 	@echo "make evidence   does it learn, against controls, by seeds: hours; goes on where it was stopped"
 	@echo "make liger-tests   Liger-Kernel's own tests over our losses, for every backend: an hour on 2 cores"
+	@echo "make trl-tests TRL=CHECKOUT   TRL's own tests of its distilling trainers, with us and without: 10 minutes"
 	@echo "make peers      the integrations inside ms-swift, axolotl, torchrl and bitsandbytes, as installed"
 	@echo "make test       the test suite (under 15 minutes on 2 cores)"
 	@echo "make test-slow  the long tests"
@@ -113,6 +114,12 @@ build/liger/test: $(VENV)/.dev
 # ARGS="--backends native", ARGS=--record: counts to benchmarks/results/liger_cpu.json
 liger-tests: build/liger/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.integrations.liger build/liger $(ARGS)
+
+# TRL's own tests of its distilling trainers, unpatched and with patch_trl: make trl-tests TRL=../trl
+# A checkout of https://github.com/huggingface/trl at the installed version: no package of TRL has its tests.
+TRL := build/trl
+trl-tests: $(VENV)/.dev
+	$(BIN)/python -m tests.integrations.trl_tests $(TRL) $(ARGS)
 
 # Each of these packages wants other versions than the suite's: a folder each, put before the environment's own.
 # bitsandbytes comes first: the tests of the others have packed weights too.

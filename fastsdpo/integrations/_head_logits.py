@@ -130,6 +130,21 @@ class HeadLogits:
         return getattr(logits, name)(*rest[: 2 if name == "gather" else 1], **kwargs)
 
 
+def teacher_arguments(
+    head: HeadParameters, hidden: Tensor, teacher_head: HeadParameters
+) -> tuple[Tensor, dict[str, Any]]:
+    """The teacher's hidden states and head as `linear_sdpo_loss` takes them beside the student's ``head``.
+
+    The loss has one logit scale for both heads: their ratio goes into the teacher's hidden states and bias.
+    """
+    weight, bias, _, scale = teacher_head
+    ratio = scale / head.logit_scale
+    hidden, bias = hidden.detach(), None if bias is None else bias.detach()
+    if ratio != 1.0:
+        hidden, bias = hidden * ratio, None if bias is None else bias * ratio
+    return hidden, {"teacher_weight": weight.detach(), "teacher_bias": bias}
+
+
 def divergence(
     student: HeadLogits,
     teacher: HeadLogits | Tensor,
@@ -152,19 +167,14 @@ def divergence(
     given: dict[str, Any] = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
     states = None
     if isinstance(teacher, HeadLogits):
-        states, others = teacher.hidden[counts].detach(), teacher.head
-        same = (others.softcap, teacher.temperature) == (head.softcap, student.temperature)
-        if not same:
+        others = teacher.head
+        if (others.softcap, teacher.temperature) != (head.softcap, student.temperature):
             raise NotImplementedError(
                 "HeadLogits: student and teacher must have one softcap and one temperature, got "
                 f"{(head.softcap, student.temperature)} and {(others.softcap, teacher.temperature)}"
             )
-        # The loss has one scale for both heads: the ratio goes into the teacher's hidden states and bias.
-        ratio = others.logit_scale / head.logit_scale
-        bias = others.bias
-        if ratio != 1.0:
-            states, bias = states * ratio, None if bias is None else bias * ratio
-        given |= {"teacher_weight": others.weight.detach(), "teacher_bias": bias}
+        states, arguments = teacher_arguments(head, teacher.hidden[counts], others)
+        given |= arguments
     else:
         given["teacher_logits"] = teacher[counts]
     ids = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)

@@ -70,13 +70,13 @@ class FastSDPOTrainer(SDPOTrainer):
         super().__init__(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if return_outputs or not _uses_hidden_states(self, model):
+        if return_outputs or not uses_hidden_states(self, model, _why_not_hidden):
             return _THEIRS[_owner(self)]["compute_loss"](self, model, inputs, return_outputs, num_items_in_batch)
         found = _HiddenPass(self, model, inputs).run()
         loss = found.loss
         # After the forward pass: these gather metrics over the processes.
         if found.policy_logps is not None:
-            policy = _policy_loss(self, inputs, found.policy_logps, _as_given)
+            policy = _policy_loss(self, inputs, found.policy_logps)
             loss = loss + (1 - self.args.distillation_weight) * policy
         if found.distillation_mean is not None:
             _log_distillation(self, model, found.distillation_mean)
@@ -107,7 +107,8 @@ class FastSDPOTrainer(SDPOTrainer):
 
     def _compute_rollout_logps(self, prompt_ids, prompt_mask, completion_ids, completion_mask):
         generate_every = self.args.steps_per_generation * self.num_iterations
-        if self.args.gradient_accumulation_steps % generate_every == 0 or not _uses_hidden_states(self, self.model):
+        not_needed = self.args.gradient_accumulation_steps % generate_every == 0
+        if not_needed or not uses_hidden_states(self, self.model, _why_not_hidden):
             theirs: Any = _THEIRS[_owner(self)]["_compute_rollout_logps"]
             return theirs(self, prompt_ids, prompt_mask, completion_ids, completion_mask)
 
@@ -132,15 +133,13 @@ def _owner(trainer: Any) -> Any:
     return SDFTTrainer if isinstance(trainer, SDFTTrainer) else SDPOTrainer
 
 
-def _policy_loss(trainer: Any, inputs: dict[str, Any], found: Tensor, log_softmax: Callable[..., Tensor]) -> Tensor:
-    """TRL's policy loss, with its clipping and normalization, of ``log_softmax(found, completion_ids)``."""
+def _policy_loss(
+    trainer: Any, inputs: Any, logps: Tensor, log_softmax: Callable[..., Tensor] = lambda logps, ids: logps
+) -> Tensor:
+    """TRL's policy loss, with its clipping and normalization: of log-probs ``[B, T]``, or logits and their softmax."""
     theirs: Any = _THEIRS[SDPOTrainer]["_compute_policy_loss"]
     names = {**theirs.__globals__, "selective_log_softmax": log_softmax}
-    return types.FunctionType(theirs.__code__, names)(trainer, inputs, found)
-
-
-def _as_given(logps: Tensor, ids: Tensor) -> Tensor:
-    return logps
+    return types.FunctionType(theirs.__code__, names)(trainer, inputs, logps)
 
 
 def _log_distillation(trainer: Any, model: nn.Module, mean: Tensor) -> None:
@@ -165,10 +164,6 @@ def _why_not_hidden(trainer: Any, model: nn.Module) -> str | None:
     if trainer.args.distillation_mode not in MODES:
         return f"distillation_mode={trainer.args.distillation_mode!r} is not known"
     return why_not_model(trainer, model, trainer.teacher_model)
-
-
-def _uses_hidden_states(trainer: Any, model: nn.Module) -> bool:
-    return uses_hidden_states(trainer, model, _why_not_hidden)
 
 
 def _distillation(
@@ -326,7 +321,7 @@ class _HiddenPass:
         quiet._metrics = defaultdict(lambda: defaultdict(list))
         with torch.enable_grad():
             leaf = logps.clone().requires_grad_()
-            loss = _policy_loss(quiet, self.inputs, leaf, _as_given)
+            loss = _policy_loss(quiet, self.inputs, leaf)
             (grad,) = torch.autograd.grad((1 - self.weight) * loss, leaf)
         return logps, PolicyGradient(targets.to(student.device), grad.to(student.device))
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsdpo.integrations._head_logits import HeadLogits as HeadLogits
+from fastsdpo.integrations._head_logits import teacher_arguments
 from fastsdpo.integrations._hidden_or_logits import Source, check_source, uses_hidden_states, why_not_model
 from fastsdpo.integrations.transformers import gathered_head
 from fastsdpo.ops.divergence import sdpo_loss
@@ -89,10 +90,8 @@ def divergence(
         given["ce_weights"] = objective.sft_alpha * has_label / has_label.sum().clamp(min=1).to(torch.float32)
     head, hidden = student.head, None
     if isinstance(teacher, HeadLogits):
-        # The loss has one scale for both heads: the ratio goes into the teacher's hidden states and bias.
-        other, ratio = teacher.head, teacher.head.logit_scale / head.logit_scale
-        hidden = teacher.hidden.detach() * ratio
-        given |= {"teacher_weight": other.weight, "teacher_bias": None if other.bias is None else other.bias * ratio}
+        hidden, arguments = teacher_arguments(head, teacher.hidden, teacher.head)
+        given |= arguments
     given |= {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
     return linear_sdpo_loss(student.hidden, hidden, head.weight, targets, **given).loss, number
 

@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchrl.modules.llm import TransformersWrapper
 from torchrl.objectives.llm import DistillationLoss, DistillationLossOutput, k3_kl_token_estimate
 
+from fastsdpo.integrations._head_logits import teacher_arguments
 from fastsdpo.integrations.transformers import gathered_head, label_logps
 from fastsdpo.ops.linear import linear_sdpo_loss
 from fastsdpo.prefix import above_the_decoder, check_head, head_parameters, no_grad_pass, run_inside
@@ -150,16 +151,14 @@ class SDPODistillationLoss(DistillationLoss):
             values = k3_kl_token_estimate(*pair)
             return (values * self._weights(batch.counts)).sum(), values.detach()
         other = head_parameters(teacher)
-        ratio = other.logit_scale / head.logit_scale
         if other.softcap != head.softcap:
             raise NotImplementedError("SDPODistillationLoss: student and teacher must have one softcap")
         options = {**self.options, "mode": self.mode, "temperature": self.temperature}
         if states is None or self.mode == "sampled_token":
             options["teacher_logps"], states = teacher_logps, None
         else:
-            states = states * ratio
-            options["teacher_weight"] = other.weight.detach()
-            options["teacher_bias"] = None if other.bias is None else other.bias.detach() * ratio
+            states, arguments = teacher_arguments(head, states, other)
+            options |= arguments
         out = linear_sdpo_loss(
             hidden,
             states,

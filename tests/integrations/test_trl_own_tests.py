@@ -1,0 +1,23 @@
+"""A sample of TRL's own tests, with us and without (all of them: `make trl-tests TRL=CHECKOUT`)."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("trl")
+
+from tests.integrations.trl_tests import FOLDER
+
+
+def test_a_sample_of_trls_own_tests():
+    if not (FOLDER / "tests").exists():
+        pytest.skip("needs a checkout of TRL, whose packages have no tests: make trl-tests TRL=CHECKOUT")
+    command = ["-m", "tests.integrations.trl_tests", str(FOLDER), "--runs", "auto", "-k", "positional_config_argument"]
+    done = subprocess.run([sys.executable, *command], cwd=FOLDER.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    counts = re.findall(r"^(unpatched|auto): (\d+) passed, .*(\d) with fastsdpo, 0 other", done.stdout, re.MULTILINE)
+    assert counts == [("unpatched", "1", "0"), ("auto", "1", "1")]
