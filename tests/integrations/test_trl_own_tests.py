@@ -10,7 +10,18 @@ import pytest
 
 pytest.importorskip("trl")
 
-from tests.integrations.trl_tests import FOLDER
+from tests.integrations.trl_tests import FOLDER, UNPATCHED, compared
+
+
+def test_what_differs_is_counted():
+    passed, failed = {"outcome": "passed", "why": "", "ours": True}, {"outcome": "failed", "why": "no", "ours": False}
+    found = {
+        UNPATCHED: {"tests/a": passed, "tests/b": passed, "tests/c": failed},
+        "auto": {"tests/a": passed, "tests/b": failed, "tests/c": failed, "tests/d": failed},
+    }
+    row = compared(found, "auto")
+    assert row == {"passed": 1, "failed": 3, "with fastsdpo": 1, "differ": ["b", "d"], "reasons": {"failed: no": 3}}
+    assert compared(found, UNPATCHED)["differ"] == []
 
 
 def test_a_sample_of_trls_own_tests():

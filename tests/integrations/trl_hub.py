@@ -46,6 +46,9 @@ MODELS = {
         "Qwen2ForSequenceClassification", "qwen2_5", CHATML, QWEN, {"hidden_size": 16, "num_labels": 1}
     ),
     f"{ORGANIZATION}/tiny-Qwen3ForCausalLM": Model("Qwen3ForCausalLM", "qwen3", CHATML, QWEN),
+    f"{ORGANIZATION}/small-Qwen2ForCausalLM-2.5": Model(
+        "Qwen2ForCausalLM", "qwen2_5", CHATML, QWEN, {"hidden_size": 128}
+    ),
     f"{ORGANIZATION}/small-Qwen3ForCausalLM": Model("Qwen3ForCausalLM", "qwen3", CHATML, QWEN, {"hidden_size": 128}),
     f"{ORGANIZATION}/tiny-LlamaForCausalLM-3.2": Model("LlamaForCausalLM", "llama3_2", LLAMA, META),
     f"{ORGANIZATION}/tiny-RemoteForCausalLM": Model("LlamaForCausalLM", "llama3_2", LLAMA, META),

