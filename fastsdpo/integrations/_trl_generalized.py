@@ -52,9 +52,8 @@ def _compute_loss(owner: Any, theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _why_not_hidden(owner: Any, trainer: Any, model: nn.Module) -> str | None:
-    known = {name: (value,) for name, value in vars(owner).items() if name.startswith(_OF_LOGITS)}
-    for name, values in known.items():
-        if inspect.getattr_static(type(trainer), name) not in values:
+    for name, known in vars(owner).items():
+        if name.startswith(_OF_LOGITS) and inspect.getattr_static(type(trainer), name) is not known:
             return f"{type(trainer).__name__} has its own {name}, which works on logits"
     if getattr(trainer, "use_uld_loss", False):
         return "use_uld_loss=True compares sorted probabilities of the whole vocabulary"
