@@ -35,7 +35,7 @@ KNOWN = {
     "equal models, 0 up to rounding of either sign, must not be below 0",
 }
 FOLDER = harness.ROOT / "build/trl"
-RESULTS = harness.RESULTS / "trl_tests_cpu.json"
+RESULTS = harness.RESULTS / "tests_of_trl_cpu.json"
 
 
 def all_runs(checkout: Path, runs: list[str], rest: list[str]) -> dict[str, Any]:
