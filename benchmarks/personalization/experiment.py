@@ -88,6 +88,12 @@ CONDITIONS: dict[str, Condition] = {
     "list, control": Condition("its control: unrelated remarks", wish="list", user="unrelated"),
     "yes or no": Condition("begin with Yes or No", wish="yes or no"),
     "yes or no, 18 rounds": Condition("the same, 18 rounds", wish="yes or no", longer=3),
+    "yes or no, stopped": Condition(
+        "the same, ended when a tenth of a round's answers is degenerate",
+        wish="yes or no",
+        recipe={**PERSONAL, "stop_when_degenerate": 0.1},
+        longer=3,
+    ),
     "flip": Condition("one short sentence, then the opposite", then="long"),
     "sequence": Condition("a numbered list, then one short sentence", wish="list", then="short"),
     "kind": Condition("steps where asked how, else one short sentence", wish="kind"),
