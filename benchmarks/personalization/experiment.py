@@ -91,7 +91,7 @@ CONDITIONS: dict[str, Condition] = {
     "yes or no, stopped": Condition(
         "the same, ended when a tenth of a round's answers is degenerate",
         wish="yes or no",
-        recipe={**PERSONAL, "stop_when_degenerate": 0.1},
+        recipe={**PERSONAL, "stop_when_degenerate": 0.1, "degenerate_window": STEP},
         longer=3,
     ),
     "flip": Condition("one short sentence, then the opposite", then="long"),
