@@ -11,12 +11,10 @@ and all processes end, or fail, at the same step.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +35,6 @@ logger = logging.getLogger("fastsdpo.trainer")
 STANDARD_INPUT = "-"
 SHUFFLE_BUFFER = 1000  # interactions
 KEPT_MESSAGES = 100  # about interactions that were left out
-POSITION_FILE = "stream.json"  # in a checkpoint
 
 # Settings that are about data which lies there; their defaults, and how `SDPOConfig` says that one was given.
 ONLY_WITHOUT = {
@@ -82,7 +79,8 @@ class InteractionStream:
         left_out: how many could not.
         interactions: how many were trained on.
         idle: one that was trained on, for processes that have none.
-        start: where the next training begins; resumed: as a checkpoint says.
+        by_conversation: a conversation's interactions stay together; set by the trainer.
+        start: where training begins; resumed: as a checkpoint says.
     """
 
     def __init__(self, source: Any):
@@ -91,6 +89,7 @@ class InteractionStream:
         self.dropped: list[str] = []
         self.left_out = self.interactions = 0
         self.idle = TokenizedInteraction([0], [0], [0])
+        self.by_conversation = True
         self.start, self.resumed = Position(), False
         self.positions: dict[int, Position] = {}  # at the start of steps: of the last one, and of the next
         self._waiting: Iterator[Item] | None = None
@@ -131,13 +130,13 @@ class InteractionStream:
         known = [file for file in files if isinstance(file, Path) and file.is_file()]
         return 1 if files and len(known) == len(files) and size_of(known) < LARGE else most_workers()
 
-    def steps(self, size: int, by_conversation: bool, start: Position) -> Iterator[tuple[Columns, Position]]:
+    def steps(self, size: int) -> Iterator[tuple[Columns, Position]]:
         """The interactions of each step, ``size`` of them but for the last, and the position behind them."""
         items, self._waiting = self._items() if self._waiting is None else self._waiting, None
-        drawn = shuffled(items, self.buffer, by_conversation, self.seed)
-        rest = itertools.islice(drawn, start.read, None)
-        reading, step, at = self.reading, Columns(), start
-        self.left_out = start.left_out
+        drawn = shuffled(items, self.buffer, self.by_conversation, self.seed)
+        rest = itertools.islice(drawn, self.start.read, None)
+        reading, step, at = self.reading, Columns(), self.start
+        self.left_out = at.left_out
         how = Tokenization(reading.tokenizer, reading.template, reading.options)
         for chunk in tokenize_chunks(rest, how, self._workers()):
             self._note(chunk.dropped)
@@ -161,40 +160,27 @@ class InteractionStream:
 
     # ------------------------------------------------------------------------------- checkpoints
 
-    def _decides(self, by_conversation: bool) -> dict[str, Any]:
+    def _decides(self) -> dict[str, Any]:
         """What decides the order, by the names of settings."""
-        return {"data_seed": self.seed, "shuffle_buffer": self.buffer, "group_by_conversation": by_conversation}
+        grouped = self.by_conversation
+        return {"data_seed": self.seed, "shuffle_buffer": self.buffer, "group_by_conversation": grouped}
 
-    def save(self, checkpoint: str | os.PathLike, step: int, by_conversation: bool) -> None:
-        """Writes where the stream is at the start of a step into a checkpoint."""
-        kept = {**asdict(self.positions[step]), **self._decides(by_conversation)}
-        Path(checkpoint, POSITION_FILE).write_text(json.dumps(kept) + "\n")
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the stream is at the start of a step, as JSON."""
+        return {**asdict(self.positions[step]), **self._decides()}
 
-    def load(self, checkpoint: str | os.PathLike, by_conversation: bool) -> None:
-        """Takes the position of a checkpoint, at which training begins.
+    def begin(self, state: dict[str, Any] | None) -> None:
+        """Training begins where `state` was taken; None: at the beginning.
 
         Raises:
-            ValueError: it was written without a stream, or the order would be another one.
+            ValueError: the order would be another one.
         """
-        try:
-            kept = json.loads(Path(checkpoint, POSITION_FILE).read_text("utf-8"))
-        except FileNotFoundError:
-            raise ValueError(
-                f"SDPOTrainer: checkpoint {checkpoint} is not of a run with a stream: go on with the data as it was "
-                "(without --stream)"
-            ) from None
-        for name, value in self._decides(by_conversation).items():
-            if kept.pop(name) != value:
-                raise ValueError(f"SDPOTrainer: {name} must be that of checkpoint {checkpoint}, got {value}")
-        self.start, self.resumed = Position(**kept), True
-
-
-def check_no_stream(checkpoint: str | os.PathLike) -> None:
-    """Raises ValueError where a checkpoint was written by a run with a stream, whose order another run has not."""
-    if Path(checkpoint, POSITION_FILE).exists():
-        raise ValueError(
-            f"SDPOTrainer: checkpoint {checkpoint} is of a run with a stream: go on with one (--stream), as it was"
-        )
+        self.start, self.resumed = Position(), state is not None
+        if state is not None:
+            for name, value in self._decides().items():
+                if state[name] != value:
+                    raise ValueError(f"SDPOTrainer: {name} must be that of the checkpoint, {state[name]}, got {value}")
+            self.start = Position(**{item.name: state[item.name] for item in fields(Position)})
 
 
 def _check(args: SDPOConfig, name: str) -> None:
@@ -269,7 +255,6 @@ class StreamSteps(IterableDataset):
     Args:
         stream: opened.
         share: how a step is shared out.
-        by_conversation: a conversation's interactions stay together.
         sharing: the level, for costs.
         begun: called when training begins: the optimizer steps that were taken before, and how many of them
             transformers will pass over; empty micro-batches are given for these.
@@ -281,12 +266,11 @@ class StreamSteps(IterableDataset):
         stream: InteractionStream,
         share: StepShare,
         *,
-        by_conversation: bool,
         sharing: str,
         begun: Callable[[], tuple[int, int]],
         check: Callable[[InteractionDataset], None],
     ):
-        self.stream, self.share, self.by_conversation, self.sharing = stream, share, by_conversation, sharing
+        self.stream, self.share, self.sharing = stream, share, sharing
         self.begun, self.check = begun, check
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -298,7 +282,7 @@ class StreamSteps(IterableDataset):
             yield {"interactions": []}
         first = share.index == 0
         size = share.each * share.processes * share.accumulated
-        steps = stream.steps(size, self.by_conversation, position) if first else None
+        steps = stream.steps(size) if first else None
         while found := first_alone(lambda: next(steps, None) if steps is not None else None, first):
             interactions, after = InteractionDataset(found[0]), found[1]
             self.check(interactions)
@@ -318,7 +302,7 @@ class StreamSteps(IterableDataset):
         share = self.share
         order = list(
             GroupSampler(
-                interactions.groups(self.by_conversation),
+                interactions.groups(self.stream.by_conversation),
                 each=share.each,
                 processes=share.processes,
                 accumulated=share.accumulated,

@@ -27,7 +27,7 @@ from fastsdpo.trainer.measures_sample import MeasuredInteraction, sample_measure
 from fastsdpo.trainer.metrics import SignalMetrics
 from fastsdpo.trainer.packs import GroupSampler
 from fastsdpo.trainer.step_trainer import StepTrainer
-from fastsdpo.trainer.stream import InteractionStream, Position, StepShare, StreamSteps, check_no_stream
+from fastsdpo.trainer.stream import InteractionStream, StepShare, StreamSteps
 from fastsdpo.trainer.teacher_check import TeacherCheck, teacher_check
 
 logger = logging.getLogger("fastsdpo.trainer")
@@ -82,6 +82,8 @@ class SDPOTrainer(StepTrainer):
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, optimizers
         )
+        if self.stream is not None:
+            self.stream.by_conversation = self.by_conversation
 
     def make_dataset(self, source: Any, name: str) -> Any:
         if source is None:
@@ -132,18 +134,11 @@ class SDPOTrainer(StepTrainer):
 
     # ------------------------------------------------------------------------------- a stream
 
-    @property
-    def stream(self) -> InteractionStream | None:
-        """What is trained on, where it is a stream."""
-        return self.train_dataset if isinstance(self.train_dataset, InteractionStream) else None
-
     def get_train_dataloader(self) -> Any:
         """Of a stream a loader that accelerate does not divide: each process's micro-batches are its own already."""
         stream, args = self.stream, self.args
         if stream is None:
             return super().get_train_dataloader()
-
-        stream.start, stream.resumed = Position(), False
 
         def begun() -> tuple[int, int]:
             step = self.state.global_step
@@ -156,8 +151,7 @@ class SDPOTrainer(StepTrainer):
         share = StepShare(
             self._train_batch_size, args.world_size, args.gradient_accumulation_steps, args.process_index
         )
-        by_conversation, sharing = self.by_conversation, self.sharing
-        steps = StreamSteps(stream, share, by_conversation=by_conversation, sharing=sharing, begun=begun, check=check)
+        steps = StreamSteps(stream, share, sharing=self.sharing, begun=begun, check=check)
         return DataLoader(steps, batch_size=None, collate_fn=lambda batch: batch)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
@@ -183,19 +177,6 @@ class SDPOTrainer(StepTrainer):
                 stream.interactions,
                 stream.left_out,
             )
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.stream is not None and self.args.should_save:
-            self.stream.save(output_dir, self.state.global_step, self.by_conversation)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and not self.args.ignore_data_skip:
-            if self.stream is None:
-                check_no_stream(checkpoint)
-            else:
-                self.stream.load(checkpoint, self.by_conversation)
 
     # ------------------------------------------------------------------------------- evaluation
 

@@ -59,10 +59,10 @@ def opened(lab, folder, source, **settings):
     return stream
 
 
-def steps_of(stream, *, size=4, by_conversation=True, start=None):
+def steps_of(stream, size, start=None):
     """The ids of each step, and the position behind it."""
-    steps = stream.steps(size, by_conversation, start or Position())
-    return [(InteractionDataset(columns).ids, position) for columns, position in steps]
+    stream.start = start or Position()
+    return [(InteractionDataset(columns).ids, position) for columns, position in stream.steps(size)]
 
 
 def losses(trainer):
@@ -75,7 +75,7 @@ def test_what_is_trained_on_is_that_of_data_which_lies_there(tmp_path, lab):
     options = {"max_prompt_length": 12, "max_completion_length": 4}
     whole = InteractionDataset.from_source(items, lab.make_tokenizer(), lab.TEMPLATE, **options)
     stream = opened(lab, tmp_path, Rows(items), shuffle_buffer=50, **options)
-    found = [InteractionDataset(columns) for columns, _ in stream.steps(7, True, Position())]
+    found = [InteractionDataset(columns) for columns, _ in stream.steps(7)]
     assert [len(step) for step in found] == [7] * 25 + [5]
     rows = [(item, keys) for step in found for item, keys in zip(map(step.__getitem__, range(len(step))), step.keys)]
 
@@ -122,9 +122,9 @@ def test_processes_share_a_step_out_as_they_do_with_data_that_lies_there(tmp_pat
 
     def shares(processes, each, accumulated, index):
         stream = opened(lab, tmp_path, Rows(items))
-        options = {"by_conversation": True, "sharing": "conversation", "begun": lambda: (0, 0), "check": print}
+        options = {"sharing": "conversation", "begun": lambda: (0, 0), "check": print}
         steps = StreamSteps(stream, StepShare(each, processes, accumulated, index), **options)
-        parts = [InteractionDataset(columns) for columns, _ in stream.steps(8, True, Position())]
+        parts = [InteractionDataset(columns) for columns, _ in stream.steps(8)]
         return [list(steps.micro_batches(part)) for part in parts]
 
     one = shares(1, 4, 2, 0)
@@ -150,7 +150,7 @@ def test_memory_does_not_grow(tmp_path, lab, monkeypatch):
     """Python's own after 100 steps and after 300; the tokenizer's cache, which has a limit, is full before."""
     monkeypatch.setattr(encoding, "KEPT_CHARACTERS", 10_000)
     stream = opened(lab, tmp_path, Rows(itertools.cycle(lab.make_interactions(100))), shuffle_buffer=100)
-    steps = stream.steps(8, True, Position())
+    steps = stream.steps(8)
     tracemalloc.start()
     try:
         for _ in itertools.islice(steps, 100):
@@ -215,7 +215,7 @@ def test_resumed_equals_uninterrupted(tmp_path, lab, stop_at):
     assert resumed.state.global_step == 5
 
     other = lab.make_trainer(tmp_path / "part", interactions=Rows(items), **{**settings, "shuffle_buffer": 9})
-    with pytest.raises(ValueError, match=rf"shuffle_buffer must be that of checkpoint {checkpoint}, got 9"):
+    with pytest.raises(ValueError, match="shuffle_buffer must be that of the checkpoint, 8, got 9"):
         other.train(resume_from_checkpoint=checkpoint)
     lying = lab.make_trainer(tmp_path / "part", interactions=items, **{**settings, "shuffle_buffer": None})
     with pytest.raises(ValueError, match=r"is of a run with a stream: go on with one \(--stream\)"):
@@ -237,7 +237,7 @@ def test_a_stream_that_ends_early(tmp_path, lab, caplog):
     with caplog.at_level(logging.WARNING, "fastsdpo"):
         trainer.train()
     assert trainer.state.global_step == 3 and [row["step"] for row in trainer.state.log_history[:2]] == [1, 3]
-    assert (tmp_path / "checkpoint-3" / "stream.json").exists()
+    assert json.loads((tmp_path / "checkpoint-3" / "data.json").read_text())["stream"]["trained"] == 18
     assert "train_dataset ended after step 3 of 9 (18 interactions, 0 left out): training stops there" in caplog.text
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 3
@@ -253,7 +253,7 @@ def test_a_step_that_fails_is_taken_again(tmp_path, lab):
     assert list(want) == [3, 4] and (want[3].trained, want[4].trained) == (12, 16)
     trainer.state.global_step = 3
     trainer.save_state_to(str(tmp_path / "before"))
-    assert json.loads((tmp_path / "before" / "stream.json").read_text())["trained"] == 12
+    assert json.loads((tmp_path / "before" / "data.json").read_text())["stream"]["trained"] == 12
 
 
 def test_leaks_are_found_as_they_come(tmp_path, lab, caplog):
