@@ -176,6 +176,12 @@ class SDPOSettings:
         group="data",
         metavar="FOLDER",
     )
+    shuffle_buffer: int | None = setting(
+        None,
+        "With a stream: how many interactions are held, to draw the next from. 1: the order of the data. None: 1000.",
+        group="data",
+        metavar="N",
+    )
     tokenizer_workers: int | None = setting(
         None,
         "How many processes tokenize a data file. None: one for each core, at most 8; one below 32 MB.",

@@ -25,6 +25,7 @@ ELSEWHERE = {
     "--model-name-or-path": "--model",
     "--base-model": "--model",
     "--dataset": "DATA",
+    "--streaming": "--stream",
     "--dataset-name": "DATA",
     "--train-file": "DATA",
     "--validation-file": "--eval-data",

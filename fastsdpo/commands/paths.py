@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from fastsdpo.data import HindsightTemplate, load_interactions
@@ -15,14 +16,24 @@ def check_folder(folder: str, allowed: bool) -> None:
         raise ValueError(f"{folder} holds a run; pass --resume to go on with it, or --overwrite")
 
 
-def check_data(*files: str | None) -> None:
-    """Reads the first interaction of each file.
+def check_data(data: str | list[str], held_out: str | None, *, stream: bool = False) -> None:
+    """Reads the first interaction of each source, but of what can be read once only.
+
+    Args:
+        stream: the first process alone reads ``data``, which may be ``-``.
 
     Raises:
         OSError, TypeError, ValueError: there is none, with file and line.
     """
-    for file in files:
-        if file is not None and not Path(file).is_fifo():  # that can be read once only
+    files = data if isinstance(data, list) else [data]
+    if not stream and "-" in files:
+        raise ValueError("- (standard input) needs --stream")
+    if stream and "-" in files and len(files) > 1:
+        raise ValueError("- (standard input) must be given alone")
+    if stream and int(os.environ.get("RANK", 0)):
+        files = []
+    for file in [*files, *([] if held_out is None else [held_out])]:
+        if file != "-" and not Path(file).is_fifo():
             next(load_interactions(file), None)
 
 
@@ -33,9 +44,11 @@ def check_template(options: argparse.Namespace) -> None:
 
 
 def held_out(options: argparse.Namespace) -> str | None:
-    """The held-out file: as given, or where `fastsdpo prepare --eval-fraction` puts it."""
+    """The held-out file: as given, or where `fastsdpo prepare --eval-fraction` puts it beside one file."""
     if options.eval_data is not None:
         return options.eval_data
+    if isinstance(options.data, list):
+        return None
     data = Path(options.data)
     beside = data.with_name(f"{data.stem}.eval{data.suffix}")
     return str(beside) if beside.is_file() else None

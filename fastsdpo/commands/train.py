@@ -24,6 +24,11 @@ sample, which is left out with --card, --processes or --strategy (a forecast for
     fastsdpo train interactions.jsonl --model Qwen/Qwen3-8B --dry-run \
         --processes 8 --strategy fsdp --card 80GB
 
+--stream reads DATA while training, and no more of it than --max-steps need. DATA may then be - (standard input); it is
+gone through once, and training stops where it ends:
+
+    zcat logs.jsonl.gz | fastsdpo train - --stream --max-steps 2000 --model MODEL -o runs/stream
+
 With --resume the same command, given again and again, goes on from the newest whole checkpoint (or
 begins, where there is none) and comes to the same result as a run that nothing stopped.
 
@@ -63,6 +68,9 @@ HELD_OUT = (
     "per_device_eval_batch_size",
 )
 
+# What passes over all data, or is about tokens that are there before training.
+NOT_STREAMED = ("dry-run", "token-cache", "dataloader_num_workers")
+
 
 def build_parser() -> Parser:
     parser = Parser(
@@ -72,7 +80,7 @@ def build_parser() -> Parser:
         argument_default=argparse.SUPPRESS,  # what is not given stays the preset's
     )
     group = parser.add_argument_group("run")
-    group.add_argument("data", metavar="DATA", help="Interactions, as `fastsdpo prepare` writes them.")
+    add_data_options(group)
     group.add_argument(
         "-o",
         "--output",
@@ -121,6 +129,23 @@ def build_parser() -> Parser:
     return parser
 
 
+def add_data_options(group: argparse._ArgumentGroup) -> None:
+    """What is trained on, and how it is read."""
+    group.add_argument(
+        "data",
+        metavar="DATA",
+        nargs="+",
+        help="Interactions, as `fastsdpo prepare` writes them: files, folders, or a Hugging Face dataset.",
+    )
+    group.add_argument(
+        "--stream",
+        action="store_true",
+        default=False,
+        help="Read DATA while training, and no more of it than --max-steps need; - is standard input. Memory does not "
+        "grow with it.",
+    )
+
+
 def add_forecast_options(group: argparse._ArgumentGroup) -> None:
     """The machine that a dry run forecasts."""
     group.add_argument(
@@ -146,6 +171,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; see the module for the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
+    if isinstance(options.data, list) and len(options.data) == 1:
+        options.data = options.data[0]
     if options.output is None:
         if not options.dry_run:
             parser.error("missing: -o/--output")
@@ -156,8 +183,14 @@ def main(argv: list[str] | None = None) -> int:
 def start(options: argparse.Namespace) -> int:
     """What needs no torch is checked first: it takes seconds to import."""
     check_folder(options.output, options.resume or options.overwrite or options.dry_run)
+    if options.stream:
+        refuse(
+            options, NOT_STREAMED, "goes without --stream: it is about data that is passed over before the first step"
+        )
+    else:
+        refuse(options, ("shuffle-buffer",), "needs --stream")
     eval_data = held_out(options)
-    check_data(options.data, eval_data)
+    check_data(options.data, eval_data, stream=options.stream)
     if eval_data is None:
         refuse(options, HELD_OUT, "needs held-out interactions (--eval-data)")
     if options.quiet:

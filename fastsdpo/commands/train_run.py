@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastsdpo.commands import run
 from fastsdpo.commands.forecast import (
@@ -26,10 +26,12 @@ from fastsdpo.ops.backend import describe_backend
 from fastsdpo.prefix import whole_shapes
 from fastsdpo.trainer.callbacks import StopOnSignal, clock
 from fastsdpo.trainer.config import SDPOConfig
+from fastsdpo.trainer.data import SAMPLE_SIZE, InteractionDataset
 from fastsdpo.trainer.measures_verdict import changes, table, verdict
 from fastsdpo.trainer.memory import card_of, memory_lines
 from fastsdpo.trainer.pack_table import PackTable
-from fastsdpo.trainer.report import dry_run_report, plot_history, write_report
+from fastsdpo.trainer.report import dry_run_report, plot_history, stream_text, write_report
+from fastsdpo.trainer.stream import InteractionStream
 
 if TYPE_CHECKING:
     from fastsdpo.trainer import SDPOTrainer
@@ -44,6 +46,10 @@ def train(options: argparse.Namespace) -> int:
     check_options(options)
     rule = None if options.measure_rule is None else parse_rule(options.measure_rule)
     config = read_forecast_config(options)
+    if options.stream and config.max_steps <= 0:
+        raise ValueError("--stream needs --max-steps: how long its data is, is not known")
+    if options.stream and options.show > SAMPLE_SIZE:
+        raise ValueError(f"--show must be at most {SAMPLE_SIZE} with --stream, got {options.show}")
     run.check_push(options)
     show = run.shows(options, config)
     say = run.printer(show)
@@ -56,9 +62,12 @@ def train(options: argparse.Namespace) -> int:
     trainer = make_trainer(options, config, stop, show)
     say(run.describe_model(trainer, options.model))
     if options.show > 0 and trainer.tokenize is not None:
-        say(show_interactions(trainer.tokenize, load_interactions(options.data), options.show))
+        shown = load_interactions(options.data) if trainer.stream is None else trainer.stream.sample
+        say(show_interactions(trainer.tokenize, shown, options.show))
     sets = trainer.train_dataset, trainer.eval_dataset
-    if show or options.dry_run:
+    if trainer.stream is not None:
+        say(stream_text(config, trainer.stream))
+    elif show or options.dry_run:
         packs = PackTable(trainer.model, config, trainer.train_dataset, trainer.sharing)
         say(dry_run_report(whole_shapes(trainer.model), config, *sets, packs, config.world_size))
     if options.dry_run:
@@ -120,7 +129,7 @@ def make_trainer(options: argparse.Namespace, config: SDPOConfig, stop: StopOnSi
     trainer = SDPOTrainer(
         model=model,
         args=config,
-        train_dataset=options.data,
+        train_dataset=InteractionStream(options.data) if options.stream else options.data,
         eval_dataset=held_out(options),
         processing_class=tokenizer,
         peft_config=adapter,
@@ -128,6 +137,13 @@ def make_trainer(options: argparse.Namespace, config: SDPOConfig, stop: StopOnSi
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def counts_of(data: InteractionDataset | InteractionStream) -> dict[str, Any]:
+    """What ``report.json`` says of the training data; of a stream, of what was read of it."""
+    if isinstance(data, InteractionDataset):
+        return {"interactions": len(data), "left_out": data.dropped}
+    return {"interactions": data.interactions, "left_out": data.dropped, "left_out_of_stream": data.left_out}
 
 
 def report(
@@ -149,8 +165,7 @@ def report(
             {
                 "model": options.model,
                 "data": options.data,
-                "interactions": len(trainer.train_dataset),
-                "left_out": trainer.train_dataset.dropped,
+                **counts_of(trainer.train_dataset),
                 "sharing": trainer.sharing,
                 **run.report_of(trainer, training, after),
                 "measures": {name: {**row._asdict(), "interval": str(row)} for name, row in found.items()},

@@ -75,6 +75,18 @@ class Columns:
         self.ids += other.ids
         self.conversation_ids += other.conversation_ids
 
+    def part(self, start: int, stop: int) -> Columns:
+        """The interactions from one place up to another, as columns of their own."""
+        found = Columns()
+        ends, histories = self.ends[4 * start : 4 * stop + 1], self.history_ends[start : stop + 1]
+        found.tokens, found.keys = self.tokens[ends[0] : ends[-1]], self.keys[start:stop]
+        found.history_keys = self.history_keys[histories[0] : histories[-1]]
+        found.message_keys = self.message_keys[histories[0] : histories[-1]]
+        found.ends = array("q", [place - ends[0] for place in ends])
+        found.history_ends = array("q", [place - histories[0] for place in histories])
+        found.ids, found.conversation_ids = self.ids[start:stop], self.conversation_ids[start:stop]
+        return found
+
 
 def _moved(columns: Columns, name: str, before: dict[str, int]) -> array:
     """A column as it goes on after others: places are moved by what was `before`, the first 0 goes."""

@@ -158,15 +158,19 @@ class _Text:
         """The pieces of all that is not used up, as they are in the file. The text is then at its end."""
         yield self.rest_of_buffer()
         for chunk in self._chunks:
-            self._progress(self._file.tell())
+            self._tell()
             yield chunk
+
+    def _tell(self) -> None:
+        if self._file.seekable():  # a pipe has no place
+            self._progress(self._file.tell())
 
     def fill(self) -> bool:
         """Reads the next piece; False at the end of the file."""
         chunk = next(self._chunks, b"")
         self.buffer = self.buffer[self.start :] + self._decoder.decode(chunk, not chunk)
         self.start = 0
-        self._progress(self._file.tell())
+        self._tell()
         return bool(chunk)
 
     def read_to(self, size: int) -> None:

@@ -126,7 +126,7 @@ _PEEK_BYTES = 1 << 18
 
 def is_vllm_log(path: Path) -> bool:
     """Whether a file of text is a log in which vLLM wrote requests."""
-    if path.suffix not in (".log", ".txt", ""):
+    if path.suffix not in (".log", ".txt", "") or not path.is_file():  # of a pipe, what is read is gone
         return False
     with open(path, "rb") as file:
         return _REQUEST.search(file.read(_PEEK_BYTES).decode(errors="replace")) is not None

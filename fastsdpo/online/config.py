@@ -48,6 +48,9 @@ class OnlineSDPOConfig(OnlineSDPOSettings, SDPOConfig):
         share = self.stop_when_degenerate
         self._check(share is None or 0 < share <= 1, "stop_when_degenerate", "be in (0, 1] or None")
         self._check(0 <= self.min_entropy_share < 1, "min_entropy_share", "be in [0, 1)")
+        self._check(
+            self.shuffle_buffer is None, "shuffle_buffer", "be None: prompts are read whole and shuffled whole"
+        )
         self.teacher_check = self.measure_interactions = self.measure_answers = 0
         super().__post_init__()
 

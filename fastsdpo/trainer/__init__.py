@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from fastsdpo.trainer.config import SDPOConfig as SDPOConfig
     from fastsdpo.trainer.data import InteractionDataset as InteractionDataset
     from fastsdpo.trainer.finite import NonFiniteError as NonFiniteError
+    from fastsdpo.trainer.stream import InteractionStream as InteractionStream
     from fastsdpo.trainer.teacher_check import TeacherCheck as TeacherCheck
     from fastsdpo.trainer.trainer import SDPOTrainer as SDPOTrainer
 
 _MODULE_OF = {
     "InteractionDataset": "data",
+    "InteractionStream": "stream",
     "NonFiniteError": "finite",
     "SDPOConfig": "config",
     "SDPOTrainer": "trainer",

@@ -12,6 +12,7 @@ from fastsdpo.prefix import whole_size
 from fastsdpo.settings import SDPOSettings
 from fastsdpo.trainer.adapters import is_peft
 from fastsdpo.trainer.data import InteractionDataset
+from fastsdpo.trainer.stream import InteractionStream
 
 if TYPE_CHECKING:
     from fastsdpo.trainer.checkpoints import CheckpointTrainer
@@ -90,6 +91,10 @@ def _data(trainer: CheckpointTrainer) -> dict[str, str]:
             rows[what] = f"{len(data):,} interactions of {conversations:,} conversations"
             if data.dropped:
                 rows[what] += f"; {len(data.dropped):,} left out (too long, or not to be tokenized)"
+        elif isinstance(data, InteractionStream):
+            rows[what] = f"{data.interactions:,} interactions, read as a stream"
+            if data.left_out:
+                rows[what] += f"; {data.left_out:,} left out (too long, or not to be tokenized)"
         elif data is not None and not isinstance(data, dict):
             rows[what] = f"{len(data):,} prompts"
     learned = getattr(trainer, "interactions", None)

@@ -32,7 +32,9 @@ from fastsdpo.trainer.callbacks import WrittenCheckpoint
 from fastsdpo.trainer.card import write_card
 from fastsdpo.trainer.checksums import BLOCK, Recorder, damage_of, write_checksums
 from fastsdpo.trainer.optim import ADAMW
+from fastsdpo.trainer.place import read_place, write_place
 from fastsdpo.trainer.processes import agreed, gather_list
+from fastsdpo.trainer.stream import InteractionStream
 from fastsdpo.trainer.teacher_weights import TeacherWeights
 
 logger = logging.getLogger("fastsdpo.trainer")
@@ -169,7 +171,8 @@ class CheckpointTrainer(Trainer):
         _save_checkpoint    writes aside, sums up, renames; deletes older ones afterwards
         _save               a model card; no pickle; files that others may read
         save_model          the whole weights, however they are sharded
-        _save_optimizer_and_scheduler, _load_optimizer_and_scheduler    the teacher's weights as well
+        _save_optimizer_and_scheduler, _load_optimizer_and_scheduler    the teacher's weights as well; the place in
+                            the data, which `train` looks at first
     """
 
     _writing_checkpoint = False
@@ -181,10 +184,25 @@ class CheckpointTrainer(Trainer):
         if self.args.async_checkpoints:
             self.add_callback(WrittenCheckpoint(self.finish_checkpoint))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        place = None
+        if resume_from_checkpoint and resume_from_checkpoint is not True and not self.args.ignore_data_skip:
+            place = read_place(resume_from_checkpoint, self.step_size, stream=self.stream is not None)
+        if self.stream is not None:
+            self.stream.begin(place)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.finish_checkpoint()
         return output
+
+    @property
+    def step_size(self) -> int:
+        """What an optimizer step takes of the data, over all processes."""
+        return self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+
+    @property
+    def stream(self) -> InteractionStream | None:
+        """What is trained on, where it is a stream."""
+        return self.train_dataset if isinstance(self.train_dataset, InteractionStream) else None
 
     def teacher_copies(self) -> dict[str, TeacherWeights]:
         """By name, the weights beside the model's that a checkpoint holds; for subclasses."""
@@ -194,6 +212,9 @@ class CheckpointTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         for name, weights in self.teacher_copies().items():
             weights.save(os.path.join(output_dir, TEACHER_FILE.format(name)), write=self.args.should_save)
+        if self.args.should_save:
+            stream = None if self.stream is None else self.stream.state(self.state.global_step)
+            write_place(output_dir, self.step_size, stream)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -91,6 +91,7 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         self._bf16_given = self.bf16 is not None
         if self.bf16 is None:
             self.bf16 = default_bf16(self.dtype, self.fp16, gpu_has_bf16(self.use_cpu))
+        self._workers_given = self.dataloader_num_workers is not None
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 2 if gpu_is_there(self.use_cpu) else 0
         # Before the processes have met, since plugins read the batch sizes in super().__post_init__;
@@ -155,7 +156,7 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         check(self.measure_tokens >= 1, "measure_tokens", "be at least 1")
         check(self.ulysses >= 1, "ulysses", "be at least 1")
         lengths = ("max_prompt_length", "max_completion_length", "max_followup_length")
-        for name in (*lengths, "max_tokens_per_pack", "chunk_size", "tokenizer_workers"):
+        for name in (*lengths, "max_tokens_per_pack", "chunk_size", "tokenizer_workers", "shuffle_buffer"):
             value = getattr(self, name)
             check(value is None or value >= 1, name, "be at least 1 or None")
 

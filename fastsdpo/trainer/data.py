@@ -9,6 +9,7 @@ import os
 import random
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, overload
@@ -82,7 +83,7 @@ class InteractionDataset(Dataset):
         """Tokenizes what comes as text; drops, counts and reports what cannot be tokenized.
 
         Args:
-            source: a path (or several) that `load_interactions` reads, or any iterable of
+            source: a path (or a list of them) that `load_interactions` reads, or any iterable of
                 `Interaction`, `TokenizedInteraction`, or rows as `fastsdpo prepare` writes them
                 (a `datasets.Dataset` is one).
             tokenizer, template, options: of `InteractionTokenizer`.
@@ -101,8 +102,8 @@ class InteractionDataset(Dataset):
             if neutral and not source.has_neutral_prompts():
                 raise ValueError(f"SDPOTrainer: {name} came as tokens, {NO_NEUTRAL}")
             return source
-        reading = _Reading(tokenizer, template, name, options, progress)
-        if isinstance(source, (str, os.PathLike)):
+        reading = Reading(tokenizer, template, name, options, progress)
+        if is_path(source):
             dataset = cls._of_files(source, reading, cache, workers)
         elif not isinstance(source, Iterable) or isinstance(source, Mapping):
             raise TypeError(
@@ -127,11 +128,10 @@ class InteractionDataset(Dataset):
         return dataset
 
     @classmethod
-    def _of_files(
-        cls, source: str | os.PathLike, reading: _Reading, cache: str | None, workers: int | None
-    ) -> InteractionDataset:
-        files = [item for item in expand_source(source) if isinstance(item, Path) and item.is_file()]
-        whole = len(files) == len(expand_source(source))  # not a dataset from elsewhere
+    def _of_files(cls, source: Any, reading: Reading, cache: str | None, workers: int | None) -> InteractionDataset:
+        items = expand_source(source)
+        files = [item for item in items if isinstance(item, Path) and item.is_file()]
+        whole = len(files) == len(items)  # not a dataset from elsewhere
         folder = cache_folder(cache, files) if whole and reading.tokenizer is not None else None
         key = None
         if folder is not None:
@@ -139,7 +139,7 @@ class InteractionDataset(Dataset):
             if key is None:
                 logger.info("the tokens of %s are not kept: what decides them cannot be told for certain", source)
         if workers is None:
-            workers = 1 if not whole or size_of(files) < LARGE else min(MOST_WORKERS, os.cpu_count() or 1)
+            workers = 1 if not whole or size_of(files) < LARGE else most_workers()
             if key is None:  # else one process of the machine does it for all
                 workers = max(1, workers // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         if folder is None or key is None:
@@ -217,8 +217,12 @@ class InteractionDataset(Dataset):
         start, end = self.history_ends[index : index + 2]
         return self.message_keys[start:end]
 
-    def token_key(self, index: int) -> int:
-        """A 64-bit key of an interaction's tokens."""
+    @cached_property
+    def token_keys(self) -> array:
+        """64-bit keys of the interactions' tokens."""
+        return array("Q", map(self._token_key, range(len(self))))
+
+    def _token_key(self, index: int) -> int:
         start, _, _, _, end = self.ends[4 * index : 4 * index + 5].tolist()
         tokens = array("i", self.tokens[start:end].tolist()).tobytes()
         return int.from_bytes(blake2b(tokens, digest_size=8).digest(), "little")
@@ -255,7 +259,18 @@ class Groups(Sequence):
         return self.indices[self.ends[number] : self.ends[number + 1]].tolist()
 
 
-class _Reading:
+def is_path(source: Any) -> bool:
+    """Whether a source is a path, or a list of them."""
+    paths = source if isinstance(source, (list, tuple)) and source else [source]
+    return all(isinstance(path, (str, os.PathLike)) for path in paths)
+
+
+def most_workers() -> int:
+    """How many processes tokenize what is large."""
+    return min(MOST_WORKERS, os.cpu_count() or 1)
+
+
+class Reading:
     """One pass over a source: its tokens into columns, and what a dataset tells of it besides.
 
     Attributes:
@@ -276,13 +291,13 @@ class _Reading:
 
             source = tqdm(source, desc=f"tokenizing {self.name}", unit=" interactions", leave=False)
         how = Tokenization(self.tokenizer, self.template, self.options)
-        for chunk in tokenize_chunks(self._checked(source), how, workers):
+        for chunk in tokenize_chunks(self.checked(source), how, workers):
             sink.extend(chunk.columns)
             self.dropped += chunk.dropped
             for item in chunk.kept:
                 self._add_to_sample(item)
 
-    def _checked(self, source: Iterable[Any]) -> Iterator[Interaction | TokenizedInteraction]:
+    def checked(self, source: Iterable[Any]) -> Iterator[Interaction | TokenizedInteraction]:
         """The items as objects.
 
         Raises:

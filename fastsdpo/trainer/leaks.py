@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from array import array
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +35,15 @@ def find_leaks(train: InteractionDataset, held_out: InteractionDataset) -> Leaks
     """Which held-out interactions, or parts of their conversations, are trained on; None: none."""
     keys, train_keys = held_out.keys, train.keys
     if 0 in keys or 0 in train_keys:  # some came as tokens
-        keys, train_keys = (array("Q", map(dataset.token_key, range(len(dataset)))) for dataset in (held_out, train))
+        keys, train_keys = held_out.token_keys, train.token_keys
     same = set(keys).intersection(train_keys)
     in_history = set(held_out.keys).intersection(train.history_keys)
     in_training = set(held_out.history_keys).intersection(train.keys)
     # Of conversations with ids that are in both: the users' messages in training.
     messages: dict[str, set[int]] = {}
-    ids = set(held_out.conversation_ids).intersection(train.conversation_ids)
+    ids = set(held_out.conversation_ids).intersection(train.conversation_ids) - {None}
+    if not (same or in_history or in_training or ids):
+        return None
     for index, conversation in enumerate(train.conversation_ids):
         if conversation is not None and conversation in ids:
             messages.setdefault(conversation, set()).update(train.messages_of(index))
@@ -85,7 +86,7 @@ def check_held_out(args: SDPOConfig, train: Any, held_out: Any, name: str = "eva
             check_held_out(args, train, value, f"{name}[{key!r}]")
         return
     if not isinstance(train, InteractionDataset) or not isinstance(held_out, InteractionDataset):
-        return
+        return  # a stream's interactions are looked at as they come, step by step
     leaks = find_leaks(train, held_out)
     if leaks is None:
         return

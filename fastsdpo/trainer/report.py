@@ -15,6 +15,7 @@ from fastsdpo.prefix import causal_lm
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import InteractionDataset
 from fastsdpo.trainer.pack_table import PackTable
+from fastsdpo.trainer.stream import InteractionStream
 
 
 class Lengths(NamedTuple):
@@ -101,6 +102,15 @@ def step_text(interactions: int, args: SDPOConfig, processes: int | None = None)
     return (
         f"{counted(steps, 'optimizer step', ',')} of {counted(size, 'interaction', ',')}{shared}, "
         f"{counted(epochs, 'epoch', '.3g')}"
+    )
+
+
+def stream_text(args: SDPOConfig, stream: InteractionStream) -> str:
+    """What `fastsdpo train` says of a stream before it is read."""
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return (
+        f"a stream: {args.max_steps:,} optimizer steps of {size:,} interactions, drawn from a buffer of "
+        f"{stream.buffer:,}; its lengths, packs and epochs are not known before it is read"
     )
 
 

@@ -55,14 +55,17 @@ class PrefixSharing:
         in_step: bool = False,
         around: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        datasets = [dataset for dataset in datasets if isinstance(dataset, InteractionDataset)]
+        datasets = [dataset for dataset in datasets if dataset is not None]
+        known = [dataset for dataset in datasets if isinstance(dataset, InteractionDataset)]
         self.positions = position_table(model)
-        for dataset in datasets:
+        for dataset in known:
             if self.positions is not None and len(dataset):
                 _check_positions(self.positions, dataset.longest())
         self.max_tokens = None if one_pass else args.max_tokens_per_pack
         self.one_pass = one_pass
-        self.level, self.attention = _choose(model, args, noisy, around, _longest(args, datasets))
+        self.level, self.attention = _choose(
+            model, args, noisy, around, _longest(args, known if len(known) == len(datasets) else [])
+        )
         # Without sharing each sequence is a pass: one interaction a pack makes equally many in all processes.
         self.alone = in_step and self.level == "off"
         if self.alone and one_pass and args.world_size > 1:
@@ -70,30 +73,42 @@ class PrefixSharing:
                 "SDPOTrainer: sharing='off' is not possible under DeepSpeed ZeRO-3 with several processes, which "
                 "would run the model unequally often and wait for each other; use FSDP2 or ZeRO-2"
             )
-        self.longest: int | None = None
-        self.reason: str | None = None
-        limit = None if self.level == "off" else sharing_limit(model)
-        if limit is None:
-            return
-        self.longest = limit.positions
+        self.limit = None if self.level == "off" else sharing_limit(model)
+        self.longest = None if self.limit is None else self.limit.positions
         self.reason = (
-            f"interactions with a sequence of more than {limit.positions} tokens run alone, and "
-            f"their prefixes are not shared: the model's {limit.change} there"
+            None
+            if self.limit is None
+            else (
+                f"interactions with a sequence of more than {self.limit.positions} tokens run alone, and "
+                f"their prefixes are not shared: the model's {self.limit.change} there"
+            )
         )
-        for dataset in datasets:
-            longer = int((dataset.longest() > limit.positions).sum())
-            if longer and one_pass and in_step and args.world_size > 1:
-                raise NotImplementedError(
-                    f"SDPOTrainer: {longer:,} of {len(dataset):,} interactions would run alone ({limit}), which "
-                    "is not possible under DeepSpeed ZeRO-3 with several processes; use FSDP2 or ZeRO-2, or a lower "
-                    "max_prompt_length (max_completion_length)"
-                )
-            if longer and args.sharing != "auto":
-                raise NotImplementedError(
-                    f"SDPOTrainer: sharing={args.sharing!r} is not possible for {longer:,} of "
-                    f"{len(dataset):,} interactions: {limit}; set sharing='auto', which shares the "
-                    "prefixes of the others, or a lower max_prompt_length (max_completion_length)"
-                )
+        self.asked = None if args.sharing == "auto" else args.sharing
+        self.all_alike = one_pass and in_step and args.world_size > 1
+        for dataset in known:
+            self.check(dataset)
+
+    def check(self, dataset: InteractionDataset) -> None:
+        """What the constructor finds out about its datasets, of one that comes later (a stream's).
+
+        Raises:
+            NotImplementedError, ValueError: as there.
+        """
+        if self.positions is not None and len(dataset):
+            _check_positions(self.positions, dataset.longest())
+        longer = 0 if self.limit is None else int((dataset.longest() > self.limit.positions).sum())
+        if longer and self.all_alike:
+            raise NotImplementedError(
+                f"SDPOTrainer: {longer:,} of {len(dataset):,} interactions would run alone ({self.limit}), which "
+                "is not possible under DeepSpeed ZeRO-3 with several processes; use FSDP2 or ZeRO-2, or a lower "
+                "max_prompt_length (max_completion_length)"
+            )
+        if longer and self.asked is not None:
+            raise NotImplementedError(
+                f"SDPOTrainer: sharing={self.asked!r} is not possible for {longer:,} of "
+                f"{len(dataset):,} interactions: {self.limit}; set sharing='auto', which shares the "
+                "prefixes of the others, or a lower max_prompt_length (max_completion_length)"
+            )
 
     def backend(self, device: torch.device) -> str:
         """The backend's name on a device: what "auto" stands for there."""

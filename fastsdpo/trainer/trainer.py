@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 
 from fastsdpo.data import TokenizedInteraction
 from fastsdpo.prefix import gathered_layers, is_partitioned, is_wrapped, training_mode
 from fastsdpo.trainer.config import SDPOConfig
-from fastsdpo.trainer.data import InteractionDataset
+from fastsdpo.trainer.data import InteractionDataset, Reading
 from fastsdpo.trainer.finite import NonFiniteError as NonFiniteError
 from fastsdpo.trainer.leaks import check_held_out
 from fastsdpo.trainer.measures import HeldOutMeasures, summary
@@ -26,6 +27,7 @@ from fastsdpo.trainer.measures_sample import MeasuredInteraction, sample_measure
 from fastsdpo.trainer.metrics import SignalMetrics
 from fastsdpo.trainer.packs import GroupSampler
 from fastsdpo.trainer.step_trainer import StepTrainer
+from fastsdpo.trainer.stream import InteractionStream, StepShare, StreamSteps
 from fastsdpo.trainer.teacher_check import TeacherCheck, teacher_check
 
 logger = logging.getLogger("fastsdpo.trainer")
@@ -40,7 +42,9 @@ class SDPOTrainer(StepTrainer):
             ``SDPOConfig.dtype``: the checkpoint's on a GPU, float32 on a CPU.
         args: the settings.
         train_dataset: a path to interactions, or a collection of `Interaction`,
-            `TokenizedInteraction` or rows as `fastsdpo prepare` writes them.
+            `TokenizedInteraction` or rows as `fastsdpo prepare` writes them. A
+            `torch.utils.data.IterableDataset` of these (`datasets.IterableDataset` is one) and an
+            `InteractionStream` are read while training goes on; they need ``max_steps``.
         eval_dataset: the same, held out; or a dict of several.
         processing_class: the tokenizer; None: the one that comes with a model given by name.
         peft_config: of a new adapter to train (`peft.LoraConfig`, ...); None where the model is an
@@ -78,6 +82,8 @@ class SDPOTrainer(StepTrainer):
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, optimizers
         )
+        if self.stream is not None:
+            self.stream.by_conversation = self.by_conversation
 
     def make_dataset(self, source: Any, name: str) -> Any:
         if source is None:
@@ -87,6 +93,12 @@ class SDPOTrainer(StepTrainer):
         args = self.args
         progress = not args.disable_tqdm and args.process_index == 0
         tokenizer, options = self.processing_class, args.tokenizer_options()
+        if name == "train_dataset" and isinstance(source, (InteractionStream, IterableDataset)):
+            stream = source if isinstance(source, InteractionStream) else InteractionStream(source)
+            stream.open(Reading(tokenizer, args.template, name, options, False), args)
+            return stream
+        if name == "train_dataset" and args.shuffle_buffer is not None:
+            raise ValueError("SDPOTrainer: shuffle_buffer needs a train_dataset that is a stream (--stream)")
         options |= {"cache": args.token_cache, "workers": args.tokenizer_workers}
         dataset = InteractionDataset.from_source(
             source, tokenizer, args.template, name=name, progress=progress, **options
@@ -99,16 +111,19 @@ class SDPOTrainer(StepTrainer):
         return dataset
 
     def idle_interaction(self) -> TokenizedInteraction:
-        return self.train_dataset[0]
+        return self.train_dataset[0] if self.stream is None else self.stream.idle
+
+    @property
+    def by_conversation(self) -> bool:
+        """Whether a conversation's interactions stay together in the order."""
+        grouped = self.args.group_by_conversation
+        return self.sharing == "conversation" if grouped is None else grouped
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
-        grouped = args.group_by_conversation
-        if grouped is None:
-            grouped = self.sharing == "conversation"
         self.sampler = GroupSampler(
-            dataset.groups(grouped),
+            dataset.groups(self.by_conversation),
             each=self._train_batch_size,
             processes=args.world_size,
             accumulated=args.gradient_accumulation_steps,
@@ -117,11 +132,64 @@ class SDPOTrainer(StepTrainer):
         )
         return self.sampler
 
+    # ------------------------------------------------------------------------------- a stream
+
+    def get_train_dataloader(self) -> Any:
+        """Of a stream a loader that accelerate does not divide: each process's micro-batches are its own already."""
+        stream, args = self.stream, self.args
+        if stream is None:
+            return super().get_train_dataloader()
+
+        def begun() -> tuple[int, int]:
+            step = self.state.global_step
+            return step, step % self.state.max_steps if stream.resumed else 0
+
+        def check(interactions: InteractionDataset) -> None:
+            self.learner.sharing.check(interactions)
+            check_held_out(args, interactions, self.eval_dataset)
+
+        share = StepShare(
+            self._train_batch_size, args.world_size, args.gradient_accumulation_steps, args.process_index
+        )
+        steps = StreamSteps(stream, share, sharing=self.sharing, begun=begun, check=check)
+        return DataLoader(steps, batch_size=None, collate_fn=lambda batch: batch)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.stream is not None and not batches:
+            self._end_of_stream()
+        return batches, items
+
+    def _end_of_stream(self) -> None:
+        """Training stops, in all processes, with a log and a checkpoint as at the last of ``max_steps``."""
+        state, control, stream = self.state, self.control, self.stream
+        control.should_training_stop = True
+        if stream is None or state.global_step >= state.max_steps:
+            return
+        control.should_log, control.should_save = True, self.args.save_strategy == "steps"
+        if self.is_world_process_zero():
+            logger.warning(
+                "%s ended after step %d of %d (%d interactions, %d left out): training stops there, and the learning "
+                "rate where its schedule was",
+                stream.reading.name,
+                state.global_step,
+                state.max_steps,
+                stream.interactions,
+                stream.left_out,
+            )
+
     # ------------------------------------------------------------------------------- evaluation
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        if isinstance(eval_dataset, InteractionStream):
+            raise TypeError("SDPOTrainer: eval_dataset must be there whole, and no stream")
         if eval_dataset is not None and not isinstance(eval_dataset, (str, InteractionDataset)):
             eval_dataset = self.make_dataset(eval_dataset, "eval_dataset")
+            if self.stream is not None:
+                logger.warning(
+                    "eval_dataset: whether it holds interactions that were trained on is not known: train_dataset is "
+                    "a stream, and only held-out data that the trainer was given is looked for in it"
+                )
         if eval_dataset is not self.train_dataset:  # else the loss in training is asked for
             check_held_out(self.args, self.train_dataset, eval_dataset)
         return super().get_eval_dataloader(eval_dataset)

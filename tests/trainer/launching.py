@@ -43,6 +43,8 @@ ONLY_FSDP2 = ("resumed_async", "each_pass")
 VARIANTS = {
     "tied": Variant([]),
     "resumed": Variant(STEPS_SAVED),
+    # The same data, read while it is trained on, in another order.
+    "resumed_stream": Variant([*STEPS_SAVED, "--stream", "--shuffle-buffer", "6"]),
     "resumed_ema": Variant([*STEPS_SAVED, "--teacher", "ema"]),
     "resumed_async": Variant([*STEPS_SAVED, "--set", "async_checkpoints=true"]),
     "reference": Variant(["--teacher", "frozen", "--reference-kl", "0.1"], "untied"),
@@ -86,6 +88,8 @@ def arguments(place, output, variant, processes=1, *, cpu=True):
         "learning-rate": 0.5,
         "token-cache": f"{output}-tokens",  # which the processes of a run race to make
     }
+    if "--stream" in variant.arguments:
+        del fixed["token-cache"]
     settings = ("optim=sgd", "save_strategy=no", "teacher_check=0", "dataloader_pin_memory=false")
     return [
         str(place / "data.jsonl"),
@@ -150,9 +154,9 @@ def worker(kind):
     return [str(Path(__file__).parent / "launched_worker.py"), kind]
 
 
-def torchrun(processes, *command, **environment):
-    """Output of ``torchrun --nproc-per-node processes command``, which has to end with 0."""
-    return _launch([*TORCHRUN, "--nproc-per-node", str(processes), *command], environment)
+def torchrun(processes, *command, fails=False, stdin=None, **environment):
+    """Output of ``torchrun --nproc-per-node processes command``, which has to end with 0; not where it ``fails``."""
+    return _launch([*TORCHRUN, "--nproc-per-node", str(processes), *command], environment, fails, stdin)
 
 
 def accelerate(configuration, processes, *command, **environment):
@@ -162,16 +166,17 @@ def accelerate(configuration, processes, *command, **environment):
     return _launch([*launch, "--num_processes", str(processes), "--main_process_port", "0", *command], environment)
 
 
-def _launch(module, environment):
+def _launch(module, environment, fails=False, stdin=None):
     done = subprocess.run(
         [sys.executable, "-m", *module],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        input=stdin,
         text=True,
         timeout=1500,
     )
-    assert done.returncode == 0, done.stdout
+    assert (done.returncode != 0) == fails, done.stdout
     return done.stdout
 
 

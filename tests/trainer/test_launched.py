@@ -37,7 +37,16 @@ FOUR = ("untied", "lora", "resumed_ema", "trust_region")
 # Packs divided among two processes: all that takes more than one kind of pass.
 DIVIDED = {
     name: VARIANTS[name]._replace(arguments=[*VARIANTS[name].arguments, "--ulysses", "2"])
-    for name in ("resumed_ema", "reference", "trust_region", "checkpointing", "lora_frozen", "accumulated", "master")
+    for name in (
+        "resumed_ema",
+        "resumed_stream",
+        "reference",
+        "trust_region",
+        "checkpointing",
+        "lora_frozen",
+        "accumulated",
+        "master",
+    )
 }
 # With accelerate's files of examples/; the others start by torchrun.
 LAUNCHED = ("untied", "lora_frozen")
@@ -142,6 +151,22 @@ def test_resumed_by_another_number_of_processes(place, one, lab, kind):
         run = [*arguments(place, output, VARIANTS["resumed"], processes), *more]
         torchrun(processes, *worker(mode), json.dumps([run]), **environment)
     compare(place, output.name, "resumed", lab)
+
+
+@pytest.mark.slow
+def test_a_piped_stream_ends_for_all(place):
+    """The first process alone reads standard input; all stop where it ends, and where it is damaged."""
+    run = arguments(place, place / "piped", VARIANTS["resumed_stream"], 2)[1:]
+    run[run.index("--max-steps") + 1] = "9"
+    rows = (place / "data.jsonl").read_text().splitlines(keepends=True)
+    printed = torchrun(2, "-m", "fastsdpo.train", "-", *run, stdin="".join(rows))
+    assert "train_dataset ended after step 4 of 9 (15 interactions, 0 left out)" in printed
+    report = json.loads((place / "piped" / "report.json").read_text())
+    assert (report["steps"], report["interactions"]) == (4, 15)
+    damaged = "".join([*rows * 5, "{\n", *rows])
+    more = ("--overwrite", "--max-steps", "90", "--set", "tokenizer_workers=1")
+    printed = torchrun(2, "-m", "fastsdpo.train", "-", *run, *more, stdin=damaged, fails=True)
+    assert printed.count("fastsdpo train: /dev/stdin:76: ") == 2, printed
 
 
 @pytest.mark.slow

@@ -76,6 +76,17 @@ def train(lab, folder, *, stop_at=None, resume=None, lora=False, callbacks=(), *
     return trainer
 
 
+def test_another_size_of_a_step_is_another_place_in_the_data(tmp_path, lab):
+    """As of two processes and then one, without a global batch; data and steps would be those of another run."""
+    train(lab, tmp_path, stop_at=2)
+    with pytest.raises(ValueError, match=r"steps of 4 rows, got 2; .*global_batch_size=4 keeps them"):
+        train(lab, tmp_path, resume=True, per_device_train_batch_size=2)
+    settings = {"per_device_train_batch_size": 2, "global_batch_size": 4}
+    assert train(lab, tmp_path, resume=True, **settings).state.global_step == 6
+    settings = {"per_device_train_batch_size": 2, "ignore_data_skip": True}
+    assert train(lab, tmp_path, resume=str(tmp_path / "checkpoint-2"), **settings).state.global_step == 12
+
+
 # 12 interactions in batches of 4: three steps an epoch; 2 is within the first, 3 at its end, 4 within
 # the second.
 @pytest.mark.parametrize(

@@ -1,0 +1,51 @@
+"""Where in its data a checkpoint is: a run that goes on elsewhere would train on some of it twice, or never."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+PLACE_FILE = "data.json"  # in a checkpoint
+
+
+def write_place(checkpoint: str | os.PathLike, step_size: int, stream: dict[str, Any] | None) -> None:
+    """Writes it.
+
+    Args:
+        step_size: what an optimizer step takes of the data, over all processes.
+        stream: where a stream is (`InteractionStream.state`); None: the data lies there, and the step says it.
+    """
+    text = json.dumps({"interactions_a_step": step_size, "stream": stream})
+    Path(checkpoint, PLACE_FILE).write_text(text + "\n")
+
+
+def read_place(checkpoint: str | os.PathLike, step_size: int, *, stream: bool) -> dict[str, Any] | None:
+    """What the checkpoint says of a stream; None where none is trained on.
+
+    Raises:
+        ValueError: the run has a stream and that of the checkpoint had none, or the reverse; or the data lies there,
+            and a step takes another number of its interactions than before.
+    """
+    try:
+        found = json.loads(Path(checkpoint, PLACE_FILE).read_text("utf-8"))
+    except FileNotFoundError:
+        found = {"interactions_a_step": step_size, "stream": None}
+    kept, before = found["stream"], found["interactions_a_step"]
+    if stream and kept is None:
+        raise ValueError(
+            f"SDPOTrainer: checkpoint {checkpoint} is not of a run with a stream: go on with the data as it was "
+            "(without --stream)"
+        )
+    if not stream and kept is not None:
+        raise ValueError(
+            f"SDPOTrainer: checkpoint {checkpoint} is of a run with a stream: go on with one (--stream), as it was"
+        )
+    if not stream and before != step_size:
+        raise ValueError(
+            f"SDPOTrainer: checkpoint {checkpoint} was written by steps of {before} rows, got {step_size}; "
+            f"it would go on at another place. global_batch_size={before} keeps them, for any number of processes; "
+            "--set ignore_data_skip=true begins the data anew"
+        )
+    return kept
