@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import tiny
 from fastsdpo.prefix import check_head, check_sharing, head_parameters, shared_forward
+from tests.forked import run_together
 
 WORLD = 2
 KINDS = ("qwen3_5_text", "stablelm", "doge", "minimax", "recurrent_gemma")  # recurrent; own masks; whole paths
@@ -27,17 +26,8 @@ KINDS = ("qwen3_5_text", "stablelm", "doge", "minimax", "recurrent_gemma")  # re
 @pytest.mark.parametrize("wrapper", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 @pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in KINDS)])
 def test_two_processes(tmp_path, name, wrapper):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    common = [str(tmp_path / "store"), name, wrapper]
-    commands = [[sys.executable, __file__, str(rank), *common] for rank in range(WORLD)]
-    processes = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    common = [tmp_path / "store", name, wrapper]
+    run_together([([__file__, rank, *common], {}) for rank in range(WORLD)])
 
 
 def load_lab():

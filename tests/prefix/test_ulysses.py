@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from fastsdpo.prefix import ForwardSession, Ulysses, head_parameters, not_divisible, shared_forward
+from tests.forked import run_together
 
 # Grouped queries, sliding windows, capped scores, positions that the model learns, experts.
 MODELS = ("llama", "gemma3", "gemma2", "mistral", "gpt2", "qwen3_moe")
@@ -30,17 +29,8 @@ MODELS = ("llama", "gemma3", "gemma2", "mistral", "gpt2", "qwen3_moe")
 )
 def test_processes(tmp_path, world, names):
     """Those of one model are in `make test`: nothing else there divides a pack."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    common = [str(world), str(tmp_path / "store"), *names]
-    commands = [[sys.executable, __file__, str(rank), *common] for rank in range(world)]
-    processes = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
-    try:
-        outputs = [process.communicate(timeout=400)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world, "\n".join(outputs)
+    common = [world, tmp_path / "store", *names]
+    run_together([([__file__, rank, *common], {}) for rank in range(world)], timeout=400)
 
 
 def load_lab():
