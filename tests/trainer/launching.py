@@ -44,7 +44,7 @@ VARIANTS = {
     "tied": Variant([]),
     "resumed": Variant(STEPS_SAVED),
     "resumed_ema": Variant([*STEPS_SAVED, "--teacher", "ema"]),
-    "resumed_async": Variant([*STEPS_SAVED, "--set", "async_checkpoints=true"]),
+    "resumed_async": Variant([*STEPS_SAVED, "--teacher", "ema", "--set", "async_checkpoints=true"]),
     "reference": Variant(["--teacher", "frozen", "--reference-kl", "0.1"], "untied"),
     "trust_region": Variant(["--teacher", "trust_region"], "untied"),
     "lora_ema": Variant(["--lora", "4", "--teacher", "ema", "--ema-rate", "0.2"], "untied"),
