@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks import tiny
 from fastsdpo.prefix import check_head, check_sharing, head_parameters, shared_forward
 from tests.forked import run_together
+from tests.prefix import conftest as lab
 
 WORLD = 2
 KINDS = ("qwen3_5_text", "stablelm", "doge", "minimax", "recurrent_gemma")  # recurrent; own masks; whole paths
@@ -30,18 +29,9 @@ def test_two_processes(tmp_path, name, wrapper):
     run_together([([__file__, rank, *common], {}) for rank in range(WORLD)])
 
 
-def load_lab():
-    path = Path(__file__).parent / "conftest.py"
-    spec = importlib.util.spec_from_file_location("prefix_conftest", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def main(rank: int, store: str, name: str, wrapper: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    lab = load_lab()
     items_of = [lab.conversation(3, think=True, seed=r) for r in range(WORLD)]
     items = items_of[rank]
 
