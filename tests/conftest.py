@@ -12,11 +12,13 @@ import socket
 import pytest
 import torch
 
+from tests import pictures
 from tests.forked import run_together
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LONGEST = ("test_launched.py", "test_two_processes.py", "test_distributed.py", "test_faults.py", "test_trl_sdpo.py")
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -36,6 +38,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    # Files of few tests that take long: a worker that began one of them last would end minutes after the other.
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     # The interpreter is chosen when Triton's kernels are imported, so these cases have a process of their own.
     for item in items:
         if item.get_closest_marker("interpreted") and not INTERPRETED:
@@ -47,6 +51,15 @@ def _frozen():
     """The garbage collector passes over what imports have left: millions of objects, many times in a run."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _pictures(request):
+    """Drawn in the files of tests that look at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if pictures.INSTALLED and not getattr(request.module, "DRAWS", False):
+            patch.setattr("matplotlib.figure.Figure.savefig", pictures.save_undrawn)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,15 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-IMPORTED = ("torch.distributed.fsdp", "fastsdpo.online.trainer", "transformers.models.llama", "pytest")
+from tests import pictures
+
+IMPORTED = (
+    "torch.distributed.fsdp",
+    "fastsdpo.online.trainer",
+    "transformers.models.llama",
+    "matplotlib.figure",
+    "pytest",
+)
 
 
 def _run(script: str, arguments: Sequence[str], environment: Mapping[str, str], output: str) -> None:
@@ -23,6 +31,7 @@ def _run(script: str, arguments: Sequence[str], environment: Mapping[str, str], 
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
+    pictures.draw_nothing()
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 

@@ -59,7 +59,7 @@ def test_a_sample_compiles_no_worse_than_committed():
     if matrix.read(matrix.RESULTS)["triton"] != matrix.triton.__version__:
         pytest.skip("the table is of another Triton")
     arguments = ["--check", "--targets", "sm_90", "--dtypes", "bf16", "--workers", "1", "--names"]
-    said = run("benchmarks.compile_matrix", *arguments, "^(logps|reverse KL|JSD|top-k JSD): ")
+    said = run("benchmarks.compile_matrix", *arguments, "^(logps|JSD|top-k JSD): ")
     assert "no cell is worse" in said
 
 
@@ -152,6 +152,7 @@ def test_kernels_move_what_the_cost_model_says(vocabulary):
             assert cell["kernels"] + cell["torch"] == pytest.approx(liger, rel=0.1), loss
 
 
+@pytest.mark.slow
 def test_fused_kernels_move_what_the_cost_model_says():
     # A multiple of 16 bytes: elsewhere the teacher's tile can start out of phase with the student's and
     # its pieces are then asked for in pairs, of which the second comes from the cache.
