@@ -67,13 +67,16 @@ def test_the_sample_has_every_property():
         before = set(sizes)
 
 
-@pytest.mark.parametrize("layout", ["in place", "odd strides, fused in place"])
+@pytest.mark.parametrize(
+    ("layout", "size", "order"),
+    [("in place", (33, ROWS), 1), ("odd strides, fused in place", (5000, 2), LATE)],
+    ids=["in-place", "fused"],
+)
 @pytest.mark.parametrize("name", ["sampled", "forward KL", "top-k JSD softcap"])
-def test_gradients_in_place_are_the_same_bits_in_any_order(name, layout):
+def test_gradients_in_place_are_the_same_bits_in_any_order(name, layout, size, order):
     """A GPU may run warps and programs in any order between barriers."""
-    for size, order in (((33, ROWS), 1), ((5000, 2), LATE)):
-        first = bits(check(name, "bf16", size, layout))
-        assert bits(check(name, "bf16", size, layout, order=order)) == first
+    first = bits(check(name, "bf16", size, layout))
+    assert bits(check(name, "bf16", size, layout, order=order)) == first
 
 
 @pytest.mark.parametrize("name", ["reverse KL", "JSD", "top-k JSD"])
