@@ -220,25 +220,28 @@ def regressions(cells: dict[str, Any], committed: dict[str, Any]) -> list[str]:
 def read(path: Path) -> dict[str, Any]:
     """``{"triton", "source", "cells"}``; a cell's name is "variant / dtype / target"."""
     data = json.loads(path.read_text()) if path.exists() else {"cells": {}}
-    if "columns" not in data:
-        return data  # spelled out: a dictionary for each cell
     cells = {}
-    for variant, by_target in data.pop("cells").items():
-        for target, cell in by_target.items():
-            found = dict(zip(data["columns"], cell)) if isinstance(cell, list) else {"problem": cell}
-            cells[f"{variant} / {target}"] = found
+    for variant, row in data.pop("cells").items():
+        for target, cell in zip(data["targets"], row):
+            if cell is not None:
+                found = dict(zip(data["columns"], cell)) if isinstance(cell, list) else {"problem": cell}
+                cells[f"{variant} / {target}"] = found
     return {**data, "cells": cells}
 
 
 def write(path: Path, about: dict[str, str], cells: dict[str, Any]) -> None:
-    """A line for each variant and dtype: by target, the figures in the order of ``columns``."""
+    """A line for each variant and dtype: of each of ``targets`` the figures of ``columns``, or what was wrong."""
     columns = ["registers", "spills", "shared"]
     rows: dict[str, dict[str, Any]] = {}
     for name, cell in cells.items():
         variant, _, target = name.rpartition(" / ")
         rows.setdefault(variant, {})[target] = cell.get("problem") or [cell[column] for column in columns]
-    lines = [f"{json.dumps(name)}: {json.dumps(row, separators=(',', ':'))}" for name, row in rows.items()]
-    head = json.dumps({**about, "columns": columns})[:-1]
+    targets = list(dict.fromkeys(target for row in rows.values() for target in row))
+    lines = [
+        f"{json.dumps(name)}: {json.dumps([row.get(target) for target in targets], separators=(',', ':'))}"
+        for name, row in rows.items()
+    ]
+    head = json.dumps({**about, "columns": columns, "targets": targets})[:-1]
     path.write_text(head + ', "cells": {\n' + ",\n".join(lines) + "\n}}\n")
 
 
@@ -249,13 +252,9 @@ def main() -> int:
     parser.add_argument("--names", default="", help="regular expression of variants")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--convert", action="store_true", help="rewrite the file in today's layout and run nothing")
     args = parser.parse_args()
     now = {"triton": triton.__version__, "source": sources()}
     known = read(RESULTS)
-    if args.convert:
-        write(RESULTS, {key: known[key] for key in now}, known["cells"])
-        return 0
     kept = known["cells"] if {key: known.get(key) for key in now} == now else {}
     cells: dict[str, Any] = {}
     for found in run(args.targets, args.dtypes, args.names, args.workers):

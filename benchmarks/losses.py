@@ -42,7 +42,7 @@ from fastsdpo.bench import (
 )
 from fastsdpo.ops import rows
 from fastsdpo.ops.head import default_chunk_size
-from fastsdpo.ops.rows import LossOptions, Tokens
+from fastsdpo.ops.rows import LossOptions, RowCall, Tokens
 from fastsdpo.timing import copy_bandwidth, gemm_flops
 
 
@@ -55,7 +55,8 @@ def native_fused(case: LogitsCase, mode: str) -> Call | None:
 
     def run() -> tuple[Tensor, tuple[Tensor, ...]]:
         student, teacher = case.student[None], case.teacher[None]
-        out = rows.forward(student, teacher, Tokens(case.target_ids, weights), options, "native", grad=student)
+        call = RowCall(student, teacher, Tokens(case.target_ids, weights), options, "native")
+        out = rows.forward(call, grad=student)
         return out.per_token @ out.coef, (case.student,)
 
     return run

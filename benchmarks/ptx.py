@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import os
 import subprocess
@@ -61,7 +60,7 @@ def compiled(ptx: str, arch: int) -> dict[str, int]:
 
 
 def run_size(name: str, dtype: str, arch: int, layout: str, size: tuple[int, int]) -> Cell:
-    """Errors, faults and variants of one call."""
+    """Errors and faults of one call."""
     loss, values = cases.LOSSES[name], cases.rows(size[0], cases.DTYPES[dtype], size[1])
     want = cases.results(loss, *values, "reference", layout)
     with executing(arch, order=0 if "in place" in layout and size[0] < 4097 else None) as executor:
@@ -73,12 +72,7 @@ def run_size(name: str, dtype: str, arch: int, layout: str, size: tuple[int, int
         "gradient": float(f"{gradient:.3g}"),
         "wrong": cases.wrong(loss, got, want),
         "faults": [str(fault) for fault in executor.faults],
-        "variants": sorted({digest(launch.ptx) for launch in executor.launches}),
     }
-
-
-def digest(ptx: str) -> str:
-    return hashlib.sha256(ptx.encode()).hexdigest()[:6]
 
 
 def count(name: str, dtype: str, arch: int, vocabulary: int) -> Cell:
@@ -114,12 +108,11 @@ def spelled(accesses: dict[str, int]) -> str:
 
 
 def summary(found: dict[str, Cell]) -> Cell:
-    """The verdict of a cell: the largest errors over its sizes, its variants, and what was wrong at which."""
+    """The verdict of a cell: the largest errors over its sizes, and what was wrong at which."""
     return {
         "sizes": list(found),
         "loss": max(one["loss"] for one in found.values()),
         "gradient": max(one["gradient"] for one in found.values()),
-        "variants": sorted({name for one in found.values() for name in one["variants"]}),
         "problems": [f"V = {v}: {text}" for v, one in found.items() for text in (*one["wrong"], *one["faults"])],
     }
 
@@ -165,15 +158,13 @@ def read(path: Path) -> tuple[dict[str, str], dict[str, Cell]]:
     if not path.exists():
         return {}, {}
     data = json.loads(path.read_text())
-    if "errors" not in data:
-        return read_spelled_out(data["cells"])
     about = {key: data[key] for key in ("source", "triton")}
     cells: dict[str, Cell] = {}
     for group, rows in data["errors"].items():
-        for name, row in rows.items():
-            number, loss, gradient, variants, *found = row
-            cell = {"sizes": data["sizes"][:number], "loss": loss, "gradient": gradient, "variants": variants.split()}
-            cells[f"{name} / {group}"] = {**cell, "problems": found}
+        dtype, targets, layout = group.split(" / ")
+        for name, (number, loss, gradient, *found) in rows.items():
+            cell = {"sizes": data["sizes"][:number], "loss": loss, "gradient": gradient, "problems": found}
+            cells |= {f"{name} / {dtype} / {target} / {layout}": cell for target in targets.split()}
     for group, rows in data["counts"].items():
         for name, found in rows.items():
             launches = {
@@ -184,39 +175,27 @@ def read(path: Path) -> tuple[dict[str, str], dict[str, Cell]]:
     return about, cells
 
 
-def read_spelled_out(old: dict[str, Cell]) -> tuple[dict[str, str], dict[str, Cell]]:
-    """As `read`, of the layout in which each cell spelled out its kernels and every size."""
-    kinds = {(cell["source"], cell["triton"]) for cell in old.values()}
-    if len(kinds) > 1:
-        raise SystemExit(f"ptx: the file holds cells of several kernels: {sorted(kinds)}")
-    about = dict(zip(("source", "triton"), *kinds))
-    cells: dict[str, Cell] = {}
-    for key, cell in old.items():
-        if key.endswith("counts"):
-            cells[key] = {"sizes": list(cell["found"]), "found": cell["found"]}
-            for launches in cell["found"].values():
-                for launch in launches.values():
-                    launch["accesses"] = spelled(launch["accesses"])
-        else:
-            cells[key] = summary(cell["found"])
-    return about, cells
-
-
 def write(path: Path, about: dict[str, str], cells: dict[str, Cell]) -> None:
-    """A line for each target, layout and dtype; of a cell: sizes done, errors, variants, problems."""
+    """A line for each dtype and layout, shared by targets of equal rows; of a cell: sizes done, errors, problems."""
     order = {key_of(job): n for n, job in enumerate(jobs_of([80, 90, 100], False))}
-    groups: dict[str, dict[str, dict[str, Any]]] = {"errors": {}, "counts": {}}
+    counts: dict[str, dict[str, Any]] = {}
+    by_target: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for key in sorted(cells, key=lambda key: order.get(key, len(order))):
-        name, group = key.split(" / ", 1)
+        name, dtype, target, layout = key.split(" / ")
         cell = cells[key]
-        if group.endswith("counts"):
-            groups["counts"].setdefault(group, {})[name] = {
+        if layout == "counts":
+            counts.setdefault(f"{dtype} / {target} / {layout}", {})[name] = {
                 size: {kernel: [launch[c] for c in COLUMNS] for kernel, launch in kernels.items()}
                 for size, kernels in cell["found"].items()
             }
         else:
-            row = [len(cell["sizes"]), cell["loss"], cell["gradient"], " ".join(cell["variants"]), *cell["problems"]]
-            groups["errors"].setdefault(group, {})[name] = row
+            row = [len(cell["sizes"]), cell["loss"], cell["gradient"], *cell["problems"]]
+            by_target.setdefault((dtype, layout), {}).setdefault(target, {})[name] = row
+    errors: dict[str, dict[str, Any]] = {}
+    for (dtype, layout), found in by_target.items():
+        for rows in (rows for n, rows in enumerate(found.values()) if rows not in list(found.values())[:n]):
+            errors[f"{dtype} / {' '.join(t for t, same in found.items() if same == rows)} / {layout}"] = rows
+    groups = {"errors": errors, "counts": counts}
     head = {**about, "sizes": [str(size) for size, _ in SIZES], "columns of counts": COLUMNS}
     parts = [json.dumps(head)[:-1]]
     for part, found in groups.items():
@@ -233,12 +212,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--names", default="", help="what a cell's name contains")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--convert", action="store_true", help="rewrite the file in today's layout and run nothing")
     args = parser.parse_args()
     about, cells = read(RESULTS)
-    if args.convert:
-        write(RESULTS, about, cells)
-        return 0
     targets = [90] if args.quick else [int(target) for target in args.targets.split(",")]
     now = {"source": sources(), "triton": triton.__version__}
     cells = cells if about == now else {}

@@ -277,11 +277,12 @@ def gpu() -> str:
     ptx = json.loads((harness.RESULTS / "ptx.json").read_text())
     by_target: dict[str, list[list[Any]]] = {}
     for group, rows in ptx["errors"].items():
-        by_target.setdefault(group.split(" / ")[1], []).extend(rows.values())
+        for target in group.split(" / ")[1].split():
+            by_target.setdefault(target, []).extend(rows.values())
     calls = ", ".join(f"{sum(row[0] for row in rows)} for {target}" for target, rows in by_target.items())
     every = [row for rows in by_target.values() for row in rows]
     matrix = json.loads((harness.RESULTS / "compile_matrix.json").read_text())
-    found = [cell for row in matrix["cells"].values() for cell in row.items()]
+    found = [(t, c) for row in matrix["cells"].values() for t, c in zip(matrix["targets"], row) if c is not None]
     good = [(target, cell) for target, cell in found if isinstance(cell, list)]
     registers = max(cell[0] for target, cell in good if target.startswith("sm_"))
     targets = ", ".join(dict.fromkeys(target for target, _ in found))
@@ -294,7 +295,7 @@ Bytes per token and word in bfloat16, forward and backward, V = {vocabulary}, co
 {traffic}
 Compiled PTX executed on a CPU against float64, every memory access checked (`python -m benchmarks.ptx`; `ptx.json`):
 calls: {calls}; largest error {max(row[1] for row in every):.1e} of a loss, {max(row[2] for row in every):.1e} of a
-gradient; {sum(len(row) - 4 for row in every)} faults. Compiled by Triton {matrix["triton"]} for {targets}
+gradient; {sum(len(row) - 3 for row in every)} faults. Compiled by Triton {matrix["triton"]} for {targets}
 (`python -m benchmarks.compile_matrix`; `compile_matrix.json`): {len(found)} cells, {len(found) - len(good)} that
 do not compile, {sum(cell[1] > 0 for _, cell in good)} that spill, at most {registers} registers a thread on NVIDIA's.
 What a GPU is expected to take is arithmetic from shapes: `python -m benchmarks.predictions` prints it with its

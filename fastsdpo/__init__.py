@@ -6,10 +6,10 @@ imported when it is first used, so that `import fastsdpo` and the command line s
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastsdpo._version import __version__ as __version__
+from fastsdpo.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastsdpo.ops.backend import available_backends as available_backends
@@ -55,14 +55,4 @@ _MODULE_OF = {
 }
 
 __all__ = ["__version__", *_MODULE_OF]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'fastsdpo' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _MODULE_OF)

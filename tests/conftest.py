@@ -4,18 +4,21 @@ With deterministic algorithms on, `torch.empty` is filled with NaN, so a kernel 
 element unwritten fails its comparison instead of passing by luck.
 """
 
+import gc
 import json
 import os
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from tests import pictures
+from tests.forked import run_together
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LONGEST = ("test_launched.py", "test_two_processes.py", "test_distributed.py", "test_faults.py", "test_trl_sdpo.py")
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -35,10 +38,28 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    # Files of few tests that take long: a worker that began one of them last would end minutes after the other.
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     # The interpreter is chosen when Triton's kernels are imported, so these cases have a process of their own.
     for item in items:
         if item.get_closest_marker("interpreted") and not INTERPRETED:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """The garbage collector passes over what imports have left: millions of objects, many times in a run."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _pictures(request):
+    """Drawn in the files of tests that look at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if pictures.INSTALLED and not getattr(request.module, "DRAWS", False):
+            patch.setattr("matplotlib.figure.Figure.savefig", pictures.save_undrawn)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -90,26 +111,16 @@ def run_in_one_and_two():
     ``runs``: of the number of processes, what the script gets as JSON after the folder.
     """
 
-    def start(script, folder, runs, rank, world, port):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if world > 1:
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-            environment |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}}
-        command = [sys.executable, str(script), str(folder), json.dumps(runs(world))]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
     def run(script, folder, runs):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        places = [(0, 1), (0, 2), (1, 2)]
-        processes = [start(script, folder, runs, rank, world, port) for rank, world in places]
-        try:
-            outputs = [process.communicate(timeout=240)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(outputs)
+        commands = []
+        for rank, world in ((0, 1), (0, 2), (1, 2)):
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+            environment = {**names, "MASTER_ADDR": "127.0.0.1"} if world > 1 else {}
+            commands.append(([script, folder, json.dumps(runs(world))], environment))
+        run_together(commands)
 
     return run
 

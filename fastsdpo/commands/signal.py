@@ -201,24 +201,35 @@ def signal(options: argparse.Namespace) -> int:
     for followup in [interaction.followup] + ([] if unrelated is None else [unrelated]):
         template_of(options).render(followup)  # a blank one is refused before minutes are spent on a model
     model, tokenizer = load(options)
-    template = template_of(options, model)
     notes = []
     if options.prompt is not None and options.completion is None:
         answer, note = write_answer(model, tokenizer, interaction.prompt, options)
         interaction = replace(interaction, completion=answer)
         notes.append(note)
+    show(signal_of(model, tokenizer, interaction, unrelated, notes, options), options)
+    return DONE
+
+
+def signal_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    interaction: Interaction,
+    unrelated: str | None,
+    notes: list[str],
+    options: argparse.Namespace,
+) -> SignalResult:
+    """The signal under the command's options, with ``notes`` before its own."""
     result = compute_signal(
         model,
         tokenizer,
         interaction,
-        template,
+        template_of(options, model),
         unrelated=unrelated,
         temperature=options.temperature,
         max_prompt_length=options.max_prompt_length,
         max_completion_length=options.max_completion_length,
     )
-    show(replace(result, model=options.model, notes=notes + result.notes), options)
-    return DONE
+    return replace(result, model=options.model, notes=notes + result.notes)
 
 
 def show(result: SignalResult, options: argparse.Namespace) -> None:

@@ -55,15 +55,13 @@ def _read_case(where: str, case: Any, number: int, unrelated: bool) -> tuple[str
 def signal_cases(options: argparse.Namespace) -> int:
     """Computes all, writes the files asked for and prints a line for each case."""
     from fastsdpo.commands.options import DONE
-    from fastsdpo.commands.signal import load, template_of, write_answer
-    from fastsdpo.signal.compute import compute_signal
+    from fastsdpo.commands.signal import load, signal_of, template_of, write_answer
 
     cases = read_cases(options.cases, not options.no_unrelated)
     template_of(options)  # a wrong one is refused before minutes are spent on a model
     if options.heatmap is not None:
         import matplotlib  # noqa: F401  missing, it is said before minutes are spent on a model
     model, tokenizer = load(options)
-    template = template_of(options, model)
     results, written = [], {}
     for name, interaction, unrelated in cases:
         notes = []
@@ -73,17 +71,8 @@ def signal_cases(options: argparse.Namespace) -> int:
                 written[prompt] = write_answer(model, tokenizer, interaction.prompt, options)
             answer, note = written[prompt]
             interaction, notes = replace(interaction, completion=answer), [note]
-        result = compute_signal(
-            model,
-            tokenizer,
-            interaction,
-            template,
-            unrelated=unrelated,
-            temperature=options.temperature,
-            max_prompt_length=options.max_prompt_length,
-            max_completion_length=options.max_completion_length,
-        )
-        results.append(replace(result, model=options.model, notes=notes + result.notes))
+        result = signal_of(model, tokenizer, interaction, unrelated, notes, options)
+        results.append(result)
         if not options.quiet:
             told = [f"{title.split()[0].lower()} {s.mean_absolute:.3f}" for title, s in result.followups]
             print(f"{name:32} mean |log-ratio| {'  '.join(told)}  {len(result.token_ids)} tokens")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastsdpo.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastsdpo.online.config import OnlineSDPOConfig as OnlineSDPOConfig
@@ -22,30 +23,20 @@ if TYPE_CHECKING:
     from fastsdpo.online.users import UserSimulator as UserSimulator
 
 _MODULE_OF = {
-    "ChatEndpoint": "endpoint",
-    "CollapseDetector": "degeneration",
-    "ConstantUser": "users",
-    "EndpointUser": "users",
-    "LanguageModelUser": "users",
-    "OnlineSDPOConfig": "config",
-    "OnlineSDPOTrainer": "trainer",
-    "PromptDataset": "prompts",
-    "RuleUser": "users",
-    "SwitchingUser": "users",
-    "TerminalUser": "users",
-    "UnrelatedUser": "users",
-    "UserSimulator": "users",
-    "degenerate": "degeneration",
+    "ChatEndpoint": "fastsdpo.online.endpoint",
+    "CollapseDetector": "fastsdpo.online.degeneration",
+    "ConstantUser": "fastsdpo.online.users",
+    "EndpointUser": "fastsdpo.online.users",
+    "LanguageModelUser": "fastsdpo.online.users",
+    "OnlineSDPOConfig": "fastsdpo.online.config",
+    "OnlineSDPOTrainer": "fastsdpo.online.trainer",
+    "PromptDataset": "fastsdpo.online.prompts",
+    "RuleUser": "fastsdpo.online.users",
+    "SwitchingUser": "fastsdpo.online.users",
+    "TerminalUser": "fastsdpo.online.users",
+    "UnrelatedUser": "fastsdpo.online.users",
+    "UserSimulator": "fastsdpo.online.users",
+    "degenerate": "fastsdpo.online.degeneration",
 }
 __all__ = list(_MODULE_OF)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'fastsdpo.online' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _MODULE_OF)

@@ -5,6 +5,8 @@ A training step on such tensors shows how much memory the step takes, from shape
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,42 +18,22 @@ def _rows(logits: Tensor, *shape: int) -> Tensor:
 
 
 def forward(
-    student: Tensor,
-    teacher: Tensor | None,
-    tokens: Tokens,
-    options: LossOptions,
-    grad: Tensor | None = None,
+    student: Tensor, teacher: Tensor | None, tokens: Tokens, options: LossOptions, grad: Tensor | None = None
 ) -> RowResults:
     per_token, coef, student_logps, teacher_logps = (_rows(student) for _ in range(4))
     classes = _rows(student, options.topk) if options.mode == "topk" else student.new_empty(0)
     return RowResults(per_token, coef, student_logps, teacher_logps, _rows(student, STATISTICS), classes)
 
 
-def backward(
-    upstream: Tensor | None,
-    found: RowResults,
-    student: Tensor,
-    teacher: Tensor | None,
-    tokens: Tokens,
-    options: LossOptions,
-    grad: Tensor,
-) -> None:
-    """Kernels write ``grad`` in place."""
+def backward(*call: Any) -> None:
+    """Kernels write their last argument in place."""
 
 
 def token_forward(logits: Tensor, target_ids: Tensor, options: LossOptions, entropy: bool = False) -> TokenResults:
     return TokenResults(_rows(logits), _rows(logits) if entropy else logits.new_empty(0), _rows(logits, 2))
 
 
-def token_backward(
-    upstream: Tensor,
-    stats: Tensor,
-    logits: Tensor,
-    target_ids: Tensor,
-    options: LossOptions,
-    grad: Tensor,
-) -> None:
-    """Kernels write ``grad`` in place."""
+token_backward = backward
 
 
 def log_ratio(student: Tensor, teacher: Tensor, target_ids: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:

@@ -62,11 +62,7 @@ def _call(
 
 
 def forward(
-    student: Tensor,
-    teacher: Tensor | None,
-    tokens: Tokens,
-    options: LossOptions,
-    grad: Tensor | None = None,
+    student: Tensor, teacher: Tensor | None, tokens: Tokens, options: LossOptions, grad: Tensor | None = None
 ) -> RowResults:
     n, topk = len(tokens.target_ids), options.mode == "topk"
     stats = torch.zeros((n, STATISTICS) if grad is None else (0,))
@@ -142,12 +138,7 @@ def support(logits: Tensor, target_ids: Tensor, k: int, ignore_index: int) -> Te
 
 
 def _token_call(
-    operation: str,
-    logits: Tensor,
-    target_ids: Tensor,
-    options: LossOptions,
-    passes: int,
-    **fields: object,
+    operation: str, logits: Tensor, target_ids: Tensor, options: LossOptions, passes: int, **fields: object
 ) -> None:
     scales = (options.temperature, options.softcap, options.ignore_index)
     call(operation, logits, target_ids, passes, *scales, **fields)
@@ -170,12 +161,7 @@ def token_forward(logits: Tensor, target_ids: Tensor, options: LossOptions, entr
 
 
 def token_backward(
-    upstream: Tensor,
-    stats: Tensor,
-    logits: Tensor,
-    target_ids: Tensor,
-    options: LossOptions,
-    grad: Tensor,
+    upstream: Tensor, stats: Tensor, logits: Tensor, target_ids: Tensor, options: LossOptions, grad: Tensor
 ) -> None:
     _token_call(
         "token_logps",

@@ -19,7 +19,7 @@ from torch.library import custom_op
 
 from fastsdpo.ops import cross_entropy, rows
 from fastsdpo.ops.checks import accumulation_dtype, as_rows, check_distinct, check_ids
-from fastsdpo.ops.rows import STATISTICS, LossOptions, RowResults, Tokens
+from fastsdpo.ops.rows import STATISTICS, LossOptions, RowCall, RowResults, Tokens
 
 
 def empty_gradient(logits: Tensor) -> Tensor:
@@ -178,8 +178,8 @@ class SDPOFunction(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, ...]:
         check_values("sdpo_loss", student.shape[-1], tokens, options.ignore_index)
-        logits = as_rows(student)
-        found = rows.forward(logits, teacher, tokens, options, backend)
+        call = RowCall(as_rows(student), teacher, tokens, options, backend)
+        found = rows.forward(call)
         ctx.call = options, inplace_grad, backend, student.shape
         out = found.per_token, found.student_logps, found.teacher_logps
         ctx.mark_non_differentiable(*out)
@@ -187,8 +187,7 @@ class SDPOFunction(torch.autograd.Function):
         teacher = teacher if options.mode == "full" else None
         # Save the student itself, not a view: autograd then notices a change between forward and backward.
         ctx.save_for_backward(student, teacher, tokens.target_ids, tokens.topk_ids, tokens.ce_weights, *found)
-        loss = weighted_sum(found.coef, found.per_token) + cross_entropy.value(logits, tokens, options, backend)
-        return loss, *out
+        return weighted_sum(found.coef, found.per_token) + cross_entropy.value(call), *out
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
@@ -216,7 +215,7 @@ class SDPOFunction(torch.autograd.Function):
             if inplace:
                 torch.autograd.graph.increment_version(student)
             factor = upstream[0].reshape(1).to(found.coef.dtype)
-            cross_entropy.backward(factor, found, logits, teacher, tokens, options, backend, grad)
+            cross_entropy.backward(factor, found, RowCall(logits, teacher, tokens, options, backend), grad)
         return grad.view(shape), None, None, None, None, None
 
 
@@ -233,8 +232,9 @@ def sdpo_op(
     """`SDPOFunction` for compilers, where the gradient is never formed in place."""
     inputs, options = Tokens(*tokens), LossOptions.unpacked(mode, floats, integers)
     check_values("sdpo_loss", student.shape[-1], inputs, options.ignore_index)
-    found = rows.forward(student, teacher, inputs, options, backend)
-    loss = weighted_sum(found.coef, found.per_token) + cross_entropy.value(student, inputs, options, backend)
+    call = RowCall(student, teacher, inputs, options, backend)
+    found = rows.forward(call)
+    loss = weighted_sum(found.coef, found.per_token) + cross_entropy.value(call)
     # An operator must not return views of one buffer, so clone them.
     return loss, *(result.clone() for result in found)
 
@@ -264,8 +264,8 @@ def sdpo_backward_op(
 ) -> Tensor:
     grad, results = empty_gradient(student), RowResults(*found)
     factor = upstream.reshape(1).to(results.coef.dtype)
-    inputs, options = Tokens(*tokens), LossOptions.unpacked(mode, floats, integers)
-    cross_entropy.backward(factor, results, student, teacher, inputs, options, backend, grad)
+    options = LossOptions.unpacked(mode, floats, integers)
+    cross_entropy.backward(factor, results, RowCall(student, teacher, Tokens(*tokens), options, backend), grad)
     return grad
 
 

@@ -27,13 +27,14 @@ def check_tensor(name: str, argument: str, value: Any) -> Tensor:
     return value
 
 
-def check_logits(name: str, argument: str, logits: Any) -> Tensor:
-    """A floating tensor (..., V) with V >= 1."""
+def check_logits(name: str, argument: str, logits: Any, axis: str = "V") -> Tensor:
+    """A floating tensor (..., V) with V >= 1; ``axis`` is how errors call V."""
     logits = check_tensor(name, argument, logits)
     if logits.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: {argument} must be float16, bfloat16, float32 or float64, got {logits.dtype}")
     if logits.ndim < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"{name}: {argument} must have shape (..., V) with V >= 1, got {shape_text(logits.shape)}")
+        wanted = f"(..., {axis}) with {axis} >= 1"
+        raise ValueError(f"{name}: {argument} must have shape {wanted}, got {shape_text(logits.shape)}")
     return logits
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastsdpo.ops import rows
 from fastsdpo.ops.checks import accumulation_dtype
-from fastsdpo.ops.rows import LossOptions, RowResults, Tokens
+from fastsdpo.ops.rows import LossOptions, RowCall, RowResults
 
 
 def label_options(options: LossOptions) -> LossOptions:
@@ -29,34 +29,27 @@ def cross_entropy(ce_weights: Tensor, logps: Tensor) -> Tensor:
     return -torch.where(ce_weights == 0, 0.0, ce_weights * logps).sum()
 
 
-def value(student: Tensor, tokens: Tokens, options: LossOptions, backend: str) -> Tensor | float:
-    """The cross entropy of rows ``[B, L, V]``; 0 without weights for it."""
+def value(call: RowCall) -> Tensor | float:
+    """The cross entropy of a call's rows; 0 without weights for it."""
+    tokens = call.tokens
     if tokens.ce_weights is None:
         return 0.0
-    logps = rows.token_forward(student, tokens.target_ids, label_options(options), backend).logps
+    logps = rows.token_forward(call.student, tokens.target_ids, label_options(call.options), call.backend).logps
     return cross_entropy(tokens.ce_weights, logps)
 
 
-def backward(
-    upstream: Tensor,
-    found: RowResults,
-    student: Tensor,
-    teacher: Tensor | None,
-    tokens: Tokens,
-    options: LossOptions,
-    backend: str,
-    grad: Tensor,
-) -> None:
+def backward(upstream: Tensor, found: RowResults, call: RowCall, grad: Tensor) -> None:
     """`rows.backward`, with the gradient of ``upstream`` times the cross entropy added."""
+    student, teacher, tokens, options, backend = call
     if tokens.ce_weights is None:
-        rows.backward(upstream, found, student, teacher, tokens, options, backend, grad)
+        rows.backward(upstream, found, call, grad)
         return
     slopes, at, dtype = -tokens.ce_weights * upstream, label_options(options), accumulation_dtype(student)
     for which, (logits, others, out) in rows.row_blocks(student, teacher, grad):
         assert logits is not None and out is not None
         part, ids = RowResults(*(v[which] if v.numel() else v for v in found)), tokens.target_ids[which]
         first, second = (torch.empty_like(logits, dtype=dtype) for _ in range(2))
-        rows.backward(upstream, part, logits, others, tokens.chunk(which), options, backend, first)
+        rows.backward(upstream, part, RowCall(logits, others, tokens.chunk(which), options, backend), first)
         stats = rows.token_forward(logits, ids, at, backend).stats
         rows.token_backward(slopes[which].contiguous(), stats, logits, ids, at, backend, second)
         out.copy_(first.add_(second))

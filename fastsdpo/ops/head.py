@@ -196,6 +196,26 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
+def unscaled(
+    grads: Gradients, scale: Tensor | None, sources: Sequence[Tensor | None], like: Tensor
+) -> tuple[Tensor, ...]:
+    """Finished gradients in the dtypes of ``sources``, as results of an operator: ``[0]`` where there is none."""
+    return tuple(
+        like.new_empty(0)
+        if grad is None or source is None
+        else (grad if scale is None else grad.div_(scale)).to(source.dtype)
+        for grad, source in zip(grads, sources)
+    )
+
+
+def fake_gradients(needs: Sequence[bool], sources: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """What `unscaled` gives, for a compiler."""
+    return tuple(
+        source.new_empty(source.shape) if need and source is not None else like.new_empty(0)
+        for need, source in zip(needs, sources)
+    )
+
+
 def gradient_scale(slopes: Tensor, operand: torch.dtype) -> Tensor | None:
     """A power of two that scales the largest weight to nearly 1, because 1/N would underflow in float16."""
     if operand != torch.float16 or slopes.numel() == 0:

@@ -36,7 +36,7 @@ from fastsdpo.ops._operators import (
     weighted_sum,
 )
 from fastsdpo.ops.backend import resolve_backend
-from fastsdpo.ops.checks import accumulation_dtype, cut_vocabulary
+from fastsdpo.ops.checks import accumulation_dtype, check_logits, cut_vocabulary
 from fastsdpo.ops.divergence import SDPOLossOutput, check_loss, loss_output
 from fastsdpo.ops.head import (
     ChunkPlan,
@@ -52,7 +52,6 @@ from fastsdpo.ops.head import (
 from fastsdpo.ops.linear_checks import (
     check_chunk,
     check_head_tensors,
-    check_hidden,
     check_scale,
     check_teacher,
     check_teacher_logits,
@@ -149,12 +148,7 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        call: LinearCall,
-        needs: Needs,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall, needs: Needs
     ) -> tuple[Tensor, ...]:
         found, grads = linear_forward(hidden, weight, bias, call, needs)
         ctx.mark_non_differentiable(*found[1:])
@@ -328,7 +322,7 @@ def linear_sdpo_loss(
         them).
     """
     name = "linear_sdpo_loss"
-    student = check_hidden(name, "student_hidden", student_hidden)
+    student = check_logits(name, "student_hidden", student_hidden, "D")
     heads = {"weight": weight, "bias": bias, "teacher_weight": teacher_weight, "teacher_bias": teacher_bias}
     weight, bias, *teacher_head = (
         cut_vocabulary(name, argument, gathered(value), vocab_size, 0) for argument, value in heads.items()

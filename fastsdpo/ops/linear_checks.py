@@ -64,7 +64,7 @@ def check_teacher(
         raise ValueError(f"{name}: teacher_bias must come with teacher_weight, got none")
     if hidden is None:
         return None, None, None
-    hidden = check_hidden(name, "teacher_hidden", hidden).detach()
+    hidden = check_logits(name, "teacher_hidden", hidden, "D").detach()
     if hidden.shape[:-1] != student.shape[:-1] or hidden.device != student.device:
         raise ValueError(
             f"{name}: teacher_hidden must match student_hidden {shape_text(student.shape)} on {student.device} "
@@ -109,15 +109,6 @@ def refuse_with_shards(name: str, vocab_group: Any, **arguments: Any) -> None:
     given = [argument for argument, value in arguments.items() if value is not None]
     if vocab_group is not None and given:
         raise ValueError(f"{name}: {given[0]} must be None with vocab_group: heads in shards do not know it")
-
-
-def check_hidden(name: str, argument: str, hidden: Any) -> Tensor:
-    hidden = check_tensor(name, argument, hidden)
-    if hidden.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name}: {argument} must be floating, got {hidden.dtype}")
-    if hidden.ndim < 1 or hidden.shape[-1] < 1:
-        raise ValueError(f"{name}: {argument} must have shape (..., D), got {shape_text(hidden.shape)}")
-    return hidden
 
 
 def check_chunk(name: str, chunk_size: int | None, tokens: int, head: Tensor) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastsdpo.ops import rows
 from fastsdpo.ops.cross_entropy import label_options
 from fastsdpo.ops.head import ChunkPlan
-from fastsdpo.ops.rows import LossOptions, Tokens
+from fastsdpo.ops.rows import LossOptions, RowCall, Tokens
 
 
 class PolicyGradient(NamedTuple):
@@ -88,13 +88,9 @@ class RowLoss:
         if options.mode == "topk" and tokens.topk_ids is None:
             ids = rows.support(logits, tokens.target_ids, options.topk, options.ignore_index, backend)
             tokens = tokens._replace(topk_ids=ids)
+        teacher = None if teacher is None else teacher.unsqueeze(0)
         found = rows.forward(
-            logits,
-            None if teacher is None else teacher.unsqueeze(0),
-            tokens,
-            options,
-            backend,
-            None if grad is None else grad.unsqueeze(0),
+            RowCall(logits, teacher, tokens, options, backend), None if grad is None else grad.unsqueeze(0)
         )
         self.vectors.write(which, found)
         if second is not None:

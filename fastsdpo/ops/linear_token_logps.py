@@ -18,6 +18,7 @@ from fastsdpo.ops.checks import (
     accumulation_dtype,
     check_ids,
     check_like,
+    check_logits,
     check_softcap,
     check_temperature,
     flat_ids,
@@ -26,15 +27,16 @@ from fastsdpo.ops.head import (
     ChunkPlan,
     HeadGemms,
     choose_dtypes,
+    fake_gradients,
     gradient_scale,
     needed,
     present,
     through_head,
+    unscaled,
 )
 from fastsdpo.ops.linear_checks import (
     check_chunk,
     check_head_tensors,
-    check_hidden,
     check_scale,
     check_tile,
     flat_hidden,
@@ -105,31 +107,17 @@ def linear_token_logps_backward_op(
 
     def tile_loss(logits: Tensor, teacher: Tensor | None, which: slice, grad: Tensor | None):
         assert grad is not None
-        rows.token_backward(
-            slopes[which],
-            stats[which],
-            logits.unsqueeze(0),
-            target_ids[which],
-            options,
-            backend,
-            grad.unsqueeze(0),
-        )
+        given = slopes[which], stats[which], logits.unsqueeze(0), target_ids[which], options, backend
+        rows.token_backward(*given, grad.unsqueeze(0))
 
     head = HeadGemms(weight, bias, plan.operand)
     grads = through_head(hidden, head, tile_loss, plan, needed(needs))
-    none = upstream.new_empty(0)
-    return tuple(
-        none.clone() if grad is None else (grad if scale is None else grad.div_(scale)).to(like)
-        for grad, like in zip(grads, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype))
-    )
+    return unscaled(grads, scale, (hidden, weight, bias), upstream)
 
 
 @linear_token_logps_backward_op.register_fake
 def _(upstream, hidden, weight, bias, *args):
-    return tuple(
-        like.new_empty(like.shape) if need else upstream.new_empty(0)
-        for need, like in zip(args[-2], (hidden, weight, bias))
-    )
+    return fake_gradients(args[-2], (hidden, weight, bias), upstream)
 
 
 forbid_second_derivative(linear_token_logps_backward_op)
@@ -214,7 +202,7 @@ def linear_token_logps(
         (`fastsdpo.ops.linear.release_tiles` frees it).
     """
     name = "linear_token_logps"
-    hidden = check_hidden(name, "hidden", hidden)
+    hidden = check_logits(name, "hidden", hidden, "D")
     weight, bias = gathered(weight), gathered(bias)
     weight, bias = check_head_tensors(name, "weight", hidden, weight, bias)
     shape = hidden.shape[:-1]

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from fastsdpo.ops.checks import accumulation_dtype
-from fastsdpo.ops.rows import STATISTICS, LossOptions, RowResults, TokenResults, Tokens, row_blocks, token_advantage
+from fastsdpo.ops.rows import (
+    STATISTICS,
+    LossOptions,
+    RowCall,
+    RowResults,
+    TokenResults,
+    Tokens,
+    row_blocks,
+    token_advantage,
+)
 
 LOG2E = math.log2(math.e)
 CACHED = 2**16  # elements of a block for each thread: its temporaries fit a core's second cache
@@ -105,12 +114,7 @@ def _token_forward(logits: Tensor, target_ids: Tensor, options: LossOptions, ent
 
 
 def token_backward(
-    upstream: Tensor,
-    stats: Tensor,
-    logits: Tensor,
-    target_ids: Tensor,
-    options: LossOptions,
-    grad: Tensor,
+    upstream: Tensor, stats: Tensor, logits: Tensor, target_ids: Tensor, options: LossOptions, grad: Tensor
 ) -> None:
     for which, (part, out) in blocks(logits, grad):
         assert part is not None and out is not None
@@ -206,11 +210,7 @@ def given_logps(tokens: Tokens, options: LossOptions) -> Tensor:
 
 
 def forward(
-    student: Tensor,
-    teacher: Tensor | None,
-    tokens: Tokens,
-    options: LossOptions,
-    grad: Tensor | None = None,
+    student: Tensor, teacher: Tensor | None, tokens: Tokens, options: LossOptions, grad: Tensor | None = None
 ) -> RowResults:
     by_mode = {"sampled_token": _sampled_token, "full": _full, "topk": _topk}
     parts = []
@@ -219,7 +219,8 @@ def forward(
         chunk = tokens.chunk(which)
         parts.append(by_mode[options.mode](mine, others, chunk, options))
         if out is not None:
-            _backward(parts[-1].coef.new_ones(1), parts[-1], mine, others, chunk, options, out)
+            call = RowCall(mine, others, chunk, options, "reference")
+            _backward(parts[-1].coef.new_ones(1), parts[-1], call, out)
     return parts[0] if len(parts) == 1 else RowResults(*map(torch.cat, zip(*parts)))
 
 
@@ -332,18 +333,11 @@ def backward(
     for which, (mine, others, out) in blocks(*read):
         assert mine is not None and out is not None
         part = RowResults(*(field[which] if len(field) else field for field in found))
-        _backward(upstream, part, mine, others, tokens.chunk(which), options, out)
+        _backward(upstream, part, RowCall(mine, others, tokens.chunk(which), options, "reference"), out)
 
 
-def _backward(
-    upstream: Tensor,
-    found: RowResults,
-    student: Tensor,
-    teacher: Tensor | None,
-    tokens: Tokens,
-    options: LossOptions,
-    grad: Tensor,
-) -> None:
+def _backward(upstream: Tensor, found: RowResults, call: RowCall, grad: Tensor) -> None:
+    student, teacher, tokens, options, _ = call
     coef, stats, temperature = found.coef * upstream, found.stats, options.temperature
     if options.mode == "sampled_token":
         upstream = -token_advantage(found.student_logps, found.teacher_logps) * coef

@@ -1,8 +1,8 @@
 """The only interface to the kernels: losses and log-probs of rows of logits.
 
 Public functions, operators, the chunks of a head, vocabulary shards and integrations call these functions. A
-call is described by two objects: `LossOptions` (checked numbers) and `Tokens` (checked per-token tensors). A
-backend is a module with these functions, without the argument ``backend``:
+call of the losses is a `RowCall`: logits, `LossOptions` (checked numbers), `Tokens` (checked per-token tensors) and a
+backend. A backend is a module with these functions; they take the fields of a call one by one, without the backend:
 
     forward         results of every row; with ``grad`` also the gradient of ``sum coef * per_token``
     backward        the gradient of the student's logits, from the results of forward
@@ -100,6 +100,20 @@ class Tokens(NamedTuple):
         return Tokens(self.target_ids[rows], self.weights[rows], *optional)
 
 
+class RowCall(NamedTuple):
+    """Rows of logits ``[B, L, V]`` and all that is known of them.
+
+    Attributes:
+        teacher: in its own dtype; None where ``tokens`` stand for it. Backward reads it for ``mode="full"`` alone.
+    """
+
+    student: Tensor
+    teacher: Tensor | None
+    tokens: Tokens
+    options: LossOptions
+    backend: str
+
+
 class RowResults(NamedTuple):
     """Results of forward for each row, ``[N]`` in the accumulation dtype; 0 where ignored.
 
@@ -141,50 +155,28 @@ def implementation(backend: str) -> ModuleType:
     return importlib.import_module(_MODULES[backend])
 
 
-def forward(
-    student: Tensor,
-    teacher: Tensor | None,
-    tokens: Tokens,
-    options: LossOptions,
-    backend: str,
-    grad: Tensor | None = None,
-) -> RowResults:
-    """The loss of every row; with ``grad`` its gradient too, for an upstream gradient of 1.
-
-    Args:
-        student: logits ``[B, L, V]``.
-        teacher: the same, in its own dtype; None where ``tokens`` stand for it.
-        grad: ``[B, L, V]``, written; may be ``student``.
+def forward(call: RowCall, grad: Tensor | None = None) -> RowResults:
+    """The loss of every row; with ``grad [B, L, V]``, which may be the student's logits, its gradient for an
+    upstream gradient of 1 is written there too.
     """
-    if not options.bounded_tail:
-        return implementation(backend).forward(student, teacher, tokens, options, grad)
+    if not call.options.bounded_tail:
+        return implementation(call.backend).forward(*call[:4], grad)
     from fastsdpo.ops import bounded_tail
 
-    found = bounded_tail.forward(student, teacher, tokens, options, backend)
+    found = bounded_tail.forward(*call)
     if grad is not None:
-        one = found.coef.new_ones(1)
-        backward(one, found, student, teacher, tokens, options, backend, grad)
+        backward(found.coef.new_ones(1), found, call, grad)
     return found
 
 
-def backward(
-    upstream: Tensor,
-    found: RowResults,
-    student: Tensor,
-    teacher: Tensor | None,
-    tokens: Tokens,
-    options: LossOptions,
-    backend: str,
-    grad: Tensor,
-) -> None:
+def backward(upstream: Tensor, found: RowResults, call: RowCall, grad: Tensor) -> None:
     """Writes the gradient of ``upstream * sum coef * per_token`` into ``grad``.
 
     Args:
         upstream: ``[1]``.
         found: of `forward`; only ``coef``, the log-probs, ``stats`` and ``class_grads`` are read.
-        teacher: read for ``mode="full"`` alone.
     """
-    implementation(backend).backward(upstream, found, student, teacher, tokens, options, grad)
+    implementation(call.backend).backward(upstream, found, *call[:4], grad)
 
 
 def token_forward(

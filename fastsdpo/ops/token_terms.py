@@ -24,9 +24,18 @@ from fastsdpo.ops import rows
 from fastsdpo.ops._operators import empty_gradient, forbid_second_derivative
 from fastsdpo.ops.bounded_tail import support_logps
 from fastsdpo.ops.checks import accumulation_dtype, check_ids, check_like, check_tensor
-from fastsdpo.ops.head import ChunkPlan, HeadGemms, gradient_scale, needed, present, through_head
+from fastsdpo.ops.head import (
+    ChunkPlan,
+    HeadGemms,
+    fake_gradients,
+    gradient_scale,
+    needed,
+    present,
+    through_head,
+    unscaled,
+)
 from fastsdpo.ops.reference import weighted
-from fastsdpo.ops.rows import STATISTICS, LossOptions, RowResults, Tokens
+from fastsdpo.ops.rows import STATISTICS, LossOptions, RowCall, RowResults, Tokens
 
 
 class Terms(NamedTuple):
@@ -112,7 +121,7 @@ def _logps_gradient(
     found = _results(ones, [terms.stats, -total], class_grads)
     tokens = Tokens(target_ids, ones, topk_ids=terms.ids.contiguous())
     options = replace(options, mode="topk", topk=terms.ids.shape[1], add_tail=True)
-    rows.backward(ones.new_ones(1), found, logits, None, tokens, options, backend, grad)
+    rows.backward(ones.new_ones(1), found, RowCall(logits, None, tokens, options, backend), grad)
 
 
 def _entropy_gradient(
@@ -125,7 +134,7 @@ def _entropy_gradient(
     found = _results(-slopes, stats, slopes.new_empty(0))
     options = replace(options, mode="full", alpha=1.0)
     tokens = Tokens(target_ids, found.coef)
-    rows.backward(slopes.new_ones(1), found, logits, uniform, tokens, options, backend, grad)
+    rows.backward(slopes.new_ones(1), found, RowCall(logits, uniform, tokens, options, backend), grad)
 
 
 def tile_gradient(
@@ -324,19 +333,12 @@ def linear_token_terms_backward_op(
         tile_gradient(both[which, :k], entropy, *rest)
 
     grads = through_head(hidden, HeadGemms(weight, bias, plan.operand), tile_loss, plan, needed(needs))
-    none = slopes.new_empty(0)
-    return tuple(
-        none.clone() if grad is None else (grad if scale is None else grad.div_(scale)).to(like)
-        for grad, like in zip(grads, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype))
-    )
+    return unscaled(grads, scale, (hidden, weight, bias), slopes)
 
 
 @linear_token_terms_backward_op.register_fake
 def _(upstream, hidden, weight, bias, *args):
-    return tuple(
-        like.new_empty(like.shape) if need else upstream[0].new_empty(0)
-        for need, like in zip(args[-2], (hidden, weight, bias))
-    )
+    return fake_gradients(args[-2], (hidden, weight, bias), upstream[0])
 
 
 forbid_second_derivative(linear_token_terms_backward_op)

@@ -38,7 +38,7 @@ from fastsdpo.ops.reference import (
     sampled_token_loss,
     softcap_slope,
 )
-from fastsdpo.ops.rows import RowResults, Tokens, token_advantage
+from fastsdpo.ops.rows import RowCall, RowResults, Tokens, token_advantage
 
 if TYPE_CHECKING:
     from fastsdpo.ops.linear import LinearCall
@@ -150,7 +150,7 @@ class ShardLoss:
         alpha = self.options.alpha
         # JSD needs only the statistics of the rows, which every mode gives. A KL's take one pass.
         options = replace(self.options, alpha=alpha if alpha in (0.0, 1.0) else 1.0)
-        found = rows.forward(student, teacher, local, options, self.backend)
+        found = rows.forward(RowCall(student, teacher, local, options, self.backend))
         own = found.stats
         p_stats, p_mass = self.group.normalizers(own[:, :2], self.scale)
         q_stats, q_mass = self.group.normalizers(own[:, 2:4], self.scale)
@@ -171,8 +171,8 @@ class ShardLoss:
             stats[:, 4] = of_student / (1 - alpha)
         if grad is not None:
             known = RowResults(per_token, coef, student_logps, teacher_logps, stats, coef.new_empty(0))
-            one = coef.new_ones(1)
-            rows.backward(one, known, student, teacher, local, self.options, self.backend, grad)
+            call = RowCall(student, teacher, local, self.options, self.backend)
+            rows.backward(coef.new_ones(1), known, call, grad)
         return per_token, coef, student_logps, teacher_logps
 
     def _chain_rule(self, own: Tensor, p_mass: Tensor, q_mass: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class ShardLoss:
         # The sum is over the gradient in u: take the softcap and the temperature out of the chain to z.
         s, t = (capped_rows(z, self.options.softcap).view(z.shape) for z in (student, teacher))
         options = replace(self.options, alpha=alpha, softcap=0.0)
-        rows.backward(one[:1], known, s, t, tokens, options, self.backend, terms)
+        rows.backward(one[:1], known, RowCall(s, t, tokens, options, self.backend), terms)
         return terms[0].sum(-1) * self.options.temperature
 
     def _topk(self, logits: list[Tensor], tokens: Tokens, ids: Tensor, grad: Tensor | None) -> Sequence[Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastsdpo.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastsdpo.trainer.config import SDPOConfig as SDPOConfig
@@ -14,22 +15,12 @@ if TYPE_CHECKING:
     from fastsdpo.trainer.trainer import SDPOTrainer as SDPOTrainer
 
 _MODULE_OF = {
-    "InteractionDataset": "data",
-    "InteractionStream": "stream",
-    "NonFiniteError": "finite",
-    "SDPOConfig": "config",
-    "SDPOTrainer": "trainer",
-    "TeacherCheck": "teacher_check",
+    "InteractionDataset": "fastsdpo.trainer.data",
+    "InteractionStream": "fastsdpo.trainer.stream",
+    "NonFiniteError": "fastsdpo.trainer.finite",
+    "SDPOConfig": "fastsdpo.trainer.config",
+    "SDPOTrainer": "fastsdpo.trainer.trainer",
+    "TeacherCheck": "fastsdpo.trainer.teacher_check",
 }
 __all__ = list(_MODULE_OF)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'fastsdpo.trainer' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _MODULE_OF)

@@ -59,7 +59,7 @@ def test_a_sample_compiles_no_worse_than_committed():
     if matrix.read(matrix.RESULTS)["triton"] != matrix.triton.__version__:
         pytest.skip("the table is of another Triton")
     arguments = ["--check", "--targets", "sm_90", "--dtypes", "bf16", "--workers", "1", "--names"]
-    said = run("benchmarks.compile_matrix", *arguments, "^(logps|reverse KL|JSD|top-k JSD): ")
+    said = run("benchmarks.compile_matrix", *arguments, "^(logps|JSD|top-k JSD): ")
     assert "no cell is worse" in said
 
 
@@ -115,26 +115,17 @@ def test_executed_cells_are_kept_and_gone_on_with(tmp_path, monkeypatch, capsys)
     assert cells["log-ratio / bf16 / sm_90 / packed"]["sizes"] == ["1", "2", "33", "129"]
 
 
-def test_a_file_that_spells_its_cells_out_is_converted(tmp_path, monkeypatch):
-    about = {"source": "s", "triton": "3"}
-    fine = {"loss": 1e-7, "gradient": 2e-7, "wrong": [], "faults": [], "variants": ["b", "a"]}
-    bad = {**fine, "loss": 3e-7, "wrong": ["off"], "faults": ["race"], "variants": ["c"]}
-    launch = dict.fromkeys(ptx.COLUMNS[:7], 1.5) | {"accesses": {"ld 16": 3, "st 2": 4}}
-    path = tmp_path / "ptx.json"
-    old = {
-        "JSD / bf16 / sm_80 / packed": {**about, "found": {"1": fine, "2": bad}},
-        "JSD / bf16 / sm_90 / counts": {**about, "found": {"32000": {"finish": launch}}},
-    }
-    path.write_text(json.dumps({"cells": old}))
-    monkeypatch.setattr(ptx, "RESULTS", path)
-    monkeypatch.setattr("sys.argv", ["ptx", "--convert"])
-    assert ptx.main() == 0
-    assert ptx.read(path)[0] == about
-    one, counts = ptx.read(path)[1].values()
-    assert one["problems"] == ["V = 2: off", "V = 2: race"]
-    assert (one["sizes"], one["loss"], one["variants"]) == (["1", "2"], 3e-7, ["a", "b", "c"])
-    assert counts["found"]["32000"]["finish"]["accesses"] == "ld 16 3, st 2 4"
-    assert ptx.problems(ptx.read(path)[1]) == [f"JSD / bf16 / sm_80 / packed, V = 2: {t}" for t in ("off", "race")]
+def test_targets_of_equal_errors_share_a_line_of_the_file(tmp_path):
+    path, about, row = tmp_path / "ptx.json", {"source": "s", "triton": "3"}, {"sizes": ["1", "2"], "gradient": 2e-7}
+    bad = {**row, "loss": 3e-7, "problems": ["V = 2: off", "V = 2: race"]}
+    launch = dict.fromkeys(ptx.COLUMNS[:7], 1.5) | {"accesses": "ld 16 3, st 2 4"}
+    cells = {f"JSD / bf16 / sm_{arch} / packed": {**row, "loss": 1e-7, "problems": []} for arch in (80, 90)}
+    cells["JSD / bf16 / sm_100 / packed"] = bad
+    cells["JSD / bf16 / sm_90 / counts"] = {"sizes": ["32000"], "found": {"32000": {"finish": launch}}}
+    ptx.write(path, about, cells)
+    assert list(json.loads(path.read_text())["errors"]) == ["bf16 / sm_80 sm_90 / packed", "bf16 / sm_100 / packed"]
+    assert ptx.read(path) == (about, cells)
+    assert ptx.problems(cells) == [f"JSD / bf16 / sm_100 / packed, V = 2: {text}" for text in ("off", "race")]
 
 
 def traffic(*arguments):

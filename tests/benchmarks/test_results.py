@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import compare, compatibility, coverage, distributed, gained, harness, reliability, report
 
+DRAWS = True
 RUN = {"device": "d", "commit": "c", "date": "2026-01-01"}
 
 

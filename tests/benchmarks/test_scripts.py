@@ -10,11 +10,11 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import bench_data, bench_processes, compare, conversations, harness, report, run_all, steps
 from fastsdpo.data.tokenization import TokenizedInteraction
+from tests.words import word_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -22,17 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture
 def tokenizer(monkeypatch):
     special = ["<pad>", "<end>", "<user>", "<assistant>", "<unk>"]
-    words = [*special, *(f"w{n}" for n in range(9)), "Please"]
-    backend = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
-        "{% if add_generation_prompt %}<assistant> {% endif %}"
-    )
+    tokenizer = word_tokenizer([*(f"w{n}" for n in range(9)), "Please"], special)
     monkeypatch.setattr(conversations, "load_tokenizer", lambda template="smollm2": tokenizer)
     monkeypatch.setattr(steps, "load_tokenizer", lambda: tokenizer)
 

@@ -122,7 +122,13 @@ def test_teacher_kinds(kind, tmp_path, qwen2_folder):
 @pytest.mark.parametrize(
     ("kind", "target"),
     # An EMA teacher and LoRA on the head: TRL sets the base head to zero, and every loss is 0.
-    [("base", "q_proj"), ("live", "q_proj"), ("ema", "q_proj"), ("base", "lm_head"), ("live", "lm_head")],
+    [
+        ("base", "q_proj"),
+        ("ema", "q_proj"),
+        ("live", "lm_head"),
+        pytest.param("live", "q_proj", marks=pytest.mark.slow),
+        pytest.param("base", "lm_head", marks=pytest.mark.slow),
+    ],
 )
 def test_adapters(kind, target, tmp_path, qwen2_folder):
     """LoRA, in the attention and on the head: the base teacher is the model without it."""

@@ -10,49 +10,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastsdpo.online import ConstantUser, OnlineSDPOConfig, OnlineSDPOTrainer
+from tests.words import SHAPE, word_tokenizer
 
 WORDS = [f"w{number}" for number in range(40)]
-CHAT = (
-    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
-)
 
 
 def make_tokenizer():
-    special = ["<pad>", "<end>", "<user>", "<assistant>", "<system>", "<unk>"]
-    vocabulary = {word: number for number, word in enumerate([*special, "note", *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = CHAT
-    return tokenizer
+    return word_tokenizer(["note", *WORDS])
 
 
 def make_model():
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=47,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=None,
-            tie_word_embeddings=True,
-            initializer_range=0.2,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(vocab_size=47, max_position_embeddings=256, tie_word_embeddings=True, **SHAPE))
 
 
 def make_trainer(folder, *, user=None, callbacks=None, peft_config=None, **changes):

@@ -5,28 +5,18 @@ Usage: two_processes_worker.py FOLDER SETTINGS_JSON   (RANK, WORLD_SIZE, MASTER_
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
-from pathlib import Path
 
 import torch
 
 from fastsdpo.online import RuleUser
-
-
-def load_lab():
-    path = Path(__file__).parent / "conftest.py"
-    spec = importlib.util.spec_from_file_location("online_conftest", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.online import conftest as lab
 
 
 def main(folder: str, runs: dict) -> None:
     torch.set_num_threads(1)
-    lab = load_lab()
     world = int(os.environ.get("WORLD_SIZE", 1))
     for name, settings in runs.items():
         # So cold that every process draws the likeliest token: its seed then changes nothing.

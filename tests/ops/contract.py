@@ -18,7 +18,7 @@ import torch._dynamo.testing
 import fastsdpo
 from fastsdpo.ops import rows as door
 from fastsdpo.ops.checks import as_rows, flat_ids
-from fastsdpo.ops.rows import LossOptions, Tokens
+from fastsdpo.ops.rows import LossOptions, RowCall, Tokens
 from fastsdpo.testing import (
     Rows,
     assert_gradient_close,
@@ -141,11 +141,12 @@ class Contract:
         options = LossOptions(0.9, softcap, is_clip=2.0, **loss)
         if options.topk:
             tokens = tokens._replace(topk_ids=student.topk(options.topk, -1).indices.flatten(0, 1))
-        found = door.forward(student, teacher, tokens, options, self.backend)
+        call = RowCall(student, teacher, tokens, options, self.backend)
+        found = door.forward(call)
         grad, apart = torch.empty_like(student), torch.empty_like(student)
-        door.backward(torch.ones(1), found, student, teacher, tokens, options, self.backend, grad)
+        door.backward(torch.ones(1), found, call, grad)
         for buffer in (apart, student):
-            got = door.forward(student, teacher, tokens, options, self.backend, buffer)
+            got = door.forward(call, buffer)
             for a, b in zip((*got[:4], buffer), (*found[:4], grad), strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
         return [*found[:4], grad[0] if len(grad) == 1 else grad.flatten(0, 1)]

@@ -84,7 +84,7 @@ CASES = [
     ),
     (lambda: linear(weight=W[:0].reshape(0)), ValueError, "partitioned by DeepSpeed ZeRO-3"),
     (lambda: linear(weight=W.long()), TypeError, "weight must be floating"),
-    (lambda: linear(student=H.long()), TypeError, "student_hidden must be floating"),
+    (lambda: linear(student=H.long()), TypeError, "student_hidden must be float16, bfloat16, float32 or float64"),
     (lambda: linear(teacher=H[:1]), ValueError, "teacher_hidden must match student_hidden"),
     (lambda: linear(teacher=H[..., :2]), ValueError, "teacher_hidden must have D = 4 without a teacher_weight, got 2"),
     (lambda: linear(teacher=H[..., :2], teacher_weight=W[:6, :2]), ValueError, "teacher_weight must have V = 7 rows"),

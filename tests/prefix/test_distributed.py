@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import tiny
 from fastsdpo.prefix import check_head, check_sharing, head_parameters, shared_forward
+from tests.forked import run_together
+from tests.prefix import conftest as lab
 
 WORLD = 2
 KINDS = ("qwen3_5_text", "stablelm", "doge", "minimax", "recurrent_gemma")  # recurrent; own masks; whole paths
@@ -27,31 +25,13 @@ KINDS = ("qwen3_5_text", "stablelm", "doge", "minimax", "recurrent_gemma")  # re
 @pytest.mark.parametrize("wrapper", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 @pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in KINDS)])
 def test_two_processes(tmp_path, name, wrapper):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    common = [str(tmp_path / "store"), name, wrapper]
-    commands = [[sys.executable, __file__, str(rank), *common] for rank in range(WORLD)]
-    processes = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-
-
-def load_lab():
-    path = Path(__file__).parent / "conftest.py"
-    spec = importlib.util.spec_from_file_location("prefix_conftest", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    common = [tmp_path / "store", name, wrapper]
+    run_together([([__file__, rank, *common], {}) for rank in range(WORLD)])
 
 
 def main(rank: int, store: str, name: str, wrapper: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    lab = load_lab()
     items_of = [lab.conversation(3, think=True, seed=r) for r in range(WORLD)]
     items = items_of[rank]
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from fastsdpo.prefix import ForwardSession, Ulysses, head_parameters, not_divisible, shared_forward
+from tests.forked import run_together
+from tests.prefix import conftest as lab
 
 # Grouped queries, sliding windows, capped scores, positions that the model learns, experts.
 MODELS = ("llama", "gemma3", "gemma2", "mistral", "gpt2", "qwen3_moe")
@@ -30,28 +28,11 @@ MODELS = ("llama", "gemma3", "gemma2", "mistral", "gpt2", "qwen3_moe")
 )
 def test_processes(tmp_path, world, names):
     """Those of one model are in `make test`: nothing else there divides a pack."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    common = [str(world), str(tmp_path / "store"), *names]
-    commands = [[sys.executable, __file__, str(rank), *common] for rank in range(world)]
-    processes = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
-    try:
-        outputs = [process.communicate(timeout=400)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world, "\n".join(outputs)
+    common = [world, tmp_path / "store", *names]
+    run_together([([__file__, rank, *common], {}) for rank in range(world)], timeout=400)
 
 
-def load_lab():
-    path = Path(__file__).parent / "conftest.py"
-    spec = importlib.util.spec_from_file_location("prefix_conftest", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def packs(lab):
+def packs():
     """Nested and branched histories; a teacher who reads what the student reads; fewer tokens than processes."""
     nested = lab.conversation(3, think=True)
     (same,) = lab.conversation(1, seed=3)
@@ -59,7 +40,7 @@ def packs(lab):
     return [nested + lab.conversation(2, seed=1), [same, *nested[:1]], [lab.tokenized([11], [12, 13], [14, 15])]]
 
 
-def passes(lab, model, items, ulysses, **options):
+def passes(model, items, ulysses, **options):
     """(the loss, which is this process's part of it; rows of student and teacher, whole)."""
     count = sum(len(item.completion_ids) for item in items)
     weights = torch.linspace(0.5, 1.5, count, dtype=torch.float64)
@@ -79,11 +60,11 @@ def passes(lab, model, items, ulysses, **options):
     return loss, columns
 
 
-def compare(lab, model, items, ulysses, tolerance, **options):
-    want_loss, want = passes(lab, model, items, None, **options)
+def compare(model, items, ulysses, tolerance, **options):
+    want_loss, want = passes(model, items, None, **options)
     want_loss.backward()
     want_gradients = lab.gradients(model)
-    loss, got = passes(lab, model, items, ulysses, **options)
+    loss, got = passes(model, items, ulysses, **options)
     loss.backward()
     gradients = lab.gradients(model)
     assert (ulysses.sum(loss) - want_loss).abs() < tolerance
@@ -98,7 +79,7 @@ def compare(lab, model, items, ulysses, tolerance, **options):
 def main(rank: int, world: int, store: str, names: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    lab, ulysses = load_lab(), Ulysses()
+    ulysses = Ulysses()
     for name in names:
         model = lab.tiny_model(name)
         if name == "llama":
@@ -106,17 +87,17 @@ def main(rank: int, world: int, store: str, names: list[str]) -> None:
             with torch.no_grad():
                 for parameter in teacher.parameters():
                     parameter.mul_(1.1)
-            compare(lab, model, packs(lab)[0], ulysses, 1e-11, teacher_model=teacher, sharing="interaction")
-        for items in packs(lab):
-            compare(lab, model, items, ulysses, 1e-11, attention="segments")
+            compare(model, packs()[0], ulysses, 1e-11, teacher_model=teacher, sharing="interaction")
+        for items in packs():
+            compare(model, items, ulysses, 1e-11, attention="segments")
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        compare(lab, model, packs(lab)[0], ulysses, 1e-11, attention="dense")
-    check_refusals(lab, ulysses)
+        compare(model, packs()[0], ulysses, 1e-11, attention="dense")
+    check_refusals(ulysses)
     dist.barrier()  # no process ends its threads while another still talks to them
     dist.destroy_process_group()
 
 
-def check_refusals(lab, ulysses) -> None:
+def check_refusals(ulysses) -> None:
     (item,) = lab.conversation(1)
     with pytest.raises(NotImplementedError, match="sharing='off' has none"):
         shared_forward(lab.tiny_model("llama"), [item], sharing="off", ulysses=ulysses)
@@ -125,7 +106,7 @@ def check_refusals(lab, ulysses) -> None:
         shared_forward(odd, [item], ulysses=ulysses)
 
 
-def test_refused_by_name(lab):
+def test_refused_by_name():
     from benchmarks import tiny
 
     assert not_divisible(lab.tiny_model("llama"), 4) is None

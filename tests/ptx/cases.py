@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsdpo.ops import rows as door
-from fastsdpo.ops.rows import LossOptions, Tokens
+from fastsdpo.ops.rows import LossOptions, RowCall, Tokens
 
 IGNORE, INF, NAN = -100, float("inf"), float("nan")
 TEMPERATURE, TOPK = 0.7, 20
@@ -169,11 +169,11 @@ def results(loss: Loss, student: Tensor, teacher: Tensor, targets: Tensor, backe
         entropy = {"entropy": found.entropy} if loss.call == "entropy" else {}
         return {"student": found.logps, **entropy, "gradient": grad[0]}
     teacher_rows = None if loss.given else t
-    fused = where == "fused"
-    found = door.forward(s, teacher_rows, tokens, options, backend, grad if fused else None)
+    fused, call = where == "fused", RowCall(s, teacher_rows, tokens, options, backend)
+    found = door.forward(call, grad if fused else None)
     if not fused:
         upstream = found.coef.new_full((1,), UPSTREAM)
-        door.backward(upstream, found, s, teacher_rows, tokens, options, backend, grad)
+        door.backward(upstream, found, call, grad)
     names = ("loss", "student", "teacher", "gradient")
     return dict(zip(names, (found.per_token, found.student_logps, found.teacher_logps, grad[0]), strict=True))
 

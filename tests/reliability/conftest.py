@@ -6,7 +6,6 @@ the numbers of cases tried, faults injected, cases survived and cases lost are w
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
@@ -21,16 +20,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.trainer import conftest
+
 FOLDER = Path(__file__).parent
 LONG = os.environ.get("FASTSDPO_LONG") == "1"
-
-
-def load_module(path):
-    """A module of another folder of tests, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"reliability_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
@@ -147,7 +140,7 @@ def runner():
 @pytest.fixture(scope="session")
 def lab():
     """The tiny model, tokenizer and interactions of the trainer's tests."""
-    return load_module(FOLDER.parent / "trainer" / "conftest.py")
+    return conftest
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ it has ended (the status negative for a signal). A job:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -31,6 +32,8 @@ for name in ("prepare", "train", "online"):
     importlib.import_module(COMMANDS[name][0])
 importlib.import_module("fastsdpo.trainer")  # the commands import these when they run
 importlib.import_module("fastsdpo.online")
+with contextlib.suppress(ImportError):
+    importlib.import_module("matplotlib.backends.backend_agg")
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_REC, MS_PRIVATE = 0x20000, 1, 32, 16384, 1 << 18

@@ -18,6 +18,7 @@ from fastsdpo.commands import prepare
 from fastsdpo.data import Interaction, InteractionTokenizer, load_interactions
 from fastsdpo.data.loading import parse_conversation, parse_interaction
 from fastsdpo.trainer.data import InteractionDataset
+from tests.data import test_fuzz as fuzz
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 SMUGGLED = [
@@ -39,14 +40,6 @@ SMUGGLED = [
     "<s></s>[INST] x [/INST]",
     "<pad><unk><end>",
 ]
-
-
-def fuzz_module():
-    path = Path(__file__).parents[1] / "data" / "test_fuzz.py"
-    spec = importlib.util.spec_from_file_location("data_fuzz", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +66,6 @@ def wanted_control_tokens(interaction):
 
 def test_mutated_files_through_prepare_and_train(tmp_path, smollm2, count, results, capsys, recwarn):
     """`fastsdpo prepare`, then the dataset of `fastsdpo train`: every record is kept or counted."""
-    fuzz = fuzz_module()
     options = {"max_prompt_length": None, "max_completion_length": None, "max_followup_length": None}
     control_ids = set(smollm2.convert_tokens_to_ids(CONTROL))
     files = count(50, 1000)
@@ -147,7 +139,6 @@ def fuzz_keys(record):
 
 def test_mutated_records_are_refused_with_a_sentence_or_kept_clean(count, results):
     """One value of a record, at any depth, of any type: TypeError or ValueError, or clean messages."""
-    fuzz = fuzz_module()
     records = count(500, 10_000)
     refused = unclear = 0
     for seed in range(records):
@@ -205,7 +196,6 @@ def test_control_tokens_enter_only_where_asked(smollm2):
 
 def test_mutated_records_of_every_layout(count, results):
     """Each layout's fixture with values of any type in it, in the reader that is found and in others."""
-    fuzz = fuzz_module()
     records = count(5, 3000)
     parsed = sum(fuzz.mutate_records(case, records) for case in fuzz.CASES)
     tried = records * len(fuzz.CASES)

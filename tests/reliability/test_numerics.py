@@ -40,10 +40,8 @@ ALPHAS = st.integers(0, 64).map(lambda number: number / 64)
 
 no_native = fastsdpo.available_backends()["native"] != "available"
 native = pytest.param("native", marks=pytest.mark.skipif(no_native, reason="no native kernels"))
-triton = pytest.param("triton", marks=pytest.mark.interpreted)
-slow_triton = pytest.param("triton", marks=[pytest.mark.interpreted, pytest.mark.slow])
-sampled_backends = pytest.mark.parametrize("backend", ["reference", native, triton])
-backends = pytest.mark.parametrize("backend", ["reference", native, slow_triton])
+triton = pytest.param("triton", marks=[pytest.mark.interpreted, pytest.mark.slow])
+backends = pytest.mark.parametrize("backend", ["reference", native, triton])
 compiled_backends = pytest.mark.parametrize("backend", ["reference", native])
 losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 tried: dict[str, int] = {}
@@ -164,7 +162,7 @@ def any_rows(draw) -> tuple[Rows, dict]:
     return case, {"temperature": temperature, "softcap": softcap}
 
 
-@drawn(sampled_backends, losses, drawn_case=any_rows())
+@drawn(backends, losses, drawn_case=any_rows())
 def test_drawn_values_equal_the_formula(backend, loss, drawn_case):
     """Within twice plain PyTorch's error in the same dtype and one rounding: of the largest entry, and of a
     probability, of a log-prob for the sampled token. (Of a student certain to 2^-24, plain PyTorch may get those
@@ -192,7 +190,7 @@ def test_drawn_values_equal_the_formula(backend, loss, drawn_case):
     assert_gradient_close(grad, want.grad, plain_grad, floor=floor, absolute=rounding)
 
 
-@drawn(sampled_backends, drawn_case=any_rows())
+@drawn(backends, drawn_case=any_rows())
 def test_drawn_log_probs_equal_the_formula(backend, drawn_case):
     """And the entropy, which lies between 0 and log V; the other ways to a log-ratio agree."""
     case, scales = drawn_case

@@ -33,6 +33,7 @@ from fastsdpo.signal.tokens import group_tokens, visible
 from fastsdpo.signal.words import comparison, times, verdict
 from fastsdpo.testing import package_file
 
+DRAWS = True
 INTERACTION = Interaction(
     [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What is it?"}],
     "It is the answer, 🎉 naïve.\n\n\tDone",

@@ -8,31 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastsdpo import Interaction
 from fastsdpo.trainer import SDPOConfig, SDPOTrainer
+from tests.words import CHAT, SHAPE, word_tokenizer
 
 WORDS = [f"w{number}" for number in range(60)]
-CHAT = (
-    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
-)
 TEMPLATE = " note {o}"
 
 
 def make_tokenizer():
-    special = ["<pad>", "<end>", "<user>", "<assistant>", "<system>", "<unk>"]
-    vocabulary = {word: number for number, word in enumerate([*special, "note", *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = CHAT
-    return tokenizer
+    return word_tokenizer(["note", *WORDS])
 
 
 def make_clock_tokenizer():
@@ -44,21 +31,7 @@ def make_clock_tokenizer():
 
 def make_model(*, seed=0, dtype=torch.float32, **changes):
     torch.manual_seed(seed)
-    shape = {
-        "vocab_size": 68,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": None,
-        # Far from uniform, so that teacher and student differ from the first step on.
-        "initializer_range": 0.2,
-    }
+    shape = {"vocab_size": 68, "max_position_embeddings": 512, "tie_word_embeddings": True, **SHAPE}
     return LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).to(dtype)
 
 

@@ -46,7 +46,7 @@ VARIANTS = {
     # The same data, read while it is trained on, in another order.
     "resumed_stream": Variant([*STEPS_SAVED, "--stream", "--shuffle-buffer", "6"]),
     "resumed_ema": Variant([*STEPS_SAVED, "--teacher", "ema"]),
-    "resumed_async": Variant([*STEPS_SAVED, "--set", "async_checkpoints=true"]),
+    "resumed_async": Variant([*STEPS_SAVED, "--teacher", "ema", "--set", "async_checkpoints=true"]),
     "reference": Variant(["--teacher", "frozen", "--reference-kl", "0.1"], "untied"),
     "trust_region": Variant(["--teacher", "trust_region"], "untied"),
     "lora_ema": Variant(["--lora", "4", "--teacher", "ema", "--ema-rate", "0.2"], "untied"),

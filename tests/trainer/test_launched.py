@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastsdpo.trainer.checksums import damage_of
+from tests.forked import run_together
 from tests.trainer.launching import (
     CONFIGURATIONS,
     FSDP2,
@@ -22,6 +23,7 @@ from tests.trainer.launching import (
     arguments,
     compare,
     documented,
+    free_port,
     make_place,
     names,
     runs,
@@ -32,7 +34,20 @@ from tests.trainer.launching import (
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
+# Every option of a variant that comes later is in one of these too.
+SOONER = (
+    "tied",
+    "resumed_stream",
+    "resumed_ema",
+    "reference",
+    "trust_region",
+    "lora_frozen",
+    "stochastic",
+    "master",
+    "accumulated",
+)
 TORCHRUN = names()
+LATER = [name for name in TORCHRUN if name not in SOONER]
 FOUR = ("untied", "lora", "resumed_ema", "trust_region")
 # Packs divided among two processes: all that takes more than one kind of pass.
 DIVIDED = {
@@ -59,7 +74,12 @@ def place(tmp_path_factory, lab):
 
 @pytest.fixture(scope="module")
 def one(place):
-    torchrun(1, *worker("plain"), runs(place, "plain", TORCHRUN))
+    run_together([([*worker("plain"), runs(place, "plain", SOONER)], {})])
+
+
+@pytest.fixture(scope="module")
+def one_later(place, one):
+    run_together([([*worker("plain"), runs(place, "plain", LATER)], {})], timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +89,15 @@ def replicas(place):
 
 @pytest.fixture(scope="module")
 def two(place):
-    torchrun(2, *worker("fsdp2"), runs(place, "fsdp2", [*TORCHRUN, *ONLY_FSDP2], 2), **FSDP2)
+    """In two forks, with what `torchrun` puts into their environment."""
+    command = [*worker("fsdp2"), runs(place, "fsdp2", [*SOONER, *ONLY_FSDP2], 2)]
+    common = {**FSDP2, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    run_together([(command, {**common, "RANK": rank, "LOCAL_RANK": rank}) for rank in range(2)])
+
+
+@pytest.fixture(scope="module")
+def two_later(place):
+    torchrun(2, *worker("fsdp2"), runs(place, "fsdp2", LATER, 2), **FSDP2)
 
 
 @pytest.fixture(scope="module")
@@ -83,26 +111,28 @@ def test_ddp_with_held_out_data(place, one, lab):
         "torchrun --nproc-per-node 8 -m fastsdpo.train data.jsonl --model MODEL -o runs/first --global-batch-size 32"
     )
     assert documented()[0] == line
-    run = arguments(place, place / "ddp2-untied", VARIANTS["untied"], 2)
+    run = arguments(place, place / "ddp2-tied", VARIANTS["tied"], 2)
     printed = torchrun(2, "-m", "fastsdpo.train", *run, "--global-batch-size", "4")
     assert "held-out loss before training: " in printed
-    compare(place, "ddp2-untied", "untied", lab)
+    compare(place, "ddp2-tied", "tied", lab)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHRUN)
-def test_ddp(place, one, replicas, lab, name):
+def test_ddp(place, one_later, replicas, lab, name):
     compare(place, f"replicas2-{name}", name, lab)
 
 
-@pytest.mark.parametrize("name", TORCHRUN)
-def test_fsdp2(place, one, two, lab, name):
+@pytest.mark.parametrize("name", [*SOONER, *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)])
+def test_fsdp2(place, request, lab, name):
+    for runs_of in ("one", "two") if name in SOONER else ("one_later", "two_later"):
+        request.getfixturevalue(runs_of)
     compare(place, f"fsdp2{2}-{name}", name, lab)
 
 
 def test_checkpoints_written_beside_training(place, one, two, lab):
     """Whole ones: the run went on from the second step's, and their sums hold."""
-    compare(place, "fsdp22-resumed_async", "resumed", lab)
+    compare(place, "fsdp22-resumed_async", "resumed_ema", lab)
     for step in (2, 4):
         checkpoint = place / "fsdp22-resumed_async" / f"checkpoint-{step}"
         assert len(list(checkpoint.glob("*_0/__*_0.distcp"))) == 4 and damage_of(checkpoint) is None
@@ -114,7 +144,7 @@ def test_gradients_summed_in_each_pass(place, one, two, lab):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FOUR)
-def test_fsdp2_with_four_processes(place, one, four, lab, name):
+def test_fsdp2_with_four_processes(place, one_later, four, lab, name):
     compare(place, f"fsdp2{4}-{name}", name, lab)
 
 
@@ -128,13 +158,13 @@ def divided(place):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("name", DIVIDED)
-def test_ulysses(place, one, divided, lab, name, processes):
+def test_ulysses(place, one_later, divided, lab, name, processes):
     compare(place, f"ulysses{processes}-{name}", name, lab)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_accelerate_launch(place, one, lab, strategy):
+def test_accelerate_launch(place, one_later, lab, strategy):
     """The files of examples/accelerate, two CPU processes in place of eight GPUs."""
     kind = "plain" if strategy == "ddp" else strategy
     accelerate(strategy, 2, *worker(kind), runs(place, f"{strategy}-launch", LAUNCHED, 2))
@@ -144,7 +174,7 @@ def test_accelerate_launch(place, one, lab, strategy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_resumed_by_another_number_of_processes(place, one, lab, kind):
+def test_resumed_by_another_number_of_processes(place, one_later, lab, kind):
     """Two steps of two processes, then four go on; the last batch of the epoch is uneven."""
     output, (mode, environment) = place / f"{kind}-more", {"ddp": ("plain", {}), "fsdp2": ("fsdp2", FSDP2)}[kind]
     for processes, more in ((2, ["--max-steps", "2"]), (4, ["--resume"])):
@@ -170,7 +200,7 @@ def test_a_piped_stream_ends_for_all(place):
 
 
 @pytest.mark.slow
-def test_slurm(place, one, lab, tmp_path):
+def test_slurm(place, one_later, lab, tmp_path):
     """The script, with Slurm's two commands stood in for: two nodes on this machine, one process each."""
     run = arguments(place, place / "slurm2-untied", VARIANTS["untied"], 2)
     script = ["bash", str(CONFIGURATIONS / "slurm.sh"), *run]

@@ -18,6 +18,7 @@ from fastsdpo import Interaction
 from fastsdpo.train import main
 from fastsdpo.trainer.measures_verdict import changes, verdict
 
+DRAWS = True
 RUNS = {
     "ema, nothing shared": "--teacher ema --sharing off --mode sampled_token",
     "lora, frozen": "--lora 4 --teacher frozen --guidance 2 --set neutral_followup=w1",

@@ -5,23 +5,15 @@ Usage: two_processes_worker.py FOLDER SETTINGS_JSON   (RANK, WORLD_SIZE, MASTER_
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-
-def load_lab():
-    path = Path(__file__).parent / "conftest.py"
-    spec = importlib.util.spec_from_file_location("trainer_conftest", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.trainer import conftest as lab
 
 
 def set_clock(day):
@@ -39,7 +31,7 @@ def set_clock(day):
     fastsdpo.trainer.data.datetime = transformers.utils.chat_template_utils.datetime = Clock
 
 
-def conversations(lab):
+def conversations():
     """Five held-out interactions; two have a next answer, which is what the measures need."""
     first, last, other, another = lab.make_interactions(2, seed=7)
     pairs = []
@@ -50,7 +42,6 @@ def conversations(lab):
 
 def main(folder: str, runs: dict) -> None:
     torch.set_num_threads(1)
-    lab = load_lab()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     for name, settings in runs.items():
         settings = dict(settings)
@@ -63,7 +54,7 @@ def main(folder: str, runs: dict) -> None:
         trainer = lab.make_trainer(
             f"{folder}/{name}-{world}",
             interactions=interactions,
-            eval_dataset=conversations(lab),
+            eval_dataset=conversations(),
             optim="sgd",
             learning_rate=0.5,
             max_grad_norm=0.0,
