@@ -139,9 +139,9 @@ def check_same_adapter(options: argparse.Namespace, adapter: PeftConfig) -> None
         )
 
 
-def callbacks(stop: StopOnSignal, show: bool) -> list[TrainerCallback]:
-    """What watches the training: signals, and on the process that prints its progress."""
-    return [stop, *([Progress()] if show else [])]
+def callbacks(stop: StopOnSignal, show: bool, *, bar: bool = True) -> list[TrainerCallback]:
+    """What watches the training: signals, and on the process that prints its progress; ``bar``: as `Progress`."""
+    return [stop, *([Progress(bar=bar)] if show else [])]
 
 
 def keep_options(options: argparse.Namespace, trainer: AnyTrainer) -> None:
