@@ -7,7 +7,15 @@ import os
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 # TRL warns of its experimental modules when they are first imported.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -31,8 +39,8 @@ def make_tokenizer():
     return tokenizer
 
 
-def save_model(folder, config, model_of):
-    torch.manual_seed(0)
+def save_model(folder, config, model_of, seed=0):
+    torch.manual_seed(seed)
     model = model_of(
         config(
             vocab_size=len(SPECIAL) + len(WORDS),
@@ -53,6 +61,12 @@ def save_model(folder, config, model_of):
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def make_models(*names):
+    """In the working directory, folders with the names that pages give their models; no two models are alike."""
+    for seed, name in enumerate(names):
+        save_model(name, Qwen3Config, Qwen3ForCausalLM, seed)
 
 
 @pytest.fixture(scope="session")
