@@ -98,6 +98,9 @@ def load(
     if options.quiet or not sys.stderr.isatty():
         disable_progress_bar()  # of loading, whose every state would be a line
     rank = lora if options.lora is None else options.lora
+    for flag, value, least in (("--lora", rank, 0), ("--lora-alpha", options.lora_alpha, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{flag} must be at least {least}, got {value}")
     check_settings(config, rank)
     check_quantize(options.quantize)
     check_quantized_launch(options.quantize, config)
