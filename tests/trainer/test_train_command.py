@@ -307,7 +307,8 @@ def test_push_to_hub(place, tmp_path, monkeypatch, capsys):
 
 
 def test_resuming_with_another_adapter_is_one_sentence(place, tmp_path, capsys):
-    saved = ["--set", "save_strategy=steps", "--save-steps", "1"]
+    saved = ["--set", "save_strategy=steps", "--save-steps", "1", "--set", "teacher_check=0"]
+    saved += ["--set", "measure_interactions=0", "--set", "measure_answers=0"]
     argv = arguments(place, tmp_path / "out", *saved, "--max-steps", "1")
     assert main([*argv, "--lora", "2"]) == 0
     for other in (["--lora", "4"], []):
