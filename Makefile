@@ -45,7 +45,8 @@ $(VENV)/.demo: $(VENV)/bin/python $(SOURCES)
 # package named tests, which would hide ours from processes that are spawned.
 $(VENV)/.dev: $(VENV)/.demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
-	$(PIP) install --quiet -c constraints.txt ray hydra-core codetiming cloudpickle orjson importlib_metadata
+	$(PIP) install --quiet -c constraints.txt ray hydra-core codetiming cloudpickle orjson importlib_metadata \
+		cachetools uvicorn fastapi opentelemetry-sdk opentelemetry-exporter-prometheus
 	$(PIP) install --quiet --no-deps -c constraints.txt verl tensordict pyvers
 	rm -rf $(VENV)/lib/python*/site-packages/tests
 	@touch $@

@@ -64,3 +64,6 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"fastsdpo {argv[0]}: {describe_error(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while the command itself was being imported
+        print(f"fastsdpo {argv[0]}: stopped at once", file=sys.stderr)
+        return 130

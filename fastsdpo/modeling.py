@@ -279,9 +279,10 @@ def _load_adapter(model: Any, adapter: _Adapter) -> Any:
                 model, adapter.place, is_trainable=not config.is_prompt_learning, **options
             )
     except (OSError, ValueError, TypeError, RuntimeError, UserWarning) as error:
+        mismatches = (line.strip() for line in str(error).splitlines() if "size mismatch" in line)
         raise ValueError(
             f"load_model_and_tokenizer: the adapter in {adapter.place} cannot be put on its base "
-            f"model {adapter.base}: {error}"
+            f"model {adapter.base}: {next(mismatches, error)}"
         ) from error
     return loaded.eval()
 
@@ -403,14 +404,14 @@ def _forget_gguf(model: Any) -> Any:
 
 
 def _load_tokenizer(
-    place: str,
-    gguf_file: str | None,
-    local: bool,
-    *,
-    revision: str | None,
-    trust_remote_code: bool,
+    place: str, gguf_file: str | None, local: bool, *, revision: str | None, trust_remote_code: bool
 ) -> Any:
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
+    names = ("*token*", "*vocab*", "*.model", "tekken*")
+    if local and gguf_file is None and not any(any(Path(place).glob(name)) for name in names):
+        raise FileNotFoundError(
+            f"load_model_and_tokenizer: folder {place} holds no tokenizer; copy the one of its base model into it"
+        )
     try:
         return AutoTokenizer.from_pretrained(
             place,

@@ -86,7 +86,9 @@ class SDPOSettings:
         "How fast the teacher of --teacher ema follows: teacher += rate * (student - teacher) at each step.",
         group="method",
     )
-    trust_region_mix: float = setting(0.5, "a of the trust region: 0 frozen, 1 live.")
+    trust_region_mix: float = setting(
+        0.5, "The a of --teacher trust_region: at 0 the initial model teaches, at 1 the live one."
+    )
     guidance: float = setting(
         1.0,
         "How much a follow-up counts. With G the teacher is proportional to p(. | x) (p(. | x, o) / p(. | x, "
@@ -111,7 +113,7 @@ class SDPOSettings:
     measure_answers: int = setting(
         8, "Of their questions, how many the model answers itself before and after training; 0: none."
     )
-    measure_tokens: int = setting(64, "Most tokens of these answers.")
+    measure_tokens: int = setting(64, "The most tokens of each of these answers.")
 
     # Text to tokens
     template: str = setting(
@@ -128,15 +130,20 @@ class SDPOSettings:
     )
     truncation: str = setting(
         "shared",
-        "shared: student and teacher lose the same history; independent-left: the paper's.",
+        "What a prompt loses that is too long. shared: student and teacher lose the same history. "
+        "independent-left: each loses its own beginning, as in the paper.",
         choices=("shared", "independent-left"),
     )
     end_of_turn: str = setting(
-        "template", "template: the token that ends an answer in the chat template; eos; or a token."
+        "template",
+        "Which token ends an answer. template: the chat template's. eos: the tokenizer's. Else the token itself.",
     )
-    allow_special_tokens: bool = setting(False, "Let text spell control tokens.")
+    allow_special_tokens: bool = setting(
+        False, "Whether the spelling of a control token in a message is that token. False: it is plain text."
+    )
     chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "For the chat template, as JSON."}
+        default=None,
+        metadata={"help": 'More arguments of the chat template, as JSON, such as {"enable_thinking": false}.'},
     )
     chat_template_date: str | None = setting(
         None,
@@ -152,9 +159,13 @@ class SDPOSettings:
         group="computation",
         choices=("auto", "conversation", "interaction", "off"),
     )
-    attention: str = setting("auto", "Backend of the shared attention.")
-    backend: str = setting("auto", "Backend of the loss.")
-    chunk_size: int | None = setting(None, "Tokens per tile of logits.")
+    attention: str = setting(
+        "auto", "Which code computes attention over shared prefixes: auto, segments, flex, flash or dense."
+    )
+    backend: str = setting(
+        "auto", "Which code computes the loss: auto, native (CPU), triton (GPU) or reference (plain PyTorch)."
+    )
+    chunk_size: int | None = setting(None, "For how many tokens the loss holds logits at once. None: it chooses.")
     max_tokens_per_pack: int | None = setting(
         16384,
         "The most tokens in one forward pass (student and teacher, shared prefixes once). Larger "
@@ -219,8 +230,8 @@ class SDPOSettings:
     )
     dtype: str | None = setting(
         None,
-        "Of the weights of a model given by name: float32, bfloat16, float16, auto (the checkpoint's). None: float32 "
-        "on a CPU, else auto.",
+        "The dtype of the weights of a model given by name: float32, bfloat16, float16, auto (the checkpoint's). "
+        "None: float32 on a CPU, else auto.",
     )
     group_by_conversation: bool | None = setting(
         None,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import re
 import shlex
+import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,3 +53,10 @@ def commands(page):
         for call in calls(block):
             if call.words[0] == "fastsdpo" and call.words[1:] and "..." not in call.words:
                 yield call.words[1:]
+
+
+def program(package):
+    """What starts a package's command of the same name, also where the package lies in a folder of `make peers`."""
+    found = importlib.util.find_spec(package)
+    beside = Path(found.origin).parents[1] / "bin" / package
+    return [sys.executable, str(beside)] if beside.exists() else [shutil.which(package)]

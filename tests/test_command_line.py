@@ -217,3 +217,12 @@ def test_options_without_effect_are_refused(argv, said, tmp_path, monkeypatch, c
     run |= {"online": run["train"], "eval": ["d.jsonl", "--model", "m"], "prepare": ["d.jsonl", "-o", "i.jsonl"]}
     assert main([argv[0], *run[argv[0]], *argv[1:]]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_ctrl_c_while_a_command_is_imported(monkeypatch, capsys):
+    def stop(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", stop)
+    assert main(["train", "x.jsonl"]) == 130
+    assert capsys.readouterr().err == "fastsdpo train: stopped at once\n"

@@ -1,8 +1,8 @@
 """Every command and Python block of the pages runs as it stands there, in the page's order, a folder for each page.
 
 A tiny model stands in for the models that pages name, rows of their kind for data sets of the hub, a server on this
-machine for judges and users, and small counts are added. README.md is run by test_docs.py, and docs/distributed.md
-by trainer/test_documented_launches.py.
+machine for judges and users, and small counts are added. README.md is run by test_docs.py, docs/distributed.md
+by trainer/test_documented_launches.py, and docs/integrations by integrations/test_pages.py.
 """
 
 from __future__ import annotations

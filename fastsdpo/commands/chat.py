@@ -33,7 +33,7 @@ from typing import Any
 
 from fastsdpo.commands.options import add_model_options, add_setting_options, choose_device, read_text, run_command
 from fastsdpo.commands.parser import Parser
-from fastsdpo.commands.paths import check_template
+from fastsdpo.commands.paths import check_folder, check_template
 from fastsdpo.online.presets import PRESETS
 from fastsdpo.settings import OnlineSDPOSettings, SDPOSettings
 
@@ -108,6 +108,7 @@ def start(options: argparse.Namespace) -> int:
     if options.keep < 2:
         raise ValueError(f"--keep must be at least 2, got {options.keep}")
     check_set(options)
+    check_folder(options.output, allowed=True)
     if options.system is not None:
         options.system = read_text(options.system)
     check_template(options)

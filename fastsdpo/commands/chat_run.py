@@ -14,7 +14,7 @@ from fastsdpo.commands.screen import PlainScreen, make_screen
 from fastsdpo.commands.talk import COMMANDS, ENDS, Talk
 from fastsdpo.online.chat import ChatLearner
 from fastsdpo.online.config import OnlineSDPOConfig
-from fastsdpo.online.terminal import MessageReader, interrupt
+from fastsdpo.online.terminal import MessageReader, interrupt, unechoed
 from fastsdpo.ops.backend import describe_backend
 
 HISTORY_FILE = "history.txt"
@@ -31,6 +31,12 @@ def chat(options: argparse.Namespace, settings: Mapping[str, Any]) -> int:
     disable_progress_bar()
     config = read_config(options, OnlineSDPOConfig, **settings, save_total_limit=options.keep)
 
+    with unechoed():
+        return talk_with(options, config)
+
+
+def talk_with(options: argparse.Namespace, config: OnlineSDPOConfig) -> int:
+    """Loads the model and goes on with the folder's conversation; returns the exit status."""
     screen = make_screen(options.quiet)
     history = os.path.join(options.output, HISTORY_FILE)
     reader = MessageReader(history=history, commands=COMMANDS, status=lambda: talk.status_line())

@@ -41,7 +41,7 @@ def check_options(options: argparse.Namespace) -> None:
     if not options.dry_run:
         for name in ("card", "processes", "strategy"):
             if getattr(options, name) is not None:
-                raise ValueError(f"--{name} must be given with --dry-run: it is of the machine that that forecasts")
+                raise ValueError(f"--{name} describes the machine of a forecast: add --dry-run, or leave it out")
 
 
 def read_forecast_config(options: argparse.Namespace) -> SDPOConfig:

@@ -17,6 +17,7 @@ from typing import Any
 
 from fastsdpo.commands.options import DONE, add_model_source_options, add_quiet_option, model_source, run_command
 from fastsdpo.commands.parser import Parser
+from fastsdpo.commands.paths import check_folder
 
 
 def build_parser() -> Parser:
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def merge(options: argparse.Namespace) -> int:
     """Loads, merges and saves."""
+    check_folder(options.output, allowed=True)
     from fastsdpo.modeling import check_name, is_adapter, load_model_and_tokenizer
     from fastsdpo.trainer.card import merged_card
     from fastsdpo.trainer.checkpoints import check_output_folder, open_as_umask, writing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from fastsdpo.commands.users import given_user_options, make_user
 from fastsdpo.online.config import OnlineSDPOConfig
 from fastsdpo.online.presets import PERSONAL_LORA
 from fastsdpo.online.prompts import PromptDataset
+from fastsdpo.online.terminal import unechoed
 from fastsdpo.online.users import UNRELATED
 from fastsdpo.ops.backend import describe_backend
 from fastsdpo.trainer.callbacks import StopOnSignal, clock
@@ -28,6 +30,12 @@ if TYPE_CHECKING:
 
 
 def online(options: argparse.Namespace) -> int:
+    """The run; with a person at the terminal, who may type before being asked."""
+    with unechoed() if options.terminal else contextlib.nullcontext():
+        return train_online(options)
+
+
+def train_online(options: argparse.Namespace) -> int:
     """The run, in order."""
     config = read_config(options, OnlineSDPOConfig)
     run.check_push(options)
@@ -38,7 +46,9 @@ def online(options: argparse.Namespace) -> int:
     user = make_user(options)
     check_headroom(options, user)
     say(describe_backend(config.device.type, config.dtype))
-    trainer = make_trainer(options, config, user, prompts, eval_prompts, run.callbacks(stop, show))
+    trainer = make_trainer(
+        options, config, user, prompts, eval_prompts, run.callbacks(stop, show, bar=not options.terminal)
+    )
     answers = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
     say(
         f"{run.describe_model(trainer, options.model)}; {len(prompts)} prompts, "

@@ -10,7 +10,12 @@ from fastsdpo.data import HindsightTemplate, load_interactions
 
 
 def check_folder(folder: str, allowed: bool) -> None:
-    """Raises ValueError where a folder holds a run already and that is not ``allowed``."""
+    """Raises ValueError where nothing can be written there, or the folder holds a run and that is not ``allowed``."""
+    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"--output must be a folder, but {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--output: nothing may be written in {there}")
     used = Path(folder, "report.json").exists() or any(Path(folder).glob("checkpoint-*"))
     if used and not allowed:
         raise ValueError(f"{folder} holds a run; pass --resume to go on with it, or --overwrite")
@@ -50,5 +55,7 @@ def held_out(options: argparse.Namespace) -> str | None:
     if isinstance(options.data, list):
         return None
     data = Path(options.data)
+    if data.is_dir():
+        return None
     beside = data.with_name(f"{data.stem}.eval{data.suffix}")
     return str(beside) if beside.is_file() else None

@@ -98,6 +98,9 @@ def load(
     if options.quiet or not sys.stderr.isatty():
         disable_progress_bar()  # of loading, whose every state would be a line
     rank = lora if options.lora is None else options.lora
+    for flag, value, least in (("--lora", rank, 0), ("--lora-alpha", options.lora_alpha, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{flag} must be at least {least}, got {value}")
     check_settings(config, rank)
     check_quantize(options.quantize)
     check_quantized_launch(options.quantize, config)
@@ -139,9 +142,9 @@ def check_same_adapter(options: argparse.Namespace, adapter: PeftConfig) -> None
         )
 
 
-def callbacks(stop: StopOnSignal, show: bool) -> list[TrainerCallback]:
-    """What watches the training: signals, and on the process that prints its progress."""
-    return [stop, *([Progress()] if show else [])]
+def callbacks(stop: StopOnSignal, show: bool, *, bar: bool = True) -> list[TrainerCallback]:
+    """What watches the training: signals, and on the process that prints its progress; ``bar``: as `Progress`."""
+    return [stop, *([Progress(bar=bar)] if show else [])]
 
 
 def keep_options(options: argparse.Namespace, trainer: AnyTrainer) -> None:

@@ -34,6 +34,18 @@ EXTRAS = {"openai": "online", "langdetect": "online", "bitsandbytes": "quantize"
 EXTRAS |= {"if_verifiable": "ifeval", "nltk": "ifeval"}
 
 
+class StandardError(logging.StreamHandler):
+    """Writes to what is standard error at the time: a spinner that turns there makes way for the line."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        """The base class sets what it was made with."""
+
+
 def run_command(
     parser: Parser,
     run: Callable[[argparse.Namespace], int],
@@ -59,7 +71,7 @@ def run_command(
     logger.setLevel(logging.ERROR if quiet else logging.INFO)
     # Not on the root: what other packages show themselves would be shown twice.
     if not logger.hasHandlers():
-        logger.addHandler(logging.StreamHandler())
+        logger.addHandler(StandardError())
     # What peft asks of transformers is no news to the user.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:

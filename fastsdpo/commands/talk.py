@@ -8,6 +8,7 @@ import difflib
 from pathlib import Path
 
 from fastsdpo.commands.chat import LEARN
+from fastsdpo.commands.running import describe_error
 from fastsdpo.commands.screen import PlainScreen
 from fastsdpo.data import Interaction
 from fastsdpo.data.interactions import is_blank
@@ -153,9 +154,8 @@ class Talk:
                 raise ValueError(f"{command}: nobody can see anything in that text")
             if not wrong and not (rest and not takes):
                 return
-            raise ValueError(
-                f"{command}: the command is {command} {takes}".rstrip() + f", got {text.splitlines()[0].strip()!r}"
-            )
+            form = f"the command is {command} {takes}" if takes else "nothing may follow it"
+            raise ValueError(f"{command}: {form}, got {text.splitlines()[0].strip()!r}")
         near = difflib.get_close_matches(command.lower(), COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else "/help lists the commands."
         raise ValueError(
@@ -311,7 +311,7 @@ class Talk:
         try:
             self.learner.trainer.save_model(folder)
         except OSError as error:
-            raise ValueError(f"/save: {error}") from error
+            raise ValueError(f"/save: {describe_error(error)}") from error
         self.say(f"saved in {folder}")
 
     def status(self) -> list[tuple[str, str]]:

@@ -57,7 +57,7 @@ class Interaction:
 
     def __post_init__(self):
         if not isinstance(self.prompt, list) or not self.prompt:
-            raise TypeError(f"Interaction: prompt must be a list of messages, got {show(self.prompt)}")
+            raise TypeError(f"Interaction: prompt must be a list of at least one message, got {show(self.prompt)}")
         for index, message in enumerate(self.prompt):
             if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
                 raise TypeError(
@@ -116,12 +116,11 @@ def extract_interactions(
 ) -> list[Interaction]:
     """The interactions of a conversation, in order.
 
-    - User's messages in a row are one message, joined by an empty line; so are system messages at the start.
+    - A user's messages in a row become one message, joined by an empty line; so do system messages at the start.
     - Different answers in a row (regenerated ones) are not joined, as no model gave that text. The last one
       stands in the histories. A follow-up to them may be about any of them, and gives no interaction.
-    - System messages at the start begin every history. From the first tool message, answer that calls a
-      tool, image or file, or later system message on nothing is taken: histories there would lack what the
-      model saw.
+    - System messages at the start begin every history. Nothing is taken from the first tool
+      message, tool call, image, file or later system message on: histories there would lack what the model saw.
     - A history begins with a user's message (after the system message); answers before that are left out.
     - An empty message (`is_blank`) stays in the histories, but is in no interaction otherwise.
 

@@ -357,7 +357,18 @@ class InteractionTokenizer:
 def tokenize_interaction(
     tokenizer: Any, interaction: Interaction, template: HindsightTemplate | str, **options: Any
 ) -> TokenizedInteraction:
-    """Tokenizes one interaction; the options are `InteractionTokenizer`'s."""
+    """Turns an interaction into the token ids that student and teacher read.
+
+    To tokenize many, make one `InteractionTokenizer`, or call `tokenize_interactions`.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        template: how the teacher sees the follow-up; a text with ``{o}`` or a preset's name.
+        options: those of `InteractionTokenizer`, such as ``max_prompt_length``.
+
+    Raises:
+        ValueError: the tokenizer, an option or the interaction cannot be used; the text says why.
+    """
     return InteractionTokenizer(tokenizer, template, **options)(interaction)
 
 
@@ -369,11 +380,16 @@ def tokenize_interactions(
     errors: list[str] | None = None,
     **options: Any,
 ) -> Iterator[TokenizedInteraction]:
-    """Tokenizes a stream of interactions; the options are `InteractionTokenizer`'s.
+    """Tokenizes interactions one after the other, as they are asked for.
 
     Args:
-        errors: where given, an interaction that cannot be tokenized is left out and the message
-            appended here, instead of raised.
+        tokenizer, template, options: as `tokenize_interaction`.
+        interactions: in any number; they are read once.
+        errors: a list. An interaction that cannot be tokenized is then left out, and the message is
+            appended to it. None: the message is raised.
+
+    Raises:
+        ValueError: as `tokenize_interaction`.
     """
     for result in InteractionTokenizer(tokenizer, template, **options).stream(interactions):
         if isinstance(result, TokenizedInteraction):

@@ -51,7 +51,10 @@ class PromptDataset(Dataset):
         if isinstance(source, cls):
             return source
         if isinstance(source, (str, os.PathLike)):
-            return cls(_read(Path(source), system), name, system)
+            rows = list(_read(Path(source), system))
+            if not rows:
+                raise ValueError(f"OnlineSDPOTrainer: {source} must hold a prompt, got none")
+            return cls(rows, name, system)
         if not isinstance(source, Iterable) or isinstance(source, Mapping):
             raise TypeError(
                 f"OnlineSDPOTrainer: {name} must be a path or a collection of prompts, got {type(source).__name__}"

@@ -128,6 +128,30 @@ def interrupt(handler: object) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unechoed() -> Iterator[None]:
+    """Keys typed between two questions are not shown in the middle of what is printed; the next question gets them.
+
+    Does nothing where standard input is no terminal, and on Windows.
+    """
+    try:
+        import termios
+    except ImportError:
+        yield
+        return
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+@contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C waits for the end of the block, so that what is in it happens whole.
 

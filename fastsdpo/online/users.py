@@ -24,14 +24,17 @@ Messages = list[dict]
 
 
 class UserSimulator(Protocol):
-    """Who reacts to answers."""
+    """Who reacts to answers. Any object with this method can be the user of `OnlineSDPOTrainer`."""
 
     def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
-        """One follow-up per answer, what the user says next; empty where there is none.
+        """Says what the user says next.
 
         Args:
-            prompts: message lists that end with a user's message.
-            responses: the model's answers.
+            prompts: N message lists; each ends with a user's message.
+            responses: the model's N answers to them.
+
+        Returns:
+            N follow-ups; an empty text where the user says nothing, and nothing is then learned from that answer.
         """
         ...
 

@@ -105,7 +105,11 @@ def describe_backend(device: str, dtype: str | None = None) -> str:
 
 
 def available_backends() -> dict[str, str]:
-    """Each backend with ``"available"`` or the reason why it is missing."""
+    """Tells which backends can compute losses in this environment.
+
+    Returns:
+        ``{"triton": ..., "native": ..., "reference": ...}``, each ``"available"`` or the reason why it is missing.
+    """
     return {
         "triton": _triton_reason() or "available",
         "native": _native_reason() or "available",

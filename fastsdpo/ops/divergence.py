@@ -57,8 +57,14 @@ LOSS_MODES = ("sampled_token", "full", "topk")
 class SDPOLossOutput(NamedTuple):
     """Result of `sdpo_loss` and `linear_sdpo_loss`.
 
-    ``loss`` is a scalar that carries the gradient; the others have the shape of ``target_ids``, are
-    detached, and are 0 at ignored tokens. ``per_token_loss`` is l_t, before weights and ratio.
+    All but ``loss`` have the shape of ``target_ids``, carry no gradient and are 0 at ignored tokens.
+
+    Attributes:
+        loss: a scalar; call ``backward`` on it.
+        per_token_loss: l_t of each token in nats, before ``weights`` and the importance ratio.
+        log_ratio: ``teacher_logps - student_logps``, the signal: above 0 where the follow-up makes the
+            token more likely.
+        student_logps, teacher_logps: log-probability of each target token, in nats.
     """
 
     loss: Tensor

@@ -108,7 +108,9 @@ def refuse_with_shards(name: str, vocab_group: Any, **arguments: Any) -> None:
     """Raises where an argument that a vocabulary-parallel head does not know is given with one."""
     given = [argument for argument, value in arguments.items() if value is not None]
     if vocab_group is not None and given:
-        raise ValueError(f"{name}: {given[0]} must be None with vocab_group: heads in shards do not know it")
+        raise ValueError(
+            f"{name}: {given[0]} must be None with vocab_group: not supported for a head that is split by vocabulary"
+        )
 
 
 def check_chunk(name: str, chunk_size: int | None, tokens: int, head: Tensor) -> int:

@@ -27,12 +27,21 @@ class _Loss(nn.Module):
 
 
 class SDPOLoss(_Loss):
-    """`sdpo_loss` as a module.
+    """`sdpo_loss` as a module: the options are given once, the tensors in each call.
+
+        loss_fn = SDPOLoss(mode="full", alpha=1.0)
+        out = loss_fn(student_logits, teacher_logits, target_ids, weights=weights)
 
     Args:
         options: the keyword arguments of `sdpo_loss` that are not tensors (``mode``, ``alpha``,
             ``topk``, ``add_tail``, ``is_clip``, ``ce_temperature``, ``vocab_size``, ``temperature``, ``softcap``,
             ``ignore_index``, ``inplace_grad``, ``backend``).
+
+    Returns (of a call):
+        `SDPOLossOutput`.
+
+    Raises:
+        TypeError: a tensor was given to the constructor. A call raises what `sdpo_loss` does.
     """
 
     def __init__(self, **options: Any):
@@ -64,11 +73,20 @@ class SDPOLoss(_Loss):
 
 
 class LinearSDPOLoss(_Loss):
-    """`linear_sdpo_loss` as a module.
+    """`linear_sdpo_loss` as a module: the options are given once, the tensors in each call.
+
+        loss_fn = LinearSDPOLoss(mode="full", alpha=1.0)
+        out = loss_fn(student_hidden, teacher_hidden, lm_head.weight, target_ids, weights=weights)
 
     Args:
-        options: its keyword arguments that are not tensors (those of `SDPOLoss`, and
+        options: the keyword arguments of `linear_sdpo_loss` that are not tensors (those of `SDPOLoss`, and
             ``logit_scale``, ``chunk_size``, ``tile_dtype``).
+
+    Returns (of a call):
+        `SDPOLossOutput`.
+
+    Raises:
+        TypeError: a tensor was given to the constructor. A call raises what `linear_sdpo_loss` does.
     """
 
     def __init__(self, **options: Any):

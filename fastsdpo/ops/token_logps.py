@@ -34,7 +34,14 @@ from fastsdpo.ops.rows import LossOptions, token_advantage
 
 
 class TokenLogRatio(NamedTuple):
-    """Result of `token_log_ratio`; each field ``(...)``, float32 (float64 for float64 logits)."""
+    """Result of `token_log_ratio`.
+
+    Each has the shape of ``target_ids`` and is float32 (float64 for float64 logits), in nats.
+
+    Attributes:
+        log_ratio: ``teacher_logps - student_logps``.
+        student_logps, teacher_logps: log-probability of each target token.
+    """
 
     log_ratio: Tensor
     student_logps: Tensor

@@ -83,7 +83,7 @@ class ForwardSession:
 
         if ulysses is not None and sharing == "off":
             raise NotImplementedError(
-                f"{name}: passes are divided among processes by their plan, which sharing='off' has none of"
+                f"{name}: sharing must not be 'off' with ulysses, which divides the shared passes among processes"
             )
         self._ulysses = ulysses
         self._runner = PassRunner(model, attention, ulysses)

@@ -34,16 +34,21 @@ class Progress(TrainerCallback):
     """Loss, signal, speed and time left: a bar on a terminal, else a line per log.
 
     The signal is the mean absolute log-ratio of teacher and student, in nats per token.
+
+    Args:
+        stream: where it is written; None: standard error.
+        bar: False: lines on a terminal too, where something else asks questions there.
     """
 
-    def __init__(self, stream: Any = None):
+    def __init__(self, stream: Any = None, bar: bool = True):
         self.stream = sys.stderr if stream is None else stream
+        self.has_bar = bar and self.stream.isatty()
         self.bar = None
         self.started, self.first_step = 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started, self.first_step = time.perf_counter(), state.global_step
-        if state.is_world_process_zero and self.stream.isatty():
+        if state.is_world_process_zero and self.has_bar:
             from tqdm.auto import tqdm
 
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, file=self.stream, unit="step")

@@ -325,6 +325,20 @@ class CheckpointTrainer(Trainer):
                 shutil.rmtree(folder / PART, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Raises ValueError where the checkpoint is of another model, or of another adapter."""
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except (RuntimeError, ValueError) as error:  # other shapes; an adapter in the place of a model, or the reverse
+            lines = str(error).splitlines()
+            differ = [line.strip() for line in lines if "size mismatch" in line or "Can't find a" in line]
+            if not differ:
+                raise
+            raise ValueError(
+                f"SDPOTrainer: checkpoint {resume_from_checkpoint} is of another model or adapter; go on with the "
+                f"--model and --lora that it was begun with, or take another output folder ({differ[0]})"
+            ) from error
+
     def _load_best_model(self) -> None:
         self.finish_checkpoint()
         super()._load_best_model()

@@ -101,6 +101,7 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         self._split_global_batch(processes, *batch)
         check_launch(self)
         super().__post_init__()
+        self._check_length()
         check_deepspeed(self)
         if self.sync_each_pass:  # transformers asks accelerate before a micro-batch
             given = self.accelerator_config.gradient_accumulation_kwargs or {}
@@ -159,6 +160,15 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         for name in (*lengths, "max_tokens_per_pack", "chunk_size", "tokenizer_workers", "shuffle_buffer"):
             value = getattr(self, name)
             check(value is None or value >= 1, name, "be at least 1 or None")
+
+    def _check_length(self) -> None:
+        """How long the run is, and its steps: transformers takes numbers with which nothing is trained."""
+        check = self._check
+        check(self.max_steps == -1 or self.max_steps >= 1, "max_steps", "be at least 1, or -1 where the epochs decide")
+        check(self.num_train_epochs > 0, "num_train_epochs", "be > 0")
+        check(float(self.learning_rate) >= 0, "learning_rate", "be >= 0")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check(getattr(self, name) >= 1, name, "be at least 1")
 
     def _check_text(self) -> None:
         neutral = self.neutral_followup

@@ -188,8 +188,8 @@ class TestInteraction:
     @pytest.mark.parametrize(
         ("arguments", "error", "text"),
         [
-            (([], "y", "o"), TypeError, "prompt must be a list of messages, got list"),
-            (("q", "y", "o"), TypeError, "prompt must be a list of messages, got str 'q'"),
+            (([], "y", "o"), TypeError, "prompt must be a list of at least one message, got list"),
+            (("q", "y", "o"), TypeError, "prompt must be a list of at least one message, got str 'q'"),
             ((["q"], "y", "o"), TypeError, r"prompt\[0\] must be a dict with 'role'"),
             (([{"role": "user", "content": 1}], "y", "o"), TypeError, "text as its content"),
             (

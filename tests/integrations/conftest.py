@@ -6,7 +6,14 @@ import os
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from tests.words import SHAPE, SPECIAL, word_tokenizer
 
@@ -20,14 +27,20 @@ def make_tokenizer():
     return word_tokenizer(WORDS, padding_side="left")
 
 
-def save_model(folder, config, model_of):
-    torch.manual_seed(0)
+def save_model(folder, config, model_of, seed=0):
+    torch.manual_seed(seed)
     shape = {"max_position_embeddings": 256, "tie_word_embeddings": config is LlamaConfig, **SHAPE}
     model = model_of(config(vocab_size=len(SPECIAL) + len(WORDS), **shape))
     model.generation_config.pad_token_id = 0
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def make_models(*names):
+    """In the working directory, folders with the names that pages give their models; no two models are alike."""
+    for seed, name in enumerate(names):
+        save_model(name, Qwen3Config, Qwen3ForCausalLM, seed)
 
 
 @pytest.fixture(scope="session")

@@ -249,6 +249,15 @@ def test_files_that_are_no_prompts(name, data, said, tmp_path, capsys):
     assert all(said in line for line in lines)
 
 
+def test_no_bar_stands_beside_a_question(prompts, saved, tmp_path, monkeypatch, capsys):
+    """Standard error is a terminal, where training has a bar that is drawn anew over and over."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    talk(monkeypatch, ["w1"] * 8)
+    assert online(prompts, saved, tmp_path / "run", "--terminal", "--logging-steps", "1") == 0
+    shown = capsys.readouterr().err
+    assert "step 1/2  loss" in shown and "step/s" not in shown
+
+
 def test_a_person_at_the_terminal(prompts, saved, tmp_path, monkeypatch, capsys):
     talk(monkeypatch, ["w5", "", "\u200b", "w6 w7"])
     assert online(prompts, saved, tmp_path / "run", "--terminal", "--max-steps", "1") == 0
@@ -324,7 +333,7 @@ def test_chat_learns_from_nothing_unless_told(saved, tmp_path, monkeypatch, caps
     for text, meant in refused.items():
         hint = f"did you mean {meant}?" if meant else "/help lists the commands."
         assert f"there is no command '{text}'; {hint}" in said.err
-    assert said.err.count(": the command is ") == 4
+    assert said.err.count(": the command is ") == 3 and "/undo: nothing may follow it" in said.err
     assert said.err.count("/teach: ") == 3
     assert checkpoints(tmp_path / "chat") == ["checkpoint-0"] and rows_of(tmp_path / "chat") == []
 
@@ -467,46 +476,74 @@ while (text := reader.read("you > ")) is not None:
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
-def test_a_paste_is_one_message():
-    """On a real terminal: marked by the terminal as a paste, or only as fast as one."""
+@pytest.fixture
+def at_terminal():
+    """at_terminal(script): runs it on a pseudo-terminal; gives type_and_wait(keys, *texts), which returns what was
+    shown until the last of the texts."""
+    if not hasattr(os, "openpty"):
+        pytest.skip("needs a pseudo-terminal")
     master, slave = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", READER, str(Path(terminal.__file__))],
-        **dict.fromkeys(("stdin", "stdout", "stderr"), slave),
-        env={**os.environ, "TERM": "xterm"},
-        start_new_session=True,
-    )
-    os.close(slave)
-    seen = ""
+    seen, running = "", []
+
+    def start(script):
+        command = [sys.executable, "-c", script, str(Path(terminal.__file__))]
+        files, environment = dict.fromkeys(("stdin", "stdout", "stderr"), slave), {**os.environ, "TERM": "xterm"}
+        running.append(subprocess.Popen(command, **files, env=environment, start_new_session=True))
+        os.close(slave)
+        return type_and_wait
 
     def type_and_wait(keys, *texts):
         nonlocal seen
         os.write(master, keys)
+        shown = ""
         for text in texts:
             until = time.monotonic() + 60
             while text not in seen:
                 assert select.select([master], [], [], max(0, until - time.monotonic()))[0], seen
                 seen += os.read(master, 4096).decode(errors="replace")
-            seen = seen.partition(text)[2]
+            before, _, seen = seen.partition(text)
+            shown += before + text
+        return shown
 
+    yield start
+    os.write(master, b"\x04")
     try:
-        type_and_wait(b"", "you > ")
-        type_and_wait(b"w1\r", "read 'w1'", "you > ")
-        type_and_wait(b"\x1b[200~w2 w3\nw4\n/undo\x1b[201~\r", r"read 'w2 w3\nw4\n/undo'", "you > ")
-        type_and_wait(b"w5\nw6\nw7\n", "w7")
-        time.sleep(2 * terminal.PASTE_SECONDS)
-        type_and_wait(b"\r", r"read 'w5\nw6\nw7\n'", "you > ")
-        type_and_wait(b"w8\nw9", "w9")
-        time.sleep(2 * terminal.PASTE_SECONDS)
-        type_and_wait(b"\r", r"read 'w8\nw9'", "you > ")
-        type_and_wait(b"\x1b[A", "w9")  # the arrow brings the last message back
-        type_and_wait(b"\r", r"read 'w8\nw9'", "you > ")
-        os.write(master, b"\x04")
-        assert process.wait(60) == 0
+        assert running[0].wait(60) == 0
     finally:
-        process.kill()
+        running[0].kill()
         os.close(master)
+
+
+def test_keys_typed_too_early_wait_for_the_question(at_terminal):
+    """They are not shown in the middle of what is printed, as the terminal itself would."""
+    type_and_wait = at_terminal(
+        READER.replace("while", """
+with terminal.unechoed():
+    print("busy", flush=True)
+    time.sleep(0.5)
+    print("done", flush=True)
+while""").replace("sys\n", "sys, time\n", 1)
+    )  # fmt: skip
+    type_and_wait(b"", "busy")
+    assert "w1" not in type_and_wait(b"w1", "done")
+    assert "w1" in type_and_wait(b"", "you > ", "w1")
+    type_and_wait(b"\r", "read 'w1'", "you > ")
+
+
+def test_a_paste_is_one_message(at_terminal):
+    """On a real terminal: marked by the terminal as a paste, or only as fast as one."""
+    type_and_wait = at_terminal(READER)
+    type_and_wait(b"", "you > ")
+    type_and_wait(b"w1\r", "read 'w1'", "you > ")
+    type_and_wait(b"\x1b[200~w2 w3\nw4\n/undo\x1b[201~\r", r"read 'w2 w3\nw4\n/undo'", "you > ")
+    type_and_wait(b"w5\nw6\nw7\n", "w7")
+    time.sleep(2 * terminal.PASTE_SECONDS)
+    type_and_wait(b"\r", r"read 'w5\nw6\nw7\n'", "you > ")
+    type_and_wait(b"w8\nw9", "w9")
+    time.sleep(2 * terminal.PASTE_SECONDS)
+    type_and_wait(b"\r", r"read 'w8\nw9'", "you > ")
+    type_and_wait(b"\x1b[A", "w9")  # the arrow brings the last message back
+    type_and_wait(b"\r", r"read 'w8\nw9'", "you > ")
 
 
 def learner(lab, folder, **changes):

@@ -67,6 +67,12 @@ def test_no_chat_template(folder, tmp_path):
     assert tokenizer.chat_template is None
 
 
+def test_no_tokenizer(folder, tmp_path):
+    path = copy_of(folder, tmp_path, "*token*")
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer; copy the one of its base model"):
+        load_model_and_tokenizer(path)
+
+
 @pytest.mark.parametrize("name", ["/no/such/folder", "./a", "model.gguf", "a/b/c"])
 def test_nothing_there(name):
     with pytest.raises(FileNotFoundError, match=f"no such file or folder: {name}"):

@@ -268,8 +268,8 @@ def test_large_models_are_checkpointed_on_gpus(tmp_path, lab, capsys, monkeypatc
         ("--dry-run --card much", "--card must be a size like 80GB or 79.1GiB, got 'much'"),
         ("--dry-run --processes 4 --ulysses 3", "--ulysses must divide the number of processes (4), got 3"),
         ("--dry-run --processes 0", "--processes must be at least 1, got 0"),
-        ("--card 80GB", "--card must be given with --dry-run"),
-        ("--strategy fsdp", "--strategy must be given with --dry-run"),
+        ("--card 80GB", "--card describes the machine of a forecast"),
+        ("--strategy fsdp", "--strategy describes the machine of a forecast"),
     ],
 )
 def test_mistakes_are_said(tmp_path, lab, capsys, more, message):

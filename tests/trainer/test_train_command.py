@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import re
 import shutil
 import signal
@@ -139,6 +140,11 @@ MISSING = next(name for name in INTEGRATION_TO_CALLBACK if name not in get_avail
         ("--max-tokens-per-pack 0", "--max-tokens-per-pack must be at least 1 or None, got 0"),
         (f"--report-to {MISSING}", f"--report-to {MISSING}: .*[Ii]nstall"),
         (f"--set report_to={MISSING}", f"--report-to {MISSING}: .*[Ii]nstall"),
+        ("--max-steps 0", "--max-steps must be at least 1, or -1 where the epochs decide, got 0"),
+        ("--epochs -1", "--epochs must be > 0, got -1"),
+        ("--learning-rate -1", "--learning-rate must be >= 0, got -1"),
+        ("--batch-size 0", "--batch-size must be at least 1, got 0"),
+        ("--lora -4", "--lora must be at least 0, got -4"),
         ("--report-to nobody", "--report-to must be of azure_ml, .*, got 'nobody'"),
         ("--template nosuch", "--template must be one of offline-v1, .*got 'nosuch'"),
         ("--eval-data nosuch.jsonl", "no such file: nosuch.jsonl"),
@@ -168,6 +174,24 @@ def test_bad_data_is_said_before_a_model_is_loaded(place, tmp_path, capsys, text
     command = arguments(place, tmp_path / "out", "--model", "/nowhere/model")
     assert main([str(tmp_path / "bad.jsonl"), *command[1:]]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("within", ["", "/runs/first"])
+def test_an_output_that_is_a_file(place, tmp_path, capsys, within):
+    """It is said before anything is loaded: there is no such model."""
+    taken = tmp_path / "taken"
+    taken.write_text("x")
+    assert (
+        main([str(place / "data.jsonl"), "--model", str(tmp_path / "nosuch"), "-o", f"{taken}{within}", "--cpu"]) == 1
+    )
+    assert f"--output must be a folder, but {taken} is a file" in capsys.readouterr().err
+
+
+def test_a_folder_in_the_place_of_the_data(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("empty")
+    assert main(["empty", "--model", "nosuch", "-o", "run", "--cpu"]) == 1
+    assert "folder empty holds no file that ends in" in capsys.readouterr().err
 
 
 def test_lora_without_peft(place, tmp_path, capsys, monkeypatch):
@@ -280,6 +304,17 @@ def test_push_to_hub(place, tmp_path, monkeypatch, capsys):
     sent = {row["value"]["path"] for row in map(json.loads, commit.splitlines()) if row["key"] == "file"}
     assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "tokenizer_config.json"} <= sent
     assert "uploaded to me/mine" in capsys.readouterr().out
+
+
+def test_resuming_with_another_adapter_is_one_sentence(place, tmp_path, capsys):
+    saved = ["--set", "save_strategy=steps", "--save-steps", "1", "--set", "teacher_check=0"]
+    saved += ["--set", "measure_interactions=0", "--set", "measure_answers=0"]
+    argv = arguments(place, tmp_path / "out", *saved, "--max-steps", "1")
+    assert main([*argv, "--lora", "2"]) == 0
+    for other in (["--lora", "4"], []):
+        assert main([*argv, "--max-steps", "2", *other, "--resume"]) == 1
+        (error,) = capsys.readouterr().err.splitlines()[-1:]
+        assert "checkpoint-1 is of another model or adapter; go on with the --model and --lora" in error
 
 
 def test_two_runs_into_one_folder(place, tmp_path, capsys):

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +21,9 @@ from axolotl.integrations.kd.trainer import AxolotlKDTrainer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.integrations.conftest import make_models
 from tests.integrations.test_adapters import make, packed
+from tests.pages import ROOT, blocks, calls, program
 
 pytestmark = pytest.mark.slow
 
@@ -147,3 +154,30 @@ def test_what_is_refused(trainers, qwen2_folder, tmp_path):
     model.config.lm_head_multiplier = 2.0
     with pytest.raises(NotImplementedError, match=r"use axolotl\.integrations\.kd\.KDPlugin"):
         trainer.compute_loss(model, dict(batch))
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    """Its configuration by its command, two steps on a CPU, on a tiny model of the name that it has."""
+    pytest.importorskip("fire", reason="axolotl's command needs fire: make peers")
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs/integrations/axolotl.md"
+    make_models("Qwen/Qwen3-0.6B")
+    rows = []
+    for i in range(64):
+        said = [{"role": "user", "content": f"w{i % 50} w2"}, {"role": "assistant", "content": f"w3 w{i % 40} w5"}]
+        ids = [[6 + (i + k) % 50 for k in range(4)] for _ in range(5)]
+        rows.append({"messages": said, "target_token_ids": ids, "logprobs": [[-1.0 - k for k in range(4)]] * 5})
+    Path("teacher.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before, whole = blocks(page, "yaml")
+    assert before.splitlines()[0] in whole
+    on_cpu = "bf16: false\nfp16: false\nfloat32: true\nmax_steps: 2\nlogging_steps: 1\n"
+    Path("distil.yaml").write_text(whole.replace("bf16: auto\n", on_cpu))
+    (call,) = calls(blocks(page, "bash")[0])
+    environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "WANDB_MODE": "disabled"}
+    environment["PYTHONPATH"] = f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{ROOT}"
+    command = [*program("axolotl"), *call.words[1:], "--launcher", "python"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = re.findall(r"'loss': '?([\d.]+)", done.stdout + done.stderr)
+    assert len(losses) == 2 and all(float(loss) > 0 for loss in losses)
+    assert Path("runs/distil/model.safetensors").exists()

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +21,9 @@ from swift.template import get_template
 
 from fastsdpo.integrations.swift import patch_swift
 from fastsdpo.quantized import keep_differentiable
-from tests.integrations.conftest import make_tokenizer
+from tests.integrations.conftest import make_models, make_tokenizer
 from tests.integrations.test_adapters import adapted, bits_and_bytes
+from tests.pages import ROOT, blocks, calls, program
 
 pytestmark = pytest.mark.slow
 
@@ -166,3 +172,23 @@ def test_what_is_refused(qwen2_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(gkd_trainer, "gkd_loss", lambda logits: None)
     with pytest.raises(ImportError, match=r"gkd_loss must take .* got \(logits\)"):
         patch_swift()
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["before", "after"])
+def test_the_page_runs(number, tmp_path, monkeypatch):
+    """Its command, two steps on a CPU, on tiny models of the names that it has; the loss is in ms-swift's log."""
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs/integrations/swift.md"
+    make_models("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B")
+    Path("data.jsonl").write_text("".join(json.dumps({"messages": row["messages"]}) + "\n" for row in ROWS * 16))
+    Path("fast.py").write_text(blocks(page, "python")[0], "utf-8")
+    (call,) = calls(blocks(page, "bash")[number])
+    more = shlex.split("--max_steps 2 --logging_steps 1 --report_to none --output_dir runs --lmbda 0 --seed 5")
+    environment = {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{ROOT}"}
+    command = [*program("swift"), *call.words[1:], *more]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (log,) = Path("runs").rglob("logging.jsonl")
+    losses = [row["loss"] for row in map(json.loads, log.read_text().splitlines()) if "loss" in row]
+    assert len(losses) == 2 and all(float(loss) > 0 for loss in losses)
+    assert number == 0 or "external_plugins: ['fast.py']" in done.stdout + done.stderr

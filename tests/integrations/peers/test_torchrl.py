@@ -18,6 +18,7 @@ from fastsdpo.integrations.torchrl import SDPODistillationLoss
 from fastsdpo.testing import classes_divergence
 from tests.integrations.conftest import make_tokenizer
 from tests.integrations.test_adapters import packed
+from tests.pages import ROOT, blocks
 
 pytestmark = pytest.mark.slow
 
@@ -83,18 +84,19 @@ def same(got, want, model, rtol=1e-5):
         assert (grad - wanted[key]).abs().max() <= 10 * rtol * scale, key
 
 
+def with_scores(teacher, data, tokenizer):
+    """The teacher's log-probs of the answers' tokens, where torchrl's loss reads them."""
+    key = ("teacher_log_probs", "full")
+    transform = RetrieveLogProb(teacher, log_probs_full_key=key, assistant_only=True, tokenizer=tokenizer)
+    with torch.no_grad():
+        return transform(data)
+
+
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 @pytest.mark.parametrize("more", [{}, {"reduction": "sum", "normalize_by_seq_length": False}], ids=["mean", "sum"])
 def test_k3_is_torchrls_own_loss(lab, direction, more):
     wrap, model, teacher, tokenizer, data = lab
-    transform = RetrieveLogProb(
-        wrap(teacher, return_log_probs=True),
-        log_probs_full_key=("teacher_log_probs", "full"),
-        assistant_only=True,
-        tokenizer=tokenizer,
-    )
-    with torch.no_grad():
-        data = transform(data)
+    data = with_scores(wrap(teacher, return_log_probs=True), data, tokenizer)
     actor = wrap(model)
     want = DistillationLoss(actor, kl_direction=direction, **more)(data)
     for options in ({}, {"teacher_network": teacher}):
@@ -167,3 +169,23 @@ def test_what_is_refused(lab):
     model.config.lm_head_multiplier = 2.0
     with pytest.raises(NotImplementedError, match="use torchrl's DistillationLoss"):
         SDPODistillationLoss(actor)(data)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_runs(lab):
+    """Each loss of its blocks, on the data that it takes; a vocabulary of 63 has no 100 most likely tokens."""
+    wrap, model, teacher, tokenizer, data = lab
+    names = {"actor": wrap(model), "teacher": wrap(teacher)}
+    before, after = blocks(ROOT / "docs/integrations/torchrl.md", "python")
+    exec(compile(before, "torchrl.md", "exec"), names)
+    assert type(names["loss"]) is DistillationLoss
+    start, *each = after.split("\nloss = ")
+    exec(compile(start, "torchrl.md", "exec"), names)
+    assert len(each) == 3
+    for text in each:
+        exec(compile(f"loss = {text.replace('topk=100', 'topk=5')}", "torchrl.md", "exec"), names)
+        given = with_scores(wrap(teacher, return_log_probs=True), data, tokenizer) if "k3" in text else data
+        model.zero_grad()
+        loss = names["loss"](given).loss_distill
+        loss.backward()
+        assert loss.isfinite() and model.lm_head.weight.grad.abs().sum() > 0
