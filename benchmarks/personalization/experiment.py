@@ -278,7 +278,11 @@ class Experiment:
         trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
         answers = answer(trainer, self.data.test)
         history = [log for log in trainer.state.log_history if "online/satisfaction" in log]
-        row: dict[str, Any] = {"case": case, "about": condition.about, "interactions": trainer.state.global_step * STEP}
+        row: dict[str, Any] = {
+            "case": case,
+            "about": condition.about,
+            "interactions": trainer.state.global_step * STEP,
+        }
         for wish in wishes:
             row[f"after, {wish}" if len(wishes) > 1 else "after"] = measured(wish, self.data.test, answers)
         row["perplexity"] = perplexity(trainer.model, trainer.processing_class, self.data.ordinary)
