@@ -110,7 +110,7 @@ def test_a_file_of_options(tmp_path, capsys):
     assert options.set == ["seed=1"] and not hasattr(options, "allow_leaks")
     assert options.given["learning-rate"] == 1e-5 and options.given["data"] == "a.jsonl"
     options = train.build_parser().parse_args(["b.jsonl", f"--config={file}"])
-    assert options.data == "b.jsonl" and options.set == ["adam_beta2=0.95", "optim=adamw_torch"]
+    assert options.data == ["b.jsonl"] and options.set == ["adam_beta2=0.95", "optim=adamw_torch"]
     for text, said in (
         ("lr: 1", "unknown option 'lr'; did you mean --learning-rate?"),
         ("model: [a, b]", "model must be one value"),

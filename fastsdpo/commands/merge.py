@@ -42,7 +42,8 @@ def merge(options: argparse.Namespace) -> int:
     check_folder(options.output, allowed=True)
     from fastsdpo.modeling import check_name, is_adapter, load_model_and_tokenizer
     from fastsdpo.trainer.card import merged_card
-    from fastsdpo.trainer.checkpoints import check_output_folder, open_as_umask, writing
+    from fastsdpo.trainer.checkpoints import check_output_folder, writing
+    from fastsdpo.trainer.file_rights import open_as_umask
 
     output = Path(options.output)
     if (output / "config.json").exists() and not options.overwrite:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from pathlib import Path
 
 from fastsdpo.data import HindsightTemplate, load_interactions
@@ -14,8 +15,10 @@ def check_folder(folder: str, allowed: bool) -> None:
     there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
     if not there.is_dir():
         raise ValueError(f"--output must be a folder, but {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--output: nothing may be written in {there}")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(f"--output: nothing can be written in {there}: {error.strerror}") from error
     used = Path(folder, "report.json").exists() or any(Path(folder).glob("checkpoint-*"))
     if used and not allowed:
         raise ValueError(f"{folder} holds a run; pass --resume to go on with it, or --overwrite")

@@ -31,6 +31,7 @@ from fastsdpo.trainer.adapters import is_peft
 from fastsdpo.trainer.callbacks import WrittenCheckpoint
 from fastsdpo.trainer.card import write_card
 from fastsdpo.trainer.checksums import BLOCK, Recorder, damage_of, write_checksums
+from fastsdpo.trainer.file_rights import open_as_umask
 from fastsdpo.trainer.optim import ADAMW
 from fastsdpo.trainer.place import read_place, write_place
 from fastsdpo.trainer.processes import agreed, gather_list
@@ -75,16 +76,6 @@ def check_saved_model(folder: str | os.PathLike) -> None:
     """Raises OSError where a folder holds no weights, of a model or of an adapter."""
     if not any(any(Path(folder).glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.pt")):
         raise OSError(f"the model was not saved: {folder} holds no weights")
-
-
-def open_as_umask(folder: str | os.PathLike) -> None:
-    """Gives files that only their owner can read, as safetensors writes them, the rights of any new file."""
-    with tempfile.TemporaryDirectory(dir=folder) as probe:
-        (new := Path(probe, "new")).touch()
-        mode = new.stat().st_mode & 0o777
-    for path in Path(folder).rglob("*"):
-        if path.is_file() and path.stat().st_mode & 0o777 == 0o600 != mode:
-            path.chmod(mode)
 
 
 def finish_checkpoint(part: Path, place: Path, written: Mapping[str, tuple[int, int]]) -> None:
@@ -192,6 +183,10 @@ class CheckpointTrainer(Trainer):
             self.stream.begin(place)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.finish_checkpoint()
+        if self.args.should_save and resume_from_checkpoint:  # a run that was killed while it deleted these left them
+            folder = Path(self.args.output_dir)
+            delete_old_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+            shutil.rmtree(folder / PART, ignore_errors=True)
         return output
 
     @property

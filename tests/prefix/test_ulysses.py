@@ -99,7 +99,7 @@ def main(rank: int, world: int, store: str, names: list[str]) -> None:
 
 def check_refusals(ulysses) -> None:
     (item,) = lab.conversation(1)
-    with pytest.raises(NotImplementedError, match="sharing='off' has none"):
+    with pytest.raises(NotImplementedError, match="sharing must not be 'off' with ulysses"):
         shared_forward(lab.tiny_model("llama"), [item], sharing="off", ulysses=ulysses)
     odd = lab.tiny_model("llama", num_attention_heads=5, num_key_value_heads=5, head_dim=8)
     with pytest.raises(NotImplementedError, match="the 5 heads of layer 0 cannot be divided by"):

@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 import fastsdpo
 
 FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parents[1]))
 OURS = ("fastsdpo", "torch._dynamo", "torch._library", "torch.library", "torch._functorch", "torch._subclasses")
 
 

@@ -376,8 +376,10 @@ def test_a_worker_that_dies_ends_the_others_with_its_error(
         assert not any(alive(pid) for pid in pids)
         assert (folder / "out" / "checkpoint-1" / "checksums.json").exists()
         assert not (folder / "out" / "report.json").exists()
-        # One process goes on from there.
+        # One process goes on from there, with steps of as many interactions.
         again = runner(folder, argv)
+        assert again.status == 1 and "--global-batch-size 8 keeps them" in again.log, again.log
+        again = runner(folder, [*argv, "--global-batch-size", "8"])
         assert again.status == 0, again.log
         assert "going on from out/checkpoint-1" in again.log
         assert (folder / "out" / "report.json").exists()
