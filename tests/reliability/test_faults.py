@@ -53,7 +53,7 @@ def test_killed_and_run_again(name, kills, runner, commands, outcome, undisturbe
     draw = random.Random(f"kills of {name}")
     done = cases = 0
     lost = []
-    while done < count(2, kills):
+    while done < count(1, kills):
         cases += 1
         folder = tmp_path / str(cases)
         for _ in range(draw.choice([1, 1, 2])):  # some are killed again on the way
