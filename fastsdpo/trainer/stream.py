@@ -78,7 +78,8 @@ class InteractionStream:
         dropped: messages about the first hundred interactions that could not be used.
         left_out: how many could not.
         interactions: how many were trained on.
-        idle: one that was trained on, for processes that have none.
+        idle: one of these, for processes that have none: its passes must be as many as the others' (FSDP gathers
+            weights in each), so it is a real one, with all that a teacher reads.
         by_conversation: a conversation's interactions stay together; set by the trainer.
         start: where training begins; resumed: as a checkpoint says.
     """
@@ -107,13 +108,16 @@ class InteractionStream:
         self.seed = args.seed if args.data_seed is None else args.data_seed
         self.buffer = SHUFFLE_BUFFER if args.shuffle_buffer is None else args.shuffle_buffer
 
-        def begin() -> list[Interaction]:
+        def begin() -> tuple[list[Interaction], TokenizedInteraction]:
             items = self._items()
             head = list(itertools.islice(items, SAMPLE_SIZE))
             self._waiting = itertools.chain(head, items)
-            return [item for item in head if isinstance(item, Interaction)]
+            how = Tokenization(reading.tokenizer, reading.template, reading.options)
+            found = (InteractionDataset(chunk.columns) for item in head for chunk in tokenize_chunks([item], how, 1))
+            idle = next((dataset[0] for dataset in found if len(dataset)), self.idle)
+            return [item for item in head if isinstance(item, Interaction)], idle
 
-        self.sample = first_alone(begin, args.process_index == 0)
+        self.sample, self.idle = first_alone(begin, args.process_index == 0)
 
     def _items(self) -> Iterator[Item]:
         if self.source == STANDARD_INPUT:
