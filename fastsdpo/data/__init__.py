@@ -1,8 +1,8 @@
-"""Conversations in, tokenized interactions out. Imports only the standard library.
+"""Turns conversations into tokenized interactions. It imports only the standard library.
 
     load_conversations -> ConversationFilter -> extract_interactions -> tokenize_interactions
 
-`fastsdpo prepare` (prepare.py) runs the first three over files of any size and writes interactions.
+`fastsdpo prepare` (prepare.py) runs the first three steps over files of any size and writes interactions.
 """
 
 from fastsdpo.data.filters import ConversationFilter as ConversationFilter

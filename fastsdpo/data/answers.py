@@ -1,8 +1,8 @@
-"""What a record notes of an answer beside its text: ratings, weights, edits.
+"""Reads what a record says of an answer beside its text: ratings, weights, edits.
 
-A rating becomes the fields `rating` (``"up"``, ``"down"``, a number, or the word that stands there) and
-`rating_comment` (what the user wrote to it) of the row. An answer that the user edited keeps the edited
-text as the field `edited`; it is never taken for the model's.
+A rating becomes the row's fields `rating` (``"up"``, ``"down"``, a number, or the record's own word) and
+`rating_comment` (what the user wrote with the rating). If the user edited an answer, the field `edited` keeps
+the edited text, which is never taken for the model's.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _DOWN = frozenset(
 
 @dataclass
 class Turns:
-    """Messages as `Conversation` has them, with what is noted of the answers among them."""
+    """Messages as in `Conversation`, and the fields (rating, edit, ...) of the answers among them by index."""
 
     messages: list[dict]
     fields: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 def read_turns(messages: Any, name: str) -> Turns:
-    """`parse_messages`, and the notes of each answer.
+    """Parses messages as `parse_messages` does, and reads the fields (rating, edit, ...) of each answer.
 
     Raises:
         TypeError, ValueError: a malformed message; the text says which of `name`.
@@ -77,7 +77,7 @@ def _is_reasoning(message: Mapping) -> bool:
 
 
 def add_notes(turns: Turns, index: int, message: Mapping) -> None:
-    """Adds what a message notes of itself to the fields of the answer with this index."""
+    """Adds the rating, rank, edit and weight in a message to the fields of the answer with this index."""
     fields = rating_fields(message)
     if _is_number(message.get("rank")):
         fields["rank"] = message["rank"]
@@ -105,18 +105,18 @@ def _is_zero(value: Any) -> bool:
 
 
 def clean(text: str) -> str:
-    """The text, checked to be valid Unicode (ValueError), as rows must be."""
+    """Returns the text if it is valid Unicode, as rows must be; else raises ValueError."""
     if not text.isascii():
         check_unicode(text, "a field of an answer")
     return text
 
 
 def rating_fields(source: Mapping, keys: Sequence[str] = RATING_KEYS) -> dict[str, Any]:
-    """The fields `rating` and `rating_comment` of what a message or a record says of an answer.
+    """Returns the fields `rating` and `rating_comment` of an answer, as far as `source` has them.
 
     Args:
-        source: has the rating under one of the keys: a word, a number, or an object with ``rating``,
-            ``score`` or ``value`` and the comment.
+        source: a message or a record. It has the rating under one of `keys`: a word, a number, or an object
+            with ``rating``, ``score`` or ``value`` and the comment.
     """
     fields: dict[str, Any] = {}
     for key in keys:
@@ -150,7 +150,7 @@ def _is_number(value: Any) -> bool:
 
 
 def normal_rating(value: Any) -> str | int | float | None:
-    """``"up"`` or ``"down"`` for the words and signs of a thumb, a number, another word as it stands, or None."""
+    """Returns ``"up"`` or ``"down"`` for words, signs and booleans that mean it, else the number or word, or None."""
     if isinstance(value, bool):
         return "up" if value else "down"
     if isinstance(value, (int, float)):
@@ -170,13 +170,13 @@ def normal_rating(value: Any) -> str | int | float | None:
 
 
 class RatingFollowups:
-    """Wordings that stand for a follow-up where an answer has a rating and the user said nothing more.
+    """Turns ratings into follow-ups, for answers that the user rated but did not reply to.
 
     Args:
-        options: ``"down=That was not what I wanted."``, ``"1..2=..."`` (numbers from 1 to 2),
-            ``"edited=I would have written: {edited}"``. ``{comment}`` stands for what the user wrote to
-            the rating; a wording with it is taken where there is one. Several for a rating: the first
-            that fits.
+        options: texts ``RATING=TEXT``, such as ``"down=That was not what I wanted."``, ``"1..2=..."`` (numbers
+            from 1 to 2) or ``"edited=I would have written: {edited}"``. ``{comment}`` stands for what the user
+            wrote with the rating; a text with it is used only if there is a comment. If several fit a rating,
+            the first is used.
 
     Raises:
         ValueError: an option is not ``RATING=TEXT``, or the text is empty.
@@ -194,7 +194,7 @@ class RatingFollowups:
         self._wordings.sort(key=lambda item: "{comment}" not in item[1])
 
     def wording(self, fields: Mapping[str, Any]) -> str | None:
-        """What stands for the user's follow-up to an answer with these fields, or None."""
+        """Returns the text to use as the follow-up to an answer with these fields, or None."""
         for name, text in self._wordings:
             values = {"{comment}": fields.get("rating_comment"), "{edited}": fields.get("edited")}
             if any(key in text and value is None for key, value in values.items()):
@@ -206,7 +206,7 @@ class RatingFollowups:
         return None
 
     def apply(self, conversation: Conversation) -> Conversation:
-        """The conversation, with a follow-up to its last answer where that has such a rating and no other."""
+        """Returns the conversation; if it ends with an answer whose rating has a text, that text is added."""
         last = len(conversation.messages) - 1
         fields = conversation.answer_fields.get(last)
         if not fields or conversation.single or conversation.messages[last]["role"] != "assistant":
@@ -232,7 +232,7 @@ def _fits(name: str, rating: Any) -> bool:
 
 
 def with_rating(turns: Turns, fields: Mapping[str, Any]) -> None:
-    """Gives the last answer the rating of the record, where the record is about this answer."""
+    """Gives the fields of a record (its rating) to the last answer, for records that are about this answer."""
     last = len(turns.messages) - 1
     while last >= 0 and turns.messages[last]["role"] != "assistant":
         last -= 1
@@ -245,7 +245,7 @@ ROW_FIELDS = frozenset(("rating", "rating_comment", "rank", "edited", "alternati
 
 
 def row_fields(record: Mapping) -> dict[str, Any]:
-    """The fields of an answer in a row that `prepare` wrote; what is of another type is none of them."""
+    """Returns an answer's fields in a row that `prepare` wrote; values of a wrong type are passed over."""
     fields = rating_fields(record, ("rating",))
     for key in ("edited", "followup_from"):
         if isinstance(record.get(key), str):

@@ -1,14 +1,14 @@
-"""What a chat template writes around an answer, found by rendering a short conversation.
+"""Finds what a chat template writes around an answer, by rendering a short conversation.
 
 Templates are programs, and no two families write an answer's turn alike. Between the generation prompt
 and the answer some put a channel or an empty ``<think>`` block, some leave a block open for the model to
-fill, some know no generation prompt at all, some take lists of parts where others take text. So nothing
-is assumed here: the turn of a finished answer is rendered once and compared with the generation prompt,
+fill, some know no generation prompt at all, some take lists of parts where others take text. So this module
+assumes nothing. It renders the turn of a finished answer once and compares it with the generation prompt,
 
     <|im_start|>assistant\\n<think>\\n\\n</think>\\n\\nsdpoanswer<|im_end|>\\n
     `------------ opening -----------------------'          `--- tail ---'
 
-and what cannot be told apart is refused.
+and refuses a template whose parts it cannot tell apart.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ REASONING_TAGS = frozenset(tag for pair in REASONING for tag in pair) | {"<|chan
 
 
 class Opening(NamedTuple):
-    """What stands before an answer, as a change of the generation prompt: less `cut`, plus `add`."""
+    """The text before an answer, as a change of the generation prompt: `cut` is taken off its end, `add` appended."""
 
     cut: str = ""
     add: str = ""
@@ -58,22 +58,22 @@ class ChatTemplate:
 
     Args:
         tokenizer: has ``apply_chat_template``.
-        options: its keyword arguments. ``enable_thinking=False`` is added where the template knows
-            the word.
-        date: what a template with a clock reads; None: now, and the same from then on.
+        options: keyword arguments for the template. ``enable_thinking=False`` is added if the template
+            knows the word.
+        date: the date and time for a template that asks for it; None: now, and the same from then on.
 
     Attributes:
         generation: opening of an answer that the model is to write.
-        answer: opening of an answer that is known.
-        reasoned: opening of an answer that brings its own reasoning.
-        finished: a finished turn, rendered: ``QUESTION`` and ``ANSWER`` with their frame.
-        tail, tail_before: what follows an answer in the last and in an earlier turn.
-        frames: all that was rendered, for the tokens with which the template frames messages.
-        reasoning: the pairs of `REASONING` that the model knows.
+        answer: opening of an answer that is already written.
+        reasoned: opening of an answer whose text includes its own reasoning.
+        finished: a finished turn as rendered text: ``QUESTION`` and ``ANSWER`` with the markup around them.
+        tail, tail_before: the text that follows an answer in the last and in an earlier turn.
+        frames: all rendered texts, in which to find the tokens with which the template frames messages.
+        reasoning: those pairs of `REASONING` (opening and closing tag) that the model knows.
 
     Raises:
-        ValueError: the template does not write what it is given, or the turn of a finished answer
-            does not go with the generation prompt.
+        ValueError: the template leaves out a text that it is given, or the turn of a finished answer
+            does not begin like the generation prompt.
     """
 
     def __init__(
@@ -110,10 +110,10 @@ class ChatTemplate:
         return str(getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__)
 
     def render(self, messages: list[dict], *, add_generation_prompt: bool = True) -> str:
-        """The messages as text.
+        """Renders the messages as text.
 
         Raises:
-            ValueError: the template fails on them.
+            ValueError: the template fails on the messages.
         """
         if self._parts:
             messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
@@ -128,16 +128,18 @@ class ChatTemplate:
             ) from error
 
     def finish(self, prompt: list[dict], text: str, *, trim: bool = True) -> tuple[Opening, str]:
-        """Opening and text of an answer, as the template writes it in a finished turn.
+        """Returns the opening and the text of an answer, as the template writes it in a finished turn.
 
         An answer that brings its own reasoning gets no second, empty block before it. Where the
         template drops the reasoning of finished turns, the answer stays as it is.
 
         Args:
-            trim: False: only where there is reasoning, else the text stays as it is.
+            prompt: the messages before the answer.
+            text: the answer.
+            trim: False leaves the text of an answer without reasoning as it is.
 
         Raises:
-            ValueError: the template writes this answer's turn in another way than others.
+            ValueError: the template writes the turn of this answer unlike that of others.
         """
         opens, closing = next((p for p in self.reasoning if p[1] in text), ("", None))
         if closing is None and not (trim and self._trims and text[:1].isspace()):
@@ -164,7 +166,7 @@ class ChatTemplate:
         return (self.reasoned if text.lstrip().startswith(opens) else self.generation), text
 
     def said(self, text: str) -> str:
-        """What of an answer is meant for the reader: without reasoning."""
+        """Returns the part of an answer that is meant for the reader, without reasoning."""
         for opening, closing in self.reasoning:
             if closing in text:
                 text = text.rpartition(closing)[2]
@@ -235,7 +237,7 @@ class ChatTemplate:
         self.reasoned = _opening(prompt, block.sub("", before))
 
     def move_space(self) -> bool:
-        """Gives the white space that ends the answer's opening to the answer; False: there is none."""
+        """Moves the white space at the end of the answer's opening to the answer; returns False if there is none."""
         prompt, derived = self.frames[0], self.generation == self.answer != Opening()
         text = self.answer(prompt)
         bare = text.rstrip()
@@ -247,12 +249,12 @@ class ChatTemplate:
 
 
 def shared(left: Sequence, right: Sequence) -> int:
-    """With how many equal items both begin."""
+    """Returns with how many equal items both sequences begin."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(left, right)))
 
 
 def reads_clock(tokenizer: Any, options: Mapping[str, Any] | None = None) -> bool:
-    """Whether the chat template asks what day it is."""
+    """Whether the chat template asks for the current date."""
     return "strftime_now" in _source(tokenizer, options or {})
 
 

@@ -1,4 +1,4 @@
-"""Tokenized interactions as flat columns: in memory, or in files that processes map and so share.
+"""Keeps tokenized interactions as flat columns: in memory, or in files that several processes map and share.
 
 tokens         int32   prompt, teacher's prompt, answer and neutral prompt of each interaction
 ends           int64   where these four end, after a first 0
@@ -30,7 +30,7 @@ NO_NAME = b"\xff"  # None; not the beginning of any text
 
 
 class Columns:
-    """Columns in memory, to add to."""
+    """Columns in memory, to which interactions can be added."""
 
     def __init__(self) -> None:
         self.tokens = array("i")
@@ -43,11 +43,12 @@ class Columns:
         return len(self.ids)
 
     def add(self, item: TokenizedInteraction, text: Interaction | None = None, texts: TextKeys | None = None) -> None:
-        """One interaction.
+        """Adds one interaction.
 
         Args:
-            text: what it was made of; None: it came as tokens.
-            texts: keys of texts that other interactions have too.
+            item: its tokens.
+            text: the interaction that was tokenized; None: it came as tokens.
+            texts: a cache of the keys of texts that many interactions share.
         """
         for ids in (item.prompt_ids, item.teacher_prompt_ids, item.completion_ids, item.neutral_prompt_ids or []):
             self.tokens.extend(ids)
@@ -68,7 +69,7 @@ class Columns:
         self.history_ends.append(len(self.history_keys))
 
     def extend(self, other: Columns) -> None:
-        """All interactions of other columns, after these."""
+        """Appends all interactions of other columns."""
         before = {name: len(getattr(self, name)) for name in PLACES_IN.values()}
         for name in NUMBERS:
             getattr(self, name).extend(_moved(other, name, before))
@@ -76,7 +77,7 @@ class Columns:
         self.conversation_ids += other.conversation_ids
 
     def part(self, start: int, stop: int) -> Columns:
-        """The interactions from one place up to another, as columns of their own."""
+        """Returns the interactions from index `start` up to `stop` (excluded), as columns of their own."""
         found = Columns()
         ends, histories = self.ends[4 * start : 4 * stop + 1], self.history_ends[start : stop + 1]
         found.tokens, found.keys = self.tokens[ends[0] : ends[-1]], self.keys[start:stop]
@@ -98,10 +99,10 @@ def _moved(columns: Columns, name: str, before: dict[str, int]) -> array:
 
 
 class ColumnFiles:
-    """Writes columns to a folder, one part after another. A context manager.
+    """Writes columns to a folder, one part after another. It is a context manager.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the files cannot be written.
     """
 
     def __init__(self, folder: Path):
@@ -116,7 +117,7 @@ class ColumnFiles:
         self.interactions = 0
 
     def extend(self, other: Columns) -> None:
-        """All interactions of the columns, after those that were written."""
+        """Writes all interactions of the columns after those that are already written."""
         for name in NUMBERS:
             self._files[name].write(_moved(other, name, self._sizes).tobytes())
         for name in PLACES_IN.values():
@@ -139,13 +140,12 @@ class ColumnFiles:
 
 
 class MappedColumns:
-    """The columns of a folder, as `ColumnFiles` wrote them, without reading them into memory.
+    """Maps the columns that `ColumnFiles` wrote to a folder, without reading them into memory.
 
-    Attributes:
-        those of `Columns`; numbers as memory views.
+    Attributes: those of `Columns`; the numbers are memory views.
 
     Raises:
-        OSError, ValueError: a file is missing, or has no whole numbers.
+        OSError, ValueError: a file is missing, or its size is not that of whole items.
     """
 
     tokens: memoryview
@@ -167,7 +167,7 @@ class MappedColumns:
 
 
 class Names(Sequence):
-    """Texts, or None, that lie one after another in memory."""
+    """A sequence of texts (or None) that lie one after another in memory."""
 
     def __init__(self, texts: memoryview, ends: memoryview):
         self._texts, self._ends = texts, ends

@@ -1,4 +1,4 @@
-"""The tokens with which a chat template frames messages: what ends a turn, and what text must not become."""
+"""Finds the tokens with which a chat template frames messages, and those that end a turn; no text may become them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class ControlTokens:
     of its own, as in the published code.
 
     Args:
-        end_of_turn: as `InteractionTokenizer` takes it.
+        end_of_turn: as for `InteractionTokenizer`.
 
     Attributes:
-        texts: of all of them.
-        spelling: matches any of these texts.
-        ids: of all of them.
-        end: the token that ends the model's turns.
-        end_ids: of all tokens that stand at the end of an answer, `end` the last.
-        end_space: white space before them.
-        ending: the white space and the tokens, as text.
-        strips_left, strips_right: those that take the white space on that side of them.
+        texts: the texts of all control tokens.
+        spelling: a pattern that matches any of these texts.
+        ids: the ids of all control tokens.
+        end: the text of the token that ends the model's turns.
+        end_ids: the ids of all tokens at the end of an answer; the last is that of `end`.
+        end_space: the white space before these tokens.
+        ending: that white space and these tokens, as text.
+        strips_left, strips_right: the control tokens that swallow the white space on that side.
 
     Raises:
-        ValueError: nothing is known that ends a turn, or it is not a token.
+        ValueError: no end of a turn is known, or it is not a token.
     """
 
     def __init__(self, tokenizer: Any, chat: ChatTemplate, end_of_turn: str):
@@ -99,6 +99,6 @@ def _find_end(chat: ChatTemplate, every: re.Pattern) -> tuple[str, list[str]]:
 
 
 def alternatives(texts: Iterable[str]) -> re.Pattern:
-    """Matches any of the texts, the longest first; nothing where there are none."""
+    """Returns a pattern that matches any of the texts, the longest first; without texts it matches nothing."""
     ordered = sorted(filter(None, texts), key=lambda text: (-len(text), text))
     return re.compile("|".join(map(re.escape, ordered)) if ordered else "(?!)")

@@ -1,4 +1,4 @@
-"""Text -> ids: messages and answers so that control tokens come from the chat template alone.
+"""Encodes messages and answers as token ids, so that control tokens come from the chat template alone.
 
 A conversation's prompts repeat one another, so text is encoded in pieces, each of which begins with a control
 token, and a piece that was encoded before is not encoded again.
@@ -18,13 +18,14 @@ KEPT_CHARACTERS = 1 << 21  # of pieces whose ids are kept; twice as many at most
 
 
 class Encoder:
-    """Encodes what a chat template writes, and what stands in it.
+    """Encodes what a chat template writes, and the texts of messages inside it.
 
     Args:
         allow_special_tokens: let the spelling of a control token in a message be that token.
 
     Attributes:
-        answer_anchor: the text behind which an answer is encoded; see `_align`.
+        answer_anchor: a text put before an answer while it is encoded, so that the tokenizer adds no space; its
+            ids are taken off again.
         channel: ids of the markup between generation prompt and answer, without reasoning.
 
     Raises:
@@ -90,14 +91,14 @@ class Encoder:
         return opening(self.chat.render(messages))
 
     def encode(self, text: str) -> list[int]:
-        """The ids of text; control tokens that are spelled out in it are such."""
+        """Returns the ids of text. A control token that is spelled out in it becomes that token."""
         ids: list[int] = []
         for piece in self._pieces(text):
             ids += self._known(piece) or self._keep(piece, self._encode_whole(piece))
         return ids
 
     def encode_ahead(self, texts: list[str]) -> None:
-        """Encodes what is about to be encoded, where that is faster in one call."""
+        """Encodes texts in one call and keeps their ids, if that is faster than one call each."""
         if not getattr(self.tokenizer, "is_fast", False):
             return
         pieces = dict.fromkeys(piece for text in texts for piece in self._pieces(text))
@@ -154,7 +155,7 @@ class Encoder:
         return self.encode_text(text + self.control.end_space, self.answer_anchor) + self.control.end_ids
 
     def encode_text(self, text: str, anchor: str = "") -> list[int]:
-        """The ids of text that comes from data: no control token among them."""
+        """Returns the ids of text that comes from data; no control token is among them."""
         if not text:
             return []
         ids = self._encode_inside(text, anchor)
@@ -176,8 +177,12 @@ class Encoder:
         return ids
 
     def encode_prompt(self, messages: list[dict], opening: Opening, rendered: str | None = None) -> list[int]:
-        """The ids of the messages (`rendered`: by the template); control tokens only where the
-        template puts them."""
+        """Returns the ids of the messages; control tokens are only where the template puts them.
+
+        Args:
+            opening: the opening of the answer, which ends the prompt.
+            rendered: the messages as the template renders them; None: they are rendered here.
+        """
         contents = [message["content"] for message in messages]
         rendered = self.render(messages, opening) if rendered is None else rendered
         if self.allow_special_tokens:

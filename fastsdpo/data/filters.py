@@ -1,4 +1,4 @@
-"""Which conversations are kept: the rules of https://arxiv.org/abs/2603.12273 as named presets."""
+"""Rules on which conversations are kept; those of https://arxiv.org/abs/2603.12273 are named presets."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ class ConversationFilter:
             interaction.
         max_conversation_chars: most characters over all messages.
         max_assistant_chars, max_user_chars: most characters of any message of that role.
-        max_history_messages: of each history, the last so many messages, starting with a user's.
-        shuffle: conversations in random order (by seed), else in the order of the sources.
-        max_conversations, max_interactions: stop there (with whole conversations).
-        enough_conversations, enough_interactions: stop as well with the conversation by which there are at
-            least so many of both.
+        max_history_messages: how many of the last messages each history keeps, starting with a user's.
+        shuffle: puts conversations in random order (by seed), else they stay in the order of the sources.
+        max_conversations, max_interactions: stop at this number (with whole conversations).
+        enough_conversations, enough_interactions: stop after the conversation with which both numbers are
+            reached.
         models: names or patterns (``gpt-4*``), compared without case. A record that names no model is
             dropped where this is set.
-        after, before: seconds since 1970; records from `after` on, and earlier than `before`. A record that
-            says no time is dropped where one of them is set.
-        drop_toxic, drop_redacted: drop records with this mark (``"toxic": true``), on the record or on a
-            message, and those that have it nowhere, neither true nor false.
-            These, `models` and the times are read in `Conversation.facts`, which `prepare` fills.
-        published: the selection is that of the code published with the paper, on records of this data set
-            (published.py): white space is taken off, and nothing is merged.
+        after, before: seconds since 1970. Records from `after` on and earlier than `before` are kept. If one
+            of them is set, a record without a time is dropped.
+        drop_toxic, drop_redacted: drop records that have this mark (``"toxic": true``), on the record or on a
+            message, and records that have no such mark at all, neither true nor false.
+            These, `models` and the times are read from `Conversation.facts`, which `prepare` fills.
+        published: the data set's name; selects as the code published with the paper does (published.py): white
+            space is taken off, and nothing is merged. None: does not.
     """
 
     languages: tuple[str, ...] | None = None
@@ -69,7 +69,7 @@ class ConversationFilter:
 
     @cached_property
     def facts(self) -> tuple[str, ...]:
-        """What `reason_to_drop` looks up in `Conversation.facts`."""
+        """The names of the facts that `reason_to_drop` looks up in `Conversation.facts`."""
         asked = {
             "time": self.after is not None or self.before is not None,
             "model": self.models is not None,
@@ -79,14 +79,14 @@ class ConversationFilter:
         return tuple(name for name, wanted in asked.items() if wanted)
 
     def is_enough(self, conversations: int, interactions: int) -> bool:
-        """Whether no further conversation is wanted after these."""
+        """Whether these numbers of conversations and interactions are enough, so that reading can stop."""
         if self.max_conversations is not None and conversations >= self.max_conversations:
             return True
         least = (self.enough_conversations, self.enough_interactions)
         return least != (None, None) and conversations >= (least[0] or 0) and interactions >= (least[1] or 0)
 
     def reason_to_drop(self, conversation: Conversation | Ordinary) -> str | None:
-        """The first rule that the conversation breaks, in words that can be counted by, or None."""
+        """Returns the first rule that the conversation breaks, as a short text to count by, or None."""
         if self.facts and (reason := self._reason_in_facts(conversation)) is not None:
             return reason
         if self.languages is not None:

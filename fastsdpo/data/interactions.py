@@ -38,7 +38,7 @@ class Interaction:
         prompt: x, the history as ``{"role", "content"}`` messages of text; ends with a user's.
         completion: y, the model's answer.
         followup: o, what the user said next.
-        id: names the interaction in reports; unique within its file where the source had ids.
+        id: names the interaction in reports; unique within its file if the source had ids.
         conversation_id: interactions of one conversation share it (and share prefixes).
         fields: what else is known of it (a rating, the model's name, ...); JSON's types, by name. Training
             reads none of it.
@@ -78,7 +78,7 @@ class Interaction:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation in one form, whatever layout it came in.
+    """A conversation in the same form for all layouts.
 
     Attributes:
         messages: ``{"role", "content"}`` dicts; roles are user, assistant, system, tool (an answer that
@@ -87,13 +87,13 @@ class Conversation:
         language: as the record names it (``"English"``, ``"en"``), or None.
         single: True for a record that already is one interaction; only its last answer counts.
         interaction_id: the id of that interaction.
-        own_id: True where `id` names the record, within its source, and not its conversation.
+        own_id: True if `id` names the record (within its source), not its conversation.
         fields: what else is known of it, by name; each of its interactions gets them.
         answer_fields: of single answers, by the index of the message; their interactions get them too. The
             field `left_out` says why no interaction is made of the answer, `completion` is what the model wrote
             where the history holds another text (edited by the user).
-        facts: what rules ask of its record (`record_fields.FACTS`): ``time``, ``model``, ``toxic``, ``redacted``.
-        format: the name of the layout that it was read in.
+        facts: what filters ask of its record (`record_fields.FACTS`): ``time``, ``model``, ``toxic``, ``redacted``.
+        format: the name of the record's layout.
     """
 
     messages: list[dict]
@@ -126,8 +126,9 @@ def extract_interactions(
 
     Args:
         conversation: a `Conversation`, or a list of messages in ``role/content`` or ``from/value`` form.
-        max_history_messages: of each history, the last so many messages, from a user's on; without the system's.
-        left_out: the follow-ups that are left out are added to it, by reason.
+        max_history_messages: how many of the last messages each history keeps, starting with a user's; system
+            messages do not count. None: all.
+        left_out: a counter that gets the number of follow-ups that are left out, by reason.
 
     Raises:
         TypeError, ValueError: a message is malformed; the text says which and how.

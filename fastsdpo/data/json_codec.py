@@ -1,7 +1,7 @@
-"""JSON text <-> values, by orjson where it is installed: the same values, and the same bytes, without it.
+"""Reads and writes JSON, by orjson if it is installed; values and bytes are the same without it.
 
-Numbers are those of 64 bits everywhere: a longer integer is read as a float. Written are texts by either
-library, and all else by Python's, whose floats are spelled differently.
+Numbers have 64 bits in both libraries: a longer integer is read as a float. Either library writes texts; only
+Python's writes all else, since the two spell floats differently.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ encode_message: Callable[[Any], bytes] = _encode_message if orjson is None else 
 
 
 def encode(value: Any) -> bytes:
-    """JSON without spaces; what is no valid Unicode in it becomes question marks."""
+    """Returns a value as UTF-8 JSON without spaces; text that is not valid Unicode becomes question marks."""
     if type(value) is str and value.isascii():
         return encode_message(value)
     return _encode(value).encode(errors="replace")

@@ -1,4 +1,4 @@
-"""JSON text -> records, one at a time; no more text than that of a record is in memory.
+"""Reads records from JSON text, one at a time; no more text than that of one record is in memory.
 
 The file's name and its first line tell the layout: JSON Lines, one array, or objects one after
 another. A line is a record: the bytes are split there, and each line is parsed by itself. In the other
@@ -39,7 +39,7 @@ _DEEP_CHARACTERS = 1 << 16  # counted as read in a text that is nested too deep
 
 
 def json_records(path: Path, progress: Callable[[int], None], max_record_bytes: int) -> Iterator[Entry]:
-    """The records of a file of JSON.
+    """Yields the records of a JSON file.
 
     Args:
         progress: called with the number of bytes of the file that are read.
@@ -60,7 +60,7 @@ def json_records(path: Path, progress: Callable[[int], None], max_record_bytes: 
 
 
 def find_lines(path: Path, max_record_bytes: int) -> tuple[int, int] | None:
-    """Where the records of JSON Lines begin: (byte of the file, number of its line). None for other files."""
+    """Finds where the records of JSON Lines begin: (byte in the file, line number). None for other files."""
     if path.suffix in COMPRESSIONS:
         return None
     with open(path, "rb") as file:
@@ -71,7 +71,7 @@ def find_lines(path: Path, max_record_bytes: int) -> tuple[int, int] | None:
 
 
 def split_lines(path: Path, start: int, line: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """Whole lines of a file from a byte on, in parts of about `size` bytes: (start, end, number of the first)."""
+    """Splits a file from a byte on into whole lines of about `size` bytes: (start, end, first line number)."""
     with open(path, "rb") as file:
         file.seek(start)
         place = start
@@ -88,7 +88,7 @@ def split_lines(path: Path, start: int, line: int, size: int) -> Iterator[tuple[
 def read_lines(
     path: Path, part: tuple[int, int, int], progress: Callable[[int], None], max_record_bytes: int
 ) -> Iterator[Entry]:
-    """The records of such a part; arguments as of `json_records`."""
+    """Yields the records of a part from `split_lines`; the other arguments are those of `json_records`."""
     start, end, line = part
 
     def chunks() -> Iterator[bytes]:

@@ -1,10 +1,10 @@
-"""61-bit keys of messages and histories: what is equal, and which history begins another.
+"""61-bit keys of messages and histories, by which equal ones are found, and histories that begin others.
 
 The key of a history is a polynomial in the hashes of its messages, so that one more message costs
 a multiplication. Two histories are equal where their keys are, and one begins another where its key
 is among those of the other's beginnings. White space around a message's text makes no difference:
-most chat templates take it off. Some two of ten million different texts have the same key with a
-probability of about 2 in 100,000.
+most chat templates take it off. Among ten million different texts, the probability that any two have the
+same key is about 2 in 100,000.
 
 `TextKeys` are the same in every process. `RunKeys` are made several times as fast by Python's own hash
 (SipHash with a key of the process), and are the same in processes with the same PYTHONHASHSEED only.
@@ -29,7 +29,7 @@ run_hash = hash if _is_strong else _stable_hash
 
 
 class TextKeys(dict):
-    """``keys[text]``: the key of a text; each is hashed once."""
+    """A cache of text keys: ``keys[text]`` is the 61-bit key of a text, and each text is hashed once."""
 
     def __missing__(self, text: str) -> int:
         key = self[text] = _stable_hash(text.strip()) % PRIME
@@ -37,7 +37,7 @@ class TextKeys(dict):
 
 
 class RunKeys(dict):
-    """`TextKeys` for a run of `prepare`."""
+    """Faster `TextKeys` for one run of `prepare`; other runs have other keys."""
 
     def __missing__(self, text: str) -> int:
         key = self[text] = run_hash(text.strip()) % PRIME
@@ -45,7 +45,12 @@ class RunKeys(dict):
 
 
 def extend(history: int, role: int, content: int) -> int:
-    """The key of a history (0: an empty one) with one more message, from the keys of its texts."""
+    """Returns the key of a history with one more message.
+
+    Args:
+        history: the key of the history; 0 for an empty one.
+        role, content: the keys of the message's two texts.
+    """
     return (history * FACTOR + 3 * role + content) % PRIME
 
 

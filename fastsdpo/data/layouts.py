@@ -1,4 +1,4 @@
-"""Records with a list of messages, and interaction rows: the layouts that most data is in."""
+"""Parses records with a list of messages, and interaction rows: the layouts of most data."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ PLAIN_KEYS = frozenset(
 
 
 def parse_conversation(record: Any) -> Conversation:
-    """A record with a list of messages, such a list, or an interaction row -> `Conversation`.
+    """Parses a record with a list of messages, such a list, or an interaction row.
 
     Raises:
-        TypeError, ValueError: none of these layouts, or a malformed message; the text says which.
+        TypeError, ValueError: the record has none of these layouts, or a malformed message; the text says which.
     """
     if isinstance(record, list):
         turns = read_turns(record, "messages")
@@ -108,7 +108,7 @@ def _mark_files(record: Mapping, turns: Turns) -> None:
 
 
 def parse_interaction(record: Any) -> Interaction:
-    """An interaction row -> `Interaction`; TypeError or ValueError say what is wrong with it."""
+    """Parses an interaction row; a TypeError or ValueError says what is wrong with it."""
     hint = ""
     if isinstance(record, list) or (isinstance(record, Mapping) and any(key in record for key in MESSAGE_KEYS)):
         hint = "; this looks like a conversation: run `fastsdpo prepare` on the file first"

@@ -1,11 +1,10 @@
-"""Conversations and interactions from files and datasets, one at a time, in bounded memory.
+"""Loads conversations and interactions from files and datasets, one at a time, in bounded memory.
 
     expand_source -> read_sources -> parse_entries
-    (sources.py: files and datasets -> entries, each a record or a problem in its place; layouts.py
-    knows what a record can look like)
 
-Problems are counted and skipped, or, with ``strict``, raised; their text names file and line, element
-or row.
+The first two (sources.py) turn files and datasets into entries: each is a record, or a problem in place of one.
+layouts.py knows what a record can look like. Problems are counted and skipped, or raised with ``strict``; their
+text names file and line, element or row.
 """
 
 from __future__ import annotations
@@ -59,10 +58,11 @@ def load_conversations(
         report: filled with counts and messages while reading.
         config, split: of a Hugging Face dataset.
         max_record_bytes: a longer JSON record is damaged.
-        parser: of the records (`fastsdpo.data.RecordParser`), to name a layout or say where things are.
+        parser: a `fastsdpo.data.RecordParser`, to name the layout or say where a record has its fields; None
+            finds the layout of each record by its keys.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: the source does not exist.
         DamagedRecord (a ValueError): with `strict`; the text names file and line, element or row.
         ImportError: a package that the format needs is missing.
     """
@@ -93,10 +93,10 @@ def load_interactions(
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, record) of a file of JSON or Parquet, whatever its layout, one at a time.
+    """Yields (place, record) for a file of JSON or Parquet, whatever its layout, one at a time.
 
     Raises:
-        DamagedRecord (a ValueError): the first text that is no record, with its place.
+        DamagedRecord (a ValueError): a text in the file is not a record; the message names its place.
         ImportError: a package that the format needs is missing.
     """
     for where, record, problem in read_sources(expand_source(path), LoadReport(), None, "train", MAX_RECORD_BYTES):
@@ -114,17 +114,17 @@ def parse_entries(
     log: bool = False,
     limit: int | None = None,
 ) -> Iterator[Parsed]:
-    """What `parse` makes of the records. The report counts them, and the problems.
+    """Yields what `parse` returns for each record, and counts records and problems in the report.
 
     Args:
-        parse: gives what is in a record, often one thing; a TypeError or ValueError of it is a problem of
-            the record.
+        parse: returns the items in a record, often one. If it raises TypeError or ValueError, the record counts
+            as a problem.
         strict: stop at the first problem.
-        log: warn of problems, where nobody reads the report.
-        limit: stop after so many records.
+        log: log problems as warnings, for callers that do not read the report.
+        limit: stop after this many records.
 
     Raises:
-        DamagedRecord: with `strict`; the text has the place.
+        DamagedRecord: with `strict`, at the first problem; the text names its place.
     """
     for where, record, problem in entries:
         if limit is not None and report.records >= limit:

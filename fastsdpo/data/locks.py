@@ -1,4 +1,4 @@
-"""Files that keep two processes from doing the same at once; the system lifts a lock when its process ends."""
+"""Lock files that keep two processes from doing the same at once. The system lifts a lock when its process ends."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def locked(path: str | os.PathLike, *, wait: bool, taken: str = "") -> Iterator[None]:
-    """Holds the lock file `path`, which is there as long.
+    """Holds a lock within the block; the file `path` exists for that time.
 
-    Where the system has no such locks (Windows, some network disks) nothing is kept out.
+    On systems without such locks (Windows, some network disks) no other process is kept out.
 
     Args:
-        wait: until another process gives it back.
-        taken: what `FileExistsError` says where another has it, and that is not waited for.
+        wait: wait until another process gives the lock back; else raise.
+        taken: the text of the FileExistsError.
+
+    Raises:
+        FileExistsError: another process holds the lock, and `wait` is False.
     """
     try:
         import fcntl

@@ -1,7 +1,7 @@
-"""Which records are one conversation, which interactions are equal, what is held out together.
+"""Finds which records are one conversation, which interactions are equal, and what must be held out together.
 
-Logs repeat themselves: one record per call with the whole history so far, a record that was
-exported twice, a row per interaction. From the keys of all records (keys.py) follow
+Logs repeat themselves: they have one record per call with the whole history so far, records that were
+exported twice, or a row per interaction. The keys of all records (keys.py) tell
 
 - conversations: records that have the name of their conversation in common, or of which one begins
   with all messages of the other;
@@ -10,15 +10,16 @@ exported twice, a row per interaction. From the keys of all records (keys.py) fo
 - families: conversations of which one has a prompt that begins a prompt of the other. A family
   is held out whole, so that no prompt and no answer to it is on both sides.
 
-None of it depends on the order of the records, but for which of two equal interactions is kept.
+Of two equal interactions the one that was read first is kept; nothing else depends on the order of the records.
 
-All keys of a record cost as much as to parse it, and most records have nothing to do with any other: whatever two
-have in common, they have the same name, or all messages up to the first user's. So a record whose interactions
-are whole turns (`whole_turns`) gets two marks at first, for its name and for that beginning, and is *light*. All
-keys are made, from its rows, of those only that have a mark in common with another record (`find_related`).
+Making all keys of a record costs as much as parsing it, and most records are unrelated to all others. Two related
+records have the same name, or the same messages up to the first user's. So a record whose interactions are whole
+turns (`whole_turns`) first gets only two marks: keys of its name and of that beginning. Such a record is called
+*light*. All its keys are made later, from its rows, and only if it shares a mark with another record
+(`find_related`).
 
-The keys lie in files, and are compared a part of all keys at a time. In memory are 20 bytes for each
-record, one for each interaction, and one part's keys.
+The keys lie in files, and one part of them is compared at a time. Memory holds 20 bytes for each record, one
+byte for each interaction, and one part's keys.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ OF_ROWS = ("interactions", "ids")  # numbered by interaction, the others by reco
 
 
 class LightRecord(NamedTuple):
-    """A light record, of which all keys are to be made.
+    """A light record (see the module) of which all keys are to be made.
 
     Attributes:
-        number, first: of the record and of its first interaction.
-        place, size: of its rows in their file.
+        number, first: the numbers of the record and of its first interaction.
+        place, size: where its rows begin in their file, and how many they are, in bytes.
         rest: the key of an answer after the last follow-up, or None.
     """
 
@@ -60,10 +61,10 @@ class LightRecord(NamedTuple):
 
 
 class RecordKeys:
-    """Keys of records that hold interactions, and the number of the record or interaction of each.
+    """Keys of records that hold interactions; beside each key stands the number of its record or interaction.
 
     Attributes:
-        keys: by list,
+        keys: several lists of keys, by the list's name:
             name: of its conversation's name;
             messages: of all its messages;
             beginnings: of its first message, its first two, ..., without all;
@@ -73,8 +74,8 @@ class RecordKeys:
             ids: of each interaction's id;
             id_names: of the names in these, where they are others;
             marks: of light records;
-            times: the time in microseconds since 1970, of all records where rules asked for it.
-        numbers: by list, as many. Those of records are counted from 0.
+            times: the time of all records in microseconds since 1970, if filter rules ask for it.
+        numbers: for each key, the number of its record or interaction, by the same names. Records count from 0.
     """
 
     def __init__(self):
@@ -87,7 +88,7 @@ class RecordKeys:
         """Adds a record; the conversation and its interactions must have ids.
 
         Args:
-            number, first: of the record and of its first interaction.
+            number, first: the numbers of the record and of its first interaction.
         """
         texts = RunKeys()
         name = self._begin(str(conversation.id), _histories(conversation.messages), number)
@@ -116,8 +117,13 @@ class RecordKeys:
         self._add_rows(whole, ids, first)
 
     def add_light(self, name: str, messages: list[dict], first: int, number: int) -> int | None:
-        """Adds the marks of a light record whose first user's message is the one of this index, and gives
-        `LightRecord.rest`."""
+        """Adds the marks of a light record; returns `LightRecord.rest`.
+
+        Args:
+            name: the name of its conversation.
+            first: the index of the first user's message.
+            number: the record's number.
+        """
         history = 0
         for message in messages[: first + 1]:
             history = extend(history, ROLE_KEYS[message["role"]], _key(message["content"]))
@@ -126,7 +132,7 @@ class RecordKeys:
         return None if (len(messages) - first) % 2 else _key(messages[-1]["content"])
 
     def add_all(self, record: LightRecord, row: Mapping[str, Any]) -> None:
-        """Adds a light record with all its keys, from the last of its rows."""
+        """Adds all keys of a light record, made from the last of its rows."""
         answer = row["completion"]
         answer = answer[0] if isinstance(answer, list) else answer
         histories = _histories([*row["prompt"], answer, row["user_response"]])
@@ -141,7 +147,7 @@ class RecordKeys:
         self._add_rows(histories[first + 2 :: 2], ids, record.first)
 
     def add_time(self, conversation: Conversation, number: int) -> None:
-        """Adds the time of a record, where its facts have it."""
+        """Adds the time of a record, if its facts have it."""
         if conversation.facts.get("time") is not None:
             self._add("times", [max(0, round(conversation.facts["time"] * 1e6))], number)
 
@@ -178,9 +184,12 @@ def _histories(messages: list[dict]) -> list[int]:
 
 
 def whole_turns(roles: list[str], texts: list[str]) -> int | None:
-    """The index of the first user's message, where the interactions of a conversation are
-    ``(messages[: t], messages[t], messages[t + 1])`` for each answer t but the last: at most one system message, then
-    user and assistant take turns, and none is silent. None for others."""
+    """Returns the index of the first user's message if a conversation consists of whole turns, else None.
+
+    In whole turns there is at most one system message, then user and assistant alternate, and no message is blank.
+    The interactions are then ``(messages[:t], messages[t], messages[t + 1])`` for each answer t that is not the last
+    message.
+    """
     first = 1 if roles[0] == "system" else 0
     turns = len(roles) - first
     if turns < 3 or roles[first:] != (_TURNS[:turns] if turns <= len(_TURNS) else (_TURNS[:2] * turns)[:turns]):
@@ -195,15 +204,16 @@ _TURNS = ["user", "assistant"] * 100
 
 @dataclass
 class Merged:
-    """The records of a run, merged. Records and interactions are numbered as they were read.
+    """The result of merging a run's records. Records and interactions are numbered as they were read.
 
     Attributes:
-        conversations: of each record, the first record of its conversation.
-        families: of each record, the first record of its family.
-        following: of each record, the next of its conversation; of the last, the number of records.
-        left_out: of each interaction, 1 where it is not to be written.
-        kept: of the first record of each conversation, how many interactions are; else 0.
-        renamed: interactions that are kept and have the id of one before them.
+        conversations: for each record, the number of the first record of its conversation.
+        families: for each record, the number of the first record of its family (see the module).
+        following: for each record, the number of the next record of its conversation; for the last, the
+            number of all records.
+        left_out: for each interaction, 1 if it is not to be written.
+        kept: for the first record of each conversation, how many interactions are written; else 0.
+        renamed: the kept interactions whose id an earlier one has already.
     """
 
     conversations: array
@@ -214,7 +224,7 @@ class Merged:
     renamed: set[int]
 
     def records(self, conversation: int) -> Iterator[int]:
-        """The records of the conversation with this first record."""
+        """Yields the numbers of a conversation's records, given the number of its first one."""
         while conversation < len(self.following):
             yield conversation
             conversation = self.following[conversation]
@@ -230,10 +240,10 @@ def merge(keys: Keys, starts: array, single: bytearray, *, join: bool = True) ->
 
     Args:
         keys: the keys of all records.
-        starts: of each record, the number of its first interaction; at the end the number of all.
-        single: of each record, 1 where it is one interaction out of a conversation.
-        join: records of one conversation are joined, and what is there twice is left out; else each record
-            is a conversation, and those that would be joined are a family.
+        starts: for each record, the number of its first interaction; at the end the number of all.
+        single: for each record, 1 if it is one interaction out of a conversation.
+        join: True joins the records of one conversation and leaves out what is there twice. False keeps each
+            record as a conversation, and makes those that would be joined a family.
     """
     records, interactions = len(single), starts[-1]
     conversations = array("I", range(records))
@@ -281,7 +291,7 @@ def merge(keys: Keys, starts: array, single: bytearray, *, join: bool = True) ->
 
 
 def find_related(keys: Keys, records: int) -> bytearray:
-    """Of each record 1, where it has a mark that another record has too, or a key of that other."""
+    """Returns for each record 1 if another record has one of its marks, as a mark or as a key."""
     related = bytearray(records)
     parts = _parts(records)
     for part in range(parts):

@@ -1,7 +1,7 @@
-"""A message of any form -> ``{"role", "content"}`` with plain text, and what stands beside the text.
+"""Turns a message of any form into ``{"role", "content"}`` with plain text.
 
-What is said is text. A call of a tool, an image or a file beside it changes the role, so that whoever
-extracts interactions knows that the text is not all that was said; reasoning is no part of it.
+A tool call, an image or a file beside the text changes the role. The code that extracts interactions then knows
+that the text is not all that was said. Reasoning is left out.
 """
 
 from __future__ import annotations
@@ -77,16 +77,16 @@ _UNSEEN = re.compile(
 
 
 def is_blank(text: str) -> bool:
-    """Whether nobody would see anything in a text: a message of this kind says nothing."""
+    """Whether a text shows nothing to a reader, so that a message with it says nothing."""
     return _UNSEEN.fullmatch(text) is not None
 
 
 def message_text(content: Any) -> str:
-    """The text of a message's content: a string, None (empty), or a list of parts; reasoning is left out.
+    """Returns the text of a message's content: a string, None (empty), or a list of parts. Reasoning is left out.
 
     Raises:
-        TypeError: anything else (a number), a part that is neither text nor of a type, or an image or a
-            call of a tool, without which the text is not all that was said.
+        TypeError: the content is anything else (a number), has a part that is neither text nor names its type, or
+            holds an image or a tool call, so that the text is not all that was said.
     """
     text, beside = read_content(content)
     if beside in ("tool", "file"):
@@ -96,7 +96,7 @@ def message_text(content: Any) -> str:
 
 
 def read_content(content: Any) -> tuple[str, str | None]:
-    """(text, what else the content holds: "tool" or "file", "reasoning", or None)."""
+    """Returns (text, kind), where kind is what else the content holds: "tool", "file", "reasoning" or None."""
     if isinstance(content, str):
         return content, None
     if content is None:
@@ -148,14 +148,14 @@ def _read_part(part: Mapping) -> tuple[str, str]:
 
 
 def parse_message(message: Any) -> dict:
-    """``{"role", "content"}`` or ``{"from", "value"}`` -> ``{"role", "content"}`` of plain text.
+    """Turns ``{"role", "content"}`` or ``{"from", "value"}`` into ``{"role", "content"}`` with plain text.
 
-    Where the text is not all that was said the role tells: tool, of a call of a tool or its result, or
-    one of `FILE_ROLES`, of a message with an image or a file.
+    If the text is not all that was said, the role tells: it is tool for a tool call or its result, and one of
+    `FILE_ROLES` for a message with an image or a file.
 
     Raises:
-        TypeError: not a message, or its content is not text.
-        ValueError: an unknown role, or text that is not valid Unicode (a lone surrogate).
+        TypeError: it is not a message, or its content is not text.
+        ValueError: the role is unknown, or the text is not valid Unicode (a lone surrogate).
     """
     if not isinstance(message, Mapping):
         raise TypeError(f"must be a message, got {show(message)}")
@@ -212,7 +212,7 @@ def _read_beside(message: Mapping, role: str, text: str, beside: str | None) -> 
 
 
 def are_plain(messages: list | tuple) -> bool:
-    """Whether all are as `parse_message` would give them. Most are, and a look at them costs a fifth of it."""
+    """Whether `parse_message` would leave all messages as they are. This check costs a fifth of parsing them."""
     for message in messages:
         if type(message) is not dict or tuple(message) != ("role", "content"):
             return False
@@ -228,7 +228,7 @@ def are_plain(messages: list | tuple) -> bool:
 
 
 def check_unicode(text: str, name: str) -> None:
-    """A ValueError where a text has a lone surrogate, which no file can hold."""
+    """Raises ValueError if a text has a lone surrogate, which no file can hold; `name` is the text's in the error."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -236,14 +236,14 @@ def check_unicode(text: str, name: str) -> None:
 
 
 def called_key(message: Any) -> str | None:
-    """Where a message calls a tool beside its text, or None."""
+    """Returns the key under which a message calls a tool beside its text, or None."""
     if not isinstance(message, Mapping):
         return None
     return next((key for key in CALL_KEYS if message.get(key)), None)
 
 
 def parse_history(messages: Any, name: str) -> list[dict]:
-    """`parse_messages` of a prompt, which is taken as it is; a ValueError where text is not all that was said."""
+    """Parses the messages of a prompt as `parse_messages` does; raises ValueError if one is not text alone."""
     parsed = parse_messages(messages, name)
     for index, message in enumerate(messages):
         if (what := not_text(message, parsed[index]["role"])) is not None:
@@ -252,7 +252,7 @@ def parse_history(messages: Any, name: str) -> list[dict]:
 
 
 def not_text(message: Any, role: str) -> str | None:
-    """What a message holds beside its text, in words, given its role as `parse_message` has it; or None."""
+    """Says what a message holds beside its text, or None; `role` is the one that `parse_message` returns."""
     if (key := called_key(message)) is not None:
         return repr(key)
     if role in FILE_ROLES:
@@ -264,7 +264,11 @@ def not_text(message: Any, role: str) -> str | None:
 
 
 def parse_messages(messages: Any, name: str) -> list[dict]:
-    """A list of messages in either form; errors say which message of `name` is wrong."""
+    """Parses a list of messages, each as `parse_message` does.
+
+    Raises:
+        TypeError, ValueError: a message is malformed; the text says which message of `name`.
+    """
     if not isinstance(messages, (list, tuple)):
         raise TypeError(f"{name} must be a list of messages, got {show(messages)}")
     if are_plain(messages):
@@ -279,10 +283,10 @@ def parse_messages(messages: Any, name: str) -> list[dict]:
 
 
 def add_system(record: Mapping, messages: list[dict]) -> list[dict]:
-    """Messages of a record, with the system prompt that stands beside them (`SYSTEM_KEYS`) as the first.
+    """Returns a record's messages; the system prompt beside them (`SYSTEM_KEYS`), if any, becomes the first.
 
     Raises:
-        TypeError: it is not text.
+        TypeError: the system prompt is not text.
         ValueError: the record has two that differ, so that what the model saw is not known.
     """
     if all(record.get(key) is None for key in SYSTEM_KEYS):
@@ -311,5 +315,5 @@ _repr.maxstring = _repr.maxother = 60
 
 
 def show(value: Any) -> str:
-    """A value in an error message: its type and a repr that stays short for values of any size."""
+    """Describes a value for an error message: its type, and a repr that stays short for values of any size."""
     return f"{type(value).__name__} {_repr.repr(value)}"

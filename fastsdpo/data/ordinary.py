@@ -1,8 +1,8 @@
-"""The records that most are: a name and a list of messages of text, between user and assistant in turns.
+"""A fast parser for the most common records: a name, and text messages by user and assistant in turns.
 
     {"conversation_id": "c7", "messages": [{"role": "user", "content": "Hi."}, ...], ...}
 
-What `ordinary` passes over, `RecordParser` reads; for what it reads, that gives the same.
+`RecordParser` reads all other records. For a record that `ordinary` reads, both give the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NOT_ORDINARY = SPECIAL_KEYS | BESIDE | {*INTERACTION_KEYS}
 
 
 class Ordinary(NamedTuple):
-    """A `Conversation`, as far as it is ordinary.
+    """A `Conversation` with only the attributes that an ordinary record has.
 
     Attributes:
         encoded: the messages as JSON.
@@ -52,7 +52,7 @@ def _places(keys: tuple[str, ...]) -> tuple[str, str | None, bool] | None:
 
 
 def ordinary(record: Any) -> Ordinary | None:
-    """The conversation of an ordinary record, as a JSON parser gave it; None for others."""
+    """Reads a record as a JSON parser returned it; None if the record is not of the module's form."""
     places = _places(tuple(record)) if type(record) is dict else None
     if places is None:
         return None

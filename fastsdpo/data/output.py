@@ -1,4 +1,4 @@
-"""The files that `prepare` writes, from its spool."""
+"""Writes the output files of `prepare` from its spool, the temporary files with what was read."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from fastsdpo.data.spool import Spool
 
 @dataclass
 class PrepareReport:
-    """What `prepare` did; written as JSON beside the output.
+    """What `prepare` did; it is written as JSON beside the output.
 
     Attributes:
-        output, eval_output: the files (eval_output is None where nothing was held out).
-        conversations, interactions: written to `output`; eval_*: to `eval_output`.
-        merged_records: records that were kept, but as part of a conversation that another record
-            of it is counted for.
-        duplicate_interactions: interactions left out because an equal one (same prompt, answer
+        output, eval_output: the paths of the files; eval_output is None if nothing was held out.
+        conversations, interactions: how many were written to `output`; eval_*: to `eval_output`.
+        merged_records: how many kept records were joined to another record's conversation, and so are not
+            counted in `conversations`.
+        duplicate_interactions: how many interactions were left out because an equal one (same prompt, answer
             and follow-up), or a longer record of the same conversation, is there.
-        left_out: follow-ups of records that were read and not dropped, but that are in no
-            interaction, by reason; counted before records are merged.
+        left_out: how many follow-ups of kept records are in no interaction, by reason; counted before
+            records are merged.
         formats: how many records were read, by the name of their layout.
-        rating_followups: interactions whose follow-up is a wording for a rating; counted as `left_out` is.
-        sizes: bytes of the files.
-        dropped: records that a rule dropped, by rule, and conversations over the wanted number.
+        rating_followups: how many interactions have a text for a rating as follow-up; counted before merging.
+        sizes: the sizes of the files in bytes.
+        dropped: how many records a rule dropped, by rule, and how many conversations exceeded a maximum.
         records, damaged, problems, lost_bytes: as in `LoadReport`.
-        settings: what decides the result.
-        already_done: an earlier run with these settings has written the files, and nothing was done now.
+        settings: all settings that decide the result.
+        already_done: True if an earlier run with these settings wrote the files, so that nothing was done.
     """
 
     output: str
@@ -63,7 +63,7 @@ class PrepareReport:
 
 
 class NothingKept(Exception):
-    """There is no interaction to write; the files are as before."""
+    """Raised if there is no interaction to write; the files are as before."""
 
 
 WRITTEN_BYTES = 1 << 20  # at a time: small writes take half as long again
@@ -81,9 +81,11 @@ TRL_KEYS = {"chosen", "rejected", "image", "images", "input_ids", "labels"}  # m
 
 
 def encode_rows(interactions: list[Interaction], first_turn: int, layout: str = "fastsdpo") -> bytes:
-    """The lines of a conversation's interactions; a message that is in many is encoded once.
+    """Returns a conversation's interactions as JSON lines. A message in many interactions is encoded once.
 
-    `layout` "trl" has the answer as a list of one message, which is what TRL's trainers read.
+    Args:
+        first_turn: the number of the first interaction within its conversation.
+        layout: "trl" writes the answer as a list of one message, which TRL's trainers read.
     """
     encoded: dict[tuple[str, str], bytes] = {}
 
@@ -104,9 +106,16 @@ def encode_rows(interactions: list[Interaction], first_turn: int, layout: str = 
 
 
 def encode_whole(name: str, encoded: list[bytes], first: int, fields: Mapping[str, Any], layout: str) -> list[bytes]:
-    """`encode_rows`, in parts that are to be joined, of whole turns, whose messages come encoded: the interactions are
-    ``(messages[: t], messages[t], messages[t + 1])`` for ``t = first + 1, first + 3, ...``, and have the ids
-    ``name:0``, ``name:1``, ..."""
+    """Does what `encode_rows` does for a conversation of whole turns; returns parts of bytes to be joined.
+
+    The interactions are ``(messages[:t], messages[t], messages[t + 1])`` for ``t = first + 1, first + 3, ...``;
+    their ids are ``name:0``, ``name:1``, ...
+
+    Args:
+        encoded: the messages as JSON.
+        first: the index of the first user's message.
+        fields: further fields of each row.
+    """
     quoted, end = encode(name), _encode_fields(fields) + _END if fields else _END
     start, middle = _ROW_START % quoted[:-1], _ROW_MIDDLE % quoted
     before, after = _ANSWERS[layout]
@@ -139,11 +148,12 @@ def write_outputs(
     """Copies the spool to the outputs in the final order, and counts in `result`.
 
     Args:
-        eval_after: what is held out, in place of a fraction: records from this time on.
-        order: of all records of the spool, none of which is to be merged; None: conversations, by `rules`.
+        eval_after: holds out records from this time on (seconds since 1970), in place of a fraction.
+        order: the order of all records of the spool, none of which is merged. None: records are merged into
+            conversations, which `rules` order.
 
     Raises:
-        NothingKept: there is no interaction.
+        NothingKept: there is no interaction to write.
     """
     merged = spool.merge(join=order is None)
     kept = merged.kept  # of each conversation, which the number of its first record stands for
@@ -292,7 +302,7 @@ def _conversation_rows(spool: Spool, merged: Merged, conversation: int) -> bytes
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears at `path` whole and on the disk, or not at all; removed where that fails."""
+    """Opens a file that appears at `path` whole and flushed to the disk, or, after an error, not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -307,7 +317,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def replace_durably(written: Path, path: Path) -> None:
-    """Moves a file that is on the disk to `path`, also after a power failure."""
+    """Moves a file that is flushed to the disk to `path`, so that the move survives a power failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(written, path)
     with contextlib.suppress(OSError):  # folders cannot be opened on Windows

@@ -1,8 +1,8 @@
-"""Conversations of any layout -> a file of interactions; the work of `fastsdpo prepare`.
+"""Turns conversations of any layout into a file of interactions; the work of `fastsdpo prepare`.
 
-Reads, filters, extracts, merges (merging.py), shuffles and splits, in memory that does not grow with
-the text: kept interactions go to a spool (spool.py) in the order they are read, and are copied from
-there in the final order (output.py). Where that is the same, the spool's file is the output.
+It reads, filters, extracts, merges (merging.py), shuffles and splits, in memory that does not grow with the
+text. Kept interactions go to temporary files (spool.py) in the order they are read, and are copied from there
+in the final order (output.py). If both orders are the same, the temporary file becomes the output.
 
 Every file that is written appears whole, or not at all. A run that is killed leaves a folder
 ``<output>.partial``; the same command starts anew, replaces what that run has written, and comes to the
@@ -69,32 +69,31 @@ def prepare(
         sources: what `load_conversations` takes.
         output: the JSON Lines file to write; the report goes beside it (``.report.json``).
         rules: a `ConversationFilter`, or a preset's name.
-        seed: of the order and of the choice of conversations that are held out.
+        seed: decides the order, and which conversations are held out.
         eval_fraction: share of the conversations to hold out. Conversations that begin alike (a prompt of
             one begins a prompt of the other) are held out together or not at all.
-        eval_output: the file for them; None: ``<output>.eval.jsonl``.
-        limit: read at most so many records.
-        config, split: of a Hugging Face dataset.
+        eval_output: the file for held-out conversations; None: ``<output>.eval.jsonl``.
+        limit: read at most this many records.
+        config, split: the configuration and split of a Hugging Face dataset.
         strict: stop at the first record that is damaged or holds no interaction.
-        redact: ``module:function``, of a function text -> text that is applied to the text of each message and
-            to all text in the fields of a record, before anything else is done with them.
+        redact: ``module:function``, the name of a function text -> text. It is applied to the text of each
+            message and to all text in the fields of a record, before anything else is done with them.
         workers: processes that read. They change nothing in the outputs. Files of JSON Lines that are not
             compressed are shared among them, and the files of a Hugging Face dataset; every other source is
             read by one. With `limit`, with a number of conversations or interactions and no shuffling, and for
             the presets of the paper, one process reads. None: one for each core, at most 8, from 32 MB of JSON
             Lines on and for datasets; else 1.
         overwrite: replace an output that exists.
-        resume: where a run with the same settings has finished, return its report and do nothing; where
-            one was killed, replace what it has written.
+        resume: if a run with the same settings has finished, return its report and do nothing; if one was
+            killed, replace what it has written.
         progress: show a progress bar on the terminal.
-        keep: keys of the records whose values the rows get, as keys of the same name. A row has those of the
-            record that it was read from; null where that has none.
+        keep: keys whose values are copied from a record to its rows; null if the record has no such key.
         eval_after: hold out the conversations from this time on (`record_fields.parse_time`), in place of a
-            fraction. Such a conversation that begins as one from before does is left out. A record that says no
-            time is dropped.
-        layout: "fastsdpo", or "trl": the answer is a list of one message, as TRL's trainers have it.
-        parser: of the records; None finds the layout of each by its keys.
-        rating_followups: what stands for a follow-up where an answer has a rating and the user said no more.
+            fraction. A later conversation that begins like an earlier one is left out. A record without a time
+            is dropped.
+        layout: "fastsdpo", or "trl": the answer is a list of one message, which TRL's trainers read.
+        parser: how records are parsed; None finds the layout of each record by its keys.
+        rating_followups: texts to use as follow-ups to answers that the user rated but did not reply to.
 
     Raises:
         FileExistsError: the output exists and is not to be replaced, or another run is writing it.

@@ -10,7 +10,7 @@ from fastsdpo.data.loading import LoadReport
 
 
 class ProgressBar:
-    """A tqdm bar where tqdm is installed, else a line that is rewritten; nothing off a terminal."""
+    """A tqdm bar if tqdm is installed, else a line that is rewritten. It shows nothing if stderr is no terminal."""
 
     def __init__(self, report: LoadReport, wanted: bool):
         self._report, self._shown = report, time.monotonic()

@@ -1,4 +1,4 @@
-"""Prompts for online runs from TL;DR and HelpSteer2, by the filters of the code published with the paper.
+"""Selects prompts for online runs from TL;DR and HelpSteer2, by the filters of the code published with the paper.
 
 The rules are those of https://github.com/lasgroup/user_interactions (2026-02), rebuilt; docs/paper-data.md
 says where this differs. All prompts of a run are in memory.
@@ -32,17 +32,18 @@ _TURN = re.compile(r"<extra_id_\d+>", re.IGNORECASE)
 
 
 class Read(NamedTuple):
-    """What a record gives: a prompt, or why there is none."""
+    """What is read from a record: a prompt, or the reason why there is none."""
 
     prompt: str
     reason: str | None = None
 
 
 def read_tldr(record: Any) -> Read:
-    """A post of Reddit: of ``info`` (openai/summarize_from_feedback), ``post``, or the form in ``prompt``.
+    """Reads a Reddit post from ``info`` (openai/summarize_from_feedback), ``post``, or the form in ``prompt``.
 
     Raises:
-        TypeError: none of these, or no text.
+        TypeError: the record has none of these keys, or a value is not text.
+        ValueError: a text is not valid Unicode.
     """
     info = record.get("info") if isinstance(record, Mapping) else None
     if isinstance(info, Mapping):
@@ -61,10 +62,11 @@ def read_tldr(record: Any) -> Read:
 
 
 def read_helpsteer2(record: Any) -> Read:
-    """A prompt of one turn, with an answer of moderate length.
+    """Reads a prompt of one turn, if its answer is of moderate length.
 
     Raises:
-        TypeError: ``prompt`` is missing, or no text.
+        TypeError: ``prompt`` is missing, or a value is not text.
+        ValueError: a text is not valid Unicode.
     """
     prompt = _text(_with(record, ("prompt",), "prompt"), "prompt").strip()
     response = _text(record, "response").strip()
@@ -96,7 +98,7 @@ def _text(record: Mapping, key: str) -> str:
 
 
 class PromptSet(NamedTuple):
-    """How prompts are read from a data set, and what two equal ones have in common."""
+    """How prompts are read from a data set, and by what two prompts count as equal."""
 
     read: Callable[[Any], Read]
     key: Callable[[str], str]
@@ -110,15 +112,15 @@ PROMPT_SETS = {
 
 @dataclass
 class PromptReport:
-    """What `prepare_prompts` did; written as JSON beside the output.
+    """What `prepare_prompts` did; it is written as JSON beside the output.
 
     Attributes:
-        output, eval_output: the files (eval_output is None where nothing is held out).
-        prompts, eval_prompts: written to them.
-        records: that were read, damaged ones among them.
-        dropped: how many gave no prompt, by reason; those of the held-out source among them.
+        output, eval_output: the paths of the files; eval_output is None if nothing is held out.
+        prompts, eval_prompts: how many prompts were written to each file.
+        records: how many records were read, damaged ones included.
+        dropped: how many records gave no prompt, by reason, including those of the held-out source.
         damaged, problems: as in `LoadReport`.
-        settings: what decides the result.
+        settings: all settings that decide the result.
     """
 
     output: str
@@ -134,16 +136,16 @@ class PromptReport:
 
 @dataclass(frozen=True)
 class PromptJob:
-    """Which prompts, and how many.
+    """Says which prompts to select, and how many.
 
     Attributes:
         data_set: one of `PROMPT_SETS`.
-        count_tokens: how many tokens the model reads for a prompt; None: they are not counted.
-        max_tokens: the most of them.
-        max_prompts, max_eval_prompts: so many of each file, drawn as `datasets` shuffles with `seed`; None:
-            all, in the order of the source.
-        seed: of this order, and of the choice of prompts that are held out.
-        limit: read at most so many records of each source.
+        count_tokens: a function that counts the tokens the model reads for a prompt; None: no counting.
+        max_tokens: the most tokens of a prompt.
+        max_prompts, max_eval_prompts: how many prompts each file gets, drawn as `datasets` shuffles with
+            `seed`; None: all, in the order of the source.
+        seed: decides this order, and which prompts are held out.
+        limit: read at most this many records of each source.
         strict: stop at the first damaged record.
     """
 
@@ -167,7 +169,7 @@ class PromptJob:
     def read(
         self, sources: Sequence[Path | str], config: str | None, split: str, seen: set[str], report: PromptReport
     ) -> list[str]:
-        """The prompts of sources that are not in `seen`, to which they are added; counts in the report."""
+        """Returns the prompts of sources that are not in `seen`; adds them to `seen`, and counts in the report."""
         prompts, loaded, dropped = [], LoadReport(), Counter(report.dropped)
         entries = read_sources(sources, loaded, config, split, MAX_RECORD_BYTES, ("info", "post", "response"))
         read, key = PROMPT_SETS[self.data_set]
@@ -194,7 +196,7 @@ class PromptJob:
         return prompts
 
     def draw(self, prompts: list[str], most: int | None, report: PromptReport) -> list[str]:
-        """So many of the prompts."""
+        """Draws at most `most` of the prompts; None: all."""
         if most is None:
             return prompts
         try:
@@ -224,14 +226,13 @@ def prepare_prompts(
     """Writes rows with ``prompt``, which `fastsdpo online` and `PromptDataset` read; each file whole or not at all.
 
     Args:
-        job: which prompts.
+        job: which prompts to select.
         sources: what `load_conversations` takes.
         output: the JSON Lines file to write; the report goes beside it (``.report.json``).
-        eval_sources, eval_split, eval_fraction: held-out prompts: of other sources, of another split of the
-            same datasets, or a share of the prompts. None of them is in `output`: held-out ones of other
-            sources and splits that are there are left out.
-        eval_output: the file for them; None: ``<output>.eval.jsonl``.
-        config, split: of a Hugging Face dataset.
+        eval_sources, eval_split, eval_fraction: where held-out prompts come from: other sources, another split
+            of the same datasets, or a share of the prompts. A prompt that is in `output` is not held out.
+        eval_output: the file for held-out prompts; None: ``<output>.eval.jsonl``.
+        config, split: the configuration and split of a Hugging Face dataset.
         overwrite: replace an output that exists.
 
     Raises:

@@ -1,4 +1,4 @@
-"""WildChat and WildFeedback as the code published with the paper selects them.
+"""Selects from WildChat and WildFeedback as the code published with the paper does.
 
 Its rules are those of https://github.com/lasgroup/user_interactions (2026-02), rebuilt, including those that
 lose or bend something (docs/paper-data.md says which, and what the presets ``wildchat`` and
@@ -13,9 +13,9 @@ lose or bend something (docs/paper-data.md says which, and what the presets ``wi
 - Conversations are taken in the order in which `datasets` shuffles the rows of the whole data set. One in
   which no interaction is found counts among the wanted number.
 
-Nothing is merged: a conversation that is there twice is taken twice. The order is known when all sources are
-read, once; until then kept rows lie in the spool. In memory stay some 50 bytes for each kept record and,
-while the order is made, some 25 for each one that was read.
+Nothing is merged: a conversation that is there twice is taken twice. The order is known only when all sources
+have been read; until then kept rows lie in temporary files (spool.py). Memory holds some 50 bytes for each kept
+record and, while the order is made, some 25 bytes for each record that was read.
 """
 
 from __future__ import annotations
@@ -56,10 +56,13 @@ NO_ANSWER = "to an answer without text"
 
 
 def parse_published(record: Any, data_set: str) -> Conversation:
-    """A record of WildChat or WildFeedback (`data_set`, in lower case) -> its messages as they are counted.
+    """Parses a record of WildChat or WildFeedback into the messages that the rules count.
+
+    Args:
+        data_set: ``"wildchat"`` or ``"wildfeedback"``.
 
     Raises:
-        TypeError, ValueError: no such record, or a text is none; the text says which.
+        TypeError, ValueError: it is not such a record, or a message is not text; the text says which.
     """
     if not isinstance(record, Mapping):
         raise TypeError(f"a record must be a JSON object, got {type(record).__name__}")
@@ -113,7 +116,7 @@ def _wildfeedback_messages(texts: list[tuple[str, str]]) -> Iterator[dict]:
 def published_interactions(
     conversation: Conversation, max_history_messages: int | None, left_out: Counter, *, wildchat: bool
 ) -> list[Interaction]:
-    """The interactions of a conversation that `parse_published` gave; ids are ``<conversation>_<message>``."""
+    """Returns the interactions of a conversation from `parse_published`; ids are ``<conversation>_<message>``."""
     messages, interactions = conversation.messages, []
     for place, (answer, followup) in enumerate(itertools.pairwise(messages)):
         if (answer["role"], followup["role"]) != ("assistant", "user"):
@@ -144,7 +147,7 @@ def _history(messages: list[dict], most: int | None) -> list[dict]:
 
 
 class Job(Protocol):
-    """What the reader needs of a run of `prepare`."""
+    """The attributes of a `prepare` run that the reader needs."""
 
     items: list[Path | str]
     rules: ConversationFilter
@@ -153,11 +156,11 @@ class Job(Protocol):
 
 
 class PublishedReader:
-    """Sources -> spool, for rules that are `published`.
+    """Reads sources into the spool, for filters with `published` set.
 
     Attributes:
         report: what was read, and what of it is not in the spool, by reason.
-        places: of each record in the spool, which of all records that were read it is.
+        places: for each record in the spool, its number among all records that were read.
     """
 
     def __init__(self, job: Job, spool: Spool):
@@ -204,7 +207,7 @@ class PublishedReader:
         self.places.append(place)
 
     def order(self) -> array:
-        """The records of the spool in the order in which they are taken."""
+        """Returns the numbers of the spool's records in the order in which they are taken."""
         if not self.job.rules.shuffle:
             return array("I", range(len(self.places)))
         try:

@@ -1,10 +1,10 @@
-"""Records -> rows and keys: what `prepare` does with each record, in one process or in several.
+"""Turns records into rows and keys: what `prepare` does with each record, in one process or in several.
 
-A batch (spool.py) holds what is kept of some records, and comes with their rows.
+A batch (spool.py) holds what is kept of some records, and their rows.
 
-Most records take a short way: `ordinary` reads them, or None says that they are not; their interactions are whole
-turns, which `encode_whole` writes, and their keys are made when they are needed (merging.py). The long way, by
-`RecordParser`, `extract_interactions` and `encode_rows`, gives the same for them.
+Most records take a fast path: `ordinary` reads them, `encode_whole` writes their interactions, and their keys are
+made only if they are needed (merging.py). All others take the slow path: `RecordParser`, `extract_interactions`
+and `encode_rows`. Both give the same for a record that can take either.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fastsdpo.data.spool import Batch
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How records are read; see `prepare`."""
+    """Settings of reading records; see `prepare`."""
 
     rules: ConversationFilter
     limit: int | None
@@ -53,13 +53,13 @@ class ReadOptions:
 
 
 class Piece(NamedTuple):
-    """A part of the sources: one of them, some lines of one, or a shard of one.
+    """A part of the sources for one process: a whole source, some lines of one, or a shard of one.
 
     Attributes:
         source: the number of the source.
-        before: bytes of the sources before it.
+        before: the size of the sources before it, in bytes.
         lines: (first byte, end, number of the first line), or None for the whole source.
-        shard: the number of one of a Hugging Face dataset, or None for all.
+        shard: the number of a shard of a Hugging Face dataset, or None for all shards.
     """
 
     item: Path | str
@@ -71,12 +71,12 @@ class Piece(NamedTuple):
 
 @dataclass
 class ReadReport(LoadReport):
-    """A `LoadReport`, and what was dropped.
+    """A `LoadReport` that also counts what was dropped.
 
     Attributes:
-        dropped: records that a rule dropped, by rule.
-        left_out: follow-ups that are in no interaction, by reason.
-        rating_followups: interactions whose follow-up is a rating's wording.
+        dropped: how many records a rule dropped, by rule.
+        left_out: how many follow-ups are in no interaction, by reason.
+        rating_followups: how many interactions have a text for a rating as follow-up.
     """
 
     dropped: Counter = field(default_factory=Counter)
@@ -84,7 +84,7 @@ class ReadReport(LoadReport):
     rating_followups: int = 0
 
     def add(self, other: ReadReport) -> None:
-        """Adds what was read next."""
+        """Adds the report of what was read next."""
         self.records += other.records
         self.lost_bytes += other.lost_bytes
         self.dropped.update(other.dropped)
@@ -99,7 +99,7 @@ class ReadReport(LoadReport):
 
 @contextlib.contextmanager
 def seldom_collected() -> Iterator[None]:
-    """Lets the garbage collector wait for more objects: a long record has many, and is freed without it."""
+    """Runs the garbage collector less often in the block: a long record's many objects are freed without it."""
     before = gc.get_threshold()
     gc.set_threshold(100 * before[0], *before[1:])
     try:
@@ -109,7 +109,7 @@ def seldom_collected() -> Iterator[None]:
 
 
 class BatchReader:
-    """Sources, or pieces of them -> batches.
+    """Reads sources, or pieces of them, into batches.
 
     Raises:
         DamagedRecord: with `strict`, at the first record that is damaged or holds no interaction.
@@ -124,14 +124,14 @@ class BatchReader:
         self._first_source = 0
 
     def read_sources(self, items: list[Path | str], report: ReadReport) -> Iterator[Batch]:
-        """The batches of sources, one after another, to their end or the limit of records."""
+        """Yields the batches of sources, one after another, to their end or the limit of records."""
         options = self._options
         columns = options.fields.columns
         entries = read_sources(items, report, options.config, options.split, MAX_RECORD_BYTES, columns, options.parser)
         return self._read(entries, report)
 
     def read_piece(self, piece: Piece, report: ReadReport) -> Iterator[Batch]:
-        """The batches of a piece."""
+        """Yields the batches of a piece."""
         self._first_source = piece.source
         if piece.shard is not None:
             options = self._options

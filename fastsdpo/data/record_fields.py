@@ -1,4 +1,4 @@
-"""What a record says beside its messages: fields to keep in the rows, and facts that rules ask for."""
+"""Reads what a record says beside its messages: fields to keep in the rows, and facts for filter rules."""
 
 from __future__ import annotations
 
@@ -38,14 +38,15 @@ _NUMBER = re.compile(r"-?\d{9,}(?:\.\d*)?")
 
 
 def parse_time(value: Any) -> float:
-    """Seconds since 1970 (UTC) of a time in any of the usual forms.
+    """Returns a time in any of the usual forms as seconds since 1970 (UTC).
 
     Args:
-        value: ISO 8601 text (a date alone is its beginning), a date or datetime, or a number since 1970 in
-            seconds, milliseconds, microseconds or nanoseconds, told by its size. Without a zone it is UTC.
+        value: ISO 8601 text, a date or datetime, or a number since 1970 in seconds, milliseconds, microseconds
+            or nanoseconds, told apart by its size. A date alone is the beginning of the day. A time without a
+            zone is UTC.
 
     Raises:
-        ValueError: none of these.
+        ValueError: the value has none of these forms.
     """
     if isinstance(value, str):
         text = value.strip()
@@ -81,7 +82,7 @@ def _iso_time(found: re.Match, value: str) -> float:
 
 
 def record_time(record: Any) -> float | None:
-    """When a record was made, as it says, or else its latest message; None where nothing readable says so."""
+    """Returns a record's time, or else its latest message's, in seconds since 1970; None if neither is readable."""
     own = _first_time(record)
     if own is not None:
         return own
@@ -99,13 +100,13 @@ def _first_time(record: Any) -> float | None:
 
 
 def record_model(record: Any) -> str | None:
-    """The model that a record names, or None."""
+    """Returns the model that a record names, or None."""
     found = (record.get(key) for key in MODEL_KEYS) if isinstance(record, Mapping) else ()
     return next((name for name in found if isinstance(name, str) and name), None)
 
 
 def record_mark(record: Any, name: str) -> bool | None:
-    """Whether a record or any of its messages has the mark (``"toxic": true``); None where none says yes or no."""
+    """Whether a record or any of its messages has the mark (``"toxic": true``); None if none has it, true or false."""
     places = (record, *record_messages(record))
     said = [place.get(name) for place in places if isinstance(place, Mapping)]
     said = [mark for mark in said if isinstance(mark, (bool, int))]
@@ -113,17 +114,17 @@ def record_mark(record: Any, name: str) -> bool | None:
 
 
 def record_messages(record: Any) -> Iterable[Any]:
-    """The messages of a record as it holds them; none where they are elsewhere."""
+    """Returns the unparsed messages of a record; empty if they are not under a known key."""
     if isinstance(record, Mapping):
         record = next((record[key] for key in MESSAGE_KEYS if record.get(key)), ())
     return record if isinstance(record, (list, tuple)) else ()
 
 
 def json_value(value: Any, depth: int = 0) -> Any:
-    """A value as JSON can have it: dates as ISO text, numbers that are none as null.
+    """Converts a value for JSON: dates become ISO text, NaN and infinities become null.
 
     Raises:
-        TypeError: JSON has nothing like it, or it is nested more than 100 deep.
+        TypeError: JSON has no such type, or the value is nested more than 100 deep.
     """
     if depth > 100:
         raise TypeError("it is nested more than 100 deep")
@@ -153,11 +154,11 @@ FACTS: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class RecordFields:
-    """What is taken from records beside their messages.
+    """Says what is taken from records beside their messages.
 
     Attributes:
-        keep: keys whose values the rows get; null where a record has no such key.
-        facts: of `FACTS`, those that rules ask for.
+        keep: keys whose values are copied to the rows; null if a record has no such key.
+        facts: those of `FACTS` that filter rules ask for.
 
     Raises:
         ValueError: a key of `keep` cannot be kept.
@@ -173,7 +174,7 @@ class RecordFields:
 
     @property
     def columns(self) -> Collection[str]:
-        """The keys that are looked at, where a table is read by columns."""
+        """The keys to read from a table that is read by columns."""
         return {*self.keep, *(key for name in self.facts for key in FACTS[name][1])}
 
     @property
@@ -182,7 +183,7 @@ class RecordFields:
         return not self.keep and not self.facts
 
     def add_to(self, conversation: Conversation, record: Any) -> Conversation:
-        """The conversation with what its record says; TypeError where a field to keep is nothing for JSON."""
+        """Returns the conversation with its record's fields and facts; TypeError if JSON cannot hold a field."""
         if self.is_empty:
             return conversation
         fields = dict(conversation.fields)

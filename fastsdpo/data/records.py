@@ -1,4 +1,4 @@
-"""What reading gives: records, problems in their place, and a report of both."""
+"""What readers yield: records, problems in place of records, and a report of both."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ MAX_PROBLEMS = 20  # messages kept of each kind, so that a report stays small
 
 @dataclass
 class LoadReport:
-    """What a loader saw; filled while it runs.
+    """What a loader has read; it is filled while the loader runs.
 
     Attributes:
-        records: records seen, damaged ones among them.
-        damaged: how many were skipped, by kind.
-        problems: the first messages of each kind, with file and line, element or row.
-        formats: how many were read, by the name of their layout.
-        lost_bytes: bytes of JSON text that belong to no whole record.
-        bytes_done, bytes_total: progress in the files on disk; the total is None for datasets.
-        where: the place of the record that was given out last.
-        source: the number of its source, counted from 0.
+        records: how many records were seen, damaged ones included.
+        damaged: how many records were skipped, by kind of problem.
+        problems: the first error messages of each kind, with file and line, element or row.
+        formats: how many records were read, by the name of their layout.
+        lost_bytes: how many bytes of JSON text belong to no whole record.
+        bytes_done, bytes_total: progress in the files on disk, in bytes; the total is None for datasets.
+        where: the place of the record that was yielded last.
+        source: the number of that record's source, counted from 0.
     """
 
     records: int = 0
@@ -43,7 +43,7 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a record cannot be used: a kind, to count by, and a sentence."""
+    """Says why a record cannot be used: a kind to count by, and a sentence."""
 
     kind: str
     text: str
@@ -52,7 +52,7 @@ class Problem:
 
 
 class Entry(NamedTuple):
-    """A place of a source, as a person can find it (file and line, element or row), and what is there.
+    """A place in a source, named so that a person can find it (file and line, element or row), and what is there.
 
     Attributes:
         record: what was read; None where there is a problem.
@@ -65,4 +65,4 @@ class Entry(NamedTuple):
 
 
 class DamagedRecord(ValueError):
-    """With ``strict``: the first record that cannot be used; the text has its place."""
+    """Raised with ``strict`` for the first record that cannot be used; the text names its place."""

@@ -1,4 +1,4 @@
-"""The hook of `prepare --redact`: a function text -> text of the user's, applied to all text that is read."""
+"""The hook of `prepare --redact`: the user's function text -> text, which is applied to all text that is read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NO_TEXT = ("left_out", "rating")  # of an answer's fields, those that are words
 
 
 def load_hook(name: str) -> Callable[[str], object]:
-    """The function that ``module:function`` names. The module may lie in the current folder.
+    """Imports the function that ``module:function`` names. The module may lie in the current folder.
 
     Raises:
         ValueError: there is no such function; the text says why.
@@ -37,7 +37,7 @@ def load_hook(name: str) -> Callable[[str], object]:
 
 
 def redaction_settings(name: str) -> list:
-    """What tells that a hook is still the same: its name, and size and time of its file."""
+    """Returns what shows whether a hook has changed: its name, and size and time of its file."""
     file = getattr(sys.modules.get(load_hook(name).__module__), "__file__", None)
     if file is None:
         return [name]
@@ -46,7 +46,7 @@ def redaction_settings(name: str) -> list:
 
 
 class Redaction:
-    """A hook by its name, applied to conversations.
+    """Applies a hook, given by its name, to conversations.
 
     Raises:
         ValueError: from `load_hook`.
@@ -56,10 +56,10 @@ class Redaction:
         self._name, self._hook = name, load_hook(name)
 
     def redact(self, conversation: Conversation, where: str) -> Conversation:
-        """The conversation with the hook applied to the text of each message, and to all text in its fields.
+        """Returns the conversation with the hook applied to the text of each message and to all text in its fields.
 
         Raises:
-            ValueError: the hook failed, or gave something other than text; names the record, `where`.
+            ValueError: the hook failed, or returned something other than text; the text names the record, `where`.
         """
         try:
             return replace(

@@ -20,12 +20,12 @@ SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, ".parquet")
 
 
 def is_data(path: Path) -> bool:
-    """Whether the ending is that of a file that `read_records` reads."""
+    """Whether the path's ending is that of a file that `read_records` reads."""
     return _suffix(path) in SUFFIXES
 
 
 def is_table(path: Path) -> bool:
-    """Whether the ending is that of a table of text."""
+    """Whether the path's ending is that of a table in text form (CSV, TSV)."""
     return _suffix(path) in TABLE_SUFFIXES
 
 
@@ -34,7 +34,7 @@ def _suffix(path: Path) -> str:
 
 
 def expand_source(source: str | PathLike | Iterable[str | PathLike]) -> list[Path | str]:
-    """Files (as Path, in a fixed order) and dataset names (as str) that a source stands for."""
+    """Lists the files (as Path, in a fixed order) and dataset names (as str) that a source stands for."""
     if not isinstance(source, (str, PathLike)):
         return [item for part in source for item in expand_source(part)]
     path = Path(source)
@@ -70,15 +70,15 @@ def read_sources(
     columns: Collection[str] = (),
     parser: RecordParser | None = None,
 ) -> Iterator[Entry]:
-    """The entries of files and datasets, one after another. The report tells how far that is.
+    """Yields the entries of files and datasets, one after another. The report tells how far reading is.
 
     Args:
-        items: as `expand_source` gives them.
-        config, split: of a Hugging Face dataset.
+        items: the result of `expand_source`.
+        config, split: the configuration and split of a Hugging Face dataset.
         max_record_bytes: a longer JSON record is a problem.
-        columns: of tables read by columns, those to read beside the ones of the known layouts.
-        parser: of the records; it knows which columns of a table it needs, and where a row is one message, so
-            that the rows of a conversation become a record. None: each row as it is.
+        columns: which columns to read from tables like Parquet, beside those of the known layouts.
+        parser: the parser of the records. It knows which columns it needs, and whether a row is one message, so
+            that the rows of a conversation become one record. None: each row is a record.
     """
     sizes = [item.stat().st_size if isinstance(item, Path) else 0 for item in items]
     if all(isinstance(item, Path) and item.is_file() for item in items):
@@ -105,7 +105,7 @@ def read_sources(
 
 
 def dataset_records(name: str | Path, config: str | None, split: str, shard: int | None = None) -> Iterator[Entry]:
-    """The records of a Hugging Face dataset, or of one of its shards: the files that it is stored in."""
+    """Yields the records of a Hugging Face dataset, or of one of its shards (the files in which it is stored)."""
     rows = _open_dataset(name, config, split)
     count = _count_shards(rows)
     for number in range(count) if shard is None else (shard,):
@@ -116,7 +116,7 @@ def dataset_records(name: str | Path, config: str | None, split: str, shard: int
 
 
 def separate_shards(name: str | Path, config: str | None, split: str, parser: RecordParser) -> int:
-    """How many shards of a dataset can be read apart; 1 where a row is one message of a conversation."""
+    """Returns how many shards of a dataset can be read separately; 1 if a row is one message of a conversation."""
     rows = _open_dataset(name, config, split)
     count = _count_shards(rows)
     first = next(iter(rows), None) if count > 1 else None

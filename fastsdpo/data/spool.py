@@ -1,11 +1,11 @@
-"""The folder in which `prepare` keeps what it has read, until the output is written.
+"""The spool: a temporary folder in which `prepare` keeps what it has read, until the output is written.
 
     rows-*.jsonl    rows of the kept records, in the order in which they are read
     keys.bin        blocks of keys, each of one list of `RecordKeys`
-    settings.json   of the run
-    lock            held by the run
+    settings.json   the settings of the run
+    lock            a lock file that the run holds
 
-In memory stay some 30 bytes for each record.
+Memory holds some 30 bytes for each record.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ KeyMaker = Callable[[Path, Iterable["list[LightRecord]"]], Iterator[RecordKeys]]
 
 
 def read_settings(folder: Path) -> object:
-    """The settings of the run that left the folder; None where there is none."""
+    """Reads the settings of the run that left the folder; None if there are none."""
     try:
         return json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -50,16 +50,16 @@ def read_settings(folder: Path) -> object:
 
 
 class Batch:
-    """Records and their rows, one behind the other.
+    """Some records and their rows, one after another.
 
     Args:
         before: how many records were kept before these.
 
     Attributes:
-        sizes: bytes of each record's rows.
-        counts: how many they are.
-        single: of each record, 1 where it is one interaction out of a conversation.
-        keys: of the records, numbered within the batch.
+        sizes: the size of each record's rows in bytes.
+        counts: how many rows each record has.
+        single: for each record, 1 if it is one interaction out of a conversation.
+        keys: the keys of the records, which are numbered within the batch.
     """
 
     def __init__(self, before: int = 0):
@@ -72,12 +72,12 @@ class Batch:
         self._size = self._count = 0  # of these; of all rows
 
     def add(self, rows: list[bytes], conversation: Conversation, interactions: list[Interaction]) -> None:
-        """A record with its rows, in parts."""
+        """Adds a record; `rows` are its rows as parts of bytes."""
         self.keys.add(conversation, interactions, len(self), self._count)
         self._add(rows, len(interactions), conversation.single, _NOT_LIGHT)
 
     def add_light(self, rows: list[bytes], count: int, name: str, messages: list[dict], first: int) -> None:
-        """A light record with so many interactions; see `RecordKeys.add_light`."""
+        """Adds a light record with `count` interactions; see `RecordKeys.add_light`."""
         rest = self.keys.add_light(name, messages, first, len(self))
         self._add(rows, count, False, _NO_REST if rest is None else rest)
 
@@ -98,18 +98,18 @@ class Batch:
         self._parts, self._size = [], 0
 
     def is_full(self, read: int) -> bool:
-        """Whether no more is to be added, after so many records were read, kept or not."""
+        """Whether the batch is full; `read` is how many records were read for it, kept or not."""
         # Where reading may end early, that is looked at when the number of kept records is a power of two.
         kept = self._before + len(self)
         wanted = len(self) and not kept & (kept - 1)
         return bool(wanted) or len(self._blocks) >= BATCH_BLOCKS or not read % BATCH_RECORDS
 
     def next(self) -> Batch:
-        """An empty one for the records after these."""
+        """Returns an empty batch for the records after these."""
         return Batch(self._before + len(self))
 
     def take_rows(self) -> list[bytes]:
-        """The rows, in blocks; they are then no longer here."""
+        """Returns the rows in blocks of bytes, and removes them from the batch."""
         self._join()
         blocks, self._blocks = self._blocks, []
         return blocks
@@ -119,21 +119,21 @@ class Batch:
 
 
 class Spool:
-    """Kept rows and their keys. A context manager: the folder is removed at its end.
+    """Keeps rows and their keys on the disk. It is a context manager, at whose end the folder is removed.
 
     Args:
-        in_order: the file of rows may become the output as it is; the disk gets it while it is written, so that
-            nobody waits for that at the end.
+        in_order: True if the file of rows may become the output as it is. It is then flushed to the disk while
+            it is written, so that there is no wait at the end.
 
     Attributes:
-        rows: the file of rows.
-        size: bytes of the rows that are known.
-        starts: of each record, the number of its first row; at the end the number of all rows.
-        single: of each record, 1 where it is one interaction out of a conversation.
+        rows: the path of the file of rows.
+        size: the size of all rows added so far, in bytes.
+        starts: for each record, the number of its first row; at the end the number of all rows.
+        single: for each record, 1 if it is one interaction out of a conversation.
 
     Raises:
         FileExistsError: another run uses the folder.
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, settings: dict, *, in_order: bool = False):
@@ -158,7 +158,7 @@ class Spool:
         return len(self.single)
 
     def add(self, batch: Batch) -> None:
-        """The next records, and their rows, where these are not taken and written to the file by others."""
+        """Adds the next records. Their rows are written, unless a worker has taken them and writes them itself."""
         self._writer.writelines(batch.take_rows())
         self._writer.flush()
         first, first_row = len(self), self.starts[-1]
@@ -214,7 +214,7 @@ class Spool:
                     yield itertools.compress(block, lowest), itertools.compress(numbers, lowest)
 
     def complete(self, make_keys: KeyMaker) -> None:
-        """Makes all keys of the light records that may have to do with others."""
+        """Makes all keys of those light records (see merging.py) that may be related to others."""
         self._write_blocks()
         related = find_related(self._read_keys, len(self))
         numbers = itertools.compress(range(len(related)), related)
@@ -230,25 +230,25 @@ class Spool:
         return LightRecord(number, self.starts[number], self._places[number], self._size_of(number), rest)
 
     def merge(self, *, join: bool = True) -> Merged:
-        """The records so far, merged; see `merging.merge` for `join`."""
+        """Merges the records so far; see `merging.merge` for `join`."""
         self.complete(keys_of_rows)
         self._write_blocks()
         return merge(self._read_keys, self.starts, self.single, join=join)
 
     def times(self) -> array:
-        """Of each record its time in microseconds since 1970; empty where no rule asked for times. After `merge`."""
+        """Each record's time in microseconds since 1970; empty if no rule asks for times. Call it after `merge`."""
         times = array("Q")
         for found, _ in self._read_keys("times", 0, 1):
             times.extend(found)
         return times
 
     def read(self, record: int) -> bytes:
-        """The rows of a record, as they were written."""
+        """Reads the rows of the record with this number, as they were written."""
         self._reader.seek(self._places[record])
         return self._reader.read(self._size_of(record))
 
     def release_rows(self) -> Path:
-        """The file of rows, which is no longer used here."""
+        """Returns the file of rows for others to take; the spool no longer uses it."""
         self._writer.close()
         self._reader.close()
         return self.rows
@@ -267,7 +267,7 @@ class Spool:
 
 
 def keys_of_rows(path: Path, lists: Iterable[list[LightRecord]]) -> Iterator[RecordKeys]:
-    """All keys of light records, some at a time, from the file of rows."""
+    """Makes all keys of light records from the file of rows, one list of records at a time."""
     with open(path, "rb") as file:
         for records in lists:
             keys = RecordKeys()

@@ -1,7 +1,7 @@
-"""How the user's follow-up o enters the context: as text at the end of the last user message.
+"""Templates by which the user's follow-up o enters the context: as text at the end of the last user message.
 
-At the end, so that the contexts of student and teacher, x and (x, o), agree on everything before
-it, and what they share can be computed once.
+It stands at the end so that the contexts of student and teacher, x and (x, o), agree on everything before
+it. What they share can then be computed once.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ SMALL_MODEL = 10**9  # weights
 
 
 def choose_template(template: str, weights: int) -> str:
-    """The template of a setting. "auto" is "note" for a model of fewer than a billion weights, else "online-v1".
+    """Resolves the template "auto": "note" for a model of fewer than a billion weights, else "online-v1".
 
-    One rule for training, online training, chat and `signal`, so that what is shown is what is trained on.
+    Any other template is returned as it is. Training, online training, chat and `signal` follow this one rule, so
+    that what is shown is what is trained on.
+
     Of the published wordings online-v1 is the one that also fits a content user: offline-v1 calls every
     answer insufficient.
     """
@@ -79,18 +81,18 @@ class HindsightTemplate:
 
     @classmethod
     def parse(cls, name_or_text: str) -> HindsightTemplate:
-        """What a command line or a config gives: a text with ``{o}``, or else a preset's name."""
+        """Makes a template from a text with ``{o}``, or else from a preset's name; for command lines and configs."""
         return cls(name_or_text) if "{o}" in name_or_text else cls.preset(name_or_text)
 
     def render(self, followup: str) -> str:
-        """The text to append for this follow-up."""
+        """Returns the text to append to the last user message for this follow-up."""
         if not isinstance(followup, str) or is_blank(followup):
             raise ValueError(f"HindsightTemplate: followup must be text that is not blank, got {followup!r}")
         before, after = self.text.split("{o}")
         return before + followup.strip() + after
 
     def apply(self, prompt: Sequence[Mapping], followup: str) -> list[dict]:
-        """(x, o): a copy of the messages whose last, the user's, ends with the rendered text.
+        """Returns (x, o): a copy of the messages, in which the last, the user's, ends with the rendered text.
 
         A content that is a list of text parts becomes one text.
 

@@ -1,4 +1,4 @@
-"""Text that is no JSON -> records: tables (CSV, TSV) and vLLM's request log, a row or a request at a time."""
+"""Reads records from text that is not JSON: tables (CSV, TSV) and vLLM's request log, one at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DELIMITERS = (",", ";", "\t", "|")
 
 
 def table_records(path: Path, progress: Callable[[int], None], max_record_bytes: int) -> Iterator[Entry]:
-    """The rows of a table as ``{column: text}``; its first row names the columns.
+    """Yields the rows of a table as ``{column: text}``; its first row names the columns.
 
     Args:
         progress: called with the number of bytes of the file that are read.
@@ -125,7 +125,7 @@ _PEEK_BYTES = 1 << 18
 
 
 def is_vllm_log(path: Path) -> bool:
-    """Whether a file of text is a log in which vLLM wrote requests."""
+    """Whether a text file is a log in which vLLM wrote requests."""
     if path.suffix not in (".log", ".txt", "") or not path.is_file():  # of a pipe, what is read is gone
         return False
     with open(path, "rb") as file:
@@ -133,7 +133,7 @@ def is_vllm_log(path: Path) -> bool:
 
 
 def vllm_log_records(path: Path, progress: Callable[[int], None]) -> Iterator[Entry]:
-    """``{"request_id", "prompt"}`` of each request in vLLM's log; other lines are passed over.
+    """Yields ``{"request_id", "prompt"}`` for each request in vLLM's log; other lines are passed over.
 
     The prompt has the whole history; the answer to it is in the prompt of the next request.
     """

@@ -1,8 +1,8 @@
-"""Tokens of data files, kept in a folder and found again by other processes and other runs.
+"""A cache of the tokens of data files, in a folder that other processes and other runs share.
 
 A part of the cache is named by what decides the tokens: the files (path, size and time of change), the
-tokenizer with its chat template, the hindsight template and the limits. The first process that wants a part
-makes it, others that want it wait, and all map the same files.
+tokenizer with its chat template, the template for the follow-up and the limits. The first process that wants a
+part makes it, others that want it wait, and all map the same files into memory.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ ABOUT = "about.json"
 
 
 def default_folder() -> Path:
-    """``$FASTSDPO_CACHE/tokens``, or ``fastsdpo/tokens`` in the user's folder for caches."""
+    """Returns ``$FASTSDPO_CACHE/tokens``, or else ``fastsdpo/tokens`` in the user's cache folder."""
     own = os.environ.get("FASTSDPO_CACHE")
     return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsdpo") / "tokens"
 
 
 def cache_folder(setting: str | None, files: list[Path]) -> Path | None:
-    """Where the tokens of the files are kept; None: nowhere.
+    """Returns the folder for the tokens of the files, or None if they are not to be kept.
 
     Args:
-        setting: a folder; ``"auto"``: `default_folder` for files of `LARGE` bytes and more; None: nowhere.
+        setting: a folder; ``"auto"`` is `default_folder` for files of `LARGE` bytes or more; None keeps nothing.
     """
     if setting == "auto":
         return default_folder() if size_of(files) >= LARGE else None
@@ -49,10 +49,10 @@ def size_of(files: list[Path]) -> int:
 
 
 def token_key(files: list[Path], tokenizer: Any, template: str, options: Mapping[str, Any]) -> str | None:
-    """A name for the tokens of these files with this tokenizer; None where it cannot be told for certain.
+    """Names the tokens of these files with this tokenizer; None if no name can tell them apart for certain.
 
-    That is so with a tokenizer of Python, with options that are no JSON, and where a chat template reads the
-    clock.
+    That is the case for a tokenizer written in Python, for options that JSON cannot hold, and for a chat template
+    that reads the clock.
     """
     if not getattr(tokenizer, "is_fast", False):
         return None
@@ -74,13 +74,15 @@ def token_key(files: list[Path], tokenizer: Any, template: str, options: Mapping
 def cached_columns(
     folder: Path, key: str, make: Callable[[ColumnFiles], dict[str, Any]]
 ) -> tuple[MappedColumns, dict[str, Any]]:
-    """The part of the cache with this name, and what `make` said of it; made where it is not there.
+    """Returns the part of the cache with this name, and the dict kept beside it. If it is missing, it is made.
 
     Args:
-        make: writes the columns, and returns what is to be kept beside them, as JSON has it.
+        folder: the cache's folder.
+        key: the part's name, from `token_key`.
+        make: writes the columns, and returns the dict to keep beside them, in types of JSON.
 
     Raises:
-        OSError: it cannot be written; the text names the folder.
+        OSError: the part cannot be written; the text names the folder.
     """
     place = folder / key
     if (found := _read(place)) is not None:

@@ -1,6 +1,7 @@
-"""An interaction as token ids: student = x + y, teacher = (x with o) + y, the same y ids in both.
+"""Turns an interaction into token ids: student = x + y, teacher = (x with o) + y, the same y ids in both.
 
-The ids of ordinary text are those of the code published with https://arxiv.org/abs/2603.12273:
+Here x is the prompt, y the answer and o the follow-up. The ids of ordinary text are those of the code published
+with https://arxiv.org/abs/2603.12273:
 
     prompt_ids         = tokenize(chat_template(x, add_generation_prompt))
     teacher_prompt_ids = tokenize(chat_template(x with o, add_generation_prompt))
@@ -49,10 +50,10 @@ class TokenizedInteraction:
     Attributes:
         prompt_ids: x as the chat template renders it, up to where the answer begins.
         teacher_prompt_ids: the same with the follow-up in the last user message.
-        completion_ids: y and, unless y was cut, what ends the turn.
-        id, conversation_id: the interaction's.
-        neutral_prompt_ids: as teacher_prompt_ids, with the tokenizer's neutral follow-up; None: it
-            has none.
+        completion_ids: y and, unless y was cut, the tokens that end the turn.
+        id, conversation_id: those of the interaction.
+        neutral_prompt_ids: like teacher_prompt_ids, but with a neutral follow-up; None if the
+            `InteractionTokenizer` has none.
     """
 
     prompt_ids: list[int]
@@ -172,16 +173,18 @@ class InteractionTokenizer:
         return result
 
     def generation_prompt(self, messages: list[dict]) -> list[int]:
-        """The ids after which the model is to answer the messages, the last of them a user's.
+        """Returns the ids of a prompt that the model is to answer; its last message is a user's.
 
         Raises:
-            ValueError: as for an interaction.
+            ValueError: the messages cannot be tokenized; the text says why.
         """
         return self(Interaction(messages, "", "-"), ()).prompt_ids
 
     def end_ids(self, model: Any) -> list[int]:
-        """What ends an answer that a model writes: the token with which the chat template ends turns,
-        ``eos_token``, and all that the model's own generation config names.
+        """Returns the ids of all tokens that end an answer of a model.
+
+        These are the token with which the chat template ends turns, ``eos_token``, and all that the model's own
+        generation config names.
         """
         own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         own = own if isinstance(own, (list, tuple)) else [own]
@@ -189,15 +192,16 @@ class InteractionTokenizer:
         return list(dict.fromkeys(token for token in ids if token is not None))
 
     def said(self, completion_ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> str:
-        """What an answer of the model says to the reader.
+        """Returns the text by which an answer of the model speaks to the reader.
 
-        The content of the message that the tokenizer's ``response_template`` makes of it, where the
-        tokenizer has one. Else the text without control tokens, and without private reasoning: think
-        blocks, and channels other than the one in which the chat template writes finished answers.
-        Empty where the answer was cut before it came to that.
+        If the tokenizer has a ``response_template``, the text is the content of the message that it parses.
+        Else it is the answer without control tokens and without private reasoning (think blocks, and channels
+        other than the one in which the chat template writes finished answers). It is empty if the answer was
+        cut before it came to that.
 
         Args:
-            prompt_ids: what the answer was drawn after: it may open a block of reasoning.
+            completion_ids: the answer.
+            prompt_ids: the prompt of the answer, which may open a block of reasoning.
         """
         ids = list(completion_ids)
         if getattr(self.tokenizer, "response_template", None):
@@ -219,7 +223,7 @@ class InteractionTokenizer:
         return self.chat.said(self.tokenizer.decode(ids))
 
     def stream(self, interactions: Iterable[Interaction]) -> Iterator[TokenizedInteraction | ValueError]:
-        """Tokenizes interactions in order; in the place of one that cannot be, its error.
+        """Tokenizes interactions in order. For one that cannot be tokenized it yields the error instead.
 
         A fast tokenizer gets the texts of 64 interactions at once and encodes them in as many
         threads as it likes (``TOKENIZERS_PARALLELISM=false``: one). The ids are the same.
@@ -385,8 +389,8 @@ def tokenize_interactions(
     Args:
         tokenizer, template, options: as `tokenize_interaction`.
         interactions: in any number; they are read once.
-        errors: a list. An interaction that cannot be tokenized is then left out, and the message is
-            appended to it. None: the message is raised.
+        errors: a list, to which the error messages of interactions that cannot be tokenized are appended;
+            these interactions are left out. None: the first error is raised.
 
     Raises:
         ValueError: as `tokenize_interaction`.

@@ -1,7 +1,7 @@
-"""Many interactions -> columns of tokens, in this process or in several others.
+"""Tokenizes many interactions into columns, in this process or in several others.
 
-The other processes are started by their own command, and not as copies of this one: it may hold a GPU, and the
-script that runs in it may have no guard against being imported again.
+The other processes are started by a command of their own, not forked from or spawned by this one: this process may
+hold a GPU, and its script may lack the ``if __name__ == "__main__"`` that keeps an import from running it again.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ PROGRAM = "from fastsdpo.data.tokenizing import serve; serve()"
 
 
 class TokenChunk(NamedTuple):
-    """Some interactions, tokenized.
+    """The result of tokenizing some interactions.
 
     Attributes:
-        columns: those that can be.
-        kept: their text; tokens are left out.
-        dropped: the errors of the others.
+        columns: the tokens of those that can be tokenized.
+        kept: the interactions of these as text; those that came as tokens are left out.
+        dropped: the error messages of the others.
     """
 
     columns: Columns
@@ -59,7 +59,9 @@ def tokenize_chunks(
     """Tokenizes interactions in order; those that are tokens already are taken as they are.
 
     Args:
-        workers: processes besides this one; 1: none.
+        items: interactions, or tokens.
+        how: the arguments of the tokenizer.
+        workers: how many processes tokenize; 1: this process does.
 
     Raises:
         RuntimeError: a worker ended before its work was done.
@@ -177,7 +179,7 @@ class _Worker:
 
 
 def serve() -> None:
-    """The work of a process: reads how, then chunks, and writes what `_tokenized` makes of each."""
+    """Runs a worker process: reads a `Tokenization`, then chunks of interactions, and writes each chunk's tokens."""
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a package prints must not come between
     try:

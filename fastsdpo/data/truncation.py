@@ -1,4 +1,4 @@
-"""The longest start or end of a text that a number of tokens holds."""
+"""Cuts a text to the longest start or end that fits into a number of tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import Literal
 
 
 def cut(text: str, encode: Callable[[str], list[int]], limit: int | None, keep: Literal["start", "end"]) -> str:
-    """The longest start or end of `text`, in words, that ``encode`` turns into `limit` ids."""
+    """Returns the longest start or end of `text`, in whole words if possible, that has at most `limit` token ids.
+
+    Args:
+        encode: text -> token ids.
+        limit: the most tokens; None: the whole text.
+        keep: which end of the text stays.
+    """
 
     def piece(size: int) -> str:
         return text[:size] if keep == "start" else text[len(text) - size :]

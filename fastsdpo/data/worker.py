@@ -1,10 +1,11 @@
-"""The program of a process that reads for `prepare`; `workers.py` starts it as a file.
+"""The program of a worker process that reads for `prepare`; `workers.py` starts it as a file.
 
-On stdin come pickled: ``sys.path``; the options and the file of rows; and then, in any order,
+It reads pickled objects from stdin: first ``sys.path``, then the options and the path of the file of rows, and then,
+in any order,
 
-- pieces to read. On stdout go their batches, and after the last of a piece its report, or the error that ended it;
-- places in the file, for the rows of one batch after another, which wait here until then;
-- light records, whose keys go on stdout.
+- pieces to read. It writes their batches to stdout, and after a piece its report, or the error that ended it.
+- places in the file. It writes the rows of one batch after another there; until then they wait in memory.
+- light records (merging.py). It writes their keys to stdout.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""Several processes that read pieces of the sources, in the order of the pieces.
+"""Reads pieces of the sources in several processes, and yields what is read in the order of the pieces.
 
 Files of JSON Lines are cut at line ends into pieces of some 1 MB, Hugging Face datasets into the files that they
-are stored in; every other source is one piece. The pieces go round to the workers, of which each has two at most:
-what waits is bounded. A worker sends what it has read but for the rows: it is told where they stand in the one file,
-when that is known, and writes them there.
+are stored in; every other source is one piece. The workers take pieces in turn, and each has at most two, so that
+memory stays bounded. A worker sends all that it has read except the rows. When their place in the one file of rows is
+known, the worker is told it, and writes the rows there.
 
 The workers are programs of their own (worker.py): they need no ``if __name__ == "__main__"`` in a script that
 calls `prepare`, and import no torch.
@@ -40,7 +40,7 @@ LEAST_BYTES = 32 << 20  # less is read before workers have started
 
 
 def default_workers(items: Iterable[Path | str], parser: RecordParser) -> int:
-    """A worker for each core, where there is enough that can be cut into pieces; else 1."""
+    """Returns how many workers to use: one for each core if there is enough to cut into pieces, else 1."""
     items = list(items)
     size = sum(item.stat().st_size for item in items if isinstance(item, Path) and _lines_of(item, parser))
     size += LEAST_BYTES * any(isinstance(item, str) for item in items)  # a dataset, which is downloaded as it is read
@@ -64,7 +64,7 @@ def _lines_of(item: Path | str, parser: RecordParser) -> tuple[int, int] | None:
 
 
 def cut(items: list[Path | str], options: ReadOptions) -> Iterator[Piece]:
-    """The pieces of sources, in order."""
+    """Cuts sources into pieces, in order."""
     before, parser = 0, options.parser
     for number, item in enumerate(items):
         lines = _lines_of(item, parser)
@@ -80,11 +80,11 @@ def cut(items: list[Path | str], options: ReadOptions) -> Iterator[Piece]:
 
 
 class Workers:
-    """Processes that read. A context manager: they are ended with it.
+    """Worker processes that read. It is a context manager, at whose end they are stopped.
 
     Raises:
         ChildProcessError (an OSError): a worker has ended by itself; the text says how.
-        Whatever `BatchReader` raises, when its turn has come.
+        Whatever `BatchReader` raises for a piece, when that piece's turn comes.
     """
 
     def __init__(self, count: int, options: ReadOptions, spool: Spool):
@@ -110,9 +110,9 @@ class Workers:
             raise
 
     def read(self, pieces: Iterable[Piece], report: ReadReport) -> Iterator[Batch]:
-        """The batches in the order of the pieces, all of which are added to the report.
+        """Yields the batches in the order of the pieces, and adds them to the report.
 
-        Their rows are written one behind the other to the file, and are all there at the end.
+        The workers write the rows one after another to the spool's file; at the end all rows are there.
         """
         waiting: deque[tuple[subprocess.Popen[bytes], Piece]] = deque()
         for process, piece in zip(itertools.cycle(self._processes), pieces):
@@ -138,7 +138,7 @@ class Workers:
         report.add(answer)
 
     def keys_of_rows(self, path: Path, lists: Iterable[list[LightRecord]]) -> Iterator[RecordKeys]:
-        """`spool.keys_of_rows` by the workers."""
+        """Does what `spool.keys_of_rows` does, in the workers."""
         waiting: deque[subprocess.Popen[bytes]] = deque()
         for process, records in zip(itertools.cycle(self._processes), lists):
             self._send(process, records)

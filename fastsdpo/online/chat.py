@@ -27,15 +27,15 @@ CONVERSATION_FILE = "conversation.json"
 
 @dataclass
 class ChatState:
-    """What was said, and what is needed to learn from it later.
+    """One conversation: its messages, and what is needed to learn from them later.
 
     Attributes:
-        messages: in the order of the talk.
-        tokens: of each answer, by its place in `messages`.
-        seeds: of each answer's draw, by its place.
-        learned: the update that a reaction led to, by its place.
-        draws: answers drawn when this was written, in other conversations too.
-        key: tells this conversation from others of the same chat.
+        messages: ``{"role", "content"}`` dicts, in the order of the conversation.
+        tokens: the token ids of each answer, by the answer's index in `messages`.
+        seeds: the seed with which each answer was drawn, by the answer's index.
+        learned: the number of the update that a reaction led to, by the reaction's index.
+        draws: how many answers the chat had drawn when this was written, other conversations included.
+        key: identifies this conversation among those of the same chat.
     """
 
     messages: list[dict] = field(default_factory=list)
@@ -46,19 +46,24 @@ class ChatState:
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def cut(self, place: int) -> None:
-        """Forgets the message at a place and all after it."""
+        """Removes the message with the index `place` and all after it, with their tokens, seeds and updates."""
         del self.messages[place:]
         for by_place in (self.tokens, self.seeds, self.learned):
             for later in [known for known in by_place if known >= place]:
                 del by_place[later]
 
     def to_dict(self) -> dict[str, Any]:
-        """A copy that JSON can hold."""
+        """Returns a copy as plain dicts and lists, ready for JSON."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> ChatState:
-        """Raises ValueError where the file is damaged."""
+        """Reads a conversation from a JSON file of `to_dict`.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: the file is damaged.
+        """
         try:
             kept = json.loads(Path(path).read_text("utf-8"))
             for name in ("tokens", "seeds", "learned"):
@@ -72,8 +77,12 @@ class ChatLearner:
     """A model, and one optimizer step per interaction that can be taken back.
 
     Args:
-        model, tokenizer, peft_config: as `SDPOTrainer`.
-        config: its ``output_dir`` holds the checkpoints; ``save_total_limit`` of them are kept.
+        model, tokenizer, peft_config: as for `SDPOTrainer`.
+        config: the settings. ``output_dir`` holds the checkpoints; the last ``save_total_limit`` are kept. If
+            there are checkpoints already, the last one is loaded.
+
+    Raises:
+        ValueError: `tokenizer` is None.
     """
 
     def __init__(self, model: Any, config: OnlineSDPOConfig, tokenizer: Any, peft_config: Any = None):
@@ -98,11 +107,11 @@ class ChatLearner:
 
     @property
     def updates(self) -> int:
-        """How many updates the model has taken, less those taken back."""
+        """How many updates the model has had, not counting those taken back."""
         return self.trainer.state.global_step
 
     def checkpoints(self) -> list[int]:
-        """The updates after which there is a checkpoint, ascending."""
+        """The numbers of the updates after which a checkpoint is kept, ascending."""
         folder = Path(self.config.output_dir)
         found = [path.name.split("-")[1] for path in folder.glob("checkpoint-*")]
         return sorted(int(number) for number in found if number.isdigit())
@@ -110,11 +119,15 @@ class ChatLearner:
     def answer(
         self, messages: list[dict], seed: str | None = None, show: Callable[[str], None] | None = None
     ) -> tuple[str, TokenizedInteraction]:
-        """What is said in answer to messages that end with the user's, and all the tokens of it.
+        """Draws an answer to the messages.
 
         Args:
-            seed: of the draw: with the same weights the same answer. None: a new one.
-            show: called while the answer grows, with all that it says so far.
+            messages: the conversation so far; the last message is the user's.
+            seed: the same seed and weights give the same answer. None: a new seed.
+            show: called while the answer grows, with its whole text so far.
+
+        Returns:
+            The answer's text without private reasoning, and the prompt and answer as token ids.
         """
         prompt = self.tokenize.generation_prompt(messages)
         (sample,) = generate(
@@ -129,26 +142,26 @@ class ChatLearner:
         return self.tokenize.said(sample.ids, prompt), TokenizedInteraction(prompt, prompt, sample.ids)
 
     def new_seed(self) -> str:
-        """A seed for `answer` that no answer had before, as ``answers`` counts them."""
+        """Returns a seed for `answer` that this learner has not used before; it counts up ``answers``."""
         self.answers += 1
         return f"{self.config.seed}/{self.updates}/{self.answers}"
 
     def learn(
         self, messages: list[dict], completion_ids: Sequence[int], followup: str, before: ChatState | None = None
     ) -> dict[str, float]:
-        """One step on the answer's own tokens, and a checkpoint.
+        """Takes one optimizer step on the answer's tokens, and writes a checkpoint.
 
         Args:
             messages: the prompt that was answered.
-            completion_ids: the answer's tokens.
-            followup: the reaction to it.
-            before: the conversation that `conversation_before` gives back, to undo the update.
+            completion_ids: the answer's token ids.
+            followup: the user's reaction to the answer.
+            before: the conversation to restore when the update is undone; `conversation_before` returns it.
 
         Returns:
-            ``loss``, and ``signal``: the mean absolute log-ratio of the tokens that count, in nats.
+            ``loss``, and ``signal``: the mean absolute log-ratio of the trained tokens, in nats.
 
         Raises:
-            NonFiniteError: loss or gradient are not finite; the model is as before.
+            NonFiniteError: the loss or the gradient is not finite. The model is then as before.
         """
         item = self.tokenize(Interaction(messages, "", followup, f"update {self.updates + 1}"), completion_ids)
         figures = self.trainer.update([item])
@@ -156,15 +169,15 @@ class ChatLearner:
         return {"loss": figures["loss"], "signal": figures.get("sdpo/log_ratio_abs_mean", 0.0)}
 
     def conversation_before(self, update: int) -> ChatState | None:
-        """The conversation as it was before an update, where it was given to `learn`."""
+        """The conversation as it was before the update with this number; None if `learn` was given none."""
         path = Path(self._folder(update), CONVERSATION_FILE)
         return ChatState.from_file(path) if path.exists() else None
 
     def undo(self) -> int:
-        """Takes the last update back; returns the number of updates that are left.
+        """Takes the last update back, and returns the number of updates that are left.
 
         Raises:
-            ValueError: there is none, or its checkpoint is not kept any more.
+            ValueError: there is no update, or the checkpoint before it is not kept any more.
         """
         kept = self.checkpoints()
         if self.updates == 0:
@@ -222,7 +235,7 @@ class _Streamer:
 
 
 def log_update(folder: str, update: int, prompt: list[dict], completion: str, followup: str) -> None:
-    """Appends what was learned from, as `fastsdpo prepare` writes interactions."""
+    """Appends the interaction of an update to the log in `folder`, as a row like those of `fastsdpo prepare`."""
     row = {
         "prompt": prompt,
         "completion": {"role": "assistant", "content": completion},
@@ -235,7 +248,7 @@ def log_update(folder: str, update: int, prompt: list[dict], completion: str, fo
 
 
 def forget_updates(folder: str, update: int) -> None:
-    """Drops what was learned after an update from the log."""
+    """Removes the rows of all updates after the given one from the log in `folder`."""
     path = os.path.join(folder, LOG_FILE)
     with open(path, encoding="utf-8") as file:
         kept = [line for line in file if json.loads(line)["update"] <= update]

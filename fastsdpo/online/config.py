@@ -1,4 +1,4 @@
-"""`OnlineSDPOConfig`: the settings of `SDPOConfig`, and how answers are sampled."""
+"""`OnlineSDPOConfig`: the settings of `SDPOConfig`, and those of sampling answers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class OnlineSDPOConfig(OnlineSDPOSettings, SDPOConfig):
     answers each, asks the user about each answer, and trains on the interactions that have a
     follow-up. ``OnlineSDPOConfig.preset("paper", output_dir=...)`` is the published online recipe.
 
-    ``is_clip`` weighs tokens by ``min(p_student / p_sampling, is_clip)`` here: the answers' own
-    sampling-time probabilities, not the initial model's.
+    ``is_clip`` weighs tokens by ``min(p_student / p_sampling, is_clip)`` here. ``p_sampling`` is the
+    token's probability when the answer was sampled, not under the initial model as in `SDPOConfig`.
 
     Changed defaults of `SDPOConfig`: ``learning_rate=5e-6``,
     ``lr_scheduler_type="constant"``, ``warmup_steps=0``, ``max_grad_norm=1``,
@@ -56,17 +56,20 @@ class OnlineSDPOConfig(OnlineSDPOSettings, SDPOConfig):
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> OnlineSDPOConfig:
-        """A preset, and changes to it.
+        """Makes a config from a preset, with changes.
 
         Args:
-            name: "full" (matches the hindsight policy: the reverse KL over the whole vocabulary;
-                another objective than the paper's runs, see docs/objectives.md) or "paper" (the
-                published online recipe, own-answer hindsight:
-                sampled token, PPO clip 0.2, mean-centered advantages, learning rate 5e-6, constant,
-                16 prompts a step over all processes), "personal" (ours, for one user's wish: the
-                reverse KL to a frozen teacher with guidance 2, for a LoRA adapter of rank 16) or
-                "paper-later" (that of the code published later: reverse KL over the top 20 and the rest, one
-                interaction a batch, several steps on it, learning rate 5e-6; give it a LoRA of rank 256).
+            name: one of these presets.
+                "full" matches the hindsight policy: the reverse KL over the whole vocabulary. This objective
+                is not that of the paper's runs, see docs/objectives.md.
+                "paper" is the published online recipe for follow-ups to the model's own answers: sampled token,
+                PPO clip 0.2, mean-centered advantages, constant learning rate 5e-6, 16 prompts a step over all
+                processes.
+                "personal" is this package's own recipe for one user's wish: the reverse KL to a frozen
+                teacher with guidance 2, for a LoRA adapter of rank 16.
+                "paper-later" is the recipe of the code published later: the reverse KL over the top 20 tokens
+                and the rest, one interaction a batch, several steps on it, learning rate 5e-6. It needs a LoRA
+                adapter of rank 256.
             settings: as for `SDPOConfig.preset`.
         """
         if name not in PRESETS:
@@ -75,5 +78,5 @@ class OnlineSDPOConfig(OnlineSDPOSettings, SDPOConfig):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the initial model's distribution (without the follow-up) is used."""
+        """Whether training reads the initial model's distribution (without the follow-up)."""
         return self.reference_kl > 0

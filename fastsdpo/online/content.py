@@ -1,6 +1,6 @@
-"""What satisfaction alone does not show: whether an answer still speaks of its question.
+"""Checks whether an answer still speaks of its question, which the user's satisfaction alone does not show.
 
-A user who wants short answers is satisfied by "This is a good question.", and perplexity does not see it.
+A user who wants short answers is satisfied by "This is a good question.", and perplexity does not reveal it.
 The checks here count words. They do not tell a true answer from a false one.
 """
 
@@ -36,9 +36,9 @@ class Content(NamedTuple):
 
     Attributes:
         recall: share of the question's keywords that the answer holds; None where the question has none.
-        new: how many keywords of the answer are not the question's.
-        empty: whether there is no new keyword: the answer restates the question, or says nothing.
-        refuses: whether it refuses, apologizes or speaks of itself as a model.
+        new: how many keywords of the answer are not in the question.
+        empty: whether there is no new keyword, so that the answer restates the question or says nothing.
+        refuses: whether the answer refuses, apologizes or speaks of itself as a model.
     """
 
     recall: float | None
@@ -48,12 +48,12 @@ class Content(NamedTuple):
 
 
 def keywords(text: str) -> set[str]:
-    """The beginnings of the words of four letters and more, without `COMMON`."""
+    """Returns the beginnings of the words of four or more letters, without the common words in `COMMON`."""
     return {word[:STEM] for word in _WORD.findall(text.lower()) if word not in COMMON}
 
 
 def content(question: str, answer: str) -> Content:
-    """What an answer says of its question; both as text."""
+    """Counts the keywords that an answer shares with its question and those that it adds."""
     asked, said = keywords(question), keywords(answer)
     recall = len(asked & said) / len(asked) if asked else None
     new = len(said - asked)
@@ -62,12 +62,12 @@ def content(question: str, answer: str) -> Content:
 
 @torch.no_grad()
 def perplexity(model: Any, tokenizer: Any, conversations: list[list[dict]], *, max_tokens: int = 192) -> float:
-    """exp of the mean negative log-probability per token of conversations, in their chat template.
+    """Perplexity of conversations in their chat template: exp of the mean negative log-probability per token.
 
     Args:
         model: a causal LM of transformers.
         conversations: lists of messages with ``role`` and ``content``.
-        max_tokens: the first tokens of each conversation that count.
+        max_tokens: how many tokens of each conversation count, from its beginning.
     """
     training = model.training
     model.eval()

@@ -18,10 +18,10 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def degenerate(response: str) -> str | None:
-    """Why an answer is degenerate ("empty", "repetition"), or None.
+    """Says why an answer is degenerate: "empty", "repetition", or None if it is not.
 
-    Empty: no letter and no digit. Repetition: a word more than four times in a row, or more than half
-    of the 4-grams of words occurred before in the answer (from 12 words on).
+    An empty answer has no letter and no digit. A repetitive one has a word more than four times in a row, or
+    (from 12 words on) more than half of its 4-grams of words occur earlier in the answer.
     """
     if not any(c.isalnum() for c in response):
         return "empty"
@@ -40,12 +40,12 @@ def degenerate(response: str) -> str | None:
 
 
 class CollapseDetector:
-    """Watches a run: the share of degenerate answers, and the entropy, over the last interactions.
+    """Watches the share of degenerate answers and the entropy over the last interactions of a run.
 
     Args:
-        window: interactions looked at.
-        min_entropy_share: collapse is an entropy below this share of the first full window's.
-        max_share: of degenerate answers; None: never says stop.
+        window: how many of the last interactions are looked at.
+        min_entropy_share: an entropy below this share of the first full window's entropy is a problem.
+        max_share: a share of degenerate answers from here on is a problem; None: 0.5.
     """
 
     def __init__(self, *, window: int, min_entropy_share: float, max_share: float | None):
@@ -58,25 +58,25 @@ class CollapseDetector:
         self.answers.extend(degenerate(response) is not None for response in responses)
 
     def add_entropies(self, values: Sequence[float]) -> None:
-        """Entropy per token, nats, one value per answer."""
+        """Adds entropies per token in nats, one value per answer."""
         self.entropies.extend(values)
         if self.first_entropy is None and len(self.entropies) == self.window:
             self.first_entropy = sum(self.entropies) / self.window
 
     @property
     def share(self) -> float:
-        """Of degenerate answers in the window."""
+        """The share of degenerate answers in the window, 0 to 1."""
         return sum(self.answers) / max(1, len(self.answers))
 
     @property
     def entropy_share(self) -> float:
-        """The window's entropy over the first window's; 1 before there is one."""
+        """The window's mean entropy divided by that of the first full window; 1 before that window is full."""
         if self.first_entropy is None or self.first_entropy <= 0:
             return 1.0
         return sum(self.entropies) / len(self.entropies) / self.first_entropy
 
     def problem(self) -> str | None:
-        """What is wrong, or None; only once the window is full."""
+        """Says in words what is wrong, or None. Nothing is wrong before the window is full."""
         limit = 0.5 if self.max_share is None else self.max_share
         if len(self.answers) == self.window and self.share >= limit:
             return f"{self.share:.0%} of the last {self.window} answers are empty or repetitive"

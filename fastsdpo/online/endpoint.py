@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server: one client, many requests at once, failures counted."""
+"""A client of an OpenAI-compatible server that sends many requests at once and counts failures."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ logger = logging.getLogger("fastsdpo.online")
 
 
 def connect(url: str, *, timeout: float = 60.0, max_retries: int = 3, api_key: str | None = None) -> Any:
-    """`openai.OpenAI`, which retries timeouts, connection errors, 408, 409, 429 and 5xx with backoff.
+    """Makes an `openai.OpenAI` client. It retries timeouts, connection errors, 408, 409, 429 and 5xx with backoff.
 
     Args:
-        url: ``http://host:8000/v1``.
+        url: the server's address, such as ``http://host:8000/v1``.
         timeout: seconds per request.
-        api_key: None: ``OPENAI_API_KEY``, or none where the server wants none.
+        max_retries: how often a failed request is sent again.
+        api_key: the key; None: the environment's ``OPENAI_API_KEY``, or no key if that is not set.
 
     Raises:
         ImportError: the package openai is missing.
@@ -39,16 +40,16 @@ def connect(url: str, *, timeout: float = 60.0, max_retries: int = 3, api_key: s
 
 
 class ChatEndpoint:
-    """Chat completions, several at a time.
+    """Asks a server for chat completions, several at a time.
 
     Args:
         url, timeout, max_retries, api_key: as in `connect`.
-        model: the model's name there.
-        concurrency: most requests at once.
-        max_tokens, temperature: of the replies.
+        model: the model's name on the server.
+        concurrency: the most requests at once.
+        max_tokens, temperature: length limit in tokens and sampling temperature of the replies.
 
     Attributes:
-        failures: how many requests came to nothing, by kind of error, retries included.
+        failures: how many requests failed even after their retries, by kind of error.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class ChatEndpoint:
         self._lock = threading.Lock()
 
     def reply(self, messages: Sequence[dict]) -> str | None:
-        """The reply's text; None, counted and warned of the first time, where there is none."""
+        """Returns the reply's text, or None if there is none. Failures are counted; the first logs a warning."""
         try:
             answer = self.client.chat.completions.create(
                 model=self.model,
@@ -92,7 +93,7 @@ class ChatEndpoint:
         return text.strip()
 
     def replies(self, conversations: Sequence[Sequence[dict]]) -> list[str | None]:
-        """`reply` for each, in order."""
+        """Returns the `reply` to each conversation, in order."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(self.reply, conversations))
 

@@ -1,4 +1,4 @@
-"""Figures of the answers: their means over all processes, and the watch over degeneration."""
+"""Metrics of the sampled answers, averaged over all processes, and a callback that watches for degeneration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger("fastsdpo.online")
 
 
 class AnswerFigures:
-    """Means over the answers added, over all processes."""
+    """Collects metrics of answers, and averages them over all processes."""
 
     NAMES = (
         "response_length",
@@ -46,13 +46,13 @@ class AnswerFigures:
         self.values[name][1] += len(values)
 
     def add_answers(self, answers: Answers, end_ids: Sequence[int]) -> None:
-        """Length, whether the turn was ended, and whether the text is degenerate."""
+        """Adds each answer's length in tokens, whether its turn was ended, and whether its text is degenerate."""
         self.add("response_length", [len(sample.ids) for sample in answers.samples])
         self.add("ended", [sample.ids[-1] in end_ids for sample in answers.samples])
         self.add("degenerate", [degenerate(text) is not None for text in answers.texts])
 
     def add_content(self, prompts: Sequence[Sequence[dict]], texts: Sequence[str]) -> None:
-        """What the answers say of their questions: means of `fastsdpo.online.content.Content`."""
+        """Adds what each answer says of its question, see `fastsdpo.online.content.Content`."""
         found = [content(prompt[-1]["content"], text) for prompt, text in zip(prompts, texts)]
         self.add("keyword_recall", [one.recall for one in found if one.recall is not None])
         self.add("new_keywords", [one.new for one in found])
@@ -70,10 +70,10 @@ class AnswerFigures:
 
 
 class CollapseWatch(TrainerCallback):
-    """After each step: warns where the model degenerates, once for each kind; stops if that was asked for.
+    """Warns after a step if the model degenerates, once for each kind, and stops training if the settings say so.
 
     Attributes:
-        detector: what it has seen; part of a checkpoint.
+        detector: the `CollapseDetector` with the last answers; it is saved in checkpoints.
         stopped: why training was stopped, or None.
     """
 
@@ -92,7 +92,10 @@ class CollapseWatch(TrainerCallback):
         self.detector.add(gather_list(texts))
 
     def add_pass(self, interactions: int, statistics: TokenStatistics) -> None:
-        """-log p of a token drawn from p is an unbiased estimate of p's entropy."""
+        """Adds an estimate of the entropy per token from one forward pass.
+
+        For a token drawn from p, -log p is an unbiased estimate of p's entropy.
+        """
         counts = statistics.counts
         total = -(statistics.student_logps * counts).sum() / counts.sum().clamp(min=1)
         self._entropies.append((interactions, total.detach()))

@@ -1,4 +1,4 @@
-"""Where the answers of a run come from: `generate` on the weights here, or a server that is given them."""
+"""Samples the answers of a run: in the training processes, or on a server that receives the weights."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 class Generation:
-    """Answers with the trainer's weights as they are, in all processes at once.
+    """Samples answers with the trainer's current weights, in all processes at once.
 
-    Without a server each process answers its own prompts; what FSDP2 has divided is whole in each of them
-    meanwhile. With one, the first process hands over the weights where they have changed since it last did.
+    Without a server each process answers its own prompts; weights that FSDP2 has sharded are gathered in each
+    process for that time. With a server, the weights are sent to it if they have changed since the last time.
 
     Raises:
-        ValueError: the server cannot be given these weights.
-        NotImplementedError: the weights are in parts that cannot be sampled from.
-        ImportError, ConnectionError: as `ServerSampler` and `WeightTransfer`.
+        ValueError: the server cannot take these weights.
+        NotImplementedError: the weights are sharded in a way that cannot be sampled from.
+        ImportError, ConnectionError: as for `ServerSampler` and `WeightTransfer`.
     """
 
     def __init__(self, trainer: OnlineSDPOTrainer):
@@ -85,7 +85,7 @@ class Generation:
         return self.server.sample(prompts, seed=random.Random(seed).getrandbits(31), **drawing) if prompts else []
 
     def give_weights(self) -> None:
-        """The server answers with the weights of now; all processes must call it."""
+        """Sends the current weights to the server if they have changed. All processes must call it."""
         trainer, step = self.trainer, self.trainer.state.global_step
         if trainer.args.generation_sync == "none" or step == self._given:
             return

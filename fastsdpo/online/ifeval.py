@@ -1,8 +1,8 @@
 """IFEval (https://arxiv.org/abs/2311.07911): prompts whose instructions a program checks, without a judge.
 
-The prompts are public (Apache-2.0, 541 of them) and not in this package. The checkers are those of the package
-`if-verifiable`, which has them as published. An answer is checked strictly, and loosely: as it is, without
-its first line, its last line or both, and each of these without asterisks.
+The 541 prompts are public (Apache-2.0) and not in this package. The checkers come from the package
+`if-verifiable`, which has them as published. An answer is checked strictly (as it is) and loosely: it passes
+if it passes as it is, without its first line, its last line or both, or any of these without asterisks.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Share(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What the answers of one model reach.
+    """The scores of one model's answers.
 
     Attributes:
         prompts, instructions: how many were checked.
-        prompt_strict, prompt_loose: shares of prompts of which all instructions are followed.
-        instruction_strict, instruction_loose: shares of instructions that are followed.
+        prompt_strict, prompt_loose: the shares of prompts with all instructions followed.
+        instruction_strict, instruction_loose: the shares of instructions that are followed.
     """
 
     prompts: int
@@ -64,10 +64,11 @@ class Scores(NamedTuple):
 
 
 def read_samples(path: str | os.PathLike) -> list[Task]:
-    """The prompts of a file of JSON Lines as published.
+    """Reads the published prompts from a JSON Lines file.
 
     Raises:
-        OSError, ValueError: not readable, with file and line; where there is no such file, with the address.
+        OSError: the file cannot be read. If it does not exist, the text names the address to get it from.
+        ValueError: a line is not such a prompt; the text names file and line.
     """
     path = Path(path)
     if not path.is_file():
@@ -92,14 +93,14 @@ def read_samples(path: str | os.PathLike) -> list[Task]:
 
 
 def spread(samples: Sequence[Task], limit: int | None) -> list[Task]:
-    """``limit`` of them, evenly spaced; all where it is None or larger."""
+    """Picks ``limit`` of the samples, evenly spaced; all if ``limit`` is None or not smaller than their number."""
     if limit is None or limit >= len(samples):
         return list(samples)
     return [samples[index * len(samples) // limit] for index in range(limit)]
 
 
 def checkable(samples: Sequence[Task]) -> tuple[list[Task], list[str]]:
-    """The samples that can be checked here, and the instructions that cannot: they need data of NLTK.
+    """Returns the samples that can be checked here, and the instructions that cannot since NLTK's data is missing.
 
     Raises:
         ImportError: the package if-verifiable is not installed.
@@ -120,11 +121,11 @@ def checkable(samples: Sequence[Task]) -> tuple[list[Task], list[str]]:
 
 
 def check(sample: Task, answer: str) -> list[tuple[bool, bool]]:
-    """Of each instruction, whether the answer follows it strictly and loosely.
+    """Checks an answer: one pair (followed strictly, followed loosely) for each instruction of the sample.
 
     Raises:
-        LookupError: an instruction needs data of NLTK that is not here.
-        ValueError: an instruction that the checkers do not know.
+        LookupError: an instruction needs data of NLTK that is not installed.
+        ValueError: the checkers do not know an instruction.
     """
     import langdetect
     from if_verifiable import evaluate_output_for_sample
@@ -138,7 +139,7 @@ def check(sample: Task, answer: str) -> list[tuple[bool, bool]]:
 
 
 def scores(verdicts: Sequence[Sequence[tuple[bool, bool]]]) -> Scores:
-    """The four figures of the benchmark, from `check` of every answer."""
+    """Computes the benchmark's four scores from the `check` results of all answers."""
     return Scores(
         len(verdicts),
         sum(map(len, verdicts)),

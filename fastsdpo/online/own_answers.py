@@ -1,12 +1,12 @@
-"""The model's own answers to held-out questions: before training with and without the follow-up, and after it.
+"""Samples the model's own answers to held-out questions: before training with and without the follow-up, and after.
 
-Before training they tell whether there is anything to learn (headroom): does the model answer a follow-up better
-when it is in context? There is no judge here. Without a rule the model's own probabilities stand in for one: an
-answer y fits a follow-up o by
+The answers before training tell whether there is anything to learn (the headroom): does the model do what a
+follow-up asks if the follow-up is in its context? No judge is asked. If there is no rule to check, the model's own
+probabilities measure how well an answer y fits a follow-up o:
 
     c(y) = log p(y | x, o) - log p(y | x, o')        mean per token, o' a follow-up of another conversation
 
-which says that the model reacts to what o says, not that the user would be content.
+A positive value says that the model reacts to what o says, not that the user would be content.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ logger = logging.getLogger("fastsdpo.online")
 
 
 class OwnAnswers(TrainerCallback):
-    """Answers the first held-out questions when training begins, and again when `after` is called.
+    """Has the model answer the first held-out questions when training begins, and again when `after` is called.
 
-    The likeliest token each time. Several processes share the questions. A run that goes on reads what was
-    answered before from the file.
+    Decoding is greedy. Several processes share the questions. A resumed run reads the earlier answers from
+    the file.
 
     Args:
         trainer: an `SDPOTrainer` whose held-out data came as text.
-        path: the file, JSON.
-        rule: what an answer should be like, where it is known.
+        path: the JSON file for the answers.
+        rule: a check of the answers; None: no rule is known.
 
     Attributes:
-        rows: one per question; None before training, or where there is nothing to answer.
+        rows: one dict per question; None before training, or if there is nothing to answer.
     """
 
     def __init__(self, trainer: Any, path: Path, rule: Rule | None = None):
@@ -123,7 +123,7 @@ class OwnAnswers(TrainerCallback):
     # ---------------------------------------------------------------------------------- in words
 
     def headroom(self) -> list[str]:
-        """Lines: in how many questions the own answer fits the follow-up better with it in context."""
+        """Returns lines for people: for how many questions the answer fits better with the follow-up in context."""
         if not self.rows:
             return []
         count = len(self.rows)
@@ -140,7 +140,7 @@ class OwnAnswers(TrainerCallback):
         return lines
 
     def changes(self, shown: int = 3) -> list[str]:
-        """Lines: the rule before and after, and the first answers side by side."""
+        """Returns lines for people: how often the rule holds before and after, and the first answers side by side."""
         if not self.rows or "after" not in self.rows[0]:
             return []
         lines = []

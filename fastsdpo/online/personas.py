@@ -1,6 +1,6 @@
-"""Users by name: the five profiles of https://arxiv.org/abs/2603.12273 that it describes in full.
+"""Named users: the five profiles that https://arxiv.org/abs/2603.12273 describes in full.
 
-The wishes are the paper's, the words are ours; a file with other words is given as ``@FILE``.
+The wishes are the paper's, the wording is this package's. ``@FILE`` takes another wording from a file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PERSONAS = {
 
 
 def read_persona(given: str) -> str:
-    """The persona of a name in `PERSONAS`, the text of ``@FILE``, or the text itself."""
+    """Returns a persona's text: of a name in `PERSONAS`, of the file in ``@FILE``, or the given text itself."""
     if given.startswith("@"):
         return Path(given[1:]).read_text("utf-8-sig").strip()
     return PERSONAS.get(given, given)

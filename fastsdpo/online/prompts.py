@@ -1,4 +1,4 @@
-"""What users ask: a dataset of prompts, and the order in which they are asked."""
+"""Datasets of users' prompts, and the order in which training takes them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fastsdpo.data.loading import SUFFIXES, is_data, read_records
 
 
 class PromptDataset(Dataset):
-    """Prompts as message lists; ``dataset[i]`` is ``(i, messages)``, ``dataset[None]`` None.
+    """A dataset of prompts as message lists. ``dataset[i]`` is ``(i, messages)``; ``dataset[None]`` is None.
 
     Args:
-        prompts: each a user's message (text), a list of messages that ends with a user's, or a mapping
-            with ``prompt`` of either kind (an interaction's row is one: its answer is ignored; a system
-            prompt beside it, ``system``, is its first message), or an `Interaction`.
-        name: the argument, in messages.
-        system: a system prompt, the first message of each prompt.
+        prompts: each is a user's message (text), a list of messages that ends with a user's, a mapping with
+            ``prompt`` of either kind, or an `Interaction`. A row with an interaction is such a mapping: its
+            answer is ignored. A system prompt beside the prompt (``system``) becomes its first message.
+        name: what error messages call this argument.
+        system: a system prompt, which becomes the first message of each prompt.
 
     Raises:
-        TypeError, ValueError: a prompt is none of these, or has another system prompt than `system`; the text
+        TypeError, ValueError: a prompt is none of these, or has a system prompt other than `system`; the text
             says which.
     """
 
@@ -39,14 +39,18 @@ class PromptDataset(Dataset):
 
     @classmethod
     def from_source(cls, source: Any, name: str, system: str | None = None) -> PromptDataset:
-        """A dataset of this kind, a collection of prompts, or a file: rows with ``prompt``, or lines of text.
+        """Makes a dataset from a collection of prompts, or from a file with rows (``prompt``) or lines of text.
 
-        Rows are in any file that `load_conversations` reads (JSON Lines, a JSON array, Parquet, ...), or
-        JSON in a file of text. Text is UTF-8, in a file that ends in ``.txt`` or has no ending. `system` is
-        that of the class; a dataset of this kind stays as it is.
+        Rows can be in any file that `load_conversations` reads (JSON Lines, a JSON array, Parquet, ...), or
+        be JSON in a text file. A text file is UTF-8; its name ends in ``.txt`` or has no ending.
+        A `PromptDataset` is returned as it is.
+
+        Args:
+            source: the collection, the file's path, or a `PromptDataset`.
+            name, system: as for the class.
 
         Raises:
-            OSError, TypeError, ValueError, ImportError: not readable, with file and line.
+            OSError, TypeError, ValueError, ImportError: the source cannot be read; the text names file and line.
         """
         if isinstance(source, cls):
             return source
@@ -150,9 +154,9 @@ def _opens_json(lines: list[str]) -> bool:
 
 
 class PromptSampler(Sampler):
-    """Shuffled prompts in steps of `step` prompts, each step `repeats` times; filled up with None.
+    """Shuffles prompts and yields them in steps of `step` prompts, each step `repeats` times.
 
-    The order depends on ``seed`` and the epoch only.
+    The last step is filled up with None. The order depends on ``seed`` and the epoch only.
     """
 
     def __init__(self, size: int, *, step: int, repeats: int = 1, seed: int = 0, shuffle: bool = True):
@@ -177,5 +181,5 @@ class PromptSampler(Sampler):
 
 
 def collate_prompts(items: list[tuple[int, list[dict]] | None]) -> dict[str, list]:
-    """A micro-batch: its prompts, without the fill."""
+    """Makes a micro-batch of prompts, without the Nones that fill up a step."""
     return {"prompts": [item for item in items if item is not None]}

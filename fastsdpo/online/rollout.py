@@ -21,11 +21,12 @@ Messages = list[dict]
 
 @dataclass(frozen=True)
 class SampledInteraction(TokenizedInteraction):
-    """A tokenized interaction and, where the loss needs them, its numbers of sampling time.
+    """A tokenized interaction with the numbers from its sampling that some losses need.
 
     Attributes:
-        old_logps: per token of the completion; None: those of the model as it is.
-        advantages: the same, teacher's minus student's.
+        old_logps: log-probability at sampling time of each completion token, in nats; None: the current model's.
+        advantages: teacher's minus student's log-probability of each completion token, in nats; None: computed
+            from the current model.
     """
 
     old_logps: tuple[float, ...] | None = None
@@ -42,10 +43,12 @@ class Answers(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Attributes:
-    micro_batches: the interactions that have a follow-up.
-    rows: every answer, as `fastsdpo prepare` writes interactions.
-    answers: the same answers.
+    """The result of `roll_out`.
+
+    Attributes:
+        micro_batches: the interactions that have a follow-up, by micro-batch.
+        rows: every answer, as a row like those of `fastsdpo prepare`.
+        answers: the same answers with their samples.
     """
 
     micro_batches: list[list[SampledInteraction]]
@@ -63,13 +66,16 @@ def roll_out(
     number: int,
     step: int,
 ) -> Rollout:
-    """Answers the prompts, asks the user about each answer, and tokenizes what came of it.
+    """Answers the prompts, asks the user about each answer, and tokenizes the interactions with a follow-up.
 
     Args:
-        micro_batches: prompts with their index in the dataset.
-        sample: answers per prompt, as token ids.
-        number: of the rollout, in the interactions' ids.
-        step: optimizer steps taken so far, for the rows.
+        micro_batches: lists of ``(index in the dataset, messages)``.
+        sample: takes prompts as token ids, and returns one answer for each.
+        tokenize: turns an interaction into token ids.
+        user: who reacts to the answers.
+        answers_per_prompt: how many answers each prompt gets.
+        number: the rollout's number, which becomes part of the interactions' ids.
+        step: the number of optimizer steps so far, which the rows record.
     """
     asked = [
         (micro, index, messages)
@@ -104,7 +110,7 @@ def roll_out(
 
 
 def read_rows(path: str | os.PathLike, last_step: int) -> list[str]:
-    """The lines of a file of rows up to a step, without what the end of a run has cut off."""
+    """Returns the lines of a file of rows up to a step. A line that a killed run has cut off is left out."""
     kept = []
     with open(path, encoding="utf-8") as file:
         for line in file:
@@ -118,7 +124,7 @@ def read_rows(path: str | os.PathLike, last_step: int) -> list[str]:
 
 
 class RowFiles:
-    """The files of rows in the output folder; nothing is written where ``enabled`` is off."""
+    """Writes files of rows to the output folder. If ``enabled`` is off, it writes nothing."""
 
     def __init__(self, folder: str | os.PathLike, *, enabled: bool):
         self.folder, self.enabled = folder, enabled
@@ -131,7 +137,7 @@ class RowFiles:
                 file.write(text)
 
     def keep(self, name: str, last_step: int) -> None:
-        """Cuts a file to its rows up to a step."""
+        """Removes the rows of all steps after `last_step` from a file."""
         path = os.path.join(self.folder, name)
         if not self.enabled or not os.path.exists(path):
             return

@@ -1,6 +1,6 @@
-"""What a rule-based user wants of an answer: checks with a sentence that asks for it.
+"""Rules of a rule-based user: each checks an answer, and has a sentence with which the user asks for it.
 
-``parse_rule("max_words=20")`` makes one from text, for command lines and files.
+``parse_rule("max_words=20")`` makes a rule from text, for command lines and files.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _MARKDOWN = re.compile(r"^\s*(?:#{1,6}\s|[-*•]\s|\d+[.)]\s|```|\|.*\|)|\*\*|__
 
 
 def words(text: str) -> int:
-    """Words, as white space separates them."""
+    """Counts the words, as white space separates them."""
     return len(text.split())
 
 
 def sentences(text: str) -> int:
-    """Sentences; a rest without its full stop counts as one.
+    """Counts the sentences. Text after the last full stop counts as one.
 
-    List items and lines of their own count too: white space that contains a line break separates.
+    A line break separates too, so that list items and lines of their own count.
     """
     count = 0
     for line in text.splitlines():
@@ -37,12 +37,12 @@ def sentences(text: str) -> int:
 
 @dataclass(frozen=True)
 class Rule:
-    """One wish.
+    """One wish of a user.
 
     Attributes:
-        name: as `parse_rule` takes it.
-        holds: whether an answer fulfils it.
-        wish: what the user says where it does not.
+        name: the text that `parse_rule` takes.
+        holds: a function that tells whether an answer fulfils the wish.
+        wish: what the user says if the answer does not.
     """
 
     name: str
@@ -123,7 +123,7 @@ def case(kind: str) -> Rule:
 
 
 def form(kind: str) -> Rule:
-    """Format: json, list, or plain (no Markdown)."""
+    """The answer has a format: json, list, or plain (no Markdown)."""
     checks: dict[str, tuple[Callable[[str], bool], str]] = {
         "json": (_is_json, "Please answer in valid JSON only."),
         "list": (lambda text: len(_LIST_ITEM.findall(text)) >= 2, "Please answer with a list."),
@@ -154,7 +154,7 @@ LANGUAGES = {
 
 
 def language(code: str) -> Rule:
-    """The answer is in a language; told by the package langdetect, with a fixed seed."""
+    """The answer is in a language (such as "de"). The package langdetect detects it, with a fixed seed."""
     try:
         import langdetect
     except ImportError as error:
@@ -210,7 +210,7 @@ EXAMPLES = (
 
 
 def describe() -> str:
-    """The rules by example, one a line, with the wish that each would voice."""
+    """Lists an example of each rule, one a line, with the sentence that its user would say."""
     lines = []
     for example in EXAMPLES:
         try:
@@ -221,10 +221,10 @@ def describe() -> str:
 
 
 def parse_rule(text: str) -> Rule:
-    """``name=value`` of `RULES`.
+    """Makes a rule from ``name=value``; the names are the keys of `RULES`.
 
     Raises:
-        ValueError: no such rule, or not its value; the text says which.
+        ValueError: there is no such rule, or the value does not fit it; the text says which.
         ImportError: the rule needs a package that is missing.
     """
     name, equals, value = text.partition("=")

@@ -1,4 +1,4 @@
-"""Answers drawn from the model: by `generate` here, or by a server that holds its weights."""
+"""Draws answers from the model: in this process (`generate`), or on a server that holds its weights."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Sample(NamedTuple):
     """One answer.
 
     Attributes:
-        ids: its tokens, with the end-of-turn token unless it was cut.
-        logps: ``[tokens]`` log-probabilities at sampling time, where the sampler gives them.
+        ids: its T token ids, with the end-of-turn token unless the answer was cut.
+        logps: ``[T]`` log-probabilities at sampling time in nats; None if the sampler does not give them.
     """
 
     ids: list[int]
@@ -49,20 +49,21 @@ def generate(
     seed: str | None = None,
     streamer: Any = None,
 ) -> list[Sample]:
-    """One answer per prompt, from the model's whole distribution (no top-k, top-p or penalties).
+    """Draws one answer per prompt from the model's whole distribution (no top-k, top-p or penalties).
 
     Args:
         model: a causal LM of transformers, unwrapped.
         prompts: token ids, each with its generation prompt.
-        temperature: 0: the likeliest token. None: as the model's own generation config has it, with
-            its top-k, top-p and penalties; where that does not sample, 0.7.
-        end_ids: tokens that end an answer; `InteractionTokenizer.end_ids`.
-        batch_size: prompts at once, padded on the left; None: all.
-        seed: of the draws, which then depend on nothing else; None: torch's generator.
-        streamer: gets the tokens of one prompt's answer as they are drawn, as `transformers` has it.
+        max_new_tokens: the most tokens of an answer.
+        temperature: 0 takes the likeliest token. None follows the model's own generation config, with
+            its top-k, top-p and penalties; if that config does not sample, the temperature is 0.7.
+        end_ids: the tokens that end an answer, see `InteractionTokenizer.end_ids`.
+        batch_size: how many prompts run at once, padded on the left; None: all.
+        seed: makes the draws repeatable; None: torch's global generator draws.
+        streamer: a streamer of `transformers`, which gets the tokens of one prompt's answer as they are drawn.
 
     Returns:
-        samples in the order of `prompts`, cut after the first of `end_ids`.
+        Samples in the order of `prompts`, cut after the first of `end_ids`.
     """
     from transformers import GenerationConfig
 
@@ -111,7 +112,7 @@ def generate(
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """``(ids, mask)``, ``[prompts, longest]`` int64."""
+    """Pads prompts on the left; returns ``(ids, mask)``, both ``[B, longest prompt]`` int64."""
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad_id)
     mask = torch.zeros_like(ids)
@@ -122,7 +123,7 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
 
 
 def cut(ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
-    """Up to and with the first end token."""
+    """Returns the ids up to and including the first end token."""
     for index, token in enumerate(ids):
         if token in end_ids:
             return list(ids[: index + 1])
@@ -130,15 +131,15 @@ def cut(ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
 
 
 class ServerSampler:
-    """Samples from a vLLM server through its OpenAI-compatible API.
+    """Draws answers on a vLLM server through its OpenAI-compatible API.
 
-    The server is asked for token ids (``return_token_ids``, vLLM 0.10.2 and later) and the
-    log-probabilities it drew them with, so what is trained on is what was sampled. The trained adapter
-    is loaded into it with ``/v1/load_lora_adapter``, which needs ``--enable-lora`` and
-    ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`` there, and a folder that both machines see.
+    The server returns token ids (``return_token_ids``, vLLM 0.10.2 and later) and the log-probabilities
+    with which it drew them, so that training sees exactly what was sampled. ``/v1/load_lora_adapter`` loads
+    the trained adapter into the server. That needs ``--enable-lora`` and
+    ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`` on the server, and a folder that both machines see.
 
     Args:
-        url: ``http://host:8000/v1``.
+        url: the server's address, such as ``http://host:8000/v1``.
         model: the served model's name; None: the first that the server lists.
         folder: where adapters are written for the server.
 
@@ -170,8 +171,9 @@ class ServerSampler:
         """Writes the adapter and has the server answer with it from now on.
 
         Args:
-            model: PEFT's.
-            values: the adapter's parameters by their names in ``model``, whole.
+            model: a PEFT model with the adapter.
+            name: what the server is to call the adapter.
+            values: the adapter's whole (not sharded) parameters, by their names in ``model``.
 
         Raises:
             ConnectionError: the server refuses it.
@@ -186,7 +188,7 @@ class ServerSampler:
             self.client.post("/unload_lora_adapter", body={"lora_name": before}, cast_to=str)
 
     def use_adapter(self, name: str) -> None:
-        """Answers come from this adapter from now on, which another process may have loaded."""
+        """Takes answers from this adapter from now on. Another process may have loaded it."""
         self._loaded = name
 
     def sample(
@@ -198,11 +200,13 @@ class ServerSampler:
         end_ids: Sequence[int],
         seed: int | None = None,
     ) -> list[Sample]:
-        """One answer per prompt, from the model's whole distribution.
+        """Draws one answer per prompt from the model's whole distribution.
 
         Args:
-            temperature: None: as the server has it, from the model's own generation config, with its
-                top-k, top-p and penalties.
+            prompts, max_new_tokens, end_ids: as for `generate`.
+            temperature: None leaves it to the server, which follows the model's own generation config with
+                its top-k, top-p and penalties.
+            seed: makes the draws repeatable; None: the server chooses.
 
         Raises:
             ConnectionError: the server refuses such prompts.

@@ -1,4 +1,4 @@
-"""What a person types at the terminal, message by message."""
+"""Reads what a person types at the terminal, message by message."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PASTE_SECONDS = 0.1  # the lines of a paste follow each other faster
 
 
 def is_terminal() -> bool:
-    """Whether a person types and looks on: standard input and output are both a terminal."""
+    """Whether standard input and output are both a terminal, so that a person types and reads."""
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
@@ -45,10 +45,13 @@ class MessageReader:
         self.session = _make_session(history, commands or {}, status) if is_terminal() else None
 
     def read(self, question: str = "") -> str | None:
-        """One message; its lines are joined by ``"\\n"``. None at the end of the input (Ctrl-D).
+        """Reads one message; its lines are joined by ``"\\n"``. Returns None at the end of the input (Ctrl-D).
+
+        Args:
+            question: shown before the input.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C. At a terminal it first drops what was typed.
+            KeyboardInterrupt: on Ctrl-C. At a terminal the first Ctrl-C only drops what was typed.
         """
         try:
             if self.session is None:
@@ -115,7 +118,7 @@ def _make_keys() -> Any:
 
 @contextlib.contextmanager
 def interrupt(handler: object) -> Iterator[None]:
-    """Another handler of Ctrl-C within the block; none outside the main thread, which has no signals."""
+    """Handles Ctrl-C by `handler` within the block; does nothing outside the main thread, which alone gets signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -129,7 +132,7 @@ def interrupt(handler: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unechoed() -> Iterator[None]:
-    """Keys typed between two questions are not shown in the middle of what is printed; the next question gets them.
+    """Hides keys typed within the block, so that they do not mix with the output; the next question gets them.
 
     Does nothing where standard input is no terminal, and on Windows.
     """
@@ -153,10 +156,10 @@ def unechoed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block, so that what is in it happens whole.
+    """Makes Ctrl-C wait for the end of the block, so that the block runs whole.
 
     Raises:
-        KeyboardInterrupt: after the block, if there was one.
+        KeyboardInterrupt: after the block, if Ctrl-C was pressed in it.
     """
     received = []
     with interrupt(lambda *_: received.append(True)):

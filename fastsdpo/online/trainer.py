@@ -48,11 +48,11 @@ class OnlineSDPOTrainer(StepTrainer):
         user: who reacts to the answers.
         train_dataset: prompts: texts, message lists, rows with ``prompt``, or a file of these.
         eval_dataset: held-out prompts. Evaluation answers them (``eval_temperature``) and reports
-            length, degenerate answers and, where the user has ``satisfied``, its share.
+            length, degenerate answers and, if the user has ``satisfied``, the share of satisfied answers.
         processing_class, peft_config, callbacks, optimizers: as for `SDPOTrainer`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `SDPOTrainer`, and where answers cannot be sampled
+        TypeError, ValueError, NotImplementedError: as for `SDPOTrainer`, and if answers cannot be sampled
             (`fastsdpo.online.generation.Generation`).
     """
 
@@ -97,7 +97,7 @@ class OnlineSDPOTrainer(StepTrainer):
 
     @property
     def degenerate_stop(self) -> str | None:
-        """Why training was stopped as the model degenerates, or None."""
+        """The reason if training was stopped because the model degenerated, or None."""
         return self.collapse.stopped
 
     # ---------------------------------------------------------------------------------- prompts
@@ -111,7 +111,7 @@ class OnlineSDPOTrainer(StepTrainer):
 
     @property
     def step_prompts(self) -> int:
-        """How many prompts one optimizer step takes, all processes."""
+        """How many prompts one optimizer step takes, over all processes."""
         args = self.args
         return self._train_batch_size * args.world_size * args.gradient_accumulation_steps
 
@@ -142,12 +142,12 @@ class OnlineSDPOTrainer(StepTrainer):
 
     @property
     def interactions(self) -> int:
-        """How many answers users were asked about when the current batch began, all processes."""
+        """How many answers users had been asked about when the current batch began, over all processes."""
         batch = self.state.global_step // self.args.updates_per_batch
         return batch * self.step_prompts * self.args.num_generations
 
     def prepare_batches(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Samples answers and asks the user, or takes the last answers again (updates_per_batch)."""
+        """Samples answers and asks the user, or uses the last answers once more (`updates_per_batch`)."""
         number = self.state.global_step // self.args.updates_per_batch
         if number != self._rollout_of or len(self._rollout) != len(batches):
             self._rollout = self.roll_out([batch["prompts"] for batch in batches], number)
@@ -157,7 +157,7 @@ class OnlineSDPOTrainer(StepTrainer):
     def roll_out(
         self, micro_batches: list[list[tuple[int, list[dict]]]], number: int
     ) -> list[list[SampledInteraction]]:
-        """The interactions of one batch of prompts; see `fastsdpo.online.rollout`."""
+        """Returns the interactions of one batch of prompts, by micro-batch; see `fastsdpo.online.rollout`."""
         if hasattr(self.user, "at"):
             self.user.at(self.interactions)
         found, rows, answers = roll_out(
@@ -180,10 +180,11 @@ class OnlineSDPOTrainer(StepTrainer):
         return found
 
     def sample(self, prompts: list[list[int]], number: int) -> list[Sample]:
-        """One answer per prompt, from the server or from the model here.
+        """Draws one answer per prompt, on the server or from the model here.
 
         Args:
-            number: of the rollout; the draws depend on it and on the seed.
+            prompts: token ids, each with its generation prompt.
+            number: the rollout's number; the draws depend on it and on the seed.
         """
         args = self.args
         return self.generation(
@@ -253,7 +254,7 @@ class OnlineSDPOTrainer(StepTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Answers to held-out prompts: length, content, degenerate share and, where known, satisfaction."""
+        """Answers held-out prompts; reports length, content, degenerate share and, if known, satisfaction."""
         figures = AnswerFigures()
         rows: list[dict] = []
         if hasattr(self.user, "at"):
@@ -279,10 +280,11 @@ class OnlineSDPOTrainer(StepTrainer):
         return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))  # type: ignore[arg-type]
 
     def evaluate_told(self, followup: str) -> dict[str, float]:
-        """Held-out figures where every prompt holds a follow-up, as the teacher reads it.
+        """Evaluates with the same follow-up in every held-out prompt, as the teacher reads it.
 
-        What the model does when it is told: with a user's wish, the headroom of training; with a remark about
-        something else, what any text in the prompt does. Both are in ``eval_answers.jsonl`` (``told``).
+        The result shows what the model does when it is told. With a user's wish, that is the headroom of training;
+        with a remark about something else, the effect of any text in the prompt. ``eval_answers.jsonl`` has the
+        answers, with the follow-up as ``told``.
         """
         self._told = followup
         try:
@@ -291,11 +293,12 @@ class OnlineSDPOTrainer(StepTrainer):
             self._told = None
 
     def held_out_answers(self, prompts: list[list[dict]], number: int = 0, told: str | None = None) -> Answers:
-        """Answers to prompts at ``eval_temperature``.
+        """Answers prompts at ``eval_temperature``.
 
         Args:
-            number: of the batch, for the draws.
-            told: a follow-up in every prompt, as the teacher reads it.
+            prompts: message lists.
+            number: the batch's number; the draws depend on it.
+            told: a follow-up to put into every prompt, as the teacher reads it; None: none.
         """
         args, tokenize = self.args, self.tokenize
         starts = [tokenize.generation_prompt(messages) for messages in prompts]
@@ -346,12 +349,12 @@ class OnlineSDPOTrainer(StepTrainer):
             self._rollout = [[SampledInteraction(**item) for item in batch] for batch in state["rollout"]]
 
     def forget_after(self, step: int) -> None:
-        """Drops what the output folder's files tell of later steps: a resumed run repeats them."""
+        """Removes later steps from the files in the output folder, since a resumed run repeats them."""
         self.files.keep(INTERACTIONS_FILE, step - 1)
         self.files.keep(ANSWERS_FILE, step)
 
     def forget_answers(self, step: int) -> None:
-        """Drops held-out answers of this step and later ones, before they are given again."""
+        """Removes the held-out answers of this step and later ones, since they are about to be given again."""
         self.files.keep(ANSWERS_FILE, step - 1)
 
 

@@ -1,10 +1,10 @@
-"""Users that answer the model: by rule, by language model, by endpoint, at the terminal.
+"""Users that react to the model's answers: by rule, by language model, by endpoint, or at the terminal.
 
 A user is anything with ``feedback(prompts, responses) -> list[str]``. It may also have
 
-    satisfied(prompts, responses) -> list[bool]    reported as satisfaction
-    at(interactions)                               told before each batch how many answers users were
-                                                   asked about so far, over all processes
+    satisfied(prompts, responses) -> list[bool]    whether each answer is liked; the share is reported
+    at(interactions)                               called before each batch with the number of answers
+                                                   users were asked about so far, over all processes
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Messages = list[dict]
 
 
 class UserSimulator(Protocol):
-    """Who reacts to answers. Any object with this method can be the user of `OnlineSDPOTrainer`."""
+    """Reacts to answers. Any object with this method can be the user of `OnlineSDPOTrainer`."""
 
     def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
-        """Says what the user says next.
+        """Returns what the user says next.
 
         Args:
             prompts: N message lists; each ends with a user's message.
@@ -40,10 +40,10 @@ class UserSimulator(Protocol):
 
 
 def ask(user: Any, prompts: list[Messages], responses: list[str]) -> list[str | None]:
-    """The user's follow-ups, checked: one text (or None) per answer.
+    """Asks the user for follow-ups, and checks them: one text (or None) per answer.
 
     Raises:
-        TypeError, ValueError: the simulator broke its contract.
+        TypeError, ValueError: the user returned something other than one text or None per answer.
     """
     followups = user.feedback(prompts, responses) if prompts else []
     if not isinstance(followups, Sequence) or isinstance(followups, str):
@@ -62,12 +62,12 @@ def ask(user: Any, prompts: list[Messages], responses: list[str]) -> list[str | 
 
 
 class RuleUser:
-    """A user with fixed wishes: deterministic, and it knows whether it got them.
+    """A deterministic user with fixed wishes, who knows whether an answer fulfils them.
 
     Args:
         rules: `Rule` objects or texts like ``"max_words=20"`` (`fastsdpo.online.rules.RULES`).
-        wish: said where any rule is broken; None: the wishes of the rules that are broken.
-        praise: said where none is; None: nothing, so that nothing is learned from it.
+        wish: what the user says if any rule is broken; None: the wishes of the broken rules.
+        praise: what the user says if no rule is broken; None: nothing, so that the answer is not learned from.
     """
 
     def __init__(self, rules: Sequence[Rule | str], *, wish: str | None = None, praise: str | None = None):
@@ -78,7 +78,7 @@ class RuleUser:
 
     @property
     def wishes(self) -> str:
-        """All that it wants, as it would say it."""
+        """All that the user wants, in the user's words."""
         return self.wish or " ".join(rule.wish for rule in self.rules)
 
     def satisfied(self, prompts: list[Messages], responses: list[str]) -> list[bool]:
@@ -96,7 +96,7 @@ class RuleUser:
 
 
 class ConstantUser:
-    """Says the same whatever the answer; as a control, something unrelated to it."""
+    """A user who says the same whatever the answer is. As a control, the text is unrelated to the answer."""
 
     def __init__(self, text: str | Sequence[str]):
         self.texts = [text] if isinstance(text, str) else list(text)
@@ -117,10 +117,10 @@ UNRELATED = (
 
 
 class UnrelatedUser:
-    """A control: where another user would say something, this one speaks of something else.
+    """A control: whenever another user would say something, this one speaks of something else.
 
     Args:
-        user: who decides about which answers something is said, and reports satisfaction.
+        user: the other user, who decides which answers get a follow-up and reports satisfaction.
     """
 
     def __init__(self, user: Any):
@@ -139,10 +139,10 @@ class UnrelatedUser:
 
 
 class SwitchingUser:
-    """Another user from a given interaction on: a preference that changes.
+    """A user whose preference changes: from given interactions on, another user reacts.
 
     Args:
-        users: pairs ``(first interaction, user)``, ascending, from 0.
+        users: pairs ``(first interaction, user)``, ascending; the first pair starts at 0.
     """
 
     def __init__(self, users: Sequence[tuple[int, Any]]):
@@ -161,7 +161,7 @@ class SwitchingUser:
 
     @property
     def wishes(self) -> str:
-        """Those of now."""
+        """The wishes of the current user."""
         return self.current.wishes
 
     def feedback(self, prompts: list[Messages], responses: list[str]) -> list[str]:
@@ -183,17 +183,18 @@ PERSONA_TURN = "{history}\n\nassistant: {response}\n\nThe user's next message:"
 
 
 class UserWording(NamedTuple):
-    """What a language model that plays a user is asked: the system prompt with {persona}, and the turn."""
+    """How a language model is asked to play a user: a system prompt with {persona}, and the user's turn."""
 
     system: str = PERSONA_SYSTEM
     turn: str = PERSONA_TURN
 
     @classmethod
     def read(cls, path: str | None) -> UserWording:
-        """From a file, whose text before a line ``---`` is the system prompt; None: ours.
+        """Reads a wording from a file; the text before a line ``---`` is the system prompt. None: the default.
 
         Raises:
-            ValueError: a place for the persona, the conversation or the answer is missing.
+            OSError: the file cannot be read.
+            ValueError: a placeholder for the persona, the conversation or the answer is missing.
         """
         if path is None:
             return cls()
@@ -207,7 +208,7 @@ class UserWording(NamedTuple):
 
 
 def persona_messages(persona: str, prompt: Messages, response: str, wording: UserWording | None = None) -> Messages:
-    """What a language model that plays the user is asked: persona, conversation, answer."""
+    """Builds the messages that ask a language model to play the user: persona, conversation and answer."""
     history = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
     wording = wording or UserWording()
     places = {"persona": persona, "history": history, "response": response}
@@ -220,14 +221,15 @@ def persona_messages(persona: str, prompt: Messages, response: str, wording: Use
 
 
 class LocalChat:
-    """Chat completions of a local model of transformers; `ChatEndpoint` without a server.
+    """Writes chat completions with a local model of transformers; the counterpart of `ChatEndpoint`.
 
     Args:
         model, tokenizer: a causal LM and its tokenizer, with a chat template.
-        max_new_tokens, temperature: of the replies; temperature 0: the likeliest token; None: as the
-            model's own generation config samples, or 0.7.
-        batch_size: replies written at once; None: all.
-        seed: of the draws: the n-th call of `replies` then always draws the same; None: torch's.
+        max_new_tokens: the most tokens of a reply.
+        temperature: 0 takes the likeliest token. None follows the model's own generation config, or is
+            0.7 if that config does not sample.
+        batch_size: how many replies are written at once; None: all.
+        seed: makes the draws of the n-th call of `replies` repeatable; None: torch's global generator draws.
     """
 
     def __init__(
@@ -250,7 +252,7 @@ class LocalChat:
         self.calls = 0
 
     def replies(self, conversations: Sequence[Messages]) -> list[str | None]:
-        """One per conversation, in order; None where the model said nothing."""
+        """Returns one reply per conversation, in order; None if the model said nothing."""
         from fastsdpo.online.sampling import generate
 
         asked = [self.tokenize.generation_prompt(messages) for messages in conversations]
@@ -268,15 +270,15 @@ class LocalChat:
 
 
 class EndpointUser:
-    """A user played by a language model: who it is stands in its system prompt.
+    """A user played by a language model, whose system prompt says who the user is.
 
     A request that fails after its retries gives no follow-up: that interaction is left out, and
     ``failures`` counts it.
 
     Args:
-        endpoint: where to ask, a `ChatEndpoint` or a `LocalChat`.
+        endpoint: the model to ask, a `ChatEndpoint` or a `LocalChat`.
         persona: who the user is and what they want.
-        wording: how it is asked; None: ours.
+        wording: how the model is asked; None: the default wording.
     """
 
     def __init__(self, endpoint: ChatEndpoint | LocalChat, persona: str, wording: UserWording | None = None):
@@ -296,14 +298,14 @@ class EndpointUser:
 
 
 class LanguageModelUser(EndpointUser):
-    """A user played by a local model of transformers; arguments as `LocalChat` and `EndpointUser`."""
+    """A user played by a local model of transformers. The arguments are those of `LocalChat` and `EndpointUser`."""
 
     def __init__(self, model: Any, tokenizer: Any, persona: str, **options: Any):
         super().__init__(LocalChat(model, tokenizer, **options), persona)
 
 
 class TerminalUser:
-    """A person at the terminal: sees each answer and types what comes next; an empty line skips.
+    """A person at the terminal, who sees each answer and types what comes next. An empty line skips the answer.
 
     At a terminal the text is edited as in `fastsdpo chat`: Ctrl-C drops what was typed. Ctrl-C at an
     empty question, or the end of the input, asks nothing more and interrupts the process as Ctrl-C does

@@ -1,4 +1,4 @@
-"""All weights of a model to a running vLLM server, by the trainer's side of vLLM's own weight transfer.
+"""Sends all weights of a model to a running vLLM server, by the trainer's side of vLLM's own weight transfer.
 
 The server is started with ``VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}'``
 on GPUs of its own. https://docs.vllm.ai/en/latest/training/weight_transfer/ describes the interface; what is sent
@@ -20,13 +20,13 @@ NEEDED = (
 
 
 class WeightTransfer:
-    """Sends a model's weights; the connection is made at the first time.
+    """Sends a model's weights to a vLLM server. The first `send` connects.
 
     Args:
-        rank: of this process. Each makes one; the first sends, the others help to gather.
+        rank: the rank of this process. Each process makes one; the first sends, the others help to gather.
 
     Raises:
-        ImportError: vllm is missing, or too old.
+        ImportError: the package vllm is missing or too old.
     """
 
     def __init__(self, server: ServerSampler, rank: int):
@@ -46,7 +46,7 @@ class WeightTransfer:
         self._engine: Any = None
 
     def send(self, model: Any, wait_for_everyone: Callable[[], None]) -> None:
-        """The server has the weights of ``model`` when this returns; all processes must call it."""
+        """Sends the weights; when it returns, the server has those of ``model``. All processes must call it."""
         if self._engine is None:
             self._engine = self._connect(model)
         wait_for_everyone()  # no process waits for answers, which the pause would cut short

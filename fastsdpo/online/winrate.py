@@ -1,4 +1,4 @@
-"""Win rate of a model against its base: outcomes by rule or by a judge, the rate and its interval."""
+"""Computes the win rate of a model against its base: outcomes by rule or judge, the rate and its interval."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class WinRate(NamedTuple):
     """Outcomes of a comparison.
 
     Attributes:
-        wins, ties, losses: of the model, in prompts.
-        left_out: prompts without a verdict.
-        rate: ``(wins + ties / 2) / (wins + ties + losses)``; NaN without any.
-        low, high: its 95% interval.
-        without_ties: the paper's, ``wins / (wins + losses)``; NaN without any.
+        wins, ties, losses: on how many prompts the model won, tied or lost.
+        left_out: how many prompts have no verdict.
+        rate: ``(wins + ties / 2) / (wins + ties + losses)``; NaN if there is no verdict.
+        low, high: the 95% interval of the rate.
+        without_ties: the paper's rate, ``wins / (wins + losses)``; NaN if both are 0.
     """
 
     wins: int
@@ -36,7 +36,7 @@ class WinRate(NamedTuple):
 
     @classmethod
     def of(cls, outcomes: Sequence[float | None]) -> WinRate:
-        """From one outcome per prompt: 1 a win, 0.5 a tie, 0 a loss, None without a verdict."""
+        """Counts outcomes, one per prompt: 1 is a win, 0.5 a tie, 0 a loss, None no verdict."""
         known = [outcome for outcome in outcomes if outcome is not None]
         count = len(known)
         rate = sum(known) / count if count else math.nan
@@ -54,7 +54,7 @@ class WinRate(NamedTuple):
 
 
 def wilson(rate: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Interval of Wilson for a rate out of ``count``; (0, 1) without any."""
+    """Wilson's interval (low, high) for a rate among ``count`` trials; (0, 1) if there are none."""
     if count == 0:
         return 0.0, 1.0
     middle = (rate + z * z / (2 * count)) / (1 + z * z / count)
@@ -64,7 +64,7 @@ def wilson(rate: float, count: int, z: float = 1.959963984540054) -> tuple[float
 
 
 def compare_by_rules(rules: Sequence[Any], answers: list[str], base: list[str]) -> list[float]:
-    """1, 0.5 or 0 per prompt: whether the answer fulfils all rules, against the base's."""
+    """Compares answers by rules: 1 if only the model's fulfils all rules, 0 if only the base's does, else 0.5."""
 
     def good(text: str) -> bool:
         return all(rule.holds(text) for rule in rules)
@@ -80,16 +80,17 @@ def compare_by_judge(
     persona: str = "",
     wording: str | None = None,
 ) -> list[float | None]:
-    """1, 0.5, 0 or None per prompt, from two verdicts in both orders.
+    """Has a judge compare answers: 1 (win), 0.5, 0 or None per prompt, from two verdicts in both orders.
 
     Args:
-        judge: `ChatEndpoint` or `LocalChat`.
+        judge: a `ChatEndpoint` or a `LocalChat`.
+        prompts, answers, base: N message lists, the model's N answers to them and the base's.
         persona: who the user is and what they want.
-        wording: what the judge is asked, one user message with ``{history}``, ``{first}`` and ``{second}``, and
-            ``{persona}`` where it is wanted; None: `JUDGE_SYSTEM` and `JUDGE_TURN`.
+        wording: what the judge is asked: one user message with ``{history}``, ``{first}`` and ``{second}``, and
+            ``{persona}`` if it is wanted. None: `JUDGE_SYSTEM` and `JUDGE_TURN`.
 
     Raises:
-        ValueError: the wording lacks a place.
+        ValueError: the wording lacks a placeholder.
     """
     if wording is not None:
         for name in ("history", "first", "second"):
@@ -123,6 +124,6 @@ def compare_by_judge(
 
 
 def read_verdict(reply: str | None) -> str | None:
-    """A, B or C: the first that stands alone in the reply; None where there is none."""
+    """Finds the verdict in a reply: the first A, B or C that stands alone; None if there is none."""
     found = re.search(r"(?<![A-Za-z])([ABC])(?![A-Za-z])", reply or "")
     return found.group(1) if found else None

@@ -1,4 +1,4 @@
-"""The token-level signal of an interaction, looked at (the command: `fastsdpo signal`).
+"""Computes and shows the token-level signal of an interaction; the command is `fastsdpo signal`.
 
 `compute_signal` computes it, `render_terminal` and `render_html` show it.
 """

@@ -1,4 +1,4 @@
-"""The signal of one interaction: what knowing the follow-up does to each token of the answer.
+"""The signal of one interaction: how knowing the follow-up changes each answer token's log-probability.
 
     log_ratio[t] = log p(y_t | x, o, y_<t) - log p(y_t | x, y_<t)        in nats
 
@@ -38,9 +38,9 @@ class FollowupSignal:
     """The signal under one follow-up.
 
     Attributes:
-        followup: o.
-        teacher_logps: log p(y_t | x, o, y_<t) of every completion token, in nats.
-        log_ratio: teacher_logps - student_logps.
+        followup: the follow-up's text, o.
+        teacher_logps: log p(y_t | x, o, y_<t) of each of the T completion tokens, in nats.
+        log_ratio: teacher_logps - student_logps, length T, in nats.
         ends_turn: whether the last token is the one that ends the answer.
     """
 
@@ -51,31 +51,31 @@ class FollowupSignal:
 
     @property
     def sum(self) -> float:
-        """Log-ratio of the whole answer, in nats."""
+        """The sum over all tokens: the log-ratio of the whole answer, in nats."""
         return sum(self.log_ratio)
 
     @property
     def mean(self) -> float:
-        """Mean over the tokens, the end-of-turn token among them."""
+        """The mean log-ratio over the tokens, in nats; the end-of-turn token counts."""
         return self.sum / len(self.log_ratio)
 
     @property
     def mean_absolute(self) -> float:
-        """Mean of the absolute values: how strong the signal is, whatever its direction."""
+        """The mean absolute log-ratio, in nats: how strong the signal is, whatever its direction."""
         return sum(abs(value) for value in self.log_ratio) / len(self.log_ratio)
 
     @property
     def first(self) -> float:
-        """The first token's."""
+        """The log-ratio of the first token, in nats."""
         return self.log_ratio[0]
 
     @property
     def end_of_turn(self) -> float | None:
-        """The end-of-turn token's (positive: stop here); None where the answer was cut."""
+        """The log-ratio of the end-of-turn token, in nats (positive: stop here); None if the answer was cut."""
         return self.log_ratio[-1] if self.ends_turn else None
 
     def summary(self) -> dict[str, float | None]:
-        """The numbers above by name."""
+        """Returns sum, mean, mean absolute value, first token and end of turn by name, in nats."""
         return {
             "mean": self.mean,
             "sum": self.sum,
@@ -90,15 +90,15 @@ class SignalResult:
     """The signal of an interaction under its own and an unrelated follow-up.
 
     Attributes:
-        interaction: what was shown to the model.
-        template: the hindsight template's text.
-        token_ids: the completion's, of length T.
+        interaction: prompt x, answer y and follow-up o that were shown to the model.
+        template: the text by which the follow-up enters the teacher's prompt.
+        token_ids: the T token ids of the completion.
         groups: the tokens as they can be displayed (a character may take several tokens).
-        student_logps: log p(y_t | x, y_<t), length T.
+        student_logps: log p(y_t | x, y_<t), length T, in nats.
         real: the signal under the interaction's own follow-up.
-        unrelated: that under the unrelated one, or None.
-        prompt_tokens: length of the student's context.
-        model: a name for reports.
+        unrelated: the signal under an unrelated follow-up, or None.
+        prompt_tokens: length of the student's prompt in tokens.
+        model: the model's name, for reports.
     """
 
     interaction: Interaction
@@ -114,12 +114,12 @@ class SignalResult:
 
     @property
     def followups(self) -> list[tuple[str, FollowupSignal]]:
-        """``(title, signal)`` of what there is to show, the real follow-up first."""
+        """The signals to show as pairs ``(title, signal)``, the real follow-up first."""
         shown = [("Real follow-up", self.real)]
         return shown + ([("Unrelated follow-up", self.unrelated)] if self.unrelated else [])
 
     def to_dict(self) -> dict:
-        """Everything, as JSON can hold it; lists are per token, in nats."""
+        """Returns everything as dicts and lists for JSON. Log-probabilities and log-ratios are per token, in nats."""
 
         def part(signal: FollowupSignal | None) -> dict | None:
             return signal and {
@@ -157,17 +157,18 @@ def compute_signal(
     backend: str = "auto",
     **tokenization: Any,
 ) -> SignalResult:
-    """The token-level signal of an interaction, without gradient.
+    """Computes the token-level signal of an interaction, without gradient.
 
     Args:
         model: the student, a transformers causal LM, bare or wrapped; also the teacher unless
             `teacher_model` is given. It runs in eval mode and is put back into the mode it had.
-        tokenizer: its tokenizer.
-        interaction: x, y and o.
+        tokenizer: the model's tokenizer.
+        interaction: prompt x, answer y and follow-up o.
         template: how o enters the context: a `HindsightTemplate`, a preset's name or a text with
             ``{o}``.
         unrelated: a follow-up to compare with; None: no comparison. See `choose_unrelated`.
-        completion_ids: tokens of y, where they are known; None: those of the interaction's text.
+        completion_ids: the token ids of y, if they are known; None: the text of y is tokenized.
+        teacher_model: a model that reads (x, o) in place of the student; None: the student.
         temperature: divides the logits.
         sharing: as in `fastsdpo.shared_forward`; ``"off"`` works with every model.
         backend: of `fastsdpo.linear_token_logps`.
@@ -267,11 +268,11 @@ def _logps(
 
 
 def choose_unrelated(interactions: Iterable[Interaction], interaction: Interaction) -> str:
-    """The follow-up of another conversation that is nearest in length, among the first 1,000 interactions.
+    """Chooses another conversation's follow-up, the nearest in length among the first 1,000 interactions.
 
-    A longer text in the context moves an answer more, whatever it says. A text equal to the
-    interaction's does not count, nor one without a conversation id unless its first message differs;
-    where there is none, `neutral_followup`.
+    Length matters because a longer text in the context moves an answer more, whatever it says. A text equal to
+    the interaction's own does not count. An interaction without a conversation id counts only if its first
+    message differs. If there is no such follow-up, it is `neutral_followup`.
     """
 
     def conversation(item: Interaction) -> Any:
@@ -289,10 +290,13 @@ def choose_unrelated(interactions: Iterable[Interaction], interaction: Interacti
 
 
 def neutral_followup(followup: str) -> str:
-    """A built-in question, nearest in length, that has nothing to do with any answer."""
+    """Returns the built-in question nearest in length to `followup`; it has nothing to do with any answer."""
     return nearest((NEUTRAL_FOLLOWUP, *OTHER_NEUTRAL), followup)
 
 
 def nearest(texts: Sequence[str], text: str) -> str:
-    """The text whose length in characters has the ratio nearest to 1; the first of equals."""
+    """Returns the one of `texts` whose length in characters is nearest to that of `text`; the first of equals.
+
+    Lengths are compared by their ratio.
+    """
     return min(texts, key=lambda other: abs(math.log(len(other.strip()) / max(1, len(text.strip())))))

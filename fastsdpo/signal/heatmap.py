@@ -1,4 +1,4 @@
-"""Signals of several cases as one picture: tokens along, the follow-ups below each other."""
+"""Draws the signals of several cases as one picture: tokens from left to right, follow-ups one below the other."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ EDGE, GREY = "#b8bcc2", "#6b7078"
 def draw_heatmaps(
     path: str | Path, results: Sequence[SignalResult], titles: Sequence[str], limit: float = SCALE
 ) -> None:
-    """A PNG with one strip per case: log-ratio by token, above under the real follow-up, below under the unrelated.
+    """Draws a PNG with one strip per case, in which colours show the log-ratio of each token.
 
-    Colours mean the values that they mean on the page and in the terminal (`fastsdpo.signal.palette`). Above a strip
-    stand its case, the mean absolute log-ratio under each follow-up, and the real follow-up.
+    The upper row of a strip is under the real follow-up, the lower row under the unrelated one.
+    Colours mean the same values as on the HTML page and in the terminal (`fastsdpo.signal.palette`). Above a strip
+    stand its title, the mean absolute log-ratio under each follow-up, and the real follow-up.
 
     Args:
-        results: one per case; all strips have one width per token, so that a short answer has a short strip.
+        path: the PNG file to write.
+        results: one per case. A token has the same width in all strips, so that a short answer has a short strip.
         titles: one per case.
         limit: log-ratio in nats at which colours saturate.
 

@@ -1,4 +1,4 @@
-"""The signal as one self-contained HTML page.
+"""Renders the signal as one self-contained HTML page.
 
 Everything in the page is in the file: no request leaves it, and its Content-Security-Policy allows
 nothing but its own style sheet and script, each by its hash. Text from data is only ever text: it
@@ -146,12 +146,12 @@ PANELS = (
 
 
 def render_html(result: SignalResult, *, limit: float | None = None) -> str:
-    """The page as text; write it as UTF-8.
+    """Returns the page as text, to be written as UTF-8.
 
-    It shows prompt, answer and follow-up in the order of the talk, with the answer's tokens tinted by
-    their log-ratio, and beside it the same answer tinted by the unrelated follow-up. What a token's tint
-    means is said on hover, tap and keyboard focus; all numbers are in a table. Light or dark as the
-    reader's system is.
+    The page shows prompt, answer and follow-up in the order of the conversation, with the answer's tokens tinted
+    by their log-ratio, and beside it the same answer tinted by the unrelated follow-up. Hover, tap and keyboard
+    focus say what a token's tint means; a table has all numbers. The page is light or dark as the reader's
+    system is.
 
     Args:
         limit: log-ratio in nats at which tints saturate; None: `SCALE`, so that pages compare.

@@ -24,13 +24,13 @@ SCALE = 3.0  # nats at which tints saturate: 20 times as likely, or a twentieth
 
 
 def level(value: float, limit: float) -> int:
-    """The step of a value, -LEVELS to LEVELS."""
+    """Returns the colour step of a log-ratio in nats, -LEVELS to LEVELS; from `limit` on it is the last."""
     strength = min(1.0, math.sqrt(abs(value) / limit))
     return round(math.copysign(strength * LEVELS, value))
 
 
 def tint(step: int, theme: str) -> tuple[Color, Color]:
-    """(background, text) of a step."""
+    """Returns the colours (background, text) of a step; `theme` is "light" or "dark"."""
     page, text, above, below = THEMES[theme]
     if step == 0:
         return page, text
@@ -62,7 +62,7 @@ def hex_color(color: Color) -> str:
 
 
 def signed(value: float | None, digits: int = 2) -> str:
-    """``+0.53``, ``−1.20``, ``0.00``; an em dash for None."""
+    """Formats a number with its sign: ``+0.53``, ``−1.20``, ``0.00``; None is an em dash."""
     if value is None:
         return "—"
     text = f"{value:+.{digits}f}"

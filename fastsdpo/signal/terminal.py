@@ -1,4 +1,4 @@
-"""The signal as text for a terminal."""
+"""Renders the signal as text for a terminal."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ CUBE = (0, 95, 135, 175, 215, 255)
 
 
 def color_depth(stream: Any, environ: Mapping[str, str] = os.environ) -> int:
-    """Bits of colour that a stream can show: 24, 8 or 0.
+    """Returns the bits of colour that a stream can show: 24, 8 or 0.
 
-    0 for what is not a terminal, with NO_COLOR (https://no-color.org) set to anything, and for
-    TERM=dumb; FORCE_COLOR overrules the first.
+    It is 0 if the stream is not a terminal, if NO_COLOR (https://no-color.org) is set to anything, or with
+    TERM=dumb. FORCE_COLOR overrules all of these but NO_COLOR.
     """
     if environ.get("NO_COLOR"):
         return 0
@@ -32,7 +32,7 @@ def color_depth(stream: Any, environ: Mapping[str, str] = os.environ) -> int:
 
 
 def terminal_theme(environ: Mapping[str, str] = os.environ) -> str:
-    """``"light"`` where COLORFGBG (set by some terminals) says so, else ``"dark"``."""
+    """Returns ``"light"`` if COLORFGBG (some terminals set it) says so, else ``"dark"``."""
     background = environ.get("COLORFGBG", "").rpartition(";")[2]
     return "light" if background in ("7", "15") else "dark"
 
@@ -45,7 +45,7 @@ def render_terminal(
     limit: float | None = None,
     values: bool = False,
 ) -> str:
-    """The answer with its tokens tinted, once per follow-up, a verdict in words and the summary.
+    """Renders the answer with tinted tokens, once per follow-up, a verdict in words and the summary.
 
     Args:
         colors: bits of colour, see `color_depth`. With 0 a token whose log-ratio is at least a
@@ -83,7 +83,7 @@ def render_terminal(
 def render_answer(
     result: SignalResult, signal: FollowupSignal, *, colors: int, theme: str = "dark", limit: float = SCALE
 ) -> str:
-    """The answer alone, its tokens tinted by one follow-up; arguments as `render_terminal`."""
+    """Renders the answer alone, with its tokens tinted by one follow-up; arguments as for `render_terminal`."""
     pieces = []
     for group in result.groups:
         value = group.value(signal.log_ratio)
@@ -125,7 +125,7 @@ def _summary(signal: FollowupSignal) -> str:
 
 
 def render_legend(*, colors: int, theme: str = "dark", limit: float = SCALE) -> str:
-    """What the colours mean, in words; arguments as `render_terminal`."""
+    """Says in words what the colours mean; arguments as for `render_terminal`."""
     if not colors:
         return (
             f"[word +1.20]: the model would say this more after reading the reply, [word −1.20]: less; in nats, "

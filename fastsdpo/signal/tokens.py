@@ -1,4 +1,4 @@
-"""Tokens as text that can be looked at.
+"""Turns tokens into text that can be displayed.
 
 Two things stand between token ids and a display. A character may take several tokens (byte-level
 BPE cuts emoji and many scripts inside a character), so tokens are grouped until they make whole
@@ -27,7 +27,7 @@ class TokenGroup:
     special: bool = False
 
     def value(self, per_token: Sequence[float]) -> float:
-        """The group's log-ratio: the sum over its tokens, by the chain rule."""
+        """Sums a per-token log-ratio over the group; by the chain rule that is the group's own log-ratio, in nats."""
         return sum(per_token[self.start : self.end])
 
 
@@ -113,11 +113,11 @@ _DIRECTION = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 
 
 def visible(text: str, marks: bool = True) -> str:
-    """Text with nothing in it that is invisible, moves the cursor or reorders the line.
+    """Replaces characters that are invisible, move the cursor or reorder the line.
 
-    Control characters become their pictures (``␛``); direction overrides, and text that would not
-    show at all, their code points. With `marks` also a newline becomes ``↵`` and the newline, a
-    tab ``→`` and the tab, and text of spaces alone dots.
+    Control characters become their pictures (``␛``). Direction overrides, and text that would not
+    show at all, become their code points. With `marks`, a newline becomes ``↵`` and the newline, a
+    tab becomes ``→`` and the tab, and a text of spaces alone becomes dots.
     """
     if marks and text and not text.strip(" "):
         return "·" * len(text)

@@ -1,4 +1,4 @@
-"""The signal in words, for readers who know nothing of log-probabilities."""
+"""Puts the signal into words, for readers who know nothing of log-probabilities."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLEAR = 1.2  # times as much; less is no difference between two replies
 
 
 def times(log_ratio: float) -> str:
-    """``"8.1 times more likely"``: what a log-ratio in nats means."""
+    """Says what a log-ratio in nats means, such as ``"8.1 times more likely"``."""
     if abs(log_ratio) < STILL:
         return "as likely as before"
     factor = math.exp(min(abs(log_ratio), math.log(10_000)))
@@ -25,7 +25,7 @@ def times(log_ratio: float) -> str:
 
 
 def verdict(result: SignalResult) -> str:
-    """One sentence: what the reply does to the answer, and at which word it does most beyond an unrelated one."""
+    """Says in one sentence what the follow-up does to the answer, and at which word it does most."""
     real, unrelated = result.real, result.unrelated
     other = [0.0] * len(real.log_ratio) if unrelated is None else unrelated.log_ratio
     shown = [group for group in result.groups if group.text.strip() and not group.special]
@@ -48,7 +48,7 @@ def verdict(result: SignalResult) -> str:
 
 
 def comparison(result: SignalResult) -> str:
-    """One sentence: how much the reply moves the answer, beside an unrelated one; nothing without one."""
+    """Compares in one sentence how much the follow-up and an unrelated one move the answer; "" without the latter."""
     if result.unrelated is None:
         return ""
     ratio = result.real.mean_absolute / max(1e-9, result.unrelated.mean_absolute)

@@ -1,7 +1,7 @@
-"""Logged calls of a model: what was sent and what came back, in the shapes of the APIs that are in use.
+"""Readers of logged model calls: what was sent and what came back, in the message formats of common APIs.
 
-A record of a call has the history so far; calls of one conversation are merged later, by id or since one
-begins the next.
+The record of a call has the history so far. Calls of one conversation are merged later, by their id or because
+the messages of one begin the next.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ def call(
     record_id: str | None = None,
     rating: Mapping[str, Any] | None = None,
 ) -> Conversation:
-    """The conversation of a call: the messages that were sent, and the answer.
+    """Makes a conversation of a call: the messages that were sent, and the answer.
 
     Args:
-        sent, answer: in any shape of `read_input` and `read_output`.
-        names: of the two, in errors.
-        rating: fields of the answer.
+        sent, answer: in any form that `read_input` and `read_output` take.
+        names: what errors call the two.
+        conversation_id, record_id: the conversation's id; the record's, if there is no such id.
+        rating: fields of the answer, such as its rating.
 
     Raises:
-        TypeError, ValueError: no known shape, no prompt, or the call failed.
+        TypeError, ValueError: the form is not known, there is no prompt, or the call failed.
     """
     messages, system = read_input(sent, names[0])
     answers, others = read_output(answer, names[1])
@@ -65,7 +66,7 @@ def call(
 
 
 def session(record: Any) -> str | None:
-    """The conversation that a log names, in the record or its metadata."""
+    """Returns the conversation's id from a logged record or its metadata, or None."""
     found = identifier(record, CONVERSATION_ID_KEYS)
     for key in ("metadata", "extra", "properties"):
         if found is None:
@@ -82,7 +83,7 @@ def is_proxy(record: Mapping) -> bool:
 
 
 def read_proxy(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """A pair of request and response, as proxies log them, of any of the APIs."""
+    """Reads a pair of request and response, as proxies log them, of any of the APIs."""
     sent = next((key for key in REQUESTS if record.get(key)), "request")
     back = next((key for key in RESPONSES if record.get(key)), "response")
     name = session(record) or session(as_mapping(record.get(sent)))
@@ -103,7 +104,7 @@ def is_gateway(record: Mapping) -> bool:
 
 
 def read_gateway(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """`messages` and `response` (or `input`, `output`) side by side: LiteLLM's logs, and other gateways."""
+    """Reads `messages` and `response` (or `input`, `output`) side by side: LiteLLM's logs, and other gateways."""
     own = decoded(record.get("messages")) or decoded(record.get("input"))
     answer = record.get("response", record.get("output"))
     yield call(
@@ -121,7 +122,7 @@ def is_stored(record: Mapping) -> bool:
 
 
 def read_stored(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """A stored completion of OpenAI: `choices`, with the `messages` (or `input`) that were sent."""
+    """Reads a stored completion of OpenAI: `choices`, with the `messages` (or `input`) that were sent."""
     sent = next((key for key in ("messages", "input_messages", "input") if decoded(record.get(key))), None)
     if sent is None:
         raise ValueError(
@@ -143,7 +144,7 @@ def is_batch(record: Mapping) -> bool:
 
 
 def read_batch(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """A line of a batch file of OpenAI: the input's `body`, with the output's `response` where both are there."""
+    """Reads a line of an OpenAI batch file: the input's `body`, with the output's `response` if both are there."""
     if not as_mapping(record.get("body")):
         raise ValueError(
             "a line of a batch's output has no prompt; put the body of the input line with the same custom_id "
@@ -166,7 +167,7 @@ def is_responses(record: Mapping) -> bool:
 
 
 def read_responses(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """The Responses API: `input` (text or items), `output` items, `instructions`."""
+    """Reads a call of the Responses API: `input` (text or items), `output` items, `instructions`."""
     if not decoded(record.get("input")):
         raise ValueError("a response has no prompt; put what was sent beside 'output' as 'input'")
     named = record.get("conversation")
@@ -185,7 +186,7 @@ def is_gemini(record: Mapping) -> bool:
 
 
 def read_gemini(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """Gemini's `contents` with `parts`, the answer's `candidates` where they are there."""
+    """Reads a call of Gemini: `contents` with `parts`, and the answer's `candidates` if they are there."""
     answer = {"candidates": record["candidates"]} if record.get("candidates") else record.get("response")
     yield call(
         {k: record[k] for k in ("contents", "systemInstruction", "system_instruction") if record.get(k)},
@@ -203,7 +204,7 @@ def is_langchain(record: Any) -> bool:
 
 
 def read_langchain(record: Any, all_branches: bool) -> Iterator[Conversation]:
-    """Messages of LangChain: ``type: human/ai``, the same with `data`, or serialised with `kwargs`."""
+    """Reads messages of LangChain: ``type: human/ai``, the same with `data`, or serialised with `kwargs`."""
     messages = record if isinstance(record, list) else as_mapping(record).get("messages")
     about = {} if isinstance(record, list) else record
     yield conversation(
@@ -221,7 +222,7 @@ def is_vllm(record: Mapping) -> bool:
 
 
 def read_vllm(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """A request of vLLM's log: the rendered `prompt`, taken apart by its control tokens, and the `output`."""
+    """Reads a request of vLLM's log: the rendered `prompt`, split at its control tokens, and the `output`."""
     messages = read_frames(record.get("prompt"))
     if not messages:
         raise ValueError(

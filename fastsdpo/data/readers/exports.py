@@ -1,4 +1,4 @@
-"""Exports of chat programs: ChatGPT, claude.ai, Open WebUI, LibreChat; and OpenAssistant's trees."""
+"""Readers of chat programs' exports (ChatGPT, claude.ai, Open WebUI, LibreChat) and of public data sets' layouts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_chatgpt(record: Mapping) -> bool:
 
 
 def read_chatgpt(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """An element of ChatGPT's ``conversations.json``: nodes in `mapping`, the active one in `current_node`."""
+    """Reads an element of ChatGPT's ``conversations.json``: nodes in `mapping`, the active one in `current_node`."""
     nodes = record.get("mapping")
     if not isinstance(nodes, Mapping):
         raise TypeError(f"mapping must be an object of nodes, got {show(nodes)}")
@@ -71,7 +71,7 @@ def is_claude(record: Mapping) -> bool:
 
 
 def read_claude(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """A conversation of claude.ai's export: `chat_messages` with `sender`, `text` and, later, `content`."""
+    """Reads a conversation of claude.ai's export: `chat_messages` with `sender`, `text` and, if newer, `content`."""
     name = identifier(record, ("uuid", "id"))
     messages = as_list(record.get("chat_messages"), "chat_messages")
     tree, last = Tree(), None
@@ -102,7 +102,7 @@ def is_open_webui(record: Mapping) -> bool:
 
 
 def read_open_webui(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """A chat of Open WebUI's export: the tree in `chat.history`, or the list `chat.messages`."""
+    """Reads a chat of Open WebUI's export: the tree in `chat.history`, or the list `chat.messages`."""
     chat = record.get("chat", record)
     if not isinstance(chat, Mapping):
         raise TypeError(f"chat must be an object, got {show(chat)}")
@@ -167,7 +167,7 @@ def is_librechat(record: Mapping) -> bool:
 
 
 def read_librechat(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """LibreChat's JSON export: `messages` with `parentMessageId`, or `messagesTree` with `children`."""
+    """Reads LibreChat's JSON export: `messages` with `parentMessageId`, or `messagesTree` with `children`."""
     tree, last = Tree(), None
     root = "messagesTree" if record.get("messagesTree") is not None else "messages"
     todo = list(reversed(as_list(record.get(root), root)))
@@ -210,7 +210,7 @@ def is_oasst(record: Mapping) -> bool:
 
 
 def read_oasst(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """A tree of OpenAssistant (`prompt` with `replies`), or its rows: each path, with the rank of its answers."""
+    """Reads a tree of OpenAssistant (`prompt` with `replies`), or its rows: each path, with its answers' ranks."""
     tree, language = Tree(), None
     name = identifier(record, ("message_tree_id",))
     nested = record.get("tree_rows") is None
@@ -244,7 +244,7 @@ def is_arena(record: Mapping) -> bool:
 
 
 def read_arena(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """A battle of Chatbot Arena: `conversation_a` and `conversation_b`, the vote in `winner` as their ratings."""
+    """Reads a battle of Chatbot Arena: `conversation_a`, `conversation_b`, and the vote in `winner` as ratings."""
     winner = record.get("winner")
     name = identifier(record, ("question_id", "id"))
     for side in "ab":
@@ -267,7 +267,7 @@ def is_turns(record: Mapping) -> bool:
 
 
 def read_turns_of_texts(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """UltraChat: texts in `data`, a user's first, then in turns."""
+    """Reads a record of UltraChat: texts in `data`, by user and assistant in turns, the user's first."""
     texts = as_list(record.get("data"), "data")
     messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
     yield conversation(messages, "data", record_id=identifier(record, ("id",)), system=record)
@@ -278,7 +278,7 @@ def is_alpaca(record: Mapping) -> bool:
 
 
 def read_alpaca(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """Alpaca with a `history` of pairs: they come before `instruction` (and `input`) and `output`."""
+    """Reads a record of Alpaca with a `history` of pairs, which precede `instruction` (with `input`) and `output`."""
     messages = []
     for index, pair in enumerate(as_list(record.get("history") or [], "history")):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:

@@ -1,4 +1,4 @@
-"""A prompt that a chat template has rendered -> its messages, by the template's control tokens."""
+"""Splits a prompt that a chat template has rendered into its messages, by the template's control tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FRAMES = (
 
 
 def read_frames(text: Any) -> list[dict[str, Any]]:
-    """The messages of a rendered prompt, without the open header at its end; none where it has no known frame."""
+    """Returns the messages of a rendered prompt, without the open header at its end; [] if its template is unknown."""
     if not isinstance(text, str):
         return []
     for start, ends in _FRAMES:

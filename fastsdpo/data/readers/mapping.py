@@ -1,4 +1,4 @@
-"""Layouts that no reader knows: `--map`, which says where things are, and `--reader`, a function."""
+"""Ways to read layouts that no reader knows: `--map` says where a record has what, `--reader` names a function."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ ROLE_NAMES = ("user", "assistant", "system", "tool")
 
 
 class FieldMap:
-    """Where a record has what: ``role=author.role,content=text,messages=chat.items``.
+    """Says where a record has what: ``role=author.role,content=text,messages=chat.items``.
 
     A path is keys and list indexes with dots between them. `role` and `content` are paths in a message, the
-    others in the record (`rating` and `comment` in either). ``role.user=customer|client`` names speakers.
-    Without `messages`, and with `conversation_id`, a record is one message.
+    others in the record (`rating` and `comment` in either). ``role.user=customer|client`` says which speakers
+    are users. With `conversation_id` but without `messages`, a record is one message.
 
     Raises:
-        ValueError: not ``name=path``, or an unknown name.
+        ValueError: a part is not ``name=path``, or has an unknown name.
     """
 
     def __init__(self, text: str):
@@ -61,7 +61,7 @@ class FieldMap:
                 self.roles.update({speaker.strip().lower(): role for speaker in path.split("|")})
 
     def row_key(self, record: Any) -> Callable[[Any], str | None] | None:
-        """How to find the conversation's name in a record that is one message; None where records are not."""
+        """Returns a function record -> conversation id if each record is one message; else None."""
         path = self.paths.get("conversation_id")
         if "messages" in self.paths or path is None or not isinstance(record, Mapping):
             return None
@@ -70,10 +70,10 @@ class FieldMap:
         return lambda row: identifier({"id": walk(row, path)}, ("id",))
 
     def parse(self, record: Any) -> Iterator[Conversation]:
-        """The conversation of a record.
+        """Yields the conversation of a record.
 
         Raises:
-            TypeError, ValueError: there is nothing at a path, or a malformed message.
+            TypeError, ValueError: there is nothing at a path, or a message is malformed.
         """
         rows = isinstance(record, GroupedRows)
         about = record["rows"][0] if rows else record
@@ -140,14 +140,14 @@ _TEXT_FIELDS = ("completion", "left_out")
 
 
 class Hook:
-    """A function of the user's own: a record -> a `Conversation`, a list of messages, or several of them.
+    """Reads records by the user's own function: record -> a `Conversation`, a list of messages, or several of them.
 
     Args:
-        name: ``"module:function"``, or ``"path/to/file.py:function"``; modules in the current folder are found.
+        name: ``"module:function"``, or ``"path/to/file.py:function"``. The module may lie in the current folder.
 
     Raises:
-        ValueError: not of this form, or there is no such function.
-        ImportError: no such module.
+        ValueError: the name is not of this form, or there is no such function.
+        ImportError: there is no such module.
     """
 
     def __init__(self, name: str):
@@ -167,7 +167,7 @@ class Hook:
         return Hook, (self.name,)
 
     def parse(self, record: Any) -> Iterator[Conversation]:
-        """What the function makes of a record; any error of it is the record's (a ValueError)."""
+        """Yields the conversations that the function returns for a record; any error in it becomes a ValueError."""
         try:
             result = self.function(record)
             items = [result] if isinstance(result, Conversation) or _is_list_of_messages(result) else list(result)

@@ -1,4 +1,4 @@
-"""All layouts that are read, and how a record's is found: by its keys."""
+"""Lists all layouts that are read, and finds the layout of a record by its keys."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Reader:
     """A layout.
 
     Attributes:
-        name: what `--format` and the report call it.
-        title: whose it is.
-        keys: a record of the layout has one of them.
-        matches: whether a record (an object) is of it.
-        parse: the conversations of a record; of all branches where the second argument says so.
+        name: what `--format` and the report call the layout.
+        title: the program or data set that has it.
+        keys: a record of the layout has at least one of these keys.
+        matches: tells whether a record (an object) has the layout.
+        parse: yields the conversations of a record; those of all branches if its second argument is True.
     """
 
     name: str
@@ -143,7 +143,7 @@ def _has_messages(record: Any) -> bool:
 
 
 def find_reader(record: Any) -> Reader | None:
-    """The reader of a record that is no plain list of messages and no row, or None."""
+    """Finds the reader of a record that is neither a plain list of messages nor an interaction row, or None."""
     if isinstance(record, list):
         return BY_NAME["langchain"] if calls.is_langchain(record) else None
     if not isinstance(record, Mapping):
@@ -155,17 +155,17 @@ def find_reader(record: Any) -> Reader | None:
 
 
 class RecordParser:
-    """Records -> conversations, in the layout that is asked for or found.
+    """Parses records into conversations, in a layout that is given or found.
 
     Args:
         format: the name of a reader; None finds the layout of each record by its keys.
-        mapping: where things are in records of no known layout (`FieldMap`).
-        reader: the name of a function (`Hook`).
-        branches: "active" reads the branch of a tree that was active last, "all" each as a conversation
-            of the same name.
+        mapping: says where records of no known layout have what (`FieldMap`).
+        reader: the name of the user's own function (`Hook`).
+        branches: "active" reads the branch of a tree that was active last; "all" reads each branch as a
+            conversation of the same name.
 
     Raises:
-        ValueError: an unknown name, or more than one of the first three.
+        ValueError: a name is unknown, or more than one of the first three is given.
         ImportError: the function's module cannot be imported.
     """
 
@@ -191,7 +191,7 @@ class RecordParser:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides the result, as JSON has it; empty where layouts are found by their keys."""
+        """All settings that decide the result, in types of JSON; empty if layouts are found by their keys."""
         found = {
             "format": self.format,
             "map": self.map and self.map.text,
@@ -201,7 +201,7 @@ class RecordParser:
         return {key: value for key, value in found.items() if value is not None}
 
     def row_key(self, record: Any) -> tables.RowKey | None:
-        """How to find the conversation's name in a record that is one message; None where records are more."""
+        """Returns a function record -> conversation id if each record is one message; None if it holds more."""
         if self.map is not None:
             return self.map.row_key(record)
         if self.hook is not None or self.format not in (None, "table", "oasst"):
@@ -211,9 +211,9 @@ class RecordParser:
         return tables.row_key(record)
 
     def columns(self, names: Iterable[str], more: Collection[str] = ()) -> list[str] | None:
-        """The columns of a table with these names that are read, and `more`; None: all.
+        """Chooses which of a table's columns to read: those the layouts need, and `more`. None: all.
 
-        Of lists of messages and of rows, only what is read of them: other columns can be large.
+        For lists of messages and interaction rows only the needed columns are read, since others can be large.
         """
         names = list(names)
         if not self.is_plain or not SPECIAL_KEYS.isdisjoint(names):
@@ -265,7 +265,7 @@ class RecordParser:
 
 
 def parse_any(record: Any, all_branches: bool = False) -> Iterator[Conversation]:
-    """The conversations of a record of any layout."""
+    """Yields the conversations of a record of any layout."""
     reader = find_reader(record)
     if reader is not None:
         yield from named(reader.parse(record, all_branches), reader.name)
@@ -299,7 +299,7 @@ def _advice(keys: tuple[str, ...]) -> str:
 
 
 def is_record(value: Any) -> bool:
-    """Whether a value that stands somewhere in damaged text is a whole record."""
+    """Whether a value found somewhere in damaged text is a whole record."""
     if isinstance(value, list):
         first = first_item(value)
         return isinstance(first, dict) and bool(first.keys() & {"role", "from"})

@@ -1,4 +1,4 @@
-"""The shapes in which APIs of models have messages: what was sent, and what came back."""
+"""Reads the forms in which model APIs have messages: those that were sent, and those that came back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _QUESTION_KEYS = ("question", "query", "user_input", "text", "content", "message
 
 
 def standard(message: Any) -> Any:
-    """A message of LangChain, OpenInference or the Responses API in a form that `parse_message` takes."""
+    """Converts a message of LangChain, OpenInference or the Responses API to a form that `parse_message` takes."""
     if isinstance(message, str):
         return {"role": "user", "content": message}
     if not isinstance(message, Mapping):
@@ -95,7 +95,7 @@ def is_message(value: Any) -> bool:
 
 
 def standard_list(messages: Any, name: str) -> list[Any]:
-    """`standard` of each message of a list; LangChain's batch of one list is that list."""
+    """Converts each message of a list by `standard`; a LangChain batch that holds one list counts as that list."""
     messages = as_list(messages, name)
     if messages and all(isinstance(item, (list, tuple)) for item in messages):
         if len(messages) > 1:
@@ -115,10 +115,10 @@ def _structured(value: Any, keys: tuple[str, ...]) -> Any:
 
 
 def read_input(value: Any, name: str = "input") -> tuple[list[Any], dict[str, Any]]:
-    """(raw messages that were sent, an object with the system prompt beside them).
+    """Returns (the raw messages that were sent, an object with the system prompt beside them).
 
     Raises:
-        TypeError, ValueError: no known shape, or the history is not in it.
+        TypeError, ValueError: the form is not known, or does not hold the history.
     """
     value = _structured(value, ("messages", "contents", "prompt", "input", "body", "kwargs", "request", "role"))
     if isinstance(value, str):
@@ -162,10 +162,10 @@ def _gemini(contents: Any) -> list[Any]:
 
 
 def read_output(value: Any, name: str = "output") -> tuple[list[Any], list[Any]]:
-    """(raw messages that came back, further answers to the same prompt).
+    """Returns (the raw messages that came back, further answers to the same prompt).
 
     Raises:
-        TypeError, ValueError: no known shape, or the call failed.
+        TypeError, ValueError: the form is not known, or the call failed.
     """
     value = _structured(
         value, ("choices", "candidates", "generations", "messages", "output", "message", "body", "role")

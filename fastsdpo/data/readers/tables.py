@@ -1,8 +1,8 @@
-"""Tables with one message in each row: rows of one conversation -> a record.
+"""Reads tables with one message in each row: the rows of one conversation become one record.
 
-Rows need not stand together. They are kept in a temporary database on the disk (`sqlite3`, in the folder
-for temporary files) until the file has been read, then come out conversation by conversation, in the order
-of the file; in memory is one conversation at a time.
+Rows of a conversation need not stand together. They are kept in a temporary database on the disk (`sqlite3`, in
+the folder for temporary files) until the file has been read. Then they come out conversation by conversation, in
+the order of the file; memory holds one conversation at a time.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ RowKey = Callable[[Any], "str | None"]
 
 
 class GroupedRows(dict):
-    """A record made of rows: ``{"name": of the conversation, "rows": [...]}``."""
+    """A record made of rows: ``{"name": ..., "rows": [...]}``, where the name is the conversation's id."""
 
 
 def row_key(record: Any) -> RowKey | None:
-    """How to find the conversation's name in a record that is one message; None where it is not."""
+    """Returns a function record -> conversation id if the given record is one message; else None."""
     if not isinstance(record, Mapping):
         return None
     if all(key in record for key in TREE_COLUMNS) and "replies" not in record:
@@ -67,7 +67,7 @@ def is_table(record: Any) -> bool:
 
 
 def read_table(record: GroupedRows, all_branches: bool) -> Iterator[Conversation]:
-    """Rows of one conversation, each a message; or those of a tree of OpenAssistant."""
+    """Reads the rows of one conversation, each a message, or those of an OpenAssistant tree."""
     first = record["rows"][0]
     if all(key in first for key in TREE_COLUMNS):
         yield from named(read_oasst({"message_tree_id": record["name"], "tree_rows": record["rows"]}, True), "oasst")
@@ -90,11 +90,11 @@ def read_table(record: GroupedRows, all_branches: bool) -> Iterator[Conversation
 
 
 def group_rows(entries: Iterable[Entry], find_key: Callable[[Any], RowKey | None]) -> Iterator[Entry]:
-    """The entries of a file; where its first record is one message, a record for each conversation.
+    """Yields a file's entries; if its first record is one message, it yields one record for each conversation.
 
     Args:
-        find_key: gives, from the first record, how to find the conversation's name in each, or None where
-            records are not messages.
+        find_key: takes the first record, and returns a function record -> conversation id, or None if records
+            are not single messages.
     """
     entries = iter(entries)
     store = None

@@ -1,4 +1,4 @@
-"""Traces of calls: Langfuse, LangSmith, and spans of OpenTelemetry and OpenInference (Phoenix)."""
+"""Readers of traced calls: Langfuse, LangSmith, and spans of OpenTelemetry and OpenInference (Phoenix)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastsdpo.data.readers.values import as_list, as_mapping, decoded, identifie
 
 
 class NotACall(ValueError):
-    """What is in a log of calls, and is none: a tool, a search, a step of a chain."""
+    """Raised for an entry of a trace that is not a model call: a tool, a search, a step of a chain."""
 
     kind = "not a call of a model"
 
@@ -54,7 +54,7 @@ def is_langfuse(record: Mapping) -> bool:
 
 
 def read_langfuse(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """A trace or observation of Langfuse: `input`, `output`, `sessionId`, the user's `scores`.
+    """Reads a trace or observation of Langfuse: `input`, `output`, `sessionId`, the user's `scores`.
 
     A trace without an input of its own gives the calls among its observations.
     """
@@ -86,9 +86,9 @@ def is_langsmith(record: Mapping) -> bool:
 
 
 def read_langsmith(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """A run of LangSmith: `inputs`, `outputs`, the thread in its metadata, feedback of users.
+    """Reads a run of LangSmith: `inputs`, `outputs`, the thread in its metadata, feedback of users.
 
-    `session_id` is the project's, and no conversation.
+    `session_id` names the project, not a conversation.
     """
     kind = record.get("run_type")
     if isinstance(kind, str) and kind not in ("llm", "chat", "chain", "agent"):
@@ -133,7 +133,7 @@ def is_span(record: Mapping) -> bool:
 
 
 def read_span(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """A span with `gen_ai.*` or OpenInference's `llm.*` attributes, flat, nested or as OTLP has them; or many."""
+    """Reads one span or many, with `gen_ai.*` or OpenInference's `llm.*` attributes, flat, nested or as in OTLP."""
     batches = record.get("resourceSpans", record.get("resource_spans"))
     if batches is None:
         yield _span_call(record)

@@ -1,4 +1,4 @@
-"""Trees of messages, as chat programs keep them: an edited question or an answer anew is a branch."""
+"""Trees of messages, as chat programs keep them: an edited question or a regenerated answer starts a branch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastsdpo.data.readers.values import of_turns, with_system
 
 @dataclass
 class Place:
-    """A place in a tree.
+    """A node of a tree.
 
     Attributes:
-        message: as `read_turns` takes it, or None where nothing is said here.
-        parent: the id of the node before it; one that is not in the tree is none.
-        children: ids, in the order of the record.
+        message: a message that `read_turns` takes, or None if the node has none.
+        parent: the id of the node before it. An id that is not in the tree means that the node is a root.
+        children: the ids of the nodes after it, in the order of the record.
     """
 
     message: Mapping | None
@@ -28,10 +28,10 @@ class Place:
 
 
 class Tree:
-    """Nodes by id, in the order in which they were added.
+    """A tree of messages: its nodes by id, in the order in which they were added.
 
     Raises:
-        TypeError, ValueError: an id is no text or number, or is there twice.
+        TypeError, ValueError: an id is neither text nor a number, or is there twice.
     """
 
     def __init__(self):
@@ -46,13 +46,13 @@ class Tree:
         self.nodes[name] = Place(message, parent)
 
     def link(self) -> None:
-        """Fills in the children, once all nodes are there."""
+        """Fills in the children of all nodes; call it when all nodes are added."""
         for name, node in self.nodes.items():
             if node.parent in self.nodes:
                 self.nodes[node.parent].children.append(name)
 
     def path(self, leaf: Any) -> list[Any]:
-        """The ids from a root to the leaf."""
+        """Returns the ids from a root to the leaf. Raises ValueError if the parents form a circle."""
         path, seen = [], set()
         while leaf in self.nodes:
             if leaf in seen:
@@ -63,7 +63,11 @@ class Tree:
         return path[::-1]
 
     def leaves(self) -> list[Any]:
-        """Where branches end. Of several answers that nobody replied to and rated, the first stands for all."""
+        """Returns the ids at which branches end.
+
+        Of several answers to a question without a reply, a rating or an edit, only the first counts. None of them
+        counts if another answer to the question has a reply.
+        """
         leaves, parents = [], set()
         for name, node in self.nodes.items():
             if node.children:
@@ -76,7 +80,7 @@ class Tree:
         return leaves
 
     def alternatives(self, path: list[Any], start: int) -> list[str]:
-        """The other answers to the question that stands before ``path[start]``."""
+        """Returns the texts of the other answers to the question that stands before ``path[start]``."""
         texts = []
         for child in self.nodes[path[start - 1]].children:
             seen: set = set()
@@ -112,11 +116,18 @@ def read_tree(
     language: Any = None,
     system: Mapping | None = None,
 ) -> Iterator[Conversation]:
-    """The conversation that ends at a leaf, with the other answers to each question as `alternatives`, or
-    those that end at each leaf.
+    """Yields the conversation that ends at a leaf, or those of all leaves.
+
+    The other answers to each question become the field `alternatives`.
+
+    Args:
+        leaf: the id of the node at which the active branch ends.
+        all_branches: True yields the conversations of all leaves.
+        conversation_id, record_id: the conversation's id; the record's, if there is no such id.
+        system: an object that may have a system prompt.
 
     Raises:
-        TypeError, ValueError: a malformed message, a circle, or no message at all.
+        TypeError, ValueError: a message is malformed, the parents form a circle, or there is no message.
     """
     tree.link()
     known = isinstance(leaf, (str, int)) and leaf in tree.nodes
@@ -139,6 +150,6 @@ def read_tree(
 
 
 def named(conversations: Iterable[Conversation], name: str) -> Iterator[Conversation]:
-    """Conversations, with the name of the layout that they were read in."""
+    """Yields the conversations with the name of their layout as `format`."""
     for conversation in conversations:
         yield conversation if conversation.format else replace(conversation, format=name)

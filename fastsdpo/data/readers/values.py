@@ -1,4 +1,4 @@
-"""Values of a record: JSON in text, keys of which one is there, dotted paths, and a conversation of raw messages."""
+"""Reads values from records: JSON in text, the first present of several keys, dotted paths, and conversations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RECORD_ID_KEYS = ("id", "uuid")
 
 
 def identifier(record: Any, keys: Iterable[str]) -> str | None:
-    """The first of the keys that names something, as valid Unicode, or None."""
+    """Returns the id under the first of the keys that has one, as valid Unicode, or None."""
     if isinstance(record, Mapping):
         for key in keys:
             value = record.get(key)
@@ -38,7 +38,7 @@ def identifier(record: Any, keys: Iterable[str]) -> str | None:
 
 
 def decoded(value: Any) -> Any:
-    """The value of a text that is JSON (or a list or dict as Python writes it); anything else as it is."""
+    """Decodes a text that is JSON (or a list or dict as Python writes it); returns anything else as it is."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
@@ -52,13 +52,13 @@ def decoded(value: Any) -> Any:
 
 
 def as_mapping(value: Any) -> Mapping:
-    """The value, decoded, where it is an object; else an empty one."""
+    """Returns the decoded value if it is an object; else an empty one."""
     value = decoded(value)
     return value if isinstance(value, Mapping) else {}
 
 
 def as_list(value: Any, name: str) -> Sequence:
-    """The value, decoded, which must be a list; a TypeError names it."""
+    """Returns the decoded value if it is a list; else raises a TypeError that says `name`."""
     value = decoded(value)
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name} must be a list, got {show(value)}")
@@ -66,14 +66,14 @@ def as_list(value: Any, name: str) -> Sequence:
 
 
 def first_item(value: Any) -> Any:
-    """The first item of a list, or None."""
+    """Returns the first item of a list, or None."""
     return value[0] if isinstance(value, (list, tuple)) and value else None
 
 
 def walk(record: Any, path: str) -> Any:
-    """The value at a dotted path (``"author.role"``, ``"choices.0.message"``), or None.
+    """Returns the value at a dotted path (``"author.role"``, ``"choices.0.message"``), or None.
 
-    A key that has dots itself is found too: ``"attributes.llm.input_messages"``.
+    A key that contains dots is found too: ``"attributes.llm.input_messages"``.
     """
     if isinstance(record, Mapping) and path in record:
         return record[path]
@@ -99,11 +99,11 @@ def conversation(
     language: Any = None,
     system: Mapping | None = None,
 ) -> Conversation:
-    """The `Conversation` of raw messages.
+    """Makes a `Conversation` of raw messages.
 
     Args:
-        name: of the list, in errors.
-        conversation_id, record_id: names the conversation; the record, where there is no such name.
+        name: what errors call the list.
+        conversation_id, record_id: the conversation's id; the record's, if there is no such id.
         system: an object that may have a system prompt under one of `SYSTEM_KEYS`.
     """
     turns = read_turns(messages, name)
@@ -115,7 +115,7 @@ def conversation(
 def of_turns(
     turns: Turns, *, conversation_id: str | None = None, record_id: str | None = None, language: Any = None
 ) -> Conversation:
-    """The `Conversation` of turns."""
+    """Makes a `Conversation` of turns."""
     return Conversation(
         turns.messages,
         record_id if conversation_id is None else conversation_id,
@@ -126,7 +126,7 @@ def of_turns(
 
 
 def with_system(record: Mapping, turns: Turns) -> Turns:
-    """`add_system`, and what is noted of the answers by their new places."""
+    """Adds the system prompt as `add_system` does, and moves the answers' fields to their new indexes."""
     messages = add_system(record, turns.messages)
     moved = len(messages) - len(turns.messages)
     if messages is turns.messages or not moved:
