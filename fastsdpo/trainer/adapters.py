@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,3 +49,16 @@ def adapter_is_silent(model: Any) -> bool:
         with_adapter = few_logits(model)
         with inner.disable_adapter():
             return torch.equal(few_logits(model), with_adapter)
+
+
+def warning_of_base(model: Any, checkpoint: str) -> str | None:
+    """What to say where a checkpoint's adapter was trained on a base model of another name; None: nothing."""
+    file = Path(checkpoint, "adapter_config.json")
+    if not is_peft(unwrap(model)) or not file.is_file():
+        return None
+    was = json.loads(file.read_text("utf-8")).get("base_model_name_or_path")
+    inner: Any = unwrap(model)
+    now = next(iter(inner.peft_config.values())).base_model_name_or_path
+    if not was or not now or was == now:
+        return None
+    return f"the adapter of {checkpoint} was trained on {was}, and goes on with {now}; they must be one model"

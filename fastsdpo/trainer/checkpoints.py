@@ -27,7 +27,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from fastsdpo.data.locks import locked
 from fastsdpo.prefix import whole_size
-from fastsdpo.trainer.adapters import is_peft
+from fastsdpo.trainer.adapters import is_peft, warning_of_base
 from fastsdpo.trainer.callbacks import WrittenCheckpoint
 from fastsdpo.trainer.card import write_card
 from fastsdpo.trainer.checksums import BLOCK, Recorder, damage_of, write_checksums
@@ -179,6 +179,8 @@ class CheckpointTrainer(Trainer):
         place = None
         if resume_from_checkpoint and resume_from_checkpoint is not True and not self.args.ignore_data_skip:
             place = read_place(resume_from_checkpoint, self.step_size, stream=self.stream is not None)
+            if warning := warning_of_base(self.model, resume_from_checkpoint):
+                logger.warning("%s", warning)
         if self.stream is not None:
             self.stream.begin(place)
         output = super().train(resume_from_checkpoint, *args, **kwargs)

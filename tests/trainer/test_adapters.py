@@ -367,3 +367,13 @@ def test_merge_is_that_of_peft_and_keeps_the_dtype(place, tmp_path, capsys):
         output = tmp_path / ("merged" if model == adapter else "other")
         assert fastsdpo(["merge", "--model", str(model), "-o", str(output)]) == 1
         assert said in capsys.readouterr().err
+
+
+def test_an_adapter_that_goes_on_with_another_base_is_told(place, tmp_path, caplog):
+    shutil.copytree(place / "model", tmp_path / "other")
+    for model, steps, more in (("model", "1", []), (tmp_path / "other", "2", ["--resume"])):
+        saved = ("--set", "save_strategy=steps", "--save-steps", "1")
+        run = command(place, tmp_path / "out", "--lora", "4", "--max-steps", steps, *saved, *more, model=model)
+        assert main(run) == 0
+    said = f"was trained on {place / 'model'}, and goes on with {tmp_path / 'other'}; they must be one model"
+    assert said in caplog.text
