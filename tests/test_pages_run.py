@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import glob
+import gzip
 import io
 import itertools
 import json
@@ -38,6 +40,8 @@ SKIPPED = {
     "git clone https://github.com/ggml-org/llama.cpp": "downloads another project",
     "python llama.cpp/": "a program of another project",
     "llama.cpp/build/bin/": "a program of another project",
+    "fastsdpo train - --stream": "reads the process's own standard input; trainer/test_stream.py pipes rows into it",
+    "fastsdpo train OWNER/DATASET --stream": "reads the hub; trainer/test_stream.py has a stand-in of it",
     f"fastsdpo train {RUN} --lora 16 --push-to-hub": "uploads; test_train_command.py has a stand-in of the hub",
 }
 ELSEWHERE = ("distributed",)
@@ -122,6 +126,19 @@ def data_page(tiny):
     with open("desk.csv", "w", newline="") as file:
         rows = [(7, "customer", "It broke."), (7, "agent", "Restart it."), (7, "customer", "I did.")]
         csv.writer(file).writerows([("ticket", "who", "said"), *rows])
+    for part in ("1", "2"):
+        rows = [
+            {
+                "id": f"{part}:{n}",
+                "prompt": say(f"Name {n} trees."),
+                "completion": f"Oak {part}.",
+                "user_response": "No.",
+            }
+            for n in range(4)
+        ]
+        with gzip.open(f"part-{part}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    lines("held-out.jsonl", [{"prompt": say("Who?"), "completion": "Oak.", "user_response": "In Latin."}])
     ratings = [{"rating": "down"}, {"rating": "down", "rating_comment": "It is four."}, {"rating": "up"}]
     chats = [{"messages": say(f"What is 2 + {n}?", "Five.")} for n in range(len(ratings))]
     for chat, rating in zip(chats, ratings):
@@ -182,6 +199,7 @@ def run(call, local, monkeypatch):
     """Runs one command of a page, with ``local`` in the place of names that are not here."""
     text = shlex.join(call.words)
     words = [local.get(word, word) for word in call.words]
+    words = [path for word in words for path in (sorted(glob.glob(word)) if "*" in word else [word])]
     typed = subprocess.run(call.piped, capture_output=True, text=True, check=True).stdout if call.piped else TYPED
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     if words[:2] == ["python", "-c"]:
