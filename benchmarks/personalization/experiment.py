@@ -44,6 +44,7 @@ ROUNDS = 6  # optimizer steps for each wish
 # What the paper's preset shares with ours here: lengths, batch and adapter, so that the objective differs alone.
 LENGTHS = {name: PERSONAL[name] for name in ("max_new_tokens", "eval_max_new_tokens")}
 AS_PAPER = {**PAPER, **LENGTHS}
+SAMPLED = {**AS_PAPER, "learning_rate": PERSONAL["learning_rate"], "sampling_temperature": 0.5}
 BASELINE = {**PERSONAL, "mode": "sampled_token", "ppo_clip": 0.2}
 PERSONA = "You are a busy person. You want every answer to be one short sentence, and complain when it is longer."
 
@@ -77,7 +78,7 @@ CONDITIONS: dict[str, Condition] = {
     "paper": Condition("the paper's preset, its rate 5e-6", recipe=AS_PAPER),
     "paper, our rate": Condition(
         "the paper's objective (live teacher, sampled token, centred, clipped) at our rate and temperature",
-        recipe={**AS_PAPER, "learning_rate": PERSONAL["learning_rate"], "sampling_temperature": 0.5},
+        recipe=SAMPLED,
     ),
     "live teacher": Condition("preset personal, live teacher", recipe={**PERSONAL, "teacher": "live"}),
     "sft": Condition("the answers themselves, more likely", recipe=BASELINE, advantages="sft"),
@@ -94,7 +95,14 @@ CONDITIONS: dict[str, Condition] = {
         recipe={**PERSONAL, "stop_when_degenerate": 0.1, "degenerate_window": STEP},
         longer=3,
     ),
+    "list, sampled token": Condition("a numbered list, the paper's objective, our rate", wish="list", recipe=SAMPLED),
+    "yes or no, sampled token": Condition(
+        "begin with Yes or No, the paper's objective at our rate", wish="yes or no", recipe=SAMPLED
+    ),
     "flip": Condition("one short sentence, then the opposite", then="long"),
+    "flip, sampled token": Condition(
+        "one short sentence, then the opposite, the paper's objective at our rate", then="long", recipe=SAMPLED
+    ),
     "sequence": Condition("a numbered list, then one short sentence", wish="list", then="short"),
     "kind": Condition("steps where asked how, else one short sentence", wish="kind"),
     "kind, shuffled": Condition("the same, complaints shuffled", wish="kind", user="shuffled"),
