@@ -27,7 +27,7 @@ from fastsdpo.integrations._hidden_or_logits import uses_hidden_states, why_not_
 from fastsdpo.integrations._trl_installed import Replacement, differs, trl_module
 from fastsdpo.integrations.generalized_jsd import adapt
 from fastsdpo.integrations.transformers import gathered_head
-from fastsdpo.prefix import head_parameters, no_grad_pass, run_inside
+from fastsdpo.prefix import causal_lm, head_parameters, no_grad_pass, run_inside
 
 TRAINERS = (
     trl_module("experimental.gkd.gkd_trainer").GKDTrainer,
@@ -53,19 +53,20 @@ def _compute_loss(owner: Any, theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 def _why_not_hidden(owner: Any, trainer: Any, model: nn.Module) -> str | None:
     for name, known in vars(owner).items():
-        if name.startswith(_OF_LOGITS) and inspect.getattr_static(type(trainer), name) is not known:
+        if name.startswith(_OF_LOGITS) and inspect.getattr_static(trainer, name) is not known:
             return f"{type(trainer).__name__} has its own {name}, which works on logits"
     if getattr(trainer, "use_uld_loss", False):
         return "use_uld_loss=True compares sorted probabilities of the whole vocabulary"
     if getattr(trainer, "_is_vlm", False):
         return "the model takes images"
     teacher = trainer.teacher_model
+    if teacher is not None and causal_lm(teacher) is causal_lm(model):
+        return "the teacher is the model that is trained, which cannot run inside its own forward pass"
     reason = why_not_model(trainer, model, teacher)
     if reason is None and teacher is not None:
         with gathered_head(model, teacher):
-            student, other = head_parameters(model), head_parameters(teacher)
-        if student.softcap != other.softcap or min(student.logit_scale, other.logit_scale) <= 0:
-            return "student and teacher have two softcaps, or a logit scale that is not positive"
+            if head_parameters(model).softcap != head_parameters(teacher).softcap:
+                return "student and teacher have two softcaps"
     return reason
 
 
@@ -73,6 +74,8 @@ def _from_hidden_states(theirs: Callable[..., Any], trainer: Any, model: nn.Modu
     """TRL's loss. The server's trainer has prompts and completions apart, the others sequences."""
     if "input_ids" in inputs:
         given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        if hasattr(trainer, "_get_model_forward_kwargs"):  # GOLD hands on what else a collator gives
+            given |= trainer._get_model_forward_kwargs(inputs)
     else:
         parts = {"input_ids": ("prompt_ids", "completion_ids"), "attention_mask": ("prompt_mask", "completion_mask")}
         given = {name: torch.cat([inputs[part] for part in pair], dim=1) for name, pair in parts.items()}
@@ -91,10 +94,14 @@ class _OnHiddenStates:
     def __init__(self, trainer: Any):
         vars(self)["_trainer"] = trainer
 
+    @property
+    def __class__(self) -> Any:  # so that a subclass's ``super()`` works
+        return type(vars(self)["_trainer"])
+
     def __getattr__(self, name: str) -> Any:
         trainer = vars(self)["_trainer"]
         found = inspect.getattr_static(type(trainer), name, None)
-        if isinstance(found, types.FunctionType):
+        if isinstance(found, types.FunctionType) and name not in vars(trainer):
             return types.MethodType(found, self)
         if name == "teacher_model" and trainer.teacher_model is not None:
             return _HiddenTeacher(trainer.teacher_model)

@@ -29,8 +29,7 @@ from fastsdpo.ops.divergence import sdpo_loss
 
 REDUCTIONS = ("batchmean", "sum", "mean")
 KNOWN = ("student_logits", "teacher_logits", "labels", "beta", "temperature", "reduction", "num_items_in_batch")
-# Arguments of some of the functions, with the value that leaves the loss the one over the whole vocabulary.
-NEUTRAL = {"logits_are_probs": (False,), "top_k": (0, None), "topk": (0, None), "add_tail": (True, False)}
+OF_SOME = ("logits_are_probs", "top_k", "topk", "add_tail")
 
 
 def adapt(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,7 +43,7 @@ def adapt(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     signature = inspect.signature(function)
     names = list(signature.parameters)
-    unknown = set(names) - {*KNOWN, *NEUTRAL}
+    unknown = set(names) - {*KNOWN, *OF_SOME}
     if names[:2] != list(KNOWN[:2]) or not {"labels", "beta", "temperature"} <= set(names) or unknown:
         raise TypeError(
             f"adapt: the function must have the arguments (student_logits, teacher_logits, labels, beta, "
@@ -56,7 +55,9 @@ def adapt(function: Callable[..., Any]) -> Callable[..., Any]:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given = {"reduction": "batchmean", "num_items_in_batch": None, **bound.arguments}
-        whole = all(given[name] in values for name, values in NEUTRAL.items() if name in given)
+        vocabulary = given["student_logits"].shape[-1]
+        topk = given.get("top_k", given.get("topk")) or vocabulary
+        whole = topk >= vocabulary and not given.get("logits_are_probs")
         reduced = given["reduction"] in REDUCTIONS or given["num_items_in_batch"] is not None
         if not whole or not reduced:
             return function(*args, **kwargs)

@@ -24,6 +24,7 @@ from fastsdpo.prefix.checks import check_sharing as check_sharing
 from fastsdpo.prefix.forward import ResponseStates as ResponseStates
 from fastsdpo.prefix.forward import shared_forward as shared_forward
 from fastsdpo.prefix.model import HeadParameters as HeadParameters
+from fastsdpo.prefix.model import before_head as before_head
 from fastsdpo.prefix.model import causal_lm as causal_lm
 from fastsdpo.prefix.model import decoder_of as decoder_of
 from fastsdpo.prefix.model import head_parameters as head_parameters

@@ -143,6 +143,20 @@ def hidden_scale(model: nn.Module) -> float:
     return config.dim_model_base / config.hidden_size if config.model_type == "minicpm3" else 1.0
 
 
+def before_head(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The function that makes of the decoder's states ``[..., D]`` what the model gives to its head."""
+    layers, scale, head = layers_before_head(model), hidden_scale(model), causal_lm(model).get_output_embeddings()
+
+    def function(hidden: Tensor) -> Tensor:
+        if layers is None:
+            return hidden if scale == 1.0 else hidden * scale
+        with forward_replaced(head, lambda hidden: hidden):
+            found = layers(hidden)
+        return found[0] if isinstance(found, tuple) else found  # XLM
+
+    return function
+
+
 class HeadParameters(NamedTuple):
     """The head as the losses from hidden states take it.
 
@@ -168,7 +182,7 @@ def head_parameters(model: nn.Module) -> HeadParameters:
     compares the result with the model's own logits.
 
     Raises:
-        NotImplementedError: the head is more than a linear layer with a known scale or softcap, or it is
+        NotImplementedError: the head is more than a linear layer with a known, positive scale or softcap, or it is
             sharded and not gathered.
     """
     name = "head_parameters"
@@ -193,6 +207,8 @@ def head_parameters(model: nn.Module) -> HeadParameters:
             scale = float(config.logits_scaling)
         else:
             raise NotImplementedError(f"{name}: logits_scaling of model type {config.model_type!r} is not known")
+    if scale <= 0:
+        raise NotImplementedError(f"{name}: the configuration's logit scale must be above 0, got {scale}")
     weight, bias = _linear_weight(head)
     for parameter in (weight, bias):
         if parameter is not None and hasattr(parameter, "full_tensor"):

@@ -26,11 +26,10 @@ from fastsdpo.prefix.attention import (
     plan_masks,
 )
 from fastsdpo.prefix.model import (
+    before_head,
     causal_lm,
     decoder_of,
     forward_replaced,
-    hidden_scale,
-    layers_before_head,
     model_device,
     text_inputs,
     unwrap,
@@ -107,7 +106,7 @@ class _InPlaceOfHead(Generic[Result]):
 
     def take_result(self, _head: nn.Module, args: Any, output: Result) -> Tensor:
         """The head's last hook: those of FSDP and ZeRO have seen the result before it."""
-        if self.in_body:  # of `PassRunner._to_head`
+        if self.in_body:  # of `before_head`
             return output
         self.result.append(output)
         return args[0].new_empty(*self.shape[:-1], 0, self.vocabulary)
@@ -157,8 +156,7 @@ class PassRunner:
         dynamic = limit is not None and limit.kind == "dynamic"
         counting = [m for m in self.decoder.modules() if hasattr(m, "create_position_ids_from_input_ids")]
         self._padding: int | None = counting[0].padding_idx if counting else None  # RoBERTa
-        self._before_head = layers_before_head(model)
-        self._hidden_scale = hidden_scale(model)
+        self._before_head = before_head(model)
         self._current: DecoderPass | None = None
         self._alone = attends_alone(self.decoder)
         self._dynamic = [m for m in self.decoder.modules() if dynamic and hasattr(m, "max_seq_len_cached")]
@@ -249,15 +247,7 @@ class PassRunner:
         hidden = self.decoder(**self._inputs(self.decoder, one)).last_hidden_state
         self._current = None  # it holds the keys, values and states of the pass before
         self._check_layers(one)
-        return self._to_head(hidden)[0]
-
-    def _to_head(self, hidden: Tensor) -> Tensor:
-        """What the head is given for the decoder's states ``hidden``."""
-        if self._before_head is None:
-            return hidden if self._hidden_scale == 1.0 else hidden * self._hidden_scale
-        with forward_replaced(self.causal.get_output_embeddings(), lambda hidden: hidden):
-            found = self._before_head(hidden)
-        return found[0] if isinstance(found, tuple) else found  # XLM
+        return self._before_head(hidden)[0]
 
     def rows(self, passes: list[DecoderPass], first_hidden: Tensor | None = None) -> Tensor:
         """The rows ``[N, D]`` of ``passes``; ``first_hidden [T, D]`` are the states of the first, if it has run."""

@@ -138,14 +138,14 @@ def run(trainer):
     return logs, recorded.steps
 
 
-def assert_same(found, wanted, rounding=0.0):
+def assert_same(found, wanted, rounding=0.0, steps=5):
     """``rounding``: of the gradients' dtype, where it is not float32."""
-    (logs, steps), (want_logs, want_steps) = found, wanted
-    assert len(steps) == len(want_steps) == 5
+    (logs, found_steps), (want_logs, want_steps) = found, wanted
+    assert len(found_steps) == len(want_steps) == steps
     assert any(entry.get("loss", 0) != 0 for entry in want_logs)
     for got, want in zip(logs, want_logs, strict=True):
         assert got == pytest.approx(want, rel=5e-5 + rounding, abs=5e-6, nan_ok=True)
-    for got, want in zip(steps, want_steps):
+    for got, want in zip(found_steps, want_steps):
         assert got.keys() == want.keys() and any(grad.any() for grad in want.values())
         for name, grad in want.items():
             limit = (5e-5 + rounding) * grad.abs().max().item() + 1e-7
@@ -171,6 +171,65 @@ def test_five_steps_from_logits(name, llama_folder, qwen2_folder, tmp_path):
     wanted = run(make(llama_folder, qwen2_folder, str(tmp_path), **options))
     with patch_trl("logits"):
         assert_same(run(make(llama_folder, qwen2_folder, str(tmp_path), **options)), wanted)
+
+
+def positions(batch):
+    """Somebody's collator says where the tokens stand: backwards."""
+    ids = batch["input_ids"]
+    return {**batch, "position_ids": torch.arange(ids.shape[1]).flip(0).expand_as(ids).clone()}
+
+
+def collated(trainer, change):
+    collator = trainer.data_collator
+    trainer.data_collator = lambda rows: change(collator(rows))
+    return trainer
+
+
+def with_parent(trainer):
+    """Somebody's subclass: a method that TRL's loss calls asks its parent."""
+
+    class Own(type(trainer)):
+        def _get_model_forward_kwargs(self, inputs, exclude=()):
+            return super()._get_model_forward_kwargs(positions(inputs), exclude)
+
+    trainer.__class__ = Own
+    return trainer
+
+
+def with_own_loss(trainer):
+    """A function on the trainer itself, in the place of the class's."""
+    trainer.generalized_jsd_loss = lambda student_logits, teacher_logits, **_: (student_logits - teacher_logits).var()
+    return trainer
+
+
+def as_its_own_teacher(trainer):
+    trainer.teacher_model = trainer.model
+    trainer.model.model.embed_tokens.register_forward_hook(lambda m, _, out: out * (1.5 if m.training else 1.0))
+    return trainer
+
+
+UNUSUAL = {
+    "collator": (gold, {}, lambda trainer: collated(trainer, positions), ""),
+    "parent": (gold, {}, with_parent, ""),
+    "own loss": (gkd, {}, with_own_loss, "has its own generalized_jsd_loss"),
+    "teacher is the student": (gkd, {}, as_its_own_teacher, "the teacher is the model that is trained"),
+    "top-k beyond the vocabulary": (iw_opd, {"distillation_objective": "jsd", "loss_top_k": 99}, lambda t: t, ""),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_one_step_of_what_users_add(name, llama_folder, qwen2_folder, tmp_path, caplog):
+    make, options, change, reason = UNUSUAL[name]
+
+    def step():
+        trainer = change(make(llama_folder, qwen2_folder, str(tmp_path), lmbda=0.0, beta=0.5, **options))
+        trainer.args.max_steps = 1
+        return run(trainer)
+
+    wanted = step()
+    with patch_trl():
+        assert_same(step(), wanted, steps=1)
+    assert reason in caplog.text and ("from logits" in caplog.text) == bool(reason)
 
 
 # ----------------------------------------------------------------- teachers behind servers
