@@ -26,7 +26,7 @@ import inspect
 import types
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -42,9 +42,18 @@ from fastsdpo.integrations._distillation import (
 )
 from fastsdpo.integrations._hidden_or_logits import Source, check_source, uses_hidden_states, why_not_model
 from fastsdpo.integrations._trl_installed import Replacement, trl_module
-from fastsdpo.integrations.transformers import gathered_head, label_logps
+from fastsdpo.integrations.transformers import fused_logps, gathered_head, label_logps
 from fastsdpo.ops.token_logps import token_logps
-from fastsdpo.prefix import HeadParameters, causal_lm, head_parameters, no_grad_pass, run_inside, unwrap
+from fastsdpo.prefix import (
+    HeadParameters,
+    before_head,
+    causal_lm,
+    decoder_of,
+    head_parameters,
+    no_grad_pass,
+    run_inside,
+    unwrap,
+)
 
 MODES = {"sampled_token": "sampled_token", "full_logits": "full", "topk_logits": "topk"}
 SDPOTrainer: Any = trl_module("experimental.sdpo").SDPOTrainer
@@ -72,14 +81,13 @@ class FastSDPOTrainer(SDPOTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs or not uses_hidden_states(self, model, _why_not_hidden):
             return _THEIRS[_owner(self)]["compute_loss"](self, model, inputs, return_outputs, num_items_in_batch)
-        found = _HiddenPass(self, model, inputs).run()
-        loss = found.loss
+        student = _HiddenPass(self, model, inputs)
+        loss = student.run()
         # After the forward pass: these gather metrics over the processes.
-        if found.policy_logps is not None:
-            policy = _policy_loss(self, inputs, found.policy_logps)
-            loss = loss + (1 - self.args.distillation_weight) * policy
-        if found.distillation_mean is not None:
-            _log_distillation(self, model, found.distillation_mean)
+        if student.policy_logps is not None:
+            loss = loss + (1 - student.weight) * _policy_loss(self, inputs, student.policy_logps)
+        if student.distillation_mean is not None:
+            _log_distillation(self, model, student.distillation_mean)
         return loss / (self.current_gradient_accumulation_steps if self.model.training else 1.0)
 
     def _forward_logits(self, model, input_ids, attention_mask, logits_to_keep):
@@ -112,13 +120,11 @@ class FastSDPOTrainer(SDPOTrainer):
             theirs: Any = _THEIRS[_owner(self)]["_compute_rollout_logps"]
             return theirs(self, prompt_ids, prompt_mask, completion_ids, completion_mask)
 
-        def logps(hidden: Tensor) -> Tensor:
-            with gathered_head(self.model):
-                head, at = head_parameters(self.model), slice(-completion_ids.size(1) - 1, -1)
-                return label_logps(hidden[:, at], head, completion_ids, self.temperature)[0]
-
+        ids, mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, completion_mask], 1)
+        labels = torch.cat([torch.full_like(prompt_ids, -100), completion_ids], 1)
         with torch.no_grad():
-            return run_inside(self.model, logps, _sequences(prompt_ids, prompt_mask, completion_ids, completion_mask))
+            logps: Any = fused_logps(self.model, ids, mask, labels, temperature=self.temperature)
+        return logps[:, prompt_ids.size(1) :]
 
 
 _COMMON = ("compute_loss", "_forward_logits", "_compute_self_distillation_loss", "_compute_rollout_logps")
@@ -127,10 +133,28 @@ _THEIRS = {owner: {name: vars(owner).get(name) for name in names} for owner, nam
 REPLACEMENTS = [
     Replacement(owner, name, vars(FastSDPOTrainer)[name]) for owner, names in _REPLACED.items() for name in names
 ]
+# Other methods of TRL that hidden states leave out, or of which they take TRL's meaning for granted.
+_ASSUMED = (
+    "_compute_teacher_student_logits",
+    "_compute_server_distillation_loss",
+    "_get_teacher_context_for_self_distillation",
+)
 
 
 def _owner(trainer: Any) -> Any:
     return SDFTTrainer if isinstance(trainer, SDFTTrainer) else SDPOTrainer
+
+
+def _why_not_hidden(trainer: Any, model: nn.Module) -> str | None:
+    """Why this trainer's loss cannot come from hidden states; None where it can."""
+    owner = _owner(trainer)
+    for name in (*_REPLACED[owner], *_ASSUMED):
+        known = (vars(owner)[name], _THEIRS[owner].get(name), vars(FastSDPOTrainer).get(name))
+        if inspect.getattr_static(trainer, name) not in known:
+            return f"{type(trainer).__name__} has its own {name}, which works on logits"
+    if trainer.use_teacher_server:
+        return "the teacher's log-probs come from a server (use_teacher_server=True)"
+    return why_not_model(trainer, model, trainer.teacher_model)
 
 
 def _policy_loss(
@@ -148,24 +172,6 @@ def _log_distillation(trainer: Any, model: nn.Module, mean: Tensor) -> None:
     trainer._log_self_distillation_metric("train" if model.training else "eval", value)
 
 
-def _why_not_hidden(trainer: Any, model: nn.Module) -> str | None:
-    """Why this trainer's loss cannot come from hidden states; None where it can."""
-    owner = _owner(trainer)
-    known: dict[str, tuple[Any, ...]] = {
-        name: (vars(FastSDPOTrainer)[name], theirs) for name, theirs in _THEIRS[owner].items()
-    }
-    for name in ("_compute_teacher_student_logits", "_compute_server_distillation_loss"):
-        known[name] = (vars(owner)[name],)
-    for name, values in known.items():
-        if inspect.getattr_static(type(trainer), name) not in values:
-            return f"{type(trainer).__name__} has its own {name}, which works on logits"
-    if trainer.use_teacher_server:
-        return "the teacher's log-probs come from a server (use_teacher_server=True)"
-    if trainer.args.distillation_mode not in MODES:
-        return f"distillation_mode={trainer.args.distillation_mode!r} is not known"
-    return why_not_model(trainer, model, trainer.teacher_model)
-
-
 def _distillation(
     args: Any,
     student: Tensor,
@@ -174,36 +180,26 @@ def _distillation(
     mask: Tensor,
     old_logps: Tensor | None,
     temperature: float,
-    policy: PolicyGradient | None = None,
-    **heads: HeadParameters | None,
+    weight: float = 1.0,
+    **more: Any,
 ) -> tuple[Tensor, Tensor]:
-    """TRL's distillation loss and its metric.
+    """TRL's loss, a mean over the tokens of a sequence and then over all B sequences; and its metric, over all tokens.
 
-    Args:
-        args: TRL's `SDPOConfig`.
-        student, teacher: ``[B, T, V]`` logits, or with ``heads`` ``[B, T, D]`` hidden states.
-        completion_ids, mask, old_logps: ``[B, T]``; ``mask`` is 1 where a token counts.
-        policy: a policy loss of the same hidden states, whose gradient is added. The loss is then multiplied by
-            distillation_weight.
-        heads: ``head`` and ``teacher_head``, as `distillation_loss`.
-
-    Returns:
-        The loss, a mean over the tokens of a sequence and then over all B sequences; the mean over all tokens.
+    ``student`` and ``teacher`` are logits ``[B, T, V]``, or with a ``head`` hidden states ``[B, T, D]``. The mask
+    ``[B, T]`` is 1 where a token counts. ``weight`` multiplies the loss alone; ``more`` goes to `distillation_loss`.
     """
     mode = MODES.get(args.distillation_mode)
     if mode is None:
         raise ValueError(f"distillation_mode must be one of {', '.join(MODES)}, got {args.distillation_mode!r}")
-    if mode == "topk" and args.distillation_topk is None:
+    topk, clip = args.distillation_topk if mode == "topk" else None, args.distillation_is_clip
+    if mode == "topk" and topk is None:
         raise ValueError("distillation_topk must be set for distillation_mode='topk_logits'")
-    clip = args.distillation_is_clip
-    topk = args.distillation_topk if mode == "topk" else None
     objective = Objective(mode, args.distillation_alpha, topk, args.distillation_add_tail, clip, temperature)
     mask = mask.to(torch.float32)
-    tokens = mask.sum(-1, keepdim=True).clamp(min=1.0)
-    weights = mask / tokens / mask.shape[0] * (1.0 if policy is None else args.distillation_weight)
+    weights = weight * mask / mask.sum(-1, keepdim=True).clamp(min=1.0) / len(mask)
     old_logps = None if clip is None or old_logps is None else old_logps.to(mask.device)
     targets = Targets(targets_where(mask, completion_ids), weights, old_logps)
-    out = distillation_loss(student, teacher, targets, objective, policy=policy, **heads)
+    out = distillation_loss(student, teacher, targets, objective, **more)
     per_token = out.per_token_loss
     if old_logps is not None:
         ratio = (out.student_logps - old_logps).clamp(-20, 20).exp().clamp(max=clip)
@@ -211,70 +207,55 @@ def _distillation(
     return out.loss, (per_token * mask).sum() / mask.sum().clamp(min=1.0)
 
 
-# ------------------------------------------------------------------------------ from hidden states
+class _HiddenPass:
+    """The losses of one batch, formed inside the student's forward pass.
 
-
-class _Losses(NamedTuple):
-    """The results of the student's forward pass.
-
-    Attributes:
-        loss: distillation_weight times the distillation loss. Its gradient is that of the whole loss, the policy
-            loss included.
-        distillation_mean: TRL's metric, the mean over tokens; None without a distillation loss.
+    Attributes, after `run`:
+        distillation_mean: TRL's metric; None without a distillation loss.
         policy_logps: ``[B, T]`` detached log-probs for TRL's policy loss; None without one.
     """
 
-    loss: Tensor
-    distillation_mean: Tensor | None
-    policy_logps: Tensor | None
-
-
-class _HiddenPass:
-    """The loss of one batch, formed inside the student's forward pass."""
+    distillation_mean: Tensor | None = None
+    policy_logps: Tensor | None = None
 
     def __init__(self, trainer: Any, model: nn.Module, inputs: dict[str, Any]):
-        self.trainer = trainer
-        self.model = model
-        self.inputs = inputs
+        self.trainer, self.model, self.inputs = trainer, model, inputs
         self.weight = getattr(trainer.args, "distillation_weight", 1.0)  # SDFT has no policy loss
 
-    def run(self) -> _Losses:
-        batch = (self.inputs[f"{part}_{kind}"] for part in ("prompt", "completion") for kind in ("ids", "mask"))
-        return run_inside(self.model, self._losses, _sequences(*batch))
+    def run(self) -> Tensor:
+        """distillation_weight times the distillation loss, with the gradient of the whole loss."""
+        pairs = [[self.inputs[f"{part}_{of}"] for part in ("prompt", "completion")] for of in ("ids", "mask")]
+        ids, mask = (torch.cat(pair, 1) for pair in pairs)
+        return run_inside(self.model, self._loss, {"input_ids": ids, "attention_mask": mask, "use_cache": False})
 
-    def _losses(self, hidden: Tensor) -> _Losses:
+    def _loss(self, hidden: Tensor) -> Tensor:
+        inputs, temperature = self.inputs, self.trainer.temperature
         # Student before teacher, as in TRL: dropout then draws the same numbers.
-        student, teacher, teacher_head = self._at_completion(hidden), None, None
-        if self.weight > 0:
-            teacher, teacher_head = self._teacher()
+        teacher, teacher_head = self._teacher() if self.weight > 0 else (None, None)
         with gathered_head(self.model, self.trainer.teacher_model):
             head = head_parameters(self.model)
-            if teacher_head is not None and teacher_head.weight is head.weight:
-                teacher_head = None
             device = head.weight.device
-            student = student.to(device)
-            logps = policy = None
-            if self.weight < 1:
-                logps, policy = self._policy_gradient(student, head)
+            student = self._at(hidden).to(device)
+            policy = self._policy_gradient(student, head) if self.weight < 1 else None
             if teacher is None:
                 assert policy is not None
-                loss = policy_gradient_loss(student, head, policy, self.trainer.temperature)
-                return _Losses(loss, None, logps)
-            loss, mean = _distillation(
+                return policy_gradient_loss(student, head, policy, temperature)
+            loss, self.distillation_mean = _distillation(
                 self.trainer.args,
                 student,
                 teacher.to(device),
-                self.inputs["completion_ids"].to(device),
+                inputs["completion_ids"].to(device),
                 self._mask().to(device),
-                self.inputs.get("old_per_token_logps"),
-                self.trainer.temperature,
-                policy,
+                inputs.get("old_per_token_logps"),
+                temperature,
+                self.weight,
                 head=head,
                 teacher_head=teacher_head,
+                policy=policy,
             )
-        return _Losses(loss, mean, logps)
+        return loss
 
-    def _at_completion(self, hidden: Tensor) -> Tensor:
+    def _at(self, hidden: Tensor) -> Tensor:
         return hidden[:, -self.inputs["completion_ids"].size(1) - 1 : -1]
 
     def _mask(self) -> Tensor:
@@ -287,22 +268,22 @@ class _HiddenPass:
 
     def _teacher(self) -> tuple[Tensor, HeadParameters | None]:
         """The teacher's hidden states at the completion, and its head; None is the student's."""
-        teacher = self.trainer.teacher_model
-        given = {
-            "input_ids": self.inputs["teacher_input_ids"],
-            "attention_mask": self.inputs["teacher_attention_mask"],
-            "use_cache": False,
-        }
+        model, teacher = self.model, self.trainer.teacher_model
+        ids, mask = self.inputs["teacher_input_ids"], self.inputs["teacher_attention_mask"]
+        given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         with no_grad_pass(), self.trainer._get_teacher_context_for_self_distillation():
-            if unwrap(teacher) is unwrap(self.model):
-                # This is inside the model's own forward pass, so only its decoder is called.
-                inner: Any = causal_lm(self.model)
-                hidden = inner.get_decoder()(**given).last_hidden_state
-                return self._at_completion(hidden), _head_of_active_adapters(self.model)
-            return run_inside(teacher, lambda hidden: (self._at_completion(hidden), head_parameters(teacher)), given)
+            if unwrap(teacher) is not unwrap(model):
+                return run_inside(teacher, lambda states: (self._at(states), head_parameters(teacher)), given)
+            # This is inside the model's own forward pass, so only its decoder is called.
+            states = before_head(model)(decoder_of(causal_lm(model))(**given).last_hidden_state)
+            if not is_peft_model(unwrap(model)):
+                return self._at(states), None
+            with gathered_head(model):  # the head under the teacher's adapters
+                head = head_parameters(model)
+                return self._at(states), head._replace(weight=head.weight.detach())
 
-    def _policy_gradient(self, student: Tensor, head: HeadParameters) -> tuple[Tensor, PolicyGradient]:
-        """Log-probs of the completion, and in them the gradient of ``(1 - distillation_weight)`` times TRL's loss.
+    def _policy_gradient(self, student: Tensor, head: HeadParameters) -> PolicyGradient:
+        """The gradient of ``(1 - distillation_weight)`` times TRL's loss, in the log-probs of the completion.
 
         Without old log-probs the batch is the policy's own. The loss then depends on differences of log-probs that
         are 0, so zeros stand for the log-probs.
@@ -316,6 +297,7 @@ class _HiddenPass:
                 (logps,) = label_logps(student, head, targets, self.trainer.temperature)
             # Padding gets the ratio 1, and the mask removes it. Its own ratio could be infinite.
             logps = torch.where(targets < 0, old_logps, logps.to(targets.device))
+        self.policy_logps = logps
         quiet = copy.copy(self.trainer)  # TRL's function gathers a metric over the processes
         quiet.accelerator = types.SimpleNamespace(gather=lambda tensor: tensor)
         quiet._metrics = defaultdict(lambda: defaultdict(list))
@@ -323,22 +305,4 @@ class _HiddenPass:
             leaf = logps.clone().requires_grad_()
             loss = _policy_loss(quiet, self.inputs, leaf)
             (grad,) = torch.autograd.grad((1 - self.weight) * loss, leaf)
-        return logps, PolicyGradient(targets.to(student.device), grad.to(student.device))
-
-
-def _sequences(prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> Any:
-    """A model's inputs: prompts and completions in one."""
-    return {
-        "input_ids": torch.cat([prompt_ids, completion_ids], dim=1),
-        "attention_mask": torch.cat([prompt_mask, completion_mask], dim=1),
-        "use_cache": False,
-    }
-
-
-def _head_of_active_adapters(model: nn.Module) -> HeadParameters | None:
-    """The head under the adapters that are active now; None where the model has no adapters."""
-    if not is_peft_model(unwrap(model)):
-        return None
-    with gathered_head(model):
-        head = head_parameters(model)
-        return head._replace(weight=head.weight.detach())
+        return PolicyGradient(targets.to(student.device), grad.to(student.device))

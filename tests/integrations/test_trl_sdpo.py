@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import sys
@@ -15,12 +16,19 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    MiniCPM3Config,
+    MiniCPM3ForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.trainer_utils import set_seed
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 from trl.trainer import distillation_trainer
 
 from fastsdpo.integrations.trl import FastSDPOTrainer, patch_trl, unpatch_trl
+from tests.words import SHAPE
 
 PROMPTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9", "w10"]
 
@@ -250,6 +258,34 @@ def test_banned_tokens_are_no_nan(tmp_path, llama_folder):
     assert given.student_logits.grad.isfinite().all()
 
 
+def minicpm3():
+    """It scales its decoder's states before the head."""
+    more = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    config = MiniCPM3Config(vocab_size=63, **{**SHAPE, "num_key_value_heads": 4}, dim_model_base=8, **more)
+    return MiniCPM3ForCausalLM(config)
+
+
+def cohere():
+    return CohereForCausalLM(CohereConfig(vocab_size=63, logit_scale=-0.5, **SHAPE))
+
+
+@pytest.mark.parametrize(("make", "reason"), [(minicpm3, ""), (cohere, "logit scale must be above 0, got -0.5")])
+def test_heads_of_other_models(make, reason, tmp_path, llama_folder, caplog):
+    """A live teacher: the student reads the other context."""
+    options = {**MODES["full-reverse"], "teacher_model_kind": "live"}
+    found = []
+    for kind in (SDPOTrainer, FastSDPOTrainer):
+        torch.manual_seed(0)
+        trainer = make_trainer(llama_folder, tmp_path, kind=kind, model=make(), **options)
+        trainer.model.eval()
+        loss = trainer.compute_loss(trainer.model, batch((1.0, 1.0)))
+        loss.backward()
+        found.append((loss.detach(), *(p.grad for p in trainer.model.parameters())))
+    for want, got in zip(*found):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+    assert reason in caplog.text and ("from logits" in caplog.text) == bool(reason)
+
+
 # ----------------------------------------------------------------------------- where logits remain
 
 
@@ -271,6 +307,30 @@ class ScaledHead(torch.nn.Module):
 
 def own_loss(make):
     return make(kind=OwnLoss), batch()
+
+
+def own_method(make):
+    """Set on the trainer itself."""
+    trainer = make()
+    theirs = trainer._forward_logits
+    trainer._forward_logits = lambda *args, **given: 0.5 * theirs(*args, **given)
+    return trainer, batch()
+
+
+class OtherWeights(SDPOTrainer):
+    """Somebody's subclass: the teacher is the model with other weights for a while."""
+
+    @contextlib.contextmanager
+    def _get_teacher_context_for_self_distillation(self):
+        with torch.no_grad():
+            self.model.lm_head.weight *= 0.9
+        yield
+        with torch.no_grad():
+            self.model.lm_head.weight /= 0.9
+
+
+def own_teacher_context(make):
+    return make(kind=OtherWeights, teacher_model_kind="live", **MODES["full-reverse"]), batch()
 
 
 def unusual_head(make):
@@ -299,6 +359,8 @@ def served_teacher(make):
     ("case", "reason"),
     [
         (own_loss, "OwnLoss has its own _compute_self_distillation_loss"),
+        (own_method, "SDPOTrainer has its own _forward_logits"),
+        (own_teacher_context, "OtherWeights has its own _get_teacher_context_for_self_distillation"),
         (unusual_head, "the model's head: head_parameters: the head must be a torch.nn.Linear"),
         (served_teacher, "the teacher's log-probs come from a server"),
     ],
