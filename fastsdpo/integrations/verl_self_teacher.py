@@ -34,6 +34,7 @@ from fastsdpo.integrations.verl import (
 from fastsdpo.ops.checks import check_alpha
 from fastsdpo.ops.divergence import LOSS_MODES
 from fastsdpo.ops.token_logps import token_logps
+from fastsdpo.prefix import training_mode
 
 NAME = "fastsdpo_self_teacher"
 TEACHER_PROMPT = "teacher_prompt_ids"
@@ -144,13 +145,8 @@ def _with_self_teacher(theirs: Callable[..., Any], patch: SelfTeacherPatch) -> C
             return {}
 
         counts = padded(micro_batch["response_mask"]).bool() & has_teacher[:, None]
-        training = engine.module.training
-        engine.module.eval()
-        try:
-            with torch.no_grad():
-                theirs(engine, second, keep, True)
-        finally:
-            engine.module.train(training)
+        with torch.no_grad(), training_mode(engine.module, False):
+            theirs(engine, second, keep, True)
 
         def loss(student_logits: Tensor | None = None, data: Any = None, **rest: Any) -> Any:
             if student_logits is None:
