@@ -149,8 +149,7 @@ def _why_not_hidden(trainer: Any, model: nn.Module) -> str | None:
     """Why this trainer's loss cannot come from hidden states; None where it can."""
     owner = _owner(trainer)
     for name in (*_REPLACED[owner], *_ASSUMED):
-        known = (vars(owner)[name], _THEIRS[owner].get(name), vars(FastSDPOTrainer).get(name))
-        if inspect.getattr_static(trainer, name) not in known:
+        if inspect.getattr_static(trainer, name) not in (vars(owner)[name], vars(FastSDPOTrainer).get(name)):
             return f"{type(trainer).__name__} has its own {name}, which works on logits"
     if trainer.use_teacher_server:
         return "the teacher's log-probs come from a server (use_teacher_server=True)"
