@@ -87,6 +87,7 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         self._check_fixed()
         self._check_method()
         self._check_text()
+        self._check_rhythm()
         self._checkpointing_given = checkpointing_given(self)
         self._bf16_given = self.bf16 is not None
         if self.bf16 is None:
@@ -169,6 +170,21 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         check(float(self.learning_rate) >= 0, "learning_rate", "be >= 0")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             check(getattr(self, name) >= 1, name, "be at least 1")
+
+    def _check_rhythm(self) -> None:
+        """How often something is done: transformers takes numbers with which it is never done, or at other steps."""
+        for what in ("logging", "eval", "save"):
+            strategy, name = getattr(self, f"{what}_strategy"), f"{what}_steps"
+            steps = getattr(self, name)
+            counts = getattr(strategy, "value", strategy) == "steps" and steps is not None
+            self._check(not counts or steps > 0, name, f"be > 0 ({what}_strategy='no' turns it off)")
+        check = self._check
+        check(
+            self.save_total_limit is None or self.save_total_limit >= 1,
+            "save_total_limit",
+            "be at least 1 or None (all)",
+        )
+        check(self.max_grad_norm is None or self.max_grad_norm >= 0, "max_grad_norm", "be >= 0 (0: no clipping)")
 
     def _check_text(self) -> None:
         neutral = self.neutral_followup
