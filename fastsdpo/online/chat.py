@@ -208,11 +208,6 @@ class ChatLearner:
     def _load(self, update: int) -> None:
         self.trainer.load_state_from(self._folder(update))
         self.trainer.state.global_step = update
-        # The checkpoint has the learning rate that it was written with; this chat may have another.
-        scheduler: Any = self.trainer.lr_scheduler
-        for index, group in enumerate(scheduler.optimizer.param_groups):
-            group["lr"] *= self.config.learning_rate / scheduler.base_lrs[index]
-            group["initial_lr"] = scheduler.base_lrs[index] = self.config.learning_rate
 
 
 class _Streamer:

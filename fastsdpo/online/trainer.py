@@ -115,6 +115,14 @@ class OnlineSDPOTrainer(StepTrainer):
         args = self.args
         return self._train_batch_size * args.world_size * args.gradient_accumulation_steps
 
+    def data_order(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "data_seed": args.seed if args.data_seed is None else args.data_seed,
+            "updates_per_batch": args.updates_per_batch,
+            "the number of prompts": len(self.train_dataset),
+        }
+
     def _get_train_sampler(self, train_dataset: Any = None) -> PromptSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
