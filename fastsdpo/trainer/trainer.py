@@ -124,7 +124,7 @@ class SDPOTrainer(StepTrainer):
             return {}  # a stream's is in its state
         args = self.args
         return {
-            "data_seed": args.seed if args.data_seed is None else args.data_seed,
+            "data_seed": args.order_seed,
             "group_by_conversation": self.by_conversation,
             "the number of interactions": len(self.train_dataset),
         }
@@ -138,7 +138,7 @@ class SDPOTrainer(StepTrainer):
             processes=args.world_size,
             accumulated=args.gradient_accumulation_steps,
             costs=dataset.costs(self.sharing) if args.world_size > 1 else None,
-            seed=args.seed if args.data_seed is None else args.data_seed,
+            seed=args.order_seed,
         )
         return self.sampler
 

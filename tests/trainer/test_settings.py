@@ -454,7 +454,7 @@ def test_steps_at_which_nothing_would_be_done(tmp_path, lab, given):
 
 
 def test_a_negative_clip_would_turn_the_gradient(tmp_path, lab):
-    with pytest.raises(ValueError, match="max_grad_norm must be >= 0"):
+    with pytest.raises(ValueError, match="max_grad_norm must be >= 0 or None"):
         lab.make_config(tmp_path, max_grad_norm=-1.0)
 
 
