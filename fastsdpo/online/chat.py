@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fastsdpo.data import Interaction, InteractionTokenizer, TokenizedInteraction
+from fastsdpo.data.output import atomic_file
 from fastsdpo.online.config import OnlineSDPOConfig
 from fastsdpo.online.sampling import generate
 from fastsdpo.trainer.report import write_report
@@ -247,6 +248,5 @@ def forget_updates(folder: str, update: int) -> None:
     path = os.path.join(folder, LOG_FILE)
     with open(path, encoding="utf-8") as file:
         kept = [line for line in file if json.loads(line)["update"] <= update]
-    with open(f"{path}.part", "w", encoding="utf-8") as file:
-        file.writelines(kept)
-    os.replace(f"{path}.part", path)
+    with atomic_file(Path(path)) as written:
+        written.write("".join(kept).encode())
