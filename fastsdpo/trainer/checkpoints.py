@@ -178,8 +178,8 @@ class CheckpointTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         place = None
         if resume_from_checkpoint and resume_from_checkpoint is not True and not self.args.ignore_data_skip:
-            streams = self.stream is not None
-            place = read_place(resume_from_checkpoint, self.step_size, self.data_order(), stream=streams)
+            stream = self.stream is not None
+            place = read_place(resume_from_checkpoint, self.step_size, self.data_order(), stream=stream)
             if warning := warning_of_base(self.model, resume_from_checkpoint):
                 logger.warning("%s", warning)
         if self.stream is not None:
@@ -385,8 +385,7 @@ class CheckpointTrainer(Trainer):
             self.check_output()
         except OSError as error:
             problem = str(error)
-        problem = agreed(problem)
-        if problem is not None:
+        if (problem := agreed(problem)) is not None:
             raise OSError(f"checkpoint-{self.state.global_step} cannot be written: {problem}")
 
     @contextmanager
@@ -406,8 +405,7 @@ class CheckpointTrainer(Trainer):
                     stack.enter_context(locked(os.path.join(folder, LOCK), wait=False, taken=said))
                 except FileExistsError as error:
                     taken = str(error)
-            taken = agreed(taken)
-            if taken is not None:
+            if (taken := agreed(taken)) is not None:
                 raise FileExistsError(taken)
             yield
 
