@@ -141,10 +141,10 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
 
     def _check_bound(self, name: str, least: int | None, above: int | None) -> None:
         """A number's smallest value, or the largest that is too small."""
-        value: Any = getattr(self, name)
         or_none = " or None" * ("None" in str(self.__dataclass_fields__[name].type))
-        if value is None and or_none:
+        if or_none and getattr(self, name) is None:
             return
+        value: Any = getattr(self, name)
         if name == "learning_rate" and isinstance(value, str):  # YAML's 1e-5
             value = float(value)
         self._check(isinstance(value, Real), name, f"be a number{or_none}")
@@ -170,9 +170,9 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         check(self.per_device_eval_batch_size >= 1, "per_device_eval_batch_size", "be at least 1")
         for what in ("logging", "eval", "save"):
             strategy, name = getattr(self, f"{what}_strategy"), f"{what}_steps"
-            steps: Any = getattr(self, name)
-            counts = getattr(strategy, "value", strategy) == "steps" and steps is not None
-            check(not counts or steps > 0, name, f"be > 0 ({what}_strategy='no' turns it off)")
+            steps = getattr(self, name)
+            counts = getattr(strategy, "value", strategy) == "steps"
+            check(not counts or steps is None or steps > 0, name, f"be > 0 ({what}_strategy='no' turns it off)")
         check(
             self.save_total_limit is None or self.save_total_limit >= 1,
             "save_total_limit",
