@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "fastsdpo":
             raise
-        from fastsdpo.commands.options import describe_error
+        from fastsdpo.commands.running import describe_error
 
         print(f"fastsdpo {argv[0]}: {describe_error(error)}", file=sys.stderr)
         return 2

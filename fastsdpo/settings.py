@@ -18,6 +18,8 @@ def setting(
     flag: str | None = None,
     metavar: str | None = None,
     choices: tuple[str, ...] | None = None,
+    least: int | None = None,
+    above: int | None = None,
 ) -> Any:
     """A field of `SDPOSettings`.
 
@@ -25,9 +27,10 @@ def setting(
         group: of options in which the commands show it; None: it has no flag and is set with ``--set``.
         flag: None: the field's name.
         choices: the only values; None: any of the type.
+        least, above: the smallest value, or the largest that is too small; None: there is none.
     """
-    given = {"group": group, "flag": flag, "metavar": metavar, "choices": choices}
-    return field(default=default, metadata={"help": help, **{name: value for name, value in given.items() if value}})
+    given = {"group": group, "flag": flag, "metavar": metavar, "choices": choices, "least": least, "above": above}
+    return field(default=default, metadata={"help": help, **{k: v for k, v in given.items() if v is not None}})
 
 
 @dataclass
@@ -50,17 +53,18 @@ class SDPOSettings:
         group="method",
     )
     topk: int | None = setting(
-        None, "The student's K most likely tokens, for --mode topk.", group="method", metavar="K"
+        None, "The student's K most likely tokens, for --mode topk.", group="method", metavar="K", least=1
     )
     add_tail: bool = setting(True, "mode=topk: a bucket for the rest of the vocabulary.")
-    temperature: float = setting(1.0, "Divides both policies' logits.")
+    temperature: float = setting(1.0, "Divides both policies' logits.", above=0)
     is_clip: float | None = setting(
         None,
         "Weigh tokens by min(p_student / p_initial, is_clip): logged answers taken as drawn from the initial model. "
         "None: no weights.",
+        above=0,
     )
     reference_kl: float = setting(
-        0.0, "Weight of KL(student || initial model), without the follow-up, per token.", group="method"
+        0.0, "Weight of KL(student || initial model), without the follow-up, per token.", group="method", least=0
     )
     normalization: str = setting(
         "sequence",
@@ -70,7 +74,7 @@ class SDPOSettings:
         choices=("sequence", "token"),
     )
     ignore_first_k: int = setting(
-        0, "How many of the first tokens of each answer the loss leaves out.", group="method", metavar="K"
+        0, "How many of the first tokens of each answer the loss leaves out.", group="method", metavar="K", least=0
     )
 
     # The teacher
@@ -95,6 +99,7 @@ class SDPOSettings:
         "n))^G, all of the teacher's weights. 1, without a neutral follow-up: p(. | x, o).",
         group="method",
         metavar="G",
+        above=0,
     )
     neutral_followup: str | None = setting(
         None,
@@ -104,16 +109,16 @@ class SDPOSettings:
         metavar="TEXT",
     )
     teacher_check: int = setting(
-        8, "Interactions on which to compare real and unrelated follow-ups before training; 0: no check."
+        8, "Interactions on which to compare real and unrelated follow-ups before training; 0: no check.", least=0
     )
 
     measure_interactions: int = setting(
-        32, "Held-out interactions measured at each evaluation (docs/objectives.md); 0: none."
+        32, "Held-out interactions measured at each evaluation (docs/objectives.md); 0: none.", least=0
     )
     measure_answers: int = setting(
-        8, "Of their questions, how many the model answers itself before and after training; 0: none."
+        8, "Of their questions, how many the model answers itself before and after training; 0: none.", least=0
     )
-    measure_tokens: int = setting(64, "The most tokens of each of these answers.")
+    measure_tokens: int = setting(64, "The most tokens of each of these answers.", least=1)
 
     # Text to tokens
     template: str = setting(
@@ -123,10 +128,14 @@ class SDPOSettings:
         group="text",
         metavar="NAME|TEXT",
     )
-    max_prompt_length: int | None = setting(2048, "The most tokens of the history.", group="text", metavar="TOKENS")
-    max_completion_length: int | None = setting(2048, "The most tokens of the answer.", group="text", metavar="TOKENS")
+    max_prompt_length: int | None = setting(
+        2048, "The most tokens of the history.", group="text", metavar="TOKENS", least=1
+    )
+    max_completion_length: int | None = setting(
+        2048, "The most tokens of the answer.", group="text", metavar="TOKENS", least=1
+    )
     max_followup_length: int | None = setting(
-        1024, "The most tokens of the follow-up.", group="text", metavar="TOKENS"
+        1024, "The most tokens of the follow-up.", group="text", metavar="TOKENS", least=1
     )
     truncation: str = setting(
         "shared",
@@ -165,13 +174,16 @@ class SDPOSettings:
     backend: str = setting(
         "auto", "Which code computes the loss: auto, native (CPU), triton (GPU) or reference (plain PyTorch)."
     )
-    chunk_size: int | None = setting(None, "For how many tokens the loss holds logits at once. None: it chooses.")
+    chunk_size: int | None = setting(
+        None, "For how many tokens the loss holds logits at once. None: it chooses.", least=1
+    )
     max_tokens_per_pack: int | None = setting(
         16384,
         "The most tokens in one forward pass (student and teacher, shared prefixes once). Larger "
         "micro-batches take several passes. None: no limit.",
         group="computation",
         metavar="TOKENS",
+        least=1,
     )
     ulysses: int = setting(
         1,
@@ -179,6 +191,7 @@ class SDPOSettings:
         "tokens, and in the attention some of the heads.",
         group="computation",
         metavar="PROCESSES",
+        least=1,
     )
     token_cache: str | None = setting(
         "auto",
@@ -192,16 +205,19 @@ class SDPOSettings:
         "With a stream: how many interactions are held, to draw the next from. 1: the order of the data. None: 1000.",
         group="data",
         metavar="N",
+        least=1,
     )
     tokenizer_workers: int | None = setting(
         None,
         "How many processes tokenize a data file. None: one for each core, at most 8; one below 32 MB.",
         group="data",
         metavar="N",
+        least=1,
     )
     peak_tflops: float | None = setting(
         None,
         "TFLOP/s of a card in 16-bit products, for sdpo/mfu. None: the data sheet's of cards that are known by name.",
+        above=0,
     )
     auto_checkpointing: bool = setting(
         True,
@@ -224,9 +240,10 @@ class SDPOSettings:
         group="optimization",
         flag="--batch-size",
         metavar="N",
+        least=1,
     )
     gradient_accumulation_steps: int = setting(
-        1, "Micro-batches of one optimizer step.", group="optimization", flag="--accumulate", metavar="N"
+        1, "Micro-batches of one optimizer step.", group="optimization", flag="--accumulate", metavar="N", least=1
     )
     dtype: str | None = setting(
         None,
@@ -270,7 +287,9 @@ class SDPOSettings:
     )
 
     # Fields of TrainingArguments, most with another default
-    learning_rate: float = setting(2e-6, "The largest learning rate of the run.", group="optimization", metavar="RATE")
+    learning_rate: float = setting(
+        2e-6, "The largest learning rate of the run.", group="optimization", metavar="RATE", least=0
+    )
     lr_scheduler_type: str = setting(
         "cosine",
         "How the learning rate changes over the run: cosine, constant, constant_with_warmup, linear, and "
@@ -286,19 +305,22 @@ class SDPOSettings:
         flag="--warmup",
         metavar="STEPS",
     )
-    num_train_epochs: float = setting(2.0, "Passes over the data.", group="optimization", flag="--epochs", metavar="N")
+    num_train_epochs: float = setting(
+        2.0, "Passes over the data.", group="optimization", flag="--epochs", metavar="N", above=0
+    )
     max_steps: int = setting(
         -1,
         "How many optimizer steps to take, instead of --epochs. -1: --epochs decides.",
         group="optimization",
         metavar="N",
     )
-    max_grad_norm: float = setting(
+    max_grad_norm: float | None = setting(
         1.0,
         "Gradients are scaled down to this norm. 0: they are not.",
         group="optimization",
         flag="--clip",
         metavar="NORM",
+        least=0,
     )
     seed: int = setting(
         42, "Decides the order of the data, and the first weights of a new adapter.", group="optimization"
@@ -332,22 +354,31 @@ class OnlineSDPOSettings(SDPOSettings):
     """The fields that `OnlineSDPOConfig` adds to `SDPOConfig`, or whose defaults it changes."""
 
     # Answers
-    num_generations: int = setting(1, "How many answers are sampled for each prompt.", group="answers", metavar="N")
-    max_new_tokens: int = setting(256, "The most tokens of an answer.", group="answers", metavar="TOKENS")
+    num_generations: int = setting(
+        1, "How many answers are sampled for each prompt.", group="answers", metavar="N", least=1
+    )
+    max_new_tokens: int = setting(256, "The most tokens of an answer.", group="answers", metavar="TOKENS", least=1)
     sampling_temperature: float | None = setting(
         1.0,
         "How freely answers are sampled. Only at 1 do they follow the model's own distribution. None: as the "
         "model's generation config samples, with its top-k, top-p and penalties.",
         group="answers",
         metavar="T",
+        above=0,
     )
     generation_batch_size: int | None = setting(
-        None, "How many answers are sampled at once. None: all of a step.", group="answers", metavar="N"
+        None, "How many answers are sampled at once. None: all of a step.", group="answers", metavar="N", least=1
     )
     eval_max_new_tokens: int | None = setting(
-        None, "The most tokens of a held-out answer. None: as many as of others.", group="answers", metavar="TOKENS"
+        None,
+        "The most tokens of a held-out answer. None: as many as of others.",
+        group="answers",
+        metavar="TOKENS",
+        least=1,
     )
-    eval_temperature: float = setting(0.0, "How freely held-out answers are sampled. 0: always the likeliest token.")
+    eval_temperature: float = setting(
+        0.0, "How freely held-out answers are sampled. 0: always the likeliest token.", least=0
+    )
     generation_url: str | None = setting(
         None,
         "An OpenAI-compatible server (vLLM) that samples the answers. None: this process samples them.",
@@ -359,11 +390,16 @@ class OnlineSDPOSettings(SDPOSettings):
         "lora",
         "How the server gets the trained weights: lora (the adapter is loaded by name at each step), weights (all of "
         "them, by vLLM's weight transfer), or none (its answers are off-policy; use is_clip or ppo_clip).",
+        choices=("lora", "weights", "none"),
     )
 
     # The online objective
     updates_per_batch: int = setting(
-        1, "How many optimizer steps are taken on each batch of sampled answers.", group="answers", metavar="STEPS"
+        1,
+        "How many optimizer steps are taken on each batch of sampled answers.",
+        group="answers",
+        metavar="STEPS",
+        least=1,
     )
     ppo_clip: float | None = setting(
         None, "mode=sampled_token: clip the probability ratio to sampling time to 1 +- this. None: no ratio."
@@ -381,7 +417,7 @@ class OnlineSDPOSettings(SDPOSettings):
         group="answers",
         metavar="SHARE",
     )
-    degenerate_window: int = setting(32, "Interactions that stop_when_degenerate looks back on.")
+    degenerate_window: int = setting(32, "Interactions that stop_when_degenerate looks back on.", least=1)
     min_entropy_share: float = setting(0.2, "Entropy collapse: below this share of the first window's entropy.")
     log_interactions: bool = setting(True, "Write interactions.jsonl and eval_answers.jsonl to the output folder.")
 
@@ -396,5 +432,5 @@ class OnlineSDPOSettings(SDPOSettings):
     lr_scheduler_type: str = changed("lr_scheduler_type", "constant")
     warmup_steps: float = changed("warmup_steps", 0)
     num_train_epochs: float = changed("num_train_epochs", 1.0, "Passes over the prompts.")
-    max_grad_norm: float = changed("max_grad_norm", 1.0)
+    max_grad_norm: float | None = changed("max_grad_norm", 1.0)
     logging_steps: float = changed("logging_steps", 1)

@@ -15,8 +15,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastsdpo.commands.options import add_device_option, run_command
+from fastsdpo.commands.options import add_device_option
 from fastsdpo.commands.parser import Parser
+from fastsdpo.commands.running import run_command
 from fastsdpo.shapes import DIVERGENCES, MODELS, MODES
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastsdpo import bench, timing
-from fastsdpo.commands.options import DONE
+from fastsdpo.commands.running import DONE
 from fastsdpo.ops.backend import describe_backend
 
 HEADER = ["from", "shape", "dtype", "loss", "who", "ms", "spread", "times fastsdpo", "peak MiB"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastsdpo.commands.eval import QUESTIONS
-from fastsdpo.commands.options import DONE
+from fastsdpo.commands.running import DONE
+from fastsdpo.data.output import atomic_file
 from fastsdpo.online import ifeval
 from fastsdpo.trainer.report import write_report
 
@@ -74,10 +74,9 @@ def write_answers(options: argparse.Namespace, answers_of: Answers) -> int:
         ]
         write_report(options.output, written)
     else:
-        lines = [json.dumps(arena_row(row, text, name), ensure_ascii=False) for row, text in zip(rows, texts)]
-        part = Path(options.output + ".part")
-        part.write_text("".join(line + "\n" for line in lines), "utf-8")
-        os.replace(part, options.output)
+        with atomic_file(Path(options.output)) as file:
+            for row, text in zip(rows, texts):
+                file.write(json.dumps(arena_row(row, text, name), ensure_ascii=False).encode() + b"\n")
     print(f"{len(rows)} answers of {name} in {options.output}")
     return DONE
 

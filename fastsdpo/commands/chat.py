@@ -31,9 +31,10 @@ import argparse
 import sys
 from typing import Any
 
-from fastsdpo.commands.options import add_model_options, add_setting_options, choose_device, read_text, run_command
+from fastsdpo.commands.options import add_model_options, add_setting_options, choose_device, read_text
 from fastsdpo.commands.parser import Parser
 from fastsdpo.commands.paths import check_folder, check_template
+from fastsdpo.commands.running import run_command
 from fastsdpo.online.presets import PRESETS
 from fastsdpo.settings import OnlineSDPOSettings, SDPOSettings
 

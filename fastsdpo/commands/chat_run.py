@@ -8,8 +8,9 @@ import signal
 from collections.abc import Mapping
 from typing import Any
 
-from fastsdpo.commands.options import DONE, STOPPED, read_config
+from fastsdpo.commands.options import read_config
 from fastsdpo.commands.run import keep_options, load
+from fastsdpo.commands.running import DONE, STOPPED
 from fastsdpo.commands.screen import PlainScreen, make_screen
 from fastsdpo.commands.talk import COMMANDS, ENDS, Talk
 from fastsdpo.online.chat import ChatLearner

@@ -6,8 +6,9 @@ import argparse
 from importlib.resources import files
 from pathlib import Path
 
-from fastsdpo.commands.options import DONE, add_quiet_option, run_command
+from fastsdpo.commands.options import add_quiet_option
 from fastsdpo.commands.parser import Parser
+from fastsdpo.commands.running import DONE, run_command
 
 NAME = "conversations.jsonl"
 

@@ -10,8 +10,8 @@ import argparse
 import json
 from typing import Any
 
-from fastsdpo.commands.options import DONE, FAILED, run_command
 from fastsdpo.commands.parser import Parser
+from fastsdpo.commands.running import DONE, FAILED, run_command
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,8 +28,9 @@ from __future__ import annotations
 
 import argparse
 
-from fastsdpo.commands.options import add_device_option, refuse, run_command
+from fastsdpo.commands.options import add_device_option, refuse
 from fastsdpo.commands.parser import Parser
+from fastsdpo.commands.running import run_command
 from fastsdpo.commands.users import add_chat_model_options
 
 # The key of a question in the benchmark's own file.

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastsdpo.commands.benchmark import run_ifeval, write_answers
-from fastsdpo.commands.options import DONE, read_text
+from fastsdpo.commands.options import read_text
+from fastsdpo.commands.running import DONE
 from fastsdpo.commands.users import chat_model
 from fastsdpo.modeling import check_name, load_model_and_tokenizer
 from fastsdpo.online.degeneration import degenerate

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastsdpo.commands import run
-from fastsdpo.commands.options import DONE, model_source, read_config
+from fastsdpo.commands.options import model_source, read_config
 from fastsdpo.commands.paths import held_out
+from fastsdpo.commands.running import DONE
 from fastsdpo.data.chat_template import reads_clock
 from fastsdpo.data.templates import choose_template
 from fastsdpo.model_config import has_weights, load_configuration
@@ -84,7 +85,7 @@ def forecast(options: argparse.Namespace, config: SDPOConfig, say: Callable[[str
     model = setting.shape.make()
     if choose_checkpointing(args, model, setting.kind):
         say(CHECKPOINTING)
-    say(f"model {options.model}: {describe_weights(model)}; no weights are loaded, so there is no teacher check")
+    say(f"model {options.model}: {run.describe_weights(model)}; no weights are loaded, so there is no teacher check")
     if reads_clock(found.tokenizer, args.chat_template_kwargs):  # type: ignore[arg-type]
         args.chat_template_date = run_date(args)
     args.template = choose_template(args.template, sum(p.numel() for p in model.parameters()))
@@ -146,10 +147,3 @@ def of_trainer(trainer: SDPOTrainer) -> ModelShape:
     adapter = trainer.model.active_peft_config if is_peft(trainer.model) else None
     head = causal.get_output_embeddings().weight
     return ModelShape(causal.config, head.dtype, adapter, causal.config._attn_implementation)
-
-
-def describe_weights(model: torch.nn.Module) -> str:
-    """How many of the weights are trained."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    trained = sum(size for size, requires_grad in sizes if requires_grad)
-    return f"{trained:,} of {sum(size for size, _ in sizes):,} weights are trained"

@@ -15,9 +15,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastsdpo.commands.options import DONE, add_model_source_options, add_quiet_option, model_source, run_command
+from fastsdpo.commands.options import add_model_source_options, add_quiet_option, model_source
 from fastsdpo.commands.parser import Parser
 from fastsdpo.commands.paths import check_folder
+from fastsdpo.commands.running import DONE, run_command
 
 
 def build_parser() -> Parser:

@@ -28,18 +28,16 @@ import argparse
 from typing import Any
 
 from fastsdpo.commands.options import (
-    DONE,
-    LOST,
     add_model_options,
     add_push_option,
     add_resume_options,
     add_setting_options,
     choose_device,
     refuse,
-    run_command,
 )
 from fastsdpo.commands.parser import Parser
 from fastsdpo.commands.paths import check_folder, check_template
+from fastsdpo.commands.running import DONE, LOST, run_command
 from fastsdpo.commands.users import add_user_options
 from fastsdpo.online.presets import PRESETS
 from fastsdpo.online.rules import describe

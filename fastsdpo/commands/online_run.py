@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsdpo.commands import run
-from fastsdpo.commands.options import DEGENERATE, DONE, STOPPED, read_config, read_text
+from fastsdpo.commands.options import read_config, read_text
+from fastsdpo.commands.running import DEGENERATE, DONE, STOPPED
 from fastsdpo.commands.users import given_user_options, make_user
 from fastsdpo.online.config import OnlineSDPOConfig
 from fastsdpo.online.presets import PERSONAL_LORA

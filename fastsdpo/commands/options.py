@@ -14,13 +14,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastsdpo.commands.parser import did_you_mean
-from fastsdpo.commands.running import DEGENERATE as DEGENERATE
-from fastsdpo.commands.running import DONE as DONE
-from fastsdpo.commands.running import FAILED as FAILED
-from fastsdpo.commands.running import LOST as LOST
-from fastsdpo.commands.running import STOPPED as STOPPED
-from fastsdpo.commands.running import describe_error as describe_error
-from fastsdpo.commands.running import run_command as run_command
 from fastsdpo.settings import SDPOSettings
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fastsdpo.commands import prepare_prompts
-from fastsdpo.commands.options import DONE, FAILED, refuse, run_command
+from fastsdpo.commands.options import refuse
 from fastsdpo.commands.parser import Parser
+from fastsdpo.commands.running import DONE, FAILED, run_command
 from fastsdpo.data.answers import RatingFollowups
 from fastsdpo.data.filters import PRESETS, ConversationFilter
 from fastsdpo.data.output import LAYOUTS

@@ -167,10 +167,14 @@ def keep_options(options: argparse.Namespace, trainer: AnyTrainer) -> None:
 
 def describe_model(trainer: AnyTrainer, name: str) -> str:
     """How many of the model's weights are trained, and where."""
-    sizes = [(whole_size(p), p.requires_grad) for p in trainer.model.parameters()]
+    return f"model {name}: {describe_weights(trainer.model)}, on {trainer.args.device}"
+
+
+def describe_weights(model: Any) -> str:
+    """How many of the weights are trained."""
+    sizes = [(whole_size(p), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, requires_grad in sizes if requires_grad)
-    total = sum(size for size, _ in sizes)
-    return f"model {name}: {trained:,} of {total:,} weights are trained, on {trainer.args.device}"
+    return f"{trained:,} of {sum(size for size, _ in sizes):,} weights are trained"
 
 
 def choose_checkpoint(trainer: AnyTrainer, options: argparse.Namespace, say: Callable[[str], None]) -> str | None:

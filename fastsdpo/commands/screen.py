@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from fastsdpo.online.terminal import is_terminal
+from fastsdpo.online.terminal import is_terminal, shortened
 from fastsdpo.signal import SignalResult, color_depth, render_answer, render_legend
 from fastsdpo.signal.terminal import terminal_theme
 from fastsdpo.signal.tokens import visible
@@ -116,7 +116,7 @@ class TerminalScreen(PlainScreen):
         return self._stream("after  > ", draw)
 
     def signal(self, result: SignalResult, followup: str) -> None:
-        self.console.print(f"what {_short(followup)} changes in the answer", style="bold")
+        self.console.print(f"what {shortened(followup)!r} changes in the answer", style="bold")
         print(render_answer(result, result.real, colors=self.colors, theme=self.theme))
         if not self.explained:
             scale, _, words = render_legend(colors=self.colors, theme=self.theme).partition("\n")
@@ -163,8 +163,3 @@ def make_screen(quiet: bool) -> PlainScreen:
         ModuleNotFoundError: rich is missing at a terminal.
     """
     return TerminalScreen() if is_terminal() and not quiet else PlainScreen(quiet)
-
-
-def _short(text: str, length: int = 40) -> str:
-    line = " ".join(text.split())
-    return repr(line if len(line) <= length else line[: length - 3] + "...")

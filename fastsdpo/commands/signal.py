@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastsdpo.commands.options import DONE, add_model_source_options, model_source, run_command
+from fastsdpo.commands.options import add_model_source_options, model_source
 from fastsdpo.commands.parser import Parser
+from fastsdpo.commands.running import DONE, run_command
 from fastsdpo.commands.signal_cases import signal_cases
 from fastsdpo.data import HindsightTemplate, Interaction, extract_interactions, load_conversations
+from fastsdpo.data.output import atomic_file
 from fastsdpo.data.templates import AUTO, PRESETS, choose_template
 from fastsdpo.signal.compute import NEUTRAL_FOLLOWUP, SignalResult, choose_unrelated, compute_signal, neutral_followup
 from fastsdpo.signal.page import render_html
@@ -235,9 +236,11 @@ def signal_of(
 def show(result: SignalResult, options: argparse.Namespace) -> None:
     """Writes the files of the options and prints the signal."""
     if options.html is not None:
-        _write(options.html, render_html(result, limit=options.scale))
+        with atomic_file(options.html) as file:
+            file.write(render_html(result, limit=options.scale).encode("utf-8", "replace"))
     if options.json is not None:
-        _write(options.json, json.dumps(result.to_dict(), indent=1) + "\n")
+        with atomic_file(options.json) as file:
+            file.write(json.dumps(result.to_dict(), indent=1).encode() + b"\n")
     if options.quiet:
         return
     depth = color_depth(sys.stdout)
@@ -343,13 +346,3 @@ def write_answer(
         )
     ended = "" if sample.ids[-1] in ends else f", stopped after {options.max_new_tokens} tokens"
     return answer, f"The model wrote this answer itself (seed {options.seed}{ended})."
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes the whole file or leaves the old one."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8", errors="replace", newline="")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

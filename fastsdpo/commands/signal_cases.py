@@ -54,7 +54,7 @@ def _read_case(where: str, case: Any, number: int, unrelated: bool) -> tuple[str
 
 def signal_cases(options: argparse.Namespace) -> int:
     """Computes all, writes the files asked for and prints a line for each case."""
-    from fastsdpo.commands.options import DONE
+    from fastsdpo.commands.running import DONE
     from fastsdpo.commands.signal import load, signal_of, template_of, write_answer
 
     cases = read_cases(options.cases, not options.no_unrelated)

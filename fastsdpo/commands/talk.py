@@ -13,7 +13,7 @@ from fastsdpo.commands.screen import PlainScreen
 from fastsdpo.data import Interaction
 from fastsdpo.data.interactions import is_blank
 from fastsdpo.online.chat import CONVERSATION_FILE, ChatLearner, ChatState, forget_updates, log_update
-from fastsdpo.online.terminal import uninterrupted
+from fastsdpo.online.terminal import shortened, uninterrupted
 from fastsdpo.signal import compute_signal
 from fastsdpo.trainer.report import write_report
 
@@ -240,8 +240,8 @@ class Talk:
             update = talk.learned[place] = self.learner.updates
             log_update(self.options.output, update, history, answer, followup)
             self.say(
-                f"update {update}: learned from {_short(followup)} as your reaction to {_short(answer)}; /undo takes "
-                f"it back (loss {figures['loss']:.3f})"
+                f"update {update}: learned from {shortened(followup)!r} as your reaction to {shortened(answer)!r}; "
+                f"/undo takes it back (loss {figures['loss']:.3f})"
             )
             self.keep()
         if not self.screen.quiet:
@@ -329,11 +329,6 @@ class Talk:
             ("answers", f"at most {config.max_new_tokens} tokens, temperature {temperature or 'of the model'}"),
             ("folder", self.options.output),
         ]
-
-
-def _short(text: str, length: int = 40) -> str:
-    line = " ".join(text.split())
-    return repr(line if len(line) <= length else line[: length - 3] + "...")
 
 
 def _count(number: int, name: str) -> str:

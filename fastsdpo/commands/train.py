@@ -43,17 +43,16 @@ from __future__ import annotations
 import argparse
 
 from fastsdpo.commands.options import (
-    LOST,
     add_model_options,
     add_push_option,
     add_resume_options,
     add_setting_options,
     choose_device,
     refuse,
-    run_command,
 )
 from fastsdpo.commands.parser import Parser
 from fastsdpo.commands.paths import check_data, check_folder, check_template, held_out
+from fastsdpo.commands.running import LOST, run_command
 from fastsdpo.settings import SDPOSettings
 from fastsdpo.trainer.presets import PRESETS
 

@@ -16,8 +16,9 @@ from fastsdpo.commands.forecast import (
     read_forecast_config,
     setting_of,
 )
-from fastsdpo.commands.options import DONE, STOPPED, refuse
+from fastsdpo.commands.options import refuse
 from fastsdpo.commands.paths import held_out
+from fastsdpo.commands.running import DONE, STOPPED
 from fastsdpo.commands.tokens import show_interactions
 from fastsdpo.data import load_interactions
 from fastsdpo.online.own_answers import OwnAnswers

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fastsdpo.data import Interaction, InteractionTokenizer, TokenizedInteraction
+from fastsdpo.data.output import atomic_file
 from fastsdpo.online.config import OnlineSDPOConfig
 from fastsdpo.online.sampling import generate
 from fastsdpo.trainer.report import write_report
@@ -208,11 +209,6 @@ class ChatLearner:
     def _load(self, update: int) -> None:
         self.trainer.load_state_from(self._folder(update))
         self.trainer.state.global_step = update
-        # The checkpoint has the learning rate that it was written with; this chat may have another.
-        scheduler: Any = self.trainer.lr_scheduler
-        for index, group in enumerate(scheduler.optimizer.param_groups):
-            group["lr"] *= self.config.learning_rate / scheduler.base_lrs[index]
-            group["initial_lr"] = scheduler.base_lrs[index] = self.config.learning_rate
 
 
 class _Streamer:
@@ -252,6 +248,5 @@ def forget_updates(folder: str, update: int) -> None:
     path = os.path.join(folder, LOG_FILE)
     with open(path, encoding="utf-8") as file:
         kept = [line for line in file if json.loads(line)["update"] <= update]
-    with open(f"{path}.part", "w", encoding="utf-8") as file:
-        file.writelines(kept)
-    os.replace(f"{path}.part", path)
+    with atomic_file(Path(path)) as written:
+        written.write("".join(kept).encode())

@@ -30,16 +30,6 @@ class OnlineSDPOConfig(OnlineSDPOSettings, SDPOConfig):
     """
 
     def __post_init__(self):
-        for name in ("num_generations", "max_new_tokens", "updates_per_batch", "degenerate_window"):
-            self._check(getattr(self, name) >= 1, name, "be at least 1")
-        longest = self.eval_max_new_tokens
-        self._check(longest is None or longest >= 1, "eval_max_new_tokens", "be at least 1 or None")
-        size = self.generation_batch_size
-        self._check(size is None or size >= 1, "generation_batch_size", "be at least 1 or None")
-        warm = self.sampling_temperature
-        self._check(warm is None or warm > 0, "sampling_temperature", "be > 0 or None")
-        self._check(self.eval_temperature >= 0, "eval_temperature", "be >= 0")
-        self._check(self.generation_sync in ("lora", "weights", "none"), "generation_sync", "be lora, weights or none")
         clip = self.ppo_clip
         self._check(clip is None or 0 < clip < 1, "ppo_clip", "be in (0, 1) or None")
         self._check(clip is None or self.mode == "sampled_token", "ppo_clip", "be None unless mode='sampled_token'")

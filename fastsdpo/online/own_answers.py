@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from fastsdpo.data import TokenizedInteraction
 from fastsdpo.online.rules import Rule
 from fastsdpo.online.sampling import generate
+from fastsdpo.online.terminal import shortened
 from fastsdpo.trainer.measures import Scorer
 from fastsdpo.trainer.measures_sample import Contexts, make_contexts
 from fastsdpo.trainer.processes import gather_list
@@ -147,10 +148,10 @@ class OwnAnswers(TrainerCallback):
         if self.rule is not None:
             lines.append(f"rule {self.rule.name}: " + self._fulfilled(("before", "with_followup", "after")))
         for row in self.rows[:shown]:
-            lines.append(f"  question        {_short(row['prompt'])}")
+            lines.append(f"  question        {shortened(row['prompt'], 96)}")
             for title in ("before", "with_followup", "after"):
-                lines.append(f"    {title.replace('_', ' '):<13} {_short(row[title])}")
-            lines.append(f"    {'follow-up':<13} {_short(row['followup'])}")
+                lines.append(f"    {title.replace('_', ' '):<13} {shortened(row[title], 96)}")
+            lines.append(f"    {'follow-up':<13} {shortened(row['followup'], 96)}")
         return lines
 
     def _fulfilled(self, names: Sequence[str]) -> str:
@@ -161,8 +162,3 @@ class OwnAnswers(TrainerCallback):
             error = (share * (1 - share) / len(self.rows)) ** 0.5
             parts.append(f"{name.replace('_', ' ')} {share:.0%} +- {2 * error:.0%}")
         return ", ".join(parts)
-
-
-def _short(text: str, length: int = 96) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 3] + "..."

@@ -6,10 +6,12 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastsdpo.data import Interaction, InteractionTokenizer, TokenizedInteraction
 from fastsdpo.data.interactions import is_blank
+from fastsdpo.data.output import atomic_file
 from fastsdpo.online.sampling import Sample
 from fastsdpo.online.users import UserSimulator, ask
 
@@ -142,6 +144,5 @@ class RowFiles:
         if not self.enabled or not os.path.exists(path):
             return
         kept = read_rows(path, last_step)
-        with open(f"{path}.part", "w", encoding="utf-8") as file:
-            file.writelines(kept)
-        os.replace(f"{path}.part", path)
+        with atomic_file(Path(path)) as file:
+            file.write("".join(kept).encode())

@@ -18,6 +18,12 @@ def is_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
+def shortened(text: str, length: int = 40) -> str:
+    """The text on one line, cut at so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 3] + "..."
+
+
 class MessageReader:
     """Reads a person's messages, one at a time.
 

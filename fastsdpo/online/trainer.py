@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastsdpo.data import Interaction, InteractionTokenizer, TokenizedInteraction
+from fastsdpo.data.output import atomic_file
 from fastsdpo.online.config import OnlineSDPOConfig
 from fastsdpo.online.figures import AnswerFigures, CollapseWatch
 from fastsdpo.online.generation import Generation
@@ -109,20 +111,22 @@ class OnlineSDPOTrainer(StepTrainer):
             return {key: PromptDataset.from_source(value, f"{name}[{key!r}]") for key, value in source.items()}
         return PromptDataset.from_source(source, name)
 
-    @property
-    def step_prompts(self) -> int:
-        """How many prompts one optimizer step takes, over all processes."""
+    def data_order(self) -> dict[str, Any]:
         args = self.args
-        return self._train_batch_size * args.world_size * args.gradient_accumulation_steps
+        return {
+            "data_seed": args.order_seed,
+            "updates_per_batch": args.updates_per_batch,
+            "the number of prompts": len(self.train_dataset),
+        }
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PromptSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
         self.sampler = PromptSampler(
             len(dataset),
-            step=self.step_prompts,
+            step=self.step_size,
             repeats=args.updates_per_batch,
-            seed=args.seed if args.data_seed is None else args.data_seed,
+            seed=args.order_seed,
         )
         return self.sampler
 
@@ -144,7 +148,7 @@ class OnlineSDPOTrainer(StepTrainer):
     def interactions(self) -> int:
         """How many answers users had been asked about when the current batch began, over all processes."""
         batch = self.state.global_step // self.args.updates_per_batch
-        return batch * self.step_prompts * self.args.num_generations
+        return batch * self.step_size * self.args.num_generations
 
     def prepare_batches(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Samples answers and asks the user, or uses the last answers once more (`updates_per_batch`)."""
@@ -325,11 +329,8 @@ class OnlineSDPOTrainer(StepTrainer):
                 [vars(item) for item in batch] for batch in (self._rollout if self.args.updates_per_batch > 1 else [])
             ],
         }
-        path = os.path.join(output_dir, STATE_FILE.format(self.args.process_index))
-        os.makedirs(output_dir, exist_ok=True)
-        with open(f"{path}.part", "w", encoding="utf-8") as file:
-            json.dump(state, file)
-        os.replace(f"{path}.part", path)
+        with atomic_file(Path(output_dir, STATE_FILE.format(self.args.process_index))) as file:
+            file.write(json.dumps(state).encode())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

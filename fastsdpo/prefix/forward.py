@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fastsdpo.prefix.model import causal_lm as causal_lm
-from fastsdpo.prefix.model import unwrap as unwrap
 from fastsdpo.prefix.plan import InteractionIds, Sharing
 from fastsdpo.prefix.session import ForwardSession
 from fastsdpo.prefix.ulysses import Ulysses

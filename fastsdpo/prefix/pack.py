@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from fastsdpo.prefix.plan import InteractionIds, Segment
-from fastsdpo.prefix.plan import Plan as Plan
-from fastsdpo.prefix.plan import Run as Run
-from fastsdpo.prefix.plan import Sharing as Sharing
-from fastsdpo.prefix.plan import build_plan as build_plan
-from fastsdpo.prefix.plan import check_interactions as check_interactions
-from fastsdpo.prefix.plan import check_sharing_level as check_sharing_level
+from fastsdpo.prefix.plan import InteractionIds, Sharing, check_interactions, check_sharing_level
 from fastsdpo.prefix.trie import Node, insert
-
-Piece = Segment  # its former name
 
 
 class TokenCounts(NamedTuple):

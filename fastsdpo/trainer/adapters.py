@@ -37,9 +37,30 @@ def check_adapter(model: nn.Module, peft_config: Any) -> None:
         )
 
 
+def check_saved_whole(model: Any) -> None:
+    """Raises ValueError where a `peft.PeftModel` trains weights that PEFT does not save with the adapter."""
+    from peft import get_peft_model_state_dict
+
+    saved = set()
+    for name in model.peft_config:
+        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        saved |= {value.data_ptr() for value in state.values()}
+    trained = {name: p.data_ptr() for name, p in model.named_parameters() if p.requires_grad}
+    lost = [name for name, place in trained.items() if place and place not in saved]
+    if lost:
+        raise ValueError(
+            f"SDPOTrainer: model trains {len(lost)} weights beside its adapter, which PEFT would not save with it "
+            f"({', '.join(lost[:3])}{', ...' * (len(lost) > 3)}); name their modules in modules_to_save of the "
+            "adapter's configuration, or freeze them"
+        )
+
+
 def adapter_is_silent(model: Any) -> bool:
-    """Whether a `peft.PeftModel` gives its base model's logits, as with a new adapter."""
+    """Whether a `peft.PeftModel` gives its base model's logits, as with a new adapter, and will when it is off."""
     inner: Any = unwrap(model)
+    own = inner.base_model.prefix, ".modules_to_save."  # what is off with the adapter; a trained bias is not
+    if any(p.requires_grad and not any(part in name for part in own) for name, p in inner.named_parameters()):
+        return False
     for config in inner.peft_config.values():
         if getattr(config, "trainable_token_indices", None) or hasattr(config, "token_indices"):
             return False  # what it does depends on the tokens, of which only a few are tried

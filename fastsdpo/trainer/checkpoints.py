@@ -32,7 +32,7 @@ from fastsdpo.trainer.callbacks import WrittenCheckpoint
 from fastsdpo.trainer.card import write_card
 from fastsdpo.trainer.checksums import BLOCK, Recorder, damage_of, write_checksums
 from fastsdpo.trainer.file_rights import open_as_umask
-from fastsdpo.trainer.optim import ADAMW
+from fastsdpo.trainer.optim import ADAMW, OptimizerSettings
 from fastsdpo.trainer.place import read_place, write_place
 from fastsdpo.trainer.processes import agreed, gather_list
 from fastsdpo.trainer.stream import InteractionStream
@@ -178,7 +178,8 @@ class CheckpointTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         place = None
         if resume_from_checkpoint and resume_from_checkpoint is not True and not self.args.ignore_data_skip:
-            place = read_place(resume_from_checkpoint, self.step_size, stream=self.stream is not None)
+            stream = self.stream is not None
+            place = read_place(resume_from_checkpoint, self.step_size, self.data_order(), stream=stream)
             if warning := warning_of_base(self.model, resume_from_checkpoint):
                 logger.warning("%s", warning)
         if self.stream is not None:
@@ -201,6 +202,10 @@ class CheckpointTrainer(Trainer):
         """What is trained on, where it is a stream."""
         return self.train_dataset if isinstance(self.train_dataset, InteractionStream) else None
 
+    def data_order(self) -> dict[str, Any]:
+        """What decides the order of data that lies there, by the names of settings; for subclasses."""
+        return {}
+
     def teacher_copies(self) -> dict[str, TeacherWeights]:
         """By name, the weights beside the model's that a checkpoint holds; for subclasses."""
         return {}
@@ -211,11 +216,13 @@ class CheckpointTrainer(Trainer):
             weights.save(os.path.join(output_dir, TEACHER_FILE.format(name)), write=self.args.should_save)
         if self.args.should_save:
             stream = None if self.stream is None else self.stream.state(self.state.global_step)
-            write_place(output_dir, self.step_size, stream)
+            write_place(output_dir, self.step_size, self.data_order(), stream)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        settings = OptimizerSettings.of(self.lr_scheduler)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            settings.restore(self.lr_scheduler)
             for name, weights in self.teacher_copies().items():
                 weights.load(os.path.join(checkpoint, TEACHER_FILE.format(name)))
 
@@ -378,8 +385,7 @@ class CheckpointTrainer(Trainer):
             self.check_output()
         except OSError as error:
             problem = str(error)
-        problem = agreed(problem)
-        if problem is not None:
+        if (problem := agreed(problem)) is not None:
             raise OSError(f"checkpoint-{self.state.global_step} cannot be written: {problem}")
 
     @contextmanager
@@ -399,8 +405,7 @@ class CheckpointTrainer(Trainer):
                     stack.enter_context(locked(os.path.join(folder, LOCK), wait=False, taken=said))
                 except FileExistsError as error:
                     taken = str(error)
-            taken = agreed(taken)
-            if taken is not None:
+            if (taken := agreed(taken)) is not None:
                 raise FileExistsError(taken)
             yield
 

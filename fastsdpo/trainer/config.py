@@ -6,10 +6,12 @@ import json
 import os
 from dataclasses import dataclass, fields
 from datetime import datetime
+from numbers import Real
 from typing import Any
 
 from transformers import TrainingArguments
 
+from fastsdpo.settings import OnlineSDPOSettings
 from fastsdpo.settings import SDPOSettings as SDPOSettings
 from fastsdpo.trainer.launch import check_deepspeed, check_launch
 from fastsdpo.trainer.liger import check_liger_settings
@@ -22,8 +24,6 @@ from fastsdpo.trainer.presets import (
     split_batch,
     with_preset,
 )
-
-CHOICES = {item.name: item.metadata["choices"] for item in fields(SDPOSettings) if "choices" in item.metadata}
 
 # Settings of TrainingArguments that would break a run, or that nothing here would follow: the only
 # value of each, and why.
@@ -87,6 +87,7 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         self._check_fixed()
         self._check_method()
         self._check_text()
+        self._check_steps()
         self._checkpointing_given = checkpointing_given(self)
         self._bf16_given = self.bf16 is not None
         if self.bf16 is None:
@@ -101,7 +102,6 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         self._split_global_batch(processes, *batch)
         check_launch(self)
         super().__post_init__()
-        self._check_length()
         check_deepspeed(self)
         if self.sync_each_pass:  # transformers asks accelerate before a micro-batch
             given = self.accelerator_config.gradient_accumulation_kwargs or {}
@@ -118,12 +118,15 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
             )
 
     def _check_fixed(self) -> None:
-        """Settings with few values, or with only one that works here."""
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"SDPOConfig: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
+        """Settings with few values, from a smallest on, or with only one that works here."""
+        for item in fields(self):
+            if item.name not in OnlineSDPOSettings.__dataclass_fields__:
+                continue  # of transformers, which sees to its own
+            if "choices" in item.metadata:
+                choices = item.metadata["choices"]
+                self._check(getattr(self, item.name) in choices, item.name, f"be one of {', '.join(choices)}")
+            if "least" in item.metadata or "above" in item.metadata:
+                self._check_bound(item.name, item.metadata.get("least"), item.metadata.get("above"))
         for name, (value, why) in ONLY.items():
             given = getattr(self, name, value)  # not all versions have all
             if name == "include_num_input_tokens_seen" and given is False:
@@ -136,39 +139,45 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
                 f"--dynamo_backend) must be 'no': {COMPILED}, got {dynamo!r}"
             )
 
+    def _check_bound(self, name: str, least: int | None, above: int | None) -> None:
+        """A number's smallest value, or the largest that is too small."""
+        or_none = " or None" * ("None" in str(self.__dataclass_fields__[name].type))
+        if or_none and getattr(self, name) is None:
+            return
+        value: Any = getattr(self, name)
+        if name == "learning_rate" and isinstance(value, str):  # YAML's 1e-5
+            value = float(value)
+        self._check(isinstance(value, Real), name, f"be a number{or_none}")
+        if above is not None:
+            self._check(value > above, name, f"be > {above}{or_none}")
+        if least is not None:
+            self._check(value >= least, name, f"be {f'at least {least}' if least else '>= 0'}{or_none}")
+
     def _check_method(self) -> None:
         check = self._check
         check(0 <= self.alpha <= 1, "alpha", "be in [0, 1]")
         check(self.mode != "sampled_token" or self.alpha == 1, "alpha", "be 1 with mode='sampled_token'")
         check((self.topk is not None) == (self.mode == "topk"), "topk", "be given with mode='topk', and only there")
-        check(self.topk is None or self.topk >= 1, "topk", "be at least 1")
-        check(self.temperature > 0, "temperature", "be > 0")
-        check(self.is_clip is None or self.is_clip > 0, "is_clip", "be > 0 or None")
-        check(self.reference_kl >= 0, "reference_kl", "be >= 0")
-        check(self.ignore_first_k >= 0, "ignore_first_k", "be >= 0")
-        check(self.peak_tflops is None or self.peak_tflops > 0, "peak_tflops", "be > 0 or None")
         check(0 < self.ema_rate <= 1, "ema_rate", "be in (0, 1]")
         check(0 <= self.trust_region_mix <= 1, "trust_region_mix", "be in [0, 1]")
-        check(self.guidance > 0, "guidance", "be > 0")
         guided_region = self.is_guided and self.teacher == "trust_region"
         check(not guided_region, "teacher", "be live, ema or frozen with guidance or neutral_followup")
-        for name in ("teacher_check", "measure_interactions", "measure_answers"):
-            check(getattr(self, name) >= 0, name, "be >= 0")
-        check(self.measure_tokens >= 1, "measure_tokens", "be at least 1")
-        check(self.ulysses >= 1, "ulysses", "be at least 1")
-        lengths = ("max_prompt_length", "max_completion_length", "max_followup_length")
-        for name in (*lengths, "max_tokens_per_pack", "chunk_size", "tokenizer_workers", "shuffle_buffer"):
-            value = getattr(self, name)
-            check(value is None or value >= 1, name, "be at least 1 or None")
 
-    def _check_length(self) -> None:
-        """How long the run is, and its steps: transformers takes numbers with which nothing is trained."""
+    def _check_steps(self) -> None:
+        """transformers takes numbers with which nothing is trained, or something is never done, or at other steps."""
         check = self._check
         check(self.max_steps == -1 or self.max_steps >= 1, "max_steps", "be at least 1, or -1 where the epochs decide")
-        check(self.num_train_epochs > 0, "num_train_epochs", "be > 0")
-        check(float(self.learning_rate) >= 0, "learning_rate", "be >= 0")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            check(getattr(self, name) >= 1, name, "be at least 1")
+        check(self.per_device_eval_batch_size >= 1, "per_device_eval_batch_size", "be at least 1")
+        for what in ("logging", "eval", "save"):
+            strategy, name = getattr(self, f"{what}_strategy"), f"{what}_steps"
+            steps = getattr(self, name)
+            counts = getattr(strategy, "value", strategy) == "steps"
+            check(not counts or steps is None or steps > 0, name, f"be > 0 ({what}_strategy='no' turns it off)")
+        check(
+            self.save_total_limit is None or self.save_total_limit >= 1,
+            "save_total_limit",
+            "be at least 1 or None (all)",
+        )
 
     def _check_text(self) -> None:
         neutral = self.neutral_followup
@@ -212,6 +221,11 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
     def tokenizer_options(self) -> dict[str, Any]:
         """The keyword arguments of `fastsdpo.data.InteractionTokenizer`."""
         return {name: getattr(self, name) for name in TOKENIZER_OPTIONS}
+
+    @property
+    def order_seed(self) -> int:
+        """Decides the order of the data."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def is_guided(self) -> bool:

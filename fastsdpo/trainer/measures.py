@@ -6,7 +6,7 @@ gradient, at temperature 1. The teacher's own weights are no part of them: they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -139,13 +139,11 @@ class HeldOutMeasures:
     def __init__(self, trainer: Any, sample: Sequence[MeasuredInteraction]):
         self.score = Scorer(trainer)
         self.contexts: list[Contexts] = make_contexts(sample, trainer.tokenize)
-        self._mine: Callable[[Sequence[Any]], Sequence[Any]] = lambda items: items[
-            trainer.args.process_index :: trainer.args.world_size
-        ]
 
     def __call__(self) -> list[dict[str, Any]]:
         """One row per interaction, in all processes: ``id`` and those of `NAMES` that there are."""
-        numbered = self._mine(list(enumerate(self.contexts)))
+        args = self.score.trainer.args
+        numbered = list(enumerate(self.contexts))[args.process_index :: args.world_size]
         items = [(number, context.id, name, item) for number, context in numbered for name, item in context.items()]
         scores: dict[int, dict[str, Score]] = {}
         for (number, _, name, _), score in zip(items, self.score([item for *_, item in items])):

@@ -12,7 +12,7 @@ from transformers import set_seed
 from fastsdpo.modeling import default_dtype, load_model_and_tokenizer
 from fastsdpo.prefix import above_the_decoder, causal_lm, decoder_of
 from fastsdpo.quantized import how_packed, keep_differentiable
-from fastsdpo.trainer.adapters import check_adapter, is_peft
+from fastsdpo.trainer.adapters import check_adapter, check_saved_whole, is_peft
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.launch import check_loaded_dtype, check_placement, check_quantized_launch
 from fastsdpo.trainer.liger import use_liger_layers
@@ -118,6 +118,8 @@ def prepare_model(
             "SDPOTrainer: model must have weights to train, all are frozen"
             + (" (load an adapter with is_trainable=True)" if is_peft(module) else "")
         )
+    if is_peft(module):
+        check_saved_whole(module)
     if args.disable_dropout:
         turn_off(dropout_rates(module))
     return module, tokenizer

@@ -21,6 +21,7 @@ logger = logging.getLogger("fastsdpo.trainer")
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 TORCHAO = ("adamw_torch_8bit", "adamw_torch_4bit")  # AdamW with states of 8 or 4 bits
+NAMES = {"initial_lr": "learning rate"}
 PART = 2**24  # weights that take a step together
 
 
@@ -101,6 +102,39 @@ def optimizer_class(args: SDPOConfig, model: nn.Module, given: Any) -> tuple[typ
     if args.weight_update == "auto" and update == "plain" and lossy is not None:
         logger.warning("%s", lost_steps(name, lossy, args.learning_rate))
     return chosen
+
+
+class OptimizerSettings:
+    """The settings of an optimizer, which what a checkpoint holds of it would replace by those of its own run.
+
+    Args:
+        groups: those of each group of weights, its learning rate before any schedule among them.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]):
+        self.groups = groups
+
+    @classmethod
+    def of(cls, scheduler: Any) -> OptimizerSettings:
+        """Those behind a schedule; none where it has no rates of its own (DeepSpeed's, one that watches the loss)."""
+        if not hasattr(scheduler, "base_lrs"):
+            return cls([])
+        names = ("weight_decay", "betas", "eps")
+        kept = [{name: group[name] for name in names if name in group} for group in scheduler.optimizer.param_groups]
+        return cls([{**group, "initial_lr": rate} for group, rate in zip(kept, scheduler.base_lrs)])
+
+    def restore(self, scheduler: Any) -> None:
+        """Sets them again, and says which are others than the checkpoint's."""
+        changed = {}
+        for number, mine in enumerate(self.groups):
+            group, before = scheduler.optimizer.param_groups[number], scheduler.base_lrs[number]
+            changed |= {name: (group.get(name), value) for name, value in mine.items() if group.get(name) != value}
+            if before:
+                group["lr"] *= mine["initial_lr"] / before
+            group.update(mine)
+            scheduler.base_lrs[number], scheduler._last_lr[number] = mine["initial_lr"], group["lr"]
+        for name, (before, now) in changed.items():
+            logger.info("the checkpoint's %s was %s, training goes on with %s", NAMES.get(name, name), before, now)
 
 
 def lost_steps(name: str, dtype: torch.dtype, learning_rate: float) -> str:

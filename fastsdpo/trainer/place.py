@@ -10,23 +10,28 @@ from typing import Any
 PLACE_FILE = "data.json"  # in a checkpoint
 
 
-def write_place(checkpoint: str | os.PathLike, step_size: int, stream: dict[str, Any] | None) -> None:
+def write_place(
+    checkpoint: str | os.PathLike, step_size: int, order: dict[str, Any], stream: dict[str, Any] | None
+) -> None:
     """Writes it.
 
     Args:
         step_size: what an optimizer step takes of the data, over all processes.
+        order: what decides the order of data that lies there, by the names of settings.
         stream: where a stream is (`InteractionStream.state`); None: the data lies there, and the step says it.
     """
-    text = json.dumps({"interactions_a_step": step_size, "stream": stream})
+    text = json.dumps({"interactions_a_step": step_size, "order": order, "stream": stream})
     Path(checkpoint, PLACE_FILE).write_text(text + "\n")
 
 
-def read_place(checkpoint: str | os.PathLike, step_size: int, *, stream: bool) -> dict[str, Any] | None:
+def read_place(
+    checkpoint: str | os.PathLike, step_size: int, order: dict[str, Any], *, stream: bool
+) -> dict[str, Any] | None:
     """What the checkpoint says of a stream; None where none is trained on.
 
     Raises:
         ValueError: the run has a stream and that of the checkpoint had none, or the reverse; or the data lies there,
-            and a step takes another number of its interactions than before.
+            and a step takes another number of its interactions than before, or they come in another order.
     """
     try:
         found = json.loads(Path(checkpoint, PLACE_FILE).read_text("utf-8"))
@@ -48,4 +53,11 @@ def read_place(checkpoint: str | os.PathLike, step_size: int, *, stream: bool) -
             f"it would go on at another place. global_batch_size={before} keeps them, for any number of processes; "
             "--set ignore_data_skip=true begins the data anew"
         )
+    for name, value in order.items():
+        was = found.get("order", {}).get(name, value)  # older ones do not say it
+        if was != value:
+            raise ValueError(
+                f"SDPOTrainer: {name} must be {was}, as of checkpoint {checkpoint}, got {value}; the data would go on "
+                "in another order, with rows trained twice or never. --set ignore_data_skip=true begins the data anew"
+            )
     return kept

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fastsdpo.data.output import atomic_file
 from fastsdpo.prefix import causal_lm
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.data import InteractionDataset
@@ -116,10 +117,8 @@ def stream_text(args: SDPOConfig, stream: InteractionStream) -> str:
 
 def write_report(path: str | os.PathLike, report: Any) -> None:
     """Writes JSON; the file appears whole or not at all."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(report, indent=1, default=str) + "\n")
-    os.replace(part, path)
+    with atomic_file(Path(path)) as file:
+        file.write(json.dumps(report, indent=1, default=str).encode() + b"\n")
 
 
 def plot_history(history: list[dict[str, Any]], path: str | os.PathLike) -> bool:

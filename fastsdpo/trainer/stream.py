@@ -105,7 +105,7 @@ class InteractionStream:
         """
         _check(args, reading.name)
         self.reading, self.args = reading, args
-        self.seed = args.seed if args.data_seed is None else args.data_seed
+        self.seed = args.order_seed
         self.buffer = SHUFFLE_BUFFER if args.shuffle_buffer is None else args.shuffle_buffer
 
         def begin() -> tuple[list[Interaction], TokenizedInteraction]:

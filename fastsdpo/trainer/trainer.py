@@ -119,6 +119,16 @@ class SDPOTrainer(StepTrainer):
         grouped = self.args.group_by_conversation
         return self.sharing == "conversation" if grouped is None else grouped
 
+    def data_order(self) -> dict[str, Any]:
+        if self.stream is not None or self.train_dataset is None:
+            return {}  # a stream's is in its state
+        args = self.args
+        return {
+            "data_seed": args.order_seed,
+            "group_by_conversation": self.by_conversation,
+            "the number of interactions": len(self.train_dataset),
+        }
+
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
@@ -128,7 +138,7 @@ class SDPOTrainer(StepTrainer):
             processes=args.world_size,
             accumulated=args.gradient_accumulation_steps,
             costs=dataset.costs(self.sharing) if args.world_size > 1 else None,
-            seed=args.seed if args.data_seed is None else args.data_seed,
+            seed=args.order_seed,
         )
         return self.sampler
 

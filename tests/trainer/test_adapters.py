@@ -164,12 +164,14 @@ def test_the_frozen_teacher_is_the_adapter_as_it_was_at_the_start(place, lab, tm
     [
         lora(init_lora_weights="pissa", target_modules=LINEAR),
         peft.TrainableTokensConfig(token_indices=[9, 10], target_modules=["embed_tokens"]),
+        lora(bias="all", target_modules=LINEAR),
     ],
-    ids=["pissa", "tokens"],
+    ids=["pissa", "tokens", "bias"],
 )
 def test_a_new_adapter_that_changes_the_model_has_a_copy(lab, tmp_path, adapter):
-    """PiSSA takes its first weights out of the base model's; a token's row is seldom looked at."""
-    model = lab.make_model(tie_word_embeddings=False)
+    """PiSSA takes its first weights out of the base model's; a token's row is seldom looked at; biases that are
+    trained stay in use while the adapter is off."""
+    model = lab.make_model(tie_word_embeddings=False, attention_bias=True)
     start = logits(model)
     trainer = lab.make_trainer(tmp_path, model=model, peft_config=adapter, teacher="frozen", max_steps=2)
     trainer.train()
@@ -199,6 +201,10 @@ def test_models_whose_adapter_would_be_lost_or_is_frozen(place, lab, tmp_path):
     frozen = peft.PeftModel.from_pretrained(base, folder)
     with pytest.raises(ValueError, match=r"all are frozen \(load an adapter with is_trainable=True\)"):
         SDPOTrainer(frozen, lab.make_config(tmp_path), processing_class=tokenizer)
+    beside = peft.get_peft_model(lab.make_model(), lora())
+    beside.get_base_model().model.norm.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"1 weights beside its adapter.*model\.norm\.weight.*modules_to_save"):
+        SDPOTrainer(beside, lab.make_config(tmp_path), processing_class=tokenizer)
 
 
 # ----------------------------------------------------------------------------- loading

@@ -87,6 +87,39 @@ def test_another_size_of_a_step_is_another_place_in_the_data(tmp_path, lab):
     assert train(lab, tmp_path, resume=str(tmp_path / "checkpoint-2"), **settings).state.global_step == 12
 
 
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"seed": 2}, "data_seed must be 1, .* got 2"),
+        ({"group_by_conversation": False}, "group_by_conversation must be True, .* got False"),
+        ({"interactions": 5}, "the number of interactions must be 12, .* got 10"),
+    ],
+)
+def test_another_order_of_the_data_is_refused(tmp_path, lab, changes, text):
+    """The same place in another order: some rows would be trained on twice, others never."""
+    if "interactions" in changes:
+        changes = {"interactions": lab.make_interactions(changes["interactions"])}
+    train(lab, tmp_path, stop_at=1)
+    with pytest.raises(ValueError, match=text):
+        train(lab, tmp_path, resume=True, **changes)
+    anew = train(lab, tmp_path, resume=True, ignore_data_skip=True, max_steps=2, **changes)
+    assert anew.state.global_step == 2
+
+
+def test_a_resumed_run_has_its_own_optimizer_settings(tmp_path, lab, caplog):
+    """The learning rate that is given, and not that of the checkpoint's run, without a word."""
+    train(lab, tmp_path, stop_at=2, lr_scheduler_type="constant", adam_beta1=0.8)
+    changes = {"learning_rate": 1e-4, "weight_decay": 0.1, "lr_scheduler_type": "constant", "adam_beta1": 0.8}
+    with caplog.at_level("INFO", logger="fastsdpo"):
+        resumed = train(lab, tmp_path, resume=True, max_steps=4, **changes)
+    logged = [row["learning_rate"] for row in resumed.state.log_history if "loss" in row]
+    assert logged == [3e-3, 3e-3, 1e-4, 1e-4]
+    (group, *_) = resumed.optimizer.param_groups
+    assert (group["weight_decay"], group["betas"]) == (0.1, (0.8, 0.999))
+    assert "learning rate was 0.003, training goes on with 0.0001" in caplog.text
+    assert "weight_decay was 0.0, training goes on with 0.1" in caplog.text and "betas" not in caplog.text
+
+
 # 12 interactions in batches of 4: three steps an epoch; 2 is within the first, 3 at its end, 4 within
 # the second.
 @pytest.mark.parametrize(

@@ -443,6 +443,21 @@ def test_settings_that_nothing_would_follow_are_refused(tmp_path, lab, name, val
     assert str(error.value).endswith(f"got {value!r}")
 
 
+@pytest.mark.parametrize(
+    "given", [{"save_steps": 0}, {"eval_steps": -2, "eval_strategy": "steps"}, {"logging_steps": -1}]
+)
+def test_steps_at_which_nothing_would_be_done(tmp_path, lab, given):
+    """transformers takes them, and never saves, or evaluates at each step."""
+    with pytest.raises(ValueError, match=f"SDPOConfig: {next(iter(given))} must be > 0 .*='no' turns it off"):
+        lab.make_config(tmp_path, **{"save_strategy": "steps", **given})
+    assert lab.make_config(tmp_path, save_strategy="no", save_steps=0).save_steps == 0
+
+
+def test_a_negative_clip_would_turn_the_gradient(tmp_path, lab):
+    with pytest.raises(ValueError, match="max_grad_norm must be >= 0 or None"):
+        lab.make_config(tmp_path, max_grad_norm=-1.0)
+
+
 @pytest.mark.parametrize("setting", ["torch_compile=true", "label_smoothing_factor=0.1"])
 def test_settings_of_the_command_that_are_refused(tmp_path, setting):
     options = build_parser().parse_args(["data", "--model", "model", "-o", str(tmp_path), "--cpu", "--set", setting])
