@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NOT_TRAINED = "to an answer that the record says not to train on (weight 0)"
 REASONING_ALONE = "to an answer that is reasoning alone"
+CUT = "to an answer that was cut off"
 EDITED = "to an answer that the user edited, of which the model's own text is not kept"
 
 # A key of a message that holds why no interaction is to be made of it; no key of JSON, since readers set it.
@@ -26,9 +27,15 @@ LEFT_OUT: Any = ("left_out",)
 
 RATING_KEYS = ("rating", "annotation", "feedback", "thumbs", "stars", "vote", "reaction")
 COMMENT_KEYS = ("rating_comment", "comment", "text", "content")
-NOTE_KEYS = frozenset(
-    (*RATING_KEYS, LEFT_OUT, "rating_comment", "rank", "weight", "train", "loss", "edited", "originalContent")
-)
+# Why an answer ended, as APIs and chat programs have it, and the words for an end that is not its own.
+END_KEYS = ("finish_reason", "finishReason", "stop_reason", "stopReason", "done_reason")
+_CUT = frozenset(("length", "maxtokens", "maxoutputtokens", "modellength", "modelcontextwindowexceeded"))
+_CUT |= {"incomplete", "inprogress", "interrupted", "cancelled", "canceled", "usercancelled", "usercanceled"}
+_CUT |= {"finishedpartialcompletion", "contentfilter", "contentfiltered", "guardrailintervened"}
+_CUT |= {"safety", "recitation"}
+_CUT_FLAGS = {"unfinished": True, "truncated": True, "interrupted": True, "done": False}
+NOTE_KEYS = frozenset((*RATING_KEYS, *END_KEYS, *_CUT_FLAGS, LEFT_OUT, "rating_comment", "rank", "weight"))
+NOTE_KEYS |= {"train", "loss", "edited", "originalContent"}
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")
 
 _UP = frozenset(("up", "thumbsup", "like", "liked", "upvote", "good", "positive", "helpful", "yes", "true", "👍"))
@@ -83,6 +90,8 @@ def add_notes(turns: Turns, index: int, message: Mapping) -> None:
         fields["rank"] = message["rank"]
     if any(_is_zero(message.get(key)) for key in ("train", "loss", "weight")):
         fields["left_out"] = NOT_TRAINED
+    if was_cut(message):
+        fields["left_out"] = CUT
     original, edited = message.get("originalContent"), message.get("edited")
     if isinstance(original, str) and not is_blank(original):  # Open WebUI's; the content is the edited text
         fields["edited"] = turns.messages[index]["content"]
@@ -95,6 +104,17 @@ def add_notes(turns: Turns, index: int, message: Mapping) -> None:
         fields["left_out"] = message[LEFT_OUT]
     if fields:
         turns.fields.setdefault(index, {}).update(fields)
+
+
+def was_cut(source: Mapping) -> bool:
+    """Whether an answer says that it has no end of its own: it was stopped by a limit, the user or a filter."""
+    if any(source.get(key) is value for key, value in _CUT_FLAGS.items()):
+        return True
+    return any(isinstance(source.get(key), str) and _word(source[key]) in _CUT for key in END_KEYS)
+
+
+def _word(text: str) -> str:
+    return "".join(c for c in text.lower() if c not in " _-")
 
 
 def _is_zero(value: Any) -> bool:
@@ -157,7 +177,7 @@ def normal_rating(value: Any) -> str | int | float | None:
         return value if _is_number(value) else None
     if not isinstance(value, str) or is_blank(value):
         return None
-    word = "".join(c for c in value.lower() if c not in " _-")
+    word = _word(value)
     if word in _UP or word in _DOWN:
         return "up" if word in _UP else "down"
     try:

@@ -17,6 +17,7 @@ import datetime
 import itertools
 import json
 import re
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -68,6 +69,7 @@ class ChatTemplate:
         reasoned: opening of an answer whose text includes its own reasoning.
         finished: a finished turn as rendered text: ``QUESTION`` and ``ANSWER`` with the markup around them.
         tail, tail_before: the text that follows an answer in the last and in an earlier turn.
+        asks_always: the generation prompt, if there is one, is written at the end of any conversation.
         frames: all rendered texts, in which to find the tokens with which the template frames messages.
         reasoning: those pairs of `REASONING` (opening and closing tag) that the model knows.
 
@@ -99,6 +101,7 @@ class ChatTemplate:
         earlier = self.render([Q, A, N], add_generation_prompt=False)
         self.tail_before = earlier.partition(ANSWER)[2].partition(NEXT)[0]
         self.frames = [prompt, self.finished, earlier]
+        self.asks_always = self.render([Q, A]) == self.finished
         self._find_openings(prompt, before)
         spaced = f"\n {ANSWER}"
         kept = self.render([Q, {**A, "content": spaced}], add_generation_prompt=False)
@@ -124,7 +127,7 @@ class ChatTemplate:
         except Exception as error:  # templates raise what they like, jinja2's errors among them
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(
-                f"the chat template fails on the roles {roles}: {type(error).__name__}: {error}"
+                f"the chat template of {self.name} fails on the roles {roles}: {type(error).__name__}: {error}"
             ) from error
 
     def finish(self, prompt: list[dict], text: str, *, trim: bool = True) -> tuple[Opening, str]:
@@ -145,12 +148,15 @@ class ChatTemplate:
         if closing is None and not (trim and self._trims and text[:1].isspace()):
             return self.answer, self._lead + text if text else text
         opening = self.answer if closing is None else self.reasoned
-        before = opening(self.render(prompt))
+        rendered = self.render(prompt)
+        before, lead = opening(rendered), ""
         turn = [*prompt, {"role": "assistant", "content": text}]
         whole = self.render(turn, add_generation_prompt=False)
+        if closing is None and not whole.startswith(before):  # a block that only the generation prompt has
+            before, lead = self._finished(rendered), self._lead
         written = None
         if whole.startswith(before) and whole.endswith(self.tail):
-            written = whole[len(before) : len(whole) - len(self.tail)]
+            written = lead + whole[len(before) : len(whole) - len(self.tail)]
         if closing is not None and written is not None:
             reason = text.partition(closing)[0].strip()
             kept = reason.removeprefix(opens).strip() in written
@@ -181,7 +187,8 @@ class ChatTemplate:
             try:
                 prompt, finished = (self.render([Q]), self.render([Q, A], add_generation_prompt=False))
             except ValueError as error:
-                problems.append(error)
+                advice = "pass what it asks for as chat_template_kwargs, or set tokenizer.chat_template"
+                problems.append(ValueError(f"tokenize_interaction: {error}; {advice}"))
                 continue
             if QUESTION in prompt and ANSWER in finished.partition(QUESTION)[2]:
                 return prompt, finished
@@ -203,6 +210,8 @@ class ChatTemplate:
         )
         block = re.compile(rf"(?:{tags or '(?!)'})\s*$")
         extra = prompt[len(before) :] if prompt.startswith(before) else ""
+        self._finished = _opening(prompt, before)
+        header = _without_block(prompt, self.reasoning)
         self._leaves_open = next(
             (
                 opening
@@ -220,8 +229,9 @@ class ChatTemplate:
             same = self.render([Q], add_generation_prompt=False) == prompt
             if same and self.answer.add.strip():
                 self.generation = self.answer
-        elif extra and block.fullmatch(extra.strip()) and self._leaves_open is None:
-            self.answer = Opening()  # an empty block that only the generation prompt has
+        elif header != prompt and (before.startswith(header) or before == header.rstrip()):
+            # A closed block that only the generation prompt has stays; markup may stand in its place.
+            self.answer = Opening("", block.sub("", before[len(header) :]))
         elif (extra and not extra.strip()) or (
             # Closed, or not there, in a finished turn without reasoning.
             self._leaves_open is not None and prompt.startswith(block.sub("", before))
@@ -268,8 +278,10 @@ def _at(date: datetime.datetime, template: str) -> str:
     By a macro in the place of the function: templates are given plain data only, and this one's value
     must not depend on the clock. The last newline belongs to the tag before it (trim_blocks).
     """
-    written = {letter: date.strftime(f"%{letter}") for letter in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"}
-    values = {f"%-{letter}": text.lstrip("0") or "0" for letter, text in written.items()}
+    # All codes that this platform knows: it writes others as they are, or less its sign.
+    written = {letter: date.strftime(f"%{letter}") for letter in string.ascii_letters}
+    written = {letter: text for letter, text in written.items() if text not in (letter, f"%{letter}")}
+    values = {f"%-{letter}": text.lstrip("0 ") or "0" for letter, text in written.items()}
     values |= {f"%{letter}": text for letter, text in written.items()}
     return (
         "{%- macro strftime_now(format) -%}{%- set at = namespace(text=format) -%}"
@@ -277,6 +289,16 @@ def _at(date: datetime.datetime, template: str) -> str:
         "{%- set at.text = at.text | replace(name, value) -%}{%- endfor -%}{{- at.text -}}"
         f"{{%- endmacro %}}\n{template}"
     )
+
+
+def _without_block(prompt: str, reasoning: list[tuple[str, str]]) -> str:
+    """The generation prompt without the closed block of reasoning, empty or not, at its end."""
+    end = prompt.rstrip()
+    for opening, closing in reasoning:
+        if end.endswith(closing):
+            start = end.rfind(opening)
+            return end[: start if start > end.rfind(QUESTION) else -len(closing)]
+    return prompt
 
 
 def _opening(prompt: str, text: str) -> Opening:

@@ -2,7 +2,7 @@
 
 tokens         int32   prompt, teacher's prompt, answer and neutral prompt of each interaction
 ends           int64   where these four end, after a first 0
-keys           uint64  of each interaction's prompt, answer and follow-up (keys.py); 0: came as tokens
+keys           uint64  of each interaction's prompt less system messages, answer and follow-up; 0: came as tokens
 history_keys   uint64  of what begins the prompt and ends with a user's message; any number for each
 message_keys   uint64  of that message
 history_ends   int64   where the last two end, after a first 0
@@ -60,6 +60,8 @@ class Columns:
         else:
             texts, history = TextKeys() if texts is None else texts, 0
             for message in text.prompt:
+                if message["role"] == "system":  # it may hold the time, and differ from call to call
+                    continue
                 history = extend(history, texts[message["role"]], texts[message["content"]])
                 if message["role"] == "user":
                     self.history_keys.append(history)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from fastsdpo.data.chat_template import REASONING_TAGS, ChatTemplate, shared
+from fastsdpo.data.chat_template import QUESTION, REASONING_TAGS, ChatTemplate, shared
 
 
 class ControlTokens:
@@ -47,7 +47,7 @@ class ControlTokens:
         ends = [end_of_turn]
         self.end_space = ""
         if end_of_turn == "template":
-            self.end_space, ends = _find_end(chat, every)
+            self.end_space, ends = _find_end(chat, every, tokenizer.eos_token)
         if not ends or end_of_turn == "eos":
             if tokenizer.eos_token is None:
                 raise ValueError(
@@ -76,12 +76,13 @@ class ControlTokens:
         self.strips_right = {t for t in control if getattr(added.get(t), "rstrip", False)}
 
 
-def _find_end(chat: ChatTemplate, every: re.Pattern) -> tuple[str, list[str]]:
+def _find_end(chat: ChatTemplate, every: re.Pattern, eos: str | None) -> tuple[str, list[str]]:
     """``(white space, tokens)`` that end the model's turns in the chat template.
 
-    They are what follows an answer both in the last turn and in an earlier one. Where these have
-    nothing in common, they are the last turn's; and where that has none (the model then writes
-    the token that begins the next turn), the earlier one's.
+    They are what follows an answer both in the last turn and in an earlier one, up to `eos`. Where these
+    have nothing in common, they are the last turn's; and where that has none (the model then writes
+    the token that begins the next turn), the earlier one's. A template that always asks for an answer
+    writes a header after the last turn too, whose first tokens may be those of a user's header.
     """
 
     def run(text: str) -> tuple[str, list[str]]:
@@ -93,7 +94,13 @@ def _find_end(chat: ChatTemplate, every: re.Pattern) -> tuple[str, list[str]]:
         return space, found
 
     (space, last), (space_before, earlier) = run(chat.tail), run(chat.tail_before)
-    if both := last[: shared(last, earlier)]:
+    both = last[: shared(last, earlier)]
+    if eos in both:
+        both = both[: both.index(eos) + 1]
+    elif chat.asks_always and both:
+        found, asked = every.findall(chat.tail_before), every.findall(chat.finished.partition(QUESTION)[0])
+        both = both[: len(found) - shared(found[::-1], asked[::-1])] or both[:1]
+    if both:
         return (space if space == space_before else ""), both
     return (space, last[:1]) if last else (space_before if earlier else "", earlier[:1])
 

@@ -26,6 +26,7 @@ class Encoder:
     Attributes:
         answer_anchor: a text put before an answer while it is encoded, so that the tokenizer adds no space; its
             ids are taken off again.
+        swallows: the token before an answer takes the white space after it, the answer's own too.
         channel: ids of the markup between generation prompt and answer, without reasoning.
 
     Raises:
@@ -82,6 +83,8 @@ class Encoder:
                     f"{tokens(pieces[-12:])} for {tokens(whole[-12:])}; set tokenizer.chat_template to "
                     "one that puts a token of its own before answers"
                 )
+        headers = [m for m in control.spelling.finditer(opening) if not opening[m.end() :].strip()]
+        self.swallows = bool(headers) and headers[-1].group() in control.strips_right
         # The markup between generation prompt and answer, where it is more than reasoning left out.
         between = chat.answer.add if chat.generation == Opening() else ""
         found = control.spelling.search(between)

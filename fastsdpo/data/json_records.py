@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Literal
 
 from fastsdpo.data.json_codec import DECODER, decode
 from fastsdpo.data.readers.registry import is_record
-from fastsdpo.data.records import Entry, Problem
+from fastsdpo.data.records import Entry, Problem, why_no_text
 
 COMPRESSIONS = (".gz", ".zst")
 READ_BYTES = 1 << 16  # larger pieces of text are slower: one wide character makes all of a piece wide
@@ -61,7 +61,7 @@ def json_records(path: Path, progress: Callable[[int], None], max_record_bytes: 
 
 def find_lines(path: Path, max_record_bytes: int) -> tuple[int, int] | None:
     """Finds where the records of JSON Lines begin: (byte in the file, line number). None for other files."""
-    if path.suffix in COMPRESSIONS:
+    if path.suffix.lower() in COMPRESSIONS:
         return None
     with open(path, "rb") as file:
         text = _Text(file, path, lambda done: None)
@@ -112,9 +112,9 @@ class _Text:
         self.damage: str | None = None
         self._file, self._progress = file, progress
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             self._chunks = self._decompressed(lambda: zlib.decompressobj(wbits=31))
-        elif path.suffix == ".zst":
+        elif path.suffix.lower() == ".zst":
             try:
                 import zstandard
             except ImportError as error:
@@ -203,9 +203,9 @@ class _Text:
 
 def _unreadable(text: _Text) -> str | None:
     """Takes what is before the content; why there is none that can be read, or None."""
-    text.read_to(3)
-    if text.buffer[:2] in ("\udcff\udcfe", "\udcfe\udcff"):
-        return "UTF-16 text; save it as UTF-8"
+    text.read_to(8)
+    if (why := why_no_text(text.buffer)) is not None:
+        return why
     if text.buffer[:1] == "\ufeff":
         text.take(1)
     text.skip(_BLANK)
@@ -214,8 +214,8 @@ def _unreadable(text: _Text) -> str | None:
 
 def _layout(text: _Text, path: Path, limit: int) -> Literal["lines", "array", "objects"]:
     """The layout of a text that begins with its content. The bracket of an array is taken."""
-    name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
-    named_lines = name.suffix in (".jsonl", ".ndjson")
+    name = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+    named_lines = name.suffix.lower() in (".jsonl", ".ndjson")
     if not named_lines and text.buffer[text.start] == "[":
         text.take(1)
         return "array"

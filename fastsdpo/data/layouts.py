@@ -81,6 +81,8 @@ def _messages_conversation(record: Mapping, key: str) -> Conversation:
     messages = record[key]
     messages = decoded(messages) if isinstance(messages, str) else messages
     turns = read_turns(messages, key)
+    if any(len(message) > 2 and _has_children(message) for message in messages):
+        raise ValueError(f"{key} must be one branch of a conversation, got a tree of them; read it with --reader")
     if not BESIDE.isdisjoint(record):
         turns = with_system(record, turns)
         _mark_files(record, turns)
@@ -94,6 +96,12 @@ def _messages_conversation(record: Mapping, key: str) -> Conversation:
         answer_fields=turns.fields,
         format="ai-sdk" if messages and "parts" in messages[0] else FORMATS[key],
     )
+
+
+def _has_children(message: Mapping) -> bool:
+    """Whether a message says that several others follow it (Hugging Face's chat-ui)."""
+    found = message.get("children")
+    return isinstance(found, (list, tuple)) and len(found) > 1
 
 
 def _mark_files(record: Mapping, turns: Turns) -> None:

@@ -7,8 +7,9 @@ exported twice, or a row per interaction. The keys of all records (keys.py) tell
   with all messages of the other;
 - what is left out: a record whose messages begin a longer record's, and an interaction (same
   prompt, answer and follow-up) that was read before;
-- families: conversations of which one has a prompt that begins a prompt of the other. A family
-  is held out whole, so that no prompt and no answer to it is on both sides.
+- families: conversations of which one has a prompt that begins a prompt of the other, whatever their system
+  messages (which may hold the time). A family is held out whole, so that no prompt and no answer to it is on both
+  sides.
 
 Of two equal interactions the one that was read first is kept; nothing else depends on the order of the records.
 
@@ -68,8 +69,8 @@ class RecordKeys:
             name: of its conversation's name;
             messages: of all its messages;
             beginnings: of its first message, its first two, ..., without all;
-            prompts: of each interaction's prompt; the first is enough where it begins the others;
-            histories: of what begins these prompts and ends with a user's message, themselves included;
+            prompts: of each interaction's prompt less system messages; the first is enough where it begins the others;
+            histories: of what begins these and ends with a user's message, themselves included;
             interactions: of each interaction's prompt, answer and follow-up;
             ids: of each interaction's id;
             id_names: of the names in these, where they are others;
@@ -94,18 +95,20 @@ class RecordKeys:
         name = self._begin(str(conversation.id), _histories(conversation.messages), number)
         prompts, histories, whole, ids = [], [], [], []
         prompt: list[dict] = []
-        history = 0
+        history = asked = 0  # of all messages; less system messages
         for interaction in interactions:
             # Most histories go on from the one before: then only what is new.
             new = interaction.prompt[len(prompt) :]
             if interaction.prompt[: len(prompt)] != prompt:
-                new, history = interaction.prompt, 0
+                new, history, asked = interaction.prompt, 0, 0
             prompt = interaction.prompt
             for message in new:
                 history = extend(history, ROLE_KEYS[message["role"]], texts[message["content"]])
+                if message["role"] != "system":
+                    asked = extend(asked, ROLE_KEYS[message["role"]], texts[message["content"]])
                 if message["role"] == "user":
-                    histories.append(history)
-            prompts.append(history)
+                    histories.append(asked)
+            prompts.append(asked)
             answered = extend(history, ROLE_KEYS["assistant"], texts[interaction.completion])
             whole.append(extend(answered, ROLE_KEYS["user"], texts[interaction.followup]))
             before, _, turn = str(interaction.id).rpartition(":")
@@ -124,11 +127,10 @@ class RecordKeys:
             first: the index of the first user's message.
             number: the record's number.
         """
-        history = 0
-        for message in messages[: first + 1]:
-            history = extend(history, ROLE_KEYS[message["role"]], _key(message["content"]))
-        self.keys["marks"].extend((_key(name), history))
-        self.numbers["marks"].extend((number, number))
+        marks = [_key(name), _histories(messages[: first + 1])[-1]]
+        if first:  # and without the system message
+            marks += _histories(messages[first : first + 1])
+        self._add("marks", marks, number)
         return None if (len(messages) - first) % 2 else _key(messages[-1]["content"])
 
     def add_all(self, record: LightRecord, row: Mapping[str, Any]) -> None:
@@ -137,7 +139,7 @@ class RecordKeys:
         answer = answer[0] if isinstance(answer, list) else answer
         histories = _histories([*row["prompt"], answer, row["user_response"]])
         first = 1 if row["prompt"][0]["role"] == "system" else 0
-        prompts = histories[first:-2:2]
+        prompts = _histories(row["prompt"][first:])[::2] if first else histories[:-2:2]
         if record.rest is not None:
             histories.append(extend(histories[-1], ROLE_KEYS["assistant"], record.rest))
         name = self._begin(row["conversation_id"], histories, record.number)

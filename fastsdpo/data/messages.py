@@ -62,8 +62,10 @@ _TOOL_WORDS = ("tool", "function", "mcp", "code_interpreter", "computer_call", "
 # The AI SDK's marks between steps, its sources and its own data; claude.ai's budget. The model said none of it.
 _NOT_SAID = ("step-start", "source", "data-", "token_budget")
 _TOOL_PARTS = ("functionCall", "functionResponse", "executableCode", "codeExecutionResult", "function_call")
+_TOOL_PARTS += ("toolUse", "toolResult")  # Bedrock's
 _FILE_WORDS = ("image", "audio", "video", "file", "document", "media", "blob", "uri", "asset")
 _FILE_PARTS = ("inlineData", "fileData", "inline_data", "file_data", "image_url", "image", "file", "audio")
+_FILE_PARTS += ("document", "video")
 
 FILE_ROLES = ("user file", "assistant file", "system file")
 
@@ -120,10 +122,12 @@ def _read_part(part: Mapping) -> tuple[str, str]:
     """(kind, text) of a part of a message; the text is empty unless the kind is "text"."""
     kind = part.get("type")
     if not isinstance(kind, str):
-        if any(part.get(key) for key in _TOOL_PARTS):
+        if any(part.get(key) is not None for key in _TOOL_PARTS):
             return "tool", ""
-        if part.get("thought") is True:
+        if part.get("thought") is True or part.get("reasoningContent"):
             return "reasoning", ""
+        if part.get("cachePoint"):
+            return "nothing", ""
         if not isinstance(part.get("text"), str) and any(part.get(key) for key in _FILE_PARTS):
             return "file", ""
         kind = "text"
@@ -161,11 +165,13 @@ def parse_message(message: Any) -> dict:
         raise TypeError(f"must be a message, got {show(message)}")
     # A table of both forms has all four columns in every message.
     if "role" in message and (message["role"] is not None or message.get("from") is None):
-        speaker, content = message["role"], message.get("content")
+        speaker, (own, other) = message["role"], ("content", "value")
     elif "from" in message:
-        speaker, content = message["from"], message.get("value")
+        speaker, (own, other) = message["from"], ("value", "content")
     else:
         raise TypeError(f"must have 'role' or 'from', got the keys {show(list(message))}")
+    content = message.get(own)
+    content = message.get(other) if content is None else content
     if not isinstance(speaker, str):
         raise TypeError(f"role must be text, got {show(speaker)}")
     role = ROLES.get(speaker) or ROLES.get(speaker.strip().lower())
@@ -189,9 +195,10 @@ def parse_message(message: Any) -> dict:
 
 def _check_text_is_here(message: Mapping) -> None:
     """A TypeError where a message without a content has what may be its text elsewhere."""
-    if "content" in message or "value" in message:
-        return
+    empty = "content" in message or "value" in message  # then only what is a text for sure
     for key, value in message.items():
+        if empty and not (key in _OFTEN_TEXT and isinstance(value, str)):
+            continue
         may_be = isinstance(value, (list, Mapping)) or key in _OFTEN_TEXT or " " in str(value).strip()
         if value and may_be and key not in _NO_TEXT:
             keys = ", ".join(map(repr, message))

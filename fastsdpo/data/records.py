@@ -6,6 +6,18 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+# How files begin that hold no text, or text in another way; bytes that are not UTF-8 are lone surrogates.
+_NOT_TEXT = (
+    ("\udcff\udcfe", "UTF-16 text; save it as UTF-8"),
+    ("\udcfe\udcff", "UTF-16 text; save it as UTF-8"),
+    ("[\0", "UTF-16 text; save it as UTF-8"),
+    ("{\0", "UTF-16 text; save it as UTF-8"),
+    ("PK\3\4", "a ZIP file; unpack it"),
+    ("\x1f\udc8b", "compressed by gzip; give its name the ending .gz"),
+    ("(\udcb5/\udcfd", "compressed by zstd; give its name the ending .zst"),
+    ("BZh91AY", "compressed by bzip2; unpack it"),
+    ("PAR1", "a Parquet file; give its name the ending .parquet"),
+)
 MAX_PROBLEMS = 20  # messages kept of each kind, so that a report stays small
 
 
@@ -66,3 +78,8 @@ class Entry(NamedTuple):
 
 class DamagedRecord(ValueError):
     """Raised with ``strict`` for the first record that cannot be used; the text names its place."""
+
+
+def why_no_text(start: str) -> str | None:
+    """Says why a file that begins so cannot be read as text, and what helps; None if it can."""
+    return next((why for begin, why in _NOT_TEXT if start.startswith(begin)), None)

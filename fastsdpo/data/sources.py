@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from os import PathLike
@@ -14,6 +15,8 @@ from fastsdpo.data.readers.registry import RecordParser
 from fastsdpo.data.readers.tables import group_rows
 from fastsdpo.data.records import Entry, LoadReport, Problem
 from fastsdpo.data.text_records import TABLE_SUFFIXES, is_vllm_log, table_records, vllm_log_records
+
+logger = logging.getLogger("fastsdpo.data")
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, ".parquet")
@@ -30,7 +33,7 @@ def is_table(path: Path) -> bool:
 
 
 def _suffix(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
 
 
 def expand_source(source: str | PathLike | Iterable[str | PathLike]) -> list[Path | str]:
@@ -45,6 +48,12 @@ def expand_source(source: str | PathLike | Iterable[str | PathLike]) -> list[Pat
         files = sorted(file for file in found if not file.name.startswith("."))
         if not files:
             raise FileNotFoundError(f"folder {path} holds no file that ends in {', '.join(SUFFIXES)}")
+        others = sorted(f.name for f in path.rglob("*") if f.is_file() and not is_data(f) and f.name[0] != ".")
+        if others:
+            logger.warning(
+                "folder %s: %d files are not read, since they do not end in %s: %s",
+                *(path, len(others), ", ".join(SUFFIXES), ", ".join(others[:5]) + (", ..." if others[5:] else "")),
+            )
         return list(files)
     if path.exists():
         return [path]
@@ -92,7 +101,7 @@ def read_sources(
 
         if isinstance(item, str) or item.is_dir():
             entries = dataset_records(item, config, split)
-        elif item.suffix == ".parquet":
+        elif _suffix(item) == ".parquet":
             entries = _parquet_records(item, progress, parser or RecordParser(), columns)
         elif is_table(item):
             entries = table_records(item, progress, max_record_bytes)

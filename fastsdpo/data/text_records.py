@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from fastsdpo.data.records import Entry, Problem
+from fastsdpo.data.records import Entry, Problem, why_no_text
 
 TABLE_SUFFIXES = (".csv", ".tsv")
 DELIMITERS = (",", ";", "\t", "|")
@@ -31,6 +31,9 @@ def table_records(path: Path, progress: Callable[[int], None], max_record_bytes:
             csv.field_size_limit(max(csv.field_size_limit(), max_record_bytes))
             text = _text(file, path)
             lines = _Lines(text)
+            if (why := why_no_text(lines.first or "")) is not None:
+                yield Entry(str(path), None, Problem("damaged file", why, records=0))
+                return
             reader = csv.reader(lines, delimiter=_delimiter(path, lines))
             header = next(reader, [])
             if not any(header):
@@ -97,7 +100,7 @@ def _zstd_errors() -> tuple[type[Exception], ...]:
 
 
 def _delimiter(path: Path, lines: _Lines) -> str:
-    if ".tsv" in path.suffixes:
+    if ".tsv" in map(str.lower, path.suffixes):
         return "\t"
     first = lines.first or ""
     return max(DELIMITERS, key=first.count)
@@ -106,9 +109,9 @@ def _delimiter(path: Path, lines: _Lines) -> str:
 def _text(file: IO[bytes], path: Path) -> IO[str]:
     """The text of a file, decompressed; bytes that are not UTF-8 are kept as lone surrogates."""
     stream: Any = file
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         stream = gzip.GzipFile(fileobj=file)
-    elif path.suffix == ".zst":
+    elif path.suffix.lower() == ".zst":
         try:
             import zstandard
         except ImportError as error:

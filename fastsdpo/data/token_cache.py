@@ -22,7 +22,7 @@ from fastsdpo.data.locks import locked
 
 logger = logging.getLogger("fastsdpo.data")
 
-FORMAT = 1  # of the files, and of what the tokenizer makes of a text
+FORMAT = 2  # of the files, and of what the tokenizer makes of a text
 LARGE = 32 << 20  # bytes of data files from which on their tokens are kept, unless told
 ABOUT = "about.json"
 

@@ -264,6 +264,8 @@ class InteractionTokenizer:
         prompt, opening, completion = interaction.prompt, self.chat.generation, ""
         if given is None:
             opening, completion = self.chat.finish(prompt, interaction.completion.rstrip(), trim=self._as_rendered)
+            if self._as_rendered and self._encoder.swallows:
+                completion = completion.lstrip()
         if whole_messages:
             prompt = self._recent(prompt, opening)
         rendered = self._encoder.render(prompt, opening)

@@ -53,7 +53,7 @@ def default_workers(items: Iterable[Path | str], parser: RecordParser) -> int:
 
 def _lines_of(item: Path | str, parser: RecordParser) -> tuple[int, int] | None:
     """`find_lines` of a source; None where one process must read it, as where a record is one message only."""
-    if not isinstance(item, Path) or item.suffix not in JSON_SUFFIXES or not item.is_file():
+    if not isinstance(item, Path) or item.suffix.lower() not in JSON_SUFFIXES or not item.is_file():
         return None
     lines = find_lines(item, MAX_RECORD_BYTES)
     if lines is not None:

@@ -117,6 +117,27 @@ ndif %}{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.c
 {{ bos_token }}{% for m in messages %}<|START_OF_TURN_TOKEN|>{% if m.role == 'assistant' %}<|CHATBOT_TOKEN|>
 <|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>{% else %}<|{{ m.role | upper }}_TOKEN|>{{ m.content }}{% endif %}
 <|END_OF_TURN_TOKEN|>{% endfor %}{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}
+# command r7b | <|END_OF_TURN_TOKEN|> | <|END_OF_TURN_TOKEN|>
++ <BOS_TOKEN> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|CHATBOT_TOKEN|> <|USER_TOKEN|> <|SYSTEM_TOKEN|>
++ <|START_RESPONSE|> <|END_RESPONSE|> <|START_THINKING|> <|END_THINKING|>
+{{ bos_token }}<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>You help.<|END_OF_TURN_TOKEN|>{% for m in messages %}
+<|START_OF_TURN_TOKEN|>{% if m.role == 'assistant' %}<|CHATBOT_TOKEN|><|START_RESPONSE|>{{ m.content }}
+<|END_RESPONSE|>{% else %}<|{{ m.role | upper }}_TOKEN|>{{ m.content }}{% endif %}<|END_OF_TURN_TOKEN|>{% endfor %}
+<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% if enable_thinking is defined and not enable_thinking %}
+<|START_THINKING|><|END_THINKING|>{% endif %}
+# seed oss | <seed:eos> | <seed:eos>
++ <seed:bos> <seed:eos>
+{% for m in messages %}<seed:bos>{{ m.role }}\n{{ m.content.split('</seed:think>')[-1] | trim }}<seed:eos>{% endfor %}
+{% if add_generation_prompt %}<seed:bos>assistant\n{% if enable_thinking is defined and not enable_thinking %}
+<seed:think>\nThe budget is 0, so I answer directly.\n</seed:think>{% endif %}{% endif %}
+# llama 3 as first released | <|end_of_text|> | <|eot_id|>
++ <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|end_of_text|>
+{% for m in messages %}{{ bos_token if loop.first else '' }}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n
+{{ m.content | trim }}<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>\n\n
+# phi that always asks | <|end_of_text|> | <|im_end|>
++ <|end_of_text|> <|im_start|> <|im_end|> <|im_sep|>
+<|im_start|>system<|im_sep|>You help.<|im_end|>{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}
+<|im_end|>{% endfor %}<|im_start|>assistant<|im_sep|>
 # smolvlm | <end_of_utterance> | <end_of_utterance>
 + <|im_start|> <end_of_utterance> <image>
 <|im_start|>{% for m in messages %}{{ m.role | capitalize }}: {% for part in m.content %}
@@ -310,7 +331,7 @@ def check(tokenizer, tokenize, prompt, answer, thinking=False):
         names = tokenizer.convert_ids_to_tokens
         assert got == whole[: len(got)], (names(got[-30:]), names(whole[-30:]))
         rest = tokenizer.decode(whole[len(got) :])
-        assert rest.strip("▁ \n") in ("", "<|endoftext|>"), rest
+        assert tokenize.chat.asks_always or rest.strip("▁ \n") in ("", "<|endoftext|>"), rest
     return one
 
 
@@ -333,14 +354,18 @@ def tokenizer_of(tokenizer, **options):
     return InteractionTokenizer(tokenizer, "note", chat_template_date="2026-01-31", **options)
 
 
-# Its generation prompt closes a think block that its finished turns do not have: that one is kept.
-ONLY_PROMPTED = "gemma 4"
+# Their generation prompts close a block of reasoning that their finished turns do not have: that one is kept.
+ONLY_PROMPTED = {
+    "gemma 4": "<|turn>model\n<|channel>thought\n<channel|>",
+    "command r7b": "<|CHATBOT_TOKEN|><|START_THINKING|><|END_THINKING|><|START_RESPONSE|>",
+    "seed oss": "assistant\n<seed:think>\nThe budget is 0, so I answer directly.\n</seed:think>",
+}
 
 
 @pytest.mark.parametrize(
     ("name", "thinking"),
-    [(name, False) for name in FAMILIES if name != ONLY_PROMPTED]
-    + [(name, True) for name in [*REASONING, ONLY_PROMPTED]],
+    [(name, False) for name in FAMILIES if name not in ONLY_PROMPTED]
+    + [(name, True) for name in [*REASONING, *ONLY_PROMPTED]],
 )
 def test_ids_are_those_of_the_finished_conversation(family, name, thinking):
     tokenizer = family(name)
@@ -372,10 +397,17 @@ def test_no_space_before_an_answer_but_the_templates(spaced_tokenizer, name, sty
     assert said.replace("b</s>c", "bc").replace("e</s>f", "ef") == text
 
 
-def test_an_empty_block_of_the_generation_prompt_alone_is_kept(family):
-    tokenizer = family(ONLY_PROMPTED)
-    one = tokenizer_of(tokenizer)(Interaction(conversation("Hi"), "Hello", "x"))
-    assert tokenizer.decode(one.prompt_ids).endswith("<|turn>model\n<|channel>thought\n<channel|>")
+@pytest.mark.parametrize("name", ONLY_PROMPTED)
+def test_a_block_of_the_generation_prompt_alone_is_kept(family, name):
+    tokenizer, (template, *_) = family(name), FAMILIES[name]
+    tokenize = tokenizer_of(tokenizer)
+    for answer in ("Hello", "\n\nHello"):
+        one = tokenize(Interaction(conversation("Hi"), answer, "x"))
+        assert tokenizer.decode(one.prompt_ids).endswith(ONLY_PROMPTED[name])
+        text = tokenizer.decode(one.completion_ids)
+        assert text == ("Hello" if "trim" in template else answer) + tokenize._control.ending
+        assert text.endswith(tokenize.end_of_turn) and tokenize.end_of_turn == FAMILIES[name][-1]
+        assert tokenize.said(one.completion_ids) == "Hello"
 
 
 @pytest.mark.parametrize("name", REASONING)
@@ -529,7 +561,7 @@ class TestClock:
     def test_every_form_of_a_date(self, byte_tokenizer):
         """As the clock itself writes it, and white space around the template stays."""
         day = datetime.datetime(2025, 6, 7, 8, 9, 10)
-        form = "%-d. %B (%b, %m) %Y %A %H:%M:%S %p %j"
+        form = "%-d. %B (%b, %m) %Y %A %H:%M:%S %p %j %F %e %T %D"
         template = (
             "\n  {% if strftime_now is defined %}[{{ strftime_now('" + form + "') }}]{% endif %} "
             "{% for m in messages %}{{ m.role }} {{ m.content }}</s>{% endfor %}"
@@ -546,6 +578,11 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("template", "message"),
         [
+            (
+                "{% for tool in tools %}{% endfor %}{% for m in messages %}{{ m.content }}</s>{% endfor %}",
+                "tokenize_interaction: the chat template of TokenizersBackend fails on the roles user: TypeError: .*; "
+                "pass what it asks for as chat_template_kwargs, or set tokenizer.chat_template",
+            ),
             (
                 "<s>{% for m in messages %}{{ m.text }}</s>{% endfor %}",
                 "chat template of .* must write the text of messages, got '<s></s>' for the user's message "

@@ -99,18 +99,20 @@ class TestFormats:
         assert report.records == 7 and not report.damaged and report.lost_bytes == 0
         assert report.bytes_done == report.bytes_total == any_file.stat().st_size
 
-    def test_folder_glob_and_list(self, tmp_path):
+    def test_folder_glob_and_list(self, tmp_path, caplog):
         (tmp_path / "b" / "deep").mkdir(parents=True)
-        write(tmp_path, "2.jsonl", lines(RECORDS[2:4]))
+        write(tmp_path, "2.JSONL", lines(RECORDS[2:4]))
         write(tmp_path, "1.json", json.dumps(RECORDS[:2]).encode())
-        write(tmp_path / "b" / "deep", "3.jsonl.gz", gzip.compress(lines(RECORDS[4:])))
+        write(tmp_path / "b" / "deep", "3.jsonl.GZ", gzip.compress(lines(RECORDS[4:])))
         write(tmp_path, "notes.txt", b"not data")
         write(tmp_path, ".hidden.json", b"not data")
         ids = [r["id"] for r in RECORDS]
         assert read(tmp_path)[0] == ids
-        assert read(str(tmp_path / "*.json*"))[0] == ids[:4]
-        assert read(f"{tmp_path}/**/*.gz")[0] == ids[4:]
-        assert read([tmp_path / "2.jsonl", str(tmp_path / "1.json")])[0] == ids[2:4] + ids[:2]
+        (said,) = [record.getMessage() for record in caplog.records]
+        assert re.fullmatch("folder .*: 1 files are not read, since they do not end in .*: notes.txt", said)
+        assert read(str(tmp_path / "*.[jJ]*"))[0] == ids[:4]
+        assert read(f"{tmp_path}/**/*.GZ")[0] == ids[4:]
+        assert read([tmp_path / "2.JSONL", str(tmp_path / "1.json")])[0] == ids[2:4] + ids[:2]
 
     def test_only_the_needed_columns_of_parquet(self, tmp_path):
         records = [{**r, "language": "English", "moderation": [1.0] * 9} for r in RECORDS]
@@ -255,6 +257,10 @@ BAD_FILES = {
         "element 0 .*is this a list of messages without the list around it",
     ),
     "UTF-16": ("a.json", json.dumps(RECORDS).encode("utf-16"), "", "UTF-16 text; save it as UTF-8"),
+    "UTF-16 without a mark": ("a.json", json.dumps(RECORDS).encode("utf-16-le"), "", "UTF-16 text"),
+    "UTF-16 table": ("a.csv", "chat,role,text\r\n".encode("utf-16"), "", "UTF-16 text; save it as UTF-8"),
+    "ZIP": ("a.zip", b"PK\3\4\x14\0\0\0" + LINES, "", r"a\.zip: a ZIP file; unpack it"),
+    "gzip by another name": ("a.jsonl", gzip.compress(LINES), "", r"give its name the ending \.gz"),
     "empty": ("a.json", b" \n", "", r"a\.json: the file is empty"),
     "not text": ("a.json", bytes(range(256)) * 50, "", "a record cannot start with b'\\\\x00'"),
     "cut gzip": ("a.gz", gzip.compress(LINES * 50)[:-400], None, r"a\.gz: the compressed data is cut off"),

@@ -65,6 +65,7 @@ def test_every_layout_has_a_fixture():
     assert {case.split()[0] for case in CASES} == set(BY_NAME)
 
 
+CUT_OFF = "to an answer that was cut off"
 NOT_TRAINED = "to an answer that the record says not to train on (weight 0)"
 IMAGE = [{"type": "text", "text": "And this?"}, {"type": "image_url", "image_url": {"url": "x"}}]
 THOUGHT = {"type": "thinking", "thinking": "Hm.", "signature": "s"}
@@ -85,6 +86,10 @@ THOUGHT = {"type": "thinking", "thinking": "Hm.", "signature": "s"}
         (1, {"weight": 0}, [SAID[3]], {NOT_TRAINED: 1}),
         (3, {"train": False}, [A1], {NOT_TRAINED: 1}),
         (1, {"weight": 1, "train": True, "loss": None}, [A1, SAID[3]], {}),
+        (1, {"finish_reason": "length"}, [SAID[3]], {CUT_OFF: 1}),
+        (1, {"stop_reason": "user_canceled"}, [SAID[3]], {CUT_OFF: 1}),
+        (1, {"done": False}, [SAID[3]], {CUT_OFF: 1}),
+        (1, {"finish_reason": "stop", "done": True, "truncated": False}, [A1, SAID[3]], {}),
     ],
 )
 def test_what_stands_beside_the_text(prepared, place, change, kept, left_out):
@@ -104,6 +109,73 @@ def test_images_beside_the_messages(prepared, more, text, kept):
     assert [row["completion"]["content"] for row in done.rows] == [*kept, "Hello"]
 
 
+def parts(*texts):
+    return [{"text": text} for text in texts]
+
+
+BIRD = chat(SAID[:3])
+ANSWERED = [chat(["", SAID[3]])[1]]
+STREAM = [{"event.name": f"gen_ai.{m['role']}.message", "content": m["content"]} for m in BIRD]
+CALLING = [
+    {"name": "gen_ai.assistant.message", "content": SAID[3], "tool_calls": '[{"id": 1}]'},
+    {"name": "gen_ai.user.message", "content": SAID[4]},
+]
+TOLD = f"{SAID[3]}\n```\nThis block is not supported on your current device yet.\n```"
+HIDDEN = [*zip(["human", "assistant"] * 2, [*SAID[:3], TOLD]), ("human", SAID[4])]
+THINKING = layouts.librechat(False)
+THINKING["messages"][1]["text"] = ":::thinking\nhm\n:::\n" + A1
+SENT = {f"gen_ai.{k}.messages": json.dumps(v) for k, v in (("input", BIRD), ("output", ANSWERED))}
+LATEST_FIRST = [{**row, "created_at": 9 - n} for n, row in enumerate(reversed(layouts.ROWS))]
+FORK = [{**m, "conversationId": "C"} for m in layouts.librechat(False)["messages"]]
+FORK[2:2] = [
+    {**FORK[0], "messageId": "old", "text": "Name a fish."},
+    {**FORK[1], "messageId": "older", "parentMessageId": "old"},
+]
+
+
+DETAILS = {"name": "gen_ai.client.inference.operation.details", **SENT}
+BEDROCK = [
+    {"role": "user", "content": [*parts(U1), {"cachePoint": {"type": "default"}}]},
+    {"role": "assistant", "content": [{"reasoningContent": {"text": "hm"}}, *parts(A1)]},
+    {"role": "user", "content": parts(U2)},
+    {"role": "assistant", "content": [*parts(SAID[3]), {"toolUse": {"name": "f"}}]},
+    {"role": "user", "content": parts(SAID[4])},
+]
+BACK = {"output": {"message": {"role": "assistant", "content": parts("x")}}, "stopReason": "end_turn"}
+CALL = {"input": {"inputBodyJson": {"system": parts(SYSTEM), "messages": BEDROCK}}, "output": {"outputBodyJson": BACK}}
+# As other versions of the programs have it: the records, and how many interactions are in them.
+VARIANTS = {
+    "from and content": ([{"conversations": [{"from": m["role"], "content": m["content"]} for m in chat()]}], 2),
+    "role and value": ([{"messages": [{"role": m["role"], "value": m["content"]} for m in chat()]}], 2),
+    "rows from the latest on": (LATEST_FIRST, 2),
+    "rows of equal times": ([{**row, "time": 1.7e9 + n // 2} for n, row in enumerate(layouts.ROWS)], 2),
+    "rows in no order": (sorted(LATEST_FIRST, key=lambda row: row["role"]), 2),
+    "rows of parts": ([{**row, "content": [{"type": "text", "text": row["content"]}]} for row in layouts.ROWS], 2),
+    "rows of a tree": (FORK, 2),
+    "events in an attribute": ([{"attributes": {"llm.x": 1, "events": json.dumps([*STREAM, STREAM[1]])}}], 1),
+    "messages in an event": ([{"attributes": {"llm.x": 1}, "events": [DETAILS]}], 1),
+    "calls in events": ([{"attributes": {"llm.x": 1}, "events": [*STREAM, *CALLING]}], 1),
+    "a system prompt inside": ([{"traceId": "t", "input": {"input": {"system": SYSTEM, "messages": BIRD}}}], 1),
+    "a trace of calls": ([{"input": U2, "observations": [{"type": "generation", "input": BIRD, "output": "x"}]}], 1),
+    "a history beside": ([{"inputs": {"input": U2, "chat_history": BIRD[:2]}, "outputs": {"output": "x"}}], 1),
+    "weave": ([{"op_name": "chat", "inputs": {"messages": BIRD}, "output": layouts.completion("x")}], 1),
+    "vertex": ([{"full_request": {"messages": BIRD}, "full_response": layouts.completion("x")}], 1),
+    "no output": ([{"object": "response", "input": BIRD, "output": []}], 1),
+    "bedrock": ([CALL], 1),
+    "claude.ai's tools": ([{"chat_messages": [{"sender": s, "text": t} for s, t in HIDDEN]}], 1),
+    "librechat's reasoning": ([THINKING], 2),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_layouts(prepared, name):
+    records, count = VARIANTS[name]
+    done = prepared(records)
+    assert shown(by_length(done.rows)) == EXPECTED[:count], done.table
+    systems = {m["content"] for row in done.rows for m in row["prompt"] if m["role"] == "system"}
+    assert systems == ({SYSTEM} if SYSTEM in str(records) else set())
+
+
 def test_all_branches(prepared):
     other = ([U1], "A wren.", "Another one")
     done = prepared([layouts.chatgpt(), layouts.open_webui()], "--branches", "all", "--format", "chatgpt")
@@ -120,6 +192,14 @@ def test_all_branches(prepared):
         ("a2", {"author": {"role": "tool"}}, {"after a tool call or tool message": 1}),
         ("u3", {"metadata": {"attachments": [{"id": "f"}]}}, {"after an image or file": 1}),
         ("u3", {"content": {"parts": [{"content_type": "image_asset_pointer"}, "?"]}}, {"after an image or file": 1}),
+        ("a2", {"weight": 0.0}, {NOT_TRAINED: 1}),
+        ("a2", {"status": "in_progress"}, {CUT_OFF: 1}),
+        ("a2", {"metadata": {"finish_details": {"type": "interrupted"}}}, {CUT_OFF: 1}),
+        (
+            "a2",
+            {"content": {"content_type": "system_error", "text": "x"}},
+            {"to an error message in place of an answer": 1},
+        ),
     ],
 )
 def test_tools_and_images_of_chatgpt(prepared, name, change, left_out):
@@ -256,6 +336,8 @@ def test_other_layouts(prepared, tmp_path, monkeypatch, records, argv, names, fo
         ({"request": {"messages": chat()}, "response": {"error": {"code": 9}}}, [], "response: the call failed: dict"),
         ({"attributes": {"gen_ai.tool.name": "f"}}, [], "damaged           1 not a call of a model"),
         ({"mapping": {"a": {"parent": "b"}, "b": {"parent": "a"}}, "current_node": "a"}, [], "a circle of parents"),
+        ({"messages": [{**chat()[0], "children": ["a", "b"]}]}, [], "messages must be one branch of a conversation"),
+        ({"messages": [{"role": "user", "content": None, "text": "x"}]}, [], "must have 'content', got the keys"),
     ],
 )
 def test_what_cannot_be_read_is_said(prepared, tmp_path, monkeypatch, record, argv, said):

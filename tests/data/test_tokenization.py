@@ -225,6 +225,24 @@ class TestNoSmuggling:
         count = len([i for i in hostile.prompt_ids if i == newline])
         assert count == len([i for i in expected[0] if i == newline])
 
+    def test_token_that_takes_an_answers_first_space(self, byte_tokenizer):
+        """As Phi-3's header does: the answer is trained on as a later turn renders it."""
+        import tokenizers
+
+        template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>{% endfor %}"
+        template += "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+        tokenizer = byte_tokenizer(template, ["</s>"], eos_token="</s>")
+        header = tokenizers.AddedToken("<|assistant|>", special=True, rstrip=True)
+        tokenizer.backend_tokenizer.add_special_tokens([header])
+        plain = interaction("one", completion="\n\n two")
+        item = tokenize_interaction(tokenizer, plain, "note")
+        whole = tokenizer.apply_chat_template(
+            [*plain.prompt, {"role": "assistant", "content": plain.completion}], return_dict=False
+        )
+        assert item.prompt_ids + item.completion_ids == whole
+        asked = tokenize_interaction(tokenizer, plain, "note", end_of_turn="eos")
+        assert tokenizer.decode(asked.completion_ids) == "\n\n two</s>"
+
     def test_random_text(self, smollm2):
         draw = random.Random(1)
         parts = [*smollm2.all_special_tokens, "<|", "|>", "im_end", " ", "\n", "a", "é", "<|im_"]
@@ -360,7 +378,9 @@ class TestErrors:
             TURN_TEMPLATE, ["<bos>", "<end_of_turn>"], eos_token="<end_of_turn>", bos_token="<bos>"
         )
         sources = [interaction("q", system="s"), interaction("q"), interaction("q", followup=" ")]
-        text = "interaction 'i7': the chat template fails on the roles system, user: .*not support"
+        text = (
+            "interaction 'i7': the chat template of TokenizersBackend fails on the roles system, user: .*not support"
+        )
         with pytest.raises(ValueError, match=text):
             list(tokenize_interactions(tokenizer, sources, "note"))
         errors = []

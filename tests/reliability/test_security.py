@@ -169,7 +169,7 @@ def test_templates_of_a_tokenizer_reach_no_python(saved, tmp_path, lab):
         "{{ messages.__class__.__mro__[1].__subclasses__() }}"
         "{{ cycler.__init__.__globals__.os.mkdir('" + str(tmp_path / "boom") + "') }}"
     )
-    with pytest.raises(ValueError, match="the chat template fails"):
+    with pytest.raises(ValueError, match=r"the chat template of .* fails"):
         InteractionTokenizer(tokenizer, "note")
     assert not (tmp_path / "boom").exists()
 

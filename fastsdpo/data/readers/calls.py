@@ -74,8 +74,8 @@ def session(record: Any) -> str | None:
     return found
 
 
-REQUESTS = ("request", "request_body", "requestBody", "req")
-RESPONSES = ("response", "response_body", "responseBody", "resp", "res")
+REQUESTS = ("request", "request_body", "requestBody", "req", "full_request")
+RESPONSES = ("response", "response_body", "responseBody", "resp", "res", "full_response")
 
 
 def is_proxy(record: Mapping) -> bool:
@@ -100,7 +100,8 @@ def read_proxy(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
 def is_gateway(record: Mapping) -> bool:
     if decoded(record.get("messages")) or decoded(record.get("proxy_server_request")):
         return bool(record.get("response"))
-    return is_message(first_item(decoded(record.get("input")))) and bool(record.get("output"))
+    sent = decoded(record.get("input"))
+    return (is_message(first_item(sent)) or "inputBodyJson" in as_mapping(sent)) and bool(record.get("output"))
 
 
 def read_gateway(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
@@ -174,7 +175,7 @@ def read_responses(record: Mapping, all_branches: bool) -> Iterator[Conversation
     name = identifier(named, ("id",)) if isinstance(named, Mapping) else identifier(record, ("conversation",))
     yield call(
         {key: value for key, value in record.items() if key in ("input", "instructions", "previous_response_id")},
-        {"output": record.get("output")},
+        record.get("output"),
         names=("input", "output"),
         conversation_id=name or session(record),
         record_id=identifier(record, ("id",)),

@@ -13,6 +13,7 @@ from fastsdpo.data.readers.trees import Tree, read_tree
 from fastsdpo.data.readers.values import as_list, as_mapping, conversation, first_item, identifier
 
 ERROR_MESSAGE = "to an error message in place of an answer"
+_NOT_SHOWN = "This block is not supported on your current device yet."  # what claude.ai's text has for a tool's block
 
 
 def is_chatgpt(record: Mapping) -> bool:
@@ -60,7 +61,11 @@ def _chatgpt_message(message: Any) -> Mapping | None:
         return None
     if role == "assistant" and message.get("recipient") not in (None, "all", "assistant"):
         role = "tool"  # a call: the recipient is the tool
-    result: dict[str, Any] = {"role": role, "content": said}
+    end = as_mapping(notes.get("finish_details")).get("type")
+    end = message.get("status") if end in (None, "stop") else end
+    result: dict[str, Any] = {"role": role, "content": said, "finish_reason": end, "weight": message.get("weight")}
+    if kind == "system_error":
+        result[LEFT_OUT] = ERROR_MESSAGE
     if notes.get("attachments"):
         result["attachments"] = notes["attachments"]
     return result
@@ -81,6 +86,9 @@ def read_claude(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
             raise TypeError(f"chat_messages[{index}] must be a message, got {show(message)}")
         content = message.get("content") or message.get("text")
         plain = {"role": message.get("sender"), "content": content, **rating_fields(message, ("chat_feedback",))}
+        plain |= {key: message[key] for key in ("stop_reason", "truncated") if key in message}
+        if isinstance(content, str) and _NOT_SHOWN in content:
+            plain["tool_calls"] = True
         for key in ("attachments", "files", "files_v2"):
             if message.get(key):
                 plain["files"] = message[key]
@@ -159,6 +167,10 @@ def _without_details(text: str) -> tuple[str, set[str]]:
     return "".join([*said, text[place:]]).strip() if kinds else text, kinds
 
 
+# Reasoning in a text, as LibreChat wrote it before it had parts for it.
+_THINKING = re.compile(r"\A:::thinking\n.*?\n:::\s*", re.DOTALL)
+
+
 def is_librechat(record: Mapping) -> bool:
     if isinstance(record.get("messagesTree"), list):
         return True
@@ -190,12 +202,17 @@ def _librechat_message(message: Mapping) -> Mapping:
     by_user = message.get("isCreatedByUser")
     if not isinstance(by_user, bool):
         raise TypeError(f"a message of LibreChat must have isCreatedByUser, got {show(by_user)}")
-    content = message.get("content")
+    content, text = message.get("content"), message.get("text")
     result: dict[str, Any] = {
         "role": "user" if by_user else "assistant",
-        "content": content if isinstance(content, list) and content else message.get("text"),
+        "content": _THINKING.sub("", text) if isinstance(text, str) else text,
         **rating_fields(message, ("feedback",)),
+        **{key: message[key] for key in ("finish_reason", "unfinished") if key in message},
     }
+    if isinstance(content, list) and content:
+        result["content"] = [part for part in content if as_mapping(part).get("type") != "error"]
+        if len(result["content"]) < len(content):
+            result[LEFT_OUT] = ERROR_MESSAGE
     for key in ("files", "attachments"):
         if message.get(key):
             result[key] = message[key]

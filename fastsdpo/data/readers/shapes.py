@@ -35,6 +35,8 @@ def standard(message: Any) -> Any:
     if "message.role" in message:
         message = {key.removeprefix("message."): value for key, value in message.items() if isinstance(key, str)}
     if "role" in message or "from" in message:
+        if message.get("type") == "message" and "status" in message:  # of the Responses API
+            message = {**message, "finish_reason": message["status"]}
         return _openinference(message) if "contents" in message else message
     kind, data = message.get("type"), message
     if isinstance(message.get("kwargs"), Mapping):
@@ -135,18 +137,22 @@ def read_input(value: Any, name: str = "input") -> tuple[list[Any], dict[str, An
             system[key] = value[key].get("parts")
     if value.get("previous_response_id"):
         raise ValueError(f"{name} goes on from a response (previous_response_id) whose messages are not in the record")
+    past = decoded(value.get("chat_history"))  # LangChain's, beside the question
+    past = standard_list(past, f"{name}.chat_history") if isinstance(past, (list, tuple)) else []
     for key in ("messages", "contents", "prompt", "input"):
         if decoded(value.get(key)):
-            messages = _gemini(value[key]) if key == "contents" else read_input(value[key], f"{name}.{key}")[0]
-            return messages, system
-    for key in ("body", "kwargs", "request"):
+            messages, inner = (
+                (_gemini(value[key]), {}) if key == "contents" else read_input(value[key], f"{name}.{key}")
+            )
+            return [*past, *messages], {**inner, **system}
+    for key in ("body", "kwargs", "request", "inputBodyJson"):
         if isinstance(decoded(value.get(key)), Mapping):
             return read_input(value[key], f"{name}.{key}")
     if is_message(value):
         return [standard(value)], system
     for key in _QUESTION_KEYS:
         if isinstance(value.get(key), str):
-            return [{"role": "user", "content": value[key]}], system
+            return [*past, {"role": "user", "content": value[key]}], system
     raise TypeError(f"{name} must have messages, contents, input or prompt, got the keys {show(list(value))}")
 
 
@@ -186,8 +192,10 @@ def read_output(value: Any, name: str = "output") -> tuple[list[Any], list[Any]]
     if value.get("choices"):
         return _choices(as_list(value["choices"], f"{name}.choices"), name)
     if value.get("candidates"):  # Gemini
-        answers = [as_mapping(item).get("content") for item in as_list(value["candidates"], f"{name}.candidates")]
-        messages = [{"role": "assistant", "content": as_mapping(item).get("parts")} for item in answers]
+        messages = []
+        for item in map(as_mapping, as_list(value["candidates"], f"{name}.candidates")):
+            said = {"role": "assistant", "content": as_mapping(item.get("content")).get("parts")}
+            messages.append({**said, "finish_reason": item.get("finishReason", item.get("finish_reason"))})
         return messages[:1], messages[1:]
     if value.get("generations"):  # LangChain
         answers = as_list(value["generations"], f"{name}.generations")
@@ -196,7 +204,7 @@ def read_output(value: Any, name: str = "output") -> tuple[list[Any], list[Any]]
         )
         read = [read_output(as_mapping(item).get("message") or item, name)[0] for item in answers]
         return read[0] if read else [], [message for messages in read[1:] for message in messages]
-    for key in ("messages", "output", "message", "body"):
+    for key in ("messages", "output", "message", "body", "outputBodyJson"):
         found = decoded(value.get(key))
         if isinstance(found, (list, tuple, Mapping)) and found:
             return read_output(found, f"{name}.{key}")
@@ -230,10 +238,11 @@ def _choices(choices: Sequence[Any], name: str) -> tuple[list[Any], list[Any]]:
     for choice in choices:
         choice = as_mapping(choice)
         message = choice.get("message")
+        end = {"role": "assistant", "finish_reason": choice.get("finish_reason")}
         if isinstance(message, Mapping):
-            answers.append({"role": "assistant", **message})
+            answers.append({**end, **message})
         elif isinstance(choice.get("text"), str):
-            answers.append({"role": "assistant", "content": choice["text"]})
+            answers.append({**end, "content": choice["text"]})
         else:
             raise TypeError(f"{name}.choices must have a message or text each, got {show(choice)}")
     return answers[:1], answers[1:]

@@ -2,7 +2,7 @@
 
 Rows of a conversation need not stand together. They are kept in a temporary database on the disk (`sqlite3`, in
 the folder for temporary files) until the file has been read. Then they come out conversation by conversation, in
-the order of the file; memory holds one conversation at a time.
+the order of their times or else of the file; memory holds one conversation at a time.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 from fastsdpo.data.answers import NOTE_KEYS
 from fastsdpo.data.interactions import Conversation
 from fastsdpo.data.messages import CALL_KEYS, FILE_KEYS, SYSTEM_KEYS
-from fastsdpo.data.readers.exports import read_oasst
+from fastsdpo.data.readers.exports import read_librechat, read_oasst
 from fastsdpo.data.readers.trees import named
 from fastsdpo.data.readers.values import CONVERSATION_ID_KEYS, conversation, decoded, identifier
+from fastsdpo.data.record_fields import record_time
 from fastsdpo.data.records import Entry, Problem
 
 # The columns of such a table, by the names that they go by.
@@ -58,7 +59,7 @@ def _columns(record: Mapping) -> tuple[str, str, str] | None:
     """The columns of conversation, role and content, or None."""
     name = next((key for key in ID_COLUMNS if isinstance(record.get(key), (str, int)) and record[key] != ""), None)
     role = next((key for key in ROLE_COLUMNS if isinstance(record.get(key), str)), None)
-    content = next((key for key in CONTENT_COLUMNS if isinstance(record.get(key), str) and key != role), None)
+    content = next((key for key in CONTENT_COLUMNS if isinstance(record.get(key), (str, list)) and key != role), None)
     return None if name is None or role is None or content is None else (name, role, content)
 
 
@@ -69,6 +70,10 @@ def is_table(record: Any) -> bool:
 def read_table(record: GroupedRows, all_branches: bool) -> Iterator[Conversation]:
     """Reads the rows of one conversation, each a message, or those of an OpenAssistant tree."""
     first = record["rows"][0]
+    if isinstance(first.get("isCreatedByUser"), bool) and "messageId" in first:  # LibreChat's collection of messages
+        rows = {"conversationId": record["name"], "messages": record["rows"]}
+        yield from named(read_librechat(rows, all_branches), "librechat")
+        return
     if all(key in first for key in TREE_COLUMNS):
         yield from named(read_oasst({"message_tree_id": record["name"], "tree_rows": record["rows"]}, True), "oasst")
         return
@@ -122,6 +127,17 @@ def group_rows(entries: Iterable[Entry], find_key: Callable[[Any], RowKey | None
         yield from store.conversations()
 
 
+def _in_time(record: GroupedRows) -> GroupedRows:
+    """The rows of a conversation in the order of their times, if all have one; else as they are."""
+    times = [time for row in record["rows"] if (time := record_time(row)) is not None]
+    if len(times) == len(record["rows"]) and times != sorted(times):
+        latest_first = times == sorted(times, reverse=True)
+        pairs = zip(times, record["rows"])
+        pairs = reversed([*pairs]) if latest_first else pairs
+        record["rows"] = [row for _, row in sorted(pairs, key=lambda pair: pair[0])]
+    return record
+
+
 class _RowStore:
     """Rows on the disk, by conversation."""
 
@@ -157,11 +173,11 @@ class _RowStore:
         for name, place, data in rows:
             if found is None or found["name"] != name:
                 if found is not None:
-                    yield Entry(where, found)
+                    yield Entry(where, _in_time(found))
                 found, where = GroupedRows(name=name, rows=[]), place
             found["rows"].append(json.loads(data))
         if found is not None:
-            yield Entry(where, found)
+            yield Entry(where, _in_time(found))
 
     def __enter__(self) -> _RowStore:
         return self

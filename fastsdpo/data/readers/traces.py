@@ -10,7 +10,8 @@ from fastsdpo.data.answers import rating_fields
 from fastsdpo.data.interactions import Conversation
 from fastsdpo.data.messages import show
 from fastsdpo.data.readers.calls import call, session
-from fastsdpo.data.readers.values import as_list, as_mapping, decoded, identifier, walk
+from fastsdpo.data.readers.shapes import is_message
+from fastsdpo.data.readers.values import as_list, as_mapping, decoded, first_item, identifier, walk
 
 
 class NotACall(ValueError):
@@ -56,39 +57,39 @@ def is_langfuse(record: Mapping) -> bool:
 def read_langfuse(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
     """Reads a trace or observation of Langfuse: `input`, `output`, `sessionId`, the user's `scores`.
 
-    A trace without an input of its own gives the calls among its observations.
+    A trace whose own input is no list of messages gives the calls among its observations.
     """
     kind = record.get("type")
     if isinstance(kind, str) and kind.upper() not in ("GENERATION", "AGENT", "CHAIN", "TRACE"):
         raise NotACall(f"an observation of the type {kind!r:.40}")
-    name, own = session(record), identifier(record, ("id", "trace_id"))
+    name, trace = session(record), identifier(record, ("id", "trace_id"))
     rating = {**rating_fields(record), **_user_score(decoded(record.get("scores")))}
-    if decoded(record.get("input")) in (None, "", [], {}):
-        calls = [as_mapping(item) for item in as_list(record.get("observations") or [], "observations")]
-        calls = [item for item in calls if item.get("type") == "GENERATION" and decoded(item.get("input"))]
-        if not calls:
-            raise NotACall("a trace without an input, and without a generation that has one")
-    else:
+    own = decoded(record.get("input"))
+    inner = [as_mapping(item) for item in as_list(record.get("observations") or [], "observations")]
+    calls = [item for item in inner if str(item.get("type")).upper() == "GENERATION" and decoded(item.get("input"))]
+    if not calls or is_message(first_item(decoded(as_mapping(own).get("messages", own)))):
         calls = [record]
+    if calls == [record] and own in (None, "", [], {}):
+        raise NotACall("a trace without an input, and without a generation that has one")
     for index, item in enumerate(calls):
         yield call(
             item.get("input"),
             item.get("output"),
             names=("input", "output"),
             conversation_id=name,
-            record_id=identifier(item, ("id",)) or own,
+            record_id=identifier(item, ("id",)) or trace,
             rating=rating if index == len(calls) - 1 else None,
         )
 
 
 def is_langsmith(record: Mapping) -> bool:
-    return "inputs" in record and ("outputs" in record or "run_type" in record)
+    return "inputs" in record and not {"outputs", "run_type", "op_name"}.isdisjoint(record)
 
 
 def read_langsmith(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
     """Reads a run of LangSmith: `inputs`, `outputs`, the thread in its metadata, feedback of users.
 
-    `session_id` names the project, not a conversation.
+    `session_id` names the project, not a conversation. Calls of W&B Weave have `output`, and `thread_id`.
     """
     kind = record.get("run_type")
     if isinstance(kind, str) and kind not in ("llm", "chat", "chain", "agent"):
@@ -101,7 +102,7 @@ def read_langsmith(record: Mapping, all_branches: bool) -> Iterator[Conversation
     feedback = decoded(record.get("feedback"))
     yield call(
         record.get("inputs"),
-        record.get("outputs"),
+        record.get("outputs", record.get("output")),
         names=("inputs", "outputs"),
         conversation_id=identifier(metadata, ("session_id", "thread_id", "conversation_id"))
         or identifier(record, ("thread_id",)),
@@ -224,23 +225,30 @@ def _event_messages(span: Mapping) -> tuple[list[Any], list[Any]]:
     """The messages in the events of a span, as the convention had them first: (sent, the answer)."""
     sent: list[Any] = []
     answers: list[Any] = []
-    events = decoded(span.get("events"))
-    for event in events if isinstance(events, (list, tuple)) else []:
-        event = as_mapping(event)
-        name, fields = event.get("name", event.get("event_name")), _attributes(event)
-        if not isinstance(name, str) or not name.startswith("gen_ai."):
-            continue
-        fields = fields or as_mapping(event.get("body"))
+    for name, fields in _events(span):
+        message = (as_mapping(fields.get("message")) or fields) if name == "gen_ai.choice" else fields
+        said = {"content": message.get("content"), "tool_calls": decoded(message.get("tool_calls"))}
         if name == "gen_ai.choice":
-            message = as_mapping(fields.get("message")) or fields
-            answers.append({"role": "assistant", "content": message.get("content")})
+            answers.append({"role": "assistant", "finish_reason": fields.get("finish_reason"), **said})
         elif name.endswith(".message"):
-            sent.append({"role": name.split(".")[1], "content": fields.get("content")})
+            sent.append({"role": name.split(".")[1], **said})
     return sent, answers
+
+
+def _events(span: Mapping) -> Iterator[tuple[str, Mapping]]:
+    """(name, fields) of the events of the convention in a span; Logfire has them in an attribute."""
+    events = decoded(span.get("events")) or decoded(_attributes(span).get("events"))
+    for event in map(as_mapping, events if isinstance(events, (list, tuple)) else []):
+        name = event.get("name", event.get("event_name", event.get("event.name")))
+        if isinstance(name, str) and name.startswith("gen_ai."):
+            yield name, _attributes(event) or as_mapping(event.get("body")) or event
 
 
 def _span_call(span: Mapping) -> Conversation:
     attributes = _attributes(span)
+    for name, fields in _events(span):
+        if name == "gen_ai.client.inference.operation.details":
+            attributes = {**fields, **attributes}
     sent = _messages(attributes, "gen_ai.input.messages", "llm.input_messages", "gen_ai.prompt")
     answer = _messages(attributes, "gen_ai.output.messages", "llm.output_messages", "gen_ai.completion")
     if sent is None:
