@@ -37,7 +37,8 @@ def main(argv: list[str]) -> None:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["svg.hashsalt"] = "objectives"
+    matplotlib.rcParams.update({"svg.hashsalt": "objectives", "font.sans-serif": ["DejaVu Sans", "Arial"]})
+    matplotlib.rcParams["svg.fonttype"] = "none"  # letters, and not their outlines
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
@@ -51,7 +52,8 @@ def main(argv: list[str]) -> None:
     axes.set_ylabel("ascent of the logit of a = 1")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(argv[0] if argv else Path(__file__).parents[1] / "docs/objectives.svg", metadata={"Date": None})
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(argv[0] if argv else Path(__file__).parents[1] / "docs/objectives.svg", metadata=nothing)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,12 @@ import runpy
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tests import pictures
 
-IMPORTED = (
-    "torch.distributed.fsdp",
-    "fastsdpo.online.trainer",
-    "transformers.models.llama",
-    "matplotlib.figure",
-    "pytest",
-)
+IMPORTED = ["torch.distributed.fsdp", "pytest", "tests.preloaded"]
 
 
 def _run(script: str, arguments: Sequence[str], environment: Mapping[str, str], output: str) -> None:
@@ -36,6 +30,13 @@ def _run(script: str, arguments: Sequence[str], environment: Mapping[str, str], 
     runpy.run_path(script, run_name="__main__")
 
 
+def process(target: Callable[..., object], *arguments: object) -> multiprocessing.Process:
+    """A fork of the server that will call a function; not started."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(IMPORTED)
+    return server.Process(target=target, args=arguments)
+
+
 def run_together(commands: Sequence[tuple[Sequence[object], Mapping[str, object]]], timeout: float = 300) -> None:
     """Runs scripts at the same time, as ``python SCRIPT ARGUMENTS...`` does with more in the environment.
 
@@ -45,25 +46,23 @@ def run_together(commands: Sequence[tuple[Sequence[object], Mapping[str, object]
     Raises:
         AssertionError: one of them failed, or was not done after so many seconds, with what all have printed.
     """
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(list(IMPORTED))
     with tempfile.TemporaryDirectory() as folder:
         logs, processes = [], []
         for number, ((script, *arguments), environment) in enumerate(commands):
             logs.append(Path(folder, str(number)))
             logs[-1].touch()
             texts = {**os.environ, "OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in environment.items()}
-            given = str(script), [str(argument) for argument in arguments], texts, str(logs[-1])
-            processes.append(server.Process(target=_run, args=given))
+            words = [str(argument) for argument in arguments]
+            processes.append(process(_run, str(script), words, texts, str(logs[-1])))
         try:
-            for process in processes:
-                process.start()
+            for one in processes:
+                one.start()
             until = time.monotonic() + timeout
-            for process in processes:
-                process.join(max(0, until - time.monotonic()))
-            codes = [process.exitcode for process in processes]
+            for one in processes:
+                one.join(max(0, until - time.monotonic()))
+            codes = [one.exitcode for one in processes]
         finally:
-            for process in processes:
-                process.kill()
-                process.join()
+            for one in processes:
+                one.kill()
+                one.join()
         assert codes == [0] * len(codes), f"{codes}\n" + "\n".join(log.read_text(errors="replace") for log in logs)

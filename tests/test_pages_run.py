@@ -19,14 +19,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from fastsdpo.cli import main
 from tests.pages import NAMES, ROOT, blocks, calls
+from tests.servers import serving
 
 RUN = "interactions.jsonl --model Qwen/Qwen3-0.6B -o runs/first"
 # What is not run here, by how it starts.
@@ -69,24 +68,9 @@ def skipped(text):
 def endpoint():
     """A server that a judge and a user can be: its first word is a verdict."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            said = {"role": "assistant", "content": "A"}
-            data = json.dumps({"choices": [{"index": 0, "message": said}]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{running.server_port}/v1"
-    running.shutdown()
-    running.server_close()
+    reply = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "A"}}]}
+    with serving(lambda path, body: (200, reply)) as url:
+        yield f"{url}/v1"
 
 
 # --------------------------------------------------------------------------- what a page takes to be there

@@ -24,9 +24,7 @@ MANY_ARGUMENTS = {
     "chunked_jsd_loss": "the same",
 }
 MOST_LINES = {"file": 450, "class": 350, "function": 60}  # of a function without its docstring
-LONG_FILES = {
-    KERNELS: "all kernels share their jitted functions, and recorded results name this source",
-}
+LONG_FILES = {KERNELS: "all kernels share their jitted functions, and recorded results name this source"}
 LONG_FUNCTIONS = {
     "check_loss": "one check after the other of every argument of the losses, in the order of the documentation",
     "linear_sdpo_loss": "27 lines of options; its checks of pairs of tensors are used nowhere else",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastsdpo.online import ConstantUser, OnlineSDPOConfig, OnlineSDPOTrainer
+from tests.servers import serving
 from tests.words import SHAPE, word_tokenizer
 
 WORDS = [f"w{number}" for number in range(40)]
@@ -71,95 +70,48 @@ def saved(tmp_path):
 @pytest.fixture
 def server():
     """An endpoint that fails as told by the last message: status, malformed JSON, empty, slow."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            text = body["messages"][-1]["content"]
-            status, reply = (
-                200,
-                {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Shorter, please."}}]},
-            )
-            data = json.dumps(reply).encode()
-            if "status 500" in text:
-                status, data = 500, b"{}"
-            if "malformed" in text:
-                data = b'{"choices": ['
-            if "no choices" in text:
-                data = b'{"choices": []}'
-            if "empty" in text:
-                data = data.replace(b"Shorter, please.", b"  ")
-            if "slow" in text:
-                done.wait(5)
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            with contextlib.suppress(OSError):  # the client may have gone
-                self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
     done = threading.Event()
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{running.server_port}/v1"
-    done.set()
-    running.shutdown()
-    running.server_close()
+
+    def answer(path, body):
+        text = json.loads(body)["messages"][-1]["content"]
+        said = "  " if "empty" in text else "Shorter, please."
+        if "status 500" in text:
+            return 500, {}
+        if "malformed" in text:
+            return 200, b'{"choices": ['
+        if "no choices" in text:
+            return 200, {"choices": []}
+        if "slow" in text:
+            done.wait(5)
+        return 200, {"choices": [{"index": 0, "message": {"role": "assistant", "content": said}}]}
+
+    with serving(answer) as url:
+        yield f"{url}/v1"
+        done.set()
 
 
 @pytest.fixture
 def vllm():
     """Answers every prompt with the tokens 10, 11, 1 (the end); requests are kept in ``asked``."""
     state = SimpleNamespace(asked=[], spoil=lambda choices: choices, models=["base"], refuse=None)
+    logprobs = {"token_logprobs": [-1.0, -2.0, -0.5], "tokens": ["a", "b", "c"]}
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            if self.path == "/get_world_size":
-                return self.reply({"world_size": 2})
-            return self.reply({"object": "list", "data": [{"id": name} for name in state.models]})
+    def answer(path, body):
+        if path == "/get_world_size":
+            return 200, {"world_size": 2}
+        if path == "/v1/models":
+            return 200, {"object": "list", "data": [{"id": name} for name in state.models]}
+        body = json.loads(body or "null")
+        state.asked.append((path, body))
+        if state.refuse is not None:
+            return 422, {"detail": state.refuse}
+        if not path.endswith("/completions"):
+            return 200, "done"
+        one = {"text": "", "finish_reason": "stop", "token_ids": [10, 11, 1]}
+        choices = [{**one, "index": index, "logprobs": dict(logprobs)} for index, _ in enumerate(body["prompt"])]
+        said = {"id": "x", "object": "text_completion", "created": 0, "model": "m"}
+        return 200, {**said, "choices": state.spoil(choices)[::-1]}
 
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
-            state.asked.append((self.path, body))
-            if state.refuse is not None:
-                return self.reply({"detail": state.refuse}, 422)
-            if not self.path.endswith("/completions"):
-                return self.reply("done")
-            choices = [
-                {
-                    "index": index,
-                    "text": "",
-                    "finish_reason": "stop",
-                    "token_ids": [10, 11, 1],
-                    "logprobs": {"token_logprobs": [-1.0, -2.0, -0.5], "tokens": ["a", "b", "c"]},
-                }
-                for index, _ in enumerate(body["prompt"])
-            ]
-            return self.reply(
-                {
-                    "id": "x",
-                    "object": "text_completion",
-                    "created": 0,
-                    "model": "m",
-                    "choices": state.spoil(choices)[::-1],
-                }
-            )
-
-        def reply(self, content, status=200):
-            data = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    state.url = f"http://127.0.0.1:{running.server_port}/v1"
-    yield state
-    running.shutdown()
-    running.server_close()
+    with serving(answer) as url:
+        state.url = f"{url}/v1"
+        yield state

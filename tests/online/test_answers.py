@@ -171,19 +171,8 @@ def test_the_signal_of_what_the_model_answers(answering, tmp_path, capsys):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     report = tmp_path / "signal.json"
-    argv = [
-        "signal",
-        "--prompt",
-        "hello",
-        "--followup",
-        "Shorter",
-        "--model",
-        str(tmp_path),
-        "--no-unrelated",
-        "--json",
-        str(report),
-        "--quiet",
-    ]
+    argv = ["signal", "--prompt", "hello", "--followup", "Shorter", "--model", str(tmp_path), "--no-unrelated"]
+    argv += ["--json", str(report), "--quiet"]
     # Temperature 1, at which this model still writes its text.
     assert main([*argv, "--max-new-tokens", "80"]) == 0
     found = json.loads(report.read_text())
@@ -201,20 +190,8 @@ def test_chat_learns_nothing_about_an_answer_that_was_not_said(answering, tmp_pa
     tokenizer.save_pretrained(tmp_path / "model")
     lines = iter(["hello", "well?", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    argv = [
-        "chat",
-        "--model",
-        str(tmp_path / "model"),
-        "-o",
-        str(tmp_path / "chat"),
-        "--cpu",
-        "--lora",
-        "0",
-        "--max-new-tokens",
-        "9",
-        "--sampling-temperature",
-        "0.01",
-    ]
+    argv = ["chat", "--model", str(tmp_path / "model"), "-o", str(tmp_path / "chat"), "--cpu", "--lora", "0"]
+    argv += ["--max-new-tokens", "9", "--sampling-temperature", "0.01"]
     assert main(argv) == 0
     shown = capsys.readouterr()
     assert "model >" not in shown.out
@@ -261,24 +238,8 @@ class TestDrawing:
         )
         lines = iter(["w1", "/quit"])
         monkeypatch.setattr("builtins.input", lambda _: next(lines))
-        assert (
-            main(
-                [
-                    "chat",
-                    "--model",
-                    saved,
-                    "-o",
-                    str(tmp_path / "chat"),
-                    "--template",
-                    " note {o}",
-                    "--cpu",
-                    "--max-new-tokens",
-                    "6",
-                    "--quiet",
-                ]
-            )
-            == 0
-        )
+        argv = ["chat", "--model", saved, "-o", str(tmp_path / "chat"), "--template", " note {o}", "--cpu", "--quiet"]
+        assert main([*argv, "--max-new-tokens", "6"]) == 0
         assert capsys.readouterr().out.strip() == expected
 
     def test_a_server_is_told_or_left_alone(self, vllm, tmp_path):

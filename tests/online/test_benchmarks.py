@@ -89,18 +89,8 @@ def test_a_curve_over_checkpoints_and_the_base_told(saved, tmp_path, capsys):
     run += ["--wish", "w5", "--max-steps", "2", "--batch-size", "2", "--max-new-tokens", "3", "--quiet"]
     assert main([*run, "--save-steps", "1", "--set", "save_total_limit=5"]) == 0
     report = tmp_path / "curve.json"
-    judged = [
-        "eval",
-        str(prompts),
-        "--base",
-        saved,
-        "--rule",
-        "max_words=3",
-        "--max-new-tokens",
-        "3",
-        "-o",
-        str(report),
-    ]
+    judged = ["eval", str(prompts), "--base", saved, "--rule", "max_words=3", "--max-new-tokens", "3"]
+    judged += ["-o", str(report)]
     assert main([*judged, "--checkpoints", str(tmp_path / "run"), "--base-system", "w9"]) == 0
     said = capsys.readouterr().out
     names = ["checkpoint-1", "checkpoint-2", "model"]

@@ -10,24 +10,12 @@ import torch
 from transformers import TrainerCallback
 
 from fastsdpo.data import HindsightTemplate, InteractionTokenizer
-from fastsdpo.online import (
-    ConstantUser,
-    RuleUser,
-    SwitchingUser,
-    degenerate,
-)
+from fastsdpo.online import ConstantUser, RuleUser, SwitchingUser, degenerate
 from fastsdpo.online.presets import PRESETS
 from fastsdpo.online.rules import parse_rule
 from fastsdpo.trainer.loss import ppo_token_loss
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
+from tests.plain import answer_log_probs
+from tests.trainer.conftest import StopAt
 
 
 @pytest.mark.parametrize("center", [False, True])
@@ -206,23 +194,19 @@ def test_a_guided_teacher(lab, settings, neutral, tmp_path):
     )
     loss.backward()
 
-    def log_probs(model, prompt, answer):
-        logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
-        return logits.log_softmax(-1)
-
     whole, ratios = 0.0, []
     note = lab.tokenizer()(f"note {neutral}")["input_ids"]
     for item in items:
         answer, prompt = item.completion_ids, item.prompt_ids  # <user> question <end> <assistant>
         if neutral is not None:
             assert item.neutral_prompt_ids == [*prompt[:-2], *note, *prompt[-2:]]
-        student = log_probs(model, prompt, answer)
+        student = answer_log_probs(model, prompt, answer)
         with torch.no_grad():
-            base = log_probs(weights, prompt, answer)
-            followup = log_probs(weights, item.teacher_prompt_ids, answer)
-            subtracted = log_probs(weights, item.neutral_prompt_ids or prompt, answer)
+            base = answer_log_probs(weights, prompt, answer)
+            followup = answer_log_probs(weights, item.teacher_prompt_ids, answer)
+            subtracted = answer_log_probs(weights, item.neutral_prompt_ids or prompt, answer)
             teacher = (base + guidance * (followup - subtracted)).log_softmax(-1)
-            reference = log_probs(first, prompt, answer)
+            reference = answer_log_probs(first, prompt, answer)
         chosen = torch.arange(len(answer)), torch.tensor(answer)
         ratio = (teacher - student.detach())[chosen]
         ratios.append(ratio)

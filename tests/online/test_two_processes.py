@@ -41,10 +41,7 @@ def test_weights_logs_and_files(name, folder, lab):
     assert max(float((before[key] - one["weights"][key]).abs().max()) for key in before) > 1e-3
     for key, value in one["weights"].items():
         torch.testing.assert_close(two["weights"][key], value, rtol=0, atol=2e-6)
-    for left, right in [
-        *zip(one["history"], two["history"]),
-        (one["evaluation"], two["evaluation"]),
-    ]:
+    for left, right in [*zip(one["history"], two["history"]), (one["evaluation"], two["evaluation"])]:
         assert right.pop("sdpo/imbalance", right.pop("eval_sdpo/imbalance", 1)) >= 1  # of several processes alone
         assert left.keys() == right.keys()
         for key in left:

@@ -38,8 +38,7 @@ def main(folder: str, runs: dict) -> None:
             weights = {key: value.clone() for key, value in trainer.model.state_dict().items()}
             history = [row for row in trainer.state.log_history if "loss" in row]
             torch.save(
-                {"weights": weights, "history": history, "evaluation": evaluation},
-                f"{folder}/{name}-{world}.pt",
+                {"weights": weights, "history": history, "evaluation": evaluation}, f"{folder}/{name}-{world}.pt"
             )
     if world > 1:
         torch.distributed.destroy_process_group()

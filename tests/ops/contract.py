@@ -19,13 +19,7 @@ import fastsdpo
 from fastsdpo.ops import rows as door
 from fastsdpo.ops.checks import as_rows, flat_ids
 from fastsdpo.ops.rows import LossOptions, RowCall, Tokens
-from fastsdpo.testing import (
-    Rows,
-    assert_gradient_close,
-    effective_logits,
-    make_rows,
-    oracle_sdpo_loss,
-)
+from fastsdpo.testing import Rows, assert_gradient_close, effective_logits, make_rows, oracle_sdpo_loss
 
 F32, BF16, FP16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 INF, NAN = math.inf, math.nan

@@ -74,8 +74,5 @@ def test_losses_from_hidden_states(backend):
 
 
 def test_options_survive_packing():
-    for options in (
-        LossOptions(),
-        LossOptions(0.1 + 0.2, 1 / 3, -7, "topk", 0.7, 20, False, 1e-300, True),
-    ):
+    for options in (LossOptions(), LossOptions(0.1 + 0.2, 1 / 3, -7, "topk", 0.7, 20, False, 1e-300, True)):
         assert LossOptions.unpacked(*options.packed()) == options

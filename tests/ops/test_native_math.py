@@ -66,10 +66,7 @@ def test_log2_accuracy_is_relative_near_one():
 def test_log2_of_a_ratio_is_relative_near_one():
     g = torch.Generator().manual_seed(0)
     b = torch.rand(400_000, generator=g) * 4.0 ** torch.randint(-40, 40, (400_000,), generator=g)
-    near, far = (
-        1 + (torch.rand(400_000, generator=g) - 0.5) * 1e-2,
-        torch.randn(400_000, generator=g),
-    )
+    near, far = (1 + (torch.rand(400_000, generator=g) - 0.5) * 1e-2, torch.randn(400_000, generator=g))
     for a in (b * near, b * (8 * far).exp2(), b * 1.4999, b * 0.6667, b):
         ratio = a.double() / b.double()
         exact = ratio.log2()

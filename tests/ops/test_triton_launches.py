@@ -7,13 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-KERNELS = (
-    "statistics_kernel",
-    "jsd_kernel",
-    "finish_kernel",
-    "topk_finish_kernel",
-    "gradient_kernel",
-)
+KERNELS = ("statistics_kernel", "jsd_kernel", "finish_kernel", "topk_finish_kernel", "gradient_kernel")
 
 
 def test_every_kernel_is_looked_at():

@@ -69,16 +69,7 @@ def worker(rank, port, results):
         hidden, teacher, weight, bias, y = case(dtype)
         for index, loss in enumerate(LOSSES):
             leaves = [t.clone().requires_grad_() for t in (hidden, weight[shard], bias[shard])]
-            got = call(
-                leaves[0],
-                teacher,
-                leaves[1],
-                leaves[2],
-                y,
-                loss,
-                vocab_group=group,
-                backend=backend,
-            )
+            got = call(leaves[0], teacher, leaves[1], leaves[2], y, loss, vocab_group=group, backend=backend)
             (2 * got.loss).backward()
             fields = [*(f.detach() for f in got), *(leaf.grad for leaf in leaves)]
             out[backend, index] = fields

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from fastsdpo.prefix import head_parameters, shared_forward
+from tests.plain import answer_logps
 
 VOCABULARY = 211
 BOS, USER, MODEL, END, THINK, THINK_END, HINDSIGHT = range(1, 8)
@@ -112,14 +113,8 @@ def _route(module, x):
 
 def independent_logps(model, items, *, teacher=False):
     """``[N]`` log-probabilities of the response tokens from plain unpadded passes."""
-    logps = []
-    for item in items:
-        prompt = item.teacher_prompt_ids if teacher else item.prompt_ids
-        ids = torch.tensor([[*prompt, *item.completion_ids]])
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-        targets = torch.tensor(item.completion_ids)[:, None]
-        logps.append(logits.log_softmax(-1).gather(-1, targets)[:, 0])
-    return torch.cat(logps)
+    prompts = [item.teacher_prompt_ids if teacher else item.prompt_ids for item in items]
+    return torch.cat([answer_logps(model, prompt, item.completion_ids) for prompt, item in zip(prompts, items)])
 
 
 def hidden_logps(hidden, target_ids, head):

@@ -17,15 +17,8 @@ from fastsdpo.prefix.stretches import group_calls, handed_on, plan_stretches
 
 MODELS = ["qwen3_5_text", "qwen3_next", "olmo_hybrid", "granitemoehybrid", "nemotron_h", "lfm2", "gpt_oss"]
 MORE = ["falcon_h1", "kimi_linear", "bailing_hybrid", "bamba", "lfm2_moe", "gemma2", "mimo_v2_flash", "granite_swa"]
-OWN = [
-    "bloom",
-    "deepseek_v32",
-    "mpt",
-    "stablelm",
-    "glm_moe_dsa",
-    "hrm_text",
-    "longcat_flash",
-]  # attention of their own
+# Attention of their own.
+OWN = ["bloom", "deepseek_v32", "mpt", "stablelm", "glm_moe_dsa", "hrm_text", "longcat_flash"]
 PATHS = ["minimax", "deepseek_v4", "zaya", "zamba", "recurrent_gemma"]
 PLANS = coverage.plans()  # nested; prompts shorter than a convolution; single tokens between branches
 # One projection in, and none out: PEFT refuses Mamba's out_proj.
@@ -177,8 +170,7 @@ def test_the_check_finds_states_that_are(monkeypatch, name, what, change):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("qwen3_5_text", "autocast"), ("nemotron_h", torch.bfloat16), ("gpt_oss", torch.bfloat16)],
+    ("name", "dtype"), [("qwen3_5_text", "autocast"), ("nemotron_h", torch.bfloat16), ("gpt_oss", torch.bfloat16)]
 )
 def test_the_check_allows_for_rounding(name, dtype):
     model = tiny.build(name)

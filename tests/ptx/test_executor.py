@@ -30,18 +30,8 @@ PLANTED = {
         "return ptr + tl.multiple_of(offset, 8), 0",
         memory.MISALIGNED,
     ),
-    "bound off by one": (
-        kernels.load_tile,
-        "(v < high)",
-        "(v <= high)",
-        memory.OUT_OF_BOUNDS,
-    ),
-    "sum that is not stored": (
-        kernels.statistics_kernel,
-        "    tl.store(out + 2, t_top)\n",
-        "",
-        memory.UNWRITTEN,
-    ),
+    "bound off by one": (kernels.load_tile, "(v < high)", "(v <= high)", memory.OUT_OF_BOUNDS),
+    "sum that is not stored": (kernels.statistics_kernel, "    tl.store(out + 2, t_top)\n", "", memory.UNWRITTEN),
     "store to the next row": (
         kernels.gradient_kernel,
         "tl.store(g + v, value, mask=(v >= low) & (v < high))",
@@ -97,10 +87,7 @@ def test_a_stale_read_in_place_is_found():
 
 def test_a_flushed_subnormal_number_shows():
     student, teacher = torch.tensor([[0.0, -87.0]]), torch.tensor([[0.0, -300.0]])
-    with (
-        planted(kernels.jsd_terms, "tl.maximum(m, SMALLEST_NORMAL)", "tl.where(m == 0.0, 1.0, m)"),
-        executing(),
-    ):
+    with planted(kernels.jsd_terms, "tl.maximum(m, SMALLEST_NORMAL)", "tl.where(m == 0.0, 1.0, m)"), executing():
         out = fastsdpo.sdpo_loss(student, teacher, torch.tensor([0]), mode="full", alpha=0.5, backend="triton")
     assert not out.loss.isfinite()
 

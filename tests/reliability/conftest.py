@@ -7,12 +7,10 @@ the numbers of cases tried, faults injected, cases survived and cases lost are w
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
-import select
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +18,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.forked import process
+from tests.reliability.runner import serve
 from tests.trainer import conftest
 
-FOLDER = Path(__file__).parent
 LONG = os.environ.get("FASTSDPO_LONG") == "1"
 
 
@@ -82,14 +81,10 @@ class Runner:
     """Commands in processes of their own; see runner.py."""
 
     def __init__(self):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self.process = subprocess.Popen(
-            [sys.executable, str(FOLDER / "runner.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+        self.jobs, theirs = multiprocessing.Pipe()
+        self.process = process(serve, theirs)
+        self.process.start()
+        theirs.close()
 
     def __call__(self, folder, argv, *, send=signal.SIGKILL, after=None, **fault):
         """Runs a command in a folder.
@@ -105,12 +100,11 @@ class Runner:
         log = folder / "log"
         Path(f"{log}.events").unlink(missing_ok=True)
         job = {"argv": [str(part) for part in argv], "cwd": str(folder), "log": str(log), **fault}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        pid, started = self._answer()["pid"], time.perf_counter()
-        if after is not None and not select.select([self.process.stdout], [], [], after)[0]:
+        self.jobs.send(job)
+        pid, started = self.jobs.recv(), time.perf_counter()
+        if after is not None and not self.jobs.poll(after):
             os.kill(pid, send)
-        status = self._answer()["status"]
+        status = self.jobs.recv()
         counted = Path(f"{log}.events")
         return SimpleNamespace(
             status=status,
@@ -119,15 +113,9 @@ class Runner:
             events=int(counted.read_text()) if counted.exists() else None,
         )
 
-    def _answer(self):
-        line = self.process.stdout.readline()
-        assert line, "the runner has ended"
-        return json.loads(line)
-
     def close(self):
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-        self.process.stdout.close()
+        self.jobs.close()
+        self.process.join(60)
 
 
 @pytest.fixture(scope="session")
@@ -147,21 +135,8 @@ def lab():
 def commands(lab, tmp_path_factory):
     """The arguments of `prepare`, `train` and `online` on tiny inputs; outputs are ``out*``."""
     place = tmp_path_factory.mktemp("inputs")
-    lab.make_model().save_pretrained(place / "model")
-    lab.make_tokenizer().save_pretrained(place / "model")
     interactions = lab.make_interactions(6) + lab.make_interactions(3, seed=7)
-    for name, part in (("data", interactions[:12]), ("data.eval", interactions[12:])):
-        rows = [
-            {
-                "prompt": item.prompt,
-                "completion": {"role": "assistant", "content": item.completion},
-                "user_response": {"role": "user", "content": item.followup},
-                "id": item.id,
-                "conversation_id": item.conversation_id,
-            }
-            for item in part
-        ]
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lab.make_place(place, interactions[:12], interactions[12:])
     (place / "prompts.txt").write_text("".join(f"w{i} w{i + 1} w{i + 2}\n" for i in range(24)))
     (place / "held_out.txt").write_text("w1 w2\nw3 w4\nw5\n")
     with open(place / "conversations.jsonl", "w") as file:
@@ -174,12 +149,13 @@ def commands(lab, tmp_path_factory):
                 file.write('{"messages": [\n')
     shared = f"--model {place}/model -o out --cpu --batch-size 4 --save-steps 1 --logging-steps 1 --resume".split()
     shared += ["--learning-rate", "1e-3", "--set", "dataloader_pin_memory=false", "--template", lab.TEMPLATE]
+    measures = ("--set=measure_answers=1", "--set=measure_tokens=4")  # of the held-out interactions: few
     online = f"--rule max_words=3 --wish w5 --eval-prompts {place}/held_out.txt --max-new-tokens 6 "
     online += "--max-steps 5 --updates-per-batch 2 --eval-steps 2"
     prepare = "-o out.jsonl --eval-fraction 0.1 --preset none"
     return {
         "prepare": ["prepare", place / "conversations.jsonl", *prepare.split()],
-        "train": ["train", place / "data.jsonl", *shared, "--teacher", "ema", "--epochs", 2],
+        "train": ["train", place / "data.jsonl", *shared, *measures, "--teacher", "ema", "--epochs", 2],
         "online": ["online", place / "prompts.txt", *shared, *online.split()],
     }
 

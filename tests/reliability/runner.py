@@ -1,9 +1,10 @@
-"""Runs fastsdpo commands, each in a process of its own that starts at once: imported here, then forked.
+"""Runs fastsdpo commands, each in a process of its own that starts at once: a fork of what has all imported.
 
-Reads a job as a line of JSON, answers with two: ``{"pid"}`` when it runs, ``{"status"}`` when
-it has ended (the status negative for a signal). A job:
+Receives a job, and sends its process's id when it runs, and its status when it has ended (negative for a signal).
+A job:
 
     argv        of `fastsdpo`
+    dying       instead: of dying_worker.launch
     cwd, log    its folder; the file that gets its standard output and error
     kill_at     at the n-th event on files under ``out*`` in its folder (opened, renamed, made,
                 removed) it gets ``signal`` (SIGKILL where not given). 0: count them only
@@ -16,24 +17,17 @@ it has ended (the status negative for a signal). A job:
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import importlib
-import json
 import os
 import shutil
 import signal
 import sys
 import traceback
+from multiprocessing.connection import Connection
 
-from fastsdpo.cli import COMMANDS, main
-
-for name in ("prepare", "train", "online"):
-    importlib.import_module(COMMANDS[name][0])
-importlib.import_module("fastsdpo.trainer")  # the commands import these when they run
-importlib.import_module("fastsdpo.online")
-with contextlib.suppress(ImportError):
-    importlib.import_module("matplotlib.backends.backend_agg")
+from fastsdpo.cli import main
+from tests import pictures
+from tests.reliability import dying_worker
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_REC, MS_PRIVATE = 0x20000, 1, 32, 16384, 1 << 18
@@ -93,7 +87,6 @@ def run(job: dict) -> int:
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.stdin.close()
     disk = job.get("disk")
     if disk:
         small_disk(os.path.join(job["cwd"], "out"), disk["size"], disk["read_only"])
@@ -104,7 +97,7 @@ def run(job: dict) -> int:
     if "kill_at" in job or job.get("no_network"):
         watch(job)
     try:
-        status = main(job["argv"])
+        status = dying_worker.launch(*job["dying"]) if "dying" in job else main(job["argv"])
     except SystemExit as stopped:
         status = stopped.code if isinstance(stopped.code, int) else 1
     except BaseException:
@@ -119,11 +112,18 @@ def run(job: dict) -> int:
     return status
 
 
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        os._exit(run(job))
-    print(json.dumps({"pid": pid}), flush=True)
-    _, how = os.waitpid(pid, 0)
-    print(json.dumps({"status": os.waitstatus_to_exitcode(how)}), flush=True)
+def serve(jobs: Connection) -> None:
+    """Until the other end is closed."""
+    pictures.draw_nothing()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    while True:
+        try:
+            job = jobs.recv()
+        except EOFError:
+            return
+        pid = os.fork()
+        if pid == 0:
+            os._exit(run(job))
+        jobs.send(pid)
+        _, how = os.waitpid(pid, 0)
+        jobs.send(os.waitstatus_to_exitcode(how))

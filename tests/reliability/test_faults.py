@@ -252,7 +252,8 @@ def poisoned(commands, lab, tmp_path):
     for row in (rows[4], rows[9]):
         row["prompt"][-1]["content"] += f" {word}"
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    argv = ["train", tmp_path / "data.jsonl", *commands["train"][2:], "--model", tmp_path / "model", "--epochs", 1]
+    options = [part for part in commands["train"][2:] if "measure" not in str(part)]  # nothing is held out
+    argv = ["train", tmp_path / "data.jsonl", *options, "--model", tmp_path / "model", "--epochs", 1]
     # One interaction a step, each by itself, so that good steps come before the bad one.
     return [*argv, "--batch-size", 1, "--set", "group_by_conversation=false"], [rows[i]["id"] for i in (4, 9)]
 
@@ -333,21 +334,21 @@ def test_a_gradient_that_is_not_finite_stops_with_the_state_or_is_skipped(option
 # -------------------------------------------------------------------------------- a worker that dies
 
 
-def run_workers(folder, how, argv, log):
-    """`torchrun` with two processes (gloo), of which the second dies in step 2; its status."""
+def torchrun(folder, how, argv):
+    """`torchrun` with two processes, of which the second dies in step 2: its status, and what it printed."""
     torchrun = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0"
-    worker = [str(Path(__file__).with_name("dying_worker.py")), how]
-    command = [sys.executable, *torchrun.split(), *worker, *map(str, argv[1:]), "--set", "ddp_backend=gloo"]
+    command = [sys.executable, *torchrun.split(), str(Path(__file__).with_name("dying_worker.py")), how, *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DYING_PIDS": str(folder)}
-    with open(log, "w") as file:
+    with open(folder / "log", "w") as file:
         process = subprocess.Popen(
             command, cwd=folder, stdout=file, stderr=file, env=environment, start_new_session=True
         )
         try:
-            return process.wait(timeout=240)
+            status = process.wait(timeout=240)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+    return status, (folder / "log").read_text()
 
 
 def alive(pid):
@@ -361,13 +362,18 @@ def alive(pid):
 def test_a_worker_that_dies_ends_the_others_with_its_error(
     commands, runner, outcome, undisturbed, count, results, tmp_path
 ):
+    """`make test` starts them as forks by torchrun's agent, `make fuzz` by its command."""
     argv = commands["train"]
+    workers = [*map(str, argv[1:]), "--set", "ddp_backend=gloo"]
     ways = ["raise", "kill"][: count(1, 2)]
     for how in ways:
         folder = tmp_path / how
         folder.mkdir()
-        status = run_workers(folder, how, argv, folder / "log")
-        log = (folder / "log").read_text()
+        if len(ways) == 2:
+            status, log = torchrun(folder, how, workers)
+        else:
+            ended = runner(folder, [], dying=[how, *workers])
+            status, log = ended.status, ended.log
         assert status == 1, log[-3000:]
         wanted = {"raise": "the memory of this worker is broken", "kill": "Signal 9 (SIGKILL)"}
         assert wanted[how] in log, log[-3000:]

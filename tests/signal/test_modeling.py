@@ -3,14 +3,13 @@
 import importlib.util
 import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from fastsdpo.modeling import default_dtype, load_model_and_tokenizer
+from tests.servers import serving
 
 
 def copy_of(folder, tmp_path, *without):
@@ -89,28 +88,14 @@ def test_hub_that_cannot_be_reached(monkeypatch):
 def test_the_hub_is_asked_once_for_what_it_does_not_have(name, monkeypatch, tmp_path):
     asked = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.end_headers()
+    def answer(path, body):
+        asked.append(path)
+        return 404, b"", {"X-Error-Code": "RepoNotFound"}
 
-        do_HEAD = do_GET
-
-        def log_message(self, *arguments):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
-    try:
+    with serving(answer) as url:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
         with pytest.raises(OSError, match=f"'{name}' is no local folder .* has no model of that name"):
             load_model_and_tokenizer(name)
-    finally:
-        server.shutdown()
-        server.server_close()
     assert asked == [f"/api/models/{name}"]
 
 

@@ -20,18 +20,13 @@ from fastsdpo.cli import main
 from fastsdpo.commands.signal import build_parser
 from fastsdpo.data import HindsightTemplate, Interaction
 from fastsdpo.data.templates import PRESETS
-from fastsdpo.signal import (
-    NEUTRAL_FOLLOWUP,
-    choose_unrelated,
-    color_depth,
-    compute_signal,
-    render_terminal,
-)
+from fastsdpo.signal import NEUTRAL_FOLLOWUP, choose_unrelated, color_depth, compute_signal, render_terminal
 from fastsdpo.signal.palette import LEVELS, SCALE, THEMES, contrast, level, signed, tint
 from fastsdpo.signal.terminal import terminal_theme
 from fastsdpo.signal.tokens import group_tokens, visible
 from fastsdpo.signal.words import comparison, times, verdict
 from fastsdpo.testing import package_file
+from tests.plain import answer_logps
 
 DRAWS = True
 INTERACTION = Interaction(
@@ -44,14 +39,6 @@ INTERACTION = Interaction(
 
 
 # The numbers
-
-
-def plain_logps(model, prompt_ids, completion_ids):
-    """The definition: log-softmax in float64 of one plain forward pass."""
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt_ids + completion_ids])).logits[0].double()
-    rows = torch.log_softmax(logits, -1)[len(prompt_ids) - 1 : -1]
-    return rows.gather(-1, torch.tensor(completion_ids)[:, None])[:, 0]
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +56,12 @@ def test_equals_plain_forward_passes(model, tokenizer, result):
     answer = tokenizer(INTERACTION.completion, add_special_tokens=False)["input_ids"]
     answer.append(tokenizer.convert_tokens_to_ids("<|end|>"))
     assert result.token_ids == answer
-    student = plain_logps(model, context(), answer)
+    with torch.no_grad():
+        student = answer_logps(model, context(), answer, torch.float64)
     torch.testing.assert_close(torch.tensor(result.student_logps, dtype=torch.float64), student, atol=2e-5, rtol=1e-5)
     for signal, followup in ((result.real, INTERACTION.followup), (result.unrelated, "What is 27*4?")):
-        teacher = plain_logps(model, context(f"\n\nNote: {followup}"), answer)
+        with torch.no_grad():
+            teacher = answer_logps(model, context(f"\n\nNote: {followup}"), answer, torch.float64)
         ratio = torch.tensor(signal.log_ratio, dtype=torch.float64)
         torch.testing.assert_close(ratio, teacher - student, atol=5e-5, rtol=1e-5)
         assert ratio.abs().max() > 0.05, "the context must matter for this test to mean anything"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from fastsdpo import Interaction
 from fastsdpo.trainer import SDPOConfig, SDPOTrainer
@@ -66,6 +66,49 @@ def row(item):
         "id": item.id,
         "conversation_id": item.conversation_id,
     }
+
+
+def save(folder, **changes):
+    """The tiny model, with other shapes where they are given, and its tokenizer."""
+    make_model(**changes).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+def make_place(folder, interactions=None, held_out=None):
+    """``model/`` and the files that `fastsdpo train` looks for: 12 interactions, and 4 that are held out."""
+    save(folder / "model")
+    write_rows(folder / "data.jsonl", make_interactions() if interactions is None else interactions)
+    write_rows(folder / "data.eval.jsonl", make_interactions(2, seed=9) if held_out is None else held_out)
+    return folder
+
+
+def command(place, output, *more, model="model", data="data.jsonl"):
+    """Arguments of `fastsdpo train`: an epoch in steps of 4, where ``more`` does not say otherwise."""
+    files = [str(place / data), "--model", str(place / model), "-o", str(output), "--template", TEMPLATE]
+    settings = (
+        "--cpu --batch-size 4 --epochs 1 --logging-steps 1 --learning-rate 1e-2 "
+        "--set save_strategy=no --set dataloader_pin_memory=false"
+    )
+    return [*files, *settings.split(), *more]
+
+
+def report_of(output):
+    return json.loads((output / "report.json").read_text())
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a step, as a signal does; the schedule is still that of the whole run."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+def losses_of(trainer):
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
 def make_config(folder, **changes):
@@ -136,6 +179,27 @@ def weights_of(trainer):
     }
 
 
+def gradients_of(trainer, batches=None):
+    """Loss and gradients of a step over micro-batches, lists of places in the training set; or over all of it."""
+    items = [[trainer.train_dataset[i] for i in batch] for batch in batches or [range(len(trainer.train_dataset))]]
+    total = torch.tensor(sum(trainer.learner.count(batch) for batch in items))
+    trainer.model.train()
+    trainer.model.zero_grad()
+    trainer.create_optimizer()
+    loss = sum(trainer.training_step(trainer.model, {"interactions": batch}, total) for batch in items)
+    found = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+    trainer.model.zero_grad()
+    return float(loss), found
+
+
+def assert_close(found, wanted, relative):
+    """Of tensors by name, each relative to its largest entry."""
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        error = (found[name] - value).abs().max() / value.abs().max()
+        assert error < relative, f"{name}: {float(error):.2e}"
+
+
 def largest_difference(left, right):
     assert left.keys() == right.keys()
     return max(float((left[name] - right[name]).abs().max()) for name in left)
@@ -150,9 +214,12 @@ def lab():
         make_model=make_model,
         make_interactions=make_interactions,
         write_rows=write_rows,
+        save=save,
+        make_place=make_place,
         make_config=make_config,
         make_trainer=make_trainer,
         weights_of=weights_of,
+        losses_of=losses_of,
         largest_difference=largest_difference,
         WORDS=WORDS,
         TEMPLATE=TEMPLATE,

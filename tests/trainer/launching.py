@@ -67,8 +67,7 @@ VARIANTS = {
 def make_place(folder, lab):
     """Models, 15 interactions and 3 held-out ones in the file that `fastsdpo train` looks for."""
     for name in ("tied", "untied"):
-        lab.make_model(tie_word_embeddings=name == "tied").save_pretrained(folder / name)
-        lab.make_tokenizer().save_pretrained(folder / name)
+        lab.save(folder / name, tie_word_embeddings=name == "tied")
     lab.write_rows(folder / "data.jsonl", lab.make_interactions(8)[:15])
     lab.write_rows(folder / "data.eval.jsonl", lab.make_interactions(2, seed=9)[:3])
     return folder

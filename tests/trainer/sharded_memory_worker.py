@@ -151,12 +151,7 @@ def measured(
             model.zero_grad()
     shape = ModelShape(config, getattr(torch, dtype))
     forecast = walk_step(
-        shape,
-        args,
-        [ITEMS] * passes,
-        kind="cpu",
-        processes=Processes(processes, "fsdp"),
-        accumulated=passes > 1,
+        shape, args, [ITEMS] * passes, kind="cpu", processes=Processes(processes, "fsdp"), accumulated=passes > 1
     )
     return forecast.peak, storages.peak, forecast.parts
 

@@ -15,6 +15,8 @@ from fastsdpo.cli import main as fastsdpo
 from fastsdpo.modeling import load_model_and_tokenizer
 from fastsdpo.train import main
 from fastsdpo.trainer import SDPOTrainer
+from tests.plain import answer_log_probs
+from tests.trainer.conftest import command, report_of
 
 peft = pytest.importorskip("peft")
 
@@ -23,42 +25,8 @@ LINEAR = ["q_proj", "v_proj", "down_proj"]
 
 def lora(**changes):
     return peft.LoraConfig(
-        **{
-            "r": 4,
-            "lora_alpha": 8,
-            "target_modules": "all-linear",
-            "task_type": "CAUSAL_LM",
-            **changes,
-        }
+        **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes}
     )
-
-
-def command(place, output, *more, model="model"):
-    return [
-        str(place / "data.jsonl"),
-        "--model",
-        str(place / model),
-        "-o",
-        str(output),
-        "--cpu",
-        "--template",
-        " note {o}",
-        "--batch-size",
-        "4",
-        "--epochs",
-        "1",
-        "--learning-rate",
-        "1e-2",
-        "--set",
-        "save_strategy=no",
-        "--set",
-        "dataloader_pin_memory=false",
-        *more,
-    ]
-
-
-def report_of(folder):
-    return json.loads((folder / "report.json").read_text())
 
 
 def logits(model):
@@ -69,14 +37,7 @@ def logits(model):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, lab):
     """``model/``, ``data.jsonl``, ``data.eval.jsonl``, and ``first/``, a run of `train --lora 4`."""
-    folder = tmp_path_factory.mktemp("adapters")
-    lab.make_model().save_pretrained(folder / "model")
-    lab.make_tokenizer().save_pretrained(folder / "model")
-    for name, items in (
-        ("data.jsonl", lab.make_interactions()),
-        ("data.eval.jsonl", lab.make_interactions(2, seed=9)),
-    ):
-        lab.write_rows(folder / name, items)
+    folder = lab.make_place(tmp_path_factory.mktemp("adapters"))
     assert main(command(folder, folder / "first", "--lora", "4", "--quiet")) == 0
     return folder
 
@@ -120,17 +81,8 @@ def test_another_adapter_than_the_one_that_is_there(place, tmp_path, capsys, mor
 def test_a_second_round_resumes_to_the_same_end(place, tmp_path):
     """With the frozen teacher, which is the adapter as the first round left it."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    more = [
-        "--quiet",
-        "--teacher",
-        "frozen",
-        "--schedule",
-        "constant",
-        "--set",
-        "save_strategy=steps",
-        "--save-steps",
-        "1",
-    ]
+    more = ["--quiet", "--teacher", "frozen", "--schedule", "constant", "--save-steps", "1"]
+    more += ["--set", "save_strategy=steps"]
     assert main(command(place, whole, *more, "--max-steps", "4", model="first/model")) == 0
     assert main(command(place, cut, *more, "--max-steps", "2", model="first/model")) == 0
     assert main(command(place, cut, *more, "--max-steps", "4", "--resume", model="first/model")) == 0
@@ -273,12 +225,12 @@ def by_definition(model, items):
     total, count = 0.0, 0
     with torch.no_grad():
         for item in items:
-            n, found = len(item.completion_ids), []
-            for prompt in (item.prompt_ids, item.teacher_prompt_ids):
-                z = model(input_ids=torch.tensor([[*prompt, *item.completion_ids]])).logits[0]
-                found.append(z[-n - 1 : -1].double().log_softmax(-1))
-            total += float((found[0].exp() * (found[0] - found[1])).sum())
-            count += n
+            student, teacher = (
+                answer_log_probs(model, prompt, item.completion_ids, torch.float64)
+                for prompt in (item.prompt_ids, item.teacher_prompt_ids)
+            )
+            total += float((student.exp() * (student - teacher)).sum())
+            count += len(item.completion_ids)
     return total / count
 
 

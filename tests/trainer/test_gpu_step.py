@@ -119,7 +119,7 @@ def test_workers_make_the_same_packs(tmp_path, lab):
     for workers in (0, 2):
         made = lab.make_trainer(tmp_path, max_steps=3, dataloader_num_workers=workers, max_tokens_per_pack=200)
         made.train()
-        found.append([row["loss"] for row in made.state.log_history if "loss" in row])
+        found.append(lab.losses_of(made))
     assert len(found[0]) == 3 and found[0] == found[1]
 
 
@@ -146,7 +146,7 @@ def test_flash_is_checked_as_the_model_trains(tmp_path, lab, monkeypatch, varlen
         if trainer is wanted:
             like_a_gpu(monkeypatch, "segments")
         trainer.train()
-        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        losses.append(lab.losses_of(trainer))
     assert losses[0] == pytest.approx(losses[1], rel=5e-2 if bf16 else 1e-5)
 
 

@@ -34,8 +34,7 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, lab):
     folder = tmp_path_factory.mktemp("refused")
-    lab.make_model().save_pretrained(folder / "tied")
-    lab.make_tokenizer().save_pretrained(folder / "tied")
+    lab.save(folder / "tied")
     lab.write_rows(folder / "data.jsonl", lab.make_interactions(2))
     return folder
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 
 from fastsdpo.data import Interaction
 from fastsdpo.train import main
 from fastsdpo.trainer.data import InteractionDataset
+from tests.trainer.conftest import command
 
 
 def talk(name, turns=3):
@@ -19,11 +19,7 @@ def talk(name, turns=3):
     for turn in range(turns):
         answer, followup = f"w2 w{turn} {name}", f"w3 w{turn} {name}"
         found.append(Interaction(prompt, answer, followup, f"{name}:{turn}", name))
-        prompt = [
-            *prompt,
-            {"role": "assistant", "content": answer},
-            {"role": "user", "content": followup},
-        ]
+        prompt = [*prompt, {"role": "assistant", "content": answer}, {"role": "user", "content": followup}]
     return found
 
 
@@ -86,32 +82,11 @@ def test_tokens_and_sets_given_to_evaluate(tmp_path, lab, caplog):
 
 
 def test_the_command(tmp_path, lab, capsys, caplog):
-    lab.make_model().save_pretrained(tmp_path / "model")
-    lab.make_tokenizer().save_pretrained(tmp_path / "model")
-    for name, part in (("data", TRAIN), ("data.eval", talk("w10")[1:2])):
-        rows = [
-            {
-                "prompt": i.prompt,
-                "completion": i.completion,
-                "user_response": i.followup,
-                "id": i.id,
-            }
-            for i in part
-        ]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    argv = [
-        str(tmp_path / "data.jsonl"),
-        "--model",
-        str(tmp_path / "model"),
-        "-o",
-        str(tmp_path / "out"),
-        "--cpu",
-        "--template",
-        lab.TEMPLATE,
-        "--set",
-        "dataloader_pin_memory=false",
-        "--dry-run",
-    ]
+    def without_conversations(items):
+        return [dataclasses.replace(item, conversation_id=None) for item in items]
+
+    lab.make_place(tmp_path, without_conversations(TRAIN), without_conversations(talk("w10")[1:2]))
+    argv = command(tmp_path, tmp_path / "out", "--dry-run")
     assert main(argv) == 1
     assert "1 of its 1 interactions are in train_dataset" in capsys.readouterr().err
     assert main([*argv, "--allow-leaks"]) == 0

@@ -27,12 +27,15 @@ def run(lab, folder, settings):
     # The layers are interpreted, not the loss, which has tests of its own.
     settings = {"learning_rate": 1e-3, "logging_steps": 1, "max_steps": 3, "backend": "reference", **settings}
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]) if settings.pop("peft", False) else None
+    layers, interactions = 2, lab.make_interactions()
     with pytest.MonkeyPatch.context() as patch:
-        if settings["max_steps"] == 1:  # the check that shared passes are right takes most of the time: on 20 tokens
+        if settings["max_steps"] == 1:  # interpreted, all takes long: one layer and conversation, a check on 20 tokens
+            layers, interactions = 1, lab.make_interactions(1)
             patch.setattr(checks, "sharing_probe", lambda model, longest: [ProbeItem(*cut(probe_ids(model, 20)))])
-        trainer = lab.make_trainer(folder, model=lab.make_model(), peft_config=lora, **settings)
+        model = lab.make_model(num_hidden_layers=layers)
+        trainer = lab.make_trainer(folder, model=model, interactions=interactions, peft_config=lora, **settings)
     trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    losses = lab.losses_of(trainer)
     weights = [p.detach().double().flatten() for p in trainer.model.parameters()]
     sums = [float(w @ torch.arange(len(w)).cos().double()) for w in weights]
     return {"losses": losses, "weights": sums, "sharing": trainer.sharing}
@@ -52,9 +55,8 @@ def test_same_run_with_ligers_layers(tmp_path, lab, settings):
     liger = json.loads(done.stdout.splitlines()[-1])
     assert liger["calls"] == ["LigerRMSNormFunction", "LigerRopeFunction", "LigerSiLUMulFunction"]
     assert own["sharing"] == liger["sharing"] == "conversation"
-    assert liger["losses"] == pytest.approx(own["losses"], rel=1e-4) and len(own["losses"]) == settings.get(
-        "max_steps", 3
-    )
+    assert liger["losses"] == pytest.approx(own["losses"], rel=1e-4)
+    assert len(own["losses"]) == settings.get("max_steps", 3)
     assert liger["weights"] == pytest.approx(own["weights"], rel=1e-4)
 
 
@@ -105,13 +107,10 @@ def as_compiled() -> None:
 
 
 def main(folder: str, given: str) -> None:
-    import importlib.util
-
     from liger_kernel.ops import rms_norm, rope, swiglu
 
-    spec = importlib.util.spec_from_file_location("trainer_conftest", Path(__file__).with_name("conftest.py"))
-    lab = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(lab)
+    from tests.trainer import conftest as lab
+
     as_compiled()
     calls = set()
     for function in (rms_norm.LigerRMSNormFunction, rope.LigerRopeFunction, swiglu.LigerSiLUMulFunction):

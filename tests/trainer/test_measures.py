@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 from fastsdpo import Interaction
 from fastsdpo.train import main
 from fastsdpo.trainer.measures_verdict import changes, verdict
+from tests.plain import answer_logps
+from tests.trainer.conftest import command, report_of
 
 DRAWS = True
 RUNS = {
@@ -41,29 +43,16 @@ def conversations(lab, count):
 def runs(tmp_path_factory, lab):
     """Runs of two steps on held-out conversations of three turns; what they printed and wrote."""
     folder = tmp_path_factory.mktemp("measures")
-    lab.make_model().save_pretrained(folder / "model")
-    lab.make_tokenizer().save_pretrained(folder / "model")
-    lab.write_rows(folder / "data.jsonl", lab.make_interactions(4))
     held_out = conversations(lab, 4)
-    lab.write_rows(folder / "data.eval.jsonl", held_out)
+    lab.make_place(folder, lab.make_interactions(4), held_out)
     settings = (
-        "--cpu --batch-size 4 --max-steps 2 --eval-steps 1 --learning-rate 1e-2 --warmup 0 --schedule constant "
-        "--set save_strategy=no --set teacher_check=0 --set measure_answers=3 --set measure_tokens=5 "
-        "--set eval_on_start=false --measure-rule max_words=4"
+        "--max-steps 2 --eval-steps 1 --warmup 0 --schedule constant --set teacher_check=0 --set measure_answers=3 "
+        "--set measure_tokens=5 --set eval_on_start=false --measure-rule max_words=4"
     )
     found = {}
     for name, options in RUNS.items():
         out = folder / name.partition(",")[0]
-        files = [
-            str(folder / "data.jsonl"),
-            "--model",
-            str(folder / "model"),
-            "-o",
-            str(out),
-            "--template",
-            " note {o}",
-        ]
-        assert main([*files, *settings.split(), *options.split()]) == 0
+        assert main(command(folder, out, *settings.split(), *options.split())) == 0
         before = AutoModelForCausalLM.from_pretrained(folder / "model")
         after = AutoModelForCausalLM.from_pretrained(folder / "model" if "lora" in name else out / "model")
         if "lora" in name:
@@ -89,8 +78,7 @@ def logps(lab, model, prompt, answer):
     """``[tokens]`` of an answer and its end, in a forward pass of its own."""
     tokenizer = lab.make_tokenizer()
     ids, answer_ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, f"{answer} <end>"))
-    logits = model.eval()(torch.tensor([ids + answer_ids])).logits[0, len(ids) - 1 : -1].double()
-    return logits.log_softmax(-1)[range(len(answer_ids)), answer_ids]
+    return answer_logps(model.eval(), ids, answer_ids, torch.float64)
 
 
 def expected(lab, model, held_out):
@@ -131,7 +119,7 @@ def expected(lab, model, held_out):
 
 def test_measures_are_those_of_plain_passes_before_and_after(run, lab):
     """The model as it is, whatever the teacher, the sharing and the adapter."""
-    report = json.loads((run.out / "report.json").read_text())
+    report = report_of(run.out)
     written = json.loads((run.out / "before.json").read_text())["measured"]
     before, after = (expected(lab, model, run.held_out) for model in (run.before, run.after))
     assert [row["id"] for row in written] == list(before) and len(written) == 12
@@ -167,7 +155,7 @@ def test_own_answers_before_with_the_follow_up_and_after(run, lab):
         return tokenizer.decode([i for i in ids[start:] if i != 1])
 
     rows = json.loads((run.out / "answers.json").read_text())
-    assert len(rows) == 3 and json.loads((run.out / "report.json").read_text())["answers"] == rows
+    assert len(rows) == 3 and report_of(run.out)["answers"] == rows
     for row in rows:
         item = next(i for i in run.held_out if i.id == row["id"])
         for name, model, note in (
@@ -180,11 +168,9 @@ def test_own_answers_before_with_the_follow_up_and_after(run, lab):
 
 
 def test_measures_can_be_off(lab, tmp_path, runs, capsys):
-    folder = runs["lora, frozen"].out.parent
-    files = [str(folder / "data.jsonl"), "--model", str(folder / "model"), "-o", str(tmp_path), "--template", " {o}"]
-    off = "--cpu --max-steps 1 --set save_strategy=no --set measure_interactions=0 --set teacher_check=0"
-    assert main([*files, *off.split()]) == 0
-    report = json.loads((tmp_path / "report.json").read_text())
+    off = "--max-steps 1 --set measure_interactions=0 --set teacher_check=0"
+    assert main(command(runs["lora, frozen"].out.parent, tmp_path, *off.split())) == 0
+    report = report_of(tmp_path)
     assert report["measures"] == {} and report["answers"] is None and not (tmp_path / "answers.json").exists()
     assert not [name for row in report["history"] for name in row if "measures" in name]
     assert "held-out loss: " in capsys.readouterr().out

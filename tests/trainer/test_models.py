@@ -11,40 +11,29 @@ import transformers
 from fastsdpo.train import main
 from fastsdpo.trainer.pack_table import PackTable
 from fastsdpo.trainer.report import dry_run_report
+from tests.trainer.conftest import command
+from tests.words import SHAPE
+
+
+def tiny(kind, **changes):
+    """A configuration of a class, or its settings (dict), with the vocabulary of the tests' tokenizer."""
+    return kind(**{"vocab_size": 68, "max_position_embeddings": 512, **SHAPE, **changes})
 
 
 def gemma3(demanding):
     """With images; ``demanding``: as in some versions of transformers, which refuse to train without
     the kinds of the tokens."""
     torch.manual_seed(0)
-    text = dict(
-        vocab_size=68,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        head_dim=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        sliding_window=8,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        initializer_range=0.2,
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=tiny(dict, head_dim=8, sliding_window=8),
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=1,
+        image_token_index=65,
+        boi_token_index=66,
+        eoi_token_index=67,
     )
-    vision = dict(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    model = transformers.Gemma3ForConditionalGeneration(
-        transformers.Gemma3Config(
-            text_config=text,
-            vision_config=vision,
-            mm_tokens_per_image=1,
-            image_token_index=65,
-            boi_token_index=66,
-            eoi_token_index=67,
-        )
-    )
+    model = transformers.Gemma3ForConditionalGeneration(config)
 
     def demand(module, _args, kwargs):
         if module.training and kwargs.get("token_type_ids") is None:
@@ -61,7 +50,7 @@ def test_a_model_with_images_is_trained_on_text(tmp_path, lab, settings):
     for demanding in (False, True):
         made = lab.make_trainer(tmp_path, model=gemma3(demanding), max_steps=2, **settings)
         made.train()
-        found.append([row["loss"] for row in made.state.log_history if "loss" in row])
+        found.append(lab.losses_of(made))
     assert len(found[0]) == 2 and found[1] == pytest.approx(found[0], rel=1e-6)
 
 
@@ -69,9 +58,8 @@ def changing_with_length(lab, kind, limit):
     """A model that does something else in a pass over more than ``limit`` tokens."""
     if kind == "keep_window_size":
         torch.manual_seed(0)
-        sizes = {"vocab_size": 68, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
-        model = transformers.DogeForCausalLM(transformers.DogeConfig(**sizes, **heads, keep_window_size=limit))
+        config = tiny(transformers.DogeConfig, pad_token_id=None, keep_window_size=limit)
+        model = transformers.DogeForCausalLM(config)
         for layer in model.model.layers:
             torch.nn.init.normal_(layer.self_attn.A)  # 0 at first: all scores are equal
         return model
@@ -79,30 +67,10 @@ def changing_with_length(lab, kind, limit):
         rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
         return lab.make_model(max_position_embeddings=limit, rope_parameters=rope)
     torch.manual_seed(0)
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [3.0] * 4,
-        "original_max_position_embeddings": limit,
-    }
-    return transformers.Phi3ForCausalLM(
-        transformers.Phi3Config(
-            vocab_size=68,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            original_max_position_embeddings=limit,
-            rope_parameters=rope,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=1,
-            initializer_range=0.2,
-        )
-    )
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": limit}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    kind = transformers.Phi3Config
+    return transformers.Phi3ForCausalLM(tiny(kind, original_max_position_embeddings=limit, rope_parameters=rope))
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +125,7 @@ def test_a_long_interaction_runs_alone(tmp_path, lab, long_data, caplog, kind, s
         gradients = {name: p.grad.clone() for name, p in made.model.named_parameters()}
         made.model.zero_grad()
         made.train()
-        losses = [row["loss"] for row in made.state.log_history if "loss" in row]
+        losses = lab.losses_of(made)
         said = [r.message for r in caplog.records if "run alone, and their prefixes" in r.message]
         found[sharing] = losses, gradients, said, sum(computed)
     assert found["auto"][0][0] == pytest.approx(found["off"][0][0], rel=1e-5)
@@ -218,11 +186,10 @@ def test_long_interactions_that_come_later_run_alone(tmp_path, lab, long_data, c
 
 
 def small(kind, **changes):
-    """A tiny model of a configuration class, with the vocabulary of the tests' tokenizer."""
+    """A tiny model of a configuration class, for 64 positions."""
     torch.manual_seed(0)
-    shape = dict(vocab_size=68, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    shape |= dict(intermediate_size=48, pad_token_id=0, bos_token_id=None, eos_token_id=1, max_position_embeddings=64)
-    return transformers.AutoModelForCausalLM.from_config(kind(**{**shape, **changes}))
+    sizes = {"max_position_embeddings": 64, "initializer_range": 0.02, **changes}
+    return transformers.AutoModelForCausalLM.from_config(tiny(kind, **sizes))
 
 
 @pytest.mark.parametrize(
@@ -247,11 +214,9 @@ def test_a_table_of_positions_that_is_too_short_is_refused(tmp_path, lab, kind, 
 
 
 def test_the_command_refuses_a_table_of_positions_that_is_too_short(tmp_path, lab, capsys):
+    lab.make_place(tmp_path, lab.make_interactions(2, turns=6))
     small(transformers.GPT2Config).save_pretrained(tmp_path / "model")
-    lab.make_tokenizer().save_pretrained(tmp_path / "model")
-    data = lab.write_rows(tmp_path / "data.jsonl", lab.make_interactions(2, turns=6))
-    flags = ["--model", str(tmp_path / "model"), "-o", str(tmp_path / "run"), "--cpu"]
-    assert main([str(data or tmp_path / "data.jsonl"), *flags]) == 1
+    assert main(command(tmp_path, tmp_path / "run")) == 1
     assert "the model's table of positions (wpe)" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 

@@ -8,102 +8,39 @@ import transformers
 from peft import LoraConfig, PveraConfig, get_peft_model
 from torch import nn
 
-SHAPE = {
-    "vocab_size": 68,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-    "initializer_range": 0.2,
+from tests.words import SHAPE
+
+MORE = {"vocab_size": 68, "max_position_embeddings": 512}
+SMALL = {"vocab_size": 68, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+POSITIONS = {"ffn_dim": 48, "max_position_embeddings": 512, "word_embed_proj_dim": 32}
+GPT2 = {"vocab_size": 68, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.2}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2}
+CONFIGS = {
+    "seed_oss": lambda: transformers.SeedOssConfig(**SHAPE, **MORE, head_dim=8),  # 0.1 by default, in two places
+    "granite": lambda: transformers.GraniteConfig(**SHAPE, **MORE, attention_dropout=0.1),
+    "opt": lambda: transformers.OPTConfig(**SMALL, **POSITIONS, layerdrop=0.3, init_std=0.2),
+    # Reads its rates from the configuration in every forward pass.
+    "falcon": lambda: transformers.FalconConfig(
+        **SMALL, hidden_dropout=0.1, attention_dropout=0.1, initializer_range=0.2
+    ),
+    "gpt2": lambda: transformers.GPT2Config(**GPT2),
+    # A mixture of experts with jitter in front of its router.
+    "minimax": lambda: transformers.MiniMaxConfig(**SHAPE, **MORE, **EXPERTS, head_dim=8, router_jitter_noise=0.2),
 }
 
 
-def build(config):
+def build(name):
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config).double()
+    if name == "lora_dropout":
+        config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.2, init_lora_weights=False)
+        return get_peft_model(build("granite"), config, autocast_adapter_dtype=False)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]())
+    return model if name == "minimax" else model.double()
 
 
-def seed_oss():
-    return build(transformers.SeedOssConfig(**SHAPE, head_dim=8))  # 0.1 by default, in two places
-
-
-def granite():
-    return build(transformers.GraniteConfig(**SHAPE, attention_dropout=0.1))
-
-
-def opt():
-    return build(
-        transformers.OPTConfig(
-            vocab_size=68,
-            hidden_size=32,
-            ffn_dim=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=512,
-            word_embed_proj_dim=32,
-            layerdrop=0.3,
-            init_std=0.2,
-        )
-    )
-
-
-def falcon():
-    """Reads its rates from the configuration in every forward pass."""
-    return build(
-        transformers.FalconConfig(
-            vocab_size=68,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            hidden_dropout=0.1,
-            attention_dropout=0.1,
-            initializer_range=0.2,
-        )
-    )
-
-
-def gpt2():
-    return build(
-        transformers.GPT2Config(
-            vocab_size=68,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            n_positions=512,
-            initializer_range=0.2,
-        )
-    )
-
-
-def minimax():
-    """A mixture of experts with jitter in front of its router."""
-    return build(
-        transformers.MiniMaxConfig(
-            **SHAPE,
-            head_dim=8,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            router_jitter_noise=0.2,
-            layer_types=["full_attention"] * 2,
-        )
-    ).float()
-
-
-def lora_dropout():
-    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.2, init_lora_weights=False)
-    return get_peft_model(granite(), config, autocast_adapter_dtype=False)
-
-
-@pytest.mark.parametrize(
-    "make", [seed_oss, granite, opt, falcon, gpt2, minimax, lora_dropout], ids=lambda m: m.__name__
-)
-def test_training_computes_the_loss_of_evaluation(lab, tmp_path, make):
-    trainer = lab.make_trainer(tmp_path, model=make(), interactions=lab.make_interactions(2))
+@pytest.mark.parametrize("name", [*CONFIGS, "lora_dropout"])
+def test_training_computes_the_loss_of_evaluation(lab, tmp_path, name):
+    trainer = lab.make_trainer(tmp_path, model=build(name), interactions=lab.make_interactions(2))
     items = [trainer.train_dataset[index] for index in range(4)]
     losses = []
     for training in (False, True, True):
@@ -117,10 +54,10 @@ def test_training_computes_the_loss_of_evaluation(lab, tmp_path, make):
 def test_a_run_draws_no_random_numbers(lab, tmp_path):
     losses = []
     for seed in (1, 2):
-        trainer = lab.make_trainer(tmp_path, model=seed_oss(), max_steps=2)
+        trainer = lab.make_trainer(tmp_path, model=build("seed_oss"), max_steps=2)
         torch.manual_seed(seed)
         trainer.train()
-        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        losses.append(lab.losses_of(trainer))
     assert losses[0] == losses[1]
 
 
@@ -134,9 +71,11 @@ def test_online_and_chat_have_no_noise_either(lab, tmp_path, kind):
     )
     tokenizer = lab.make_tokenizer()
     if kind == "online":
-        trainer = OnlineSDPOTrainer(seed_oss(), config, ConstantUser("w1"), ["w1 w2"], processing_class=tokenizer)
+        trainer = OnlineSDPOTrainer(
+            build("seed_oss"), config, ConstantUser("w1"), ["w1 w2"], processing_class=tokenizer
+        )
     else:
-        trainer = ChatLearner(seed_oss(), config, tokenizer).trainer
+        trainer = ChatLearner(build("seed_oss"), config, tokenizer).trainer
     tokens = trainer.tokenize(lab.make_interactions(1)[1])
     trainer.model.train()
     with torch.no_grad():
@@ -179,17 +118,17 @@ def test_neftune_is_refused(lab, tmp_path):
 
 
 def test_dropout_that_is_asked_for_is_said_and_not_shared(lab, tmp_path, caplog):
-    trainer = lab.make_trainer(tmp_path, model=seed_oss(), disable_dropout=False)
+    trainer = lab.make_trainer(tmp_path, model=build("seed_oss"), disable_dropout=False)
     assert "student and teacher are noisy in training" in caplog.text
     assert trainer.sharing == "off"
     assert "branches would share the noise of model.layers.0.self_attn" in caplog.text
     assert trainer.model.model.layers[0].self_attn.residual_dropout == 0.1
     with pytest.raises(NotImplementedError, match="sharing='conversation' is not possible"):
-        lab.make_trainer(tmp_path, model=seed_oss(), disable_dropout=False, sharing="conversation")
+        lab.make_trainer(tmp_path, model=build("seed_oss"), disable_dropout=False, sharing="conversation")
 
 
 def test_a_rate_in_the_configuration_that_is_read_is_set_to_0_and_said(lab, tmp_path, caplog):
-    model, kept = falcon(), granite()
+    model, kept = build("falcon"), build("granite")
     lab.make_trainer(tmp_path, model=model)
     assert model.config.hidden_dropout == model.config.attention_dropout == 0.0
     assert "hidden_dropout=0.1" in caplog.text

@@ -25,8 +25,7 @@ VARIANTS = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, lab):
     folder = tmp_path_factory.mktemp("quantized")
-    lab.make_model(hidden_size=64, intermediate_size=128).save_pretrained(folder / "base")
-    lab.make_tokenizer().save_pretrained(folder / "base")
+    lab.save(folder / "base", hidden_size=64, intermediate_size=128)
     lab.write_rows(folder / "data.jsonl", lab.make_interactions(8)[:15])
     lab.write_rows(folder / "data.eval.jsonl", lab.make_interactions(2, seed=9)[:3])
     return folder
@@ -94,18 +93,8 @@ def test_refused_before_weights_are_loaded(place, tmp_path, capsys, monkeypatch,
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["online", "chat"])
 def test_online_and_chat(place, dequantized, tmp_path, monkeypatch, capsys, command):
-    common = [
-        "--model",
-        str(place / "base"),
-        "-o",
-        str(tmp_path / "out"),
-        "--cpu",
-        "--lora",
-        "4",
-        "--quantize",
-        "4bit",
-    ]
-    common += ["--max-new-tokens", "6", "--template", " note {o}"]
+    options = "--cpu --lora 4 --quantize 4bit --max-new-tokens 6"
+    common = ["--model", str(place / "base"), "-o", str(tmp_path / "out"), "--template", " note {o}", *options.split()]
     if command == "online":
         prompts = tmp_path / "prompts.txt"
         prompts.write_text("w1 w2\nw3 w4\nw5 w6\nw7 w8\n")

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 import fastsdpo
 from fastsdpo.data import HindsightTemplate
+from tests.trainer.conftest import assert_close, gradients_of
 
 OFFLINE = (
     "\n\n[HINDSIGHT CONTEXT]\nThe following is a user response to your previous, insufficient "
@@ -67,53 +68,15 @@ def published_loss(model, tokenizer, interactions, *, ignore_first_k=2, limit=20
     return torch.stack(per_answer).mean()
 
 
-def step_gradients(trainer, batches):
-    """Loss and gradients of one optimizer step over ``batches`` (lists of interactions)."""
-    items = [[trainer.train_dataset[index] for index in batch] for batch in batches]
-    total = torch.tensor(sum(trainer.learner.count(batch) for batch in items))
-    trainer.model.train()
-    trainer.model.zero_grad()
-    trainer.create_optimizer()
-    loss = sum(trainer.training_step(trainer.model, {"interactions": batch}, total) for batch in items)
-    found = {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
-    trainer.model.zero_grad()
-    return float(loss), found
+def test_four_steps_of_the_paper_preset_are_the_published_ones(tmp_path, lab, tokenizer):
+    """15 interactions, 4 steps of 2 x 2: loss, clipped gradient and weights of each step, by a loop written out.
 
-
-def assert_close(found, wanted, relative):
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        error = (found[name] - value).abs().max() / value.abs().max()
-        assert error < relative, f"{name}: {float(error):.2e}"
-
-
-def test_the_paper_preset_is_the_published_computation(tmp_path, lab, tokenizer):
+    AdamW without decay, 5% of the steps (one) of warm-up from 0, then half a cosine, the norm clipped at 10.
+    """
     interactions = lab.make_interactions(5, turns=3)
     interactions[3] = fastsdpo.Interaction(  # white space that the recipe strips
         interactions[3].prompt, "w1 w2 w3 w4  \n", "  w5 w6\n", "c1:0", "c1"
     )
-    model = lab.make_model()
-    preset = fastsdpo.SDPOConfig.preset("paper", output_dir=str(tmp_path), use_cpu=True, report_to=[], bf16=False)
-    assert preset.ignore_first_k == 2
-    assert (preset.mode, preset.teacher, preset.normalization) == ("sampled_token", "live", "sequence")
-    trainer = fastsdpo.SDPOTrainer(model=model, args=preset, train_dataset=interactions, processing_class=tokenizer)
-    assert HindsightTemplate.preset("offline-v1").text == OFFLINE
-    loss, found = step_gradients(trainer, [list(range(len(interactions)))])
-
-    model.zero_grad()
-    wanted_loss = published_loss(model, tokenizer, interactions)
-    wanted_loss.backward()
-    wanted = {n: p.grad for n, p in model.named_parameters()}
-    assert loss == pytest.approx(float(wanted_loss.detach()), rel=1e-5)
-    assert_close(found, wanted, 1e-5)
-
-
-def test_four_steps_of_the_paper_preset_are_the_published_ones(tmp_path, lab, tokenizer):
-    """16 interactions, 4 steps of 2 x 2: loss, clipped gradient and weights of each step, by a loop written out.
-
-    AdamW without decay, 5% of the steps (one) of warm-up from 0, then half a cosine, the norm clipped at 10.
-    """
-    interactions = lab.make_interactions(8, turns=2)
     limit = {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 2}  # so that weights move
     args = fastsdpo.SDPOConfig.preset(
         "paper",
@@ -126,6 +89,8 @@ def test_four_steps_of_the_paper_preset_are_the_published_ones(tmp_path, lab, to
         gradient_accumulation_steps=2,
         **limit,
     )
+    assert (args.mode, args.teacher, args.normalization) == ("sampled_token", "live", "sequence")
+    assert args.ignore_first_k == 2 and HindsightTemplate.preset("offline-v1").text == OFFLINE
     model = lab.make_model()
     plain = lab.make_model()
     trainer = fastsdpo.SDPOTrainer(model=model, args=args, train_dataset=interactions, processing_class=tokenizer)
@@ -147,7 +112,7 @@ def test_four_steps_of_the_paper_preset_are_the_published_ones(tmp_path, lab, to
     trainer.training_step = recorded
     trainer.add_callback(Record())
     trainer.train()
-    assert [len(batch) for batch in order] == [2] * 8 and len(gradients) == 4
+    assert [len(batch) for batch in order] == [2] * 7 + [1] and len(gradients) == 4
 
     by_id = {item.id: item for item in interactions}
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
@@ -176,7 +141,7 @@ def test_splitting_packing_and_sharing_change_nothing(tmp_path, lab, mode, norma
 
     def compute(batches, **changes):
         trainer = lab.make_trainer(tmp_path, interactions=interactions, **settings, **changes)
-        return step_gradients(trainer, batches)
+        return gradients_of(trainer, batches)
 
     whole = [list(range(8))]
     loss, wanted = compute(whole, sharing="off", max_tokens_per_pack=None)
@@ -215,7 +180,7 @@ def test_accumulation_in_the_training_loop(tmp_path, lab):
         assert result.global_step == 2
         weights.append(lab.weights_of(trainer))
         assert lab.largest_difference(before, weights[-1]) > 1e-3
-        weights[-1]["loss"] = torch.tensor([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        weights[-1]["loss"] = torch.tensor(lab.losses_of(trainer))
     assert lab.largest_difference(weights[0], weights[1]) < 2e-6
     assert lab.largest_difference(weights[0], weights[2]) < 2e-6
 
@@ -295,7 +260,7 @@ def test_the_paper_preset_on_smollm2(tmp_path):
         trainer = fastsdpo.SDPOTrainer(
             model=model, args=preset, train_dataset=interactions, processing_class=tokenizer
         )
-        loss, found = step_gradients(trainer, [[0, 1, 2]])
+        loss, found = gradients_of(trainer, [[0, 1, 2]])
         model.zero_grad()
         wanted_loss = published_loss(model, tokenizer, interactions)
         wanted_loss.backward()

@@ -14,6 +14,9 @@ import fastsdpo.trainer.template_date
 pytest.importorskip("peft")
 from peft import LoraConfig
 
+from tests.plain import answer_log_probs, answer_logps
+from tests.trainer.conftest import StopAt
+
 
 @pytest.fixture
 def today(monkeypatch):
@@ -29,17 +32,6 @@ def today(monkeypatch):
             monkeypatch.setattr(module, "datetime", Clock, raising=False)
 
     return set_clock
-
-
-class StopAt(TrainerCallback):
-    """Ends training after a step, as a signal does; the schedule is still that of the whole run."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
 
 
 class Record(TrainerCallback):
@@ -67,10 +59,7 @@ def train(lab, folder, *, stop_at=None, resume=None, lora=False, callbacks=(), *
         "save_steps": 1000,
     }
     trainer = lab.make_trainer(
-        folder,
-        peft_config=adapter() if lora else None,
-        callbacks=callbacks,
-        **{**settings, **changes},
+        folder, peft_config=adapter() if lora else None, callbacks=callbacks, **{**settings, **changes}
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -134,20 +123,13 @@ def test_resumed_equals_uninterrupted(tmp_path, lab, teacher, stop_at):
     assert (checkpoint / "teacher_ema.safetensors").exists() == (teacher == "ema")
     assert lab.largest_difference(lab.weights_of(part), lab.weights_of(whole)) > 1e-4
     # From another model's weights: everything has to come from the checkpoint.
-    resumed = train(
-        lab,
-        tmp_path / "part",
-        model=lab.make_model(seed=5),
-        teacher=teacher,
-        resume=str(checkpoint),
-    )
+    resumed = train(lab, tmp_path / "part", model=lab.make_model(seed=5), teacher=teacher, resume=str(checkpoint))
     assert resumed.state.global_step == whole.state.global_step == 6
     assert lab.largest_difference(lab.weights_of(resumed), lab.weights_of(whole)) < 1e-6
     if teacher == "ema":
         assert lab.largest_difference(resumed.learner.copies["ema"].values, whole.learner.copies["ema"].values) < 1e-6
         assert lab.largest_difference(whole.learner.copies["ema"].values, lab.weights_of(whole)) > 1e-3
-    logged = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (whole, resumed)]
-    assert logged[0] == pytest.approx(logged[1], rel=1e-5)
+    assert lab.losses_of(whole) == pytest.approx(lab.losses_of(resumed), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -247,11 +229,8 @@ def test_teachers_see_their_own_weights(tmp_path, lab, lora):
 
     def hindsight_logps(trainer):
         item = trainer.train_dataset[0]
-        ids = torch.tensor([item.teacher_prompt_ids + item.completion_ids])
         with torch.no_grad():
-            logits = trainer.model(input_ids=ids, use_cache=False).logits[0]
-        rows = logits[len(item.teacher_prompt_ids) - 1 : -1].log_softmax(-1)
-        return rows.gather(-1, torch.tensor(item.completion_ids)[:, None])[:, 0]
+            return answer_logps(trainer.model, item.teacher_prompt_ids, item.completion_ids)
 
     fresh = lab.make_trainer(tmp_path, peft_config=adapter() if lora else None)
     initial = hindsight_logps(fresh)
@@ -276,11 +255,10 @@ def test_trust_region_mixes_log_probabilities(tmp_path, lab):
     item = trainer.train_dataset[1]
     with torch.no_grad():
         _, statistics = trainer.run_pass(trainer.model, [item], 1)
-        ids = torch.tensor([item.teacher_prompt_ids + item.completion_ids])
-        logps = []
-        for model in (lab.make_model(), trainer.model):
-            logits = model(input_ids=ids, use_cache=False).logits[0]
-            logps.append(logits[len(item.teacher_prompt_ids) - 1 : -1].log_softmax(-1))
+        logps = [
+            answer_log_probs(model, item.teacher_prompt_ids, item.completion_ids)
+            for model in (lab.make_model(), trainer.model)
+        ]
     mixed = ((1 - mix) * logps[0] + mix * logps[1]).log_softmax(-1)
     wanted = mixed.gather(-1, torch.tensor(item.completion_ids)[:, None])[:, 0]
     assert (statistics.teacher_logps - wanted).abs().max() < 1e-4
@@ -306,13 +284,8 @@ def mean_kl(trainer, reference):
     total = []
     for index in range(len(trainer.train_dataset)):
         item = trainer.train_dataset[index]
-        ids = torch.tensor([item.prompt_ids + item.completion_ids])
         with torch.no_grad():
-            p, q = (
-                m(input_ids=ids, use_cache=False).logits[0, len(item.prompt_ids) - 1 : -1]
-                for m in (trainer.model, reference)
-            )
-        p, q = p.log_softmax(-1), q.log_softmax(-1)
+            p, q = (answer_log_probs(m, item.prompt_ids, item.completion_ids) for m in (trainer.model, reference))
         total.append((p.exp() * (p - q)).sum(-1))
     return float(torch.cat(total).mean())
 

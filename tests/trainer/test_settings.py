@@ -16,49 +16,24 @@ from fastsdpo.trainer import NonFiniteError, SDPOConfig, SDPOTrainer
 from fastsdpo.trainer.data import InteractionDataset
 from fastsdpo.trainer.presets import default_bf16, split_batch
 from fastsdpo.trainer.report import step_text
-
-
-def gradients(trainer):
-    """Loss and gradients of one step over the whole training set."""
-    items = [trainer.train_dataset[index] for index in range(len(trainer.train_dataset))]
-    total = torch.tensor(trainer.learner.count(items))
-    trainer.model.train()
-    trainer.model.zero_grad()
-    trainer.create_optimizer()
-    loss = trainer.training_step(trainer.model, {"interactions": items}, total)
-    return float(loss), {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
-
-
-def assert_close(found, wanted, relative):
-    for name, value in wanted.items():
-        error = (found[name] - value).norm() / value.norm()
-        assert error < relative, f"{name}: {float(error):.2e}"
+from tests.plain import answer_logps
+from tests.trainer.conftest import assert_close, gradients_of
 
 
 @pytest.mark.parametrize("sharing", ["off", "conversation"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(tmp_path, lab, sharing, reentrant):
     settings = {"mode": "full", "sharing": sharing, "reference_kl": 0.2}
-    loss, wanted = gradients(lab.make_trainer(tmp_path, **settings))
+    loss, wanted = gradients_of(lab.make_trainer(tmp_path, **settings))
     checkpointed = lab.make_trainer(
-        tmp_path,
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
-        **settings,
+        tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant}, **settings
     )
     checkpointed.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         checkpointed.model.enable_input_require_grads()
-    other, found = gradients(checkpointed)
+    other, found = gradients_of(checkpointed)
     assert other == pytest.approx(loss, rel=1e-6)
     assert_close(found, wanted, 1e-5)
-
-
-def separate_logps(model, prompt, completion):
-    """Log-probabilities of the completion's tokens, by the model's own logits."""
-    ids = torch.tensor([[*prompt, *completion]])
-    logps = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-    return logps.gather(-1, torch.tensor(completion)[:, None])[:, 0]
 
 
 def test_the_importance_ratio_is_that_to_the_initial_model(tmp_path, lab):
@@ -69,17 +44,17 @@ def test_the_importance_ratio_is_that_to_the_initial_model(tmp_path, lab):
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    loss, found = gradients(trainer)
+    loss, found = gradients_of(trainer)
 
     model = trainer.model
     model.zero_grad()
     answers, ratios = [], []
     for index in range(len(trainer.train_dataset)):
         item = trainer.train_dataset[index]
-        student = separate_logps(model, item.prompt_ids, item.completion_ids)
+        student = answer_logps(model, item.prompt_ids, item.completion_ids)
         with torch.no_grad():
-            teacher = separate_logps(model, item.teacher_prompt_ids, item.completion_ids)
-            before = separate_logps(initial, item.prompt_ids, item.completion_ids)
+            teacher = answer_logps(model, item.teacher_prompt_ids, item.completion_ids)
+            before = answer_logps(initial, item.prompt_ids, item.completion_ids)
             ratio = (student - before).exp().clamp(max=clip)
         ratios.append(ratio)
         answers.append(-(ratio * (teacher - student.detach()) * student).mean())
@@ -131,8 +106,8 @@ def test_teacher_check_measures_the_model(tmp_path, lab, caplog):
     check = trainer.check_teacher()
     item = trainer.train_dataset[0]
     with torch.no_grad():
-        teacher = separate_logps(trainer.model, item.teacher_prompt_ids, item.completion_ids)
-        student = separate_logps(trainer.model, item.prompt_ids, item.completion_ids)
+        teacher = answer_logps(trainer.model, item.teacher_prompt_ids, item.completion_ids)
+        student = answer_logps(trainer.model, item.prompt_ids, item.completion_ids)
     assert check.rows[0].real == pytest.approx(float((teacher - student).mean()), abs=1e-5)
     with caplog.at_level(logging.INFO, logger="fastsdpo.trainer"):
         trainer.train()
@@ -232,11 +207,7 @@ def test_a_model_by_name_follows_the_rule_of_the_commands(tmp_path, lab, folder,
 
 @pytest.mark.parametrize(
     ("flags", "dtype"),
-    [
-        ([], torch.float32),
-        (["--dtype", "auto"], torch.bfloat16),
-        (["--set", "dtype=bfloat16"], torch.bfloat16),
-    ],
+    [([], torch.float32), (["--dtype", "auto"], torch.bfloat16), (["--set", "dtype=bfloat16"], torch.bfloat16)],
 )
 def test_the_command_s_dtype(tmp_path, lab, folder, flags, dtype):
     options = build_parser().parse_args(["data", "--model", folder, "-o", str(tmp_path), "--cpu", *flags])
@@ -342,17 +313,14 @@ def test_tokens_per_second_are_those_computed(tmp_path, lab, sharing, settings):
 
 
 def test_a_run_of_defaults_shows_its_loss(tmp_path, lab):
-    args = SDPOConfig(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        report_to=[],
-        template=lab.TEMPLATE,
-        max_steps=11,
-        save_strategy="no",
-        teacher_check=0,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
+    shown = {
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "teacher_check": 0,
+    }
+    args = SDPOConfig(str(tmp_path), template=lab.TEMPLATE, max_steps=11, save_strategy="no", **shown)
     made = SDPOTrainer(lab.make_model(), args, lab.make_interactions(), None, lab.make_tokenizer())
     made.train()
     assert [row["step"] for row in made.state.log_history if "loss" in row] == [1, 10]
@@ -371,10 +339,10 @@ def test_a_guided_teacher_of_logged_interactions(tmp_path, lab):
     texts = [dataclasses.replace(i, followup="w3 w4") for i in lab.make_interactions(2)]
     settings = {"neutral_followup": "w3 w4", "guidance": 2.0, "allow_leaks": True}
     trainer = lab.make_trainer(tmp_path, interactions=texts, eval_dataset=texts[:1], **settings)
-    loss, found = gradients(trainer)
+    loss, found = gradients_of(trainer)
     assert loss == pytest.approx(0.0, abs=1e-6)
     assert max(float(gradient.norm()) for gradient in found.values()) < 1e-5
-    _, plain = gradients(lab.make_trainer(tmp_path, interactions=texts))
+    _, plain = gradients_of(lab.make_trainer(tmp_path, interactions=texts))
     assert max(float(gradient.norm()) for gradient in plain.values()) > 1e-2
     tokens = list(lab.make_trainer(tmp_path, interactions=texts).train_dataset)
     for source in (tokens, InteractionDataset(tokens)):

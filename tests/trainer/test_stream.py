@@ -14,7 +14,6 @@ from dataclasses import replace
 
 import pytest
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback
 
 from fastsdpo import Interaction
 from fastsdpo.data import encoding
@@ -22,6 +21,7 @@ from fastsdpo.train import main
 from fastsdpo.trainer import InteractionDataset, InteractionStream
 from fastsdpo.trainer.data import SAMPLE_SIZE, Reading
 from fastsdpo.trainer.stream import Position, StepShare, StreamSteps, shuffled
+from tests.trainer.conftest import StopAt, command, losses_of, report_of, row
 
 BLANK = Interaction([{"role": "user", "content": "w1"}], "w2", " ", "blank", "blank")  # no template takes it
 
@@ -36,15 +36,6 @@ class Rows(IterableDataset):
         for item in self.items:
             self.taken += 1
             yield item
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
 
 
 def endless(lab):
@@ -63,10 +54,6 @@ def steps_of(stream, size, start=None):
     """The ids of each step, and the position behind it."""
     stream.start = start or Position()
     return [(InteractionDataset(columns).ids, position) for columns, position in stream.steps(size)]
-
-
-def losses(trainer):
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
 def test_what_is_trained_on_is_that_of_data_which_lies_there(tmp_path, lab):
@@ -142,7 +129,7 @@ def test_no_more_is_read_than_the_steps_need(tmp_path, lab):
     trainer = lab.make_trainer(tmp_path, interactions=rows, max_steps=3, shuffle_buffer=30)
     assert rows.taken == SAMPLE_SIZE
     trainer.train()
-    assert len(losses(trainer)) == 3 and trainer.stream.interactions == 12
+    assert len(losses_of(trainer)) == 3 and trainer.stream.interactions == 12
     assert rows.taken <= 30 + 256 + 2  # the buffer, what is tokenized at once, and a look at the next conversation
 
 
@@ -169,22 +156,12 @@ def test_a_dataset_of_the_hub(tmp_path, lab):
     """`datasets.IterableDataset`, rows as `fastsdpo prepare` writes them, trains as the interactions themselves."""
     datasets = pytest.importorskip("datasets")
     items = lab.make_interactions(8)
-    rows = datasets.Dataset.from_list([lab_row(item) for item in items]).to_iterable_dataset()
+    rows = datasets.Dataset.from_list([row(item) for item in items]).to_iterable_dataset()
     settings = {"max_steps": 4, "shuffle_buffer": 6}
     trainers = [lab.make_trainer(tmp_path, interactions=source, **settings) for source in (rows, Rows(items))]
     for trainer in trainers:
         trainer.train()
-    assert losses(trainers[0]) == losses(trainers[1]) and len(set(losses(trainers[0]))) == 4
-
-
-def lab_row(item):
-    return {
-        "prompt": item.prompt,
-        "completion": {"role": "assistant", "content": item.completion},
-        "user_response": {"role": "user", "content": item.followup},
-        "id": item.id,
-        "conversation_id": item.conversation_id,
-    }
+    assert losses_of(trainers[0]) == losses_of(trainers[1]) and len(set(losses_of(trainers[0]))) == 4
 
 
 @pytest.mark.parametrize("stop_at", [pytest.param(2, marks=pytest.mark.slow), 3])
@@ -206,8 +183,9 @@ def test_resumed_equals_uninterrupted(tmp_path, lab, stop_at):
     checkpoint = str(tmp_path / "part" / f"checkpoint-{stop_at}")
     resumed = lab.make_trainer(tmp_path / "part", model=lab.make_model(seed=5), interactions=Rows(items), **settings)
     resumed.train(resume_from_checkpoint=checkpoint)
-    assert losses(resumed) == losses(whole) and len(losses(whole)) == 5
-    assert [row["epoch"] for row in resumed.state.log_history] == [row["epoch"] for row in whole.state.log_history]
+    assert losses_of(resumed) == losses_of(whole) and len(losses_of(whole)) == 5
+    epochs = [[entry["epoch"] for entry in trainer.state.log_history] for trainer in (resumed, whole)]
+    assert epochs[0] == epochs[1]
     assert lab.largest_difference(lab.weights_of(resumed), lab.weights_of(whole)) == 0
     assert (resumed.stream.interactions, resumed.stream.left_out) == (20, 1)
     # A finished run has nothing to go on with.
@@ -236,7 +214,7 @@ def test_a_stream_that_ends_early(tmp_path, lab, caplog):
     trainer = lab.make_trainer(tmp_path, interactions=Rows(lab.make_interactions(9)), **settings, **more)
     with caplog.at_level(logging.WARNING, "fastsdpo"):
         trainer.train()
-    assert trainer.state.global_step == 3 and [row["step"] for row in trainer.state.log_history[:2]] == [1, 3]
+    assert trainer.state.global_step == 3 and [entry["step"] for entry in trainer.state.log_history[:2]] == [1, 3]
     assert json.loads((tmp_path / "checkpoint-3" / "data.json").read_text())["stream"]["trained"] == 18
     assert "train_dataset ended after step 3 of 9 (18 interactions, 0 left out): training stops there" in caplog.text
     trainer.train(resume_from_checkpoint=True)
@@ -313,32 +291,24 @@ def place(tmp_path_factory, lab):
     """``model/`` and the same 24 interactions in one file, in two of which one is packed, and as Parquet."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     folder = tmp_path_factory.mktemp("stream")
-    lab.make_model().save_pretrained(folder / "model")
-    lab.make_tokenizer().save_pretrained(folder / "model")
+    lab.save(folder / "model")
     items = lab.make_interactions(12)
     lab.write_rows(folder / "data.jsonl", items)
     rows = (folder / "data.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "parts").mkdir()
     (folder / "parts" / "a.jsonl").write_bytes(b"".join(rows[:10]))
     (folder / "parts" / "b.jsonl.gz").write_bytes(gzip.compress(b"".join(rows[10:])))
-    pq.write_table(pa.Table.from_pylist([lab_row(item) for item in items]), folder / "data.parquet")
+    pq.write_table(pa.Table.from_pylist([row(item) for item in items]), folder / "data.parquet")
     return folder
 
 
 def arguments(place, output, *more):
-    fixed = (
-        f"--stream --cpu --batch-size 4 --max-steps 4 --logging-steps 1 --shuffle-buffer 8 --model {place / 'model'}"
-    )
-    settings = "--set save_strategy=no --set dataloader_pin_memory=false --learning-rate 1e-2"
-    return [*fixed.split(), *settings.split(), "--template", " note {o}", "-o", str(output), *more]
+    """Without the data."""
+    return command(place, output, "--stream", "--max-steps", "4", "--shuffle-buffer", "8", *more)[1:]
 
 
-def report_of(output):
-    return json.loads((output / "report.json").read_text())
-
-
-def losses_of(output):
-    return [row["loss"] for row in report_of(output)["history"] if "loss" in row]
+def reported(output):
+    return [entry["loss"] for entry in report_of(output)["history"] if "loss" in entry]
 
 
 def test_the_command_reads_files(place, tmp_path, capsys):
@@ -346,7 +316,7 @@ def test_the_command_reads_files(place, tmp_path, capsys):
     for name, files in sources.items():
         data = [str(place / file) for file in files]
         assert main([*data, *arguments(place, tmp_path / name, "--show", "1")]) == 0, name
-        assert losses_of(tmp_path / name) == losses_of(tmp_path / "plain"), name
+        assert reported(tmp_path / name) == reported(tmp_path / "plain"), name
     printed = capsys.readouterr().out
     assert "a stream: 4 optimizer steps of 4 interactions, drawn from a buffer of 8; its lengths, packs and" in printed
     assert "c0:0: " in printed
@@ -356,7 +326,7 @@ def test_the_command_reads_files(place, tmp_path, capsys):
     assert "| training | 16 interactions, read as a stream |" in card
     # The same run again, from the file that it left.
     again = ["--config", str(tmp_path / "two" / "run.yaml"), "-o", str(tmp_path / "again"), "--quiet"]
-    assert main(again) == 0 and losses_of(tmp_path / "again") == losses_of(tmp_path / "two")
+    assert main(again) == 0 and reported(tmp_path / "again") == reported(tmp_path / "two")
 
 
 @pytest.fixture
@@ -374,7 +344,7 @@ def piped(place):
 def test_the_command_reads_standard_input_and_a_dataset_by_name(place, tmp_path, lab, monkeypatch, piped):
     """A name is a Hugging Face dataset, which streams."""
     datasets = pytest.importorskip("datasets")
-    rows = [lab_row(item) for item in lab.make_interactions(12)]
+    rows = [row(item) for item in lab.make_interactions(12)]
 
     def load_dataset(name, config, *, split, streaming):
         assert (name, split, streaming) == ("org/rows", "train", True)
@@ -384,7 +354,7 @@ def test_the_command_reads_standard_input_and_a_dataset_by_name(place, tmp_path,
     for name, data in (("file", place / "data.jsonl"), ("pipe", "-"), ("hub", "org/rows")):
         more = ("--quiet", "--set", "teacher_check=0", "--set", "tokenizer_workers=1")
         assert main([str(data), *arguments(place, tmp_path / name, *more)]) == 0, name
-        assert losses_of(tmp_path / name) == losses_of(tmp_path / "file"), name
+        assert reported(tmp_path / name) == reported(tmp_path / "file"), name
 
 
 def test_the_command_ends_with_the_stream_and_goes_on(place, tmp_path, caplog):
@@ -396,7 +366,7 @@ def test_the_command_ends_with_the_stream_and_goes_on(place, tmp_path, caplog):
     assert main([data, *arguments(place, tmp_path / "part", *more, "--max-steps", "8", "--resume")]) == 0
     for output in (tmp_path / "whole", tmp_path / "part"):
         assert (report_of(output)["steps"], report_of(output)["interactions"]) == (6, 24)
-    assert losses_of(tmp_path / "part") == losses_of(tmp_path / "whole")
+    assert reported(tmp_path / "part") == reported(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

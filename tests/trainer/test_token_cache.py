@@ -90,10 +90,9 @@ def test_damaged_tokens_are_made_again(data, lab, tmp_path, caplog):
 
 def test_a_run_reads_what_a_dry_run_kept(data, lab, tmp_path, monkeypatch):
     model, folder = tmp_path / "model", tmp_path / "tokens"
-    lab.make_model().save_pretrained(model)
-    lab.make_tokenizer().save_pretrained(model)
-    options = [str(data), "--model", str(model), "--cpu", "--batch-size", "8", "--max-steps", "2", "--epochs", "1"]
-    options += ["--template", "note {o}", "--set", "save_strategy=no", "--quiet"]
+    lab.save(model)
+    options = [str(data), "--model", str(model), "--template", "note {o}", "--cpu", "--batch-size", "8", "--quiet"]
+    options += ["--max-steps", "2", "--set", "save_strategy=no"]
     assert main([*options, "-o", str(tmp_path / "a"), "--dry-run", "--token-cache", str(folder)]) == 0
     monkeypatch.setattr("fastsdpo.trainer.data.tokenize_chunks", None)  # nothing is tokenized
     assert main([*options, "-o", str(tmp_path / "b"), "--token-cache", str(folder)]) == 0

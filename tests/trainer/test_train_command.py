@@ -9,9 +9,7 @@ import os
 import re
 import shutil
 import signal
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -23,26 +21,17 @@ from fastsdpo.commands import run
 from fastsdpo.data.locks import locked
 from fastsdpo.train import main
 from fastsdpo.trainer import by_time
+from tests.servers import serving
+from tests.trainer.conftest import command, report_of
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, lab):
-    """A folder with ``model/``, ``data.jsonl`` (12 interactions) and ``data.eval.jsonl`` (4)."""
-    folder = tmp_path_factory.mktemp("train")
-    lab.make_model().save_pretrained(folder / "model")
-    lab.make_tokenizer().save_pretrained(folder / "model")
-    lab.write_rows(folder / "data.jsonl", lab.make_interactions())
-    lab.write_rows(folder / "data.eval.jsonl", lab.make_interactions(2, seed=9))
-    return folder
+    return lab.make_place(tmp_path_factory.mktemp("train"))
 
 
 def arguments(place, output, *more):
-    settings = (
-        "--cpu --batch-size 4 --epochs 1 --logging-steps 1 --learning-rate 1e-3 "
-        "--set save_strategy=no --set dataloader_pin_memory=false"
-    )
-    files = [str(place / "data.jsonl"), "--model", str(place / "model"), "-o", str(output)]
-    return [*files, "--template", " note {o}", *settings.split(), *more]
+    return command(place, output, "--learning-rate", "1e-3", *more)
 
 
 def loaded(folder):
@@ -65,7 +54,7 @@ def test_run_report_and_reload(place, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(arguments(place, output)) == 0
     assert "step 3/3  loss " in capsys.readouterr().err
-    report = json.loads((output / "report.json").read_text())
+    report = report_of(output)
     assert (report["interactions"], report["left_out"], report["steps"]) == (12, [], 3)
     assert report["sharing"] == "conversation" and report["settings"]["learning_rate"] == 1e-3
     assert report["before"]["eval_loss"] != report["after"]["eval_loss"]
@@ -108,7 +97,7 @@ def test_run_report_and_reload(place, tmp_path, capsys):
     assert (output / "report.json").read_text() == text
     assert main(arguments(place, output, "--overwrite", "--quiet", "--max-steps", "1")) == 0
     assert capsys.readouterr().out == ""
-    assert json.loads((output / "report.json").read_text())["steps"] == 1
+    assert report_of(output)["steps"] == 1
 
 
 def test_lora_run(place, tmp_path):
@@ -171,8 +160,8 @@ def test_mistakes_are_said_before_a_model_is_loaded(place, tmp_path, capsys, mor
 def test_bad_data_is_said_before_a_model_is_loaded(place, tmp_path, capsys, text, message):
     if text is not None:
         (tmp_path / "bad.jsonl").write_text(text)
-    command = arguments(place, tmp_path / "out", "--model", "/nowhere/model")
-    assert main([str(tmp_path / "bad.jsonl"), *command[1:]]) == 1
+    rest = arguments(place, tmp_path / "out", "--model", "/nowhere/model")[1:]
+    assert main([str(tmp_path / "bad.jsonl"), *rest]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -205,12 +194,12 @@ def test_a_damaged_model_is_one_sentence(place, tmp_path, capsys, monkeypatch):
     shutil.copytree(place / "model", tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:3000])
-    command = arguments(place, tmp_path / "out", "--model", str(tmp_path / "model"))
-    assert main(command) == 1
+    argv = arguments(place, tmp_path / "out", "--model", str(tmp_path / "model"))
+    assert main(argv) == 1
     assert re.search("^fastsdpo train: the model in folder .* cannot be read", capsys.readouterr().err, re.MULTILINE)
     monkeypatch.setenv("FASTSDPO_TRACEBACK", "1")
     with pytest.raises(OSError, match="cannot be read"):
-        main(command)
+        main(argv)
 
 
 def test_a_mistyped_folder_costs_one_request(place, tmp_path, capsys, monkeypatch):
@@ -243,7 +232,7 @@ def test_sigterm_saves_a_checkpoint_and_resume_goes_on(place, tmp_path, monkeypa
     assert (tmp_path / f"checkpoint-{step}" / "trainer_state.json").exists()
     assert not (tmp_path / "report.json").exists()
     assert main(arguments(place, tmp_path, "--resume", "--quiet")) == 0
-    assert json.loads((tmp_path / "report.json").read_text())["steps"] == 3
+    assert report_of(tmp_path)["steps"] == 3
 
 
 def test_evaluations_and_checkpoints_by_the_clock(place, tmp_path, monkeypatch):
@@ -251,56 +240,31 @@ def test_evaluations_and_checkpoints_by_the_clock(place, tmp_path, monkeypatch):
     monkeypatch.setattr(by_time, "MOST", float("inf"))  # however long an evaluation takes
     monkeypatch.setattr(run, "ByTime", lambda evaluate, save: by_time.ByTime(evaluate, save, first=0, every=3600))
     assert main(arguments(place, tmp_path, "--set", "save_strategy=steps", "--quiet")) == 0
-    history = json.loads((tmp_path / "report.json").read_text())["history"]
+    history = report_of(tmp_path)["history"]
     assert [row["step"] for row in history if "eval_loss" in row] == [0, 1, 3]
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
 
 
-ASKED: list = []
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as an upload asks for; keeps what was asked."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        ASKED.append((self.path, body))
-        if self.path.endswith("/preupload/main"):
-            files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for file in json.loads(body)["files"]
-            ]
-            answer = {"files": files}
-        else:
-            url = "https://huggingface.co/me/mine"
-            answer = {"url": url, "commitUrl": f"{url}/commit/0", "commitOid": "0"}
-        data = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments):
-        pass
-
-
 def test_push_to_hub(place, tmp_path, monkeypatch, capsys):
     """The repository is made, private, before training; model and card are uploaded after it."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    asked = []
+
+    def answer(path, body):
+        asked.append((path, body))
+        if path.endswith("/preupload/main"):
+            names = [file["path"] for file in json.loads(body)["files"]]
+            return 200, {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]}
+        url = "https://huggingface.co/me/mine"
+        return 200, {"url": url, "commitUrl": f"{url}/commit/0", "commitOid": "0"}
+
     monkeypatch.setenv("HF_TOKEN", "hf_none")
-    try:
+    with serving(answer) as url:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
         argv = arguments(place, tmp_path, "--lora", "2", "--max-steps", "1", "--push-to-hub", "me/mine")
         assert main(argv) == 0, capsys.readouterr().err
-    finally:
-        server.shutdown()
-        server.server_close()
-    paths = [path for path, _ in ASKED]
-    made = json.loads(ASKED[0][1])
-    assert paths[0] == "/api/repos/create" and made["name"] == "mine" and made["visibility"] == "private"
-    commit = next(body for path, body in ASKED if "/commit/" in path)
+    made = json.loads(asked[0][1])
+    assert asked[0][0] == "/api/repos/create" and made["name"] == "mine" and made["visibility"] == "private"
+    commit = next(body for path, body in asked if "/commit/" in path)
     sent = {row["value"]["path"] for row in map(json.loads, commit.splitlines()) if row["key"] == "file"}
     assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "tokenizer_config.json"} <= sent
     assert "uploaded to me/mine" in capsys.readouterr().out

@@ -168,12 +168,7 @@ def test_a_resumed_run_with_eight_bit_states(tmp_path, lab, optim):
 
     def run(checkpoint=None, noise=0):
         trainer = lab.make_trainer(
-            tmp_path,
-            model=wide_model(lab, BF16),
-            optim=optim,
-            max_steps=3,
-            save_strategy="steps",
-            save_steps=2,
+            tmp_path, model=wide_model(lab, BF16), optim=optim, max_steps=3, save_strategy="steps", save_steps=2
         )
         torch.rand(noise)
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -13,6 +13,7 @@ from benchmarks.personalization.data import COUNTS, Data, read_data
 from benchmarks.personalization.experiment import CONDITIONS, Baseline, Experiment, make_trainer
 from benchmarks.personalization.users import KindUser
 from fastsdpo.online.users import UNRELATED, ConstantUser
+from tests.plain import answer_logps
 
 pytest.importorskip("peft")
 LONG, OTHER = " ".join(f"w{i}" for i in range(30)), "w1 w2 w3"
@@ -92,9 +93,7 @@ def test_sft_is_the_gradient_of_the_answers_likelihood(lab_of, saved, tmp_path):
     got = torch.autograd.grad(loss, weights)
     plain = torch.zeros(())
     for item in items:
-        ids = torch.tensor([[*item.prompt_ids, *item.completion_ids]])
-        rows = trainer.model(input_ids=ids).logits[0, len(item.prompt_ids) - 1 : -1].log_softmax(-1)
-        plain = plain - rows.gather(-1, torch.tensor(item.completion_ids)[:, None]).mean() / len(items)
+        plain = plain - answer_logps(trainer.model, item.prompt_ids, item.completion_ids).mean() / len(items)
     wanted = torch.autograd.grad(plain, weights)
     for left, right in zip(got, wanted):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
