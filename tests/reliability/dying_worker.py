@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 from fastsdpo import SDPOTrainer
@@ -26,7 +27,12 @@ def work(how: str, *arguments: str) -> int:
 
     Path(os.environ["DYING_PIDS"], f"pid-{os.getpid()}").touch()
     SDPOTrainer.training_step = training_step
-    return main(["train", *arguments])
+    try:
+        return main(["train", *arguments])
+    except BaseException:
+        # Python prints it at a process's end; torchrun's agent prints one, which may be that of the other process.
+        traceback.print_exc()
+        raise
 
 
 def launch(how: str, *arguments: str) -> int:
