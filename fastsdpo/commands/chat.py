@@ -66,7 +66,6 @@ def build_parser() -> Parser:
         "chat",
         __doc__,
         settings=OnlineSDPOSettings.__dataclass_fields__,
-        argument_default=argparse.SUPPRESS,
     )
     run = parser.add_argument_group("chat")
     run.add_argument(
@@ -77,7 +76,7 @@ def build_parser() -> Parser:
         help="The folder for checkpoints and for what was learned from.",
     )
     parser.add_config_option(run)
-    run.add_argument("--system", default=None, metavar="TEXT", help="The system prompt. @FILE reads it from a file.")
+    run.add_argument("--system", metavar="TEXT", help="The system prompt. @FILE reads it from a file.")
     run.add_argument(
         "--learn",
         choices=LEARN,
@@ -91,7 +90,7 @@ def build_parser() -> Parser:
         metavar="CHECKPOINTS",
         help="How many checkpoints are kept. /undo goes back one fewer.",
     )
-    run.add_argument("--quiet", action="store_true", default=False, help="Print the answers only.")
+    run.add_argument("--quiet", action="store_true", help="Print the answers only.")
     add_model_options(parser, lora=16)
     without = {*WITHOUT, *OWN.difference(CHAT_FIELDS)}
     add_setting_options(parser, PRESETS, OnlineSDPOSettings, changed=CHAT, without=without)
