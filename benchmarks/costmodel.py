@@ -277,7 +277,6 @@ class Model:
 
 
 QWEN3_8B = Model("Qwen3-8B", 36, 4096, 32, 8, 128, 12288, 151936, False, True)
-QWEN3_4B = Model("Qwen3-4B", 36, 2560, 32, 8, 128, 9728, 151936, True, True)
 SMOLLM2_135M = Model("SmolLM2-135M", 30, 576, 9, 3, 64, 1536, 49152, True, False)
 
 # Kernels per layer of Hugging Face's eager modules: 7 products, 2 norms of 6, rotation 14, attention
