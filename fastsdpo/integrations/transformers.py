@@ -114,11 +114,8 @@ def label_logps(
     keep = target_ids != IGNORE_INDEX
     found = linear_token_logps(
         hidden[keep].to(head.weight.device),
-        head.weight,
-        target_ids[keep].to(head.weight.device),
-        bias=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
+        target_ids=target_ids[keep].to(head.weight.device),
+        **head._asdict(),
         temperature=temperature,
         return_entropy=return_entropy,
         chunk_size=chunk_size,

@@ -246,17 +246,8 @@ def _logps(
     from fastsdpo.prefix import head_parameters, shared_forward
 
     def of_head(owner: Any, hidden: torch.Tensor) -> torch.Tensor:
-        head = head_parameters(owner)
-        logps: Any = linear_token_logps(
-            hidden,
-            head.weight,
-            states.target_ids[: len(hidden)],
-            bias=head.bias,
-            temperature=temperature,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            backend=backend,
-        )
+        given = {"target_ids": states.target_ids[: len(hidden)], **head_parameters(owner)._asdict()}
+        logps: Any = linear_token_logps(hidden, temperature=temperature, backend=backend, **given)
         return logps.to("cpu", torch.float64)
 
     with torch.no_grad():
