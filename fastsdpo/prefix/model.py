@@ -235,23 +235,7 @@ def _linear_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
         return tokens.get_merged_weights(tokens.active_adapters), bias
     if hasattr(head, "lora_A"):
         weight, bias = _linear_weight(head.base_layer)
-        if head.disable_adapters or head.merged:
-            return weight, bias
-        active = [adapter for adapter in head.active_adapters if adapter in head.lora_A]
-        for adapter in active:
-            if getattr(head.lora_dropout[adapter], "p", 0) > 0:
-                raise NotImplementedError(
-                    f"{name}: LoRA dropout on the head, whose weight it changes for every token; set lora_dropout=0 "
-                    "or leave the head out of target_modules"
-                )
-            weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
-            if head.use_dora.get(adapter):
-                if len(active) > 1:
-                    raise NotImplementedError(f"{name}: DoRA beside another adapter on the head, got {active}")
-                # Equation 5 of https://arxiv.org/abs/2402.09353; the norm is a constant (section 4.3).
-                norm = torch.linalg.norm(weight.detach(), dim=1)
-                weight = (head.lora_magnitude_vector[adapter].weight / norm)[:, None].to(weight.dtype) * weight
-        return weight, bias
+        return weight if head.disable_adapters or head.merged else _with_lora(head, weight), bias
     if hasattr(head, "base_layer"):
         raise NotImplementedError(
             f"{name}: the head has an adapter of {type(head).__module__}; leave the head out of its target_modules"
@@ -272,3 +256,22 @@ def _linear_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise NotImplementedError(f"{name}: the head must be a torch.nn.Linear, got {type(head).__name__}")
     return head.weight, head.bias
+
+
+def _with_lora(head: Any, weight: Tensor) -> Tensor:
+    """The weight ``[V, D]`` of PEFT's layer with its active adapters (LoRA, DoRA)."""
+    name, active = "head_parameters", [adapter for adapter in head.active_adapters if adapter in head.lora_A]
+    for adapter in active:
+        if getattr(head.lora_dropout[adapter], "p", 0) > 0:
+            raise NotImplementedError(
+                f"{name}: LoRA dropout on the head, whose weight it changes for every token; set lora_dropout=0 "
+                "or leave the head out of target_modules"
+            )
+        weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
+        if head.use_dora.get(adapter):
+            if len(active) > 1:
+                raise NotImplementedError(f"{name}: DoRA beside another adapter on the head, got {active}")
+            # Equation 5 of https://arxiv.org/abs/2402.09353; the norm is a constant (section 4.3).
+            norm = torch.linalg.norm(weight.detach(), dim=1)
+            weight = (head.lora_magnitude_vector[adapter].weight / norm)[:, None].to(weight.dtype) * weight
+    return weight
