@@ -4,8 +4,6 @@ A process of its own takes 5 to 7 seconds of a core for the imports of a trainer
 three processes. The fork server has no thread and nothing of the test that starts it.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import runpy

@@ -1,7 +1,5 @@
 """What an older version wrote still works: public signatures, data files, checkpoints. See `tests/kept/make.py`."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil

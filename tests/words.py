@@ -1,7 +1,5 @@
 """A tokenizer whose tokens are words, and the shape of the smallest models that go with it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, models, pre_tokenizers

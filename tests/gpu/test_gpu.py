@@ -4,8 +4,6 @@
 that Triton's interpreter can, to try the tests themselves.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 

@@ -1,7 +1,5 @@
 """A tiny model with an offline tokenizer, as a folder: what TRL's trainers load by name."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

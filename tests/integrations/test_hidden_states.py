@@ -1,7 +1,5 @@
 """Hidden states from another process give the losses and gradients of one process; others are refused."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

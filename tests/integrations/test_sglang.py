@@ -1,7 +1,5 @@
 """Replies in SGLang's documented layout become the same teacher as vLLM's; others are refused."""
 
-from __future__ import annotations
-
 import copy
 import json
 

@@ -1,7 +1,5 @@
 """TRL's SDPO trainer patched against unpatched: losses, metrics and weights of whole runs."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import re

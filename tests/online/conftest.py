@@ -1,7 +1,5 @@
 """A tiny model, a tokenizer whose tokens are words, an online trainer, and an endpoint that fails."""
 
-from __future__ import annotations
-
 import json
 import threading
 from types import SimpleNamespace

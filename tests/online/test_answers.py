@@ -4,8 +4,6 @@ The models here are tiny and write a fixed text, by position; generation, chat, 
 the real ones.
 """
 
-from __future__ import annotations
-
 import json
 import math
 

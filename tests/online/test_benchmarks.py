@@ -1,7 +1,5 @@
 """`fastsdpo eval` on benchmarks: IFEval with the published checkers, answer files, checkpoints, a judge's wording."""
 
-from __future__ import annotations
-
 import json
 import math
 

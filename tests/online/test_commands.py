@@ -1,7 +1,5 @@
 """`fastsdpo online`, `chat` and `eval` from the command line, on a tiny model."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import math

@@ -3,8 +3,6 @@
 The answers, the weights and the files.
 """
 
-from __future__ import annotations
-
 import json
 
 import pytest

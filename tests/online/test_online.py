@@ -1,7 +1,5 @@
 """Online training: the clipped loss against float64, resumed runs, users, and answers that degenerate."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 

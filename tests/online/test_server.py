@@ -1,7 +1,5 @@
 """Answers from a server: a stand-in for the parts of vLLM's OpenAI-compatible API that are used."""
 
-from __future__ import annotations
-
 import json
 import sys
 from types import ModuleType, SimpleNamespace

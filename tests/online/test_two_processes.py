@@ -1,7 +1,5 @@
 """Online training in one process or two (gloo): the same weights, logs and files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -5,8 +5,6 @@ Beside them they test only what one backend alone promises. Values and gradients
 autograd of the written formulas (`fastsdpo.testing`).
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import replace

@@ -5,8 +5,6 @@ Vocabularies: 1000 to 1025 and 4097 (a partial, a whole and one more block), 163
 segment), 32000 and 50257 (several segments, the second odd).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 

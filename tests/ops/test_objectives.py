@@ -1,7 +1,5 @@
 """What `sampled_token` and `full` ascend, on tables where hindsight is Bayes' rule (docs/objectives.md)."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,8 +1,6 @@
 """The Triton kernels in Triton's interpreter (`TRITON_INTERPRET=1 pytest -m interpreted`) under the contract of
 all backends; and bugs known from other kernels, a test each, on ours."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

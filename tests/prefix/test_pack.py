@@ -1,7 +1,5 @@
 """The plan against brute force: every distinct prefix is one token and sees exactly its prefixes."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """SmolLM2-135M-Instruct on 20 real conversations: slow, and only where its packages are installed."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

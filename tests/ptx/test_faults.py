@@ -1,7 +1,5 @@
 """Faults that only compiled code has, executed: flushed subnormal numbers, and warps that drift apart."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """A tiny model, a tokenizer whose tokens are words, and interactions of random words."""
 
-from __future__ import annotations
-
 import json
 import random
 from types import SimpleNamespace

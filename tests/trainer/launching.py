@@ -1,7 +1,5 @@
 """Runs of `fastsdpo train` started by a launcher, and the comparison of each with one plain process."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -3,8 +3,6 @@
 A process of its own: what the tests before have allocated and freed would hide a peak.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 

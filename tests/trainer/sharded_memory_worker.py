@@ -4,8 +4,6 @@ FSDP2 is torch's own, its units those of accelerate; the other seven processes a
 Counted are the storages that are alive on the CPU.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import json

@@ -1,7 +1,5 @@
 """Adapters of PEFT: trained on from round to round, computed right, or refused by name."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -40,9 +38,6 @@ def place(tmp_path_factory, lab):
     folder = lab.make_place(tmp_path_factory.mktemp("adapters"))
     assert main(command(folder, folder / "first", "--lora", "4", "--quiet")) == 0
     return folder
-
-
-# ----------------------------------------------------------------------------- the next round
 
 
 @pytest.mark.parametrize("more", [[], ["--lora", "4", "--lora-alpha", "8"]], ids=["", "same-lora"])
@@ -159,9 +154,6 @@ def test_models_whose_adapter_would_be_lost_or_is_frozen(place, lab, tmp_path):
         SDPOTrainer(beside, lab.make_config(tmp_path), processing_class=tokenizer)
 
 
-# ----------------------------------------------------------------------------- loading
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_loading_puts_the_adapter_on_its_base(place, dtype):
     model, tokenizer = load_model_and_tokenizer(place / "first" / "model", dtype=dtype)
@@ -215,9 +207,6 @@ def test_adapters_that_cannot_be_loaded(place, tmp_path):
     shutil.copy(place / "model" / "model.safetensors", both)
     with pytest.raises(ValueError, match="must hold a model or an adapter, got both"):
         load_model_and_tokenizer(both)
-
-
-# ----------------------------------------------------------------------------- kinds of adapters
 
 
 def by_definition(model, items):

@@ -1,7 +1,5 @@
 """DeepSpeed's own engine around `shared_forward` and `linear_sdpo_loss` in a plain loop, two processes on a CPU."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import json

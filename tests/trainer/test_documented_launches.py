@@ -4,8 +4,6 @@ Replaced are the model, the files, the number of processes and the nodes' addres
 on this machine. accelerate starts one process of DeepSpeed on a CPU, without --bf16, and FSDP2 by launched_worker.py.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

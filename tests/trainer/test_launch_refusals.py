@@ -1,7 +1,5 @@
 """Launches that cannot work are refused by name, with what to use instead, before weights are loaded."""
 
-from __future__ import annotations
-
 import re
 from types import SimpleNamespace
 

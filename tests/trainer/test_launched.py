@@ -3,8 +3,6 @@
 Under FSDP2 the code that shards, gathers, saves and loads is accelerate's own (see launched_worker.py).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The measures of held-out interactions, through `fastsdpo train`, against plain forward passes over text."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

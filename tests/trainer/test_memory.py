@@ -1,7 +1,5 @@
 """The forecast of a step's memory: against peaks that are measured, a walk made apart from it, and by its parts."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

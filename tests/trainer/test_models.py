@@ -1,7 +1,5 @@
 """What single families of models ask for."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest

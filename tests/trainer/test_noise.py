@@ -1,7 +1,5 @@
 """Noise in training mode: turned off for student and teacher, refused by name, or said."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers

@@ -1,7 +1,5 @@
 """The loss of a step: the published recipe, and what must not change it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -14,9 +12,6 @@ OFFLINE = (
     "\n\n[HINDSIGHT CONTEXT]\nThe following is a user response to your previous, insufficient "
     "attempt. Improve your response to the user prompt.\nFuture User Message: {o}"
 )
-
-
-# ---------------------------------------------------------- the published computation, by itself
 
 
 def published_loss(model, tokenizer, interactions, *, ignore_first_k=2, limit=2048):
@@ -130,9 +125,6 @@ def test_four_steps_of_the_paper_preset_are_the_published_ones(tmp_path, lab, to
     assert lab.largest_difference(weights[0], weights[-1]) > 1e-4
 
 
-# -------------------------------------------------------------------- what must not change it
-
-
 @pytest.mark.parametrize("normalization", ["sequence", "token"])
 @pytest.mark.parametrize("mode", ["full", "sampled_token"])
 def test_splitting_packing_and_sharing_change_nothing(tmp_path, lab, mode, normalization):
@@ -183,9 +175,6 @@ def test_accumulation_in_the_training_loop(tmp_path, lab):
         weights[-1]["loss"] = torch.tensor(lab.losses_of(trainer))
     assert lab.largest_difference(weights[0], weights[1]) < 2e-6
     assert lab.largest_difference(weights[0], weights[2]) < 2e-6
-
-
-# ------------------------------------------------------------------- sampled token, on policy
 
 
 def test_sampled_tokens_average_to_the_full_gradient():

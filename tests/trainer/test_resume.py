@@ -1,7 +1,5 @@
 """Checkpoints and teachers: a resumed run equals an uninterrupted one, and teachers move as told."""
 
-from __future__ import annotations
-
 import datetime
 
 import pytest

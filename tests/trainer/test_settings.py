@@ -1,7 +1,5 @@
 """Settings that change how a step is computed, or what is said before it."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 

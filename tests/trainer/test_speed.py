@@ -1,7 +1,5 @@
 """sdpo/mfu, data_wait and peak_memory_gb: against FLOPs that torch counts, a loader that is slow, and the process."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

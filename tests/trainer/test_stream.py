@@ -1,7 +1,5 @@
 """Training on a stream: what data that lies there would give, without a pass over it; resumed, ended, refused."""
 
-from __future__ import annotations
-
 import gzip
 import itertools
 import json

@@ -1,7 +1,5 @@
 """`fastsdpo train` on a small saved model: what it writes, refuses, and how it stops."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

@@ -1,7 +1,5 @@
 """One process or two (gloo): the same weights, losses and statistics."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """How optimizer steps reach bfloat16 weights: every optimizer with every `weight_update`."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 

@@ -3,8 +3,6 @@
 Usage: two_processes_worker.py FOLDER SETTINGS_JSON   (RANK, WORLD_SIZE, MASTER_* in the environment)
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -4,8 +4,6 @@ The engine is DeepSpeed's own; the other seven processes are not there (torch's 
 that are alive on the CPU.
 """
 
-from __future__ import annotations
-
 import gc
 import importlib
 import json
