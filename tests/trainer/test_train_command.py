@@ -98,12 +98,6 @@ def test_run_report_and_reload(place, tmp_path, capsys):
     assert report_of(output)["steps"] == 1
 
 
-def test_lora_run(place, tmp_path):
-    peft = pytest.importorskip("peft")
-    assert main(arguments(place, tmp_path, "--lora", "4", "--teacher", "frozen", "--quiet", "--max-steps", "1")) == 0
-    peft.PeftModel.from_pretrained(loaded(place / "model"), tmp_path / "model")
-
-
 MISSING = next(name for name in INTEGRATION_TO_CALLBACK if name not in get_available_reporting_integrations())
 
 
