@@ -241,16 +241,15 @@ def _linear_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
             f"{name}: the head has an adapter of {type(head).__module__}; leave the head out of its target_modules"
         )
     weight = getattr(head, "weight", None)
+    packed, option = None, ""
     # A layer of bitsandbytes, GPTQ, AWQ, ..., or torchao's weight in a layer of torch.
     if getattr(head, "quant_state", None) or hasattr(weight, "quant_state") or hasattr(weight, "CB"):
+        packed, option = head, "BitsAndBytesConfig(llm_int8_skip_modules=['lm_head'])"
+    elif type(weight).__module__.startswith("torchao"):
+        packed, option = weight, "TorchAoConfig(modules_to_not_convert=['lm_head'])"
+    if packed is not None:
         raise NotImplementedError(
-            f"{name}: the head is quantized ({type(head).__name__}); load the model with its head as it is, "
-            "BitsAndBytesConfig(llm_int8_skip_modules=['lm_head'])"
-        )
-    if type(weight).__module__.startswith("torchao"):
-        raise NotImplementedError(
-            f"{name}: the head is quantized ({type(weight).__name__}); load the model with its head as it is, "
-            "TorchAoConfig(modules_to_not_convert=['lm_head'])"
+            f"{name}: the head is quantized ({type(packed).__name__}); load the model with its head as it is, {option}"
         )
     # FSDP2 makes a subclass, which computes the same. A subclass with another forward (quantized, ...) does not.
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
