@@ -438,11 +438,7 @@ GPUS = (
 def seconds(cost: Cost, gpu: GPU, share: float | None = None) -> float:
     """The slowest of arithmetic, memory and launches: each part is assumed to hide the others."""
     rate = gpu.flops * (share or gpu.gemm)
-    return max(
-        cost.flops / rate,
-        cost.bytes / (gpu.bandwidth * gpu.bandwidth_share),
-        cost.launches * gpu.launch,
-    )
+    return max(cost.flops / rate, cost.bytes / (gpu.bandwidth * gpu.bandwidth_share), cost.launches * gpu.launch)
 
 
 def step_seconds(costs: dict[str, Cost], gpu: GPU) -> float:

@@ -32,12 +32,7 @@ _ERRORS = {
 class NativeRows(ctypes.Structure):
     """``fastsdpo_rows``: logits ``[B, L, V]`` with any strides on B and L."""
 
-    _fields_ = (
-        ("data", c_void_p),
-        ("stride_b", c_int64),
-        ("stride_l", c_int64),
-        ("dtype", c_int64),
-    )
+    _fields_ = (("data", c_void_p), ("stride_b", c_int64), ("stride_l", c_int64), ("dtype", c_int64))
 
 
 class NativeCall(ctypes.Structure):

@@ -133,12 +133,7 @@ ROUNDING = {
 
 
 def assert_gradient_close(
-    actual: Tensor,
-    expected: Tensor,
-    plain: Tensor | None = None,
-    *,
-    floor: float = 4e-6,
-    absolute: float = 0.0,
+    actual: Tensor, expected: Tensor, plain: Tensor | None = None, *, floor: float = 4e-6, absolute: float = 0.0
 ) -> None:
     """Asserts the error budget for gradients: 2 x plain PyTorch's error in the same dtype + one rounding.
 

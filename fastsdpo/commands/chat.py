@@ -62,11 +62,7 @@ LEARN = ("told", "always")
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        "chat",
-        __doc__,
-        settings=OnlineSDPOSettings.__dataclass_fields__,
-    )
+    parser = Parser("chat", __doc__, settings=OnlineSDPOSettings.__dataclass_fields__)
     run = parser.add_argument_group("chat")
     run.add_argument(
         "-o",

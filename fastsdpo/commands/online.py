@@ -49,11 +49,7 @@ OFFLINE += ("token_cache", "tokenizer_workers", "group_by_conversation")
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        "online",
-        __doc__,
-        settings=OnlineSDPOSettings.__dataclass_fields__,
-    )
+    parser = Parser("online", __doc__, settings=OnlineSDPOSettings.__dataclass_fields__)
     group = parser.add_argument_group("run")
     group.add_argument(
         "prompts",

@@ -72,11 +72,7 @@ NOT_STREAMED = ("dry-run", "token-cache", "dataloader_num_workers")
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        "train",
-        __doc__,
-        settings=SDPOSettings.__dataclass_fields__,
-    )
+    parser = Parser("train", __doc__, settings=SDPOSettings.__dataclass_fields__)
     group = parser.add_argument_group("run")
     add_data_options(group)
     group.add_argument(

@@ -209,9 +209,5 @@ def chat_model(options: argparse.Namespace, role: str, **settings: Any) -> ChatE
     if "max_new_tokens" in settings:
         settings["max_tokens"] = settings.pop("max_new_tokens")
     return ChatEndpoint(
-        url,
-        name,
-        timeout=given[f"{role}_timeout"],
-        concurrency=given[f"{role}_concurrency"],
-        **settings,
+        url, name, timeout=given[f"{role}_timeout"], concurrency=given[f"{role}_concurrency"], **settings
     )

@@ -181,9 +181,7 @@ def extract_interactions(
     return interactions
 
 
-def _turns(
-    messages: Sequence[Mapping],
-) -> tuple[list[dict], list[dict], list[bool], list[int], Sequence[Mapping]]:
+def _turns(messages: Sequence[Mapping]) -> tuple[list[dict], list[dict], list[bool], list[int], Sequence[Mapping]]:
     """([the system message] or [], alternating user / assistant messages starting with a user's, of
     each whether it is the last of different answers, of each the index of its last message, the
     messages from which on nothing is taken)"""

@@ -75,10 +75,7 @@ class ChatEndpoint:
         """Returns the reply's text, or None if there is none. Failures are counted; the first logs a warning."""
         try:
             answer = self.client.chat.completions.create(
-                model=self.model,
-                messages=list(messages),
-                max_tokens=self.max_tokens,
-                temperature=self.temperature,
+                model=self.model, messages=list(messages), max_tokens=self.max_tokens, temperature=self.temperature
             )
             text = answer.choices[0].message.content
         except Exception as error:  # whatever a server can send must not end the run

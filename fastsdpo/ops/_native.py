@@ -123,17 +123,7 @@ def backward(
 def support(logits: Tensor, target_ids: Tensor, k: int, ignore_index: int) -> Tensor:
     """In ascending order; of equal logits the first. 0 to k - 1 for rows whose target is ignored."""
     ids = torch.empty(len(target_ids), k, dtype=torch.int64)
-    call(
-        "support",
-        logits,
-        target_ids,
-        FORWARD,
-        1.0,
-        0.0,
-        ignore_index,
-        K=k,
-        support=vector(ids, torch.int64),
-    )
+    call("support", logits, target_ids, FORWARD, 1.0, 0.0, ignore_index, K=k, support=vector(ids, torch.int64))
     return ids
 
 

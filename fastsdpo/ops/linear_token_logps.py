@@ -12,14 +12,7 @@ from fastsdpo.ops import token_terms
 from fastsdpo.ops.backend import resolve_backend
 from fastsdpo.ops.checks import check_like, check_logits, check_softcap, check_temperature, flat_ids
 from fastsdpo.ops.head import ChunkPlan, choose_dtypes
-from fastsdpo.ops.linear_checks import (
-    check_chunk,
-    check_head_tensors,
-    check_scale,
-    check_tile,
-    flat_hidden,
-    gathered,
-)
+from fastsdpo.ops.linear_checks import check_chunk, check_head_tensors, check_scale, check_tile, flat_hidden, gathered
 from fastsdpo.ops.rows import LossOptions
 
 

@@ -102,8 +102,7 @@ def check_noise(model: nn.Module, *, disable_dropout: bool) -> str | None:
     rates = config_rates(model)
     if rates:
         logger.warning(
-            "set to 0 in the model's configuration, which the saved model takes over: %s",
-            ", ".join(map(str, rates)),
+            "set to 0 in the model's configuration, which the saved model takes over: %s", ", ".join(map(str, rates))
         )
         turn_off(rates)
         noisy = noisy_module(model)

@@ -289,14 +289,7 @@ class FlashAttention(torch.autograd.Function):
             assert not call.before, "a pass over keys of another one has no gradient"
             rows, columns = slice(*call.queries), slice(*call.keys)
             parts = VARLEN.backward(
-                grad[rows],
-                q[rows],
-                k[columns],
-                v[columns],
-                out[rows],
-                lse[:, rows].contiguous(),
-                call,
-                ctx.scale,
+                grad[rows], q[rows], k[columns], v[columns], out[rows], lse[:, rows].contiguous(), call, ctx.scale
             )
             for sums, part, where, gap in zip(
                 total, parts, (rows, columns, columns), (call.no_keys, call.no_queries, call.no_queries)
