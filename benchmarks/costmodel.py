@@ -92,11 +92,6 @@ def gradient_chunks(tokens: int, chunk: int) -> int:
     return max(1, min(math.ceil(tokens / chunk), 4096 // chunk))
 
 
-def linear_gemms(*, gradients: bool = True, frozen_head: bool = False) -> int:
-    """Products of T x V x D: student, teacher, dHidden, dWeight."""
-    return 2 + (gradients) + (gradients and not frozen_head)
-
-
 def linear_loss(
     mode: str,
     tokens: int,
