@@ -43,11 +43,7 @@ MODES: dict[str, dict[str, Any]] = {
     "full-reverse": {"distillation_mode": "full_logits"},
     "full-jsd": {"distillation_mode": "full_logits", "distillation_alpha": 0.5},
     "topk": {"distillation_mode": "topk_logits", "distillation_topk": 100},
-    "topk-tail": {
-        "distillation_mode": "topk_logits",
-        "distillation_topk": 100,
-        "distillation_add_tail": True,
-    },
+    "topk-tail": {"distillation_mode": "topk_logits", "distillation_topk": 100, "distillation_add_tail": True},
     "full-reverse and policy": {"distillation_mode": "full_logits", "distillation_weight": 0.5},
     "policy": {"distillation_weight": 0.0},
 }

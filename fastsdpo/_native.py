@@ -23,10 +23,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # What setup.py leaves behind instead of the library when the build fails.
 BUILD_FAILURE = "native_build_failed.txt"
 
-_ERRORS = {
-    -1: "target_ids must lie in [0, V) or be ignore_index",
-    -2: "topk_ids must lie in [0, V)",
-}
+_ERRORS = {-1: "target_ids must lie in [0, V) or be ignore_index", -2: "topk_ids must lie in [0, V)"}
 
 
 class NativeRows(ctypes.Structure):

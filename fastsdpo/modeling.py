@@ -30,12 +30,7 @@ from fastsdpo.lazy import needed
 from fastsdpo.ops.backend import usable_device
 from fastsdpo.quantized import check_quantize, packing
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def load_model_and_tokenizer(

@@ -127,11 +127,7 @@ def check_set(options: argparse.Namespace) -> None:
 
 # One interaction a step, and no end to the steps: a teacher that cannot drift with the student, and answers
 # that are read by a person, so drawn as the model's makers do.
-CHAT: dict[str, Any] = {
-    "teacher": "frozen",
-    "learning_rate": 1e-4,
-    "sampling_temperature": None,
-}
+CHAT: dict[str, Any] = {"teacher": "frozen", "learning_rate": 1e-4, "sampling_temperature": None}
 
 
 if __name__ == "__main__":

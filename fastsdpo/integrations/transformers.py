@@ -147,10 +147,7 @@ class SDPOLabels(dict):
         return self["labels"].ne(value)
 
 
-TEACHERS = {
-    "sampled_token": ("teacher_logps",),
-    "topk": ("teacher_topk_ids", "teacher_topk_logps"),
-}
+TEACHERS = {"sampled_token": ("teacher_logps",), "topk": ("teacher_topk_ids", "teacher_topk_logps")}
 
 
 def sdpo_loss_func(

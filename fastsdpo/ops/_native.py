@@ -26,10 +26,7 @@ def _stats(stats: Tensor, columns: int) -> dict[str, object]:
     start = vector(stats)
     if not start:
         return {}
-    return {
-        "stats": tuple(start + 4 * column for column in range(columns)),
-        "stats_stride": stats.shape[1],
-    }
+    return {"stats": tuple(start + 4 * column for column in range(columns)), "stats_stride": stats.shape[1]}
 
 
 def _call(
