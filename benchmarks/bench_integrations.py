@@ -122,14 +122,9 @@ def transformers_runs(args: argparse.Namespace) -> tuple[nn.Module, Runs]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = harness.Arguments(__doc__, rounds=5)
-    parser.size("sequences", 4, 2)
-    parser.size("prompt", 32, 4)
-    parser.size("completion", 128, 8)
-    parser.size("vocabulary", 49152, 2048)
-    parser.size("hidden", 576, 72)
-    parser.size("layers", 2, 1)
+    parser.model_sizes()
     args = parser.parse_args(argv)
-    size = {"tokens": args.sequences * args.completion, "vocabulary": args.vocabulary, "hidden": args.hidden}
+    size = harness.size_of(args)
     rows = []
     for name, config in CONFIGS.items():
         for source, runs in verl_runs(args, config).items():

@@ -10,8 +10,6 @@ library. The gradients of hidden states and head, which the caller keeps, are in
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 from benchmarks import costmodel, harness
 from fastsdpo.bench import FROM_HIDDEN, HiddenCase
@@ -52,9 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         found = {}
         for who in RIVALS:
             point = [*map(str, case.values()), who]
-            command = [sys.executable, "-m", "benchmarks.bench_memory", "--point", *point]
-            said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=harness.ROOT).stdout
-            found[who] = {"peak_bytes": json.loads(said.splitlines()[-1])}
+            found[who] = {"peak_bytes": harness.in_child("bench_memory", "--point", *point)}
             print(f"{' '.join(point)}: {found[who]['peak_bytes'] >> 20} MiB", flush=True)
         chunk = costmodel.default_chunk(tokens, vocabulary, budget=2**24, least=256)  # of a CPU
         predicted = costmodel.linear_loss_peak(tokens, vocabulary, hidden, operand=4, chunk=chunk)

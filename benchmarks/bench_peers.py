@@ -146,27 +146,28 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     size: dict[str, Any] = {"tokens": args.tokens, "vocabulary": args.vocabulary, "hidden": args.hidden}
-    cases: dict[str, Runs] = {}
+    cases: dict[str, Runs]
     if args.peer == "swift":
-        for name, beta, topk in (("forward", 0.0, None), ("jsd", 0.5, None), ("reverse", 1.0, None)):
-            cases[name] = swift_runs(args, beta, topk)
-        cases["top-k, forward"] = swift_runs(args, 0.0, args.topk)
+        losses = {"forward": (0.0, None), "jsd": (0.5, None), "reverse": (1.0, None)}
+        losses["top-k, forward"] = (0.0, args.topk)
+        cases = {name: swift_runs(args, *loss) for name, loss in losses.items()}
     elif args.peer == "torchrl":
-        cases["k3"] = torchrl_runs(args)
+        cases = {"k3": torchrl_runs(args)}
     else:
-        for frozen in (False, True):
-            for normalize in (True, False):
-                name = f"{'normalized' if normalize else 'as it is'}, head {'frozen' if frozen else 'trained'}"
-                cases[name] = axolotl_runs(args, frozen, normalize)
+        names = {True: "normalized", False: "as it is"}, {False: "trained", True: "frozen"}
+        cases = {
+            f"{names[0][normalize]}, head {names[1][frozen]}": axolotl_runs(args, frozen, normalize)
+            for frozen in (False, True)
+            for normalize in (True, False)
+        }
     rows = []
     for name, runs in cases.items():
         other = runs.pop("ours, whole vocabulary", None)  # another loss: timed, not compared
         case = {"peer": args.peer, "loss": name, **size}
         row = harness.compare(case, runs, args)
         if other is not None:
-            row["rivals"] |= harness.compare({**case, "loss": "JSD"}, {"ours, whole vocabulary": other}, args)[
-                "rivals"
-            ]
+            alone = harness.compare({**case, "loss": "JSD"}, {"ours, whole vocabulary": other}, args)
+            row["rivals"] |= alone["rivals"]
         rows.append(row)
     harness.record(harness.results_file("peers", args), rows)
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -92,9 +91,7 @@ def memory_of(args: argparse.Namespace, argv: list[str]) -> harness.Row:
     """Peak resident bytes of each rival, in a process of its own."""
     found = {}
     for name in args.rivals:
-        command = [sys.executable, "-m", "benchmarks.bench_sharing", *argv, "--in-child", name]
-        said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=harness.ROOT).stdout
-        before, peak, seconds = json.loads(said.strip().splitlines()[-1])
+        before, peak, seconds = harness.in_child("bench_sharing", *argv, "--in-child", name)
         print(f"{name:16s} {before / 2**30:.2f} -> {peak / 2**30:.2f} GiB", flush=True)
         found[name] = {"before_bytes": before, "peak_bytes": peak, "median": seconds}
     return found

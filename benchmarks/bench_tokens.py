@@ -19,7 +19,6 @@ import itertools
 import json
 import random
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -71,9 +70,7 @@ def measure_tokenize(folder: Path, args: argparse.Namespace) -> harness.Row:
             cache = folder / f"tokens-{number}-{workers}"
             for name in (f"{workers} worker{'s' if workers > 1 else ''}", "found again"):
                 call = json.dumps([str(prepared), model, str(cache), workers])
-                command = [sys.executable, "-m", "benchmarks.bench_tokens", "--child", call]
-                said = subprocess.run(command, cwd=harness.ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-                found[name].append(json.loads(said.splitlines()[-1]))
+                found[name].append(harness.in_child("bench_tokens", "--child", call))
                 print(f"{name}: {found[name][-1]}", flush=True)
     rivals = {name: rival(runs) for name, runs in found.items()}
     return {
@@ -164,10 +161,8 @@ def hold(cache: str, count: int) -> harness.Row:
 
 def measure_map(folder: Path, args: argparse.Namespace) -> harness.Row:
     call = json.dumps([str(folder / "cache"), args.interactions])
-    hold_command = [sys.executable, "-m", "benchmarks.bench_tokens", "--hold", call]
     for _ in range(2):  # the first makes the cache, and holds what that leaves behind
-        said = subprocess.run(hold_command, cwd=harness.ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    found = json.loads(said.splitlines()[-1])
+        found = harness.in_child("bench_tokens", "--hold", call)
     print(found, flush=True)
     return {"case": {"what": "map", "interactions": args.interactions}, **found, "rivals": {}}
 

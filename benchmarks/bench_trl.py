@@ -26,9 +26,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
 from benchmarks import harness, trl_trainers
@@ -45,23 +43,13 @@ MODES: dict[str, dict[str, Any]] = {
     "full-reverse": {"distillation_mode": "full_logits"},
     "full-jsd": {"distillation_mode": "full_logits", "distillation_alpha": 0.5},
     "topk": {"distillation_mode": "topk_logits", "distillation_topk": 100},
-    "topk-tail": {
-        "distillation_mode": "topk_logits",
-        "distillation_topk": 100,
-        "distillation_add_tail": True,
-    },
+    "topk-tail": {"distillation_mode": "topk_logits", "distillation_topk": 100, "distillation_add_tail": True},
     "full-reverse and policy": {"distillation_mode": "full_logits", "distillation_weight": 0.5},
     "policy": {"distillation_weight": 0.0},
 }
 
 
 def make_trainer(folder: str, model: nn.Module) -> SDPOTrainer:
-    words = {"<pad>": 0, "<end>": 1, "word": 2}
-    backend = Tokenizer(models.WordLevel(words, unk_token="word"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="word"
-    )
     args = SDPOConfig(
         output_dir=folder,
         use_cpu=True,
@@ -77,7 +65,7 @@ def make_trainer(folder: str, model: nn.Module) -> SDPOTrainer:
         reward_funcs=lambda prompts, **_: [0.0] * len(prompts),
         args=args,
         train_dataset=Dataset.from_dict({"prompt": ["word"] * 4}),
-        processing_class=tokenizer,
+        processing_class=trl_trainers.make_tokenizer(),
     )
 
 
@@ -107,15 +95,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = harness.Arguments(__doc__)
     parser.size("modes", list(MODES), ["sampled"], str, nargs="+", choices=list(MODES))
     parser.add_argument("--trainers", nargs="*", default=[], choices=list(trl_trainers.STEPS))
-    parser.size("sequences", 4, 2)
-    parser.size("prompt", 32, 4)
-    parser.size("completion", 128, 8)
-    parser.size("vocabulary", 49152, 2048)
-    parser.size("hidden", 576, 72)
-    parser.size("layers", 2, 1)
+    parser.model_sizes()
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
-    size = {"tokens": args.sequences * args.completion, "vocabulary": args.vocabulary, "hidden": args.hidden}
+    size = harness.size_of(args)
     for name in args.trainers:
         with tempfile.TemporaryDirectory() as folder:
             batch = make_batch(args.sequences, args.prompt, args.completion, args.vocabulary)

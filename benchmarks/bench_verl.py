@@ -152,17 +152,12 @@ def same(got: Tensor | None, want: Tensor | None) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     parser = harness.Arguments(__doc__, rounds=3)
-    parser.size("sequences", 4, 2)
-    parser.size("prompt", 32, 4)
-    parser.size("completion", 128, 8)
-    parser.size("vocabulary", 49152, 2048)
-    parser.size("hidden", 576, 72)
-    parser.size("layers", 2, 1)
+    parser.model_sizes()
     parser.size("topk", 20, 4)
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     verl_on_cpu.use_cpu()
-    size = {"tokens": args.sequences * args.completion, "vocabulary": args.vocabulary, "hidden": args.hidden}
+    size = harness.size_of(args)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -173,11 +173,7 @@ def doctor(python: Path, work: Path) -> dict[str, Any]:
 
 def try_combination(name: str, wheel: Path, folder: Path) -> dict[str, Any]:
     version, wanted = COMBINATIONS[name]
-    row: dict[str, Any] = {
-        "name": name,
-        "kind": "combination",
-        "wanted": [w for w in wanted if "/" not in w],
-    }
+    row: dict[str, Any] = {"name": name, "kind": "combination", "wanted": [w for w in wanted if "/" not in w]}
     python = find_python(version)
     if python is None:
         return {**row, "installed": False, "problem": f"no Python {version} here"}
@@ -190,11 +186,7 @@ def try_combination(name: str, wheel: Path, folder: Path) -> dict[str, Any]:
     done = run([*pip, f"fastsdpo[train,peft,online] @ {wheel.as_uri()}", *TOOLS, *wanted])
     if done.returncode:
         return {**row, "installed": False, "problem": done.stdout[-1000:]}
-    row |= {
-        "installed": True,
-        "versions": versions(inside),
-        "install_seconds": time.monotonic() - started,
-    }
+    row |= {"installed": True, "versions": versions(inside), "install_seconds": time.monotonic() - started}
     work = folder / "work"
     started = time.monotonic()
     row["doctor"] = doctor(inside, work)

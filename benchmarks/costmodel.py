@@ -92,11 +92,6 @@ def gradient_chunks(tokens: int, chunk: int) -> int:
     return max(1, min(math.ceil(tokens / chunk), 4096 // chunk))
 
 
-def linear_gemms(*, gradients: bool = True, frozen_head: bool = False) -> int:
-    """Products of T x V x D: student, teacher, dHidden, dWeight."""
-    return 2 + (gradients) + (gradients and not frozen_head)
-
-
 def linear_loss(
     mode: str,
     tokens: int,
@@ -277,7 +272,6 @@ class Model:
 
 
 QWEN3_8B = Model("Qwen3-8B", 36, 4096, 32, 8, 128, 12288, 151936, False, True)
-QWEN3_4B = Model("Qwen3-4B", 36, 2560, 32, 8, 128, 9728, 151936, True, True)
 SMOLLM2_135M = Model("SmolLM2-135M", 30, 576, 9, 3, 64, 1536, 49152, True, False)
 
 # Kernels per layer of Hugging Face's eager modules: 7 products, 2 norms of 6, rotation 14, attention
@@ -439,11 +433,7 @@ GPUS = (
 def seconds(cost: Cost, gpu: GPU, share: float | None = None) -> float:
     """The slowest of arithmetic, memory and launches: each part is assumed to hide the others."""
     rate = gpu.flops * (share or gpu.gemm)
-    return max(
-        cost.flops / rate,
-        cost.bytes / (gpu.bandwidth * gpu.bandwidth_share),
-        cost.launches * gpu.launch,
-    )
+    return max(cost.flops / rate, cost.bytes / (gpu.bandwidth * gpu.bandwidth_share), cost.launches * gpu.launch)
 
 
 def step_seconds(costs: dict[str, Cost], gpu: GPU) -> float:

@@ -20,7 +20,6 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
-from xml.etree import ElementTree
 
 import torch
 from transformers import LlamaConfig, Qwen3Config
@@ -36,7 +35,6 @@ from fastsdpo.trainer.memory_walk import ModelShape, Processes, walk_step
 
 PAGE = harness.ROOT / "docs" / "distributed.md"
 MATRIX, FORECASTS = (harness.RESULTS / f"{name}.json" for name in ("distributed_cpu", "forecasts"))
-MARKED = re.compile(r"<!-- (matrix|forecasts) -->\n.*?<!-- end -->\n", re.DOTALL)
 
 # ------------------------------------------------------------------------------------------------- matrix
 
@@ -70,12 +68,7 @@ def run_tests(names: list[str], only: str) -> None:
 
 def read_tests(report: Path) -> dict[str, str]:
     """Of each test of a JUnit file, "passed", "skipped" or "failed"."""
-    found = {}
-    for case in ElementTree.parse(report).getroot().iter("testcase"):
-        kinds = {child.tag for child in case}
-        result = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        found[f"{str(case.get('classname')).rpartition('.')[2]}::{case.get('name')}"] = result
-    return found
+    return {f"{module.rpartition('.')[2]}::{name}": state for module, name, state, _ in harness.junit(report)}
 
 
 def matrix(rows: list[harness.Row]) -> str:
@@ -269,12 +262,11 @@ def page(text: str) -> str:
     """The page with its tables made anew."""
     made = {"matrix": (matrix, MATRIX), "forecasts": (forecasts, FORECASTS)}
 
-    def fill(found: re.Match[str]) -> str:
-        table, path = made[found[1]]
-        said = table(harness.read(path)) if path.exists() else "Not recorded yet.\n"
-        return f"<!-- {found[1]} -->\n\n{said}\n<!-- end -->\n"
+    def table(name: str) -> str:
+        make, path = made[name]
+        return make(harness.read(path)) if path.exists() else "Not recorded yet.\n"
 
-    return MARKED.sub(fill, text)
+    return harness.with_tables(text, "matrix|forecasts", table)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -293,13 +285,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.only in " ".join(map(str, plan)):
                 harness.record(FORECASTS, [row := forecast(plan)])
                 print(plan, f"{row['peak'] / 1e9:.1f} GB", flush=True)
-    old = PAGE.read_text("utf-8")
-    new = page(old)
-    if args.check:
-        return int(old != new)
-    PAGE.write_text(new, "utf-8")
-    print(PAGE)
-    return 0
+    return harness.keep_page(PAGE, page(PAGE.read_text("utf-8")), args.check)
 
 
 if __name__ == "__main__":

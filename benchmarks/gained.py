@@ -17,11 +17,7 @@ from fastsdpo.timing import markdown_table
 PAGES = sorted((harness.ROOT / "docs" / "integrations").glob("*.md"))
 MARKED = re.compile(r"(<!-- gained: (\w+) ?([^>]*?) ?-->\n).*?(<!-- end -->)", re.DOTALL)
 # What a row is called: these parts of its case. The command that measures it.
-NAMES = {
-    "distillation_trainers": ("trainer", "mode"),
-    "peers": ("loss",),
-    "verl": ("loss",),
-}
+NAMES = {"distillation_trainers": ("trainer", "mode"), "peers": ("loss",), "verl": ("loss",)}
 COMMANDS = {
     "distillation_trainers": "python -m benchmarks.bench_trl --trainers GKD GOLD Distillation SDFT ...",
     "peers": "PYTHONPATH=build/peers/{peer} python -m benchmarks.bench_peers --peer {peer}",

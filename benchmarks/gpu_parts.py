@@ -20,10 +20,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import harness
 from benchmarks.gpu_machine import Machine, Row
-from benchmarks.harness import read_junit
 
-ROOT = Path(__file__).parent.parent
 # The module of each part, which is a function there: a Machine -> rows.
 LOSSES, MODELS = "benchmarks.gpu_losses", "benchmarks.gpu_models"
 PARTS = {
@@ -42,7 +41,7 @@ def tests(machine: Machine) -> Iterator[Row]:
     """The GPU tests: counts, and a row with the end of the report of each that failed."""
     import pytest
 
-    files = sorted(ROOT.glob("tests/**/test_*.py"))  # others need not be imported
+    files = sorted(harness.ROOT.glob("tests/**/test_*.py"))  # others need not be imported
     marked = [str(path) for path in files if "mark.gpu" in path.read_text("utf-8")]
     processes, chosen = "4", []
     if machine.rehearsal:
@@ -69,7 +68,7 @@ def tests(machine: Machine) -> Iterator[Row]:
         )
         if not report.exists():
             raise RuntimeError(f"pytest ended with {status} and without a report")
-        found = read_junit(report)
+        found = harness.read_junit(report)
     yield {**found, "failed": len(found["failed"])}
     for name, text in found["failed"].items():
         yield {"test": name, "problem": "\n".join(text.splitlines()[-7:])}

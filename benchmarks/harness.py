@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +74,29 @@ class Arguments(argparse.ArgumentParser):
         options["help"] = f"{options.get('help', '')} (default: {full})".strip()
         self.add_argument(f"--{name}", type=kind, **options)
 
+    def model_sizes(self) -> None:
+        """The sizes of a batch and of a small Llama; `size_of` gives those that name a case."""
+        sizes = {"sequences": (4, 2), "prompt": (32, 4), "completion": (128, 8)}
+        for name, both in {**sizes, "vocabulary": (49152, 2048), "hidden": (576, 72), "layers": (2, 1)}.items():
+            self.size(name, *both)
+
     def parse_args(self, *arguments: Any) -> argparse.Namespace:  # type: ignore[override]
         found = super().parse_args(*arguments)
         for name, (full, quick) in self.sizes.items():
             if getattr(found, name) is None:
                 setattr(found, name, quick if found.quick else full)
         return found
+
+
+def size_of(args: argparse.Namespace) -> Row:
+    return {"tokens": args.sequences * args.completion, "vocabulary": args.vocabulary, "hidden": args.hidden}
+
+
+def in_child(module: str, *arguments: str) -> Any:
+    """What a benchmark in a process of its own prints last, which is JSON."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    said = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(said.splitlines()[-1])
 
 
 # ------------------------------------------------------------------------------------- results files
@@ -175,16 +194,49 @@ def close(got: Tensor, want: Tensor) -> bool:
     return torch.allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-def read_junit(path: Path) -> dict[str, Any]:
-    """``{"passed", "skipped", "failed": {test: end of its report}}`` of a JUnit XML file."""
-    found: dict[str, Any] = {"passed": 0, "skipped": 0, "failed": {}}
+# --------------------------------------------------------------------------------------------- pages
+
+
+def with_tables(text: str, names: str, table: Callable[[str], str]) -> str:
+    """A page with its tables made anew.
+
+    Args:
+        names: a pattern; a table stands between ``<!-- NAME -->`` and ``<!-- end -->``.
+        table: the text of a table by its name.
+    """
+
+    def made(found: re.Match[str]) -> str:
+        return f"<!-- {found[1]} -->\n\n{table(found[1])}\n<!-- end -->\n"
+
+    return re.sub(rf"<!-- ({names}) -->\n.*?<!-- end -->\n", made, text, flags=re.DOTALL)
+
+
+def keep_page(page: Path, text: str, check: bool) -> int:
+    """Writes a page; with ``check`` writes nothing, and the exit status is 1 where the page is not this text."""
+    if check:
+        same = page.exists() and page.read_text("utf-8") == text
+        print(f"{page.name} is {'what' if same else 'not what'} the results files say")
+        return int(not same)
+    page.write_text(text, "utf-8")
+    print(f"wrote {page.relative_to(ROOT)}")
+    return 0
+
+
+def junit(path: Path) -> Iterator[tuple[str, str, str, str]]:
+    """Module, name, "passed", "skipped" or "failed", and the end of its report, of each test of a JUnit XML file."""
     for case in ElementTree.parse(path).getroot().iter("testcase"):
         problem = next((case.find(kind) for kind in ("failure", "error") if case.find(kind) is not None), None)
-        if problem is not None:
-            text = f"{problem.get('message', '')}\n{problem.text or ''}"
-            found["failed"][f"{case.get('classname')}::{case.get('name')}"] = text[-3000:]
-        elif case.find("skipped") is not None:
-            found["skipped"] += 1
+        text = "" if problem is None else f"{problem.get('message', '')}\n{problem.text or ''}"
+        state = "failed" if problem is not None else "skipped" if case.find("skipped") is not None else "passed"
+        yield str(case.get("classname")), str(case.get("name")), state, text[-3000:]
+
+
+def read_junit(path: Path) -> dict[str, Any]:
+    """``{"passed", "skipped", "failed": {test: end of its report}}``."""
+    found: dict[str, Any] = {"passed": 0, "skipped": 0, "failed": {}}
+    for module, name, state, text in junit(path):
+        if state == "failed":
+            found["failed"][f"{module}::{name}"] = text
         else:
-            found["passed"] += 1
+            found[state] += 1
     return found

@@ -88,11 +88,7 @@ def recorded_tokens(template: str, interactions: float) -> dict[str, Tokens]:
     found = {}
     for level, c in counts["sharing"].items():
         found[level] = Tokens(
-            c["student_tokens"],
-            c["teacher_tokens"],
-            c["student_pairs"],
-            c["teacher_pairs"],
-            response,
+            c["student_tokens"], c["teacher_tokens"], c["student_pairs"], c["teacher_pairs"], response
         ).scaled(share)
     off = counts["sharing"]["off"]
     waste = counts["padded_tokens_batch_4"] / (off["student_tokens"] + off["teacher_tokens"])

@@ -19,7 +19,6 @@ from fastsdpo.timing import markdown_table
 
 PAGE = harness.ROOT / "docs" / "reliability.md"
 COUNTS = ("tried", "faults", "survived", "lost")
-MARKED = re.compile(r"<!-- (rows: (?P<pattern>.*?)|sums|versions) -->\n.*?<!-- end -->\n", re.DOTALL)
 
 
 def read() -> dict[str, harness.Row]:
@@ -42,28 +41,21 @@ def page(text: str) -> str:
     rows = read()
     versions = json.loads((harness.RESULTS / "compatibility_cpu.json").read_text("utf-8"))["rows"]
 
-    def fill(found: re.Match[str]) -> str:
-        if found["pattern"] is not None:
-            made = table({name: row for name, row in rows.items() if re.search(found["pattern"], name)})
-        elif found[1] == "sums":
-            made = ", ".join(f"{sum(row[key] for row in rows.values()):,} {key}" for key in COUNTS) + ".\n"
-        else:
-            made = compatibility.table(versions)
-        return f"<!-- {found[1]} -->\n\n{made}\n<!-- end -->\n"
+    def made(name: str) -> str:
+        if name.startswith("rows: "):
+            return table({key: row for key, row in rows.items() if re.search(name.removeprefix("rows: "), key)})
+        if name == "sums":
+            return ", ".join(f"{sum(row[key] for row in rows.values()):,} {key}" for key in COUNTS) + ".\n"
+        return compatibility.table(versions)
 
-    return MARKED.sub(fill, text)
+    return harness.with_tables(text, "rows: .*?|sums|versions", made)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
-    old = PAGE.read_text("utf-8")
-    new = page(old)
-    if parser.parse_args(argv).check:
-        return int(old != new)
-    PAGE.write_text(new, "utf-8")
-    print(PAGE)
-    return 0
+    check = parser.parse_args(argv).check
+    return harness.keep_page(PAGE, page(PAGE.read_text("utf-8")), check)
 
 
 if __name__ == "__main__":

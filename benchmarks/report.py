@@ -36,6 +36,12 @@ def files(theme: str) -> list[Path]:
     return sorted(harness.RESULTS.glob(f"{theme}_*.json"))
 
 
+def recorded(theme: str) -> Iterator[harness.Row]:
+    """The rows of all machines."""
+    for path in files(theme):
+        yield from harness.read(path)
+
+
 def named(theme: str) -> str:
     return ", ".join(f"`{path.name}`" for path in files(theme))
 
@@ -81,25 +87,14 @@ def logits() -> str:
     lines = []
     for label, rows in grouped("logits"):
         rivals = [span(ratio(row, who, "native fused") for row in rows) for who in ("TRL", "torch.compile", "Liger")]
-        peaks = [
-            span(
-                row["rivals"].get(who, {}).get("peak_bytes") and row["rivals"][who]["peak_bytes"] / row["tensor_bytes"]
-                for row in rows
-            )
-            for who in ("TRL", "native fused")
-        ]
-        copy = span(3 * row["tensor_bytes"] / ratio_base(row) / row["ceilings"]["copy"] for row in rows)
+        peaks = []
+        for who in ("TRL", "native fused"):
+            found = [(row["rivals"].get(who, {}).get("peak_bytes"), row["tensor_bytes"]) for row in rows]
+            peaks.append(span(peak and peak / tensor for peak, tensor in found))
+        rates = [3 * row["tensor_bytes"] / row["rivals"]["native fused"]["median"] for row in rows]
+        copy = span(rate / row["ceilings"]["copy"] for rate, row in zip(rates, rows))
         lines.append([label, shapes(rows), *rivals, copy, *peaks])
-    header = [
-        "machine, dtype",
-        "T x V",
-        "TRL eager",
-        "torch.compile",
-        "Liger",
-        "of a copy",
-        "TRL's peak",
-        "ours",
-    ]
+    header = ["machine, dtype", "T x V", "TRL eager", "torch.compile", "Liger", "of a copy", "TRL's peak", "ours"]
     return f"""
 ## Losses from logits
 
@@ -109,10 +104,6 @@ copy": the three tensors that must move, over our time, as a share of a copy's r
 `python -m benchmarks.bench_logits`; {named("logits")}.
 
 {markdown_table(header, lines)}"""
-
-
-def ratio_base(row: harness.Row) -> float:
-    return row["rivals"]["native fused"]["median"]
 
 
 def linear() -> str:
@@ -134,7 +125,7 @@ off by percents (`errors` in the files). `python -m benchmarks.bench_linear`; {n
 
 def models() -> str:
     found = []
-    for row in (row for path in files("models") for row in harness.read(path)):
+    for row in recorded("models"):
         case = row["case"]
         cap = f", softcap {case['softcap']:g}" if "softcap" in case else ""
         others = [who for who in row["rivals"] if who not in ("fastsdpo", "bare GEMMs")]
@@ -149,20 +140,13 @@ At the shapes of real models, float32, 128 tokens, time over ours (`python -m be
 
 def memory() -> str:
     lines = []
-    for path in files("memory"):
-        for row in harness.read(path):
-            ours, plain = (row["rivals"][who]["peak_bytes"] for who in ("fastsdpo", "PyTorch"))
-            shape = " x ".join(str(size) for size in row["case"].values())
-            cells = [f"{b / 2**20:.0f}" for b in (ours, row["gradient_bytes"], plain)]
-            lines.append([shape, *cells, f"{plain / ours:.1f}", f"{row['predicted_bytes'] / ours:.2f}"])
-    header = [
-        "T x V x D",
-        "ours, MiB",
-        "of it gradients",
-        "plain PyTorch, MiB",
-        "PyTorch / ours",
-        "predicted / measured",
-    ]
+    for row in recorded("memory"):
+        ours, plain = (row["rivals"][who]["peak_bytes"] for who in ("fastsdpo", "PyTorch"))
+        shape = " x ".join(str(size) for size in row["case"].values())
+        cells = [f"{b / 2**20:.0f}" for b in (ours, row["gradient_bytes"], plain)]
+        lines.append([shape, *cells, f"{plain / ours:.1f}", f"{row['predicted_bytes'] / ours:.2f}"])
+    header = ["T x V x D", "ours, MiB", "of it gradients", "plain PyTorch, MiB", "PyTorch / ours"]
+    header.append("predicted / measured")
     return f"""
 ## Memory of a loss from hidden states
 
@@ -174,7 +158,7 @@ Peak of the process, reverse KL with both gradients. `python -m benchmarks.bench
 def sharing() -> str:
     fields = {"time": "median", "memory": "peak_bytes", "flops": "flops"}
     lines = []
-    for row in (row for path in files("sharing") for row in harness.read(path)):
+    for row in recorded("sharing"):
         case = row["case"]
         count = row.get("interactions", case.get("conversations"))
         of = f"{count} {'interactions' if 'interactions' in row else 'conversations'}, template {case['template']}"
@@ -194,7 +178,7 @@ conversations; memory is the whole process's peak, flops are by formula. `python
 def trainers() -> str:
     lines: dict[str, list[str]] = {}
     for theme, base in (("trl", "TRL"), ("integrations", "plain")):
-        for row in (row for path in files(theme) for row in harness.read(path)):
+        for row in recorded(theme):
             case = row["case"]
             line = lines.setdefault(f"{case.get('helper', 'TRL')}, {case['mode']}", [""] * 4)
             for who in (who for who in row["rivals"] if who != base):
@@ -222,7 +206,7 @@ def data() -> str:
                 f"{row['case']['stage']}: {rate:.0f} interactions/s" + "".join(f", {text}" for text in others)
             )
         lines.append(f"- {path.stem.partition('_')[2]}: " + "; ".join(stages))
-    for row in (row for path in files("processes") for row in harness.read(path)):
+    for row in recorded("processes"):
         first, *others = row["rivals"]
         speed = [f"{who} {1 / (ratio(row, who, first) or 1):.2f} times as fast" for who in others]
         lines.append(f"- training steps: beside {first}, " + ", ".join(speed))
@@ -336,13 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.plot:
         print(f"wrote {draw(args.plot)}")
         return 0
-    if args.check:
-        same = PAGE.exists() and PAGE.read_text("utf-8") == page()
-        print(f"{PAGE.name} is {'what' if same else 'not what'} the results files say")
-        return int(not same)
-    PAGE.write_text(page(), "utf-8")
-    print(f"wrote {PAGE.relative_to(harness.ROOT)}")
-    return 0
+    return harness.keep_page(PAGE, page(), args.check)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,7 @@ THEMES: dict[str, tuple[str, list[str]]] = {
     "logits": ("losses from logits", ["", "--dtype bfloat16 --modes reverse_kl"]),
     "linear": ("losses from hidden states", ["--modes sampled reverse_kl --rounds 2"]),
     "memory": ("memory against tokens, vocabulary and width", ["--points 3"]),
-    "models": (
-        "shapes of real models, with softcap",
-        ["--rounds 2 --logits SmolLM2-135M Qwen3-8B Gemma-2-2B"],
-    ),
+    "models": ("shapes of real models, with softcap", ["--rounds 2 --logits SmolLM2-135M Qwen3-8B Gemma-2-2B"]),
     "sharing": (
         "a whole optimizer step, and what each part of ours gives",
         [

@@ -41,7 +41,6 @@ from typing import Any
 from benchmarks import harness
 from fastsdpo.timing import markdown_table
 
-ROOT = Path(__file__).parent.parent
 # Parts, best first, and the seconds that each may take; the total has less than their sum.
 LIMITS = {
     "kernels": 110,
@@ -76,7 +75,7 @@ def run_part(
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=harness.ROOT,
             env=environment,
             start_new_session=True,
             stdin=subprocess.PIPE,

@@ -192,7 +192,6 @@ def shared(model: nn.Module, items: Items, sharing: Any) -> float:
     total = 0.0
     for pack in packs:
         states = shared_forward(model, pack, sharing=sharing)
-        head = head_parameters(model)
         longest = max(len(i.completion_ids) for i in pack)
         mask = torch.zeros(len(pack), longest, dtype=torch.bool)
         at = (states.sequence_ids, states.position_in_response)
@@ -200,13 +199,10 @@ def shared(model: nn.Module, items: Items, sharing: Any) -> float:
         out = linear_sdpo_loss(
             states.student_hidden,
             states.teacher_hidden,
-            head.weight,
-            states.target_ids,
-            bias=head.bias,
+            target_ids=states.target_ids,
             weights=sequence_mean_weights(mask, num_sequences=len(items))[at],
             mode="sampled_token",
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
+            **head_parameters(model)._asdict(),
         )
         out.loss.backward()
         total += float(out.loss.detach())

@@ -96,10 +96,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 96},
     },
     "git": {"vision_config": TOWER | {"num_hidden_layers": 1}},
-    "phi4_multimodal": {
-        "vision_config": TOWER | {"num_hidden_layers": 1},
-        "audio_config": TOWER | {"num_blocks": 1},
-    },
+    "phi4_multimodal": {"vision_config": TOWER | {"num_hidden_layers": 1}, "audio_config": TOWER | {"num_blocks": 1}},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local"] * LAYERS, "hidden_size": 64},
     "xlm": {"emb_dim": 64},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},

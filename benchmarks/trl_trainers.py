@@ -9,7 +9,7 @@ also has, under bfloat16 autocast, how far the loss is from the float64 loss of 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 from unittest import mock
@@ -151,11 +151,10 @@ def exact_loss(trainer: Any, batch: Batch) -> float:
 # ------------------------------------------------------------------------------------ the steps of each
 
 
-def generalized(name: str, args: Any, folder: str, batch: Batch) -> list[Step]:
+def generalized(name: str, args: Any, folder: str, batch: Batch) -> Iterator[Step]:
     """GKD, GOLD and Distillation: a divergence of two models by ``beta``."""
     trainer = make(name, args, folder, {}, make_teacher(args))
     given = batch if name == "Distillation" else sequences_of(batch)
-    found = []
     for mode, beta in BETAS.items():
 
         def run(beta: float = beta) -> Tensor:
@@ -167,33 +166,28 @@ def generalized(name: str, args: Any, folder: str, batch: Batch) -> list[Step]:
             return exact_loss(trainer, given)
 
         if name == "Distillation":  # always from hidden states
-            found.append(Step(mode, run, trainer.model, ("hidden",)))
+            yield Step(mode, run, trainer.model, ("hidden",))
         else:
-            found.append(Step(mode, run, trainer.model, exact=exact))
-    return found
+            yield Step(mode, run, trainer.model, exact=exact)
 
 
-def sdft(name: str, args: Any, folder: str, batch: Batch) -> list[Step]:
-    found = []
+def sdft(name: str, args: Any, folder: str, batch: Batch) -> Iterator[Step]:
     for mode, options in {
         "jsd": {"distillation_mode": "full_logits", "distillation_alpha": 0.5},
         "topk": {"distillation_mode": "topk_logits", "distillation_topk": min(100, args.vocabulary // 4)},
     }.items():
         trainer = make(name, args, folder, {**options, "teacher_model_kind": "live"})
-        found.append(Step(mode, backward(trainer, batch), trainer.model))
-    return found
+        yield Step(mode, backward(trainer, batch), trainer.model)
 
 
-def iw_opd(name: str, args: Any, folder: str, batch: Batch) -> list[Step]:
-    found = []
+def iw_opd(name: str, args: Any, folder: str, batch: Batch) -> Iterator[Step]:
     for mode, options in {
         "iw_opd": {},
         "jsd": {"distillation_objective": "jsd", "beta": 0.5, "loss_top_k": 0},
         "top-k jsd": {"distillation_objective": "jsd", "beta": 0.5, "loss_top_k": min(100, args.vocabulary // 4)},
     }.items():
         trainer = make("IWOPD", args, folder, options, make_teacher(args))
-        found.append(Step(mode, backward(trainer, sequences_of(batch)), trainer.model))
-    return found
+        yield Step(mode, backward(trainer, sequences_of(batch)), trainer.model)
 
 
 class Answers:
@@ -219,8 +213,7 @@ class Answers:
         return self.found
 
 
-def server(name: str, args: Any, folder: str, batch: Batch) -> list[Step]:
-    found = []
+def server(name: str, args: Any, folder: str, batch: Batch) -> Iterator[Step]:
     for mode, options in {"top-20, forward": {"beta": 0.0, "loss_top_k": 20}, "top-1, jsd": {"beta": 0.5}}.items():
         options = {**options, "teacher_model_server_url": "http://127.0.0.1:1"}
         with (
@@ -228,11 +221,10 @@ def server(name: str, args: Any, folder: str, batch: Batch) -> list[Step]:
             mock.patch("trl.generation.vllm_client.VLLMClient", return_value=Answers(args.vocabulary)),
         ):
             trainer = make("ServerDistillation", args, folder, options)
-        found.append(Step(mode, backward(trainer, batch), trainer.model))
-    return found
+        yield Step(mode, backward(trainer, batch), trainer.model)
 
 
-def asynchronous(name: str, args: Any, folder: str, batch: Batch) -> list[Step]:
+def asynchronous(name: str, args: Any, folder: str, batch: Batch) -> Iterator[Step]:
     """TRL's function, which its trainer calls with the student's hidden states."""
     module = importlib.import_module("trl.experimental.async_distillation.async_distillation_trainer")
     tokens = int(batch["completion_mask"].sum())
@@ -252,7 +244,6 @@ def asynchronous(name: str, args: Any, folder: str, batch: Batch) -> list[Step]:
         "num_teachers": 1,
         "chunk_size": module._CHUNKED_LM_HEAD_CHUNK_SIZE,
     }
-    found = []
     for mode, beta in BETAS.items():
 
         def run(beta: float = beta) -> Tensor:
@@ -261,13 +252,10 @@ def asynchronous(name: str, args: Any, folder: str, batch: Batch) -> list[Step]:
             loss.backward()
             return loss.detach()
 
-        found.append(
-            Step(f"top-{shape[1]} and tail, {mode}", run, SimpleNamespace(zero_grad=head.zero_grad), ("hidden",))
-        )
-    return found
+        yield Step(f"top-{shape[1]} and tail, {mode}", run, SimpleNamespace(zero_grad=head.zero_grad), ("hidden",))
 
 
-STEPS: dict[str, Callable[[str, Any, str, Batch], list[Step]]] = {
+STEPS: dict[str, Callable[[str, Any, str, Batch], Iterator[Step]]] = {
     **dict.fromkeys(("GKD", "GOLD", "Distillation"), generalized),
     "SDFT": sdft,
     "IW-OPD": iw_opd,

@@ -23,21 +23,13 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # What setup.py leaves behind instead of the library when the build fails.
 BUILD_FAILURE = "native_build_failed.txt"
 
-_ERRORS = {
-    -1: "target_ids must lie in [0, V) or be ignore_index",
-    -2: "topk_ids must lie in [0, V)",
-}
+_ERRORS = {-1: "target_ids must lie in [0, V) or be ignore_index", -2: "topk_ids must lie in [0, V)"}
 
 
 class NativeRows(ctypes.Structure):
     """``fastsdpo_rows``: logits ``[B, L, V]`` with any strides on B and L."""
 
-    _fields_ = (
-        ("data", c_void_p),
-        ("stride_b", c_int64),
-        ("stride_l", c_int64),
-        ("dtype", c_int64),
-    )
+    _fields_ = (("data", c_void_p), ("stride_b", c_int64), ("stride_l", c_int64), ("dtype", c_int64))
 
 
 class NativeCall(ctypes.Structure):

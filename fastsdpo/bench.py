@@ -317,13 +317,18 @@ def why_not(case: Case, mode: str, name: str, make: Maker) -> tuple[str, list[fl
         call = make(small, mode)
         errors = errors_of(small, mode, call) if call and name not in rivals_of(case).bounds else []
     except Exception as error:  # another version, no compiler, out of memory: the row says it
-        if name == "fastsdpo":
-            raise
-        return f"{type(error).__name__}: {error}".splitlines()[0][:200], []
+        return _reason(name, error), []
     wrong = bool(errors) and not max(errors) < limit
     if wrong and name == "fastsdpo":
         raise RuntimeError(f"{case.label} {mode}: fastsdpo is off by {max(errors):.1e} from float64")
     return (f"off by {max(errors):.1e} from float64" if wrong else ""), errors
+
+
+def _reason(name: str, error: Exception) -> str:
+    """The error of a rival, in a line; one of fastsdpo is raised."""
+    if name == "fastsdpo":
+        raise error
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def measure(
@@ -352,9 +357,7 @@ def measure(
                 call()
                 calls[name] = call
         except Exception as error:
-            if name == "fastsdpo":
-                raise
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            reason = _reason(name, error)
         if reason:
             left_out[name] = reason
     timings = interleave(

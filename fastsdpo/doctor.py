@@ -6,7 +6,6 @@ bench` tells.
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import warnings
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 import fastsdpo
 from fastsdpo.ops.backend import resolve_backend, triton_interpreted
 from fastsdpo.testing import assert_gradient_close, make_rows, oracle_sdpo_loss, round_interpreted_bfloat16
+from fastsdpo.timing import installed_version
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "liger-kernel", "trl")
 TRAINING = ("transformers", "accelerate", "peft")  # what the commands need beyond torch
@@ -33,12 +33,7 @@ TOLERANCE = 1e-5  # of a loss, relative to 1 + its size
 def versions() -> dict[str, str]:
     """The version of fastsdpo, Python and every package that it works with, or "not installed"."""
     shown = {"fastsdpo": fastsdpo.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            shown[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            shown[package] = "not installed"
-    return shown
+    return shown | {package: installed_version(package) or "not installed" for package in PACKAGES}
 
 
 def devices() -> dict[str, str]:

@@ -1,10 +1,11 @@
-"""Names of a package that are imported when they are first used."""
+"""Names of a package that are imported when they are first used, and packages that may be missing."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -20,3 +21,22 @@ def lazy_names(package: str, module_of: Mapping[str, str]) -> tuple[Callable[[st
         return value
 
     return get, lambda: sorted(module.__all__)
+
+
+@contextmanager
+def needed(package: str, by: object, install: str | None = None) -> Iterator[None]:
+    """Around an import of a package that may be missing.
+
+    Args:
+        by: what needs it, as a message begins.
+        install: what pip installs; None: the package.
+
+    Raises:
+        ImportError: it is missing; the text says what to do.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(
+            f"{by} needs the package {package}; install it with: pip install {install or package}"
+        ) from error

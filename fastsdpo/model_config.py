@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig
 
-from fastsdpo.modeling import _dtype, _find_adapter, _fit_tokenizer, _load_tokenizer, _locate, _not_loaded
+from fastsdpo.modeling import (
+    _dtype,
+    _find_adapter,
+    _fit_tokenizer,
+    _load_tokenizer,
+    _locate,
+    _not_loaded,
+    _tokenizer_place,
+)
 
 
 class Configuration(NamedTuple):
@@ -50,24 +58,18 @@ def load_configuration(
     if adapter is not None:
         from peft import PeftConfig
 
-        peft_config = PeftConfig.from_pretrained(adapter.place, **({} if revision is None else {"revision": revision}))
+        chosen = {} if revision is None else {"revision": revision}
+        peft_config = PeftConfig.from_pretrained(adapter.place.name, **chosen)
         name, at = adapter.base, adapter.base_revision
-    place, gguf_file, local = _locate("name", name, gguf_file)
-    options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
-    options |= {"trust_remote_code": trust_remote_code, "revision": at or "main", "local_files_only": local}
+    place = _locate("name", name, gguf_file, at)
     try:
-        config = AutoConfig.from_pretrained(place, **options)
+        config = AutoConfig.from_pretrained(place.name, trust_remote_code=trust_remote_code, **place.options)
     except OSError as error:
-        raise _not_loaded("configuration", place, local, error) from error
-    wanted = _dtype(dtype, device, gguf_file)
+        raise _not_loaded("configuration", place, error) from error
+    wanted = _dtype(dtype, device, place.gguf_file)
     if wanted == "auto":
         wanted = getattr(config, "dtype", None) or torch.float32
-    if tokenizer is not None:
-        place, gguf_file, local = _locate("tokenizer", tokenizer)
-        at = None
-    elif adapter is not None and adapter.has_tokenizer:
-        place, gguf_file, local, at = adapter.place, None, adapter.local, revision
-    loaded = _load_tokenizer(place, gguf_file, local, revision=at, trust_remote_code=trust_remote_code)
+    loaded = _load_tokenizer(_tokenizer_place(tokenizer, adapter, place), trust_remote_code)
     if not loaded.chat_template:
         raise ValueError(f"load_configuration: the tokenizer of {name} must have a chat template, got none")
     _fit_tokenizer(loaded, rows=config.get_text_config().vocab_size)

@@ -26,15 +26,11 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file, find_adapter_config_file
 
+from fastsdpo.lazy import needed
 from fastsdpo.ops.backend import usable_device
 from fastsdpo.quantized import check_quantize, packing
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def load_model_and_tokenizer(
@@ -88,36 +84,23 @@ def load_model_and_tokenizer(
     check_quantize(quantize)
     adapter = _find_adapter(name, revision)
     if adapter is None:
-        place, gguf_file, local = _locate("name", name, gguf_file)
+        place = _locate("name", name, gguf_file, revision)
     else:
-        place, gguf_file, local = _locate(adapter.says, adapter.base, gguf_file)
-        if local and (Path(place) / "adapter_config.json").exists():
+        place = _locate(adapter.says, adapter.base, gguf_file, adapter.base_revision)
+        if place.local and (Path(place.name) / "adapter_config.json").exists():
             raise ValueError(
-                f"load_model_and_tokenizer: {adapter.says} must be a whole model, but {place} is an "
+                f"load_model_and_tokenizer: {adapter.says} must be a whole model, but {place.name} is an "
                 "adapter too; merge that into its own base model (fastsdpo merge)"
             )
-    if quantize is not None and gguf_file is not None:
+    if quantize is not None and place.gguf_file is not None:
         raise ValueError(f"load_model_and_tokenizer: quantize must be left out for a GGUF file, got {quantize!r}")
-    at = revision if adapter is None else adapter.base_revision
     device = usable_device(device)
-    model = _load_model(
-        place,
-        gguf_file=gguf_file,
-        local=local,
-        revision=at,
-        dtype=_dtype(dtype, device, gguf_file),
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        packed=packing(quantize, device, _dtype(dtype, device, gguf_file)),
-    )
+    dtype = _dtype(dtype, device, place.gguf_file)
+    packed = packing(quantize, device, dtype)
+    model = _load_model(place, dtype, attn_implementation, trust_remote_code, packed)
     if adapter is not None:
         model = _load_adapter(model, adapter)
-    if tokenizer is not None:
-        place, gguf_file, local = _locate("tokenizer", tokenizer)
-        at = None
-    elif adapter is not None and adapter.has_tokenizer:
-        place, gguf_file, local, at = adapter.place, None, adapter.local, revision
-    loaded: Any = _load_tokenizer(place, gguf_file, local, revision=at, trust_remote_code=trust_remote_code)
+    loaded: Any = _load_tokenizer(_tokenizer_place(tokenizer, adapter, place), trust_remote_code)
     if require_chat_template and not loaded.chat_template:
         raise ValueError(
             f"load_model_and_tokenizer: the tokenizer of {name} must have a chat template, got "
@@ -134,8 +117,7 @@ def load_tokenizer(name: str | os.PathLike, *, revision: str | None = None, trus
     Raises:
         FileNotFoundError, OSError, ValueError: nothing is there, or it has no tokenizer that can be read.
     """
-    place, gguf_file, local = _locate("tokenizer", name)
-    return _load_tokenizer(place, gguf_file, local, revision=revision, trust_remote_code=trust_remote_code)
+    return _load_tokenizer(_locate("tokenizer", name, revision=revision), trust_remote_code)
 
 
 def _fit_tokenizer(tokenizer: Any, rows: int) -> None:
@@ -156,8 +138,25 @@ def check_name(name: str | os.PathLike) -> None:
     _locate("name", name)
 
 
-def _locate(argument: str, name: str | os.PathLike, gguf_file: str | None = None) -> tuple[str, str | None, bool]:
-    """``(folder or hub id, GGUF file in it or None, is it a local folder)``."""
+class _Location(NamedTuple):
+    """A local folder or a hub id, and the GGUF file in it that is meant, if any."""
+
+    name: str
+    gguf_file: str | None
+    local: bool
+    revision: str | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What transformers' loaders need to know of it, beside the name."""
+        options: dict[str, Any] = {"revision": self.revision or "main", "local_files_only": self.local}
+        return options if self.gguf_file is None else {**options, "gguf_file": self.gguf_file}
+
+
+def _locate(
+    argument: str, name: str | os.PathLike, gguf_file: str | None = None, revision: str | None = None
+) -> _Location:
+    """What is behind a name; ``argument`` says in messages where it comes from."""
     function = "load_model_and_tokenizer"
     path = Path(name).expanduser()
     if path.is_file():
@@ -182,7 +181,7 @@ def _locate(argument: str, name: str | os.PathLike, gguf_file: str | None = None
         if not _is_hub_id(str(name)):
             raise FileNotFoundError(f"{function}: {argument}: no such file or folder: {name}")
         _find_on_hub(str(name))
-        return str(name), gguf_file, False
+        return _Location(str(name), gguf_file, False, revision)
     if gguf_file is not None:
         if not (path / gguf_file).is_file():
             raise FileNotFoundError(f"{function}: no such file: {path / gguf_file}")
@@ -190,7 +189,7 @@ def _locate(argument: str, name: str | os.PathLike, gguf_file: str | None = None
             start = file.read(4)
         if start != b"GGUF":
             raise ValueError(f"{function}: {path / gguf_file} must be a GGUF file, but it starts with {start!r}")
-    return str(path), gguf_file, True
+    return _Location(str(path), gguf_file, True, revision)
 
 
 def _is_hub_id(name: str) -> bool:
@@ -206,9 +205,7 @@ def is_adapter(name: str | os.PathLike, revision: str | None = None) -> bool:
 class _Adapter(NamedTuple):
     """An adapter of PEFT on the disk or the hub, and the base model that it names."""
 
-    place: str
-    local: bool
-    revision: str | None
+    place: _Location
     base: str
     base_revision: str | None
     has_tokenizer: bool
@@ -249,39 +246,26 @@ def _find_adapter(name: str | os.PathLike, revision: str | None) -> _Adapter | N
         local_files_only=local,
         _raise_exceptions_for_missing_entries=False,
     )
-    return _Adapter(
-        place,
-        local,
-        revision,
-        content["base_model_name_or_path"],
-        content.get("revision"),
-        tokenizer is not None,
-        says,
-    )
+    base, at = content["base_model_name_or_path"], _Location(place, None, local, revision)
+    return _Adapter(at, base, content.get("revision"), tokenizer is not None, says)
 
 
 def _load_adapter(model: Any, adapter: _Adapter) -> Any:
     """The `peft.PeftModel` of a base model and an adapter on it, ready to be trained on."""
-    try:
+    place, revision = adapter.place.name, adapter.place.revision
+    with needed("peft", f"load_model_and_tokenizer: {place} is an adapter, which", "'fastsdpo[peft]'"):
         from peft import PeftConfig, PeftModel
-    except ImportError as error:
-        raise ImportError(
-            f"load_model_and_tokenizer: {adapter.place} is an adapter, which needs the package peft; "
-            "install it with: pip install 'fastsdpo[peft]'"
-        ) from error
-    options: dict[str, Any] = {} if adapter.revision is None else {"revision": adapter.revision}
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
-        config = PeftConfig.from_pretrained(adapter.place, **options)
+        config = PeftConfig.from_pretrained(place, **options)
         with warnings.catch_warnings():
             # Otherwise these weights would start from random values.
             warnings.filterwarnings("error", "Found missing adapter keys")
-            loaded = PeftModel.from_pretrained(
-                model, adapter.place, is_trainable=not config.is_prompt_learning, **options
-            )
+            loaded = PeftModel.from_pretrained(model, place, is_trainable=not config.is_prompt_learning, **options)
     except (OSError, ValueError, TypeError, RuntimeError, UserWarning) as error:
         mismatches = (line.strip() for line in str(error).splitlines() if "size mismatch" in line)
         raise ValueError(
-            f"load_model_and_tokenizer: the adapter in {adapter.place} cannot be put on its base "
+            f"load_model_and_tokenizer: the adapter in {place} cannot be put on its base "
             f"model {adapter.base}: {next(mismatches, error)}"
         ) from error
     return loaded.eval()
@@ -343,11 +327,7 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device, gguf_file: str
 
 
 def _load_model(
-    place: str,
-    *,
-    gguf_file: str | None,
-    local: bool,
-    revision: str | None,
+    place: _Location,
     dtype: str | torch.dtype,
     attn_implementation: str | None,
     trust_remote_code: bool,
@@ -356,38 +336,36 @@ def _load_model(
     options: dict[str, Any] = {
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
-        "revision": revision or "main",
-        "local_files_only": local,
+        **place.options,
         # What is loaded here is known to be no adapter: the hub need not be asked once more.
         "adapter_kwargs": {"local_files_only": True},
         **packed,
     }
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    if gguf_file is not None:
+    if place.gguf_file is not None:
         missing = [p for p in ("gguf", "accelerate") if importlib.util.find_spec(p) is None]
         if missing:
             raise ImportError(
                 f"load_model_and_tokenizer: GGUF files need the package {' and '.join(missing)}; "
                 f"install with: pip install {' '.join(missing)}"
             )
-        options["gguf_file"] = gguf_file
         # Newer versions of transformers keep the weights packed unless told otherwise.
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place.name, output_loading_info=True, **options)
     except (OSError, SafetensorError) as error:
-        raise _not_loaded("model", place, local, error) from error
+        raise _not_loaded("model", place, error) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
-            f"load_model_and_tokenizer: the checkpoint of {place} lacks {len(missing)} of the "
+            f"load_model_and_tokenizer: the checkpoint of {place.name} lacks {len(missing)} of the "
             f"model's weights, which would start from random values: {', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}"
         )
-    return _forget_gguf(model) if gguf_file is not None else model
+    return _forget_gguf(model) if place.gguf_file is not None else model
 
 
 def _forget_gguf(model: Any) -> Any:
@@ -403,25 +381,23 @@ def _forget_gguf(model: Any) -> Any:
     return model
 
 
-def _load_tokenizer(
-    place: str, gguf_file: str | None, local: bool, *, revision: str | None, trust_remote_code: bool
-) -> Any:
-    options = {} if gguf_file is None else {"gguf_file": gguf_file}
+def _tokenizer_place(tokenizer: str | os.PathLike | None, adapter: _Adapter | None, model: _Location) -> _Location:
+    """Of the tokenizer that is given; else the adapter's own, or the model's."""
+    if tokenizer is not None:
+        return _locate("tokenizer", tokenizer)
+    return adapter.place if adapter is not None and adapter.has_tokenizer else model
+
+
+def _load_tokenizer(place: _Location, trust_remote_code: bool) -> Any:
     names = ("*token*", "*vocab*", "*.model", "tekken*")
-    if local and gguf_file is None and not any(any(Path(place).glob(name)) for name in names):
+    if place.local and place.gguf_file is None and not any(any(Path(place.name).glob(name)) for name in names):
         raise FileNotFoundError(
-            f"load_model_and_tokenizer: folder {place} holds no tokenizer; copy the one of its base model into it"
+            f"load_model_and_tokenizer: folder {place.name} holds no tokenizer; copy the one of its base model into it"
         )
     try:
-        return AutoTokenizer.from_pretrained(
-            place,
-            revision=revision or "main",
-            trust_remote_code=trust_remote_code,
-            local_files_only=local,
-            **options,
-        )
+        return AutoTokenizer.from_pretrained(place.name, trust_remote_code=trust_remote_code, **place.options)
     except OSError as error:
-        raise _not_loaded("tokenizer", place, local, error) from error
+        raise _not_loaded("tokenizer", place, error) from error
 
 
 def _drop_invented_tokens(tokenizer: Any, rows: int) -> None:
@@ -439,10 +415,10 @@ def _drop_invented_tokens(tokenizer: Any, rows: int) -> None:
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
 
-def _not_loaded(what: str, place: str, local: bool, error: Exception) -> OSError:
-    if local:
-        return OSError(f"load_model_and_tokenizer: the {what} in folder {place} cannot be read: {error}")
+def _not_loaded(what: str, place: _Location, error: Exception) -> OSError:
+    if place.local:
+        return OSError(f"load_model_and_tokenizer: the {what} in folder {place.name} cannot be read: {error}")
     return OSError(
-        f"load_model_and_tokenizer: {place!r} is no local folder or file, and as a hub id its {what} "
+        f"load_model_and_tokenizer: {place.name!r} is no local folder or file, and as a hub id its {what} "
         f"cannot be loaded (wrong name, no access, or no network): {error}"
     )

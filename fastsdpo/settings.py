@@ -267,8 +267,7 @@ class SDPOSettings:
         "need no room, and each pass sends its own.",
     )
     async_checkpoints: bool = setting(
-        False,
-        "FSDP2: checkpoints are written from copies of the shards in memory while training goes on.",
+        False, "FSDP2: checkpoints are written from copies of the shards in memory while training goes on."
     )
     non_finite: str = setting(
         "stop",
@@ -326,8 +325,7 @@ class SDPOSettings:
         42, "Decides the order of the data, and the first weights of a new adapter.", group="optimization"
     )
     bf16: bool | None = setting(
-        None,
-        "Products in bfloat16 (autocast). None: on GPUs that have it, but where dtype or fp16 asks for another.",
+        None, "Products in bfloat16 (autocast). None: on GPUs that have it, but where dtype or fp16 asks for another."
     )
     dataloader_num_workers: int | None = setting(
         None, "Processes that make the packs of the next steps. None: 2 where a GPU would wait for them, else 0."

@@ -124,21 +124,11 @@ def oracle_sdpo_loss(
     return OracleLoss(loss.detach(), spread(per_token), spread(student_logps), spread(teacher_logps), spread(grad))
 
 
-ROUNDING = {
-    torch.float64: 2.0**-53,
-    torch.float32: 2.0**-24,
-    torch.bfloat16: 2.0**-8,
-    torch.float16: 2.0**-11,
-}
+ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 def assert_gradient_close(
-    actual: Tensor,
-    expected: Tensor,
-    plain: Tensor | None = None,
-    *,
-    floor: float = 4e-6,
-    absolute: float = 0.0,
+    actual: Tensor, expected: Tensor, plain: Tensor | None = None, *, floor: float = 4e-6, absolute: float = 0.0
 ) -> None:
     """Asserts the error budget for gradients: 2 x plain PyTorch's error in the same dtype + one rounding.
 

@@ -7,13 +7,12 @@ element unwritten fails its comparison instead of passing by luck.
 import gc
 import json
 import os
-import socket
 
 import pytest
 import torch
 
 from tests import pictures
-from tests.forked import run_together
+from tests.forked import free_port, run_together
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -112,10 +111,7 @@ def run_in_one_and_two():
     """
 
     def run(script, folder, runs):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        commands = []
+        port, commands = free_port(), []
         for rank, world in ((0, 1), (0, 2), (1, 2)):
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
             environment = {**names, "MASTER_ADDR": "127.0.0.1"} if world > 1 else {}

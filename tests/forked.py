@@ -4,11 +4,10 @@ A process of its own takes 5 to 7 seconds of a core for the imports of a trainer
 three processes. The fork server has no thread and nothing of the test that starts it.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import tempfile
 import time
@@ -35,6 +34,12 @@ def process(target: Callable[..., object], *arguments: object) -> multiprocessin
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(IMPORTED)
     return server.Process(target=target, args=arguments)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def run_together(commands: Sequence[tuple[Sequence[object], Mapping[str, object]]], timeout: float = 300) -> None:

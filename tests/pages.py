@@ -1,7 +1,5 @@
 """The documents as tests read them: their code blocks, and the commands in the shell blocks."""
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 import re

@@ -1,7 +1,5 @@
 """Log-probabilities of answers as any model gives them: a forward pass for each, nothing shared, nothing padded."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

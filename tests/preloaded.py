@@ -4,8 +4,6 @@ For processes that are forked many times: these are 3,400 modules, and take most
 What is there is hidden from the garbage collector, which would pass over it, and so copy it, in every fork.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import importlib

@@ -1,7 +1,5 @@
 """HTTP servers on this machine, in the place of the hub and of endpoints."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import threading

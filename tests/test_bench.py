@@ -1,7 +1,5 @@
 """`fastsdpo bench` and what it measures with: rivals are checked before they are timed."""
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -1,7 +1,5 @@
 """The command line as a whole: options, help, suggestions and files of options, for every command."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import importlib

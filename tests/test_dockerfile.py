@@ -4,8 +4,6 @@ Not replayed: the base image, whose place a new environment of this Python takes
 the dependencies, which are those of the tests.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import json
 import os

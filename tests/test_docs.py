@@ -1,7 +1,5 @@
 """The documents: code that parses, names that exist, files that are there."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import re

@@ -1,7 +1,5 @@
 """Every example runs, offline and on a tiny model, and learns or reports something finite."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math

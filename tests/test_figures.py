@@ -3,8 +3,6 @@
 docs/performance.md and the tables of docs/reliability.md are made from the files (tests/benchmarks/test_report.py).
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -1,14 +1,13 @@
 """What an older version wrote still works: public signatures, data files, checkpoints. See `tests/kept/make.py`."""
 
-from __future__ import annotations
-
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.kept import make as made
 
 KEPT = Path(__file__).parent / "kept"
 GONE = {
@@ -27,15 +26,7 @@ GONE = {
 EXPECTED = json.loads((KEPT / "expected.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def made():
-    spec = importlib.util.spec_from_file_location("kept_make", KEPT / "make.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_public_names_take_the_same_parameters(made):
+def test_public_names_take_the_same_parameters():
     now = made.signatures()
     for name, parameters in EXPECTED["signatures"].items():
         gone = GONE.get(name, set())
@@ -43,14 +34,14 @@ def test_public_names_take_the_same_parameters(made):
         assert gone is None or set(parameters) - set(now[name]) == gone, name
 
 
-def test_prepare_writes_the_same_rows(made, tmp_path):
+def test_prepare_writes_the_same_rows(tmp_path):
     made.prepare([str(KEPT / "conversations.jsonl")], str(tmp_path / "interactions.jsonl"))
     found, kept = (folder.joinpath("interactions.jsonl").read_text().splitlines() for folder in (tmp_path, KEPT))
     assert [json.loads(line) for line in found] == [json.loads(line) for line in kept]
 
 
 @pytest.mark.parametrize("name", ["offline", "online"])
-def test_a_run_goes_on_from_its_checkpoint(made, tmp_path, name):
+def test_a_run_goes_on_from_its_checkpoint(tmp_path, name):
     """The same last two losses, with the teachers' weights and, online, with the answers of the checkpoint."""
     torch.set_num_threads(1)
     shutil.copytree(KEPT / name, tmp_path / name)

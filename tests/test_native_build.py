@@ -3,8 +3,6 @@
 Each test builds from a copy of the sources in a temporary folder.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

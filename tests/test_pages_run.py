@@ -5,8 +5,6 @@ machine for judges and users, and small counts are added. README.md is run by te
 by trainer/test_documented_launches.py, and docs/integrations by integrations/test_pages.py.
 """
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import glob
@@ -71,9 +69,6 @@ def endpoint():
     reply = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "A"}}]}
     with serving(lambda path, body: (200, reply)) as url:
         yield f"{url}/v1"
-
-
-# --------------------------------------------------------------------------- what a page takes to be there
 
 
 def lines(name, rows):
@@ -174,9 +169,6 @@ def hub(name, subset, *, split, streaming):
     }
     assert streaming and split in ("train", "validation")
     return pytest.importorskip("datasets").Dataset.from_list(sets[name, subset]).to_iterable_dataset()
-
-
-# ---------------------------------------------------------------------------------------- running a page
 
 
 def run(call, local, monkeypatch):

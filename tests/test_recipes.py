@@ -1,7 +1,5 @@
 """The recipes of the paper: every command of every file, with --tiny, on the model of random weights."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

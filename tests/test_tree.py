@@ -1,7 +1,5 @@
 """The rules of the house that can be read off the source: imports, private names, sizes. CONTRIBUTING states them."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections import defaultdict

@@ -5,8 +5,6 @@ lengths from 0 that never fall, longest lengths, heads), and leaves NaN wherever
 rows of queries without keys, and in the gradients of rows that no sequence pairs.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

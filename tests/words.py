@@ -1,7 +1,5 @@
 """A tokenizer whose tokens are words, and the shape of the smallest models that go with it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -13,17 +11,9 @@ CHAT = (
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 # Of a causal LM. Weights far from uniform: teacher and student differ from the first step on.
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-    "initializer_range": 0.2,
-}
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+SHAPE |= {"initializer_range": 0.2}
 
 
 def word_tokenizer(words: Iterable[str], special: Iterable[str] = SPECIAL, **options: str) -> PreTrainedTokenizerFast:

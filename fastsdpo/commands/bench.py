@@ -31,11 +31,7 @@ def make_parser() -> Parser:
         help="The type of the inputs. Default: bfloat16 on a GPU, float32 on a CPU.",
     )
     parser.add_argument(
-        "--modes",
-        nargs="+",
-        choices=list(MODES),
-        default=["sampled", *DIVERGENCES],
-        help="The losses to time.",
+        "--modes", nargs="+", choices=list(MODES), default=["sampled", *DIVERGENCES], help="The losses to time."
     )
     parser.add_argument(
         "--questions",

@@ -83,10 +83,7 @@ def write_answers(options: argparse.Namespace, answers_of: Answers) -> int:
 
 def arena_row(row: dict[str, Any], text: str, name: str) -> dict[str, Any]:
     """An answer of Arena-Hard 2; its own utils/add_markdown_info.py adds what style control needs."""
-    messages = [
-        {"role": "user", "content": row["prompt"]},
-        {"role": "assistant", "content": {"answer": text}},
-    ]
+    messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": {"answer": text}}]
     return {
         "uid": row["uid"],
         "ans_id": uuid.uuid4().hex,

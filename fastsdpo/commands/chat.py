@@ -62,12 +62,7 @@ LEARN = ("told", "always")
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        "chat",
-        __doc__,
-        settings=OnlineSDPOSettings.__dataclass_fields__,
-        argument_default=argparse.SUPPRESS,
-    )
+    parser = Parser("chat", __doc__, settings=OnlineSDPOSettings.__dataclass_fields__)
     run = parser.add_argument_group("chat")
     run.add_argument(
         "-o",
@@ -77,7 +72,7 @@ def build_parser() -> Parser:
         help="The folder for checkpoints and for what was learned from.",
     )
     parser.add_config_option(run)
-    run.add_argument("--system", default=None, metavar="TEXT", help="The system prompt. @FILE reads it from a file.")
+    run.add_argument("--system", metavar="TEXT", help="The system prompt. @FILE reads it from a file.")
     run.add_argument(
         "--learn",
         choices=LEARN,
@@ -91,7 +86,7 @@ def build_parser() -> Parser:
         metavar="CHECKPOINTS",
         help="How many checkpoints are kept. /undo goes back one fewer.",
     )
-    run.add_argument("--quiet", action="store_true", default=False, help="Print the answers only.")
+    run.add_argument("--quiet", action="store_true", help="Print the answers only.")
     add_model_options(parser, lora=16)
     without = {*WITHOUT, *OWN.difference(CHAT_FIELDS)}
     add_setting_options(parser, PRESETS, OnlineSDPOSettings, changed=CHAT, without=without)
@@ -132,11 +127,7 @@ def check_set(options: argparse.Namespace) -> None:
 
 # One interaction a step, and no end to the steps: a teacher that cannot drift with the student, and answers
 # that are read by a person, so drawn as the model's makers do.
-CHAT: dict[str, Any] = {
-    "teacher": "frozen",
-    "learning_rate": 1e-4,
-    "sampling_temperature": None,
-}
+CHAT: dict[str, Any] = {"teacher": "frozen", "learning_rate": 1e-4, "sampling_temperature": None}
 
 
 if __name__ == "__main__":

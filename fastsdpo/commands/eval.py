@@ -47,11 +47,7 @@ def build_parser() -> Parser:
     )
     parser.add_config_option()
     parser.add_argument(
-        "-o",
-        "--output",
-        default=None,
-        metavar="FILE",
-        help="Write the outcomes, with both answers to each prompt, as JSON.",
+        "-o", "--output", metavar="FILE", help="Write the outcomes, with both answers to each prompt, as JSON."
     )
     parser.add_argument("--quiet", action="store_true", help="Print the last line only.")
     _add_models(parser.add_argument_group("models"))
@@ -61,31 +57,20 @@ def build_parser() -> Parser:
 
 
 def _add_models(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--system", metavar="TEXT", default=None, help="A system prompt for both models. @FILE reads it from a file."
-    )
-    group.add_argument(
-        "--model", default=None, help="The model: a folder, a hub id or a GGUF file; or the folder of an adapter."
-    )
-    group.add_argument(
-        "--base", default=None, help="The model that it is compared with, such as the one before training."
-    )
+    group.add_argument("--system", metavar="TEXT", help="A system prompt for both models. @FILE reads it from a file.")
+    group.add_argument("--model", help="The model: a folder, a hub id or a GGUF file; or the folder of an adapter.")
+    group.add_argument("--base", help="The model that it is compared with, such as the one before training.")
     group.add_argument(
         "--base-system",
         metavar="TEXT",
-        default=None,
         help="A system prompt for the base alone, such as the wish: what it can do when told. @FILE reads it from "
         "a file.",
     )
     group.add_argument(
-        "--checkpoints",
-        metavar="RUN",
-        default=None,
-        help="Compare every checkpoint in this run's folder, instead of --model.",
+        "--checkpoints", metavar="RUN", help="Compare every checkpoint in this run's folder, instead of --model."
     )
     group.add_argument(
         "--dtype",
-        default=None,
         help="The type of the weights: float32, bfloat16, float16, or auto: the checkpoint's. Default: float32 on "
         "a CPU, else the checkpoint's.",
     )
@@ -104,7 +89,6 @@ def _add_judges(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--judge-prompt",
         metavar="FILE",
-        default=None,
         help="A file with the judge's wording, with {persona}, {history}, {first} and {second}. It must ask for A, "
         "B or C. Default: our own text.",
     )
@@ -118,20 +102,15 @@ def _add_judges(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--benchmark",
         choices=["ifeval"],
-        default=None,
         help="Measure this benchmark, instead of a rule or a judge. PROMPTS is the benchmark's file.",
     )
     group.add_argument(
         "--write",
         choices=list(QUESTIONS),
-        default=None,
         help="Write answers for this benchmark to --output. PROMPTS is the benchmark's file of questions.",
     )
     group.add_argument(
-        "--generator",
-        metavar="NAME",
-        default=None,
-        help="The model's name in the file of --write. Default: its folder's name.",
+        "--generator", metavar="NAME", help="The model's name in the file of --write. Default: its folder's name."
     )
 
 
@@ -146,7 +125,6 @@ def _add_answers(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--limit",
         type=int,
-        default=None,
         help="Use the first N prompts only; with --benchmark N of them, evenly spaced. Default: all.",
     )
     group.add_argument(

@@ -49,12 +49,7 @@ OFFLINE += ("token_cache", "tokenizer_workers", "group_by_conversation")
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        "online",
-        __doc__,
-        settings=OnlineSDPOSettings.__dataclass_fields__,
-        argument_default=argparse.SUPPRESS,  # what is not given stays the preset's
-    )
+    parser = Parser("online", __doc__, settings=OnlineSDPOSettings.__dataclass_fields__)
     group = parser.add_argument_group("run")
     group.add_argument(
         "prompts",
@@ -65,26 +60,26 @@ def build_parser() -> Parser:
         "-o", "--output", required=True, metavar="FOLDER", help="The folder for everything that the run leaves behind."
     )
     parser.add_config_option(group)
-    group.add_argument(
-        "--eval-prompts", metavar="FILE", default=None, help="Held-out prompts, answered before and after training."
-    )
+    group.add_argument("--eval-prompts", metavar="FILE", help="Held-out prompts, answered before and after training.")
     group.add_argument(
         "--headroom",
         action="store_true",
-        default=False,
         help="First answer the held-out prompts with the wish in the prompt, and with an unrelated remark. A wish "
         "that the model does not follow when told can hardly be learned from follow-ups.",
     )
     group.add_argument(
         "--system",
         metavar="TEXT",
-        default=None,
         help="A system prompt, the first message of each prompt. @FILE reads it from a file.",
     )
     add_resume_options(group)
     add_push_option(group)
     group.add_argument(
-        "--list-rules", action=ListRules, nargs=0, help="Print the rules that a user can have, and stop."
+        "--list-rules",
+        action=ListRules,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="Print the rules that a user can have, and stop.",
     )
     add_user_options(parser)
     add_model_options(parser)

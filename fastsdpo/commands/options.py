@@ -69,19 +69,16 @@ def add_resume_options(run: argparse._ArgumentGroup) -> None:
         "--resume",
         nargs="?",
         const=True,
-        default=None,
         metavar="CHECKPOINT",
         help="Continue from this checkpoint, or from the newest in the output folder. Where there is none, "
         "begin. Default: begin, and refuse a folder that holds a run.",
     )
-    run.add_argument(
-        "--overwrite", action="store_true", default=False, help="Start again in a folder that holds a run."
-    )
+    run.add_argument("--overwrite", action="store_true", help="Start again in a folder that holds a run.")
     add_quiet_option(run)
 
 
 def add_quiet_option(group: Any) -> None:
-    group.add_argument("--quiet", action="store_true", default=False, help="Print nothing but errors.")
+    group.add_argument("--quiet", action="store_true", help="Print nothing but errors.")
 
 
 def add_model_options(parser: argparse.ArgumentParser, lora: int | None = None) -> None:
@@ -91,26 +88,20 @@ def add_model_options(parser: argparse.ArgumentParser, lora: int | None = None) 
         lora: the rank where --lora is not given.
     """
     model = parser.add_argument_group("model")
-    add_model_source_options(model)
+    add_model_source_options(model, dtype=argparse.SUPPRESS)  # what is not given stays the preset's
     model.add_argument(
         "--lora",
         type=int,
-        default=None,
         metavar="RANK",
         help="Train a new LoRA adapter of this rank on all linear layers. 0: all weights. Default: "
         f"{lora or 'all weights'}; where --model is an adapter, training continues with it.",
     )
     model.add_argument(
-        "--lora-alpha",
-        type=int,
-        default=None,
-        metavar="ALPHA",
-        help="The scale of the adapter. Default: twice the rank.",
+        "--lora-alpha", type=int, metavar="ALPHA", help="The scale of the adapter. Default: twice the rank."
     )
     model.add_argument(
         "--quantize",
         choices=("4bit", "8bit"),
-        default=None,
         help="Pack the base model's weights with bitsandbytes, and train the adapter alone (QLoRA).",
     )
 
@@ -121,33 +112,26 @@ def add_model_source_options(
     """Which model and tokenizer, and from where; read by `model_source`, but for --dtype and --device.
 
     Args:
-        dtype, device: where they are not given; None: as for training.
+        dtype, device: where they are not given; None: as the model is loaded best.
     """
     model.add_argument(
         "--model", required=True, help="The model: a folder, a hub id or a GGUF file; or the folder of an adapter."
     )
-    model.add_argument("--gguf-file", default=None, metavar="FILE", help="The GGUF file in that folder or repository.")
-    model.add_argument(
-        "--tokenizer", default=None, help="The tokenizer: a folder, a hub id or a GGUF file. Default: the model's."
-    )
-    model.add_argument("--revision", default=None, help="The branch, tag or commit of a hub id. Default: main.")
-    usual = "float32 on a CPU, else the checkpoint's"
-    own: dict[str, Any] = {} if dtype is None else {"default": dtype}  # else the parser's
+    model.add_argument("--gguf-file", metavar="FILE", help="The GGUF file in that folder or repository.")
+    model.add_argument("--tokenizer", help="The tokenizer: a folder, a hub id or a GGUF file. Default: the model's.")
+    model.add_argument("--revision", help="The branch, tag or commit of a hub id. Default: main.")
+    usual = "float32 on a CPU, else the checkpoint's" if dtype in (None, argparse.SUPPRESS) else dtype
     model.add_argument(
         "--dtype",
-        help="The type of the weights: float32, bfloat16, float16, or auto: the checkpoint's. "
-        f"Default: {dtype or usual}.",
-        **own,
+        help=f"The type of the weights: float32, bfloat16, float16, or auto: the checkpoint's. Default: {usual}.",
+        default=dtype,
     )
     model.add_argument(
         "--attn-implementation",
-        default=None,
         metavar="NAME",
         help="How transformers computes attention: eager, sdpa, and so on. Default: the model's.",
     )
-    model.add_argument(
-        "--trust-remote-code", action="store_true", default=False, help="Run Python code that comes with the model."
-    )
+    model.add_argument("--trust-remote-code", action="store_true", help="Run Python code that comes with the model.")
     add_device_option(model, device)
 
 
@@ -289,7 +273,6 @@ def _add_logs(logs: argparse._ArgumentGroup) -> None:
 def add_push_option(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--push-to-hub",
-        default=None,
         metavar="OWNER/NAME",
         help="Upload the trained model, with its card, to this repository of the hub. A new repository is private.",
     )

@@ -98,7 +98,6 @@ class Parser(argparse.ArgumentParser):
         (group or self).add_argument(
             "--config",
             metavar="FILE",
-            default=None,
             help="A YAML file with options (their names without dashes in front), such as the run.yaml that a run "
             "leaves in its output folder. An option on the command line wins.",
         )

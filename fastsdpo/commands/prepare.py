@@ -22,6 +22,10 @@ from fastsdpo.data.readers.registry import BY_NAME, RecordParser
 from fastsdpo.data.record_fields import parse_time
 from fastsdpo.data.schema import ROW_SCHEMA
 
+# Arguments of `prepare` that are named as their options.
+PASSED_ON = ("seed", "eval_fraction", "eval_output", "eval_after", "limit", "split", "strict", "redact", "workers")
+PASSED_ON += ("overwrite", "resume", "keep", "layout")
+
 
 def format_report(report: PrepareReport) -> str:
     """The table that the command prints."""
@@ -43,13 +47,9 @@ def format_report(report: PrepareReport) -> str:
         lines.append(f"dropped   {report.duplicate_interactions:>9,} interactions that are there already")
     if report.rating_followups:
         lines.append(f"made      {report.rating_followups:>9,} interactions with a rating's wording as the follow-up")
-    for reason, count in sorted(report.left_out.items(), key=lambda item: (-item[1], item[0])):
+    for reason, count in prepare_prompts.by_count(report.left_out):
         lines.append(f"left out  {count:>9,} follow-ups {reason}")
-    for reason, count in sorted(report.dropped.items(), key=lambda item: (-item[1], item[0])):
-        lines.append(f"dropped   {count:>9,} {reason}")
-    for kind, count in sorted(report.damaged.items(), key=lambda item: (-item[1], item[0])):
-        lines.append(f"damaged   {count:>9,} {kind}, for example:")
-        lines += [f"                    {problem}" for problem in report.problems[kind][:2]]
+    lines += prepare_prompts.lines_of_losses(report)
     if report.lost_bytes:
         lines.append(f"lost      {report.lost_bytes:>9,} bytes of damaged text")
     return "\n".join(lines)
@@ -190,7 +190,7 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
         flag = "--" + option.name.replace("_", "-")
         about = f"{_HELP.get(option.name, '')} Default: the preset's."
         if option.name in ("shuffle", "drop_toxic", "drop_redacted"):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=about)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
         elif option.name in ("after", "before"):
             group.add_argument(flag, type=_time_or_none, metavar="DATE", help=about)
         elif option.name not in ("languages", "models", "published"):
@@ -308,21 +308,9 @@ def _interactions(arguments: argparse.Namespace) -> int:
         arguments.sources,
         arguments.output,
         rules=rules,
-        seed=arguments.seed,
-        eval_fraction=arguments.eval_fraction,
-        eval_output=arguments.eval_output,
-        limit=arguments.limit,
         config=arguments.subset,
-        split=arguments.split,
-        strict=arguments.strict,
-        redact=arguments.redact,
-        workers=arguments.workers,
-        overwrite=arguments.overwrite,
-        resume=arguments.resume,
         progress=not arguments.quiet,
-        keep=arguments.keep,
-        eval_after=arguments.eval_after,
-        layout=arguments.layout,
+        **{name: getattr(arguments, name) for name in PASSED_ON},
         parser=RecordParser(arguments.format, arguments.map, arguments.reader, arguments.branches),
         rating_followups=RatingFollowups(arguments.rating_followup) if arguments.rating_followup else None,
     )

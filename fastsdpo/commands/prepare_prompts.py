@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 from fastsdpo.data.prompt_sets import PROMPT_SETS, PromptJob, PromptReport, prepare_prompts
 
 # The options of `fastsdpo prepare` that have a meaning here.
-SHARED = (
-    "sources",
-    "output",
-    "strict",
-    "overwrite",
-    "quiet",
-    "limit",
-    "subset",
-    "config",
-    "split",
-    "seed",
-    "eval_fraction",
-    "eval_output",
-)
+SHARED = {"sources", "output", "strict", "overwrite", "quiet", "limit", "subset", "config", "split", "seed"}
+SHARED |= {"eval_fraction", "eval_output"}
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +59,7 @@ def check_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace
     elif arguments.tokenizer is None:
         raise ValueError("--show needs --tokenizer, the model's folder, hub id or GGUF file")
     given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)} - {"given"}
-    wrong = given - own - set(SHARED) if arguments.prompts is not None else given & own
+    wrong = given - own - SHARED if arguments.prompts is not None else given & own
     if wrong:
         flag = "--" + min(wrong).replace("_", "-")
         raise ValueError(f"{flag} has no meaning {'with' if arguments.prompts is not None else 'without'} --prompts")
@@ -81,9 +70,10 @@ def check_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace
 
 def write_prompts(arguments: argparse.Namespace) -> PromptReport:
     """The work of the command."""
+    name = arguments.tokenizer
     job = PromptJob(
         arguments.prompts,
-        token_counter(arguments.tokenizer, arguments.system) if arguments.tokenizer is not None else None,
+        None if name is None else token_counter(name, arguments.system),
         arguments.max_prompt_tokens,
         arguments.max_prompts,
         arguments.max_eval_prompts,
@@ -96,12 +86,11 @@ def write_prompts(arguments: argparse.Namespace) -> PromptReport:
         arguments.sources,
         arguments.output,
         eval_sources=arguments.eval_source,
-        eval_split=arguments.eval_split,
-        eval_fraction=arguments.eval_fraction,
-        eval_output=arguments.eval_output,
         config=arguments.subset,
-        split=arguments.split,
-        overwrite=arguments.overwrite,
+        **{
+            name: getattr(arguments, name)
+            for name in ("eval_split", "eval_fraction", "eval_output", "split", "overwrite")
+        },
     )
 
 
@@ -122,9 +111,17 @@ def format_report(report: PromptReport) -> str:
     lines = [f"read      {report.records:>9,} records", f"kept      {report.prompts:>9,} prompts -> {report.output}"]
     if report.eval_output is not None:
         lines.append(f"held out  {report.eval_prompts:>9,} prompts -> {report.eval_output}")
-    for reason, count in sorted(report.dropped.items(), key=lambda item: (-item[1], item[0])):
-        lines.append(f"dropped   {count:>9,} {reason}")
-    for kind, count in sorted(report.damaged.items(), key=lambda item: (-item[1], item[0])):
+    return "\n".join([*lines, *lines_of_losses(report)])
+
+
+def lines_of_losses(report: Any) -> list[str]:
+    """What was dropped, and what was damaged with two examples of each kind."""
+    lines = [f"dropped   {count:>9,} {reason}" for reason, count in by_count(report.dropped)]
+    for kind, count in by_count(report.damaged):
         lines.append(f"damaged   {count:>9,} {kind}, for example:")
         lines += [f"                    {problem}" for problem in report.problems[kind][:2]]
-    return "\n".join(lines)
+    return lines
+
+
+def by_count(counts: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))

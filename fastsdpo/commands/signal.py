@@ -331,12 +331,7 @@ def write_answer(
     ends = tokenize.end_ids(model)
     start = tokenize.generation_prompt(prompt)
     (sample,) = generate(
-        model,
-        [start],
-        max_new_tokens=options.max_new_tokens,
-        temperature=1.0,
-        end_ids=ends,
-        seed=str(options.seed),
+        model, [start], max_new_tokens=options.max_new_tokens, temperature=1.0, end_ids=ends, seed=str(options.seed)
     )
     answer = tokenize.said(sample.ids, start)
     if not answer:

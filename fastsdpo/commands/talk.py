@@ -32,13 +32,7 @@ COMMANDS = {
     "/help": "these commands",
     "/quit": "ends the chat, as Ctrl-D does; with the same folder it goes on later",
 }
-ARGUMENTS = {
-    "/teach": "[TEXT]",
-    "/show": "[TEXT]",
-    "/system": "[TEXT]",
-    "/learn": "always|told",
-    "/save": "FOLDER",
-}
+ARGUMENTS = {"/teach": "[TEXT]", "/show": "[TEXT]", "/system": "[TEXT]", "/learn": "always|told", "/save": "FOLDER"}
 ENDS = ("/quit", "/exit", "/bye")
 
 

@@ -72,37 +72,28 @@ NOT_STREAMED = ("dry-run", "token-cache", "dataloader_num_workers")
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        "train",
-        __doc__,
-        settings=SDPOSettings.__dataclass_fields__,
-        argument_default=argparse.SUPPRESS,  # what is not given stays the preset's
-    )
+    parser = Parser("train", __doc__, settings=SDPOSettings.__dataclass_fields__)
     group = parser.add_argument_group("run")
     add_data_options(group)
     group.add_argument(
         "-o",
         "--output",
-        default=None,
         metavar="FOLDER",
         help="The folder for everything that the run leaves behind. Only --dry-run needs none.",
     )
     parser.add_config_option(group)
     group.add_argument(
-        "--eval-data",
-        metavar="FILE",
-        default=None,
-        help="Held-out interactions. Default: DATA's .eval file, where there is one.",
+        "--eval-data", metavar="FILE", help="Held-out interactions. Default: DATA's .eval file, where there is one."
     )
     group.add_argument(
         "--allow-leaks",
         action="store_true",
+        default=argparse.SUPPRESS,  # what is not given stays the preset's
         help="Only warn, instead of stopping, where held-out conversations are also in DATA.",
     )
     group.add_argument(
         "--dry-run",
         action="store_true",
-        default=False,
         help="Tokenize, report lengths, steps and memory, check what follow-ups do to a sample, and stop.",
     )
     add_forecast_options(parser.add_argument_group("dry run"))
@@ -116,7 +107,6 @@ def build_parser() -> Parser:
     group.add_argument(
         "--measure-rule",
         metavar="RULE",
-        default=None,
         help="A rule that says what the follow-ups ask for, such as max_sentences=1 (`fastsdpo online "
         "--list-rules` lists them). The run reports how many of the model's own answers to held-out questions "
         "fulfil it, before and after.",
@@ -139,7 +129,6 @@ def add_data_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--stream",
         action="store_true",
-        default=False,
         help="Read DATA while training, and no more of it than --max-steps need; - is standard input. Memory does not "
         "grow with it.",
     )
@@ -147,20 +136,16 @@ def add_data_options(group: argparse._ArgumentGroup) -> None:
 
 def add_forecast_options(group: argparse._ArgumentGroup) -> None:
     """The machine that a dry run forecasts."""
-    group.add_argument(
-        "--card", default=None, metavar="SIZE", help="The memory of each GPU, such as 80GB. Default: this machine's."
-    )
+    group.add_argument("--card", metavar="SIZE", help="The memory of each GPU, such as 80GB. Default: this machine's.")
     group.add_argument(
         "--processes",
         type=int,
-        default=None,
         metavar="N",
         help="How many processes train together, one on each GPU. Default: as many as were started.",
     )
     group.add_argument(
         "--strategy",
         choices=("ddp", "fsdp", "zero2", "zero3"),
-        default=None,
         help="ddp: each process holds everything. fsdp: weights, gradients and optimizer states are divided. zero2, "
         "zero3: DeepSpeed's stages. Default: as started.",
     )

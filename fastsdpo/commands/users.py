@@ -36,20 +36,15 @@ def add_user_options(parser: argparse.ArgumentParser) -> None:
     )
     user.add_argument(
         "--wish",
-        default=None,
         metavar="TEXT",
         help="What the user says about an answer that breaks a rule. Default: the rule's own words.",
     )
     user.add_argument(
-        "--praise",
-        default=None,
-        metavar="TEXT",
-        help="What the user says about an answer that breaks none. Default: nothing.",
+        "--praise", metavar="TEXT", help="What the user says about an answer that breaks none. Default: nothing."
     )
-    user.add_argument("--persona", default=None, metavar="TEXT", help=PERSONA_HELP)
+    user.add_argument("--persona", metavar="TEXT", help=PERSONA_HELP)
     user.add_argument(
         "--user-prompt",
-        default=None,
         metavar="FILE",
         help="How the language model that plays the user is asked: a text with {history} and {response}. What "
         "stands before a line of three dashes is the system prompt, with {persona}. Default: our own text.",
@@ -58,11 +53,10 @@ def add_user_options(parser: argparse.ArgumentParser) -> None:
     user.add_argument(
         "--control",
         action="store_true",
-        default=False,
         help="A control run: where a rule is broken, the user speaks of something else (a cat, the rain). What "
         "such a run changes is not learned from what the user wants.",
     )
-    user.add_argument("--terminal", action="store_true", default=False, help="You are the user.")
+    user.add_argument("--terminal", action="store_true", help="You are the user.")
     _add_later_wishes(user)
 
 
@@ -81,10 +75,7 @@ def _add_later_wishes(user: argparse._ArgumentGroup) -> None:
         "--then-rule", action="append", default=[], metavar="NAME=VALUE", help="A wish from --flip-at on."
     )
     user.add_argument(
-        "--then-wish",
-        default=None,
-        metavar="TEXT",
-        help="What the user says from then on. Default: the rule's own words.",
+        "--then-wish", metavar="TEXT", help="What the user says from then on. Default: the rule's own words."
     )
     user.add_argument(
         "--then-persona",
@@ -103,17 +94,11 @@ def add_chat_model_options(group: Any, role: str) -> None:
         role: the flags are ``--{role}-url`` and so on.
     """
     group.add_argument(
-        f"--{role}-url",
-        default=None,
-        metavar="URL",
-        help="The address of an OpenAI-compatible server, such as http://host:8000/v1.",
+        f"--{role}-url", metavar="URL", help="The address of an OpenAI-compatible server, such as http://host:8000/v1."
     )
-    group.add_argument(f"--{role}-model", default=None, metavar="NAME", help="The model's name on that server.")
+    group.add_argument(f"--{role}-model", metavar="NAME", help="The model's name on that server.")
     group.add_argument(
-        f"--{role}-local",
-        default=None,
-        metavar="MODEL",
-        help="A model on this machine instead: a folder, a hub id or a GGUF file.",
+        f"--{role}-local", metavar="MODEL", help="A model on this machine instead: a folder, a hub id or a GGUF file."
     )
     group.add_argument(
         f"--{role}-timeout", type=float, default=60.0, metavar="SECONDS", help="How long to wait for a reply."
@@ -224,9 +209,5 @@ def chat_model(options: argparse.Namespace, role: str, **settings: Any) -> ChatE
     if "max_new_tokens" in settings:
         settings["max_tokens"] = settings.pop("max_new_tokens")
     return ChatEndpoint(
-        url,
-        name,
-        timeout=given[f"{role}_timeout"],
-        concurrency=given[f"{role}_concurrency"],
-        **settings,
+        url, name, timeout=given[f"{role}_timeout"], concurrency=given[f"{role}_concurrency"], **settings
     )

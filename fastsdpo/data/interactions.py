@@ -138,8 +138,9 @@ def extract_interactions(
     if not isinstance(conversation, Conversation):
         read = read_turns(conversation, "messages")
         conversation = Conversation(read.messages, answer_fields=read.fields)
+    left_out = Counter() if left_out is None else left_out
     system, turns, several, numbers, rest = _turns(conversation.messages)
-    if rest and left_out is not None:
+    if rest:
         lost = _count_followups(conversation.messages) - _count_followups(turns)
         if lost:
             role = rest[0]["role"]
@@ -151,15 +152,13 @@ def extract_interactions(
             continue
         own = conversation.answer_fields.get(numbers[t], {})
         if own.get("left_out"):
-            if left_out is not None:
-                left_out[own["left_out"]] += 1
+            left_out[own["left_out"]] += 1
             continue
         completion = own.get("completion", turns[t]["content"])
         if is_blank(completion) or is_blank(turns[t - 1]["content"]) or is_blank(turns[t + 1]["content"]):
             continue
         if several[t]:
-            if left_out is not None:
-                left_out[AFTER_SEVERAL] += 1
+            left_out[AFTER_SEVERAL] += 1
             continue
         start = 0 if max_history_messages is None else max(0, t - max_history_messages)
         while turns[start]["role"] != "user":
@@ -182,9 +181,7 @@ def extract_interactions(
     return interactions
 
 
-def _turns(
-    messages: Sequence[Mapping],
-) -> tuple[list[dict], list[dict], list[bool], list[int], Sequence[Mapping]]:
+def _turns(messages: Sequence[Mapping]) -> tuple[list[dict], list[dict], list[bool], list[int], Sequence[Mapping]]:
     """([the system message] or [], alternating user / assistant messages starting with a user's, of
     each whether it is the last of different answers, of each the index of its last message, the
     messages from which on nothing is taken)"""

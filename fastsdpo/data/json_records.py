@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Literal
 from fastsdpo.data.json_codec import DECODER, decode
 from fastsdpo.data.readers.registry import is_record
 from fastsdpo.data.records import Entry, Problem, why_no_text
+from fastsdpo.lazy import needed
 
 COMPRESSIONS = (".gz", ".zst")
 READ_BYTES = 1 << 16  # larger pieces of text are slower: one wide character makes all of a piece wide
@@ -115,12 +116,8 @@ class _Text:
         if path.suffix.lower() == ".gz":
             self._chunks = self._decompressed(lambda: zlib.decompressobj(wbits=31))
         elif path.suffix.lower() == ".zst":
-            try:
+            with needed("zstandard", path):
                 import zstandard
-            except ImportError as error:
-                raise ImportError(
-                    f"{path} needs the package zstandard; install it with: pip install zstandard"
-                ) from error
             self._chunks = self._decompressed(lambda: zstandard.ZstdDecompressor().decompressobj())
         else:
             self._chunks = iter(lambda: file.read(READ_BYTES), b"")

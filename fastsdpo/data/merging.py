@@ -254,19 +254,10 @@ def merge(keys: Keys, starts: array, single: bytearray, *, join: bool = True) ->
     for name in ("name", "messages"):
         for first, record in _repeated(keys, name, records):
             _join(conversations, first, record)
-    for first, found in _begun(keys, "messages", "beginnings", records) if join else ():
-        part_of_longer = set()
-        for key, record in found:
-            _join(conversations, first[key], record)
-            if not single[record]:  # else it holds the last interaction only
-                part_of_longer.add(key)
-        if part_of_longer:
-            for key, record in _pairs(keys("messages", 0, 1)):
-                if key in part_of_longer:
-                    start, end = starts[record], starts[record + 1]
-                    left_out[start:end] = b"\1" * (end - start)
-    for _, interaction in _repeated(keys, "interactions", interactions, left_out) if join else ():
-        left_out[interaction] = 1
+    if join:
+        _join_longer(keys, starts, single, conversations, left_out)
+        for _, interaction in _repeated(keys, "interactions", interactions, left_out):
+            left_out[interaction] = 1
     renamed = {number for _, number in _repeated(keys, "ids", interactions, left_out)}
 
     families = array("I", conversations)
@@ -279,17 +270,30 @@ def merge(keys: Keys, starts: array, single: bytearray, *, join: bool = True) ->
     following, kept = array("I", [records]) * records, array("I", [0]) * records
     latest = array("I", range(records))
     for record in range(records):
-        if families[record] != record:
-            families[record] = _first(families, record)
-        first = conversations[record]
-        if first != record:
-            first = conversations[record] = _first(conversations, record)
-        start, end = starts[record], starts[record + 1]
+        for sets in (families, conversations):
+            if sets[record] != record:
+                sets[record] = _first(sets, record)
+        first, start, end = conversations[record], starts[record], starts[record + 1]
         kept[first] += end - start - left_out.count(1, start, end)
         if first != record:
             following[latest[first]] = record
             latest[first] = record
     return Merged(conversations, families, following, left_out, kept, renamed)
+
+
+def _join_longer(keys: Keys, starts: array, single: bytearray, conversations: array, left_out: bytearray) -> None:
+    """Joins records with the longer ones that begin so, and leaves out the interactions that these have too."""
+    for first, found in _begun(keys, "messages", "beginnings", len(single)):
+        part_of_longer = set()
+        for key, record in found:
+            _join(conversations, first[key], record)
+            if not single[record]:  # else it holds the last interaction only
+                part_of_longer.add(key)
+        if part_of_longer:
+            for key, record in _pairs(keys("messages", 0, 1)):
+                if key in part_of_longer:
+                    start, end = starts[record], starts[record + 1]
+                    left_out[start:end] = b"\1" * (end - start)
 
 
 def find_related(keys: Keys, records: int) -> bytearray:

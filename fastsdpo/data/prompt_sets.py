@@ -21,6 +21,7 @@ from fastsdpo.data.loading import MAX_RECORD_BYTES, parse_entries
 from fastsdpo.data.output import atomic_file
 from fastsdpo.data.records import LoadReport
 from fastsdpo.data.sources import expand_source, read_sources
+from fastsdpo.lazy import needed
 
 SUFFIX = "\nTL;DR:\n"  # counts for the length of a post; the model does not see it
 MAX_TLDR_CHARS = 1024  # a post with its suffix is shorter
@@ -199,10 +200,8 @@ class PromptJob:
         """Draws at most `most` of the prompts; None: all."""
         if most is None:
             return prompts
-        try:
+        with needed("numpy", "max_prompts"):
             import numpy
-        except ImportError as error:
-            raise ImportError("max_prompts needs the package numpy: pip install numpy") from error
         order = numpy.random.default_rng(self.seed).permutation(len(prompts)).tolist()[:most]
         if len(order) < len(prompts):
             left = report.dropped.get("over the wanted number", 0)

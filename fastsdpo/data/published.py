@@ -37,6 +37,7 @@ from fastsdpo.data.reading import ReadOptions, ReadReport
 from fastsdpo.data.redaction import Redaction
 from fastsdpo.data.sources import read_sources
 from fastsdpo.data.spool import Batch
+from fastsdpo.lazy import needed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -210,10 +211,8 @@ class PublishedReader:
         """Returns the numbers of the spool's records in the order in which they are taken."""
         if not self.job.rules.shuffle:
             return array("I", range(len(self.places)))
-        try:
+        with needed("numpy", "a preset of the paper"):
             import numpy
-        except ImportError as error:
-            raise ImportError("the presets of the paper need the package numpy: pip install numpy") from error
         # `datasets.Dataset.shuffle(seed)`: row n of the shuffled data set is row permutation[n].
         permutation = numpy.random.default_rng(self.job.seed).permutation(self.report.records)
         records = numpy.full(self.report.records, -1, dtype=numpy.int64)

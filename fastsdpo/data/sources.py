@@ -15,6 +15,7 @@ from fastsdpo.data.readers.registry import RecordParser
 from fastsdpo.data.readers.tables import group_rows
 from fastsdpo.data.records import Entry, LoadReport, Problem
 from fastsdpo.data.text_records import TABLE_SUFFIXES, is_vllm_log, table_records, vllm_log_records
+from fastsdpo.lazy import needed
 
 logger = logging.getLogger("fastsdpo.data")
 
@@ -137,13 +138,8 @@ def _count_shards(rows: Any) -> int:
 
 
 def _open_dataset(name: str | Path, config: str | None, split: str) -> Any:
-    try:
+    with needed("datasets", f"{str(name)!r} is not a file, and to read it as a Hugging Face dataset"):
         import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"{str(name)!r} is not a file, and to read it as a Hugging Face "
-            "dataset needs the package datasets; install it with: pip install datasets"
-        ) from error
     if isinstance(name, Path):
         rows = datasets.load_from_disk(str(name))
         return rows[split] if isinstance(rows, dict) else rows
@@ -158,11 +154,9 @@ def _open_dataset(name: str | Path, config: str | None, split: str) -> Any:
 def _parquet_records(
     path: Path, progress: Callable[[int], None], parser: RecordParser, more: Collection[str]
 ) -> Iterator[Entry]:
-    try:
+    with needed("pyarrow", path):
         import pyarrow as pa
         import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError(f"{path} needs the package pyarrow; install it with: pip install pyarrow") from error
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:

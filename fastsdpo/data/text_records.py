@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastsdpo.data.records import Entry, Problem, why_no_text
+from fastsdpo.lazy import needed
 
 TABLE_SUFFIXES = (".csv", ".tsv")
 DELIMITERS = (",", ";", "\t", "|")
@@ -112,10 +113,8 @@ def _text(file: IO[bytes], path: Path) -> IO[str]:
     if path.suffix.lower() == ".gz":
         stream = gzip.GzipFile(fileobj=file)
     elif path.suffix.lower() == ".zst":
-        try:
+        with needed("zstandard", path):
             import zstandard
-        except ImportError as error:
-            raise ImportError(f"{path} needs the package zstandard; install it with: pip install zstandard") from error
         stream = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file))
     return io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
 

@@ -77,9 +77,8 @@ class HeadLogits:
         """Log-probs ``[*rows, K]`` of the ids ``[*rows, K]``."""
         if not self.normalized or dim not in (-1, len(self.shape) - 1):
             self._refuse(f"gather(dim={dim}) of {'log-probs' if self.normalized else 'logits'}")
-        weight, bias, softcap, scale = self.head
-        given = {"bias": bias, "softcap": softcap, "logit_scale": scale, "temperature": self.temperature}
-        return linear_token_logps(self.hidden, weight, index[..., 0], extra_ids=index, **given)[1]
+        given = {"target_ids": index[..., 0], "temperature": self.temperature, **self.head._asdict()}
+        return linear_token_logps(self.hidden, extra_ids=index, **given)[1]
 
     def topk(self, k: int, dim: int = -1) -> tuple[None, Tensor]:
         """``(None, ids)``: the ids ``[*rows, k]`` alone, the most likely first."""
@@ -164,7 +163,7 @@ def divergence(
     """
     head = student.head
     rows = student.hidden[counts]
-    given: dict[str, Any] = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
+    given = head._asdict()
     states = None
     if isinstance(teacher, HeadLogits):
         others = teacher.head
@@ -180,4 +179,4 @@ def divergence(
     ids = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     weights = weight.expand(len(rows))
     given |= {"mode": "full", "alpha": alpha, "temperature": student.temperature * temperature, "weights": weights}
-    return linear_sdpo_loss(rows, states, head.weight, ids, **given).loss
+    return linear_sdpo_loss(rows, states, target_ids=ids, **given).loss

@@ -69,7 +69,7 @@ def kd_loss(
     hidden, targets, mask = hidden[keep], targets[keep].clamp(min=0), mask[keep]
     token_ids, logprobs = token_ids[keep], logprobs[keep].to(torch.promote_types(logprobs.dtype, torch.float32))
     soft, hard = taught[keep].to(torch.float32), has_label[keep].to(torch.float32)
-    given = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
+    given = {"target_ids": targets, **head._asdict()}
     if settings.normalize_topk and bool((mask == mask[:, :1]).all()):
         # A row without a teacher gets a uniform one, over ids that differ.
         first = torch.arange(mask.shape[-1], device=mask.device)
@@ -78,10 +78,10 @@ def kd_loss(
         given |= {"weights": settings.alpha * soft, "temperature": settings.temperature}
         if settings.ce_alpha > 0:
             given["ce_weights"] = settings.ce_alpha * hard
-        out = linear_sdpo_loss(hidden, None, head.weight, targets, **given)
+        out = linear_sdpo_loss(hidden, None, **given)
         loss, kd = out.loss, settings.alpha * (soft * out.per_token_loss).sum()
     else:
-        logps = functools.partial(linear_token_logps, hidden, head.weight, targets, **given)
+        logps = functools.partial(linear_token_logps, hidden, **given)
         label_logps, student = logps(temperature=settings.temperature, extra_ids=token_ids)
         kd = settings.alpha * _divergence(student, logprobs, mask & (soft > 0)[:, None], settings)
         loss = kd

@@ -170,8 +170,7 @@ def _check_rows(name: str, hidden_states: Tensor, target_ids: Tensor, head: Head
 
 @torch.no_grad()
 def _check_logps(hidden_states: Tensor, target_ids: Tensor, head: HeadParameters) -> Tensor:
-    weight, bias, softcap, logit_scale = head
-    hidden = hidden_states[:CHECKED].to(weight.dtype)
-    ids = target_ids[:CHECKED].to(weight.device)
-    logps: Any = linear_token_logps(hidden, weight, ids, bias=bias, softcap=softcap, logit_scale=logit_scale)
+    hidden = hidden_states[:CHECKED].to(head.weight.dtype)
+    ids = target_ids[:CHECKED].to(head.weight.device)
+    logps: Any = linear_token_logps(hidden, target_ids=ids, **head._asdict())
     return logps.float()

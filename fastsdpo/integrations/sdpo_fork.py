@@ -196,10 +196,7 @@ def _objective(name: str, config: Any) -> Objective:
 
 
 def _weights(
-    response_mask: Tensor,
-    self_distillation_mask: Tensor | None,
-    loss_agg_mode: str,
-    rollout_is_weights: Tensor | None,
+    response_mask: Tensor, self_distillation_mask: Tensor | None, loss_agg_mode: str, rollout_is_weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     mask = response_mask
     if self_distillation_mask is not None:

@@ -92,8 +92,7 @@ def divergence(
     if isinstance(teacher, HeadLogits):
         hidden, arguments = teacher_arguments(head, teacher.hidden, teacher.head)
         given |= arguments
-    given |= {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
-    return linear_sdpo_loss(student.hidden, hidden, head.weight, targets, **given).loss, number
+    return linear_sdpo_loss(student.hidden, hidden, target_ids=targets, **head._asdict(), **given).loss, number
 
 
 def _from_hidden_states(trainer: Any, model: nn.Module, inputs: Any) -> Tensor:

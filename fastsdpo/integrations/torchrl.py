@@ -159,17 +159,8 @@ class SDPODistillationLoss(DistillationLoss):
         else:
             states, arguments = teacher_arguments(head, states, other)
             options |= arguments
-        out = linear_sdpo_loss(
-            hidden,
-            states,
-            head.weight,
-            targets,
-            bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            weights=self._weights(batch.counts),
-            **options,
-        )
+        options["weights"] = self._weights(batch.counts)
+        out = linear_sdpo_loss(hidden, states, target_ids=targets, **head._asdict(), **options)
         return out.loss, out.per_token_loss
 
     def _weights(self, counts: Tensor) -> Tensor:

@@ -114,11 +114,8 @@ def label_logps(
     keep = target_ids != IGNORE_INDEX
     found = linear_token_logps(
         hidden[keep].to(head.weight.device),
-        head.weight,
-        target_ids[keep].to(head.weight.device),
-        bias=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
+        target_ids=target_ids[keep].to(head.weight.device),
+        **head._asdict(),
         temperature=temperature,
         return_entropy=return_entropy,
         chunk_size=chunk_size,
@@ -150,10 +147,7 @@ class SDPOLabels(dict):
         return self["labels"].ne(value)
 
 
-TEACHERS = {
-    "sampled_token": ("teacher_logps",),
-    "topk": ("teacher_topk_ids", "teacher_topk_logps"),
-}
+TEACHERS = {"sampled_token": ("teacher_logps",), "topk": ("teacher_topk_ids", "teacher_topk_logps")}
 
 
 def sdpo_loss_func(

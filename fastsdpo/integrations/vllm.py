@@ -123,11 +123,7 @@ def teacher_from_outputs(
 
 
 def _read_sequence(
-    where: str,
-    entries: Sequence[Mapping[Any, Any] | None],
-    token_ids: Sequence[int],
-    length: int,
-    topk: int | None,
+    where: str, entries: Sequence[Mapping[Any, Any] | None], token_ids: Sequence[int], length: int, topk: int | None
 ) -> list[tuple[float, list[tuple[int, float]]]]:
     """For each of the last ``length`` tokens: its log-prob and the K most likely ``(id, log-prob)``."""
     if entries is None or len(entries) != len(token_ids):

@@ -85,11 +85,7 @@ class CollapseDetector:
         return None
 
     def state_dict(self) -> dict:
-        return {
-            "answers": list(self.answers),
-            "entropies": list(self.entropies),
-            "first_entropy": self.first_entropy,
-        }
+        return {"answers": list(self.answers), "entropies": list(self.entropies), "first_entropy": self.first_entropy}
 
     def load_state_dict(self, state: dict) -> None:
         self.answers = deque(state["answers"], maxlen=self.window)

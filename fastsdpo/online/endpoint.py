@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastsdpo.data.interactions import is_blank
+from fastsdpo.lazy import needed
 
 logger = logging.getLogger("fastsdpo.online")
 
@@ -27,12 +28,8 @@ def connect(url: str, *, timeout: float = 60.0, max_retries: int = 3, api_key: s
     Raises:
         ImportError: the package openai is missing.
     """
-    try:
+    with needed("openai", "an OpenAI-compatible endpoint", "'fastsdpo[online]'"):
         import openai
-    except ImportError as error:
-        raise ImportError(
-            "an OpenAI-compatible endpoint needs the package openai; install it with: pip install 'fastsdpo[online]'"
-        ) from error
     if "://" not in url:
         raise ValueError(f"the endpoint's url must be like http://host:8000/v1, got {url!r}")
     key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
@@ -78,10 +75,7 @@ class ChatEndpoint:
         """Returns the reply's text, or None if there is none. Failures are counted; the first logs a warning."""
         try:
             answer = self.client.chat.completions.create(
-                model=self.model,
-                messages=list(messages),
-                max_tokens=self.max_tokens,
-                temperature=self.temperature,
+                model=self.model, messages=list(messages), max_tokens=self.max_tokens, temperature=self.temperature
             )
             text = answer.choices[0].message.content
         except Exception as error:  # whatever a server can send must not end the run

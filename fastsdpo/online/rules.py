@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fastsdpo.lazy import needed
+
 # A sentence ends at ., ! or ? (with closing quotes or brackets) before white space or the end.
 _SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)|[。！？]+")
 _LIST_ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+\S", re.MULTILINE)
@@ -155,12 +157,8 @@ LANGUAGES = {
 
 def language(code: str) -> Rule:
     """The answer is in a language (such as "de"). The package langdetect detects it, with a fixed seed."""
-    try:
+    with needed("langdetect", "the rule language", "'fastsdpo[online]'"):
         import langdetect
-    except ImportError as error:
-        raise ImportError(
-            "the rule language needs the package langdetect; install it with: pip install 'fastsdpo[online]'"
-        ) from error
     known = langdetect.detector_factory.PROFILES_DIRECTORY
     import os
 

@@ -75,10 +75,7 @@ def generate(
         drawn = DEFAULT_TEMPERATURE if temperature is None else temperature
         settings = {"do_sample": True, "temperature": drawn, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(end_ids),
-        pad_token_id=end_ids[0],
-        **settings,
+        max_new_tokens=max_new_tokens, eos_token_id=list(end_ids), pad_token_id=end_ids[0], **settings
     )
     device = model.get_input_embeddings().weight.device
     samples: list[Sample] = []

@@ -24,14 +24,7 @@ from fastsdpo.online.config import OnlineSDPOConfig
 from fastsdpo.online.figures import AnswerFigures, CollapseWatch
 from fastsdpo.online.generation import Generation
 from fastsdpo.online.prompts import PromptDataset, PromptSampler, collate_prompts
-from fastsdpo.online.rollout import (
-    ANSWERS_FILE,
-    INTERACTIONS_FILE,
-    Answers,
-    RowFiles,
-    SampledInteraction,
-    roll_out,
-)
+from fastsdpo.online.rollout import ANSWERS_FILE, INTERACTIONS_FILE, Answers, RowFiles, SampledInteraction, roll_out
 from fastsdpo.online.sampling import Sample
 from fastsdpo.online.users import UserSimulator
 from fastsdpo.trainer.processes import gather_list
@@ -123,10 +116,7 @@ class OnlineSDPOTrainer(StepTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
         self.sampler = PromptSampler(
-            len(dataset),
-            step=self.step_size,
-            repeats=args.updates_per_batch,
-            seed=args.order_seed,
+            len(dataset), step=self.step_size, repeats=args.updates_per_batch, seed=args.order_seed
         )
         return self.sampler
 

@@ -26,10 +26,7 @@ def _stats(stats: Tensor, columns: int) -> dict[str, object]:
     start = vector(stats)
     if not start:
         return {}
-    return {
-        "stats": tuple(start + 4 * column for column in range(columns)),
-        "stats_stride": stats.shape[1],
-    }
+    return {"stats": tuple(start + 4 * column for column in range(columns)), "stats_stride": stats.shape[1]}
 
 
 def _call(
@@ -123,17 +120,7 @@ def backward(
 def support(logits: Tensor, target_ids: Tensor, k: int, ignore_index: int) -> Tensor:
     """In ascending order; of equal logits the first. 0 to k - 1 for rows whose target is ignored."""
     ids = torch.empty(len(target_ids), k, dtype=torch.int64)
-    call(
-        "support",
-        logits,
-        target_ids,
-        FORWARD,
-        1.0,
-        0.0,
-        ignore_index,
-        K=k,
-        support=vector(ids, torch.int64),
-    )
+    call("support", logits, target_ids, FORWARD, 1.0, 0.0, ignore_index, K=k, support=vector(ids, torch.int64))
     return ids
 
 

@@ -200,15 +200,7 @@ class SDPOFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: an operator that refuses a second derivative
             mode, floats, integers = options.packed()
             grad = sdpo_backward_op(
-                upstream[0],
-                as_rows(student),
-                teacher,
-                list(tokens),
-                list(found),
-                mode,
-                floats,
-                integers,
-                backend,
+                upstream[0], as_rows(student), teacher, list(tokens), list(found), mode, floats, integers, backend
             )
         else:
             grad = logits if inplace else empty_gradient(logits)

@@ -104,6 +104,10 @@ def check_loss(
 
     ``teacher`` names the argument that holds the teacher's whole distribution.
     """
+
+    def flat(argument: str, value: Tensor | None) -> Tensor | None:
+        return None if value is None else flat_float(check_like(name, argument, value, shape, device), dtype)
+
     if mode not in LOSS_MODES:
         raise ValueError(f"{name}: mode must be one of {LOSS_MODES}, got {mode!r}")
     alpha = check_alpha(name, alpha)
@@ -130,18 +134,9 @@ def check_loss(
     target_ids = check_like(name, "target_ids", target_ids, shape, device, integer=True)
 
     topk_ids = topk_logps = None
-    if mode == "topk" and teacher_topk is not None:
-        if not isinstance(teacher_topk, (tuple, list)) or len(teacher_topk) != 2:
-            raise TypeError(f"{name}: teacher_topk must be a pair (ids, logps)")
-        ids = check_tensor(name, "teacher_topk ids", teacher_topk[0])
-        k = ids.shape[-1] if ids.ndim else 0
-        if topk is not None and topk != k:
-            raise ValueError(f"{name}: topk must equal teacher_topk's K = {k}, got {topk}")
-        topk = check_topk(name, k, vocabulary)
-        ids = check_like(name, "teacher_topk ids", ids, (*shape, k), device, integer=True)
-        logps = check_like(name, "teacher_topk logps", teacher_topk[1], (*shape, k), device)
-        topk_ids = ids.reshape(-1, k).to(torch.int64).contiguous()
-        topk_logps = logps.detach().reshape(-1, k).to(dtype).contiguous()
+    if teacher_topk is not None:
+        topk_ids, topk_logps = _check_teacher_topk(name, teacher_topk, topk, vocabulary, shape, device, dtype)
+        topk = topk_ids.shape[-1]
     elif mode == "topk":
         topk = check_topk(name, topk, vocabulary)
     bounded_tail = bounded_tail and mode == "topk" and add_tail
@@ -169,17 +164,33 @@ def check_loss(
         counts = ids != ignore_index
         flat_weights = counts.to(dtype) / counts.sum().clamp(min=1)
     else:
-        weights = check_like(name, "weights", weights, shape, device)
-        flat_weights = flat_float(weights, dtype)
-    if old_logps is not None:
-        old_logps = flat_float(check_like(name, "old_logps", old_logps, shape, device), dtype)
-        if is_clip is None:
-            old_logps = None
-    if teacher_logps is not None:
-        teacher_logps = flat_float(check_like(name, "teacher_logps", teacher_logps, shape, device), dtype)
-    if ce_weights is not None:
-        ce_weights = flat_float(check_like(name, "ce_weights", ce_weights, shape, device), dtype)
+        flat_weights = flat("weights", weights)
+    old_logps, teacher_logps = flat("old_logps", old_logps), flat("teacher_logps", teacher_logps)
+    ce_weights = flat("ce_weights", ce_weights)
+    old_logps = None if is_clip is None else old_logps
     return options, Tokens(ids, flat_weights, old_logps, teacher_logps, topk_ids, topk_logps, ce_weights)
+
+
+def _check_teacher_topk(
+    name: str,
+    pair: tuple[Tensor, Tensor],
+    topk: int | None,
+    vocabulary: int,
+    shape: torch.Size,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The teacher's support as ``[N, K]`` int64 and its log-probs ``[N, K]``."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"{name}: teacher_topk must be a pair (ids, logps)")
+    ids = check_tensor(name, "teacher_topk ids", pair[0])
+    k = ids.shape[-1] if ids.ndim else 0
+    if topk is not None and topk != k:
+        raise ValueError(f"{name}: topk must equal teacher_topk's K = {k}, got {topk}")
+    check_topk(name, k, vocabulary)
+    ids = check_like(name, "teacher_topk ids", ids, (*shape, k), device, integer=True)
+    logps = check_like(name, "teacher_topk logps", pair[1], (*shape, k), device)
+    return ids.reshape(-1, k).to(torch.int64).contiguous(), logps.detach().reshape(-1, k).to(dtype).contiguous()
 
 
 def sdpo_loss(

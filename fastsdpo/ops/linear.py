@@ -29,12 +29,7 @@ from fastsdpo.ops import cross_entropy
 from fastsdpo.ops._memory import kind_of
 from fastsdpo.ops._memory import meta_stands_for as meta_stands_for
 from fastsdpo.ops._memory import release_tiles as release_tiles
-from fastsdpo.ops._operators import (
-    check_values,
-    is_real,
-    raise_second_derivative,
-    weighted_sum,
-)
+from fastsdpo.ops._operators import check_values, is_real, raise_second_derivative, weighted_sum
 from fastsdpo.ops.backend import resolve_backend
 from fastsdpo.ops.checks import accumulation_dtype, check_logits, cut_vocabulary
 from fastsdpo.ops.divergence import SDPOLossOutput, check_loss, loss_output

@@ -134,10 +134,7 @@ def _token_backward(
 
 
 def log_ratio(student: Tensor, teacher: Tensor, target_ids: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
-    return (
-        token_forward(student, target_ids, options).logps,
-        token_forward(teacher, target_ids, options).logps,
-    )
+    return (token_forward(student, target_ids, options).logps, token_forward(teacher, target_ids, options).logps)
 
 
 def support(logits: Tensor, target_ids: Tensor, k: int, ignore_index: int) -> Tensor:

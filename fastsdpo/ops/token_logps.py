@@ -155,11 +155,7 @@ def token_log_ratio(
     backend = resolve_backend(name, backend, student, teacher)
     options = LossOptions(temperature, cap, ignore_index).packed()
     student_logps, teacher_logps = _operators.token_log_ratio_op(
-        as_rows(student.detach()),
-        as_rows(teacher.detach()),
-        flat_ids(target_ids),
-        *options,
-        backend,
+        as_rows(student.detach()), as_rows(teacher.detach()), flat_ids(target_ids), *options, backend
     )
     student_logps, teacher_logps = student_logps.view(shape), teacher_logps.view(shape)
     return TokenLogRatio(token_advantage(student_logps, teacher_logps), student_logps, teacher_logps)

@@ -235,40 +235,42 @@ def _linear_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
         return tokens.get_merged_weights(tokens.active_adapters), bias
     if hasattr(head, "lora_A"):
         weight, bias = _linear_weight(head.base_layer)
-        if head.disable_adapters or head.merged:
-            return weight, bias
-        active = [adapter for adapter in head.active_adapters if adapter in head.lora_A]
-        for adapter in active:
-            if getattr(head.lora_dropout[adapter], "p", 0) > 0:
-                raise NotImplementedError(
-                    f"{name}: LoRA dropout on the head, whose weight it changes for every token; set lora_dropout=0 "
-                    "or leave the head out of target_modules"
-                )
-            weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
-            if head.use_dora.get(adapter):
-                if len(active) > 1:
-                    raise NotImplementedError(f"{name}: DoRA beside another adapter on the head, got {active}")
-                # Equation 5 of https://arxiv.org/abs/2402.09353; the norm is a constant (section 4.3).
-                norm = torch.linalg.norm(weight.detach(), dim=1)
-                weight = (head.lora_magnitude_vector[adapter].weight / norm)[:, None].to(weight.dtype) * weight
-        return weight, bias
+        return weight if head.disable_adapters or head.merged else _with_lora(head, weight), bias
     if hasattr(head, "base_layer"):
         raise NotImplementedError(
             f"{name}: the head has an adapter of {type(head).__module__}; leave the head out of its target_modules"
         )
     weight = getattr(head, "weight", None)
+    packed, option = None, ""
     # A layer of bitsandbytes, GPTQ, AWQ, ..., or torchao's weight in a layer of torch.
     if getattr(head, "quant_state", None) or hasattr(weight, "quant_state") or hasattr(weight, "CB"):
+        packed, option = head, "BitsAndBytesConfig(llm_int8_skip_modules=['lm_head'])"
+    elif type(weight).__module__.startswith("torchao"):
+        packed, option = weight, "TorchAoConfig(modules_to_not_convert=['lm_head'])"
+    if packed is not None:
         raise NotImplementedError(
-            f"{name}: the head is quantized ({type(head).__name__}); load the model with its head as it is, "
-            "BitsAndBytesConfig(llm_int8_skip_modules=['lm_head'])"
-        )
-    if type(weight).__module__.startswith("torchao"):
-        raise NotImplementedError(
-            f"{name}: the head is quantized ({type(weight).__name__}); load the model with its head as it is, "
-            "TorchAoConfig(modules_to_not_convert=['lm_head'])"
+            f"{name}: the head is quantized ({type(packed).__name__}); load the model with its head as it is, {option}"
         )
     # FSDP2 makes a subclass, which computes the same. A subclass with another forward (quantized, ...) does not.
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise NotImplementedError(f"{name}: the head must be a torch.nn.Linear, got {type(head).__name__}")
     return head.weight, head.bias
+
+
+def _with_lora(head: Any, weight: Tensor) -> Tensor:
+    """The weight ``[V, D]`` of PEFT's layer with its active adapters (LoRA, DoRA)."""
+    name, active = "head_parameters", [adapter for adapter in head.active_adapters if adapter in head.lora_A]
+    for adapter in active:
+        if getattr(head.lora_dropout[adapter], "p", 0) > 0:
+            raise NotImplementedError(
+                f"{name}: LoRA dropout on the head, whose weight it changes for every token; set lora_dropout=0 "
+                "or leave the head out of target_modules"
+            )
+        weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
+        if head.use_dora.get(adapter):
+            if len(active) > 1:
+                raise NotImplementedError(f"{name}: DoRA beside another adapter on the head, got {active}")
+            # Equation 5 of https://arxiv.org/abs/2402.09353; the norm is a constant (section 4.3).
+            norm = torch.linalg.norm(weight.detach(), dim=1)
+            weight = (head.lora_magnitude_vector[adapter].weight / norm)[:, None].to(weight.dtype) * weight
+    return weight

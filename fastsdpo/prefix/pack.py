@@ -19,10 +19,7 @@ class TokenCounts(NamedTuple):
 
 
 def count_tokens(
-    interactions: Sequence[InteractionIds],
-    *,
-    sharing: Sharing = "conversation",
-    live: bool = True,
+    interactions: Sequence[InteractionIds], *, sharing: Sharing = "conversation", live: bool = True
 ) -> TokenCounts:
     """Tokens computed with sharing and without.
 
@@ -108,10 +105,7 @@ def pack_conversations(
 
 
 def _cut(
-    interactions: Sequence[InteractionIds],
-    indices: Sequence[int],
-    max_tokens: int,
-    sharing: Sharing,
+    interactions: Sequence[InteractionIds], indices: Sequence[int], max_tokens: int, sharing: Sharing
 ) -> Iterable[tuple[list[int], int]]:
     """The parts of a conversation that fit the budget, each with its number of tokens."""
     part: list[int] = []
@@ -132,10 +126,7 @@ def _cut(
 
 def _added_tokens(root: Node, item: InteractionIds, sharing: Sharing) -> int:
     """How many tokens an interaction adds to a plan; ``root`` is the trie of those before it."""
-    sequences = (
-        [*item.prompt_ids, *item.completion_ids],
-        [*item.teacher_prompt_ids, *item.completion_ids],
-    )
+    sequences = ([*item.prompt_ids, *item.completion_ids], [*item.teacher_prompt_ids, *item.completion_ids])
     if sharing == "off":
         return sum(len(ids) for ids in sequences)
     if sharing == "interaction":

@@ -19,14 +19,7 @@ from torch import Tensor, nn
 from fastsdpo.prefix.attention import Kept, check_backend
 from fastsdpo.prefix.model import no_grad_pass
 from fastsdpo.prefix.passes import PassRunner
-from fastsdpo.prefix.plan import (
-    InteractionIds,
-    Plan,
-    ResponseLabels,
-    Sharing,
-    check_interactions,
-    check_sharing_level,
-)
+from fastsdpo.prefix.plan import InteractionIds, Plan, ResponseLabels, Sharing, check_interactions, check_sharing_level
 from fastsdpo.prefix.ready import ReadyPasses, ready_passes
 from fastsdpo.prefix.refusals import above_the_decoder
 from fastsdpo.prefix.ulysses import Ulysses

@@ -8,17 +8,7 @@ from collections.abc import Sequence
 class Node:
     """The tokens ``ids[start:stop]``, at positions ``[start, stop)`` of every sequence that goes through the node."""
 
-    __slots__ = (
-        "children",
-        "heavy",
-        "ids",
-        "packed",
-        "parent",
-        "start",
-        "stop",
-        "teacher",
-        "tokens",
-    )
+    __slots__ = ("children", "heavy", "ids", "packed", "parent", "start", "stop", "teacher", "tokens")
 
     def __init__(self, ids: Sequence[int], start: int, parent: Node | None, teacher: bool):
         self.ids, self.start, self.stop, self.parent = ids, start, len(ids), parent

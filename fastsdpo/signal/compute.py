@@ -13,8 +13,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -183,8 +183,7 @@ def compute_signal(
     tokenized = [tokenize(dataclasses.replace(interaction, followup=o), completion_ids) for o in followups]
     ids = tokenized[0].completion_ids
 
-    with _evaluating(model, teacher_model):
-        student, teachers = _logps(model, teacher_model, tokenized, temperature, sharing, backend)
+    student, teachers = _logps(model, teacher_model, tokenized, temperature, sharing, backend)
     ends_turn = ids[-1] == tokenize.end_of_turn_id
     signals = [_signal(o, teacher, student, ends_turn) for o, teacher in zip(followups, teachers)]
     notes = [] if ends_turn else ["The answer was cut at the length limit: no end-of-turn token."]
@@ -200,19 +199,6 @@ def compute_signal(
         model=str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
         notes=notes,
     )
-
-
-@contextmanager
-def _evaluating(*models: torch.nn.Module | None) -> Iterator[None]:
-    """The models in eval mode, and afterwards in the mode that each had."""
-    modes = [(model, model.training) for model in models if model is not None]
-    for model, _ in modes:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, mode in modes:
-            model.train(mode)
 
 
 def _signal(followup: str, teacher: torch.Tensor, student: torch.Tensor, ends_turn: bool) -> FollowupSignal:
@@ -243,23 +229,15 @@ def _logps(
     import torch
 
     from fastsdpo.ops.linear_token_logps import linear_token_logps
-    from fastsdpo.prefix import head_parameters, shared_forward
+    from fastsdpo.prefix import head_parameters, shared_forward, training_mode
 
     def of_head(owner: Any, hidden: torch.Tensor) -> torch.Tensor:
-        head = head_parameters(owner)
-        logps: Any = linear_token_logps(
-            hidden,
-            head.weight,
-            states.target_ids[: len(hidden)],
-            bias=head.bias,
-            temperature=temperature,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            backend=backend,
-        )
+        given = {"target_ids": states.target_ids[: len(hidden)], **head_parameters(owner)._asdict()}
+        logps: Any = linear_token_logps(hidden, temperature=temperature, backend=backend, **given)
         return logps.to("cpu", torch.float64)
 
-    with torch.no_grad():
+    teacher_mode = nullcontext() if teacher_model is None else training_mode(teacher_model, False)
+    with torch.no_grad(), training_mode(model, False), teacher_mode:
         states = shared_forward(model, tokenized, teacher_model=teacher_model, sharing=sharing)  # type: ignore[arg-type]
         count = len(tokenized[0].completion_ids)
         student = of_head(model, states.student_hidden[:count])

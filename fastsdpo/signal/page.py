@@ -13,15 +13,7 @@ import html
 import re
 
 from fastsdpo.signal.compute import FollowupSignal, SignalResult
-from fastsdpo.signal.palette import (
-    LEVELS,
-    SCALE,
-    THEMES,
-    hex_color,
-    level,
-    signed,
-    tint,
-)
+from fastsdpo.signal.palette import LEVELS, SCALE, THEMES, hex_color, level, signed, tint
 from fastsdpo.signal.tokens import visible
 from fastsdpo.signal.words import LESS, MORE, TRAINING, comparison, times, verdict
 
@@ -137,11 +129,7 @@ TITLE = "What a reply tells the model about its answer"
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
 PANELS = (
     ("The model's answer, tinted by the reply", "The user's reply", "After the reply,"),
-    (
-        "For comparison: tinted by an unrelated reply",
-        "An unrelated reply",
-        "After the unrelated one,",
-    ),
+    ("For comparison: tinted by an unrelated reply", "An unrelated reply", "After the unrelated one,"),
 )
 
 

@@ -38,12 +38,7 @@ def terminal_theme(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def render_terminal(
-    result: SignalResult,
-    *,
-    colors: int = 8,
-    theme: str = "dark",
-    limit: float | None = None,
-    values: bool = False,
+    result: SignalResult, *, colors: int = 8, theme: str = "dark", limit: float | None = None, values: bool = False
 ) -> str:
     """Renders the answer with tinted tokens, once per follow-up, a verdict in words and the summary.
 
@@ -59,11 +54,7 @@ def render_terminal(
     def bold(text: str) -> str:
         return f"\x1b[1m{text}{RESET}" if colors else text
 
-    lines = [
-        bold("Prompt"),
-        visible(result.interaction.prompt[-1]["content"], marks=False).strip(),
-        "",
-    ]
+    lines = [bold("Prompt"), visible(result.interaction.prompt[-1]["content"], marks=False).strip(), ""]
     for title, signal in result.followups:
         lines += [bold("Answer"), render_answer(result, signal, colors=colors, theme=theme, limit=limit), ""]
         lines += [f"{bold(title)}: {visible(signal.followup, marks=False).strip()}", _summary(signal), ""]

@@ -181,12 +181,7 @@ class InteractionDataset(Dataset):
             self.tokens[start:stop].tolist() for start, stop in itertools.pairwise(ends)
         )
         return TokenizedInteraction(
-            prompt,
-            teacher,
-            completion,
-            self.ids[index],
-            self.conversation_ids[index],
-            neutral or None,
+            prompt, teacher, completion, self.ids[index], self.conversation_ids[index], neutral or None
         )
 
     def lengths(self) -> Tensor:

@@ -52,10 +52,7 @@ def find_leaks(train: InteractionDataset, held_out: InteractionDataset) -> Leaks
         start, end = held_out.history_ends[index : index + 2]
         if held_out.keys[index] in in_history or not in_training.isdisjoint(held_out.history_keys[start:end]):
             return True
-        there, here = (
-            messages.get(held_out.conversation_ids[index] or ""),
-            held_out.messages_of(index),
-        )
+        there, here = messages.get(held_out.conversation_ids[index] or ""), held_out.messages_of(index)
         return there is not None and not (there and here and there.isdisjoint(here))
 
     found = [(index, keys[index] in same, is_related(index)) for index in range(len(held_out))]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastsdpo.lazy import needed
 from fastsdpo.prefix import causal_lm
 
 LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
@@ -40,10 +41,8 @@ def use_liger_layers(model: nn.Module, config: dict[str, Any] | None) -> dict[st
         ImportError: there is no liger-kernel.
         ValueError: it has no layers for models of this type.
     """
-    try:
+    with needed("liger-kernel", "use_liger_kernel", "'fastsdpo[liger]'"):
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-    except ImportError as error:
-        raise ImportError("use_liger_kernel needs the package liger-kernel; install fastsdpo[liger]") from error
     from transformers.integrations.liger import apply_liger_kernel
 
     kind = causal_lm(model).config.model_type

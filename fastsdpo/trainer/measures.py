@@ -108,11 +108,8 @@ class Scorer:
             both = [
                 linear_token_logps(
                     hidden,
-                    head.weight,
-                    states.target_ids,
-                    bias=head.bias,
-                    softcap=head.softcap,
-                    logit_scale=head.logit_scale,
+                    target_ids=states.target_ids,
+                    **head._asdict(),
                     chunk_size=trainer.args.chunk_size,
                     backend=trainer.args.backend,
                 )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastsdpo.trainer.config import SDPOConfig
-from fastsdpo.trainer.memory_walk import Forecast, ModelShape, Processes, walk_step
+from fastsdpo.trainer.memory_walk import Forecast, ModelShape, Processes, layers_run_again, walk_step
 from fastsdpo.trainer.pack_table import PackTable
 
 ROOM = 0.94  # of a card: the CUDA context, libraries and gaps between tensors take the rest
@@ -64,22 +64,15 @@ class Setting:
         return replace(self, args=args)
 
 
-def checkpoints(args: SDPOConfig) -> bool:
-    """Whether layers run again in the backward pass."""
-    return bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
-
-
 def smaller_settings(setting: Setting) -> Iterator[tuple[str, Setting]]:
     """Changes that need less memory, by their flags, those that cost the user least first.
 
     Each is one change of ``setting``.
     """
     args, shape = setting.args, setting.shape
-    if not checkpoints(args):
-        yield (
-            "--gradient-checkpointing",
-            setting.changed(activation_checkpointing=True, gradient_checkpointing=True),
-        )
+    if not layers_run_again(args):
+        changed = setting.changed(activation_checkpointing=True, gradient_checkpointing=True)
+        yield "--gradient-checkpointing", changed
     zero = setting.processes.zero  # takes micro-batches whole
     if not zero and (args.max_tokens_per_pack is None or args.max_tokens_per_pack > 4096):
         for flag in PACKS:
@@ -87,10 +80,7 @@ def smaller_settings(setting: Setting) -> Iterator[tuple[str, Setting]]:
             if args.max_tokens_per_pack is None or args.max_tokens_per_pack > limit:
                 yield flag, setting.changed(max_tokens_per_pack=limit)
     if shape.adapter is None and "bit" not in str(getattr(args.optim, "value", args.optim)):
-        yield (
-            "--set optim=adamw_torch_8bit",
-            setting.changed(optim="adamw_torch_8bit", weight_update="auto"),
-        )
+        yield "--set optim=adamw_torch_8bit", setting.changed(optim="adamw_torch_8bit", weight_update="auto")
     if shape.adapter is None:
         yield "--lora 16", replace(setting, shape=replace(shape, adapter=lora_adapter(16)))
 
@@ -148,10 +138,7 @@ def _search(setting: Setting, table: PackTable, forecast: Forecast, room: float)
     """Takes up one change after the other that helps, until the step fits; each is walked."""
     flags: list[str] = []
     tried: set[str] = set()
-    while True:
-        change = next(((flag, new) for flag, new in smaller_settings(setting) if flag not in tried), None)
-        if change is None:
-            break
+    while change := next(((flag, new) for flag, new in smaller_settings(setting) if flag not in tried), None):
         flag, other = change
         tried.add(flag)
         found = other.walk(table)

@@ -35,17 +35,7 @@ from fastsdpo.trainer.sharing import PrefixSharing
 
 GPU_GRANULE, CPU_GRANULE = 512, 64  # bytes in which the allocators count
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
-PURPOSES = (
-    "weights",
-    "gradients",
-    "optimizer",
-    "teacher",
-    "gathered",
-    "buckets",
-    "activations",
-    "loss",
-    "step",
-)
+PURPOSES = ("weights", "gradients", "optimizer", "teacher", "gathered", "buckets", "activations", "loss", "step")
 
 
 @dataclass(frozen=True)
@@ -172,7 +162,7 @@ class _Walk:
         self.lower = lower
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.operators = FusedOperators(self.lower)
-        if getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing:
+        if layers_run_again(args):
             enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
             # Tensor.backward turns the operators off; the layers that run again in it need them.
             enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), self.operators)})
@@ -305,6 +295,11 @@ class _Walk:
             self.zero.drop_gradients()
         for p in self.trained:
             p.grad = None
+
+
+def layers_run_again(args: SDPOConfig) -> bool:
+    """In the backward pass: gradient checkpointing."""
+    return bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
 
 
 def _attention(name: str, kind: str) -> str:

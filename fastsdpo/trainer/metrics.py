@@ -68,12 +68,7 @@ class SignalMetrics:
         ]
         self.passes.append((torch.stack([c.float() for c in columns]), torch.tensor(ends)))
 
-    def flush(
-        self,
-        *,
-        reduce_sum: Callable[[Tensor], Tensor],
-        gather: Callable[[Tensor], Tensor],
-    ) -> dict[str, float]:
+    def flush(self, *, reduce_sum: Callable[[Tensor], Tensor], gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means, spread and quantiles (nats) since the last flush; empty where nothing was added.
 
         ``sdpo/tokens_per_second`` counts the tokens that all processes computed, of every forward pass

@@ -22,6 +22,7 @@ from fastsdpo.prefix import (
     causal_lm,
     head_parameters,
     no_grad_pass,
+    probe_ids,
     shared_forward,
     training_mode,
 )
@@ -101,8 +102,7 @@ def check_noise(model: nn.Module, *, disable_dropout: bool) -> str | None:
     rates = config_rates(model)
     if rates:
         logger.warning(
-            "set to 0 in the model's configuration, which the saved model takes over: %s",
-            ", ".join(map(str, rates)),
+            "set to 0 in the model's configuration, which the saved model takes over: %s", ", ".join(map(str, rates))
         )
         turn_off(rates)
         noisy = noisy_module(model)
@@ -143,8 +143,7 @@ def noisy_module(model: nn.Module) -> str | None:
 
 def few_logits(model: nn.Module) -> Tensor:
     """``[48, V]`` logits of tokens that are the same every time, computed as the loss has them."""
-    vocabulary = causal_lm(model).config.get_text_config().vocab_size
-    ids = [(7 + 37 * n) % vocabulary for n in range(64)]
+    ids = probe_ids(model, 64)
     alone = TokenizedInteraction(ids[:16], ids[:16], ids[16:])  # one pass, for both contexts
 
     def logits(states: ResponseStates) -> Tensor:

@@ -238,10 +238,7 @@ def longest_sequence(item: TokenizedInteraction) -> int:
 
 
 def split_packs(
-    interactions: Sequence[Item],
-    max_tokens: int | None,
-    sharing: Any,
-    longest: int | None = None,
+    interactions: Sequence[Item], max_tokens: int | None, sharing: Any, longest: int | None = None
 ) -> list[list[Item]]:
     """A micro-batch in packs of at most ``max_tokens`` tokens, conversations kept together.
 

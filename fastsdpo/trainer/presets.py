@@ -8,9 +8,8 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 # The published offline recipe of https://arxiv.org/abs/2603.12273: the answer's own tokens, weighed by its own
-# hindsight. Its 8-bit AdamW on bfloat16 weights
-# is not set here: it needs bitsandbytes, and most of its steps are rounded away (see lost_steps). The
-# same with those: optim="adamw_bnb_8bit", weight_update="plain".
+# hindsight. Its 8-bit AdamW on bfloat16 weights is not set here: it needs bitsandbytes, and most of its steps are
+# rounded away (see lost_steps). The same with those: optim="adamw_bnb_8bit", weight_update="plain".
 PAPER: dict[str, Any] = {
     "mode": "sampled_token",
     "alpha": 1.0,

@@ -155,11 +155,7 @@ def _longest(args: SDPOConfig, datasets: Sequence[InteractionDataset]) -> int:
 
 
 def _choose(
-    model: nn.Module,
-    args: SDPOConfig,
-    noisy: str | None,
-    around: Callable[[], AbstractContextManager],
-    longest: int,
+    model: nn.Module, args: SDPOConfig, noisy: str | None, around: Callable[[], AbstractContextManager], longest: int
 ) -> tuple[str, str]:
     """The level of the sharing and the backend of the attention."""
     if args.sharing == "off":

@@ -63,7 +63,7 @@ class TeacherWeights:
     def __init__(self, model: nn.Module, *, moving: bool):
         self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.values = {
-            name: _copy(parameter.detach(), torch.float32 if moving else None)
+            name: parameter.detach().to(dtype=torch.float32 if moving else parameter.dtype, copy=True)
             for name, parameter in self.parameters.items()
         }
 
@@ -145,10 +145,6 @@ class TeacherWeights:
 
     def _set(self, name: str, value: Tensor) -> None:
         self.values[name].copy_(value)
-
-
-def _copy(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return value.to(dtype=dtype or value.dtype, copy=True)
 
 
 def other_head(model: nn.Module, context: TeacherContext) -> HeadParameters | None:

@@ -122,10 +122,14 @@ class Teacher(Protocol):
         ...
 
 
-class LiveTeacher:
-    """The student itself, with the follow-up in context."""
+class ModelTeacher:
+    """The model with the follow-up in context, as it is or under a context: with other weights, or without an adapter.
 
-    context: TeacherContext | None = None
+    The live, frozen and ema teachers.
+    """
+
+    def __init__(self, context: TeacherContext | None = None):
+        self.context = context
 
     def unguided(self, passes: PackPasses, pack: Sequence[TokenizedInteraction]) -> ResponseStates | None:
         return None
@@ -135,24 +139,11 @@ class LiveTeacher:
         return TeacherStates(session.teacher(), head_there)
 
 
-class FrozenTeacher(LiveTeacher):
-    """The initial model, with the follow-up in context."""
-
-    def __init__(self, initial: InitialModel):
-        self.context = initial.context
-
-
-class EMATeacher(LiveTeacher):
-    """A moving average of the student's weights, with the follow-up in context."""
-
-    def __init__(self, weights: TeacherWeights):
-        self.context = weights
-
-
-class TrustRegionTeacher(LiveTeacher):
+class TrustRegionTeacher(ModelTeacher):
     """Between the initial model and the live one: exp((1-a) log frozen + a log live), normalized."""
 
     def __init__(self, initial: InitialModel, mix: float):
+        super().__init__()
         self.initial, self.mix = initial, mix
 
     def states(self, model: nn.Module, session: ForwardSession, head: HeadParameters, ahead: Ahead) -> TeacherStates:
@@ -170,7 +161,7 @@ class GuidedTeacher:
         neutral: interactions have a neutral follow-up (`neutral_prompt_ids`); else it is empty.
     """
 
-    def __init__(self, teacher: LiveTeacher, guidance: float, *, neutral: bool):
+    def __init__(self, teacher: ModelTeacher, guidance: float, *, neutral: bool):
         self.teacher, self.guidance, self.neutral = teacher, guidance, neutral
         self.context = teacher.context
 
@@ -266,22 +257,18 @@ def make_teachers(
     kind = TeacherWeights if sharded is None else ShardedTeacherWeights
     if args.teacher == "ema":
         copies["ema"] = kind(model, moving=True)
-    if needs_initial and not silent:
-        copies["frozen"] = kind(model, moving=False)
     initial = None
     if needs_initial:
+        if not silent:
+            copies["frozen"] = kind(model, moving=False)
         context: TeacherContext = DisabledAdapter(unwrapped) if silent else copies["frozen"]
         initial = InitialModel(context, history=args.needs_reference, followup=args.teacher == "trust_region")
-    teacher = LiveTeacher()
-    if args.teacher == "ema":
-        teacher = EMATeacher(copies["ema"])
-    elif args.teacher == "frozen":
-        assert initial is not None
-        teacher = FrozenTeacher(initial)
-    elif args.teacher == "trust_region":
-        assert initial is not None
+    if initial is not None and args.teacher == "trust_region":
         teacher = TrustRegionTeacher(initial, args.trust_region_mix)
+    elif initial is not None and args.teacher == "frozen":
+        teacher = ModelTeacher(initial.context)
+    else:
+        teacher = ModelTeacher(copies.get("ema"))
     if args.is_guided:
-        guided = GuidedTeacher(teacher, args.guidance, neutral=args.neutral_followup is not None)
-        return Teachers(guided, initial, copies)
+        teacher = GuidedTeacher(teacher, args.guidance, neutral=args.neutral_followup is not None)
     return Teachers(teacher, initial, copies)

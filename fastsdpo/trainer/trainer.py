@@ -227,9 +227,7 @@ class SDPOTrainer(StepTrainer):
         loss, items = self.reduce_sum(evaluation.sums).tolist()
         metrics = evaluation.metrics.flush(reduce_sum=self.reduce_sum, gather=self.gather_values)
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(1.0, items)
-        for name, value in metrics.items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value
-        for name, value in self.measure(dataloader.dataset).items():
+        for name, value in {**metrics, **self.measure(dataloader.dataset)}.items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 

@@ -1,7 +1,5 @@
 """Compiled and interpreted kernels: the compile matrix, the executed PTX and the bytes that are moved."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,7 +1,5 @@
 """Results files, the ratios in them, and the pages that are made from them."""
 
-from __future__ import annotations
-
 import json
 import re
 

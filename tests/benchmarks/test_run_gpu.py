@@ -1,7 +1,5 @@
 """`make gpu` rehearsed on the CPU, where only a GPU box's packages can be imported and nothing is built."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Each benchmark at its tiny sizes writes a file that the report reads."""
 
-from __future__ import annotations
-
 import importlib
 import itertools
 import json

@@ -6,15 +6,9 @@
 import itertools
 import json
 
-U1, A1, U2, A2, U3, A3 = (
-    "Name a bird.",
-    "A robin.",
-    "In French, please.",
-    "Un rouge-gorge.",
-    "And a fish?",
-    "Une truite.",
-)
-SAID = [U1, A1, U2, A2, U3]
+SAID = ["Name a bird.", "A robin.", "In French, please.", "Un rouge-gorge.", "And a fish?"]
+U1, A1, U2, A2, U3 = SAID
+A3 = "Une truite."
 EXPECTED = [([U1], A1, U2), ([U1, A1, U2], A2, U3)]
 SYSTEM = "Be brief."
 
@@ -29,14 +23,8 @@ def calls(make, texts=(*SAID, A3)):
 
 
 def node(name, parent, role, parts, kind="text", metadata=None, **more):
-    content = {"content_type": kind, "parts": parts}
-    message = {
-        "id": name,
-        "author": {"role": role, "name": None},
-        "content": content,
-        "metadata": metadata or {},
-        **more,
-    }
+    message = {"id": name, "author": {"role": role, "name": None}, "metadata": metadata or {}, **more}
+    message["content"] = {"content_type": kind, "parts": parts}
     return {"id": name, "parent": parent, "children": [], "message": {"weight": 1.0, "recipient": "all", **message}}
 
 
@@ -199,54 +187,50 @@ ROWS = [
 ]
 RATED = {"id": "s", "name": "user-feedback", "dataType": "BOOLEAN", "value": 0, "comment": "No!"}
 
-# name of the layout -> (records, fields of the first row, fields of the last row, whether there is a system prompt)
+
+def case(records, first=(), last=(), system=False):
+    """Records, the fields of their first row and of their last, and whether there is a system prompt."""
+    return records, dict(first), dict(last), system
+
+
+# By the name of the layout.
 CASES = {
-    "openai": ([{"messages": chat()}], {}, {}, False),
-    "list": ([chat()], {}, {}, False),
-    "wildchat": ([{"conversation_hash": "C", "conversation": chat()}], {}, {}, False),
-    "wildfeedback": ([{"conversation_id": "C", "history": chat(), "system_prompt": SYSTEM}], {}, {}, True),
-    "sharegpt": ([{"id": "C", "conversations": chat(SAID, "human", "gpt", "from", "value")}], {}, {}, False),
-    "interactions": (
+    "openai": case([{"messages": chat()}]),
+    "list": case([chat()]),
+    "wildchat": case([{"conversation_hash": "C", "conversation": chat()}]),
+    "wildfeedback": case([{"conversation_id": "C", "history": chat(), "system_prompt": SYSTEM}], system=True),
+    "sharegpt": case([{"id": "C", "conversations": chat(SAID, "human", "gpt", "from", "value")}]),
+    "interactions": case(
         [{"prompt": chat(SAID[:n]), "completion": SAID[n], "user_response": SAID[n + 1], "rating": n} for n in (1, 3)],
-        {"rating": 1},
-        {"rating": 3},
-        False,
+        first={"rating": 1},
+        last={"rating": 3},
     ),
-    "chatgpt": ([chatgpt()], {"alternatives": ["A wren."]}, {}, True),
-    "claude": ([claude()], {}, {"rating": "down", "rating_comment": "Too short"}, False),
-    "open-webui": (
+    "chatgpt": case([chatgpt()], first={"alternatives": ["A wren."]}, system=True),
+    "claude": case([claude()], last={"rating": "down", "rating_comment": "Too short"}),
+    "open-webui": case(
         [open_webui()],
-        {"edited": "A kiwi."},
-        {"rating": "down", "rating_comment": "Which one?", "alternatives": ["Une mésange."]},
-        False,
+        first={"edited": "A kiwi."},
+        last={"rating": "down", "rating_comment": "Which one?", "alternatives": ["Une mésange."]},
     ),
-    "librechat": ([librechat(True)], {"rating": "up"}, {}, True),
-    "librechat flat": ([librechat(False)], {"rating": "up"}, {}, True),
-    "openai-stored": (
-        calls(lambda sent, answer: {**completion(answer, "Else."), "messages": sent, "metadata": {}}),
-        {},
-        {},
-        False,
+    "librechat": case([librechat(True)], first={"rating": "up"}, system=True),
+    "librechat flat": case([librechat(False)], first={"rating": "up"}, system=True),
+    "openai-stored": case(
+        calls(lambda sent, answer: {**completion(answer, "Else."), "messages": sent, "metadata": {}})
     ),
-    "proxy": (
+    "proxy": case(
         calls(lambda sent, answer: {"request": {"system": SYSTEM, "messages": sent}, "response": completion(answer)}),
-        {},
-        {},
-        True,
+        system=True,
     ),
-    "proxy anthropic": (
+    "proxy anthropic": case(
         calls(
             lambda sent, answer: {
                 "request_body": json.dumps({"messages": sent, "max_tokens": 9}),
                 "response_body": json.dumps({"role": "assistant", "content": [{"type": "text", "text": answer}]}),
                 "status": 200,
             }
-        ),
-        {},
-        {},
-        False,
+        )
     ),
-    "openai-batch": (
+    "openai-batch": case(
         calls(
             lambda sent, answer: {
                 "custom_id": answer,
@@ -254,48 +238,24 @@ CASES = {
                 "response": {"status_code": 200, "body": completion(answer)},
                 "error": None,
             }
-        ),
-        {},
-        {},
-        False,
+        )
     ),
-    "openai-responses": (calls(responses), {}, {}, True),
-    "gateway": (
-        calls(lambda sent, answer: {"session_id": "C", "messages": json.dumps(sent), "response": completion(answer)}),
-        {},
-        {},
-        False,
+    "openai-responses": case(calls(responses), system=True),
+    "gateway": case(
+        calls(lambda sent, answer: {"session_id": "C", "messages": json.dumps(sent), "response": completion(answer)})
     ),
-    "vllm": (
-        [{"request_id": "r", "prompt": chatml(chat()) + "<|im_start|>assistant\n", "outputs": [A3]}],
-        {},
-        {},
-        False,
-    ),
-    "langfuse": (
+    "vllm": case([{"request_id": "r", "prompt": chatml(chat()) + "<|im_start|>assistant\n", "outputs": [A3]}]),
+    "langfuse": case(
         calls(
             lambda s, a: {"id": a, "type": "GENERATION", "sessionId": "C", "input": s, "output": a, "scores": [RATED]}
-        ),
-        {},
-        {},
-        False,
+        )
     ),
-    "langsmith": (calls(langsmith), {}, {}, False),
-    "langchain": (
-        [{"messages": [langchain(text, n)[n % 3] for n, text in enumerate(SAID)], "session_id": "C"}],
-        {},
-        {},
-        False,
-    ),
-    "otel": (calls(otlp), {}, {}, True),
-    "otel numbered": (
-        calls(lambda s, a: {"attributes": numbered(s, a, "gen_ai.prompt", "gen_ai.completion")}),
-        {},
-        {},
-        False,
-    ),
-    "otel phoenix": (calls(phoenix), {}, {}, False),
-    "otel columns": (
+    "langsmith": case(calls(langsmith)),
+    "langchain": case([{"messages": [langchain(text, n)[n % 3] for n, text in enumerate(SAID)], "session_id": "C"}]),
+    "otel": case(calls(otlp), system=True),
+    "otel numbered": case(calls(lambda s, a: {"attributes": numbered(s, a, "gen_ai.prompt", "gen_ai.completion")})),
+    "otel phoenix": case(calls(phoenix)),
+    "otel columns": case(
         calls(
             lambda s, a: {
                 f"attributes.llm.{k}_messages": [
@@ -303,28 +263,19 @@ CASES = {
                 ]
                 for k, messages in (("input", s), ("output", chat(["", a])[1:]))
             }
-        ),
-        {},
-        {},
-        False,
+        )
     ),
-    "otel flat": (
-        calls(lambda s, a: {"attributes": numbered(s, a, "llm.input_messages", "llm.output_messages", ".message")}),
-        {},
-        {},
-        False,
+    "otel flat": case(
+        calls(lambda s, a: {"attributes": numbered(s, a, "llm.input_messages", "llm.output_messages", ".message")})
     ),
-    "oasst": ([oasst()], {"alternatives": ["No."], "rank": 0}, {"rank": 0}, False),
-    "oasst rows": (oasst_rows(), {"alternatives": ["No."], "rank": 0}, {"rank": 0}, False),
-    "gemini": (calls(gemini), {}, {}, True),
-    "ai-sdk": ([{"id": "C", "messages": [parts(m) for m in chat()]}], {}, {}, False),
-    "table": (ROWS, {}, {}, False),
-    "ultrachat": ([{"id": "C", "data": SAID}], {}, {}, False),
-    "alpaca": ([{"instruction": U3, "input": "", "output": A3, "history": [[U1, A1], [U2, A2]]}], {}, {}, False),
-    "arena": (
-        [{"question_id": "C", "winner": "model_b", "conversation_a": chat(SAID), "conversation_b": chat(["Hi", "x"])}],
-        {},
-        {},
-        False,
+    "oasst": case([oasst()], first={"alternatives": ["No."], "rank": 0}, last={"rank": 0}),
+    "oasst rows": case(oasst_rows(), first={"alternatives": ["No."], "rank": 0}, last={"rank": 0}),
+    "gemini": case(calls(gemini), system=True),
+    "ai-sdk": case([{"id": "C", "messages": [parts(m) for m in chat()]}]),
+    "table": case(ROWS),
+    "ultrachat": case([{"id": "C", "data": SAID}]),
+    "alpaca": case([{"instruction": U3, "input": "", "output": A3, "history": [[U1, A1], [U2, A2]]}]),
+    "arena": case(
+        [{"question_id": "C", "winner": "model_b", "conversation_a": chat(SAID), "conversation_b": chat(["Hi", "x"])}]
     ),
 }

@@ -1,6 +1,6 @@
 """Chat templates of many kinds: an answer is trained on where its template puts it, or refused.
 
-The templates are short ones in the manner of the families they are named after.
+The templates are short ones in the manner of the families they are named after; test_families.py has real ones.
 """
 
 import datetime
@@ -138,43 +138,12 @@ ndif %}{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.c
 + <|end_of_text|> <|im_start|> <|im_end|> <|im_sep|>
 <|im_start|>system<|im_sep|>You help.<|im_end|>{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}
 <|im_end|>{% endfor %}<|im_start|>assistant<|im_sep|>
-# smolvlm | <end_of_utterance> | <end_of_utterance>
-+ <|im_start|> <end_of_utterance> <image>
-<|im_start|>{% for m in messages %}{{ m.role | capitalize }}: {% for part in m.content %}
-{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}{% endfor %}
-<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}
-# nemotron 3 | <|im_end|> | <|im_end|>
-+ <|endoftext|> <|im_start|> <|im_end|>
-- <think> </think>
-@LAST{% set think = enable_thinking is not defined or enable_thinking %}{% for m in messages %}
-{% if m.role == 'assistant' %}@SPLIT<|im_start|>assistant\n{% if loop.index0 > ns.last and r %}
-<think>\n{{ r }}\n</think>\n{% else %}<think></think>{% endif %}{{ c }}<|im_end|>\n{% else %}@CHATML{% endif %}
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{{ '<think>\n' if think else '<think></think>' }}
-{% endif %}
 # gemma 4 | <eos> | <turn|>
 + <bos> <eos> <|turn> <turn|> <|channel> <channel|>
 {{ bos_token }}{% for m in messages %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content.split('
 <channel|>')[-1] | trim }}<turn|>\n{% endfor %}{% if add_generation_prompt %}
 <|turn>model\n{% if enable_thinking is defined and not enable_thinking %}<|channel>thought\n<channel|>{% endif %}
 {% endif %}
-# qwen 3.5 | <|im_end|> | <|im_end|>
-+ <|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|image_pad|>
-- <think> </think>
-{%- macro text(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}{%- for part in content -%}
-{%- if part.type == 'text' -%}{{- part.text -}}{%- else -%}<|vision_start|><|image_pad|>{%- endif -%}{%- endfor -%}
-{%- endif -%}{%- endmacro -%}
-{% set ns = namespace(multi=true, last=messages|length - 1) %}{% for m in messages[::-1] %}{% if ns.multi and m.role
- == 'user' %}{% set c = text(m.content) | trim %}{% if not (c.startswith('<tool_response>') and c.endswith('</tool_resp
-onse>')) %}{% set ns.multi = false %}{% set ns.last = messages|length - 1 - loop.index0 %}{% endif %}{% endif %}
-{% endfor %}{% if ns.multi %}{{ raise_exception('No user query found in messages.') }}{% endif %}{
-% for m in messages %}
-{% set c = text(m.content) | trim %}{% if m.role == 'assistant' %}{% set r = '' %}{% if '</think>' in c %}
-{% set r = c.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
-{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}<|im_start|>assistant\n{% if loop.index0 > ns.last %}
-<think>\n{{ r | trim }}\n</think>\n\n{% endif %}{{ c }}<|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ c }}<|im_
-end|>\n
-{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not
- enable_thinking %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}{% endif %}
 # olmo 3 | <|endoftext|> | <|endoftext|>
 + <|endoftext|> <|im_start|> <|im_end|>
 {% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}
@@ -254,17 +223,15 @@ def read_templates(text):
             sign: [w for line in lines if line[:2] == sign for w in line[2:].split(" ")] for sign in ("+ ", "- ")
         }
         template = "".join(line for line in lines if line[:2] not in tokens)
-        yield (
-            head.split(" | "),
-            *([w.replace("\0", "\n") for w in tokens[sign]] for sign in tokens),
-            template.replace("\0", "\n"),
-        )
+        added = ([w.replace("\0", "\n") for w in tokens[sign]] for sign in tokens)
+        yield head.split(" | "), *added, template.replace("\0", "\n")
 
 
 # name: (template, special tokens, other added tokens, eos, what ends a turn)
 FAMILIES = {name: (text, special, other, *ends) for (name, *ends), special, other, text in read_templates(TEMPLATES)}
 SPACED = {name: text for (name,), _, _, text in read_templates(SPACED_TEMPLATES)}
 REASONING = [name for name, (template, *_) in FAMILIES.items() if "</think>" in template]
+OF_COMMAND = "<|START_THINKING|>They greet.<|END_THINKING|>"
 THOUGHT = "<think>\nA greeting.\n</think>\n\nHello"
 
 
@@ -312,9 +279,7 @@ def conversation(*turns, system=None):
 
 
 def rendered(tokenizer, messages, thinking=False):
-    """The ids of the conversation as the template itself renders it: with text, or lists of parts."""
-    if "part['type']" in tokenizer.chat_template:
-        messages = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    """The ids of the conversation as the template itself renders it."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=thinking)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -424,9 +389,8 @@ def test_an_answer_with_its_own_reasoning_has_one_block(family, name, thinking):
     # Reasoning whose first tag was in the generation prompt, as it is logged from such models.
     if name in ("qwen 3 thinking", "deepseek r1"):
         cut = tokenize(Interaction(conversation("Hi"), THOUGHT.removeprefix("<think>\n"), "Shorter"))
-        assert tokenizer.decode(cut.prompt_ids + cut.completion_ids) == tokenizer.decode(
-            one.prompt_ids + one.completion_ids
-        )
+        texts = [tokenizer.decode(item.prompt_ids + item.completion_ids) for item in (cut, one)]
+        assert texts[0] == texts[1]
     # In a history it is the template's to keep or to drop.
     past = conversation("Hi", THOUGHT, "And?")
     history = tokenize(Interaction(past, "Bye", "Shorter"))
@@ -475,11 +439,7 @@ def test_white_space_tokens_are_no_control_tokens(family):
         ("qwen 3 thinking", "They gr", ""),
         ("deepseek r1", "They greet.\n</think>\n\nHi!<｜end▁of▁sentence｜>", "Hi!"),
         ("glm 4.5", "\nHi!<|user|>", "Hi!"),
-        (
-            "command",
-            "<|START_THINKING|>They greet.<|END_THINKING|><|START_RESPONSE|>Hi!<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
-            "Hi!",
-        ),
+        ("command", f"{OF_COMMAND}<|START_RESPONSE|>Hi!<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "Hi!"),
         ("command", "<|START_THINKING|>They gr", ""),
         ("gemma 4", "<|channel>thought\nThey greet.<channel|>Hi!<turn|>", "Hi!"),
         ("gemma 4", "<|channel>thought\nThey gr", ""),
@@ -497,11 +457,9 @@ def test_what_an_answer_says(family, name, generated, said):
     one = tokenize(Interaction(messages, "", "Shorter"), ids)
     assert one.completion_ids == ids
     assert one.prompt_ids == tokenize.generation_prompt(messages)
-    prompt = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, **tokenize.chat._options
-    )
+    options = {"tokenize": False, "add_generation_prompt": True, **tokenize.chat._options}
     header = "<|im_start|>assistant\n" if name.endswith("without a generation prompt") else ""
-    assert tokenizer.decode(one.prompt_ids) == prompt + header
+    assert tokenizer.decode(one.prompt_ids) == tokenizer.apply_chat_template(messages, **options) + header
 
 
 def test_a_response_template_says_what_an_answer_says(family):

@@ -23,16 +23,25 @@ def conversation(*turns, system=""):
     return first + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
+def cases():
+    """Each template, and those that reason with thinking on as well."""
+    for path in FILES:
+        yield pytest.param(path, False, id=path.stem)
+        if "enable_thinking" in path.read_text("utf-8"):
+            yield pytest.param(path, True, id=f"{path.stem}, thinking")
+
+
 @pytest.mark.skipif(not FILES, reason="needs the package trl")
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_what_is_trained_is_what_the_template_renders(byte_tokenizer, path):
+@pytest.mark.parametrize(("path", "thinking"), [*cases()])
+def test_what_is_trained_is_what_the_template_renders(byte_tokenizer, path, thinking):
     template = path.read_text("utf-8")
     tokens = sorted({*TOKEN.findall(template)} - {"<think>"})
     eos = next((token for token in ENDS if token in tokens), "<eos>")
     names = {"bos_token": "<bos>", "eos_token": eos, "pad_token": "<pad>"}
     blocks = [tag for tag in ("<think>", "</think>") if tag in template]
     tokenizer = byte_tokenizer(template, [*dict.fromkeys([*tokens, *names.values()])], blocks, **names)
-    tokenize = InteractionTokenizer(tokenizer, "note")
+    options = {"chat_template_kwargs": {"enable_thinking": True}} if thinking else {}
+    tokenize = InteractionTokenizer(tokenizer, "note", **options)
     prompts = [conversation("Hi there"), conversation("A", "B\n\nb", "C?")]
     if "raise_exception('System role not supported')" not in template:
         prompts.append(conversation("A", "B", "C?", system="Be brief."))
@@ -51,3 +60,12 @@ def test_what_is_trained_is_what_the_template_renders(byte_tokenizer, path):
             # And a model that answers is asked with what the template renders for that.
             asked = tokenizer.decode(tokenize.generation_prompt(prompt))
             assert asked == tokenize.chat.render(prompt)
+            # The teacher reads the same conversation with the follow-up in it.
+            told = [*prompt[:-1], {"role": "user", "content": prompt[-1]["content"] + "\n\nNote: Shorter."}]
+            wanted = tokenize(Interaction(told, answer, "x")).prompt_ids
+            assert one.teacher_prompt_ids == wanted
+    if "</think>" in template:
+        one = tokenize(Interaction(prompts[0], "<think>\nA greeting.\n</think>\n\nHello", "Shorter"))
+        text = tokenizer.decode(one.prompt_ids + one.completion_ids)
+        assert text.count("<think>") == text.count("</think>") == 1, text
+        assert re.search(r"<think>\s*A greeting.\s*</think>\s*Hello", text)

@@ -17,23 +17,6 @@ from fastsdpo.data import (
 NO_LIMITS = dict(max_prompt_length=None, max_completion_length=None, max_followup_length=None)
 OFFLINE = HindsightTemplate.preset("offline-v1")
 
-# The frame of ChatML with the two habits of Qwen3's template that matter here: answers in the
-# history lose their thoughts, and without thinking the generation prompt has an empty think block.
-THINKING_TEMPLATE = """\
-{%- for message in messages -%}
-{%- set content = message.content -%}
-{%- if message.role == 'assistant' and '</think>' in content -%}
-{%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
-{%- endif -%}
-{{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- if enable_thinking is defined and enable_thinking is false -%}
-{{- '<think>\\n\\n</think>\\n\\n' -}}
-{%- endif -%}
-{%- endif -%}
-"""
 TURN_TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -90,35 +73,10 @@ class TestAsPublished:
         assert item.completion_ids[-1] == smollm2.eos_token_id
         assert item.id == "i7"
 
-    @pytest.mark.parametrize("number", range(len(ORDINARY)))
-    @pytest.mark.parametrize("thinking", [False, True])
-    def test_thinking_template(self, byte_tokenizer, number, thinking):
-        tokenizer = byte_tokenizer(
-            THINKING_TEMPLATE,
-            ["<|im_start|>", "<|im_end|>"],
-            ["<think>", "</think>"],
-            eos_token="<|im_end|>",
-            pad_token="<|im_end|>",
-        )
-        options = {"chat_template_kwargs": {"enable_thinking": True}} if thinking else {}
-        item = tokenize_interaction(tokenizer, ORDINARY[number], OFFLINE, **NO_LIMITS, **options)
-        expected = published(tokenizer, ORDINARY[number], OFFLINE.text, enable_thinking=thinking)
-        assert ids(item) == expected
-        assert tokenizer.decode(item.prompt_ids).endswith(
-            "assistant\n" if thinking else "assistant\n<think>\n\n</think>\n\n"
-        )
-
     def test_cut_as_published(self, smollm2):
         for source in ORDINARY:
-            item = tokenize_interaction(
-                smollm2,
-                source,
-                "offline-v1",
-                max_prompt_length=48,
-                max_completion_length=16,
-                truncation="independent-left",
-                end_of_turn="eos",
-            )
+            limits = {"max_prompt_length": 48, "max_completion_length": 16, "truncation": "independent-left"}
+            item = tokenize_interaction(smollm2, source, "offline-v1", end_of_turn="eos", **limits)
             prompt, teacher, completion = published(smollm2, source, OFFLINE.text)
             assert ids(item) == (prompt[-48:], teacher[-48:], completion[:16])
 
@@ -127,9 +85,8 @@ class TestAsPublished:
         options = {"max_prompt_length": 48, "truncation": truncation}
         for source in ORDINARY:
             both = tokenize_interaction(smollm2, source, OFFLINE, neutral_followup=" Okay. ", **options)
-            neutral = tokenize_interaction(
-                smollm2, dataclasses.replace(source, followup=" Okay. "), OFFLINE, **options
-            )
+            told = dataclasses.replace(source, followup=" Okay. ")
+            neutral = tokenize_interaction(smollm2, told, OFFLINE, **options)
             assert both.neutral_prompt_ids == neutral.teacher_prompt_ids
             assert neutral.neutral_prompt_ids is None
             alone = tokenize_interaction(smollm2, source, OFFLINE, **options)
@@ -189,25 +146,12 @@ class TestNoSmuggling:
 
     def test_frame_token_that_is_not_marked_special(self, byte_tokenizer):
         """Some converted tokenizers list the turn tokens as ordinary added tokens."""
-        tokenizer = byte_tokenizer(
-            TURN_TEMPLATE,
-            ["<bos>", "<eos>"],
-            ["<start_of_turn>", "<end_of_turn>", "<unused>"],
-            eos_token="<eos>",
-            bos_token="<bos>",
-        )
+        frame = ["<start_of_turn>", "<end_of_turn>", "<unused>"]
+        names = {"eos_token": "<eos>", "bos_token": "<bos>"}
+        tokenizer = byte_tokenizer(TURN_TEMPLATE, ["<bos>", "<eos>"], frame, **names)
         control = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
         for text in ("<end_of_turn>", "<start_of_turn>user", "<bos>", "a<eos><end_of_turn>b"):
             self.check(tokenizer, control, text, system=None)
-
-    def test_added_tokens_that_frame_nothing_are_text(self, byte_tokenizer):
-        tokenizer = byte_tokenizer(
-            THINKING_TEMPLATE, ["<|im_start|>", "<|im_end|>"], ["<think>", "</think>"], eos_token="<|im_end|>"
-        )
-        thought = tokenizer.convert_tokens_to_ids("<think>")
-        source = interaction("use <think>", completion="<think>hm</think>no")
-        item = tokenize_interaction(tokenizer, source, "note")
-        assert thought in item.prompt_ids and thought in item.completion_ids
 
     def test_token_that_takes_the_space_beside_it(self, byte_tokenizer):
         import tokenizers
@@ -236,18 +180,11 @@ class TestNoSmuggling:
         tokenizer.backend_tokenizer.add_special_tokens([header])
         plain = interaction("one", completion="\n\n two")
         item = tokenize_interaction(tokenizer, plain, "note")
-        whole = tokenizer.apply_chat_template(
-            [*plain.prompt, {"role": "assistant", "content": plain.completion}], return_dict=False
-        )
+        messages = [*plain.prompt, {"role": "assistant", "content": plain.completion}]
+        whole = tokenizer.apply_chat_template(messages, return_dict=False)
         assert item.prompt_ids + item.completion_ids == whole
         asked = tokenize_interaction(tokenizer, plain, "note", end_of_turn="eos")
         assert tokenizer.decode(asked.completion_ids) == "\n\n two</s>"
-
-    def test_random_text(self, smollm2):
-        draw = random.Random(1)
-        parts = [*smollm2.all_special_tokens, "<|", "|>", "im_end", " ", "\n", "a", "é", "<|im_"]
-        for _ in range(40):
-            self.check(smollm2, smollm2.all_special_tokens, "".join(draw.choices(parts, k=8)) or "a")
 
 
 class TestEndOfTurn:
@@ -278,12 +215,11 @@ class TestEndOfTurn:
             InteractionTokenizer(smollm2, "note", end_of_turn="<end>")
 
     def test_cut_answer_has_none(self, smollm2):
-        whole = tokenize_interaction(smollm2, interaction("q", completion="one two"), "note")
+        source = interaction("q", completion="one two")
+        whole = tokenize_interaction(smollm2, source, "note")
         length = len(whole.completion_ids)
         for limit in range(1, length + 2):
-            item = tokenize_interaction(
-                smollm2, interaction("q", completion="one two"), "note", max_completion_length=limit
-            )
+            item = tokenize_interaction(smollm2, source, "note", max_completion_length=limit)
             assert item.completion_ids == whole.completion_ids[:limit]
             assert (smollm2.eos_token_id in item.completion_ids) == (limit >= length)
 
@@ -320,17 +256,10 @@ class TestSharedCut:
         assert contents[-len(kept)].endswith(kept[0])
 
     def test_keeps_as_much_as_fits(self, smollm2):
-        lengths = {
-            start: len(
-                tokenize_interaction(
-                    smollm2,
-                    Interaction(self.long.prompt[:1] + self.long.prompt[start:], "y", "o"),
-                    "note",
-                    **NO_LIMITS,
-                ).prompt_ids
-            )
-            for start in (1, 3, 5, 7)
-        }
+        lengths = {}
+        for start in (1, 3, 5, 7):
+            part = Interaction(self.long.prompt[:1] + self.long.prompt[start:], "y", "o")
+            lengths[start] = len(tokenize_interaction(smollm2, part, "note", **NO_LIMITS).prompt_ids)
         for start, length in lengths.items():
             for limit, expected in ((length, start), (length - 1, start + 2)):
                 if expected > 7:
@@ -374,13 +303,10 @@ class TestSharedCut:
 
 class TestErrors:
     def test_template_that_refuses(self, byte_tokenizer):
-        tokenizer = byte_tokenizer(
-            TURN_TEMPLATE, ["<bos>", "<end_of_turn>"], eos_token="<end_of_turn>", bos_token="<bos>"
-        )
+        names = {"eos_token": "<end_of_turn>", "bos_token": "<bos>"}
+        tokenizer = byte_tokenizer(TURN_TEMPLATE, ["<bos>", "<end_of_turn>"], **names)
         sources = [interaction("q", system="s"), interaction("q"), interaction("q", followup=" ")]
-        text = (
-            "interaction 'i7': the chat template of TokenizersBackend fails on the roles system, user: .*not support"
-        )
+        text = "'i7': the chat template of TokenizersBackend fails on the roles system, user: .*not support"
         with pytest.raises(ValueError, match=text):
             list(tokenize_interactions(tokenizer, sources, "note"))
         errors = []

@@ -4,8 +4,6 @@
 that Triton's interpreter can, to try the tests themselves.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 
@@ -39,24 +37,12 @@ class Compiled(contract.Contract):
     floor_rising = 2e-5
 
 
-class TestValues(Compiled, contract.Values):
+class TestCompiled(Compiled, contract.Values, contract.Edges, contract.Layouts, contract.LogProbs):
     @contract.each_loss()
     @pytest.mark.parametrize("vocabulary", VOCABULARIES)
     def test_every_dtype_of_every_vocabulary(self, loss, dtype, vocabulary):
         case, topk = self.rows((9,), vocabulary, dtype=dtype, ignored=0.2), {"topk": min(20, vocabulary)}
         self.check(case, weights=case.weights, **{**loss, **(topk if "topk" in loss else {})})
-
-
-class TestEdges(Compiled, contract.Edges):
-    pass
-
-
-class TestLayouts(Compiled, contract.Layouts):
-    pass
-
-
-class TestLogProbs(Compiled, contract.LogProbs):
-    pass
 
 
 def loss_of(rows, options, device=DEVICE):

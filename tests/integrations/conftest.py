@@ -1,19 +1,10 @@
 """A tiny model with an offline tokenizer, as a folder: what TRL's trainers load by name."""
 
-from __future__ import annotations
-
 import os
 
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tests.words import SHAPE, SPECIAL, word_tokenizer
 

@@ -3,8 +3,6 @@
 Usage: distributed_worker.py LOOP_MODEL TRL_MODEL OUTPUT   (RANK, WORLD_SIZE, MASTER_* are set)
 """
 
-from __future__ import annotations
-
 import copy
 import gc
 import importlib.util

@@ -3,8 +3,6 @@
 Usage: hidden_states_worker.py STORE PORT   (see test_hidden_states.py)
 """
 
-from __future__ import annotations
-
 import socket
 import sys
 from typing import NamedTuple

@@ -12,8 +12,6 @@ Not run: its tests of the JSD and KL divergence of log-probs, whose gradient is 
 `LEFT_OUT`. Its checks for a GPU of bfloat16 are answered with yes, its tests of a GPU's own products are skipped.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import math

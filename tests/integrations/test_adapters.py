@@ -1,7 +1,5 @@
 """Adapters through the doors of all integrations; `peers/test_bitsandbytes.py` adds packed weights."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 

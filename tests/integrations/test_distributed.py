@@ -1,7 +1,5 @@
 """Two processes: DDP and FSDP2 around the losses in a plain loop, DDP around TRL's trainer."""
 
-from __future__ import annotations
-
 import socket
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Hidden states from another process give the losses and gradients of one process; others are refused."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess
@@ -77,10 +75,7 @@ REFUSED = {
     "no softcap": (other(softcap=lambda h: None), "log-probs of the first 8 tokens to 0.001 nats"),
     "no scale": (other(logit_scale=lambda h: 1.0), "it is another head"),
     "a step later": (other(weight=lambda h: h.weight + 0.01 * torch.randn(V, D)), "it is another head"),
-    "padded": (
-        other(weight=lambda h: torch.cat([h.weight, h.weight])),
-        r"must have the sender's 97 rows, got 194",
-    ),
+    "padded": (other(weight=lambda h: torch.cat([h.weight, h.weight])), r"must have the sender's 97 rows, got 194"),
     "width": (other(weight=lambda h: h.weight[:, 1:]), r"\[T, D\] with the head's D = 15, got \[23, 16\]"),
     "name": (lambda head, ids: (head, ids, "step 8"), "head_name must be the sender's '', got 'step 8'"),
     "order": (lambda head, ids: (head, ids.flip(0), ""), "the first difference: 0"),

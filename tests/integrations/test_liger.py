@@ -1,7 +1,5 @@
 """Liger's chunked JSD, as installed, against ours, and a sample of its own tests (all of them: `make liger-tests`)."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -4,8 +4,6 @@ A tiny model stands in for the models that pages name, a server on this machine,
 vLLM. The pages of packages that need other versions than the suite's are run by `make peers`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import json
@@ -73,9 +71,6 @@ def test_every_page_is_run():
     assert all(any(text.startswith(start) for text in texts) for start in NOT_RUN)
 
 
-# ------------------------------------------------------------------------------------------- losses alone
-
-
 def test_generalized_jsd_page():
     gkd = pytest.importorskip("trl.experimental.gkd")
     names = run("generalized_jsd")
@@ -110,9 +105,6 @@ def test_sdpo_fork_page(monkeypatch, qwen2_folder):
         exec(compile(block, "sdpo_fork.md", "exec"), names)
         losses += [names["loss"]] if "loss" in names else []
     torch.testing.assert_close(losses[0], losses[1])  # before, and from hidden states
-
-
-# ---------------------------------------------------------------------------------- teachers elsewhere
 
 
 @pytest.fixture
@@ -241,9 +233,6 @@ def test_hidden_states_page(qwen2_folder, tmp_path):
             process.kill()
 
 
-# ------------------------------------------------------------------------------------ inside packages
-
-
 def test_transformers_page(qwen2_folder, tmp_path):
     ids = torch.tensor(SEQUENCES[0] * 2)
     labels = ids.clone()
@@ -288,9 +277,6 @@ def test_trl_page(tmp_path, monkeypatch):
     finally:
         patch_trl().__exit__(None, None, None)
     assert names["trainer"].state.global_step == 2 and names["trainer"].state.log_history[-1]["train_loss"]
-
-
-# ------------------------------------------------------------------------------------------------- verl
 
 
 @pytest.mark.slow

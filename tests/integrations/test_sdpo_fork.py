@@ -1,7 +1,5 @@
 """The loss of verl's SDPO fork against its definition, written down here in plain PyTorch."""
 
-from __future__ import annotations
-
 import inspect
 import sys
 from types import ModuleType, SimpleNamespace

@@ -1,7 +1,5 @@
 """Replies in SGLang's documented layout become the same teacher as vLLM's; others are refused."""
 
-from __future__ import annotations
-
 import copy
 import json
 
@@ -51,18 +49,10 @@ def lists(meta):
 
 # What is done to a reply's meta_info, the error and its words.
 ERRORS = {
-    "not asked for": (
-        lambda m: m.pop("input_token_logprobs"),
-        ValueError,
-        "must have input_token_logprobs; ask",
-    ),
+    "not asked for": (lambda m: m.pop("input_token_logprobs"), ValueError, "must have input_token_logprobs; ask"),
     "no top": (lambda m: m.pop("input_top_logprobs"), ValueError, "ask for them with top_logprobs_num=3"),
     "one short": (lambda m: lists(m)[1].pop(), ValueError, "got 6 and 5"),
-    "a token more": (
-        lambda m: [x.insert(0, x[0]) for x in lists(m)],
-        ValueError,
-        "at most the 6 tokens that",
-    ),
+    "a token more": (lambda m: [x.insert(0, x[0]) for x in lists(m)], ValueError, "at most the 6 tokens that"),
     "other tokens": (
         lambda m: lists(m)[0][4].__setitem__(1, 8),
         ValueError,
@@ -73,11 +63,7 @@ ERRORS = {
         TypeError,
         "sequence 0, position 3: must be a mapping",
     ),
-    "pairs": (
-        lambda m: lists(m)[0].__setitem__(2, [-1.0, 4]),
-        TypeError,
-        "position 2: must be .log-prob, token id",
-    ),
+    "pairs": (lambda m: lists(m)[0].__setitem__(2, [-1.0, 4]), TypeError, "position 2: must be .log-prob, token id"),
     "logits": (lambda m: lists(m)[0][3].__setitem__(0, 3.5), ValueError, "must have a log-probability <= 0, got 3.5"),
 }
 

@@ -3,8 +3,6 @@
 `tests/integrations/peers` compares them with the packages themselves, where these are installed.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

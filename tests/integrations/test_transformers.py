@@ -1,7 +1,5 @@
 """Log-probs of labels without logits, the loss for `transformers.Trainer`, ZeRO-3's empty heads."""
 
-from __future__ import annotations
-
 import sys
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -94,9 +92,6 @@ def test_fused_logps_alone(qwen2_folder, batch):
     assert (logps == 0).all() and all((p.grad == 0).all() for p in model.parameters())
     with pytest.raises(ValueError, match=r"labels must have the shape \[B, L\].*\(3, 8\), got \(3, 7\)"):
         fused_logps(model, batch["input_ids"], None, batch["labels"][:, 1:])
-
-
-# --------------------------------------------------------------------------------- the Trainer
 
 
 def examples(count=8):
@@ -207,9 +202,6 @@ def test_loss_func_errors():
     items = torch.full((2, 1), 7)  # what Trainer gives where a process has two GPUs
     with pytest.raises(NotImplementedError, match=r"DataParallel .*torchrun"):
         sdpo_loss_func()(SimpleNamespace(logits=None), labels, items)
-
-
-# --------------------------------------------------------------------- DeepSpeed ZeRO-3, imitated
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """TRL's DistillationTrainer patched against unpatched, and its divergence function case by case."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

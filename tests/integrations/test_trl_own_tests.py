@@ -1,7 +1,5 @@
 """A sample of TRL's own tests, with us and without (all of them: `make trl-tests TRL=CHECKOUT`)."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

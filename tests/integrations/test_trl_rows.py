@@ -1,7 +1,5 @@
 """Rows of `prepare --layout trl` in TRL's own SFTTrainer."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """TRL's SDPO trainer patched against unpatched: losses, metrics and weights of whole runs."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import re
@@ -16,13 +14,7 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    MiniCPM3Config,
-    MiniCPM3ForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import CohereConfig, CohereForCausalLM, MiniCPM3Config, MiniCPM3ForCausalLM, PreTrainedTokenizerFast
 from transformers.trainer_utils import set_seed
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 from trl.trainer import distillation_trainer

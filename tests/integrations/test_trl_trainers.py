@@ -1,7 +1,5 @@
 """TRL's other trainers that distil, patched against unpatched: losses, metrics and every gradient of five steps."""
 
-from __future__ import annotations
-
 import json
 import queue
 import threading

@@ -1,7 +1,5 @@
 """Adapters inside the installed verl: its FSDP engine loads them, and its actor is its own teacher."""
 
-from __future__ import annotations
-
 import importlib
 import warnings
 

@@ -1,7 +1,5 @@
 """The losses inside the installed verl: its configuration, its batches, its loss function, its engine."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import os

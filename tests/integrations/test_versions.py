@@ -1,7 +1,5 @@
 """The pages of integrations have the same parts; an installed version that a page was not tested with fails here."""
 
-from __future__ import annotations
-
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path

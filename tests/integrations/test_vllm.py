@@ -1,7 +1,5 @@
 """A model's own scores, laid out as vLLM does, come back as the teacher; misaligned ones are refused."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from types import SimpleNamespace

@@ -8,8 +8,6 @@ TRL) of the model it stands for. `load_dataset` stands for that of `datasets`.
 Not made: models that take images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,8 +128,6 @@ def make_tokenizer(special: Iterable[str], names: dict[str, str]) -> PreTrainedT
     tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     return tokenizer
 
-
-# ------------------------------------------------------------------------------------------ data sets
 
 SENTENCES = [
     ("Water boils at", " a hundred degrees."),

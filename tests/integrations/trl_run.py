@@ -5,8 +5,6 @@
 FOLDER has TRL's folder ``tests``. This repository has one too, so nothing of it may be imported as ``tests``.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.util

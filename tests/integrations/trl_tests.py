@@ -9,8 +9,6 @@ differ, with us and without us alike. Models and data sets of the hub are made b
 Of each run it is counted how many tests computed with fastsdpo: what never calls us proves nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -3,8 +3,6 @@
 As a program it is one of several processes: verl_on_cpu.py MODEL   (RANK, WORLD_SIZE, MASTER_* are set)
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 

@@ -27,25 +27,10 @@ CHAT = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
-SETTINGS = {
-    "use_cpu": True,
-    "report_to": [],
-    "disable_tqdm": True,
-    "template": "{o}",
-    "learning_rate": 1e-2,
-    "lr_scheduler_type": "constant",
-    "warmup_steps": 0,
-    "logging_steps": 1,
-    "per_device_train_batch_size": 2,
-    "max_steps": 4,
-    "teacher_check": 0,
-    "dataloader_pin_memory": False,
-    "teacher": "ema",
-    "ema_rate": 0.3,
-    "reference_kl": 0.1,
-    "save_strategy": "steps",
-    "save_steps": 2,
-}
+SETTINGS = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False, "template": "{o}"}
+SETTINGS |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1}
+SETTINGS |= {"per_device_train_batch_size": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+SETTINGS |= {"teacher": "ema", "ema_rate": 0.3, "reference_kl": 0.1, "teacher_check": 0}
 CONVERSATIONS = [
     {
         "id": f"c{c}",
@@ -72,20 +57,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=25,
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=128,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=None,
-            initializer_range=0.4,
-        )
-    )
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"vocab_size": 25, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    return LlamaForCausalLM(LlamaConfig(**shape, **tokens, max_position_embeddings=128, initializer_range=0.4))
 
 
 def offline(folder: Path, data: Path, **changes) -> SDPOTrainer:

@@ -1,7 +1,5 @@
 """A tiny model, a tokenizer whose tokens are words, an online trainer, and an endpoint that fails."""
 
-from __future__ import annotations
-
 import json
 import threading
 from types import SimpleNamespace
@@ -27,19 +25,9 @@ def make_model():
 
 
 def make_trainer(folder, *, user=None, callbacks=None, peft_config=None, **changes):
-    settings = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "template": " note {o}",
-        "learning_rate": 3e-3,
-        "per_device_train_batch_size": 4,
-        "max_new_tokens": 12,
-        "dataloader_pin_memory": False,
-        "save_strategy": "no",
-        "max_steps": 4,
-    }
+    settings = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True}
+    settings |= {"learning_rate": 3e-3, "per_device_train_batch_size": 4, "max_steps": 4, "max_new_tokens": 12}
+    settings |= {"template": " note {o}", "dataloader_pin_memory": False, "save_strategy": "no"}
     prompts = [f"w{i} w{i + 1} w{i + 2}" for i in range(24)]
     return OnlineSDPOTrainer(
         make_model(),

@@ -4,8 +4,6 @@ The models here are tiny and write a fixed text, by position; generation, chat, 
 the real ones.
 """
 
-from __future__ import annotations
-
 import json
 import math
 
@@ -55,18 +53,9 @@ HELLO = [{"role": "user", "content": "hello"}]
 def scripted(tokenizer, start, text):
     """A model that writes the text from position `start` on, and then the letter x for ever."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer),
-            n_positions=255,
-            n_embd=256,
-            n_layer=1,
-            n_head=2,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    shape = {"n_positions": 255, "n_embd": 256, "n_layer": 1, "n_head": 2, "tie_word_embeddings": False}
+    tokens = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    model = GPT2LMHeadModel(GPT2Config(**shape, **tokens))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     follows = [0] * (start - 1) + ids
     follows += tokenizer("x")["input_ids"] * (255 - len(follows))
@@ -98,16 +87,8 @@ def answering(request, byte_tokenizer):
     return model, tokenizer, ids, said, prompt
 
 
-SETTINGS = {
-    "use_cpu": True,
-    "report_to": [],
-    "disable_tqdm": True,
-    "max_new_tokens": 80,
-    "sampling_temperature": 0.01,
-    "template": "note",
-    "dataloader_pin_memory": False,
-    "learning_rate": 1e-5,
-}
+SETTINGS = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
+SETTINGS |= {"max_new_tokens": 80, "sampling_temperature": 0.01, "template": "note", "learning_rate": 1e-5}
 
 
 def test_chat_shows_the_answer_and_learns_from_all_of_it(answering, tmp_path):

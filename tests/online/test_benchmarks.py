@@ -1,7 +1,5 @@
 """`fastsdpo eval` on benchmarks: IFEval with the published checkers, answer files, checkpoints, a judge's wording."""
 
-from __future__ import annotations
-
 import json
 import math
 
@@ -10,12 +8,10 @@ import pytest
 from fastsdpo.cli import main
 from fastsdpo.online import ifeval
 
+WORDS = {"relation": "at least", "num_words": 3}
 SAMPLES = [
     (["punctuation:no_comma"], [{}]),
-    (
-        ["change_case:english_lowercase", "length_constraints:number_words"],
-        [{}, {"relation": "at least", "num_words": 3}],
-    ),
+    (["change_case:english_lowercase", "length_constraints:number_words"], [{}, WORDS]),
     (["startend:quotation", "detectable_format:title"], [None, {"num_words": None}]),
     (["length_constraints:number_sentences"], [{"relation": "less than", "num_sentences": 3}]),
 ]

@@ -1,7 +1,5 @@
 """`fastsdpo online`, `chat` and `eval` from the command line, on a tiny model."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import math
@@ -618,9 +616,8 @@ def adapter(saved, tmp_path):
     """Folders of an adapter of rank 4 that changes the model much, and of the two merged."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(3)
-    config = peft.LoraConfig(
-        r=4, target_modules="all-linear", init_lora_weights=False, lora_alpha=1, task_type="CAUSAL_LM"
-    )
+    settings = {"r": 4, "lora_alpha": 1, "target_modules": "all-linear", "init_lora_weights": False}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(saved), config)
     folders = str(tmp_path / "adapter"), str(tmp_path / "merged")
     model.save_pretrained(folders[0])

@@ -3,8 +3,6 @@
 The answers, the weights and the files.
 """
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -13,10 +11,8 @@ from safetensors.torch import load_file
 
 from tests.trainer.launching import FSDP2, accelerate, torchrun, worker
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
-]
+lacking = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+pytestmark = [pytest.mark.slow, lacking]
 
 VARIANTS = {
     "full": [],
@@ -40,21 +36,10 @@ def place(tmp_path_factory):
 
 
 def arguments(place, output, processes, variant, *, cpu=True):
-    # So cold that every process draws the likeliest token: its seed then changes nothing.
-    fixed = {
-        "model": place / "model",
-        "output": output,
-        "template": " note {o}",
-        "eval-prompts": place / "held_out.txt",
-        "rule": "max_words=6",
-        "wish": "w3 w4",
-        "batch-size": 4 // processes,
-        "global-batch-size": 4,
-        "sampling-temperature": 1e-4,
-        "max-new-tokens": 12,
-        "max-steps": 3,
-        "learning-rate": 0.5,
-    }
+    fixed = {"model": place / "model", "output": output, "eval-prompts": place / "held_out.txt"}
+    fixed |= {"template": " note {o}", "rule": "max_words=6", "wish": "w3 w4", "max-new-tokens": 12, "max-steps": 3}
+    fixed |= {"batch-size": 4 // processes, "global-batch-size": 4, "learning-rate": 0.5}
+    fixed |= {"sampling-temperature": 1e-4}  # so cold that every process draws the likeliest token, whatever its seed
     settings = ("optim=sgd", "save_strategy=no", "dataloader_pin_memory=false", "max_grad_norm=0")
     given = [str(place / "prompts.txt"), *(["--cpu"] if cpu else []), *variant]
     given += [text for name, value in fixed.items() for text in (f"--{name}", str(value))]

@@ -5,8 +5,6 @@ Beside them they test only what one backend alone promises. Values and gradients
 autograd of the written formulas (`fastsdpo.testing`).
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import replace
@@ -801,7 +799,7 @@ class Linear(Contract):
             grad.sum().backward()
 
     @each_loss(*LINEAR)
-    def test_compiles_as_one_graph(self, loss):
+    def test_it_compiles_as_one_graph(self, loss):
         """The teacher's head is the student's, its own, or its own with a bias."""
         torch.compiler.reset()  # each case is a program of its own
         case = Hidden()
@@ -825,3 +823,7 @@ class Linear(Contract):
         out = self.linear(hidden, torch.zeros(0, 4), weight, torch.zeros(0, dtype=torch.long))
         out.loss.backward()
         assert out.loss.item() == 0 and not weight.grad.any()
+
+
+class Whole(Values, Edges, Layouts, Autograd, LogProbs, Linear):
+    """All of it, for a backend that makes no difference between the parts."""

@@ -22,6 +22,7 @@ def linear(student=H, teacher=H, weight=W, y=Y, **kwargs):
 
 
 ids = torch.zeros(2, 3, 2, dtype=torch.long)
+TOPK = {"teacher": None, "mode": "topk"}
 CASES = [
     (lambda: loss(y=Y[:, :2]), ValueError, "sdpo_loss: target_ids must have shape (2, 3), got (2, 2)"),
     (lambda: loss(y=Y.float()), TypeError, "sdpo_loss: target_ids must have an integer dtype"),
@@ -54,22 +55,18 @@ CASES = [
         ValueError,
         "teacher_topk must come with mode='topk'",
     ),
-    (lambda: loss(teacher=None, mode="topk", teacher_topk=(ids, ids.float())), ValueError, "distinct"),
+    (lambda: loss(**TOPK, teacher_topk=(ids, ids.float())), ValueError, "distinct"),
     (
-        lambda: loss(teacher=None, mode="topk", teacher_topk=(ids[..., :1] + 7, ids[..., :1].float())),
+        lambda: loss(**TOPK, teacher_topk=(ids[..., :1] + 7, ids[..., :1].float())),
         ValueError,
         "teacher_topk ids must lie in [0, V) = [0, 7), got 7",
     ),
     (
-        lambda: loss(teacher=None, mode="topk", teacher_topk=(ids, ids[..., :1].float())),
+        lambda: loss(**TOPK, teacher_topk=(ids, ids[..., :1].float())),
         ValueError,
         "teacher_topk logps must have shape (2, 3, 2)",
     ),
-    (
-        lambda: loss(teacher=None, mode="topk", topk=3, teacher_topk=(ids, ids.float())),
-        ValueError,
-        "must equal teacher_topk's K = 2",
-    ),
+    (lambda: loss(**TOPK, topk=3, teacher_topk=(ids, ids.float())), ValueError, "must equal teacher_topk's K = 2"),
     (
         lambda: loss(y=Y + 7),
         ValueError,

@@ -5,7 +5,7 @@ import torch
 from torch.library import opcheck
 
 import fastsdpo
-from fastsdpo.ops import _operators, linear, linear_token_logps, token_terms
+from fastsdpo.ops import _operators, linear, token_terms
 from fastsdpo.ops.head import ChunkPlan
 from fastsdpo.ops.rows import LossOptions, Tokens
 
@@ -69,8 +69,8 @@ def test_losses_from_hidden_states(backend):
     teacher, tokens = [t, None, None, None], list(Tokens(y, w, ce_weights=w))
     arguments = (h, weight, bias, teacher, tokens, *options, *plan, [True] * 3, backend)
     opcheck(linear.linear_sdpo_op, arguments, test_utils=checks)
-    arguments = (h, weight, bias, y, *LossOptions().packed(), True, *plan, backend)
-    opcheck(linear_token_logps.linear_token_logps_op, arguments)
+    ids = [y, y.new_zeros(6, 0)]
+    opcheck(token_terms.linear_token_terms_op, (h, weight, bias, ids, *LossOptions().packed(), True, *plan, backend))
 
 
 def test_options_survive_packing():

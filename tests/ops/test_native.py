@@ -5,8 +5,6 @@ Vocabularies: 1000 to 1025 and 4097 (a partial, a whole and one more block), 163
 segment), 32000 and 50257 (several segments, the second odd).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -46,7 +44,7 @@ class Native(contract.Contract):
 
 
 @every_isa
-class TestValues(Native, contract.Values):
+class TestEverySet(Native, contract.Values, contract.Edges, contract.Layouts, contract.LogProbs):
     @each_loss()
     @pytest.mark.parametrize("kind", contract.Contract.dtypes, ids=str)
     def test_softcap_and_temperature_beyond_a_block(self, loss, kind):
@@ -56,26 +54,7 @@ class TestValues(Native, contract.Values):
         self.check(case, plain=True, floor=self.floor, **options, **loss)
 
 
-@every_isa
-class TestEdges(Native, contract.Edges):
-    pass
-
-
-@every_isa
-class TestLayouts(Native, contract.Layouts):
-    pass
-
-
-class TestAutograd(Native, contract.Autograd):
-    pass
-
-
-@every_isa
-class TestLogProbs(Native, contract.LogProbs):
-    pass
-
-
-class TestLinear(Native, contract.Linear):
+class TestOneSet(Native, contract.Autograd, contract.Linear):
     pass
 
 
@@ -112,11 +91,8 @@ class TestNativeAlone(Native):
         tokens = Tokens(case.target_ids.flatten(), case.weights.flatten())
         options = LossOptions(mode="full", alpha=0.3)
         for student, teacher, grad in itertools.product((F32, BF16, FP16), repeat=3):
-            s, t, out = (
-                case.student.to(student),
-                case.teacher.to(teacher),
-                torch.full((1, 4, 1500), math.nan, dtype=grad),
-            )
+            s, t = case.student.to(student), case.teacher.to(teacher)
+            out = torch.full((1, 4, 1500), math.nan, dtype=grad)
             want = oracle_sdpo_loss(s, t, case.target_ids, mode="full", alpha=0.3, weights=case.weights)
             got = kernels.forward(s, t, tokens, options, out).per_token
             torch.testing.assert_close(got.double(), want.per_token_loss.flatten(), rtol=1e-5, atol=1e-6)

@@ -1,7 +1,5 @@
 """The native kernels' exp2, log2, tanh and dtype conversions, on every instruction set of this CPU."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -4,8 +4,6 @@ Clang cross-compiles them (PyPI's ``ziglang``), Unicorn runs them (``unicorn``):
 this process at its own addresses. Skipped where one of the two is missing. It says nothing of speed.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib.util
 import struct

@@ -17,27 +17,7 @@ class Reference(contract.Contract):
     rows_are_alone = False  # PyTorch sums a row in another order where there are fewer rows
 
 
-class TestValues(Reference, contract.Values):
-    pass
-
-
-class TestEdges(Reference, contract.Edges):
-    pass
-
-
-class TestLayouts(Reference, contract.Layouts):
-    pass
-
-
-class TestAutograd(Reference, contract.Autograd):
-    pass
-
-
-class TestLogProbs(Reference, contract.LogProbs):
-    pass
-
-
-class TestLinear(Reference, contract.Linear):
+class TestReference(Reference, contract.Whole):
     pass
 
 

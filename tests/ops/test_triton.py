@@ -1,8 +1,6 @@
 """The Triton kernels in Triton's interpreter (`TRITON_INTERPRET=1 pytest -m interpreted`) under the contract of
 all backends; and bugs known from other kernels, a test each, on ours."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
@@ -40,7 +38,7 @@ class TestSample(Triton):
 
 
 @pytest.mark.slow
-class TestValues(Triton, contract.Values):
+class TestThreeTypes(Triton, contract.Values, contract.Autograd, contract.LogProbs, contract.Linear):
     @each_loss("sampled", "forward", "reverse", "jsd")
     @pytest.mark.parametrize("teacher", ["rises", "falls", "stays"])
     def test_a_maximum_that_rises_late(self, loss, teacher):
@@ -50,28 +48,8 @@ class TestValues(Triton, contract.Values):
 
 
 @pytest.mark.slow
-class TestEdges(Triton, contract.Edges):
+class TestTwoTypes(Triton, contract.Edges, contract.Layouts):
     dtypes = (F32, BF16)
-
-
-@pytest.mark.slow
-class TestLayouts(Triton, contract.Layouts):
-    dtypes = (F32, BF16)
-
-
-@pytest.mark.slow
-class TestAutograd(Triton, contract.Autograd):
-    pass
-
-
-@pytest.mark.slow
-class TestLogProbs(Triton, contract.LogProbs):
-    pass
-
-
-@pytest.mark.slow
-class TestLinear(Triton, contract.Linear):
-    pass
 
 
 def moved(tensor, by):

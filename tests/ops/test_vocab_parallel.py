@@ -42,21 +42,9 @@ def case(dtype=torch.float64):
 
 
 def call(hidden, teacher, weight, bias, y, loss, **kwargs):
-    return fastsdpo.linear_sdpo_loss(
-        hidden,
-        teacher,
-        weight,
-        y,
-        bias=bias,
-        logit_scale=0.8,
-        softcap=6.0,
-        temperature=0.9,
-        old_logps=torch.full((9,), -3.0),
-        is_clip=1.5,
-        chunk_size=4,
-        **loss,
-        **kwargs,
-    )
+    options = {"logit_scale": 0.8, "softcap": 6.0, "temperature": 0.9, "is_clip": 1.5, "chunk_size": 4}
+    options |= {"bias": bias, "old_logps": torch.full((9,), -3.0), **loss, **kwargs}
+    return fastsdpo.linear_sdpo_loss(hidden, teacher, weight, y, **options)
 
 
 def worker(rank, port, results):

@@ -21,11 +21,3 @@ def test_sequence_mean_counts_sequences_that_have_tokens():
     torch.testing.assert_close(w[0], torch.tensor([0, 1, 1, 1]) / 6)
     given = sequence_mean_weights(MASK, num_sequences=torch.tensor(5))
     torch.testing.assert_close(given.sum(), torch.tensor(2 / 5))
-
-
-def test_split_batches_add_up_to_the_whole():
-    whole = sequence_mean_weights(MASK)
-    parts = [sequence_mean_weights(MASK[i : i + 1], num_sequences=2) for i in range(3)]
-    torch.testing.assert_close(torch.cat(parts), whole)
-    tokens = [token_mean_weights(MASK[i : i + 1], num_items=4) for i in range(3)]
-    torch.testing.assert_close(torch.cat(tokens), token_mean_weights(MASK))

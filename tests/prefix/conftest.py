@@ -1,7 +1,5 @@
 """Tiny models of the families that matter, tokenized conversations, and independent passes."""
 
-from __future__ import annotations
-
 import types
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """The backends against each other and against the definition, on one layer's tensors."""
 
-from __future__ import annotations
-
 import math
 import time
 

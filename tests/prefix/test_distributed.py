@@ -1,7 +1,5 @@
 """DDP and FSDP2 in two processes, each this file: the wrapped model is called, so its hooks run."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import sys

@@ -1,7 +1,5 @@
 """Shared passes against independent ones: log-probabilities and the gradient of every parameter."""
 
-from __future__ import annotations
-
 import copy
 import weakref
 

@@ -1,7 +1,5 @@
 """Layers that are more than plain attention over a plan, against separate passes."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 

@@ -1,7 +1,5 @@
 """Text on models that also take images: what their forward pass demands of text is given."""
 
-from __future__ import annotations
-
 import inspect
 
 import pytest

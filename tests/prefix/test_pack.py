@@ -1,10 +1,7 @@
 """The plan against brute force: every distinct prefix is one token and sees exactly its prefixes."""
 
-from __future__ import annotations
-
 import itertools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +10,7 @@ from hypothesis import strategies as st
 
 from fastsdpo.prefix import build_plan, count_tokens, pack_conversations
 from fastsdpo.prefix.plan import response_labels
-
-
-def interaction(prompt, teacher_prompt, completion):
-    return SimpleNamespace(
-        prompt_ids=list(prompt), teacher_prompt_ids=list(teacher_prompt), completion_ids=list(completion)
-    )
-
+from tests.prefix.conftest import tokenized as interaction
 
 # Two letters and short lists: nearly everything shares, nests, branches or coincides.
 ids = st.lists(st.integers(0, 1), min_size=1, max_size=6)

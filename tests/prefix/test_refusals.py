@@ -1,7 +1,5 @@
 """What sharing would get wrong is refused by name; heads are read or refused."""
 
-from __future__ import annotations
-
 import peft
 import pytest
 import torch

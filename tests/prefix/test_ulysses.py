@@ -1,7 +1,5 @@
 """Passes divided among 2 and 4 processes, each this file, against one process: losses and gradients in float64."""
 
-from __future__ import annotations
-
 import copy
 import sys
 

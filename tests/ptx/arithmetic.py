@@ -5,8 +5,6 @@ with one rounding; ``.ftz`` takes and gives 0 for subnormal numbers. The approxi
 rcp) are rounded from float64; hardware is up to two units in the last place off.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

@@ -4,8 +4,6 @@
 are the ways that logits and gradients can lie in memory.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import NamedTuple
 

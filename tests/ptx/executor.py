@@ -1,7 +1,5 @@
 """A driver for Triton whose device executes PTX on CPU tensors, and the library as on a GPU that has it."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import struct

@@ -5,8 +5,6 @@ paths do. A barrier ends a block: lanes wait there for the rest of their program
 A value that is the same for all lanes is kept as an array of one number.
 """
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

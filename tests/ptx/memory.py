@@ -5,8 +5,6 @@ to a half-word, of which one is a store that changes it, are a race if they are 
 warps of a program in one epoch. (A store of what is there already changes nothing for whoever reads it.)
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +45,7 @@ class Threads(NamedTuple):
     program: np.ndarray
     epoch: np.ndarray
 
-    def where(self, chosen) -> Threads:
+    def where(self, chosen) -> "Threads":
         return Threads(*(x[chosen] for x in self))
 
 

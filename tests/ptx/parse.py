@@ -4,8 +4,6 @@ Covers what Triton's compiler writes: one `.entry`, registers in flat lists, and
 registers of its own in braces. The language: NVIDIA, "Parallel Thread Execution ISA".
 """
 
-from __future__ import annotations
-
 import linecache
 import re
 import struct

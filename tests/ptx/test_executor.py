@@ -1,7 +1,5 @@
 """The executor finds faults that are planted in the library's kernels and in PTX, and leaves no trace."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import triton

@@ -4,8 +4,6 @@ Every kernel, mode and dtype for sm_90, each in one layout; with `-m slow` in ev
 sm_100 (`python -m benchmarks.ptx` does the same and keeps the figures).
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -4,8 +4,6 @@ With ``FASTSDPO_LONG=1`` (`make fuzz`) every test tries its long count of cases.
 the numbers of cases tried, faults injected, cases survived and cases lost are written to that file.
 """
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os
@@ -29,9 +27,6 @@ LONG = os.environ.get("FASTSDPO_LONG") == "1"
 def count():
     """count(short, long): how many cases to try."""
     return lambda short, long: long if LONG else short
-
-
-# --------------------------------------------------------------------------------- the results file
 
 
 class Results:
@@ -72,9 +67,6 @@ class Results:
 @pytest.fixture(scope="session")
 def results():
     return Results(os.environ.get("FASTSDPO_RESULTS"))
-
-
-# ---------------------------------------------------------------------------------------- commands
 
 
 class Runner:

@@ -3,8 +3,6 @@
 Usage: dying_worker.py raise|kill ARGUMENTS...   (started by torchrun; DYING_PIDS is a folder)
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -15,8 +15,6 @@ A job:
                 where this is not allowed here
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import shutil

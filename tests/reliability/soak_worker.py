@@ -3,8 +3,6 @@
 Usage: soak_worker.py PART SETTINGS_JSON   with PART one of the functions in `PARTS`
 """
 
-from __future__ import annotations
-
 import functools
 import gc
 import importlib.util
@@ -35,9 +33,6 @@ def load_lab(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-# ------------------------------------------------------------------------------------- the gauges
 
 
 def resident():
@@ -137,9 +132,6 @@ class Meter(TrainerCallback):
         found["traced"] -= sum(map(sys.getsizeof, parts.values()))
         found["objects"] -= sum(map(gc.is_tracked, kept))
         return found
-
-
-# ---------------------------------------------------------------------------------------- the parts
 
 
 def intervals(period):

@@ -3,8 +3,6 @@
 Mutations are those of tests/data/test_fuzz.py, which holds the loader itself to them.
 """
 
-from __future__ import annotations
-
 import gzip
 import importlib.util
 import json

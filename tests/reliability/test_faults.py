@@ -1,7 +1,5 @@
 """Kills, signals, full and read-only disks, damaged checkpoints, dying workers: nothing is lost."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -4,8 +4,6 @@
 ``FASTSDPO_EXAMPLES=500`` draws 500 cases per loss (`make fuzz`).
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import os

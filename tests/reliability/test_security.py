@@ -3,8 +3,6 @@
 That markup in messages stays text is shown in a real browser, by tests/signal/test_page.py.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import logging
@@ -50,8 +48,6 @@ def _counted(request, results):
     results.add(what, tried=tests, faults=Bomb.planted, lost=lost)
 
 
-# ------------------------------------------------------------------------------------ in the source
-
 FORBIDDEN = {"eval", "exec", "pickle.load", "pickle.loads", "joblib.load", "yaml.load", "os.system", "marshal.loads"}
 FORBIDDEN |= {"dill.load", "cloudpickle.load", "numpy.load", "np.load"}
 # What processes of one run send each other, through pipes of their own, and never a file.
@@ -83,9 +79,6 @@ def test_the_source_unpickles_and_evaluates_nothing():
             assert not name.startswith("subprocess.") or options.get("shell", "False") == "False", where
             assert options.get("trust_remote_code", "False") in ("False", *AS_THE_USER_SAID), where
     assert looked_at > 1000
-
-
-# ---------------------------------------------------------------------------------------- bad files
 
 
 @pytest.fixture
@@ -172,9 +165,6 @@ def test_templates_of_a_tokenizer_reach_no_python(saved, tmp_path, lab):
     with pytest.raises(ValueError, match=r"the chat template of .* fails"):
         InteractionTokenizer(tokenizer, "note")
     assert not (tmp_path / "boom").exists()
-
-
-# ------------------------------------------------------------------------------ network and secrets
 
 
 @pytest.mark.parametrize("name", ["prepare", "train", "online"])

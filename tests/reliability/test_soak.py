@@ -5,8 +5,6 @@ FASTSDPO_MINUTES, half of them offline and half online, and for `TWO_HOURS` step
 not with hours.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import statistics
@@ -94,8 +92,6 @@ def test_a_compiled_loss_keeps_no_graph_per_length(results, count):
     assert not bad
     assert graphs <= 4  # for 59 lengths
 
-
-# ------------------------------------------------------------------------------------ many interactions
 
 # Bytes in memory for each further interaction, at most. `prepare` keeps numbers of each record; the
 # dataset the tokens (4 bytes each), three ends (24) and the ids; the planner whole numbers.

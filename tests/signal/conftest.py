@@ -5,6 +5,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.words import SHAPE
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -33,20 +35,10 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def model(tokenizer):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer) + 7,  # a padded vocabulary, as models have it
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        initializer_range=0.5,  # so that contexts matter
-        tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
+    shape = {**SHAPE, **ends, "initializer_range": 0.5}  # so that contexts matter
+    rows = len(tokenizer) + 7  # a padded vocabulary, as models have it
+    config = LlamaConfig(vocab_size=rows, max_position_embeddings=4096, tie_word_embeddings=False, **shape)
     return LlamaForCausalLM(config).eval()
 
 

@@ -104,18 +104,6 @@ def test_one_panel_without_comparison(attacked):
     assert page.count('class="panel"') == 1 and "unrelated" not in page.lower()
 
 
-def test_the_order_is_that_of_the_talk(attacked):
-    headings = re.findall(r"<h[123][^>]*>([^<]*)</h", render_html(attacked))
-    assert headings[:6] == [
-        "What a reply tells the model about its answer",
-        "The user's prompt",
-        "The model's answer, tinted by the reply",
-        "The user's reply",
-        "For comparison: tinted by an unrelated reply",
-        "An unrelated reply",
-    ]
-
-
 # In a browser. What a reader does is done by a script of the test, which the page's policy is told of.
 
 PROBE = """

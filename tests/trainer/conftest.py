@@ -1,10 +1,8 @@
 """A tiny model, a tokenizer whose tokens are words, and interactions of random words."""
 
-from __future__ import annotations
-
+import datetime
 import json
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +94,29 @@ def report_of(output):
     return json.loads((output / "report.json").read_text())
 
 
+def clock(day):
+    """In the place of `datetime.datetime`: it is a day of January."""
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime(2026, 1, day)
+
+    return Clock
+
+
+class Overflow(torch.autograd.Function):
+    """The identity, with a gradient that overflows."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float("inf")
+
+
 class StopAt(TrainerCallback):
     """Ends training after a step, as a signal does; the schedule is still that of the whole run."""
 
@@ -112,71 +133,28 @@ def losses_of(trainer):
 
 
 def make_config(folder, **changes):
-    settings = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "template": TEMPLATE,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "dataloader_pin_memory": False,
-        "teacher_check": 0,
-        "seed": 1,
-    }
-    return SDPOConfig(**{**settings, **changes})
+    settings = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True, "seed": 1}
+    settings |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1}
+    settings |= {"template": TEMPLATE, "per_device_train_batch_size": 4, "save_strategy": "no", "teacher_check": 0}
+    return SDPOConfig(**{**settings, "dataloader_pin_memory": False, **changes})
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture
-def model():
-    return make_model()
-
-
-@pytest.fixture
-def interactions():
-    return make_interactions()
-
-
-def make_trainer(
-    folder,
-    *,
-    model=None,
-    interactions=None,
-    eval_dataset=None,
-    peft_config=None,
-    callbacks=None,
-    tokenizer=None,
-    optimizers=(None, None),
-    **changes,
-):
+def make_trainer(folder, *, model=None, interactions=None, tokenizer=None, **given):
+    """``given``: other arguments of `SDPOTrainer`, and changes of `make_config`."""
+    names = given.keys() & {"eval_dataset", "peft_config", "callbacks", "optimizers"}
+    own = {name: given.pop(name) for name in names}
     return SDPOTrainer(
-        model=make_model() if model is None else model,
-        args=make_config(folder, **changes),
-        train_dataset=make_interactions() if interactions is None else interactions,
-        eval_dataset=eval_dataset,
+        make_model() if model is None else model,
+        make_config(folder, **given),
+        make_interactions() if interactions is None else interactions,
         processing_class=make_tokenizer() if tokenizer is None else tokenizer,
-        peft_config=peft_config,
-        callbacks=callbacks,
-        optimizers=optimizers,
+        **own,
     )
 
 
 def weights_of(trainer):
     """The trained weights, copied."""
-    return {
-        name: parameter.detach().clone()
-        for name, parameter in trainer.model.named_parameters()
-        if parameter.requires_grad
-    }
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def gradients_of(trainer, batches=None):
@@ -200,6 +178,16 @@ def assert_close(found, wanted, relative):
         assert error < relative, f"{name}: {float(error):.2e}"
 
 
+def assert_same_logs(pairs):
+    """Of one process and of two, but for times and for what several processes alone have."""
+    for left, right in pairs:
+        assert right.pop("sdpo/imbalance", right.pop("eval_sdpo/imbalance", 1)) >= 1
+        assert left.keys() == right.keys()
+        for key in left:
+            if not any(word in key for word in ("per_second", "time", "data_wait", "peak_memory")):
+                assert right[key] == pytest.approx(left[key], rel=1e-4, abs=1e-5), key
+
+
 def largest_difference(left, right):
     assert left.keys() == right.keys()
     return max(float((left[name] - right[name]).abs().max()) for name in left)
@@ -208,22 +196,9 @@ def largest_difference(left, right):
 @pytest.fixture(scope="session")
 def lab():
     """The helpers above, for the tests of this folder."""
-    return SimpleNamespace(
-        make_tokenizer=make_tokenizer,
-        make_clock_tokenizer=make_clock_tokenizer,
-        make_model=make_model,
-        make_interactions=make_interactions,
-        write_rows=write_rows,
-        save=save,
-        make_place=make_place,
-        make_config=make_config,
-        make_trainer=make_trainer,
-        weights_of=weights_of,
-        losses_of=losses_of,
-        largest_difference=largest_difference,
-        WORDS=WORDS,
-        TEMPLATE=TEMPLATE,
-    )
+    from tests.trainer import conftest
+
+    return conftest
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,6 @@ the kind of process group, so this sets the kind; everything that shards, gather
 accelerate's own.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 

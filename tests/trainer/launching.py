@@ -1,11 +1,8 @@
 """Runs of `fastsdpo train` started by a launcher, and the comparison of each with one plain process."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +10,8 @@ from typing import NamedTuple
 
 import pytest
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from tests.forked import free_port
 
 ROOT = Path(__file__).parents[2]
 CONFIGURATIONS = ROOT / "examples" / "accelerate"
@@ -122,19 +121,10 @@ def documented():
     return [" ".join(line.split()) for line in lines if line and not line.startswith("#")]
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 def slurm(folder):
     """Environment of a job on two nodes with one process each, and stand-ins for Slurm's commands in ``folder``."""
-    commands = {
-        "sbatch": 'bash "$@"',
-        "scontrol": "echo 127.0.0.1",
-        "srun": 'SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@" && wait $!',
-    }
+    commands = {"sbatch": 'bash "$@"', "scontrol": "echo 127.0.0.1"}
+    commands["srun"] = 'SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@" && wait $!'
     for name, body in commands.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
@@ -143,7 +133,7 @@ def slurm(folder):
         "SLURM_NNODES": "2",
         "SLURM_JOB_NODELIST": "node[0-1]",
         "GPUS": "1",
-        "PORT": free_port(),
+        "PORT": str(free_port()),
         "CONFIG": str(CONFIGURATIONS / "ddp.yaml"),
         "OMP_NUM_THREADS": "1",
     }

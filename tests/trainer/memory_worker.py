@@ -3,8 +3,6 @@
 A process of its own: what the tests before have allocated and freed would hide a peak.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 
@@ -16,15 +14,8 @@ from fastsdpo.data import TokenizedInteraction
 from fastsdpo.trainer import SDPOConfig, SDPOTrainer
 from fastsdpo.trainer.memory_walk import ModelShape, walk_step
 
-SHAPE = {
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 8192,
-    "max_position_embeddings": 512,
-}
+SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "vocab_size": 8192, "max_position_embeddings": 512}
 
 
 def interactions(conversations):
@@ -52,16 +43,8 @@ def measured(folder, *, kind="Llama", dtype="float32", lora=False, conversations
         from peft import LoraConfig
 
         adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    args = SDPOConfig(
-        output_dir=folder,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        teacher_check=0,
-        disable_tqdm=True,
-        optim="adamw_torch",
-        **settings,
-    )
+    quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "teacher_check": 0}
+    args = SDPOConfig(output_dir=folder, use_cpu=True, optim="adamw_torch", **quiet, **settings)
     items = interactions(conversations)
     trainer = SDPOTrainer(made.to(getattr(torch, dtype)), args, items, peft_config=adapter)
     if args.gradient_checkpointing:

@@ -4,8 +4,6 @@ FSDP2 is torch's own, its units those of accelerate; the other seven processes a
 Counted are the storages that are alive on the CPU.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import json
@@ -91,44 +89,27 @@ def shard(model, tied, policy):
     fully_shard(model, **how)
 
 
-def measured(
-    *,
-    processes=PROCESSES,
-    tied=False,
-    checkpointed=True,
-    dtype="float32",
-    mixed=False,
-    passes=1,
-    hidden=256,
-    vocabulary=4096,
-    ulysses=1,
-):
+def model_of(dtype, **changes):
+    """A model of six layers, and its configuration."""
+    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 4096}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": False}
     torch.manual_seed(0)
+    config = Qwen3Config(**{**shape, **changes})
+    return Qwen3ForCausalLM(config).to(getattr(torch, dtype)).train(), config
+
+
+def measured(
+    *, processes=PROCESSES, tied=False, checkpointed=True, dtype="float32", mixed=False, passes=1, ulysses=1, **sizes
+):
     gc.collect()
     release_tiles()
-    config = Qwen3Config(
-        hidden_size=hidden,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        intermediate_size=768,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-    )
-    args = SDPOConfig(
-        output_dir="unused", use_cpu=True, optim="adamw_torch", gradient_checkpointing=checkpointed, bf16=mixed
-    )
+    model, config = model_of(dtype, tie_word_embeddings=tied, **sizes)
+    options = {"optim": "adamw_torch", "gradient_checkpointing": checkpointed, "bf16": mixed}
+    args = SDPOConfig(output_dir="unused", use_cpu=True, **options)
     args.ulysses = ulysses  # divides the processes, which are not there
-    model = Qwen3ForCausalLM(config).to(getattr(torch, dtype)).train()
-    learner = Learner(
-        model,
-        args,
-        PrefixSharing(model, args, None, (), one_pass=False),
-        unwrapped=lambda: model,
-        sharded=processes > 1,
-        ulysses=make_ulysses(args),
-    )
+    sharing = PrefixSharing(model, args, None, (), one_pass=False)
+    divided = {"sharded": processes > 1, "ulysses": make_ulysses(args)}
+    learner = Learner(model, args, sharing, unwrapped=lambda: model, **divided)
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     lower = torch.bfloat16
@@ -149,15 +130,18 @@ def measured(
                 del loss, statistics
             optimizer.step()
             model.zero_grad()
-    shape = ModelShape(config, getattr(torch, dtype))
-    forecast = walk_step(
-        shape, args, [ITEMS] * passes, kind="cpu", processes=Processes(processes, "fsdp"), accumulated=passes > 1
-    )
+    shape, divided = ModelShape(config, getattr(torch, dtype)), Processes(processes, "fsdp")
+    options = {"kind": "cpu", "processes": divided, "accumulated": passes > 1}
+    forecast = walk_step(shape, args, [ITEMS] * passes, **options)
     return forecast.peak, storages.peak, forecast.parts
 
 
-if __name__ == "__main__":
+def main(measured):
     torch.set_num_threads(1)
     dist.init_process_group("fake", rank=0, world_size=PROCESSES, store=FakeStore())
     for name, settings in json.loads(sys.argv[1]).items():
         print(json.dumps([name, *measured(**settings)]), flush=True)
+
+
+if __name__ == "__main__":
+    main(measured)

@@ -1,7 +1,5 @@
 """Adapters of PEFT: trained on from round to round, computed right, or refused by name."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -24,9 +22,8 @@ LINEAR = ["q_proj", "v_proj", "down_proj"]
 
 
 def lora(**changes):
-    return peft.LoraConfig(
-        **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes}
-    )
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes}
+    return peft.LoraConfig(**settings)
 
 
 def logits(model):
@@ -40,9 +37,6 @@ def place(tmp_path_factory, lab):
     folder = lab.make_place(tmp_path_factory.mktemp("adapters"))
     assert main(command(folder, folder / "first", "--lora", "4", "--quiet")) == 0
     return folder
-
-
-# ----------------------------------------------------------------------------- the next round
 
 
 @pytest.mark.parametrize("more", [[], ["--lora", "4", "--lora-alpha", "8"]], ids=["", "same-lora"])
@@ -159,9 +153,6 @@ def test_models_whose_adapter_would_be_lost_or_is_frozen(place, lab, tmp_path):
         SDPOTrainer(beside, lab.make_config(tmp_path), processing_class=tokenizer)
 
 
-# ----------------------------------------------------------------------------- loading
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_loading_puts_the_adapter_on_its_base(place, dtype):
     model, tokenizer = load_model_and_tokenizer(place / "first" / "model", dtype=dtype)
@@ -187,23 +178,19 @@ def broken(place, folder, **changes):
     return folder
 
 
+GONE = r"base_model_name_or_path of .*adapter_config.json: no such file or folder: /nowhere/base"
+
+
 def test_adapters_that_cannot_be_loaded(place, tmp_path):
-    gone = broken(place, tmp_path / "gone", base_model_name_or_path="/nowhere/base")
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"base_model_name_or_path of .*adapter_config.json: "
-        "no such file or folder: /nowhere/base",
+    first = str(place / "first" / "model")
+    for name, changes, error, message in (
+        ("gone", {"base_model_name_or_path": "/nowhere/base"}, FileNotFoundError, GONE),
+        ("nameless", {"base_model_name_or_path": None}, ValueError, "must be a folder or hub id, got None"),
+        ("chain", {"base_model_name_or_path": first}, ValueError, r"must be a whole model, but .* is an adapter too"),
+        ("other", {"r": 2}, ValueError, r"the adapter in .* cannot be put on its base model"),
     ):
-        load_model_and_tokenizer(gone)
-    nameless = broken(place, tmp_path / "nameless", base_model_name_or_path=None)
-    with pytest.raises(ValueError, match="must be a folder or hub id, got None"):
-        load_model_and_tokenizer(nameless)
-    chain = broken(place, tmp_path / "chain", base_model_name_or_path=str(place / "first" / "model"))
-    with pytest.raises(ValueError, match=r"must be a whole model, but .* is an adapter too"):
-        load_model_and_tokenizer(chain)
-    other = broken(place, tmp_path / "other", r=2)
-    with pytest.raises(ValueError, match=r"the adapter in .* cannot be put on its base model"):
-        load_model_and_tokenizer(other)
+        with pytest.raises(error, match=message):
+            load_model_and_tokenizer(broken(place, tmp_path / name, **changes))
     missing = broken(place, tmp_path / "missing", target_modules=[*LINEAR, "o_proj", "up_proj"])
     weights = load_file(missing / "adapter_model.safetensors")
     some = {name: value for name, value in weights.items() if "o_proj" not in name}
@@ -215,9 +202,6 @@ def test_adapters_that_cannot_be_loaded(place, tmp_path):
     shutil.copy(place / "model" / "model.safetensors", both)
     with pytest.raises(ValueError, match="must hold a model or an adapter, got both"):
         load_model_and_tokenizer(both)
-
-
-# ----------------------------------------------------------------------------- kinds of adapters
 
 
 def by_definition(model, items):
@@ -268,21 +252,6 @@ def test_the_loss_is_that_of_two_passes_of_the_adapted_model(lab, tmp_path, name
     assert loss == pytest.approx(by_definition(model, items), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "adapter",
-    [
-        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-        peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    ],
-    ids=["prompt", "prefix", "p-tuning"],
-)
-@pytest.mark.parametrize("sharing", ["auto", "off"])
-def test_virtual_tokens_are_refused(lab, tmp_path, adapter, sharing):
-    with pytest.raises(NotImplementedError, match="puts virtual tokens into the sequence"):
-        lab.make_trainer(tmp_path, peft_config=adapter, sharing=sharing)
-
-
 def test_a_saved_prompt_is_refused(place, tmp_path, capsys):
     base = AutoModelForCausalLM.from_pretrained(place / "model")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
@@ -318,11 +287,10 @@ def test_merge_is_that_of_peft_and_keeps_the_dtype(place, tmp_path, capsys):
     for name in load_file(adapter / "adapter_model.safetensors"):
         assert re.fullmatch(r"base_model\.model\.model\.layers\.\d+\.\w+\.\w+_proj\.lora_[AB]\.weight", name), name
     # Refused: another model in that place, and what is no adapter.
-    for model, said in (
-        (adapter, "holds a model; pass --overwrite"),
-        (tmp_path / "base", "must be the folder or hub id"),
-    ):
-        output = tmp_path / ("merged" if model == adapter else "other")
+    held = "holds a model; pass --overwrite"
+    refused = (adapter, "merged", held), (tmp_path / "base", "other", "must be the folder or hub id")
+    for model, name, said in refused:
+        output = tmp_path / name
         assert fastsdpo(["merge", "--model", str(model), "-o", str(output)]) == 1
         assert said in capsys.readouterr().err
 

@@ -1,7 +1,5 @@
 """A checkpoint's sums come from what is written, and not from reading it back."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -3,8 +3,6 @@
 accelerate starts one process of DeepSpeed on a CPU (DS_ACCELERATOR=cpu); two are in test_deepspeed_loop.py.
 """
 
-from __future__ import annotations
-
 import pytest
 
 from tests.trainer.launching import accelerate, compare, make_place, names, runs, torchrun, worker

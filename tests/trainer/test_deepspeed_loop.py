@@ -1,7 +1,5 @@
 """DeepSpeed's own engine around `shared_forward` and `linear_sdpo_loss` in a plain loop, two processes on a CPU."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import json
@@ -14,6 +12,7 @@ import torch.distributed as dist
 
 from fastsdpo import linear_sdpo_loss
 from fastsdpo.prefix import head_parameters, is_partitioned, shared_forward
+from tests.prefix import conftest as lab
 
 WORLD, STEPS, RATE = 2, 3, 0.2
 CASES = {
@@ -34,14 +33,6 @@ def test_two_processes(tmp_path, case):
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["losses"] == pytest.approx(found["wanted"], rel=1e-5)
     assert found["moved"] > 1e-3 and found["difference"] < 1e-5
-
-
-def load_lab():
-    path = Path(__file__).parents[1] / "prefix" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("prefix_conftest", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def step_loss(model, items):
@@ -70,7 +61,7 @@ def main(folder: str, case: str) -> None:
 
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo")
-    lab, rank = load_lab(), dist.get_rank()
+    rank = dist.get_rank()
     # Uneven: the second process has fewer interactions and other lengths.
     batches = [lab.conversation(3 - r, think=False, seed=r) for r in range(WORLD)]
     plain = lab.tiny_model("llama").float()

@@ -4,8 +4,6 @@ Replaced are the model, the files, the number of processes and the nodes' addres
 on this machine. accelerate starts one process of DeepSpeed on a CPU, without --bf16, and FSDP2 by launched_worker.py.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shlex
@@ -15,7 +13,8 @@ import sys
 import pytest
 import torch
 
-from tests.trainer.launching import ROOT, documented, free_port, make_place, slurm, worker
+from tests.forked import free_port
+from tests.trainer.launching import ROOT, documented, make_place, slurm, worker
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
@@ -61,12 +60,9 @@ def commands(line, place, output):
     launch, given = words[1:module], small(words[module + 2 :], place, output)
     # transformers has --bf16 on GPUs, or with --cpu, which DeepSpeed refuses.
     given = [word for word in given if word != "--bf16"] if deepspeed else [*given, "--cpu"]
-    port = free_port() if nodes == 2 else "0"
-    values = {
-        "--nproc-per-node": str(processes // nodes),
-        "--rdzv-endpoint": f"localhost:{port}",
-        "--main_process_ip": "127.0.0.1",
-    }
+    port = str(free_port()) if nodes == 2 else "0"
+    values = {"--nproc-per-node": str(processes // nodes), "--rdzv-endpoint": f"localhost:{port}"}
+    values["--main_process_ip"] = "127.0.0.1"
     if words[0] == "accelerate":
         place_of = {"--config_file": str(ROOT / launch[launch.index("--config_file") + 1])}
         values |= {**place_of, "--num_processes": str(processes), "--main_process_port": port}

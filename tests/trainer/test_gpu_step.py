@@ -1,7 +1,5 @@
 """What a step asks of a GPU, counted without one: copies, waits, attention kernels, and which backend runs."""
 
-from __future__ import annotations
-
 import logging
 import traceback
 
@@ -121,9 +119,6 @@ def test_workers_make_the_same_packs(tmp_path, lab):
         made.train()
         found.append(lab.losses_of(made))
     assert len(found[0]) == 3 and found[0] == found[1]
-
-
-# ------------------------------------------------------------------------------------- which backend
 
 
 def like_a_gpu(monkeypatch, *backends):

@@ -1,7 +1,5 @@
 """Launches that cannot work are refused by name, with what to use instead, before weights are loaded."""
 
-from __future__ import annotations
-
 import re
 from types import SimpleNamespace
 
@@ -117,7 +115,8 @@ def test_a_checkpoint_of_another_number_of_deepspeed_s_processes(tmp_path, lab):
         ({"_tp_size": 2}, "tensor parallelism .*tp_plan"),
     ],
 )
-def test_a_model_that_is_divided_already(tmp_path, lab, model, attributes, message):
+def test_a_model_that_is_divided_already(tmp_path, lab, attributes, message):
+    model = lab.make_model()
     for name, value in attributes.items():
         setattr(model, name, value)
     with pytest.raises(NotImplementedError, match=message):

@@ -3,8 +3,6 @@
 Under FSDP2 the code that shards, gathers, saves and loads is accelerate's own (see launched_worker.py).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -13,7 +11,7 @@ import pytest
 import torch
 
 from fastsdpo.trainer.checksums import damage_of
-from tests.forked import run_together
+from tests.forked import free_port, run_together
 from tests.trainer.launching import (
     CONFIGURATIONS,
     FSDP2,
@@ -23,7 +21,6 @@ from tests.trainer.launching import (
     arguments,
     compare,
     documented,
-    free_port,
     make_place,
     names,
     runs,

@@ -1,7 +1,5 @@
 """Held-out interactions whose conversation is trained on: refused with counts, or reported."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

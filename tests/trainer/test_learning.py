@@ -11,9 +11,8 @@ import torch
 
 
 def rendered(tokenizer, content):
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    messages = [{"role": "user", "content": content}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -70,24 +69,12 @@ def test_follow_ups_alone_teach_the_preference(lab, tmp_path):
 
     draw = random.Random(1)
     interactions = [
-        Interaction(
-            [{"role": "user", "content": topic}],
-            f"{styles[draw.randrange(4)]} {topic}",
-            asks[wanted],
-            f"{i}:{topic}",
-            f"{i}:{topic}",
-        )
+        Interaction([{"role": "user", "content": topic}], f"{styles[draw.randrange(4)]} {topic}", asks[wanted])
         for i in range(12)
         for topic in topics[:12]  # the other four topics are held out
     ]
-    trainer = lab.make_trainer(
-        tmp_path,
-        model=model,
-        interactions=interactions,
-        learning_rate=5e-4,
-        num_train_epochs=2,
-        per_device_train_batch_size=12,
-    )
+    settings = {"learning_rate": 5e-4, "num_train_epochs": 2, "per_device_train_batch_size": 12}
+    trainer = lab.make_trainer(tmp_path, model=model, interactions=interactions, **settings)
     trainer.train()
     after = probability(model, tokenizer, topics[12:], styles[wanted])
     assert after > chance + 0.5 * (ceiling - chance)

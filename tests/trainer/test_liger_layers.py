@@ -1,7 +1,5 @@
 """``use_liger_kernel``: Liger-Kernel's layers, in Triton's interpreter, under our loss."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The measures of held-out interactions, through `fastsdpo train`, against plain forward passes over text."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -95,11 +93,8 @@ def expected(lab, model, held_out):
 
         own, given = both(item.completion, item.followup)
         unrelated = both(item.completion, others[0].followup)[1]
-        row = {
-            "real_abs": (given - own).abs().mean(),
-            "unrelated_abs": (unrelated - own).abs().mean(),
-            "answer_logp": own.mean(),
-        }
+        row = {"real_abs": (given - own).abs().mean(), "unrelated_abs": (unrelated - own).abs().mean()}
+        row["answer_logp"] = own.mean()
         if item.id in following:
             size = len(following[item.id].split()) + 1
             answers = [following[o.id] for o in others if o.id in following]

@@ -1,7 +1,5 @@
 """The forecast of a step's memory: against peaks that are measured, a walk made apart from it, and by its parts."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -18,6 +16,7 @@ from fastsdpo.trainer import SDPOConfig, optim
 from fastsdpo.trainer.memory_walk import ModelShape, Processes, walk_step
 
 CHECKPOINTED = {"gradient_checkpointing": True}
+WIDE = {"hidden_size": 512, "vocab_size": 512}
 
 
 def config(**settings):
@@ -39,16 +38,9 @@ def qwen3(layers, hidden, vocabulary, *, lora=False, tied=False):
     if lora:
         peft = pytest.importorskip("peft")
         adapter = peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    shape = Qwen3Config(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 128,
-        num_key_value_heads=max(1, hidden // 512),
-        head_dim=128,
-        intermediate_size=3 * hidden,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-    )
+    heads = {"num_attention_heads": hidden // 128, "num_key_value_heads": max(1, hidden // 512), "head_dim": 128}
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": 3 * hidden}
+    shape = Qwen3Config(vocab_size=vocabulary, tie_word_embeddings=tied, **sizes, **heads)
     return ModelShape(shape, torch.bfloat16, adapter)
 
 
@@ -89,9 +81,8 @@ def test_what_the_parts_are(monkeypatch):
         ({"optim": "sgd"}, 0),
     ):
         assert bytes_of("optimizer", **settings) == pytest.approx(states, rel=0.03), settings
-    assert bytes_of("teacher", teacher="ema") >= 4 and bytes_of("teacher", teacher="frozen") == pytest.approx(
-        2, rel=0.01
-    )
+    assert bytes_of("teacher", teacher="ema") >= 4
+    assert bytes_of("teacher", teacher="frozen") == pytest.approx(2, rel=0.01)
     assert bytes_of("buckets", Processes(4, "ddp")) == pytest.approx(2, rel=0.01)
     sharded = Processes(8, "fsdp")
     for part, whole in (("weights", 2), ("optimizer", 12)):
@@ -155,7 +146,7 @@ def results(script, *arguments, **environment):
                 "one pass": {},
                 "mixed precision": {"mixed": True},
                 "tied": {"tied": True, "checkpointed": False},
-                "bfloat16": {"dtype": "bfloat16", "passes": 2, "hidden": 512, "vocabulary": 512},
+                "bfloat16": {"dtype": "bfloat16", "passes": 2, **WIDE},
                 "mixed, two passes": {"mixed": True, "checkpointed": False, "passes": 2},
                 "Ulysses, one pass": {"mixed": True, "ulysses": 4},
                 "Ulysses, whole weights": {"checkpointed": False, "ulysses": 4, "processes": 1},
@@ -179,8 +170,8 @@ def test_shards_as_fsdp2_has_them(runs):
         {"stage": 2, "passes": 2},
         {"stage": 2, "dtype": "float32"},
         {"stage": 3},
-        {"stage": 3, "layers": 24, "vocabulary": 512},
-        {"stage": 3, "hidden": 512, "vocabulary": 512},
+        {"stage": 3, "num_hidden_layers": 24, "vocab_size": 512},
+        {"stage": 3, **WIDE},
     ],
     ids=str,
 )

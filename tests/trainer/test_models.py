@@ -1,57 +1,19 @@
 """What single families of models ask for."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest
 import torch
 import transformers
 
-from fastsdpo.train import main
 from fastsdpo.trainer.pack_table import PackTable
 from fastsdpo.trainer.report import dry_run_report
-from tests.trainer.conftest import command
 from tests.words import SHAPE
 
 
 def tiny(kind, **changes):
     """A configuration of a class, or its settings (dict), with the vocabulary of the tests' tokenizer."""
     return kind(**{"vocab_size": 68, "max_position_embeddings": 512, **SHAPE, **changes})
-
-
-def gemma3(demanding):
-    """With images; ``demanding``: as in some versions of transformers, which refuse to train without
-    the kinds of the tokens."""
-    torch.manual_seed(0)
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.Gemma3Config(
-        text_config=tiny(dict, head_dim=8, sliding_window=8),
-        vision_config={**vision, "image_size": 28, "patch_size": 14},
-        mm_tokens_per_image=1,
-        image_token_index=65,
-        boi_token_index=66,
-        eoi_token_index=67,
-    )
-    model = transformers.Gemma3ForConditionalGeneration(config)
-
-    def demand(module, _args, kwargs):
-        if module.training and kwargs.get("token_type_ids") is None:
-            raise ValueError("`token_type_ids` is required as a model input when training")
-
-    if demanding:
-        model.model.register_forward_pre_hook(demand, with_kwargs=True)
-    return model
-
-
-@pytest.mark.parametrize("settings", [{}, {"sharing": "off", "teacher": "ema"}])
-def test_a_model_with_images_is_trained_on_text(tmp_path, lab, settings):
-    found = []
-    for demanding in (False, True):
-        made = lab.make_trainer(tmp_path, model=gemma3(demanding), max_steps=2, **settings)
-        made.train()
-        found.append(lab.losses_of(made))
-    assert len(found[0]) == 2 and found[1] == pytest.approx(found[0], rel=1e-6)
 
 
 def changing_with_length(lab, kind, limit):
@@ -98,15 +60,8 @@ def test_a_long_interaction_runs_alone(tmp_path, lab, long_data, caplog, kind, s
     for sharing in ("off", "auto"):
         computed.clear()
         caplog.clear()
-        made = lab.make_trainer(
-            tmp_path,
-            model=changing_with_length(lab, kind, limit),
-            interactions=interactions,
-            sharing=sharing,
-            per_device_train_batch_size=8,
-            max_steps=2,
-            **settings,
-        )
+        model, steps = changing_with_length(lab, kind, limit), {"per_device_train_batch_size": 8, "max_steps": 2}
+        made = lab.make_trainer(tmp_path, model=model, interactions=interactions, sharing=sharing, **steps, **settings)
         items = [made.train_dataset[index] for index in range(8)]
         longest = [len(i.teacher_prompt_ids) + len(i.completion_ids) for i in items]
         packs = made.learner.packs(items)
@@ -138,12 +93,8 @@ def test_a_long_interaction_runs_alone(tmp_path, lab, long_data, caplog, kind, s
 
 def test_the_dry_run_counts_a_long_interaction_alone(tmp_path, lab, long_data):
     interactions, limit = long_data
-    made = lab.make_trainer(
-        tmp_path,
-        model=changing_with_length(lab, "longrope", limit),
-        interactions=interactions,
-        per_device_train_batch_size=8,
-    )
+    model = changing_with_length(lab, "longrope", limit)
+    made = lab.make_trainer(tmp_path, model=model, interactions=interactions, per_device_train_batch_size=8)
     items = [made.train_dataset[index] for index in range(8)]
     tokens = 0
     for pack in made.learner.packs(items):
@@ -174,12 +125,8 @@ def test_long_interactions_that_come_later_run_alone(tmp_path, lab, long_data, c
     interactions, limit = long_data
     losses = []
     for wanted in (sharing, "off"):
-        made = lab.make_trainer(
-            tmp_path,
-            model=changing_with_length(lab, "longrope", limit),
-            interactions=lab.make_interactions(1, seed=5),
-            sharing=wanted,
-        )
+        model, short = changing_with_length(lab, "longrope", limit), lab.make_interactions(1, seed=5)
+        made = lab.make_trainer(tmp_path, model=model, interactions=short, sharing=wanted)
         losses.append(made.evaluate(interactions)["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert caplog.text.count("rotary embeddings change there") == 1
@@ -211,14 +158,6 @@ def test_a_table_of_positions_that_is_too_short_is_refused(tmp_path, lab, kind, 
     longer = lab.make_trainer(tmp_path, interactions=lab.make_interactions(1, turns=6)).train_dataset
     with pytest.raises(ValueError, match="at most 64 tokens"):  # what comes later, of a user who reacts
         short.update([longer[len(longer) - 1]])
-
-
-def test_the_command_refuses_a_table_of_positions_that_is_too_short(tmp_path, lab, capsys):
-    lab.make_place(tmp_path, lab.make_interactions(2, turns=6))
-    small(transformers.GPT2Config).save_pretrained(tmp_path / "model")
-    assert main(command(tmp_path, tmp_path / "run")) == 1
-    assert "the model's table of positions (wpe)" in capsys.readouterr().err
-    assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 def test_llama_4_shares_its_chunks_and_its_temperature(tmp_path, lab):

@@ -1,7 +1,5 @@
 """Noise in training mode: turned off for student and teacher, refused by name, or said."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers
@@ -66,16 +64,13 @@ def test_online_and_chat_have_no_noise_either(lab, tmp_path, kind):
     from fastsdpo.online import ConstantUser, OnlineSDPOConfig, OnlineSDPOTrainer
     from fastsdpo.online.chat import ChatLearner
 
-    config = OnlineSDPOConfig(
-        output_dir=str(tmp_path), use_cpu=True, report_to=[], save_strategy="no", template=lab.TEMPLATE
-    )
-    tokenizer = lab.make_tokenizer()
+    settings = {"use_cpu": True, "report_to": [], "save_strategy": "no", "template": lab.TEMPLATE}
+    config, model = OnlineSDPOConfig(output_dir=str(tmp_path), **settings), build("seed_oss")
     if kind == "online":
-        trainer = OnlineSDPOTrainer(
-            build("seed_oss"), config, ConstantUser("w1"), ["w1 w2"], processing_class=tokenizer
-        )
+        user = ConstantUser("w1")
+        trainer = OnlineSDPOTrainer(model, config, user, ["w1 w2"], processing_class=lab.make_tokenizer())
     else:
-        trainer = ChatLearner(build("seed_oss"), config, tokenizer).trainer
+        trainer = ChatLearner(model, config, lab.make_tokenizer()).trainer
     tokens = trainer.tokenize(lab.make_interactions(1)[1])
     trainer.model.train()
     with torch.no_grad():

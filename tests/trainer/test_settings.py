@@ -1,14 +1,11 @@
 """Settings that change how a step is computed, or what is said before it."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 
 import pytest
 import torch
 
-import fastsdpo
 from fastsdpo.modeling import default_dtype
 from fastsdpo.online import ConstantUser, OnlineSDPOConfig, OnlineSDPOTrainer
 from fastsdpo.train import build_parser, load, read_config
@@ -25,9 +22,8 @@ from tests.trainer.conftest import assert_close, gradients_of
 def test_gradient_checkpointing_changes_nothing(tmp_path, lab, sharing, reentrant):
     settings = {"mode": "full", "sharing": sharing, "reference_kl": 0.2}
     loss, wanted = gradients_of(lab.make_trainer(tmp_path, **settings))
-    checkpointed = lab.make_trainer(
-        tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant}, **settings
-    )
+    settings |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    checkpointed = lab.make_trainer(tmp_path, **settings)
     checkpointed.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         checkpointed.model.enable_input_require_grads()
@@ -291,11 +287,9 @@ def test_length_of_a_run(tmp_path, interactions, settings, text):
 def test_tokens_per_second_are_those_computed(tmp_path, lab, sharing, settings):
     """Counted at the embedding, through which every token goes once per forward pass."""
     made = lab.make_trainer(tmp_path, sharing=sharing, max_steps=1, **settings)
-    computed = []
-    made.model.get_input_embeddings().register_forward_hook(
-        lambda module, args, output: computed.append(args[0].numel())
-    )
-    items = []
+    computed, items = [], []
+    embedding = made.model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, args, output: computed.append(args[0].numel()))
     run_pass = made.run_pass
 
     def noted(model, interactions, num_items, **options):
@@ -313,14 +307,9 @@ def test_tokens_per_second_are_those_computed(tmp_path, lab, sharing, settings):
 
 
 def test_a_run_of_defaults_shows_its_loss(tmp_path, lab):
-    shown = {
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "teacher_check": 0,
-    }
-    args = SDPOConfig(str(tmp_path), template=lab.TEMPLATE, max_steps=11, save_strategy="no", **shown)
+    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
+    steps = {"max_steps": 11, "save_strategy": "no", "teacher_check": 0}
+    args = SDPOConfig(str(tmp_path), template=lab.TEMPLATE, **steps, **quiet)
     made = SDPOTrainer(lab.make_model(), args, lab.make_interactions(), None, lab.make_tokenizer())
     made.train()
     assert [row["step"] for row in made.state.log_history if "loss" in row] == [1, 10]
@@ -367,19 +356,10 @@ def test_an_infinite_gradient_names_the_interaction(tmp_path, lab):
     poisoned = trainer.train_dataset[2].completion_ids
     run_pass = trainer.run_pass
 
-    class Overflow(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, loss):
-            return loss.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * float("inf")
-
     def run(model, items, num_items, **options):
         loss, statistics = run_pass(model, items, num_items, **options)
         if any(item.completion_ids == poisoned for item in items):
-            loss = Overflow.apply(loss)
+            loss = lab.Overflow.apply(loss)
         return loss, statistics
 
     trainer.run_pass = run
@@ -426,13 +406,6 @@ def test_a_negative_clip_would_turn_the_gradient(tmp_path, lab):
         lab.make_config(tmp_path, max_grad_norm=-1.0)
 
 
-@pytest.mark.parametrize("setting", ["torch_compile=true", "label_smoothing_factor=0.1"])
-def test_settings_of_the_command_that_are_refused(tmp_path, setting):
-    options = build_parser().parse_args(["data", "--model", "model", "-o", str(tmp_path), "--cpu", "--set", setting])
-    with pytest.raises(ValueError, match=f"SDPOConfig: {setting.split('=')[0]} must be "):
-        read_config(options)
-
-
 def test_settings_of_the_launcher_that_are_refused(tmp_path, lab, monkeypatch):
     with pytest.raises(ValueError, match="split_batches of accelerator_config must be False"):
         lab.make_config(tmp_path, accelerator_config={"split_batches": True})
@@ -441,13 +414,6 @@ def test_settings_of_the_launcher_that_are_refused(tmp_path, lab, monkeypatch):
         lab.make_config(tmp_path)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as accelerate launch sets it
     assert not lab.make_config(tmp_path).torch_compile
-
-
-def test_a_missing_file_is_named(tmp_path, lab):
-    with pytest.raises(FileNotFoundError, match=r"^no such file: .*missing\.jsonl$"):
-        list(fastsdpo.load_conversations(tmp_path / "missing.jsonl"))
-    with pytest.raises(FileNotFoundError, match=r"missing\.jsonl"):
-        lab.make_trainer(tmp_path, interactions=str(tmp_path / "missing.jsonl"))
 
 
 def test_evaluations_leave_no_loader_behind(tmp_path, lab):

@@ -1,7 +1,5 @@
 """sdpo/mfu, data_wait and peak_memory_gb: against FLOPs that torch counts, a loader that is slow, and the process."""
 
-from __future__ import annotations
-
 import time
 
 import pytest
@@ -17,9 +15,8 @@ aten = torch.ops.aten
 def test_flops_are_those_of_the_products(tmp_path, lab, lora, teacher):
     peft = pytest.importorskip("peft") if lora else None
     adapter = None if peft is None else peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    made = lab.make_trainer(
-        tmp_path, teacher=teacher, max_steps=1, backend="reference", peak_tflops=1e-3, peft_config=adapter
-    )
+    settings = {"max_steps": 1, "backend": "reference", "peak_tflops": 1e-3}
+    made = lab.make_trainer(tmp_path, teacher=teacher, peft_config=adapter, **settings)
     counter = FlopCounterMode(display=False)
     step, add, noted = made.training_step, made.speed.add, []
 

@@ -1,7 +1,5 @@
 """Training on a stream: what data that lies there would give, without a pass over it; resumed, ended, refused."""
 
-from __future__ import annotations
-
 import gzip
 import itertools
 import json
@@ -167,15 +165,8 @@ def test_a_dataset_of_the_hub(tmp_path, lab):
 @pytest.mark.parametrize("stop_at", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_resumed_equals_uninterrupted(tmp_path, lab, stop_at):
     items = [BLANK, *lab.make_interactions(10)]
-    settings = {
-        "max_steps": 5,
-        "shuffle_buffer": 8,
-        "save_strategy": "steps",
-        "save_steps": 1000,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "lr_scheduler_type": "cosine",
-    }
+    settings = {"max_steps": 5, "shuffle_buffer": 8, "save_strategy": "steps", "save_steps": 1000}
+    settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"}
     whole = lab.make_trainer(tmp_path / "whole", interactions=Rows(items), **settings)
     whole.train()
     part = lab.make_trainer(tmp_path / "part", interactions=Rows(items), callbacks=[StopAt(stop_at)], **settings)
@@ -253,10 +244,7 @@ def test_leaks_are_found_as_they_come(tmp_path, lab, caplog):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"max_steps": -1},
-            "train_dataset is a stream, whose length is not known, so max_steps must be given, got -1",
-        ),
+        ({"max_steps": -1}, "is a stream, whose length is not known, so max_steps must be given, got -1"),
         ({"token_cache": "here"}, "token_cache must not be given where train_dataset is a stream, got 'here'"),
         ({"dataloader_num_workers": 1}, "dataloader_num_workers must not be given where train_dataset is a stream"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last must not be given"),

@@ -1,7 +1,5 @@
 """Tokens of data files: the same from any number of processes, kept, and found again."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

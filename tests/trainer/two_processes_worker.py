@@ -3,8 +3,6 @@
 Usage: two_processes_worker.py FOLDER SETTINGS_JSON   (RANK, WORLD_SIZE, MASTER_* in the environment)
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -17,18 +15,11 @@ from tests.trainer import conftest as lab
 
 
 def set_clock(day):
-    import datetime
-
     import transformers.utils.chat_template_utils
 
     import fastsdpo.trainer.data
 
-    class Clock(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return datetime.datetime(2026, 1, day)
-
-    fastsdpo.trainer.data.datetime = transformers.utils.chat_template_utils.datetime = Clock
+    fastsdpo.trainer.data.datetime = transformers.utils.chat_template_utils.datetime = lab.clock(day)
 
 
 def conversations():
@@ -51,32 +42,20 @@ def main(folder: str, runs: dict) -> None:
             settings["tokenizer"] = lab.make_clock_tokenizer()
             set_clock(10 + rank)
         # Momentum-free SGD shows the gradients themselves; Adam would hide their size.
-        trainer = lab.make_trainer(
-            f"{folder}/{name}-{world}",
-            interactions=interactions,
-            eval_dataset=conversations(),
-            optim="sgd",
-            learning_rate=0.5,
-            max_grad_norm=0.0,
-            ddp_backend="gloo" if world > 1 else None,
-            **settings,
-        )
+        settings |= {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
+        settings |= {"interactions": interactions, "eval_dataset": conversations()}
+        backend = "gloo" if world > 1 else None
+        trainer = lab.make_trainer(f"{folder}/{name}-{world}", ddp_backend=backend, **settings)
         before = trainer.evaluate()  # must not keep the model from being wrapped
         trainer.train()
         evaluation = trainer.evaluate()
         assert trainer.args.world_size == world
         if rank == 0:
-            history = [row for row in trainer.state.log_history if "loss" in row]
-            torch.save(
-                {
-                    "weights": lab.weights_of(trainer),
-                    "teacher": trainer.learner.copies["ema"].values if "ema" in trainer.learner.copies else None,
-                    "history": history,
-                    "before": before,
-                    "evaluation": evaluation,
-                },
-                f"{folder}/{name}-{world}.pt",
-            )
+            copies = trainer.learner.copies
+            found = {"weights": lab.weights_of(trainer), "before": before, "evaluation": evaluation}
+            found["teacher"] = copies["ema"].values if "ema" in copies else None
+            found["history"] = [row for row in trainer.state.log_history if "loss" in row]
+            torch.save(found, f"{folder}/{name}-{world}.pt")
     if world > 1:
         trainer = lab.make_trainer(f"{folder}/unwrapped", max_steps=1, ddp_backend="gloo")
         trainer.model._is_accelerate_prepared = True  # accelerate then returns it as it is

@@ -4,18 +4,11 @@ The engine is DeepSpeed's own; the other seven processes are not there (torch's 
 that are alive on the CPU.
 """
 
-from __future__ import annotations
-
 import gc
 import importlib
-import json
 import os
-import sys
 
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fastsdpo.trainer import SDPOConfig
 from fastsdpo.trainer.learner import Learner
@@ -23,7 +16,7 @@ from fastsdpo.trainer.memory_walk import ModelShape, Processes, walk_step
 from fastsdpo.trainer.memory_zero import ZeroSettings
 from fastsdpo.trainer.optim import AdamWBF16
 from fastsdpo.trainer.sharing import PrefixSharing
-from tests.trainer.sharded_memory_worker import ITEMS, PROCESSES, Storages
+from tests.trainer.sharded_memory_worker import ITEMS, PROCESSES, Storages, main, model_of
 
 # So small that the model is large beside them.
 ZERO = {
@@ -35,25 +28,14 @@ ZERO = {
 }
 
 
-def measured(stage, *, dtype="bfloat16", passes=1, hidden=256, vocabulary=4096, layers=6):
+def measured(stage, *, dtype="bfloat16", passes=1, **sizes):
     import deepspeed
 
     # It compiles for minutes what the fake group does not use. As an attribute of its package this module is torch.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        intermediate_size=768,
-        vocab_size=vocabulary,
-        tie_word_embeddings=False,
-    )
     args = SDPOConfig(output_dir="unused", use_cpu=True, optim="adamw_torch", gradient_checkpointing=True)
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it, and accelerate would look for the others
-    model = Qwen3ForCausalLM(config).to(getattr(torch, dtype)).train()
+    model, config = model_of(dtype, **sizes)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -84,19 +66,11 @@ def measured(stage, *, dtype="bfloat16", passes=1, hidden=256, vocabulary=4096, 
                 engine.step()
     settings = ZeroSettings.read(ZERO)
     args.bf16 = dtype == "bfloat16"
-    forecast = walk_step(
-        ModelShape(config, getattr(torch, dtype)),
-        args,
-        [ITEMS] * passes,
-        kind="cpu",
-        processes=Processes(PROCESSES, f"zero{stage}", settings),
-        accumulated=passes > 1,
-    )
+    processes = Processes(PROCESSES, f"zero{stage}", settings)
+    options = {"kind": "cpu", "processes": processes, "accumulated": passes > 1}
+    forecast = walk_step(ModelShape(config, getattr(torch, dtype)), args, [ITEMS] * passes, **options)
     return forecast.peak, storages.peak, forecast.parts
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("fake", rank=0, world_size=PROCESSES, store=FakeStore())
-    for name, settings in json.loads(sys.argv[1]).items():
-        print(json.dumps([name, *measured(**settings)]), flush=True)
+    main(measured)

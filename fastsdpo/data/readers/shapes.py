@@ -191,19 +191,10 @@ def read_output(value: Any, name: str = "output") -> tuple[list[Any], list[Any]]
         raise ValueError(f"{name}: the call failed: {show(value['error'])}")
     if value.get("choices"):
         return _choices(as_list(value["choices"], f"{name}.choices"), name)
-    if value.get("candidates"):  # Gemini
-        messages = []
-        for item in map(as_mapping, as_list(value["candidates"], f"{name}.candidates")):
-            said = {"role": "assistant", "content": as_mapping(item.get("content")).get("parts")}
-            messages.append({**said, "finish_reason": item.get("finishReason", item.get("finish_reason"))})
-        return messages[:1], messages[1:]
-    if value.get("generations"):  # LangChain
-        answers = as_list(value["generations"], f"{name}.generations")
-        answers = (
-            as_list(answers[0], f"{name}.generations") if isinstance(first_item(answers), (list, tuple)) else answers
-        )
-        read = [read_output(as_mapping(item).get("message") or item, name)[0] for item in answers]
-        return read[0] if read else [], [message for messages in read[1:] for message in messages]
+    if value.get("candidates"):
+        return _candidates(as_list(value["candidates"], f"{name}.candidates"))
+    if value.get("generations"):
+        return _generations(as_list(value["generations"], f"{name}.generations"), name)
     for key in ("messages", "output", "message", "body", "outputBodyJson"):
         found = decoded(value.get(key))
         if isinstance(found, (list, tuple, Mapping)) and found:
@@ -217,6 +208,23 @@ def read_output(value: Any, name: str = "output") -> tuple[list[Any], list[Any]]
         if isinstance(value.get(key), str):
             return [{"role": "assistant", "content": value[key]}], []
     raise TypeError(f"{name} must be an answer, got the keys {show(list(value))}")
+
+
+def _candidates(candidates: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Gemini's."""
+    messages = []
+    for item in map(as_mapping, candidates):
+        said = {"role": "assistant", "content": as_mapping(item.get("content")).get("parts")}
+        messages.append({**said, "finish_reason": item.get("finishReason", item.get("finish_reason"))})
+    return messages[:1], messages[1:]
+
+
+def _generations(answers: Sequence[Any], name: str) -> tuple[list[Any], list[Any]]:
+    """LangChain's: of one prompt, or of a batch, whose first prompt counts."""
+    of_first = first_item(answers)
+    answers = of_first if isinstance(of_first, (list, tuple)) else answers
+    first, *others = [read_output(as_mapping(item).get("message") or item, name)[0] for item in answers] or [[]]
+    return first, [message for messages in others for message in messages]
 
 
 def _list_of_answers(value: Sequence[Any], name: str) -> tuple[list[Any], list[Any]]:

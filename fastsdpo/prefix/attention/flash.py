@@ -137,7 +137,7 @@ def _call(pairs: list[Pair], before: bool, causal: bool, first: int) -> VarlenCa
     queries = pairs[0].q0, pairs[-1].q1
     keys = pairs[0].k0 - base, pairs[-1].k1 - base
     at_q, at_k = [0], [0]
-    no_keys, no_queries = torch.zeros(queries[1] - queries[0], dtype=torch.bool), None
+    no_keys = torch.zeros(queries[1] - queries[0], dtype=torch.bool)
     no_queries = torch.zeros(keys[1] - keys[0], dtype=torch.bool)
     for pair in pairs:
         q0, q1 = pair.q0 - queries[0], pair.q1 - queries[0]
@@ -289,14 +289,7 @@ class FlashAttention(torch.autograd.Function):
             assert not call.before, "a pass over keys of another one has no gradient"
             rows, columns = slice(*call.queries), slice(*call.keys)
             parts = VARLEN.backward(
-                grad[rows],
-                q[rows],
-                k[columns],
-                v[columns],
-                out[rows],
-                lse[:, rows].contiguous(),
-                call,
-                ctx.scale,
+                grad[rows], q[rows], k[columns], v[columns], out[rows], lse[:, rows].contiguous(), call, ctx.scale
             )
             for sums, part, where, gap in zip(
                 total, parts, (rows, columns, columns), (call.no_keys, call.no_queries, call.no_queries)

@@ -44,16 +44,7 @@ def cpu_forward(q, k, v, causal, mask, scale):
 
 def cpu_backward(grad, q, k, v, out, lse, causal, mask, scale, _state):
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        0.0,
-        causal,
-        attn_mask=None if mask is None else mask[None, None],
-        scale=scale,
+        grad, q, k, v, out, lse, 0.0, causal, attn_mask=None if mask is None else mask[None, None], scale=scale
     )
 
 

@@ -110,12 +110,7 @@ class SegmentAttention(torch.autograd.Function):
             for number, block in enumerate(blocks):
                 rows, columns = slice(block.q0, block.q1), slice(block.k0, block.k1)
                 part, part_lse, state = kernel.forward(
-                    q[:, :, rows],
-                    k[:, :, columns],
-                    v[:, :, columns],
-                    block.causal,
-                    _band_mask(block, q),
-                    scale,
+                    q[:, :, rows], k[:, :, columns], v[:, :, columns], block.causal, _band_mask(block, q), scale
                 )
                 states.append(state)
                 if number == 0:
@@ -167,15 +162,7 @@ class SegmentAttention(torch.autograd.Function):
             delta = (grad * out).sum(-1, dtype=lse.dtype)
             grad_sinks = -(torch.exp(_per_head(sinks, lse) - lse) * delta).sum(-1).flatten().to(sinks.dtype)
         grad_query = grad_q.flatten(0, 1)[None].to(query.dtype)
-        return (
-            grad_query,
-            grad_k[None].to(key.dtype),
-            grad_v[None].to(value.dtype),
-            grad_sinks,
-            None,
-            None,
-            None,
-        )
+        return (grad_query, grad_k[None].to(key.dtype), grad_v[None].to(value.dtype), grad_sinks, None, None, None)
 
 
 def _per_query_head(x: Tensor, repeats: int) -> Tensor:

@@ -1,7 +1,5 @@
 """The personalization experiment on a tiny model: every condition runs, and an interrupted run goes on."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """`FastKDPlugin` inside the installed axolotl: its loss, its trainer, its plugin manager (`make peers`)."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

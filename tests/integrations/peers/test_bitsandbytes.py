@@ -1,7 +1,5 @@
 """Bases of 4 and 8 bits below adapters, on a CPU: the doors of all integrations, and whole runs of trainers."""
 
-from __future__ import annotations
-
 import pytest
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: make peers")
@@ -36,9 +34,6 @@ def test_a_packed_head_is_refused_with_the_remedy(qwen2_folder, bits):
     right, reason = check_head(model)
     assert not right
     assert "llm_int8_skip_modules" in reason
-
-
-# ------------------------------------------------------------------------------------- TRL's trainers
 
 
 def sdpo(model, folder, teacher, output):

@@ -1,7 +1,5 @@
 """`patch_swift` inside the installed ms-swift: its trainer, its templates, its batches (`make peers`)."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -1,7 +1,5 @@
 """`SDPODistillationLoss` beside the installed torchrl's loss, over its own data and wrappers (`make peers`)."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
