@@ -80,6 +80,12 @@ CONDITIONS: dict[str, Condition] = {
         "the paper's objective (live teacher, sampled token, centred, clipped) at our rate and temperature",
         recipe=SAMPLED,
     ),
+    "paper, between": Condition(
+        "the same at 1e-4, 18 rounds in place of six", recipe={**SAMPLED, "learning_rate": 1e-4}, longer=3
+    ),
+    "paper, low": Condition(
+        "the same at 3e-5, 18 rounds in place of six", recipe={**SAMPLED, "learning_rate": 3e-5}, longer=3
+    ),
     "live teacher": Condition("preset personal, live teacher", recipe={**PERSONAL, "teacher": "live"}),
     "sft": Condition("the answers themselves, more likely", recipe=BASELINE, advantages="sft"),
     "unlikely tokens": Condition(
