@@ -33,7 +33,7 @@ from fastsdpo.trainer.card import write_card
 from fastsdpo.trainer.checksums import BLOCK, Recorder, damage_of, write_checksums
 from fastsdpo.trainer.file_rights import open_as_umask
 from fastsdpo.trainer.optim import ADAMW, OptimizerSettings
-from fastsdpo.trainer.place import read_place, write_place
+from fastsdpo.trainer.place import read_place, shards_of, write_place
 from fastsdpo.trainer.processes import agreed, gather_list
 from fastsdpo.trainer.stream import InteractionStream
 from fastsdpo.trainer.teacher_weights import TeacherWeights
@@ -120,12 +120,6 @@ def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
         if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
     return [found[step] for step in sorted(found)]
-
-
-def shards_of(checkpoint: str | os.PathLike) -> int:
-    """How many processes of DeepSpeed wrote a checkpoint; 0 for one without its files."""
-    names = {path.name for path in Path(checkpoint).glob("global_step*/*_optim_states.pt")}
-    return len({match[1] for name in names if (match := re.search(r"zero_pp_rank_(\d+)_", name))})
 
 
 class FoundCheckpoint(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,9 @@ def read_place(
                 "in another order, with rows trained twice or never. --set ignore_data_skip=true begins the data anew"
             )
     return kept
+
+
+def shards_of(checkpoint: str | os.PathLike) -> int:
+    """How many processes of DeepSpeed wrote a checkpoint; 0 for one without its files."""
+    names = {path.name for path in Path(checkpoint).glob("global_step*/*_optim_states.pt")}
+    return len({match[1] for name in names if (match := re.search(r"zero_pp_rank_(\d+)_", name))})
