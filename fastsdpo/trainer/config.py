@@ -13,6 +13,8 @@ from transformers import TrainingArguments
 
 from fastsdpo.settings import OnlineSDPOSettings
 from fastsdpo.settings import SDPOSettings as SDPOSettings
+from fastsdpo.trainer.inherited import ONLY as ONLY
+from fastsdpo.trainer.inherited import check_inherited
 from fastsdpo.trainer.launch import check_deepspeed, check_launch
 from fastsdpo.trainer.liger import check_liger_settings
 from fastsdpo.trainer.presets import PRESETS as PRESETS
@@ -24,31 +26,6 @@ from fastsdpo.trainer.presets import (
     split_batch,
     with_preset,
 )
-
-# Settings of TrainingArguments that would break a run, or that nothing here would follow: the only
-# value of each, and why.
-COMPILED = "the Dynamo of torch.compile cannot trace the hooks that put the loss in place of the head"
-CAST = "evaluation would cast the trained weights themselves, also those that are saved"
-ORDER = "group_by_conversation and data_seed set the order"
-NO_METRICS = "there is no compute_metrics here"
-ONLY: dict[str, tuple[Any, str]] = {
-    "torch_compile": (False, COMPILED),
-    "torch_compile_backend": (None, COMPILED),
-    "torch_compile_mode": (None, COMPILED),
-    "neftune_noise_alpha": (None, "the teacher would be noisy too"),
-    "label_smoothing_factor": (0, "the loss is between two policies and has no labels"),
-    "label_names": (None, "interactions have no labels"),
-    "auto_find_batch_size": (False, "it would change the batch of a step; max_tokens_per_pack bounds the memory"),
-    "average_tokens_across_devices": (True, "the loss is normalized over the whole global batch"),
-    "train_sampling_strategy": ("random", ORDER),
-    "group_by_length": (False, ORDER),
-    "include_num_input_tokens_seen": ("no", "sdpo/tokens_per_second counts what is computed"),
-    "include_for_metrics": ([], NO_METRICS),
-    "batch_eval_metrics": (False, NO_METRICS),
-    "bf16_full_eval": (False, CAST),
-    "fp16_full_eval": (False, CAST),
-}
-
 
 TOKENIZER_OPTIONS = (
     "max_prompt_length",
@@ -79,15 +56,15 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
     micro-step; see ``non_finite``); ``ddp_broadcast_buffers`` off (language models have constant buffers).
 
     Settings of TrainingArguments that cannot work here, or that nothing would follow, have to keep
-    their defaults (`fastsdpo.trainer.config.ONLY`): ``torch_compile``, ``label_smoothing_factor``,
+    their defaults (`fastsdpo.trainer.inherited.ONLY`): ``torch_compile``, ``label_smoothing_factor``,
     ``auto_find_batch_size``, ``train_sampling_strategy``, ...
     """
 
     def __post_init__(self):
         self._check_fixed()
+        check_inherited(self, self._check)
         self._check_method()
         self._check_text()
-        self._check_steps()
         self._checkpointing_given = checkpointing_given(self)
         self._bf16_given = self.bf16 is not None
         if self.bf16 is None:
@@ -118,7 +95,7 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
             )
 
     def _check_fixed(self) -> None:
-        """Settings with few values, from a smallest on, or with only one that works here."""
+        """Settings with few values, or from a smallest on."""
         for item in fields(self):
             if item.name not in OnlineSDPOSettings.__dataclass_fields__:
                 continue  # of transformers, which sees to its own
@@ -127,17 +104,6 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
                 self._check(getattr(self, item.name) in choices, item.name, f"be one of {', '.join(choices)}")
             if "least" in item.metadata or "above" in item.metadata:
                 self._check_bound(item.name, item.metadata.get("least"), item.metadata.get("above"))
-        for name, (value, why) in ONLY.items():
-            given = getattr(self, name, value)  # not all versions have all
-            if name == "include_num_input_tokens_seen" and given is False:
-                given = "no"
-            self._check(given == value, name, f"be {value!r}: {why}")
-        dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-        if dynamo.lower() != "no":
-            raise ValueError(
-                "SDPOConfig: the environment's ACCELERATE_DYNAMO_BACKEND (accelerate launch "
-                f"--dynamo_backend) must be 'no': {COMPILED}, got {dynamo!r}"
-            )
 
     def _check_bound(self, name: str, least: int | None, above: int | None) -> None:
         """A number's smallest value, or the largest that is too small."""
@@ -162,22 +128,6 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         check(0 <= self.trust_region_mix <= 1, "trust_region_mix", "be in [0, 1]")
         guided_region = self.is_guided and self.teacher == "trust_region"
         check(not guided_region, "teacher", "be live, ema or frozen with guidance or neutral_followup")
-
-    def _check_steps(self) -> None:
-        """transformers takes numbers with which nothing is trained, or something is never done, or at other steps."""
-        check = self._check
-        check(self.max_steps == -1 or self.max_steps >= 1, "max_steps", "be at least 1, or -1 where the epochs decide")
-        check(self.per_device_eval_batch_size >= 1, "per_device_eval_batch_size", "be at least 1")
-        for what in ("logging", "eval", "save"):
-            strategy, name = getattr(self, f"{what}_strategy"), f"{what}_steps"
-            steps = getattr(self, name)
-            counts = getattr(strategy, "value", strategy) == "steps"
-            check(not counts or steps is None or steps > 0, name, f"be > 0 ({what}_strategy='no' turns it off)")
-        check(
-            self.save_total_limit is None or self.save_total_limit >= 1,
-            "save_total_limit",
-            "be at least 1 or None (all)",
-        )
 
     def _check_text(self) -> None:
         neutral = self.neutral_followup
