@@ -9,12 +9,14 @@ from datetime import datetime
 from numbers import Real
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
+from fastsdpo.modeling import DTYPES
 from fastsdpo.settings import OnlineSDPOSettings
 from fastsdpo.settings import SDPOSettings as SDPOSettings
 from fastsdpo.trainer.inherited import ONLY as ONLY
-from fastsdpo.trainer.inherited import check_inherited
+from fastsdpo.trainer.inherited import check_accelerator, check_inherited, check_types
 from fastsdpo.trainer.launch import check_deepspeed, check_launch
 from fastsdpo.trainer.liger import check_liger_settings
 from fastsdpo.trainer.presets import PRESETS as PRESETS
@@ -61,6 +63,9 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
     """
 
     def __post_init__(self):
+        check_types(self, self._check)
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0  # transformers compares it with 0
         self._check_fixed()
         check_inherited(self, self._check)
         self._check_method()
@@ -80,6 +85,8 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         check_launch(self)
         super().__post_init__()
         check_deepspeed(self)
+        check_accelerator(self.accelerator_config)
+        self._check(not self.fp16 or self.device.type != "cpu", "fp16", "be False on a CPU, where nothing follows it")
         if self.sync_each_pass:  # transformers asks accelerate before a micro-batch
             given = self.accelerator_config.gradient_accumulation_kwargs or {}
             self.accelerator_config.gradient_accumulation_kwargs = {**given, "sync_each_batch": True}
@@ -88,11 +95,6 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
             self._split_global_batch(self.world_size, *batch)
         processes = self.world_size
         self._check(processes % self.ulysses == 0, "ulysses", f"divide the number of processes ({processes})")
-        if self.accelerator_config.split_batches:
-            raise ValueError(
-                "SDPOConfig: split_batches of accelerator_config must be False: it would divide the "
-                "batch of a step by the number of processes, got True"
-            )
 
     def _check_fixed(self) -> None:
         """Settings with few values, or from a smallest on."""
@@ -111,8 +113,6 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         if or_none and getattr(self, name) is None:
             return
         value: Any = getattr(self, name)
-        if name == "learning_rate" and isinstance(value, str):  # YAML's 1e-5
-            value = float(value)
         self._check(isinstance(value, Real), name, f"be a number{or_none}")
         if above is not None:
             self._check(value > above, name, f"be > {above}{or_none}")
@@ -130,6 +130,9 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         check(not guided_region, "teacher", "be live, ema or frozen with guidance or neutral_followup")
 
     def _check_text(self) -> None:
+        if isinstance(self.dtype, torch.dtype):
+            self.dtype = str(self.dtype).removeprefix("torch.")
+        self._check(self.dtype in (None, "auto", *DTYPES), "dtype", f"be auto, {', '.join(DTYPES)} or None")
         neutral = self.neutral_followup
         self._check(neutral is None or bool(neutral.strip()), "neutral_followup", "have a text, or be None")
         if isinstance(self.chat_template_kwargs, str):

@@ -247,7 +247,6 @@ def test_leaks_are_found_as_they_come(tmp_path, lab, caplog):
         ({"max_steps": -1}, "is a stream, whose length is not known, so max_steps must be given, got -1"),
         ({"token_cache": "here"}, "token_cache must not be given where train_dataset is a stream, got 'here'"),
         ({"dataloader_num_workers": 1}, "dataloader_num_workers must not be given where train_dataset is a stream"),
-        ({"dataloader_drop_last": True}, "dataloader_drop_last must not be given"),
         ({"shuffle_buffer": 0}, "shuffle_buffer must be at least 1 or None, got 0"),
     ],
 )
