@@ -138,7 +138,9 @@ class OnlineSDPOTrainer(StepTrainer):
     def interactions(self) -> int:
         """How many answers users had been asked about when the current batch began, over all processes."""
         batch = self.state.global_step // self.args.updates_per_batch
-        return batch * self.step_size * self.args.num_generations
+        prompts, size = 0 if self.train_dataset is None else len(self.train_dataset), self.step_size
+        epochs, batches = divmod(batch, max(1, -(-prompts // size)))  # the last batch of an epoch has what is left
+        return (epochs * prompts + batches * size) * self.args.num_generations
 
     def prepare_batches(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Samples answers and asks the user, or uses the last answers once more (`updates_per_batch`)."""

@@ -343,3 +343,15 @@ def test_endpoint_failures_are_counted_and_drop_the_interaction(server):
     assert sum(user.failures.values()) == 5
     assert user.failures["EmptyReply"] == 1
     assert user.failures["APITimeoutError"] == 1
+
+
+def test_interactions_are_those_that_were_asked_about(tmp_path, lab):
+    """The last batch of an epoch is smaller: 24 prompts in batches of 10; a user who changes is told the same."""
+    told = []
+    user = ConstantUser("w3 w4")
+    user.at = told.append
+    trainer = lab.trainer(tmp_path, user=user, per_device_train_batch_size=10, max_steps=5, max_new_tokens=1)
+    trainer.train()
+    logged = [row["online/interactions"] for row in trainer.state.log_history if "online/interactions" in row]
+    assert logged == [10, 20, 24, 34, 44] and told == [0, *logged[:-1]]
+    assert len((tmp_path / "interactions.jsonl").read_text().splitlines()) == 44
