@@ -25,6 +25,15 @@ def write_place(
     Path(checkpoint, PLACE_FILE).write_text(text + "\n")
 
 
+def check_state(checkpoint: str | os.PathLike) -> None:
+    """Raises ValueError where a checkpoint holds the model alone."""
+    if not any(Path(checkpoint, name).exists() for name in (PLACE_FILE, "scheduler.pt")):
+        raise ValueError(
+            f"SDPOTrainer: checkpoint {checkpoint} holds the model alone (save_only_model): optimizer and learning "
+            "rate would begin anew, in the middle of the data; begin a run with it as its model"
+        )
+
+
 def read_place(
     checkpoint: str | os.PathLike, step_size: int, order: dict[str, Any], *, stream: bool
 ) -> dict[str, Any] | None:
