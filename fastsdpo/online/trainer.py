@@ -100,7 +100,7 @@ class OnlineSDPOTrainer(StepTrainer):
     def make_dataset(self, source: Any, name: str) -> Any:
         if source is None:
             return None
-        if isinstance(source, dict):
+        if isinstance(source, dict) and name != "train_dataset":
             return {key: PromptDataset.from_source(value, f"{name}[{key!r}]") for key, value in source.items()}
         return PromptDataset.from_source(source, name)
 
@@ -125,9 +125,13 @@ class OnlineSDPOTrainer(StepTrainer):
         return PromptSampler(len(eval_dataset), step=step, shuffle=False)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        if eval_dataset is not None and not isinstance(eval_dataset, (str, PromptDataset)):
+        named = isinstance(self.eval_dataset, dict) and eval_dataset in list(self.eval_dataset)
+        if eval_dataset is not None and not named:
             eval_dataset = PromptDataset.from_source(eval_dataset, "eval_dataset")
         return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        return super().get_test_dataloader(self.make_dataset(test_dataset, "test_dataset"))
 
     def idle_interaction(self) -> TokenizedInteraction:
         return self.tokenize(Interaction(self.train_dataset.prompts[0], "", "-"))
