@@ -259,6 +259,8 @@ def test_push_to_hub(place, tmp_path, monkeypatch, capsys):
     commit = next(body for path, body in asked if "/commit/" in path)
     sent = {row["value"]["path"] for row in map(json.loads, commit.splitlines()) if row["key"] == "file"}
     assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "tokenizer_config.json"} <= sent
+    # transformers has an argument of that name, which uploads the output folder with what users said
+    assert "answers.json" not in sent and [path for path, _ in asked].count("/api/repos/create") == 1
     assert "uploaded to me/mine" in capsys.readouterr().out
 
 
