@@ -21,14 +21,8 @@ FIELDS = ("rating", "rating_comment", "alternatives", "edited", "rank", "followu
 
 def shown(rows):
     """(prompt without the system message, answer, follow-up) of each row."""
-    return [
-        (
-            [m["content"] for m in row["prompt"] if m["role"] != "system"],
-            row["completion"]["content"],
-            row["user_response"]["content"],
-        )
-        for row in rows
-    ]
+    texts = [[m["content"] for m in row["prompt"] if m["role"] != "system"] for row in rows]
+    return [(t, row["completion"]["content"], row["user_response"]["content"]) for t, row in zip(texts, rows)]
 
 
 def fields(row):
@@ -65,6 +59,7 @@ def test_every_layout_has_a_fixture():
     assert {case.split()[0] for case in CASES} == set(BY_NAME)
 
 
+FAILED = {"content_type": "system_error", "text": "x"}
 CUT_OFF = "to an answer that was cut off"
 NOT_TRAINED = "to an answer that the record says not to train on (weight 0)"
 IMAGE = [{"type": "text", "text": "And this?"}, {"type": "image_url", "image_url": {"url": "x"}}]
@@ -127,10 +122,8 @@ THINKING["messages"][1]["text"] = ":::thinking\nhm\n:::\n" + A1
 SENT = {f"gen_ai.{k}.messages": json.dumps(v) for k, v in (("input", BIRD), ("output", ANSWERED))}
 LATEST_FIRST = [{**row, "created_at": 9 - n} for n, row in enumerate(reversed(layouts.ROWS))]
 FORK = [{**m, "conversationId": "C"} for m in layouts.librechat(False)["messages"]]
-FORK[2:2] = [
-    {**FORK[0], "messageId": "old", "text": "Name a fish."},
-    {**FORK[1], "messageId": "older", "parentMessageId": "old"},
-]
+EARLIER = {**FORK[0], "messageId": "old", "text": "Name a fish."}
+FORK[2:2] = [EARLIER, {**FORK[1], "messageId": "older", "parentMessageId": "old"}]
 
 
 DETAILS = {"name": "gen_ai.client.inference.operation.details", **SENT}
@@ -195,11 +188,7 @@ def test_all_branches(prepared):
         ("a2", {"weight": 0.0}, {NOT_TRAINED: 1}),
         ("a2", {"status": "in_progress"}, {CUT_OFF: 1}),
         ("a2", {"metadata": {"finish_details": {"type": "interrupted"}}}, {CUT_OFF: 1}),
-        (
-            "a2",
-            {"content": {"content_type": "system_error", "text": "x"}},
-            {"to an error message in place of an answer": 1},
-        ),
+        ("a2", {"content": FAILED}, {"to an error message in place of an answer": 1}),
     ],
 )
 def test_tools_and_images_of_chatgpt(prepared, name, change, left_out):
@@ -207,6 +196,9 @@ def test_tools_and_images_of_chatgpt(prepared, name, change, left_out):
     record["mapping"][name]["message"] |= change
     done = prepared([record])
     assert (shown(done.rows), done.report["left_out"]) == (EXPECTED[:1], left_out)
+
+
+MARKED = {"rating": -1, "comment": "No!"}
 
 
 def rated(texts=SAID[:2], **more):
@@ -223,10 +215,10 @@ def rated(texts=SAID[:2], **more):
         (rated(rating=2), ["1..2=Bad.", "4..5=Good."], "Bad.", {"rating": 2}),
         (rated(rating="4.5"), ["1..2=Bad.", "4..5=Good."], "Good.", {"rating": 4.5}),
         (
-            rated(annotation={"rating": -1, "comment": "Wrong bird"}),
+            rated(annotation=MARKED),
             ["down=No.", "down={comment}!"],
-            "Wrong bird!",
-            {"rating": "down", "rating_comment": "Wrong bird"},
+            "No!!",
+            {"rating": "down", "rating_comment": "No!"},
         ),
         (rated(rating="down"), ["down={comment}", "down=No."], "No.", {"rating": "down"}),
         (rated(originalContent="Robin"), ["edited=Better: {edited}"], f"Better: {A1}", {"edited": A1}),
@@ -236,10 +228,8 @@ def rated(texts=SAID[:2], **more):
     ],
 )
 def test_a_rating_as_the_follow_up(prepared, record, options, followup, kept):
-    done = prepared(
-        [record, {"messages": chat(["Hi", "Hello", "Bye"])}],
-        *[part for option in options for part in ("--rating-followup", option)],
-    )
+    argv = [part for option in options for part in ("--rating-followup", option)]
+    done = prepared([record, {"messages": chat(["Hi", "Hello", "Bye"])}], *argv)
     rows = [row for row in done.rows if row["completion"]["content"] != "Hello"]
     assert [row["user_response"]["content"] for row in rows][:1] == ([] if followup is None else [followup])
     made = followup not in (None, U2)
@@ -270,7 +260,7 @@ def one(record):
     return [{"role": role, "content": text} for role, text in record["turns"]]
 def several(record):
     return (Conversation(one(record), id=name, fields={"n": 1}) for name in "ab")
-def clash(record):
+def dup(record):
     return Conversation([], fields={"prompt": 1})
 def wrong(record):
     return 5
@@ -302,11 +292,7 @@ def test_other_layouts(prepared, tmp_path, monkeypatch, records, argv, names, fo
 @pytest.mark.parametrize(
     ("record", "argv", "said"),
     [
-        (
-            {"text": "", "session_id": 1},
-            [],
-            "got the keys 'text', 'session_id'; name a layout with --format, say where",
-        ),
+        ({"text": "", "thread": 1}, [], "got the keys 'text', 'thread'; name a layout with --format, say where"),
         ({"chosen": chat(), "rejected": chat()}, [], "got the keys 'chosen', 'rejected'; name a layout"),
         ({"chat_mesages": []}, [], "the nearest layout is claude (claude.ai's export), which has 'chat_messages'"),
         ({}, ["--format", "nosuch"], "--format: must be one of ai-sdk, alpaca, arena, chatgpt, claude"),
@@ -318,21 +304,13 @@ def test_other_layouts(prepared, tmp_path, monkeypatch, records, argv, names, fo
         ({}, ["--reader", "no_such_module:f"], "--reader no_such_module:f: cannot be imported: ModuleNotFound"),
         ({}, ["--reader", "json:f"], "--reader: json must have a function f, got none"),
         ({}, ["--reader", "own_reader:one"], "--reader own_reader:one: KeyError: 'turns'"),
-        (
-            {},
-            ["--reader", "own_reader:clash"],
-            "--reader own_reader:clash: fields must not have the name of a row's own",
-        ),
+        ({}, ["--reader", "own_reader:dup"], "--reader own_reader:dup: fields must not have the name of a row's own"),
         ({}, ["--reader", "own_reader:wrong"], "--reader own_reader:wrong: TypeError: 'int' object is not iterable"),
         ({}, ["--format", "openai", "--preset", "paper-wildchat"], "leave out --format, --map, --reader, --branches"),
         ({}, ["--rating-followup", "down"], "--rating-followup: must be RATING=TEXT"),
         (layouts.completion(A1), [], "choices are answers alone, without their prompt; add the messages"),
         ({"custom_id": "a", "response": {}}, [], "a line of a batch's output has no prompt; put the body"),
-        (
-            {"object": "response", "input": "x", "previous_response_id": "r"},
-            [],
-            "whose messages are not in the record",
-        ),
+        ({"object": "response", "input": "x", "previous_response_id": "r"}, [], "messages are not in the record"),
         ({"request": {"messages": chat()}, "response": {"error": {"code": 9}}}, [], "response: the call failed: dict"),
         ({"attributes": {"gen_ai.tool.name": "f"}}, [], "damaged           1 not a call of a model"),
         ({"mapping": {"a": {"parent": "b"}, "b": {"parent": "a"}}, "current_node": "a"}, [], "a circle of parents"),

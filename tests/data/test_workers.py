@@ -13,6 +13,7 @@ import fastsdpo
 from fastsdpo.commands.prepare import main
 from fastsdpo.data import reading, workers
 from fastsdpo.data.spool import Spool
+from tests.data.conftest import chat
 
 # What the two parsers of JSON could see differently, and what the two writers could write differently.
 TEXTS = [
@@ -24,10 +25,6 @@ RAW = [
     *(b'{"id": 1e2, "x": NaN, ', b'{"id": "\\ud800", "x": Infinity, ', b'{"id": 1, "id": 2, "x": 1e400, '),
     *(b'{"x": ' + b"[" * 900 + b"]" * 900 + b", ", b'\xef\xbb\xbf{"id": 3, ', b'{"id": 01, ', b'{"id": "\xff", '),
 ]
-
-
-def chat(*texts):
-    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
 
 
 SHARES = ("--eval-fraction", 0.2, "--shuffle", "--layout", "trl", "--keep", "session_id,x")

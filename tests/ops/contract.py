@@ -269,14 +269,6 @@ class Values(Contract):
         out = self.loss(torch.randn(1, 6), None, torch.tensor([0]), mode="topk", teacher_topk=given)
         assert out.loss.isfinite()
 
-    def test_a_support_of_the_whole_vocabulary_is_the_full_divergence(self):
-        case = self.rows((4,), 9)
-        for alpha in (0.0, 0.5, 1.0):
-            full, grad = self.run(case, mode="full", alpha=alpha)
-            top, top_grad = self.run(case, mode="topk", topk=9, alpha=alpha)
-            torch.testing.assert_close(top.loss, full.loss)
-            torch.testing.assert_close(top_grad, grad, rtol=1e-5, atol=1e-7)
-
     def test_the_support_holds_the_largest_logits(self, dtype):
         plain = torch.randn(2, 3, 1026).to(dtype)[..., 1:]
         masked, odd = plain.clone(), plain.clone()
@@ -414,12 +406,6 @@ class Edges(Contract):
         assert not logps.any() and not entropy.any()
         out, grad = self.run(Rows(student, student + 1, y, torch.ones(6)))
         assert not out.per_token_loss.any() and not grad.any()
-
-    def test_both_probabilities_underflow(self):
-        student = torch.tensor([[0.0, -500.0, -1.0, -2.0]])
-        case = Rows(student, student.flip(-1) * 2, torch.tensor([0]), torch.ones(1))
-        out, grad = self.run(case, mode="full", alpha=0.5)
-        assert out.loss.isfinite() and grad.isfinite().all()
 
     def test_a_tail_too_small_for_a_float_has_a_gradient(self):
         """Top-k where the student has e^-375 outside the support, and the teacher all but e^-800."""
@@ -625,15 +611,6 @@ class LogProbs(Contract):
         assert torch.equal(both.log_ratio, both.teacher_logps - both.student_logps)
         same = fastsdpo.token_log_ratio(case.student, case.student, case.target_ids, backend=self.backend)
         assert not same.log_ratio.any()
-
-    def test_upstream_gradients_are_per_token(self):
-        case = self.rows((3,), 10, ignored=0)
-        leaf = case.student.requires_grad_()
-        grads = [torch.autograd.grad(self.logps(leaf, case.target_ids)[n], leaf)[0] for n in range(3)]
-        for n, grad in enumerate(grads):
-            assert not grad[[i for i in range(3) if i != n]].any()
-        (whole,) = torch.autograd.grad((self.logps(leaf, case.target_ids) * torch.arange(1, 4)).sum(), leaf)
-        torch.testing.assert_close(whole, grads[0] + 2 * grads[1] + 3 * grads[2])
 
     def test_a_single_row_and_many_axes(self):
         logits, y = torch.randn(2, 3, 4, 11), torch.randint(0, 11, (2, 3, 4))

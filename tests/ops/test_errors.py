@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastsdpo
+from fastsdpo import linear_token_logps
 
 Z = torch.randn(2, 3, 7)
 Y = torch.zeros(2, 3, dtype=torch.long)
@@ -22,6 +23,7 @@ def linear(student=H, teacher=H, weight=W, y=Y, **kwargs):
 
 
 ids = torch.zeros(2, 3, 2, dtype=torch.long)
+PAIR, ONE = (ids, ids.float()), ids[..., :1]
 TOPK = {"teacher": None, "mode": "topk"}
 CASES = [
     (lambda: loss(y=Y[:, :2]), ValueError, "sdpo_loss: target_ids must have shape (2, 3), got (2, 2)"),
@@ -50,23 +52,19 @@ CASES = [
     (lambda: loss(teacher=None), ValueError, "exactly one of teacher_logits, teacher_logps and teacher_topk"),
     (lambda: loss(teacher_logps=torch.ones(2, 3)), ValueError, "got teacher_logits and teacher_logps"),
     (lambda: loss(teacher=None, mode="full", teacher_logps=torch.ones(2, 3)), ValueError, "mode='sampled_token'"),
+    (lambda: loss(teacher=None, teacher_topk=PAIR), ValueError, "teacher_topk must come with mode='topk'"),
+    (lambda: loss(**TOPK, teacher_topk=PAIR), ValueError, "distinct"),
     (
-        lambda: loss(teacher=None, teacher_topk=(ids, ids.float())),
-        ValueError,
-        "teacher_topk must come with mode='topk'",
-    ),
-    (lambda: loss(**TOPK, teacher_topk=(ids, ids.float())), ValueError, "distinct"),
-    (
-        lambda: loss(**TOPK, teacher_topk=(ids[..., :1] + 7, ids[..., :1].float())),
+        lambda: loss(**TOPK, teacher_topk=(ONE + 7, ONE.float())),
         ValueError,
         "teacher_topk ids must lie in [0, V) = [0, 7), got 7",
     ),
     (
-        lambda: loss(**TOPK, teacher_topk=(ids, ids[..., :1].float())),
+        lambda: loss(**TOPK, teacher_topk=(ids, ONE.float())),
         ValueError,
         "teacher_topk logps must have shape (2, 3, 2)",
     ),
-    (lambda: loss(**TOPK, topk=3, teacher_topk=(ids, ids.float())), ValueError, "must equal teacher_topk's K = 2"),
+    (lambda: loss(**TOPK, topk=3, teacher_topk=PAIR), ValueError, "must equal teacher_topk's K = 2"),
     (
         lambda: loss(y=Y + 7),
         ValueError,
@@ -99,11 +97,7 @@ CASES = [
     (lambda: linear(chunk_size=0), ValueError, "chunk_size must be a positive integer"),
     (lambda: linear(logit_scale=0.0), ValueError, "logit_scale must be > 0"),
     (lambda: linear(tile_dtype=torch.int8), ValueError, "tile_dtype must be None or torch.float32 on cpu"),
-    (
-        lambda: fastsdpo.linear_token_logps(H, W, Y[:1]),
-        ValueError,
-        "linear_token_logps: target_ids must have shape (2, 3)",
-    ),
+    (lambda: linear_token_logps(H, W, Y[:1]), ValueError, "linear_token_logps: target_ids must have shape (2, 3)"),
     (lambda: fastsdpo.token_logps(Z, Y + 9), ValueError, "token_logps: target_ids must lie in"),
     (lambda: fastsdpo.token_logps(Z, Y, backend="cuda"), ValueError, "token_logps: backend must be one of"),
     (lambda: fastsdpo.token_logps(Z.double(), Y, backend="triton"), TypeError, "got float64"),

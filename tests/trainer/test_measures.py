@@ -99,11 +99,8 @@ def expected(lab, model, held_out):
             size = len(following[item.id].split()) + 1
             answers = [following[o.id] for o in others if o.id in following]
             far = [abs(math.log((len(a.split()) + 1) / size)) for a in answers]
-            chosen = {
-                "": following[item.id],
-                "stranger_": answers[far.index(min(far))],
-                "stranger_length_": answers[far.index(max(far))],
-            }
+            near, distant = (answers[far.index(found)] for found in (min(far), max(far)))
+            chosen = {"": following[item.id], "stranger_": near, "stranger_length_": distant}
             for prefix, answer in chosen.items():
                 student, teacher = both(answer, item.followup)
                 row[f"{prefix}margin"] = student.mean() - own.mean()
