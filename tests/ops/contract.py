@@ -55,6 +55,7 @@ class Contract:
     floor = 4e-6  # of gradients, see `assert_gradient_close`
     floor_beside_plain: float | None = None  # of gradients that may have twice plain PyTorch's error
     floor_rising = None  # of gradients where a maximum rises by e^150; None as above
+    certain = 0.0  # of the gradient's slack where a student is sure of a token: of KL / temperature
     moved = EXACT  # between a row and the same row elsewhere in memory
     rows_are_alone = True  # a row's bits do not depend on the other rows
     several = 33_000  # a vocabulary of several tiles, segments or programs
@@ -209,6 +210,17 @@ class Values(Contract):
                 s, t = torch.log_softmax(leaf, -1), torch.log_softmax(case.teacher, -1)
                 (plain,) = torch.autograd.grad((s.exp() * (s - t)).sum(-1).mean(), leaf)
                 assert error <= 2 * (plain.double() - want.grad).norm() + 1e-8
+
+    @each_loss("sampled", "reverse", "jsd", "topk-reverse", "topk-jsd", "topk-reverse-renorm", "topk-jsd-renorm")
+    def test_a_certain_student_far_from_the_teacher_has_no_gradient(self, loss, dtype):
+        """The terms of its gradient, as large as divergence / temperature, cancel as they do in plain PyTorch."""
+        case = self.rows((3,), 3000, dtype=dtype, ignored=0)
+        case = replace(case, target_ids=torch.tensor([7, 1500, 2990]))
+        case.student[range(3), case.target_ids] = 40.0
+        options = {**loss, "temperature": 0.01, "weights": torch.ones(3)}
+        out, grad = self.run(case, **options)
+        assert not self.oracle(case, **options).grad.any()
+        assert grad.abs().max() <= self.certain * 100 * out.per_token_loss.max()
 
     @each_loss("sampled", "forward", "reverse", "jsd")
     @pytest.mark.parametrize("teacher", ["rises", "falls", "stays"])
