@@ -238,7 +238,8 @@ def sdpo_loss(
             last of it is the backend's choice.
         add_tail: one more class for all tokens outside the support; False renormalizes both
             distributions over it.
-        weights: ``(...)`` w_t; None is the mean over the tokens that are not ignored.
+        weights: ``(...)`` w_t; None is the mean over the tokens that are not ignored. A token of weight 0 costs and
+            gives nothing (on a GPU, a loss from hidden states: unless its divergence is infinite or NaN).
         teacher_logps: ``(...)`` the teacher's log-probs of the targets, for ``"sampled_token"``.
         teacher_topk: ``(ids (..., K), logps (..., K))`` the teacher's most likely tokens and their
             log-probs under its whole distribution, for ``"topk"``; ids distinct in each row.

@@ -332,7 +332,8 @@ def linear_token_terms_backward_op(
         rest = _part(terms, which), logits.unsqueeze(0), target_ids[which], options, backend, grad.unsqueeze(0)
         tile_gradient(both[which, :k], entropy, *rest)
 
-    grads = through_head(hidden, HeadGemms(weight, bias, plan.operand), tile_loss, plan, needed(needs))
+    live = target_ids != options.ignore_index
+    grads = through_head(hidden, HeadGemms(weight, bias, plan.operand), tile_loss, plan, needed(needs), live=live)
     return unscaled(grads, scale, (hidden, weight, bias), slopes)
 
 

@@ -345,6 +345,19 @@ class Edges(Contract):
         assert not any(field[ignored].any() for field in (*out[1:], grad))
 
     @each_loss()
+    @each_loss()
+    @pytest.mark.parametrize("broken", [{"student": NAN}, {"teacher": NAN}, {"teacher": -INF}], ids=str)
+    def test_a_token_of_weight_zero_counts_nothing(self, loss, broken):
+        """Neither in the loss nor in the gradient, even where its divergence is NaN or infinite."""
+        case = self.rows((4,), 1100, ignored=0)
+        options = {"weights": case.weights * (torch.arange(4) != 2), **loss}
+        options["ce_weights"] = options["weights"]
+        clean, clean_grad = self.run(case, **options)
+        for name, value in broken.items():
+            getattr(case, name)[2, 1:] = value
+        out, grad = self.run(case, **options)
+        assert torch.equal(out.loss, clean.loss) and torch.equal(grad, clean_grad) and not grad[2].any()
+
     @pytest.mark.parametrize("bad", [NAN, INF])
     def test_a_bad_row_stays_its_own(self, loss, bad):
         case = self.rows((3,), 1100, ignored=0)
@@ -720,6 +733,24 @@ class Linear(Contract):
             assert relative(leaf.grad, want) < 2e-3 + relative(want.bfloat16(), want)  # the result's own rounding
 
     @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "all"])
+    @each_loss(*LINEAR)
+    def test_tokens_that_do_not_count_may_be_nan(self, loss):
+        """Hidden states of ignored tokens and of those of weight 0; their rows of the head's gradient are 0 x NaN."""
+        case, found = Hidden(), []
+        case.weights[5] = 0
+        for value in (0.0, NAN):
+            case.student[[3, 5]] = case.teacher[[3, 5]] = value
+            leaves = case.leaves(2)
+            options = {"weights": case.weights, "ce_weights": case.weights, "chunk_size": 4, **loss}
+            self.linear(leaves[0], case.teacher, leaves[1], case.target_ids, **options).loss.backward()
+            options = {"chunk_size": 4, "return_entropy": True, "entropy_grad": True, "backend": self.backend}
+            hidden, target_ids = leaves[0][:5], case.target_ids[:5]
+            logps, entropy = fastsdpo.linear_token_logps(hidden, leaves[1], target_ids, **options)
+            alone = fastsdpo.linear_token_logps(hidden, leaves[1], target_ids, backend=self.backend)
+            (logps + entropy + alone).sum().backward()
+            found.append([leaf.grad for leaf in leaves])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
     def test_only_what_requires_a_gradient_gets_one(self, frozen):
         case = Hidden()
         hidden, weight, bias = leaves = case.leaves()
