@@ -137,6 +137,9 @@ def check_loss(
     if teacher_topk is not None:
         topk_ids, topk_logps = _check_teacher_topk(name, teacher_topk, topk, vocabulary, shape, device, dtype)
         topk = topk_ids.shape[-1]
+        # Padding may hold any ids where the target is ignored.
+        ignored = (target_ids == ignore_index).reshape(-1, 1)
+        topk_ids = torch.where(ignored, torch.arange(topk, device=device), topk_ids)
     elif mode == "topk":
         topk = check_topk(name, topk, vocabulary)
     bounded_tail = bounded_tail and mode == "topk" and add_tail
