@@ -37,6 +37,7 @@ from fastsdpo.ops.checks import (
     accumulation_dtype,
     as_rows,
     check_alpha,
+    check_ignore_index,
     check_is_clip,
     check_like,
     check_logits,
@@ -131,6 +132,7 @@ def check_loss(
     if topk is not None and mode != "topk":
         raise ValueError(f"{name}: topk must be None unless mode='topk', got topk={topk}")
     check_is_clip(name, is_clip)
+    ignore_index = check_ignore_index(name, ignore_index)
     target_ids = check_like(name, "target_ids", target_ids, shape, device, integer=True)
 
     topk_ids = topk_logps = None
@@ -153,7 +155,7 @@ def check_loss(
     options = LossOptions(
         temperature=check_temperature(name, temperature),
         softcap=check_softcap(name, softcap),
-        ignore_index=int(ignore_index),
+        ignore_index=ignore_index,
         mode=mode,
         alpha=alpha,
         topk=topk or 0,

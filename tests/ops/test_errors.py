@@ -22,10 +22,18 @@ def linear(student=H, teacher=H, weight=W, y=Y, **kwargs):
     return fastsdpo.linear_sdpo_loss(student, teacher, weight, y, backend="reference", **kwargs)
 
 
+def tangent():
+    with torch.autograd.forward_ad.dual_level():
+        return fastsdpo.token_logps(torch.autograd.forward_ad.make_dual(Z, Z), Y)
+
+
 ids = torch.zeros(2, 3, 2, dtype=torch.long)
 PAIR, ONE = (ids, ids.float()), ids[..., :1]
 TOPK = {"teacher": None, "mode": "topk"}
 CASES = [
+    (tangent, NotImplementedError, "token_logps: logits must have no tangent"),
+    (lambda: loss(student=Z.to_sparse()), TypeError, "student_logits must be a dense tensor, got torch.sparse_coo"),
+    (lambda: loss(ignore_index=0.5), TypeError, "sdpo_loss: ignore_index must be an integer, got 0.5"),
     (lambda: loss(y=Y[:, :2]), ValueError, "sdpo_loss: target_ids must have shape (2, 3), got (2, 2)"),
     (lambda: loss(y=Y.float()), TypeError, "sdpo_loss: target_ids must have an integer dtype"),
     (lambda: loss(y=Y.bool()), TypeError, "sdpo_loss: target_ids must have an integer dtype"),
@@ -103,7 +111,7 @@ CASES = [
     (lambda: fastsdpo.token_logps(Z.double(), Y, backend="triton"), TypeError, "got float64"),
     (lambda: fastsdpo.token_log_ratio(Z, Z[:1], Y), ValueError, "token_log_ratio: teacher_logits must have"),
     (lambda: fastsdpo.token_mean_weights(Z), TypeError, "token_mean_weights: mask must be bool or integer"),
-    (lambda: fastsdpo.token_mean_weights(Y, num_items=0), ValueError, "num_items must be > 0, got 0"),
+    (lambda: fastsdpo.token_mean_weights(Y, num_items=0), ValueError, "num_items must be > 0 and finite, got 0"),
     (lambda: fastsdpo.sequence_mean_weights(Y[0]), ValueError, "mask must have shape (B, L), got (3,)"),
     (lambda: fastsdpo.SDPOLoss(weights=Z), TypeError, "SDPOLoss: weights must be passed to forward"),
 ]
