@@ -282,6 +282,25 @@ def test_self_teacher(verl, engine, qwen2_folder, name):
     assert engine.module.training
 
 
+def test_self_teacher_and_dropout(verl, engine, qwen2_folder, monkeypatch):
+    """The teacher's pass runs without; for the student's every module has the mode that it had before."""
+    layers, modes, begin = engine.module.model.layers, [], engine.optimizer_zero_grad
+    for layer in layers:
+        monkeypatch.setattr(layer.self_attn, "attention_dropout", 0.5)
+
+    def frozen_attention():
+        begin()
+        for layer in layers:
+            layer.self_attn.eval()
+
+    monkeypatch.setattr(engine, "optimizer_zero_grad", frozen_attention)
+    hook = layers[0].mlp.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    with hook, use_self_teacher("full"):
+        found = lab.run(engine, lab.make_batch(), lab.actor_loss())
+    lab.assert_same(found, lab.defined(qwen2_folder, "full"))
+    assert modes[0] is False and modes.count(False) == 2 and modes.count(True) >= 2  # two micro-batches
+
+
 def answers_of(folder, temperature):
     """Float32 log-probs of the answers' tokens."""
     student = lab.logits_of(folder)[1]
