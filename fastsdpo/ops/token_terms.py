@@ -76,7 +76,7 @@ def results(
         out.append(entropy.reshape(shape))
     if extra_ids.shape[1]:
         counts = (extra_ids != ignore_index) & (target_ids.reshape(-1, 1) != ignore_index)
-        out.append(torch.where(counts, logps[:, 1:], 0.0).reshape(*shape, -1))
+        out.append(torch.where(counts, logps[:, 1:], 0.0).reshape(*shape, extra_ids.shape[1]))
     return out[0] if len(out) == 1 else tuple(out)
 
 
