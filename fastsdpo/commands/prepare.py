@@ -19,8 +19,8 @@ from fastsdpo.data.filters import PRESETS, ConversationFilter
 from fastsdpo.data.output import LAYOUTS
 from fastsdpo.data.prepare import PrepareReport, prepare
 from fastsdpo.data.readers.registry import BY_NAME, RecordParser
-from fastsdpo.data.record_fields import parse_time
 from fastsdpo.data.schema import ROW_SCHEMA
+from fastsdpo.data.times import parse_time
 
 # Arguments of `prepare` that are named as their options.
 PASSED_ON = ("seed", "eval_fraction", "eval_output", "eval_after", "limit", "split", "strict", "redact", "workers")

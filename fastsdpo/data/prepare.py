@@ -28,10 +28,11 @@ from fastsdpo.data.progress import ProgressBar
 from fastsdpo.data.published import PublishedReader
 from fastsdpo.data.readers.registry import RecordParser
 from fastsdpo.data.reading import BatchReader, ReadOptions, ReadReport, seldom_collected
-from fastsdpo.data.record_fields import RecordFields, parse_time
+from fastsdpo.data.record_fields import RecordFields
 from fastsdpo.data.redaction import redaction_settings
 from fastsdpo.data.sources import expand_source
 from fastsdpo.data.spool import Spool, read_settings
+from fastsdpo.data.times import parse_time
 from fastsdpo.data.workers import Workers, cut, default_workers
 
 FORMAT = 4  # of the rows; where a run of another format has finished, that is no reason to do nothing
@@ -88,7 +89,7 @@ def prepare(
             killed, replace what it has written.
         progress: show a progress bar on the terminal.
         keep: keys whose values are copied from a record to its rows; null if the record has no such key.
-        eval_after: hold out the conversations from this time on (`record_fields.parse_time`), in place of a
+        eval_after: hold out the conversations from this time on (`times.parse_time`), in place of a
             fraction. A later conversation that begins like an earlier one is left out. A record without a time
             is dropped.
         layout: "fastsdpo", or "trl": the answer is a list of one message, which TRL's trainers read.
