@@ -33,9 +33,9 @@ from fastsdpo.data.redaction import redaction_settings
 from fastsdpo.data.sources import expand_source
 from fastsdpo.data.spool import Spool, read_settings
 from fastsdpo.data.times import parse_time
-from fastsdpo.data.workers import Workers, cut, default_workers
+from fastsdpo.data.workers import Workers, can_share, cut, default_workers
 
-FORMAT = 4  # of the rows; where a run of another format has finished, that is no reason to do nothing
+FORMAT = 5  # of the rows; where a run of another format has finished, that is no reason to do nothing
 
 
 def prepare(
@@ -250,7 +250,8 @@ class _Job:
         parser = self.options.parser
         workers = default_workers(self.items, parser) if workers is None else workers
         # Where reading may end early, it goes on record by record.
-        if workers > 1 and self.options.limit is None and not self._wants_first:
+        shared = workers > 1 and self.options.limit is None and not self._wants_first
+        if shared and can_share(self.items, parser):
             with Workers(workers, self.options, spool) as pool:
                 for batch in pool.read(cut(self.items, self.options), report):
                     spool.add(batch)

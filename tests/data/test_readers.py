@@ -359,6 +359,28 @@ def test_files_of_tables_and_logs(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("files", "prompts", "said"),
+    [
+        ([table(layouts.ROWS).replace(A1.encode(), b"\xff", 1)], [], "2 a row may be missing"),
+        ([table(layouts.ROWS[:5]), table(layouts.ROWS[5:])], [SAID[:1]], "1 rows in several files"),
+        (
+            [table(layouts.ROWS[:5]), table(layouts.ROWS)],
+            [SAID[:1], SAID[:3]],
+            "1 interactions that are there already",
+        ),
+    ],
+)
+def test_rows_are_trained_on_where_the_history_is_whole(tmp_path, capsys, files, prompts, said):
+    for number, data in enumerate(files):
+        (tmp_path / f"{number}.csv").write_bytes(data)
+    output = tmp_path / "out.jsonl"
+    argv = [str(tmp_path / "*.csv"), "-o", str(output), "--preset", "none", "--workers", "2"]
+    assert main(argv) == int(not prompts)
+    assert [texts for texts, *_ in shown(by_length(read_rows(output)))] == prompts
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("data", "damaged"),
     [
         (table(layouts.ROWS) + b"C,user\n", "not CSV"),
