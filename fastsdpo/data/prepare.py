@@ -190,10 +190,10 @@ class _Job:
         self.outputs = [output, held_out] if holds_out else [output]
         if len({path.absolute() for path in self.outputs}) != len(self.outputs):
             raise ValueError(f"prepare: eval_output must differ from output, got {output} for both")
-        self.items = expand_source(sources)
-        self.options = ReadOptions(self.rules, limit, config, split, strict, redact, fields, self.eval_after, layout)
         self.partial = output.with_name(output.name + ".partial")
         self.report_path = output.with_name(f"{output.stem}.report.json")
+        self.items = self._sources(sources)
+        self.options = ReadOptions(self.rules, limit, config, split, strict, redact, fields, self.eval_after, layout)
         self.settings = {
             "format": FORMAT,
             "sources": [_identity(item) for item in self.items],
@@ -210,6 +210,23 @@ class _Job:
             "layout": layout,
             "outputs": [str(path.absolute()) for path in self.outputs],
         }
+
+    def _sources(self, sources: Sequence[str | PathLike]) -> list[Path | str]:
+        """What to read: not what this command writes, where that lies in a folder to read.
+
+        Raises:
+            ValueError: a file to read would be replaced.
+        """
+        own = {path.resolve() for path in (*self.outputs, self.report_path, self.partial)}
+        for source in sources:
+            if Path(source).resolve() in own:
+                raise ValueError(f"prepare: output must be another file than what is read, got {source} for both")
+        items = [
+            item for item in expand_source(sources) if isinstance(item, str) or own.isdisjoint(_with_folders(item))
+        ]
+        if not items:
+            raise FileNotFoundError("prepare: the sources hold nothing but what this command has written")
+        return items
 
     def set_layout(self, parser: RecordParser, rating_followups: RatingFollowups | None) -> None:
         """What reads the records; a part of the settings where it is not the default."""
@@ -321,6 +338,11 @@ def _time(name: str, value: str | float) -> float:
         return parse_time(value)
     except ValueError as error:
         raise ValueError(f"prepare: {name}: {error}") from None
+
+
+def _with_folders(path: Path) -> list[Path]:
+    path = path.resolve()
+    return [path, *path.parents]
 
 
 def _identity(item: Path | str) -> list:
