@@ -317,7 +317,8 @@ def _interactions(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print(format_report(report))
     if report.interactions == 0:
-        print("fastsdpo prepare: no interaction was kept, and nothing is written", file=sys.stderr)
+        known = "" if report.formats else "; it reads JSON, JSON Lines, CSV, TSV and Parquet, in the layouts of --help"
+        print(f"fastsdpo prepare: no interaction was kept, and nothing is written{known}", file=sys.stderr)
         return FAILED
     if arguments.show > 0:
         print(f"\n{_shown(arguments)}")

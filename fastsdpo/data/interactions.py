@@ -28,6 +28,9 @@ AFTER_TOOL = "after a tool call or tool message"
 AFTER_FILE = "after an image or file"
 AFTER_SYSTEM = "after a later system message"
 AFTER_SEVERAL = "to several answers in a row"
+AFTER_GREETING = "to an answer before the user's first message"
+# ... where the message before the answer, the answer or the follow-up shows nothing to a reader.
+EMPTY = ("to an answer to an empty message", "to an empty answer", "that are empty")
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,9 @@ def extract_interactions(
             reason = AFTER_SYSTEM if role == "system" else AFTER_FILE if role in FILE_ROLES else AFTER_TOOL
             left_out[reason] += 1 if conversation.single else lost
     interactions: list[Interaction] = []
+    spoken = [message["role"] for message in conversation.messages if message["role"] != "system"]
+    if turns and spoken[0] == "assistant" and not conversation.single:
+        left_out[AFTER_GREETING] += 1
     for t in range(1, len(turns) - 1):
         if turns[t]["role"] != "assistant" or (conversation.single and t != len(turns) - 2):
             continue
@@ -155,10 +161,10 @@ def extract_interactions(
             left_out[own["left_out"]] += 1
             continue
         completion = own.get("completion", turns[t]["content"])
-        if is_blank(completion) or is_blank(turns[t - 1]["content"]) or is_blank(turns[t + 1]["content"]):
-            continue
-        if several[t]:
-            left_out[AFTER_SEVERAL] += 1
+        texts = (turns[t - 1]["content"], completion, turns[t + 1]["content"])
+        empty = next((why for why, text in zip(EMPTY, texts) if is_blank(text)), None)
+        if empty or several[t]:
+            left_out[empty or AFTER_SEVERAL] += 1
             continue
         start = 0 if max_history_messages is None else max(0, t - max_history_messages)
         while turns[start]["role"] != "user":

@@ -190,7 +190,7 @@ def _parquet_records(
             end = row + file.metadata.row_group(group).num_rows
             try:
                 for batch in file.iter_batches(64, row_groups=[group], columns=columns):
-                    for record in batch.to_pylist():
+                    for record in batch.to_pylist(maps_as_pydicts="lossy"):
                         yield Entry(f"{path} row {row}", record)
                         row += 1
                     progress(size * row // total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Where a record or a message says when it was made; the first that can be read counts.
@@ -19,6 +19,9 @@ TIME_KEYS = (
     "date",
     "start_time",
     "startTime",
+    "sent_at",
+    "createdDateTime",
+    "ts",
 )
 
 _ISO = re.compile(
@@ -80,3 +83,12 @@ def first_time(record: Any) -> float | None:
         except ValueError:
             continue
     return None
+
+
+def oldest_first(messages: Sequence[Any]) -> Sequence[Any]:
+    """Returns messages turned around if, by their times, the newest is the first; any others as they are."""
+    if len(messages) < 3 or first_time(messages[0]) is None:
+        return messages
+    times = [time for message in messages if (time := first_time(message)) is not None]
+    newest_first = len(times) == len(messages) and times[0] > times[-1] and times == sorted(times, reverse=True)
+    return messages[::-1] if newest_first else messages

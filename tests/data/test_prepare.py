@@ -96,8 +96,8 @@ class TestOutput:
             "dropped           1 other language",
             "dropped           1 assistant message over 4,096 characters",
             "dropped           1 fewer than 3 messages",
-            "damaged           1 no follow-up",
-            f"{source}:5: no answer is followed by a user's message",
+            "left out          1 follow-ups that are empty",
+            f"{source}:5: nothing but follow-ups that are empty",
             "damaged           1 not JSON",
             f"{source}:6: not JSON: Expecting value",
         ):
