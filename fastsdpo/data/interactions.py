@@ -150,8 +150,7 @@ def extract_interactions(
             reason = AFTER_SYSTEM if role == "system" else AFTER_FILE if role in FILE_ROLES else AFTER_TOOL
             left_out[reason] += 1 if conversation.single else lost
     interactions: list[Interaction] = []
-    spoken = [message["role"] for message in conversation.messages if message["role"] != "system"]
-    if turns and spoken[0] == "assistant" and not conversation.single:
+    if re.match("a+u", _signs(conversation.messages)) and not conversation.single:
         left_out[AFTER_GREETING] += 1
     for t in range(1, len(turns) - 1):
         if turns[t]["role"] != "assistant" or (conversation.single and t != len(turns) - 2):
@@ -220,6 +219,11 @@ def _turns(messages: Sequence[Mapping]) -> tuple[list[dict], list[dict], list[bo
 
 
 def _count_followups(messages: Sequence[Mapping]) -> int:
-    """How often a user's message follows an answer to a user; calls and tools' results are answers."""
+    """How often a user's message follows an answer to a user."""
+    return len(re.findall("au", _signs(messages).lstrip("a")))
+
+
+def _signs(messages: Sequence[Mapping]) -> str:
+    """A letter for each message but systems': u of a user, a of an answer; calls and tools' results are answers."""
     signs = {"user": "u", "user file": "u", "system": "", "system file": ""}
-    return len(re.findall("au", "".join(signs.get(m["role"], "a") for m in messages).lstrip("a")))
+    return "".join(signs.get(m["role"], "a") for m in messages)

@@ -1,6 +1,7 @@
 """Interactions of a conversation, hindsight templates, and which conversations are kept."""
 
 import dataclasses
+import random
 from collections import Counter
 
 import pytest
@@ -36,6 +37,14 @@ class TestExtract:
 
     def test_last_answer_without_followup_gives_none(self):
         assert shown(extract_interactions(FIVE[:-1])) == shown(extract_interactions(FIVE[:-2]))
+
+    def test_every_followup_is_in_an_interaction_or_counted(self):
+        draw = random.Random(0)
+        for _ in range(2000):
+            turns = messages(*((draw.choice("uuuuaaaast"), draw.choice(["", "x", "y", "z"])) for _ in range(8)))
+            roles = "".join(m["role"][0] for m in turns).replace("s", "").replace("t", "a")
+            left_out = Counter()
+            assert len(extract_interactions(turns, left_out=left_out)) + left_out.total() == roles.count("au")
 
     @pytest.mark.parametrize("turns", [[], FIVE[:1], FIVE[:2], FIVE[1:2], FIVE[1:3]])
     def test_too_short(self, turns):
