@@ -152,9 +152,9 @@ class PartsOfFiles:
         """Returns the entry; with a problem where the rows of its conversation go on from those in another file."""
         if not isinstance(entry.record, GroupedRows):
             return entry
-        name = entry.record["name"]
-        first, other = self._begun.setdefault(hash(name), (self._first(entry.record), file))
-        if other == file or first == self._first(entry.record):  # it begins there anew: it may be there twice
+        name, first = entry.record["name"], self._first(entry.record)
+        begun, other = self._begun.setdefault(hash(name), (first, file))
+        if other == file or begun == first:  # it begins there anew: it may be there twice
             return entry
         text = (
             f"conversation {name!r:.60} has rows in {other} too; put the rows of a conversation into one file, or "
