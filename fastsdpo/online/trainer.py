@@ -7,6 +7,7 @@ happens in `prepare_batches`, between the data loader and the loss: sampling, as
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,6 +31,8 @@ from fastsdpo.online.users import UserSimulator
 from fastsdpo.trainer.processes import gather_list
 from fastsdpo.trainer.step_trainer import StepTrainer
 from fastsdpo.trainer.whole_weights import unsharded
+
+logger = logging.getLogger("fastsdpo.online")
 
 STATE_FILE = "online_state_{}.json"  # of each process, in checkpoints
 
@@ -79,6 +82,7 @@ class OnlineSDPOTrainer(StepTrainer):
         )
         if self.tokenize is None:
             raise ValueError("OnlineSDPOTrainer: processing_class must be a tokenizer, got None")
+        self._warn_of_shared_prompts()
         self.user: Any = user
         self.generation = Generation(self)
         self.figures = AnswerFigures()
@@ -103,6 +107,18 @@ class OnlineSDPOTrainer(StepTrainer):
         if isinstance(source, dict) and name != "train_dataset":
             return {key: PromptDataset.from_source(value, f"{name}[{key!r}]") for key, value in source.items()}
         return PromptDataset.from_source(source, name)
+
+    def _warn_of_shared_prompts(self) -> None:
+        """A warning where held-out prompts are trained on."""
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"held-out": self.eval_dataset}
+        trained = {json.dumps(messages) for messages in self.train_dataset.prompts}
+        for name, dataset in held_out.items():
+            prompts = [] if dataset is None else dataset.prompts
+            if shared := sum(json.dumps(messages) in trained for messages in prompts):
+                logger.warning(
+                    "%d of the %d %s prompts are trained on too: what their answers show is no measure of new ones",
+                    *(shared, len(prompts), name),
+                )
 
     def data_order(self) -> dict[str, Any]:
         args = self.args

@@ -1,6 +1,7 @@
 """Interactions of a conversation, hindsight templates, and which conversations are kept."""
 
 import dataclasses
+import random
 from collections import Counter
 
 import pytest
@@ -36,6 +37,14 @@ class TestExtract:
 
     def test_last_answer_without_followup_gives_none(self):
         assert shown(extract_interactions(FIVE[:-1])) == shown(extract_interactions(FIVE[:-2]))
+
+    def test_every_followup_is_in_an_interaction_or_counted(self):
+        draw = random.Random(0)
+        for _ in range(2000):
+            turns = messages(*((draw.choice("uuuuaaaast"), draw.choice(["", "x", "y", "z"])) for _ in range(8)))
+            roles = "".join(m["role"][0] for m in turns).replace("s", "").replace("t", "a")
+            left_out = Counter()
+            assert len(extract_interactions(turns, left_out=left_out)) + left_out.total() == roles.count("au")
 
     @pytest.mark.parametrize("turns", [[], FIVE[:1], FIVE[:2], FIVE[1:2], FIVE[1:3]])
     def test_too_short(self, turns):
@@ -79,7 +88,8 @@ class TestExtract:
         (interaction,) = extract_interactions(turns, left_out=left_out)
         assert [m["content"] for m in interaction.prompt][-3:] == ["q", "z", "o"]
         assert (interaction.completion, interaction.followup) == ("x", "p")
-        assert left_out == {"to several answers in a row": 1}
+        lost = {"to an answer before the user's first message": 1} if before == (("a", "lost context"),) else {}
+        assert left_out == {"to several answers in a row": 1, **lost}
 
     def test_starts_with_an_answer(self):
         turns = messages(("a", "lost context")) + FIVE[:3]

@@ -96,8 +96,8 @@ class TestOutput:
             "dropped           1 other language",
             "dropped           1 assistant message over 4,096 characters",
             "dropped           1 fewer than 3 messages",
-            "damaged           1 no follow-up",
-            f"{source}:5: no answer is followed by a user's message",
+            "left out          1 follow-ups that are empty",
+            f"{source}:5: nothing but follow-ups that are empty",
             "damaged           1 not JSON",
             f"{source}:6: not JSON: Expecting value",
         ):
@@ -253,6 +253,13 @@ class TestRefusals:
         assert files(tmp_path) == before
         output.write_bytes(before["out.jsonl"][:-100])
         assert prepared(None).status == 1
+
+    def test_a_source_is_not_replaced_and_an_output_not_read(self, prepared, tmp_path):
+        done = prepared(RECORDS, "-o", tmp_path / "in.jsonl", "--overwrite")
+        assert done.status == 1 and "--output must be another file than what is read" in done.error
+        argv = [str(tmp_path), "-o", str(tmp_path / "out.jsonl"), "--eval-fraction", "0.2", "--overwrite"]
+        outputs = [(command.main(argv), files(tmp_path))[1] for _ in range(2)]
+        assert outputs[0] == outputs[1] and len(outputs[0]) == 4
 
     def test_strict_stops_at_the_first(self, prepared, tmp_path):
         wrong, lone = [conversation(0), {"a": 1}, 3], [{"messages": HI[:1]}]

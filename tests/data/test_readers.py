@@ -78,6 +78,9 @@ THOUGHT = {"type": "thinking", "thinking": "Hm.", "signature": "s"}
         (1, {"content": [THOUGHT]}, [SAID[3]], {"to an answer that is reasoning alone": 1}),
         (1, {"content": "", "reasoning_content": "Hm."}, [SAID[3]], {"to an answer that is reasoning alone": 1}),
         (1, {"reasoning_content": "Hm."}, [A1, SAID[3]], {}),
+        (1, {"content": ""}, [SAID[3]], {"to an empty answer": 1}),
+        (2, {"content": "\n"}, [], {"that are empty": 1, "to an answer to an empty message": 1}),
+        (0, {"role": "assistant"}, [SAID[3]], {"to an answer before the user's first message": 1}),
         (1, {"weight": 0}, [SAID[3]], {NOT_TRAINED: 1}),
         (3, {"train": False}, [A1], {NOT_TRAINED: 1}),
         (1, {"weight": 1, "train": True, "loss": None}, [A1, SAID[3]], {}),
@@ -137,6 +140,7 @@ BEDROCK = [
 BACK = {"output": {"message": {"role": "assistant", "content": parts("x")}}, "stopReason": "end_turn"}
 CALL = {"input": {"inputBodyJson": {"system": parts(SYSTEM), "messages": BEDROCK}}, "output": {"outputBodyJson": BACK}}
 # As other versions of the programs have it: the records, and how many interactions are in them.
+REFUSED = {"role": "assistant", "content": None, "refusal": A1}
 VARIANTS = {
     "from and content": ([{"conversations": [{"from": m["role"], "content": m["content"]} for m in chat()]}], 2),
     "role and value": ([{"messages": [{"role": m["role"], "value": m["content"]} for m in chat()]}], 2),
@@ -157,6 +161,8 @@ VARIANTS = {
     "bedrock": ([CALL], 1),
     "claude.ai's tools": ([{"chat_messages": [{"sender": s, "text": t} for s, t in HIDDEN]}], 1),
     "librechat's reasoning": ([THINKING], 2),
+    "newest first": ([{"messages": [{**m, "ts": f"{1704100000 - n}.1"} for n, m in enumerate(chat(SAID[::-1]))]}], 2),
+    "openai's refusal": ([{"messages": [*chat(SAID[:1]), REFUSED, *chat(SAID[2:])]}], 2),
 }
 
 
@@ -356,6 +362,28 @@ def test_files_of_tables_and_logs(tmp_path):
         output = tmp_path / f"{name}.out"
         assert main([str(tmp_path / name), "-o", str(output), "--preset", "none", "--quiet"]) == 0, name
         assert shown(by_length(read_rows(output))) == EXPECTED, name
+
+
+@pytest.mark.parametrize(
+    ("files", "prompts", "said"),
+    [
+        ([table(layouts.ROWS).replace(A1.encode(), b"\xff", 1)], [], "2 a row may be missing"),
+        ([table(layouts.ROWS[:5]), table(layouts.ROWS[5:])], [SAID[:1]], "1 rows in several files"),
+        (
+            [table(layouts.ROWS[:5]), table(layouts.ROWS)],
+            [SAID[:1], SAID[:3]],
+            "1 interactions that are there already",
+        ),
+    ],
+)
+def test_rows_are_trained_on_where_the_history_is_whole(tmp_path, capsys, files, prompts, said):
+    for number, data in enumerate(files):
+        (tmp_path / f"{number}.csv").write_bytes(data)
+    output = tmp_path / "out.jsonl"
+    argv = [str(tmp_path / "*.csv"), "-o", str(output), "--preset", "none", "--workers", "2"]
+    assert main(argv) == int(not prompts)
+    assert [texts for texts, *_ in shown(by_length(read_rows(output)))] == prompts
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from fastsdpo.commands.prepare import main
 from fastsdpo.data import load_interactions
-from fastsdpo.data.record_fields import parse_time
+from fastsdpo.data.times import parse_time
 
 UTC = datetime.timezone.utc
 NOON = datetime.datetime(2023, 4, 9, 12, tzinfo=UTC)

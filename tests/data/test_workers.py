@@ -81,7 +81,8 @@ def test_any_number_of_workers_gives_the_same(outcome, monkeypatch):
     assert alone[0] == 0 and len(alone[3]) == 3
     report = json.loads(alone[3]["out.report.json"])
     # The wrong layout is a value that is nested too deep to be kept.
-    damaged = {"no follow-up": 6, "not JSON": 3, "invalid UTF-8": 2, "wrong layout": 1, "damaged file": 1}
+    empty = "nothing but follow-ups to an empty answer"
+    damaged = {empty: 6, "not JSON": 3, "invalid UTF-8": 2, "wrong layout": 1, "damaged file": 1}
     assert report["damaged"] == damaged
     assert report["problems"]["invalid UTF-8"][0].endswith("b.jsonl:4: invalid UTF-8 at byte 0")
     assert report["merged_records"] == 36 and report["interactions"] + report["eval_interactions"] > 113

@@ -58,6 +58,7 @@ def talk(monkeypatch, lines):
     lines = iter(lines)
 
     def read(question=""):
+        print(question, end="")  # as input does
         try:
             return next(lines)
         except StopIteration:
@@ -99,10 +100,11 @@ def weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_online_trains_reports_and_saves(prompts, saved, tmp_path, capsys):
+def test_online_trains_reports_and_saves(prompts, saved, tmp_path, capsys, caplog):
     output = tmp_path / "run"
     user = ("--rule", "max_words=2", "--wish", "w5")
     assert online(prompts, saved, output, *user, "--eval-prompts", prompts) == 0
+    assert "held-out prompts are trained on too" in caplog.text
     report = json.loads((output / "report.json").read_text())
     assert (report["steps"], report["interactions"], len(rows_of(output))) == (2, 8, 8)
     assert report["user"] == {"rule": ["max_words=2"], "wish": "w5"}
@@ -683,13 +685,16 @@ def test_eval_by_a_local_judge(prompts, saved, capsys):
         ("--rule max_words=3 --judge-local x", "name either --rule, or a judge"),
         ("--judge-url http://localhost:1/v1", "--judge-url needs --judge-model"),
         ("--rule max_words=3 --limit 0", "--limit must be at least 1"),
+        ("--rule max_words=3 -o {folder}", "--output must be a file, but {folder} is a folder"),
+        ("--rule max_words=3 -o {prompts}", "--output must be another file than what is read"),
         ("--rule max_words=3 --base /no/such/folder", "no such file or folder: /no/such/folder"),
         ("--rule max_words=3 --model /nor/this", "no such file or folder: /nor/this"),
     ],
 )
 def test_eval_errors(options, message, prompts, saved, capsys):
-    assert evaluate(prompts, saved, saved, *options.split()) == 1
-    assert message in capsys.readouterr().err
+    places = {"folder": Path(prompts).parent, "prompts": prompts}
+    assert evaluate(prompts, saved, saved, *options.format(**places).split()) == 1
+    assert message.format(**places) in capsys.readouterr().err
 
 
 def test_rules_compare_answer_by_answer():

@@ -182,6 +182,12 @@ def test_adapters_that_cannot_be_loaded(place, tmp_path):
     for name, changes, error, message in (
         ("gone", {"base_model_name_or_path": "/nowhere/base"}, FileNotFoundError, GONE),
         ("nameless", {"base_model_name_or_path": None}, ValueError, "must be a folder or hub id, got None"),
+        (
+            "elsewhere",
+            {"base_model_name_or_path": "runs/base"},
+            OSError,
+            r"adapter_config.json: 'runs/base' is no local folder or file",
+        ),
         ("chain", {"base_model_name_or_path": first}, ValueError, r"must be a whole model, but .* is an adapter too"),
         ("other", {"r": 2}, ValueError, r"the adapter in .* cannot be put on its base model"),
     ):

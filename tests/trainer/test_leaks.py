@@ -47,7 +47,7 @@ def test_leaks_are_refused_with_counts(tmp_path, lab, case):
         "eval_dataset must hold no conversation that is trained on, got "
         f"{total} of its {len(held_out)} interactions are in train_dataset: {same} themselves, of "
         f"{conversation} another part of the conversation",
-        "allow_leaks=True (--allow-leaks)",
+        "allow_leaks=True to go on",
     ):
         assert text in str(caught.value)
 

@@ -13,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fastsdpo import Interaction
+from fastsdpo.online.own_answers import OwnAnswers
+from fastsdpo.online.rules import parse_rule
 from fastsdpo.train import main
 from fastsdpo.trainer.measures_verdict import changes, verdict
 from tests.plain import answer_logps
@@ -157,6 +159,9 @@ def test_own_answers_before_with_the_follow_up_and_after(run, lab):
             ("after", run.after, None),
         ):
             assert row[name].split() == [w for w in greedy(model, prompt_of(item, note)).split() if w[0] != "<"], name
+    told = object.__new__(OwnAnswers)
+    told.rule, told.rows = parse_rule("max_words=99"), rows
+    assert "before 100% (44% to 100%)" in told.headroom()[-1]  # three answers are few
 
 
 def test_measures_can_be_off(lab, tmp_path, runs, capsys):
