@@ -180,7 +180,7 @@ def _locate(
     else:
         if not _is_hub_id(str(name)):
             raise FileNotFoundError(f"{function}: {argument}: no such file or folder: {name}")
-        _find_on_hub(str(name))
+        _find_on_hub(str(name), argument)
         return _Location(str(name), gguf_file, False, revision)
     if gguf_file is not None:
         if not (path / gguf_file).is_file():
@@ -272,7 +272,7 @@ def _load_adapter(model: Any, adapter: _Adapter) -> Any:
 
 
 @lru_cache  # once for a name
-def _find_on_hub(name: str) -> None:
+def _find_on_hub(name: str, argument: str = "name") -> None:
     """Asks the hub once whether it has a repository of which nothing is in the cache here.
 
     The loaders ask for every file, again and again where there is no network: most of a minute for a
@@ -299,8 +299,9 @@ def _find_on_hub(name: str) -> None:
     there = [path.as_posix() for path in beside.iterdir()] if beside.is_dir() else []
     close = difflib.get_close_matches(name, there, n=1)
     meant = f"; did you mean the folder {close[0]!r}?" if close else ""
+    of = "" if argument == "name" else f"{argument}: "
     raise OSError(
-        f"load_model_and_tokenizer: {name!r} is no local folder or file, and as a hub id it cannot be loaded: "
+        f"load_model_and_tokenizer: {of}{name!r} is no local folder or file, and as a hub id it cannot be loaded: "
         f"{why}{meant}"
     )
 

@@ -299,10 +299,12 @@ class SDPOSettings:
     )
     warmup_steps: float = setting(
         0.05,
-        "How many steps the learning rate takes to rise from 0. Below 1: a share of all steps.",
+        "How many steps the learning rate takes to rise from 0. Below 1: a share of all steps. The schedule constant "
+        "has none.",
         group="optimization",
         flag="--warmup",
         metavar="STEPS",
+        least=0,
     )
     num_train_epochs: float = setting(
         2.0, "Passes over the data.", group="optimization", flag="--epochs", metavar="N", above=0
@@ -322,7 +324,7 @@ class SDPOSettings:
         least=0,
     )
     seed: int = setting(
-        42, "Decides the order of the data, and the first weights of a new adapter.", group="optimization"
+        42, "Decides the order of the data, and the first weights of a new adapter.", group="optimization", least=0
     )
     bf16: bool | None = setting(
         None, "Products in bfloat16 (autocast). None: on GPUs that have it, but where dtype or fp16 asks for another."
@@ -345,6 +347,11 @@ def changed(name: str, default: Any, help: str | None = None) -> Any:
     """A field of `SDPOSettings` with another default, and where given another help."""
     metadata = SDPOSettings.__dataclass_fields__[name].metadata
     return field(default=default, metadata={**metadata, "help": help or metadata["help"]})
+
+
+# Settings of logged interactions, which come before the answers: online they keep their defaults.
+OFFLINE = ("teacher_check", "measure_interactions", "measure_answers", "measure_tokens", "allow_leaks")
+OFFLINE += ("token_cache", "tokenizer_workers", "group_by_conversation", "shuffle_buffer")
 
 
 @dataclass
@@ -423,6 +430,8 @@ class OnlineSDPOSettings(SDPOSettings):
     teacher_check: int = changed(
         "teacher_check", 0, "Not used: there is no follow-up to check before the first answer."
     )
+    measure_interactions: int = changed("measure_interactions", 0, "Not used: held-out prompts are answered.")
+    measure_answers: int = changed("measure_answers", 0, "Not used: held-out prompts are answered.")
     dataloader_num_workers: int | None = changed(
         "dataloader_num_workers", 0, "Processes that load prompts; packs are made where the answers are."
     )

@@ -95,10 +95,8 @@ def test_blocks_run_one_after_the_other(name, tiny):
         return torch.randn(shape, generator=generator)
 
     model = LlamaForCausalLM.from_pretrained(tiny)
-    items = [
-        fastsdpo.TokenizedInteraction([1, 2], [1, 2, 7], [3, 4], "a", "c"),
-        fastsdpo.TokenizedInteraction([1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 9], [6], "b", "c"),
-    ]
+    make = fastsdpo.TokenizedInteraction
+    items = [make([1, 2], [1, 2, 7], [3, 4], "a", "c"), make([1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 9], [6], "b", "c")]
     names = {
         "torch": torch,
         "fastsdpo": fastsdpo,

@@ -34,11 +34,12 @@ def test_all_are_run():
     assert set(EXAMPLES) == ran
 
 
-@pytest.mark.parametrize("name", ["pytorch_loop", "hf_trainer"])
-def test_loss_falls(name, folder, tmp_path):
-    options = ["-o", str(tmp_path)] if name == "hf_trainer" else []
-    losses = load(ROOT / "examples" / f"{name}.py").main(["--model", folder, "--steps", "6", "--lr", "3e-3", *options])
-    assert len(losses) == 6 and all(map(math.isfinite, losses))
+@pytest.mark.parametrize(("name", "steps"), [("pytorch_loop", 6), ("hf_trainer", 6), ("lightning_module", 3)])
+def test_losses(name, steps, folder, tmp_path):
+    options = ["--model", folder, "--steps", str(steps), "--lr", "3e-3"]
+    options += ["-o", str(tmp_path)] if name == "hf_trainer" else []
+    losses = load(ROOT / "examples" / f"{name}.py").main(options)
+    assert len(set(losses)) == len(losses) == steps and all(map(math.isfinite, losses))
     if name == "pytorch_loop":  # a divergence; the sampled-token loss has no such meaning
         assert losses[-1] < losses[0]
 
@@ -58,24 +59,17 @@ def test_verl_data_set(folder, tmp_path):
     assert found["prompt"] == row["prompt"] and found["extra_info"] == {"index": 0}
 
 
-def test_lightning_module(folder):
-    losses = load(ROOT / "examples" / "lightning_module.py").main(["--model", folder, "--steps", "3", "--lr", "3e-3"])
-    assert losses and all(map(math.isfinite, losses)) and len(set(losses)) == len(losses)
-
-
 @pytest.fixture
 def demo(folder, tmp_path):
     """The demo with the tiny model in the place of SmolLM2, and conversations of its words."""
     example, out = load(ROOT / "examples" / "demo.py"), tmp_path / "out"
     shutil.copytree(folder, out / "base")
+
+    def words(i, n):
+        return " ".join(f"w{(i * n + k) % 40}" for k in range(9)) + "?"
+
     rows = [
-        {
-            "id": str(i),
-            "conversations": [
-                {"from": who, "value": " ".join(f"w{(i * n + k) % 40}" for k in range(9)) + "?"}
-                for n, who in enumerate(TURNS, 1)
-            ],
-        }
+        {"id": str(i), "conversations": [{"from": who, "value": words(i, n)} for n, who in enumerate(TURNS, 1)]}
         for i in range(40)
     ]
     rows += [{**row, "conversations": row["conversations"][1:] * 2} for row in rows[:3]]
@@ -104,13 +98,11 @@ def test_demo(demo, capsys, tmp_path, monkeypatch):
     assert (out / "signal_3.html").read_text().startswith("<!doctype html>")
 
 
+LITTLE = [1] + [0] * 11  # within two standard errors
+
+
 @pytest.mark.parametrize(
-    ("before", "after", "failed"),
-    [
-        ([0] * 12, [1] * 8 + [0] * 4, 0),
-        ([0] * 12, [1] + [0] * 11, 1),  # within two standard errors
-        ([1] * 12, [0] * 12, 1),
-    ],
+    ("before", "after", "failed"), [([0] * 12, [1] * 8 + [0] * 4, 0), ([0] * 12, LITTLE, 1), ([1] * 12, [0] * 12, 1)]
 )
 def test_the_demo_fails_on_what_it_measures(demo, before, after, failed):
     example, _ = demo

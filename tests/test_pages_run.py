@@ -106,15 +106,8 @@ def data_page(tiny):
         rows = [(7, "customer", "It broke."), (7, "agent", "Restart it."), (7, "customer", "I did.")]
         csv.writer(file).writerows([("ticket", "who", "said"), *rows])
     for part in ("1", "2"):
-        rows = [
-            {
-                "id": f"{part}:{n}",
-                "prompt": say(f"Name {n} trees."),
-                "completion": f"Oak {part}.",
-                "user_response": "No.",
-            }
-            for n in range(4)
-        ]
+        said = {"completion": f"Oak {part}.", "user_response": "No."}
+        rows = [{"id": f"{part}:{n}", "prompt": say(f"Name {n} trees."), **said} for n in range(4)]
         with gzip.open(f"part-{part}.jsonl.gz", "wt") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     lines("held-out.jsonl", [{"prompt": say("Who?"), "completion": "Oak.", "user_response": "In Latin."}])
@@ -129,10 +122,8 @@ def evaluation_page(tiny):
     pytest.importorskip("if_verifiable")
     adapter(tiny, "runs/brief", "--save-total-limit", "9")
     Path("judge.txt").write_text("{persona}\n{history}\nFirst: {first}\nSecond: {second}\nWhich is better, A, B or C?")
-    lines(
-        "input_data.jsonl",
-        [{"key": 1, "prompt": "Hi", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}],
-    )
+    checked = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    lines("input_data.jsonl", [{"key": 1, "prompt": "Hi", **checked}])
     Path("alpaca_eval.json").write_text(json.dumps([{"instruction": "Hi", "dataset": "helpful_base"}]))
     lines("question.jsonl", [{"uid": "a", "prompt": "Hi", "category": "hard_prompt"}])
 

@@ -41,14 +41,10 @@ def test_a_recipe_runs(name, folder, tmp_path):  # noqa: F811
         pytest.importorskip("if_verifiable")
     path = os.pathsep.join([str(ROOT), *sys.path])
     own = {"PYTHON": sys.executable, "TINY_MODEL": str(folder), "OUT": str(tmp_path), "PYTHONPATH": path}
-    done = subprocess.run(
-        ["bash", str(ROOT / "recipes" / f"{name}.sh"), "--tiny"],
-        env={**os.environ, **own, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=550,  # pytest ends a test after 600
-    )
+    own |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = ["bash", str(ROOT / "recipes" / f"{name}.sh"), "--tiny"]
+    given = {"env": {**os.environ, **own}, "cwd": tmp_path, "timeout": 550}  # pytest ends a test after 600
+    done = subprocess.run(command, capture_output=True, text=True, **given)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for left in LEFT[name]:
         assert (tmp_path / left).stat().st_size > 0, left

@@ -15,7 +15,7 @@ from fastsdpo.commands.screen import PlainScreen, make_screen
 from fastsdpo.commands.talk import COMMANDS, ENDS, Talk
 from fastsdpo.online.chat import ChatLearner
 from fastsdpo.online.config import OnlineSDPOConfig
-from fastsdpo.online.terminal import MessageReader, interrupt, unechoed
+from fastsdpo.online.terminal import MessageReader, interrupt, is_terminal, unechoed
 from fastsdpo.ops.backend import describe_backend
 
 HISTORY_FILE = "history.txt"
@@ -58,7 +58,7 @@ def converse(talk: Talk, reader: MessageReader, screen: PlainScreen, options: ar
     """Reads and answers until the input ends; returns the exit status."""
     while True:
         try:
-            text = reader.read("" if options.quiet else "you > ")
+            text = reader.read("you > " if is_terminal() and not options.quiet else "")
         except KeyboardInterrupt:
             if reader.session is not None:
                 screen.say("Ctrl-D or /quit ends the chat")

@@ -30,6 +30,7 @@ import argparse
 
 from fastsdpo.commands.options import add_device_option, refuse
 from fastsdpo.commands.parser import Parser
+from fastsdpo.commands.paths import check_file
 from fastsdpo.commands.running import run_command
 from fastsdpo.commands.users import add_chat_model_options
 
@@ -140,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     """Checks the options, which needs no torch, and runs what they ask for."""
+    check_file(options.output, options.prompts)
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {options.limit}")
     if (options.model is None) == (options.checkpoints is None):

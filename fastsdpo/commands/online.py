@@ -41,11 +41,7 @@ from fastsdpo.commands.running import DONE, LOST, run_command
 from fastsdpo.commands.users import add_user_options
 from fastsdpo.online.presets import PRESETS
 from fastsdpo.online.rules import describe
-from fastsdpo.settings import OnlineSDPOSettings
-
-# Settings of logged interactions, which come before the answers here.
-OFFLINE = ("teacher_check", "measure_interactions", "measure_answers", "measure_tokens", "allow_leaks")
-OFFLINE += ("token_cache", "tokenizer_workers", "group_by_conversation")
+from fastsdpo.settings import OFFLINE, OnlineSDPOSettings
 
 
 def build_parser() -> Parser:

@@ -326,7 +326,8 @@ def read_config(options: argparse.Namespace, config: type[Config], **settings: A
 
     choose_device(options)
     names = {field.name for field in fields(config)}
-    flags = {*names, "gradient_checkpointing"}
+    # Not push_to_hub: the Trainer's own uploads the whole output folder too, into a public repository of its name.
+    flags = {*names, "gradient_checkpointing"} - {"push_to_hub"}
     given = {name: value for name, value in vars(options).items() if name in flags}
     fields_set = _read_set(options.set, config)
     for name in fields_set.keys() & given.keys():

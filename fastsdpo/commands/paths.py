@@ -12,16 +12,31 @@ from fastsdpo.data import HindsightTemplate, load_interactions
 
 def check_folder(folder: str, allowed: bool) -> None:
     """Raises ValueError where nothing can be written there, or the folder holds a run and that is not ``allowed``."""
-    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    _check_writable(Path(folder))
+    used = Path(folder, "report.json").exists() or any(Path(folder).glob("checkpoint-*"))
+    if used and not allowed:
+        raise ValueError(f"{folder} holds a run; pass --resume to go on with it, or --overwrite")
+
+
+def check_file(file: str | None, source: str) -> None:
+    """Raises ValueError where no file can be written there, or it is the one that is read."""
+    if file is None:
+        return
+    if Path(file).is_dir():
+        raise ValueError(f"--output must be a file, but {file} is a folder")
+    if Path(file).resolve() == Path(source).resolve():
+        raise ValueError(f"--output must be another file than what is read, got {file} for both")
+    _check_writable(Path(file).absolute().parent)
+
+
+def _check_writable(folder: Path) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ValueError(f"--output must be a folder, but {there} is a file")
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise ValueError(f"--output: nothing can be written in {there}: {error.strerror}") from error
-    used = Path(folder, "report.json").exists() or any(Path(folder).glob("checkpoint-*"))
-    if used and not allowed:
-        raise ValueError(f"{folder} holds a run; pass --resume to go on with it, or --overwrite")
 
 
 def check_data(data: str | list[str], held_out: str | None, *, stream: bool = False) -> None:

@@ -19,8 +19,8 @@ from fastsdpo.data.filters import PRESETS, ConversationFilter
 from fastsdpo.data.output import LAYOUTS
 from fastsdpo.data.prepare import PrepareReport, prepare
 from fastsdpo.data.readers.registry import BY_NAME, RecordParser
-from fastsdpo.data.record_fields import parse_time
 from fastsdpo.data.schema import ROW_SCHEMA
+from fastsdpo.data.times import parse_time
 
 # Arguments of `prepare` that are named as their options.
 PASSED_ON = ("seed", "eval_fraction", "eval_output", "eval_after", "limit", "split", "strict", "redact", "workers")
@@ -317,7 +317,8 @@ def _interactions(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print(format_report(report))
     if report.interactions == 0:
-        print("fastsdpo prepare: no interaction was kept, and nothing is written", file=sys.stderr)
+        known = "" if report.formats else "; it reads JSON, JSON Lines, CSV, TSV and Parquet, in the layouts of --help"
+        print(f"fastsdpo prepare: no interaction was kept, and nothing is written{known}", file=sys.stderr)
         return FAILED
     if arguments.show > 0:
         print(f"\n{_shown(arguments)}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fastsdpo.data.messages import check_unicode, is_blank, parse_messages, read_content
+from fastsdpo.data.times import oldest_first
 
 if TYPE_CHECKING:
     from fastsdpo.data.interactions import Conversation
@@ -55,9 +56,12 @@ class Turns:
 def read_turns(messages: Any, name: str) -> Turns:
     """Parses messages as `parse_messages` does, and reads the fields (rating, edit, ...) of each answer.
 
+    Messages that run from the newest to the oldest, as their times say, are turned around.
+
     Raises:
         TypeError, ValueError: a malformed message; the text says which of `name`.
     """
+    messages = oldest_first(messages) if isinstance(messages, (list, tuple)) else messages
     parsed = parse_messages(messages, name)
     turns = Turns(parsed)
     for index, message in enumerate(messages):

@@ -28,6 +28,9 @@ AFTER_TOOL = "after a tool call or tool message"
 AFTER_FILE = "after an image or file"
 AFTER_SYSTEM = "after a later system message"
 AFTER_SEVERAL = "to several answers in a row"
+AFTER_GREETING = "to an answer before the user's first message"
+# ... where the message before the answer, the answer or the follow-up shows nothing to a reader.
+EMPTY = ("to an answer to an empty message", "to an empty answer", "that are empty")
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,8 @@ def extract_interactions(
             reason = AFTER_SYSTEM if role == "system" else AFTER_FILE if role in FILE_ROLES else AFTER_TOOL
             left_out[reason] += 1 if conversation.single else lost
     interactions: list[Interaction] = []
+    if re.match("a+u", _signs(conversation.messages)) and not conversation.single:
+        left_out[AFTER_GREETING] += 1
     for t in range(1, len(turns) - 1):
         if turns[t]["role"] != "assistant" or (conversation.single and t != len(turns) - 2):
             continue
@@ -155,10 +160,10 @@ def extract_interactions(
             left_out[own["left_out"]] += 1
             continue
         completion = own.get("completion", turns[t]["content"])
-        if is_blank(completion) or is_blank(turns[t - 1]["content"]) or is_blank(turns[t + 1]["content"]):
-            continue
-        if several[t]:
-            left_out[AFTER_SEVERAL] += 1
+        texts = (turns[t - 1]["content"], completion, turns[t + 1]["content"])
+        empty = next((why for why, text in zip(EMPTY, texts) if is_blank(text)), None)
+        if empty or several[t]:
+            left_out[empty or AFTER_SEVERAL] += 1
             continue
         start = 0 if max_history_messages is None else max(0, t - max_history_messages)
         while turns[start]["role"] != "user":
@@ -214,6 +219,11 @@ def _turns(messages: Sequence[Mapping]) -> tuple[list[dict], list[dict], list[bo
 
 
 def _count_followups(messages: Sequence[Mapping]) -> int:
-    """How often a user's message follows an answer to a user; calls and tools' results are answers."""
+    """How often a user's message follows an answer to a user."""
+    return len(re.findall("au", _signs(messages).lstrip("a")))
+
+
+def _signs(messages: Sequence[Mapping]) -> str:
+    """A letter for each message but systems': u of a user, a of an answer; calls and tools' results are answers."""
     signs = {"user": "u", "user file": "u", "system": "", "system file": ""}
-    return len(re.findall("au", "".join(signs.get(m["role"], "a") for m in messages).lstrip("a")))
+    return "".join(signs.get(m["role"], "a") for m in messages)

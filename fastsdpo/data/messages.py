@@ -169,11 +169,15 @@ def parse_message(message: Any) -> dict:
     elif "from" in message:
         speaker, (own, other) = message["from"], ("value", "content")
     else:
-        raise TypeError(f"must have 'role' or 'from', got the keys {show(list(message))}")
+        raise TypeError(
+            f"must have 'role' or 'from', got the keys {show(list(message))} (--map role=PATH reads another)"
+        )
     content = message.get(own)
     content = message.get(other) if content is None else content
+    if content is None and isinstance(message.get("refusal"), str):  # OpenAI's, in the place of the content
+        content = message["refusal"]
     if not isinstance(speaker, str):
-        raise TypeError(f"role must be text, got {show(speaker)}")
+        raise TypeError(f"role must be text, got {show(speaker)} (--map role=PATH,role.user=NAME reads others)")
     role = ROLES.get(speaker) or ROLES.get(speaker.strip().lower())
     if role is None:
         raise ValueError(

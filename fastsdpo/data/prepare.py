@@ -28,13 +28,14 @@ from fastsdpo.data.progress import ProgressBar
 from fastsdpo.data.published import PublishedReader
 from fastsdpo.data.readers.registry import RecordParser
 from fastsdpo.data.reading import BatchReader, ReadOptions, ReadReport, seldom_collected
-from fastsdpo.data.record_fields import RecordFields, parse_time
+from fastsdpo.data.record_fields import RecordFields
 from fastsdpo.data.redaction import redaction_settings
 from fastsdpo.data.sources import expand_source
 from fastsdpo.data.spool import Spool, read_settings
-from fastsdpo.data.workers import Workers, cut, default_workers
+from fastsdpo.data.times import parse_time
+from fastsdpo.data.workers import Workers, can_share, cut, default_workers
 
-FORMAT = 4  # of the rows; where a run of another format has finished, that is no reason to do nothing
+FORMAT = 5  # of the rows; where a run of another format has finished, that is no reason to do nothing
 
 
 def prepare(
@@ -88,7 +89,7 @@ def prepare(
             killed, replace what it has written.
         progress: show a progress bar on the terminal.
         keep: keys whose values are copied from a record to its rows; null if the record has no such key.
-        eval_after: hold out the conversations from this time on (`record_fields.parse_time`), in place of a
+        eval_after: hold out the conversations from this time on (`times.parse_time`), in place of a
             fraction. A later conversation that begins like an earlier one is left out. A record without a time
             is dropped.
         layout: "fastsdpo", or "trl": the answer is a list of one message, which TRL's trainers read.
@@ -189,10 +190,10 @@ class _Job:
         self.outputs = [output, held_out] if holds_out else [output]
         if len({path.absolute() for path in self.outputs}) != len(self.outputs):
             raise ValueError(f"prepare: eval_output must differ from output, got {output} for both")
-        self.items = expand_source(sources)
-        self.options = ReadOptions(self.rules, limit, config, split, strict, redact, fields, self.eval_after, layout)
         self.partial = output.with_name(output.name + ".partial")
         self.report_path = output.with_name(f"{output.stem}.report.json")
+        self.items = self._sources(sources)
+        self.options = ReadOptions(self.rules, limit, config, split, strict, redact, fields, self.eval_after, layout)
         self.settings = {
             "format": FORMAT,
             "sources": [_identity(item) for item in self.items],
@@ -209,6 +210,23 @@ class _Job:
             "layout": layout,
             "outputs": [str(path.absolute()) for path in self.outputs],
         }
+
+    def _sources(self, sources: Sequence[str | PathLike]) -> list[Path | str]:
+        """What to read: not what this command writes, where that lies in a folder to read.
+
+        Raises:
+            ValueError: a file to read would be replaced.
+        """
+        own = {path.resolve() for path in (*self.outputs, self.report_path, self.partial)}
+        for source in sources:
+            if Path(source).resolve() in own:
+                raise ValueError(f"prepare: output must be another file than what is read, got {source} for both")
+        items = [
+            item for item in expand_source(sources) if isinstance(item, str) or own.isdisjoint(_with_folders(item))
+        ]
+        if not items:
+            raise FileNotFoundError("prepare: the sources hold nothing but what this command has written")
+        return items
 
     def set_layout(self, parser: RecordParser, rating_followups: RatingFollowups | None) -> None:
         """What reads the records; a part of the settings where it is not the default."""
@@ -249,7 +267,8 @@ class _Job:
         parser = self.options.parser
         workers = default_workers(self.items, parser) if workers is None else workers
         # Where reading may end early, it goes on record by record.
-        if workers > 1 and self.options.limit is None and not self._wants_first:
+        shared = workers > 1 and self.options.limit is None and not self._wants_first
+        if shared and can_share(self.items, parser):
             with Workers(workers, self.options, spool) as pool:
                 for batch in pool.read(cut(self.items, self.options), report):
                     spool.add(batch)
@@ -319,6 +338,11 @@ def _time(name: str, value: str | float) -> float:
         return parse_time(value)
     except ValueError as error:
         raise ValueError(f"prepare: {name}: {error}") from None
+
+
+def _with_folders(path: Path) -> list[Path]:
+    path = path.resolve()
+    return [path, *path.parents]
 
 
 def _identity(item: Path | str) -> list:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import re
-import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,90 +11,21 @@ from typing import Any
 from fastsdpo.data.interactions import Conversation
 from fastsdpo.data.layouts import INTERACTION_KEYS, MESSAGE_KEYS
 from fastsdpo.data.messages import SYSTEM_KEYS
+from fastsdpo.data.times import TIME_KEYS, first_time
 
-# Where a record says when it was made, and by which model; the first that can be read counts.
-TIME_KEYS = (
-    "timestamp",
-    "created_at",
-    "create_time",
-    "created",
-    "createdAt",
-    "time",
-    "date",
-    "start_time",
-    "startTime",
-)
+# Where a record says by which model it was made.
 MODEL_KEYS = ("model", "model_name")
 # What a row has anyway, and what would be read as its messages or its system prompt.
 NOT_KEPT = ("id", "conversation_id", "turn_id", *INTERACTION_KEYS, *MESSAGE_KEYS, *SYSTEM_KEYS)
 
-_ISO = re.compile(
-    r"(\d{4})-?(\d\d)-?(\d\d)(?:[T ]+(\d\d):?(\d\d)(?::?(\d\d)(?:[.,](\d{1,9}))?)?)?\s*(Z|UTC|[+-]\d\d(?::?\d\d)?)?",
-    re.I,
-)
-_NUMBER = re.compile(r"-?\d{9,}(?:\.\d*)?")
-
-
-def parse_time(value: Any) -> float:
-    """Returns a time in any of the usual forms as seconds since 1970 (UTC).
-
-    Args:
-        value: ISO 8601 text, a date or datetime, or a number since 1970 in seconds, milliseconds, microseconds
-            or nanoseconds, told apart by its size. A date alone is the beginning of the day. A time without a
-            zone is UTC.
-
-    Raises:
-        ValueError: the value has none of these forms.
-    """
-    if isinstance(value, str):
-        text = value.strip()
-        if _NUMBER.fullmatch(text):
-            return parse_time(float(text))
-        found = _ISO.fullmatch(text)
-        if found:
-            return _iso_time(found, value)
-    elif isinstance(value, datetime.datetime):
-        return (value if value.tzinfo else value.replace(tzinfo=datetime.timezone.utc)).timestamp()
-    elif isinstance(value, datetime.date):
-        return datetime.datetime(value.year, value.month, value.day, tzinfo=datetime.timezone.utc).timestamp()
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        for largest, unit in ((1e11, 1), (1e14, 1e3), (1e17, 1e6), (1e20, 1e9)):
-            if abs(value) < largest:
-                return value / unit
-    raise ValueError(f"a time must be an ISO date or seconds since 1970, got {reprlib.repr(value)}")
-
-
-def _iso_time(found: re.Match, value: str) -> float:
-    *numbers, fraction, zone = found.groups()
-    year, month, day, hour, minute, second = (int(number or 0) for number in numbers)
-    try:
-        moment = datetime.datetime(year, month, day, hour, minute, second, tzinfo=datetime.timezone.utc)
-    except ValueError as error:
-        raise ValueError(f"a time must be an ISO date or seconds since 1970, got {value!r}: {error}") from None
-    seconds = moment.timestamp() + float(f"0.{fraction or 0}")
-    if zone and zone[0] in "+-":
-        digits = zone[1:].replace(":", "").ljust(4, "0")
-        ahead = 3600 * int(digits[:2]) + 60 * int(digits[2:])
-        seconds -= -ahead if zone[0] == "-" else ahead
-    return seconds
-
 
 def record_time(record: Any) -> float | None:
     """Returns a record's time, or else its latest message's, in seconds since 1970; None if neither is readable."""
-    own = _first_time(record)
+    own = first_time(record)
     if own is not None:
         return own
-    times = [time for message in record_messages(record) if (time := _first_time(message)) is not None]
+    times = [time for message in record_messages(record) if (time := first_time(message)) is not None]
     return max(times, default=None)
-
-
-def _first_time(record: Any) -> float | None:
-    for key in TIME_KEYS if isinstance(record, Mapping) else ():
-        try:
-            return parse_time(record.get(key))
-        except ValueError:
-            continue
-    return None
 
 
 def record_model(record: Any) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastsdpo.data.json_records import COMPRESSIONS, json_records
 from fastsdpo.data.readers.registry import RecordParser
-from fastsdpo.data.readers.tables import group_rows
+from fastsdpo.data.readers.tables import PartsOfFiles, group_rows
 from fastsdpo.data.records import Entry, LoadReport, Problem
 from fastsdpo.data.text_records import TABLE_SUFFIXES, is_vllm_log, table_records, vllm_log_records
 from fastsdpo.lazy import needed
@@ -20,6 +20,7 @@ from fastsdpo.lazy import needed
 logger = logging.getLogger("fastsdpo.data")
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+TRIED_RECORDS = 1000  # to find one that is not damaged
 SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, ".parquet")
 
 
@@ -93,6 +94,7 @@ def read_sources(
     sizes = [item.stat().st_size if isinstance(item, Path) else 0 for item in items]
     if all(isinstance(item, Path) and item.is_file() for item in items):
         report.bytes_total = sum(sizes)
+    parts = None if parser is None or len(items) == 1 else PartsOfFiles(parser)
     for number, item in enumerate(items):
         report.source = number
         before = sum(sizes[:number])
@@ -102,16 +104,34 @@ def read_sources(
 
         if isinstance(item, str) or item.is_dir():
             entries = dataset_records(item, config, split)
-        elif _suffix(item) == ".parquet":
-            entries = _parquet_records(item, progress, parser or RecordParser(), columns)
-        elif is_table(item):
-            entries = table_records(item, progress, max_record_bytes)
-        elif is_vllm_log(item):
-            entries = vllm_log_records(item, progress)
         else:
-            entries = json_records(item, progress, max_record_bytes)
-        yield from entries if parser is None else group_rows(entries, parser.row_key)
+            entries = _file_records(item, progress, max_record_bytes, columns, parser or RecordParser())
+        entries = entries if parser is None else group_rows(entries, parser.row_key)
+        yield from entries if parts is None else (parts.check(entry, str(item)) for entry in entries)
         report.bytes_done = before + sizes[number]
+
+
+def _file_records(
+    path: Path, progress: Callable[[int], None], max_record_bytes: int, columns: Collection[str], parser: RecordParser
+) -> Iterator[Entry]:
+    if _suffix(path) == ".parquet":
+        return _parquet_records(path, progress, parser, columns)
+    if is_table(path):
+        return table_records(path, progress, max_record_bytes)
+    if is_vllm_log(path):
+        return vllm_log_records(path, progress)
+    return json_records(path, progress, max_record_bytes)
+
+
+def may_have_rows(item: Path | str, parser: RecordParser, max_record_bytes: int) -> bool:
+    """Whether the first record of a file is one message of a conversation, or lies behind too many damaged ones."""
+    if not isinstance(item, Path) or not item.is_file():
+        return False
+    entries = _file_records(item, lambda done: None, max_record_bytes, (), parser)
+    for tried, entry in enumerate(entries):
+        if entry.problem is None or tried == TRIED_RECORDS:
+            return entry.problem is not None or parser.row_key(entry.record) is not None
+    return False
 
 
 def dataset_records(name: str | Path, config: str | None, split: str, shard: int | None = None) -> Iterator[Entry]:
@@ -170,7 +190,7 @@ def _parquet_records(
             end = row + file.metadata.row_group(group).num_rows
             try:
                 for batch in file.iter_batches(64, row_groups=[group], columns=columns):
-                    for record in batch.to_pylist():
+                    for record in batch.to_pylist(maps_as_pydicts="lossy"):
                         yield Entry(f"{path} row {row}", record)
                         row += 1
                     progress(size * row // total)

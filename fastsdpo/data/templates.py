@@ -82,6 +82,11 @@ class HindsightTemplate:
     @classmethod
     def parse(cls, name_or_text: str) -> HindsightTemplate:
         """Makes a template from a text with ``{o}``, or else from a preset's name; for command lines and configs."""
+        if "{o}" not in name_or_text and name_or_text not in PRESETS:
+            raise ValueError(
+                f"HindsightTemplate: name must be one of {', '.join(PRESETS)}, or a text with {{o}}, "
+                f"got {name_or_text!r}"
+            )
         return cls(name_or_text) if "{o}" in name_or_text else cls.preset(name_or_text)
 
     def render(self, followup: str) -> str:

@@ -70,7 +70,7 @@ def _rows(reader: Any, header: list[str], path: Path, report: Callable[[], None]
         try:
             "".join(row).encode()
         except UnicodeEncodeError:
-            yield Entry(where, None, Problem("invalid UTF-8", "invalid UTF-8"))
+            yield Entry(where, None, Problem("invalid UTF-8", "invalid UTF-8; save the file as UTF-8"))
             continue
         yield Entry(where, dict(zip(header, row)))
 

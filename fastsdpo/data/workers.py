@@ -19,22 +19,21 @@ import random
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastsdpo.data.json_records import find_lines, json_records, split_lines
+from fastsdpo.data.json_records import find_lines, split_lines
 from fastsdpo.data.loading import MAX_RECORD_BYTES
 from fastsdpo.data.merging import LightRecord, RecordKeys
 from fastsdpo.data.readers.registry import RecordParser
 from fastsdpo.data.reading import Piece, ReadOptions, ReadReport
-from fastsdpo.data.sources import JSON_SUFFIXES, separate_shards
+from fastsdpo.data.sources import JSON_SUFFIXES, may_have_rows, separate_shards
 from fastsdpo.data.spool import Batch, Spool
 
 PIECE_BYTES = 1 << 20
 PIECES_EACH = 2  # that a worker has, read or not
 PIPE_BYTES = 1 << 18  # room for the keys of a piece, so that a worker need not wait until they are read
-TRIED_RECORDS = 1000  # to find one that is not damaged
 MOST_WORKERS = 8  # where nobody says how many
 LEAST_BYTES = 32 << 20  # less is read before workers have started
 
@@ -56,11 +55,12 @@ def _lines_of(item: Path | str, parser: RecordParser) -> tuple[int, int] | None:
     if not isinstance(item, Path) or item.suffix.lower() not in JSON_SUFFIXES or not item.is_file():
         return None
     lines = find_lines(item, MAX_RECORD_BYTES)
-    if lines is not None:
-        for entry in itertools.islice(json_records(item, lambda done: None, MAX_RECORD_BYTES), TRIED_RECORDS):
-            if entry.problem is None:
-                return lines if parser.row_key(entry.record) is None else None
-    return None
+    return None if lines is None or may_have_rows(item, parser, MAX_RECORD_BYTES) else lines
+
+
+def can_share(items: Sequence[Path | str], parser: RecordParser) -> bool:
+    """Whether several processes can read the sources: not where conversations may have rows in two of them."""
+    return len(items) == 1 or sum(may_have_rows(item, parser, MAX_RECORD_BYTES) for item in items) < 2
 
 
 def cut(items: list[Path | str], options: ReadOptions) -> Iterator[Piece]:

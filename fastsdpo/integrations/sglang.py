@@ -73,6 +73,12 @@ def _entries(
         )
     if topk is not None and not best:
         raise ValueError(f"{where}: must have input_top_logprobs; ask for them with top_logprobs_num={topk}")
+    read = meta.get("prompt_tokens", len(token_ids))
+    if read != len(token_ids):
+        raise ValueError(
+            f"{where}: must have read the {len(token_ids)} tokens that were sent, got prompt_tokens = {read}; "
+            "was the sequence cut on the server?"
+        )
     lists = [own] if topk is None else [own, best]
     for scores in lists:
         if len(scores) != len(own) or len(scores) > len(token_ids):
@@ -92,7 +98,12 @@ def _entries(
         if logprob is None:
             found.append(None)
             continue
-        tokens = {} if topk is None else {i: value for value, i, _ in (_triple(here, t) for t in scores[1] or [])}
+        tokens: dict[int, Any] = {}
+        for entry in (scores[1] or []) if topk is not None else []:
+            value, listed, _ = _triple(here, entry)
+            if listed in tokens:
+                raise ValueError(f"{here}: must list distinct tokens, got {listed} twice")
+            tokens[listed] = value
         found.append({**tokens, token: logprob})
     return found
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastsdpo.online.presets import PRESETS
+from fastsdpo.settings import OFFLINE
 from fastsdpo.settings import OnlineSDPOSettings as OnlineSDPOSettings
 from fastsdpo.trainer.config import SDPOConfig
+from fastsdpo.trainer.inherited import BY_LOSS
 from fastsdpo.trainer.presets import with_preset
 
 
@@ -29,7 +31,8 @@ class OnlineSDPOConfig(OnlineSDPOSettings, SDPOConfig):
     before the first answer).
     """
 
-    def __post_init__(self):
+    def _check_method(self) -> None:
+        super()._check_method()
         clip = self.ppo_clip
         self._check(clip is None or 0 < clip < 1, "ppo_clip", "be in (0, 1) or None")
         self._check(clip is None or self.mode == "sampled_token", "ppo_clip", "be None unless mode='sampled_token'")
@@ -38,11 +41,13 @@ class OnlineSDPOConfig(OnlineSDPOSettings, SDPOConfig):
         share = self.stop_when_degenerate
         self._check(share is None or 0 < share <= 1, "stop_when_degenerate", "be in (0, 1] or None")
         self._check(0 <= self.min_entropy_share < 1, "min_entropy_share", "be in [0, 1)")
-        self._check(
-            self.shuffle_buffer is None, "shuffle_buffer", "be None: prompts are read whole and shuffled whole"
-        )
-        self.teacher_check = self.measure_interactions = self.measure_answers = 0
-        super().__post_init__()
+        for name in OFFLINE:
+            usual = self.__dataclass_fields__[name].default
+            self._check(getattr(self, name) == usual, name, f"be {usual!r}: it is of logged interactions (SDPOConfig)")
+        best, schedule = self.metric_for_best_model, getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        if self.load_best_model_at_end or schedule in BY_LOSS:
+            rule = "name a figure of held-out answers, such as satisfaction: there is no held-out loss"
+            self._check(best not in (None, "loss", "eval_loss"), "metric_for_best_model", rule)
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> OnlineSDPOConfig:

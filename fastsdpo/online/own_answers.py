@@ -23,6 +23,7 @@ from fastsdpo.data import TokenizedInteraction
 from fastsdpo.online.rules import Rule
 from fastsdpo.online.sampling import generate
 from fastsdpo.online.terminal import shortened
+from fastsdpo.online.winrate import wilson
 from fastsdpo.trainer.measures import Scorer
 from fastsdpo.trainer.measures_sample import Contexts, make_contexts
 from fastsdpo.trainer.processes import gather_list
@@ -137,7 +138,7 @@ class OwnAnswers(TrainerCallback):
             "probabilities; there is no judge)"
         ]
         if self.rule is not None:
-            lines.append(f"rule {self.rule.name}: " + self._fulfilled(("before", "with_followup", "with_unrelated")))
+            lines.append(self._fulfilled(("before", "with_followup", "with_unrelated")))
         return lines
 
     def changes(self, shown: int = 3) -> list[str]:
@@ -146,7 +147,7 @@ class OwnAnswers(TrainerCallback):
             return []
         lines = []
         if self.rule is not None:
-            lines.append(f"rule {self.rule.name}: " + self._fulfilled(("before", "with_followup", "after")))
+            lines.append(self._fulfilled(("before", "with_followup", "after")))
         for row in self.rows[:shown]:
             lines.append(f"  question        {shortened(row['prompt'], 96)}")
             for title in ("before", "with_followup", "after"):
@@ -159,6 +160,6 @@ class OwnAnswers(TrainerCallback):
         parts = []
         for name in names:
             share = sum(self.rule.holds(row[name]) for row in self.rows) / len(self.rows)
-            error = (share * (1 - share) / len(self.rows)) ** 0.5
-            parts.append(f"{name.replace('_', ' ')} {share:.0%} +- {2 * error:.0%}")
-        return ", ".join(parts)
+            low, high = wilson(share, len(self.rows))  # 0 of 8 is no certain 0%
+            parts.append(f"{name.replace('_', ' ')} {share:.0%} ({low:.0%} to {high:.0%})")
+        return f"rule {self.rule.name} (95% interval): {', '.join(parts)}"

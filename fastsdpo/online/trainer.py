@@ -7,6 +7,7 @@ happens in `prepare_batches`, between the data loader and the loss: sampling, as
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,6 +31,8 @@ from fastsdpo.online.users import UserSimulator
 from fastsdpo.trainer.processes import gather_list
 from fastsdpo.trainer.step_trainer import StepTrainer
 from fastsdpo.trainer.whole_weights import unsharded
+
+logger = logging.getLogger("fastsdpo.online")
 
 STATE_FILE = "online_state_{}.json"  # of each process, in checkpoints
 
@@ -79,6 +82,7 @@ class OnlineSDPOTrainer(StepTrainer):
         )
         if self.tokenize is None:
             raise ValueError("OnlineSDPOTrainer: processing_class must be a tokenizer, got None")
+        self._warn_of_shared_prompts()
         self.user: Any = user
         self.generation = Generation(self)
         self.figures = AnswerFigures()
@@ -100,9 +104,21 @@ class OnlineSDPOTrainer(StepTrainer):
     def make_dataset(self, source: Any, name: str) -> Any:
         if source is None:
             return None
-        if isinstance(source, dict):
+        if isinstance(source, dict) and name != "train_dataset":
             return {key: PromptDataset.from_source(value, f"{name}[{key!r}]") for key, value in source.items()}
         return PromptDataset.from_source(source, name)
+
+    def _warn_of_shared_prompts(self) -> None:
+        """A warning where held-out prompts are trained on."""
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"held-out": self.eval_dataset}
+        trained = {json.dumps(messages) for messages in self.train_dataset.prompts}
+        for name, dataset in held_out.items():
+            prompts = [] if dataset is None else dataset.prompts
+            if shared := sum(json.dumps(messages) in trained for messages in prompts):
+                logger.warning(
+                    "%d of the %d %s prompts are trained on too: what their answers show is no measure of new ones",
+                    *(shared, len(prompts), name),
+                )
 
     def data_order(self) -> dict[str, Any]:
         args = self.args
@@ -125,9 +141,13 @@ class OnlineSDPOTrainer(StepTrainer):
         return PromptSampler(len(eval_dataset), step=step, shuffle=False)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        if eval_dataset is not None and not isinstance(eval_dataset, (str, PromptDataset)):
+        named = isinstance(self.eval_dataset, dict) and eval_dataset in list(self.eval_dataset)
+        if eval_dataset is not None and not named:
             eval_dataset = PromptDataset.from_source(eval_dataset, "eval_dataset")
         return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        return super().get_test_dataloader(self.make_dataset(test_dataset, "test_dataset"))
 
     def idle_interaction(self) -> TokenizedInteraction:
         return self.tokenize(Interaction(self.train_dataset.prompts[0], "", "-"))
@@ -138,7 +158,9 @@ class OnlineSDPOTrainer(StepTrainer):
     def interactions(self) -> int:
         """How many answers users had been asked about when the current batch began, over all processes."""
         batch = self.state.global_step // self.args.updates_per_batch
-        return batch * self.step_size * self.args.num_generations
+        prompts, size = 0 if self.train_dataset is None else len(self.train_dataset), self.step_size
+        epochs, batches = divmod(batch, max(1, -(-prompts // size)))  # the last batch of an epoch has what is left
+        return (epochs * prompts + batches * size) * self.args.num_generations
 
     def prepare_batches(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Samples answers and asks the user, or uses the last answers once more (`updates_per_batch`)."""

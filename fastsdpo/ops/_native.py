@@ -61,9 +61,13 @@ def _call(
 def forward(
     student: Tensor, teacher: Tensor | None, tokens: Tokens, options: LossOptions, grad: Tensor | None = None
 ) -> RowResults:
-    n, topk = len(tokens.target_ids), options.mode == "topk"
+    n, classes = len(tokens.target_ids), torch.Size([0])
+    if options.mode == "topk" and tokens.topk_ids is not None:
+        classes = tokens.topk_ids.shape
+    elif options.mode == "full" and grad is None:
+        classes = torch.Size([n, 2])
     stats = torch.zeros((n, STATISTICS) if grad is None else (0,))
-    class_grads = torch.empty(tokens.topk_ids.shape if topk and tokens.topk_ids is not None else 0)
+    class_grads = torch.empty(classes)
     per_token, coef, student_logps, teacher_logps = (torch.empty(n) for _ in range(4))
     found = RowResults(per_token, coef, student_logps, teacher_logps, stats, class_grads)
     fields = {} if options.mode == "sampled_token" else {"alpha": options.alpha}

@@ -237,8 +237,11 @@ def _(student, teacher, tokens, mode, floats, integers, backend):
     dtype = accumulation_dtype(student, *([] if teacher is None else [teacher]))
     row = student.new_empty(inputs.target_ids.shape[0], dtype=dtype)
     stats = row.new_empty(row.shape[0], STATISTICS)
-    ids = inputs.topk_ids if mode.startswith("topk") else None
-    grads = row.new_empty((0,) if ids is None else ids.shape)
+    grads = row.new_empty(0)
+    if inputs.topk_ids is not None and mode.startswith("topk"):
+        grads = row.new_empty(inputs.topk_ids.shape)
+    elif backend == "native" and mode.startswith("full"):
+        grads = row.new_empty(row.shape[0], 2)
     return row.new_empty(()), *(torch.empty_like(row) for _ in range(4)), stats, grads
 
 

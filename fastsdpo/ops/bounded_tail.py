@@ -56,7 +56,7 @@ def add_tail_class(logps: Tensor) -> tuple[Tensor, Tensor]:
 
 def support_logps(logits: Tensor, stats: Tensor, ids: Tensor, options: LossOptions) -> Tensor:
     """Log-probs ``[N, K]`` on the support."""
-    c = logits.gather(-1, ids.view(*logits.shape[:2], -1)).reshape(ids.shape).to(stats.dtype)
+    c = logits.gather(-1, ids.view(*logits.shape[:2], ids.shape[1])).reshape(ids.shape).to(stats.dtype)
     if options.softcap:
         c = torch.where(c == -math.inf, c, options.softcap * torch.tanh(c / options.softcap))
     row_max, log_sum = stats[:, :1], stats[:, 1:] * 0.6931471805599453

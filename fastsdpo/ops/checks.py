@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,12 +26,22 @@ def shape_text(shape: Sequence[int]) -> str:
 def check_tensor(name: str, argument: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested tensor" if value.is_nested else value.layout
+        raise TypeError(f"{name}: {argument} must be a dense tensor, got {kind}")
     return value
+
+
+def refuse_tangent(name: str, argument: str, tensor: Tensor) -> Tensor:
+    """Operators would drop a tangent of forward-mode derivatives without a word."""
+    if not torch.compiler.is_compiling() and unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(f"{name}: {argument} must have no tangent: derivatives are in reverse mode only")
+    return tensor
 
 
 def check_logits(name: str, argument: str, logits: Any, axis: str = "V") -> Tensor:
     """A floating tensor (..., V) with V >= 1; ``axis`` is how errors call V."""
-    logits = check_tensor(name, argument, logits)
+    logits = refuse_tangent(name, argument, check_tensor(name, argument, logits))
     if logits.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: {argument} must be float16, bfloat16, float32 or float64, got {logits.dtype}")
     if logits.ndim < 1 or logits.shape[-1] < 1:
@@ -88,6 +100,12 @@ def check_alpha(name: str, alpha: float) -> float:
 def check_is_clip(name: str, is_clip: float | None) -> None:
     if is_clip is not None and not is_clip > 0:
         raise ValueError(f"{name}: is_clip must be > 0 or None, got {is_clip}")
+
+
+def check_ignore_index(name: str, ignore_index: Any) -> int:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt, Integral)):
+        raise TypeError(f"{name}: ignore_index must be an integer, got {ignore_index!r}")
+    return int(ignore_index)
 
 
 def check_topk(name: str, topk: int | None, vocabulary: int) -> int:

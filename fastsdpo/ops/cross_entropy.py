@@ -45,9 +45,10 @@ def backward(upstream: Tensor, found: RowResults, call: RowCall, grad: Tensor) -
         rows.backward(upstream, found, call, grad)
         return
     slopes, at, dtype = -tokens.ce_weights * upstream, label_options(options), accumulation_dtype(student)
+    labels = rows.of_weight(tokens.target_ids, tokens.ce_weights, options)
     for which, (logits, others, out) in rows.row_blocks(student, teacher, grad):
         assert logits is not None and out is not None
-        part, ids = RowResults(*(v[which] if v.numel() else v for v in found)), tokens.target_ids[which]
+        part, ids = RowResults(*(v[which] if v.numel() else v for v in found)), labels[which]
         first, second = (torch.empty_like(logits, dtype=dtype) for _ in range(2))
         rows.backward(upstream, part, RowCall(logits, others, tokens.chunk(which), options, backend), first)
         stats = rows.token_forward(logits, ids, at, backend).stats

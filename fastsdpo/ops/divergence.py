@@ -37,6 +37,7 @@ from fastsdpo.ops.checks import (
     accumulation_dtype,
     as_rows,
     check_alpha,
+    check_ignore_index,
     check_is_clip,
     check_like,
     check_logits,
@@ -131,12 +132,16 @@ def check_loss(
     if topk is not None and mode != "topk":
         raise ValueError(f"{name}: topk must be None unless mode='topk', got topk={topk}")
     check_is_clip(name, is_clip)
+    ignore_index = check_ignore_index(name, ignore_index)
     target_ids = check_like(name, "target_ids", target_ids, shape, device, integer=True)
 
     topk_ids = topk_logps = None
     if teacher_topk is not None:
         topk_ids, topk_logps = _check_teacher_topk(name, teacher_topk, topk, vocabulary, shape, device, dtype)
         topk = topk_ids.shape[-1]
+        # Padding may hold any ids where the target is ignored.
+        ignored = (target_ids == ignore_index).reshape(-1, 1)
+        topk_ids = torch.where(ignored, torch.arange(topk, device=device), topk_ids)
     elif mode == "topk":
         topk = check_topk(name, topk, vocabulary)
     bounded_tail = bounded_tail and mode == "topk" and add_tail
@@ -150,7 +155,7 @@ def check_loss(
     options = LossOptions(
         temperature=check_temperature(name, temperature),
         softcap=check_softcap(name, softcap),
-        ignore_index=int(ignore_index),
+        ignore_index=ignore_index,
         mode=mode,
         alpha=alpha,
         topk=topk or 0,
@@ -238,7 +243,8 @@ def sdpo_loss(
             last of it is the backend's choice.
         add_tail: one more class for all tokens outside the support; False renormalizes both
             distributions over it.
-        weights: ``(...)`` w_t; None is the mean over the tokens that are not ignored.
+        weights: ``(...)`` w_t; None is the mean over the tokens that are not ignored. A token of weight 0 costs and
+            gives nothing (on a GPU, a loss from hidden states: unless its divergence is infinite or NaN).
         teacher_logps: ``(...)`` the teacher's log-probs of the targets, for ``"sampled_token"``.
         teacher_topk: ``(ids (..., K), logps (..., K))`` the teacher's most likely tokens and their
             log-probs under its whole distribution, for ``"topk"``; ids distinct in each row.

@@ -233,6 +233,7 @@ def through_head(
     *,
     teacher_hidden: Tensor | None = None,
     teacher_head: HeadGemms | None = None,
+    live: Tensor | None = None,
     columns: int = 0,
 ) -> Gradients:
     """Runs ``tile_loss`` over the logits of all tokens, chunk by chunk.
@@ -240,6 +241,7 @@ def through_head(
     Args:
         hidden, teacher_hidden: ``(N, D)``; without a ``teacher_head`` one GEMM of the student's head serves both.
         needs: which gradients are wanted; if none, ``tile_loss`` gets no gradient buffer.
+        live: ``[N]``, False where a token has no gradient: its hidden states may be NaN.
         columns: how many columns a tile has beyond the vocabulary; they are -inf in every row.
     """
     tokens, width = len(hidden), head.vocabulary + columns
@@ -275,7 +277,7 @@ def through_head(
         if rows.stop == tokens or rows.stop - first == group * chunk:
             grad = student if buffer is None else buffer[: rows.stop - first]
             done = slice(first, rows.stop)
-            _add_gradients(head, grad[:, : head.vocabulary], hidden, done, out)
+            _add_gradients(head, grad[:, : head.vocabulary], hidden, live, done, out)
             first = rows.stop
     return_tiles(tiles)
     return out
@@ -293,11 +295,16 @@ def _new_gradients(hidden: Tensor, weight: Tensor, needs: Needs) -> Gradients:
     )
 
 
-def _add_gradients(head: HeadGemms, grad: Tensor, hidden: Tensor, rows: slice, out: Gradients) -> None:
+def _add_gradients(
+    head: HeadGemms, grad: Tensor, hidden: Tensor, live: Tensor | None, rows: slice, out: Gradients
+) -> None:
     """Carries ``grad [n, V]`` of the tokens ``rows`` to the hidden states and the head."""
     if out.hidden is not None:
         head.hidden_gradient(grad, out.hidden[rows])
     if out.weight is not None:
-        head.accumulate(grad, hidden[rows].to(head.operand), out.weight, first=rows.start == 0)
+        x = hidden[rows].to(head.operand)
+        if live is not None:
+            x = torch.where(live[rows, None], x, 0.0)
+        head.accumulate(grad, x, out.weight, first=rows.start == 0)
     if out.bias is not None:
         out.bias.add_(grad.sum(0, dtype=out.bias.dtype))

@@ -85,7 +85,9 @@ def linear_forward(
     teacher_head = None
     if call.teacher_weight is not None:
         teacher_head = HeadGemms(call.teacher_weight, call.teacher_bias, plan.operand)
-    shared = {"teacher_hidden": call.teacher_hidden, "teacher_head": teacher_head}
+    shared: dict[str, Any] = {"teacher_hidden": call.teacher_hidden, "teacher_head": teacher_head}
+    if needs[1]:
+        shared["live"] = call.live()
     head = HeadGemms(weight, bias, plan.operand)
     if call.vocab_group is None:
         tile_loss = RowLoss(call)

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsdpo.ops.checks import FLOAT_DTYPES, as_rows, check_like, check_logits, check_tensor, shape_text
+from fastsdpo.ops.checks import (
+    FLOAT_DTYPES,
+    as_rows,
+    check_like,
+    check_logits,
+    check_tensor,
+    refuse_tangent,
+    shape_text,
+)
 from fastsdpo.ops.head import default_chunk_size, has_mixed_gemm
 
 
@@ -29,7 +37,7 @@ def gathered(tensor: Tensor | None) -> Tensor | None:
 def check_head_tensors(
     name: str, argument: str, hidden: Tensor, weight: Any, bias: Any
 ) -> tuple[Tensor, Tensor | None]:
-    weight = check_tensor(name, argument, weight)
+    weight = refuse_tangent(name, argument, check_tensor(name, argument, weight))
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: {argument} must be floating, got {weight.dtype}")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:

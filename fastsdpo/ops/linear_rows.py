@@ -49,6 +49,16 @@ class LinearCall:
     policy: PolicyGradient | None = None
     vocab_group: Any = None
 
+    def live(self) -> Tensor:
+        """``[N]``, whether a token has a part in any gradient."""
+        counted = self.tokens.target_ids != self.options.ignore_index
+        live = counted & (self.tokens.weights != 0)
+        if self.tokens.ce_weights is not None:
+            live |= counted & (self.tokens.ce_weights != 0)
+        if self.policy is not None:
+            live |= (self.policy.target_ids != self.options.ignore_index) & (self.policy.grad_logps != 0)
+        return live
+
 
 class RowVectors:
     """Per-token results ``[N]`` of all chunks; 0 where nothing is written."""
@@ -105,7 +115,7 @@ class RowLoss:
         if grad is None:
             return None, found.logps
         tile = self.second = torch.empty_like(grad) if self.second is None else self.second
-        second, ids = tile[: len(grad)], loss.target_ids
+        second, ids = tile[: len(grad)], rows.of_weight(loss.target_ids, loss.grad_logps, options)
         rows.token_backward(loss.grad_logps, found.stats, logits, ids, options, self.call.backend, second.unsqueeze(0))
         return second, found.logps
 

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from fastsdpo.ops import token_terms
 from fastsdpo.ops.backend import resolve_backend
-from fastsdpo.ops.checks import check_like, check_logits, check_softcap, check_temperature, flat_ids
+from fastsdpo.ops.checks import (
+    check_ignore_index,
+    check_like,
+    check_logits,
+    check_softcap,
+    check_temperature,
+    flat_ids,
+)
 from fastsdpo.ops.head import ChunkPlan, choose_dtypes
 from fastsdpo.ops.linear_checks import check_chunk, check_head_tensors, check_scale, check_tile, flat_hidden, gathered
 from fastsdpo.ops.rows import LossOptions
@@ -73,7 +80,7 @@ def linear_token_logps(
     chunk = check_chunk(name, chunk_size, flat.shape[0], weight)
     operand, tile = choose_dtypes(hidden, weight, tile_dtype)
     backend = resolve_backend(name, backend, weight.new_empty(0, dtype=tile))
-    options = LossOptions(temperature, cap, ignore_index).packed()
+    options = LossOptions(temperature, cap, check_ignore_index(name, ignore_index)).packed()
     rest = *options, return_entropy, *ChunkPlan(chunk, operand, tile).packed(), backend
     extra = token_terms.check_extra_ids(name, extra_ids, target_ids, entropy_grad, return_entropy)
     ids = [flat_ids(target_ids), extra]

@@ -351,7 +351,7 @@ def _backward(upstream: Tensor, found: RowResults, call: RowCall, grad: Tensor) 
         values = torch.zeros_like(s)
         if options.add_tail:
             values = weighted(s.exp(), stats[:, 2:3].expand_as(s))
-        values = values.scatter(1, tokens.topk_ids, found.class_grads)
+        values = values.scatter(1, tokens.topk_ids, found.class_grads.to(values.dtype))
     values = values.mul_((coef / temperature)[:, None]) * softcap_slope(c, options.softcap)
     store(grad, values, tokens.target_ids, options.ignore_index)
 

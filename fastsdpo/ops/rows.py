@@ -125,7 +125,7 @@ class RowResults(NamedTuple):
             2^((c - max) log2(e) / temperature), the teacher's two, and the KL in the gradient. For top-k
             the first two are of the tokens outside the support, the third is the tail's gradient.
         class_grads: ``[N, K]`` gradients of the support's classes, before temperature and softcap; ``[0]``
-            but for top-k.
+            but for top-k. The native kernels' ``[N, 2]`` of a whole divergence is more exact than the KL in ``stats``.
     """
 
     per_token: Tensor
@@ -160,7 +160,10 @@ def forward(call: RowCall, grad: Tensor | None = None) -> RowResults:
     upstream gradient of 1 is written there too.
     """
     if not call.options.bounded_tail:
-        return implementation(call.backend).forward(*call[:4], grad)
+        found = implementation(call.backend).forward(*call[:4], grad)
+        if grad is not None:
+            clear_weightless(grad, found.coef, call)
+        return found
     from fastsdpo.ops import bounded_tail
 
     found = bounded_tail.forward(*call)
@@ -176,7 +179,20 @@ def backward(upstream: Tensor, found: RowResults, call: RowCall, grad: Tensor) -
         upstream: ``[1]``.
         found: of `forward`; only ``coef``, the log-probs, ``stats`` and ``class_grads`` are read.
     """
-    implementation(call.backend).backward(upstream, found, *call[:4], grad)
+    tokens = call.tokens._replace(target_ids=of_weight(call.tokens.target_ids, found.coef, call.options))
+    implementation(call.backend).backward(upstream, found, call.student, call.teacher, tokens, call.options, grad)
+
+
+def clear_weightless(grad: Tensor, coef: Tensor, call: RowCall) -> None:
+    """Writes 0 into ``grad [B, L, V]`` of rows of weight 0, on a CPU: a GPU would have to wait for their number."""
+    weightless = (coef == 0) & (call.tokens.target_ids != call.options.ignore_index)
+    if grad.device.type == "cpu" and weightless.any():
+        grad[weightless.view(grad.shape[:2])] = 0
+
+
+def of_weight(target_ids: Tensor, weights: Tensor, options: LossOptions) -> Tensor:
+    """The targets, ignored where the weight is 0: 0 times a gradient that is not finite is 0."""
+    return torch.where(weights == 0, options.ignore_index, target_ids)
 
 
 def token_forward(

@@ -23,6 +23,7 @@ from fastsdpo.ops import _operators
 from fastsdpo.ops.backend import resolve_backend
 from fastsdpo.ops.checks import (
     as_rows,
+    check_ignore_index,
     check_like,
     check_logits,
     check_softcap,
@@ -104,7 +105,7 @@ def token_logps(
     temperature = check_temperature(name, temperature)
     cap = check_softcap(name, softcap)
     backend = resolve_backend(name, backend, logits)
-    options = LossOptions(temperature, cap, ignore_index).packed()
+    options = LossOptions(temperature, cap, check_ignore_index(name, ignore_index)).packed()
     if entropy_grad or extra_ids is not None:
         from fastsdpo.ops import token_terms
 
@@ -153,7 +154,7 @@ def token_log_ratio(
     temperature = check_temperature(name, temperature)
     cap = check_softcap(name, softcap)
     backend = resolve_backend(name, backend, student, teacher)
-    options = LossOptions(temperature, cap, ignore_index).packed()
+    options = LossOptions(temperature, cap, check_ignore_index(name, ignore_index)).packed()
     student_logps, teacher_logps = _operators.token_log_ratio_op(
         as_rows(student.detach()), as_rows(teacher.detach()), flat_ids(target_ids), *options, backend
     )

@@ -76,7 +76,7 @@ def results(
         out.append(entropy.reshape(shape))
     if extra_ids.shape[1]:
         counts = (extra_ids != ignore_index) & (target_ids.reshape(-1, 1) != ignore_index)
-        out.append(torch.where(counts, logps[:, 1:], 0.0).reshape(*shape, -1))
+        out.append(torch.where(counts, logps[:, 1:], 0.0).reshape(*shape, extra_ids.shape[1]))
     return out[0] if len(out) == 1 else tuple(out)
 
 
@@ -332,7 +332,8 @@ def linear_token_terms_backward_op(
         rest = _part(terms, which), logits.unsqueeze(0), target_ids[which], options, backend, grad.unsqueeze(0)
         tile_gradient(both[which, :k], entropy, *rest)
 
-    grads = through_head(hidden, HeadGemms(weight, bias, plan.operand), tile_loss, plan, needed(needs))
+    live = target_ids != options.ignore_index
+    grads = through_head(hidden, HeadGemms(weight, bias, plan.operand), tile_loss, plan, needed(needs), live=live)
     return unscaled(grads, scale, (hidden, weight, bias), slopes)
 
 

@@ -104,6 +104,8 @@ class ShardLoss:
         logits = [tile.unsqueeze(0) for tile in (student, teacher) if tile is not None]
         buffer = None if grad is None else grad.unsqueeze(0)
         found = run[self.options.mode](logits, tokens, ids, buffer)
+        if buffer is not None:
+            rows.clear_weightless(buffer, found[1], RowCall(logits[0], None, tokens, self.options, self.backend))
         keep = [torch.where(ignored, 0.0, values) for values in found]
         self.vectors.write(which, keep)
 

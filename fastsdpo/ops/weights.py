@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,15 +20,16 @@ def _mask(name: str, mask: Any) -> Tensor:
 
 
 def _divisor(name: str, argument: str, given: Any, counted: Tensor) -> Tensor:
-    """The divisor as a scalar tensor on the mask's device; never zero."""
+    """The divisor as a scalar tensor on the mask's device; never zero where something counts."""
     if given is None:
         return counted.clamp(min=1).to(torch.float32)
     if isinstance(given, Tensor):
         if given.numel() != 1:
             raise ValueError(f"{name}: {argument} must be one number, got shape {shape_text(given.shape)}")
-        return given.detach().reshape(()).to(counted.device, torch.float32)
-    if not isinstance(given, (int, float)) or not given > 0:
-        raise ValueError(f"{name}: {argument} must be > 0, got {given!r}")
+        given = given.detach().reshape(()).to(counted.device, torch.float32)
+        return torch.where(counted == 0, 1.0, given)  # a batch without tokens may come with 0
+    if not isinstance(given, Real) or not 0 < float(given) < math.inf:
+        raise ValueError(f"{name}: {argument} must be > 0 and finite, got {given!r}")
     return torch.tensor(float(given), device=counted.device)
 
 

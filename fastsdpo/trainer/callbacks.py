@@ -1,12 +1,13 @@
 """What happens at certain points of the training loop, each a callback of one duty.
 
-`MovingAverage`, `SignalWindow` and `EpochOrder` belong to every trainer here, as does `FiniteCheck` (finite.py);
-`Progress`, `BeforeTraining` and `StopOnSignal` are what the commands add.
+`MovingAverage`, `SignalWindow`, `LongWarmUp` and `EpochOrder` belong to every trainer here, as does `FiniteCheck`
+(finite.py); `Progress`, `BeforeTraining` and `StopOnSignal` are what the commands add.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import time
@@ -17,10 +18,13 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from fastsdpo.trainer.inherited import WITHOUT_WARMUP
 from fastsdpo.trainer.learner import Learner
 from fastsdpo.trainer.metrics import SignalMetrics
 from fastsdpo.trainer.report import write_report
 from fastsdpo.trainer.speed import SpeedMeter
+
+logger = logging.getLogger("fastsdpo.trainer")
 
 
 def clock(seconds: float) -> str:
@@ -155,6 +159,21 @@ class SignalWindow(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.metrics.reset()
         self.speed.reset()
+
+
+class LongWarmUp(TrainerCallback):
+    """Says where the learning rate is still rising when the run ends; of one step it may be 0."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        steps = args.get_warmup_steps(state.max_steps)
+        if state.is_world_process_zero and steps >= state.max_steps and args.lr_scheduler_type not in WITHOUT_WARMUP:
+            logger.warning(
+                "the warm-up takes %d steps and the run %d: the learning rate does not reach %g; set a smaller "
+                "warmup_steps (--warmup)",
+                steps,
+                state.max_steps,
+                args.learning_rate,
+            )
 
 
 class EpochOrder(TrainerCallback):

@@ -33,7 +33,7 @@ from fastsdpo.trainer.card import write_card
 from fastsdpo.trainer.checksums import BLOCK, Recorder, damage_of, write_checksums
 from fastsdpo.trainer.file_rights import open_as_umask
 from fastsdpo.trainer.optim import ADAMW, OptimizerSettings
-from fastsdpo.trainer.place import read_place, write_place
+from fastsdpo.trainer.place import check_state, read_place, shards_of, write_place
 from fastsdpo.trainer.processes import agreed, gather_list
 from fastsdpo.trainer.stream import InteractionStream
 from fastsdpo.trainer.teacher_weights import TeacherWeights
@@ -122,12 +122,6 @@ def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def shards_of(checkpoint: str | os.PathLike) -> int:
-    """How many processes of DeepSpeed wrote a checkpoint; 0 for one without its files."""
-    names = {path.name for path in Path(checkpoint).glob("global_step*/*_optim_states.pt")}
-    return len({match[1] for name in names if (match := re.search(r"zero_pp_rank_(\d+)_", name))})
-
-
 class FoundCheckpoint(NamedTuple):
     """The newest whole checkpoint, and sentences about the newer ones that are damaged."""
 
@@ -177,9 +171,11 @@ class CheckpointTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         place = None
-        if resume_from_checkpoint and resume_from_checkpoint is not True and not self.args.ignore_data_skip:
-            stream = self.stream is not None
-            place = read_place(resume_from_checkpoint, self.step_size, self.data_order(), stream=stream)
+        if resume_from_checkpoint and resume_from_checkpoint is not True:
+            check_state(resume_from_checkpoint)
+            if not self.args.ignore_data_skip:
+                stream = self.stream is not None
+                place = read_place(resume_from_checkpoint, self.step_size, self.data_order(), stream=stream)
             if warning := warning_of_base(self.model, resume_from_checkpoint):
                 logger.warning("%s", warning)
         if self.stream is not None:
@@ -223,8 +219,11 @@ class CheckpointTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             settings.restore(self.lr_scheduler)
-            for name, weights in self.teacher_copies().items():
-                weights.load(os.path.join(checkpoint, TEACHER_FILE.format(name)))
+            self._load_teachers(checkpoint)
+
+    def _load_teachers(self, checkpoint: str) -> None:
+        for name, weights in self.teacher_copies().items():
+            weights.load(os.path.join(checkpoint, TEACHER_FILE.format(name)))
 
     def save_state_to(self, folder: str) -> None:
         """Model, optimizer, scheduler and teacher into a folder, outside `train`."""
@@ -346,6 +345,8 @@ class CheckpointTrainer(Trainer):
     def _load_best_model(self) -> None:
         self.finish_checkpoint()
         super()._load_best_model()
+        if not self.args.save_only_model:  # else no teacher moves
+            self._load_teachers(self.state.best_model_checkpoint)
 
     def save_before_stop(self) -> str:
         """Saves the state after the last whole step; a sentence that says where.

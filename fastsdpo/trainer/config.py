@@ -9,10 +9,14 @@ from datetime import datetime
 from numbers import Real
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
+from fastsdpo.modeling import DTYPES
 from fastsdpo.settings import OnlineSDPOSettings
 from fastsdpo.settings import SDPOSettings as SDPOSettings
+from fastsdpo.trainer.inherited import ONLY as ONLY
+from fastsdpo.trainer.inherited import check_accelerator, check_inherited, check_types
 from fastsdpo.trainer.launch import check_deepspeed, check_launch
 from fastsdpo.trainer.liger import check_liger_settings
 from fastsdpo.trainer.presets import PRESETS as PRESETS
@@ -24,31 +28,6 @@ from fastsdpo.trainer.presets import (
     split_batch,
     with_preset,
 )
-
-# Settings of TrainingArguments that would break a run, or that nothing here would follow: the only
-# value of each, and why.
-COMPILED = "the Dynamo of torch.compile cannot trace the hooks that put the loss in place of the head"
-CAST = "evaluation would cast the trained weights themselves, also those that are saved"
-ORDER = "group_by_conversation and data_seed set the order"
-NO_METRICS = "there is no compute_metrics here"
-ONLY: dict[str, tuple[Any, str]] = {
-    "torch_compile": (False, COMPILED),
-    "torch_compile_backend": (None, COMPILED),
-    "torch_compile_mode": (None, COMPILED),
-    "neftune_noise_alpha": (None, "the teacher would be noisy too"),
-    "label_smoothing_factor": (0, "the loss is between two policies and has no labels"),
-    "label_names": (None, "interactions have no labels"),
-    "auto_find_batch_size": (False, "it would change the batch of a step; max_tokens_per_pack bounds the memory"),
-    "average_tokens_across_devices": (True, "the loss is normalized over the whole global batch"),
-    "train_sampling_strategy": ("random", ORDER),
-    "group_by_length": (False, ORDER),
-    "include_num_input_tokens_seen": ("no", "sdpo/tokens_per_second counts what is computed"),
-    "include_for_metrics": ([], NO_METRICS),
-    "batch_eval_metrics": (False, NO_METRICS),
-    "bf16_full_eval": (False, CAST),
-    "fp16_full_eval": (False, CAST),
-}
-
 
 TOKENIZER_OPTIONS = (
     "max_prompt_length",
@@ -79,15 +58,18 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
     micro-step; see ``non_finite``); ``ddp_broadcast_buffers`` off (language models have constant buffers).
 
     Settings of TrainingArguments that cannot work here, or that nothing would follow, have to keep
-    their defaults (`fastsdpo.trainer.config.ONLY`): ``torch_compile``, ``label_smoothing_factor``,
+    their defaults (`fastsdpo.trainer.inherited.ONLY`): ``torch_compile``, ``label_smoothing_factor``,
     ``auto_find_batch_size``, ``train_sampling_strategy``, ...
     """
 
     def __post_init__(self):
+        check_types(self, self._check)
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0  # transformers compares it with 0
         self._check_fixed()
+        check_inherited(self, self._check)
         self._check_method()
         self._check_text()
-        self._check_steps()
         self._checkpointing_given = checkpointing_given(self)
         self._bf16_given = self.bf16 is not None
         if self.bf16 is None:
@@ -103,6 +85,8 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         check_launch(self)
         super().__post_init__()
         check_deepspeed(self)
+        check_accelerator(self.accelerator_config)
+        self._check(not self.fp16 or self.device.type != "cpu", "fp16", "be False on a CPU, where nothing follows it")
         if self.sync_each_pass:  # transformers asks accelerate before a micro-batch
             given = self.accelerator_config.gradient_accumulation_kwargs or {}
             self.accelerator_config.gradient_accumulation_kwargs = {**given, "sync_each_batch": True}
@@ -111,14 +95,9 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
             self._split_global_batch(self.world_size, *batch)
         processes = self.world_size
         self._check(processes % self.ulysses == 0, "ulysses", f"divide the number of processes ({processes})")
-        if self.accelerator_config.split_batches:
-            raise ValueError(
-                "SDPOConfig: split_batches of accelerator_config must be False: it would divide the "
-                "batch of a step by the number of processes, got True"
-            )
 
     def _check_fixed(self) -> None:
-        """Settings with few values, from a smallest on, or with only one that works here."""
+        """Settings with few values, or from a smallest on."""
         for item in fields(self):
             if item.name not in OnlineSDPOSettings.__dataclass_fields__:
                 continue  # of transformers, which sees to its own
@@ -127,17 +106,6 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
                 self._check(getattr(self, item.name) in choices, item.name, f"be one of {', '.join(choices)}")
             if "least" in item.metadata or "above" in item.metadata:
                 self._check_bound(item.name, item.metadata.get("least"), item.metadata.get("above"))
-        for name, (value, why) in ONLY.items():
-            given = getattr(self, name, value)  # not all versions have all
-            if name == "include_num_input_tokens_seen" and given is False:
-                given = "no"
-            self._check(given == value, name, f"be {value!r}: {why}")
-        dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-        if dynamo.lower() != "no":
-            raise ValueError(
-                "SDPOConfig: the environment's ACCELERATE_DYNAMO_BACKEND (accelerate launch "
-                f"--dynamo_backend) must be 'no': {COMPILED}, got {dynamo!r}"
-            )
 
     def _check_bound(self, name: str, least: int | None, above: int | None) -> None:
         """A number's smallest value, or the largest that is too small."""
@@ -145,8 +113,6 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         if or_none and getattr(self, name) is None:
             return
         value: Any = getattr(self, name)
-        if name == "learning_rate" and isinstance(value, str):  # YAML's 1e-5
-            value = float(value)
         self._check(isinstance(value, Real), name, f"be a number{or_none}")
         if above is not None:
             self._check(value > above, name, f"be > {above}{or_none}")
@@ -163,23 +129,10 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         guided_region = self.is_guided and self.teacher == "trust_region"
         check(not guided_region, "teacher", "be live, ema or frozen with guidance or neutral_followup")
 
-    def _check_steps(self) -> None:
-        """transformers takes numbers with which nothing is trained, or something is never done, or at other steps."""
-        check = self._check
-        check(self.max_steps == -1 or self.max_steps >= 1, "max_steps", "be at least 1, or -1 where the epochs decide")
-        check(self.per_device_eval_batch_size >= 1, "per_device_eval_batch_size", "be at least 1")
-        for what in ("logging", "eval", "save"):
-            strategy, name = getattr(self, f"{what}_strategy"), f"{what}_steps"
-            steps = getattr(self, name)
-            counts = getattr(strategy, "value", strategy) == "steps"
-            check(not counts or steps is None or steps > 0, name, f"be > 0 ({what}_strategy='no' turns it off)")
-        check(
-            self.save_total_limit is None or self.save_total_limit >= 1,
-            "save_total_limit",
-            "be at least 1 or None (all)",
-        )
-
     def _check_text(self) -> None:
+        if isinstance(self.dtype, torch.dtype):
+            self.dtype = str(self.dtype).removeprefix("torch.")
+        self._check(self.dtype in (None, "auto", *DTYPES), "dtype", f"be auto, {', '.join(DTYPES)} or None")
         neutral = self.neutral_followup
         self._check(neutral is None or bool(neutral.strip()), "neutral_followup", "have a text, or be None")
         if isinstance(self.chat_template_kwargs, str):

@@ -41,7 +41,7 @@ def check_launch(args: TrainingArguments) -> None:
         NotImplementedError: tensor, context, sequence or pipeline parallelism, FSDP1, HSDP. The text says what to
             use instead.
         ValueError: DeepSpeed beside ``use_cpu``, which would leave it out; ``async_checkpoints`` where the weights
-            are not written in shards.
+            are not written in shards; ``fsdp_config`` without ``fsdp``.
     """
     for form, instead in _unsupported(args):
         raise NotImplementedError(f"{form} is not supported: {instead}")
@@ -51,11 +51,19 @@ def check_launch(args: TrainingArguments) -> None:
             "DeepSpeed without a GPU set DS_ACCELERATOR=cpu in the environment"
         )
     _check_async_checkpoints(args)
+    _check_fsdp_config(args)
     if args.sync_each_pass and not _uses_fsdp(args):
         raise ValueError(
             "sync_each_pass must be False without FSDP2: DDP and DeepSpeed keep whole gradients, or sum them as their "
             "own configuration says"
         )
+
+
+def _check_fsdp_config(args: Any) -> None:
+    """transformers reads it where ``fsdp`` is on, and else trains without FSDP."""
+    config = args.fsdp_config
+    if (any(config.values()) if isinstance(config, dict) else config) and not args.fsdp:
+        raise ValueError(f"SDPOConfig: fsdp_config must be None without fsdp, got {config}")
 
 
 def _uses_fsdp(args: Any) -> bool:

@@ -96,6 +96,6 @@ def check_held_out(args: SDPOConfig, train: Any, held_out: Any, name: str = "eva
         raise ValueError(
             f"SDPOTrainer: {name} must hold no conversation that is trained on, got {found}; "
             "split the conversations with fastsdpo prepare --eval-fraction, or pass "
-            "allow_leaks=True (--allow-leaks) to go on"
+            "allow_leaks=True to go on"
         )
     logger.warning("%s is no measure of what was learned: %s; allow_leaks is set", name, found)

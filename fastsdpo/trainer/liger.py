@@ -17,6 +17,8 @@ LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 def check_liger_settings(use_liger_kernel: bool, config: dict[str, Any] | None, device: torch.device) -> None:
     """Raises ValueError for settings of ``use_liger_kernel`` that cannot be followed."""
     if not use_liger_kernel:
+        if config:
+            raise ValueError(f"SDPOConfig: liger_kernel_config must be None without use_liger_kernel, got {config}")
         return
     for name in LOSSES:
         if (config or {}).get(name):

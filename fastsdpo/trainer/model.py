@@ -14,6 +14,7 @@ from fastsdpo.prefix import above_the_decoder, causal_lm, decoder_of
 from fastsdpo.quantized import how_packed, keep_differentiable
 from fastsdpo.trainer.adapters import check_adapter, check_saved_whole, is_peft
 from fastsdpo.trainer.config import SDPOConfig
+from fastsdpo.trainer.inherited import COMPILED
 from fastsdpo.trainer.launch import check_loaded_dtype, check_placement, check_quantized_launch
 from fastsdpo.trainer.liger import use_liger_layers
 from fastsdpo.trainer.noise import dropout_rates, turn_off
@@ -98,6 +99,11 @@ def prepare_model(
         tokenizer = tokenizer or its_tokenizer
     if not isinstance(module, nn.Module):
         raise TypeError(f"SDPOTrainer: model must be a model or a name, got {type(model).__name__}")
+    if hasattr(module, "_orig_mod"):
+        raise ValueError(f"SDPOTrainer: model must be what torch.compile was given, not what it made: {COMPILED}")
+    if tokenizer is not None and not hasattr(tokenizer, "all_special_tokens"):
+        inner = " (pass its tokenizer)" if hasattr(tokenizer, "tokenizer") else ""
+        raise TypeError(f"SDPOTrainer: processing_class must be a tokenizer, got {type(tokenizer).__name__}{inner}")
     check_placement(module)
     check_loaded_dtype(module)
     check_quantized_launch(how_packed(module), args)

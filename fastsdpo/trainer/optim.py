@@ -104,6 +104,26 @@ def optimizer_class(args: SDPOConfig, model: nn.Module, given: Any) -> tuple[typ
     return chosen
 
 
+def check_given(optimizer: Any, model: nn.Module) -> None:
+    """Looks at an optimizer that the caller made, or None; warns where it leaves weights as they are.
+
+    Raises:
+        ValueError: it holds none of the weights that are trained, as one made before the adapter.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = [id(p) for p in model.parameters() if p.requires_grad]
+    left = sum(p not in held for p in trained)
+    if left == len(trained):
+        raise ValueError(
+            f"SDPOTrainer: optimizers must hold weights that the model trains, got {type(optimizer).__name__} of "
+            f"{len(held)} others; make it of the model that is given, or pass optim (SDPOConfig) and no optimizer"
+        )
+    if left:
+        logger.warning("optimizers: %d of %d trained weights are not in it, and stay as they are", left, len(trained))
+
+
 class OptimizerSettings:
     """The settings of an optimizer, which what a checkpoint holds of it would replace by those of its own run.
 

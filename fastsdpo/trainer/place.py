@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ def write_place(
     """
     text = json.dumps({"interactions_a_step": step_size, "order": order, "stream": stream})
     Path(checkpoint, PLACE_FILE).write_text(text + "\n")
+
+
+def check_state(checkpoint: str | os.PathLike) -> None:
+    """Raises ValueError where a checkpoint holds the model alone."""
+    if not any(Path(checkpoint, name).exists() for name in (PLACE_FILE, "scheduler.pt")):
+        raise ValueError(
+            f"SDPOTrainer: checkpoint {checkpoint} holds the model alone (save_only_model): optimizer and learning "
+            "rate would begin anew, in the middle of the data; begin a run with it as its model"
+        )
 
 
 def read_place(
@@ -61,3 +71,9 @@ def read_place(
                 "in another order, with rows trained twice or never. --set ignore_data_skip=true begins the data anew"
             )
     return kept
+
+
+def shards_of(checkpoint: str | os.PathLike) -> int:
+    """How many processes of DeepSpeed wrote a checkpoint; 0 for one without its files."""
+    names = {path.name for path in Path(checkpoint).glob("global_step*/*_optim_states.pt")}
+    return len({match[1] for name in names if (match := re.search(r"zero_pp_rank_(\d+)_", name))})

@@ -37,7 +37,7 @@ from fastsdpo.data import InteractionTokenizer, TokenizedInteraction
 from fastsdpo.data.chat_template import reads_clock
 from fastsdpo.data.templates import AUTO, choose_template
 from fastsdpo.prefix import check_head, check_passes, gathered_layers, is_wrapped, whole_size
-from fastsdpo.trainer.callbacks import EpochOrder, MovingAverage, SignalWindow
+from fastsdpo.trainer.callbacks import EpochOrder, LongWarmUp, MovingAverage, SignalWindow
 from fastsdpo.trainer.checkpoints import CheckpointTrainer
 from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.finite import FiniteCheck
@@ -49,7 +49,7 @@ from fastsdpo.trainer.loss import TokenStatistics
 from fastsdpo.trainer.metrics import SignalMetrics
 from fastsdpo.trainer.model import CHECKPOINTING, choose_checkpointing, prepare_model
 from fastsdpo.trainer.noise import check_noise
-from fastsdpo.trainer.optim import optimizer_class
+from fastsdpo.trainer.optim import check_given, optimizer_class
 from fastsdpo.trainer.packs import collate
 from fastsdpo.trainer.processes import agreed, gather_values, reduce_sum
 from fastsdpo.trainer.sharing import PrefixSharing
@@ -85,6 +85,7 @@ class StepTrainer(CheckpointTrainer):
         optimizers: tuple[Any, Any],
     ):
         module, processing_class = prepare_model(model, args, processing_class, peft_config)
+        check_given(optimizers[0], module)
         if choose_checkpointing(args, module, args.device.type):
             logger.info("%s", CHECKPOINTING)
         if args.template == AUTO:
@@ -121,7 +122,7 @@ class StepTrainer(CheckpointTrainer):
         self.speed = SpeedMeter.of(self.model, args)
         self.finite = FiniteCheck(self)
         windows, order = SignalWindow(self.metrics, self.speed), EpochOrder(lambda: self.sampler)
-        for callback in (self.finite, MovingAverage(self.learner), windows, order):
+        for callback in (self.finite, MovingAverage(self.learner), windows, order, LongWarmUp()):
             self.add_callback(callback)
 
     def _make_learner(self) -> Learner:
@@ -353,6 +354,7 @@ class StepTrainer(CheckpointTrainer):
         try:
             return super().evaluate(*args, **kwargs)
         finally:
+            self.__dict__.pop("_eval_dataloaders", None)  # transformers would take them for other sets too
             del accelerator._dataloaders[loaders:]
             if first and not self.sharded:
                 accelerator._models.clear()
@@ -389,8 +391,7 @@ class StepTrainer(CheckpointTrainer):
         """As `transformers.Trainer.train`, after a look at the output folder and the checkpoint.
 
         Args:
-            resume_from_checkpoint: a folder; or True for the output folder's newest whole
-                checkpoint.
+            resume_from_checkpoint: a folder; or True: the output folder's newest whole checkpoint.
 
         Raises:
             OSError: the output folder cannot take a checkpoint, at the start or later; or another run is

@@ -39,7 +39,6 @@ KEPT_MESSAGES = 100  # about interactions that were left out
 # Settings that are about data which lies there; their defaults, and how `SDPOConfig` says that one was given.
 ONLY_WITHOUT = {
     "token_cache": ("auto", None),
-    "dataloader_drop_last": (False,),
     "dataloader_prefetch_factor": (None,),
     "dataloader_persistent_workers": (False,),
     "dataloader_multiprocessing_context": (None,),

@@ -35,6 +35,8 @@ class TeacherCheck(NamedTuple):
     warning: str | None
 
     def __str__(self) -> str:
+        if not self.rows:
+            return f"teacher check: WARNING: {self.warning}"
         lines = [
             "teacher check: log-probability of the answer's tokens with the follow-up in context, "
             "minus without (nats per token)",

@@ -88,7 +88,7 @@ class SDPOTrainer(StepTrainer):
     def make_dataset(self, source: Any, name: str) -> Any:
         if source is None:
             return None
-        if isinstance(source, dict):
+        if isinstance(source, dict) and name != "train_dataset":
             return {key: self.make_dataset(value, f"{name}[{key!r}]") for key, value in source.items()}
         args = self.args
         progress = not args.disable_tqdm and args.process_index == 0
@@ -193,7 +193,8 @@ class SDPOTrainer(StepTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         if isinstance(eval_dataset, InteractionStream):
             raise TypeError("SDPOTrainer: eval_dataset must be there whole, and no stream")
-        if eval_dataset is not None and not isinstance(eval_dataset, (str, InteractionDataset)):
+        named = isinstance(self.eval_dataset, dict) and eval_dataset in list(self.eval_dataset)
+        if eval_dataset is not None and not named and not isinstance(eval_dataset, InteractionDataset):
             eval_dataset = self.make_dataset(eval_dataset, "eval_dataset")
             if self.stream is not None:
                 logger.warning(
@@ -212,6 +213,9 @@ class SDPOTrainer(StepTrainer):
             costs=eval_dataset.costs(self.sharing) if self.args.world_size > 1 else None,
             shuffle=False,
         )
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        return super().get_test_dataloader(self.make_dataset(test_dataset, "test_dataset"))
 
     def evaluation_loop(
         self,

@@ -16,36 +16,44 @@ enum Mode { FORWARD_KL, REVERSE_KL, JSD };
 // logarithm is never -inf. Half of 2^-125, which log2_ratio may form, is still a normal number.
 constexpr float SMALLEST = -125.f, SMALLEST_EXP = 0x1p-125f;
 
+// The reverse KL counts the teacher's logits from its logit at the student's most likely token,
+// unless that lies so far below the teacher's maximum that a difference could overflow.
+constexpr double FARTHEST_CENTER = 1e30;
+
 // Statistics of both rows and dot = sum of w (x_own - x_other) for the KL: w is the teacher's
 // unnormalized probability for the forward KL and the student's for the reverse one, x = (c - max)
-// k.
+// k. For the reverse KL the other's x is (c - center) k: a student that is sure of one token then
+// has a dot of small terms only, which its gradient p (x_own - x_other - dot / sum) needs.
 template <int MODE>
 struct PairStats {
   Stats student, teacher;
+  float center = -INF;
   double dot = 0;
 
-  void raise(float to_student, float to_teacher, double k) {
+  void raise(float to_student, float to_teacher, float to_center, double k) {
     const Stats before_student = student, before_teacher = teacher;
+    const float before_center = center;
     student.raise(to_student, k);
     teacher.raise(to_teacher, k);
-    if (MODE == FORWARD_KL) move(before_teacher, teacher, before_student, student, k);
-    if (MODE == REVERSE_KL) move(before_student, student, before_teacher, teacher, k);
+    center = ((double)teacher.max - to_center) * k < FARTHEST_CENTER ? to_center : teacher.max;
+    if (MODE == FORWARD_KL) move(before_teacher, teacher, before_student.max, student.max, k);
+    if (MODE == REVERSE_KL) move(before_student, student, before_center, center, k);
   }
 
-  // A larger max scales the weights of `dot` and adds a constant to its differences.
-  void move(const Stats& own, const Stats& own_now, const Stats& other, const Stats& other_now,
-            double k) {
-    if (own.max == own_now.max && other.max == other_now.max) return;
+  // A larger max scales the weights of `dot`; that and another origin add to its differences.
+  void move(const Stats& own, const Stats& own_now, float other, float other_now, double k) {
+    if (own.max == own_now.max && other == other_now) return;
     if (own.sum == 0) return;
     double shift_own = ((double)own.max - own_now.max) * k;
-    double shift_other = other.max == -INF ? 0 : ((double)other.max - other_now.max) * k;
+    double shift_other = other == -INF ? 0 : ((double)other - other_now) * k;
     double factor = exp2(shift_own);
     dot = factor == 0 ? 0 : factor * (dot + own.sum * (shift_own - shift_other));
   }
 
   void add(PairStats other, double k) {
-    raise(other.student.max, other.teacher.max, k);
-    other.raise(student.max, teacher.max, k);
+    raise(other.student.max, other.teacher.max,
+          other.student.max > student.max ? other.center : center, k);
+    other.raise(student.max, teacher.max, center, k);
     student.sum += other.student.sum;
     teacher.sum += other.teacher.sum;
     dot += other.dot;
@@ -54,8 +62,11 @@ struct PairStats {
   // Adds a block; stores the exponentials in es and et and returns, for JSD, the sum of et (y - x).
   template <class T>
   INLINE_MEMBER float add_block(const T* s, const T* t, int n, double k, float* es, float* et) {
-    raise(block_max(s, n), block_max(t, n), k);
+    const float max_s = block_max(s, n), max_t = block_max(t, n);
+    const bool moves = MODE == REVERSE_KL && max_s > student.max;
+    raise(max_s, max_t, moves ? max_where(s, max_s, t, n) : center, k);
     const vf scale = all((float)k), s0 = all(student.origin()), t0 = all(teacher.origin());
+    const vf center0 = all(center_origin());
     vf sum_s = {}, sum_t = {}, sum_d = {};
     for (int i = 0; i < padded(n); i += 2 * W) {
       prefetch_next(s + i);
@@ -67,7 +78,8 @@ struct PairStats {
       sum_s += sum_of(p);
       sum_t += sum_of(q);
       if (MODE == FORWARD_KL) sum_d += sum_of(where_nonzero(q, q * (y - x)));
-      if (MODE == REVERSE_KL) sum_d += sum_of(where_nonzero(p, p * (x - y)));
+      if (MODE == REVERSE_KL)
+        sum_d += sum_of(where_nonzero(p, p * (x - (load_lanes<2>(t + i) - center0) * scale)));
       if (MODE == JSD) sum_d += sum_of(q * (max_or_b(SMALLEST, y) - max_or_b(SMALLEST, x)));
     }
     student.sum += horizontal_sum(sum_s);
@@ -77,11 +89,14 @@ struct PairStats {
     return 0;
   }
 
+  float center_origin() const { return center == -INF ? 0 : center; }
+
   // In nats.
-  double kl() const {
+  double kl(double k) const {
     const Row s = student.row(), t = teacher.row();
     double log2_kl = MODE == FORWARD_KL ? dot / teacher.sum - t.log2sum + s.log2sum
-                                        : dot / student.sum - s.log2sum + t.log2sum;
+                                        : dot / student.sum - s.log2sum + t.log2sum +
+                                              ((double)t.max - center_origin()) * k;
     return log2_kl * 0.6931471805599453;
   }
 };
@@ -116,7 +131,8 @@ struct DivergenceOp {
   };
   struct State {
     Row student, teacher;
-    float divergence;  // what the gradient subtracts, in nats: KL(p || q) or KL(p || m)
+    float center;      // origin of the teacher's logits in the gradient of the reverse KL
+    float divergence;  // what the gradient subtracts, in base 2: dot / sum, or KL(p || m)
     float scale;
     Exponentials es, et;  // et becomes log2(m / p) in JSD's second pass
     Block* blocks;
@@ -160,6 +176,7 @@ struct DivergenceOp {
       call.student_logps[row] = call.teacher_logps[row] = call.per_token[row] = call.coef[row] = 0;
       for (int i = 0; i < 5; i++)
         if (call.stats[i]) call.stats[i][row * call.stats_stride] = 0;
+      if (call.class_grads) call.class_grads[2 * row] = call.class_grads[2 * row + 1] = 0;
     }
     if (call.passes & FASTSDPO_GRADIENT) write_zero_row(grad, row, call.V);
   }
@@ -175,7 +192,14 @@ struct DivergenceOp {
     auto stat = [&](int i) { return call.stats[i][row * call.stats_stride]; };
     state.student = {stat(0), stat(1)};
     state.teacher = {stat(2), stat(3)};
-    state.divergence = stat(4);
+    if (call.class_grads) {
+      state.center = call.class_grads[2 * row];
+      state.divergence = call.class_grads[2 * row + 1];
+    } else {  // of statistics that another caller put together
+      state.center = stat(2);
+      state.divergence = (float)(stat(4) * LOG2E);
+      if (MODE == REVERSE_KL) state.divergence += stat(1) - stat(3);
+    }
     set_scale(state, call.coef[row] * grad_loss(call));
   }
 
@@ -278,7 +302,7 @@ struct DivergenceOp {
       Block& block = state.blocks[column / BLOCK];
       if (!(call.passes & FASTSDPO_FORWARD)) {
         with_pair(row, column, n, pairs,
-                  [&](auto* s, auto* t) { stats.raise(block_max(s, n), block_max(t, n), k); });
+                  [&](auto* s, auto* t) { stats.raise(block_max(s, n), block_max(t, n), 0, k); });
         block = {stats.student.max, stats.teacher.max, 0};
       }
       const Factors f = factors(state.student, state.teacher, block.student, block.teacher, k);
@@ -311,18 +335,16 @@ struct DivergenceOp {
       for (int i = 0; i < padded(n); i += U * W)
         store_lanes(g + i, load_lanes<U>(es + i) * student + load_lanes<U>(et + i) * teacher);
     } else if (MODE == REVERSE_KL) {
-      const float ln2 = state.scale * LN2,
-                  difference = state.student.log2sum - state.teacher.log2sum;
-      const vf factor = all(f.student), slope = all((float)k * ln2);
-      const vf constant = all(-ln2 * difference - state.scale * state.divergence);
-      const vf s0 = all(state.student.max), t0 = all(state.teacher.max);
+      const vf factor = all(f.student), to_bits = all((float)k), slope = all(state.scale * LN2);
+      const vf mean = all(state.divergence);
+      const vf s0 = all(state.student.max), t0 = all(state.center);
       auto write = [&](auto* s, auto* t) {
         for (int i = 0; i < padded(n); i += U * W) {
           prefetch_next(s + i);
           prefetch_next(t + i);
           Lanes<U> p = load_lanes<U>(es + i) * factor;
           Lanes<U> difference = (load_lanes<U>(s + i) - s0) - (load_lanes<U>(t + i) - t0);
-          store_lanes(g + i, where_nonzero(p, p * (difference * slope + constant)));
+          store_lanes(g + i, where_nonzero(p, p * ((difference * to_bits - mean) * slope)));
         }
       };
       alignas(64) float teacher_block[BLOCK];
@@ -331,10 +353,10 @@ struct DivergenceOp {
       else
         with_pair(row, column, n, __is_same(G, bf16), write);
     } else {
-      const float scale = -state.scale * (1 - alpha) * f.student;
-      const vf slope = all(scale * LN2), constant = all(scale * state.divergence);
+      const vf slope = all(-state.scale * (1 - alpha) * f.student * LN2);
+      const vf kl = all(state.divergence);
       for (int i = 0; i < padded(n); i += U * W)
-        store_lanes(g + i, load_lanes<U>(es + i) * (load_lanes<U>(et + i) * slope + constant));
+        store_lanes(g + i, load_lanes<U>(es + i) * ((load_lanes<U>(et + i) + kl) * slope));
     }
   }
 
@@ -345,9 +367,10 @@ struct DivergenceOp {
       for (int64_t i = 0; i < segments; i++) stats.add(parts[i].stats, k);
       state.student = stats.student.row();
       state.teacher = stats.teacher.row();
+      state.center = stats.center_origin();
       if (MODE == JSD) return;
-      call.per_token[row] = (float)stats.kl();
-      state.divergence = MODE == REVERSE_KL ? call.per_token[row] : 0;
+      call.per_token[row] = (float)stats.kl(k);
+      state.divergence = MODE == REVERSE_KL ? (float)(stats.dot / stats.student.sum) : 0;
     } else {
       double kl_student = 0, kl_teacher = 0;
       for (int64_t i = 0; i < segments; i++) {
@@ -357,9 +380,8 @@ struct DivergenceOp {
       call.per_token[row] =
           (float)(((1 - call.alpha) * kl_student + call.alpha * kl_teacher) * 0.6931471805599453);
       // log2_ratio loses a NaN in its integer steps, so the gradient takes it from the loss.
-      state.divergence = call.per_token[row] != call.per_token[row]
-                             ? call.per_token[row]
-                             : (float)(kl_student * 0.6931471805599453);
+      state.divergence =
+          call.per_token[row] != call.per_token[row] ? call.per_token[row] : (float)kl_student;
     }
     finish(row, state);
   }
@@ -370,9 +392,14 @@ struct DivergenceOp {
     call.teacher_logps[row] = log_prob(state.teacher, read_one(teacher, softcap, row, y), k);
     call.coef[row] = coefficient(call, row, call.student_logps[row]);
     set_scale(state, call.coef[row]);
+    if (call.class_grads) {
+      call.class_grads[2 * row] = state.center;
+      call.class_grads[2 * row + 1] = state.divergence;
+    }
     if (!call.stats[0]) return;
     const float stats[5] = {state.student.max, state.student.log2sum, state.teacher.max,
-                            state.teacher.log2sum, state.divergence};
+                            state.teacher.log2sum,
+                            MODE == REVERSE_KL ? call.per_token[row] : state.divergence * LN2};
     for (int i = 0; i < 5; i++) call.stats[i][row * call.stats_stride] = stats[i];
   }
 };

@@ -51,7 +51,7 @@ typedef struct {
   float* entropy;                    // [N] or null
   float* per_token;                  // [N]
   float* coef;                       // [N]
-  float* class_grads;                // [N, K]
+  float* class_grads;                // [N, K]; divergence: [N, 2] or null, as its `State` says
   int64_t* support;                  // [N, K]
   float* stats[5];                   // statistic i of row r is stats[i][r * stats_stride]
   int64_t stats_stride;

@@ -189,6 +189,17 @@ INLINE float block_max(const T* c, int n) {
   return horizontal_max(max_or_b(max_or_b(m.v[0], m.v[1]), max_or_b(m.v[2], m.v[3])));
 }
 
+// The largest c where x equals max, its own largest value.
+template <class T>
+INLINE float max_where(const T* x, float max, const T* c, int n) {
+  Lanes<2> m = Lanes<2>{} - INF;
+  for (int i = 0; i < padded(n); i += m.SIZE) {
+    Lanes<2> at = load_lanes<2>(x + i), value = load_lanes<2>(c + i);
+    for (int j = 0; j < 2; j++) m.v[j] = at.v[j] == max ? max_or_b(value.v[j], m.v[j]) : m.v[j];
+  }
+  return horizontal_max(max_or_b(m.v[0], m.v[1]));
+}
+
 // A row's two statistics: log2 p_v = (c_v - max) * k - log2sum, with k = log2(e) / temperature.
 // They stay apart: one merged log-sum-exp would lose the low digits where logits are large.
 struct Row {

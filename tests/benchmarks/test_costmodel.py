@@ -3,7 +3,6 @@
 import pytest
 import torch
 import transformers
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import costmodel, counted, harness, predictions
 from fastsdpo.ops import head
@@ -24,35 +23,6 @@ def test_recorded_peaks():
             before, added = predictions.process_peak(costmodel.SMOLLM2_135M, name, row["sizes"])
             assert before / found["before_bytes"] == pytest.approx(1, abs=0.2), name
             assert (before + added) / found["peak_bytes"] == pytest.approx(1, abs=0.2), name
-
-
-def tiny(kind):
-    sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 512}
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
-    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, tie_word_embeddings=kind == "Qwen3")
-    config._attn_implementation = "eager"  # its products are counted like any others
-    return getattr(transformers, f"{kind}Model")(config), costmodel.Model.from_config(config)
-
-
-@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_flops_of_the_trunk(kind, checkpointing):
-    model, shape = tiny(kind)
-    own = 0 if shape.tied else shape.head  # the trunk has no head of its own
-    assert shape.parameters - own == sum(p.numel() for p in model.parameters())
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    with FlopCounterMode(display=False) as counter:
-        hidden = model(torch.randint(512, (2, 64)), use_cache=False).last_hidden_state
-        forward = counter.get_total_flops()
-        hidden.sum().backward()
-    # Eager attention forms all pairs, and its backward twice the products of forward (it keeps the
-    # probabilities), where the model assumes fused attention, which forms scores again.
-    pairs = 2 * 64 * 64
-    assert forward == costmodel.trunk_forward(shape, 128, pairs).flops
-    attention = shape.layers * 4.0 * pairs * shape.heads * shape.head_dim
-    predicted = costmodel.trunk_backward(shape, 128, pairs, checkpointing=checkpointing).flops
-    assert counter.get_total_flops() - forward == pytest.approx(predicted - 0.5 * attention, rel=0.02)
 
 
 def test_sizes_are_the_library_s():

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,25 +18,14 @@ from benchmarks import compile_matrix as matrix
 from benchmarks import costmodel, harness, ptx
 
 # The losses' names in the meter and the cost model.
-LOSSES = {
-    "log-ratio": "log_ratio",
-    "sampled token": "sampled",
-    "forward KL": "forward_kl",
-    "reverse KL": "reverse_kl",
-    "JSD": "jsd",
-    "top-k": "topk",
-}
+LOSSES = {"log-ratio": "log_ratio", "sampled token": "sampled", "forward KL": "forward_kl"}
+LOSSES |= {"reverse KL": "reverse_kl", "JSD": "jsd", "top-k": "topk"}
 PER_ROW = 1200  # bytes that a row moves beside its logits: statistics, weights, the targets' logits
 
 
 def run(*command, **environment):
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
-        capture_output=True,
-        text=True,
-        cwd=harness.ROOT,
-        env={**os.environ, **environment},
-    )
+    given = {"cwd": harness.ROOT, "env": {**os.environ, **environment}}
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, **given)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     return done.stdout
 
@@ -87,22 +78,9 @@ def test_a_launch_is_compiled_as_it_was_asked_for():
     assert amd.options == {"num_warps": 4} and not amd.constants["FAST"]
 
 
-class InThisProcess:
-    def __init__(self, jobs):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    map = staticmethod(map)
-
-
 def test_executed_cells_are_kept_and_gone_on_with(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ptx, "RESULTS", tmp_path / "ptx.json")
-    monkeypatch.setattr(ptx, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(ptx, "ProcessPoolExecutor", lambda jobs: nullcontext(SimpleNamespace(map=map)))
     monkeypatch.setattr("sys.argv", ["ptx", "--quick", "--names", "log-ratio / bf16 / sm_90 / packed"])
     for source, missing in ((ptx.sources, 1), (ptx.sources, 0), (lambda: "other kernels", 1)):
         monkeypatch.setattr(ptx, "sources", source)
@@ -111,19 +89,6 @@ def test_executed_cells_are_kept_and_gone_on_with(tmp_path, monkeypatch, capsys)
     about, cells = ptx.read(ptx.RESULTS)
     assert about["source"] == "other kernels"
     assert cells["log-ratio / bf16 / sm_90 / packed"]["sizes"] == ["1", "2", "33", "129"]
-
-
-def test_targets_of_equal_errors_share_a_line_of_the_file(tmp_path):
-    path, about, row = tmp_path / "ptx.json", {"source": "s", "triton": "3"}, {"sizes": ["1", "2"], "gradient": 2e-7}
-    bad = {**row, "loss": 3e-7, "problems": ["V = 2: off", "V = 2: race"]}
-    launch = dict.fromkeys(ptx.COLUMNS[:7], 1.5) | {"accesses": "ld 16 3, st 2 4"}
-    cells = {f"JSD / bf16 / sm_{arch} / packed": {**row, "loss": 1e-7, "problems": []} for arch in (80, 90)}
-    cells["JSD / bf16 / sm_100 / packed"] = bad
-    cells["JSD / bf16 / sm_90 / counts"] = {"sizes": ["32000"], "found": {"32000": {"finish": launch}}}
-    ptx.write(path, about, cells)
-    assert list(json.loads(path.read_text())["errors"]) == ["bf16 / sm_80 sm_90 / packed", "bf16 / sm_100 / packed"]
-    assert ptx.read(path) == (about, cells)
-    assert ptx.problems(cells) == [f"JSD / bf16 / sm_100 / packed, V = 2: {text}" for text in ("off", "race")]
 
 
 def traffic(*arguments):

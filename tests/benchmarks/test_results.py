@@ -7,7 +7,6 @@ import pytest
 
 from benchmarks import compare, compatibility, coverage, distributed, gained, harness, reliability, report
 
-DRAWS = True
 RUN = {"device": "d", "commit": "c", "date": "2026-01-01"}
 
 
@@ -76,20 +75,6 @@ def test_what_is_gained_is_what_the_files_say(path):
     assert text == gained.page(text), "run: python -m benchmarks.gained"
 
 
-def test_a_table_of_what_is_gained(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    monkeypatch.setattr(harness, "ROOT", tmp_path)
-    marked = "before\n<!-- gained: peers peer=swift -->\n{}<!-- end -->\nafter\n"
-    assert "Not measured yet: `PYTHONPATH=build/peers/swift python" in gained.page(marked.format(""))
-    case = {"peer": "swift", "loss": "jsd", "tokens": 256, "vocabulary": 512, "hidden": 36}
-    rivals = {"ms-swift": {"median": 2.0, "peak_bytes": 4}, "ours": {"median": 0.5, "peak_bytes": 3}}
-    other = {"case": {**case, "peer": "axolotl"}, "rivals": rivals}
-    harness.record(tmp_path / "peers_x.json", [{"case": case, "rivals": rivals}, other], RUN)
-    found = gained.page(marked.format("old\n"))
-    assert found.count("| jsd | 0.25 | 0.75 |") == 1 and "old" not in found
-    assert gained.page(found) == found and found.startswith("before") and found.endswith("after\n")
-
-
 def test_versions_that_were_tried():
     pyproject = (harness.ROOT / "pyproject.toml").read_text("utf-8")
     for name, version in compatibility.OLDEST.items():
@@ -101,30 +86,6 @@ def test_versions_that_were_tried():
     good = {"installed": True, "tests": {"failed": {}}, "doctor": {"wrong": 0}, "compiled": {"failed": {}}}
     for problem in ({"tests": {"failed": {"a": "b"}}}, {"doctor": {"wrong": 1}}, {"compiled": {"failed": {"a": "b"}}}):
         assert compatibility.bad({**good, **problem}) and not compatibility.bad(good)
-
-
-def test_a_plot(tmp_path):
-    pytest.importorskip("matplotlib")
-    harness.record(tmp_path / "logits_x.json", [losses()], RUN)
-    assert report.main(["--plot", str(tmp_path / "logits_x.json")]) == 0
-    assert (tmp_path / "logits_x.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_matrix_of_launches(tmp_path):
-    """Of what pytest says of its tests, a cell for each variant and strategy."""
-    report = tmp_path / "report.xml"
-    cases = {
-        'classname="tests.trainer.test_launched" name="test_fsdp2[lora]"': "",
-        'classname="tests.trainer.test_launched" name="test_ddp[lora]"': "<skipped/>",
-        'classname="tests.trainer.test_deepspeed" name="test_one_process[zero3-tied]"': "<failure/>",
-        'classname="tests.trainer.test_launch_refusals" name="test_settings[0]"': "",
-    }
-    body = "".join(f"<testcase {about}>{result}</testcase>" for about, result in cases.items())
-    report.write_text(f"<testsuites><testsuite>{body}</testsuite></testsuites>")
-    rows = [{"case": {"test": test}, "result": result} for test, result in distributed.read_tests(report).items()]
-    table = distributed.matrix(rows)
-    assert "| `lora` | skipped | same |  |  |  |  |  |" in table and "| `tied` |  |  |  |  |  |  | failed |" in table
-    assert "2 passed, 1 skipped, 1 failed" in table
 
 
 def test_the_page_of_model_types():

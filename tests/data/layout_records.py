@@ -132,6 +132,14 @@ def numbered(sent, answer, before, after, message=""):
     return {f"{name}{message}.{key}": value for name, m in pairs for key, value in m.items()}
 
 
+def columns(sent, answer):
+    def named(messages):
+        return [{"message.role": m["role"], "message.content": m["content"]} for m in messages]
+
+    sides = {"input": sent, "output": chat(["", answer])[1:]}
+    return {f"attributes.llm.{side}_messages": named(messages) for side, messages in sides.items()}
+
+
 def phoenix(sent, answer):
     sent, answer = [{"message": m} for m in sent], [{"message": chat(["", answer])[1]}]
     about = {"openinference": {"span": {"kind": "LLM"}}, "session": {"id": "C"}}
@@ -181,6 +189,21 @@ def parts(message):
     return {"id": "m", "role": message["role"], "parts": kept}
 
 
+def proxied(sent, answer):
+    return {"request": {"system": SYSTEM, "messages": sent}, "response": completion(answer)}
+
+
+def anthropic(sent, answer):
+    said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    asked = {"messages": sent, "max_tokens": 9}
+    return {"request_body": json.dumps(asked), "response_body": json.dumps(said), "status": 200}
+
+
+def batched(sent, answer):
+    response = {"status_code": 200, "body": completion(answer)}
+    return {"custom_id": answer, "body": {"model": "m", "messages": sent}, "response": response, "error": None}
+
+
 # Rows of another conversation stand between those of one.
 ROWS = [
     {"conversation_id": c, "role": m["role"], "content": m["content"]} for m in chat() for c in ("C", m["content"])
@@ -217,29 +240,9 @@ CASES = {
     "openai-stored": case(
         calls(lambda sent, answer: {**completion(answer, "Else."), "messages": sent, "metadata": {}})
     ),
-    "proxy": case(
-        calls(lambda sent, answer: {"request": {"system": SYSTEM, "messages": sent}, "response": completion(answer)}),
-        system=True,
-    ),
-    "proxy anthropic": case(
-        calls(
-            lambda sent, answer: {
-                "request_body": json.dumps({"messages": sent, "max_tokens": 9}),
-                "response_body": json.dumps({"role": "assistant", "content": [{"type": "text", "text": answer}]}),
-                "status": 200,
-            }
-        )
-    ),
-    "openai-batch": case(
-        calls(
-            lambda sent, answer: {
-                "custom_id": answer,
-                "body": {"model": "m", "messages": sent},
-                "response": {"status_code": 200, "body": completion(answer)},
-                "error": None,
-            }
-        )
-    ),
+    "proxy": case(calls(proxied), system=True),
+    "proxy anthropic": case(calls(anthropic)),
+    "openai-batch": case(calls(batched)),
     "openai-responses": case(calls(responses), system=True),
     "gateway": case(
         calls(lambda sent, answer: {"session_id": "C", "messages": json.dumps(sent), "response": completion(answer)})
@@ -255,16 +258,7 @@ CASES = {
     "otel": case(calls(otlp), system=True),
     "otel numbered": case(calls(lambda s, a: {"attributes": numbered(s, a, "gen_ai.prompt", "gen_ai.completion")})),
     "otel phoenix": case(calls(phoenix)),
-    "otel columns": case(
-        calls(
-            lambda s, a: {
-                f"attributes.llm.{k}_messages": [
-                    {"message.role": m["role"], "message.content": m["content"]} for m in messages
-                ]
-                for k, messages in (("input", s), ("output", chat(["", a])[1:]))
-            }
-        )
-    ),
+    "otel columns": case(calls(columns)),
     "otel flat": case(
         calls(lambda s, a: {"attributes": numbered(s, a, "llm.input_messages", "llm.output_messages", ".message")})
     ),

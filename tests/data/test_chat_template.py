@@ -1,6 +1,6 @@
 """Chat templates of many kinds: an answer is trained on where its template puts it, or refused.
 
-The templates are short ones in the manner of the families they are named after; test_families.py has real ones.
+The templates are TRL's, or short ones in the manner of the families they are named after.
 """
 
 import datetime
@@ -10,6 +10,7 @@ import pytest
 
 from fastsdpo.data import Interaction, InteractionTokenizer
 from fastsdpo.data.chat_template import ChatTemplate
+from tests.data.test_families import FOLDER
 
 SHORT = {
     # The index of the last message of the user.
@@ -23,7 +24,8 @@ SHORT = {
     "@TODAY": "{{ strftime_now('%d %B %Y') }}",
     r"\n": "\0",  # a newline of the template
 }
-# name | eos token | what ends a turn; "+" special and "-" other added tokens; the template, in lines that are joined
+# name | eos token | what ends a turn; "+" special and "-" other added tokens; the template, in lines that are joined,
+# or the file of it in TRL
 TEMPLATES = r"""
 # chatml | <|im_end|> | <|im_end|>
 + <|endoftext|> <|im_start|> <|im_end|>
@@ -33,18 +35,11 @@ TEMPLATES = r"""
 {% for m in messages %}@CHATML{% endfor %}
 # llama 3 | <|end_of_text|> | <|eot_id|>
 + <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|end_of_text|>
-<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: {% if not date_string is defined %}
-@TODAY{% endif %}\n\n{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}
-{% set messages = messages[1:] %}{% endif %}<|eot_id|>{% for m in messages %}<|start_header_id|>{{ m.role }}
-<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}
-<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}
+TRL: llama3_2
 # qwen 3 | <|im_end|> | <|im_end|>
 + <|endoftext|> <|im_start|> <|im_end|>
 - <think> </think>
-@LAST{% for m in messages %}{% if m.role == 'assistant' %}@SPLIT<|im_start|>assistant\n{% if loop.index0 > ns.last %}
-<think>\n{{ r }}\n</think>\n\n{{ c.lstrip('\n') }}{% else %}{{ c }}{% endif %}<|im_end|>\n{% else %}
-@CHATML{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined a
-nd not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}
+TRL: qwen3
 # qwen 3 thinking | <|im_end|> | <|im_end|>
 + <|endoftext|> <|im_start|> <|im_end|>
 - <think> </think>
@@ -54,35 +49,22 @@ nd not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}
 # gemma 3 | <eos> | <end_of_turn>
 + <bos> <eos> <start_of_turn> <end_of_turn>
 - \n \n\n
-{{ bos_token }}{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}
-{% set messages = messages[1:] %}{% endif %}{% for m in messages %}<start_of_turn>
-{{ 'model' if m.role == 'assistant' else 'user' }}\n{{ first if loop.first else '' }}{% if m.content is string %}
-{{ m.content | trim }}{% else %}{% for part in m.content %}{{ part.text | trim }}{% endfor %}{% endif %}
-<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}
+TRL: gemma3
 # mistral | </s> | </s>
 + <s> </s> [INST] [/INST] [SYSTEM_PROMPT] [/SYSTEM_PROMPT]
 <s>{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}[/SYSTEM_PROMPT]{% elif m.role =
 = 'user' %}[INST]{{ m.content }}[/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}
 # gpt-oss | <|return|> | <|return|>
 + <|start|> <|end|> <|message|> <|channel|> <|return|> <|call|>
-<|start|>system<|message|>Current date: {{ strftime_now('%Y-%m-%d') }}<|end|>{% for m in messages %}
-{% if m.role == 'assistant' %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}
-{% if loop.last and not add_generation_prompt %}<|return|>{% else %}<|end|>{% endif %}{% else %}<|start|>{{ m.role }}
-<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}
+TRL: gptoss
 # glm 4.5 | <|endoftext|> | <|user|>
 + <|endoftext|> [gMASK] <sop> <|user|> <|assistant|> <|system|>
 - <think> </think>
-[gMASK]<sop>@LAST{% for m in messages %}{% if m.role == 'assistant' %}@SPLIT<|assistant|>
-{% if loop.index0 > ns.last and r %}\n<think>{{ r.strip() }}</think>{% else %}\n<think></think>{% endif %}
-{% if c.strip() %}\n{{ c.strip() }}{% endif %}{% else %}<|{{ m.role }}|>\n{{ m.content }}{% endif %}{% endfor %}
-{% if add_generation_prompt %}<|assistant|>{% if enable_thinking is defined and not enable_thinking %}\n<think>
-</think>{% endif %}{% endif %}
+TRL: glm4moe
 # deepseek r1 | <｜end▁of▁sentence｜> | <｜end▁of▁sentence｜>
 + <｜begin▁of▁sentence｜> <｜end▁of▁sentence｜>
 - <｜User｜> <｜Assistant｜> <think> </think>
-<｜begin▁of▁sentence｜>{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}
-<｜User｜>{{ m.content }}{% else %}<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% endif %}
-{% endfor %}{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}
+TRL: deepseek_r1_distill
 # deepseek v3.1 | <｜end▁of▁sentence｜> | <｜end▁of▁sentence｜>
 + <｜begin▁of▁sentence｜> <｜end▁of▁sentence｜>
 - <｜User｜> <｜Assistant｜> <think> </think>
@@ -223,6 +205,11 @@ def read_templates(text):
             sign: [w for line in lines if line[:2] == sign for w in line[2:].split(" ")] for sign in ("+ ", "- ")
         }
         template = "".join(line for line in lines if line[:2] not in tokens)
+        if template.startswith("TRL: "):
+            path = FOLDER / f"{template[5:]}.jinja"
+            if not path.exists():
+                continue
+            template = path.read_text("utf-8")
         added = ([w.replace("\0", "\n") for w in tokens[sign]] for sign in tokens)
         yield head.split(" | "), *added, template.replace("\0", "\n")
 
@@ -231,6 +218,7 @@ def read_templates(text):
 FAMILIES = {name: (text, special, other, *ends) for (name, *ends), special, other, text in read_templates(TEMPLATES)}
 SPACED = {name: text for (name,), _, _, text in read_templates(SPACED_TEMPLATES)}
 REASONING = [name for name, (template, *_) in FAMILIES.items() if "</think>" in template]
+OF_GPT = "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant"
 OF_COMMAND = "<|START_THINKING|>They greet.<|END_THINKING|>"
 THOUGHT = "<think>\nA greeting.\n</think>\n\nHello"
 
@@ -240,6 +228,8 @@ def family(byte_tokenizer):
     """make(name): that family's tokenizer, one token per byte."""
 
     def make(name):
+        if name not in FAMILIES:
+            pytest.skip("needs the package trl")
         template, special, ordinary, eos, _ = FAMILIES[name]
         names = {"bos_token": special[0], "eos_token": eos, "pad_token": eos}
         return byte_tokenizer(template, special, ordinary, **names)
@@ -423,12 +413,7 @@ def test_white_space_tokens_are_no_control_tokens(family):
 @pytest.mark.parametrize(
     ("name", "generated", "said"),
     [
-        (
-            "gpt-oss",
-            "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant<|channel|>final"
-            "<|message|>Hi!<|return|>",
-            "Hi!",
-        ),
+        ("gpt-oss", f"{OF_GPT}<|channel|>final<|message|>Hi!<|return|>", "Hi!"),
         ("gpt-oss", "<|channel|>final<|message|>Hi!", "Hi!"),
         ("gpt-oss", "<|channel|>analysis<|message|>They gr", ""),
         ("gpt-oss", "Hi!<|return|>", "Hi!"),
@@ -499,7 +484,8 @@ class TestClock:
                 return datetime.datetime(2026, 1, 1) + datetime.timedelta(days=cls.day)
 
         monkeypatch.setattr(utils, "datetime", Clock)
-        for name in ("gpt-oss", "llama 3", "granite", "smollm 3"):
+        forms = {"gpt-oss": "%Y-%m-%d", "llama 3": "%d %b %Y", "granite": "%d %B %Y", "smollm 3": "%d %B %Y"}
+        for name, form in forms.items():
             tokenizer = family(name)
             rendered(tokenizer, conversation("Hi"))
             assert Clock.day > 0  # it is the clock that templates read
@@ -513,8 +499,7 @@ class TestClock:
                 }
                 assert len(heads) == 1
                 day = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
-                text = day.strftime("%Y-%m-%d" if name == "gpt-oss" else "%d %B %Y")
-                assert text in heads.pop()
+                assert day.strftime(form) in heads.pop()
 
     def test_every_form_of_a_date(self, byte_tokenizer):
         """As the clock itself writes it, and white space around the template stays."""

@@ -38,15 +38,8 @@ VALUES = [
     *(None, True, 5, -1.5, "", "text", [], {}, [[]], [None], {"a": {}}, "\ud800", "x" * 100_000),
     *([{"role": "user"}], [{"from": "human", "value": 3}], [{"role": "tool", "content": "{}"}]),
     [{"role": "user", "content": [{"type": "image_url"}]}],
-    *(
-        float("nan"),
-        float("inf"),
-        10**400,
-        "[1, 2",
-        '[{"role": "user"}]',
-        "{'a': 1}",
-        {"role": "user", "content": "x"},
-    ),
+    *(float("nan"), float("inf"), 10**400, "[1, 2", '[{"role": "user"}]', "{'a': 1}"),
+    {"role": "user", "content": "x"},
 ]
 # Records of the other layouts that are one conversation each, and an object.
 WHOLE = [case[0] for name, case in CASES.items() if name not in ("list", "table", "oasst rows", "arena")]
@@ -251,10 +244,8 @@ def ordinary_lines(draw):
             turns.insert(draw.randrange(len(turns)), draw.choice(["system", "user", "assistant", "tool"]))
         messages = [{"role": turn, "content": draw.choice(SHORT[: draw.choice([2, 4, 4, 9])])} for turn in turns]
         name = draw.choice(["id", "conversation_id", "session_id", "uuid", "title"])
-        record = {
-            name: draw.choice(["c", "c:0", "d ", "é", "", 7]),
-            draw.choice(["messages", "conversation"]): messages,
-        }
+        record = {name: draw.choice(["c", "c:0", "d ", "é", "", 7])}
+        record[draw.choice(["messages", "conversation"])] = messages
         if draw.randrange(4) == 0:
             record |= draw.choice(OTHER_KEYS)
         if draw.randrange(6) == 0:

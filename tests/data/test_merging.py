@@ -3,19 +3,13 @@
 import json
 import os
 import random
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastsdpo.data import extract_interactions, merging, prepare, spool
-
-ROLES = ("user", "assistant")
-
-
-def chat(*texts):
-    return [{"role": ROLES[n % 2], "content": text} for n, text in enumerate(texts)]
+from tests.data.conftest import chat, read_rows
 
 
 def conversation(number, turns=3):
@@ -25,10 +19,6 @@ def conversation(number, turns=3):
 def call_log(messages):
     """A record per call, each with the history so far."""
     return [messages[: end + 1] for end in range(messages[0]["role"] == "system", len(messages), 2)]
-
-
-def rows(path):
-    return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
 
 
 def key(row):
@@ -101,14 +91,6 @@ def test_a_file_that_prepare_wrote(prepared, order):
         assert places == sorted(places, key=lambda place: (starts.index(place[0]), place[1]))
 
 
-def test_duplicates_with_the_same_hash(prepared):
-    one = [{"conversation_hash": f"h{n}", "language": "en", "conversation": conversation(n, 1)} for n in range(20)]
-    done = prepared([record for record in one for _ in range(2)], "--eval-fraction", 0.5, preset="wildchat")
-    assert len(done.rows) == len(done.held_out) == 10
-    check_sides(done.rows, done.held_out)
-    assert (done.report["merged_records"], done.report["duplicate_interactions"]) == (20, 20)
-
-
 def test_conversations_that_begin_alike_are_on_one_side(prepared):
     """Two answers to one prompt, and a prompt that differs in white space."""
     begins = [(f"{n}", k) for n in range(20) for k in "ab"] + [(f" {n}\n", "c") for n in range(20)]
@@ -134,7 +116,7 @@ def test_equal_ids_of_other_files_and_branches_of_a_session(tmp_path):
     for path, records in zip(sources, (own["a"], own["b"], branches)):
         path.write_text("".join(json.dumps(r) + "\n" for r in records))
     report = prepare.prepare(sources, tmp_path / "out.jsonl", rules="none")
-    written = rows(tmp_path / "out.jsonl")
+    written = read_rows(tmp_path / "out.jsonl")
     assert (report.conversations, report.interactions) == (7, 9)
     assert [row["id"] for row in written[:6]] == ["0:0", "1:0", "2:0", "1/0:0", "1/1:0", "1/2:0"]
     assert {row["conversation_id"] for row in written[6:]} == {"s"}
@@ -144,9 +126,8 @@ def test_equal_ids_of_other_files_and_branches_of_a_session(tmp_path):
 @pytest.mark.parametrize("limit", [("--max-conversations", 10), ("--max-interactions", 30)])
 def test_the_first_conversations_are_found_among_duplicates(prepared, limit):
     """Without shuffling reading ends early, but not before the wanted number is there."""
-    report = prepared(
-        [{"messages": c} for n in range(200) for c in call_log(conversation(n)) for _ in (1, 2)], *limit
-    ).report
+    records = [{"messages": c} for n in range(200) for c in call_log(conversation(n)) for _ in (1, 2)]
+    report = prepared(records, *limit).report
     assert (report["conversations"], report["interactions"]) == (10, 30)
     assert report["records"] < 400  # of 1,600
 
@@ -170,18 +151,13 @@ def conversations(draw):
     return found
 
 
-@settings(
-    max_examples=3000 if os.environ.get("FASTSDPO_LONG") == "1" else 80,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(
-    conversations=conversations(),
-    seed=st.integers(0, 10**6),
-    history=st.sampled_from([None, 1, 3]),
-    fraction=st.sampled_from([0.0, 0.3, 0.5]),
-)
+EXAMPLES = 3000 if os.environ.get("FASTSDPO_LONG") == "1" else 80
+UNHEALTHY = [HealthCheck.function_scoped_fixture]
+HISTORY, FRACTION = st.sampled_from([None, 1, 3]), st.sampled_from([0.0, 0.3, 0.5])
+
+
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=UNHEALTHY)
+@given(conversations=conversations(), seed=st.integers(0, 10**6), history=HISTORY, fraction=FRACTION)
 def test_any_log_of_conversations(prepared, conversations, seed, history, fraction):
     """Logged per call, as rows and whole, some twice, in any order: what they were, each once."""
     draw = random.Random(seed)

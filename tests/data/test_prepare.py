@@ -1,23 +1,15 @@
 """`fastsdpo prepare`: what it writes, that this is whole or absent and repeatable, what it refuses."""
 
-import gzip
 import json
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
-import fastsdpo
 from fastsdpo.commands import prepare as command
 from fastsdpo.data import ConversationFilter, load_interactions, prepare
 from fastsdpo.data.loading import DamagedRecord
 from fastsdpo.data.spool import Spool
-
-PACKAGE = Path(fastsdpo.__file__).parent
 
 
 def conversation(number, turns=3, **more):
@@ -104,8 +96,8 @@ class TestOutput:
             "dropped           1 other language",
             "dropped           1 assistant message over 4,096 characters",
             "dropped           1 fewer than 3 messages",
-            "damaged           1 no follow-up",
-            f"{source}:5: no answer is followed by a user's message",
+            "left out          1 follow-ups that are empty",
+            f"{source}:5: nothing but follow-ups that are empty",
             "damaged           1 not JSON",
             f"{source}:6: not JSON: Expecting value",
         ):
@@ -116,15 +108,9 @@ class TestOutput:
         parse = command._parser().parse_args
         text = "s -o o --preset wildchat --max-history-messages 3 --max-user-chars none --no-shuffle --languages fr "
         text += "--min-messages 5 --max-conversations 14000 --max-interactions 50000"
-        assert command._rules(parse(text.split())) == ConversationFilter(
-            languages=("fr",),
-            min_messages=5,
-            max_conversation_chars=100_000,
-            max_assistant_chars=4096,
-            max_history_messages=3,
-            max_conversations=14_000,
-            max_interactions=50_000,
-        )
+        wanted = {"languages": ("fr",), "min_messages": 5, "max_history_messages": 3, "max_conversations": 14_000}
+        wanted |= {"max_interactions": 50_000, "max_conversation_chars": 100_000, "max_assistant_chars": 4096}
+        assert command._rules(parse(text.split())) == ConversationFilter(**wanted)
         assert command._rules(parse(["s", "-o", "o", "--languages"])).languages is None
 
     def test_conversations_without_ids_are_named_by_place(self, tmp_path):
@@ -182,14 +168,8 @@ SYSTEM, FRENCH = {"role": "system", "content": "Answer in French."}, "Answer in 
     ],
 )
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_a_system_prompt_beside_the_messages_is_the_first_message(prepared, tmp_path, record, suffix):
-    if suffix == "parquet":
-        pa = pytest.importorskip("pyarrow")
-        # The command takes a file of any name for what it holds, JSON; a folder's files for their endings.
-        (tmp_path / "in.jsonl").mkdir()
-        table = pa.Table.from_pylist([record])
-        pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "in.jsonl" / "a.parquet")
-    (row,) = prepared(None if suffix == "parquet" else [record]).rows
+def test_a_system_prompt_beside_the_messages_is_the_first_message(prepared, record, suffix):
+    (row,) = prepared([record], suffix=suffix).rows
     assert [*row["prompt"], row["completion"], row["user_response"]] == [SYSTEM, *HI]
 
 
@@ -209,10 +189,8 @@ def test_two_system_prompts_are_not_guessed_between(prepared, record, said):
 
 
 FUNCTION = {"name": "weather", "arguments": "{}"}
-CALLS = [
-    {"tool_calls": [{"id": "1", "type": "function", "function": FUNCTION}]},
-    {"function_call": FUNCTION, "tool_calls": None},
-]
+OLD_CALL = {"function_call": FUNCTION, "tool_calls": None}
+CALLS = [{"tool_calls": [{"id": "1", "type": "function", "function": FUNCTION}]}, OLD_CALL]
 AFTER_TOOL = "follow-ups after a tool call or tool message"
 
 
@@ -220,15 +198,9 @@ class TestToolCalls:
     @pytest.mark.parametrize("text", [None, "", "Let me look."])
     @pytest.mark.parametrize("call", CALLS)
     def test_nothing_from_the_call_on(self, prepared, call, text):
-        turns = chat(
-            ("user", "Hi"),
-            ("assistant", "Hello", {"tool_calls": [], "function_call": None}),
-            ("user", "Weather?"),
-            ("assistant", text, call),
-            ("user", "It said: sunny"),
-            ("assistant", "It is sunny."),
-            ("user", "Thanks, shorter"),
-        )
+        hello = [("user", "Hi"), ("assistant", "Hello", {"tool_calls": [], "function_call": None})]
+        asked = [("user", "Weather?"), ("assistant", text, call), ("user", "It said: sunny")]
+        turns = chat(*hello, *asked, ("assistant", "It is sunny."), ("user", "Thanks, shorter"))
         shares = [{"from": m["role"], "value": m["content"], **call} for m in turns[3:4]]
         mixed = {"conversations": [*turns[:3], *shares, *turns[4:]]}
         done = prepared([{"messages": turns}, mixed, {"messages": turns[2:]}])
@@ -282,17 +254,19 @@ class TestRefusals:
         output.write_bytes(before["out.jsonl"][:-100])
         assert prepared(None).status == 1
 
-    @pytest.mark.parametrize(
-        ("records", "said"),
-        [
-            ([conversation(0), {"a": 1}, 3], "in.jsonl:2: a record must have one of messages"),
-            ([{"messages": HI[:1]}], "in.jsonl:1: no answer is followed by a user's"),
-        ],
-    )
-    def test_strict_stops_at_the_first(self, prepared, tmp_path, records, said):
-        done = prepared(records, "--strict")
-        assert done.status == 1 and said in done.error
-        assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    def test_a_source_is_not_replaced_and_an_output_not_read(self, prepared, tmp_path):
+        done = prepared(RECORDS, "-o", tmp_path / "in.jsonl", "--overwrite")
+        assert done.status == 1 and "--output must be another file than what is read" in done.error
+        argv = [str(tmp_path), "-o", str(tmp_path / "out.jsonl"), "--eval-fraction", "0.2", "--overwrite"]
+        outputs = [(command.main(argv), files(tmp_path))[1] for _ in range(2)]
+        assert outputs[0] == outputs[1] and len(outputs[0]) == 4
+
+    def test_strict_stops_at_the_first(self, prepared, tmp_path):
+        wrong, lone = [conversation(0), {"a": 1}, 3], [{"messages": HI[:1]}]
+        for records, said in ((wrong, "2: a record must have one of messages"), (lone, "1: no answer is followed")):
+            done = prepared(records, "--strict")
+            assert done.status == 1 and f"in.jsonl:{said}" in done.error
+            assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
     @pytest.mark.parametrize(
         ("options", "text"),
@@ -325,10 +299,8 @@ class TestRefusals:
 
     def test_full_disk_and_ctrl_c_leave_what_was_there(self, prepared, tmp_path, monkeypatch):
         (tmp_path / "out.jsonl").write_text("old")
-        for error, status, said in (
-            (OSError(28, "No space left"), 1, "No space"),
-            (KeyboardInterrupt(), 130, "again"),
-        ):
+        faults = (OSError(28, "No space left"), 1, "No space"), (KeyboardInterrupt(), 130, "again")
+        for error, status, said in faults:
 
             def fails(*arguments, error=error):
                 raise error
@@ -341,107 +313,11 @@ class TestRefusals:
             assert (tmp_path / "out.jsonl").read_text() == "old"
 
 
-def run(code, arguments=()):
-    """Python with `fastsdpo.data` but without the time that importing torch takes."""
-    start = f"""
-        import sys, types
-        package = types.ModuleType("fastsdpo")
-        package.__path__ = [{str(PACKAGE)!r}]
-        sys.modules["fastsdpo"] = package
-    """
-    code = textwrap.dedent(start) + textwrap.dedent(code)
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-
-
-# Runs the command and kills itself, as SIGKILL does, at the n-th step that touches the disk.
-KILLED = """
-    import os, shutil, signal
-    from fastsdpo.commands.prepare import main
-    from fastsdpo.data.spool import Spool
-    steps = 0
-
-    def killing(function):
-        def step(*arguments, **options):
-            global steps
-            for after in (False, True):
-                steps += 1
-                if steps == int(sys.argv[1]):
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if not after:
-                    result = function(*arguments, **options)
-            return result
-        return step
-
-    os.fsync, os.replace, shutil.rmtree = killing(os.fsync), killing(os.replace), killing(shutil.rmtree)
-    Spool.add, Spool.merge = killing(Spool.add), killing(Spool.merge)
-    status = main(sys.argv[2:])
-    print(steps)
-    sys.exit(status)
-"""
-
-
-@pytest.mark.parametrize("old", [False, True])
-def test_killed_at_any_step_and_given_again(tmp_path, old):
-    """The output is whole or absent (or the old one); the same command comes to the same bytes."""
-    sources = [tmp_path / name for name in ("a.jsonl", "b.json", "c.jsonl.gz")]
-    lines = "".join(json.dumps(r) + "\n" for r in RECORDS[:6]).encode()
-    sources[0].write_bytes(lines)
-    sources[1].write_text(json.dumps([conversation(n) for n in range(30, 35)], indent=1)[:-40], "utf-8")
-    sources[2].write_bytes(gzip.compress(lines + b"damaged\n"))
-
-    def arguments(folder):
-        return [*map(str, sources), "-o", str(folder / "out.jsonl"), "--quiet", "--eval-fraction", "0.2"]
-
-    whole = run(KILLED, ["0", *arguments(tmp_path / "whole")])
-    assert whole.returncode == 0, whole.stderr
-    steps, expected = int(whole.stdout), files(tmp_path / "whole")
-    assert sorted(expected) == ["out.eval.jsonl", "out.jsonl", "out.report.json"]
-    for point in (3, *range(steps - 15, steps, 3), steps):  # the last ones put the files in their places
-        folder = tmp_path / f"killed{point}"
-        folder.mkdir()
-        argv = [*arguments(folder), *(["--overwrite"] if old else [])]
-        if old:
-            (folder / "out.jsonl").write_text("old\n")
-        assert run(KILLED, [str(point), *argv]).returncode == -signal.SIGKILL
-        left = files(folder)
-        assert left.get("out.jsonl", b"old\n") in (b"old\n", expected["out.jsonl"])
-        assert left.get("out.eval.jsonl", expected["out.eval.jsonl"]) == expected["out.eval.jsonl"]
-        again = run(KILLED, ["0", *argv])
-        assert again.returncode == 0, again.stderr
-        result = files(folder)
-        report = json.loads(result.pop("out.report.json").replace(folder.name.encode(), b"whole"))
-        assert report == json.loads(expected["out.report.json"])
-        assert result == {name: data for name, data in expected.items() if name != "out.report.json"}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
-def test_memory_does_not_grow_with_the_data(tmp_path):
-    """125,000 interactions take no more memory than 31,250, but for some 40 bytes a record."""
-    code = """
-        from fastsdpo.commands.prepare import main
-        status = main(sys.argv[1:])
-        # ru_maxrss would be that of the process which started this one, if larger.
-        print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-        sys.exit(status)
-    """
-    peaks, source = [], tmp_path / "a.jsonl"
-    for count in (12_500, 50_000):
-        with open(source, "w") as file:
-            file.writelines(json.dumps(conversation(n, 1 + n % 4)) + "\n" for n in range(count))
-        result = run(code, [str(source), "-o", str(tmp_path / f"{count}.jsonl"), "--quiet"])
-        assert result.returncode == 0, result.stderr
-        peaks.append(int(result.stdout) / 1024)
-    assert (tmp_path / "50000.jsonl").read_bytes().count(b"\n") == 125_000
-    assert peaks[1] - peaks[0] < 5, peaks  # MiB; the outputs differ by about 80
-
-
 def test_shows_rows_as_tokens(prepared, byte_tokenizer, tmp_path):
     chat = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
     tokens = ["<user>", "<assistant>", "<end>"]
-    tokenizer = byte_tokenizer(
-        f"{chat}{{% if add_generation_prompt %}}<assistant>{{% endif %}}", tokens, eos_token="<end>"
-    )
+    chat += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer = byte_tokenizer(chat, tokens, eos_token="<end>")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     record = {"id": "c", "messages": [{"role": r, "content": t} for r, t in zip(("user", "assistant") * 2, "abcd")]}
     record["messages"].pop()

@@ -43,14 +43,8 @@ def prompts(tmp_path, capsys):
             [m[-1]["content"] for m in PromptDataset.from_source(path, "prompts").prompts] if path.exists() else []
             for path in (output, eval_output)
         ]
-        return SimpleNamespace(
-            status=status,
-            texts=found[0],
-            held_out=found[1],
-            table=said.out,
-            error=said.err,
-            report=tmp_path / "out.report.json",
-        )
+        status = {"status": status, "table": said.out, "error": said.err}
+        return SimpleNamespace(texts=found[0], held_out=found[1], report=tmp_path / "out.report.json", **status)
 
     return run
 

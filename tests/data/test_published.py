@@ -51,12 +51,7 @@ CHAT = [  # turns; what WildChat gives; what WildFeedback gives: interactions, o
     ("an answer first", [A, O, ("a", "y2"), ("u", "o2")], [(["o"], "y2", "o2")], [(["o"], "y2", "o2")]),
     ("white space", [("u", " q "), ("a", "\n\ny"), ("u", "o\n")], [FIRST], [([" q "], "\n\ny", "o\n")]),
     ("the limit", [Q, ("a", LONG), O], [(["q"], LONG, "o")], [(["q"], LONG, "o")]),
-    (
-        "white space over it",
-        [Q, ("a", LONG + " "), O],
-        [(["q"], LONG, "o")],
-        "assistant message over 4,096 characters",
-    ),
+    ("space over it", [Q, ("a", LONG + " "), O], [(["q"], LONG, "o")], "assistant message over 4,096 characters"),
     ("over it", [Q, A, ("u", LONG + "x")], "user message over 4,096 characters", [(["q"], "y", LONG + "x")]),
     (
         "a long history",
@@ -136,11 +131,8 @@ def test_what_is_no_such_record_is_damaged(prepared):
     done = prepared(records, preset="paper-wildchat")
     assert {row["id"].split("~")[0] for row in done.rows} == {"c_1"} and len({row["id"] for row in done.rows}) == 2
     said = "\n".join(done.report["problems"]["wrong layout"])
-    for text in (
-        ":2: a record must have conversation",
-        ":3: conversation must have messages with 'role'",
-        ":5: a record",
-    ):
+    of_two, of_three = "a record must have conversation", "conversation must have messages with 'role'"
+    for text in (f":2: {of_two}", f":3: {of_three}", ":5: a record"):
         assert text in said
     assert ":4: message 1: content must be text, got list" in said and "the preset wildchat does" in said
 

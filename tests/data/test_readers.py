@@ -21,14 +21,8 @@ FIELDS = ("rating", "rating_comment", "alternatives", "edited", "rank", "followu
 
 def shown(rows):
     """(prompt without the system message, answer, follow-up) of each row."""
-    return [
-        (
-            [m["content"] for m in row["prompt"] if m["role"] != "system"],
-            row["completion"]["content"],
-            row["user_response"]["content"],
-        )
-        for row in rows
-    ]
+    texts = [[m["content"] for m in row["prompt"] if m["role"] != "system"] for row in rows]
+    return [(t, row["completion"]["content"], row["user_response"]["content"]) for t, row in zip(texts, rows)]
 
 
 def fields(row):
@@ -65,6 +59,7 @@ def test_every_layout_has_a_fixture():
     assert {case.split()[0] for case in CASES} == set(BY_NAME)
 
 
+FAILED = {"content_type": "system_error", "text": "x"}
 CUT_OFF = "to an answer that was cut off"
 NOT_TRAINED = "to an answer that the record says not to train on (weight 0)"
 IMAGE = [{"type": "text", "text": "And this?"}, {"type": "image_url", "image_url": {"url": "x"}}]
@@ -83,6 +78,9 @@ THOUGHT = {"type": "thinking", "thinking": "Hm.", "signature": "s"}
         (1, {"content": [THOUGHT]}, [SAID[3]], {"to an answer that is reasoning alone": 1}),
         (1, {"content": "", "reasoning_content": "Hm."}, [SAID[3]], {"to an answer that is reasoning alone": 1}),
         (1, {"reasoning_content": "Hm."}, [A1, SAID[3]], {}),
+        (1, {"content": ""}, [SAID[3]], {"to an empty answer": 1}),
+        (2, {"content": "\n"}, [], {"that are empty": 1, "to an answer to an empty message": 1}),
+        (0, {"role": "assistant"}, [SAID[3]], {"to an answer before the user's first message": 1}),
         (1, {"weight": 0}, [SAID[3]], {NOT_TRAINED: 1}),
         (3, {"train": False}, [A1], {NOT_TRAINED: 1}),
         (1, {"weight": 1, "train": True, "loss": None}, [A1, SAID[3]], {}),
@@ -127,10 +125,8 @@ THINKING["messages"][1]["text"] = ":::thinking\nhm\n:::\n" + A1
 SENT = {f"gen_ai.{k}.messages": json.dumps(v) for k, v in (("input", BIRD), ("output", ANSWERED))}
 LATEST_FIRST = [{**row, "created_at": 9 - n} for n, row in enumerate(reversed(layouts.ROWS))]
 FORK = [{**m, "conversationId": "C"} for m in layouts.librechat(False)["messages"]]
-FORK[2:2] = [
-    {**FORK[0], "messageId": "old", "text": "Name a fish."},
-    {**FORK[1], "messageId": "older", "parentMessageId": "old"},
-]
+EARLIER = {**FORK[0], "messageId": "old", "text": "Name a fish."}
+FORK[2:2] = [EARLIER, {**FORK[1], "messageId": "older", "parentMessageId": "old"}]
 
 
 DETAILS = {"name": "gen_ai.client.inference.operation.details", **SENT}
@@ -144,6 +140,7 @@ BEDROCK = [
 BACK = {"output": {"message": {"role": "assistant", "content": parts("x")}}, "stopReason": "end_turn"}
 CALL = {"input": {"inputBodyJson": {"system": parts(SYSTEM), "messages": BEDROCK}}, "output": {"outputBodyJson": BACK}}
 # As other versions of the programs have it: the records, and how many interactions are in them.
+REFUSED = {"role": "assistant", "content": None, "refusal": A1}
 VARIANTS = {
     "from and content": ([{"conversations": [{"from": m["role"], "content": m["content"]} for m in chat()]}], 2),
     "role and value": ([{"messages": [{"role": m["role"], "value": m["content"]} for m in chat()]}], 2),
@@ -164,6 +161,8 @@ VARIANTS = {
     "bedrock": ([CALL], 1),
     "claude.ai's tools": ([{"chat_messages": [{"sender": s, "text": t} for s, t in HIDDEN]}], 1),
     "librechat's reasoning": ([THINKING], 2),
+    "newest first": ([{"messages": [{**m, "ts": f"{1704100000 - n}.1"} for n, m in enumerate(chat(SAID[::-1]))]}], 2),
+    "openai's refusal": ([{"messages": [*chat(SAID[:1]), REFUSED, *chat(SAID[2:])]}], 2),
 }
 
 
@@ -195,11 +194,7 @@ def test_all_branches(prepared):
         ("a2", {"weight": 0.0}, {NOT_TRAINED: 1}),
         ("a2", {"status": "in_progress"}, {CUT_OFF: 1}),
         ("a2", {"metadata": {"finish_details": {"type": "interrupted"}}}, {CUT_OFF: 1}),
-        (
-            "a2",
-            {"content": {"content_type": "system_error", "text": "x"}},
-            {"to an error message in place of an answer": 1},
-        ),
+        ("a2", {"content": FAILED}, {"to an error message in place of an answer": 1}),
     ],
 )
 def test_tools_and_images_of_chatgpt(prepared, name, change, left_out):
@@ -207,6 +202,9 @@ def test_tools_and_images_of_chatgpt(prepared, name, change, left_out):
     record["mapping"][name]["message"] |= change
     done = prepared([record])
     assert (shown(done.rows), done.report["left_out"]) == (EXPECTED[:1], left_out)
+
+
+MARKED = {"rating": -1, "comment": "No!"}
 
 
 def rated(texts=SAID[:2], **more):
@@ -223,10 +221,10 @@ def rated(texts=SAID[:2], **more):
         (rated(rating=2), ["1..2=Bad.", "4..5=Good."], "Bad.", {"rating": 2}),
         (rated(rating="4.5"), ["1..2=Bad.", "4..5=Good."], "Good.", {"rating": 4.5}),
         (
-            rated(annotation={"rating": -1, "comment": "Wrong bird"}),
+            rated(annotation=MARKED),
             ["down=No.", "down={comment}!"],
-            "Wrong bird!",
-            {"rating": "down", "rating_comment": "Wrong bird"},
+            "No!!",
+            {"rating": "down", "rating_comment": "No!"},
         ),
         (rated(rating="down"), ["down={comment}", "down=No."], "No.", {"rating": "down"}),
         (rated(originalContent="Robin"), ["edited=Better: {edited}"], f"Better: {A1}", {"edited": A1}),
@@ -236,10 +234,8 @@ def rated(texts=SAID[:2], **more):
     ],
 )
 def test_a_rating_as_the_follow_up(prepared, record, options, followup, kept):
-    done = prepared(
-        [record, {"messages": chat(["Hi", "Hello", "Bye"])}],
-        *[part for option in options for part in ("--rating-followup", option)],
-    )
+    argv = [part for option in options for part in ("--rating-followup", option)]
+    done = prepared([record, {"messages": chat(["Hi", "Hello", "Bye"])}], *argv)
     rows = [row for row in done.rows if row["completion"]["content"] != "Hello"]
     assert [row["user_response"]["content"] for row in rows][:1] == ([] if followup is None else [followup])
     made = followup not in (None, U2)
@@ -270,7 +266,7 @@ def one(record):
     return [{"role": role, "content": text} for role, text in record["turns"]]
 def several(record):
     return (Conversation(one(record), id=name, fields={"n": 1}) for name in "ab")
-def clash(record):
+def dup(record):
     return Conversation([], fields={"prompt": 1})
 def wrong(record):
     return 5
@@ -302,11 +298,7 @@ def test_other_layouts(prepared, tmp_path, monkeypatch, records, argv, names, fo
 @pytest.mark.parametrize(
     ("record", "argv", "said"),
     [
-        (
-            {"text": "", "session_id": 1},
-            [],
-            "got the keys 'text', 'session_id'; name a layout with --format, say where",
-        ),
+        ({"text": "", "thread": 1}, [], "got the keys 'text', 'thread'; name a layout with --format, say where"),
         ({"chosen": chat(), "rejected": chat()}, [], "got the keys 'chosen', 'rejected'; name a layout"),
         ({"chat_mesages": []}, [], "the nearest layout is claude (claude.ai's export), which has 'chat_messages'"),
         ({}, ["--format", "nosuch"], "--format: must be one of ai-sdk, alpaca, arena, chatgpt, claude"),
@@ -318,21 +310,13 @@ def test_other_layouts(prepared, tmp_path, monkeypatch, records, argv, names, fo
         ({}, ["--reader", "no_such_module:f"], "--reader no_such_module:f: cannot be imported: ModuleNotFound"),
         ({}, ["--reader", "json:f"], "--reader: json must have a function f, got none"),
         ({}, ["--reader", "own_reader:one"], "--reader own_reader:one: KeyError: 'turns'"),
-        (
-            {},
-            ["--reader", "own_reader:clash"],
-            "--reader own_reader:clash: fields must not have the name of a row's own",
-        ),
+        ({}, ["--reader", "own_reader:dup"], "--reader own_reader:dup: fields must not have the name of a row's own"),
         ({}, ["--reader", "own_reader:wrong"], "--reader own_reader:wrong: TypeError: 'int' object is not iterable"),
         ({}, ["--format", "openai", "--preset", "paper-wildchat"], "leave out --format, --map, --reader, --branches"),
         ({}, ["--rating-followup", "down"], "--rating-followup: must be RATING=TEXT"),
         (layouts.completion(A1), [], "choices are answers alone, without their prompt; add the messages"),
         ({"custom_id": "a", "response": {}}, [], "a line of a batch's output has no prompt; put the body"),
-        (
-            {"object": "response", "input": "x", "previous_response_id": "r"},
-            [],
-            "whose messages are not in the record",
-        ),
+        ({"object": "response", "input": "x", "previous_response_id": "r"}, [], "messages are not in the record"),
         ({"request": {"messages": chat()}, "response": {"error": {"code": 9}}}, [], "response: the call failed: dict"),
         ({"attributes": {"gen_ai.tool.name": "f"}}, [], "damaged           1 not a call of a model"),
         ({"mapping": {"a": {"parent": "b"}, "b": {"parent": "a"}}, "current_node": "a"}, [], "a circle of parents"),
@@ -378,6 +362,28 @@ def test_files_of_tables_and_logs(tmp_path):
         output = tmp_path / f"{name}.out"
         assert main([str(tmp_path / name), "-o", str(output), "--preset", "none", "--quiet"]) == 0, name
         assert shown(by_length(read_rows(output))) == EXPECTED, name
+
+
+@pytest.mark.parametrize(
+    ("files", "prompts", "said"),
+    [
+        ([table(layouts.ROWS).replace(A1.encode(), b"\xff", 1)], [], "2 a row may be missing"),
+        ([table(layouts.ROWS[:5]), table(layouts.ROWS[5:])], [SAID[:1]], "1 rows in several files"),
+        (
+            [table(layouts.ROWS[:5]), table(layouts.ROWS)],
+            [SAID[:1], SAID[:3]],
+            "1 interactions that are there already",
+        ),
+    ],
+)
+def test_rows_are_trained_on_where_the_history_is_whole(tmp_path, capsys, files, prompts, said):
+    for number, data in enumerate(files):
+        (tmp_path / f"{number}.csv").write_bytes(data)
+    output = tmp_path / "out.jsonl"
+    argv = [str(tmp_path / "*.csv"), "-o", str(output), "--preset", "none", "--workers", "2"]
+    assert main(argv) == int(not prompts)
+    assert [texts for texts, *_ in shown(by_length(read_rows(output)))] == prompts
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

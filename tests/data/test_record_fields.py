@@ -6,7 +6,7 @@ import pytest
 
 from fastsdpo.commands.prepare import main
 from fastsdpo.data import load_interactions
-from fastsdpo.data.record_fields import parse_time
+from fastsdpo.data.times import parse_time
 
 UTC = datetime.timezone.utc
 NOON = datetime.datetime(2023, 4, 9, 12, tzinfo=UTC)
@@ -25,20 +25,9 @@ def names(rows):
 @pytest.mark.parametrize(
     "value",
     [
-        "2023-04-09T12:00:00Z",
-        "2023-04-09 12:00",
-        "20230409T120000",
-        "2023-04-09 14:00:00.000000+02:00",
-        "2023-04-09T06:30:00-0530",
-        " 2023-04-09 12:00:00 UTC",
-        "1681041600",
-        1681041600,
-        1681041600.0,
-        1681041600_000,
-        1681041600_000_000,
-        1681041600_000_000_000,
-        NOON,
-        NOON.replace(tzinfo=None),
+        *("2023-04-09T12:00:00Z", "2023-04-09 12:00", "20230409T120000", "2023-04-09 14:00:00.000000+02:00"),
+        *("2023-04-09T06:30:00-0530", " 2023-04-09 12:00:00 UTC", "1681041600", 1681041600, 1681041600.0),
+        *(1681041600_000, 1681041600_000_000, 1681041600_000_000_000, NOON, NOON.replace(tzinfo=None)),
     ],
 )
 def test_times_of_one_moment(value):
@@ -88,16 +77,11 @@ def test_a_message_with_the_mark_and_a_record_without_a_time(prepared):
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_kept_keys_are_in_the_rows(prepared, tmp_path, suffix):
+def test_kept_keys_are_in_the_rows(prepared, suffix):
     records = [{**r, "when": "x"} for r in RECORDS[:2]]
     records[0]["timestamp"] = NOON if suffix == "parquet" else NOON.isoformat()
     records[1]["timestamp"] = None
-    if suffix == "parquet":
-        pa = pytest.importorskip("pyarrow")
-        (tmp_path / "in.jsonl").mkdir()
-        table = pa.Table.from_pylist(records)
-        pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "in.jsonl" / "a.parquet")
-    done = prepared(None if suffix == "parquet" else records, "--keep", "model, timestamp,toxic,nothing,country")
+    done = prepared(records, "--keep", "model, timestamp,toxic,nothing,country", suffix=suffix)
     fields = [{key: row[key] for key in list(row)[6:]} for row in done.rows]
     said = {"model": "gpt-4-0314", "timestamp": "2023-04-09T12:00:00+00:00", "toxic": False, "nothing": None}
     assert fields[0] == {**said, "country": "Peru"}
@@ -131,10 +115,7 @@ class TestEvalAfter:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (
-                "--eval-after 2030-01-01",
-                "--eval-after must leave conversations on both sides, got 0 of 4 from then on",
-            ),
+            ("--eval-after 2030-01-01", "--eval-after must leave conversations on both sides, got 0 of 4 from"),
             ("--eval-after 2000-01-01", "on both sides, got 4 of 4"),
             ("--eval-after soon", "--eval-after: a time must be an ISO date or seconds since 1970, got 'soon'"),
             ("--eval-after 2023-01-01 --eval-fraction 0.1", "by eval_fraction or by eval_after, got both"),
@@ -156,11 +137,8 @@ def test_the_layout_of_trl(prepared):
     done = prepared(RECORDS, "--layout", "trl", "--keep", "model", "--overwrite")
     assert [row["completion"] for row in done.rows] == [[row["completion"]] for row in own.rows]
     assert [row["prompt"] for row in done.rows] == [row["prompt"] for row in own.rows]
-    again = prepared([{**row, "completion": row["completion"]} for row in done.rows], "--overwrite")
-    assert again.rows == own.rows
-    assert (
-        "what TRL reads in the rows' place, got 'images'"
-        in prepared(RECORDS, "--layout", "trl", "--keep", "images").error
-    )
+    assert prepared(done.rows, "--overwrite").rows == own.rows
+    refused = prepared(RECORDS, "--layout", "trl", "--keep", "images")
+    assert "what TRL reads in the rows' place, got 'images'" in refused.error
     two = [{**done.rows[0], "completion": done.rows[0]["completion"] * 2}]
     assert "completion" in prepared(two, "--overwrite").table

@@ -13,6 +13,7 @@ import fastsdpo
 from fastsdpo.commands.prepare import main
 from fastsdpo.data import reading, workers
 from fastsdpo.data.spool import Spool
+from tests.data.conftest import chat
 
 # What the two parsers of JSON could see differently, and what the two writers could write differently.
 TEXTS = [
@@ -24,10 +25,6 @@ RAW = [
     *(b'{"id": 1e2, "x": NaN, ', b'{"id": "\\ud800", "x": Infinity, ', b'{"id": 1, "id": 2, "x": 1e400, '),
     *(b'{"x": ' + b"[" * 900 + b"]" * 900 + b", ", b'\xef\xbb\xbf{"id": 3, ', b'{"id": 01, ', b'{"id": "\xff", '),
 ]
-
-
-def chat(*texts):
-    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
 
 
 SHARES = ("--eval-fraction", 0.2, "--shuffle", "--layout", "trl", "--keep", "session_id,x")
@@ -84,7 +81,8 @@ def test_any_number_of_workers_gives_the_same(outcome, monkeypatch):
     assert alone[0] == 0 and len(alone[3]) == 3
     report = json.loads(alone[3]["out.report.json"])
     # The wrong layout is a value that is nested too deep to be kept.
-    damaged = {"no follow-up": 6, "not JSON": 3, "invalid UTF-8": 2, "wrong layout": 1, "damaged file": 1}
+    empty = "nothing but follow-ups to an empty answer"
+    damaged = {empty: 6, "not JSON": 3, "invalid UTF-8": 2, "wrong layout": 1, "damaged file": 1}
     assert report["damaged"] == damaged
     assert report["problems"]["invalid UTF-8"][0].endswith("b.jsonl:4: invalid UTF-8 at byte 0")
     assert report["merged_records"] == 36 and report["interactions"] + report["eval_interactions"] > 113

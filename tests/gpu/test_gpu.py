@@ -6,11 +6,15 @@ that Triton's interpreter can, to try the tests themselves.
 
 import copy
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastsdpo
+from fastsdpo import SDPOConfig, SDPOTrainer, TokenizedInteraction
+from fastsdpo.prefix import head_parameters, shared_forward
 from fastsdpo.testing import make_rows
 from tests.ops import contract
 
@@ -31,6 +35,7 @@ class Compiled(contract.Contract):
     backend = "triton"
     device = DEVICE
     value = total = 2e-5
+    certain = 2 * torch.finfo(torch.float32).eps
     moved = MOVED
     vocabularies = ()
     several = 40_000 if DEVICE != "cpu" else 9000
@@ -148,30 +153,26 @@ def test_the_loss_from_hidden_states(options):
 
 
 def tiny_llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "initializer_range": 0.1}
     return LlamaForCausalLM(LlamaConfig(**heads, **sizes))
 
 
+def drawn_ids(seed):
+    """(generator, ids(count): ids drawn by it)"""
+    draw = torch.Generator().manual_seed(seed)
+    return draw, lambda count: torch.randint(512, (count,), generator=draw).tolist()
+
+
 @cuda_only
 @pytest.mark.parametrize("attention", ["auto", "segments", "flex", "dense", "flash"])
 def test_shared_prefixes_on_every_attention_backend(attention):
     """Hidden states and gradients of the shared passes against unshared ones, in bfloat16."""
-    from types import SimpleNamespace
-
-    from fastsdpo.prefix import shared_forward
-
     if attention == "flash":
         pytest.importorskip("torch.nn.attention.varlen")
     model = tiny_llama().to(DEVICE, torch.bfloat16)
-    draw = torch.Generator().manual_seed(1)
-
-    def ids(count):
-        return torch.randint(512, (count,), generator=draw).tolist()
-
+    draw, ids = drawn_ids(1)
     history, items = ids(40), []
     for _ in range(4):
         prompt, answer = history + ids(20), ids(30)
@@ -197,15 +198,7 @@ def test_shared_prefixes_on_every_attention_backend(attention):
 
 def test_a_training_step_equals_the_cpu_s():
     """Loss and gradient of one step through sharing and the fused loss, in float32."""
-    from types import SimpleNamespace
-
-    from fastsdpo.prefix import head_parameters, shared_forward
-
-    draw = torch.Generator().manual_seed(2)
-
-    def ids(count):
-        return torch.randint(512, (count,), generator=draw).tolist()
-
+    _, ids = drawn_ids(2)
     prompt = ids(12)
     items = [SimpleNamespace(prompt_ids=prompt, teacher_prompt_ids=prompt + ids(5), completion_ids=ids(9))]
     cpu = tiny_llama()
@@ -226,8 +219,6 @@ def test_a_training_step_equals_the_cpu_s():
 @pytest.mark.parametrize("attention", ["auto", "segments", "flex", "dense", "flash"])
 def test_a_training_step_waits_for_nothing(tmp_path, attention):
     """Of the trainer's own step, once its batch is on the GPU."""
-    from fastsdpo import SDPOConfig, SDPOTrainer, TokenizedInteraction
-
     items = [TokenizedInteraction([1] * n, [1] * n + [2, 3], [4, 5, 6, n]) for n in (10, 20, 30)]
     args = SDPOConfig(output_dir=str(tmp_path), report_to=[], save_strategy="no", teacher_check=0, attention=attention)
     model = tiny_llama().to(torch.bfloat16)

@@ -12,6 +12,10 @@ from tests.words import SHAPE, SPECIAL, word_tokenizer
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 WORDS = [f"w{number}" for number in range(57)]
+# Of TRL's trainers. A step of SGD is in proportion to the gradient: rounding stays rounding.
+RUN = {"learning_rate": 0.05, "optim": "sgd", "lr_scheduler_type": "constant", "gradient_checkpointing": False}
+RUN |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False}
+RUN |= {"seed": 3, "disable_tqdm": True}
 
 
 def make_tokenizer():

@@ -9,7 +9,6 @@ import importlib.util
 import os
 import sys
 import warnings
-from pathlib import Path
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
@@ -82,9 +81,8 @@ def plain_loop(folder: str) -> None:
 
 def trl(folder: str, output: str) -> None:
     """TRL's trainer, patched and not, in the same two processes."""
-    spec = importlib.util.spec_from_file_location("lab", Path(__file__).with_name("test_trl_sdpo.py"))
-    lab = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(lab)
+    from tests.integrations import test_trl_sdpo as lab
+
     # With gradient checkpointing DDP looks for parameters that the forward pass did not use: the head must be
     # among those that it did.
     mixed = {**lab.MODES["topk-tail-forward"], "distillation_weight": 0.5, "gradient_checkpointing": True}

@@ -57,9 +57,8 @@ def make(folder, adapter=None, **given):
 
 
 def bits_and_bytes(bits, **more):
-    return BitsAndBytesConfig(
-        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=torch.float32, **more
-    )
+    packing = {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8}
+    return BitsAndBytesConfig(**packing, bnb_4bit_compute_dtype=torch.float32, **more)
 
 
 def packed(folder, bits, adapter=None, **more):
@@ -82,11 +81,8 @@ def doors(model):
     logits = model(input_ids=IDS).logits[:, :-1].float()
     ids = LABELS[:, 1:]
     logps = fused_logps(model, IDS, None, LABELS)[:, 1:][counts]
-    yield (
-        "log-probs",
-        logps.sum(),
-        logits.log_softmax(-1).gather(-1, ids.clamp(min=0)[..., None])[..., 0][counts].sum(),
-    )
+    wanted = logits.log_softmax(-1).gather(-1, ids.clamp(min=0)[..., None])[..., 0][counts]
+    yield "log-probs", logps.sum(), wanted.sum()
     settings = GKDSettings(0.4, 1.3)
 
     def swift(hidden):
@@ -119,9 +115,8 @@ def compare(model, rtol):
         got, wanted = (torch.autograd.grad(one, trained, allow_unused=True) for one in (loss, want))
         scale = max(grad.abs().max() for grad in wanted if grad is not None)
         assert scale > 0
-        for parameter_name, one, other in zip(
-            (n for n, p in model.named_parameters() if p.requires_grad), got, wanted, strict=True
-        ):
+        names = [n for n, p in model.named_parameters() if p.requires_grad]
+        for parameter_name, one, other in zip(names, got, wanted, strict=True):
             assert (one is None) == (other is None), f"{name}: {parameter_name}"
             if one is not None:
                 assert (one - other).abs().max() <= 10 * rtol * scale, f"{name}: {parameter_name}"

@@ -12,8 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import urllib.request
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -25,6 +24,7 @@ from fastsdpo.integrations import sdpo_fork
 from tests.integrations import test_sdpo_fork, test_sglang, test_vllm
 from tests.integrations.conftest import make_models
 from tests.pages import ROOT, blocks, calls
+from tests.servers import serving
 
 FOLDER = ROOT / "docs/integrations"
 # Where the page of a name is run, if not here.
@@ -121,44 +121,28 @@ def scores(qwen2_folder):
 def server(scores, monkeypatch):
     """SGLang's ``/generate`` and vLLM's ``/v1/completions``, at the addresses of the pages."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path == "/generate":
-                assert asked["return_logprob"] and asked["sampling_params"] == {"max_new_tokens": 1}
-                ids, start = asked["input_ids"], asked["logprob_start_len"]
-                monkeypatch.setattr(test_sglang, "K", asked["top_logprobs_num"])
-                reply = test_sglang.reply_of(scores[0][SEQUENCES.index(ids)], ids, start)
-            else:
-                assert (self.path, asked["max_tokens"]) == ("/v1/completions", 1)
-                entries = [
-                    test_vllm.serve(p, ids, asked["prompt_logprobs"]) for p, ids in zip(*known(asked["prompt"]))
-                ]
-                reply = {"choices": [{"text": "a", "prompt_logprobs": test_vllm.as_json(e)} for e in entries]}
-            data = json.dumps(reply).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
+    def answer(path, body):
+        asked = json.loads(body)
+        if path == "/generate":
+            assert asked["return_logprob"] and asked["sampling_params"] == {"max_new_tokens": 1}
+            ids, start = asked["input_ids"], asked["logprob_start_len"]
+            monkeypatch.setattr(test_sglang, "K", asked["top_logprobs_num"])
+            return 200, test_sglang.reply_of(scores[0][SEQUENCES.index(ids)], ids, start)
+        assert (path, asked["max_tokens"]) == ("/v1/completions", 1)
+        entries = [test_vllm.serve(p, ids, asked["prompt_logprobs"]) for p, ids in zip(*known(asked["prompt"]))]
+        return 200, {"choices": [{"text": "a", "prompt_logprobs": test_vllm.as_json(e)} for e in entries]}
 
     def known(prompts):
         return [scores[0][SEQUENCES.index(ids)] for ids in prompts], prompts
 
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    import urllib.request
-
     made = urllib.request.Request
-    local = f"http://127.0.0.1:{running.server_port}"
-    monkeypatch.setattr(
-        urllib.request, "Request", lambda url, *a, **k: made(re.sub(r"http://localhost:\d+", local, url), *a, **k)
-    )
-    yield
-    running.shutdown()
-    running.server_close()
+
+    def local(address, *given, **more):
+        return made(re.sub(r"http://localhost:\d+", url, address), *given, **more)
+
+    with serving(answer) as url:
+        monkeypatch.setattr(urllib.request, "Request", local)
+        yield
 
 
 @pytest.mark.usefixtures("server")

@@ -73,17 +73,11 @@ CONFIGS = {
 def given():
     torch.manual_seed(3)
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
-    return SimpleNamespace(
-        student=torch.randn(B, T, D),
-        teacher=torch.randn(B, T, D),
-        head=HeadParameters(torch.randn(V, D) * 0.5, torch.randn(V), None, 1.0),
-        ids=torch.randint(V, (B, T)),
-        mask=mask,
-        chosen=torch.tensor([1.0, 0.0, 1.0]),
-        old=-3 * torch.rand(B, T),
-        rollout=torch.rand(B, T) + 0.5,
-        temperature=0.7,
-    )
+    states = {"student": torch.randn(B, T, D), "teacher": torch.randn(B, T, D)}
+    head = HeadParameters(torch.randn(V, D) * 0.5, torch.randn(V), None, 1.0)
+    tokens = {"ids": torch.randint(V, (B, T)), "mask": mask, "chosen": torch.tensor([1.0, 0.0, 1.0])}
+    tokens |= {"old": -3 * torch.rand(B, T), "rollout": torch.rand(B, T) + 0.5}
+    return SimpleNamespace(**states, **tokens, head=head, temperature=0.7)
 
 
 def logits(hidden, given):
@@ -154,14 +148,9 @@ def test_with_the_forks_signature(form, name, aggregation, given):
         tensors["teacher_topk_log_probs"] = t.gather(-1, support)
     elif config.full_logit_distillation:
         tensors["student_all_log_probs"], tensors["teacher_all_log_probs"] = everything
-    loss, metrics = sdpo_fork.compute_self_distillation_loss(
-        s.gather(-1, given.ids[..., None])[..., 0],
-        t.gather(-1, given.ids[..., None])[..., 0],
-        given.mask,
-        config,
-        **tensors,
-        **options(given, config, aggregation),
-    )
+    scores = (x.gather(-1, given.ids[..., None])[..., 0] for x in (s, t))
+    more = {**tensors, **options(given, config, aggregation)}
+    loss, metrics = sdpo_fork.compute_self_distillation_loss(*scores, given.mask, config, **more)
     close(loss, hidden, want)
     assert metrics == {}
 

@@ -63,6 +63,12 @@ ERRORS = {
         TypeError,
         "sequence 0, position 3: must be a mapping",
     ),
+    "cut": (lambda m: m.update(prompt_tokens=5), ValueError, "must have read the 6 tokens .* prompt_tokens = 5"),
+    "twice": (
+        lambda m: lists(m)[1][4].__setitem__(1, lists(m)[1][4][0]),
+        ValueError,
+        r"position 4: must list distinct tokens, got \d+ twice",
+    ),
     "pairs": (lambda m: lists(m)[0].__setitem__(2, [-1.0, 4]), TypeError, "position 2: must be .log-prob, token id"),
     "logits": (lambda m: lists(m)[0][3].__setitem__(0, 3.5), ValueError, "must have a log-probability <= 0, got 3.5"),
 }

@@ -6,16 +6,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Trainer,
-    TrainingArguments,
-)
 
 import fastsdpo
 from fastsdpo.integrations.transformers import SDPOLabels, fused_logps, gathered_head, sdpo_loss_func
@@ -28,11 +20,12 @@ SHAPE |= dict(num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0)
 def make(family, folder):
     torch.manual_seed(0)
     if family == "gemma2":  # a softcap
-        config = Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=2.0, initializer_range=0.5)
-        return Gemma2ForCausalLM(config)
+        config = transformers.Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=2.0, initializer_range=0.5)
+        return transformers.Gemma2ForCausalLM(config)
     if family == "cohere":  # a scale
-        return CohereForCausalLM(CohereConfig(**SHAPE, logit_scale=0.3, initializer_range=0.5))
-    model = AutoModelForCausalLM.from_pretrained(folder)
+        config = transformers.CohereConfig(**SHAPE, logit_scale=0.3, initializer_range=0.5)
+        return transformers.CohereForCausalLM(config)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     if family == "lora on the head":
         config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
         return get_peft_model(model, config)
@@ -126,18 +119,13 @@ def collate(rows):
 
 
 def train(folder, output, *, batch_size, accumulate, collator=collate, **options):
-    settings = dict(max_steps=2, learning_rate=0.1, optim="sgd", logging_steps=1, lr_scheduler_type="constant")
-    settings |= dict(
-        save_strategy="no", report_to="none", use_cpu=True, remove_unused_columns=False, disable_tqdm=True
-    )
-    settings |= dict(per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulate)
-    trainer = Trainer(
-        model=AutoModelForCausalLM.from_pretrained(folder),
-        args=TrainingArguments(output_dir=str(output), **settings),
-        train_dataset=examples(),
-        data_collator=collator,
-        compute_loss_func=sdpo_loss_func(**options),
-    )
+    settings = {"max_steps": 2, "learning_rate": 0.1, "optim": "sgd", "logging_steps": 1, "use_cpu": True}
+    settings |= {"lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    settings |= {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulate}
+    args = transformers.TrainingArguments(output_dir=str(output), remove_unused_columns=False, **settings)
+    model, loss_of = transformers.AutoModelForCausalLM.from_pretrained(folder), sdpo_loss_func(**options)
+    data = {"train_dataset": examples(), "data_collator": collator}
+    trainer = transformers.Trainer(model=model, args=args, compute_loss_func=loss_of, **data)
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return losses, [p.detach() for p in trainer.model.parameters()]
@@ -145,16 +133,15 @@ def train(folder, output, *, batch_size, accumulate, collator=collate, **options
 
 def test_the_hidden_states_themselves(qwen2_folder, batch):
     """A body that returns what it is given."""
-    model = AutoModelForCausalLM.from_pretrained(qwen2_folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(qwen2_folder)
     hidden = run_inside(model, lambda states: states, {"input_ids": batch["input_ids"]})
     torch.testing.assert_close(model.lm_head(hidden), model(input_ids=batch["input_ids"]).logits)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"mode": "sampled_token", "is_clip": 1.5}, {"mode": "topk", "alpha": 0.5, "temperature": 0.8}],
-    ids=lambda options: options["mode"],
-)
+MODES = [{"mode": "sampled_token", "is_clip": 1.5}, {"mode": "topk", "alpha": 0.5, "temperature": 0.8}]
+
+
+@pytest.mark.parametrize("options", MODES, ids=lambda options: options["mode"])
 def test_trainer_and_accumulation(options, qwen2_folder, tmp_path):
     """Four micro-batches of one sequence are one batch of four: the mean is over their tokens."""
     large = train(qwen2_folder, tmp_path, batch_size=4, accumulate=1, **options)
@@ -179,7 +166,7 @@ def test_trainer_with_labels_that_it_does_not_count(qwen2_folder, tmp_path):
 def test_loss_func_value(qwen2_folder):
     batch = collate(examples(3))
     labels = batch.pop("labels")
-    model = AutoModelForCausalLM.from_pretrained(qwen2_folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(qwen2_folder)
     outputs = model(**batch)
     loss = sdpo_loss_func()(outputs, labels)
     s, _ = plain(model, {**batch, "labels": labels["labels"]}, 1.0)

@@ -12,14 +12,13 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.trainer import distillation_trainer
 
 from fastsdpo.integrations.trl import chunked_divergence_loss, patch_trl
+from tests.integrations.conftest import RUN
 
 ours, theirs = chunked_divergence_loss, distillation_trainer._chunked_divergence_loss
 
 
 def run(student, teacher, output, **options):
-    settings = dict(learning_rate=0.05, optim="sgd", lr_scheduler_type="constant", per_device_train_batch_size=2)
-    settings |= dict(max_completion_length=6, max_steps=3, logging_steps=1, gradient_checkpointing=False, seed=3)
-    settings |= dict(save_strategy="no", report_to="none", use_cpu=True, bf16=False, disable_tqdm=True)
+    settings = {**RUN, "per_device_train_batch_size": 2, "max_completion_length": 6, "max_steps": 3}
     trainer = DistillationTrainer(
         model=student,
         teacher_model=teacher,
@@ -74,10 +73,8 @@ def result(function, given):
     return {"loss": loss.detach(), "entropy": entropy, "count": count, **grads}
 
 
-BIASES = {
-    "student_lm_head_bias": torch.linspace(-1, 1, 33).requires_grad_(),
-    "teacher_lm_head_bias": torch.linspace(1, -1, 33),
-}
+BIASES = {"student_lm_head_bias": torch.linspace(-1, 1, 33).requires_grad_()}
+BIASES["teacher_lm_head_bias"] = torch.linspace(1, -1, 33)
 SOFTCAPS = {"student_final_logit_softcapping": 3.0, "teacher_final_logit_softcapping": 3.0}
 # All but two tokens of each policy have the probability exp(-120), and the two are not the same.
 UNDERFLOWS = {
@@ -127,14 +124,9 @@ def test_gradients_in_half_precision(dtype, beta, which):
     """As TRL's from float32 copies: with a wide spread, half-precision logits would spoil the gradient."""
     # Products of float32 weights are rounded: at a spread of 30 that alone moves the loss by 1e-5.
     spread = 3.0 if which == "hidden states" else 10.0 if beta == 0.5 else 30.0
-    given = inputs(
-        beta=beta,
-        student_hidden_states=torch.randn(2, 5, 64),
-        teacher_hidden_states=torch.randn(2, 5, 64),
-        student_lm_head_weight=torch.randn(33, 64) * spread / 8,
-        teacher_lm_head_weight=torch.randn(33, 64) * spread / 8,
-        **BIASES,
-    )
+    heads = {f"{who}_lm_head_weight": torch.randn(33, 64) * spread / 8 for who in ("student", "teacher")}
+    states = {f"{who}_hidden_states": torch.randn(2, 5, 64) for who in ("student", "teacher")}
+    given = inputs(beta=beta, **states, **heads, **BIASES)
     rounded = [
         key for key in given if key.endswith("_states") or (key.endswith("_weight") and which != "hidden states")
     ]

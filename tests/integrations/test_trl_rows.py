@@ -26,12 +26,8 @@ def test_sft_trains_on_the_answers_alone(llama_folder, tmp_path):
     assert {"prompt", "completion", "user_response", "model", "rating"} <= set(rows.column_names)
     settings = {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "bf16": False, "report_to": "none"}
     tokenizer = PreTrainedTokenizerFast.from_pretrained(llama_folder)
-    trainer = SFTTrainer(
-        model=llama_folder,
-        args=SFTConfig(output_dir=str(tmp_path / "run"), save_strategy="no", disable_tqdm=True, **settings),
-        train_dataset=rows,
-        processing_class=tokenizer,
-    )
+    args = SFTConfig(output_dir=str(tmp_path / "run"), save_strategy="no", disable_tqdm=True, **settings)
+    trainer = SFTTrainer(model=llama_folder, args=args, train_dataset=rows, processing_class=tokenizer)
     read = []
     for row in trainer.train_dataset:
         trained = [token for token in row["labels"] if token != -100]

@@ -20,6 +20,7 @@ from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 from trl.trainer import distillation_trainer
 
 from fastsdpo.integrations.trl import FastSDPOTrainer, patch_trl, unpatch_trl
+from tests.integrations.conftest import RUN
 from tests.words import SHAPE
 
 PROMPTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9", "w10"]
@@ -32,33 +33,12 @@ def reward(prompts, completions, **_):
 
 def make_trainer(folder, output, *, model=None, kind=SDPOTrainer, steps=3, peft_config=None, source=None, **options):
     data = Dataset.from_dict({"prompt": PROMPTS, "privileged_context": ["w11 w12", "w13", "w14 w15 w16", "w17"]})
-    defaults = {
-        "learning_rate": 0.05,
-        "optim": "sgd",  # a step in proportion to the gradient: rounding stays rounding
-        "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": 4,
-        "num_generations": 2,
-        "max_completion_length": 6,
-        "max_steps": steps,
-        "include_environment_feedback": True,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "seed": 3,
-        "disable_tqdm": True,
-    }
-    return kind(
-        model=model or folder,
-        reward_funcs=reward,
-        args=SDPOConfig(output_dir=str(output), **{**defaults, **options}),
-        train_dataset=data,
-        peft_config=peft_config,
-        processing_class=PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left"),
-        **({} if source is None else {"source": source}),
-    )
+    defaults = {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 6, "max_steps": steps}
+    defaults |= {"include_environment_feedback": True, **RUN}
+    args = SDPOConfig(output_dir=str(output), **{**defaults, **options})
+    given = {"processing_class": PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")}
+    given |= {"reward_funcs": reward, "train_dataset": data, "peft_config": peft_config}
+    return kind(model=model or folder, args=args, **given, **({} if source is None else {"source": source}))
 
 
 def without_times(metrics):
@@ -118,18 +98,13 @@ def test_teacher_kinds(kind, tmp_path, qwen2_folder):
     assert_patched_runs_as_unpatched(qwen2_folder, tmp_path, **options)
 
 
+# An EMA teacher and LoRA on the head: TRL sets the base head to zero, and every loss is 0.
+ADAPTED = [("base", "q_proj"), ("ema", "q_proj"), ("live", "lm_head")]
+ADAPTED += [pytest.param(*case, marks=pytest.mark.slow) for case in (("live", "q_proj"), ("base", "lm_head"))]
+
+
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
-@pytest.mark.parametrize(
-    ("kind", "target"),
-    # An EMA teacher and LoRA on the head: TRL sets the base head to zero, and every loss is 0.
-    [
-        ("base", "q_proj"),
-        ("ema", "q_proj"),
-        ("live", "lm_head"),
-        pytest.param("live", "q_proj", marks=pytest.mark.slow),
-        pytest.param("base", "lm_head", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("kind", "target"), ADAPTED)
 def test_adapters(kind, target, tmp_path, qwen2_folder):
     """LoRA, in the attention and on the head: the base teacher is the model without it."""
     init = "gaussian" if target == "q_proj" else True
@@ -163,9 +138,6 @@ def test_trainer_class_and_defaults(tmp_path, llama_folder):
         found.append(([*logs, without_times(trainer.evaluate(trainer.train_dataset))], weights))
     assert found[0][0][-1]["eval_loss"] != 0
     assert_same_run(found[1], found[0])
-
-
-# ------------------------------------------------------------------------------- batches by hand
 
 
 def batch(chosen=(1.0, 0.0)):
@@ -278,9 +250,6 @@ def test_heads_of_other_models(make, reason, tmp_path, llama_folder, caplog):
     assert reason in caplog.text and ("from logits" in caplog.text) == bool(reason)
 
 
-# ----------------------------------------------------------------------------- where logits remain
-
-
 class OwnLoss(SDPOTrainer):
     """Somebody's subclass: its loss works on logits."""
 
@@ -333,11 +302,8 @@ def unusual_head(make):
 
 def served_teacher(make):
     """TRL's own code, also with masked and ragged rows."""
-    scores = {
-        "actual_logprobs": [[], [[-1.1], [-0.4]]],
-        "logprobs": [[], [[-1.1, -1.5], [-0.4, -0.9]]],
-        "logprob_token_ids": [[], [[14, 15], [16, 17]]],
-    }
+    scores = {"actual_logprobs": [[], [[-1.1], [-0.4]]], "logprobs": [[], [[-1.1, -1.5], [-0.4, -0.9]]]}
+    scores["logprob_token_ids"] = [[], [[14, 15], [16, 17]]]
     trainer = make(**{**MODES["topk-tail-jsd"], "distillation_topk": 2})
     trainer.use_teacher_server = True
     trainer.teacher_client = SimpleNamespace(get_sequence_logprobs=lambda **_: scores)
@@ -365,9 +331,6 @@ def test_logits_remain_where_they_must(case, reason, tmp_path, llama_folder, cap
     assert reason in caplog.text
     with patch_trl("hidden"), pytest.raises(NotImplementedError, match=re.escape(reason)):
         trainer.compute_loss(trainer.model, given)
-
-
-# ------------------------------------------------------------------------------------- the patch
 
 
 def test_everything_is_restored():

@@ -1,9 +1,8 @@
 """TRL's other trainers that distil, patched against unpatched: losses, metrics and every gradient of five steps."""
 
+import importlib
 import json
 import queue
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
@@ -18,25 +17,12 @@ from transformers.trainer_utils import set_seed
 
 from fastsdpo.integrations.generalized_jsd import adapt
 from fastsdpo.integrations.trl import patch_trl
-from tests.integrations.conftest import make_tokenizer
+from tests.integrations.conftest import RUN, make_tokenizer
+from tests.servers import serving
 
 PROMPTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9", "w10"]
 ANSWERS = ["w20 w21 w22", "w23", "w24 w25", "w26 w27 w28 w29 w30"]
-SETTINGS = {
-    "learning_rate": 0.05,
-    "optim": "sgd",  # a step in proportion to the gradient: rounding stays rounding
-    "lr_scheduler_type": "constant",
-    "per_device_train_batch_size": 2,
-    "gradient_checkpointing": False,
-    "logging_steps": 1,
-    "max_steps": 5,
-    "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
-    "bf16": False,
-    "seed": 3,
-    "disable_tqdm": True,
-}
+SETTINGS = {**RUN, "per_device_train_batch_size": 2, "max_steps": 5}
 
 
 class Gradients(TrainerCallback):
@@ -55,9 +41,8 @@ def tokenizer_of(folder):
 
 def conversations():
     rows = zip(PROMPTS, ANSWERS)
-    return Dataset.from_dict(
-        {"messages": [[{"role": "user", "content": p}, {"role": "assistant", "content": a}] for p, a in rows]}
-    )
+    said = [[{"role": "user", "content": p}, {"role": "assistant", "content": a}] for p, a in rows]
+    return Dataset.from_dict({"messages": said})
 
 
 def sdft(student, teacher, output, model=None, **options):
@@ -68,15 +53,7 @@ def sdft(student, teacher, output, model=None, **options):
     return SDFTTrainer(model=model or student, args=args, train_dataset=data, processing_class=tokenizer_of(student))
 
 
-def gkd(student, teacher, output, model=None, **options):
-    from trl.experimental.gkd import GKDConfig, GKDTrainer
-
-    args = GKDConfig(output_dir=output, max_new_tokens=6, max_length=64, **SETTINGS, **options)
-    pair = {"model": model or AutoModelForCausalLM.from_pretrained(student), "teacher_model": teacher}
-    return GKDTrainer(**pair, args=args, train_dataset=conversations(), processing_class=tokenizer_of(student))
-
-
-def byte_level_tokenizer():
+def byte_level_tokenizer(_folder):
     """GOLD wants one whose offsets are bytes: a token per character of the prompts."""
     special = ["<pad>", "<end>", "<user>", "<assistant>", "<system>", "<unk>"]
     vocabulary = {token: number for number, token in enumerate([*special, *"w0123456789\u0120"])}
@@ -90,21 +67,22 @@ def byte_level_tokenizer():
     return tokenizer
 
 
-def gold(student, teacher, output, model=None, **options):
-    from trl.experimental.gold import GOLDConfig, GOLDTrainer
+def pair_maker(module, name, tokenizer_for=tokenizer_of, loads_names=False, **own):
+    """make(student, teacher, output): a trainer that has a teacher, of ``trl.experimental``."""
 
-    args = GOLDConfig(output_dir=output, max_completion_length=6, max_length=64, **SETTINGS, **options)
-    pair = {"model": model or AutoModelForCausalLM.from_pretrained(student), "teacher_model": teacher}
-    return GOLDTrainer(**pair, args=args, train_dataset=conversations(), processing_class=byte_level_tokenizer())
+    def make(student, teacher, output, model=None, **options):
+        kinds = importlib.import_module(f"trl.experimental.{module}")
+        args = getattr(kinds, f"{name}Config")(output_dir=output, max_length=64, **own, **SETTINGS, **options)
+        given = {"train_dataset": conversations(), "processing_class": tokenizer_for(student), "args": args}
+        model = model or (student if loads_names else AutoModelForCausalLM.from_pretrained(student))
+        return getattr(kinds, f"{name}Trainer")(model=model, teacher_model=teacher, **given)
+
+    return make
 
 
-def iw_opd(student, teacher, output, model=None, **options):
-    from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
-
-    args = IWOPDConfig(output_dir=output, max_completion_length=6, max_length=64, **SETTINGS, **options)
-    pair = {"model": model or student, "teacher_model": teacher}
-    return IWOPDTrainer(**pair, args=args, train_dataset=conversations(), processing_class=tokenizer_of(student))
-
+gkd = pair_maker("gkd", "GKD", max_new_tokens=6)
+gold = pair_maker("gold", "GOLD", byte_level_tokenizer, max_completion_length=6)
+iw_opd = pair_maker("iw_opd", "IWOPD", loads_names=True, max_completion_length=6)
 
 TOPK = {"distillation_mode": "topk_logits", "distillation_topk": 7}
 JSD = {"distillation_objective": "jsd", "lmbda": 0.5}
@@ -153,21 +131,18 @@ def assert_same(found, wanted, rounding=0.0, steps=5):
 SOONER = ("sdft-topk", "gkd", "gold")
 
 
-@pytest.mark.parametrize("name", [n if n in SOONER else pytest.param(n, marks=pytest.mark.slow) for n in RUNS])
-def test_five_steps(name, llama_folder, qwen2_folder, tmp_path):
+FROM_LOGITS = ("sdft-topk", "gkd", "gold", "iw-opd-jsd", "iw-opd-top4-forward")
+SLOW = pytest.mark.slow
+CASES = [pytest.param(n, "hidden", marks=[] if n in SOONER else SLOW) for n in RUNS]
+CASES += [pytest.param(n, "logits", marks=SLOW) for n in FROM_LOGITS]
+
+
+@pytest.mark.parametrize(("name", "source"), CASES)
+def test_five_steps(name, source, llama_folder, qwen2_folder, tmp_path):
     """From hidden states: the student's head never runs. The teacher is another model with a head of its own."""
     make, options = RUNS[name]
     wanted = run(make(llama_folder, qwen2_folder, str(tmp_path), **options))
-    with patch_trl("hidden"):
-        assert_same(run(make(llama_folder, qwen2_folder, str(tmp_path), **options)), wanted)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sdft-topk", "gkd", "gold", "iw-opd-jsd", "iw-opd-top4-forward"])
-def test_five_steps_from_logits(name, llama_folder, qwen2_folder, tmp_path):
-    make, options = RUNS[name]
-    wanted = run(make(llama_folder, qwen2_folder, str(tmp_path), **options))
-    with patch_trl("logits"):
+    with patch_trl(source):
         assert_same(run(make(llama_folder, qwen2_folder, str(tmp_path), **options)), wanted)
 
 
@@ -230,9 +205,6 @@ def test_one_step_of_what_users_add(name, llama_folder, qwen2_folder, tmp_path, 
     assert reason in caplog.text and ("from logits" in caplog.text) == bool(reason)
 
 
-# ----------------------------------------------------------------- teachers behind servers
-
-
 @pytest.fixture
 def served(qwen2_folder):
     """The teacher as an HTTP server with the replies of `vllm serve` to ``prompt_logprobs``; its URL."""
@@ -250,38 +222,19 @@ def served(qwen2_folder):
             entries.append(row)
         return entries
 
-    class Handler(BaseHTTPRequestHandler):
-        def reply(self, body):
-            data = json.dumps(body).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+    def answer(path, body):
+        if not body:
+            return 200, {"data": [{"id": "teacher", "max_model_len": 256}]}
+        asked = json.loads(body)
+        assert asked["temperature"] == 1.0
+        return 200, {"choices": [{"prompt_logprobs": score(s, asked["prompt_logprobs"])} for s in asked["prompt"]]}
 
-        def do_GET(self):
-            self.reply({"data": [{"id": "teacher", "max_model_len": 256}]})
-
-        def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            assert asked["temperature"] == 1.0
-            self.reply({"choices": [{"prompt_logprobs": score(s, asked["prompt_logprobs"])} for s in asked["prompt"]]})
-
-        def log_message(self, *args):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", score
-    server.shutdown()
-    server.server_close()
+    with serving(answer) as url:
+        yield url, score
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"beta": 0.5},
-        *(pytest.param(o, marks=pytest.mark.slow) for o in ({"beta": 0.0, "loss_top_k": 5}, {"beta": 1.0})),
-    ],
+    "options", [{"beta": 0.5}, *(pytest.param(o, marks=SLOW) for o in ({"beta": 0.0, "loss_top_k": 5}, {"beta": 1.0}))]
 )
 def test_server_distillation(options, served, llama_folder, tmp_path, monkeypatch):
     """TRL's client only looks whether vLLM is installed; it talks HTTP."""
@@ -326,14 +279,10 @@ class Rollouts:
         for sample in samples * 30:  # more than five steps take: batches are fetched ahead
             self.rollout_buffer.put(sample)
 
-    def start(self):
+    def nothing(self, *args):
         pass
 
-    def stop(self):
-        pass
-
-    def update_model_version(self, version):
-        pass
+    start = stop = update_model_version = nothing
 
     def check_health(self, stale_after_s):
         assert not self.rollout_buffer.empty()
@@ -348,7 +297,7 @@ class NoTransfer:
 
 
 @pytest.mark.parametrize(
-    ("beta", "tail"), [(0.0, True), *(pytest.param(*v, marks=pytest.mark.slow) for v in ((0.5, False), (1.0, True)))]
+    ("beta", "tail"), [(0.0, True), *(pytest.param(*v, marks=SLOW) for v in ((0.5, False), (1.0, True)))]
 )
 def test_asynchronous_distillation(beta, tail, served, llama_folder, tmp_path, monkeypatch):
     """Of TRL only the name of the GPU, for its share of peak FLOP/s, is not there on a CPU."""
@@ -361,21 +310,15 @@ def test_asynchronous_distillation(beta, tail, served, llama_folder, tmp_path, m
         given = {**SETTINGS, "beta": beta, "add_tail_bucket": tail, "teacher_top_k": 5, "teacher_server_urls": urls}
         given |= {"model_init_kwargs": {"attn_implementation": "sdpa", "dtype": "float32"}, "max_staleness": 100}
         given |= {"vllm_server_base_url": served[0], "token_budget": 26}
-        return AsyncDistillationTrainer(
-            model=llama_folder,
-            args=AsyncDistillationConfig(output_dir=str(tmp_path), **given),
-            train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-            processing_class=tokenizer_of(llama_folder),
-            rollout_worker=Rollouts(served[1], 5),
-            weight_transfer=NoTransfer(),
-        )
+        args = AsyncDistillationConfig(output_dir=str(tmp_path), **given)
+        names = {"processing_class": tokenizer_of(llama_folder), "rollout_worker": Rollouts(served[1], 5)}
+        data = Dataset.from_dict({"prompt": PROMPTS})
+        names |= {"train_dataset": data, "weight_transfer": NoTransfer()}
+        return AsyncDistillationTrainer(model=llama_folder, args=args, **names)
 
     wanted = run(make())
     with patch_trl():
         assert_same(run(make()), wanted)
-
-
-# ----------------------------------------------------------------------- the adapter by itself
 
 
 @pytest.mark.parametrize("which", ["gkd.gkd_trainer:GKDTrainer", "gold.gold_trainer:GOLDTrainer"])
@@ -384,8 +327,6 @@ def test_asynchronous_distillation(beta, tail, served, llama_folder, tmp_path, m
     "options", [{}, {"reduction": "sum"}, {"reduction": "mean"}, {"reduction": "none"}, {"num_items_in_batch": 7}]
 )
 def test_the_adapter_in_every_reduction(which, labelled, options):
-    import importlib
-
     module, name = which.split(":")
     theirs = getattr(importlib.import_module(f"trl.experimental.{module}"), name).generalized_jsd_loss
     student, teacher = torch.randn(2, 5, 33), torch.randn(2, 5, 33)

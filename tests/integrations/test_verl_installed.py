@@ -3,10 +3,6 @@
 import functools
 import importlib
 import os
-import socket
-import subprocess
-import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +12,7 @@ import torch
 from fastsdpo.integrations import sdpo_fork
 from fastsdpo.integrations import verl as integration
 from fastsdpo.integrations.verl_self_teacher import use_self_teacher
+from tests.forked import free_port, run_together
 from tests.integrations import verl_on_cpu as lab
 
 PROMPTS, ANSWERS = [2, 4, 3], [5, 1, 3]
@@ -48,12 +45,9 @@ def verl():
         changed = OmegaConf.merge(yaml.distillation_loss, {"loss_mode": loss_mode, **changes})
         return DistillationConfig(distillation_loss=omega_conf_to_dataclass(changed))
 
-    def actor(loss_agg_mode="token-mean"):
-        return FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode=loss_agg_mode)
-
     yield SimpleNamespace(
         settings=settings,
-        actor=actor,
+        actor=functools.partial(FSDPActorConfig, rollout_n=1, ppo_micro_batch_size_per_gpu=1),
         losses=losses,
         loss=losses.distillation_ppo_loss,
         TensorDict=TensorDict,
@@ -135,7 +129,7 @@ def make_batch(verl, given, layout="nested", dtype=torch.float64, stale=0.0, cor
 def run(verl, given, config, *, aggregation="token-mean", **how):
     """``(loss, gradient of the student's log-probs, metrics)`` from verl's own function; ``how`` of `make_batch`."""
     leaf, output, data = make_batch(verl, given, **how)
-    loss, metrics = verl.loss(verl.actor(aggregation), config, output, data)
+    loss, metrics = verl.loss(verl.actor(loss_agg_mode=aggregation), config, output, data)
     loss.backward()
     return loss.detach(), leaf.grad, metrics
 
@@ -177,21 +171,18 @@ def gaps(given):
     return torch.cat([answer(row.student - row.teacher, len(row.mask))[torch.tensor(row.mask) == 1] for row in given])
 
 
+PLAIN = {"use_task_rewards": False}
 # Settings of verl, arguments of `run` and arguments of `defined`.
 CASES = {
-    f"{aggregation}-{bound}": (
-        {"use_task_rewards": False, "loss_max_clamp": bound},
-        {"aggregation": aggregation},
-        {"aggregation": aggregation, "bound": bound},
-    )
-    for aggregation in AGGREGATIONS
+    f"{how}-{bound}": (PLAIN | {"loss_max_clamp": bound}, {"aggregation": how}, {"aggregation": how, "bound": bound})
+    for how in AGGREGATIONS
     for bound in (None, 10.0)
 } | {
-    "padded, as verl's older trainer": ({"use_task_rewards": False}, {"layout": "padded"}, {}),
+    "padded, as verl's older trainer": (PLAIN, {"layout": "padded"}, {}),
     "beside task rewards": ({"distillation_loss_coef": 0.5}, {}, {"task": 0.5}),
     # Bounds that float32 rounds.
-    "0.1": ({"use_task_rewards": False, "loss_max_clamp": 0.1}, {"dtype": torch.float32}, {"bound": 0.1}),
-    "3.3": ({"use_task_rewards": False, "loss_max_clamp": 3.3}, {"dtype": torch.float32}, {"bound": 3.3}),
+    "0.1": (PLAIN | {"loss_max_clamp": 0.1}, {"dtype": torch.float32}, {"bound": 0.1}),
+    "3.3": (PLAIN | {"loss_max_clamp": 3.3}, {"dtype": torch.float32}, {"bound": 3.3}),
 }
 
 
@@ -219,16 +210,12 @@ def test_rollout_correction(verl, given, layout, policy_gradient):
     assert_same(found, defined(given, bound=10.0, corrected=True))
 
 
+BOUNDS = {"loss_max_clamp": 10.0, "log_prob_min_clamp": -10.0, "topk": 4, "use_chunked_topk": True}
+CLIPS = {"use_task_rewards": False, "clip_ratio_low": 0.6, "clip_ratio_high": 0.7}
+
+
 @pytest.mark.parametrize("stale", [0.0, 0.5, -0.5])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"loss_max_clamp": 10.0, "log_prob_min_clamp": -10.0, "topk": 4, "use_chunked_topk": True},
-        {"use_task_rewards": False, "clip_ratio_low": 0.6, "clip_ratio_high": 0.7},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("changes", [{}, BOUNDS, CLIPS], ids=str)
 def test_policy_gradient_is_verls_k1(verl, given, changes, stale):
     """Every setting means what it means there, the clipping of stale answers included."""
     changes = {"use_policy_gradient": True, **changes}
@@ -275,24 +262,10 @@ def test_not_the_fork(verl):
         sdpo_fork.patch_sdpo_fork()
 
 
-# ---- inside verl's FSDP engine: the batch and the definition are those of `verl_on_cpu` ----
-
-
 @pytest.fixture(scope="module")
 def engine(verl, qwen2_folder):
-    with pytest.MonkeyPatch.context() as patch:
-        from transformers.integrations import flash_attention
-
-        # verl replaces it for the process
-        patch.setattr(flash_attention, "_flash_attention_forward", flash_attention._flash_attention_forward)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # engines for which packages are missing
-            importlib.import_module("verl.workers.engine.fsdp.transformer_impl")
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        try:
-            yield lab.make_engine(qwen2_folder)
-        finally:
-            torch.distributed.destroy_process_group()
+    with lab.one_process():
+        yield lab.make_engine(qwen2_folder)
 
 
 @pytest.mark.parametrize("name", lab.OBJECTIVES)
@@ -307,6 +280,25 @@ def test_self_teacher(verl, engine, qwen2_folder, name):
             # 6 of the 9 tokens that count
             assert found[2]["distillation/teacher_fraction"].aggregate() == pytest.approx(6 / 9)
     assert engine.module.training
+
+
+def test_self_teacher_and_dropout(verl, engine, qwen2_folder, monkeypatch):
+    """The teacher's pass runs without; for the student's every module has the mode that it had before."""
+    layers, modes, begin = engine.module.model.layers, [], engine.optimizer_zero_grad
+    for layer in layers:
+        monkeypatch.setattr(layer.self_attn, "attention_dropout", 0.5)
+
+    def frozen_attention():
+        begin()
+        for layer in layers:
+            layer.self_attn.eval()
+
+    monkeypatch.setattr(engine, "optimizer_zero_grad", frozen_attention)
+    hook = layers[0].mlp.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    with hook, use_self_teacher("full"):
+        found = lab.run(engine, lab.make_batch(), lab.actor_loss())
+    lab.assert_same(found, lab.defined(qwen2_folder, "full"))
+    assert modes[0] is False and modes.count(False) == 2 and modes.count(True) >= 2  # two micro-batches
 
 
 def answers_of(folder, temperature):
@@ -411,26 +403,6 @@ def test_recipe(verl):
 
 @pytest.mark.slow
 def test_self_teacher_in_two_processes(verl, qwen2_folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.integrations.verl_on_cpu", qwen2_folder],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=root,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=480)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    common = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command = [Path(__file__).with_name("verl_on_cpu.py"), qwen2_folder]
+    run_together([(command, {**common, "RANK": rank, "LOCAL_RANK": rank}) for rank in range(2)], timeout=480)

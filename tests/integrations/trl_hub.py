@@ -71,10 +71,8 @@ class RemoteForCausalLM(LlamaForCausalLM):
     config_class = RemoteConfig
 """,
 }
-REMOTE_MAP = {
-    "AutoConfig": "configuration_remote.RemoteConfig",
-    "AutoModelForCausalLM": "modeling_remote.RemoteForCausalLM",
-}
+REMOTE_MAP = {"AutoConfig": "configuration_remote.RemoteConfig"}
+REMOTE_MAP["AutoModelForCausalLM"] = "modeling_remote.RemoteForCausalLM"
 
 
 def make(home: Path) -> None:
@@ -156,16 +154,18 @@ def said(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text.strip()}
 
 
+def asked(text: str) -> list[dict[str, str]]:
+    return [said("user", f"{text} ...?")]
+
+
 ROWS = {
     "standard_language_modeling": lambda ask, answer: {"text": ask + answer},
     "standard_prompt_only": lambda ask, answer: {"prompt": ask},
     "standard_prompt_completion": lambda ask, answer: {"prompt": ask, "completion": answer},
-    "conversational_language_modeling": lambda ask, answer: {
-        "messages": [said("user", f"{ask} ...?"), said("assistant", answer)]
-    },
-    "conversational_prompt_only": lambda ask, answer: {"prompt": [said("user", f"{ask} ...?")]},
+    "conversational_language_modeling": lambda ask, answer: {"messages": [*asked(ask), said("assistant", answer)]},
+    "conversational_prompt_only": lambda ask, answer: {"prompt": asked(ask)},
     "conversational_prompt_completion": lambda ask, answer: {
-        "prompt": [said("user", f"{ask} ...?")],
+        "prompt": asked(ask),
         "completion": [said("assistant", answer)],
     },
 }

@@ -52,12 +52,9 @@ def all_runs(checkout: Path, runs: list[str], rest: list[str]) -> dict[str, Any]
         found = FOLDER / f"{name}.json"
         found.unlink(missing_ok=True)
         with (FOLDER / f"{name}.log").open("w") as log:
-            subprocess.run(
-                [sys.executable, trl_run.__file__, str(FOLDER), name, *rest],
-                env={**os.environ, **offline, **threads, "PYTHONPATH": paths},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+            command = [sys.executable, trl_run.__file__, str(FOLDER), name, *rest]
+            environment = {**os.environ, **offline, **threads, "PYTHONPATH": paths}
+            subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         if not found.exists():
             raise SystemExit(f"{name}: TRL's tests did not come to an end, see {log.name}")
         return json.loads(found.read_text("utf-8"))

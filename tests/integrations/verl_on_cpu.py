@@ -3,9 +3,13 @@
 As a program it is one of several processes: verl_on_cpu.py MODEL   (RANK, WORLD_SIZE, MASTER_* are set)
 """
 
+import contextlib
 import functools
+import importlib
 import sys
+import warnings
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -25,6 +29,24 @@ MASKS = [[1, 0, 1, 1], [1], [1, 1, 1], [1, 1]]
 TEACHERS = [[7, 8, 50, 51, 52], [9, 33], None, [44, 45, 46, 47, 48, 49]]
 SEQUENCES = range(len(PROMPTS))
 TOPK = 5
+
+
+@contextlib.contextmanager
+def one_process():
+    """Until the end of the block, a process group of this process alone; verl's engine can be made."""
+    with pytest.MonkeyPatch.context() as patch:
+        from transformers.integrations import flash_attention
+
+        # verl replaces it for the process
+        patch.setattr(flash_attention, "_flash_attention_forward", flash_attention._flash_attention_forward)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # engines for which packages are missing
+            importlib.import_module("verl.workers.engine.fsdp.transformer_impl")
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            torch.distributed.destroy_process_group()
 
 
 def pad(which):

@@ -29,16 +29,9 @@ def make_trainer(folder, *, user=None, callbacks=None, peft_config=None, **chang
     settings |= {"learning_rate": 3e-3, "per_device_train_batch_size": 4, "max_steps": 4, "max_new_tokens": 12}
     settings |= {"template": " note {o}", "dataloader_pin_memory": False, "save_strategy": "no"}
     prompts = [f"w{i} w{i + 1} w{i + 2}" for i in range(24)]
-    return OnlineSDPOTrainer(
-        make_model(),
-        OnlineSDPOConfig(**{**settings, **changes}),
-        ConstantUser("w3 w4") if user is None else user,
-        prompts,
-        prompts[:3],
-        make_tokenizer(),
-        callbacks=callbacks,
-        peft_config=peft_config,
-    )
+    user = ConstantUser("w3 w4") if user is None else user
+    given = make_model(), OnlineSDPOConfig(**{**settings, **changes}), user, prompts, prompts[:3], make_tokenizer()
+    return OnlineSDPOTrainer(*given, callbacks=callbacks, peft_config=peft_config)
 
 
 @pytest.fixture

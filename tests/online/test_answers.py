@@ -33,16 +33,11 @@ TURNS = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 CHANNEL_TOKENS = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>"]
+THOUGHT = "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant"
 TURN_TOKENS = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
 # name: (template, tokens, eos, what the model writes, what of it is said, how many tokens end it)
 MODELS = {
-    "channels": (
-        CHANNELS,
-        CHANNEL_TOKENS,
-        "<|return|>",
-        "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant<|channel|>final<|message|>Hi!<|return|>",
-        "Hi!",
-    ),
+    "channels": (CHANNELS, CHANNEL_TOKENS, "<|return|>", f"{THOUGHT}<|channel|>final<|message|>Hi!<|return|>", "Hi!"),
     "reasoning": (THINKS, TURN_TOKENS, "<|end|>", "They greet.\n</think>\n\nHi!<|end|>", "Hi!"),
     "the next turn's token": (TURNS, TURN_TOKENS, "<|endoftext|>", "Hi!<|user|>", "Hi!"),
     "an end of its own": (TURNS, [*TURN_TOKENS, "<|stop|>"], "<|endoftext|>", "Hi!<|stop|>", "Hi!"),
@@ -121,14 +116,8 @@ def test_users_see_what_is_said(answering, tmp_path):
             seen.extend(responses)
             return super().feedback(prompts, responses)
 
-    trainer = OnlineSDPOTrainer(
-        model,
-        OnlineSDPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, **SETTINGS),
-        User("Shorter"),
-        ["hello"] * 2,
-        ["hello"],
-        tokenizer,
-    )
+    config = OnlineSDPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, **SETTINGS)
+    trainer = OnlineSDPOTrainer(model, config, User("Shorter"), ["hello"] * 2, ["hello"], tokenizer)
     ((one, two),) = trainer.roll_out([[(0, HELLO), (1, HELLO)]], 0)
     assert seen == [said] * 2
     assert one.completion_ids == two.completion_ids == ids
@@ -189,17 +178,13 @@ class TestDrawing:
         return [sample.ids for sample in found]
 
     def test_as_the_model_has_it(self, lab):
-        model = lab.model()
+        model, ends = lab.model(), {"eos_token_id": 1, "pad_token_id": 0}
         likeliest = self.draw(model, 0.0)
-        model.generation_config = GenerationConfig(
-            do_sample=True, temperature=5.0, top_k=1, eos_token_id=1, pad_token_id=0
-        )
+        model.generation_config = GenerationConfig(do_sample=True, temperature=5.0, top_k=1, **ends)
         assert self.draw(model, None) == likeliest  # the one of the top 1
         assert self.draw(model, 5.0) != likeliest  # of all
         assert self.draw(model, None, "b") == likeliest
-        model.generation_config = GenerationConfig(
-            do_sample=True, temperature=1e-3, repetition_penalty=5.0, eos_token_id=1, pad_token_id=0
-        )
+        model.generation_config = GenerationConfig(do_sample=True, temperature=1e-3, repetition_penalty=5.0, **ends)
         row = self.draw(model, None)[0]
         assert len(set(row)) == len(row)
         assert model.generation_config.temperature == 1e-3  # put back

@@ -58,12 +58,25 @@ def talk(monkeypatch, lines):
     lines = iter(lines)
 
     def read(question=""):
+        print(question, end="")  # as input does
         try:
             return next(lines)
         except StopIteration:
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", read)
+
+
+@pytest.fixture
+def said_in_chat(saved, tmp_path, monkeypatch, capsys):
+    """said_in_chat(lines, *options): what a chat prints in which these lines are typed, in tmp_path / "chat"."""
+
+    def run(lines, *more, model=saved, status=0):
+        talk(monkeypatch, lines)
+        assert chat(model, tmp_path / "chat", "--lora", "0", *more) == status
+        return capsys.readouterr()
+
+    return run
 
 
 def rows_of(output):
@@ -87,13 +100,11 @@ def weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-# ------------------------------------------------------------------------------------------ online
-
-
-def test_online_trains_reports_and_saves(prompts, saved, tmp_path, capsys):
+def test_online_trains_reports_and_saves(prompts, saved, tmp_path, capsys, caplog):
     output = tmp_path / "run"
     user = ("--rule", "max_words=2", "--wish", "w5")
     assert online(prompts, saved, output, *user, "--eval-prompts", prompts) == 0
+    assert "held-out prompts are trained on too" in caplog.text
     report = json.loads((output / "report.json").read_text())
     assert (report["steps"], report["interactions"], len(rows_of(output))) == (2, 8, 8)
     assert report["user"] == {"rule": ["max_words=2"], "wish": "w5"}
@@ -237,11 +248,8 @@ TOOL = json.dumps({"prompt": [CALL, {"role": "user", "content": "It said: sunny"
 def test_files_that_are_no_prompts(name, data, said, tmp_path, capsys):
     (tmp_path / name).write_bytes(data)
     file, nosuch = str(tmp_path / name), "/no/such/model"
-    for command, status in (
-        ("online", online(file, nosuch, tmp_path / "run", "--wish", "w5")),
-        ("eval", evaluate(file, nosuch, nosuch, "--rule", "max_words=3")),
-    ):
-        assert status == 1, command
+    assert online(file, nosuch, tmp_path / "run", "--wish", "w5") == 1
+    assert evaluate(file, nosuch, nosuch, "--rule", "max_words=3") == 1
     lines = capsys.readouterr().err.splitlines()
     assert [line.startswith(f"fastsdpo {name}: {file}") for line, name in zip(lines, ("online", "eval"))] == [True] * 2
     assert all(said in line for line in lines)
@@ -288,9 +296,6 @@ def test_the_rules_are_listed(capsys):
     assert stopped.value.code == 0 and "max_words=20" in capsys.readouterr().out
 
 
-# -------------------------------------------------------------------------------------------- chat
-
-
 @pytest.mark.parametrize("setting", ["max_steps=3", "eval_steps=1", "ppo_clip=0.2", "save_total_limit=2"])
 def test_chat_refuses_settings_that_it_does_not_read(setting, tmp_path, capsys):
     assert chat("/no/such/model", tmp_path / "chat", "--set", setting) == 1
@@ -298,34 +303,30 @@ def test_chat_refuses_settings_that_it_does_not_read(setting, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("lora", ["0", "4"])
-def test_chat_learns_saves_and_undoes(lora, saved, tmp_path, monkeypatch, capsys):
+def test_chat_learns_saves_and_undoes(lora, said_in_chat, tmp_path):
     if lora != "0":
         pytest.importorskip("peft")
     output = tmp_path / "chat"
-    talk(monkeypatch, ["w1 w2", "/teach w3 w4", "/teach w5", "/undo", "w6", "/new", "w7", "/help", "/quit", "w8"])
-    assert chat(saved, output, "--lora", lora) == 0
-    said = capsys.readouterr()
+    lines = ["w1 w2", "/teach w3 w4", "/teach w5", "/undo", "w6", "/new", "w7", "/help", "/quit", "w8"]
+    said = said_in_chat(lines, "--lora", lora)
     assert said.out.count("model > ") == 5
     assert "update 1" in said.err and "update 2" in said.err and "/teach [TEXT] " in said.err
     assert checkpoints(output) == ["checkpoint-0", "checkpoint-1"]
     assert followups(output) == ["w3 w4"]
     assert rows_of(output)[0]["prompt"] == [{"role": "user", "content": "w1 w2"}]
 
-    talk(monkeypatch, ["/undo", "/undo"])  # goes on in the same folder, and back to the start
-    assert chat(saved, output, "--lora", lora) == 0
-    assert "there is no update to take back" in capsys.readouterr().err
+    said = said_in_chat(["/undo", "/undo"], "--lora", lora)  # goes on in the same folder, and back to the start
+    assert "there is no update to take back" in said.err
     assert checkpoints(output) == ["checkpoint-0"] and followups(output) == []
 
 
-def test_chat_learns_from_nothing_unless_told(saved, tmp_path, monkeypatch, capsys):
+def test_chat_learns_from_nothing_unless_told(said_in_chat, tmp_path):
     """A next question, thanks, mistyped commands, a text that nobody can see."""
     refused = {"/Undo": "/undo", "/teech w4": "/teach", "/rety": "/retry", "/zzz": None}
     misused = ["/learn", "/learn on", "/save", "/undo now"]
     unseen = ["\u200b", " \ufeff", "/teach \u2060"]
     lines = ["/teach", "/teach w1", "/retry", "/show w1", "w1 w2", "w3", *unseen, *refused, *misused, " /w5", "/exit"]
-    talk(monkeypatch, lines)
-    assert chat(saved, tmp_path / "chat", "--lora", "0") == 0
-    said = capsys.readouterr()
+    said = said_in_chat(lines)
     assert said.out.count("model > ") == 3  # w1 w2, w3 and /w5
     assert "update" not in said.err
     for text, meant in refused.items():
@@ -336,15 +337,13 @@ def test_chat_learns_from_nothing_unless_told(saved, tmp_path, monkeypatch, caps
     assert checkpoints(tmp_path / "chat") == ["checkpoint-0"] and rows_of(tmp_path / "chat") == []
 
 
-def test_chat_learns_from_the_message_before(saved, tmp_path, monkeypatch, capsys):
-    output = tmp_path / "chat"
-    talk(monkeypatch, ["w1 w2", "w3", "/teach", "/teach", "/undo", "/teach", "w4", "/new", "/teach"])
-    assert chat(saved, output, "--lora", "0", "--system", "w9") == 0
-    said = capsys.readouterr()
+def test_chat_learns_from_the_message_before(said_in_chat, tmp_path):
+    lines = ["w1 w2", "w3", "/teach", "/teach", "/undo", "/teach", "w4", "/new", "/teach"]
+    said = said_in_chat(lines, "--system", "w9")
     assert said.out.count("model > ") == 3
     assert "your last message was learned from in update 1" in said.err
     assert "there is no answer that this would be a reaction to" in said.err
-    (row,) = rows_of(output)
+    (row,) = rows_of(tmp_path / "chat")
     assert [message["content"] for message in row["prompt"]] == ["w9", "w1 w2"]
     assert row["user_response"]["content"] == "w3"
     assert said.out.startswith(f"model > {row['completion']['content']}\n")
@@ -355,12 +354,10 @@ def said_in(output):
     return [message["content"] for message in json.loads((output / "conversation.json").read_text())["messages"]]
 
 
-def test_chat_goes_on_with_the_conversation(saved, tmp_path, monkeypatch, capsys):
+def test_chat_goes_on_with_the_conversation(said_in_chat, tmp_path, monkeypatch, capsys):
     """Restarted, retried, undone: what is in the folder is what was said and what was learned."""
     output = tmp_path / "chat"
-    talk(monkeypatch, ["/system w9", "w1 w2", "/retry", "/show w3", "/status"])
-    assert chat(saved, output, "--lora", "0") == 0
-    shown = capsys.readouterr()
+    shown = said_in_chat(["/system w9", "w1 w2", "/retry", "/show w3", "/status"])
     first, again = (line.removeprefix("model > ") for line in shown.out.splitlines())
     assert first != again and said_in(output) == ["w9", "w1 w2", again]
     assert rows_of(output) == [] and "conversation   3 messages" in shown.err and "system prompt  w9" in shown.err
@@ -376,17 +373,15 @@ def test_chat_goes_on_with_the_conversation(saved, tmp_path, monkeypatch, capsys
     assert compared[1] == again != compared[2]
     assert len(said_in(output)) == 7 and rows_of(output)[0]["completion"]["content"] == again
 
-    talk(monkeypatch, ["/new", "w5", "/undo"])  # of another conversation: this one stays
-    assert chat(saved, tmp_path / "chat", "--lora", "0") == 0
+    said_in_chat(["/new", "w5", "/undo"])  # of another conversation: this one stays
     assert said_in(output)[:2] == ["w9", "w5"] and rows_of(output) == []
-    talk(monkeypatch, ["/teach w6", "w7", "/undo"])
     before = said_in(output)
-    assert chat(saved, output, "--lora", "0") == 0
-    assert said_in(output) == before and "(4 messages)" in capsys.readouterr().err
+    shown = said_in_chat(["/teach w6", "w7", "/undo"])
+    assert said_in(output) == before and "(4 messages)" in shown.err
 
     (output / "conversation.json").write_text("{")
-    assert chat(saved, output, "--lora", "0") == 1
-    assert f"{output / 'conversation.json'} holds no conversation" in capsys.readouterr().err
+    shown = said_in_chat([], status=1)
+    assert f"{output / 'conversation.json'} holds no conversation" in shown.err
 
 
 def test_chat_at_a_terminal(saved, tmp_path, monkeypatch, capsys):
@@ -414,9 +409,9 @@ def test_chat_at_a_terminal(saved, tmp_path, monkeypatch, capsys):
     assert "Ctrl-D or /quit ends the chat" in shown and "did you mean /teach?" in shown
 
 
-def test_chat_learns_from_every_message_on_request(saved, tmp_path, monkeypatch):
-    talk(monkeypatch, ["w1", "w2", "\u200b", "/learn told", "w3", "/learn always", "w4", "/new", "w5"])
-    assert chat(saved, tmp_path / "chat", "--lora", "0", "--learn", "always") == 0
+def test_chat_learns_from_every_message_on_request(said_in_chat, tmp_path):
+    lines = ["w1", "w2", "\u200b", "/learn told", "w3", "/learn always", "w4", "/new", "w5"]
+    said_in_chat(lines, "--learn", "always")
     assert followups(tmp_path / "chat") == ["w2", "w4"]
 
 
@@ -429,7 +424,7 @@ def deaf():
 
 
 @pytest.mark.usefixtures("deaf")
-def test_ctrl_c_cancels_an_answer_and_no_update(saved, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_cancels_an_answer_and_no_update(said_in_chat, saved, tmp_path, monkeypatch):
     """In an answer, and in an update: that is then whole, and its message is not answered."""
     calls = []
     generate, run_pass = chat_module.generate, chat_module.SDPOTrainer.run_pass
@@ -447,9 +442,7 @@ def test_ctrl_c_cancels_an_answer_and_no_update(saved, tmp_path, monkeypatch, ca
     monkeypatch.setattr(chat_module, "generate", answer)
     monkeypatch.setattr(chat_module.SDPOTrainer, "run_pass", update)
     output = tmp_path / "chat"
-    talk(monkeypatch, ["w1", "w2", "/teach w3", "/teach w4", "w5"])
-    assert chat(saved, output, "--lora", "0") == 0
-    said = capsys.readouterr()
+    said = said_in_chat(["w1", "w2", "/teach w3", "/teach w4", "w5"])
     assert said.out.count("model > ") == 2  # w1 and w5
     assert said.err.count("[cancelled") == 3
     assert checkpoints(output) == ["checkpoint-0", "checkpoint-1", "checkpoint-2"]
@@ -608,9 +601,6 @@ def test_a_step_that_is_not_finite_changes_nothing(lab, tmp_path):
     assert one.updates == 0 and same(weights(one.model), before)
 
 
-# ------------------------------------------------------------------------------- on an adapter
-
-
 @pytest.fixture
 def adapter(saved, tmp_path):
     """Folders of an adapter of rank 4 that changes the model much, and of the two merged."""
@@ -675,9 +665,6 @@ def test_signal_is_that_of_the_adapter(adapter, saved, tmp_path):
     assert found[0] != pytest.approx(found[2], abs=1e-2)
 
 
-# -------------------------------------------------------------------------------------------- eval
-
-
 def test_eval_by_rule(prompts, saved, tmp_path, capsys):
     report = tmp_path / "win.json"
     assert evaluate(prompts, saved, saved, "--rule", "max_words=3", "-o", str(report)) == 0
@@ -698,13 +685,16 @@ def test_eval_by_a_local_judge(prompts, saved, capsys):
         ("--rule max_words=3 --judge-local x", "name either --rule, or a judge"),
         ("--judge-url http://localhost:1/v1", "--judge-url needs --judge-model"),
         ("--rule max_words=3 --limit 0", "--limit must be at least 1"),
+        ("--rule max_words=3 -o {folder}", "--output must be a file, but {folder} is a folder"),
+        ("--rule max_words=3 -o {prompts}", "--output must be another file than what is read"),
         ("--rule max_words=3 --base /no/such/folder", "no such file or folder: /no/such/folder"),
         ("--rule max_words=3 --model /nor/this", "no such file or folder: /nor/this"),
     ],
 )
 def test_eval_errors(options, message, prompts, saved, capsys):
-    assert evaluate(prompts, saved, saved, *options.split()) == 1
-    assert message in capsys.readouterr().err
+    places = {"folder": Path(prompts).parent, "prompts": prompts}
+    assert evaluate(prompts, saved, saved, *options.format(**places).split()) == 1
+    assert message.format(**places) in capsys.readouterr().err
 
 
 def test_rules_compare_answer_by_answer():
@@ -748,9 +738,6 @@ def test_win_rate_and_its_interval():
 
 
 def test_a_rule_user_says_its_wishes():
+    words, case = "Please answer in at most 1 words.", "Please write everything in lower case."
     user = RuleUser(["max_words=1", "case=lower"])
-    assert user.feedback([], ["A b", "a b", "a"]) == [
-        "Please answer in at most 1 words. Please write everything in lower case.",
-        "Please answer in at most 1 words.",
-        "",
-    ]
+    assert user.feedback([], ["A b", "a b", "a"]) == [f"{words} {case}", words, ""]

@@ -50,7 +50,7 @@ def test_clipped_loss_and_gradient(center):
 
 @pytest.mark.parametrize("preset", ["paper", "paper-later"])
 def test_steps_of_the_published_presets(preset, lab, tmp_path):
-    """Gradients of 4 steps by two padded passes: x and (x, o) from the chat template, then y as it was sampled.
+    """Gradients of 4 steps by two passes an answer: x and (x, o) from the chat template, then y as it was sampled.
 
     paper: -A ratio, with A centered over each answer, at ratio 1. paper-later: the reverse KL over the student's 20
     likeliest tokens and one bucket for the rest, with the teacher as it is after the step before.
@@ -70,13 +70,6 @@ def test_steps_of_the_published_presets(preset, lab, tmp_path):
     def context(messages):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def logps(contexts, answers):
-        rows = [c + y for c, y in zip(contexts, answers)]
-        ids = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
-        mask = torch.arange(ids.shape[1])[None] < torch.tensor([len(row) for row in rows])[:, None]
-        scores = model(input_ids=ids, attention_mask=mask.long()).logits.log_softmax(-1)
-        return [one[len(c) - 1 : len(c) + len(y) - 1] for one, c, y in zip(scores, contexts, answers)]
 
     def answer_loss(student, teacher, answer):
         if preset == "paper":
@@ -105,9 +98,9 @@ def test_steps_of_the_published_presets(preset, lab, tmp_path):
                 for row in own
                 for m in row["prompt"]
             ]
-            student = logps(xs, answers)
+            student = [answer_log_probs(model, x, y) for x, y in zip(xs, answers)]
             with torch.no_grad():
-                teacher = logps(xos, answers)
+                teacher = [answer_log_probs(model, x, y) for x, y in zip(xos, answers)]
             model.zero_grad()
             loss = torch.stack([answer_loss(*parts) for parts in zip(student, teacher, answers)]).mean()
             loss.backward()
@@ -266,19 +259,11 @@ def test_degeneration_stops_the_run_with_a_checkpoint(lab, tmp_path, monkeypatch
     assert (tmp_path / "checkpoint-1").is_dir()
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("", "empty"),
-        ("  ...!", "empty"),
-        ("yes " * 6, "repetition"),
-        ("I like tea. " * 9, "repetition"),
-        ("Water it weekly, keep it in the sun, and pinch the tips so that it stays bushy.", None),
-        ("Yes.", None),
-    ],
-)
-def test_degenerate(text, reason):
-    assert degenerate(text) == reason
+def test_degenerate():
+    repeats = dict.fromkeys(("yes " * 6, "I like tea. " * 9), "repetition")
+    good = dict.fromkeys(("Water it weekly, keep it in the sun, and pinch the tips so that it stays bushy.", "Yes."))
+    reasons = {"": "empty", "  ...!": "empty", **repeats, **good}
+    assert {text: degenerate(text) for text in reasons} == reasons
 
 
 @pytest.mark.parametrize(
@@ -343,3 +328,15 @@ def test_endpoint_failures_are_counted_and_drop_the_interaction(server):
     assert sum(user.failures.values()) == 5
     assert user.failures["EmptyReply"] == 1
     assert user.failures["APITimeoutError"] == 1
+
+
+def test_interactions_are_those_that_were_asked_about(tmp_path, lab):
+    """The last batch of an epoch is smaller: 24 prompts in batches of 10; a user who changes is told the same."""
+    told = []
+    user = ConstantUser("w3 w4")
+    user.at = told.append
+    trainer = lab.trainer(tmp_path, user=user, per_device_train_batch_size=10, max_steps=5, max_new_tokens=1)
+    trainer.train()
+    logged = [row["online/interactions"] for row in trainer.state.log_history if "online/interactions" in row]
+    assert logged == [10, 20, 24, 34, 44] and told == [0, *logged[:-1]]
+    assert len((tmp_path / "interactions.jsonl").read_text().splitlines()) == 44

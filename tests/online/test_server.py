@@ -72,14 +72,9 @@ def test_training_on_a_servers_answers_sends_it_the_adapter(lab, vllm, tmp_path)
     peft = pytest.importorskip("peft")
     with pytest.raises(ValueError, match="needs an adapter"):
         lab.trainer(tmp_path, generation_url=vllm.url)
-    trainer = lab.trainer(
-        tmp_path,
-        generation_url=vllm.url,
-        max_steps=3,
-        mode="sampled_token",
-        ppo_clip=0.2,
-        peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
-    )
+    settings = {"generation_url": vllm.url, "max_steps": 3, "mode": "sampled_token", "ppo_clip": 0.2}
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = lab.trainer(tmp_path, peft_config=adapter, **settings)
     trainer.train()
     rows = [json.loads(line) for line in (tmp_path / "interactions.jsonl").read_text().splitlines()]
     assert len(rows) == 12

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastsdpo
+from fastsdpo import linear_token_logps
 
 Z = torch.randn(2, 3, 7)
 Y = torch.zeros(2, 3, dtype=torch.long)
@@ -21,9 +22,18 @@ def linear(student=H, teacher=H, weight=W, y=Y, **kwargs):
     return fastsdpo.linear_sdpo_loss(student, teacher, weight, y, backend="reference", **kwargs)
 
 
+def tangent():
+    with torch.autograd.forward_ad.dual_level():
+        return fastsdpo.token_logps(torch.autograd.forward_ad.make_dual(Z, Z), Y)
+
+
 ids = torch.zeros(2, 3, 2, dtype=torch.long)
+PAIR, ONE = (ids, ids.float()), ids[..., :1]
 TOPK = {"teacher": None, "mode": "topk"}
 CASES = [
+    (tangent, NotImplementedError, "token_logps: logits must have no tangent"),
+    (lambda: loss(student=Z.to_sparse()), TypeError, "student_logits must be a dense tensor, got torch.sparse_coo"),
+    (lambda: loss(ignore_index=0.5), TypeError, "sdpo_loss: ignore_index must be an integer, got 0.5"),
     (lambda: loss(y=Y[:, :2]), ValueError, "sdpo_loss: target_ids must have shape (2, 3), got (2, 2)"),
     (lambda: loss(y=Y.float()), TypeError, "sdpo_loss: target_ids must have an integer dtype"),
     (lambda: loss(y=Y.bool()), TypeError, "sdpo_loss: target_ids must have an integer dtype"),
@@ -50,23 +60,19 @@ CASES = [
     (lambda: loss(teacher=None), ValueError, "exactly one of teacher_logits, teacher_logps and teacher_topk"),
     (lambda: loss(teacher_logps=torch.ones(2, 3)), ValueError, "got teacher_logits and teacher_logps"),
     (lambda: loss(teacher=None, mode="full", teacher_logps=torch.ones(2, 3)), ValueError, "mode='sampled_token'"),
+    (lambda: loss(teacher=None, teacher_topk=PAIR), ValueError, "teacher_topk must come with mode='topk'"),
+    (lambda: loss(**TOPK, teacher_topk=PAIR), ValueError, "distinct"),
     (
-        lambda: loss(teacher=None, teacher_topk=(ids, ids.float())),
-        ValueError,
-        "teacher_topk must come with mode='topk'",
-    ),
-    (lambda: loss(**TOPK, teacher_topk=(ids, ids.float())), ValueError, "distinct"),
-    (
-        lambda: loss(**TOPK, teacher_topk=(ids[..., :1] + 7, ids[..., :1].float())),
+        lambda: loss(**TOPK, teacher_topk=(ONE + 7, ONE.float())),
         ValueError,
         "teacher_topk ids must lie in [0, V) = [0, 7), got 7",
     ),
     (
-        lambda: loss(**TOPK, teacher_topk=(ids, ids[..., :1].float())),
+        lambda: loss(**TOPK, teacher_topk=(ids, ONE.float())),
         ValueError,
         "teacher_topk logps must have shape (2, 3, 2)",
     ),
-    (lambda: loss(**TOPK, topk=3, teacher_topk=(ids, ids.float())), ValueError, "must equal teacher_topk's K = 2"),
+    (lambda: loss(**TOPK, topk=3, teacher_topk=PAIR), ValueError, "must equal teacher_topk's K = 2"),
     (
         lambda: loss(y=Y + 7),
         ValueError,
@@ -99,17 +105,13 @@ CASES = [
     (lambda: linear(chunk_size=0), ValueError, "chunk_size must be a positive integer"),
     (lambda: linear(logit_scale=0.0), ValueError, "logit_scale must be > 0"),
     (lambda: linear(tile_dtype=torch.int8), ValueError, "tile_dtype must be None or torch.float32 on cpu"),
-    (
-        lambda: fastsdpo.linear_token_logps(H, W, Y[:1]),
-        ValueError,
-        "linear_token_logps: target_ids must have shape (2, 3)",
-    ),
+    (lambda: linear_token_logps(H, W, Y[:1]), ValueError, "linear_token_logps: target_ids must have shape (2, 3)"),
     (lambda: fastsdpo.token_logps(Z, Y + 9), ValueError, "token_logps: target_ids must lie in"),
     (lambda: fastsdpo.token_logps(Z, Y, backend="cuda"), ValueError, "token_logps: backend must be one of"),
     (lambda: fastsdpo.token_logps(Z.double(), Y, backend="triton"), TypeError, "got float64"),
     (lambda: fastsdpo.token_log_ratio(Z, Z[:1], Y), ValueError, "token_log_ratio: teacher_logits must have"),
     (lambda: fastsdpo.token_mean_weights(Z), TypeError, "token_mean_weights: mask must be bool or integer"),
-    (lambda: fastsdpo.token_mean_weights(Y, num_items=0), ValueError, "num_items must be > 0, got 0"),
+    (lambda: fastsdpo.token_mean_weights(Y, num_items=0), ValueError, "num_items must be > 0 and finite, got 0"),
     (lambda: fastsdpo.sequence_mean_weights(Y[0]), ValueError, "mask must have shape (B, L), got (3,)"),
     (lambda: fastsdpo.SDPOLoss(weights=Z), TypeError, "SDPOLoss: weights must be passed to forward"),
 ]

@@ -72,14 +72,10 @@ def test_gemms_and_memory_at_full_size(loss, own, needs, gemms, monkeypatch):
     def empty(*shape, dtype=torch.bfloat16):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    call = linear.LinearCall(
-        rows.Tokens(empty(tokens, dtype=torch.int64), empty(tokens, dtype=torch.float32)),
-        rows.LossOptions(**loss),
-        head.ChunkPlan(chunk, torch.bfloat16, torch.float32),
-        "triton",
-        empty(tokens, dim),
-        empty(vocabulary, dim) if own else None,
-    )
+    given = rows.Tokens(empty(tokens, dtype=torch.int64), empty(tokens, dtype=torch.float32))
+    plan = head.ChunkPlan(chunk, torch.bfloat16, torch.float32)
+    teacher, own_head = empty(tokens, dim), empty(vocabulary, dim) if own else None
+    call = linear.LinearCall(given, rows.LossOptions(**loss), plan, "triton", teacher, own_head)
     watch, hidden, weight = Watch(), empty(tokens, dim), empty(vocabulary, dim)
     with watch:
         linear.linear_forward(hidden, weight, None, call, needs)

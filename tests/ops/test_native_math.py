@@ -7,18 +7,10 @@ import torch
 from torch import Tensor
 
 from fastsdpo import _native
+from tests.ops.test_native import isa as isa
+from tests.ops.test_native import pytestmark as needs_native
 
-pytestmark = pytest.mark.skipif(
-    not _native.native_available()[0], reason=f"native kernels: {_native.native_available()[1]}"
-)
-INSTRUCTION_SETS = _native.instruction_sets() if _native.native_available()[0] else []
-
-
-@pytest.fixture(params=INSTRUCTION_SETS, autouse=True)
-def isa(request):
-    _native.set_instruction_set(request.param)
-    yield request.param
-    _native.set_instruction_set(INSTRUCTION_SETS[0])
+pytestmark = [needs_native, pytest.mark.usefixtures("isa")]
 
 
 def evaluate(function: int, x: Tensor) -> Tensor:

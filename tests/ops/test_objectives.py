@@ -59,15 +59,10 @@ def expected(table, given, mode):
     tokens = table.answers.shape[1]
     shape = (answers, follow_ups, tokens)
     weights = (table.probabilities().detach()[:, None] * given)[..., None].expand(shape)
-    out = fastsdpo.sdpo_loss(
-        table.rows()[:, None].expand(*shape, 3).reshape(-1, 3),
-        table.hindsight(given).reshape(-1, 3),
-        table.answers[:, None].expand(shape).reshape(-1),
-        mode=mode,
-        alpha=1.0,
-        weights=weights.reshape(-1),
-        backend="reference",
-    )
+    student = table.rows()[:, None].expand(*shape, 3).reshape(-1, 3)
+    teacher, ids = table.hindsight(given).reshape(-1, 3), table.answers[:, None].expand(shape).reshape(-1)
+    options = {"mode": mode, "alpha": 1.0, "weights": weights.reshape(-1), "backend": "reference"}
+    out = fastsdpo.sdpo_loss(student, teacher, ids, **options)
     return out.loss, out.log_ratio.view(shape)
 
 

@@ -203,6 +203,21 @@ def test_several_ids_from_hidden_states(backend):
         assert relative(got, value) < 5e-6
 
 
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+def test_several_ids_of_no_tokens(backend, shape):
+    none, options = torch.zeros(shape, dtype=torch.long), {"return_entropy": True, "entropy_grad": True}
+    leaves = [torch.zeros(*shape, 7), torch.zeros(*shape, 4), torch.randn(7, 4)]
+    logits, hidden, weight = leaves = [leaf.requires_grad_() for leaf in leaves]
+    options |= {"extra_ids": none.unsqueeze(-1).expand(*shape, 3), "backend": backend}
+    found = [
+        *fastsdpo.token_logps(logits, none, **options),
+        *fastsdpo.linear_token_logps(hidden, weight, none, **options),
+    ]
+    assert [part.shape for part in found[:3]] == [shape, shape, (*shape, 3)]
+    sum(part.sum() for part in found).backward()
+    assert not any(leaf.grad.any() for leaf in leaves)
+
+
 def test_they_compile_as_one_graph():
     torch.compiler.reset()
     case, ce, extra_ids = Hidden(), label_weights(Hidden()), torch.randint(0, 50, (13, 4))

@@ -1,5 +1,7 @@
 """The reference in eager PyTorch under the contract of all backends."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +20,10 @@ class Reference(contract.Contract):
 
 
 class TestReference(Reference, contract.Whole):
-    pass
+    @contract.each_loss()
+    def test_a_teacher_in_float64(self, loss):
+        case = self.rows((4,), 50, ignored=0)
+        self.check(replace(case, teacher=case.teacher.double()), **loss)
 
 
 class Largest(TorchDispatchMode):

@@ -22,6 +22,7 @@ EPSILON = torch.finfo(F32).eps
 class Triton(contract.Contract):
     backend = "triton"
     moved = MOVED
+    certain = 2 * EPSILON
     several = 9001
     floor_rising = 2e-5
 
@@ -81,33 +82,6 @@ class TestTritonAlone(Triton):
         """Whole rows, many tiles and programs; the teacher at another place of 16 bytes."""
         case = make_rows((1,), vocabulary, dtype=kind, ignored=0)
         self.check(contract.without_ties(replace(case, teacher=moved(case.teacher, 1)), loss), plain=True, **loss)
-
-    @pytest.mark.slow
-    @each_loss(*FIVE)
-    @pytest.mark.parametrize("by", [1, 4, 6])
-    def test_rows_at_every_place_of_16_bytes(self, loss, dtype, by):
-        """Student, teacher or both ``by`` elements behind a boundary, and nothing beside a row is used."""
-        case = make_rows((2,), 33_003, dtype=dtype, ignored=0)  # two programs
-        plain, grad = self.run(case, **loss)
-        for s_by, t_by in ((by, 3), (0, by)):
-            there = replace(case, student=moved(case.student, s_by), teacher=moved(case.teacher, t_by))
-            out, other = self.run(there, **loss)
-            torch.testing.assert_close(out.per_token_loss, plain.per_token_loss, rtol=1e-5, atol=1e-5)
-            assert_gradient_close(other, grad.double())
-
-    @pytest.mark.slow
-    @each_loss(*FIVE)
-    def test_memory_that_starts_off_a_boundary(self, loss):
-        """Of another library: no access of 16 bytes is possible, and none is made."""
-        case = make_rows((2,), 300, dtype=BF16, ignored=0)
-        plain, grad = self.run(case, **loss)
-        memory = bytearray(2 * 300 * 2 + 64)
-        start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 16 + 2
-        foreign = torch.frombuffer(memory, dtype=BF16, offset=start, count=600).view(2, 300).copy_(case.teacher)
-        assert foreign.data_ptr() % 16 == 2
-        out, other = self.run(replace(case, teacher=foreign), **loss)
-        torch.testing.assert_close(out.per_token_loss, plain.per_token_loss, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(other, grad, rtol=2.0**-7, atol=1e-6)
 
     @each_loss("forward", "reverse")
     def test_the_last_bits_of_a_certain_token_that_is_not_the_target(self, loss):
@@ -173,29 +147,3 @@ class TestTritonAlone(Triton):
         for constant in (0.0, -100.0, 1000.0):
             out, want = self.exact_to_roundings(Rows(student, teacher + constant, y, case.weights), loss)
             assert float((out.per_token_loss - want.per_token_loss).abs().max()) < 4 * EPSILON
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-    def test_same_values_as_trl_and_liger(self, alpha):
-        losses = pytest.importorskip("trl.experimental.sdpo.loss_utils")
-        liger = pytest.importorskip("liger_kernel.ops.jsd")
-        case, scale = make_rows((3,), 257, ignored=0), {"distillation_alpha": alpha}
-        pairs = [({"mode": "full", "alpha": alpha}, losses.compute_full_logit_self_distillation_loss, scale)]
-        top = losses.compute_topk_self_distillation_loss
-        for tail in (True, False):
-            options = {**scale, "distillation_topk": 5, "distillation_add_tail": tail}
-            pairs.append(({"mode": "topk", "alpha": alpha, "topk": 5, "add_tail": tail}, top, options))
-        if alpha == 1.0:
-            sampled = losses.compute_sampled_token_self_distillation_loss
-            pairs.append(({}, lambda s, t, **options: sampled(s, t, case.target_ids, **options), scale))
-        for ours, function, options in pairs:
-            out, grad = self.run(case, **ours)
-            leaf = case.student.clone().requires_grad_()
-            theirs = function(leaf, case.teacher, **options)
-            theirs.mean().backward()
-            torch.testing.assert_close(out.per_token_loss, theirs.detach(), rtol=1e-4 if ours else 1e-5, atol=1e-5)
-            torch.testing.assert_close(grad, leaf.grad, rtol=1e-4, atol=1e-6)
-            if ours.get("mode") == "full":
-                s, t = (torch.log_softmax(x, -1) for x in (case.student, case.teacher))
-                value = liger.LigerJSDFunction.apply(s, t, None, alpha, -100)
-                torch.testing.assert_close(out.loss, value, rtol=1e-4, atol=1e-5)

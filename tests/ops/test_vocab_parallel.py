@@ -1,7 +1,6 @@
 """A vocabulary-parallel head over two gloo processes equals the whole head in one."""
 
 import os
-import socket
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch.multiprocessing as mp
 
 import fastsdpo
 from fastsdpo import _native
+from tests.forked import free_port
 
 LOSSES = [
     {"mode": "sampled_token"},
@@ -71,12 +71,9 @@ def worker(rank, port, results):
 
 @pytest.fixture(scope="module")
 def found():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(worker, args=(port, results), nprocs=2)
+        mp.spawn(worker, args=(free_port(), results), nprocs=2)
         return [results[0], results[1]]
 
 

@@ -12,7 +12,9 @@ def test_token_mean():
     assert w.dtype == torch.float32
     torch.testing.assert_close(w, MASK / 4)
     torch.testing.assert_close(token_mean_weights(MASK.bool(), num_items=8), MASK / 8)
-    assert not token_mean_weights(MASK[2:]).any()
+    for nothing in (None, torch.tensor(0)):
+        assert not token_mean_weights(MASK[2:], num_items=nothing).any()
+        assert not sequence_mean_weights(MASK[2:], num_sequences=nothing).any()
 
 
 def test_sequence_mean_counts_sequences_that_have_tokens():

@@ -1,5 +1,6 @@
 """Tiny models of the families that matter, tokenized conversations, and independent passes."""
 
+import copy
 import types
 from types import SimpleNamespace
 
@@ -107,6 +108,15 @@ def _route(module, x):
     if module.norm_topk_prob:
         scores = scores / scores.sum(-1, keepdim=True)
     return logits, scores, experts
+
+
+def moved_copy(model):
+    """A teacher: the model with other weights."""
+    teacher = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.1)
+    return teacher
 
 
 def independent_logps(model, items, *, teacher=False):

@@ -1,6 +1,5 @@
 """Shared passes against independent ones: log-probabilities and the gradient of every parameter."""
 
-import copy
 import weakref
 
 import peft
@@ -70,10 +69,7 @@ def test_lora(lab, targets, options, checkpointing):
 @pytest.mark.parametrize("sharing", ["conversation", "off"])
 def test_another_teacher(lab, sharing):
     model, items = lab.tiny_model("qwen3"), lab.conversation(3, think=True)
-    teacher = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in teacher.parameters():
-            parameter.mul_(1.1)
+    teacher = lab.moved_copy(model)
     lab.compare(model, items, 1e-12, teacher=teacher, sharing=sharing)
     assert all(p.grad is None for p in teacher.parameters())
 

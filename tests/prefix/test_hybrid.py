@@ -1,7 +1,6 @@
 """Layers that are more than plain attention over a plan, against separate passes."""
 
 import contextlib
-import copy
 
 import peft
 import pytest
@@ -69,13 +68,10 @@ def test_float32(lab, name):
 OTHER_KINDS = ["bloom", "stablelm", "doge", "glm_moe_dsa", "minimax", "recurrent_gemma", "deepseek_v4", "zaya"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("qwen3_5_text", "nemotron_h", "gpt_oss", "lfm2"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_KINDS),
-    ],
-)
+FOUR = ("qwen3_5_text", "nemotron_h", "gpt_oss", "lfm2")
+
+
+@pytest.mark.parametrize("name", [*FOUR, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_KINDS)])
 def test_lora(float64, name):
     """Under reentrant checkpointing, and with the base model as the teacher."""
     model = float64(name)
@@ -93,14 +89,11 @@ def test_lora(float64, name):
     torch.testing.assert_close(states.teacher_hidden, alone.teacher_hidden, rtol=0, atol=1e-12)
 
 
-def test_a_copy_runs_its_own_weights(float64):
+def test_a_copy_runs_its_own_weights(lab, float64):
     """A teacher by moving average is a deep copy, made after the hooks were added."""
     model = float64("qwen3_5_text")
     shared_forward(model, PLANS["nested"])
-    teacher = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in teacher.parameters():
-            parameter.mul_(1.1)
+    teacher = lab.moved_copy(model)
     assert errors(teacher, {"nested": PLANS["nested"]}) < 1e-10
     states = shared_forward(model, PLANS["nested"], teacher_model=teacher)
     alone = shared_forward(teacher, PLANS["nested"], sharing="off")
@@ -139,16 +132,11 @@ def test_a_mixer_in_two_layers_is_refused():
     shared_forward(model, PLANS["nested"], sharing="off")
 
 
+STATES = [("qwen3_5_text", "conv"), ("qwen3_5_text", "recurrent"), ("nemotron_h", "recurrent"), ("lfm2", "conv")]
+
+
 @pytest.mark.parametrize(
-    ("name", "what", "change"),
-    [
-        ("qwen3_5_text", "conv", "detached"),
-        ("qwen3_5_text", "recurrent", "detached"),
-        ("nemotron_h", "recurrent", "detached"),
-        ("nemotron_h", "recurrent", "ignored"),
-        ("lfm2", "conv", "detached"),
-        ("lfm2", "conv", "ignored"),
-    ],
+    ("name", "what", "change"), [*((*s, "detached") for s in STATES), *((*s, "ignored") for s in STATES[2:])]
 )
 def test_the_check_finds_states_that_are(monkeypatch, name, what, change):
     """A scan that ignores its state changes values; one that drops the gradient of it changes gradients alone."""

@@ -7,9 +7,9 @@ import torch
 import transformers
 
 from fastsdpo.prefix import check_head, check_passes, check_sharing, head_parameters, shared_forward
+from tests.prefix import conftest
 
-SHAPE = dict(vocab_size=211, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-SHAPE |= dict(num_key_value_heads=2, max_position_embeddings=512)
+SHAPE = conftest.SHAPE | dict(num_hidden_layers=2)
 SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 TEXT = SHAPE | SPECIAL | dict(head_dim=8)
 VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=14)

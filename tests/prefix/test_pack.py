@@ -177,12 +177,11 @@ def test_bad_arguments():
                 function(items)
 
 
-@given(
-    st.lists(interactions_strategy, min_size=1, max_size=8),
-    st.sampled_from(["conversation", "interaction", "off"]),
-    st.integers(1, 60),
-    st.integers(1, 4),
-)
+GROUPS = st.lists(interactions_strategy, min_size=1, max_size=8)
+SHARING = st.sampled_from(["conversation", "interaction", "off"])
+
+
+@given(GROUPS, SHARING, st.integers(1, 60), st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
 def test_packs_hold_everything_once_within_the_budget(groups, sharing, budget, open_packs):
     items = [item for group in groups for item in group]

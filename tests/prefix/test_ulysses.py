@@ -1,6 +1,5 @@
 """Passes divided among 2 and 4 processes, each this file, against one process: losses and gradients in float64."""
 
-import copy
 import sys
 
 import pytest
@@ -17,12 +16,7 @@ MODELS = ("llama", "gemma3", "gemma2", "mistral", "gpt2", "qwen3_moe")
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize(
-    ("world", "names"),
-    [
-        (2, ("llama",)),
-        pytest.param(2, MODELS, marks=pytest.mark.slow),
-        pytest.param(4, MODELS, marks=pytest.mark.slow),
-    ],
+    ("world", "names"), [(2, ("llama",)), *(pytest.param(n, MODELS, marks=pytest.mark.slow) for n in (2, 4))]
 )
 def test_processes(tmp_path, world, names):
     """Those of one model are in `make test`: nothing else there divides a pack."""
@@ -81,11 +75,8 @@ def main(rank: int, world: int, store: str, names: list[str]) -> None:
     for name in names:
         model = lab.tiny_model(name)
         if name == "llama":
-            teacher = copy.deepcopy(model)
-            with torch.no_grad():
-                for parameter in teacher.parameters():
-                    parameter.mul_(1.1)
-            compare(model, packs()[0], ulysses, 1e-11, teacher_model=teacher, sharing="interaction")
+            more = {"teacher_model": lab.moved_copy(model), "sharing": "interaction"}
+            compare(model, packs()[0], ulysses, 1e-11, **more)
         for items in packs():
             compare(model, items, ulysses, 1e-11, attention="segments")
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -18,7 +18,7 @@ import torch
 
 from tests.forked import process
 from tests.reliability.runner import serve
-from tests.trainer import conftest
+from tests.trainer.conftest import lab as lab
 
 LONG = os.environ.get("FASTSDPO_LONG") == "1"
 
@@ -53,13 +53,9 @@ class Results:
             "command": os.environ.get("FASTSDPO_COMMAND", "pytest"),
             "date": time.strftime("%Y-%m-%d"),
         }
-        found["machine"] = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "cores": os.cpu_count(),
-            "system": platform.system(),
-        }
+        found["machine"] = {"python": platform.python_version(), "torch": torch.__version__}
+        found["machine"] |= {"transformers": transformers.__version__, "cores": os.cpu_count()}
+        found["machine"]["system"] = platform.system()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", "utf-8")
 
@@ -97,13 +93,9 @@ class Runner:
         if after is not None and not self.jobs.poll(after):
             os.kill(pid, send)
         status = self.jobs.recv()
-        counted = Path(f"{log}.events")
-        return SimpleNamespace(
-            status=status,
-            log=log.read_text("utf-8"),
-            seconds=time.perf_counter() - started,
-            events=int(counted.read_text()) if counted.exists() else None,
-        )
+        seconds, counted = time.perf_counter() - started, Path(f"{log}.events")
+        events = int(counted.read_text()) if counted.exists() else None
+        return SimpleNamespace(status=status, log=log.read_text("utf-8"), seconds=seconds, events=events)
 
     def close(self):
         self.jobs.close()
@@ -115,12 +107,6 @@ def runner():
     running = Runner()
     yield running
     running.close()
-
-
-@pytest.fixture(scope="session")
-def lab():
-    """The tiny model, tokenizer and interactions of the trainer's tests."""
-    return conftest
 
 
 @pytest.fixture(scope="session")

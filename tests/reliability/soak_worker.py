@@ -5,7 +5,7 @@ Usage: soak_worker.py PART SETTINGS_JSON   with PART one of the functions in `PA
 
 import functools
 import gc
-import importlib.util
+import importlib
 import itertools
 import json
 import os
@@ -25,14 +25,6 @@ import fastsdpo
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 OURS = ("fastsdpo", "torch._dynamo", "torch._library", "torch.library", "torch._functorch", "torch._subclasses")
-
-
-def load_lab(name):
-    path = FOLDER.parent / name / "conftest.py"
-    spec = importlib.util.spec_from_file_location(f"soak_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def resident():
@@ -140,7 +132,7 @@ def intervals(period):
 
 
 def offline(settings, meter):
-    lab = load_lab("trainer")
+    lab = importlib.import_module("tests.trainer.conftest")
     data = lab.make_interactions(40)
     options = {"allow_leaks": True, "teacher": "ema", "reference_kl": 0.01, "max_tokens_per_pack": 200}
     options |= {"interactions": data, "eval_dataset": data[:4], **intervals(settings["period"])}
@@ -149,7 +141,9 @@ def offline(settings, meter):
 
 def online(settings, meter):
     options = {"updates_per_batch": 2, "stop_when_degenerate": None, **intervals(settings["period"])}
-    return load_lab("online").make_trainer(settings["folder"], callbacks=[meter], **options)
+    return importlib.import_module("tests.online.conftest").make_trainer(
+        settings["folder"], callbacks=[meter], **options
+    )
 
 
 def train(make):
@@ -195,7 +189,7 @@ def scale(settings):
     from fastsdpo.trainer.data import InteractionDataset
     from fastsdpo.trainer.packs import GroupSampler, collate, split_packs
 
-    lab = load_lab("trainer")
+    lab = importlib.import_module("tests.trainer.conftest")
     folder, wanted = Path(settings["folder"]), settings["interactions"]
     source, output = folder / "conversations.jsonl", folder / "interactions.jsonl"
     draw = random.Random(0)

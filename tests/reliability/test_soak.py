@@ -63,15 +63,10 @@ def test_training_takes_no_more_memory_with_every_step(part, results, tmp_path):
     measured = run["readings"][len(run["readings"]) // 3 :]
     steps = measured[-1]["step"] - measured[0]["step"]
     slope = (measured[-1]["resident"] - measured[0]["resident"]) / steps
-    results.add(
-        f"soak, {part}: optimizer steps",
-        tried=run["steps"],
-        lost=run["steps"] if bad else 0,
-        minutes=round(run["seconds"] / 60, 1),
-        steps_of_two_hours=TWO_HOURS,
-        resident_bytes_per_step=round(slope, 1),
-        **{f"{name}_added": value for name, value in added.items()},
-    )
+    figures = {"minutes": round(run["seconds"] / 60, 1), "steps_of_two_hours": TWO_HOURS}
+    figures |= {"resident_bytes_per_step": round(slope, 1), **{f"{name}_added": n for name, n in added.items()}}
+    lost = run["steps"] if bad else 0
+    results.add(f"soak, {part}: optimizer steps", tried=run["steps"], lost=lost, **figures)
     assert not bad, run["readings"]
     if LONG:
         assert run["steps"] >= TWO_HOURS

@@ -19,12 +19,8 @@ def tokenizer():
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|start|>", "<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<|start|>", "<|end|>"], **options)
     inner.train_from_iterator(["the answer to the question is short and the user is happy"], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
     fast.add_special_tokens({"additional_special_tokens": ["<|start|>"]})

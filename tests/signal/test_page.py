@@ -27,13 +27,10 @@ ATTACK = (
 @pytest.fixture(scope="module")
 def attacked(model, tokenizer):
     """Everything that comes from outside holds markup."""
-    prompt = [(ATTACK, ATTACK), ("assistant", ATTACK), ("user", "What?" + ATTACK)]
-    interaction = Interaction(
-        [{"role": role, "content": content} for role, content in prompt],
-        "the answer " + ATTACK + "\n\n\tمرحبا 🎉 \u202e\n```\nx = 1\n```",
-        "followup " + ATTACK,
-        id=ATTACK,
-    )
+    roles = [(ATTACK, ATTACK), ("assistant", ATTACK), ("user", "What?" + ATTACK)]
+    prompt = [{"role": role, "content": content} for role, content in roles]
+    answer = "the answer " + ATTACK + "\n\n\tمرحبا 🎉 \u202e\n```\nx = 1\n```"
+    interaction = Interaction(prompt, answer, "followup " + ATTACK, id=ATTACK)
     result = compute_signal(model, tokenizer, interaction, "</style>{o}<script>", unrelated="unrelated " + ATTACK)
     # What a tokenizer decodes is data too: tokens with markup in one piece.
     groups = [dataclasses.replace(result.groups[0], text=ATTACK), *result.groups[1:]]

@@ -29,13 +29,9 @@ from fastsdpo.testing import package_file
 from tests.plain import answer_logps
 
 DRAWS = True
-INTERACTION = Interaction(
-    [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What is it?"}],
-    "It is the answer, 🎉 naïve.\n\n\tDone",
-    "Shorter, please.",
-    id="c1:0",
-    conversation_id="c1",
-)
+PROMPT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What is it?"}]
+ANSWER = "It is the answer, 🎉 naïve.\n\n\tDone"
+INTERACTION = Interaction(PROMPT, ANSWER, "Shorter, please.", id="c1:0", conversation_id="c1")
 
 
 # The numbers
@@ -227,12 +223,9 @@ def test_scale():
 
 
 def test_words(result):
-    assert [times(value) for value in (0.0, 2.0, -2.5, 99.0)] == [
-        "as likely as before",
-        "7.4 times more likely",
-        "12 times less likely",
-        "over 10,000 times more likely",
-    ]
+    said = {0.0: "as likely as before", 2.0: "7.4 times more likely", -2.5: "12 times less likely"}
+    said |= {99.0: "over 10,000 times more likely"}
+    assert {value: times(value) for value in said} == said
     real, unrelated = (dataclasses.replace(result.real, log_ratio=[v] * len(result.token_ids)) for v in (-2.0, 1.0))
     made = dataclasses.replace(result, real=real, unrelated=unrelated)
     assert re.fullmatch(
@@ -296,13 +289,10 @@ def test_escape_sequences_from_data_do_not_reach_the_terminal(result):
     rows = render_terminal(result, colors=0, values=True).split("real teacher")[1].splitlines()[1:]
     assert len(rows) == len(result.token_ids) and f"{result.student_logps[0]:.3f}" in rows[0]
     nasty = "\x1b]0;title\x07\x1b[2J\u202e"
-    evil = dataclasses.replace(
-        result,
-        interaction=dataclasses.replace(result.interaction, prompt=[{"role": "user", "content": nasty}]),
-        real=dataclasses.replace(result.real, followup=nasty),
-        groups=[dataclasses.replace(g, text=nasty) for g in result.groups],
-        model=nasty,
-    )
+    asked = dataclasses.replace(result.interaction, prompt=[{"role": "user", "content": nasty}])
+    told, groups = dataclasses.replace(result.real, followup=nasty), result.groups
+    groups = [dataclasses.replace(group, text=nasty) for group in groups]
+    evil = dataclasses.replace(result, interaction=asked, real=told, groups=groups, model=nasty)
     text = render_terminal(evil, colors=0, values=True)
     assert not any(c < " " and c not in "\n\t" for c in text) and "\u202e" not in text
 
@@ -317,10 +307,11 @@ def conversations(tmp_path):
     def turns(*texts):
         return [{"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(texts)]
 
-    rows = [
-        {"id": "one", "conversations": turns("Hi", "Hello", "Shorter", "Hey", "Good")},
-        {"id": "two", "conversations": turns("Name it", "A thing", "That is wrong")},
-    ]
+    talks = {
+        "one": turns("Hi", "Hello", "Shorter", "Hey", "Good"),
+        "two": turns("Name it", "A thing", "That is wrong"),
+    }
+    rows = [{"id": name, "conversations": talk} for name, talk in talks.items()]
     path = tmp_path / "conversations.json"
     path.write_text(json.dumps(rows))
     return path

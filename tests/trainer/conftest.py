@@ -143,13 +143,9 @@ def make_trainer(folder, *, model=None, interactions=None, tokenizer=None, **giv
     """``given``: other arguments of `SDPOTrainer`, and changes of `make_config`."""
     names = given.keys() & {"eval_dataset", "peft_config", "callbacks", "optimizers"}
     own = {name: given.pop(name) for name in names}
-    return SDPOTrainer(
-        make_model() if model is None else model,
-        make_config(folder, **given),
-        make_interactions() if interactions is None else interactions,
-        processing_class=make_tokenizer() if tokenizer is None else tokenizer,
-        **own,
-    )
+    own["processing_class"] = make_tokenizer() if tokenizer is None else tokenizer
+    interactions = make_interactions() if interactions is None else interactions
+    return SDPOTrainer(make_model() if model is None else model, make_config(folder, **given), interactions, **own)
 
 
 def weights_of(trainer):

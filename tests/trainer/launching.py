@@ -156,15 +156,10 @@ def accelerate(configuration, processes, *command, **environment):
 
 
 def _launch(module, environment, fails=False, stdin=None):
-    done = subprocess.run(
-        [sys.executable, "-m", *module],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        input=stdin,
-        text=True,
-        timeout=1500,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    printed = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, "-m", *module]
+    done = subprocess.run(command, env=environment, input=stdin, timeout=1500, **printed)
     assert (done.returncode != 0) == fails, done.stdout
     return done.stdout
 

@@ -105,15 +105,11 @@ def test_the_frozen_teacher_is_the_adapter_as_it_was_at_the_start(place, lab, tm
         assert torch.equal(logits(trainer.model), start)
 
 
-@pytest.mark.parametrize(
-    "adapter",
-    [
-        lora(init_lora_weights="pissa", target_modules=LINEAR),
-        peft.TrainableTokensConfig(token_indices=[9, 10], target_modules=["embed_tokens"]),
-        lora(bias="all", target_modules=LINEAR),
-    ],
-    ids=["pissa", "tokens", "bias"],
-)
+TOKENS = peft.TrainableTokensConfig(token_indices=[9, 10], target_modules=["embed_tokens"])
+PISSA, BIASES = (lora(target_modules=LINEAR, **more) for more in ({"init_lora_weights": "pissa"}, {"bias": "all"}))
+
+
+@pytest.mark.parametrize("adapter", [PISSA, TOKENS, BIASES], ids=["pissa", "tokens", "bias"])
 def test_a_new_adapter_that_changes_the_model_has_a_copy(lab, tmp_path, adapter):
     """PiSSA takes its first weights out of the base model's; a token's row is seldom looked at; biases that are
     trained stay in use while the adapter is off."""
@@ -186,6 +182,12 @@ def test_adapters_that_cannot_be_loaded(place, tmp_path):
     for name, changes, error, message in (
         ("gone", {"base_model_name_or_path": "/nowhere/base"}, FileNotFoundError, GONE),
         ("nameless", {"base_model_name_or_path": None}, ValueError, "must be a folder or hub id, got None"),
+        (
+            "elsewhere",
+            {"base_model_name_or_path": "runs/base"},
+            OSError,
+            r"adapter_config.json: 'runs/base' is no local folder or file",
+        ),
         ("chain", {"base_model_name_or_path": first}, ValueError, r"must be a whole model, but .* is an adapter too"),
         ("other", {"r": 2}, ValueError, r"the adapter in .* cannot be put on its base model"),
     ):

@@ -69,6 +69,9 @@ def test_settings(tmp_path, lab, settings, error, message):
         lab.make_config(tmp_path, **settings)
 
 
+GATHERED = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+
+
 @pytest.mark.parametrize(
     ("config", "settings", "error", "message"),
     [
@@ -78,12 +81,7 @@ def test_settings(tmp_path, lab, settings, error, message):
         ({"zero_optimization": {"stage": 3}}, {}, ValueError, "zero3_save_16bit_model: true"),
         ({}, {"non_finite": "skip"}, NotImplementedError, "use 'stop'"),
         ({}, {"weight_update": "stochastic_rounding"}, NotImplementedError, "use 'auto'"),
-        (
-            {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}},
-            {"dtype": "bfloat16"},
-            ValueError,
-            "add --bf16",
-        ),
+        ({"zero_optimization": GATHERED}, {"dtype": "bfloat16"}, ValueError, "add --bf16"),
     ],
 )
 def test_deepspeed_s_settings(tmp_path, lab, monkeypatch, config, settings, error, message):

@@ -27,15 +27,13 @@ def renamed(item, **changes):
 
 # Held out beside the conversations w10 (turns 0 and 2) and w11 (all): (interactions, counts).
 TRAIN = [talk("w10")[0], talk("w10")[2], *talk("w11")]
+LATER = talk("w10", 4)[3]
 CASES = {
     "the same": ([renamed(talk("w11")[1])], (1, 1, 1)),
     "the same, in white space": ([renamed(talk("w11", 1)[0], completion="w2 w0 w11\n")], (1, 1, 1)),
     "a turn of a conversation": ([renamed(talk("w10")[1]), *talk("w12")], (1, 0, 1)),
     "a later turn": ([renamed(talk("w11", 5)[4])], (1, 0, 1)),
-    "by the id, with a window of its history": (
-        [dataclasses.replace(talk("w10", 4)[3], prompt=talk("w10", 4)[3].prompt[4:])],
-        (1, 0, 1),
-    ),
+    "by the id, with a window of its history": ([dataclasses.replace(LATER, prompt=LATER.prompt[4:])], (1, 0, 1)),
     "two of three": ([*talk("w10")[1:], *talk("w13", 1)], (2, 1, 2)),
 }
 
@@ -49,7 +47,7 @@ def test_leaks_are_refused_with_counts(tmp_path, lab, case):
         "eval_dataset must hold no conversation that is trained on, got "
         f"{total} of its {len(held_out)} interactions are in train_dataset: {same} themselves, of "
         f"{conversation} another part of the conversation",
-        "allow_leaks=True (--allow-leaks)",
+        "allow_leaks=True to go on",
     ):
         assert text in str(caught.value)
 

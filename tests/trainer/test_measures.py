@@ -13,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fastsdpo import Interaction
+from fastsdpo.online.own_answers import OwnAnswers
+from fastsdpo.online.rules import parse_rule
 from fastsdpo.train import main
 from fastsdpo.trainer.measures_verdict import changes, verdict
 from tests.plain import answer_logps
@@ -99,11 +101,8 @@ def expected(lab, model, held_out):
             size = len(following[item.id].split()) + 1
             answers = [following[o.id] for o in others if o.id in following]
             far = [abs(math.log((len(a.split()) + 1) / size)) for a in answers]
-            chosen = {
-                "": following[item.id],
-                "stranger_": answers[far.index(min(far))],
-                "stranger_length_": answers[far.index(max(far))],
-            }
+            near, distant = (answers[far.index(found)] for found in (min(far), max(far)))
+            chosen = {"": following[item.id], "stranger_": near, "stranger_length_": distant}
             for prefix, answer in chosen.items():
                 student, teacher = both(answer, item.followup)
                 row[f"{prefix}margin"] = student.mean() - own.mean()
@@ -160,6 +159,9 @@ def test_own_answers_before_with_the_follow_up_and_after(run, lab):
             ("after", run.after, None),
         ):
             assert row[name].split() == [w for w in greedy(model, prompt_of(item, note)).split() if w[0] != "<"], name
+    told = object.__new__(OwnAnswers)
+    told.rule, told.rows = parse_rule("max_words=99"), rows
+    assert "before 100% (44% to 100%)" in told.headroom()[-1]  # three answers are few
 
 
 def test_measures_can_be_off(lab, tmp_path, runs, capsys):

@@ -12,7 +12,6 @@ from fastsdpo.train import build_parser, load, read_config
 from fastsdpo.trainer import NonFiniteError, SDPOConfig, SDPOTrainer
 from fastsdpo.trainer.data import InteractionDataset
 from fastsdpo.trainer.presets import default_bf16, split_batch
-from fastsdpo.trainer.report import step_text
 from tests.plain import answer_logps
 from tests.trainer.conftest import assert_close, gradients_of
 
@@ -62,9 +61,6 @@ def test_the_importance_ratio_is_that_to_the_initial_model(tmp_path, lab):
     assert_close(found, {n: p.grad for n, p in model.named_parameters()}, 1e-5)
 
 
-# ------------------------------------------------------------------------------ the teacher check
-
-
 def check_with(tmp_path, lab, real, unrelated):
     """The check's warning when real and unrelated follow-ups have these log-ratios per token."""
     trainer = lab.make_trainer(tmp_path)
@@ -108,9 +104,6 @@ def test_teacher_check_measures_the_model(tmp_path, lab, caplog):
     with caplog.at_level(logging.INFO, logger="fastsdpo.trainer"):
         trainer.train()
     assert any("teacher check" in record.message for record in caplog.records)
-
-
-# ------------------------------------------------------------------------------------- batches
 
 
 @pytest.mark.parametrize(
@@ -158,9 +151,6 @@ def test_the_paper_s_batch_is_global(tmp_path, monkeypatch, processes, config, b
     assert args.gradient_accumulation_steps == 1
     own = config.preset("paper", per_device_train_batch_size=4, **settings)
     assert (own.per_device_train_batch_size, own.gradient_accumulation_steps) == (4, 1)
-
-
-# ------------------------------------------------------------------------------ models by name
 
 
 @pytest.fixture(scope="module")
@@ -253,37 +243,13 @@ def test_a_float32_checkpoint_trains_in_bfloat16_on_a_gpu(tmp_path, lab, monkeyp
         assert not lab.make_config(tmp_path, **off).bf16
 
 
-# ---------------------------------------------------------------------------------- what is told
-
-
-@pytest.mark.parametrize(
-    ("interactions", "settings", "text"),
-    [
-        (477, {"per_device_train_batch_size": 8, "max_steps": 12}, "12 optimizer steps of 8 interactions, 0.2 epochs"),
-        (12, {"per_device_train_batch_size": 2, "max_steps": 30}, "30 optimizer steps of 2 interactions, 5 epochs"),
-        (8, {"per_device_train_batch_size": 8, "num_train_epochs": 1}, "1 optimizer step of 8 interactions, 1 epoch"),
-        (9, {"per_device_train_batch_size": 1, "max_steps": 9}, "9 optimizer steps of 1 interaction, 1 epoch"),
-        (2000, {"global_batch_size": 32}, "126 optimizer steps of 32 interactions, 2 epochs"),
-    ],
-)
-def test_length_of_a_run(tmp_path, interactions, settings, text):
-    args = SDPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
-    assert step_text(interactions, args) == text
+TEACHERS = {"live": {}, "ema": {"teacher": "ema"}, "frozen": {"teacher": "frozen", "reference_kl": 0.1}}
+TEACHERS |= {"trust_region": {"teacher": "trust_region"}, "guidance": {"guidance": 2.0}}
+TEACHERS |= {"neutral": {"neutral_followup": "w3 w4", "max_tokens_per_pack": 60}}
 
 
 @pytest.mark.parametrize("sharing", ["conversation", "off"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"teacher": "ema"},
-        {"teacher": "frozen", "reference_kl": 0.1},
-        {"teacher": "trust_region"},
-        {"guidance": 2.0},
-        {"neutral_followup": "w3 w4", "max_tokens_per_pack": 60},
-    ],
-    ids=["live", "ema", "frozen", "trust_region", "guidance", "neutral"],
-)
+@pytest.mark.parametrize("settings", TEACHERS.values(), ids=TEACHERS)
 def test_tokens_per_second_are_those_computed(tmp_path, lab, sharing, settings):
     """Counted at the embedding, through which every token goes once per forward pass."""
     made = lab.make_trainer(tmp_path, sharing=sharing, max_steps=1, **settings)

@@ -98,6 +98,7 @@ def test_run_report_and_reload(place, tmp_path, capsys):
     assert report_of(output)["steps"] == 1
 
 
+STREAM = "--stream --max-steps 4"
 MISSING = next(name for name in INTEGRATION_TO_CALLBACK if name not in get_available_reporting_integrations())
 
 
@@ -130,6 +131,17 @@ MISSING = next(name for name in INTEGRATION_TO_CALLBACK if name not in get_avail
         ("--template nosuch", "--template must be one of offline-v1, .*got 'nosuch'"),
         ("--eval-data nosuch.jsonl", "no such file: nosuch.jsonl"),
         ("", "--model: no such file or folder: /nowhere/model"),
+        ("--dry-run --card much", "--card must be a size like 80GB or 79.1GiB, got 'much'"),
+        ("--dry-run --processes 4 --ulysses 3", r"--ulysses must divide the number of processes \(4\), got 3"),
+        ("--dry-run --processes 0", "--processes must be at least 1, got 0"),
+        ("--card 80GB", "--card describes the machine of a forecast"),
+        ("--strategy fsdp", "--strategy describes the machine of a forecast"),
+        ("--stream --max-steps -1", "--stream needs --max-steps: how long its data is, is not known"),
+        (f"{STREAM} --dry-run", "--dry-run goes without --stream"),
+        (f"{STREAM} --token-cache here", "--token-cache goes without --stream"),
+        (f"{STREAM} --set dataloader_num_workers=2", "--set dataloader_num_workers goes without --stream"),
+        (f"{STREAM} --show 65", "--show must be at most 64 with --stream, got 65"),
+        ("--shuffle-buffer 8", "--shuffle-buffer needs --stream"),
     ],
 )
 def test_mistakes_are_said_before_a_model_is_loaded(place, tmp_path, capsys, more, message):
@@ -162,9 +174,8 @@ def test_an_output_that_is_a_file(place, tmp_path, capsys, within):
     """It is said before anything is loaded: there is no such model."""
     taken = tmp_path / "taken"
     taken.write_text("x")
-    assert (
-        main([str(place / "data.jsonl"), "--model", str(tmp_path / "nosuch"), "-o", f"{taken}{within}", "--cpu"]) == 1
-    )
+    argv = [str(place / "data.jsonl"), "--model", str(tmp_path / "nosuch"), "-o", f"{taken}{within}", "--cpu"]
+    assert main(argv) == 1
     assert f"--output must be a folder, but {taken} is a file" in capsys.readouterr().err
 
 
@@ -259,6 +270,8 @@ def test_push_to_hub(place, tmp_path, monkeypatch, capsys):
     commit = next(body for path, body in asked if "/commit/" in path)
     sent = {row["value"]["path"] for row in map(json.loads, commit.splitlines()) if row["key"] == "file"}
     assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "tokenizer_config.json"} <= sent
+    # transformers has an argument of that name, which uploads the output folder with what users said
+    assert "answers.json" not in sent and [path for path, _ in asked].count("/api/repos/create") == 1
     assert "uploaded to me/mine" in capsys.readouterr().out
 
 

@@ -52,12 +52,7 @@ def test_auto(dtypes, optim, chosen):
         ("plain", TORCHAO[0], {BF16}, None),
         ("plain", "sgd", {FP16}, None),
         ("float32_master", ADAMW[0], {BF16}, None),
-        (
-            "float32_master",
-            TORCHAO[0],
-            {BF16},
-            f"optim must be one of {TWO} with weight_update='float32_master', got 'a",
-        ),
+        ("float32_master", TORCHAO[0], {BF16}, f"one of {TWO} with weight_update='float32_master', got 'a"),
         ("float32_master", "adamw_bnb_8bit", {BF16}, "got 'adamw_bnb_8bit'"),
         ("float32_master", ADAMW[0], {FP16}, "needs bfloat16 or float32 weights, got torch.float16"),
         ("stochastic_rounding", ADAMW[0], {BF16, FP32}, None),

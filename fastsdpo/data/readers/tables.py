@@ -3,11 +3,17 @@
 Rows of a conversation need not stand together. They are kept in a temporary database on the disk (`sqlite3`, in
 the folder for temporary files) until the file has been read. Then they come out conversation by conversation, in
 the order of their times or else of the file; memory holds one conversation at a time.
+
+Where a row cannot be read, or stands in another file, what was said before an answer is not known. So a conversation
+that may have lost a row is left out, and so is a part of one that began in a file before.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import operator
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -102,9 +108,10 @@ def group_rows(entries: Iterable[Entry], find_key: Callable[[Any], RowKey | None
             are not single messages.
     """
     entries = iter(entries)
-    store = None
+    store, gap = None, False
     for entry in entries:
         if entry.problem is not None:
+            gap = True
             yield entry
             continue
         key = find_key(entry.record)
@@ -113,6 +120,8 @@ def group_rows(entries: Iterable[Entry], find_key: Callable[[Any], RowKey | None
             yield from entries
             return
         store = _RowStore(key)
+        if gap:
+            store.add_gap()
         if (problem := store.add(entry)) is not None:
             yield problem
         break
@@ -121,10 +130,47 @@ def group_rows(entries: Iterable[Entry], find_key: Callable[[Any], RowKey | None
     with store:
         for entry in entries:
             if entry.problem is not None:
+                store.add_gap()
                 yield entry
             elif (problem := store.add(entry)) is not None:
                 yield problem
         yield from store.conversations()
+
+
+class PartsOfFiles:
+    """Finds conversations whose rows stand in several files, which are read one at a time.
+
+    Args:
+        parse: record -> conversations.
+    """
+
+    def __init__(self, parse: Callable[[Any], Iterable[Conversation]]):
+        self._parse = parse
+        self._begun: dict[int, tuple[int, str]] = {}  # by the name's hash: that of the first message, the file
+
+    def check(self, entry: Entry, file: str) -> Entry:
+        """Returns the entry; with a problem where the rows of its conversation go on from those in another file."""
+        if not isinstance(entry.record, GroupedRows):
+            return entry
+        name, first = entry.record["name"], self._first(entry.record)
+        begun, other = self._begun.setdefault(hash(name), (first, file))
+        if other == file or begun == first:  # it begins there anew: it may be there twice
+            return entry
+        text = (
+            f"conversation {name!r:.60} has rows in {other} too; put the rows of a conversation into one file, or "
+            "prepare each file alone if they number their conversations anew"
+        )
+        return Entry(entry.where, None, Problem("rows in several files", text))
+
+    def _first(self, record: GroupedRows) -> int:
+        """A hash of the first message that is no system message."""
+        try:
+            for conversation in self._parse(GroupedRows(name=record["name"], rows=record["rows"][:4])):
+                said = (m for m in conversation.messages if m["role"] != "system")
+                return hash(tuple((m["role"], m["content"].strip()) for m in itertools.islice(said, 1)))
+        except (TypeError, ValueError):
+            pass
+        return 0
 
 
 def _in_time(record: GroupedRows) -> GroupedRows:
@@ -146,6 +192,7 @@ class _RowStore:
 
         self._key = key
         self._number = 0
+        self._gaps: list[int] = []  # the numbers of the rows before which a damaged one stood
         self._database = sqlite3.connect("")  # a temporary file, gone when it is closed
         self._database.execute("CREATE TABLE row (name TEXT, number INTEGER, place TEXT, data TEXT)")
 
@@ -157,27 +204,35 @@ class _RowStore:
         try:  # dates and the like are no types of JSON; they are not read
             data = json.dumps(entry.record, default=str)
         except (TypeError, ValueError, RecursionError) as error:
+            self.add_gap()
             return Entry(entry.where, None, Problem("wrong layout", f"a row must be JSON: {error}"))
         self._database.execute("INSERT INTO row VALUES (?, ?, ?, ?)", (name, self._number, entry.where, data))
         self._number += 1
         return None
 
+    def add_gap(self) -> None:
+        """Notes that a row stood here which cannot be read."""
+        if self._number not in self._gaps[-1:]:
+            self._gaps.append(self._number)
+
+    def _entry(self, where: str, record: GroupedRows, first: int, last: int) -> Entry:
+        """The record of the rows with these numbers, or a problem where one of them may be missing."""
+        gap = bisect_left(self._gaps, first)
+        if gap < len(self._gaps) and self._gaps[gap] <= last:
+            return Entry(where, None, Problem("a row may be missing", "a damaged row may be of this conversation"))
+        return Entry(where, _in_time(record))
+
     def conversations(self) -> Iterator[Entry]:
         """A record for each conversation, in the order of their first rows."""
         self._database.execute("CREATE INDEX by_name ON row (name, number)")
         rows = self._database.execute(
-            "SELECT row.name, place, data FROM row JOIN "
+            "SELECT row.name, first, number, place, data FROM row JOIN "
             "(SELECT name, MIN(number) AS first FROM row GROUP BY name) AS named USING (name) ORDER BY first, number"
         )
-        found, where = None, ""
-        for name, place, data in rows:
-            if found is None or found["name"] != name:
-                if found is not None:
-                    yield Entry(where, _in_time(found))
-                found, where = GroupedRows(name=name, rows=[]), place
-            found["rows"].append(json.loads(data))
-        if found is not None:
-            yield Entry(where, _in_time(found))
+        for name, group in itertools.groupby(rows, key=operator.itemgetter(0)):
+            places = [*group]
+            record = GroupedRows(name=name, rows=[json.loads(data) for *_, data in places])
+            yield self._entry(places[0][3], record, places[0][1], places[-1][2])
 
     def __enter__(self) -> _RowStore:
         return self

@@ -16,27 +16,16 @@ from tests.plain import answer_logps
 pytest.importorskip("peft")
 LONG, OTHER = " ".join(f"w{i}" for i in range(30)), "w1 w2 w3"
 DATA = Data([f"w{i} w{i + 1} w{i + 2}" for i in range(12)], ["w1 w2"], ["w3 w4", "w5 w6"], [])
-TINY = {
-    "template": " note {o}",
-    "max_new_tokens": 6,
-    "eval_max_new_tokens": 6,
-    "global_batch_size": 4,
-    "per_device_train_batch_size": 4,
-    "neutral_followup": "w9",
-}
+TINY = {"template": " note {o}", "max_new_tokens": 6, "eval_max_new_tokens": 6, "neutral_followup": "w9"}
+TINY |= {"global_batch_size": 4, "per_device_train_batch_size": 4}
 
 
 @pytest.fixture
 def lab_of(saved, lab, monkeypatch):
     talk = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
     monkeypatch.setattr(experiment, "ROUNDS", 2)
-    return lambda folder: Experiment(
-        folder / "personalization_tiny.json",
-        folder / "work",
-        model_file=saved,
-        data=DATA._replace(ordinary=[talk]),
-        settings=TINY,
-    )
+    given = {"model_file": saved, "data": DATA._replace(ordinary=[talk]), "settings": TINY}
+    return lambda folder: Experiment(folder / "personalization_tiny.json", folder / "work", **given)
 
 
 def without_seconds(path):
@@ -123,19 +112,15 @@ def test_questions_are_apart(tmp_path):
 def test_three_seeds_have_a_mean_and_an_interval(lab_of, tmp_path, capsys):
     tiny = lab_of(tmp_path)
     base = {"case": {"condition": "before", "wish": "short"}, **dict.fromkeys(COUNTS, 0.5)}
-    runs = [
-        {
-            "case": {"condition": "control", "seed": seed},
-            "after": dict.fromkeys(COUNTS, share),
-            "perplexity_change": 0.1,
-        }
-        for seed, share in ((1, 0.7), (2, 0.8), (3, 0.9))
-    ]
-    for row in (base, *({**run, "satisfaction by round": []} for run in runs[:2])):
+    runs = []
+    for seed, share in ((1, 0.7), (2, 0.8), (3, 0.9)):
+        run = {"case": {"condition": "control", "seed": seed}, "after": dict.fromkeys(COUNTS, share)}
+        runs.append({**run, "perplexity_change": 0.1, "satisfaction by round": []})
+    for row in (base, *runs[:2]):
         tiny.keep(row)
     tiny.summarize("control")
     assert len(harness.read(tiny.results)) == 3, "no interval of two"
-    tiny.keep({**runs[2], "satisfaction by round": []})
+    tiny.keep(runs[2])
     tiny.summarize("control")
     (row,) = [row for row in harness.read(tiny.results) if "summary" in row["case"]]
     half = 4.303 * 0.1 / 3**0.5  # Student's t of 2 degrees of freedom; the standard deviation is 0.1

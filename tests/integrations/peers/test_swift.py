@@ -72,24 +72,11 @@ def make_trainer(folder, output, case, skipped=("lm_head",)):
                 parameter += 0.1 * torch.randn_like(parameter)
     if case.get("adapter"):
         model = adapted(model, case["adapter"])
-    args = GKDConfig(
-        output_dir=str(output),
-        beta=case["beta"],
-        temperature=case.get("temperature", 1.0),
-        sft_alpha=case.get("sft_alpha", 0),
-        lmbda=0.0,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=1,
-        max_steps=3,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        remove_unused_columns=False,
-        bf16=False,
-        gradient_checkpointing=False,
-    )
+    settings = {"lmbda": 0.0, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 3}
+    settings |= {"learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True}
+    settings |= {"remove_unused_columns": False, "bf16": False, "gradient_checkpointing": False}
+    settings |= {"temperature": case.get("temperature", 1.0), "sft_alpha": case.get("sft_alpha", 0)}
+    args = GKDConfig(output_dir=str(output), beta=case["beta"], **settings)
     template = get_template(processor, template_type="dummy", max_length=64)
     template.set_mode("train")
     rows = [
@@ -97,15 +84,8 @@ def make_trainer(folder, output, case, skipped=("lm_head",)):
         for row in ROWS
     ]
     more = {"teacher_model": teacher, "teacher_use_disable_adapter": bool(case.get("adapter"))}
-    trainer = gkd_trainer.GKDTrainer(
-        model,
-        args=args,
-        template=template,
-        train_dataset=Dataset.from_list(rows),
-        gkd_logits_topk=case.get("topk"),
-        **more,
-    )
-    return trainer, rows
+    more |= {"train_dataset": Dataset.from_list(rows), "gkd_logits_topk": case.get("topk")}
+    return gkd_trainer.GKDTrainer(model, args=args, template=template, **more), rows
 
 
 def loss_and_grads(trainer, inputs):

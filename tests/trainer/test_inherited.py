@@ -1,0 +1,150 @@
+"""What users of `transformers.Trainer` set and pass: it is followed, or refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+
+from fastsdpo.online import OnlineSDPOConfig
+from tests.trainer.conftest import row
+
+EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"dataloader_drop_last": True}, "dataloader_drop_last must be False: the last step"),
+        ({"dataloader_in_order": False}, "dataloader_in_order must be True: group_by_conversation and data_seed"),
+        ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
+        ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter must be False"),
+        ({"eval_accumulation_steps": 4}, "eval_accumulation_steps must be None"),
+        ({"debug": "underflow_overflow"}, "debug must be '': non_finite"),
+        ({"resume_from_checkpoint": "run"}, "resume_from_checkpoint must be None: .*--resume"),
+        ({"fp16": True}, "fp16 must be False on a CPU"),
+        ({"fsdp_config": {"version": 2}}, "fsdp_config must be None without fsdp"),
+        ({"liger_kernel_config": {"swiglu": True}}, "liger_kernel_config must be None without use_liger_kernel"),
+        ({"ddp_backend": "gloo"}, "ddp_backend must be None in one process"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches of accelerator_config must be None"),
+        ({"accelerator_config": {"even_batches": False}}, "even_batches of accelerator_config must be True"),
+        # transformers would take these micro-batches beside those of global_batch_size
+        (
+            {"global_batch_size": 4, "accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}},
+            "gradient_accumulation_kwargs of accelerator_config must .* got num_steps",
+        ),
+        ({"weight_decay": -1.0}, "weight_decay must be >= 0: weights would grow"),
+        ({"adam_beta1": 2.0}, r"adam_beta1 must be in \[0, 1\)"),
+        ({"adam_epsilon": 0.0}, "adam_epsilon must be > 0"),
+        ({"optim_args": "foo=1"}, "optim_args must be None with optim='adamw_torch_fused'"),
+        ({"optim": "sgd", "optim_args": "momentum"}, "optim_args must be NAME=VALUE"),
+        ({"optim_target_modules": ["q_proj"]}, "optim_target_modules must be None with optim="),
+        ({"optim": "muon"}, "optim must be one of adamw_torch, .* got 'muon'"),
+        ({"lr_scheduler_type": "foo"}, "lr_scheduler_type must be one of linear, .* got 'foo'"),
+        ({"log_level": "loud"}, "log_level must be one of .* got 'loud'"),
+        ({"dtype": "half"}, "dtype must be auto, float32, .* got 'half'"),
+        ({"warmup_steps": 9}, "warmup_steps needs a schedule that warms up: lr_scheduler_type=constant_with_warmup"),
+        ({"lr_scheduler_type": "linear", "warmup_steps": 1.5}, "warmup_steps must be a whole number, or below 1"),
+        ({"lr_scheduler_kwargs": {"min_lr": 0.1}}, "lr_scheduler_kwargs must be None with lr_scheduler_type='const"),
+        ({"seed": -1}, "seed must be >= 0"),
+        # Of types, which Python would take for others: 2 of 3 tokens, and a true text.
+        ({"ignore_first_k": 1.5}, "ignore_first_k must be a whole number, got 1.5"),
+        ({"max_steps": 2.5}, "max_steps must be a whole number"),
+        ({"add_tail": "no"}, "add_tail must be True or False, got 'no'"),
+        ({"use_cpu": "false"}, "use_cpu must be True or False"),
+        ({"learning_rate": True}, "learning_rate must be a number, got True"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
+        (
+            {**EACH_STEP, "load_best_model_at_end": True, "save_only_model": True, "teacher": "ema"},
+            "save_only_model must be False with load_best_model_at_end",
+        ),
+    ],
+    ids=lambda value: next(reversed(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_would_do_nothing_or_something_else(tmp_path, lab, given, said):
+    with pytest.raises(ValueError, match=f"SDPOConfig: {said}"):
+        lab.make_config(tmp_path, **given)
+
+
+@pytest.mark.parametrize("name", ["teacher_check", "measure_interactions", "tokenizer_workers"])
+def test_settings_of_logged_interactions_are_not_of_online_training(tmp_path, name):
+    settings = {"output_dir": str(tmp_path), "use_cpu": True}
+    assert OnlineSDPOConfig(**settings).measure_interactions == 0
+    with pytest.raises(ValueError, match=f"{name} must be .* logged interactions .*got 3"):
+        OnlineSDPOConfig(**settings, **{name: 3})
+    with pytest.raises(ValueError, match="metric_for_best_model must name a figure of held-out answers"):
+        OnlineSDPOConfig(**settings, **EACH_STEP, load_best_model_at_end=True)
+
+
+def test_numbers_in_other_clothes(tmp_path, lab):
+    """YAML's 1e-5 is a text, JSON's 1e3 no integer; None for no clipping."""
+    made = lab.make_config(
+        tmp_path, learning_rate="1e-5", max_steps=1e3, max_grad_norm=None, dtype=torch.bfloat16, accelerator_config={}
+    )
+    assert (made.learning_rate, made.max_steps, made.max_grad_norm, made.dtype) == (1e-5, 1000, 0.0, "bfloat16")
+
+
+def test_a_warm_up_longer_than_the_run_is_told(tmp_path, lab, caplog):
+    """With one step the learning rate is 0."""
+    trainer = lab.make_trainer(tmp_path, lr_scheduler_type="cosine", warmup_steps=0.05, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["learning_rate"] == 0
+    assert "the warm-up takes 1 steps and the run 1: the learning rate does not reach 0.01" in caplog.text
+
+
+def test_held_out_sets_of_the_call(tmp_path, lab):
+    """Loaders with workers that stay are not those of another set; predict() takes what evaluate() does."""
+    one, two = lab.make_interactions(2, seed=7), lab.make_interactions(3, seed=9)
+    trainer = lab.make_trainer(
+        tmp_path, eval_dataset=one, dataloader_num_workers=1, dataloader_persistent_workers=True
+    )
+    found = [trainer.evaluate(data)["eval_loss"] for data in (None, two, None)]
+    assert found[0] == found[2] != found[1]
+    assert trainer.predict(two).metrics["test_loss"] == pytest.approx(found[1], rel=1e-6)
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*other\.jsonl"):
+        trainer.evaluate(str(tmp_path / "other.jsonl"))
+
+
+def test_one_set_is_trained_on(tmp_path, lab):
+    rows = Dataset.from_list([row(item) for item in lab.make_interactions(2)])
+    with pytest.raises(TypeError, match="train_dataset must be a path or a collection of interactions, got DatasetD"):
+        lab.make_trainer(tmp_path, interactions=DatasetDict({"train": rows}))
+
+
+def test_optimizers_of_other_weights(tmp_path, lab, caplog):
+    peft = pytest.importorskip("peft")
+    model = lab.make_model()
+    before = torch.optim.SGD(model.parameters(), lr=0.1)
+    adapter = peft.LoraConfig(r=2, target_modules="all-linear")
+    with pytest.raises(ValueError, match="optimizers must hold weights that the model trains, got SGD of 20 others"):
+        lab.make_trainer(tmp_path, model=model, peft_config=adapter, optimizers=(before, None))
+    model = lab.make_model()
+    some = torch.optim.SGD(model.model.layers.parameters(), lr=0.1)
+    lab.make_trainer(tmp_path, model=model, optimizers=(some, None))
+    assert "2 of 20 trained weights are not in it, and stay as they are" in caplog.text
+
+
+def test_models_and_tokenizers_that_are_wrapped(tmp_path, lab):
+    with pytest.raises(ValueError, match=r"model must be what torch\.compile was given"):
+        lab.make_trainer(tmp_path, model=torch.compile(lab.make_model(), backend="eager"))
+    processor = type("Processor", (), {"tokenizer": lab.make_tokenizer()})()
+    with pytest.raises(TypeError, match=r"processing_class must be a tokenizer, got Processor \(pass its tokenizer\)"):
+        lab.make_trainer(tmp_path, tokenizer=processor)
+
+
+def test_the_best_model_has_its_own_teacher(tmp_path, lab):
+    """The held-out loss of a moving average is that of the step whose weights were the best."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    settings = {**EACH_STEP, **best, "teacher": "ema", "ema_rate": 0.5, "optim": "sgd", "learning_rate": 0.5}
+    trainer = lab.make_trainer(tmp_path, eval_dataset=lab.make_interactions(2, seed=7), max_steps=3, **settings)
+    trainer.train()
+    losses = [item["eval_loss"] for item in trainer.state.log_history if "eval_loss" in item]
+    assert max(losses) == losses[0] > 1.1 * losses[-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_a_checkpoint_of_the_model_alone_is_nothing_to_go_on_from(tmp_path, lab, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    lab.make_trainer(tmp_path, max_steps=2, **settings).train()
+    with pytest.raises(ValueError, match=r"checkpoint-2 holds the model alone \(save_only_model\)"):
+        lab.make_trainer(tmp_path, max_steps=3, **settings).train(resume_from_checkpoint=True)
