@@ -22,6 +22,7 @@ from fastsdpo.data.readers.registry import BY_NAME, RecordParser
 from fastsdpo.data.schema import ROW_SCHEMA
 from fastsdpo.data.times import parse_time
 
+SHOWN = "online-v1"  # the template of --show: how large the model is cannot be told from its tokenizer
 # Arguments of `prepare` that are named as their options.
 PASSED_ON = ("seed", "eval_fraction", "eval_output", "eval_after", "limit", "split", "strict", "redact", "workers")
 PASSED_ON += ("overwrite", "resume", "keep", "layout")
@@ -127,9 +128,9 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--template",
-        default="online-v1",
         metavar="NAME|TEXT",
-        help="The template that places the follow-up, for --show.",
+        help=f"The template that places the follow-up, for --show. Default: {SHOWN}, which train takes for models of "
+        "a billion weights and more; it takes note for smaller ones.",
     )
 
 
@@ -331,5 +332,8 @@ def _shown(arguments: argparse.Namespace) -> str:
     from fastsdpo.data import InteractionTokenizer, load_interactions
     from fastsdpo.modeling import load_tokenizer
 
-    tokenize = InteractionTokenizer(load_tokenizer(arguments.tokenizer), arguments.template)
-    return show_interactions(tokenize, load_interactions(arguments.output), arguments.show)
+    tokenize = InteractionTokenizer(load_tokenizer(arguments.tokenizer), arguments.template or SHOWN)
+    shown = show_interactions(tokenize, load_interactions(arguments.output), arguments.show)
+    if arguments.template is None:
+        shown += f"\n\ntemplate: {SHOWN}. Models below a billion weights are trained with --template note."
+    return shown

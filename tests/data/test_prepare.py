@@ -323,5 +323,9 @@ def test_shows_rows_as_tokens(prepared, byte_tokenizer, tmp_path):
     record["messages"].pop()
     done = prepared([record], "--show", 3, "--tokenizer", tmp_path / "tokenizer", "--template", " note {o}")
     assert "<user>a{+ note c+}<end><assistant>[b|<end>]" in done.table
+    done = prepared([record], "--overwrite", "--show", 3, "--tokenizer", tmp_path / "tokenizer")
+    assert done.table.endswith(
+        "\n\ntemplate: online-v1. Models below a billion weights are trained with --template note.\n"
+    )
     done = prepared([record], "--overwrite", "--show", 3)
     assert done.status == 1 and "--show needs --tokenizer" in done.error
