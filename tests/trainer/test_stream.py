@@ -227,7 +227,7 @@ def test_leaks_are_found_as_they_come(tmp_path, lab, caplog):
     items = lab.make_interactions(20)
     settings = {"eval_dataset": items[36:38], "max_steps": 10, "shuffle_buffer": 1}
     trainer = lab.make_trainer(tmp_path, interactions=Rows(items), **settings)
-    with pytest.raises(ValueError, match=r"2 of its 2 interactions are in train_dataset.*--allow-leaks"):
+    with pytest.raises(ValueError, match=r"2 of its 2 interactions are in train_dataset.*allow_leaks=True"):
         trainer.train()
     assert trainer.state.global_step == 9
     allowed = lab.make_trainer(tmp_path, interactions=Rows(items), allow_leaks=True, **settings)
