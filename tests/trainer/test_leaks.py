@@ -84,7 +84,8 @@ def test_the_command(tmp_path, lab, capsys, caplog):
     lab.make_place(tmp_path, without_conversations(TRAIN), without_conversations(talk("w10")[1:2]))
     argv = command(tmp_path, tmp_path / "out", "--dry-run")
     assert main(argv) == 1
-    assert "1 of its 1 interactions are in train_dataset" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "1 of its 1 interactions are in train_dataset" in error and error.count("--allow-leaks") == 1
     assert main([*argv, "--allow-leaks"]) == 0
     assert "5 interactions of 5 conversations; 1 held out" in capsys.readouterr().out
     assert "1 of its 1 interactions are in train_dataset" in caplog.text
