@@ -267,6 +267,14 @@ CASES = {
     "gemini": case(calls(gemini), system=True),
     "ai-sdk": case([{"id": "C", "messages": [parts(m) for m in chat()]}]),
     "table": case(ROWS),
+    "table of pairs": case(
+        [
+            {"session_id": "C", "user": "bob", "query": U3, "reply": A3, "created_at": "2026-03-03"},
+            {"session_id": "D", "user": "ann", "query": "Hi", "reply": None, "created_at": "2026-03-02"},
+            {"session_id": "C", "user": "bob", "query": U1, "reply": A1, "created_at": "2026-03-01"},
+            {"session_id": "C", "user": "bob", "query": U2, "reply": A2, "created_at": "2026-03-02"},
+        ]
+    ),
     "ultrachat": case([{"id": "C", "data": SAID}]),
     "alpaca": case([{"instruction": U3, "input": "", "output": A3, "history": [[U1, A1], [U2, A2]]}]),
     "arena": case(

@@ -78,7 +78,7 @@ def _read_list(record: Any, all_branches: bool) -> Iterator[Conversation]:
 
 
 READERS = (
-    Reader("table", "CSV, Parquet or JSON Lines with one message in each row", (), tables.is_table, tables.read_table),
+    Reader("table", "CSV, Parquet or JSON Lines with rows of messages", (), tables.is_table, tables.read_table),
     Reader("chatgpt", "ChatGPT's export, conversations.json", ("mapping",), exports.is_chatgpt, exports.read_chatgpt),
     Reader("claude", "claude.ai's export", ("chat_messages",), exports.is_claude, exports.read_claude),
     Reader("open-webui", "Open WebUI's export", ("chat",), exports.is_open_webui, exports.read_open_webui),

@@ -1,4 +1,4 @@
-"""Reads tables with one message in each row: the rows of one conversation become one record.
+"""Reads tables with a message, or a question and its answer, in each row: a conversation's rows become one record.
 
 Rows of a conversation need not stand together. They are kept in a temporary database on the disk (`sqlite3`, in
 the folder for temporary files) until the file has been read. Then they come out conversation by conversation, in
@@ -39,6 +39,14 @@ ID_COLUMNS = (
 )
 ROLE_COLUMNS = ("role", "speaker", "sender", "from", "author", "author_role")
 CONTENT_COLUMNS = ("content", "text", "message", "value", "utterance", "body")
+# Or, in place of a role and a text, what the user said and what the model answered. A column "user" alone may hold a
+# name, and "prompt" the whole conversation so far.
+QUESTION_COLUMNS = ("question", "user_message", "user_input", "user_query", "user_prompt", "query", "message")
+ANSWER_COLUMNS = (
+    *("answer", "response", "reply", "assistant_message", "assistant_response", "bot_message", "bot_response"),
+    *("ai_message", "ai_response", "model_response", "model_output"),
+)
+NAMED_PAIRS = (("user", "assistant"), ("human", "assistant"), ("user", "bot"), ("human", "ai"))
 TREE_COLUMNS = ("message_tree_id", "message_id", "parent_id")  # OpenAssistant's
 
 RowKey = Callable[[Any], "str | None"]
@@ -49,24 +57,31 @@ class GroupedRows(dict):
 
 
 def row_key(record: Any) -> RowKey | None:
-    """Returns a function record -> conversation id if the given record is one message; else None."""
+    """Returns a function record -> conversation id if the given record is a row as those above; else None."""
     if not isinstance(record, Mapping):
         return None
     if all(key in record for key in TREE_COLUMNS) and "replies" not in record:
         return lambda row: identifier(row, ("message_tree_id",))
-    columns = _columns(record)
-    if columns is None:
+    name = next((key for key in ID_COLUMNS if isinstance(record.get(key), (str, int)) and record[key] != ""), None)
+    if name is None or (_columns(record) or _pair(record)) is None:
         return None
-    name = columns[0]
     return lambda row: identifier(row, (name,))
 
 
-def _columns(record: Mapping) -> tuple[str, str, str] | None:
-    """The columns of conversation, role and content, or None."""
-    name = next((key for key in ID_COLUMNS if isinstance(record.get(key), (str, int)) and record[key] != ""), None)
+def _columns(record: Mapping) -> tuple[str, str] | None:
+    """The columns of role and content, or None."""
     role = next((key for key in ROLE_COLUMNS if isinstance(record.get(key), str)), None)
     content = next((key for key in CONTENT_COLUMNS if isinstance(record.get(key), (str, list)) and key != role), None)
-    return None if name is None or role is None or content is None else (name, role, content)
+    return None if role is None or content is None else (role, content)
+
+
+def _pair(record: Mapping) -> tuple[str, str] | None:
+    """The columns of question and answer, or None."""
+    for names in ((QUESTION_COLUMNS, ANSWER_COLUMNS), *(((user,), (model,)) for user, model in NAMED_PAIRS)):
+        question, answer = (next((key for key in some if isinstance(record.get(key), str)), None) for some in names)
+        if question is not None and answer is not None and "user_response" not in record:
+            return question, answer
+    return None
 
 
 def is_table(record: Any) -> bool:
@@ -74,7 +89,7 @@ def is_table(record: Any) -> bool:
 
 
 def read_table(record: GroupedRows, all_branches: bool) -> Iterator[Conversation]:
-    """Reads the rows of one conversation, each a message, or those of an OpenAssistant tree."""
+    """Reads the rows of one conversation, each a message or a question with its answer, or an OpenAssistant tree."""
     first = record["rows"][0]
     if isinstance(first.get("isCreatedByUser"), bool) and "messageId" in first:  # LibreChat's collection of messages
         rows = {"conversationId": record["name"], "messages": record["rows"]}
@@ -84,18 +99,18 @@ def read_table(record: GroupedRows, all_branches: bool) -> Iterator[Conversation
         yield from named(read_oasst({"message_tree_id": record["name"], "tree_rows": record["rows"]}, True), "oasst")
         return
     columns = next((found for found in map(_columns, record["rows"]) if found is not None), None)
-    if columns is None:
+    pair = next((found for found in map(_pair, record["rows"]) if found is not None), None)
+    if columns is None and pair is None:
         raise TypeError(f"rows must have a speaker ({', '.join(ROLE_COLUMNS)}) and a text, got none")
-    _, role, content = columns
-    kept = frozenset((*NOTE_KEYS, *CALL_KEYS, *FILE_KEYS)) - {role, content}
-    messages = [
-        {
-            **{key: decoded(value) for key, value in row.items() if key in kept},
-            "role": row.get(role),
-            "content": row.get(content),
-        }
-        for row in record["rows"]
-    ]
+    kept = frozenset((*NOTE_KEYS, *CALL_KEYS, *FILE_KEYS)).difference(columns or pair or ())
+    messages = []
+    for row in record["rows"]:
+        notes = {key: decoded(value) for key, value in row.items() if key in kept}
+        if columns is not None:
+            messages.append({**notes, "role": row.get(columns[0]), "content": row.get(columns[1])})
+        elif pair is not None:
+            messages.append({"role": "user", "content": row.get(pair[0]) or ""})
+            messages.append({**notes, "role": "assistant", "content": row.get(pair[1]) or ""})
     system = {key: first[key] for key in SYSTEM_KEYS if first.get(key)}
     yield conversation(messages, "rows", conversation_id=record["name"], language=first.get("language"), system=system)
 
