@@ -87,6 +87,13 @@ CONDITIONS: dict[str, Condition] = {
         "the same at 3e-5, 18 rounds in place of six", recipe={**SAMPLED, "learning_rate": 3e-5}, longer=3
     ),
     "live teacher": Condition("preset personal, live teacher", recipe={**PERSONAL, "teacher": "live"}),
+    "personal, sampled token": Condition(
+        "preset personal, sampled token in place of the sum",
+        recipe={**PERSONAL, "mode": "sampled_token", "ppo_clip": 0.2},
+    ),
+    "personal, no guidance": Condition(
+        "preset personal without guidance", recipe={**PERSONAL, "guidance": 1.0, "neutral_followup": None}
+    ),
     "sft": Condition("the answers themselves, more likely", recipe=BASELINE, advantages="sft"),
     "unlikely tokens": Condition(
         "unlikely tokens of the answers that broke the rule, less likely", recipe=BASELINE, advantages="unlikely"
