@@ -42,7 +42,9 @@ VALUES = [
     {"role": "user", "content": "x"},
 ]
 # Records of the other layouts that are one conversation each, and an object.
-WHOLE = [case[0] for name, case in CASES.items() if name not in ("list", "table", "oasst rows", "arena")]
+WHOLE = [
+    case[0] for name, case in CASES.items() if name not in ("list", "table", "table of pairs", "oasst rows", "arena")
+]
 SPEAKERS = ("user", "assistant", "system", "tool", "user file", "assistant file", "system file")
 TEXTS = [
     *("hello", 'a "quoted" {brace} [bracket] \\ back', "日本語 🤖 é\n\nline", "", "x" * 500),
