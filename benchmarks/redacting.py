@@ -3,7 +3,7 @@
 import re
 
 KEY = re.compile(r"\b(sk|ghp|xoxb)[-_][\w-]{16,}")
-MAIL = re.compile(r"[\w.+-]+@[\w-]+(\.[\w-]+)+")
+MAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(\.[\w-]+)+")
 
 
 def hide(text: str) -> str:
