@@ -94,6 +94,19 @@ CONDITIONS: dict[str, Condition] = {
     "personal, no guidance": Condition(
         "preset personal without guidance", recipe={**PERSONAL, "guidance": 1.0, "neutral_followup": None}
     ),
+    "paper, frozen teacher": Condition(
+        "the paper's objective at our rate, frozen teacher", recipe={**SAMPLED, "teacher": "frozen"}
+    ),
+    "paper, guidance": Condition(
+        "the paper's objective at our rate, guidance 2",
+        recipe={**SAMPLED, "guidance": PERSONAL["guidance"], "neutral_followup": PERSONAL["neutral_followup"]},
+    ),
+    "paper, not centred": Condition(
+        "the paper's objective at our rate, not centred", recipe={**SAMPLED, "center_advantages": False}
+    ),
+    "paper, our template": Condition(
+        "the paper's objective at our rate, template note", recipe={**SAMPLED, "template": PERSONAL["template"]}
+    ),
     "sft": Condition("the answers themselves, more likely", recipe=BASELINE, advantages="sft"),
     "unlikely tokens": Condition(
         "unlikely tokens of the answers that broke the rule, less likely", recipe=BASELINE, advantages="unlikely"
@@ -111,6 +124,17 @@ CONDITIONS: dict[str, Condition] = {
     "list, sampled token": Condition("a numbered list, the paper's objective, our rate", wish="list", recipe=SAMPLED),
     "yes or no, sampled token": Condition(
         "begin with Yes or No, the paper's objective at our rate", wish="yes or no", recipe=SAMPLED
+    ),
+    "sequence, sampled token": Condition(
+        "a numbered list, then one short sentence, the paper's objective at our rate",
+        wish="list",
+        then="short",
+        recipe=SAMPLED,
+    ),
+    "kind, sampled token": Condition(
+        "steps where asked how, else one short sentence, the paper's objective at our rate",
+        wish="kind",
+        recipe=SAMPLED,
     ),
     "flip": Condition("one short sentence, then the opposite", then="long"),
     "flip, sampled token": Condition(
