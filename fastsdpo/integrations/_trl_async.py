@@ -73,6 +73,8 @@ def chunked_jsd_loss(
     else:
         student, classes = student - torch.logsumexp(student, -1, keepdim=True), mask
         teacher = teacher - torch.logsumexp(teacher, -1, keepdim=True)
+    # A candidate of probability 0 has no gradient; with -inf it would be NaN.
+    student = student.clamp_min(torch.finfo(student.dtype).min)
     per_token = MODULE._jsd_divergence(student, teacher, beta=beta, support_mask=classes).sum(-1)
     with torch.no_grad():
         of_teacher = torch.where(classes, -teacher.exp() * torch.where(classes, teacher, 0.0), 0.0)

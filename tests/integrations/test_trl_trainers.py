@@ -321,6 +321,30 @@ def test_asynchronous_distillation(beta, tail, served, llama_folder, tmp_path, m
         assert_same(run(make()), wanted)
 
 
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_asynchronous_distillation_with_a_banned_candidate(beta, tail):
+    """A bias of -inf, where TRL's gradients are NaN: what a bias gives that is low enough for a probability of 0."""
+    module = importlib.import_module(MODULE)
+    hidden, weight, bias = torch.randn(4, 8), torch.randn(33, 8), torch.zeros(33)
+    ids, teacher = torch.arange(12).view(4, 3), torch.full((4, 3), -2.0)
+    rest = (ids, teacher, torch.ones(4, 3, dtype=torch.bool), beta, 0.7, tail, None, 1, 256)
+
+    def gradients(banned):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        loss, _, entropy, *_ = module._chunked_jsd_loss(
+            *leaves, bias.index_fill(0, ids[1, :1], banned), 1.0, None, *rest
+        )
+        loss.backward()
+        return loss.detach(), entropy, *(leaf.grad for leaf in leaves)
+
+    wanted = gradients(-1e6)
+    assert gradients(-torch.inf)[2].isnan().any()
+    with patch_trl():
+        for got, want in zip(gradients(-torch.inf), wanted):
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("which", ["gkd.gkd_trainer:GKDTrainer", "gold.gold_trainer:GOLDTrainer"])
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize(
