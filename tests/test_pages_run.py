@@ -98,7 +98,6 @@ def adapter(tiny, output, *more):
 
 
 def data_page(tiny):
-    Path("logs").mkdir()
     assert main(["demo-data", "logs/monday.jsonl"]) == 0
     turns = [{"author": {"role": m["role"]}, "text": m["content"]} for m in say("Name a tree.", "Oak.", "In Latin.")]
     lines("logs.jsonl", [{"chat": {"items": turns}, "meta": {"thread": "t1"}}])

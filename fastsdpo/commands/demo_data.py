@@ -32,6 +32,7 @@ def write(options: argparse.Namespace) -> int:
     path = Path(options.output)
     if path.exists() and not options.overwrite and path.read_bytes() != text.encode():
         raise FileExistsError(f"{path} exists and holds something else; pass overwrite=True to replace it")
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8", newline="")
     if not options.quiet:
         print(f"{len(text.splitlines())} conversations -> {path}")

@@ -14,6 +14,7 @@ from fastsdpo.commands import prepare_prompts
 from fastsdpo.commands.options import refuse
 from fastsdpo.commands.parser import Parser
 from fastsdpo.commands.running import DONE, FAILED, run_command
+from fastsdpo.data import InteractionTokenizer, load_interactions
 from fastsdpo.data.answers import RatingFollowups
 from fastsdpo.data.filters import PRESETS, ConversationFilter
 from fastsdpo.data.output import LAYOUTS
@@ -305,6 +306,7 @@ def _interactions(arguments: argparse.Namespace) -> int:
     if not rules.shuffle and not arguments.eval_fraction:
         refuse(arguments, ("seed",), "needs --shuffle or --eval-fraction: nothing else is drawn")
     arguments.output = _file(arguments.output, "interactions.jsonl")
+    tokenize = _tokenizer(arguments) if arguments.show > 0 else None
     report = prepare(
         arguments.sources,
         arguments.output,
@@ -321,18 +323,22 @@ def _interactions(arguments: argparse.Namespace) -> int:
         known = "" if report.formats else "; it reads JSON, JSON Lines, CSV, TSV and Parquet, in the layouts of --help"
         print(f"fastsdpo prepare: no interaction was kept, and nothing is written{known}", file=sys.stderr)
         return FAILED
-    if arguments.show > 0:
-        print(f"\n{_shown(arguments)}")
+    if tokenize is not None:
+        print(f"\n{_shown(arguments, tokenize)}")
     return DONE
 
 
-def _shown(arguments: argparse.Namespace) -> str:
-    """The first rows as tokens."""
-    from fastsdpo.commands.tokens import show_interactions
-    from fastsdpo.data import InteractionTokenizer, load_interactions
+def _tokenizer(arguments: argparse.Namespace) -> InteractionTokenizer:
+    """What --show shows with; an error in it comes before the sources are read."""
     from fastsdpo.modeling import load_tokenizer
 
-    tokenize = InteractionTokenizer(load_tokenizer(arguments.tokenizer), arguments.template or SHOWN)
+    return InteractionTokenizer(load_tokenizer(arguments.tokenizer), arguments.template or SHOWN)
+
+
+def _shown(arguments: argparse.Namespace, tokenize: InteractionTokenizer) -> str:
+    """The first rows as tokens."""
+    from fastsdpo.commands.tokens import show_interactions
+
     shown = show_interactions(tokenize, load_interactions(arguments.output), arguments.show)
     if arguments.template is None:
         shown += f"\n\ntemplate: {SHOWN}. Models below a billion weights are trained with --template note."

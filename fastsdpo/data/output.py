@@ -164,6 +164,8 @@ def write_outputs(
             random.Random(seed).shuffle(order)
     result.duplicate_interactions = sum(merged.left_out)
     order = _wanted(order, kept, rules, result)
+    if not order:
+        raise NothingKept
     if eval_after is not None:
         order, held_out = _from_then_on(merged, order, spool.times(), eval_after, result)
     else:
@@ -188,8 +190,6 @@ def write_outputs(
                 files[0].write(data)
                 result.conversations += 1
                 result.interactions += kept[conversation]
-        if not result.interactions + result.eval_interactions:
-            raise NothingKept
 
 
 def _wanted(order: array, kept: array, rules: ConversationFilter, result: PrepareReport) -> array:
@@ -239,10 +239,14 @@ def _held_out(families: array, order: array, eval_fraction: float, seed: int) ->
     Raises:
         ValueError: with any family held out, the share would be further off than with none.
     """
+    if not eval_fraction:
+        return set()
     count = len(order)
     wanted = round(eval_fraction * count)
     if not wanted:
-        return set()
+        raise ValueError(
+            f"prepare: eval_fraction must hold out a conversation, got {eval_fraction} of {count:,}; take more"
+        )
     sizes = array("I", [0]) * len(families)
     for conversation in order:
         sizes[families[conversation]] += 1

@@ -30,7 +30,7 @@ from fastsdpo.data.readers.registry import RecordParser
 from fastsdpo.data.reading import BatchReader, ReadOptions, ReadReport, seldom_collected
 from fastsdpo.data.record_fields import RecordFields
 from fastsdpo.data.redaction import redaction_settings
-from fastsdpo.data.sources import expand_source
+from fastsdpo.data.sources import check_output_names, expand_source
 from fastsdpo.data.spool import Spool, read_settings
 from fastsdpo.data.times import parse_time
 from fastsdpo.data.workers import Workers, can_share, cut, default_workers
@@ -190,6 +190,7 @@ class _Job:
         self.outputs = [output, held_out] if holds_out else [output]
         if len({path.absolute() for path in self.outputs}) != len(self.outputs):
             raise ValueError(f"prepare: eval_output must differ from output, got {output} for both")
+        check_output_names(self.outputs)
         self.partial = output.with_name(output.name + ".partial")
         self.report_path = output.with_name(f"{output.stem}.report.json")
         self.items = self._sources(sources)

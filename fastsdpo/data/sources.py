@@ -38,6 +38,13 @@ def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
 
 
+def check_output_names(outputs: Iterable[Path]) -> None:
+    """Raises ValueError where a file of JSON Lines would, by its name, be read as something else."""
+    for path in outputs:
+        if path.suffix.lower() in (*COMPRESSIONS, *TABLE_SUFFIXES, ".parquet"):
+            raise ValueError(f"prepare: output must have the name of a JSON Lines file (.jsonl), got {path}")
+
+
 def expand_source(source: str | PathLike | Iterable[str | PathLike]) -> list[Path | str]:
     """Lists the files (as Path, in a fixed order) and dataset names (as str) that a source stands for."""
     if not isinstance(source, (str, PathLike)):

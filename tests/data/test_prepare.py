@@ -276,12 +276,20 @@ class TestRefusals:
             ({"eval_output": "x"}, "eval_output needs an eval_fraction above 0"),
             ({"rules": "wild"}, "name must be one of wildchat"),
             ({"eval_fraction": 0.1, "eval_output": "out.jsonl"}, "eval_output must differ from output"),
+            ({"eval_fraction": 0.1, "eval_output": "held.csv"}, "output must have the name of a JSON Lines file"),
+            ({"eval_fraction": 0.001}, "eval_fraction must hold out a conversation, got 0.001 of 60"),
         ],
     )
     def test_arguments(self, source, tmp_path, monkeypatch, options, text):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(ValueError, match=text):
             prepare.prepare([source], "out.jsonl", **options)
+
+    @pytest.mark.parametrize("ending", [".jsonl.gz", ".zst", ".csv", ".parquet"])
+    def test_an_output_is_named_as_it_is_read(self, prepared, tmp_path, ending):
+        done = prepared(RECORDS, "-o", tmp_path / f"out{ending}")
+        assert done.status == 1 and "--output must have the name of a JSON Lines file (.jsonl), got" in done.error
+        assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
     def test_missing_source_nothing_kept_and_no_folder(self, prepared, tmp_path):
         assert "no such file" in prepared(None).error
@@ -329,3 +337,6 @@ def test_shows_rows_as_tokens(prepared, byte_tokenizer, tmp_path):
     )
     done = prepared([record], "--overwrite", "--show", 3)
     assert done.status == 1 and "--show needs --tokenizer" in done.error
+    done.output.unlink()
+    done = prepared([record], "--show", 3, "--tokenizer", tmp_path / "nowhere")
+    assert done.status == 1 and "--tokenizer" in done.error and "nowhere" in done.error and not done.output.exists()

@@ -125,6 +125,11 @@ class TestEvalAfter:
         done = prepared(RECORDS, *options.split())
         assert done.status == 1 and said in done.error and not list(tmp_path.glob("out*"))
 
+    def test_records_without_a_time(self, prepared, tmp_path):
+        done = prepared([record(f"timeless{n}") for n in range(3)], "--eval-after", "2023-01-01")
+        assert done.status == 1 and "no interaction was kept" in done.error
+        assert "dropped           3 no time given" in done.table and not list(tmp_path.glob("out*"))
+
     def test_a_filter_names_its_option(self, capsys):
         with pytest.raises(SystemExit):
             main(["in.jsonl", "-o", "out.jsonl", "--after", "soon"])
