@@ -78,6 +78,8 @@ def eager_loss_from_logits(mode: str, tokens: int, vocabulary: int) -> Cost:
 
 # -------------------------------------------------------------------------- losses from hidden states
 
+TILE = 4  # bytes of an entry of the logits' tiles: float32
+
 
 def default_chunk(tokens: int, vocabulary: int, *, budget: int = 2**26, least: int = 1024) -> int:
     """The library's own chunk on a GPU (tested to be), without importing it."""
@@ -99,14 +101,12 @@ def linear_loss(
     hidden: int,
     *,
     operand: int = 2,
-    tile: int = 4,
-    gradients: bool = True,
     frozen_head: bool = False,
     chunk: int | None = None,
 ) -> dict[str, Cost]:
     """`linear_sdpo_loss` by kind of kernel: the GEMMs with what they read and write, and the loss's own.
 
-    Per chunk of n tokens: logits of both (reads 2nD + VD operands, writes 2nV of ``tile`` bytes) and the
+    Per chunk of n tokens: logits of both (reads 2nD + VD operands, writes 2nV float32) and the
     fused kernel on the tiles; per chunk, or where a trained head's gradient has a tile of its own per 4096
     tokens, dHidden (reads nV + VD operands) and dWeight (reads nV + nD operands, reads and writes VD
     float32). So dWeight moves 8 VD bytes for 2 n V D FLOPs: it takes n of about 1000 on an H100 until
@@ -119,26 +119,18 @@ def linear_loss(
         n = min(chunk, tokens - start)
         cells, head = n * vocabulary, vocabulary * hidden
         gemm = 2.0 * cells * hidden
-        made = {
-            "logits": Cost(2 * gemm, operand * (2 * n * hidden + head) + 2 * tile * cells, 1),
-            "loss kernel": Cost(4.0 * cells, reads * tile * cells, LAUNCHES[mode] - 1),
-        }
-        if gradients:
-            written = operand * cells
-            moved = (reads + again) * tile * cells + written
-            made["loss kernel"] = Cost(8.0 * cells, moved, LAUNCHES[mode])
-        for name, cost in made.items():
-            parts[name] = parts[name] + cost
-    if gradients:
-        waits = operand != tile and not frozen_head
-        step = chunk * (gradient_chunks(tokens, chunk) if waits else 1)
-        for start in range(0, tokens, step):
-            n = min(step, tokens - start)
-            cells, head = n * vocabulary, vocabulary * hidden
-            gemm = 2.0 * cells * hidden
-            parts["dHidden"] += Cost(gemm, operand * (cells + head + n * hidden), 1)
-            if not frozen_head:
-                parts["dWeight"] += Cost(gemm, operand * (cells + n * hidden) + 8 * head, 1)
+        parts["logits"] += Cost(2 * gemm, operand * (2 * n * hidden + head) + 2 * TILE * cells, 1)
+        moved = (reads + again) * TILE * cells + operand * cells
+        parts["loss kernel"] += Cost(8.0 * cells, moved, LAUNCHES[mode])
+    waits = operand != TILE and not frozen_head
+    step = chunk * (gradient_chunks(tokens, chunk) if waits else 1)
+    for start in range(0, tokens, step):
+        n = min(step, tokens - start)
+        cells, head = n * vocabulary, vocabulary * hidden
+        gemm = 2.0 * cells * hidden
+        parts["dHidden"] += Cost(gemm, operand * (cells + head + n * hidden), 1)
+        if not frozen_head:
+            parts["dWeight"] += Cost(gemm, operand * (cells + n * hidden) + 8 * head, 1)
     return parts
 
 
@@ -152,8 +144,6 @@ def linear_loss_peak(
     hidden: int,
     *,
     operand: int = 2,
-    tile: int = 4,
-    gradients: bool = True,
     frozen_head: bool = False,
     chunk: int | None = None,
 ) -> int:
@@ -163,16 +153,14 @@ def linear_loss_peak(
     precision, when the tiles are free again.
     """
     chunk = min(chunk or default_chunk(tokens, vocabulary), tokens)
-    total = 2 * chunk * vocabulary * tile
-    if gradients:
-        waiting = 1 if frozen_head else gradient_chunks(tokens, chunk)
-        wide = min(waiting * chunk, tokens)
-        total += wide * vocabulary * operand if operand != tile else 0
-        if not frozen_head:
-            total = max(total, vocabulary * hidden * operand if operand != 4 else 0)
-            total += 4 * vocabulary * hidden
-        total += tokens * hidden * operand
-    return total
+    total = 2 * chunk * vocabulary * TILE
+    waiting = 1 if frozen_head else gradient_chunks(tokens, chunk)
+    wide = min(waiting * chunk, tokens)
+    total += wide * vocabulary * operand if operand != TILE else 0
+    if not frozen_head:
+        total = max(total, vocabulary * hidden * operand if operand != 4 else 0)
+        total += 4 * vocabulary * hidden
+    return total + tokens * hidden * operand
 
 
 # (T, V) float32 tensors alive at once in `plain_loss` on float32 logits, both logits among them, before

@@ -125,9 +125,7 @@ class Counted:
         return sum(max(both) for both in self.seconds(gpu).values())
 
 
-def count_step(
-    config: Any, pack: Sequence[TokenizedInteraction], *, mode: str = "reverse_kl", checkpointing: bool = False
-) -> Counted:
+def count_step(config: Any, pack: Sequence[TokenizedInteraction], *, checkpointing: bool = False) -> Counted:
     """Counts the step of a run on a GPU: live teacher, shared prefixes, bfloat16 weights with a float32 master."""
     shape = ModelShape(config, torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +166,7 @@ def count_step(
         name = "_varlen_attn_backward" if part == "backward" else "_varlen_attn"
         calls[part] = sum(other == name for other, _ in kernels) // layers
     rows = sum(len(item.completion_ids) for item in pack)
-    loss = linear_loss(mode, rows, config.vocab_size, config.hidden_size, operand=2)
+    loss = linear_loss("reverse_kl", rows, config.vocab_size, config.hidden_size, operand=2)
     parts["loss"] = [(name, cost) for name, cost in loss.items()]
     memory = walk_step(shape, args, [pack], accumulated=False).peak
     attention = calls["student forward"], calls["teacher forward"], calls["backward"]

@@ -182,7 +182,7 @@ PACK = 16384  # SDPOConfig.max_tokens_per_pack
 INTERACTIONS = 32
 
 
-def setups_table(model: Model = QWEN3_8B) -> str:
+def setups_table() -> str:
     """Peak GB of each process that trains on a full pack, by options and processes (FSDP2)."""
     work = recorded_tokens("think", INTERACTIONS)["conversation"]
     share = PACK / (work.student + work.teacher)
@@ -191,18 +191,18 @@ def setups_table(model: Model = QWEN3_8B) -> str:
     for setup in SETUPS:
         line = [f"`{setup.options}`" if setup.options[0] == "-" else setup.options, f"{setup.bytes_per_weight}"]
         for processes in (1, 2, 4, 8):
-            peak = setup_peak(model, setup, student, responses, processes)
+            peak = setup_peak(QWEN3_8B, setup, student, responses, processes)
             line.append(f"{peak / 1e9:.1f}" + (" (fits 80)" if peak < 0.95 * 80e9 else ""))
         lines.append(line)
     header = ["options", "bytes per weight", "GB, 1 process", "GB, 2", "GB, 4", "GB, 8"]
     return markdown_table(header, lines)
 
 
-def steps_table(template: str, model: Model = QWEN3_8B) -> str:
+def steps_table(template: str) -> str:
     """Arithmetic, peak memory and seconds of a whole step with the sampled-token loss."""
     lines = []
     for name, (work, loss) in variants(template, INTERACTIONS).items():
-        costs, memory = step(model, work, loss=loss, **SETUP)
+        costs, memory = step(QWEN3_8B, work, loss=loss, **SETUP)
         peak = sum(memory.values())
         line = [name, f"{sum(c.flops for c in costs.values()) / 1e15:.2f}", f"{peak / 1e9:.1f}"]
         for gpu in GPUS:

@@ -111,13 +111,13 @@ def load_model_and_tokenizer(
     return model.to(device), loaded
 
 
-def load_tokenizer(name: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(name: str | os.PathLike) -> Any:
     """The tokenizer alone, of a folder, hub id or GGUF file.
 
     Raises:
         FileNotFoundError, OSError, ValueError: nothing is there, or it has no tokenizer that can be read.
     """
-    return _load_tokenizer(_locate("tokenizer", name, revision=revision), trust_remote_code)
+    return _load_tokenizer(_locate("tokenizer", name), trust_remote_code=False)
 
 
 def _fit_tokenizer(tokenizer: Any, rows: int) -> None:

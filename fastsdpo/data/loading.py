@@ -112,7 +112,6 @@ def parse_entries(
     *,
     strict: bool,
     log: bool = False,
-    limit: int | None = None,
 ) -> Iterator[Parsed]:
     """Yields what `parse` returns for each record, and counts records and problems in the report.
 
@@ -121,14 +120,11 @@ def parse_entries(
             as a problem.
         strict: stop at the first problem.
         log: log problems as warnings, for callers that do not read the report.
-        limit: stop after this many records.
 
     Raises:
         DamagedRecord: with `strict`, at the first problem; the text names its place.
     """
     for where, record, problem in entries:
-        if limit is not None and report.records >= limit:
-            return
         report.where = where
         counted = False
         if problem is None:

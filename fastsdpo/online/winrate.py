@@ -53,10 +53,11 @@ class WinRate(NamedTuple):
         )
 
 
-def wilson(rate: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's interval (low, high) for a rate among ``count`` trials; (0, 1) if there are none."""
+def wilson(rate: float, count: int) -> tuple[float, float]:
+    """Wilson's 95% interval (low, high) for a rate among ``count`` trials; (0, 1) if there are none."""
     if count == 0:
         return 0.0, 1.0
+    z = 1.959963984540054
     middle = (rate + z * z / (2 * count)) / (1 + z * z / count)
     spread = rate * (1 - rate) / count + z * z / (4 * count * count)
     half = z * math.sqrt(spread) / (1 + z * z / count)

@@ -58,7 +58,6 @@ def check_like(
     device: torch.device,
     *,
     integer: bool = False,
-    what: str = "",
 ) -> Tensor:
     """A tensor of exactly ``shape`` on ``device``; floating, or integer with ``integer=True``."""
     value = check_tensor(name, argument, value)
@@ -68,9 +67,7 @@ def check_like(
     if not integer and not value.is_floating_point():
         raise TypeError(f"{name}: {argument} must have a floating dtype, got {value.dtype}")
     if tuple(value.shape) != tuple(shape):
-        raise ValueError(
-            f"{name}: {argument} must have shape {shape_text(shape)}{what}, got {shape_text(value.shape)}"
-        )
+        raise ValueError(f"{name}: {argument} must have shape {shape_text(shape)}, got {shape_text(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name}: {argument} must be on {device}, got {value.device}")
     return value

@@ -13,7 +13,7 @@ _TOKEN_TENSORS = ("weights", "teacher_logps", "teacher_topk", "old_logps", "ce_w
 
 
 class _Loss(nn.Module):
-    def __init__(self, options: dict[str, Any]):
+    def __init__(self, **options: Any):
         super().__init__()
         for tensor in _TOKEN_TENSORS:
             if tensor in options:
@@ -43,9 +43,6 @@ class SDPOLoss(_Loss):
     Raises:
         TypeError: a tensor was given to the constructor. A call raises what `sdpo_loss` does.
     """
-
-    def __init__(self, **options: Any):
-        super().__init__(options)
 
     def forward(
         self,
@@ -88,9 +85,6 @@ class LinearSDPOLoss(_Loss):
     Raises:
         TypeError: a tensor was given to the constructor. A call raises what `linear_sdpo_loss` does.
     """
-
-    def __init__(self, **options: Any):
-        super().__init__(options)
 
     def forward(
         self,

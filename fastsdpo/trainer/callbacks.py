@@ -40,12 +40,11 @@ class Progress(TrainerCallback):
     The signal is the mean absolute log-ratio of teacher and student, in nats per token.
 
     Args:
-        stream: where it is written; None: standard error.
         bar: False: lines on a terminal too, where something else asks questions there.
     """
 
-    def __init__(self, stream: Any = None, bar: bool = True):
-        self.stream = sys.stderr if stream is None else stream
+    def __init__(self, bar: bool = True):
+        self.stream = sys.stderr
         self.has_bar = bar and self.stream.isatty()
         self.bar = None
         self.started, self.first_step = 0.0, 0

@@ -89,7 +89,7 @@ def _follows(before: Interaction, after: Interaction) -> bool:
     )
 
 
-def sample_measured(source: Any, count: int, seed: int = 0) -> list[MeasuredInteraction]:
+def sample_measured(source: Any, count: int) -> list[MeasuredInteraction]:
     """Up to ``count`` interactions of a source that can be read again, drawn evenly; those with a next answer first.
 
     Args:
@@ -99,7 +99,7 @@ def sample_measured(source: Any, count: int, seed: int = 0) -> list[MeasuredInte
         items: Iterable[Any] = () if Path(source).is_fifo() else load_interactions(source)
     else:
         items = source if hasattr(source, "__len__") and isinstance(source, Iterable) else ()
-    draw = random.Random(seed)
+    draw = random.Random(0)
     kept: dict[bool, list[MeasuredInteraction]] = {True: [], False: []}
     seen = {True: 0, False: 0}
     for item in with_next_answers(items) if count else ():

@@ -277,16 +277,10 @@ class StepTrainer(CheckpointTrainer):
         model: nn.Module,
         interactions: Sequence[TokenizedInteraction],
         num_items: int | float | Tensor,
-        *,
-        divided: bool = False,
+        **options: Any,
     ) -> tuple[Tensor, TokenStatistics]:
-        """Loss and statistics of one pack; the weights' divisor is ``num_items`` (S or N).
-
-        Args:
-            divided: as `Learner.run_pass`.
-        """
-        options = self.pass_options(interactions)
-        return self.learner.run_pass(model, interactions, num_items, divided=divided, **options)
+        """`Learner.run_pass` with what the interactions need."""
+        return self.learner.run_pass(model, interactions, num_items, **self.pass_options(interactions), **options)
 
     def update(self, interactions: Sequence[TokenizedInteraction]) -> dict[str, float]:
         """One optimizer step on these interactions, outside `train` and with all that a step in it does.

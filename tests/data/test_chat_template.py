@@ -4,14 +4,17 @@ The templates are TRL's, or short ones in the manner of the families they are na
 """
 
 import datetime
+import importlib.util
 import re
+from pathlib import Path
 
 import pytest
 
 from fastsdpo.data import Interaction, InteractionTokenizer
 from fastsdpo.data.chat_template import ChatTemplate
-from tests.data.test_families import FOLDER
 
+SPEC = importlib.util.find_spec("trl")
+FOLDER = Path(SPEC.submodule_search_locations[0]) / "chat_templates" if SPEC else Path("trl is not installed")
 SHORT = {
     # The index of the last message of the user.
     "@LAST": "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
@@ -274,19 +277,19 @@ def rendered(tokenizer, messages, thinking=False):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def check(tokenizer, tokenize, prompt, answer, thinking=False):
+def check(tokenizer, tokenize, prompt, answer, thinking=False, after="<|endoftext|>", render=rendered):
     """Prompt and answer are the ids of the finished conversation; with the follow-up in it, too."""
     one = tokenize(Interaction(prompt, answer, " Shorter. "))
     told = [*prompt[:-1], {"role": "user", "content": prompt[-1]["content"] + "\n\nNote: Shorter."}]
     turn = {"role": "assistant", "content": answer.rstrip()}
     for ids, messages in ((one.prompt_ids, prompt), (one.teacher_prompt_ids, told)):
-        whole, got = rendered(tokenizer, [*messages, turn], thinking), ids + one.completion_ids
+        whole, got = render(tokenizer, [*messages, turn], thinking), ids + one.completion_ids
         if tokenize.chat.tail == "":  # the token that ends the turn begins the next message
             assert tokenizer.convert_ids_to_tokens(got.pop()) == tokenize.end_of_turn
         names = tokenizer.convert_ids_to_tokens
         assert got == whole[: len(got)], (names(got[-30:]), names(whole[-30:]))
         rest = tokenizer.decode(whole[len(got) :])
-        assert tokenize.chat.asks_always or rest.strip("▁ \n") in ("", "<|endoftext|>"), rest
+        assert tokenize.chat.asks_always or rest.strip("▁ \n") in ("", after), rest
     return one
 
 
@@ -305,8 +308,20 @@ def _one_day():
         yield
 
 
-def tokenizer_of(tokenizer, **options):
+def tokenizer_of(tokenizer, thinking=False, **options):
+    if thinking:
+        options["chat_template_kwargs"] = {"enable_thinking": True}
     return InteractionTokenizer(tokenizer, "note", chat_template_date="2026-01-31", **options)
+
+
+def check_one_block(tokenizer, tokenize):
+    """An answer with its own reasoning has one block of it."""
+    one = tokenize(Interaction(conversation("Hi"), THOUGHT, "Shorter"))
+    for prompt in (one.prompt_ids, one.teacher_prompt_ids):
+        text = tokenizer.decode(prompt + one.completion_ids)
+        assert text.count("<think>") == text.count("</think>") == 1, text
+        assert re.search(r"<think>\s*A greeting.\s*</think>\s*Hello", text)
+    return one
 
 
 # Their generation prompts close a block of reasoning that their finished turns do not have: that one is kept.
@@ -324,13 +339,54 @@ ONLY_PROMPTED = {
 )
 def test_ids_are_those_of_the_finished_conversation(family, name, thinking):
     tokenizer = family(name)
-    options = {"chat_template_kwargs": {"enable_thinking": True}} if thinking else {}
-    tokenize = tokenizer_of(tokenizer, **options)
+    tokenize = tokenizer_of(tokenizer, thinking)
     assert tokenize.end_of_turn == FAMILIES[name][-1]
     for answer in ("Hello", "\n\nHello\n", " two\n\n  lines", "日本 <b> {x}"):
         check(tokenizer, tokenize, conversation("Hi"), answer, thinking)
         prompt = conversation("Hi", "Yes.", "And\nthen?", system="Be brief.")
         check(tokenizer, tokenize, prompt, answer, thinking)
+
+
+TOKEN = re.compile(r"<\|[^|<>\s]*\|?>|<｜[^<>]*?｜>|<[a-z_]+\|>|</?(?:s|(?:start|end)_of_(?:turn|utterance)|image)>")
+# What ends a turn, where several are in a template; Phi-3's end of text is another token.
+ENDS = ("<|im_end|>", "<end_of_turn>", "<turn|>", "<|eot_id|>", "<|return|>", "<｜end▁of▁sentence｜>")
+ENDS += ("<|END_OF_TURN_TOKEN|>", "<end_of_utterance>", "</s>")
+
+
+def templates_of_trl():
+    """Each template that TRL ships, and those that reason with thinking on as well."""
+    for path in sorted(FOLDER.glob("*.jinja")):
+        if not path.stem.endswith("_training"):  # those mark the answers, and render the same
+            yield pytest.param(path, False, id=path.stem)
+            if "enable_thinking" in path.read_text("utf-8"):
+                yield pytest.param(path, True, id=f"{path.stem}, thinking")
+
+
+@pytest.mark.parametrize(("path", "thinking"), [*templates_of_trl()])
+def test_the_templates_that_trl_ships(byte_tokenizer, path, thinking):
+    template = path.read_text("utf-8")
+    tokens = sorted({*TOKEN.findall(template)} - {"<think>"})
+    eos = next((token for token in ENDS if token in tokens), "<eos>")
+    names = {"bos_token": "<bos>", "eos_token": eos, "pad_token": "<pad>"}
+    blocks = [tag for tag in ("<think>", "</think>") if tag in template]
+    tokenizer = byte_tokenizer(template, [*dict.fromkeys([*tokens, *names.values()])], blocks, **names)
+    tokenize = tokenizer_of(tokenizer, thinking)
+
+    def render(tokenizer, messages, _):
+        """Some templates of models that see take lists of parts."""
+        text = tokenize.chat.render(messages, add_generation_prompt=False)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    prompts = [conversation("Hi there"), conversation("A", "B\n\nb", "C?")]
+    if "raise_exception('System role not supported')" not in template:
+        prompts.append(conversation("A", "B", "C?", system="Be brief."))
+    for prompt in prompts:
+        for answer in ("Hello", "Hello\n\n  <b>you</b>"):
+            check(tokenizer, tokenize, prompt, answer, after=eos, render=render)
+        # And a model that answers is asked with what the template renders for that.
+        assert tokenizer.decode(tokenize.generation_prompt(prompt)) == tokenize.chat.render(prompt)
+    if "</think>" in template:
+        check_one_block(tokenizer, tokenize)
 
 
 @pytest.mark.parametrize("style", ["first", "always"])
@@ -369,13 +425,8 @@ def test_a_block_of_the_generation_prompt_alone_is_kept(family, name):
 @pytest.mark.parametrize("thinking", [False, True])
 def test_an_answer_with_its_own_reasoning_has_one_block(family, name, thinking):
     tokenizer = family(name)
-    options = {"chat_template_kwargs": {"enable_thinking": True}} if thinking else {}
-    tokenize = tokenizer_of(tokenizer, **options)
-    one = tokenize(Interaction(conversation("Hi"), THOUGHT, "Shorter"))
-    for prompt in (one.prompt_ids, one.teacher_prompt_ids):
-        text = tokenizer.decode(prompt + one.completion_ids)
-        assert text.count("<think>") == text.count("</think>") == 1, text
-        assert re.search(r"<think>\s*A greeting.\s*</think>\s*Hello", text)
+    tokenize = tokenizer_of(tokenizer, thinking)
+    one = check_one_block(tokenizer, tokenize)
     # Reasoning whose first tag was in the generation prompt, as it is logged from such models.
     if name in ("qwen 3 thinking", "deepseek r1"):
         cut = tokenize(Interaction(conversation("Hi"), THOUGHT.removeprefix("<think>\n"), "Shorter"))
@@ -556,8 +607,7 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             InteractionTokenizer(tokenizer, "note")
         if "enable_thinking" in template:
-            options = {"chat_template_kwargs": {"enable_thinking": True}}
-            check(tokenizer, tokenizer_of(tokenizer, **options), conversation("Hi"), "Hello")
+            check(tokenizer, tokenizer_of(tokenizer, thinking=True), conversation("Hi"), "Hello")
 
     def test_a_tokenizer_that_joins_prompt_and_answer(self, spaced_tokenizer):
         import tokenizers

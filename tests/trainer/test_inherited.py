@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -10,11 +12,24 @@ from fastsdpo.online import OnlineSDPOConfig
 from tests.trainer.conftest import row
 
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+# What nothing would follow: refused with a reason.
+UNREAD = {"torch_compile": True, "torch_compile_backend": "eager", "torch_compile_mode": "default"}
+UNREAD |= {"label_smoothing_factor": 0.1, "label_names": ["labels"], "auto_find_batch_size": True}
+UNREAD |= {"average_tokens_across_devices": False, "train_sampling_strategy": "group_by_length"}
+UNREAD |= {"include_num_input_tokens_seen": True, "include_for_metrics": ["inputs"], "batch_eval_metrics": True}
+UNREAD |= {"bf16_full_eval": True, "fp16_full_eval": True, "neftune_noise_alpha": 5}
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
+        *(({k: v}, rf"{k} must be .*: .{{15,}}, got {re.escape(repr(v))}$") for k, v in UNREAD.items()),
+        # transformers takes these, and never saves, or evaluates at each step
+        ({"save_strategy": "steps", "save_steps": 0}, "save_steps must be > 0 .*='no' turns it off"),
+        ({"eval_strategy": "steps", "eval_steps": -2}, "eval_steps must be > 0 .*='no' turns it off"),
+        ({"logging_steps": -1}, "logging_steps must be > 0 .*='no' turns it off"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be >= 0 or None"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches of accelerator_config must be False"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last must be False: the last step"),
         ({"dataloader_in_order": False}, "dataloader_in_order must be True: group_by_conversation and data_seed"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
@@ -82,6 +97,7 @@ def test_numbers_in_other_clothes(tmp_path, lab):
         tmp_path, learning_rate="1e-5", max_steps=1e3, max_grad_norm=None, dtype=torch.bfloat16, accelerator_config={}
     )
     assert (made.learning_rate, made.max_steps, made.max_grad_norm, made.dtype) == (1e-5, 1000, 0.0, "bfloat16")
+    assert lab.make_config(tmp_path, save_strategy="no", save_steps=0).save_steps == 0
 
 
 def test_a_warm_up_longer_than_the_run_is_told(tmp_path, lab, caplog):

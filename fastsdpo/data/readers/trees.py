@@ -112,7 +112,6 @@ def read_tree(
     all_branches: bool,
     *,
     conversation_id: str | None = None,
-    record_id: str | None = None,
     language: Any = None,
     system: Mapping | None = None,
 ) -> Iterator[Conversation]:
@@ -123,7 +122,7 @@ def read_tree(
     Args:
         leaf: the id of the node at which the active branch ends.
         all_branches: True yields the conversations of all leaves.
-        conversation_id, record_id: the conversation's id; the record's, if there is no such id.
+        conversation_id: None: there is no such id.
         system: an object that may have a system prompt.
 
     Raises:
@@ -146,7 +145,7 @@ def read_tree(
                 turns.fields.setdefault(index, {})["alternatives"] = others
         if system:
             turns = with_system(system, turns)
-        yield of_turns(turns, conversation_id=conversation_id, record_id=record_id, language=language)
+        yield of_turns(turns, conversation_id=conversation_id, language=language)
 
 
 def named(conversations: Iterable[Conversation], name: str) -> Iterator[Conversation]:
