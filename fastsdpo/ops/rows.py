@@ -125,7 +125,7 @@ class RowResults(NamedTuple):
             2^((c - max) log2(e) / temperature), the teacher's two, and the KL in the gradient. For top-k
             the first two are of the tokens outside the support, the third is the tail's gradient.
         class_grads: ``[N, K]`` gradients of the support's classes, before temperature and softcap; ``[0]``
-            but for top-k. The native kernels' ``[N, 2]`` of a whole divergence is more exact than the KL in ``stats``.
+            but for top-k. The kernels' ``[N, 2]`` of a whole divergence is more exact than the KL in ``stats``.
     """
 
     per_token: Tensor
