@@ -328,12 +328,12 @@ def log_prob(c, m, l, k):
 
 @triton.jit
 def coefficient(weight_ptr, old_ptr, row, live, student, is_clip):
-    """Weight times clipped importance ratio, 0 where ignored."""
+    """Weight times clipped importance ratio; 0 where ignored, or of weight 0 and any ratio."""
     weight = tl.load(weight_ptr + row, mask=live, other=0.0)
     if old_ptr is not None:
         moved = student - tl.load(old_ptr + row, mask=live, other=0.0)
         moved = tl.minimum(tl.maximum(moved, -20.0), 20.0)
-        weight *= tl.minimum(tl.exp2(moved * LOG2E), is_clip)
+        weight = times(weight, tl.minimum(tl.exp2(moved * LOG2E), is_clip))
     return weight
 
 
@@ -464,9 +464,9 @@ def gradient_kernel(
     MODE: tl.constexpr, HAS_CAP: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr,
     KP: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, VEC: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a part of a row; zeros, without a read of logits, of an ignored one. "topk" shares out
-    the tail's by each token's part of it; then the support's ``class_ptr [N, topk]`` is put over it. For "reverse_kl"
-    and "jsd" ``class_ptr`` is of `finish_kernel`.
+    """The gradient of a part of a row; of one ignored or of weight 0, zeros without a read of logits. "topk" shares
+    out the tail's by each token's part of it; then the support's ``class_ptr [N, topk]`` is put over it. For
+    "reverse_kl" and "jsd" ``class_ptr`` is of `finish_kernel`.
 
     ``upstream_ptr``: [N] for "token"; else [1], or None for 1, and times ``coef_ptr [N]``."""
     row, part = tl.program_id(0), tl.program_id(1)
@@ -485,7 +485,9 @@ def gradient_kernel(
     if MODE == "token":
         factor *= tl.load(upstream_ptr + row)
     else:
-        factor *= tl.load(coef_ptr + row)
+        coef = tl.load(coef_ptr + row)
+        live = live & (coef != 0.0)
+        factor *= coef
         if upstream_ptr is not None:
             factor *= tl.load(upstream_ptr)
     if MODE == "sampled_token":

@@ -348,8 +348,8 @@ class Edges(Contract):
     def test_a_token_of_weight_zero_counts_nothing(self, loss, broken):
         """Neither in the loss nor in the gradient, even where its divergence is NaN or infinite."""
         case = self.rows((4,), 1100, ignored=0)
-        options = {"weights": case.weights * (torch.arange(4) != 2), **loss}
-        options["ce_weights"] = options["weights"]
+        options = {"weights": case.weights * (torch.arange(4) != 2), "old_logps": torch.full((4,), -6.0), **loss}
+        options |= {"ce_weights": options["weights"], "is_clip": 2.0}
         clean, clean_grad = self.run(case, **options)
         for name, value in broken.items():
             getattr(case, name)[2, 1:] = value
@@ -740,7 +740,9 @@ class Linear(Contract):
             case.student[[3, 5]] = case.teacher[[3, 5]] = value
             leaves = case.leaves(2)
             options = {"weights": case.weights, "ce_weights": case.weights, "chunk_size": 4, **loss}
-            self.linear(leaves[0], case.teacher, leaves[1], case.target_ids, **options).loss.backward()
+            whole = self.linear(leaves[0], case.teacher, leaves[1], case.target_ids, **options).loss
+            assert whole.isfinite()
+            whole.backward()
             options = {"chunk_size": 4, "return_entropy": True, "entropy_grad": True, "backend": self.backend}
             hidden, target_ids = leaves[0][:5], case.target_ids[:5]
             logps, entropy = fastsdpo.linear_token_logps(hidden, leaves[1], target_ids, **options)
