@@ -240,7 +240,7 @@ def _(student, teacher, tokens, mode, floats, integers, backend):
     grads = row.new_empty(0)
     if inputs.topk_ids is not None and mode.startswith("topk"):
         grads = row.new_empty(inputs.topk_ids.shape)
-    elif backend == "native" and mode.startswith("full"):
+    elif backend in ("native", "triton") and mode.startswith("full"):
         grads = row.new_empty(row.shape[0], 2)
     return row.new_empty(()), *(torch.empty_like(row) for _ in range(4)), stats, grads
 

@@ -137,8 +137,8 @@ def divergence_of(options: LossOptions) -> str:
 
 
 def statistics(call: Call, sorted_ids: Tensor | None = None) -> Tensor:
-    """``[N, parts, 5]``; of top-k, of the tokens outside ``sorted_ids [N, K]``."""
-    found = call.new(call.rows, call.parts, 5)
+    """``[N, parts, 6]``; of top-k, of the tokens outside ``sorted_ids [N, K]``."""
+    found = call.new(call.rows, call.parts, kernels.PART_COLUMNS.value)
     topk = 0 if sorted_ids is None else sorted_ids.shape[1]
     heavy = call.mode in ("entropy", "topk") or call.options.softcap != 0.0
     kernels.statistics_kernel[(call.rows, call.parts)](
@@ -159,7 +159,7 @@ def jsd(call: Call, parts: Tensor) -> Tensor:
     return found
 
 
-RESULTS = ("student_ptr", "teacher_ptr", "entropy_ptr", "per_token_ptr", "coef_ptr", "stats_ptr")
+RESULTS = ("student_ptr", "teacher_ptr", "entropy_ptr", "per_token_ptr", "coef_ptr", "stats_ptr", "class_ptr")
 
 
 def finish(call: Call, parts: Tensor, jsd: Tensor | None = None, **results: Tensor | None) -> None:
@@ -187,16 +187,30 @@ def topk_finish(call: Call, parts: Tensor, found: RowResults) -> None:
     )  # fmt: skip
 
 
+def subtracted(call: Call, found: RowResults) -> Tensor:
+    """``[N, 2]`` of a divergence, as `finish` leaves it; else from statistics that another caller put together."""
+    if len(found.class_grads):
+        return found.class_grads
+    _, log_sum, origin, of_teacher, kl = found.stats.unbind(1)
+    mean = kl * kernels.LOG2E.value
+    if call.mode == "reverse_kl":
+        mean = (mean + log_sum - of_teacher) * (call.options.temperature / kernels.LOG2E.value)
+    return torch.stack([origin, mean], 1)
+
+
 def gradient(call: Call, upstream: Tensor | None, found: RowResults, grad: Tensor) -> None:
     """``grad`` as a whole. Log-probs have found their ``stats`` alone."""
     ids = call.tokens.topk_ids
     topk = 0 if ids is None else ids.shape[1]
+    classes = found.class_grads if topk else None
+    if call.mode in ("reverse_kl", "jsd"):
+        classes = subtracted(call, found)
     # For a softcap in 8 warps a compiler ran out of registers (float16, sm_100).
     warps = 4 if call.options.softcap else NUM_WARPS
     kernels.gradient_kernel[(call.rows, call.parts)](
         **call.arguments(), **row_arguments("g", grad), upstream_ptr=upstream, coef_ptr=found.coef,
         student_ptr=found.student_logps, teacher_ptr=found.teacher_logps, stats_ptr=found.stats,
-        id_ptr=ids, class_ptr=found.class_grads if topk else None, vocabulary=grad.shape[-1], topk=topk,
+        id_ptr=ids, class_ptr=classes, vocabulary=grad.shape[-1], topk=topk,
         inv_temperature=1.0 / call.options.temperature, alpha=call.options.alpha, MODE=call.mode,
         KP=power_of_2(topk + 1), COLUMNS=found.stats.shape[1],
         **tile_of(call.student, call.teacher, grad, warps=warps),
@@ -215,7 +229,7 @@ def forward(
 ) -> RowResults:
     mode = divergence_of(options) if options.mode == "full" else options.mode
     call = Call(student, teacher, tokens, options, mode)
-    classes = (call.rows, options.topk) if mode == "topk" else (0,)
+    classes = {"topk": (call.rows, options.topk), "full": (call.rows, 2)}.get(options.mode, (0,))
     per_token, coef, student_logps, teacher_logps = call.new(4, call.rows).unbind()
     stats, class_grads = call.new(call.rows, STATISTICS), call.new(*classes)
     found = RowResults(per_token, coef, student_logps, teacher_logps, stats, class_grads)
@@ -231,6 +245,7 @@ def forward(
                 call, parts, jsd(call, parts) if mode == "jsd" else None,
                 student_ptr=found.student_logps, teacher_ptr=found.teacher_logps,
                 per_token_ptr=found.per_token, coef_ptr=found.coef, stats_ptr=found.stats,
+                class_ptr=found.class_grads if options.mode == "full" else None,
             )  # fmt: skip
     if grad is not None:
         backward(None, found, student, teacher, tokens, options, grad)

@@ -30,6 +30,7 @@ import triton.language as tl
 LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 NEG_INF, LOWEST = tl.constexpr(float("-inf")), tl.constexpr(-1e30)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+PART_COLUMNS = tl.constexpr(6)  # of what `statistics_kernel` finds
 
 # Arguments whose values never compile another variant.
 RUNTIME = (
@@ -167,30 +168,30 @@ def load_logit(ptr, mask, cap, HAS_CAP: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def absorb(c, m, z, k):
-    """A tile into each thread's (m, z): (exponents, weights, new m, new z, what the exponents moved by)."""
+    """A tile into each thread's (m, z): (c beside the new m, weights, new m, new z, what m moved by)."""
     top = tl.maximum(m, tl.max(c, 1))
-    u = (c - top[:, None]) * k
-    w = tl.exp2(u)
-    moved = (m - top) * k
-    return u, w, top, z * tl.exp2(moved) + tl.sum(w, 1), moved
+    u = c - top[:, None]
+    w = tl.exp2(u * k)
+    moved = m - top
+    return u, w, top, z * tl.exp2(moved * k) + tl.sum(w, 1), moved
 
 
 @triton.jit
-def moved_sum(d, z, own, other):
-    """sum w (u_own - u_other) after the exponents u have moved by ``own`` and ``other``; z is sum w."""
-    return times(tl.exp2(own), d + times(z, own - other))
+def moved_sum(d, z, own, other, k):
+    """sum w (u_own - u_other) after the origins of u have moved by ``own`` and ``other``; z is sum w."""
+    return times(tl.exp2(own * k), d + times(z, own - other))
 
 
 @triton.jit
-def moved_moment(d, sz, tz, s_moved, t_moved, MODE: tl.constexpr):
-    """The moment of a mode after the exponents have moved: sum w u for the entropy, sum w (u - other u) for
-    a KL. ``sz``, ``tz`` as before the move."""
+def moved_moment(d, sz, tz, s_moved, t_moved, k, MODE: tl.constexpr):
+    """The moment of a mode after the origins have moved: sum w u for the entropy, sum w (u - other u) for
+    a KL. ``sz``, ``tz`` as before the move; ``t_moved`` is the origin's of the reverse KL."""
     if MODE == "entropy":
-        return moved_sum(d, sz, s_moved, 0.0)
+        return moved_sum(d, sz, s_moved, 0.0, k)
     elif MODE == "forward_kl":
-        return moved_sum(d, tz, t_moved, s_moved)
+        return moved_sum(d, tz, t_moved, s_moved, k)
     elif MODE == "reverse_kl":
-        return moved_sum(d, sz, s_moved, t_moved)
+        return moved_sum(d, sz, s_moved, t_moved, k)
     else:
         return d
 
@@ -210,8 +211,8 @@ def statistics_kernel(
     MODE: tl.constexpr, HAS_CAP: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr,
     KP: tl.constexpr, N: tl.constexpr, VEC: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """(m, z) of the student, of the teacher, and the moment, of a part of a row: ``part_ptr [N, parts, 5]``.
-    "topk" leaves out the row's ids at ``sorted_ptr``."""
+    """(m, z) of the student, of the teacher, the moment and its origin, of a part of a row: ``part_ptr [N,
+    parts, 6]``. "topk" leaves out the row's ids at ``sorted_ptr``."""
     row, part = tl.program_id(0), tl.program_id(1)
     s, low = row_start(s_ptr, row, n_l, s_b, s_l, ALIGNED)
     if t_ptr is not None:
@@ -226,6 +227,7 @@ def statistics_kernel(
     tm = sm
     tz = sz
     d = sz
+    origin = sm
     for EDGES in tl.static_range(2):
         start, stop, step = tile_range(part, low, high, EDGES, N * VEC, PART)
         j = 0  # of the sorted ids, those behind us
@@ -248,10 +250,15 @@ def statistics_kernel(
             s_u, s_w, sm, s_sum, s_moved = absorb(x, sm, sz, k)
             if t_ptr is not None:
                 t_u, t_w, tm, t_sum, t_moved = absorb(y, tm, tz, k)
-                d = moved_moment(d, sz, tz, s_moved, t_moved, MODE)
+                if MODE == "reverse_kl":
+                    before = origin
+                    origin = tl.where(s_moved < 0.0, tm, origin)
+                    t_moved = before - origin
+                    t_u = y - origin[:, None]
+                d = moved_moment(d, sz, tz, s_moved, t_moved, k, MODE)
                 tz = t_sum
             else:
-                d = moved_moment(d, sz, sz, s_moved, s_moved, MODE)
+                d = moved_moment(d, sz, sz, s_moved, s_moved, k, MODE)
             sz = s_sum
             if MODE == "entropy":
                 d += tl.sum(s_w * tl.maximum(s_u, LOWEST), 1)
@@ -261,44 +268,56 @@ def statistics_kernel(
                 d += tl.sum(times(s_w, s_u - t_u), 1)
     s_top = tl.max(sm, 0)
     t_top = tl.max(tm, 0)
-    s_moved = (sm - s_top) * k
-    t_moved = (tm - t_top) * k
-    d = moved_moment(d, sz, tz, s_moved, t_moved, MODE)
-    out = part_ptr + (row.to(tl.int64) * tl.num_programs(1) + part) * 5
+    s_moved = sm - s_top
+    t_moved = tm - t_top
+    out = part_ptr + (row.to(tl.int64) * tl.num_programs(1) + part) * PART_COLUMNS
     tl.store(out, s_top)
-    tl.store(out + 1, tl.sum(sz * tl.exp2(s_moved), 0))
+    tl.store(out + 1, tl.sum(sz * tl.exp2(s_moved * k), 0))
     tl.store(out + 2, t_top)
-    tl.store(out + 3, tl.sum(tz * tl.exp2(t_moved), 0))
-    tl.store(out + 4, tl.sum(d, 0))
+    tl.store(out + 3, tl.sum(tz * tl.exp2(t_moved * k), 0))
+    if MODE == "reverse_kl":
+        o_top = tl.max(tl.where(sm == s_top, origin, NEG_INF), 0)
+        t_moved = origin - o_top
+        tl.store(out + 5, o_top)
+    tl.store(out + 4, tl.sum(moved_moment(d, sz, tz, s_moved, t_moved, k, MODE), 0))
 
 
 @triton.jit
-def load_part(ptr, inside):
+def load_part(ptr, inside, MODE: tl.constexpr):
+    origin = 0.0
+    if MODE == "reverse_kl":
+        origin = tl.load(ptr + 5, mask=inside, other=LOWEST)
     return (
         tl.load(ptr, mask=inside, other=LOWEST), tl.load(ptr + 1, mask=inside, other=0.0),
         tl.load(ptr + 2, mask=inside, other=LOWEST), tl.load(ptr + 3, mask=inside, other=0.0),
-        tl.load(ptr + 4, mask=inside, other=0.0),
+        tl.load(ptr + 4, mask=inside, other=0.0), origin,
     )  # fmt: skip
 
 
 @triton.jit
 def merged(ptr, parts, inside, k, MODE: tl.constexpr):
     """What `statistics_kernel` left of rows, put together in order."""
-    sm, sz, tm, tz, d = load_part(ptr, inside)
+    sm, sz, tm, tz, d, origin = load_part(ptr, inside, MODE)
     for part in range(1, parts):
-        sm2, sz2, tm2, tz2, d2 = load_part(ptr + part * 5, inside)
+        sm2, sz2, tm2, tz2, d2, origin2 = load_part(ptr + part * PART_COLUMNS, inside, MODE)
         s_top = tl.maximum(sm, sm2)
         t_top = tl.maximum(tm, tm2)
-        a = (sm - s_top) * k
-        b = (tm - t_top) * k
-        a2 = (sm2 - s_top) * k
-        b2 = (tm2 - t_top) * k
-        d = moved_moment(d, sz, tz, a, b, MODE) + moved_moment(d2, sz2, tz2, a2, b2, MODE)
-        sz = sz * tl.exp2(a) + sz2 * tl.exp2(a2)
-        tz = tz * tl.exp2(b) + tz2 * tl.exp2(b2)
+        a = sm - s_top
+        b = tm - t_top
+        a2 = sm2 - s_top
+        b2 = tm2 - t_top
+        sum_t = tz * tl.exp2(b * k) + tz2 * tl.exp2(b2 * k)
+        if MODE == "reverse_kl":
+            top = tl.where(a < 0.0, origin2, origin)
+            b = origin - top
+            b2 = origin2 - top
+            origin = top
+        d = moved_moment(d, sz, tz, a, b, k, MODE) + moved_moment(d2, sz2, tz2, a2, b2, k, MODE)
+        sz = sz * tl.exp2(a * k) + sz2 * tl.exp2(a2 * k)
+        tz = sum_t
         sm = s_top
         tm = t_top
-    return sm, sz, tm, tz, d
+    return sm, sz, tm, tz, d, origin
 
 
 @triton.jit
@@ -309,30 +328,31 @@ def log_prob(c, m, l, k):
 
 @triton.jit
 def coefficient(weight_ptr, old_ptr, row, live, student, is_clip):
-    """Weight times clipped importance ratio, 0 where ignored."""
+    """Weight times clipped importance ratio; 0 where ignored, or of weight 0 and any ratio."""
     weight = tl.load(weight_ptr + row, mask=live, other=0.0)
     if old_ptr is not None:
         moved = student - tl.load(old_ptr + row, mask=live, other=0.0)
         moved = tl.minimum(tl.maximum(moved, -20.0), 20.0)
-        weight *= tl.minimum(tl.exp2(moved * LOG2E), is_clip)
+        weight = times(weight, tl.minimum(tl.exp2(moved * LOG2E), is_clip))
     return weight
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def finish_kernel(
     s_ptr, s_b, s_l, t_ptr, t_b, t_l, target_ptr, given_ptr, weight_ptr, old_ptr, part_ptr, jsd_ptr,
-    student_ptr, teacher_ptr, entropy_ptr, per_token_ptr, coef_ptr, stats_ptr,
+    student_ptr, teacher_ptr, entropy_ptr, per_token_ptr, coef_ptr, stats_ptr, class_ptr,
     rows, n_l, parts, k, cap, alpha, is_clip, ignore_index,
     MODE: tl.constexpr, HAS_CAP: tl.constexpr, FAST: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK rows from their parts: log-probs of the targets, statistics ``[N, COLUMNS]``, and of a loss the
-    coefficient and the loss itself. ``given_ptr``: the teacher's log-probs. ``jsd_ptr``: of `jsd_kernel`."""
+    coefficient and the loss itself. ``given_ptr``: the teacher's log-probs. ``jsd_ptr``: of `jsd_kernel`.
+    ``class_ptr [N, 2]``: what the gradient subtracts, the moment's origin and mean, or JSD's KL in log2."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     target = tl.load(target_ptr + row, mask=inside, other=ignore_index)
     live = target != ignore_index
-    sm, sz, tm, tz, d = merged(part_ptr + row * parts * 5, parts, inside, k, MODE)
+    sm, sz, tm, tz, d, origin = merged(part_ptr + row * parts * PART_COLUMNS, parts, inside, k, MODE)
     sl = tl.log2(tl.where(live, sz, 1.0))
     tl_ = tl.log2(tl.where(live, tz, 1.0))
     s, _ = row_start(s_ptr, row, n_l, s_b, s_l, False)
@@ -348,7 +368,7 @@ def finish_kernel(
     if teacher_ptr is not None:
         tl.store(teacher_ptr + row, teacher, mask=inside)
     if MODE == "entropy":
-        tl.store(entropy_ptr + row, tl.where(live, (sl - d / sz) * LN2, 0.0), mask=inside)
+        tl.store(entropy_ptr + row, tl.where(live, (sl - d / sz * k) * LN2, 0.0), mask=inside)
     if stats_ptr is not None:
         stats = stats_ptr + row * COLUMNS
         tl.store(stats, tl.where(live, sm, 0.0), mask=inside)
@@ -360,17 +380,23 @@ def finish_kernel(
         tl.store(coef_ptr + row, coef, mask=inside)
         kl = tl.zeros([BLOCK], tl.float32)  # of the gradient
         if MODE == "forward_kl":
-            loss = (d / tz - tl_ + sl) * LN2
+            loss = (d / tz * k - tl_ + sl) * LN2
         elif MODE == "reverse_kl":
-            kl = (d / sz - sl + tl_) * LN2
+            mean = d / sz
+            kl = ((mean + (tm - origin)) * k - sl + tl_) * LN2
             loss = kl
+            tl.store(class_ptr + row * 2, tl.where(live, origin, 0.0), mask=inside)
+            tl.store(class_ptr + row * 2 + 1, tl.where(live, mean, 0.0), mask=inside)
         elif MODE == "jsd":
+            of_s = kl
             of_t = kl
             for part in range(0, parts):
                 at = jsd_ptr + (row * parts + part) * 2
-                kl += tl.load(at, mask=inside, other=0.0) * LN2
-                of_t += tl.load(at + 1, mask=inside, other=0.0) * LN2
-            loss = (1.0 - alpha) * kl + alpha * of_t
+                of_s += tl.load(at, mask=inside, other=0.0)
+                of_t += tl.load(at + 1, mask=inside, other=0.0)
+            kl = of_s * LN2
+            loss = ((1.0 - alpha) * of_s + alpha * of_t) * LN2
+            tl.store(class_ptr + row * 2 + 1, tl.where(live, of_s, 0.0), mask=inside)
         else:  # 0 * inf = 0, and nothing is the difference of two -inf
             ratio = tl.where(student == teacher, 0.0, teacher - student)
             nothing = (ratio == 0.0) | ((student == 0.0) & (ratio == ratio))
@@ -408,7 +434,7 @@ def jsd_kernel(
     live = tl.load(target_ptr + row) != ignore_index
     high = tl.where(live, low + vocabulary, 0)
     first = row.to(tl.int64) * parts
-    sm, sz, tm, tz, _d = merged(part_ptr + first * 5, parts, live, k, "jsd")
+    sm, sz, tm, tz, _d, _o = merged(part_ptr + first * PART_COLUMNS, parts, live, k, "jsd")
     sl = tl.log2(sz)
     tl_ = tl.log2(tz)
     at = places(N, VEC, ALIGNED)
@@ -438,8 +464,9 @@ def gradient_kernel(
     MODE: tl.constexpr, HAS_CAP: tl.constexpr, FAST: tl.constexpr, ALIGNED: tl.constexpr,
     KP: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, VEC: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a part of a row; zeros, without a read of logits, of an ignored one. "topk" shares out
-    the tail's by each token's part of it; then the support's ``class_ptr [N, topk]`` is put over it.
+    """The gradient of a part of a row; of one ignored or of weight 0, zeros without a read of logits. "topk" shares
+    out the tail's by each token's part of it; then the support's ``class_ptr [N, topk]`` is put over it. For
+    "reverse_kl" and "jsd" ``class_ptr`` is of `finish_kernel`.
 
     ``upstream_ptr``: [N] for "token"; else [1], or None for 1, and times ``coef_ptr [N]``."""
     row, part = tl.program_id(0), tl.program_id(1)
@@ -454,12 +481,13 @@ def gradient_kernel(
     sm, sl = tl.load(stats), tl.load(stats + 1)
     if t_ptr is not None:
         tm, tl_ = tl.load(stats + 2), tl.load(stats + 3)
-        kl = tl.load(stats + 4) * LOG2E
     factor = inv_temperature
     if MODE == "token":
         factor *= tl.load(upstream_ptr + row)
     else:
-        factor *= tl.load(coef_ptr + row)
+        coef = tl.load(coef_ptr + row)
+        live = live & (coef != 0.0)
+        factor *= coef
         if upstream_ptr is not None:
             factor *= tl.load(upstream_ptr)
     if MODE == "sampled_token":
@@ -468,9 +496,11 @@ def gradient_kernel(
     elif MODE == "topk":
         tail = factor * tl.load(stats + 2)
     elif MODE == "reverse_kl":
-        factor *= LN2
+        factor *= inv_temperature
+        origin, mean = tl.load(class_ptr + row.to(tl.int64) * 2), tl.load(class_ptr + row.to(tl.int64) * 2 + 1)
     elif MODE == "jsd":
         factor *= (1.0 - alpha) * LN2
+        mean = tl.load(class_ptr + row.to(tl.int64) * 2 + 1)
     target_at = target.to(tl.int32) + low
     if id_ptr is not None:
         j = tl.arange(0, KP)
@@ -493,16 +523,15 @@ def gradient_kernel(
                     y = load_tile(t, v, low, high, cap, EDGES, HAS_CAP, FAST)
                 if MODE == "jsd":
                     p, s_m, _q, _t_m = jsd_terms(x, y, sm, sl, tm, tl_, k, alpha, FAST)
-                    value = p * (s_m - kl) * factor
+                    value = p * (s_m - mean) * factor
                 else:
-                    u = tl.fma(x - sm, k, -sl)
-                    p = tl.exp2(u)
+                    p = tl.exp2(tl.fma(x - sm, k, -sl))
                     if MODE == "topk":
                         value = p * tail
                     elif MODE == "forward_kl":
                         value = (p - tl.exp2(tl.fma(y - tm, k, -tl_))) * factor
                     elif MODE == "reverse_kl":
-                        value = times(p, u - tl.fma(y - tm, k, -tl_) - kl) * factor
+                        value = times(p, (x - sm) - (y - origin) - mean) * factor
                     else:
                         value = tl.fma(p, -factor, tl.where(at == target_at - o, factor, 0.0))
                 value *= slope(x, cap, HAS_CAP)
@@ -576,7 +605,7 @@ def topk_finish_kernel(
     if TAIL:
         classes = (j <= topk) & live
     ids = tl.load(id_ptr + row * topk + j, mask=keep, other=0)
-    sm, sz, tm, tz, _ = merged(part_ptr + row * parts * 5, parts, live, k, "topk")
+    sm, sz, tm, tz, _d, _o = merged(part_ptr + row * parts * PART_COLUMNS, parts, live, k, "topk")
     s, _ = row_start(s_ptr, row, n_l, s_b, s_l, False)
     u, student = classes_of(s, ids, target, keep, live, sm, sz, j, topk, k, cap, TAIL, HAS_CAP, FAST)
     student = tl.where(live, student, 0.0)

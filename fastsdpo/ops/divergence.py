@@ -244,7 +244,7 @@ def sdpo_loss(
         add_tail: one more class for all tokens outside the support; False renormalizes both
             distributions over it.
         weights: ``(...)`` w_t; None is the mean over the tokens that are not ignored. A token of weight 0 costs and
-            gives nothing (on a GPU, a loss from hidden states: unless its divergence is infinite or NaN).
+            gives nothing, even where its logits or hidden states are not finite.
         teacher_logps: ``(...)`` the teacher's log-probs of the targets, for ``"sampled_token"``.
         teacher_topk: ``(ids (..., K), logps (..., K))`` the teacher's most likely tokens and their
             log-probs under its whole distribution, for ``"topk"``; ids distinct in each row.

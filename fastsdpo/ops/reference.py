@@ -177,11 +177,11 @@ def divergence_values(s: Tensor, t: Tensor, alpha: float) -> tuple[Tensor, Tenso
 
 
 def coefficients(tokens: Tokens, student_logps: Tensor, options: LossOptions) -> Tensor:
-    """``weights * r``, 0 where ignored; r the clipped importance ratio, 1 without old log-probs."""
+    """``weights * r``, 0 where ignored; r the clipped importance ratio, 1 without old log-probs. 0 * NaN = 0."""
     coef = tokens.weights
     if tokens.old_logps is not None:
         ratio = (student_logps - tokens.old_logps).clamp(-20, 20).exp()
-        coef = coef * ratio.clamp(max=options.is_clip)
+        coef = weighted(coef, ratio.clamp(max=options.is_clip))
     return torch.where(tokens.target_ids == options.ignore_index, 0.0, coef)
 
 

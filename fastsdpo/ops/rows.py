@@ -125,7 +125,7 @@ class RowResults(NamedTuple):
             2^((c - max) log2(e) / temperature), the teacher's two, and the KL in the gradient. For top-k
             the first two are of the tokens outside the support, the third is the tail's gradient.
         class_grads: ``[N, K]`` gradients of the support's classes, before temperature and softcap; ``[0]``
-            but for top-k. The native kernels' ``[N, 2]`` of a whole divergence is more exact than the KL in ``stats``.
+            but for top-k. The kernels' ``[N, 2]`` of a whole divergence is more exact than the KL in ``stats``.
     """
 
     per_token: Tensor
@@ -161,7 +161,7 @@ def forward(call: RowCall, grad: Tensor | None = None) -> RowResults:
     """
     if not call.options.bounded_tail:
         found = implementation(call.backend).forward(*call[:4], grad)
-        if grad is not None:
+        if grad is not None and call.backend != "triton":  # its kernel leaves them out
             clear_weightless(grad, found.coef, call)
         return found
     from fastsdpo.ops import bounded_tail
@@ -184,10 +184,12 @@ def backward(upstream: Tensor, found: RowResults, call: RowCall, grad: Tensor) -
 
 
 def clear_weightless(grad: Tensor, coef: Tensor, call: RowCall) -> None:
-    """Writes 0 into ``grad [B, L, V]`` of rows of weight 0, on a CPU: a GPU would have to wait for their number."""
-    weightless = (coef == 0) & (call.tokens.target_ids != call.options.ignore_index)
-    if grad.device.type == "cpu" and weightless.any():
-        grad[weightless.view(grad.shape[:2])] = 0
+    """Writes 0 into ``grad [B, L, V]`` of rows of weight 0. A GPU does not wait for their number and goes over all."""
+    weightless = ((coef == 0) & (call.tokens.target_ids != call.options.ignore_index)).view(grad.shape[:2])
+    if grad.device.type != "cpu":
+        grad.masked_fill_(weightless[..., None], 0)
+    elif weightless.any():
+        grad[weightless] = 0
 
 
 def of_weight(target_ids: Tensor, weights: Tensor, options: LossOptions) -> Tensor:

@@ -296,9 +296,9 @@ INLINE float log_ratio(float student_logps, float teacher_logps) {
 }
 
 // weights * r with the clipped importance ratio r = min(exp(clamp(student - old, -20, 20)),
-// is_clip).
+// is_clip); 0 for any r of a weight of 0.
 INLINE float coefficient(const fastsdpo_call& call, int64_t row, float student_logps) {
-  if (!call.old_logps) return call.weights[row];
+  if (!call.old_logps || call.weights[row] == 0) return call.weights[row];
   double d = (double)student_logps - call.old_logps[row];
   double r = exp(d < -20 ? -20 : d > 20 ? 20 : d);
   return (float)(call.weights[row] * (r > call.is_clip ? call.is_clip : r));

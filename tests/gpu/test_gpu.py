@@ -35,7 +35,6 @@ class Compiled(contract.Contract):
     backend = "triton"
     device = DEVICE
     value = total = 2e-5
-    certain = 2 * torch.finfo(torch.float32).eps
     moved = MOVED
     vocabularies = ()
     several = 40_000 if DEVICE != "cpu" else 9000

@@ -22,7 +22,6 @@ EPSILON = torch.finfo(F32).eps
 class Triton(contract.Contract):
     backend = "triton"
     moved = MOVED
-    certain = 2 * EPSILON
     several = 9001
     floor_rising = 2e-5
 
