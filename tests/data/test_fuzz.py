@@ -294,11 +294,6 @@ def both_ways(folder, cases):
     return short
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_mutated_records(case):
-    assert mutate_records(case, 60)
-
-
 def test_mutated_files(tmp_path, smollm2):
     assert run(400, tmp_path, smollm2) > 100
 

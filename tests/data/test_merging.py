@@ -62,13 +62,6 @@ def test_call_logs(prepared, id_key):
     # Of 4 calls of each conversation, the first has too few messages, and 2 begin the last.
     assert (done.report["conversations"], done.report["eval_conversations"]) == (32, 8)
     assert (done.report["merged_records"], done.report["duplicate_interactions"]) == (80, 120)
-    for text in (
-        "kept             32 conversations, 96 interactions",
-        "held out          8 conversations, 24 interactions",
-        "merged           80 records into their conversations",
-        "dropped         120 interactions that are there already",
-    ):
-        assert text in done.table
 
 
 @pytest.mark.parametrize("order", ["as written", "shuffled", "without ids"])

@@ -64,13 +64,6 @@ class TestOutput:
         order = [row["conversation_id"] for row in rows(tmp_path / "d.jsonl")]
         assert list(dict.fromkeys(order)) == [f"c{n}" for n in range(60)]
 
-    def test_held_out_conversations(self, prepared):
-        done = prepared(RECORDS, "--eval-fraction", 0.1)
-        assert (done.report["conversations"], done.report["eval_conversations"]) == (54, 6)
-        assert done.report["eval_interactions"] == len(done.held_out)
-        ids = [{row["conversation_id"] for row in part} for part in (done.rows, done.held_out)]
-        assert not ids[0] & ids[1] and len(ids[0] | ids[1]) == 60
-
     @pytest.mark.parametrize("shuffle", ["--shuffle", "--no-shuffle"])
     def test_limits(self, prepared, shuffle):
         assert prepared(RECORDS, "--max-conversations", 10, shuffle).report["conversations"] == 10
@@ -90,19 +83,14 @@ class TestOutput:
         source = prepared(records).source
         source.write_bytes(source.read_bytes() + b'{"conversation": \n')
         done = prepared(None, "--overwrite", preset="wildchat")
-        for text in (
-            "read              6 records",
-            "kept              1 conversations, 2 interactions",
-            "dropped           1 other language",
-            "dropped           1 assistant message over 4,096 characters",
-            "dropped           1 fewer than 3 messages",
-            "left out          1 follow-ups that are empty",
-            f"{source}:5: nothing but follow-ups that are empty",
-            "damaged           1 not JSON",
-            f"{source}:6: not JSON: Expecting value",
-        ):
+        report, problems = done.report, [text for found in done.report["problems"].values() for text in found]
+        assert (report["records"], report["conversations"], report["interactions"]) == (6, 1, 2)
+        reasons = ("other language", "assistant message over 4,096 characters", "fewer than 3 messages")
+        assert report["dropped"] == dict.fromkeys(reasons, 1) and report["left_out"] == {"that are empty": 1}
+        assert f"{source}:5: nothing but follow-ups that are empty" in problems
+        assert report["damaged"]["not JSON"] == 1 and f"{source}:6: not JSON: Expecting value" in str(problems)
+        for text in (*reasons, "follow-ups that are empty", "not JSON"):
             assert text in done.table
-        assert done.report["dropped"]["other language"] == 1 and done.report["damaged"]["not JSON"] == 1
 
     def test_options_reach_the_rules(self):
         parse = command._parser().parse_args
@@ -225,18 +213,6 @@ class TestToolCalls:
             (tmp_path / "in.jsonl").write_text(json.dumps(row))
             with pytest.raises(DamagedRecord, match=f"{place}: must be text alone, got 'tool_calls'"):
                 list(load_interactions(tmp_path / "in.jsonl"))
-
-
-@pytest.mark.parametrize("preset", ["none", "default", "wildchat", "wildfeedback"])
-def test_regenerated_answers_are_counted_and_not_joined(prepared, preset):
-    jokes = [("user", "A joke"), ("assistant", "First joke."), ("assistant", "Second joke.")]
-    turns = chat(*jokes, ("user", "This one is better"), ("assistant", "Glad."), ("user", "Bye"))
-    done = prepared([{"conversation": part, "language": "English"} for part in (turns, turns[:4])], preset=preset)
-    (row,) = done.rows
-    assert [m["content"] for m in row["prompt"]] == ["A joke", "Second joke.", "This one is better"]
-    assert row["completion"]["content"] == "Glad."
-    assert "left out          2 follow-ups to several answers in a row" in done.table
-    assert f"{done.source}:2: nothing but follow-ups to several answers in a row" in done.table
 
 
 class TestRefusals:

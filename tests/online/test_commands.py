@@ -651,8 +651,10 @@ def test_eval_answers_with_the_adapter(adapter, prompts, saved, tmp_path):
     report = tmp_path / "win.json"
     for base, alike in ((adapter[1], True), (saved, False)):
         assert evaluate(prompts, adapter[0], base, "--rule", "max_words=3", "--quiet", "-o", str(report)) == 0
-        answers = json.loads(report.read_text())["answers"]
-        assert all(row["model"] == row["base"] for row in answers) is alike
+        found = json.loads(report.read_text())
+        assert all(row["model"] == row["base"] for row in found["answers"]) is alike
+        if alike:
+            assert (found["wins"], found["ties"], found["losses"], len(found["answers"])) == (0, 8, 0, 8)
 
 
 def test_signal_is_that_of_the_adapter(adapter, saved, tmp_path):
@@ -663,14 +665,6 @@ def test_signal_is_that_of_the_adapter(adapter, saved, tmp_path):
         found.append(json.loads((tmp_path / "signal.json").read_text())["real"]["log_ratio"])
     assert found[0] == pytest.approx(found[1], abs=1e-4)
     assert found[0] != pytest.approx(found[2], abs=1e-2)
-
-
-def test_eval_by_rule(prompts, saved, tmp_path, capsys):
-    report = tmp_path / "win.json"
-    assert evaluate(prompts, saved, saved, "--rule", "max_words=3", "-o", str(report)) == 0
-    assert "win rate 50.0%" in capsys.readouterr().out  # against itself
-    found = json.loads(report.read_text())
-    assert (found["wins"], found["ties"], found["losses"], len(found["answers"])) == (0, 8, 0, 8)
 
 
 def test_eval_by_a_local_judge(prompts, saved, capsys):

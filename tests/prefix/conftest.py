@@ -31,8 +31,6 @@ CONFIGS = {
     "cohere": (transformers.CohereConfig, SHAPE | dict(logit_scale=0.25)),
     "gpt2": (transformers.GPT2Config, GPT2 | dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)),
     "gemma2": (transformers.Gemma2Config, HEAD | dict(attn_logit_softcapping=20.0)),
-    # It is refused.
-    "mamba": (transformers.MambaConfig, dict(vocab_size=VOCABULARY, hidden_size=32, state_size=4, use_mambapy=False)),
     # Attention of its own, and ALiBi.
     "bloom": (transformers.BloomConfig, dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)),
 }

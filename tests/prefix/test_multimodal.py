@@ -1,7 +1,5 @@
 """Text on models that also take images: what their forward pass demands of text is given."""
 
-import inspect
-
 import pytest
 import torch
 import transformers
@@ -87,12 +85,3 @@ def test_text_equals_the_model_s_own_passes(lab, name, demanded, shares):
         for hidden, logps in zip((states.student_hidden, states.teacher_hidden), wanted):
             found = lab.hidden_logps(hidden, states.target_ids, head)
             assert (found - logps).abs().max() < 1e-3
-
-
-def test_text_models_get_no_segments(lab):
-    """GPT-2 adds the embedding of token 0 where it is given token_type_ids of 0."""
-    model, items = lab.tiny_model("gpt2"), lab.conversation(1)
-    assert "token_type_ids" in inspect.signature(type(model).forward).parameters
-    states = shared_forward(model, items, sharing="off")
-    found = lab.hidden_logps(states.student_hidden, states.target_ids, head_parameters(model))
-    assert (found - lab.independent_logps(model, items)).abs().max() < 1e-9

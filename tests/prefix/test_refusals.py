@@ -51,7 +51,6 @@ def refused(lab, model, words):
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("mamba", {}, "its selective scan (Mamba-1) takes no state to start from"),
         ("llama", {"layer_types": ["compressed_sparse_attention"] * 3}, "layers of type compressed_sparse_attention"),
         ("qwen3_moe", {"output_router_logits": True}, "output_router_logits=True"),
         # A layer that is said to slide but would be computed without its window.
@@ -206,15 +205,6 @@ def test_check_passes_finds_what_no_attribute_tells(lab):
     model.register_forward_pre_hook(shift, with_kwargs=True)
     ok, reason = check_passes(model)
     assert not ok and "its decoder, called alone, gives other logits" in reason
-
-
-def test_head_scales(lab):
-    gemma = head_parameters(lab.tiny_model("gemma3"))
-    assert (gemma.softcap, gemma.logit_scale) == (5.0, 1.0)
-    assert head_parameters(lab.tiny_model("granite")).logit_scale == 0.25
-    assert head_parameters(lab.tiny_model("cohere")).logit_scale == 0.25
-    llama = head_parameters(lab.tiny_model("llama"))
-    assert (llama.bias, llama.softcap, llama.logit_scale) == (None, None, 1.0)
 
 
 def test_unknown_heads_are_refused(lab):

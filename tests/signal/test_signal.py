@@ -99,13 +99,6 @@ def test_not_finite_is_an_error(model, tokenizer):
         compute_signal(broken, tokenizer, INTERACTION)
 
 
-def test_to_dict_is_json(result):
-    data = json.loads(json.dumps(result.to_dict()))
-    assert data["real"]["summary"]["sum"] == pytest.approx(sum(data["real"]["log_ratio"]))
-    assert len(data["token_ids"]) == len(data["unrelated"]["teacher_logps"])
-    assert data["interaction"]["followup"] == INTERACTION.followup
-
-
 def test_choose_unrelated():
     def interaction(followup, conversation=None, prompt="a"):
         return Interaction([{"role": "user", "content": prompt}], "y", followup, None, conversation)
@@ -228,11 +221,7 @@ def test_words(result):
     assert {value: times(value) for value in said} == said
     real, unrelated = (dataclasses.replace(result.real, log_ratio=[v] * len(result.token_ids)) for v in (-2.0, 1.0))
     made = dataclasses.replace(result, real=real, unrelated=unrelated)
-    assert re.fullmatch(
-        r"Knowing the reply, the model would be less likely to give this answer, and “.+” is [\d.]+ times less likely "
-        r"\(after an unrelated reply: [\d.]+ times more likely\)\.",
-        verdict(made),
-    )
+    assert re.search(r"less likely .* times less likely \(after an unrelated reply: .* times more", verdict(made))
     assert "2.0 times as much as an unrelated one" in comparison(made)
     swapped = dataclasses.replace(made, real=unrelated, unrelated=real)
     assert "an unrelated reply moves the model 2.0 times as much" in comparison(swapped)
@@ -330,6 +319,7 @@ def test_command_on_a_file(capsys, folder, conversations, tmp_path):
     assert code == 0 and "\x1b" not in out, "the output is not a terminal"
     data = json.loads(numbers.read_text())
     assert (data["interaction"]["completion"], data["interaction"]["followup"]) == ("Hey", "Good")
+    assert data["real"]["summary"]["sum"] == pytest.approx(sum(data["real"]["log_ratio"]))
     assert [m["content"] for m in data["interaction"]["prompt"]] == ["Hi", "Hello", "Shorter"]
     assert data["unrelated"]["followup"] == "That is wrong", "from the other conversation"
     assert f"sum {signed(data['real']['summary']['sum'])}" in out

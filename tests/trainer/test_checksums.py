@@ -74,8 +74,3 @@ def test_a_checkpoint_without_room_is_not_begun(tmp_path, lab, monkeypatch):
     with pytest.raises(OSError, match=r"checkpoint-1 cannot be written: the output folder .* MB free"):
         made.train()
     assert not list(tmp_path.glob("checkpoint*"))
-
-
-def test_checkpoints_beside_training_need_shards(tmp_path, lab):
-    with pytest.raises(ValueError, match="async_checkpoints must be False without FSDP2"):
-        lab.make_trainer(tmp_path, async_checkpoints=True)

@@ -24,6 +24,7 @@ REFUSED = {
     "pipeline": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, [], f"pipeline parallelism.*{INSTEAD}"),
     "fsdp1": ({**FSDP, "FSDP_VERSION": "1"}, [], "FSDP1 .*fsdp_version: 2"),
     "fsdp1 by default": (FSDP, [], "FSDP1 .*fsdp_version: 2"),
+    "checkpoints beside": ({}, ["--set", "async_checkpoints=true"], "async_checkpoints must be False without FSDP2"),
     "sums of each pass": ({}, ["--set", "sync_each_pass=true"], "sync_each_pass must be False without FSDP2"),
     "deepspeed beside --cpu": (DEEPSPEED, [], "--cpu .*must be left out beside a DeepSpeed.*DS_ACCELERATOR=cpu"),
 }
