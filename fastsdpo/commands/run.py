@@ -19,7 +19,7 @@ from fastsdpo.data.templates import choose_template
 from fastsdpo.prefix import whole_size
 from fastsdpo.trainer.by_time import ByTime
 from fastsdpo.trainer.callbacks import BeforeTraining, Progress, StopOnSignal
-from fastsdpo.trainer.checkpoints import writing
+from fastsdpo.trainer.checkpoint_folders import writing
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
