@@ -39,6 +39,7 @@ from fastsdpo.trainer.file_rights import open_as_umask
 from fastsdpo.trainer.optim import ADAMW, OptimizerSettings
 from fastsdpo.trainer.place import check_state, read_place, shards_of, write_place
 from fastsdpo.trainer.processes import agreed, gather_list
+from fastsdpo.trainer.requests import NO_SEARCH
 from fastsdpo.trainer.stream import InteractionStream
 from fastsdpo.trainer.teacher_weights import TeacherWeights
 
@@ -61,6 +62,7 @@ class CheckpointTrainer(Trainer):
 
     What is overridden, and why:
 
+        train               looks at the output folder and the checkpoint first
         _save_checkpoint    writes aside, sums up, renames; deletes older ones afterwards
         _save               a model card; no pickle; files that others may read
         save_model          the whole weights, however they are sharded
@@ -77,24 +79,64 @@ class CheckpointTrainer(Trainer):
         if self.args.async_checkpoints:
             self.add_callback(WrittenCheckpoint(self.finish_checkpoint))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises NotImplementedError: a trainer is made for its settings."""
+        raise NotImplementedError(NO_SEARCH)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        """As `transformers.Trainer.train`, after a look at the output folder and the checkpoint.
+
+        Args:
+            resume_from_checkpoint: a folder; or True: the output folder's newest whole checkpoint.
+            trial: must be None (NotImplementedError).
+
+        Raises:
+            OSError: the output folder cannot take a checkpoint, at the start or later; or another run is
+                training into it (FileExistsError).
+            ValueError: the checkpoint is damaged, there is none, or it is of other data; a setting does not fit.
+            NonFiniteError: a loss or gradient is not finite (``non_finite="stop"``).
+        """
+        if trial is not None:
+            raise NotImplementedError(NO_SEARCH)
+        if self.args.save_strategy != "no":
+            self.check_output()
+        checkpoint = self._checkpoint_of(resume_from_checkpoint)
         place = None
-        if resume_from_checkpoint and resume_from_checkpoint is not True:
-            check_state(resume_from_checkpoint)
+        if checkpoint is not None:
+            check_state(checkpoint)
             if not self.args.ignore_data_skip:
-                stream = self.stream is not None
-                place = read_place(resume_from_checkpoint, self.step_size, self.data_order(), stream=stream)
-            if warning := warning_of_base(self.model, resume_from_checkpoint):
+                place = read_place(checkpoint, self.step_size, self.data_order(), stream=self.stream is not None)
+            if warning := warning_of_base(self.model, checkpoint):
                 logger.warning("%s", warning)
-        if self.stream is not None:
-            self.stream.begin(place)
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
-        self.finish_checkpoint()
-        if self.args.should_save and resume_from_checkpoint:  # a run that was killed while it deleted these left them
-            folder = Path(self.args.output_dir)
-            delete_old_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
-            shutil.rmtree(folder / PART, ignore_errors=True)
+        with self.output_folder_locked():
+            self.before_training(checkpoint)
+            if self.stream is not None:
+                self.stream.begin(place)
+            output = super().train(checkpoint, None, ignore_keys_for_eval)
+            self.finish_checkpoint()
+            if (
+                self.args.should_save and checkpoint is not None
+            ):  # a run that was killed while it deleted these left them
+                folder = Path(self.args.output_dir)
+                delete_old_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+                shutil.rmtree(folder / PART, ignore_errors=True)
         return output
+
+    def _checkpoint_of(self, asked: str | bool | None) -> str | None:
+        """The whole checkpoint that `train` was asked to go on from; None: it begins."""
+        if asked is True:
+            if (found := self.find_checkpoint()) is None:
+                raise ValueError(f"SDPOTrainer: {self.args.output_dir} holds no checkpoint")
+            return found
+        if not asked:
+            return None
+        self.check_checkpoint(asked)
+        return asked
+
+    def before_training(self, checkpoint: str | None) -> None:
+        """Called by `train` once it is clear that it can begin, or go on from a checkpoint; for subclasses."""
 
     @property
     def step_size(self) -> int:
