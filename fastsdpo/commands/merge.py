@@ -43,7 +43,7 @@ def merge(options: argparse.Namespace) -> int:
     check_folder(options.output, allowed=True)
     from fastsdpo.modeling import check_name, is_adapter, load_model_and_tokenizer
     from fastsdpo.trainer.card import merged_card
-    from fastsdpo.trainer.checkpoints import check_output_folder, writing
+    from fastsdpo.trainer.checkpoint_folders import check_output_folder, writing
     from fastsdpo.trainer.file_rights import open_as_umask
 
     output = Path(options.output)

@@ -64,8 +64,10 @@ def train_online(options: argparse.Namespace) -> int:
     )
     if training.stopped is not None:
         return STOPPED + training.stopped
-    trainer.forget_answers(training.steps)  # they are given again, the same
-    after = None if trainer.eval_dataset is None else trainer.evaluate()
+    after = training.after
+    if after is None and trainer.eval_dataset is not None:
+        trainer.forget_answers(training.steps)  # they are given again, the same
+        after = trainer.evaluate()
     if after is not None:
         say(f"after    {summary(after, 'eval_')}")
     run.save_model(trainer, options)

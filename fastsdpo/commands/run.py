@@ -18,8 +18,8 @@ from fastsdpo.data import HindsightTemplate
 from fastsdpo.data.templates import choose_template
 from fastsdpo.prefix import whole_size
 from fastsdpo.trainer.by_time import ByTime
-from fastsdpo.trainer.callbacks import BeforeTraining, Progress, StopOnSignal
-from fastsdpo.trainer.checkpoints import writing
+from fastsdpo.trainer.callbacks import BeforeTraining, LastEvaluation, Progress, StopOnSignal
+from fastsdpo.trainer.checkpoint_folders import writing
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
@@ -204,6 +204,7 @@ class Training(NamedTuple):
         before: held-out figures before the first step; None without held-out data.
         stopped: the signal's number, where one stopped it.
         measured: the measures of each held-out interaction before the first step.
+        after: held-out figures of the trained model, where training has measured them; else None.
     """
 
     steps: int
@@ -211,6 +212,7 @@ class Training(NamedTuple):
     before: dict[str, float] | None
     stopped: int | None
     measured: list[dict[str, Any]]
+    after: dict[str, float] | None
 
 
 def run_training(
@@ -241,12 +243,15 @@ def run_training(
         trainer.add_callback(before)
     elif trainer.eval_dataset is not None:
         before.read()
+    last = LastEvaluation()
+    trainer.add_callback(last)
     started = time.perf_counter()
     with stop:
         steps = trainer.train(resume_from_checkpoint=checkpoint).global_step
     if stop.received is not None:
         say(f"stopped at step {steps} of {trainer.state.max_steps}; the same command with --resume goes on")
-    return Training(steps, time.perf_counter() - started, before.metrics, stop.received, before.measured)
+    seconds = time.perf_counter() - started
+    return Training(steps, seconds, before.metrics, stop.received, before.measured, last.of(trainer))
 
 
 def save_model(trainer: AnyTrainer, options: argparse.Namespace) -> None:

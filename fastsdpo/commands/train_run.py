@@ -90,7 +90,9 @@ def train(options: argparse.Namespace) -> int:
     )
     if training.stopped is not None:
         return STOPPED + training.stopped
-    after = None if trainer.eval_dataset is None else trainer.evaluate()
+    after = training.after
+    if after is None and trainer.eval_dataset is not None:
+        after = trainer.evaluate()
     answers.after()
     run.save_model(trainer, options)
     report(trainer, options, training, after, answers, say)

@@ -41,6 +41,12 @@ class AnswerFigures:
     def __init__(self):
         self.values = {name: [0.0, 0.0] for name in self.NAMES}
 
+    @classmethod
+    def held_out(cls, *, satisfaction: bool) -> list[str]:
+        """The names of what is known of held-out answers, to which nobody reacts."""
+        unknown = ("followups", "entropy", *(() if satisfaction else ("satisfaction",)))
+        return [name for name in cls.NAMES if name not in unknown]
+
     def add(self, name: str, values: Sequence[Any]) -> None:
         self.values[name][0] += float(sum(values))
         self.values[name][1] += len(values)

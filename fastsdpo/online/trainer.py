@@ -57,6 +57,7 @@ class OnlineSDPOTrainer(StepTrainer):
     args: OnlineSDPOConfig
     tokenize: InteractionTokenizer
     collate: Any = staticmethod(collate_prompts)
+    batch_of = "prompts"
 
     def __init__(
         self,
@@ -294,6 +295,9 @@ class OnlineSDPOTrainer(StepTrainer):
         metrics[f"{metric_key_prefix}_interactions"] = float(self.interactions)
         self.files.append(ANSWERS_FILE, gather_list(rows))
         return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))  # type: ignore[arg-type]
+
+    def figures_of(self, held_out: PromptDataset) -> list[str]:
+        return [*AnswerFigures.held_out(satisfaction=hasattr(self.user, "satisfied")), "interactions"]
 
     def evaluate_told(self, followup: str) -> dict[str, float]:
         """Evaluates with the same follow-up in every held-out prompt, as the teacher reads it.

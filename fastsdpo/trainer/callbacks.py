@@ -1,7 +1,7 @@
 """What happens at certain points of the training loop, each a callback of one duty.
 
 `MovingAverage`, `SignalWindow`, `LongWarmUp` and `EpochOrder` belong to every trainer here, as does `FiniteCheck`
-(finite.py); `Progress`, `BeforeTraining` and `StopOnSignal` are what the commands add.
+(finite.py); `Progress`, `BeforeTraining`, `LastEvaluation` and `StopOnSignal` are what the commands add.
 """
 
 from __future__ import annotations
@@ -137,6 +137,23 @@ class BeforeTraining(TrainerCallback):
         if self.path.exists():
             metrics = json.loads(self.path.read_text("utf-8"))
             self.measured, self.metrics = metrics.pop("measured", []), metrics
+
+
+class LastEvaluation(TrainerCallback):
+    """Keeps the held-out figures of the last step, where training evaluated after it."""
+
+    def __init__(self):
+        self.step, self.metrics = 0, {}
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        self.step, self.metrics = state.global_step, dict(metrics or {})
+
+    def of(self, trainer: Trainer) -> dict[str, float] | None:
+        """The figures of the trainer's model as training left it; None: they have to be measured."""
+        as_it_was = self.step == trainer.state.global_step > 0 and not trainer.args.load_best_model_at_end
+        return self.metrics if as_it_was else None
 
 
 class MovingAverage(TrainerCallback):

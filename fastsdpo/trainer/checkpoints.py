@@ -1,8 +1,5 @@
 """Checkpoints that are whole: written aside, summed up, renamed; and found again when a run goes on.
 
-    checkpoint-<step>/    a whole checkpoint; checksums.json holds size and CRC-32 of its files (checksums.py)
-    checkpoint.part/      one that is being written or deleted; never read
-
 A checkpoint gets its name once everything in it is on the disk, so a run that is killed leaves whole
 ones only. The checksums tell what a disk, a copy or a person changed afterwards.
 """
@@ -11,16 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -30,114 +24,29 @@ from fastsdpo.prefix import whole_size
 from fastsdpo.trainer.adapters import is_peft, warning_of_base
 from fastsdpo.trainer.callbacks import WrittenCheckpoint
 from fastsdpo.trainer.card import write_card
-from fastsdpo.trainer.checksums import BLOCK, Recorder, damage_of, write_checksums
+from fastsdpo.trainer.checkpoint_folders import (
+    PART,
+    check_output_folder,
+    check_saved_model,
+    delete_old_checkpoints,
+    find_checkpoint,
+    finish_checkpoint,
+    list_checkpoints,
+    writing,
+)
+from fastsdpo.trainer.checksums import Recorder, damage_of
 from fastsdpo.trainer.file_rights import open_as_umask
 from fastsdpo.trainer.optim import ADAMW, OptimizerSettings
 from fastsdpo.trainer.place import check_state, read_place, shards_of, write_place
 from fastsdpo.trainer.processes import agreed, gather_list
+from fastsdpo.trainer.requests import NO_SEARCH
 from fastsdpo.trainer.stream import InteractionStream
 from fastsdpo.trainer.teacher_weights import TeacherWeights
 
 logger = logging.getLogger("fastsdpo.trainer")
 
 TEACHER_FILE = "teacher_{}.safetensors"
-PART = "checkpoint.part"
 LOCK = ".lock"  # in the output folder, while a run trains
-
-
-@contextmanager
-def writing(what: str) -> Iterator[None]:
-    """Turns whatever a full or failing disk raises into an OSError that names ``what``."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError
-        raise OSError(f"{what} cannot be written: {error}") from error
-
-
-def check_output_folder(folder: str | os.PathLike, needed: int) -> None:
-    """Finds out now whether a folder can be written to and has room for ``needed`` bytes.
-
-    Raises:
-        OSError: it cannot, or has not; the text says which.
-    """
-    with writing(f"the output folder {folder}"):
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(BLOCK))
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"the output folder {folder} has {free / 1e6:,.0f} MB free, and what will be saved takes "
-            f"at least {needed / 1e6:,.0f} MB"
-        )
-
-
-def check_saved_model(folder: str | os.PathLike) -> None:
-    """Raises OSError where a folder holds no weights, of a model or of an adapter."""
-    if not any(any(Path(folder).glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.pt")):
-        raise OSError(f"the model was not saved: {folder} holds no weights")
-
-
-def finish_checkpoint(part: Path, place: Path, written: Mapping[str, tuple[int, int]]) -> None:
-    """``part`` becomes the checkpoint ``place``, which it replaces.
-
-    Args:
-        written: as `write_checksums` takes them.
-    """
-    open_as_umask(part)
-    write_checksums(part, written)
-    if place.exists():
-        delete_checkpoint(place)
-    os.replace(part, place)
-
-
-def delete_checkpoint(place: Path) -> None:
-    """Deletes it; a deletion that is interrupted leaves nothing that looks like a checkpoint."""
-    old = place.parent / PART / f"{place.name}.old"
-    old.parent.mkdir(exist_ok=True)
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(place, old)
-    shutil.rmtree(old)
-
-
-def delete_old_checkpoints(folder: Path, keep: int | None, best: str | None) -> None:
-    """Deletes all but the newest ``keep`` checkpoints and the ``best``; None keeps all."""
-    if keep is None or keep <= 0:
-        return
-    found = list_checkpoints(folder)
-    protected = {place.name for place in found[-1:]} | ({Path(best).name} if best else set())
-    spare = [place for place in found if place.name not in protected]
-    wanted = max(keep, len(found) - len(spare))
-    for place in spare[: max(0, len(found) - wanted)]:
-        delete_checkpoint(place)
-
-
-def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """The folders ``checkpoint-<step>``, oldest step first."""
-    found = {
-        int(match[1]): path
-        for path in Path(folder).glob("checkpoint-*")
-        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    }
-    return [found[step] for step in sorted(found)]
-
-
-class FoundCheckpoint(NamedTuple):
-    """The newest whole checkpoint, and sentences about the newer ones that are damaged."""
-
-    path: str | None
-    damaged: list[str]
-
-
-def find_checkpoint(places: Iterable[Path], damage: Callable[[Path], str | None] = damage_of) -> FoundCheckpoint:
-    """The first checkpoint that is whole."""
-    damaged = []
-    for place in places:
-        problem = damage(place)
-        if problem is None:
-            return FoundCheckpoint(str(place), damaged)
-        damaged.append(f"checkpoint {place} is damaged: {problem}")
-    return FoundCheckpoint(None, damaged)
 
 
 class _Pending(NamedTuple):
@@ -153,6 +62,7 @@ class CheckpointTrainer(Trainer):
 
     What is overridden, and why:
 
+        train               looks at the output folder and the checkpoint first
         _save_checkpoint    writes aside, sums up, renames; deletes older ones afterwards
         _save               a model card; no pickle; files that others may read
         save_model          the whole weights, however they are sharded
@@ -169,24 +79,64 @@ class CheckpointTrainer(Trainer):
         if self.args.async_checkpoints:
             self.add_callback(WrittenCheckpoint(self.finish_checkpoint))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises NotImplementedError: a trainer is made for its settings."""
+        raise NotImplementedError(NO_SEARCH)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        """As `transformers.Trainer.train`, after a look at the output folder and the checkpoint.
+
+        Args:
+            resume_from_checkpoint: a folder; or True: the output folder's newest whole checkpoint.
+            trial: must be None (NotImplementedError).
+
+        Raises:
+            OSError: the output folder cannot take a checkpoint, at the start or later; or another run is
+                training into it (FileExistsError).
+            ValueError: the checkpoint is damaged, there is none, or it is of other data; a setting does not fit.
+            NonFiniteError: a loss or gradient is not finite (``non_finite="stop"``).
+        """
+        if trial is not None:
+            raise NotImplementedError(NO_SEARCH)
+        if self.args.save_strategy != "no":
+            self.check_output()
+        checkpoint = self._checkpoint_of(resume_from_checkpoint)
         place = None
-        if resume_from_checkpoint and resume_from_checkpoint is not True:
-            check_state(resume_from_checkpoint)
+        if checkpoint is not None:
+            check_state(checkpoint)
             if not self.args.ignore_data_skip:
-                stream = self.stream is not None
-                place = read_place(resume_from_checkpoint, self.step_size, self.data_order(), stream=stream)
-            if warning := warning_of_base(self.model, resume_from_checkpoint):
+                place = read_place(checkpoint, self.step_size, self.data_order(), stream=self.stream is not None)
+            if warning := warning_of_base(self.model, checkpoint):
                 logger.warning("%s", warning)
-        if self.stream is not None:
-            self.stream.begin(place)
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
-        self.finish_checkpoint()
-        if self.args.should_save and resume_from_checkpoint:  # a run that was killed while it deleted these left them
-            folder = Path(self.args.output_dir)
-            delete_old_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
-            shutil.rmtree(folder / PART, ignore_errors=True)
+        with self.output_folder_locked():
+            self.before_training(checkpoint)
+            if self.stream is not None:
+                self.stream.begin(place)
+            output = super().train(checkpoint, None, ignore_keys_for_eval)
+            self.finish_checkpoint()
+            if (
+                self.args.should_save and checkpoint is not None
+            ):  # a run that was killed while it deleted these left them
+                folder = Path(self.args.output_dir)
+                delete_old_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+                shutil.rmtree(folder / PART, ignore_errors=True)
         return output
+
+    def _checkpoint_of(self, asked: str | bool | None) -> str | None:
+        """The whole checkpoint that `train` was asked to go on from; None: it begins."""
+        if asked is True:
+            if (found := self.find_checkpoint()) is None:
+                raise ValueError(f"SDPOTrainer: {self.args.output_dir} holds no checkpoint")
+            return found
+        if not asked:
+            return None
+        self.check_checkpoint(asked)
+        return asked
+
+    def before_training(self, checkpoint: str | None) -> None:
+        """Called by `train` once it is clear that it can begin, or go on from a checkpoint; for subclasses."""
 
     @property
     def step_size(self) -> int:

@@ -124,6 +124,7 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
         check(0 <= self.alpha <= 1, "alpha", "be in [0, 1]")
         check(self.mode != "sampled_token" or self.alpha == 1, "alpha", "be 1 with mode='sampled_token'")
         check((self.topk is not None) == (self.mode == "topk"), "topk", "be given with mode='topk', and only there")
+        check(self.topk != 1 or self.add_tail, "topk", "be at least 2 without add_tail: one token alone is certain")
         check(0 < self.ema_rate <= 1, "ema_rate", "be in (0, 1]")
         check(0 <= self.trust_region_mix <= 1, "trust_region_mix", "be in [0, 1]")
         guided_region = self.is_guided and self.teacher == "trust_region"

@@ -20,6 +20,10 @@ COMPILED = "the Dynamo of torch.compile cannot trace the hooks that put the loss
 CAST = "evaluation would cast the trained weights themselves, also those that are saved"
 ORDER = "group_by_conversation and data_seed set the order"
 NO_METRICS = "there is no compute_metrics here"
+JIT = (
+    "it saves in the middle of a step, in the process alone that got the signal; the commands save after the step, "
+    "as the callback fastsdpo.trainer.callbacks.StopOnSignal does"
+)
 NO_OUTPUTS = "an evaluation adds up losses, and keeps no outputs"
 ONLY: dict[str, tuple[Any, str]] = {
     "torch_compile": (False, COMPILED),
@@ -47,6 +51,7 @@ ONLY: dict[str, tuple[Any, str]] = {
     "do_predict": (False, "there is nothing to predict"),
     "bf16_full_eval": (False, CAST),
     "fp16_full_eval": (False, CAST),
+    "enable_jit_checkpoint": (False, JIT),
     "resume_from_checkpoint": (None, "it is an argument of train(), and the option --resume"),
 }
 # The same of accelerator_config.

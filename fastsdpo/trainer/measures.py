@@ -137,6 +137,12 @@ class HeldOutMeasures:
         self.score = Scorer(trainer)
         self.contexts: list[Contexts] = make_contexts(sample, trainer.tokenize)
 
+    @property
+    def names(self) -> list[str]:
+        """Of what `summary` gives."""
+        score = Score(0.0, 0.0, 0.0)
+        return list(summary([measures_of({name: score for name, _ in context.items()}) for context in self.contexts]))
+
     def __call__(self) -> list[dict[str, Any]]:
         """One row per interaction, in all processes: ``id`` and those of `NAMES` that there are."""
         args = self.score.trainer.args

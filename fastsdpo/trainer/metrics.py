@@ -17,6 +17,9 @@ from fastsdpo.data import TokenizedInteraction
 from fastsdpo.trainer.loss import TokenStatistics
 
 QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
+NAMES = [f"sdpo/{name}" for name in ("log_ratio_mean", "log_ratio_std", "log_ratio_abs_mean", "student_logp")]
+NAMES += [f"sdpo/{name}" for name in ("teacher_logp", "eos_log_ratio", "response_tokens", "tokens_per_second")]
+NAMES += ["sdpo/sequence_tokens_per_second"]
 QUANTILE_SAMPLE = 65536  # values per process that go into the quantiles, evenly spaced
 
 
@@ -36,6 +39,12 @@ class SignalMetrics:
         self.reference_kl, self.end_id = reference_kl, end_id
         self.loss_name = "sdpo/divergence" if divergence else "sdpo/sampled_token_loss"
         self.reset()
+
+    @property
+    def names(self) -> list[str]:
+        """Of what `flush` gives in one process where anything was added."""
+        found = [*NAMES, *(f"sdpo/log_ratio_{name}" for name in QUANTILES), self.loss_name]
+        return [*found, *(["sdpo/reference_kl"] if self.reference_kl else [])]
 
     def reset(self) -> None:
         self.passes: list[tuple[Tensor, Tensor]] = []

@@ -6,6 +6,7 @@ AdamW step at learning rate 2e-6 moves it by 0.01%. Rounded to nearest, most wei
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -102,6 +103,35 @@ def optimizer_class(args: SDPOConfig, model: nn.Module, given: Any) -> tuple[typ
     if args.weight_update == "auto" and update == "plain" and lossy is not None:
         logger.warning("%s", lost_steps(name, lossy, args.learning_rate))
     return chosen
+
+
+def check_arguments(args: SDPOConfig, model: nn.Module) -> None:
+    """Raises ValueError where ``optim`` does not read a name of ``optim_args``, or not such a value.
+
+    Which names it reads, no list says: transformers is asked for the optimizer with each of them alone, and with a
+    value that no argument has.
+    """
+    if not args.optim_args:
+        return
+    optim, given = str(getattr(args.optim, "value", args.optim)), args.optim_args
+    asked: Any = copy.copy(args)
+
+    def settings(optim_args: str | None) -> Any:
+        asked.optim_args = optim_args
+        return Trainer.get_optimizer_cls_and_kwargs(asked, model)  # type: ignore[arg-type]
+
+    usual = settings(None)
+    for name in (pair.split("=")[0].strip() for pair in given.split(",")):
+        try:
+            read = settings(f"{name}=?") != usual
+        except (ValueError, AttributeError):  # no number, or no name of torch's
+            read = True
+        if not read:
+            raise ValueError(f"SDPOTrainer: optim_args must have names that optim={optim!r} reads, got {name!r}")
+    try:
+        settings(given)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"SDPOTrainer: optim_args={given!r} cannot be read by optim={optim!r}: {error}") from error
 
 
 def check_given(optimizer: Any, model: nn.Module) -> None:

@@ -14,7 +14,6 @@ What `StepTrainer` overrides of `transformers.Trainer`, and why:
     compute_loss          the objective
     create_optimizer      AdamW that keeps small steps in bfloat16
     evaluate              leaves no loader behind, and the model to be wrapped for training
-    train                 looks at the output folder and the checkpoint first
     log                   the statistics of the signal
 
 Checkpoints are `CheckpointTrainer`'s. `SDPOTrainer` adds logged interactions, `OnlineSDPOTrainer` a user's
@@ -25,7 +24,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -49,9 +48,10 @@ from fastsdpo.trainer.loss import TokenStatistics
 from fastsdpo.trainer.metrics import SignalMetrics
 from fastsdpo.trainer.model import CHECKPOINTING, choose_checkpointing, prepare_model
 from fastsdpo.trainer.noise import check_noise
-from fastsdpo.trainer.optim import check_given, optimizer_class
+from fastsdpo.trainer.optim import check_arguments, check_given, optimizer_class
 from fastsdpo.trainer.packs import collate
 from fastsdpo.trainer.processes import agreed, gather_values, reduce_sum
+from fastsdpo.trainer.requests import check_batches, check_metric
 from fastsdpo.trainer.sharing import PrefixSharing
 from fastsdpo.trainer.speed import SpeedMeter
 from fastsdpo.trainer.teacher_weights import TeacherWeights
@@ -86,6 +86,7 @@ class StepTrainer(CheckpointTrainer):
     ):
         module, processing_class = prepare_model(model, args, processing_class, peft_config)
         check_given(optimizers[0], module)
+        check_arguments(args, module)
         if choose_checkpointing(args, module, args.device.type):
             logger.info("%s", CHECKPOINTING)
         if args.template == AUTO:
@@ -159,6 +160,7 @@ class StepTrainer(CheckpointTrainer):
     # ------------------------------------------------------------------------- what subclasses say
 
     collate: Any = staticmethod(collate)
+    batch_of = "interactions"  # what the loader's micro-batches have lists of
 
     def make_dataset(self, source: Any, name: str) -> Any:
         """The dataset of an argument, which is None, a source, or a dict of sources."""
@@ -176,8 +178,13 @@ class StepTrainer(CheckpointTrainer):
         """Arguments of `sdpo_step_loss` that may depend on the interactions of a pass."""
         return {"is_clip": self.args.is_clip}
 
-    def before_training(self) -> None:
-        """Called by `train` once it is clear that it can begin."""
+    def figures_of(self, held_out: Any) -> Collection[str]:
+        """The names of what an evaluation of a dataset reports, without a prefix."""
+        raise NotImplementedError
+
+    def before_training(self, checkpoint: str | None) -> None:
+        check_metric(self.args.metric_for_best_model, self.eval_dataset, self.figures_of)
+        keep_date(self.args, checkpoint)
 
     # ------------------------------------------------------------------------------- one step
 
@@ -207,6 +214,7 @@ class StepTrainer(CheckpointTrainer):
             return [], None  # goes on from its last checkpoint; transformers would take one step more
         with self.speed.waiting():
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        check_batches(batches, self.batch_of)
         batches = self.prepare_batches(batches)
         ulysses = self.learner.ulysses
         if ulysses is not None:  # the processes of a group take each other's interactions
@@ -380,28 +388,3 @@ class StepTrainer(CheckpointTrainer):
             if self.args.non_finite == "skip":
                 logs["sdpo/skipped_steps"] = float(self.skipped_steps)
         super().log(logs, start_time)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.train`, after a look at the output folder and the checkpoint.
-
-        Args:
-            resume_from_checkpoint: a folder; or True: the output folder's newest whole checkpoint.
-
-        Raises:
-            OSError: the output folder cannot take a checkpoint, at the start or later; or another run is
-                training into it (FileExistsError).
-            ValueError: the checkpoint is damaged, or there is none.
-            NonFiniteError: a loss or gradient is not finite (``non_finite="stop"``).
-        """
-        if self.args.save_strategy != "no":
-            self.check_output()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = self.find_checkpoint()
-            if resume_from_checkpoint is None:
-                raise ValueError(f"SDPOTrainer: {self.args.output_dir} holds no checkpoint")
-        elif resume_from_checkpoint:
-            self.check_checkpoint(resume_from_checkpoint)
-        keep_date(self.args, resume_from_checkpoint or None)
-        self.before_training()
-        with self.output_folder_locked():
-            return super().train(resume_from_checkpoint, *args, **kwargs)

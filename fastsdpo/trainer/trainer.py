@@ -240,15 +240,24 @@ class SDPOTrainer(StepTrainer):
 
         The rows of each interaction are kept in `measured_rows`. All processes must call it.
         """
-        if self.tokenize is None or not dataset.measured:
-            return {}
-        if dataset is not self._measures_of:
-            self._measures_of, self.measures = dataset, HeldOutMeasures(self, dataset.measured)
-        assert self.measures is not None
-        rows = self.measures() if self.measures.contexts else []
+        measures = self._measures(dataset)
+        rows = measures() if measures is not None else []
         if dataset is self.eval_dataset:
             self.measured_rows = rows
         return summary(rows) if rows else {}
+
+    def _measures(self, dataset: InteractionDataset) -> HeldOutMeasures | None:
+        """None where there is nothing to measure."""
+        if self.tokenize is None or not dataset.measured:
+            return None
+        if dataset is not self._measures_of:
+            self._measures_of, self.measures = dataset, HeldOutMeasures(self, dataset.measured)
+        assert self.measures is not None
+        return self.measures if self.measures.contexts else None
+
+    def figures_of(self, held_out: InteractionDataset) -> list[str]:
+        measures = self._measures(held_out)
+        return ["loss", *self.new_metrics().names, *([] if measures is None else measures.names)]
 
     def prediction_step(
         self,
@@ -301,7 +310,10 @@ class SDPOTrainer(StepTrainer):
         with training_mode(self.model, False), nullcontext() if gathers else gathered_layers(self.model):
             return teacher_check(sample, self.tokenize, log_ratios)
 
-    def before_training(self) -> None:
+    def before_training(self, checkpoint: str | None) -> None:
+        super().before_training(checkpoint)
+        if checkpoint is not None:
+            return  # the look was taken when the run began
         first = self.is_world_process_zero()
         if self.sharded and is_wrapped(self.model_wrapped):
             return  # a second call

@@ -51,6 +51,18 @@ def make_interactions(conversations=6, *, turns=2, seed=0):
     return interactions
 
 
+def make_conversations(count):
+    """Interactions of three turns each, in which a follow-up is the next turn's question, as in a log."""
+    draw, found = random.Random(9), []
+    for c in range(count):
+        texts = [" ".join(draw.choices(WORDS, k=draw.randint(2, 9))) for _ in range(7)]
+        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+        for t in range(3):
+            names = f"c{c}:{t}", f"c{c}"
+            found.append(Interaction(messages[: 2 * t + 1], texts[2 * t + 1], texts[2 * t + 2], *names))
+    return found
+
+
 def write_rows(path, interactions):
     """A file as `fastsdpo prepare` writes it."""
     path.write_text("".join(json.dumps(row(item)) + "\n" for item in interactions))

@@ -38,6 +38,7 @@ def let_cpu_processes_use_fsdp() -> None:
 def evaluate_before_training(arguments: list[str], engine: str) -> None:
     """From Python: FSDP2 and DeepSpeed take a model only together with its optimizer."""
     options = build_parser().parse_args(arguments)
+    (options.data,) = options.data
     trainer = SDPOTrainer(options.model, read_config(options), eval_dataset=held_out(options))
     with pytest.raises(NotImplementedError, match=f"under {engine}; set eval_on_start=True"):
         trainer.evaluate()

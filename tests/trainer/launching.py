@@ -37,6 +37,8 @@ class Variant(NamedTuple):
 
 HALF = ["--dtype", "bfloat16", "--set", "optim=adamw_torch", "--learning-rate", "1e-3"]
 STEPS_SAVED = ["--set", "save_strategy=steps", "--save-steps", "2"]
+BEST = [*STEPS_SAVED, "--save-steps", "1", "--eval-steps", "1", "--set", "load_best_model_at_end=true"]
+BEST += ["--set", "greater_is_better=true"]
 ACCUMULATED = ["--batch-size", "1", "--global-batch-size", "4", "--set", "teacher_check=4"]
 ONLY_FSDP2 = ("resumed_async", "each_pass")
 VARIANTS = {
@@ -46,6 +48,8 @@ VARIANTS = {
     "resumed_stream": Variant([*STEPS_SAVED, "--stream", "--shuffle-buffer", "6"]),
     "resumed_ema": Variant([*STEPS_SAVED, "--teacher", "ema"]),
     "resumed_async": Variant([*STEPS_SAVED, "--teacher", "ema", "--set", "async_checkpoints=true"]),
+    # Of the first step, with the moving average of then.
+    "best_ema": Variant([*BEST, "--teacher", "ema", "--ema-rate", "0.5"]),
     "reference": Variant(["--teacher", "frozen", "--reference-kl", "0.1"], "untied"),
     "trust_region": Variant(["--teacher", "trust_region"], "untied"),
     "lora_ema": Variant(["--lora", "4", "--teacher", "ema", "--ema-rate", "0.2"], "untied"),

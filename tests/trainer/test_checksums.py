@@ -8,7 +8,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 import transformers.modeling_utils
 
 from fastsdpo.trainer import checksums
-from fastsdpo.trainer.checkpoints import check_output_folder
+from fastsdpo.trainer.checkpoint_folders import check_output_folder
 from fastsdpo.trainer.checksums import Recorder, SummedFile, damage_of, sum_file
 
 

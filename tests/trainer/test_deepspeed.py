@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 # DeepSpeed has a float32 master of its own; under ZeRO-3 other teachers would need whole weights.
 NAMES = {
     "zero2": names("stochastic", "master"),
-    "zero3": names("stochastic", "master", "resumed_ema", "reference", "trust_region", "lora_ema"),
+    "zero3": names("stochastic", "master", "resumed_ema", "best_ema", "reference", "trust_region", "lora_ema"),
 }
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
 from fastsdpo.online import OnlineSDPOConfig
+from fastsdpo.trainer.requests import TIMES
 from tests.trainer.conftest import row
 
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -37,6 +40,8 @@ UNREAD |= {"bf16_full_eval": True, "fp16_full_eval": True, "neftune_noise_alpha"
         ({"eval_accumulation_steps": 4}, "eval_accumulation_steps must be None"),
         ({"debug": "underflow_overflow"}, "debug must be '': non_finite"),
         ({"resume_from_checkpoint": "run"}, "resume_from_checkpoint must be None: .*--resume"),
+        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint must be False: .*callbacks.StopOnSignal does"),
+        ({"mode": "topk", "topk": 1, "add_tail": False}, "topk must be at least 2 without add_tail"),
         ({"fp16": True}, "fp16 must be False on a CPU"),
         ({"fsdp_config": {"version": 2}}, "fsdp_config must be None without fsdp"),
         ({"liger_kernel_config": {"swiglu": True}}, "liger_kernel_config must be None without use_liger_kernel"),
@@ -138,6 +143,66 @@ def test_optimizers_of_other_weights(tmp_path, lab, caplog):
     some = torch.optim.SGD(model.model.layers.parameters(), lr=0.1)
     lab.make_trainer(tmp_path, model=model, optimizers=(some, None))
     assert "2 of 20 trained weights are not in it, and stay as they are" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("optim", "given", "said"),
+    [
+        ("sgd", "momentum=0.9,nestrov=true", "names that optim='sgd' reads, got 'nestrov'"),
+        ("grokadamw", "rank=4", "names that optim='grokadamw' reads, got 'rank'"),
+        ("sgd", "momentum=much", "optim_args='momentum=much' cannot be read by optim='sgd': could not convert"),
+    ],
+)
+def test_arguments_that_the_optimizer_does_not_read(tmp_path, lab, monkeypatch, optim, given, said):
+    class GrokAdamW:
+        """In the place of the package's."""
+
+    monkeypatch.setattr("transformers.trainer_optimizer.is_grokadamw_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "grokadamw", types.SimpleNamespace(GrokAdamW=GrokAdamW))
+    with pytest.raises(ValueError, match=f"SDPOTrainer: .*{said}"):
+        lab.make_trainer(tmp_path, optim=optim, optim_args=given)
+    if optim == "sgd":
+        trainer = lab.make_trainer(tmp_path, optim="sgd", optim_args="momentum=0.5, nesterov=true", max_steps=1)
+        trainer.train()
+        assert trainer.optimizer.param_groups[0]["momentum"] == 0.5
+        assert trainer.optimizer.param_groups[0]["nesterov"]
+
+
+@pytest.mark.parametrize("best", ["accuracy", "loss", "one_headroom", "eval_one_measures/headroom"])
+def test_the_best_by_a_figure_that_no_evaluation_has(tmp_path, lab, best):
+    """Before the first step and not after the first evaluation; the last is that of a set without next answers."""
+    single, settings = lab.make_interactions(3, turns=1, seed=7), {"metric_for_best_model": best, **EACH_STEP}
+    held_out = {"one": single, "two": lab.make_conversations(2)}
+    trainer = lab.make_trainer(tmp_path, eval_dataset=held_out, max_steps=1, **settings)
+    with pytest.raises(ValueError, match=r"must be a figure of the held-out data \(one_loss, .*two_.*, got '"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("by", ["eval_two_loss", "one_sdpo/log_ratio_p95", "two_measures/headroom_share"])
+def test_the_best_by_any_figure_of_an_evaluation(tmp_path, lab, by):
+    held_out = {"one": lab.make_interactions(3, turns=1, seed=7), "two": lab.make_conversations(2)}
+    settings = {**EACH_STEP, "load_best_model_at_end": True, "metric_for_best_model": by, "reference_kl": 0.1}
+    trainer = lab.make_trainer(tmp_path, eval_dataset=held_out, max_steps=1, **settings)
+    trainer.train()
+    assert trainer.state.best_metric is not None
+    (found,) = (row for row in trainer.state.log_history if "eval_one_loss" in row)
+    known = trainer.figures_of(trainer.eval_dataset["one"])
+    assert {name.removeprefix("eval_one_") for name in found} - {*known, *TIMES} == {"epoch", "step"}
+
+
+def test_other_loaders_and_trials(tmp_path, lab):
+    """What `transformers.Trainer` takes from subclasses and in calls."""
+    trainer = lab.make_trainer(tmp_path)
+    with pytest.raises(NotImplementedError, match=r"hyperparameter_search\(\) and trials .* a trainer for each trial"):
+        trainer.hyperparameter_search(n_trials=2)
+    with pytest.raises(NotImplementedError, match="a trainer for each trial"):
+        trainer.train(trial={"learning_rate": 1.0})
+    for collate, got in ((list, "list"), (lambda items: {"input_ids": items}, "one with input_ids")):
+        trainer = lab.make_trainer(tmp_path)
+        trainer.data_collator = collate
+        with pytest.raises(TypeError, match=f"as the trainer's data_collator makes them, .* interactions, got {got}"):
+            trainer.train()
 
 
 def test_models_and_tokenizers_that_are_wrapped(tmp_path, lab):

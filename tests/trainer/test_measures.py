@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import random
 import re
 from types import SimpleNamespace
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fastsdpo import Interaction
 from fastsdpo.online.own_answers import OwnAnswers
 from fastsdpo.online.rules import parse_rule
 from fastsdpo.train import main
@@ -27,23 +25,11 @@ RUNS = {
 }
 
 
-def conversations(lab, count):
-    """Interactions of three turns each, in which a follow-up is the next turn's question, as in a log."""
-    draw, found = random.Random(9), []
-    for c in range(count):
-        texts = [" ".join(draw.choices(lab.WORDS, k=draw.randint(2, 9))) for _ in range(7)]
-        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
-        for t in range(3):
-            names = f"c{c}:{t}", f"c{c}"
-            found.append(Interaction(messages[: 2 * t + 1], texts[2 * t + 1], texts[2 * t + 2], *names))
-    return found
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, lab):
     """Runs of two steps on held-out conversations of three turns; what they printed and wrote."""
     folder = tmp_path_factory.mktemp("measures")
-    held_out = conversations(lab, 4)
+    held_out = lab.make_conversations(4)
     lab.make_place(folder, lab.make_interactions(4), held_out)
     settings = (
         "--max-steps 2 --eval-steps 1 --warmup 0 --schedule constant --set teacher_check=0 --set measure_answers=3 "
@@ -129,9 +115,9 @@ def test_measures_are_those_of_plain_passes_before_and_after(run, lab):
             assert change["change"] == pytest.approx(float(differences.mean()), abs=2e-5)
             assert change["standard_error"] == pytest.approx(error, abs=2e-5)
     assert abs(report["measures"]["answer_logp"]["change"]) > 1e-3  # the run has moved the model
-    # Before, at every evaluation and after, and in the picture.
+    # Before and at every evaluation, of which the last is that after training; and in the picture.
     steps = [row["step"] for row in report["history"] if "eval_measures/margin" in row]
-    assert steps == [0, 1, 2, 2] and (run.out / "report.png").stat().st_size > 20_000
+    assert steps == [0, 1, 2] and (run.out / "report.png").stat().st_size > 20_000
     assert report["after"]["eval_measures/margin"] == pytest.approx(report["measures"]["margin"]["after"], abs=1e-6)
     share = sum(row["headroom"] > 0 for row in written if "headroom" in row) / 8
     assert report["before"]["eval_measures/headroom_share"] == share

@@ -92,6 +92,17 @@ def test_a_resumed_run_has_its_own_optimizer_settings(tmp_path, lab, caplog):
     assert "weight_decay was 0.0, training goes on with 0.1" in caplog.text and "betas" not in caplog.text
 
 
+def test_a_run_that_goes_on_is_not_looked_at_again(tmp_path, lab, caplog):
+    """Nor one that is refused: the look at what follow-ups do takes passes through the model, and was taken."""
+    caplog.set_level("INFO", logger="fastsdpo.trainer")
+    train(lab, tmp_path, stop_at=1, teacher_check=4)
+    assert caplog.text.count("teacher check") == 1
+    with pytest.raises(ValueError, match="the number of interactions must be 12"):
+        train(lab, tmp_path, resume=True, interactions=lab.make_interactions(5), teacher_check=4)
+    train(lab, tmp_path, resume=True, max_steps=2, teacher_check=4)
+    assert caplog.text.count("teacher check") == 1
+
+
 BF16 = {"dtype": torch.bfloat16}
 
 
