@@ -65,9 +65,9 @@ def run(engine: Any, data: Any, loss: Any) -> tuple[float, dict[str, Tensor], di
     return sum(out["loss"]), grads, out["metrics"]
 
 
-def actor_loss() -> Any:
-    """What verl's worker gives its engine where ``distillation.enabled`` is false."""
+def actor_loss(**settings: Any) -> Any:
+    """What verl's worker gives its engine where ``distillation.enabled`` is false; ``settings`` of the actor."""
     from verl.workers.config import FSDPActorConfig
     from verl.workers.utils.losses import ppo_loss
 
-    return functools.partial(ppo_loss, config=FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1))
+    return functools.partial(ppo_loss, config=FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1, **settings))

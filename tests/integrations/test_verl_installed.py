@@ -301,6 +301,21 @@ def test_self_teacher_and_dropout(verl, engine, qwen2_folder, monkeypatch):
     assert modes[0] is False and modes.count(False) == 2 and modes.count(True) >= 2  # two micro-batches
 
 
+def test_loss_scale_factor(verl, engine):
+    """Without it verl's seq-mean-token-sum-norm divides by the longest answer of a micro-batch, for every loss."""
+    losses = {}
+    for factor in (None, 7):
+        loss = lab.actor_loss(loss_agg_mode="seq-mean-token-sum-norm", loss_scale_factor=factor)
+        for size in (1, 4):
+            data = lab.make_batch()
+            verl.assign(data, micro_batch_size_per_gpu=size)
+            with use_self_teacher("full"):
+                losses[factor, size] = lab.run(engine, data, loss)[0]
+    assert losses[7, 1] == pytest.approx(losses[7, 4])
+    assert losses[7, 4] == pytest.approx(losses[None, 4] * max(map(len, lab.ANSWERS)) / 7)
+    assert losses[None, 1] > 1.1 * losses[None, 4]
+
+
 def answers_of(folder, temperature):
     """Float32 log-probs of the answers' tokens."""
     student = lab.logits_of(folder)[1]
