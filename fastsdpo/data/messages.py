@@ -213,6 +213,8 @@ def _read_beside(message: Mapping, role: str, text: str, beside: str | None) -> 
     """The text of a message and what stands beside it, with the other keys of the message."""
     for key in PART_KEYS:
         if isinstance(message.get(key), (list, tuple)):  # the AI SDK may repeat the text as the content
+            if key == "blocks" and any(isinstance(part, str) for part in message[key]):
+                raise TypeError(f"must have 'content', got the ids of its blocks alone: {show(message[key])}")
             said, found = read_content(message[key])
             text, beside = (said if is_blank(text) else text), beside or found
     if role == "assistant" and called_key(message) is not None:

@@ -50,9 +50,7 @@ def call(
     answers, others = read_output(answer, names[1])
     if not messages:
         raise ValueError(f"{names[0]} must have messages, got none: an answer alone has no prompt")
-    # A graph's state comes back whole, with what was sent.
-    begins = [parse_message(m) for m in answers[: len(messages)]] == [parse_message(m) for m in messages]
-    turns = read_turns([*([] if begins else messages), *answers], f"{names[0]} and {names[1]}")
+    turns = read_turns([*_unsaid(messages, answers, names), *answers], f"{names[0]} and {names[1]}")
     last = len(turns.messages) - 1
     if answers and turns.messages[last]["role"] == "assistant":
         said = [parse_message(message) for message in others]
@@ -63,6 +61,23 @@ def call(
             with_rating(turns, rating)
     turns = with_system(system, turns)
     return of_turns(turns, conversation_id=conversation_id, record_id=record_id)
+
+
+def _unsaid(messages: list[Any], answers: list[Any], names: tuple[str, str]) -> list[Any]:
+    """The messages that were sent and did not come back with the answer, as a graph's state has them all.
+
+    Raises:
+        ValueError: others of the user came back, so that what the model saw is not known.
+    """
+    back = [parse_message(message) for message in answers]
+    if not any(message["role"] in ("user", "user file") for message in back):
+        return messages
+    sent = [(message, parse_message(message)) for message in messages]
+    for left in ("", "system"):
+        run = [said for _, said in sent if said["role"] != left]
+        if any(run == back[start : start + len(run)] for start in range(len(back))):
+            return [message for message, said in sent if said["role"] == left]
+    raise ValueError(f"{names[1]} has messages of the user, and not those of {names[0]}")
 
 
 def session(record: Any) -> str | None:
@@ -171,11 +186,12 @@ def read_responses(record: Mapping, all_branches: bool) -> Iterator[Conversation
     """Reads a call of the Responses API: `input` (text or items), `output` items, `instructions`."""
     if not decoded(record.get("input")):
         raise ValueError("a response has no prompt; put what was sent beside 'output' as 'input'")
+    answer = {key: record[key] for key in ("output", "status", "incomplete_details", "error") if key in record}
     named = record.get("conversation")
     name = identifier(named, ("id",)) if isinstance(named, Mapping) else identifier(record, ("conversation",))
     yield call(
         {key: value for key, value in record.items() if key in ("input", "instructions", "previous_response_id")},
-        record.get("output"),
+        answer if record.get("output") else None,
         names=("input", "output"),
         conversation_id=name or session(record),
         record_id=identifier(record, ("id",)),
@@ -231,6 +247,5 @@ def read_vllm(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
             "control tokens"
         )
     output = record.get("output") or first_item(record.get("outputs"))
-    output = output.get("text") if isinstance(output, Mapping) else output
     name = identifier(record, ("request_id", "id"))
     yield call(messages, output, names=("prompt", "output"), conversation_id=session(record), record_id=name)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastsdpo.data.answers import END_KEYS, was_cut
 from fastsdpo.data.messages import SYSTEM_KEYS, show
 from fastsdpo.data.readers.frames import read_frames
-from fastsdpo.data.readers.values import as_list, as_mapping, decoded, first_item, walk
+from fastsdpo.data.readers.streams import find_events, join_events, whole_response
+from fastsdpo.data.readers.values import as_list, as_mapping, decoded, first_item
 
 _LANGCHAIN_ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"}
 _TEXT_KEYS = (
@@ -21,6 +23,8 @@ _TEXT_KEYS = (
     "result",
     "output",
 )
+# Where an answer has more about itself, such as why it ended: LangChain's, TGI's.
+_ABOUT = ("response_metadata", "generation_info", "details")
 _QUESTION_KEYS = ("question", "query", "user_input", "text", "content", "message")
 
 
@@ -67,7 +71,8 @@ def _langchain(role: Any, data: Mapping) -> Mapping:
         result["tool_calls"] = calls
     if more.get("reasoning_content"):
         result["reasoning_content"] = more["reasoning_content"]
-    return result
+    about = {**data, **as_mapping(data.get("response_metadata"))}
+    return {**result, **{key: about[key] for key in END_KEYS if key in about}}
 
 
 def _openinference(message: Mapping) -> Mapping:
@@ -170,12 +175,26 @@ def _gemini(contents: Any) -> list[Any]:
 def read_output(value: Any, name: str = "output") -> tuple[list[Any], list[Any]]:
     """Returns (the raw messages that came back, further answers to the same prompt).
 
+    An answer that was cut off, as what stands around it says, is marked so.
+
     Raises:
         TypeError, ValueError: the form is not known, or the call failed.
     """
     value = _structured(
         value, ("choices", "candidates", "generations", "messages", "output", "message", "body", "role")
     )
+    if (events := find_events(value)) is not None:
+        value = whole_response(events) or join_events(events)
+    answers, others = _read_answers(value, name)
+    if isinstance(value, Mapping) and answers and isinstance(answers[-1], Mapping):
+        about = (value, {"finish_reason": value.get("status")}, *(as_mapping(value.get(key)) for key in _ABOUT))
+        if any(map(was_cut, about)) or value.get("incomplete_details"):
+            answers = [*answers[:-1], {**answers[-1], "interrupted": True}]
+    return answers, others
+
+
+def _read_answers(value: Any, name: str) -> tuple[list[Any], list[Any]]:
+    """`read_output` of a value that is decoded."""
     if value is None or value == "":
         return [], []
     if isinstance(value, str):
@@ -197,6 +216,7 @@ def read_output(value: Any, name: str = "output") -> tuple[list[Any], list[Any]]
         return _generations(as_list(value["generations"], f"{name}.generations"), name)
     for key in ("messages", "output", "message", "body", "outputBodyJson"):
         found = decoded(value.get(key))
+        found = find_events(found) or found
         if isinstance(found, (list, tuple, Mapping)) and found:
             return read_output(found, f"{name}.{key}")
     if is_message(value):
@@ -223,17 +243,12 @@ def _generations(answers: Sequence[Any], name: str) -> tuple[list[Any], list[Any
     """LangChain's: of one prompt, or of a batch, whose first prompt counts."""
     of_first = first_item(answers)
     answers = of_first if isinstance(of_first, (list, tuple)) else answers
-    first, *others = [read_output(as_mapping(item).get("message") or item, name)[0] for item in answers] or [[]]
+    said = [{**item, "output": item.get("message") or item} for item in map(as_mapping, answers)]
+    first, *others = [read_output(item, name)[0] for item in said] or [[]]
     return first, [message for messages in others for message in messages]
 
 
 def _list_of_answers(value: Sequence[Any], name: str) -> tuple[list[Any], list[Any]]:
-    if as_mapping(first_item(value)).get("object") == "chat.completion.chunk":
-        deltas = [walk(chunk, "choices.0.delta") for chunk in value]
-        if any(as_mapping(delta).get("tool_calls") for delta in deltas):
-            return [{"role": "tool", "content": ""}], []
-        texts = [as_mapping(delta).get("content") for delta in deltas]
-        return [{"role": "assistant", "content": "".join(text for text in texts if isinstance(text, str))}], []
     messages = standard_list(value, name)
     texts = (isinstance(item, Mapping) and "role" not in item and "from" not in item for item in messages)
     if messages and all(texts):  # content parts

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastsdpo.data.answers import rating_fields
+from fastsdpo.data.answers import rating_fields, was_cut
 from fastsdpo.data.interactions import Conversation
 from fastsdpo.data.messages import show
 from fastsdpo.data.readers.calls import call, session
@@ -256,6 +256,9 @@ def _span_call(span: Mapping) -> Conversation:
         answer = answers or answer
     sent = sent or decoded(walk(attributes, "input.value"))
     answer = answer or decoded(walk(attributes, "output.value"))
+    ends = {"finish_reason": first_item(decoded(walk(attributes, "gen_ai.response.finish_reasons")))}
+    if answer and was_cut(ends):
+        answer = {"output": answer, **ends}
     kind = walk(attributes, "openinference.span.kind") or span.get("span_kind")
     if not sent or (isinstance(kind, str) and kind.upper() in ("TOOL", "RETRIEVER", "EMBEDDING", "RERANKER")):
         raise NotACall("a span without the messages of a call")
