@@ -5,8 +5,8 @@ exported twice, or a row per interaction. The keys of all records (keys.py) tell
 
 - conversations: records that have the name of their conversation in common, or of which one begins
   with all messages of the other;
-- what is left out: a record whose messages begin a longer record's, and an interaction (same
-  prompt, answer and follow-up) that was read before;
+- what is left out: a record whose messages begin a longer record's, an interaction (same prompt, answer and
+  follow-up) that was read before, and one whose answer another record says was cut off;
 - families: conversations of which one has a prompt that begins a prompt of the other, whatever their system
   messages (which may hold the time). A family is held out whole, so that no prompt and no answer to it is on both
   sides.
@@ -29,20 +29,22 @@ import itertools
 import operator
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from fastsdpo.data.interactions import Conversation, Interaction
+from fastsdpo.data.interactions import Conversation, Interaction, extract_interactions
 from fastsdpo.data.keys import FACTOR, PRIME, ROLE_KEYS, RunKeys, extend, run_hash
 from fastsdpo.data.messages import is_blank
 
 PART_KEYS = 3 << 14  # compared at a time, some 100 bytes each
 MOST_PARTS = 64  # the files are read once for each part
 
-KEY_LISTS = ("name", "messages", "beginnings", "prompts", "histories", "interactions", "ids", "id_names")
+KEY_LISTS = ("name", "messages", "beginnings", "prompts", "histories", "interactions", "ids", "answers", "id_names")
 # In these a light record may have a mark of its own where another record has to do with it.
-_RELATED = ("name", "messages", "beginnings", "histories", "id_names")
-OF_ROWS = ("interactions", "ids")  # numbered by interaction, the others by record
+_RELATED = ("name", "messages", "beginnings", "histories", "id_names", "cut_marks")
+OF_ROWS = ("interactions", "ids", "answers")  # numbered by interaction, the others by record
+_NO_RECORD = 1 << 62  # the number of what is of no record that is kept
+TWICE, CUT_OFF = 1, 2  # why an interaction is left out
 
 
 class LightRecord(NamedTuple):
@@ -73,14 +75,17 @@ class RecordKeys:
             histories: of what begins these and ends with a user's message, themselves included;
             interactions: of each interaction's prompt, answer and follow-up;
             ids: of each interaction's id;
+            answers: of each interaction's prompt, less system messages, and answer;
             id_names: of the names in these, where they are others;
+            cut: of the prompt and answer of each call that says it was cut off, as `answers` has them;
+            cut_marks: of the first message in these prompts;
             marks: of light records;
             times: the time of all records in microseconds since 1970, if filter rules ask for it.
         numbers: for each key, the number of its record or interaction, by the same names. Records count from 0.
     """
 
     def __init__(self):
-        self.keys = {name: array("Q") for name in (*KEY_LISTS, "marks", "times")}
+        self.keys = {name: array("Q") for name in (*KEY_LISTS, "cut", "cut_marks", "marks", "times")}
         self.numbers = {name: array("Q") for name in self.keys}
 
     def add(
@@ -93,7 +98,7 @@ class RecordKeys:
         """
         texts = RunKeys()
         name = self._begin(str(conversation.id), _histories(conversation.messages), number)
-        prompts, histories, whole, ids = [], [], [], []
+        prompts, histories, whole, ids, answers = [], [], [], [], []
         prompt: list[dict] = []
         history = asked = 0  # of all messages; less system messages
         for interaction in interactions:
@@ -110,6 +115,7 @@ class RecordKeys:
                     histories.append(asked)
             prompts.append(asked)
             answered = extend(history, ROLE_KEYS["assistant"], texts[interaction.completion])
+            answers.append(extend(asked, ROLE_KEYS["assistant"], texts[interaction.completion]))
             whole.append(extend(answered, ROLE_KEYS["user"], texts[interaction.followup]))
             before, _, turn = str(interaction.id).rpartition(":")
             ids.append(extend(0, texts[before], int(turn) if turn.isdecimal() else texts[turn]))
@@ -117,7 +123,18 @@ class RecordKeys:
                 self._add("id_names", [texts[before]], number)
         self._add("prompts", prompts, number)
         self._add("histories", histories, number)
-        self._add_rows(whole, ids, first)
+        self._add_rows((whole, ids, answers), first)
+
+    def add_cut(self, conversation: Conversation) -> None:
+        """Adds the last answer of a conversation as one that was cut off: where it stands in another record too,
+        with the user's reply and no word of its end, it is in no interaction."""
+        messages = [*conversation.messages, {"role": "user", "content": "-"}]
+        found = extract_interactions(replace(conversation, messages=messages, answer_fields={}, id="-"))
+        if found and conversation.messages[-1]["content"] == found[-1].completion:
+            said = [message for message in found[-1].prompt if message["role"] != "system"]
+            keys = _histories([*said, conversation.messages[-1]])
+            self._add("cut", keys[-1:], _NO_RECORD)
+            self._add("cut_marks", keys[:1], _NO_RECORD)
 
     def add_light(self, name: str, messages: list[dict], first: int, number: int) -> int | None:
         """Adds the marks of a light record; returns `LightRecord.rest`.
@@ -139,14 +156,15 @@ class RecordKeys:
         answer = answer[0] if isinstance(answer, list) else answer
         histories = _histories([*row["prompt"], answer, row["user_response"]])
         first = 1 if row["prompt"][0]["role"] == "system" else 0
-        prompts = _histories(row["prompt"][first:])[::2] if first else histories[:-2:2]
+        said = _histories([*row["prompt"][first:], answer]) if first else histories[:-1]
+        prompts, answers = said[::2], said[1::2]
         if record.rest is not None:
             histories.append(extend(histories[-1], ROLE_KEYS["assistant"], record.rest))
         name = self._begin(row["conversation_id"], histories, record.number)
         self._add("prompts", prompts[:1], record.number)
         self._add("histories", prompts, record.number)
         ids = [extend(0, name, turn) for turn in range(len(prompts))]
-        self._add_rows(histories[first + 2 :: 2], ids, record.first)
+        self._add_rows((histories[first + 2 :: 2], ids, answers), record.first)
 
     def add_time(self, conversation: Conversation, number: int) -> None:
         """Adds the time of a record, if its facts have it."""
@@ -165,8 +183,8 @@ class RecordKeys:
         found.extend(keys)
         numbers.extend([number] * (len(found) - len(numbers)))
 
-    def _add_rows(self, whole: list[int], ids: list[int], first: int) -> None:
-        for name, keys in zip(OF_ROWS, (whole, ids)):
+    def _add_rows(self, lists: tuple[list[int], ...], first: int) -> None:
+        for name, keys in zip(OF_ROWS, lists):
             self.keys[name].extend(keys)
             self.numbers[name].extend(range(first, first + len(keys)))
 
@@ -213,7 +231,7 @@ class Merged:
         families: for each record, the number of the first record of its family (see the module).
         following: for each record, the number of the next record of its conversation; for the last, the
             number of all records.
-        left_out: for each interaction, 1 if it is not to be written.
+        left_out: for each interaction, `TWICE` or `CUT_OFF` if it is not to be written for that, else 0.
         kept: for the first record of each conversation, how many interactions are written; else 0.
         renamed: the kept interactions whose id an earlier one has already.
     """
@@ -257,7 +275,9 @@ def merge(keys: Keys, starts: array, single: bytearray, *, join: bool = True) ->
     if join:
         _join_longer(keys, starts, single, conversations, left_out)
         for _, interaction in _repeated(keys, "interactions", interactions, left_out):
-            left_out[interaction] = 1
+            left_out[interaction] = TWICE
+        for interaction in _cut_off(keys, interactions):
+            left_out[interaction] = left_out[interaction] or CUT_OFF
     renamed = {number for _, number in _repeated(keys, "ids", interactions, left_out)}
 
     families = array("I", conversations)
@@ -274,7 +294,7 @@ def merge(keys: Keys, starts: array, single: bytearray, *, join: bool = True) ->
             if sets[record] != record:
                 sets[record] = _first(sets, record)
         first, start, end = conversations[record], starts[record], starts[record + 1]
-        kept[first] += end - start - left_out.count(1, start, end)
+        kept[first] += left_out.count(0, start, end)
         if first != record:
             following[latest[first]] = record
             latest[first] = record
@@ -293,7 +313,16 @@ def _join_longer(keys: Keys, starts: array, single: bytearray, conversations: ar
             for key, record in _pairs(keys("messages", 0, 1)):
                 if key in part_of_longer:
                     start, end = starts[record], starts[record + 1]
-                    left_out[start:end] = b"\1" * (end - start)
+                    left_out[start:end] = bytes([TWICE]) * (end - start)
+
+
+def _cut_off(keys: Keys, interactions: int) -> Iterator[int]:
+    """The interactions with an answer that a record says was cut off."""
+    parts = _parts(interactions)
+    for part in range(parts):
+        cut = {key for key, _ in _pairs(keys("cut", part, parts))}
+        if cut:
+            yield from (number for key, number in _pairs(keys("answers", part, parts)) if key in cut)
 
 
 def find_related(keys: Keys, records: int) -> bytearray:

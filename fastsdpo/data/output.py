@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from fastsdpo.data.answers import CUT
 from fastsdpo.data.filters import ConversationFilter
 from fastsdpo.data.interactions import Interaction
 from fastsdpo.data.json_codec import encode, encode_message
-from fastsdpo.data.merging import Merged
+from fastsdpo.data.merging import CUT_OFF, TWICE, Merged
 from fastsdpo.data.spool import Spool
 
 
@@ -31,7 +32,7 @@ class PrepareReport:
         duplicate_interactions: how many interactions were left out because an equal one (same prompt, answer
             and follow-up), or a longer record of the same conversation, is there.
         left_out: how many follow-ups of kept records are in no interaction, by reason; counted before
-            records are merged.
+            records are merged, but for those to an answer of which another record says that it was cut off.
         formats: how many records were read, by the name of their layout.
         rating_followups: how many interactions have a text for a rating as follow-up; counted before merging.
         sizes: the sizes of the files in bytes.
@@ -157,12 +158,14 @@ def write_outputs(
     """
     merged = spool.merge(join=order is None)
     kept = merged.kept  # of each conversation, which the number of its first record stands for
+    if cut_off := merged.left_out.count(CUT_OFF):
+        result.left_out[CUT] = result.left_out.get(CUT, 0) + cut_off
     if order is None:
         order = array("I", (record for record in range(len(kept)) if kept[record]))
-        result.merged_records = len(kept) - len(order)
+        result.merged_records = len(kept) - len(order) - (_count_cut_whole(spool, merged) if cut_off else 0)
         if rules.shuffle:
             random.Random(seed).shuffle(order)
-    result.duplicate_interactions = sum(merged.left_out)
+    result.duplicate_interactions = merged.left_out.count(TWICE)
     order = _wanted(order, kept, rules, result)
     if not order:
         raise NothingKept
@@ -170,7 +173,7 @@ def write_outputs(
         order, held_out = _from_then_on(merged, order, spool.times(), eval_after, result)
     else:
         held_out = _held_out(merged.families, order, eval_fraction, seed)
-    changed = result.duplicate_interactions or merged.renamed
+    changed = any(merged.left_out) or merged.renamed
     if order and len(outputs) == 1 and not changed and order == array("I", range(len(kept))):
         result.conversations, result.interactions = len(order), sum(kept)
         rows = spool.release_rows()
@@ -190,6 +193,18 @@ def write_outputs(
                 files[0].write(data)
                 result.conversations += 1
                 result.interactions += kept[conversation]
+
+
+def _count_cut_whole(spool: Spool, merged: Merged) -> int:
+    """How many conversations have nothing left, as their answers were cut off."""
+    starts, own = spool.starts, merged.conversations
+    return sum(
+        1
+        for record in range(len(own))
+        if own[record] == record
+        and not merged.kept[record]
+        and merged.left_out.find(CUT_OFF, starts[record], starts[record + 1]) >= 0
+    )
 
 
 def _wanted(order: array, kept: array, rules: ConversationFilter, result: PrepareReport) -> array:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastsdpo.data.answers import RatingFollowups
+from fastsdpo.data.answers import CUT, RatingFollowups
 from fastsdpo.data.filters import NO_TIME, ConversationFilter
 from fastsdpo.data.interactions import Conversation, Interaction, extract_interactions
 from fastsdpo.data.json_codec import encode_message
@@ -185,7 +185,9 @@ class BatchReader:
         rules = self._options.rules
         if self._hook is not None:
             conversation = self._hook.redact(conversation, report.where)
-        said = conversation.messages
+        said, last = conversation.messages, len(conversation.messages) - 1
+        if conversation.answer_fields.get(last, {}).get("left_out") == CUT and not conversation.single:
+            batch.keys.add_cut(conversation)
         if self._options.rating_followups is not None:
             conversation = self._options.rating_followups.apply(conversation)
         reason = rules.reason_to_drop(conversation)

@@ -93,8 +93,8 @@ def test_a_streamed_answer_is_one_text(prepared, name):
 TEXT = {"role": "assistant", "content": A1}
 AI = {"type": "ai", "content": A1, "response_metadata": {"finish_reason": "length"}}
 CUT = {
-    "a stream without an end": sse(anthropic(FIRST, end=None)),
-    "a stream of responses without an end": responses(FIRST, end=None),
+    "a stream without an end": sse(anthropic(A1, end=None)),
+    "a stream of responses without an end": responses(A1, end=None),
     "chunks": chunks(A1, end="length"),
     "gemini": gemini(A1, end="MAX_TOKENS"),
     "ollama stream": ollama(A1, done_reason="length"),
@@ -116,17 +116,16 @@ CUT = {
 @pytest.mark.parametrize("name", CUT)
 def test_an_answer_that_was_cut_is_left_out(prepared, name):
     done = prepared([rated(CUT[name]), {"messages": chat(*SAID)}], "--rating-followup", "down=No.")
-    assert [row["prompt"][0]["content"] for row in done.rows if row["user_response"]["content"] == "No."] == []
-    assert done.report["left_out"] == {}, "a rating is no follow-up to it"
+    assert shown(done.rows) == EXPECTED[1:], "neither with the rating nor with the reply that another record has"
+    assert done.report["left_out"] == {"to an answer that was cut off": 1}
 
 
-def test_the_ends_of_spans_and_vllm(prepared):
+def test_the_ends_of_spans(prepared):
     ends = {"gen_ai.response.finish_reasons": ["length"]}
     messages = {"gen_ai.input.messages": chat(U1), "gen_ai.output.messages": [TEXT]}
     score = [{"name": "user feedback", "result": {"label": "down"}}]
-    spans = [{"attributes": {**messages, **more}, "annotations": score} for more in ({}, ends)]
-    done = prepared(spans, "--rating-followup", "down=No.")
-    assert len(done.rows) == 1 and done.report["damaged"] == {"no follow-up": 1}
+    done = prepared([{"attributes": {**messages, **ends}, "annotations": score}], "--rating-followup", "down=No.")
+    assert done.status == 1 and "damaged           1 no follow-up" in done.table
 
 
 @pytest.mark.parametrize(
@@ -163,3 +162,27 @@ def test_a_graph_gives_its_whole_state(prepared, system):
 def test_ids_of_blocks_are_no_text(prepared):
     done = prepared([{"messages": [{"role": m["role"], "blocks": [f"id-{n}"]} for n, m in enumerate(chat(*SAID))]}])
     assert done.status == 1 and "must have 'content', got the ids of its blocks alone" in done.table
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_a_call_says_of_its_answer_counts_for_the_later_ones(prepared, system, order):
+    """The first answer was cut off, which only its own call says; another conversation has the same one whole."""
+    calls = [
+        {
+            "request": {"messages": [*system, *chat(*SAID[:n])]},
+            "response": {"choices": [{"message": {"role": "assistant", "content": SAID[n]}, "finish_reason": end}]},
+        }
+        for n, end in ((1, "length"), (3, "stop"))
+    ]
+    calls += [{"messages": [*system, *chat(*SAID)]}, {"messages": chat("Another?", *SAID[1:3])}]
+    done = prepared(calls[::order], preset="default")
+    assert sorted(shown(done.rows)) == [(["Another?"], *SAID[1:3]), EXPECTED[1]]
+    assert done.report["left_out"] == {"to an answer that was cut off": 1}
+    assert done.report["merged_records"] == 1 and done.report["duplicate_interactions"] == 1
+
+
+def test_a_conversation_of_a_cut_answer_alone_is_not_merged(prepared):
+    cut = {"request": {"messages": chat(U1)}, "response": {"message": TEXT, "finish_reason": "length"}}
+    done = prepared([cut, {"messages": chat(*SAID[:3])}, {"messages": chat("Another?", *SAID[1:3])}])
+    assert shown(done.rows) == [(["Another?"], *SAID[1:3])] and done.report["merged_records"] == 0
