@@ -11,7 +11,7 @@ from typing import Any
 from fastsdpo.data.interactions import Conversation
 from fastsdpo.data.layouts import INTERACTION_KEYS, MESSAGE_KEYS
 from fastsdpo.data.messages import SYSTEM_KEYS
-from fastsdpo.data.times import TIME_KEYS, first_time
+from fastsdpo.data.times import TIME_NAMES, first_time
 
 # Where a record says by which model it was made.
 MODEL_KEYS = ("model", "model_name")
@@ -74,7 +74,7 @@ def json_value(value: Any, depth: int = 0) -> Any:
 
 # What rules can ask of a record, under the names that `Conversation.facts` has.
 FACTS: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
-    "time": (record_time, TIME_KEYS),
+    "time": (record_time, tuple(TIME_NAMES)),
     "model": (record_model, MODEL_KEYS),
     "toxic": (lambda record: record_mark(record, "toxic"), ("toxic",)),
     "redacted": (lambda record: record_mark(record, "redacted"), ("redacted",)),

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastsdpo.data.json_records import COMPRESSIONS, json_records
 from fastsdpo.data.readers.registry import RecordParser
-from fastsdpo.data.readers.tables import PartsOfFiles, group_rows
+from fastsdpo.data.readers.tables import RowStore, group_rows
 from fastsdpo.data.records import Entry, LoadReport, Problem
 from fastsdpo.data.text_records import TABLE_SUFFIXES, is_vllm_log, table_records, vllm_log_records
 from fastsdpo.lazy import needed
@@ -101,21 +101,22 @@ def read_sources(
     sizes = [item.stat().st_size if isinstance(item, Path) else 0 for item in items]
     if all(isinstance(item, Path) and item.is_file() for item in items):
         report.bytes_total = sum(sizes)
-    parts = None if parser is None or len(items) == 1 else PartsOfFiles(parser)
-    for number, item in enumerate(items):
-        report.source = number
-        before = sum(sizes[:number])
+    parser_of_rows = RecordParser() if parser is None else parser
+    with RowStore(parser_of_rows) as store:
+        for number, item in enumerate(items):
+            report.source = number
+            before = sum(sizes[:number])
 
-        def progress(done: int, before: int = before) -> None:
-            report.bytes_done = before + done
+            def progress(done: int, before: int = before) -> None:
+                report.bytes_done = before + done
 
-        if isinstance(item, str) or item.is_dir():
-            entries = dataset_records(item, config, split)
-        else:
-            entries = _file_records(item, progress, max_record_bytes, columns, parser or RecordParser())
-        entries = entries if parser is None else group_rows(entries, parser.row_key)
-        yield from entries if parts is None else (parts.check(entry, str(item)) for entry in entries)
-        report.bytes_done = before + sizes[number]
+            if isinstance(item, str) or item.is_dir():
+                entries = dataset_records(item, config, split)
+            else:
+                entries = _file_records(item, progress, max_record_bytes, columns, parser_of_rows)
+            yield from entries if parser is None else group_rows(entries, parser.row_key, store)
+            report.bytes_done = before + sizes[number]
+        yield from store.conversations()
 
 
 def _file_records(

@@ -1,11 +1,12 @@
 """Reads tables with a message, or a question and its answer, in each row: a conversation's rows become one record.
 
 Rows of a conversation need not stand together. They are kept in a temporary database on the disk (`sqlite3`, in
-the folder for temporary files) until the file has been read. Then they come out conversation by conversation, in
+the folder for temporary files) until all files have been read. Then they come out conversation by conversation, in
 the order of their times or else of the file; memory holds one conversation at a time.
 
-Where a row cannot be read, or stands in another file, what was said before an answer is not known. So a conversation
-that may have lost a row is left out, and so is a part of one that began in a file before.
+A conversation goes on in another file if its rows there are later, and its id is none that a counter gives, which
+may name another conversation there. Otherwise what was said before an answer is not known, and that part is left
+out. So is a conversation of which a row cannot be read.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from __future__ import annotations
 import itertools
 import json
 import operator
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastsdpo.data.answers import NOTE_KEYS
 from fastsdpo.data.interactions import Conversation
@@ -25,6 +27,7 @@ from fastsdpo.data.readers.trees import named
 from fastsdpo.data.readers.values import CONVERSATION_ID_KEYS, conversation, decoded, identifier
 from fastsdpo.data.record_fields import record_time
 from fastsdpo.data.records import Entry, Problem
+from fastsdpo.data.times import oldest_first
 
 # The columns of such a table, by the names that they go by.
 ID_COLUMNS = (
@@ -115,18 +118,18 @@ def read_table(record: GroupedRows, all_branches: bool) -> Iterator[Conversation
     yield conversation(messages, "rows", conversation_id=record["name"], language=first.get("language"), system=system)
 
 
-def group_rows(entries: Iterable[Entry], find_key: Callable[[Any], RowKey | None]) -> Iterator[Entry]:
-    """Yields a file's entries; if its first record is one message, it yields one record for each conversation.
+def group_rows(entries: Iterable[Entry], find_key: Callable[[Any], RowKey | None], store: RowStore) -> Iterator[Entry]:
+    """Yields a file's entries; if its first record is one message, its rows go to the store.
 
     Args:
         find_key: takes the first record, and returns a function record -> conversation id, or None if records
             are not single messages.
     """
     entries = iter(entries)
-    store, gap = None, False
+    store.begin_file()
     for entry in entries:
         if entry.problem is not None:
-            gap = True
+            store.add_gap()
             yield entry
             continue
         key = find_key(entry.record)
@@ -134,26 +137,31 @@ def group_rows(entries: Iterable[Entry], find_key: Callable[[Any], RowKey | None
             yield entry
             yield from entries
             return
-        store = _RowStore(key)
-        if gap:
-            store.add_gap()
-        if (problem := store.add(entry)) is not None:
+        if (problem := store.add(entry, key)) is not None:
             yield problem
         break
-    if store is None:
+    else:
         return
-    with store:
-        for entry in entries:
-            if entry.problem is not None:
-                store.add_gap()
-                yield entry
-            elif (problem := store.add(entry)) is not None:
-                yield problem
-        yield from store.conversations()
+    for entry in entries:
+        if entry.problem is not None:
+            store.add_gap()
+            yield entry
+        elif (problem := store.add(entry, key)) is not None:
+            yield problem
 
 
-class PartsOfFiles:
-    """Finds conversations whose rows stand in several files, which are read one at a time.
+class _Part(NamedTuple):
+    """The rows of a conversation in one file: its place, the rows in order, their times or None, their numbers."""
+
+    where: str
+    rows: list[Any]
+    times: list[float] | None
+    first: int
+    last: int
+
+
+class RowStore:
+    """Rows of files that are read one after another, on the disk. It is a context manager.
 
     Args:
         parse: record -> conversations.
@@ -161,59 +169,17 @@ class PartsOfFiles:
 
     def __init__(self, parse: Callable[[Any], Iterable[Conversation]]):
         self._parse = parse
-        self._begun: dict[int, tuple[int, str]] = {}  # by the name's hash: that of the first message, the file
-
-    def check(self, entry: Entry, file: str) -> Entry:
-        """Returns the entry; with a problem where the rows of its conversation go on from those in another file."""
-        if not isinstance(entry.record, GroupedRows):
-            return entry
-        name, first = entry.record["name"], self._first(entry.record)
-        begun, other = self._begun.setdefault(hash(name), (first, file))
-        if other == file or begun == first:  # it begins there anew: it may be there twice
-            return entry
-        text = (
-            f"conversation {name!r:.60} has rows in {other} too; put the rows of a conversation into one file, or "
-            "prepare each file alone if they number their conversations anew"
-        )
-        return Entry(entry.where, None, Problem("rows in several files", text))
-
-    def _first(self, record: GroupedRows) -> int:
-        """A hash of the first message that is no system message."""
-        try:
-            for conversation in self._parse(GroupedRows(name=record["name"], rows=record["rows"][:4])):
-                said = (m for m in conversation.messages if m["role"] != "system")
-                return hash(tuple((m["role"], m["content"].strip()) for m in itertools.islice(said, 1)))
-        except (TypeError, ValueError):
-            pass
-        return 0
-
-
-def _in_time(record: GroupedRows) -> GroupedRows:
-    """The rows of a conversation in the order of their times, if all have one; else as they are."""
-    times = [time for row in record["rows"] if (time := record_time(row)) is not None]
-    if len(times) == len(record["rows"]) and times != sorted(times):
-        latest_first = times == sorted(times, reverse=True)
-        pairs = zip(times, record["rows"])
-        pairs = reversed([*pairs]) if latest_first else pairs
-        record["rows"] = [row for _, row in sorted(pairs, key=lambda pair: pair[0])]
-    return record
-
-
-class _RowStore:
-    """Rows on the disk, by conversation."""
-
-    def __init__(self, key: RowKey):
-        import sqlite3
-
-        self._key = key
-        self._number = 0
+        self._number = self._file = 0
         self._gaps: list[int] = []  # the numbers of the rows before which a damaged one stood
-        self._database = sqlite3.connect("")  # a temporary file, gone when it is closed
-        self._database.execute("CREATE TABLE row (name TEXT, number INTEGER, place TEXT, data TEXT)")
+        self._database: Any = None
 
-    def add(self, entry: Entry) -> Entry | None:
+    def begin_file(self) -> None:
+        """Notes that what is added from now on is of the next file."""
+        self._file += 1
+
+    def add(self, entry: Entry, key: RowKey) -> Entry | None:
         """Keeps a row; an entry with the problem where it names no conversation."""
-        name = self._key(entry.record) if isinstance(entry.record, Mapping) else None
+        name = key(entry.record) if isinstance(entry.record, Mapping) else None
         if name is None:
             return Entry(entry.where, None, Problem("wrong layout", "a row must name its conversation"))
         try:  # dates and the like are no types of JSON; they are not read
@@ -221,7 +187,13 @@ class _RowStore:
         except (TypeError, ValueError, RecursionError) as error:
             self.add_gap()
             return Entry(entry.where, None, Problem("wrong layout", f"a row must be JSON: {error}"))
-        self._database.execute("INSERT INTO row VALUES (?, ?, ?, ?)", (name, self._number, entry.where, data))
+        if self._database is None:
+            import sqlite3
+
+            self._database = sqlite3.connect("")  # a temporary file, gone when it is closed
+            self._database.execute("CREATE TABLE row (name TEXT, number INTEGER, file INTEGER, place TEXT, data TEXT)")
+        values = (name, self._number, self._file, entry.where, data)
+        self._database.execute("INSERT INTO row VALUES (?, ?, ?, ?, ?)", values)
         self._number += 1
         return None
 
@@ -230,27 +202,85 @@ class _RowStore:
         if self._number not in self._gaps[-1:]:
             self._gaps.append(self._number)
 
-    def _entry(self, where: str, record: GroupedRows, first: int, last: int) -> Entry:
-        """The record of the rows with these numbers, or a problem where one of them may be missing."""
-        gap = bisect_left(self._gaps, first)
-        if gap < len(self._gaps) and self._gaps[gap] <= last:
-            return Entry(where, None, Problem("a row may be missing", "a damaged row may be of this conversation"))
-        return Entry(where, _in_time(record))
-
     def conversations(self) -> Iterator[Entry]:
         """A record for each conversation, in the order of their first rows."""
+        if self._database is None:
+            return
         self._database.execute("CREATE INDEX by_name ON row (name, number)")
-        rows = self._database.execute(
-            "SELECT row.name, first, number, place, data FROM row JOIN "
+        found = self._database.execute(
+            "SELECT row.name, first, number, file, place, data FROM row JOIN "
             "(SELECT name, MIN(number) AS first FROM row GROUP BY name) AS named USING (name) ORDER BY first, number"
         )
-        for name, group in itertools.groupby(rows, key=operator.itemgetter(0)):
-            places = [*group]
-            record = GroupedRows(name=name, rows=[json.loads(data) for *_, data in places])
-            yield self._entry(places[0][3], record, places[0][1], places[-1][2])
+        for name, of_name in itertools.groupby(found, key=operator.itemgetter(0)):
+            parts = []
+            for _, of_file in itertools.groupby(of_name, key=operator.itemgetter(3)):
+                rows = [*of_file]
+                ordered, times = _in_time([json.loads(data) for *_, data in rows])
+                parts.append(_Part(rows[0][4], ordered, times, rows[0][2], rows[-1][2]))
+            yield from self._entries(name, parts)
 
-    def __enter__(self) -> _RowStore:
+    def _entries(self, name: str, parts: list[_Part]) -> Iterator[Entry]:
+        """The records of a conversation with rows in these files: one, where the rows go on from file to file."""
+        if len(parts) > 1 and all(part.times for part in parts):
+            parts.sort(key=lambda part: part.times or [])
+        whole, begun, problems = parts[0], self._first(name, parts[0]), []
+        for part in parts[1:]:
+            if whole.times and part.times and whole.times[-1] < part.times[0] and _is_unique(name):
+                numbers = (min(whole.first, part.first), max(whole.last, part.last))
+                whole = _Part(whole.where, whole.rows + part.rows, whole.times + part.times, *numbers)
+            elif self._first(name, part) == begun:  # it begins there anew: it may be there twice
+                problems.append(self._entry(name, part))
+            else:
+                text = (
+                    f"conversation {name!r:.60} has rows in another file too ({parts[0].where}), and times and id do "
+                    "not say that these go on from there; put the rows of a conversation into one file, or prepare "
+                    "each file alone if they number their conversations anew"
+                )
+                problems.append(Entry(part.where, None, Problem("rows in several files", text)))
+        yield self._entry(name, whole)
+        yield from problems
+
+    def _entry(self, name: str, part: _Part) -> Entry:
+        """The record of the rows, or a problem where one of them may be missing."""
+        gap = bisect_left(self._gaps, part.first)
+        if gap < len(self._gaps) and self._gaps[gap] <= part.last:
+            text = "a damaged row may be of this conversation"
+            return Entry(part.where, None, Problem("a row may be missing", text))
+        return Entry(part.where, GroupedRows(name=name, rows=part.rows))
+
+    def _first(self, name: str, part: _Part) -> tuple[str, str] | None:
+        """The first message that is no system message."""
+        try:
+            for conversation in self._parse(GroupedRows(name=name, rows=part.rows[:4])):
+                said = ((m["role"], m["content"].strip()) for m in conversation.messages if m["role"] != "system")
+                return next(said, None)
+        except (TypeError, ValueError):
+            pass
+        return None
+
+    def __enter__(self) -> RowStore:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._database.close()
+        if self._database is not None:
+            self._database.close()
+
+
+def _in_time(rows: list[Any]) -> tuple[list[Any], list[float] | None]:
+    """The rows of a conversation in the order of their times, and these; as they are, and None, if one has none."""
+    times = [time for row in rows if (time := record_time(row)) is not None]
+    if len(times) < len(rows):
+        return ([*oldest_first(rows)] if not times else rows), None
+    pairs = [*zip(times, rows)]
+    if times[0] > times[-1] and times == sorted(
+        times, reverse=True
+    ):  # so that those of the same time are turned around too
+        pairs.reverse()
+    pairs.sort(key=lambda pair: pair[0])
+    return [row for _, row in pairs], [time for time, _ in pairs]
+
+
+def _is_unique(name: str) -> bool:
+    """Whether no counter gives such an id (a UUID, a time), so that in another file it means the same conversation."""
+    runs = re.findall(r"[a-z]+|[A-Z]+|[1-9]\d*", name)
+    return len(runs) >= 8 or sum(len(run) for run in runs if run.isdigit()) >= 8
