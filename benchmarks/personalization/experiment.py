@@ -107,6 +107,10 @@ CONDITIONS: dict[str, Condition] = {
     "paper, our template": Condition(
         "the paper's objective at our rate, template note", recipe={**SAMPLED, "template": PERSONAL["template"]}
     ),
+    "paper, our template, frozen": Condition(
+        "the paper's objective at our rate, template note, frozen teacher",
+        recipe={**SAMPLED, "template": PERSONAL["template"], "teacher": "frozen"},
+    ),
     "sft": Condition("the answers themselves, more likely", recipe=BASELINE, advantages="sft"),
     "unlikely tokens": Condition(
         "unlikely tokens of the answers that broke the rule, less likely", recipe=BASELINE, advantages="unlikely"
