@@ -549,6 +549,13 @@ def gradient_kernel(
 
 
 @triton.jit
+def renormalized(c, k):
+    """Log2-probs of the classes alone, however unlikely they are together; -inf stays -inf."""
+    u = (c - tl.max(c, 0)) * k
+    return u - tl.log2(tl.sum(tl.exp2(u), 0))
+
+
+@triton.jit
 def classes_of(
     row_ptr, ids, target, keep, live, m, z, j, topk, k, cap,
     TAIL: tl.constexpr, HAS_CAP: tl.constexpr, FAST: tl.constexpr,
@@ -559,11 +566,12 @@ def classes_of(
     top = tl.maximum(m, tl.max(c, 0))
     u = tl.where(j == topk, (m - top) * k + tl.log2(z), (c - top) * k)
     whole = tl.log2(tl.sum(tl.exp2(u), 0))
-    over = whole
-    if not TAIL:
-        over = tl.log2(tl.sum(tl.where(j < topk, tl.exp2(u), 0.0), 0))
     of_target = load_logit(row_ptr + target, live, cap, HAS_CAP, FAST)
-    return u - over, log_prob(of_target, top, whole, k)
+    if TAIL:
+        u -= whole
+    else:
+        u = renormalized(c, k)
+    return u, log_prob(of_target, top, whole, k)
 
 
 @triton.jit
@@ -614,11 +622,11 @@ def topk_finish_kernel(
         w, teacher = classes_of(t, ids, target, keep, live, tm, tz, j, topk, k, cap, TAIL, HAS_CAP, FAST)
     else:
         given = tl.load(given_ptr + row * topk + j, mask=keep, other=NEG_INF)
-        total = tl.sum(tl.exp2(given * LOG2E), 0)
+        w = given * LOG2E
         if TAIL:
-            w = tl.where(j == topk, tl.log2(tl.maximum(1.0 - total, 0.0)), given * LOG2E)
+            w = tl.where(j == topk, tl.log2(tl.maximum(1.0 - tl.sum(tl.exp2(w), 0), 0.0)), w)
         else:
-            w = given * LOG2E - tl.log2(total)
+            w = renormalized(w, 1.0)
         hit = keep & (ids == target)
         teacher = tl.sum(tl.where(hit, given, 0.0), 0)
         teacher = tl.where(tl.sum(hit.to(tl.int32), 0) > 0, teacher, float("nan"))

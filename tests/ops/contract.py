@@ -442,6 +442,20 @@ class Edges(Contract):
         scale = 2e-6 * 1000 * float(want.per_token_loss)
         torch.testing.assert_close(grad.double(), want.grad, rtol=2e-5, atol=scale)
 
+    @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+    def test_a_support_that_the_teacher_hardly_has_is_renormalized(self, alpha):
+        """Its log-probs there are -1400 and below; of one class alone there is no divergence."""
+        teacher = torch.tensor([[1.0, 0.5, 700.0, 0.0, -3.0, 2.0]])
+        case = Rows(torch.tensor([[3.0, 2.5, 0.0, 1.0, -1.0, 0.5]]), teacher, torch.tensor([3]), torch.ones(1))
+        logps = torch.log_softmax(teacher.double() / 0.5, -1)
+        for topk in (1, 3):
+            options = {"mode": "topk", "topk": topk, "add_tail": False, "alpha": alpha, "temperature": 0.5}
+            want, ids = self.oracle(case, **options), case.student.topk(topk).indices
+            given = {**options, "topk": None, "teacher_topk": (ids, logps.gather(1, ids).float())}
+            for out, grad in (self.run(case, **options), self.run(replace(case, teacher=None), **given)):
+                torch.testing.assert_close(out.per_token_loss.double(), want.per_token_loss, rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(grad.double(), want.grad, rtol=1e-3, atol=1e-3)
+
 
 class Layouts(Contract):
     """Strides, gradients in place, memory beyond 2^31 elements; the same bits again and for rows alone."""

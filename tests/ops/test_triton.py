@@ -33,6 +33,7 @@ class TestSample(Triton):
     test_ignored_rows = contract.Edges.test_ignored_rows_may_hold_nan
     test_nothing_to_learn_from = contract.Edges.test_nothing_to_learn_from_gives_zero
     test_a_certain_token = contract.Edges.test_a_certain_token_has_probability_one_to_the_last_bit
+    test_a_support_hardly_had = contract.Edges.test_a_support_that_the_teacher_hardly_has_is_renormalized
     test_a_slice = contract.Layouts.test_a_slice_gives_the_same
     test_in_place = contract.Layouts.test_a_gradient_in_place_lies_in_the_logits
 
