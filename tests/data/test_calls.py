@@ -186,3 +186,24 @@ def test_a_conversation_of_a_cut_answer_alone_is_not_merged(prepared):
     cut = {"request": {"messages": chat(U1)}, "response": {"message": TEXT, "finish_reason": "length"}}
     done = prepared([cut, {"messages": chat(*SAID[:3])}, {"messages": chat("Another?", *SAID[1:3])}])
     assert shown(done.rows) == [(["Another?"], *SAID[1:3])] and done.report["merged_records"] == 0
+
+
+def listed(*said, **more):
+    data = [{"thread_id": "T", **m, **{key: value(n) for key, value in more.items()}} for n, m in enumerate(said)]
+    return {"object": "list", "data": data[::-1], "has_more": False}
+
+
+@pytest.mark.parametrize(
+    ("records", "kept", "said"),
+    [
+        ([listed(*chat(*SAID), created_at=lambda n: 1767225600 + n)], EXPECTED, "openai"),
+        ([listed(*chat(*SAID))], [], "data are messages without times, which an API may list from the newest on"),
+        ([{"custom_id": "a", "params": {"messages": chat(*SAID)}, "result": {"message": TEXT}}], EXPECTED, "batch"),
+        ([{"custom_id": "a", "result": {"message": TEXT}}], [], "put the params of the input line with the same"),
+        ([{"recordId": "a", "modelInput": {"messages": chat(*SAID)}, "modelOutput": TEXT}], EXPECTED, "proxy"),
+        ([{"RequestBody": json.dumps({"messages": chat(*SAID)}), "ResponseBody": ""}], EXPECTED, "proxy"),
+    ],
+)
+def test_lists_and_batches(prepared, records, kept, said):
+    done = prepared(records)
+    assert shown(by_length(done.rows)) == kept and said in done.table

@@ -87,3 +87,34 @@ def test_the_newest_first(tmp_path, written, column):
 def test_an_order_that_is_not_known_stays(times):
     messages = [{"date": time, "content": str(n)} for n, time in enumerate(times)]
     assert oldest_first(messages) == messages
+
+
+TURNS = [
+    {"t": LONG, "when": day, "in": {"text": q}, "out": [a]} for day, q, a in zip(DAYS, SAID[::2], [*SAID[1::2], ""])
+]
+HOOK = """
+def read(records):
+    return [{"role": role, "content": text} for r in records for role, text in r["said"].items()]
+
+read.conversation_id = lambda record: record["t"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("records", "argv"),
+    [
+        (TURNS, ["--map", "question=in.text,answer=out.0,conversation_id=t"]),
+        ([{"c": TURNS}], ["--map", "messages=c,question=in.text,answer=out.0"]),
+        ([{"t": LONG, "said": {m["role"]: m["content"]}} for m in rows()], ["--reader", "own_rows:read"]),
+    ],
+)
+def test_rows_by_the_users_own_account(prepared, tmp_path, monkeypatch, records, argv):
+    (tmp_path / "own_rows.py").write_text(HOOK)
+    monkeypatch.chdir(tmp_path)
+    done = prepared(records, *argv)
+    assert shown(done.rows) == EXPECTED, done.error + done.table
+
+
+def test_a_question_needs_an_answer(prepared):
+    done = prepared(TURNS, "--map", "question=in.text")
+    assert done.status == 1 and "--map: question and answer must be given together" in done.error

@@ -89,8 +89,17 @@ def session(record: Any) -> str | None:
     return found
 
 
-REQUESTS = ("request", "request_body", "requestBody", "req", "full_request")
-RESPONSES = ("response", "response_body", "responseBody", "resp", "res", "full_response")
+REQUESTS = ("request", "request_body", "requestBody", "RequestBody", "req", "full_request", "modelInput")
+RESPONSES = (
+    "response",
+    "response_body",
+    "responseBody",
+    "ResponseBody",
+    "resp",
+    "res",
+    "full_response",
+    "modelOutput",
+)
 
 
 def is_proxy(record: Mapping) -> bool:
@@ -156,21 +165,23 @@ def read_stored(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
 
 
 def is_batch(record: Mapping) -> bool:
-    return "custom_id" in record and ("body" in record or "response" in record)
+    return "custom_id" in record and not {"body", "response", "params", "result"}.isdisjoint(record)
 
 
 def read_batch(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
-    """Reads a line of an OpenAI batch file: the input's `body`, with the output's `response` if both are there."""
-    if not as_mapping(record.get("body")):
+    """Reads a line of a batch's input, with the output's if both are there: `body` and `response` of OpenAI, `params`
+    and `result` of Anthropic."""
+    sent, back = ("params", "result") if {"params", "result"} & record.keys() else ("body", "response")
+    if not as_mapping(record.get(sent)):
         raise ValueError(
-            "a line of a batch's output has no prompt; put the body of the input line with the same custom_id "
-            "beside it as 'body'"
+            f"a line of a batch's output has no prompt; put the {sent} of the input line with the same custom_id "
+            f"beside it as {sent!r}"
         )
     yield call(
-        record.get("body"),
-        record.get("response"),
-        names=("body", "response"),
-        conversation_id=session(record) or session(as_mapping(record.get("body"))),
+        record.get(sent),
+        record.get(back),
+        names=(sent, back),
+        conversation_id=session(record) or session(as_mapping(record.get(sent))),
         record_id=identifier(record, ("custom_id",)),
     )
 

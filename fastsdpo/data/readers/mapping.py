@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastsdpo.data.answers import rating_fields, read_turns, with_rating
+from fastsdpo.data.answers import NOTE_KEYS, rating_fields, read_turns, with_rating
 from fastsdpo.data.interactions import Conversation
 from fastsdpo.data.layouts import MESSAGE_KEYS
 from fastsdpo.data.messages import FILE_ROLES, SYSTEM_KEYS, parse_message, show
@@ -28,16 +28,29 @@ from fastsdpo.data.readers.values import (
     with_system,
 )
 
-NAMES = ("messages", "role", "content", "id", "conversation_id", "language", "system", "rating", "comment")
+NAMES = (
+    "messages",
+    "role",
+    "content",
+    "question",
+    "answer",
+    "id",
+    "conversation_id",
+    "language",
+    "system",
+    "rating",
+    "comment",
+)
 ROLE_NAMES = ("user", "assistant", "system", "tool")
 
 
 class FieldMap:
     """Says where a record has what: ``role=author.role,content=text,messages=chat.items``.
 
-    A path is keys and list indexes with dots between them. `role` and `content` are paths in a message, the
-    others in the record (`rating` and `comment` in either). ``role.user=customer|client`` says which speakers
-    are users. With `conversation_id` but without `messages`, a record is one message.
+    A path is keys and list indexes with dots between them. `role` and `content` are paths in a message, `question`
+    and `answer` in what has both; the others in the record (`rating` and `comment` in either).
+    ``role.user=customer|client`` says which speakers are users. With `conversation_id` but without `messages`, a
+    record is one message.
 
     Raises:
         ValueError: a part is not ``name=path``, or has an unknown name.
@@ -59,6 +72,8 @@ class FieldMap:
                 self.paths[name] = path
             else:
                 self.roles.update({speaker.strip().lower(): role for speaker in path.split("|")})
+        if len({"question", "answer"} & self.paths.keys()) == 1:
+            raise ValueError("--map: question and answer must be given together")
 
     def row_key(self, record: Any) -> Callable[[Any], str | None] | None:
         """Returns a function record -> conversation id if each record is one message; else None."""
@@ -78,7 +93,7 @@ class FieldMap:
         rows = isinstance(record, GroupedRows)
         about = record["rows"][0] if rows else record
         messages, name = (record["rows"], "rows") if rows else self._find_messages(record)
-        turns = read_turns([self._message(message, f"{name}[{n}]") for n, message in enumerate(messages)], name)
+        turns = read_turns([m for n, item in enumerate(messages) for m in self._said(item, f"{name}[{n}]")], name)
         if not rows and isinstance(about, Mapping):
             with_rating(turns, self._rating(about))
         system = {key: about[key] for key in SYSTEM_KEYS if isinstance(about, Mapping) and about.get(key)}
@@ -108,6 +123,17 @@ class FieldMap:
             if isinstance(messages, (list, tuple)):
                 return messages, key
         raise TypeError("--map: the record has no list of messages; say where it is with messages=PATH")
+
+    def _said(self, item: Any, name: str) -> Iterator[Any]:
+        """The messages of an item: itself, or the question and the answer in it."""
+        if "question" not in self.paths:
+            yield self._message(item, name)
+            return
+        if not isinstance(item, Mapping):
+            raise TypeError(f"{name}: must have a question and an answer, got {show(item)}")
+        yield {"role": "user", "content": walk(item, self.paths["question"])}
+        notes = {key: item[key] for key in NOTE_KEYS if key in item}
+        yield {**notes, **self._rating(item), "role": "assistant", "content": walk(item, self.paths["answer"])}
 
     def _message(self, message: Any, name: str) -> Any:
         if not isinstance(message, Mapping):
@@ -142,6 +168,9 @@ _TEXT_FIELDS = ("completion", "left_out")
 class Hook:
     """Reads records by the user's own function: record -> a `Conversation`, a list of messages, or several of them.
 
+    If the function has an attribute `conversation_id`, a function record -> id, it is given the list of all records of
+    a conversation instead.
+
     Args:
         name: ``"module:function"``, or ``"path/to/file.py:function"``. The module may lie in the current folder.
 
@@ -160,22 +189,37 @@ class Hook:
         if not callable(hook):
             raise ValueError(f"--reader: {module} must have a function {function}, got none")
         self.function: Callable[[Any], Any] = hook
+        self._name_of = getattr(hook, "conversation_id", None)
         file = getattr(found, "__file__", None)
         self.version = [name, os.stat(file).st_mtime_ns if file and os.path.exists(file) else None]
 
     def __reduce__(self) -> tuple:
         return Hook, (self.name,)
 
+    def row_key(self, record: Any) -> Callable[[Any], str | None] | None:
+        """Returns a function record -> conversation id if the user's function has one; else None."""
+        if self._name_of is None:
+            return None
+
+        def key(row: Any) -> str | None:
+            with contextlib.suppress(Exception):  # of the user's code: a record without a name
+                return identifier({"id": self._name_of(row)}, ("id",))
+            return None
+
+        return key
+
     def parse(self, record: Any) -> Iterator[Conversation]:
         """Yields the conversations that the function returns for a record; any error in it becomes a ValueError."""
+        name = record["name"] if isinstance(record, GroupedRows) else None
         try:
-            result = self.function(record)
+            result = self.function(record if name is None else record["rows"])
             items = [result] if isinstance(result, Conversation) or _is_list_of_messages(result) else list(result)
         except Exception as error:
             raise ValueError(f"--reader {self.name}: {type(error).__name__}: {error}") from None
         for item in items:
             try:
-                yield self._conversation(item)
+                found = self._conversation(item)
+                yield found if name is None or found.id is not None else replace(found, id=name, own_id=False)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"--reader {self.name}: {error}") from None
 

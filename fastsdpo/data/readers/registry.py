@@ -14,6 +14,7 @@ from fastsdpo.data.readers import calls, exports, tables, traces
 from fastsdpo.data.readers.mapping import FieldMap, Hook
 from fastsdpo.data.readers.trees import named
 from fastsdpo.data.readers.values import CONVERSATION_ID_KEYS, RECORD_ID_KEYS, as_list, decoded, first_item
+from fastsdpo.data.times import first_time
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,15 @@ def _read_list(record: Any, all_branches: bool) -> Iterator[Conversation]:
     key = next((key for key in _LISTS if isinstance(first_item(record.get(key)), Mapping)), None)
     if key is None:
         raise TypeError(f"a list of records must be under one of {', '.join(_LISTS)}")
+    if exports.is_messages(record[key]):
+        if first_time(record[key][0]) is None:
+            raise ValueError(
+                f"{key} are messages without times, which an API may list from the newest on; put them into "
+                "'messages' in the order in which they were said"
+            )
+        names = {name: record[key][0][name] for name in CONVERSATION_ID_KEYS if name in record[key][0]}
+        yield parse_conversation({**record, **names, "messages": record[key]})
+        return
     found, why = False, None
     for item in as_list(record[key], key):
         try:
@@ -204,7 +214,9 @@ class RecordParser:
         """Returns a function record -> conversation id if each record is one message; None if it holds more."""
         if self.map is not None:
             return self.map.row_key(record)
-        if self.hook is not None or self.format not in (None, "table", "oasst"):
+        if self.hook is not None:
+            return self.hook.row_key(record)
+        if self.format not in (None, "table", "oasst"):
             return None
         if self.format is None and (find_reader(record) is not None or _has_messages(record)):
             return None

@@ -150,7 +150,7 @@ def group_rows(entries: Iterable[Entry], find_key: Callable[[Any], RowKey | None
             yield problem
 
 
-class _Part(NamedTuple):
+class RowPart(NamedTuple):
     """The rows of a conversation in one file: its place, the rows in order, their times or None, their numbers."""
 
     where: str
@@ -216,10 +216,10 @@ class RowStore:
             for _, of_file in itertools.groupby(of_name, key=operator.itemgetter(3)):
                 rows = [*of_file]
                 ordered, times = _in_time([json.loads(data) for *_, data in rows])
-                parts.append(_Part(rows[0][4], ordered, times, rows[0][2], rows[-1][2]))
+                parts.append(RowPart(rows[0][4], ordered, times, rows[0][2], rows[-1][2]))
             yield from self._entries(name, parts)
 
-    def _entries(self, name: str, parts: list[_Part]) -> Iterator[Entry]:
+    def _entries(self, name: str, parts: list[RowPart]) -> Iterator[Entry]:
         """The records of a conversation with rows in these files: one, where the rows go on from file to file."""
         if len(parts) > 1 and all(part.times for part in parts):
             parts.sort(key=lambda part: part.times or [])
@@ -227,7 +227,7 @@ class RowStore:
         for part in parts[1:]:
             if whole.times and part.times and whole.times[-1] < part.times[0] and _is_unique(name):
                 numbers = (min(whole.first, part.first), max(whole.last, part.last))
-                whole = _Part(whole.where, whole.rows + part.rows, whole.times + part.times, *numbers)
+                whole = RowPart(whole.where, whole.rows + part.rows, whole.times + part.times, *numbers)
             elif self._first(name, part) == begun:  # it begins there anew: it may be there twice
                 problems.append(self._entry(name, part))
             else:
@@ -240,7 +240,7 @@ class RowStore:
         yield self._entry(name, whole)
         yield from problems
 
-    def _entry(self, name: str, part: _Part) -> Entry:
+    def _entry(self, name: str, part: RowPart) -> Entry:
         """The record of the rows, or a problem where one of them may be missing."""
         gap = bisect_left(self._gaps, part.first)
         if gap < len(self._gaps) and self._gaps[gap] <= part.last:
@@ -248,7 +248,7 @@ class RowStore:
             return Entry(part.where, None, Problem("a row may be missing", text))
         return Entry(part.where, GroupedRows(name=name, rows=part.rows))
 
-    def _first(self, name: str, part: _Part) -> tuple[str, str] | None:
+    def _first(self, name: str, part: RowPart) -> tuple[str, str] | None:
         """The first message that is no system message."""
         try:
             for conversation in self._parse(GroupedRows(name=name, rows=part.rows[:4])):
