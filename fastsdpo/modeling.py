@@ -82,33 +82,35 @@ def load_model_and_tokenizer(
             ``quantize`` without bitsandbytes.
     """
     check_quantize(quantize)
-    adapter = _find_adapter(name, revision)
-    if adapter is None:
-        place = _locate("name", name, gguf_file, revision)
-    else:
-        place = _locate(adapter.says, adapter.base, gguf_file, adapter.base_revision)
-        if place.local and (Path(place.name) / "adapter_config.json").exists():
-            raise ValueError(
-                f"load_model_and_tokenizer: {adapter.says} must be a whole model, but {place.name} is an "
-                "adapter too; merge that into its own base model (fastsdpo merge)"
-            )
+    adapter, place = _find(name, gguf_file, revision)
     if quantize is not None and place.gguf_file is not None:
         raise ValueError(f"load_model_and_tokenizer: quantize must be left out for a GGUF file, got {quantize!r}")
     device = usable_device(device)
     dtype = _dtype(dtype, device, place.gguf_file)
     packed = packing(quantize, device, dtype)
+    loaded: Any = _load_tokenizer(_tokenizer_place(tokenizer, adapter, place), trust_remote_code)
+    if require_chat_template:
+        _check_chat_template(loaded, name)
     model = _load_model(place, dtype, attn_implementation, trust_remote_code, packed)
     if adapter is not None:
         model = _load_adapter(model, adapter)
-    loaded: Any = _load_tokenizer(_tokenizer_place(tokenizer, adapter, place), trust_remote_code)
-    if require_chat_template and not loaded.chat_template:
+    embedding = model.get_input_embeddings().weight
+    _fit_tokenizer(loaded, rows=getattr(embedding, "ds_shape", embedding.shape)[0])  # DeepSpeed ZeRO-3 empties it
+    return model.to(device), loaded
+
+
+def check_chat_model(name: str | os.PathLike) -> None:
+    """Raises what `load_model_and_tokenizer` would, as far as it can be told without the weights."""
+    adapter, place = _find(name)
+    _check_chat_template(_load_tokenizer(_tokenizer_place(None, adapter, place), False), name)
+
+
+def _check_chat_template(tokenizer: Any, name: str | os.PathLike) -> None:
+    if not tokenizer.chat_template:
         raise ValueError(
             f"load_model_and_tokenizer: the tokenizer of {name} must have a chat template, got "
             "none; use an instruction-tuned model, or pass the tokenizer of one"
         )
-    embedding = model.get_input_embeddings().weight
-    _fit_tokenizer(loaded, rows=getattr(embedding, "ds_shape", embedding.shape)[0])  # DeepSpeed ZeRO-3 empties it
-    return model.to(device), loaded
 
 
 def load_tokenizer(name: str | os.PathLike) -> Any:
@@ -151,6 +153,22 @@ class _Location(NamedTuple):
         """What transformers' loaders need to know of it, beside the name."""
         options: dict[str, Any] = {"revision": self.revision or "main", "local_files_only": self.local}
         return options if self.gguf_file is None else {**options, "gguf_file": self.gguf_file}
+
+
+def _find(
+    name: str | os.PathLike, gguf_file: str | None = None, revision: str | None = None
+) -> tuple[_Adapter | None, _Location]:
+    """The adapter behind a name, if it is one, and the model: the adapter's base, or what the name says."""
+    adapter = _find_adapter(name, revision)
+    if adapter is None:
+        return None, _locate("name", name, gguf_file, revision)
+    place = _locate(adapter.says, adapter.base, gguf_file, adapter.base_revision)
+    if place.local and (Path(place.name) / "adapter_config.json").exists():
+        raise ValueError(
+            f"load_model_and_tokenizer: {adapter.says} must be a whole model, but {place.name} is an "
+            "adapter too; merge that into its own base model (fastsdpo merge)"
+        )
+    return adapter, place
 
 
 def _locate(

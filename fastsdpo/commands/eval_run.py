@@ -10,20 +10,20 @@ from fastsdpo.commands.benchmark import run_ifeval, write_answers
 from fastsdpo.commands.options import read_text
 from fastsdpo.commands.running import DONE
 from fastsdpo.commands.users import chat_model
-from fastsdpo.modeling import check_name, load_model_and_tokenizer
+from fastsdpo.modeling import check_chat_model, load_model_and_tokenizer
 from fastsdpo.online.degeneration import degenerate
 from fastsdpo.online.personas import read_persona
 from fastsdpo.online.prompts import PromptDataset
 from fastsdpo.online.rules import Rule, parse_rule
 from fastsdpo.online.users import LocalChat
-from fastsdpo.online.winrate import WinRate, compare_by_judge, compare_by_rules
+from fastsdpo.online.winrate import WinRate, check_wording, compare_by_judge, compare_by_rules
 from fastsdpo.trainer.report import write_report
 
 
 def benchmark(options: argparse.Namespace) -> int:
     """IFEval, or a file of answers for another benchmark's own program."""
     for name in filter(None, (options.model, options.base)):
-        check_name(name)
+        check_chat_model(name)
     run = run_ifeval if options.benchmark else write_answers
     return run(options, lambda name, prompts: answers_of(name, with_system(prompts, options.system), options))
 
@@ -58,10 +58,10 @@ def compare(options: argparse.Namespace) -> int:
     system = None if options.system is None else read_text(options.system)
     prompts = PromptDataset.from_source(options.prompts, "prompts", system).prompts[: options.limit]
     models = [options.model] if options.checkpoints is None else checkpoints(options.checkpoints)
-    for name in (*models, options.base):  # the base is loaded long after the model
-        check_name(name)
+    for name in (*models, options.base):  # loaded one after the other, with minutes of answers between
+        check_chat_model(name)
+    wording = None if options.judge_prompt is None else check_wording(Path(options.judge_prompt).read_text("utf-8"))
     judge = chat_model(options, "judge", max_new_tokens=8, temperature=0.0) if judged else None
-    wording = None if options.judge_prompt is None else Path(options.judge_prompt).read_text("utf-8")
 
     def answered(role: str, name: str) -> list[str]:
         texts = answers_of(name, with_system(prompts, options.base_system) if role == "base" else prompts, options)

@@ -47,6 +47,8 @@ def merge(options: argparse.Namespace) -> int:
     from fastsdpo.trainer.file_rights import open_as_umask
 
     output = Path(options.output)
+    if (output / "adapter_config.json").exists():  # beside it whole weights would not be found
+        raise ValueError(f"--output must not be the folder of an adapter, got {output}")
     if (output / "config.json").exists() and not options.overwrite:
         raise FileExistsError(f"{output} holds a model; pass --overwrite to replace it")
     if not is_adapter(options.model, options.revision):

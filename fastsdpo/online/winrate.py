@@ -73,6 +73,14 @@ def compare_by_rules(rules: Sequence[Any], answers: list[str], base: list[str]) 
     return [(1 + good(mine) - good(other)) / 2 for mine, other in zip(answers, base)]
 
 
+def check_wording(wording: str) -> str:
+    """The wording of a judge; ValueError where it lacks a placeholder."""
+    for name in ("history", "first", "second"):
+        if wording.count("{" + name + "}") != 1:
+            raise ValueError(f"--judge-prompt must contain {{{name}}} exactly once")
+    return wording
+
+
 def compare_by_judge(
     judge: Any,
     prompts: list[list[dict]],
@@ -94,9 +102,7 @@ def compare_by_judge(
         ValueError: the wording lacks a placeholder.
     """
     if wording is not None:
-        for name in ("history", "first", "second"):
-            if wording.count("{" + name + "}") != 1:
-                raise ValueError(f"--judge-prompt must contain {{{name}}} exactly once")
+        check_wording(wording)
     system = JUDGE_SYSTEM.replace("{persona}", f"The user: {persona} " if persona else "")
 
     def question(prompt: list[dict], first: str, second: str) -> list[dict]:

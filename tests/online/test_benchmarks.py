@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -78,6 +79,15 @@ def test_answers_for_other_judges(saved, tmp_path, capsys):
     assert row["messages"][1]["role"] == "assistant" and isinstance(row["messages"][1]["content"]["answer"], str)
 
 
+def test_a_model_without_tokenizer_is_found_before_any_answer(saved, tmp_path, capsys):
+    prompts, bare = tmp_path / "prompts.txt", tmp_path / "bare"
+    prompts.write_text("w1 w2\n")
+    shutil.copytree(saved, bare, ignore=shutil.ignore_patterns("*token*", "*vocab*"))
+    assert main(["eval", str(prompts), "--model", str(bare), "--base", saved, "--rule", "max_words=3"]) == 1
+    said = capsys.readouterr()
+    assert f"folder {bare} holds no tokenizer" in said.err and said.out == ""
+
+
 def test_a_curve_over_checkpoints_and_the_base_told(saved, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("w1 w2\nw3\n")
@@ -98,7 +108,9 @@ def test_a_curve_over_checkpoints_and_the_base_told(saved, tmp_path, capsys):
     wording = tmp_path / "judge.txt"
     wording.write_text("{history} {first}")
     judged = ["eval", str(prompts), "--model", saved, "--base", saved, "--judge-local", saved, "--max-new-tokens", "3"]
+    capsys.readouterr()
     assert main([*judged, "--judge-prompt", str(wording)]) == 1
-    assert "--judge-prompt must contain {second} exactly once" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "--judge-prompt must contain {second} exactly once" in said.err and said.out == ""
     wording.write_text("{persona} {history}: {first} or {second}?")
     assert main([*judged, "--judge-prompt", str(wording), "--persona", "w4"]) == 0

@@ -290,7 +290,9 @@ def test_merge_is_that_of_peft_and_keeps_the_dtype(place, tmp_path, capsys):
         assert re.fullmatch(r"base_model\.model\.model\.layers\.\d+\.\w+\.\w+_proj\.lora_[AB]\.weight", name), name
     # Refused: another model in that place, and what is no adapter.
     held = "holds a model; pass --overwrite"
-    refused = (adapter, "merged", held), (tmp_path / "base", "other", "must be the folder or hub id")
+    beside = "--output must not be the folder of an adapter"
+    refused = [(adapter, "merged", held), (adapter, "run/model", beside)]
+    refused.append((tmp_path / "base", "other", "must be the folder or hub id"))
     for model, name, said in refused:
         output = tmp_path / name
         assert fastsdpo(["merge", "--model", str(model), "-o", str(output)]) == 1
