@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
             found[who] = {"peak_bytes": harness.in_child("bench_memory", "--point", *point)}
             print(f"{' '.join(point)}: {found[who]['peak_bytes'] >> 20} MiB", flush=True)
         chunk = costmodel.default_chunk(tokens, vocabulary, budget=2**24, least=256)  # of a CPU
-        predicted = costmodel.linear_loss_peak(tokens, vocabulary, hidden, operand=4, chunk=chunk)
+        predicted = costmodel.LinearLoss(tokens, vocabulary, hidden, operand=4, chunk=chunk).peak()
         row = {"case": case, "rivals": found, "predicted_bytes": predicted}
         row["gradient_bytes"] = 4 * (tokens + vocabulary) * hidden
         harness.record(harness.results_file("memory", args), [row])

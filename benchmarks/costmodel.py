@@ -94,73 +94,67 @@ def gradient_chunks(tokens: int, chunk: int) -> int:
     return max(1, min(math.ceil(tokens / chunk), 4096 // chunk))
 
 
-def linear_loss(
-    mode: str,
-    tokens: int,
-    vocabulary: int,
-    hidden: int,
-    *,
-    operand: int = 2,
-    frozen_head: bool = False,
-    chunk: int | None = None,
-) -> dict[str, Cost]:
-    """`linear_sdpo_loss` by kind of kernel: the GEMMs with what they read and write, and the loss's own.
+class LinearLoss(NamedTuple):
+    """A call of `linear_sdpo_loss`: bytes of an operand, and the tokens whose logits it holds at once."""
 
-    Per chunk of n tokens: logits of both (reads 2nD + VD operands, writes 2nV float32) and the
-    fused kernel on the tiles; per chunk, or where a trained head's gradient has a tile of its own per 4096
-    tokens, dHidden (reads nV + VD operands) and dWeight (reads nV + nD operands, reads and writes VD
-    float32). So dWeight moves 8 VD bytes for 2 n V D FLOPs: it takes n of about 1000 on an H100 until
-    arithmetic is its limit, whatever V and D are.
-    """
-    chunk = chunk or default_chunk(tokens, vocabulary)
-    parts = dict.fromkeys(("logits", "loss kernel", "dHidden", "dWeight"), Cost())
-    reads, again, _ = PASSES[mode]
-    for start in range(0, tokens, chunk):
-        n = min(chunk, tokens - start)
-        cells, head = n * vocabulary, vocabulary * hidden
-        gemm = 2.0 * cells * hidden
-        parts["logits"] += Cost(2 * gemm, operand * (2 * n * hidden + head) + 2 * TILE * cells, 1)
-        moved = (reads + again) * TILE * cells + operand * cells
-        parts["loss kernel"] += Cost(8.0 * cells, moved, LAUNCHES[mode])
-    waits = operand != TILE and not frozen_head
-    step = chunk * (gradient_chunks(tokens, chunk) if waits else 1)
-    for start in range(0, tokens, step):
-        n = min(step, tokens - start)
-        cells, head = n * vocabulary, vocabulary * hidden
-        gemm = 2.0 * cells * hidden
-        parts["dHidden"] += Cost(gemm, operand * (cells + head + n * hidden), 1)
+    tokens: int
+    vocabulary: int
+    hidden: int
+    operand: int = 2
+    frozen_head: bool = False
+    chunk: int | None = None
+
+    def parts(self, mode: str) -> dict[str, Cost]:
+        """By kind of kernel: the GEMMs with what they read and write, and the loss's own.
+
+        Per chunk of n tokens: logits of both (reads 2nD + VD operands, writes 2nV float32) and the
+        fused kernel on the tiles; per chunk, or where a trained head's gradient has a tile of its own per 4096
+        tokens, dHidden (reads nV + VD operands) and dWeight (reads nV + nD operands, reads and writes VD
+        float32). So dWeight moves 8 VD bytes for 2 n V D FLOPs: it takes n of about 1000 on an H100 until
+        arithmetic is its limit, whatever V and D are.
+        """
+        tokens, vocabulary, hidden, operand, frozen_head, _ = self
+        chunk = self.chunk or default_chunk(tokens, vocabulary)
+        parts = dict.fromkeys(("logits", "loss kernel", "dHidden", "dWeight"), Cost())
+        reads, again, _ = PASSES[mode]
+        for start in range(0, tokens, chunk):
+            n = min(chunk, tokens - start)
+            cells, head = n * vocabulary, vocabulary * hidden
+            gemm = 2.0 * cells * hidden
+            parts["logits"] += Cost(2 * gemm, operand * (2 * n * hidden + head) + 2 * TILE * cells, 1)
+            moved = (reads + again) * TILE * cells + operand * cells
+            parts["loss kernel"] += Cost(8.0 * cells, moved, LAUNCHES[mode])
+        waits = operand != TILE and not frozen_head
+        step = chunk * (gradient_chunks(tokens, chunk) if waits else 1)
+        for start in range(0, tokens, step):
+            n = min(step, tokens - start)
+            cells, head = n * vocabulary, vocabulary * hidden
+            gemm = 2.0 * cells * hidden
+            parts["dHidden"] += Cost(gemm, operand * (cells + head + n * hidden), 1)
+            if not frozen_head:
+                parts["dWeight"] += Cost(gemm, operand * (cells + n * hidden) + 8 * head, 1)
+        return parts
+
+    def peak(self) -> int:
+        """Bytes above the inputs at the peak: two tiles, the gradient tile, and the gradients.
+
+        The head's gradient accumulates in float32; backward writes it once more in the dtype of a head of half
+        precision, when the tiles are free again.
+        """
+        tokens, vocabulary, hidden, operand, frozen_head, _ = self
+        chunk = min(self.chunk or default_chunk(tokens, vocabulary), tokens)
+        total = 2 * chunk * vocabulary * TILE
+        waiting = 1 if frozen_head else gradient_chunks(tokens, chunk)
+        wide = min(waiting * chunk, tokens)
+        total += wide * vocabulary * operand if operand != TILE else 0
         if not frozen_head:
-            parts["dWeight"] += Cost(gemm, operand * (cells + n * hidden) + 8 * head, 1)
-    return parts
+            total = max(total, vocabulary * hidden * operand if operand != 4 else 0)
+            total += 4 * vocabulary * hidden
+        return total + tokens * hidden * operand
 
 
 def total(parts: dict[str, Cost]) -> Cost:
     return sum(parts.values(), Cost())
-
-
-def linear_loss_peak(
-    tokens: int,
-    vocabulary: int,
-    hidden: int,
-    *,
-    operand: int = 2,
-    frozen_head: bool = False,
-    chunk: int | None = None,
-) -> int:
-    """Bytes above the inputs at the peak: two tiles, the gradient tile, and the gradients.
-
-    The head's gradient accumulates in float32; backward writes it once more in the dtype of a head of half
-    precision, when the tiles are free again.
-    """
-    chunk = min(chunk or default_chunk(tokens, vocabulary), tokens)
-    total = 2 * chunk * vocabulary * TILE
-    waiting = 1 if frozen_head else gradient_chunks(tokens, chunk)
-    wide = min(waiting * chunk, tokens)
-    total += wide * vocabulary * operand if operand != TILE else 0
-    if not frozen_head:
-        total = max(total, vocabulary * hidden * operand if operand != 4 else 0)
-        total += 4 * vocabulary * hidden
-    return total + tokens * hidden * operand
 
 
 # (T, V) float32 tensors alive at once in `plain_loss` on float32 logits, both logits among them, before
@@ -359,8 +353,8 @@ def step(
     rows = math.ceil((work.head_rows or work.response) * share)
     vocabulary, hidden = model.vocabulary, model.hidden
     if loss == "fastsdpo":
-        head = linear_loss(mode, rows, vocabulary, hidden, operand=element)
-        head_peak = float(linear_loss_peak(rows, vocabulary, hidden, operand=element))
+        loss_from_hidden = LinearLoss(rows, vocabulary, hidden, element)
+        head, head_peak = loss_from_hidden.parts(mode), float(loss_from_hidden.peak())
     elif loss == "TRL":
         cells = rows * vocabulary
         head = {

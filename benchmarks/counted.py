@@ -5,7 +5,7 @@
 Model, passes and optimizer are those of a run, in bfloat16, on the device ``meta``: every operator that is not a
 view is a kernel, which reads its arguments and writes its results once, and products have their FLOPs. Attention is
 torch's varlen kernel, as often as the plan calls it, over the pairs that the plan lets see each other. The loss is
-the cost model's (`benchmarks.costmodel.linear_loss`), memory is `fastsdpo.trainer.memory_walk`'s.
+the cost model's (`benchmarks.costmodel.LinearLoss`), memory is `fastsdpo.trainer.memory_walk`'s.
 
 What this says about a GPU is a **prediction**. It assumes the data sheet's peaks and the shares of them in
 `costmodel.GPU` (products 0.70, attention 0.50, bandwidth 0.85), 4 us for a kernel at least, and that the host needs
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.costmodel import GPU, GPUS, Cost, Tokens, linear_loss, seconds
+from benchmarks.costmodel import GPU, GPUS, Cost, LinearLoss, Tokens, seconds
 from fastsdpo import TokenizedInteraction
 from fastsdpo.prefix import ForwardSession, ready_passes
 from fastsdpo.prefix.attention.flex import visible_pairs
@@ -166,7 +166,7 @@ def count_step(config: Any, pack: Sequence[TokenizedInteraction], *, checkpointi
         name = "_varlen_attn_backward" if part == "backward" else "_varlen_attn"
         calls[part] = sum(other == name for other, _ in kernels) // layers
     rows = sum(len(item.completion_ids) for item in pack)
-    loss = linear_loss("reverse_kl", rows, config.vocab_size, config.hidden_size, operand=2)
+    loss = LinearLoss(rows, config.vocab_size, config.hidden_size).parts("reverse_kl")
     parts["loss"] = [(name, cost) for name, cost in loss.items()]
     memory = walk_step(shape, args, [pack], accumulated=False).peak
     attention = calls["student forward"], calls["teacher forward"], calls["backward"]

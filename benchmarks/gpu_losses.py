@@ -212,22 +212,19 @@ def linear(machine: Machine) -> Iterator[Row]:
     chunk = tokens if machine.rehearsal else None  # the cost model's default is a GPU's
 
     def measure(mode: str) -> Row:
-        sizes, options = (tokens, vocabulary, hidden), {"operand": element, "chunk": chunk}
-
         def loss(student: Tensor, weight: Tensor) -> Tensor:
             options = {"chunk_size": chunk, **MODES[mode]}
             return fastsdpo.linear_sdpo_loss(student, case.teacher, weight, case.target_ids, **options).loss
 
         call = case.grad_of(loss)
         found = machine.time(call, repeats=5)
-        costs = costmodel.linear_loss(mode, *sizes, **options)
-        peak = costmodel.linear_loss_peak(*sizes, **options)
+        cost = costmodel.LinearLoss(tokens, vocabulary, hidden, operand=element, chunk=chunk)
         return {
             **found,
             "tflops": products / found["ms"] / 1e9,
             "times_products": found["ms"] / bare["ms"],
-            "model_ms": 1e3 * costmodel.step_seconds(costs, ceilings),
-            **peaks(peak_memory(call, machine.device), peak),
+            "model_ms": 1e3 * costmodel.step_seconds(cost.parts(mode), ceilings),
+            **peaks(peak_memory(call, machine.device), cost.peak()),
         }
 
     for mode in MODES:

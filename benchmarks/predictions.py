@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 from benchmarks.costmodel import (
     GPUS,
     QWEN3_8B,
+    LinearLoss,
     Model,
     Tokens,
     activation_memory,
     default_chunk,
-    linear_loss_peak,
     step,
     step_seconds,
 )
@@ -73,7 +73,7 @@ def process_peak(model: Model, variant: str, sizes: dict[str, Any]) -> tuple[flo
     kept = activation_memory(model, tokens, element, checkpointing=variant == "checkpointed")
     cached = 2 * model.layers * model.kv_heads * model.head_dim * element
     chunk = default_chunk(rows, vocabulary, budget=2**24, least=256)
-    loss = linear_loss_peak(rows, vocabulary, hidden, operand=element, chunk=chunk)
+    loss = LinearLoss(rows, vocabulary, hidden, operand=element, chunk=chunk).peak()
     return before, kept + cached * (tokens + sizes["teacher"]) + loss
 
 
@@ -153,7 +153,7 @@ def setup_peak(model: Model, setup: Setup, student: float, responses: int, proce
     if processes > 1:  # the embedding, the head and two layers are whole while they are used
         states += 2.0 * (2 * model.head + 2 * model.layer_weights)
     kept = student * model.kept_per_token(2, lora=lora)
-    loss = linear_loss_peak(responses, model.vocabulary, model.hidden, frozen_head=lora)
+    loss = LinearLoss(responses, model.vocabulary, model.hidden, frozen_head=lora).peak()
     if not setup.checkpointing:
         return states + model.layers * kept + loss
     inputs = student * model.layers * model.hidden * 2

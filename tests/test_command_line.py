@@ -182,7 +182,6 @@ def test_every_option_is_read_by_its_command(monkeypatch):
         (["train", "--set", "seed=1", "--seed", "2"], "--seed 2 is given, and --set seed too: leave one of them out"),
         (["train", "--schedule", "constant", "--warmup", "9"], "--warmup needs a schedule that warms up: --schedule"),
         (["train", "--save-steps", "9", "--set", "save_strategy=no"], "--save-steps needs --set save_strategy=steps"),
-        (["train", "--ema-rate", "0.5"], "--ema-rate needs --teacher ema, got --teacher live"),
         (["train", "--allow-leaks"], "--allow-leaks needs held-out interactions (--eval-data)"),
         (["train", "--set", "measure_answers=3"], "--set measure_answers needs held-out interactions (--eval-data)"),
         (["train", "--show", "3", "--quiet"], "--show goes without --quiet"),

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from fastsdpo.prefix.attention import (
-    Kept,
     SharedPass,
     attending_alone,
     attends_alone,
@@ -177,29 +176,14 @@ class PassRunner:
         let_mixers_share(self.decoder)
         let_paths_run(self.decoder)
 
-    def plan_pass(
-        self,
-        plan: Plan,
-        first: int,
-        stop: int,
-        rows: Tensor,
-        tables: dict[Any, Any],
-        *,
-        keep: bool = False,
-        before: Kept | None = None,
-    ) -> DecoderPass:
-        """The packed tokens ``[first, stop)`` of ``plan``, or this process's; ``rows`` count from ``first``."""
-        shared = SharedPass(
-            plan,
-            first=first,
-            stop=stop,
-            backend=self.attention,
-            windows=attention_windows(self.causal.config.get_text_config()),
-            keep=keep,
-            before=before,
-            tables=tables,
-            ulysses=self.ulysses,
-        )
+    def plan_pass(self, plan: Plan, first: int, stop: int, rows: Tensor, **given: Any) -> DecoderPass:
+        """The packed tokens ``[first, stop)`` of ``plan``, or this process's; ``rows`` count from ``first``.
+
+        ``given``: ``tables``, ``keep`` and ``before`` of `SharedPass`.
+        """
+        windows = attention_windows(self.causal.config.get_text_config())
+        own = {"backend": self.attention, "windows": windows, "ulysses": self.ulysses}
+        shared = SharedPass(plan, first=first, stop=stop, **own, **given)
         positions = plan.position_ids if self._padding is None else positions_without(plan, self._padding)
         tokens, positions = plan.token_ids[first:stop], positions[first:stop]
         if self.ulysses is not None:

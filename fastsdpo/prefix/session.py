@@ -103,13 +103,13 @@ class ForwardSession:
         keep = plan.teacher_tokens > 0  # the live teacher reads them
         students = plan.student_tokens
         self._student_passes = [
-            self._runner.plan_pass(plan, 0, students, plan.student_rows, ready.student_tables, keep=keep)
+            self._runner.plan_pass(plan, 0, students, plan.student_rows, tables=ready.student_tables, keep=keep)
         ]
         other = ready.teacher_plan
         if other is not None:
             self._teacher_runner.prepare_to_share(other)
             self._teacher_passes = [
-                self._teacher_runner.plan_pass(other, 0, other.tokens, other.teacher_rows, ready.teacher_tables)
+                self._teacher_runner.plan_pass(other, 0, other.tokens, other.teacher_rows, tables=ready.teacher_tables)
             ]
 
     def run(self, body: Callable[[ForwardSession], Result]) -> Result:
@@ -187,7 +187,7 @@ class ForwardSession:
         middle, rows = plan.student_tokens, self._ready.teacher_rows
         assert rows is not None
         tables = self._ready.teacher_tables
-        teacher_pass = self._runner.plan_pass(plan, middle, plan.tokens, rows.own, tables, before=self._kept)
+        teacher_pass = self._runner.plan_pass(plan, middle, plan.tokens, rows.own, tables=tables, before=self._kept)
         hidden = self._runner.take(self._runner.run(teacher_pass), rows.own)
         self._kept = None
         if rows.order is None:

@@ -115,10 +115,10 @@ class Learner:
             # All heads are taken here, inside the head's own forward pass, where FSDP has gathered it.
             student, head = session.student(), head_parameters(model)
             teacher = self.teacher.states(model, session, head, ahead)
-            reference = reference_head = None
+            reference = None
             if args.needs_reference:
                 assert self.initial is not None and initial is not None
-                reference, reference_head = initial.student_hidden, self.initial.head(model)
+                reference = initial.student_hidden, self.initial.head(model)
             return sdpo_step_loss(
                 ResponseStates(student, teacher.hidden, *session.labels),
                 head,
@@ -126,8 +126,7 @@ class Learner:
                 counts=counts,
                 sequences=len(pack),
                 teacher_head=teacher.head,
-                reference_hidden=reference,
-                reference_head=reference_head,
+                reference=reference,
                 reference_kl=args.reference_kl,
                 **options,
                 **self.loss_options(),

@@ -97,10 +97,9 @@ def sdpo_step_loss(
     weights: Tensor,
     counts: Tensor,
     sequences: int,
-    teacher_head: HeadParameters | None = None,
-    reference_hidden: Tensor | None = None,
-    reference_head: HeadParameters | None = None,
-    reference_kl: float = 0.0,
+    teacher_head: HeadParameters | None,
+    reference: tuple[Tensor, HeadParameters | None] | None,
+    reference_kl: float,
     is_clip: float | None = None,
     old_logps: Tensor | None = None,
     advantages: Tensor | None = None,
@@ -117,8 +116,8 @@ def sdpo_step_loss(
         counts: ``[N]`` bool, tokens that are part of the loss.
         sequences: number of interactions in the pass.
         teacher_head: the teacher's head where it is another than the student's.
-        reference_hidden: ``[N, D]`` of the initial model without the follow-up.
-        reference_head: its head where it is another than the student's.
+        reference: ``[N, D]`` of the initial model without the follow-up, and its head where it is another than the
+            student's; needed for ``reference_kl``, and for ``is_clip`` without ``old_logps``.
         reference_kl: beta.
         is_clip: cap of the importance ratio r_t.
         old_logps: ``[N]`` log-probabilities under the policy that wrote the answers; with
@@ -138,6 +137,7 @@ def sdpo_step_loss(
     targets = states.target_ids.masked_fill(~counts, IGNORE_INDEX)
     rows = _ResponseRows(states.student_hidden, head, targets, weights, options)
     teacher_head = head if teacher_head is None else teacher_head
+    reference_hidden, reference_head = reference or (None, None)
     reference_head = head if reference_head is None else reference_head
     if ppo_clip is not None:
         out = ppo_token_loss(
@@ -160,9 +160,9 @@ def sdpo_step_loss(
     loss, per_token, kl = out.loss, out.per_token_loss, None
     if reference_kl > 0:
         assert reference_hidden is not None
-        reference = rows.divergence(reference_hidden, reference_head, mode="full", alpha=1.0)
-        kl = reference.per_token_loss
-        loss, per_token = loss + reference_kl * reference.loss, per_token + reference_kl * kl
+        away = rows.divergence(reference_hidden, reference_head, mode="full", alpha=1.0)
+        kl = away.per_token_loss
+        loss, per_token = loss + reference_kl * away.loss, per_token + reference_kl * kl
     sequence_loss = torch.zeros(sequences, device=device, dtype=per_token.dtype)
     sequence_loss.index_add_(0, states.sequence_ids, weights.to(per_token.dtype) * per_token)
     return loss, TokenStatistics(

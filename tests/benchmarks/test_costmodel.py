@@ -13,7 +13,7 @@ def test_recorded_peaks():
     for row in harness.read(harness.RESULTS / "memory_avx2.json"):
         shape = row["case"]["tokens"], row["case"]["vocabulary"], row["case"]["hidden"]
         chunk = costmodel.default_chunk(*shape[:2], budget=2**24, least=256)
-        ours = costmodel.linear_loss_peak(*shape, operand=4, chunk=chunk)
+        ours = costmodel.LinearLoss(*shape, operand=4, chunk=chunk).peak()
         plain = costmodel.eager_linear_peak("reverse_kl", *shape)
         for who, predicted in (("fastsdpo", ours), ("PyTorch", plain)):
             assert predicted / row["rivals"][who]["peak_bytes"] == pytest.approx(1, abs=0.2), (shape, who)
@@ -29,7 +29,7 @@ def test_sizes_are_the_library_s():
     for frozen in (False, True):
         count = 3 if frozen else 4  # student, teacher, dHidden, dWeight
         products = count * 2.0 * 300 * 4096 * 64
-        parts = costmodel.linear_loss("jsd", 300, 4096, 64, frozen_head=frozen, chunk=64)
+        parts = costmodel.LinearLoss(300, 4096, 64, frozen_head=frozen, chunk=64).parts("jsd")
         assert costmodel.total(parts).flops == pytest.approx(products, rel=0.1)
     for tokens in (1, 300, 8192, 70_001):
         for vocabulary in (49152, 151936, 262144):

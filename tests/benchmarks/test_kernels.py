@@ -119,7 +119,7 @@ def test_fused_kernels_move_what_the_cost_model_says():
     # A multiple of 16 bytes: elsewhere the teacher's tile can start out of phase with the student's and
     # its pieces are then asked for in pairs, of which the second comes from the cache.
     for (loss, _), cell in traffic("--linear", "--vocabulary", "8192").items():
-        predicted = costmodel.linear_loss(LOSSES[loss], 2, 8192, 16, operand=4)["loss kernel"]
+        predicted = costmodel.LinearLoss(2, 8192, 16, operand=4).parts(LOSSES[loss])["loss kernel"]
         selected = 4 if loss == "top-k" else 0  # torch.topk reads the tile once
         assert cell["kernels"] + selected == pytest.approx(predicted.bytes / 2 / 8192, rel=0.1), loss
         assert cell["launches"] + (loss == "top-k") == predicted.launches, loss

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsdpo.prefix.attention import (
     ChunkWindow,
+    Scoring,
     SharedPass,
     choose_backend,
     dense,
@@ -35,7 +36,7 @@ def one_plan(lab, part="all"):
 def compare(function, plan, first, inputs, window=None, scale=0.3, tolerance=1e-12, **more):
     """Asserts that outputs and gradients are those of the definition; ``more``: sinks, softcap."""
     want = definition(*inputs, plan, first, window, scale, **more)
-    got = function(*inputs, shared_pass(plan, first), window, scale, **more)
+    got = function(*inputs, shared_pass(plan, first), Scoring(window, scale, **more))
     assert got.isfinite().all()
     torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
     if inputs[0].requires_grad:
@@ -142,7 +143,7 @@ def test_half_precision_gradients_are_summed_in_float32(lab, varlen_on_cpu, back
     if backend == "flash":
         got = flash.flash_attention(q, k, v, shared_pass(plan), 0.3)
     else:
-        got = segments.segment_attention(q, k, v, shared_pass(plan), None, 0.3)
+        got = segments.segment_attention(q, k, v, shared_pass(plan), Scoring(None, 0.3))
     got_grads = torch.autograd.grad(got.sum(), (q, k, v))
     want_grads = torch.autograd.grad(definition(*exact, plan, 0, None, 0.3).sum(), exact)
     for got_grad, want_grad in zip(got_grads[1:], want_grads[1:]):
@@ -319,6 +320,6 @@ def test_memory_is_linear_in_tokens(lab):
     for window in (None, 64):
         Largest.numel = 0
         with Largest():
-            out = segments.segment_attention(q, k, v, shared_pass(plan), window, 0.3)
+            out = segments.segment_attention(q, k, v, shared_pass(plan), Scoring(window, 0.3))
             torch.autograd.grad(out.sum(), (q, k, v))
         assert 0 < Largest.numel <= 4 * q.numel()

@@ -117,6 +117,7 @@ def test_sigterm_saves_and_exits(name, runner, commands, outcome, undisturbed, c
             stopped += 1
             step = re.search(r"stopped at step (\d+) of", ended.log)[1]
             assert (folder / "out" / f"checkpoint-{step}" / "checksums.json").exists()
+            assert not (folder / "out" / "report.json").exists()
         outside += ended.status == -signal.SIGTERM
         again = runner(folder, commands[name])
         if again.status != 0 or differences(outcome(folder), wanted):

@@ -49,8 +49,10 @@ def test_a_dry_run_counts_and_leaves_nothing(place, tmp_path, capsys):
 
 
 def test_run_report_and_reload(place, tmp_path, capsys):
-    output = tmp_path / "out"
+    output, signals = tmp_path / "out", (signal.SIGINT, signal.SIGTERM)
+    handlers = list(map(signal.getsignal, signals))
     assert main(arguments(place, output)) == 0
+    assert list(map(signal.getsignal, signals)) == handlers
     assert "step 3/3  loss " in capsys.readouterr().err
     report = report_of(output)
     assert (report["interactions"], report["left_out"], report["steps"]) == (12, [], 3)
@@ -169,21 +171,22 @@ def test_bad_data_is_said_before_a_model_is_loaded(place, tmp_path, capsys, text
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("within", ["", "/runs/first"])
-def test_an_output_that_is_a_file(place, tmp_path, capsys, within):
+@pytest.mark.parametrize(
+    ("data", "output", "message"),
+    [
+        ("data.jsonl", "taken", "--output must be a folder, but .*taken is a file"),
+        ("data.jsonl", "taken/runs/first", "--output must be a folder, but .*taken is a file"),
+        ("empty", "run", "folder empty holds no file that ends in"),
+    ],
+)
+def test_files_and_folders_in_each_others_place(place, tmp_path, capsys, monkeypatch, data, output, message):
     """It is said before anything is loaded: there is no such model."""
-    taken = tmp_path / "taken"
-    taken.write_text("x")
-    argv = [str(place / "data.jsonl"), "--model", str(tmp_path / "nosuch"), "-o", f"{taken}{within}", "--cpu"]
-    assert main(argv) == 1
-    assert f"--output must be a folder, but {taken} is a file" in capsys.readouterr().err
-
-
-def test_a_folder_in_the_place_of_the_data(place, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkdir("empty")
-    assert main(["empty", "--model", "nosuch", "-o", "run", "--cpu"]) == 1
-    assert "folder empty holds no file that ends in" in capsys.readouterr().err
+    for name in ("taken", "data.jsonl"):
+        shutil.copy(place / "data.jsonl", name)
+    assert main([data, "--model", "nosuch", "-o", output, "--cpu"]) == 1
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_lora_without_peft(place, tmp_path, capsys, monkeypatch):
@@ -218,24 +221,6 @@ def test_a_mistyped_folder_costs_one_request(place, tmp_path, capsys, monkeypatc
     assert "'modle' is no local folder or file" in line and "the hub cannot be reached" in line
     assert line.endswith("did you mean the folder 'model'?")
     assert logging.getLogger().handlers == []
-
-
-def test_sigterm_saves_a_checkpoint_and_resume_goes_on(place, tmp_path, monkeypatch, capsys):
-    class Terminated(run.Progress):
-        def on_step_end(self, args, state, *rest, **options):
-            if state.global_step == 1:
-                signal.raise_signal(signal.SIGTERM)
-
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with monkeypatch.context() as patched:
-        patched.setattr(run, "Progress", Terminated)
-        assert main(arguments(place, tmp_path)) == 143
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    step = int(re.search(r"stopped at step (\d) of 3; the same command with --resume", capsys.readouterr().out)[1])
-    assert (tmp_path / f"checkpoint-{step}" / "trainer_state.json").exists()
-    assert not (tmp_path / "report.json").exists()
-    assert main(arguments(place, tmp_path, "--resume", "--quiet")) == 0
-    assert report_of(tmp_path)["steps"] == 3
 
 
 def test_evaluations_and_checkpoints_by_the_clock(place, tmp_path, monkeypatch):

@@ -42,6 +42,7 @@ from fastsdpo.prefix.attention.segments import BAND_BLOCK as BAND_BLOCK
 from fastsdpo.prefix.attention.segments import Block as Block
 from fastsdpo.prefix.attention.segments import run_blocks as run_blocks
 from fastsdpo.prefix.attention.shared_pass import Kept as Kept
+from fastsdpo.prefix.attention.shared_pass import Scoring as Scoring
 from fastsdpo.prefix.attention.shared_pass import SharedPass as SharedPass
 from fastsdpo.prefix.attention.switch import attention_modules as attention_modules
 from fastsdpo.prefix.attention.switch import let_attention_switch as let_attention_switch

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsdpo.prefix.attention.shared_pass import SharedPass
+from fastsdpo.prefix.attention.shared_pass import Scoring, SharedPass
 from fastsdpo.prefix.attention.windows import ChunkWindow, Window
 
 
@@ -30,39 +30,29 @@ def visible(shared: SharedPass, window: Window, device: torch.device) -> Callabl
     return see
 
 
-def dense_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    shared: SharedPass,
-    window: Window,
-    scale: float,
-    sinks: Tensor | None = None,
-    softcap: float | None = None,
-) -> Tensor:
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, scores: Scoring) -> Tensor:
     def make() -> Tensor:
         q = torch.arange(query.shape[2], device=query.device)[:, None]
         k = torch.arange(key.shape[2], device=query.device)[None, :]
-        return visible(shared, window, query.device)(q, k)[None, None]
+        return visible(shared, scores.window, query.device)(q, k)[None, None]
 
-    mask = shared.cached(("mask", window), make)
-    if sinks is not None or softcap is not None:
-        return _plain_attention(query, key, value, mask, scale, sinks, softcap).transpose(1, 2)
+    mask = shared.cached(("mask", scores.window), make)
+    if not scores.are_plain:
+        return _plain_attention(query, key, value, mask, scores).transpose(1, 2)
     output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, attn_mask=mask, scale=scores.scale, enable_gqa=query.shape[1] != key.shape[1]
     )
     return output.transpose(1, 2)
 
 
-def _plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, sinks: Tensor | None, softcap: float | None
-) -> Tensor:
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, how: Scoring) -> Tensor:
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * how.scale
+    if how.softcap is not None:
+        scores = how.softcap * torch.tanh(scores / how.softcap)
     scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is not None:  # one more key, with the value 0
-        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(-1, -1, scores.shape[2], 1)], -1)
+    if how.sinks is not None:  # one more key, with the value 0
+        sinks = how.sinks.to(scores.dtype).view(1, -1, 1, 1)
+        scores = torch.cat([scores, sinks.expand(-1, -1, scores.shape[2], 1)], -1)
     return scores.softmax(-1)[..., : key.shape[2]].to(value.dtype) @ value

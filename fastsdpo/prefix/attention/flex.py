@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastsdpo.prefix.attention.dense import visible
 from fastsdpo.prefix.attention.kernels import ShapeAttention
-from fastsdpo.prefix.attention.shared_pass import SharedPass
+from fastsdpo.prefix.attention.shared_pass import Scoring, SharedPass
 from fastsdpo.prefix.attention.windows import ChunkWindow, Window, within_chunks
 from fastsdpo.prefix.plan import Run
 
@@ -124,14 +124,13 @@ def _compiled_flex_attention() -> Callable:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def flex_block_attention(
-    query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, window: Window, scale: float
-) -> Tensor:
+def flex_block_attention(query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, scores: Scoring) -> Tensor:
+    """Of plain scores."""
     if query.is_meta:
         return ShapeAttention.apply(query, key, value).transpose(1, 2)
     from torch.nn.attention.flex_attention import flex_attention
 
-    lengths = query.shape[2], key.shape[2]
+    lengths, window = (query.shape[2], key.shape[2]), scores.window
 
     def make_table() -> BlockTable:
         table = block_table(shared.runs, shared.first, *lengths, window)
@@ -145,5 +144,5 @@ def flex_block_attention(
     # On a CPU (in tests) it runs uncompiled, as torch's own dense definition of it.
     attend = flex_attention if query.device.type == "cpu" else _compiled_flex_attention()
     grouped = query.shape[1] != key.shape[1]
-    output = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+    output = attend(query, key, value, block_mask=mask, scale=scores.scale, enable_gqa=grouped)
     return output.transpose(1, 2)

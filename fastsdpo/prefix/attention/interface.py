@@ -15,7 +15,7 @@ from fastsdpo.prefix.attention.dense import dense_attention
 from fastsdpo.prefix.attention.flash import flash_attention, flash_takes, varlen_installed
 from fastsdpo.prefix.attention.flex import flex_block_attention
 from fastsdpo.prefix.attention.segments import segment_attention
-from fastsdpo.prefix.attention.shared_pass import SharedPass
+from fastsdpo.prefix.attention.shared_pass import Scoring, SharedPass
 from fastsdpo.prefix.attention.windows import ChunkWindow
 
 logger = logging.getLogger("fastsdpo")
@@ -68,44 +68,34 @@ def plan_attention(
         query, key, value = (split.to_heads(states, shared.stop - shared.first) for states in (query, key, value))
         s_aux = None if s_aux is None else split.own_heads(s_aux)
     _check_layer(module, query, shared, dropout, sliding_window, attention_mask, kwargs)
-    output = _attend(layer, query, key, value, shared, scaling, s_aux, softcap)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = Scoring(shared.windows.get(layer), scale, s_aux, softcap)
+    output = _attend(layer, query, key, value, shared, scores)
     return output if split is None else split.to_tokens(output), None
 
 
-def _attend(
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    shared: SharedPass,
-    scaling: float | None,
-    s_aux: Tensor | None,
-    softcap: float | None,
-) -> Tensor:
+def _attend(layer: int, query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, scores: Scoring) -> Tensor:
     """``[1, T, H, F]``; the layer's keys and values are kept where the pass keeps them."""
     shared.calls[layer] += 1
-    name, window = (layer, shared.calls[layer]), shared.windows.get(layer)  # some layers attend twice
+    name = layer, shared.calls[layer]  # some layers attend twice
     if shared.kept is not None:
         shared.kept[name] = (key.detach(), value.detach())
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Chosen here, because only here the dtype under autocast is known.
     backend = choose_backend(shared.backend, query.device, query.dtype)
+    if not scores.are_plain:
+        backend = _with_sinks(backend, shared.backend)
     before = None if shared.before is None else shared.before[name]
-    plain = s_aux is None and softcap is None
-    if plain and backend == "flash" and flash_takes(query, value, shared, window):
-        return flash_attention(query, key, value, shared, scale, before)
+    if backend == "flash" and flash_takes(query, value, shared, scores.window):
+        return flash_attention(query, key, value, shared, scores.scale, before)
     if before is not None:
         key, value = (torch.cat(pair, dim=2) for pair in zip(before, (key, value)))
-    if not plain:
-        with_sinks = {"segments": segment_attention, "dense": dense_attention}[_with_sinks(backend, shared.backend)]
-        return with_sinks(query, key, value, shared, window, scale, s_aux, softcap)
     attend = {
         "segments": segment_attention,
         "flex": flex_block_attention,
         "flash": flex_block_attention,  # windows that cut a sequence short, and heads of two sizes
         "dense": dense_attention,
     }
-    return attend[backend](query, key, value, shared, window, scale)
+    return attend[backend](query, key, value, shared, scores)
 
 
 def _tempered(module: nn.Module, query: Tensor, shared: SharedPass) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsdpo.prefix.attention.kernels import choose_kernel, softcapped_kernel
-from fastsdpo.prefix.attention.shared_pass import SharedPass
+from fastsdpo.prefix.attention.shared_pass import Scoring, SharedPass
 from fastsdpo.prefix.attention.windows import ChunkWindow, Window, within_chunks
 from fastsdpo.prefix.plan import Run, Segment
 
@@ -30,17 +30,9 @@ class Block(NamedTuple):
     band: tuple[int, int] | None
 
 
-def segment_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    shared: SharedPass,
-    window: Window,
-    scale: float,
-    sinks: Tensor | None = None,
-    softcap: float | None = None,
-) -> Tensor:
+def segment_attention(query: Tensor, key: Tensor, value: Tensor, shared: SharedPass, scores: Scoring) -> Tensor:
     """As `plan_attention`, without gathered keys and without a mask of queries x keys."""
+    window, scale, sinks, softcap = scores
     blocks = shared.cached(("blocks", window), lambda: run_blocks(shared.runs, shared.first, window))
     return SegmentAttention.apply(query, key, value, sinks, blocks, scale, softcap)
 

@@ -15,6 +15,26 @@ from fastsdpo.prefix.plan import Plan
 KeysValues = dict[Any, tuple[Tensor, ...]]
 
 
+class Scoring(NamedTuple):
+    """How a layer weighs keys.
+
+    Attributes:
+        window: which of the keys before it a query sees.
+        scale: of the products of queries and keys.
+        sinks: ``[H]``, each query has one more key with this score and the value 0.
+        softcap: scores are ``softcap * tanh(score / softcap)``.
+    """
+
+    window: Window
+    scale: float
+    sinks: Tensor | None = None
+    softcap: float | None = None
+
+    @property
+    def are_plain(self) -> bool:
+        return self.sinks is None and self.softcap is None
+
+
 class Kept(NamedTuple):
     """What the layers of one pass keep for the pass after it.
 
