@@ -1,7 +1,7 @@
 """What happens at certain points of the training loop, each a callback of one duty.
 
-`MovingAverage`, `SignalWindow`, `LongWarmUp` and `EpochOrder` belong to every trainer here, as does `FiniteCheck`
-(finite.py); `Progress`, `BeforeTraining`, `LastEvaluation` and `StopOnSignal` are what the commands add.
+`MovingAverage`, `SignalWindow`, `LongWarmUp`, `EpochOrder` and `BestCheckpoint` belong to every trainer here, as does
+`FiniteCheck` (finite.py); `Progress`, `BeforeTraining`, `LastEvaluation` and `StopOnSignal` are what the commands add.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback
 from fastsdpo.trainer.inherited import WITHOUT_WARMUP
 from fastsdpo.trainer.learner import Learner
 from fastsdpo.trainer.metrics import SignalMetrics
+from fastsdpo.trainer.processes import agreed
 from fastsdpo.trainer.report import write_report
 from fastsdpo.trainer.speed import SpeedMeter
 
@@ -206,6 +207,21 @@ class EpochOrder(TrainerCallback):
         sampler = self.sampler()
         if sampler is not None:
             sampler.set_epoch(int(state.epoch or 0))
+
+
+class BestCheckpoint(TrainerCallback):
+    """Where a run goes on in a folder that was moved, the best checkpoint is there too; transformers would drop it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.best_global_step:
+            return
+        here = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        state.best_model_checkpoint = agreed(state.best_model_checkpoint or (str(here) if here.is_dir() else None))
+        if args.load_best_model_at_end and state.best_model_checkpoint is None:
+            raise FileNotFoundError(
+                f"SDPOTrainer: load_best_model_at_end: the best checkpoint, {here.name}, is not there any more; "
+                "without that setting a run that goes on ends with the last model"
+            )
 
 
 class WrittenCheckpoint(TrainerCallback):

@@ -66,18 +66,24 @@ def finish_checkpoint(part: Path, place: Path, written: Mapping[str, tuple[int, 
     """
     open_as_umask(part)
     write_checksums(part, written)
-    if place.exists():
-        delete_checkpoint(place)
+    old = _put_aside(place) if place.exists() else None
     os.replace(part, place)
+    if old is not None:  # deleted last: it takes time, and may be the only one
+        shutil.rmtree(old)
 
 
 def delete_checkpoint(place: Path) -> None:
     """Deletes it; a deletion that is interrupted leaves nothing that looks like a checkpoint."""
+    shutil.rmtree(_put_aside(place))
+
+
+def _put_aside(place: Path) -> Path:
+    """Where a checkpoint lies from now on, to be deleted."""
     old = place.parent / PART / f"{place.name}.old"
     old.parent.mkdir(exist_ok=True)
     shutil.rmtree(old, ignore_errors=True)
     os.replace(place, old)
-    shutil.rmtree(old)
+    return old
 
 
 def delete_old_checkpoints(folder: Path, keep: int | None, best: str | None) -> None:

@@ -22,7 +22,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from fastsdpo.data.locks import locked
 from fastsdpo.prefix import whole_size
 from fastsdpo.trainer.adapters import is_peft, warning_of_base
-from fastsdpo.trainer.callbacks import WrittenCheckpoint
+from fastsdpo.trainer.callbacks import BestCheckpoint, WrittenCheckpoint
 from fastsdpo.trainer.card import write_card
 from fastsdpo.trainer.checkpoint_folders import (
     PART,
@@ -76,6 +76,7 @@ class CheckpointTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.add_callback(BestCheckpoint())
         if self.args.async_checkpoints:
             self.add_callback(WrittenCheckpoint(self.finish_checkpoint))
 

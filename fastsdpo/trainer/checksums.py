@@ -21,6 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
+
+from fastsdpo.trainer.place import PLACE_FILE
 
 CHECKSUMS = "checksums.json"
 BLOCK = 1 << 20
@@ -224,7 +227,10 @@ def damage_of(checkpoint: str | os.PathLike, process: int = 0, processes: int = 
         sums = json.loads((place / CHECKSUMS).read_text("utf-8"))
         wanted = {name: (int(row["bytes"]), int(row["crc32"])) for name, row in sums.items()}
     except FileNotFoundError:
-        return None  # written by another trainer, or by an older version of this one
+        # Written by another trainer, or by an older version of this one; or a copy that was not finished.
+        if (place / PLACE_FILE).exists():
+            return f"{CHECKSUMS} is missing"
+        return None if (place / TRAINER_STATE_NAME).exists() else f"{TRAINER_STATE_NAME} is missing"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{CHECKSUMS} cannot be read: {error}"
     by_size = sorted(wanted, key=lambda name: (-wanted[name][0], name))

@@ -26,11 +26,13 @@ def write_place(
 
 
 def check_state(checkpoint: str | os.PathLike) -> None:
-    """Raises ValueError where a checkpoint holds the model alone."""
-    if not any(Path(checkpoint, name).exists() for name in (PLACE_FILE, "scheduler.pt")):
+    """Raises ValueError where a checkpoint holds the model alone, or lacks a part of what training goes on from."""
+    place = Path(checkpoint)
+    states = any(place.glob("optimizer*")) and (place / "scheduler.pt").exists()
+    if not states and not any(place.glob("global_step*")):  # which DeepSpeed writes
         raise ValueError(
-            f"SDPOTrainer: checkpoint {checkpoint} holds the model alone (save_only_model): optimizer and learning "
-            "rate would begin anew, in the middle of the data; begin a run with it as its model"
+            f"SDPOTrainer: checkpoint {checkpoint} holds the model alone (save_only_model), or was copied in part: "
+            "optimizer and learning rate would begin anew, in the middle of the data; begin a run with it as its model"
         )
 
 

@@ -147,7 +147,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
 ):
     wanted, _, _, whole = undisturbed("train")
     cases = [(file, damage) for file in FILES for damage in DAMAGES]
-    cases.remove(("checksums.json", "delete"))  # then nothing tells of what was in the folder
     cases = random.Random(3).sample(cases, count(2, len(cases)))
     lost = []
     for file, damage in cases:

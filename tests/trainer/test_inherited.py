@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import types
 
@@ -222,6 +223,27 @@ def test_the_best_model_has_its_own_teacher(tmp_path, lab):
     losses = [item["eval_loss"] for item in trainer.state.log_history if "eval_loss" in item]
     assert max(losses) == losses[0] > 1.1 * losses[-1]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_the_best_model_of_a_folder_that_was_moved(tmp_path, lab):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
+    settings = {
+        **EACH_STEP,
+        **best,
+        "learning_rate": 0.1,
+        "max_steps": 2,
+        "eval_dataset": lab.make_interactions(2, seed=7),
+    }
+    wanted = lab.make_trainer(tmp_path / "old", **settings)
+    wanted.train()
+    assert wanted.state.best_global_step == 1
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = lab.make_trainer(tmp_path / "new", **settings)
+    moved.train(resume_from_checkpoint=True)
+    assert lab.largest_difference(lab.weights_of(moved), lab.weights_of(wanted)) == 0
+    shutil.rmtree(tmp_path / "new" / "checkpoint-1")
+    with pytest.raises(FileNotFoundError, match="the best checkpoint, checkpoint-1, is not there any more"):
+        lab.make_trainer(tmp_path / "new", **settings).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_of_the_model_alone_is_nothing_to_go_on_from(tmp_path, lab, caplog):

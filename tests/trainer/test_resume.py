@@ -1,5 +1,8 @@
 """Checkpoints and teachers: a resumed run equals an uninterrupted one, and teachers move as told."""
 
+import re
+import shutil
+
 import pytest
 import torch
 import transformers.utils.chat_template_utils
@@ -90,6 +93,44 @@ def test_a_resumed_run_has_its_own_optimizer_settings(tmp_path, lab, caplog):
     assert (group["weight_decay"], group["betas"]) == (0.1, (0.8, 0.999))
     assert "learning rate was 0.003, training goes on with 0.0001" in caplog.text
     assert "weight_decay was 0.0, training goes on with 0.1" in caplog.text and "betas" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("copied", "missing"),
+    [
+        ((), r"trainer_state\.json is missing"),
+        (("checksums.json",), "is missing"),
+        (("data.json", "model.safetensors"), r"checksums\.json is missing"),
+    ],
+)
+def test_a_checkpoint_that_was_copied_in_part(tmp_path, lab, caplog, copied, missing):
+    """It is passed over, whatever of it is there."""
+    train(lab, tmp_path, stop_at=2)
+    part = tmp_path / "checkpoint-3"
+    part.mkdir()
+    for name in copied:
+        shutil.copy(tmp_path / "checkpoint-2" / name, part)
+    assert train(lab, tmp_path, resume=True, max_steps=3).state.global_step == 3
+    assert re.search(rf"checkpoint-3 is damaged: .*{missing}; going on from .*checkpoint-2", caplog.text)
+    # Another trainer's, without sums: what is missing would begin anew without a word.
+    for name in ("checksums.json", "data.json", "optimizer.pt"):
+        (tmp_path / "checkpoint-2" / name).unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-2 holds the model alone .* or was copied in part"):
+        train(lab, tmp_path, resume=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_checkpoint_that_is_written_again_is_there_at_any_time(tmp_path, lab, monkeypatch):
+    """As at a signal at the end of an epoch; the old one is deleted when the new one has its name."""
+    trainer = train(lab, tmp_path, stop_at=2, save_total_limit=1)
+
+    def killed(folder, **options):
+        if str(folder).endswith(".old") and folder.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastsdpo.trainer.checkpoint_folders.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer._save_checkpoint(trainer.model)
+    assert trainer.find_checkpoint() == str(tmp_path / "checkpoint-2")
 
 
 def test_a_run_that_goes_on_is_not_looked_at_again(tmp_path, lab, caplog):
