@@ -30,7 +30,7 @@ from fastsdpo.data.readers.registry import RecordParser
 from fastsdpo.data.reading import BatchReader, ReadOptions, ReadReport, seldom_collected
 from fastsdpo.data.record_fields import RecordFields
 from fastsdpo.data.redaction import redaction_settings
-from fastsdpo.data.sources import check_output_names, expand_source
+from fastsdpo.data.sources import expand_source, name_outputs
 from fastsdpo.data.spool import Spool, read_settings
 from fastsdpo.data.times import parse_time
 from fastsdpo.data.workers import Workers, can_share, cut, default_workers
@@ -186,11 +186,7 @@ class _Job:
         holds_out = eval_fraction > 0 or eval_after is not None
         if eval_output is not None and not holds_out:
             raise ValueError("prepare: eval_output needs an eval_fraction above 0, or eval_after")
-        held_out = Path(eval_output or output.with_name(f"{output.stem}.eval{output.suffix}"))
-        self.outputs = [output, held_out] if holds_out else [output]
-        if len({path.absolute() for path in self.outputs}) != len(self.outputs):
-            raise ValueError(f"prepare: eval_output must differ from output, got {output} for both")
-        check_output_names(self.outputs)
+        self.outputs = name_outputs(output, eval_output, holds_out)
         self.partial = output.with_name(output.name + ".partial")
         self.report_path = output.with_name(f"{output.stem}.report.json")
         self.items = self._sources(sources)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from fastsdpo.data.loading import MAX_RECORD_BYTES, parse_entries
 from fastsdpo.data.output import atomic_file
 from fastsdpo.data.records import LoadReport
-from fastsdpo.data.sources import check_output_names, expand_source, read_sources
+from fastsdpo.data.sources import expand_source, name_outputs, read_sources
 from fastsdpo.lazy import needed
 
 SUFFIX = "\nTL;DR:\n"  # counts for the length of a post; the model does not see it
@@ -286,12 +286,7 @@ def prepare_prompts(
 
 
 def _outputs(output: Path, eval_output: str | PathLike | None, holds_out: bool, overwrite: bool) -> list[Path]:
-    outputs = [output]
-    if holds_out:
-        outputs.append(Path(eval_output or output.with_name(f"{output.stem}.eval{output.suffix}")))
-    if len({path.absolute() for path in outputs}) != len(outputs):
-        raise ValueError(f"prepare: eval_output must differ from output, got {output} for both")
-    check_output_names(outputs)
+    outputs = name_outputs(output, eval_output, holds_out)
     for path in outputs:
         if path.exists() and not overwrite:
             raise FileExistsError(f"prepare: {path} exists; pass overwrite=True to replace it")

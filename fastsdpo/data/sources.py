@@ -38,11 +38,20 @@ def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
 
 
-def check_output_names(outputs: Iterable[Path]) -> None:
-    """Raises ValueError where a file of JSON Lines would, by its name, be read as something else."""
+def name_outputs(output: Path, eval_output: str | PathLike | None, holds_out: bool) -> list[Path]:
+    """The files of JSON Lines to write: the output, and where rows are held out, theirs.
+
+    Raises:
+        ValueError: two have one name, or one would, by its name, be read as something else.
+    """
+    held_out = Path(eval_output or output.with_name(f"{output.stem}.eval{output.suffix}"))
+    outputs = [output, held_out] if holds_out else [output]
+    if holds_out and output.absolute() == held_out.absolute():
+        raise ValueError(f"prepare: eval_output must differ from output, got {output} for both")
     for path in outputs:
         if path.suffix.lower() in (*COMPRESSIONS, *TABLE_SUFFIXES, ".parquet"):
             raise ValueError(f"prepare: output must have the name of a JSON Lines file (.jsonl), got {path}")
+    return outputs
 
 
 def expand_source(source: str | PathLike | Iterable[str | PathLike]) -> list[Path | str]:
