@@ -322,16 +322,13 @@ class TestSources:
             ("missing.jsonl", "no such file: missing.jsonl"),
             ("missing.json.gz", "no such file: missing.json.gz"),
             ("none*.json", r"no file matches none\*\.json"),
+            (".", r"holds no file that ends in \.json"),
         ],
     )
     def test_not_there(self, source, message, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(FileNotFoundError, match=message):
             list(load_conversations(source))
-
-    def test_empty_folder(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"holds no file that ends in \.json"):
-            list(load_conversations(tmp_path))
 
     @pytest.mark.parametrize("package", ["zstandard", "pyarrow", "datasets"])
     def test_missing_package_is_named(self, tmp_path, package, monkeypatch):

@@ -202,10 +202,6 @@ class TestEndOfTurn:
         with pytest.raises(ValueError, match="tokenizer must have an eos_token, since its chat"):
             InteractionTokenizer(tokenizer, "note")
 
-    def test_not_a_token(self, smollm2):
-        with pytest.raises(ValueError, match=r"end_of_turn must be one token .* got '<end>'"):
-            InteractionTokenizer(smollm2, "note", end_of_turn="<end>")
-
     def test_cut_answer_has_none(self, smollm2):
         source = interaction("q", completion="one two")
         whole = tokenize_interaction(smollm2, source, "note")
@@ -314,6 +310,7 @@ class TestErrors:
             ({"max_completion_length": -1}, "max_completion_length must be at least 1, got -1"),
             ({"truncation": "left"}, "truncation must be 'shared' or 'independent-left'"),
             ({"template": "nothing"}, "name must be one of offline-v1"),
+            ({"end_of_turn": "<end>"}, "end_of_turn must be one token .* got '<end>'"),
         ],
     )
     def test_options(self, smollm2, options, text):

@@ -218,25 +218,14 @@ def test_guidance_needs_logits_without_a_softcap(lab, tmp_path, monkeypatch):
         lab.trainer(tmp_path, guidance=2.0)
 
 
-def test_a_failed_user_drops_that_interaction(lab, tmp_path):
-    class Moody:
-        def feedback(self, prompts, responses):
-            return ["w1" if index % 2 else "" for index in range(len(responses))]
-
-    trainer = lab.trainer(tmp_path, user=Moody(), max_steps=1)
-    trainer.train()
-    assert trainer.state.log_history[0]["online/followups"] == 0.5
-
-
-def test_no_followup_at_all_changes_nothing(lab, tmp_path):
-    class Silent:
-        def feedback(self, prompts, responses):
-            return [""] * len(responses)
-
-    trainer = lab.trainer(tmp_path, user=Silent(), max_steps=1)
+@pytest.mark.parametrize(("said", "share"), [(["w1", "", "w1", ""], 0.5), ([""] * 4, 0.0)])
+def test_answers_without_a_follow_up_are_dropped(said, share, lab, tmp_path):
+    """Without any, nothing changes."""
+    trainer = lab.trainer(tmp_path, user=SimpleNamespace(feedback=lambda prompts, responses: said), max_steps=1)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+    assert trainer.state.log_history[0]["online/followups"] == share
+    assert all(map(torch.equal, before, trainer.model.parameters())) == (share == 0)
 
 
 def test_evaluation_asks_the_user(lab, tmp_path):

@@ -195,15 +195,11 @@ def test_nothing_invisible_is_shown_as_it_is():
 
 
 @pytest.mark.parametrize("theme", THEMES)
-def test_tints_stay_apart_for_the_colour_blind(theme):
-    """Eyes without red or green see the blue of a colour as it is, eyes without blue the red."""
+def test_tints_stay_apart_and_text_reads_on_each(theme):
+    """Also for eyes without red or green, which see the blue of a colour as it is, and without blue: the red."""
     for step in range(LEVELS // 2, LEVELS + 1):
         above, below = tint(step, theme)[0], tint(-step, theme)[0]
         assert above[2] - below[2] > 60 and below[0] - above[0] > 60, f"step {step}"
-
-
-@pytest.mark.parametrize("theme", THEMES)
-def test_text_reads_on_every_tint(theme):
     assert all(contrast(*tint(step, theme)) >= 4.5 for step in range(-LEVELS, LEVELS + 1))
     backgrounds = {tint(step, theme)[0] for step in range(-LEVELS, LEVELS + 1)}
     assert len(backgrounds) == 2 * LEVELS + 1
