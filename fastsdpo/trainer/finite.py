@@ -1,4 +1,7 @@
-"""Losses and gradients that are not finite: found before the optimizer's step, with the interactions' ids."""
+"""Losses and gradients that are not finite: found before the optimizer's step, with the interactions' ids.
+
+Nor does the optimizer take a step on nothing.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,11 @@ class NonFiniteError(RuntimeError):
 class FiniteCheck(TrainerCallback):
     """Before each optimizer step: stops the run, or drops the gradients so that the step changes nothing.
 
+    It changes nothing either where no token of the global batch counts (nobody reacted): the weights would move by
+    the steps before it and by the weight decay. (Under DeepSpeed and fp16 they do.)
+
     Attributes:
+        items: S or N of the current step, over all processes; None: not counted.
         passes: of the current step, the interactions of each pass and ``[interactions]`` their losses.
         skipped: how many steps changed nothing (``non_finite="skip"``).
     """
@@ -38,6 +45,7 @@ class FiniteCheck(TrainerCallback):
         self.trainer = trainer
         self.passes: list[tuple[list[TokenizedInteraction], Tensor]] = []
         self.skipped = 0
+        self.items: Tensor | None = None
 
     def add(self, pack: Sequence[TokenizedInteraction], sequence_loss: Tensor) -> None:
         """A pass of the current step."""
@@ -60,6 +68,12 @@ class FiniteCheck(TrainerCallback):
             self._check_taken_step(args, state)
         elif not self._all_finite():
             self._stop(args, state)
+        elif self.items is not None and int(self.items) == 0 and not args.fp16:
+            self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.trainer.model.parameters():
+            parameter.grad = None
 
     def _check_taken_step(self, args: Any, state: Any) -> None:
         """DeepSpeed has taken the step by now; a loss scaler (fp16) leaves out what overflows by itself."""
@@ -87,8 +101,7 @@ class FiniteCheck(TrainerCallback):
             raise NonFiniteError(f"SDPOTrainer: {message}. Set non_finite='skip' to leave such steps out. {place}")
         logger.warning("skipped %s", message)
         self.skipped += 1
-        for parameter in self.trainer.model.parameters():
-            parameter.grad = None
+        self._drop_gradients()
 
     def _all_finite(self) -> bool:
         """Of all processes; one wait for the device."""

@@ -222,12 +222,14 @@ class StepTrainer(CheckpointTrainer):
         packs = [len(self.learner.ready(batch, device)) for batch in batches]
         items = sum(self.learner.count(batch["interactions"]) for batch in batches) if self.speaks else 0
         if self.args.world_size == 1:
-            return batches, torch.tensor(items, device=device)
+            self.finite.items = torch.tensor(items, device=device)
+            return batches, self.finite.items
         counted: Any = self.accelerator.gather(torch.tensor([[items, *packs]], device=device))
         if self.sharded:
             for batch, passes in zip(batches, counted[:, 1:].amax(0).tolist()):
                 batch["passes"] = passes
-        return batches, counted[:, 0].sum()
+        self.finite.items = counted[:, 0].sum()
+        return batches, self.finite.items
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -307,8 +309,9 @@ class StepTrainer(CheckpointTrainer):
         hooks: Any = self.args, self.state, self.control
         self.finite.on_step_begin(*hooks)
         try:
-            inputs = {"interactions": list(interactions)}
-            loss = self.training_step(self.model, inputs, self.learner.count(interactions))
+            inputs, items = {"interactions": list(interactions)}, self.learner.count(interactions)
+            self.finite.items = torch.tensor(items)
+            loss = self.training_step(self.model, inputs, items)
             if self.args.max_grad_norm:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
             self.finite.on_pre_optimizer_step(*hooks)

@@ -329,3 +329,25 @@ def test_interactions_are_those_that_were_asked_about(tmp_path, lab):
     logged = [row["online/interactions"] for row in trainer.state.log_history if "online/interactions" in row]
     assert logged == [10, 20, 24, 34, 44] and told == [0, *logged[:-1]]
     assert len((tmp_path / "interactions.jsonl").read_text().splitlines()) == 44
+
+
+def test_a_step_to_which_nobody_reacts_changes_nothing(tmp_path, lab):
+    """Neither by the momentum of the step before it, nor by the weight decay."""
+
+    class User:
+        asked = 0
+
+        def feedback(self, prompts, responses):
+            self.asked += 1
+            return ["w3 w4" if self.asked == 1 else None for _ in prompts]
+
+    seen = []
+
+    class Weights(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append([p.detach().clone() for p in model.parameters()])
+
+    lab.trainer(tmp_path, user=User(), callbacks=[Weights()], weight_decay=0.1, warmup_steps=0).train()
+    first, *later = seen
+    assert len(later) == 3 and any(not torch.equal(a, b) for a, b in zip(first, lab.model().parameters()))
+    assert all(torch.equal(a, b) for step in later for a, b in zip(first, step))
