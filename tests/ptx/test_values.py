@@ -7,6 +7,11 @@ sm_100 (`python -m benchmarks.ptx` does the same and keeps the figures).
 import pytest
 import torch
 
+import fastsdpo
+from fastsdpo.ops import rows as door
+from fastsdpo.ops.rows import LossOptions, RowCall, Tokens
+from fastsdpo.testing import make_rows
+
 from .cases import DTYPES, LAYOUTS, LOSSES, ROWS, Results, results, rows, wrong
 from .executor import executing
 
@@ -100,6 +105,33 @@ def test_rows_of_two_programs(name):
     assert max(launch.grid[1] for launch in executor.launches) == 2
     assert not wrong(loss, got, want), wrong(loss, got, want)
     assert not executor.faults, list(map(str, executor.faults))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.4])
+def test_a_sure_student_has_no_gradient(alpha):
+    """However far away the teacher is, also where the compiler fuses products and sums."""
+    case = make_rows((3,), 3000, ignored=0)
+    case.student[range(3), [7, 1500, 2990]] = 40
+    leaf, options = case.student.requires_grad_(), {"mode": "full", "alpha": alpha, "temperature": 0.01}
+    with executing():
+        out = fastsdpo.sdpo_loss(leaf, case.teacher, case.target_ids, backend="triton", **options)
+        out.loss.backward()
+    assert bool((out.per_token_loss > 30).all()) if alpha == 1 else bool((out.per_token_loss > 0.3).all())
+    assert not leaf.grad.any()
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.4])
+def test_a_gradient_from_statistics_alone(alpha):
+    """Of callers that put the rows' statistics together themselves, as shards of the vocabulary do."""
+    case, options = make_rows((4,), 300), LossOptions(mode="full", alpha=alpha, temperature=0.7)
+    call = RowCall(case.student[None], case.teacher[None], Tokens(case.target_ids, case.weights), options, "triton")
+    grads = torch.empty(2, 1, 4, 300)
+    with executing():
+        found = door.forward(call)
+        for grad, classes in zip(grads, (found.class_grads, torch.empty(0)), strict=True):
+            door.backward(torch.ones(1), found._replace(class_grads=classes), call, grad)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-7)
+    assert grads.abs().amax() > 0.01
 
 
 @pytest.mark.slow
