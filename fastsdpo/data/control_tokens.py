@@ -30,7 +30,7 @@ class ControlTokens:
         strips_left, strips_right: the control tokens that swallow the white space on that side.
 
     Raises:
-        ValueError: no end of a turn is known, or it is not a token.
+        ValueError: no end of a turn is known, it is not a token, or the template writes it before an answer too.
     """
 
     def __init__(self, tokenizer: Any, chat: ChatTemplate, end_of_turn: str):
@@ -62,6 +62,12 @@ class ControlTokens:
                 raise ValueError(f"tokenize_interaction: end_of_turn must be one token of the tokenizer, got {end!r}")
             self.end_ids.append(token_id)
         self.end: str = ends[-1]
+        if end_of_turn == "template" and chat.answer != chat.generation and self.end in chat.answer.add:
+            raise ValueError(
+                f"tokenize_interaction: the chat template of {chat.name} must write {self.end!r}, which ends an "
+                f"answer, after it alone, got {chat.answer.add!r} before it, where a model that reasons would stop; "
+                'pass chat_template_kwargs with which it does not (such as {"thinking": false}), or end_of_turn'
+            )
         self.ending: str = self.end_space + "".join(ends)
 
         frames = [match for frame in chat.frames for match in every.findall(frame)]

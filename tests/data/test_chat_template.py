@@ -600,6 +600,11 @@ class TestRefused:
                 "{% if enable_thinking %}{% else %}<s>final</s>{% endif %}{% endif %}",
                 r'must begin a finished answer .*\(such as {"enable_thinking": true}\)',
             ),
+            (
+                "{% for m in messages %}<s>{{ m.role }}:{% if m.role == 'assistant' %}<s>think</s>{% endif %}"
+                "{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}",
+                r"must write '</s>', which ends an answer, after it alone, got '<s>think</s>' before it, where a",
+            ),
         ],
     )
     def test_at_the_start(self, byte_tokenizer, template, message):
