@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any
 
 from torch import Tensor, nn
 
 from fastsdpo.ops.divergence import SDPOLossOutput, sdpo_loss
 from fastsdpo.ops.linear import linear_sdpo_loss
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-
-class TokenTensors(TypedDict, total=False):
-    """The tensors of a call that have a value for each token, as of `sdpo_loss`."""
-
-    weights: Tensor | None
-    teacher_logps: Tensor | None
-    teacher_topk: tuple[Tensor, Tensor] | None
-    old_logps: Tensor | None
-    ce_weights: Tensor | None
-
-
-class LinearTensors(TokenTensors, total=False):
-    """And the other tensors of `linear_sdpo_loss`."""
-
-    bias: Tensor | None
-    teacher_weight: Tensor | None
-    teacher_bias: Tensor | None
-    teacher_logits: Tensor | None
+_TOKEN_TENSORS = ("weights", "teacher_logps", "teacher_topk", "old_logps", "ce_weights")
 
 
 class _Loss(nn.Module):
     def __init__(self, **options: Any):
         super().__init__()
-        for tensor in TokenTensors.__annotations__:
+        for tensor in _TOKEN_TENSORS:
             if tensor in options:
                 raise TypeError(
                     f"{type(self).__name__}: {tensor} must be passed to forward, got it in the constructor"
@@ -69,9 +49,24 @@ class SDPOLoss(_Loss):
         student_logits: Tensor,
         teacher_logits: Tensor | None,
         target_ids: Tensor,
-        **tensors: Unpack[TokenTensors],
+        *,
+        weights: Tensor | None = None,
+        teacher_logps: Tensor | None = None,
+        teacher_topk: tuple[Tensor, Tensor] | None = None,
+        old_logps: Tensor | None = None,
+        ce_weights: Tensor | None = None,
     ) -> SDPOLossOutput:
-        return sdpo_loss(student_logits, teacher_logits, target_ids, **tensors, **self.options)
+        return sdpo_loss(
+            student_logits,
+            teacher_logits,
+            target_ids,
+            weights=weights,
+            teacher_logps=teacher_logps,
+            teacher_topk=teacher_topk,
+            old_logps=old_logps,
+            ce_weights=ce_weights,
+            **self.options,
+        )
 
 
 class LinearSDPOLoss(_Loss):
@@ -80,7 +75,15 @@ class LinearSDPOLoss(_Loss):
         loss_fn = LinearSDPOLoss(mode="full", alpha=1.0)
         out = loss_fn(student_hidden, teacher_hidden, lm_head.weight, target_ids, weights=weights)
 
-    As `SDPOLoss`, with the options ``logit_scale``, ``chunk_size`` and ``tile_dtype`` beside those there.
+    Args:
+        options: the keyword arguments of `linear_sdpo_loss` that are not tensors (those of `SDPOLoss`, and
+            ``logit_scale``, ``chunk_size``, ``tile_dtype``).
+
+    Returns (of a call):
+        `SDPOLossOutput`.
+
+    Raises:
+        TypeError: a tensor was given to the constructor. A call raises what `linear_sdpo_loss` does.
     """
 
     def forward(
@@ -89,6 +92,30 @@ class LinearSDPOLoss(_Loss):
         teacher_hidden: Tensor | None,
         weight: Tensor,
         target_ids: Tensor,
-        **tensors: Unpack[LinearTensors],
+        *,
+        bias: Tensor | None = None,
+        teacher_weight: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        teacher_logits: Tensor | None = None,
+        weights: Tensor | None = None,
+        teacher_logps: Tensor | None = None,
+        teacher_topk: tuple[Tensor, Tensor] | None = None,
+        old_logps: Tensor | None = None,
+        ce_weights: Tensor | None = None,
     ) -> SDPOLossOutput:
-        return linear_sdpo_loss(student_hidden, teacher_hidden, weight, target_ids, **tensors, **self.options)
+        return linear_sdpo_loss(
+            student_hidden,
+            teacher_hidden,
+            weight,
+            target_ids,
+            bias=bias,
+            teacher_weight=teacher_weight,
+            teacher_bias=teacher_bias,
+            teacher_logits=teacher_logits,
+            weights=weights,
+            teacher_logps=teacher_logps,
+            teacher_topk=teacher_topk,
+            old_logps=old_logps,
+            ce_weights=ce_weights,
+            **self.options,
+        )
