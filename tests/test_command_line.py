@@ -144,6 +144,19 @@ def test_a_reader_that_has_seen_enough_is_no_error():
         assert process.stderr.read() == b"" and process.wait() in (0, 141)
 
 
+def test_demo_data_is_whole_or_absent_and_keeps_links(tmp_path, monkeypatch, capsys):
+    def fails(number):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastsdpo.data.output.os.fsync", fails)
+        assert main(["demo-data", str(tmp_path / "new" / "a.jsonl")]) == 1
+    assert "FILE: no space left on device" in capsys.readouterr().err and not list(tmp_path.glob("new/*"))
+    (tmp_path / "link").symlink_to(tmp_path / "there.jsonl")
+    assert main(["demo-data", str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there.jsonl").is_file()
+
+
 def names_read(module, seen):
     """Attributes and texts in a module of commands and in those that it imports, but for the options' definitions."""
     if module in seen:

@@ -9,6 +9,7 @@ from pathlib import Path
 from fastsdpo.commands.options import add_quiet_option
 from fastsdpo.commands.parser import Parser
 from fastsdpo.commands.running import DONE, run_command
+from fastsdpo.data.output import atomic_file
 
 NAME = "conversations.jsonl"
 
@@ -32,8 +33,8 @@ def write(options: argparse.Namespace) -> int:
     path = Path(options.output)
     if path.exists() and not options.overwrite and path.read_bytes() != text.encode():
         raise FileExistsError(f"{path} exists and holds something else; pass overwrite=True to replace it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="")
+    with atomic_file(path) as file:
+        file.write(text.encode())
     if not options.quiet:
         print(f"{len(text.splitlines())} conversations -> {path}")
     return DONE

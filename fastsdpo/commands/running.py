@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from fastsdpo.commands.parser import Parser
 
 DONE, FAILED, DEGENERATE = 0, 1, 4
 LOST = "stopped at once, without a checkpoint of the steps since the last"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write, which does not name its file
 STOPPED = 128  # + the signal's number, as shells count: 130 for Ctrl-C, 143 for SIGTERM
 
 # Shown as one sentence; any other error is a fault of this package and shows its traceback.
@@ -114,8 +116,9 @@ def describe_error(error: Exception, parser: Parser | None = None) -> str:
         package = error.name.split(".")[0]
         extra = EXTRAS.get(package, "train")
         return f"needs the package {package!r}; install it with: pip install 'fastsdpo[{extra}]'"
-    if isinstance(error, OSError) and error.strerror and error.filename:  # as Python words it
-        return f"{error.filename}: {error.strerror.lower()}"
+    if isinstance(error, OSError) and error.strerror and (error.filename or error.errno in FULL):  # as Python words it
+        flag = parser.flag_of("output") if parser is not None else None
+        return f"{error.filename or flag or 'writing'}: {error.strerror.lower()}"
     said = str(error).replace("HindsightTemplate: name ", "template ")
     said = FUNCTIONS.sub("", said) or type(error).__name__
     return said if parser is None else name_flags(said, parser)

@@ -321,7 +321,15 @@ def _conversation_rows(spool: Spool, merged: Merged, conversation: int) -> bytes
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file that appears at `path` whole and flushed to the disk, or, after an error, not at all."""
+    """Opens a file that appears at `path` whole and flushed to the disk, or, after an error, not at all.
+
+    A link keeps its place: what it leads to is replaced. Into a pipe or device (``/dev/stdout``) goes what is written.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb") as file:
+            yield file
+        return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -42,13 +42,16 @@ def name_outputs(output: Path, eval_output: str | PathLike | None, holds_out: bo
     """The files of JSON Lines to write: the output, and where rows are held out, theirs.
 
     Raises:
-        ValueError: two have one name, or one would, by its name, be read as something else.
+        ValueError: two have one name; one is a folder, pipe or device, or would, by its name, be read as
+            something else.
     """
     held_out = Path(eval_output or output.with_name(f"{output.stem}.eval{output.suffix}"))
     outputs = [output, held_out] if holds_out else [output]
     if holds_out and output.absolute() == held_out.absolute():
         raise ValueError(f"prepare: eval_output must differ from output, got {output} for both")
     for path in outputs:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"prepare: output must be a file, got {path}, which is a folder, pipe or device")
         if path.suffix.lower() in (*COMPRESSIONS, *TABLE_SUFFIXES, ".parquet"):
             raise ValueError(f"prepare: output must have the name of a JSON Lines file (.jsonl), got {path}")
     return outputs

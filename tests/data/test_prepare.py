@@ -267,6 +267,11 @@ class TestRefusals:
         assert done.status == 1 and "--output must have the name of a JSON Lines file (.jsonl), got" in done.error
         assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
+    def test_a_pipe_is_no_output(self, prepared, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        done = prepared(RECORDS, "-o", tmp_path / "pipe", "--overwrite")
+        assert done.status == 1 and "--output must be a file, got" in done.error and (tmp_path / "pipe").is_fifo()
+
     def test_missing_source_nothing_kept_and_no_folder(self, prepared, tmp_path):
         assert "no such file" in prepared(None).error
         done = prepared([{"a": 1}])
@@ -283,7 +288,7 @@ class TestRefusals:
 
     def test_full_disk_and_ctrl_c_leave_what_was_there(self, prepared, tmp_path, monkeypatch):
         (tmp_path / "out.jsonl").write_text("old")
-        faults = (OSError(28, "No space left"), 1, "No space"), (KeyboardInterrupt(), 130, "again")
+        faults = (OSError(28, "No space left"), 1, "--output: no space left"), (KeyboardInterrupt(), 130, "again")
         for error, status, said in faults:
 
             def fails(*arguments, error=error):
