@@ -36,13 +36,15 @@ def prepared_files(tmp_path, files, *argv):
         ([rows(2, 5), rows(0, 2)], ""),  # by their times, not by the files' names
         ([rows(0, 3), rows(0, 5)], "1 interactions that are there already"),
         ([rows(), rows()], "2 interactions that are there already"),
+        ([b'{"messages": [\n', rows()], ""),  # damage in another file, or behind its last row
+        ([table(rows(name="8")) + b"8,user\n", rows()], ""),
         ([rows(0, 3, "7"), [{**row, "Created At": "2026-04-01"} for row in rows(0, 5, "7")]], "1 interactions that"),
     ],
 )
 def test_rows_of_several_files_are_one_conversation(tmp_path, capsys, files, said):
     assert prepared_files(tmp_path, files) == (0, EXPECTED)
     out = capsys.readouterr().out
-    assert said in out and "damaged" not in out
+    assert said in out and "a row may be" not in out and "several files" not in out
 
 
 @pytest.mark.parametrize(

@@ -125,11 +125,11 @@ def group_rows(entries: Iterable[Entry], find_key: Callable[[Any], RowKey | None
         find_key: takes the first record, and returns a function record -> conversation id, or None if records
             are not single messages.
     """
-    entries = iter(entries)
+    entries, gap = iter(entries), False
     store.begin_file()
     for entry in entries:
         if entry.problem is not None:
-            store.add_gap()
+            gap = True
             yield entry
             continue
         key = find_key(entry.record)
@@ -137,6 +137,8 @@ def group_rows(entries: Iterable[Entry], find_key: Callable[[Any], RowKey | None
             yield entry
             yield from entries
             return
+        if gap:
+            store.add_gap()
         if (problem := store.add(entry, key)) is not None:
             yield problem
         break
@@ -176,6 +178,7 @@ class RowStore:
     def begin_file(self) -> None:
         """Notes that what is added from now on is of the next file."""
         self._file += 1
+        self._number += 1  # so that a gap at the end of a file is not before the first row of the next
 
     def add(self, entry: Entry, key: RowKey) -> Entry | None:
         """Keeps a row; an entry with the problem where it names no conversation."""
