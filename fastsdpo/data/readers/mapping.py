@@ -198,12 +198,13 @@ class Hook:
 
     def row_key(self, record: Any) -> Callable[[Any], str | None] | None:
         """Returns a function record -> conversation id if the user's function has one; else None."""
-        if self._name_of is None:
+        name_of = self._name_of
+        if name_of is None:
             return None
 
         def key(row: Any) -> str | None:
             with contextlib.suppress(Exception):  # of the user's code: a record without a name
-                return identifier({"id": self._name_of(row)}, ("id",))
+                return identifier({"id": name_of(row)}, ("id",))
             return None
 
         return key
