@@ -68,9 +68,9 @@ def test_a_stale_read_in_place_is_found():
     order, and the values show it where warps run one by one."""
     stale = (
         kernels.gradient_kernel,
-        "                    u = tl.fma(x - sm, k, -sl)\n",
+        "                    p = tl.exp2(tl.fma(x - sm, k, -sl))\n",
         "                    own = load_logit(s + target_at, True, cap, HAS_CAP, FAST)\n"
-        "                    u = tl.fma(x - sm, k, -sl) + 1e-3 * own\n",
+        "                    p = tl.exp2(tl.fma(x - sm, k, -sl) + 1e-3 * own)\n",
     )
     with planted(*stale):
         apart, found = executed_loss("sampled", 1000, "fp32")

@@ -99,6 +99,7 @@ def test_a_checkpoint_of_another_number_of_deepspeed_s_processes(tmp_path, lab):
     part.mkdir(parents=True)
     for rank in range(2):
         (part / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    (part.parent / "trainer_state.json").write_text("{}", "utf-8")
     trainer = lab.make_trainer(tmp_path / "out")
     trainer.check_checkpoint(part.parent)  # without DeepSpeed nothing reads them
     trainer.is_deepspeed_enabled = True
