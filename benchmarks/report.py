@@ -203,7 +203,8 @@ def data() -> str:
             others = [f"{who} {ratio(row, who, 'fastsdpo'):.2f}" for who in row["rivals"] if who != "fastsdpo"]
             rate = row["case"]["interactions"] / row["rivals"]["fastsdpo"]["median"]
             stages.append(
-                f"{row['case']['stage']}: {rate:.0f} interactions/s" + "".join(f", {text}" for text in others)
+                f"{row['case']['stage']}, {row['case']['conversations']}: {rate:.0f} interactions/s"
+                + "".join(f", {text}" for text in others)
             )
         lines.append(f"- {path.stem.partition('_')[2]}: " + "; ".join(stages))
     for row in recorded("processes"):
@@ -215,7 +216,7 @@ def data() -> str:
 
 The others' time over ours; below 1 ours takes longer (the loops check nothing). `python -m benchmarks.bench_data`,
 `bench_processes`; {named("data")}, {named("processes")}.
-Where two processes of the plain loop are no faster than one, a second worker has nothing to gain.
+Stage, conversations. Plain `prepare` copies bytes, where a second process gains little; a hook (redacted) is work.
 
 {f".{chr(10)}".join(lines)}.
 """
