@@ -117,9 +117,7 @@ class CheckpointTrainer(Trainer):
                 self.stream.begin(place)
             output = super().train(checkpoint, None, ignore_keys_for_eval)
             self.finish_checkpoint()
-            if (
-                self.args.should_save and checkpoint is not None
-            ):  # a run that was killed while it deleted these left them
+            if self.args.should_save and checkpoint is not None:  # what a run left that was killed as it deleted
                 folder = Path(self.args.output_dir)
                 delete_old_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
                 shutil.rmtree(folder / PART, ignore_errors=True)
