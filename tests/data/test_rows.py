@@ -120,3 +120,14 @@ def test_rows_by_the_users_own_account(prepared, tmp_path, monkeypatch, records,
 def test_a_question_needs_an_answer(prepared):
     done = prepared(TURNS, "--map", "question=in.text")
     assert done.status == 1 and "--map: question and answer must be given together" in done.error
+
+
+def test_topics_of_a_session_are_conversations(prepared):
+    """As LobeChat keeps them; a session's first conversation has no topic."""
+    rows = [
+        {"sessionId": "inbox", "topicId": topic, "role": ("user", "assistant")[n % 2], "content": f"{topic} {n}"}
+        for topic in (None, "a", "b")
+        for n in range(3)
+    ]
+    found = sorted((row["conversation_id"], row["prompt"][0]["content"]) for row in prepared(rows).rows)
+    assert found == [("inbox", "None 0"), ("inbox:a", "a 0"), ("inbox:b", "b 0")]

@@ -68,7 +68,13 @@ def row_key(record: Any) -> RowKey | None:
     name = next((key for key in ID_COLUMNS if isinstance(record.get(key), (str, int)) and record[key] != ""), None)
     if name is None or (_columns(record) or _pair(record)) is None:
         return None
-    return lambda row: identifier(row, (name,))
+    topics = ("topicId",) if name == "sessionId" else ()  # LobeChat: a session has many conversations
+
+    def key(row: Any) -> str | None:
+        session, topic = identifier(row, (name,)), identifier(row, topics)
+        return session if session is None or topic is None else f"{session}:{topic}"
+
+    return key
 
 
 def _columns(record: Mapping) -> tuple[str, str] | None:
