@@ -9,6 +9,7 @@ from tests.data.layout_records import SAID
 from tests.data.test_readers import EXPECTED, by_length, shown, table
 
 LONG = "6f1c2e9a-7b3d-4e5f-8a90-b1c2d3e4f506"
+ARGV = ("--overwrite", "--workers", "1")
 DAYS = [f"2026-03-0{n + 1} 09:00:00" for n in range(5)]
 
 
@@ -79,8 +80,8 @@ def test_the_newest_first(tmp_path, written, column):
     """A table of which the last message comes first, in the forms in which programs write their dates."""
     for form in written:
         table_rows = [{column: form.format(n + 1), **row} for n, row in enumerate(rows(times=[""] * 5))]
-        assert prepared_files(tmp_path, [table_rows[::-1]], "--overwrite") == (0, EXPECTED)
-        assert prepared_files(tmp_path, [table_rows], "--overwrite") == (0, EXPECTED)
+        assert prepared_files(tmp_path, [table_rows[::-1]], *ARGV) == (0, EXPECTED)
+        assert prepared_files(tmp_path, [table_rows], *ARGV) == (0, EXPECTED)
 
 
 @pytest.mark.parametrize(
