@@ -45,6 +45,7 @@ ROUNDS = 6  # optimizer steps for each wish
 LENGTHS = {name: PERSONAL[name] for name in ("max_new_tokens", "eval_max_new_tokens")}
 AS_PAPER = {**PAPER, **LENGTHS}
 SAMPLED = {**AS_PAPER, "learning_rate": PERSONAL["learning_rate"], "sampling_temperature": 0.5}
+NOTED = {**SAMPLED, "template": PERSONAL["template"]}
 BASELINE = {**PERSONAL, "mode": "sampled_token", "ppo_clip": 0.2}
 PERSONA = "You are a busy person. You want every answer to be one short sentence, and complain when it is longer."
 
@@ -104,12 +105,10 @@ CONDITIONS: dict[str, Condition] = {
     "paper, not centred": Condition(
         "the paper's objective at our rate, not centred", recipe={**SAMPLED, "center_advantages": False}
     ),
-    "paper, our template": Condition(
-        "the paper's objective at our rate, template note", recipe={**SAMPLED, "template": PERSONAL["template"]}
-    ),
+    "paper, our template": Condition("the paper's objective at our rate, template note", recipe=NOTED),
     "paper, our template, frozen": Condition(
         "the paper's objective at our rate, template note, frozen teacher",
-        recipe={**SAMPLED, "template": PERSONAL["template"], "teacher": "frozen"},
+        recipe={**NOTED, "teacher": "frozen"},
     ),
     "sft": Condition("the answers themselves, more likely", recipe=BASELINE, advantages="sft"),
     "unlikely tokens": Condition(
@@ -128,6 +127,22 @@ CONDITIONS: dict[str, Condition] = {
     "list, sampled token": Condition("a numbered list, the paper's objective, our rate", wish="list", recipe=SAMPLED),
     "yes or no, sampled token": Condition(
         "begin with Yes or No, the paper's objective at our rate", wish="yes or no", recipe=SAMPLED
+    ),
+    "list, our template": Condition(
+        "a numbered list, the paper's objective, our rate, template note", wish="list", recipe=NOTED
+    ),
+    "yes or no, our template": Condition(
+        "begin with Yes or No, the paper's objective, our rate, template note", wish="yes or no", recipe=NOTED
+    ),
+    "kind, our template": Condition(
+        "steps where asked how, else one short sentence, the paper's objective, our rate, template note",
+        wish="kind",
+        recipe=NOTED,
+    ),
+    "flip, our template": Condition(
+        "one short sentence, then the opposite, the paper's objective, our rate, template note",
+        then="long",
+        recipe=NOTED,
     ),
     "sequence, sampled token": Condition(
         "a numbered list, then one short sentence, the paper's objective at our rate",
