@@ -23,7 +23,7 @@ from fastsdpo.data.merging import RecordKeys
 from fastsdpo.data.output import encode_rows
 from fastsdpo.data.prepare import prepare
 from fastsdpo.data.readers.registry import BY_NAME, is_record
-from fastsdpo.data.readers.tables import GroupedRows
+from fastsdpo.data.records import GroupedRows
 from tests.data.layout_records import CASES
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]

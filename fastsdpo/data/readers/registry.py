@@ -14,6 +14,7 @@ from fastsdpo.data.readers import calls, exports, tables, traces
 from fastsdpo.data.readers.mapping import FieldMap, Hook
 from fastsdpo.data.readers.trees import named
 from fastsdpo.data.readers.values import CONVERSATION_ID_KEYS, RECORD_ID_KEYS, as_list, decoded, first_item
+from fastsdpo.data.records import GroupedRows
 from fastsdpo.data.times import first_time
 
 
@@ -256,7 +257,7 @@ class RecordParser:
         reader = BY_NAME[str(self.format)]
         if not isinstance(record, Mapping) and reader.name not in ("list", "langchain"):
             raise TypeError(f"a record of the format {reader.name} must be a JSON object, got {type(record).__name__}")
-        if isinstance(record, tables.GroupedRows):
+        if isinstance(record, GroupedRows):
             reader = BY_NAME["table"]
         elif reader.name == "table":
             raise TypeError(f"a row must name its conversation ({', '.join(tables.ID_COLUMNS[:5])}, ...)")

@@ -26,7 +26,7 @@ from fastsdpo.data.readers.exports import read_librechat, read_oasst
 from fastsdpo.data.readers.trees import named
 from fastsdpo.data.readers.values import CONVERSATION_ID_KEYS, conversation, decoded, identifier
 from fastsdpo.data.record_fields import record_time
-from fastsdpo.data.records import Entry, Problem
+from fastsdpo.data.records import Entry, GroupedRows, Problem
 from fastsdpo.data.times import oldest_first
 
 # The columns of such a table, by the names that they go by.
@@ -53,10 +53,6 @@ NAMED_PAIRS = (("user", "assistant"), ("human", "assistant"), ("user", "bot"), (
 TREE_COLUMNS = ("message_tree_id", "message_id", "parent_id")  # OpenAssistant's
 
 RowKey = Callable[[Any], "str | None"]
-
-
-class GroupedRows(dict):
-    """A record made of rows: ``{"name": ..., "rows": [...]}``, where the name is the conversation's id."""
 
 
 def row_key(record: Any) -> RowKey | None:
