@@ -316,7 +316,7 @@ def test_other_layouts(prepared, tmp_path, monkeypatch, records, argv, names, fo
         ({}, ["--rating-followup", "down"], "--rating-followup: must be RATING=TEXT"),
         (layouts.completion(A1), [], "choices are answers alone, without their prompt; add the messages"),
         ({"custom_id": "a", "response": {}}, [], "a line of a batch's output has no prompt; put the body"),
-        ({"object": "response", "input": "x", "previous_response_id": "r"}, [], "messages are not in the record"),
+        ({"object": "response", "input": "x", "previous_response_id": "r"}, [], "goes on from 'r'"),
         ({"request": {"messages": chat()}, "response": {"error": {"code": 9}}}, [], "response: the call failed: dict"),
         ({"attributes": {"gen_ai.tool.name": "f"}}, [], "damaged           1 not a call of a model"),
         ({"mapping": {"a": {"parent": "b"}, "b": {"parent": "a"}}, "current_node": "a"}, [], "a circle of parents"),

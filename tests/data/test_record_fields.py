@@ -92,7 +92,12 @@ def test_kept_keys_are_in_the_rows(prepared, suffix):
 def test_the_columns_of_a_table_of_messages(prepared):
     """Of a conversation's rows, the last that says something counts; one that is marked is enough."""
     rows = [
-        {"conversation_id": r["id"], **message, "timestamp": f"2026-01-0{n + 1}", "model": r["model"] if n == 1 else None}
+        {
+            "conversation_id": r["id"],
+            **message,
+            "timestamp": f"2026-01-0{n + 1}",
+            "model": r["model"] if n == 1 else None,
+        }
         for r in (record("old", model="a"), record("new", model="b"))
         for n, message in enumerate(r["messages"])
     ]

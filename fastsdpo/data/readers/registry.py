@@ -11,6 +11,7 @@ from typing import Any
 from fastsdpo.data.interactions import Conversation
 from fastsdpo.data.layouts import FORMATS, INTERACTION_KEYS, MESSAGE_KEYS, PLAIN_KEYS, parse_conversation
 from fastsdpo.data.readers import calls, exports, tables, traces
+from fastsdpo.data.readers.chains import chain_key
 from fastsdpo.data.readers.mapping import FieldMap, Hook
 from fastsdpo.data.readers.trees import named
 from fastsdpo.data.readers.values import CONVERSATION_ID_KEYS, RECORD_ID_KEYS, as_list, decoded, first_item
@@ -217,6 +218,8 @@ class RecordParser:
             return self.map.row_key(record)
         if self.hook is not None:
             return self.hook.row_key(record)
+        if self.format in (None, "openai-responses", "proxy") and (chain := chain_key(record)) is not None:
+            return chain
         if self.format not in (None, "table", "oasst"):
             return None
         if self.format is None and (find_reader(record) is not None or _has_messages(record)):

@@ -141,7 +141,10 @@ def read_input(value: Any, name: str = "input") -> tuple[list[Any], dict[str, An
         if isinstance(value.get(key), Mapping):  # Gemini's
             system[key] = value[key].get("parts")
     if value.get("previous_response_id"):
-        raise ValueError(f"{name} goes on from a response (previous_response_id) whose messages are not in the record")
+        raise ValueError(
+            f"{name} goes on from a response (previous_response_id) whose messages are not in the record; calls are "
+            "joined where each is a record of a file that begins with one"
+        )
     past = decoded(value.get("chat_history"))  # LangChain's, beside the question
     past = standard_list(past, f"{name}.chat_history") if isinstance(past, (list, tuple)) else []
     for key in ("messages", "contents", "prompt", "input"):
