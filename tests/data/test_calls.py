@@ -182,6 +182,22 @@ def test_what_a_call_says_of_its_answer_counts_for_the_later_ones(prepared, syst
     assert done.report["merged_records"] == 1 and done.report["duplicate_interactions"] == 1
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_cut_answer_in_calls_that_hold_the_last_messages(prepared, order):
+    """The second answer was cut off; the third call begins with the question to it."""
+    said, ends = [*SAID, "Une truite.", "Thanks"], {1: "stop", 3: "length", 5: "stop"}
+    calls = [
+        {
+            "request": {"messages": chat(*said[max(0, n - 3) : n])},
+            "response": {"choices": [{"message": {"role": "assistant", "content": said[n]}, "finish_reason": end}]},
+        }
+        for n, end in ends.items()
+    ]
+    done = prepared([*calls, {"messages": chat(*said[4:])}][::order])
+    assert sorted(shown(done.rows)) == sorted([EXPECTED[0], (said[4:5], *said[5:])])
+    assert done.report["left_out"] == {"to an answer that was cut off": 1}
+
+
 def test_a_conversation_of_a_cut_answer_alone_is_not_merged(prepared):
     cut = {"request": {"messages": chat(U1)}, "response": {"message": TEXT, "finish_reason": "length"}}
     done = prepared([cut, {"messages": chat(*SAID[:3])}, {"messages": chat("Another?", *SAID[1:3])}])
