@@ -80,6 +80,18 @@ STREAMS = {
 }
 
 
+def workers_ai(*texts):
+    return [*({"response": text, "p": "x"} for text in texts), {"response": "", "usage": {"completion_tokens": 2}}]
+
+
+STREAMS |= {
+    "workers ai": json.dumps({"response": A1, "tool_calls": [], "usage": {}}),
+    "workers ai's result": json.dumps({"result": {"response": A1}, "success": True, "errors": [], "messages": []}),
+    "workers ai as events": sse(workers_ai(FIRST, REST)),
+    "workers ai as older events": sse(workers_ai(FIRST, REST)[:-1]),
+}
+
+
 def rated(response):
     return {"request": {"messages": chat(U1)}, "response": response, "rating": "down"}
 
@@ -134,6 +146,7 @@ def test_the_ends_of_spans(prepared):
         ('data: {"error": {"message": "overloaded"}}\n\n', "a stream must have the events of a known API"),
         (anthropic() + [{"type": "content_block_start", "content_block": {"type": "tool_use"}}], "no follow-up"),
         (chunks("", tool_calls=[{"index": 0}]), "no follow-up"),
+        ('{"type": "encrypted", "data": "x"}', "response is encrypted; decrypt the log before"),
         ({"messages": chat("Hello", "Hi")}, "response has messages of the user, and not those of request"),
     ],
 )
@@ -204,6 +217,17 @@ def test_a_conversation_of_a_cut_answer_alone_is_not_merged(prepared):
     assert shown(done.rows) == [(["Another?"], *SAID[1:3])] and done.report["merged_records"] == 0
 
 
+def test_the_session_and_the_rating_of_helicone(prepared):
+    about = {"request_properties": {"Helicone-Session-Id": "S"}, "feedback_rating": False, "scores": {"judge": 1}}
+    response = {"choices": [{"message": TEXT}]}
+    done = prepared(
+        [{"request_id": "r", "request_body": {"messages": chat(U1)}, "response_body": response, **about}],
+        "--rating-followup",
+        "down=No.",
+    )
+    assert [(row["conversation_id"], row["rating"]) for row in done.rows] == [("S", "down")]
+
+
 def listed(*said, **more):
     data = [{"thread_id": "T", **m, **{key: value(n) for key, value in more.items()}} for n, m in enumerate(said)]
     return {"object": "list", "data": data[::-1], "has_more": False}
@@ -217,6 +241,11 @@ def listed(*said, **more):
         ([{"custom_id": "a", "params": {"messages": chat(*SAID)}, "result": {"message": TEXT}}], EXPECTED, "batch"),
         ([{"custom_id": "a", "result": {"message": TEXT}}], [], "put the params of the input line with the same"),
         ([{"recordId": "a", "modelInput": {"messages": chat(*SAID)}, "modelOutput": TEXT}], EXPECTED, "proxy"),
+        (
+            [{"BackendRequestBody": json.dumps({"messages": chat(*SAID)}), "BackendResponseBody": ""}],
+            EXPECTED,
+            "proxy",
+        ),
         ([{"RequestBody": json.dumps({"messages": chat(*SAID)}), "ResponseBody": ""}], EXPECTED, "proxy"),
     ],
 )

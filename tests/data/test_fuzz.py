@@ -41,9 +41,11 @@ VALUES = [
     *(float("nan"), float("inf"), 10**400, "[1, 2", '[{"role": "user"}]', "{'a': 1}"),
     {"role": "user", "content": "x"},
 ]
-# Records of the other layouts that are one conversation each, and an object.
+# Records of the other layouts that are one conversation each, in the place where they are read, and an object.
 WHOLE = [
-    case[0] for name, case in CASES.items() if name not in ("list", "table", "table of pairs", "oasst rows", "arena")
+    case[0]
+    for name, case in CASES.items()
+    if name not in ("list", "table", "table of pairs", "oasst rows", "openai-responses", "arena", "chatbox")
 ]
 SPEAKERS = ("user", "assistant", "system", "tool", "user file", "assistant file", "system file")
 TEXTS = [

@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -301,7 +303,7 @@ def test_other_layouts(prepared, tmp_path, monkeypatch, records, argv, names, fo
         ({"text": "", "thread": 1}, [], "got the keys 'text', 'thread'; name a layout with --format, say where"),
         ({"chosen": chat(), "rejected": chat()}, [], "got the keys 'chosen', 'rejected'; name a layout"),
         ({"chat_mesages": []}, [], "the nearest layout is claude (claude.ai's export), which has 'chat_messages'"),
-        ({}, ["--format", "nosuch"], "--format: must be one of ai-sdk, alpaca, arena, chatgpt, claude"),
+        ({}, ["--format", "nosuch"], "--format: must be one of ai-sdk, alpaca, arena, chatbox, chatgpt"),
         ({}, ["--format", "claude", "--map", "role=a"], "--format, --map and --reader exclude each other"),
         ({}, ["--branches", "some"], "--branches: must be one of active, all; got 'some'"),
         ({}, ["--map", "role=a,nosuch=b"], "--map: must be NAME=PATH,... with names of messages, role"),
@@ -418,3 +420,26 @@ def test_the_example_of_the_page(smollm2, tmp_path, monkeypatch, capsys):
     assert main(shlex.split(command)[3:]) == 0
     assert capsys.readouterr().out.strip() == printed.strip()
     assert read_rows(tmp_path / "interactions.jsonl")[0]["alternatives"] == ["Apple"]
+
+
+CHAT = """\u200e[31/12/24, 21:15:01] Bot: \u200eMessages and calls are end-to-end encrypted.
+[31/12/24, 21:15:02] Ann: Name a bird.
+[31/12/24, 21:15:03] Bot: A robin.
+12/31/24, 9:16\u202fPM - You created this group
+12/31/24, 9:16\u202fPM - Ann: In French, please.
+12/31/24, 9:17 PM - Bot: Un
+rouge-gorge: a bird
+31.12.24, 21:18 - Ann: <Media omitted>
+31.12.24, 21:18 - Ann: And a fish?
+"""
+
+
+def test_the_script_of_the_page_for_whatsapp(prepared, tmp_path):
+    script = next(text for text in blocks(ROOT / "docs/data.md", "python") if "whatsapp.py" in text)
+    (tmp_path / "whatsapp.py").write_text(script, "utf-8")
+    (tmp_path / "chat.txt").write_text(CHAT, "utf-8")
+    argv = [sys.executable, "whatsapp.py", "chat.txt", "Bot"]
+    printed = subprocess.run(argv, cwd=tmp_path, capture_output=True, check=True, encoding="utf-8").stdout
+    rows = prepared([json.loads(line) for line in printed.splitlines()]).rows
+    answer = "Un\nrouge-gorge: a bird"
+    assert shown(by_length(rows)) == [EXPECTED[0], (SAID[:3], answer, SAID[4])]

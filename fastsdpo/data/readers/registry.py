@@ -101,8 +101,11 @@ READERS = (
         exports.is_librechat,
         exports.read_librechat,
     ),
+    Reader("chatbox", "Chatbox's export", ("chat-sessions-list",), exports.is_chatbox, exports.read_chatbox),
     Reader("openai-batch", "OpenAI's batch files", ("custom_id",), calls.is_batch, calls.read_batch),
     Reader("openai-stored", "OpenAI's stored completions", ("choices",), calls.is_stored, calls.read_stored),
+    Reader("mlflow", "traces of MLflow", ("spans",), traces.is_mlflow, traces.read_mlflow),
+    Reader("datadog", "spans of Datadog", ("attributes", "data"), traces.is_datadog, traces.read_datadog),
     Reader(
         "proxy",
         "request and response of a proxy",
