@@ -119,6 +119,7 @@ CUT = {
     "tgi": {"generated_text": A1, "details": {"finish_reason": "length"}},
     "responses": {"incomplete_details": {"reason": "max_output_tokens"}, "output": responses(A1)[-1]["response"]},
     "responses' text": {"status": "incomplete", "output_text": A1},
+    "a list of choices": [{"index": 0, "finish_reason": "length", "message": TEXT}],
     "langchain": AI,
     "langchain's result": {"generations": [[{"text": A1, "message": AI}]]},
     "langchain's text": {"generations": [[{"text": A1, "generation_info": {"finish_reason": "length"}}]]},
@@ -136,8 +137,10 @@ def test_the_ends_of_spans(prepared):
     ends = {"gen_ai.response.finish_reasons": ["length"]}
     messages = {"gen_ai.input.messages": chat(U1), "gen_ai.output.messages": [TEXT]}
     score = [{"name": "user feedback", "result": {"label": "down"}}]
-    done = prepared([{"attributes": {**messages, **ends}, "annotations": score}], "--rating-followup", "down=No.")
-    assert done.status == 1 and "damaged           1 no follow-up" in done.table
+    ai_sdk = {"ai.prompt.messages": chat(U1), "ai.response.text": A1, "ai.response.finishReason": "length"}
+    spans = [{"attributes": said, "annotations": score} for said in ({**messages, **ends}, ai_sdk)]
+    done = prepared(spans, "--rating-followup", "down=No.")
+    assert done.status == 1 and "damaged           2 no follow-up" in done.table
 
 
 @pytest.mark.parametrize(

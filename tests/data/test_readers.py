@@ -132,6 +132,7 @@ FORK[2:2] = [EARLIER, {**FORK[1], "messageId": "older", "parentMessageId": "old"
 
 
 DETAILS = {"name": "gen_ai.client.inference.operation.details", **SENT}
+AI_SDK = {"ai.prompt.messages": json.dumps(BIRD), "ai.response.text": SAID[3], "ai.response.finishReason": "stop"}
 BEDROCK = [
     {"role": "user", "content": [*parts(U1), {"cachePoint": {"type": "default"}}]},
     {"role": "assistant", "content": [{"reasoningContent": {"text": "hm"}}, *parts(A1)]},
@@ -160,6 +161,8 @@ VARIANTS = {
     "weave": ([{"op_name": "chat", "inputs": {"messages": BIRD}, "output": layouts.completion("x")}], 1),
     "vertex": ([{"full_request": {"messages": BIRD}, "full_response": layouts.completion("x")}], 1),
     "no output": ([{"object": "response", "input": BIRD, "output": []}], 1),
+    "the ai sdk's spans": ([{"attributes": AI_SDK}], 1),
+    "the ai sdk's calls": ([{"attributes": {**AI_SDK, "ai.response.toolCalls": '[{"toolName": "f"}]'}}], 1),
     "bedrock": ([CALL], 1),
     "claude.ai's tools": ([{"chat_messages": [{"sender": s, "text": t} for s, t in HIDDEN]}], 1),
     "librechat's reasoning": ([THINKING], 2),

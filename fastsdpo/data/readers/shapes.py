@@ -34,8 +34,8 @@ def standard(message: Any) -> Any:
         return {"role": "user", "content": message}
     if not isinstance(message, Mapping):
         return message
-    if isinstance(message.get("message"), Mapping):  # OpenInference
-        message = message["message"]
+    if isinstance(message.get("message"), Mapping):  # OpenInference's; a choice, beside which stands why it ended
+        message = {**{key: message[key] for key in END_KEYS if message.get(key)}, **message["message"]}
     if "message.role" in message:
         message = {key.removeprefix("message."): value for key, value in message.items() if isinstance(key, str)}
     if "role" in message or "from" in message:

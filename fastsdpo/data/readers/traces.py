@@ -113,7 +113,7 @@ def read_langsmith(record: Mapping, all_branches: bool) -> Iterator[Conversation
     )
 
 
-_CONTENT = ("gen_ai.", "llm.", "input.value", "openinference.", "traceloop.")
+_CONTENT = ("gen_ai.", "llm.", "input.value", "openinference.", "traceloop.", "ai.prompt")
 # A span's own columns in a table of spans, and all that a record can be known by.
 SPAN_KEYS = (
     "attributes",
@@ -253,12 +253,16 @@ def _span_call(span: Mapping) -> Conversation:
             attributes = {**fields, **attributes}
     sent = _messages(attributes, "gen_ai.input.messages", "llm.input_messages", "gen_ai.prompt")
     answer = _messages(attributes, "gen_ai.output.messages", "llm.output_messages", "gen_ai.completion")
+    if sent is None and (sent := _messages(attributes, "ai.prompt.messages")) is not None:  # the AI SDK's
+        said = {"role": "assistant", "content": walk(attributes, "ai.response.text")}
+        answer = [{**said, "tool_calls": decoded(walk(attributes, "ai.response.toolCalls"))}]
     if sent is None:
         sent, answers = _event_messages(span)
         answer = answers or answer
     sent = sent or decoded(walk(attributes, "input.value"))
     answer = answer or decoded(walk(attributes, "output.value"))
-    ends = {"finish_reason": first_item(decoded(walk(attributes, "gen_ai.response.finish_reasons")))}
+    end = first_item(decoded(walk(attributes, "gen_ai.response.finish_reasons")))
+    ends = {"finish_reason": end or walk(attributes, "ai.response.finishReason")}
     if answer and was_cut(ends):
         answer = {"output": answer, **ends}
     kind = walk(attributes, "openinference.span.kind") or span.get("span_kind")
