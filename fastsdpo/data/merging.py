@@ -77,8 +77,9 @@ class RecordKeys:
             ids: of each interaction's id;
             answers: of each interaction's prompt, less system messages, and answer;
             id_names: of the names in these, where they are others;
-            cut: of the prompt and answer of each call that says it was cut off, as `answers` has them;
-            cut_marks: of the first message in these prompts;
+            cut: of the prompt and answer of each call that says it was cut off, as `answers` has them, and of the
+                last messages of the prompt alone;
+            cut_marks: of the first message in these;
             marks: of light records;
             times: the time of all records in microseconds since 1970, if filter rules ask for it.
         numbers: for each key, the number of its record or interaction, by the same names. Records count from 0.
@@ -132,9 +133,11 @@ class RecordKeys:
         found = extract_interactions(replace(conversation, messages=messages, answer_fields={}, id="-"))
         if found and conversation.messages[-1]["content"] == found[-1].completion:
             said = [message for message in found[-1].prompt if message["role"] != "system"]
-            keys = _histories([*said, conversation.messages[-1]])
-            self._add("cut", keys[-1:], _NO_RECORD)
-            self._add("cut_marks", keys[:1], _NO_RECORD)
+            for start, message in enumerate(said):  # other calls may hold the last few messages only
+                if message["role"] == "user":
+                    keys = _histories([*said[start:], conversation.messages[-1]])
+                    self._add("cut", keys[-1:], _NO_RECORD)
+                    self._add("cut_marks", keys[:1], _NO_RECORD)
 
     def add_light(self, name: str, messages: list[dict], first: int, number: int) -> int | None:
         """Adds the marks of a light record; returns `LightRecord.rest`.

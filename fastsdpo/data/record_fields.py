@@ -11,6 +11,7 @@ from typing import Any
 from fastsdpo.data.interactions import Conversation
 from fastsdpo.data.layouts import INTERACTION_KEYS, MESSAGE_KEYS
 from fastsdpo.data.messages import SYSTEM_KEYS
+from fastsdpo.data.records import GroupedRows
 from fastsdpo.data.times import TIME_NAMES, first_time
 
 # Where a record says by which model it was made.
@@ -30,7 +31,7 @@ def record_time(record: Any) -> float | None:
 
 def record_model(record: Any) -> str | None:
     """Returns the model that a record names, or None."""
-    found = (record.get(key) for key in MODEL_KEYS) if isinstance(record, Mapping) else ()
+    found = (record_value(record, key) for key in MODEL_KEYS)
     return next((name for name in found if isinstance(name, str) and name), None)
 
 
@@ -42,8 +43,17 @@ def record_mark(record: Any, name: str) -> bool | None:
     return any(said) if said else None
 
 
+def record_value(record: Any, key: str) -> Any:
+    """Returns what a record has under a key, or None; of one made of rows, what the last row that has it has."""
+    sources = reversed(record["rows"]) if isinstance(record, GroupedRows) else (record,)
+    found = (source.get(key) for source in sources if isinstance(source, Mapping))
+    return next((value for value in found if value is not None), None)
+
+
 def record_messages(record: Any) -> Iterable[Any]:
     """Returns the unparsed messages of a record; empty if they are not under a known key."""
+    if isinstance(record, GroupedRows):
+        return record["rows"]
     if isinstance(record, Mapping):
         record = next((record[key] for key in MESSAGE_KEYS if record.get(key)), ())
     return record if isinstance(record, (list, tuple)) else ()
@@ -117,7 +127,7 @@ class RecordFields:
             return conversation
         fields = dict(conversation.fields)
         for name in self.keep:
-            value = record.get(name) if isinstance(record, Mapping) else None
+            value = record_value(record, name)
             try:
                 fields[name] = fields.get(name) if value is None else json_value(value)
             except TypeError as error:

@@ -76,6 +76,10 @@ class Entry(NamedTuple):
     problem: Problem | None = None
 
 
+class GroupedRows(dict):
+    """A record made of rows: ``{"name": ..., "rows": [...]}``, where the name is the conversation's id."""
+
+
 class DamagedRecord(ValueError):
     """Raised with ``strict`` for the first record that cannot be used; the text names its place."""
 

@@ -204,6 +204,49 @@ def batched(sent, answer):
     return {"custom_id": answer, "body": {"model": "m", "messages": sent}, "response": response, "error": None}
 
 
+def mlflow(sent, answer):
+    """A trace of two spans, whose root has no messages; a person's assessment."""
+    attributes = {"mlflow.spanInputs": {"messages": sent}, "mlflow.spanOutputs": completion(answer)}
+    attributes |= {"mlflow.spanType": "CHAT_MODEL"}
+    root = {"attributes": {"mlflow.spanInputs": '{"question": "x"}', "mlflow.spanOutputs": '"x"'}}
+    inner = {"parent_span_id": "r", "attributes": {key: json.dumps(value) for key, value in attributes.items()}}
+    judged = {"source": {"source_type": "LLM_JUDGE"}, "feedback": {"value": True}}
+    said = {"source": {"source_type": "HUMAN"}, "feedback": {"value": False}, "rationale": "No!"}
+    info = {"trace_id": answer, "trace_metadata": {"mlflow.trace.session": "C"}, "assessments": [judged, said]}
+    return {"info": info, "data": {"spans": [root, inner]}}
+
+
+def mlflow_row(sent, answer):
+    trace = mlflow(sent, answer)
+    return {**trace["info"], "request": "x", "response": "x", "spans": json.dumps(trace["data"]["spans"])}
+
+
+def datadog(sent, answer):
+    sides = {"input": {"value": "x", "messages": sent}, "output": {"messages": chat(["", answer])[1:]}}
+    tool = {"type": "span", "attributes": {"span_kind": "tool", **sides}}
+    span = {"type": "span", "attributes": {"span_kind": "llm", "session_id": "C", "span_id": answer, **sides}}
+    return {"data": [tool, span], "meta": {"status": "done"}}
+
+
+def datadog_sent(sent, answer):
+    sides = {"input": {"messages": sent}, "output": {"messages": chat(["", answer])[1:]}}
+    spans = [
+        {"meta": {"kind": "workflow", "input": {"value": "x"}}},
+        {"span_id": answer, "meta": {"kind": "llm", **sides}},
+    ]
+    return {"data": {"type": "span", "attributes": {"ml_app": "a", "session_id": "C", "spans": spans}}}
+
+
+def chatbox():
+    """A session whose earlier thread is a conversation of its own."""
+    info = {"type": "info", "text": "x"}
+    parts = [[info, {"type": "text", "text": m["content"]}] for m in chat()]
+    said = [{"id": f"m{n}", "role": m["role"], "contentParts": p} for n, (m, p) in enumerate(zip(chat(), parts))]
+    thread = {"id": "T", "name": "t", "messages": said[:2]}
+    session = {"id": "C", "type": "chat", "messages": said, "threads": [thread]}
+    return {"__exported_items": ["conversations"], "chat-sessions-list": [{"id": "C"}], "session:C": session}
+
+
 # Rows of another conversation stand between those of one.
 ROWS = [
     {"conversation_id": c, "role": m["role"], "content": m["content"]} for m in chat() for c in ("C", m["content"])
@@ -262,6 +305,11 @@ CASES = {
     "otel flat": case(
         calls(lambda s, a: {"attributes": numbered(s, a, "llm.input_messages", "llm.output_messages", ".message")})
     ),
+    "mlflow": case(calls(mlflow)),
+    "mlflow table": case(calls(mlflow_row)),
+    "datadog": case(calls(datadog)),
+    "datadog sent": case(calls(datadog_sent)),
+    "chatbox": case([chatbox()]),
     "oasst": case([oasst()], first={"alternatives": ["No."], "rank": 0}, last={"rank": 0}),
     "oasst rows": case(oasst_rows(), first={"alternatives": ["No."], "rank": 0}, last={"rank": 0}),
     "gemini": case(calls(gemini), system=True),

@@ -80,6 +80,18 @@ STREAMS = {
 }
 
 
+def workers_ai(*texts):
+    return [*({"response": text, "p": "x"} for text in texts), {"response": "", "usage": {"completion_tokens": 2}}]
+
+
+STREAMS |= {
+    "workers ai": json.dumps({"response": A1, "tool_calls": [], "usage": {}}),
+    "workers ai's result": json.dumps({"result": {"response": A1}, "success": True, "errors": [], "messages": []}),
+    "workers ai as events": sse(workers_ai(FIRST, REST)),
+    "workers ai as older events": sse(workers_ai(FIRST, REST)[:-1]),
+}
+
+
 def rated(response):
     return {"request": {"messages": chat(U1)}, "response": response, "rating": "down"}
 
@@ -107,6 +119,7 @@ CUT = {
     "tgi": {"generated_text": A1, "details": {"finish_reason": "length"}},
     "responses": {"incomplete_details": {"reason": "max_output_tokens"}, "output": responses(A1)[-1]["response"]},
     "responses' text": {"status": "incomplete", "output_text": A1},
+    "a list of choices": [{"index": 0, "finish_reason": "length", "message": TEXT}],
     "langchain": AI,
     "langchain's result": {"generations": [[{"text": A1, "message": AI}]]},
     "langchain's text": {"generations": [[{"text": A1, "generation_info": {"finish_reason": "length"}}]]},
@@ -124,8 +137,10 @@ def test_the_ends_of_spans(prepared):
     ends = {"gen_ai.response.finish_reasons": ["length"]}
     messages = {"gen_ai.input.messages": chat(U1), "gen_ai.output.messages": [TEXT]}
     score = [{"name": "user feedback", "result": {"label": "down"}}]
-    done = prepared([{"attributes": {**messages, **ends}, "annotations": score}], "--rating-followup", "down=No.")
-    assert done.status == 1 and "damaged           1 no follow-up" in done.table
+    ai_sdk = {"ai.prompt.messages": chat(U1), "ai.response.text": A1, "ai.response.finishReason": "length"}
+    spans = [{"attributes": said, "annotations": score} for said in ({**messages, **ends}, ai_sdk)]
+    done = prepared(spans, "--rating-followup", "down=No.")
+    assert done.status == 1 and "damaged           2 no follow-up" in done.table
 
 
 @pytest.mark.parametrize(
@@ -134,6 +149,7 @@ def test_the_ends_of_spans(prepared):
         ('data: {"error": {"message": "overloaded"}}\n\n', "a stream must have the events of a known API"),
         (anthropic() + [{"type": "content_block_start", "content_block": {"type": "tool_use"}}], "no follow-up"),
         (chunks("", tool_calls=[{"index": 0}]), "no follow-up"),
+        ('{"type": "encrypted", "data": "x"}', "response is encrypted; decrypt the log before"),
         ({"messages": chat("Hello", "Hi")}, "response has messages of the user, and not those of request"),
     ],
 )
@@ -182,10 +198,37 @@ def test_what_a_call_says_of_its_answer_counts_for_the_later_ones(prepared, syst
     assert done.report["merged_records"] == 1 and done.report["duplicate_interactions"] == 1
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_cut_answer_in_calls_that_hold_the_last_messages(prepared, order):
+    """The second answer was cut off; the third call begins with the question to it."""
+    said, ends = [*SAID, "Une truite.", "Thanks"], {1: "stop", 3: "length", 5: "stop"}
+    calls = [
+        {
+            "request": {"messages": chat(*said[max(0, n - 3) : n])},
+            "response": {"choices": [{"message": {"role": "assistant", "content": said[n]}, "finish_reason": end}]},
+        }
+        for n, end in ends.items()
+    ]
+    done = prepared([*calls, {"messages": chat(*said[4:])}][::order])
+    assert sorted(shown(done.rows)) == sorted([EXPECTED[0], (said[4:5], *said[5:])])
+    assert done.report["left_out"] == {"to an answer that was cut off": 1}
+
+
 def test_a_conversation_of_a_cut_answer_alone_is_not_merged(prepared):
     cut = {"request": {"messages": chat(U1)}, "response": {"message": TEXT, "finish_reason": "length"}}
     done = prepared([cut, {"messages": chat(*SAID[:3])}, {"messages": chat("Another?", *SAID[1:3])}])
     assert shown(done.rows) == [(["Another?"], *SAID[1:3])] and done.report["merged_records"] == 0
+
+
+def test_the_session_and_the_rating_of_helicone(prepared):
+    about = {"request_properties": {"Helicone-Session-Id": "S"}, "feedback_rating": False, "scores": {"judge": 1}}
+    response = {"choices": [{"message": TEXT}]}
+    done = prepared(
+        [{"request_id": "r", "request_body": {"messages": chat(U1)}, "response_body": response, **about}],
+        "--rating-followup",
+        "down=No.",
+    )
+    assert [(row["conversation_id"], row["rating"]) for row in done.rows] == [("S", "down")]
 
 
 def listed(*said, **more):
@@ -201,6 +244,11 @@ def listed(*said, **more):
         ([{"custom_id": "a", "params": {"messages": chat(*SAID)}, "result": {"message": TEXT}}], EXPECTED, "batch"),
         ([{"custom_id": "a", "result": {"message": TEXT}}], [], "put the params of the input line with the same"),
         ([{"recordId": "a", "modelInput": {"messages": chat(*SAID)}, "modelOutput": TEXT}], EXPECTED, "proxy"),
+        (
+            [{"BackendRequestBody": json.dumps({"messages": chat(*SAID)}), "BackendResponseBody": ""}],
+            EXPECTED,
+            "proxy",
+        ),
         ([{"RequestBody": json.dumps({"messages": chat(*SAID)}), "ResponseBody": ""}], EXPECTED, "proxy"),
     ],
 )

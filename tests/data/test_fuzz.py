@@ -23,7 +23,7 @@ from fastsdpo.data.merging import RecordKeys
 from fastsdpo.data.output import encode_rows
 from fastsdpo.data.prepare import prepare
 from fastsdpo.data.readers.registry import BY_NAME, is_record
-from fastsdpo.data.readers.tables import GroupedRows
+from fastsdpo.data.records import GroupedRows
 from tests.data.layout_records import CASES
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -41,9 +41,11 @@ VALUES = [
     *(float("nan"), float("inf"), 10**400, "[1, 2", '[{"role": "user"}]', "{'a': 1}"),
     {"role": "user", "content": "x"},
 ]
-# Records of the other layouts that are one conversation each, and an object.
+# Records of the other layouts that are one conversation each, in the place where they are read, and an object.
 WHOLE = [
-    case[0] for name, case in CASES.items() if name not in ("list", "table", "table of pairs", "oasst rows", "arena")
+    case[0]
+    for name, case in CASES.items()
+    if name not in ("list", "table", "table of pairs", "oasst rows", "openai-responses", "arena", "chatbox")
 ]
 SPEAKERS = ("user", "assistant", "system", "tool", "user file", "assistant file", "system file")
 TEXTS = [

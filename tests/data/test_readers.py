@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -130,6 +132,7 @@ FORK[2:2] = [EARLIER, {**FORK[1], "messageId": "older", "parentMessageId": "old"
 
 
 DETAILS = {"name": "gen_ai.client.inference.operation.details", **SENT}
+AI_SDK = {"ai.prompt.messages": json.dumps(BIRD), "ai.response.text": SAID[3], "ai.response.finishReason": "stop"}
 BEDROCK = [
     {"role": "user", "content": [*parts(U1), {"cachePoint": {"type": "default"}}]},
     {"role": "assistant", "content": [{"reasoningContent": {"text": "hm"}}, *parts(A1)]},
@@ -158,6 +161,8 @@ VARIANTS = {
     "weave": ([{"op_name": "chat", "inputs": {"messages": BIRD}, "output": layouts.completion("x")}], 1),
     "vertex": ([{"full_request": {"messages": BIRD}, "full_response": layouts.completion("x")}], 1),
     "no output": ([{"object": "response", "input": BIRD, "output": []}], 1),
+    "the ai sdk's spans": ([{"attributes": AI_SDK}], 1),
+    "the ai sdk's calls": ([{"attributes": {**AI_SDK, "ai.response.toolCalls": '[{"toolName": "f"}]'}}], 1),
     "bedrock": ([CALL], 1),
     "claude.ai's tools": ([{"chat_messages": [{"sender": s, "text": t} for s, t in HIDDEN]}], 1),
     "librechat's reasoning": ([THINKING], 2),
@@ -301,7 +306,7 @@ def test_other_layouts(prepared, tmp_path, monkeypatch, records, argv, names, fo
         ({"text": "", "thread": 1}, [], "got the keys 'text', 'thread'; name a layout with --format, say where"),
         ({"chosen": chat(), "rejected": chat()}, [], "got the keys 'chosen', 'rejected'; name a layout"),
         ({"chat_mesages": []}, [], "the nearest layout is claude (claude.ai's export), which has 'chat_messages'"),
-        ({}, ["--format", "nosuch"], "--format: must be one of ai-sdk, alpaca, arena, chatgpt, claude"),
+        ({}, ["--format", "nosuch"], "--format: must be one of ai-sdk, alpaca, arena, chatbox, chatgpt"),
         ({}, ["--format", "claude", "--map", "role=a"], "--format, --map and --reader exclude each other"),
         ({}, ["--branches", "some"], "--branches: must be one of active, all; got 'some'"),
         ({}, ["--map", "role=a,nosuch=b"], "--map: must be NAME=PATH,... with names of messages, role"),
@@ -316,7 +321,7 @@ def test_other_layouts(prepared, tmp_path, monkeypatch, records, argv, names, fo
         ({}, ["--rating-followup", "down"], "--rating-followup: must be RATING=TEXT"),
         (layouts.completion(A1), [], "choices are answers alone, without their prompt; add the messages"),
         ({"custom_id": "a", "response": {}}, [], "a line of a batch's output has no prompt; put the body"),
-        ({"object": "response", "input": "x", "previous_response_id": "r"}, [], "messages are not in the record"),
+        ({"object": "response", "input": "x", "previous_response_id": "r"}, [], "goes on from 'r'"),
         ({"request": {"messages": chat()}, "response": {"error": {"code": 9}}}, [], "response: the call failed: dict"),
         ({"attributes": {"gen_ai.tool.name": "f"}}, [], "damaged           1 not a call of a model"),
         ({"mapping": {"a": {"parent": "b"}, "b": {"parent": "a"}}, "current_node": "a"}, [], "a circle of parents"),
@@ -418,3 +423,26 @@ def test_the_example_of_the_page(smollm2, tmp_path, monkeypatch, capsys):
     assert main(shlex.split(command)[3:]) == 0
     assert capsys.readouterr().out.strip() == printed.strip()
     assert read_rows(tmp_path / "interactions.jsonl")[0]["alternatives"] == ["Apple"]
+
+
+CHAT = """\u200e[31/12/24, 21:15:01] Bot: \u200eMessages and calls are end-to-end encrypted.
+[31/12/24, 21:15:02] Ann: Name a bird.
+[31/12/24, 21:15:03] Bot: A robin.
+12/31/24, 9:16\u202fPM - You created this group
+12/31/24, 9:16\u202fPM - Ann: In French, please.
+12/31/24, 9:17 PM - Bot: Un
+rouge-gorge: a bird
+31.12.24, 21:18 - Ann: <Media omitted>
+31.12.24, 21:18 - Ann: And a fish?
+"""
+
+
+def test_the_script_of_the_page_for_whatsapp(prepared, tmp_path):
+    script = next(text for text in blocks(ROOT / "docs/data.md", "python") if "whatsapp.py" in text)
+    (tmp_path / "whatsapp.py").write_text(script, "utf-8")
+    (tmp_path / "chat.txt").write_text(CHAT, "utf-8")
+    argv = [sys.executable, "whatsapp.py", "chat.txt", "Bot"]
+    printed = subprocess.run(argv, cwd=tmp_path, capture_output=True, check=True, encoding="utf-8").stdout
+    rows = prepared([json.loads(line) for line in printed.splitlines()]).rows
+    answer = "Un\nrouge-gorge: a bird"
+    assert shown(by_length(rows)) == [EXPECTED[0], (SAID[:3], answer, SAID[4])]

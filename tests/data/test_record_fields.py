@@ -89,6 +89,25 @@ def test_kept_keys_are_in_the_rows(prepared, suffix):
     assert len(list(load_interactions(done.output))) == 2
 
 
+def test_the_columns_of_a_table_of_messages(prepared):
+    """Of a conversation's rows, the last that says something counts; one that is marked is enough."""
+    rows = [
+        {
+            "conversation_id": r["id"],
+            **message,
+            "timestamp": f"2026-01-0{n + 1}",
+            "model": r["model"] if n == 1 else None,
+        }
+        for r in (record("old", model="a"), record("new", model="b"))
+        for n, message in enumerate(r["messages"])
+    ]
+    rows[0]["toxic"], rows[3]["toxic"], rows[-1]["timestamp"] = True, False, "2026-02-01"
+    done = prepared(rows, "--keep", "model")
+    assert [row["model"] for row in done.rows] == ["a", "b"]
+    for options, kept in (("--after 2026-01-20", "new"), ("--models a", "old"), ("--drop-toxic", "new")):
+        assert names(prepared(rows, *options.split(), "--overwrite").rows) == [kept], options
+
+
 @pytest.mark.parametrize("name", ["prompt", "system", "id", "messages", ""])
 def test_keys_that_cannot_be_kept(prepared, name):
     done = prepared(RECORDS, "--keep", f"model,{name}")

@@ -83,13 +83,14 @@ def _unsaid(messages: list[Any], answers: list[Any], names: tuple[str, str]) -> 
 def session(record: Any) -> str | None:
     """Returns the conversation's id from a logged record or its metadata, or None."""
     found = identifier(record, CONVERSATION_ID_KEYS)
-    for key in ("metadata", "extra", "properties"):
+    for key in ("metadata", "extra", "properties", "request_properties"):
         if found is None:
-            found = identifier(as_mapping(as_mapping(record).get(key)), CONVERSATION_ID_KEYS)
+            found = identifier(as_mapping(as_mapping(record).get(key)), (*CONVERSATION_ID_KEYS, "Helicone-Session-Id"))
     return found
 
 
 REQUESTS = ("request", "request_body", "requestBody", "RequestBody", "req", "full_request", "modelInput")
+REQUESTS += ("BackendRequestBody",)  # Azure API Management's
 RESPONSES = (
     "response",
     "response_body",
@@ -99,6 +100,7 @@ RESPONSES = (
     "res",
     "full_response",
     "modelOutput",
+    "BackendResponseBody",
 )
 
 
@@ -117,7 +119,7 @@ def read_proxy(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
         names=(sent, back),
         conversation_id=name,
         record_id=identifier(record, ("id", "request_id", "uuid")),
-        rating=rating_fields(record),
+        rating=rating_fields(record) or rating_fields({"rating": record.get("feedback_rating")}),  # Helicone's
     )
 
 

@@ -221,6 +221,49 @@ def _librechat_message(message: Mapping) -> Mapping:
     return result
 
 
+def is_chatbox(record: Mapping) -> bool:
+    return "__exported_items" in record or isinstance(first_item(record.get("chat-sessions")), Mapping)
+
+
+def read_chatbox(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
+    """Reads Chatbox's export: sessions under ``session:ID``, or in `chat-sessions`, each with its earlier `threads`.
+
+    Where a session was summed up, the model saw the summary in place of what was said: nothing is taken from there on.
+    """
+    sessions = [value for key, value in record.items() if key.startswith("session:")]
+    for session in map(as_mapping, [*sessions, *as_list(record.get("chat-sessions") or [], "chat-sessions")]):
+        if session.get("type") == "picture":
+            continue
+        for thread in map(as_mapping, [session, *as_list(session.get("threads") or [], "threads")]):
+            points = [as_mapping(point) for point in thread.get("compactionPoints") or []]
+            ends = {point.get("boundaryMessageId") for point in points}
+            messages: list[Any] = []
+            for message in as_list(thread.get("messages") or [], "messages"):
+                messages.append(_chatbox_message(message))
+                if message.get("id") in ends:
+                    messages.append({"role": "system", "content": "(a summary)"})
+            if messages:
+                yield conversation(messages, "messages", conversation_id=identifier(thread, ("id",)))
+
+
+def _chatbox_message(message: Any) -> Mapping:
+    if not isinstance(message, Mapping):
+        raise TypeError(f"a message of Chatbox must be an object, got {show(message)}")
+    parts = message.get("contentParts")
+    result = {key: value for key, value in message.items() if key not in ("contentParts", "links")}
+    if isinstance(parts, (list, tuple)):
+        result["content"] = [part for part in parts if as_mapping(part).get("type") != "info"]
+    if message.get("links"):
+        result["files"] = message["links"]
+    if message.get("isSummary"):
+        result["role"] = "system"
+    if message.get("generating"):
+        result["interrupted"] = True
+    if message.get("error"):
+        result[LEFT_OUT] = ERROR_MESSAGE
+    return result
+
+
 def is_oasst(record: Mapping) -> bool:
     prompt = record.get("prompt")
     return isinstance(prompt, Mapping) and "replies" in prompt

@@ -17,7 +17,6 @@ from fastsdpo.data.answers import NOTE_KEYS, rating_fields, read_turns, with_rat
 from fastsdpo.data.interactions import Conversation
 from fastsdpo.data.layouts import MESSAGE_KEYS
 from fastsdpo.data.messages import FILE_ROLES, SYSTEM_KEYS, parse_message, show
-from fastsdpo.data.readers.tables import GroupedRows
 from fastsdpo.data.readers.values import (
     CONVERSATION_ID_KEYS,
     RECORD_ID_KEYS,
@@ -27,6 +26,7 @@ from fastsdpo.data.readers.values import (
     walk,
     with_system,
 )
+from fastsdpo.data.records import GroupedRows
 
 NAMES = (
     "messages",

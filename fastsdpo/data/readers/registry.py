@@ -11,9 +11,11 @@ from typing import Any
 from fastsdpo.data.interactions import Conversation
 from fastsdpo.data.layouts import FORMATS, INTERACTION_KEYS, MESSAGE_KEYS, PLAIN_KEYS, parse_conversation
 from fastsdpo.data.readers import calls, exports, tables, traces
+from fastsdpo.data.readers.chains import chain_key
 from fastsdpo.data.readers.mapping import FieldMap, Hook
 from fastsdpo.data.readers.trees import named
 from fastsdpo.data.readers.values import CONVERSATION_ID_KEYS, RECORD_ID_KEYS, as_list, decoded, first_item
+from fastsdpo.data.records import GroupedRows
 from fastsdpo.data.times import first_time
 
 
@@ -99,8 +101,11 @@ READERS = (
         exports.is_librechat,
         exports.read_librechat,
     ),
+    Reader("chatbox", "Chatbox's export", ("chat-sessions-list",), exports.is_chatbox, exports.read_chatbox),
     Reader("openai-batch", "OpenAI's batch files", ("custom_id",), calls.is_batch, calls.read_batch),
     Reader("openai-stored", "OpenAI's stored completions", ("choices",), calls.is_stored, calls.read_stored),
+    Reader("mlflow", "traces of MLflow", ("spans",), traces.is_mlflow, traces.read_mlflow),
+    Reader("datadog", "spans of Datadog", ("attributes", "data"), traces.is_datadog, traces.read_datadog),
     Reader(
         "proxy",
         "request and response of a proxy",
@@ -216,6 +221,8 @@ class RecordParser:
             return self.map.row_key(record)
         if self.hook is not None:
             return self.hook.row_key(record)
+        if self.format in (None, "openai-responses", "proxy") and (chain := chain_key(record)) is not None:
+            return chain
         if self.format not in (None, "table", "oasst"):
             return None
         if self.format is None and (find_reader(record) is not None or _has_messages(record)):
@@ -256,7 +263,7 @@ class RecordParser:
         reader = BY_NAME[str(self.format)]
         if not isinstance(record, Mapping) and reader.name not in ("list", "langchain"):
             raise TypeError(f"a record of the format {reader.name} must be a JSON object, got {type(record).__name__}")
-        if isinstance(record, tables.GroupedRows):
+        if isinstance(record, GroupedRows):
             reader = BY_NAME["table"]
         elif reader.name == "table":
             raise TypeError(f"a row must name its conversation ({', '.join(tables.ID_COLUMNS[:5])}, ...)")

@@ -34,8 +34,8 @@ def standard(message: Any) -> Any:
         return {"role": "user", "content": message}
     if not isinstance(message, Mapping):
         return message
-    if isinstance(message.get("message"), Mapping):  # OpenInference
-        message = message["message"]
+    if isinstance(message.get("message"), Mapping):  # OpenInference's; a choice, beside which stands why it ended
+        message = {**{key: message[key] for key in END_KEYS if message.get(key)}, **message["message"]}
     if "message.role" in message:
         message = {key.removeprefix("message."): value for key, value in message.items() if isinstance(key, str)}
     if "role" in message or "from" in message:
@@ -111,10 +111,18 @@ def standard_list(messages: Any, name: str) -> list[Any]:
     return [item for item in map(standard, messages) if item is not None]
 
 
+def _is_body(value: Mapping) -> bool:
+    """Whether an object is a body as Cloudflare logs it: Workers AI's answer or result, a stream, or encrypted."""
+    if isinstance(value.get("response"), str):
+        return "usage" in value or "tool_calls" in value
+    named = {"success", "errors"} & value.keys() and isinstance(value.get("result"), Mapping)
+    return bool(named) or isinstance(value.get("streamed_data"), list) or value.get("type") == "encrypted"
+
+
 def _structured(value: Any, keys: tuple[str, ...]) -> Any:
     """A text that holds JSON of a call, decoded; one that was said, and may be JSON too, as it is."""
     found = decoded(value)
-    if found is value or (isinstance(found, Mapping) and any(key in found for key in keys)):
+    if found is value or (isinstance(found, Mapping) and (any(key in found for key in keys) or _is_body(found))):
         return found
     first = first_item(found)
     first = first_item(first) if isinstance(first, (list, tuple)) else first
@@ -140,8 +148,13 @@ def read_input(value: Any, name: str = "input") -> tuple[list[Any], dict[str, An
     for key in ("system_instruction", "systemInstruction", "system"):
         if isinstance(value.get(key), Mapping):  # Gemini's
             system[key] = value[key].get("parts")
+    if value.get("type") == "encrypted":
+        raise ValueError(f"{name} is encrypted; decrypt the log before")
     if value.get("previous_response_id"):
-        raise ValueError(f"{name} goes on from a response (previous_response_id) whose messages are not in the record")
+        raise ValueError(
+            f"{name} goes on from a response (previous_response_id) whose messages are not in the record; calls are "
+            "joined where each is a record of a file that begins with one"
+        )
     past = decoded(value.get("chat_history"))  # LangChain's, beside the question
     past = standard_list(past, f"{name}.chat_history") if isinstance(past, (list, tuple)) else []
     for key in ("messages", "contents", "prompt", "input"):
@@ -214,7 +227,9 @@ def _read_answers(value: Any, name: str) -> tuple[list[Any], list[Any]]:
         return _candidates(as_list(value["candidates"], f"{name}.candidates"))
     if value.get("generations"):
         return _generations(as_list(value["generations"], f"{name}.generations"), name)
-    for key in ("messages", "output", "message", "body", "outputBodyJson"):
+    if value.get("type") == "encrypted":
+        raise ValueError(f"{name} is encrypted; decrypt the log before")
+    for key in ("messages", "output", "message", "body", "outputBodyJson", "result", "streamed_data"):
         found = decoded(value.get(key))
         found = find_events(found) or found
         if isinstance(found, (list, tuple, Mapping)) and found:

@@ -12,6 +12,7 @@ from fastsdpo.data.messages import CALL_KEYS, read_content, show
 from fastsdpo.data.readers.values import as_mapping, first_item, walk
 
 _CONVERSE = {"messageStart", "contentBlockStart", "contentBlockDelta", "contentBlockStop", "messageStop"}
+_WORKERS_AI = {"response", "p", "tool_calls", "usage"}  # Cloudflare's; the last event has the usage
 _TYPES = ("message_", "content_block_", "message-", "content-", "response.", "ping")
 # Where an event has its piece of the answer.
 _PIECES = ("choices.0.delta", "contentBlockDelta.delta", "delta.message", "delta", "candidates.0.content", "message")
@@ -23,6 +24,8 @@ def _is_event(value: Any) -> bool:
         return False
     if isinstance(value.get("type"), str):
         return value["type"].startswith(_TYPES)
+    if isinstance(value.get("response"), str) and value.keys() <= _WORKERS_AI:
+        return True
     kind = str(value.get("object"))
     if "chunk" in kind or kind == "text_completion" or not _CONVERSE.isdisjoint(value):
         return True
@@ -36,6 +39,7 @@ def find_events(value: Any) -> list[Mapping] | None:
         ValueError: it is a stream, of an API that is not known or of a call that failed.
     """
     sent = isinstance(value, str) and value.lstrip().startswith(("data:", "event:", ":"))
+    done = sent and "[DONE]" in value
     if isinstance(value, str):
         lines = value.splitlines() if sent or value.lstrip().startswith("{") else []
         lines = [line[5:] for line in lines if line.startswith("data:")] if sent else lines
@@ -45,6 +49,8 @@ def find_events(value: Any) -> list[Mapping] | None:
             return None
     if not isinstance(value, (list, tuple)) or not value or not isinstance(value[0], Mapping):
         return None
+    if done and all(isinstance(event, Mapping) and event.keys() <= _WORKERS_AI for event in value):
+        value = [*value, {"response": "", "usage": True}]  # which older streams lack
     if not any(map(_is_event, value[:2])):  # Azure's first may be of its filter
         if sent:
             raise ValueError(f"a stream must have the events of a known API, got {show(value[0])}")
@@ -70,7 +76,8 @@ def join_events(events: Sequence[Mapping]) -> dict[str, Any]:
         calls = calls or beside == "tool"
         said = (choice, first_item(event.get("candidates")), event.get("delta"), event.get("messageStop"), event)
         found = [place[key] for place in map(as_mapping, said) for key in END_KEYS if place.get(key)]
-        end = (found or [end or ("stop" if event.get("done") is True else None)])[0]
+        whole = event.get("done") is True or (event.get("usage") and event.keys() <= _WORKERS_AI)
+        end = (found or [end or ("stop" if whole else None)])[0]
     message = {"role": "assistant", "content": "".join(texts), "finish_reason": end}
     return {**message, **({"tool_calls": True} if calls else {}), **({} if end else {"interrupted": True})}
 

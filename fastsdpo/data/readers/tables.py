@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 from fastsdpo.data.answers import NOTE_KEYS
 from fastsdpo.data.interactions import Conversation
 from fastsdpo.data.messages import CALL_KEYS, FILE_KEYS, SYSTEM_KEYS
+from fastsdpo.data.readers.chains import ChainKey, chain_key, read_chain
 from fastsdpo.data.readers.exports import read_librechat, read_oasst
 from fastsdpo.data.readers.trees import named
 from fastsdpo.data.readers.values import CONVERSATION_ID_KEYS, conversation, decoded, identifier
 from fastsdpo.data.record_fields import record_time
-from fastsdpo.data.records import Entry, Problem
+from fastsdpo.data.records import Entry, GroupedRows, Problem
 from fastsdpo.data.times import oldest_first
 
 # The columns of such a table, by the names that they go by.
@@ -53,10 +54,6 @@ NAMED_PAIRS = (("user", "assistant"), ("human", "assistant"), ("user", "bot"), (
 TREE_COLUMNS = ("message_tree_id", "message_id", "parent_id")  # OpenAssistant's
 
 RowKey = Callable[[Any], "str | None"]
-
-
-class GroupedRows(dict):
-    """A record made of rows: ``{"name": ..., "rows": [...]}``, where the name is the conversation's id."""
 
 
 def row_key(record: Any) -> RowKey | None:
@@ -98,8 +95,12 @@ def is_table(record: Any) -> bool:
 
 
 def read_table(record: GroupedRows, all_branches: bool) -> Iterator[Conversation]:
-    """Reads the rows of one conversation, each a message or a question with its answer, or an OpenAssistant tree."""
+    """Reads the rows of one conversation, each a message or a question with its answer, an OpenAssistant tree, or a
+    chain of calls."""
     first = record["rows"][0]
+    if chain_key(first) is not None:
+        yield from read_chain(record["rows"], record["name"], all_branches)
+        return
     if isinstance(first.get("isCreatedByUser"), bool) and "messageId" in first:  # LibreChat's collection of messages
         rows = {"conversationId": record["name"], "messages": record["rows"]}
         yield from named(read_librechat(rows, all_branches), "librechat")
@@ -187,8 +188,11 @@ class RowStore:
         self._number += 1  # so that a gap at the end of a file is not before the first row of the next
 
     def add(self, entry: Entry, key: RowKey) -> Entry | None:
-        """Keeps a row; an entry with the problem where it names no conversation."""
+        """Keeps a row; an entry with the problem where it names no conversation, or itself among calls of a chain."""
         name = key(entry.record) if isinstance(entry.record, Mapping) else None
+        chained = isinstance(key, ChainKey)
+        if name is None and chained:
+            return entry
         if name is None:
             return Entry(entry.where, None, Problem("wrong layout", "a row must name its conversation"))
         try:  # dates and the like are no types of JSON; they are not read
@@ -200,9 +204,12 @@ class RowStore:
             import sqlite3
 
             self._database = sqlite3.connect("")  # a temporary file, gone when it is closed
-            self._database.execute("CREATE TABLE row (name TEXT, number INTEGER, file INTEGER, place TEXT, data TEXT)")
-        values = (name, self._number, self._file, entry.where, data)
-        self._database.execute("INSERT INTO row VALUES (?, ?, ?, ?, ?)", values)
+            self._database.execute(
+                "CREATE TABLE row (name TEXT, own TEXT, number INTEGER, file INTEGER, place TEXT, data TEXT)"
+            )
+        root = (ChainKey.previous(entry.record) or name) if chained else name
+        values = (root, name if chained else None, self._number, self._file, entry.where, data)
+        self._database.execute("INSERT INTO row VALUES (?, ?, ?, ?, ?, ?)", values)
         self._number += 1
         return None
 
@@ -215,18 +222,35 @@ class RowStore:
         """A record for each conversation, in the order of their first rows."""
         if self._database is None:
             return
+        self._name_chains()
         self._database.execute("CREATE INDEX by_name ON row (name, number)")
         found = self._database.execute(
-            "SELECT row.name, first, number, file, place, data FROM row JOIN "
+            "SELECT row.name, own IS NOT NULL, number, file, place, data FROM row JOIN "
             "(SELECT name, MIN(number) AS first FROM row GROUP BY name) AS named USING (name) ORDER BY first, number"
         )
-        for name, of_name in itertools.groupby(found, key=operator.itemgetter(0)):
+        for (name, chained), of_name in itertools.groupby(found, key=operator.itemgetter(0, 1)):
+            if chained:  # their links or times say the order, in all files
+                rows = [*of_name]
+                part = RowPart(rows[0][4], [json.loads(data) for *_, data in rows], None, rows[0][2], rows[-1][2])
+                yield self._entry(name, part)
+                continue
             parts = []
             for _, of_file in itertools.groupby(of_name, key=operator.itemgetter(3)):
                 rows = [*of_file]
                 ordered, times = _in_time([json.loads(data) for *_, data in rows])
                 parts.append(RowPart(rows[0][4], ordered, times, rows[0][2], rows[-1][2]))
             yield from self._entries(name, parts)
+
+    def _name_chains(self) -> None:
+        """Gives calls that go on from others the name of the first one."""
+        self._database.execute("CREATE INDEX by_own ON row (own) WHERE own IS NOT NULL")
+        step = (
+            "UPDATE row SET name = (SELECT name FROM row AS before WHERE before.own = row.name) WHERE own IS NOT NULL "
+            "AND EXISTS (SELECT 1 FROM row AS before WHERE before.own = row.name AND before.name != row.name)"
+        )
+        for _ in range(64):  # each step doubles how far a name has come; of a circle it has no end
+            if not self._database.execute(step).rowcount:
+                break
 
     def _entries(self, name: str, parts: list[RowPart]) -> Iterator[Entry]:
         """The records of a conversation with rows in these files: one, where the rows go on from file to file."""

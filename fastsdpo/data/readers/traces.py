@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -111,7 +113,7 @@ def read_langsmith(record: Mapping, all_branches: bool) -> Iterator[Conversation
     )
 
 
-_CONTENT = ("gen_ai.", "llm.", "input.value", "openinference.", "traceloop.")
+_CONTENT = ("gen_ai.", "llm.", "input.value", "openinference.", "traceloop.", "ai.prompt")
 # A span's own columns in a table of spans, and all that a record can be known by.
 SPAN_KEYS = (
     "attributes",
@@ -251,12 +253,16 @@ def _span_call(span: Mapping) -> Conversation:
             attributes = {**fields, **attributes}
     sent = _messages(attributes, "gen_ai.input.messages", "llm.input_messages", "gen_ai.prompt")
     answer = _messages(attributes, "gen_ai.output.messages", "llm.output_messages", "gen_ai.completion")
+    if sent is None and (sent := _messages(attributes, "ai.prompt.messages")) is not None:  # the AI SDK's
+        said = {"role": "assistant", "content": walk(attributes, "ai.response.text")}
+        answer = [{**said, "tool_calls": decoded(walk(attributes, "ai.response.toolCalls"))}]
     if sent is None:
         sent, answers = _event_messages(span)
         answer = answers or answer
     sent = sent or decoded(walk(attributes, "input.value"))
     answer = answer or decoded(walk(attributes, "output.value"))
-    ends = {"finish_reason": first_item(decoded(walk(attributes, "gen_ai.response.finish_reasons")))}
+    end = first_item(decoded(walk(attributes, "gen_ai.response.finish_reasons")))
+    ends = {"finish_reason": end or walk(attributes, "ai.response.finishReason")}
     if answer and was_cut(ends):
         answer = {"output": answer, **ends}
     kind = walk(attributes, "openinference.span.kind") or span.get("span_kind")
@@ -276,3 +282,99 @@ def _span_call(span: Mapping) -> Conversation:
         or identifier(span.get("context"), ("span_id",)),
         rating=_user_score(decoded(span.get("annotations", span.get("span_annotations")))),
     )
+
+
+def is_mlflow(record: Mapping) -> bool:
+    spans = as_mapping(record.get("data")).get("spans", record.get("spans"))
+    first = as_mapping(first_item(decoded(spans)))
+    return any(str(key).startswith("mlflow.") for key in as_mapping(first.get("attributes")))
+
+
+def read_mlflow(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
+    """Reads a trace of MLflow: `info` and `data.spans`, or a row of `search_traces`.
+
+    The root span counts where its inputs have messages; else the spans of chat models do. The session is in the
+    trace's metadata; assessments by people are ratings.
+    """
+    info = as_mapping(record.get("info")) or record
+    spans = [
+        as_mapping(item) for item in as_list(as_mapping(record.get("data")).get("spans", record.get("spans")), "spans")
+    ]
+    metadata = as_mapping(info.get("trace_metadata")) or as_mapping(info.get("request_metadata"))
+    scores = decoded(info.get("assessments"))
+    rating: dict[str, Any] = {}
+    for item in map(as_mapping, scores if isinstance(scores, (list, tuple)) else ()):
+        value = as_mapping(item.get("feedback")).get("value")
+        if not rating and value is not None and as_mapping(item.get("source")).get("source_type") == "HUMAN":
+            rating = rating_fields({"rating": value, "rating_comment": item.get("rationale")})
+    roots = [span for span in spans if not (span.get("parent_span_id") or span.get("parent_id"))]
+    calls = [span for span in roots if _mlflow_messages(span)]
+    if not calls:
+        kinds = ("CHAT_MODEL", "LLM")
+        calls = [s for s in spans if str(_mlflow(s, "spanType")).upper() in kinds and _mlflow(s, "spanInputs")]
+    if not calls:
+        raise NotACall("a trace without the messages of a call")
+    for index, span in enumerate(calls):
+        yield call(
+            _mlflow(span, "spanInputs"),
+            _mlflow(span, "spanOutputs"),
+            names=("mlflow.spanInputs", "mlflow.spanOutputs"),
+            conversation_id=identifier(metadata, ("mlflow.trace.session",)),
+            record_id=identifier(info, ("trace_id", "request_id")),
+            rating=rating if index == len(calls) - 1 else None,
+        )
+
+
+def _mlflow(span: Mapping, name: str) -> Any:
+    """An attribute of a span, which MLflow keeps as JSON."""
+    value = as_mapping(span.get("attributes")).get(f"mlflow.{name}")
+    if isinstance(value, str) and value.startswith('"'):
+        with contextlib.suppress(ValueError):
+            return json.loads(value)
+    return decoded(value)
+
+
+def _mlflow_messages(span: Mapping) -> bool:
+    found = _mlflow(span, "spanInputs")
+    if isinstance(found, Mapping):
+        found = decoded(found.get("messages") or found.get("input"))
+    return is_message(first_item(found))
+
+
+def _datadog_spans(record: Mapping) -> list[Mapping]:
+    """Spans of Datadog's LLM Observability: one, or a page, as its API exports them, or those that are sent to it."""
+    data = decoded(record.get("data"))
+    spans: list[Mapping] = []
+    for item in map(as_mapping, data if isinstance(data, (list, tuple)) else [data or record]):
+        about = as_mapping(item.get("attributes"))
+        if "ml_app" in about and isinstance(about.get("spans"), (list, tuple)):
+            session_id = about.get("session_id")
+            for span in map(as_mapping, about["spans"]):
+                spans.append({"session_id": session_id, **span, **as_mapping(span.get("meta"))})
+        elif "span_kind" in about and not {"input", "output"}.isdisjoint(about):
+            spans.append(about)
+    return spans
+
+
+def is_datadog(record: Mapping) -> bool:
+    return bool(_datadog_spans(record))
+
+
+def read_datadog(record: Mapping, all_branches: bool) -> Iterator[Conversation]:
+    """Reads spans of Datadog's LLM Observability: those of the kind `llm` with `messages` in `input` and `output`."""
+    found = False
+    for span in _datadog_spans(record):
+        kind = span.get("span_kind", as_mapping(span.get("span")).get("kind", span.get("kind")))
+        sent, back = as_mapping(span.get("input")), as_mapping(span.get("output"))
+        if kind != "llm" or not decoded(sent.get("messages")):
+            continue
+        found = True
+        yield call(
+            {"messages": sent["messages"]},
+            back.get("messages") or back.get("value"),
+            names=("input", "output"),
+            conversation_id=identifier(span, ("session_id",)),
+            record_id=identifier(span, ("span_id",)),
+        )
+    if not found:
+        raise NotACall("spans, none of which has the messages of a call")
