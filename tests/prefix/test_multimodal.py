@@ -22,7 +22,8 @@ OPTIONS = {
     ),
     "Llama4": dict(
         text_config=TEXT | dict(num_local_experts=2, intermediate_size_mlp=48, attention_chunk_size=8),
-        vision_config=VISION | dict(image_size=28, vision_output_dim=32, projector_input_dim=32)
+        vision_config=VISION
+        | dict(image_size=28, vision_output_dim=32, projector_input_dim=32)
         | dict(projector_output_dim=32, pixel_shuffle_ratio=0.5),
         image_token_index=205,
     ),
