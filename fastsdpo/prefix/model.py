@@ -54,13 +54,14 @@ def decoder_of(causal: nn.Module) -> Any:
         TypeError: there is none; some models (Llama 4's text model) say that they are their own, and ModernBERT
             calls its head "decoder".
     """
-    found = causal.get_decoder()
-    if found is causal or found is causal.get_output_embeddings():
+    found, head = causal.get_decoder(), causal.get_output_embeddings()
+    if found is causal or found is head:
         base = causal.base_model
         found = getattr(causal, "model", None if base is causal else base)
     if found is None:
         raise TypeError(f"model must have a decoder below its head, got {type(causal).__name__}")
-    return found
+    holds_head = hasattr(found, "get_output_embeddings") and found.get_output_embeddings() is head
+    return decoder_of(found) if holds_head else found  # Llama 4 with images: it is a causal LM itself
 
 
 def layers_before_head(model: nn.Module) -> nn.Module | None:

@@ -30,7 +30,7 @@ from fastsdpo.trainer.memory_meter import FusedOperators, Meter
 from fastsdpo.trainer.memory_optim import make_shape_optimizer
 from fastsdpo.trainer.memory_shards import Shards
 from fastsdpo.trainer.memory_zero import ZeroMemory, ZeroSettings, ZeroShards
-from fastsdpo.trainer.noise import dropout_rates, turn_off
+from fastsdpo.trainer.noise import without_dropout
 from fastsdpo.trainer.sharing import PrefixSharing
 
 GPU_GRANULE, CPU_GRANULE = 512, 64  # bytes in which the allocators count
@@ -63,7 +63,7 @@ class ModelShape:
                 from peft import get_peft_model
 
                 model = get_peft_model(model, copy.deepcopy(self.adapter))
-        turn_off(dropout_rates(model))
+        without_dropout(model)
         return model.train()
 
 

@@ -17,7 +17,7 @@ from fastsdpo.trainer.config import SDPOConfig
 from fastsdpo.trainer.inherited import COMPILED
 from fastsdpo.trainer.launch import check_loaded_dtype, check_placement, check_quantized_launch
 from fastsdpo.trainer.liger import use_liger_layers
-from fastsdpo.trainer.noise import dropout_rates, turn_off
+from fastsdpo.trainer.noise import without_dropout
 
 CHECKPOINTING = (
     "gradient checkpointing is on, as for all models of a billion weights and more; --set "
@@ -127,5 +127,5 @@ def prepare_model(
     if is_peft(module):
         check_saved_whole(module)
     if args.disable_dropout:
-        turn_off(dropout_rates(module))
+        without_dropout(module)
     return module, tokenizer

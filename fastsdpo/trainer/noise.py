@@ -3,7 +3,8 @@
 The teacher is the same module as the student, in the same mode: what one of them draws at random, the
 loss takes for a difference between them. Dropout is a layer (`nn.Dropout`) or a number that a module
 keeps or reads from its configuration (``attention_dropout``, ``layerdrop``, ``router_jitter_noise``).
-Two passes over the same tokens then tell whether that was all.
+PhiMoE's routers use theirs in evaluation too, so they keep it and run as in evaluation. Two passes
+over the same tokens then tell whether that was all.
 """
 
 from __future__ import annotations
@@ -55,11 +56,28 @@ def _rates(attributes: dict[str, Any], place: str, *, layer: bool = False) -> It
                 yield Rate(holder, key, f"{place}{name}")
 
 
+def without_dropout(model: nn.Module) -> None:
+    """Turns off the dropout and jitter whose rates modules keep; what the model computes in evaluation stays."""
+    for module in filter(_evaluates_with_jitter, model.modules()):
+        module.register_forward_pre_hook(_evaluate)
+    turn_off(dropout_rates(model))
+
+
+def _evaluates_with_jitter(module: nn.Module) -> bool:
+    """Whether it is PhiMoE's router: its jitter also says how close to the best an expert's score must be to count."""
+    return "phimoe" in type(module).__name__.lower() and hasattr(module, "router_jitter_noise")
+
+
+def _evaluate(module: nn.Module, _args: Any) -> None:
+    module.training = False
+
+
 def dropout_rates(model: nn.Module) -> list[Rate]:
-    """The rates above 0 that modules keep, layers of dropout included."""
+    """The rates above 0 that modules keep and that act in training alone, layers of dropout included."""
     return [
         rate
         for name, module in model.named_modules()
+        if not _evaluates_with_jitter(module)
         for rate in _rates(vars(module), f"{name}." if name else "", layer="Dropout" in type(module).__name__)
     ]
 

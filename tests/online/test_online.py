@@ -5,10 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import TrainerCallback
 
 from fastsdpo.data import HindsightTemplate, InteractionTokenizer
-from fastsdpo.online import ConstantUser, RuleUser, SwitchingUser, degenerate
+from fastsdpo.online import (
+    ConstantUser,
+    OnlineSDPOConfig,
+    OnlineSDPOTrainer,
+    RuleUser,
+    SwitchingUser,
+    degenerate,
+)
 from fastsdpo.online.presets import PRESETS
 from fastsdpo.online.rules import parse_rule
 from fastsdpo.trainer.loss import ppo_token_loss
@@ -226,6 +234,31 @@ def test_answers_without_a_follow_up_are_dropped(said, share, lab, tmp_path):
     trainer.train()
     assert trainer.state.log_history[0]["online/followups"] == share
     assert all(map(torch.equal, before, trainer.model.parameters())) == (share == 0)
+
+
+@pytest.mark.parametrize("kind", ["RecurrentGemma", "Rwkv", "Llama"])
+def test_answers_do_not_depend_on_the_prompts_beside_them(lab, kind, tmp_path):
+    """Some models read padding in spite of the mask. The likeliest tokens, by calls of the model alone."""
+    shape = {"vocab_size": 47, "hidden_size": 32, "num_attention_heads": 4, "lru_width": 32, "eos_token_id": 1}
+    config = getattr(transformers, f"{kind}Config")(**shape, num_hidden_layers=3, intermediate_size=48)
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": [], "max_new_tokens": 6}
+    args = OnlineSDPOConfig(**settings, template=" note {o}")
+    texts = ["w1 w2", "w3", " ".join(f"w{n}" for n in range(20)), "w5 w6 w7 w8", "w9"]
+    trainer = OnlineSDPOTrainer(model, args, ConstantUser("w1"), texts, processing_class=lab.tokenizer())
+    asked = [[{"role": "user", "content": text}] for text in texts]
+    samples = trainer.held_out_answers(asked).samples
+    for messages, sample in zip(asked, samples):
+        ids = trainer.tokenize.generation_prompt(messages)
+        start = len(ids)
+        while len(ids) - start < 6 and ids[-1] != 1:
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        assert sample.ids == ids[start:]
 
 
 def test_evaluation_asks_the_user(lab, tmp_path):

@@ -20,6 +20,13 @@ OPTIONS = {
         vision_config=VISION | dict(image_size=28),
         **dict(mm_tokens_per_image=1, image_token_index=205, boi_token_index=206, eoi_token_index=207),
     ),
+    "Llama4": dict(
+        text_config=TEXT | dict(num_local_experts=2, intermediate_size_mlp=48, attention_chunk_size=8),
+        vision_config=VISION
+        | dict(image_size=28, vision_output_dim=32, projector_input_dim=32)
+        | dict(projector_output_dim=32, pixel_shuffle_ratio=0.5),
+        image_token_index=205,
+    ),
     "Molmo2": dict(
         text_config=SHAPE | dict(head_dim=8, additional_vocab_size=8),
         vision_config=VISION | HEADS | dict(image_size=[28, 28], num_position_embeddings=5),
@@ -63,6 +70,7 @@ def demand(model, name):
     ("name", "demanded", "shares"),
     [
         ("Gemma3", "token_type_ids", True),
+        ("Llama4", None, True),  # its decoder is a causal LM, with the head inside
         ("Molmo2", "mm_token_type_ids", True),
         ("Qwen2VL", "mm_token_type_ids", True),
         ("PaliGemma", None, False),  # its zeros are a prefix in which tokens see those behind them

@@ -1,5 +1,7 @@
 """Noise in training mode: turned off for student and teacher, refused by name, or said."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -47,6 +49,37 @@ def test_training_computes_the_loss_of_evaluation(lab, tmp_path, name):
             losses.append(float(trainer.run_pass(trainer.model, items, 4)[0]))
     assert losses[0] > 1e-3
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-9)
+
+
+def test_phimoe_trains_as_it_answers(lab, tmp_path):
+    """In evaluation its jitter decides which experts are close enough to be weighed against each other.
+
+    The answers' log-probabilities and the gradient of a step, against the model's own passes in evaluation mode.
+    """
+    torch.manual_seed(0)
+    config = transformers.PhimoeConfig(**SHAPE, **MORE, num_local_experts=4, router_jitter_noise=0.1)
+    model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    plain = copy.deepcopy(model).eval()
+    trainer = lab.make_trainer(tmp_path, model=model, interactions=lab.make_interactions(2), mode="sampled_token")
+    items = [trainer.train_dataset[index] for index in range(4)]
+
+    def logps(prompt, completion):
+        logits = plain(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
+
+    students = [logps(item.prompt_ids, item.completion_ids) for item in items]
+    teachers = [logps(item.teacher_prompt_ids, item.completion_ids) for item in items]
+    loss = sum(-((t - s).detach() * s).mean() for s, t in zip(students, teachers)) / 4
+    loss.backward()
+    model.train()
+    with torch.no_grad():
+        found = trainer.run_pass(model, items, 4)[1].student_logps
+    torch.testing.assert_close(found, torch.cat(students).detach(), rtol=0, atol=1e-4)
+    value, gradients = lab.gradients_of(trainer)
+    assert value == pytest.approx(float(loss.detach()), rel=1e-4)
+    wanted = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    assert wanted["model.layers.0.mlp.router.weight"].norm() > 1e-3
+    lab.assert_close(gradients, wanted, 1e-3)
 
 
 def test_a_run_draws_no_random_numbers(lab, tmp_path):
