@@ -47,7 +47,7 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return inner
 
 
-def decoder_of(causal: nn.Module) -> Any:
+def decoder_of(causal: Any) -> Any:
     """The decoder below the head of a causal LM.
 
     Raises:
