@@ -125,8 +125,7 @@ def _padding_disturbs(model: Any, prompts: Sequence[Sequence[int]], pad_id: int)
     """Whether the model answers a prompt otherwise behind padding, whatever the mask says.
 
     RecurrentGemma takes padding into its states, and DeepSeek V4 counts it into the stretches of tokens that it
-    compresses.
-    Tried with the longest prompt that will be padded, and an odd count of padding tokens.
+    compresses. Tried with the longest prompt that will be padded, and an odd count of padding tokens.
     """
     from transformers import GenerationConfig
 
