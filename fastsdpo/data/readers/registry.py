@@ -309,7 +309,7 @@ _IDS = frozenset((*CONVERSATION_ID_KEYS, *RECORD_ID_KEYS))  # which tell nothing
 def _advice(keys: tuple[str, ...]) -> str:
     """The nearest layout to a record with these keys, which is of none, and what helps."""
     known = {key: reader for reader in reversed(READERS) for key in reader.keys}
-    near = [match for key in keys for match in difflib.get_close_matches(key, known, n=1, cutoff=0.75)]
+    near = [match for key in keys for match in difflib.get_close_matches(key, known, n=1, cutoff=0.85)]
     found = ""
     if near:
         reader = known[near[0]]
