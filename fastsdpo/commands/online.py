@@ -50,7 +50,7 @@ def build_parser() -> Parser:
     group.add_argument(
         "prompts",
         help="What users ask: a text file with one prompt in each line, or rows with 'prompt' (JSON, JSON Lines, "
-        "Parquet).",
+        "CSV, Parquet).",
     )
     group.add_argument(
         "-o", "--output", required=True, metavar="FOLDER", help="The folder for everything that the run leaves behind."
