@@ -18,6 +18,12 @@ def check_folder(folder: str, allowed: bool) -> None:
         raise ValueError(f"{folder} holds a run; pass --resume to go on with it, or --overwrite")
 
 
+def check_resume(resume: str | bool | None) -> None:
+    """Raises ValueError where ``--resume`` names a checkpoint that is not there."""
+    if isinstance(resume, str) and not Path(resume, "trainer_state.json").is_file():
+        raise ValueError(f"--resume must name a checkpoint's folder, such as RUN/checkpoint-100, got {resume!r}")
+
+
 def check_file(file: str | Path | None, source: str | Path | None, flag: str = "--output") -> None:
     """Raises ValueError where no file can be written there, or it is the one that is read."""
     if file is None:
