@@ -80,6 +80,7 @@ RUN = ["train", "data.jsonl", "--model", "m", "-o", "out"]
         ([*RUN, "--teacher", "forzen"], "--teacher must be one of live, ema, frozen, trust_region, got 'forzen'"),
         ([*RUN, "--topk", "many"], "--topk must be a whole number, got 'many'"),
         ([*RUN, "--push-to-hub"], "--push-to-hub needs a value"),
+        (["prepare", "a.jsonl", "-o", ""], "--output must name a file or folder, got an empty text"),
         ([*RUN, "more.jsonl"], "unexpected argument 'more.jsonl'"),
         (["train"], "missing: DATA, --model"),
         (["chat", "--model", "m", "-o", "c", "--epochs", "1"], "unknown option --epochs"),

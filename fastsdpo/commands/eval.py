@@ -44,7 +44,8 @@ def build_parser() -> Parser:
     parser = Parser("eval", __doc__)
     parser.add_argument(
         "prompts",
-        help="Held-out prompts: a text file with one in each line, or rows with 'prompt' (JSON, JSON Lines, Parquet).",
+        help="Held-out prompts: a text file with one in each line, or rows with 'prompt' (JSON, JSON Lines, CSV, "
+        "Parquet).",
     )
     parser.add_config_option()
     parser.add_argument(

@@ -93,8 +93,8 @@ def compare(options: argparse.Namespace) -> int:
             }
         )
         print(f"{Path(name).name}: {result}" if options.checkpoints else result, flush=True)
-    if options.output is not None:
-        write_report(options.output, reports if options.checkpoints else reports[0])
+        if options.output is not None:  # after each checkpoint: what is stopped leaves those before
+            write_report(options.output, reports if options.checkpoints else reports[0])
     return DONE
 
 

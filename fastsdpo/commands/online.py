@@ -36,7 +36,7 @@ from fastsdpo.commands.options import (
     refuse,
 )
 from fastsdpo.commands.parser import Parser
-from fastsdpo.commands.paths import check_folder, check_template
+from fastsdpo.commands.paths import check_folder, check_resume, check_template
 from fastsdpo.commands.running import DONE, LOST, run_command
 from fastsdpo.commands.users import add_user_options
 from fastsdpo.online.presets import PRESETS
@@ -50,7 +50,7 @@ def build_parser() -> Parser:
     group.add_argument(
         "prompts",
         help="What users ask: a text file with one prompt in each line, or rows with 'prompt' (JSON, JSON Lines, "
-        "Parquet).",
+        "CSV, Parquet).",
     )
     group.add_argument(
         "-o", "--output", required=True, metavar="FOLDER", help="The folder for everything that the run leaves behind."
@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 def start(options: argparse.Namespace) -> int:
     """What needs no torch is checked first: it takes seconds to import."""
     check_folder(options.output, options.resume or options.overwrite)
+    check_resume(options.resume)
     if options.eval_prompts is None:
         held_out = ("eval-steps", "eval-max-new-tokens", "eval_temperature", "per_device_eval_batch_size")
         refuse(options, held_out, "needs held-out prompts (--eval-prompts)")

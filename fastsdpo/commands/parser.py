@@ -108,6 +108,8 @@ class Parser(argparse.ArgumentParser):
         options, more = self.parse_known_args(self._with_config(argv), namespace)
         if more:
             self.error(f"unexpected argument {more[0]!r}")
+        if str(getattr(options, "output", None)) == "":  # a shell's variable that is not set; not the current folder
+            self.error("--output must name a file or folder, got an empty text")
         options.given = self._given(options)
         return options
 

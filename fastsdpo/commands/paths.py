@@ -18,25 +18,31 @@ def check_folder(folder: str, allowed: bool) -> None:
         raise ValueError(f"{folder} holds a run; pass --resume to go on with it, or --overwrite")
 
 
-def check_file(file: str | None, source: str) -> None:
+def check_resume(resume: str | bool | None) -> None:
+    """Raises ValueError where ``--resume`` names a checkpoint that is not there."""
+    if isinstance(resume, str) and not Path(resume, "trainer_state.json").is_file():
+        raise ValueError(f"--resume must name a checkpoint's folder, such as RUN/checkpoint-100, got {resume!r}")
+
+
+def check_file(file: str | Path | None, source: str | Path | None, flag: str = "--output") -> None:
     """Raises ValueError where no file can be written there, or it is the one that is read."""
     if file is None:
         return
     if Path(file).is_dir():
-        raise ValueError(f"--output must be a file, but {file} is a folder")
-    if Path(file).resolve() == Path(source).resolve():
-        raise ValueError(f"--output must be another file than what is read, got {file} for both")
-    _check_writable(Path(file).absolute().parent)
+        raise ValueError(f"{flag} must be a file, but {file} is a folder")
+    if source is not None and Path(file).resolve() == Path(source).resolve():
+        raise ValueError(f"{flag} must be another file than what is read, got {file} for both")
+    _check_writable(Path(file).absolute().parent, flag)
 
 
-def _check_writable(folder: Path) -> None:
+def _check_writable(folder: Path, flag: str = "--output") -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise ValueError(f"--output must be a folder, but {there} is a file")
+        raise ValueError(f"{flag} must be a folder, but {there} is a file")
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        raise ValueError(f"--output: nothing can be written in {there}: {error.strerror}") from error
+        raise ValueError(f"{flag}: nothing can be written in {there}: {error.strerror}") from error
 
 
 def check_data(data: str | list[str], held_out: str | None, *, stream: bool = False) -> None:

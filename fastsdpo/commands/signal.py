@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from fastsdpo.commands.options import add_model_source_options, model_source
 from fastsdpo.commands.parser import Parser
+from fastsdpo.commands.paths import check_file
 from fastsdpo.commands.running import DONE, run_command
 from fastsdpo.commands.signal_cases import signal_cases
 from fastsdpo.data import HindsightTemplate, Interaction, extract_interactions, load_conversations
@@ -48,6 +49,9 @@ A small model that merely copies: the word that the user rejects becomes more li
 
 Exit status: 0 done; 1 an input, a model or a file cannot be used; 2 wrong options.
 """
+
+# The options that name a file to write.
+WRITTEN = ("html", "json", "heatmap")
 
 
 def build_parser() -> Parser:
@@ -145,7 +149,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     _check_options(parser, options)
-    return run_command(parser, signal if options.cases is None else signal_cases, options)
+
+    def run(options: argparse.Namespace) -> int:
+        for name in WRITTEN:  # before minutes are spent on a model
+            check_file(getattr(options, name), options.cases or options.source, f"--{name}")
+        return signal(options) if options.cases is None else signal_cases(options)
+
+    return run_command(parser, run, options)
 
 
 def _check_options(parser: Parser, options: argparse.Namespace) -> None:
@@ -189,9 +199,8 @@ def _check_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error(f"--temperature must be positive, got {options.temperature}")
     if options.scale is not None and not 0 < options.scale < float("inf"):
         parser.error(f"--scale must be positive, got {options.scale}")
-    for name in ("html", "json", "heatmap"):
+    for name in WRITTEN:
         path = getattr(options, name)
-        # Before minutes are spent on a model.
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             parser.error(f"--{name} must be a file in an existing folder, got {path}")
 

@@ -51,7 +51,7 @@ from fastsdpo.commands.options import (
     refuse,
 )
 from fastsdpo.commands.parser import Parser
-from fastsdpo.commands.paths import check_data, check_folder, check_template, held_out
+from fastsdpo.commands.paths import check_data, check_folder, check_resume, check_template, held_out
 from fastsdpo.commands.running import LOST, run_command
 from fastsdpo.settings import SDPOSettings
 from fastsdpo.trainer.presets import PRESETS
@@ -167,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
 def start(options: argparse.Namespace) -> int:
     """What needs no torch is checked first: it takes seconds to import."""
     check_folder(options.output, options.resume or options.overwrite or options.dry_run)
+    check_resume(options.resume)
     if options.stream:
         refuse(
             options, NOT_STREAMED, "goes without --stream: it is about data that is passed over before the first step"

@@ -38,6 +38,12 @@ def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
 
 
+def _is_report(path: Path) -> bool:
+    """Whether it is what `prepare` wrote beside a file of interactions or prompts."""
+    name = path.name.removesuffix(".report.json")
+    return name != path.name and any(path.with_name(name + suffix).exists() for suffix in JSON_SUFFIXES)
+
+
 def name_outputs(output: Path, eval_output: str | PathLike | None, holds_out: bool) -> list[Path]:
     """The files of JSON Lines to write: the output, and where rows are held out, theirs.
 
@@ -66,7 +72,7 @@ def expand_source(source: str | PathLike | Iterable[str | PathLike]) -> list[Pat
         if (path / "dataset_info.json").exists() and (path / "state.json").exists():
             return [path]
         found = (file for file in path.rglob("*") if file.is_file() and is_data(file))
-        files = sorted(file for file in found if not file.name.startswith("."))
+        files = sorted(file for file in found if not file.name.startswith(".") and not _is_report(file))
         if not files:
             raise FileNotFoundError(f"folder {path} holds no file that ends in {', '.join(SUFFIXES)}")
         others = sorted(f.name for f in path.rglob("*") if f.is_file() and not is_data(f) and f.name[0] != ".")

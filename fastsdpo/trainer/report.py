@@ -64,7 +64,8 @@ def dry_run_report(
     )
     lines.append(
         f"sharing {table.sharing}: {table.tokens:,} of {table.unshared:,} tokens are computed per epoch, "
-        f"in {table.passes:,} passes of at most {args.max_tokens_per_pack or 'any number of'} tokens"
+        f"in {table.passes:,} passes"
+        + (f" of at most {args.max_tokens_per_pack} tokens" if args.max_tokens_per_pack else "")
         + ("" if table.exact else ", projected from a sample")
     )
     lines.append(step_text(len(train), args, processes))

@@ -114,6 +114,13 @@ class TestFormats:
         assert read(f"{tmp_path}/**/*.GZ")[0] == ids[4:]
         assert read([tmp_path / "2.JSONL", str(tmp_path / "1.json")])[0] == ids[2:4] + ids[:2]
 
+    def test_reports_of_prepare_in_a_folder_are_no_records(self, tmp_path):
+        write(tmp_path, "a.jsonl", lines(RECORDS[:2]))
+        write(tmp_path, "a.report.json", b'{"conversations": 2}')
+        write(tmp_path, "own.report.json", json.dumps(RECORDS[2:4]).encode())  # beside no own.jsonl
+        ids, report = read(tmp_path)
+        assert ids == [record["id"] for record in RECORDS[:4]] and not report.damaged
+
     def test_only_the_needed_columns_of_parquet(self, tmp_path):
         records = [{**r, "language": "English", "moderation": [1.0] * 9} for r in RECORDS]
         path = parquet(tmp_path / "a.parquet", records)

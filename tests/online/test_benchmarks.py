@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from fastsdpo.cli import main
+from fastsdpo.commands import eval_run
 from fastsdpo.online import ifeval
 
 WORDS = {"relation": "at least", "num_words": 3}
@@ -88,7 +89,7 @@ def test_a_model_without_tokenizer_is_found_before_any_answer(saved, tmp_path, c
     assert f"folder {bare} holds no tokenizer" in said.err and said.out == ""
 
 
-def test_a_curve_over_checkpoints_and_the_base_told(saved, tmp_path, capsys):
+def test_a_curve_over_checkpoints_and_the_base_told(saved, tmp_path, capsys, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("w1 w2\nw3\n")
     run = ["online", str(prompts), "--model", saved, "-o", str(tmp_path / "run"), "--template", " note {o}", "--cpu"]
@@ -104,6 +105,18 @@ def test_a_curve_over_checkpoints_and_the_base_told(saved, tmp_path, capsys):
     curve = json.loads(report.read_text())
     assert [row["model"].rpartition("/")[2] for row in curve] == names
     assert curve[1]["answers"] == curve[2]["answers"]
+
+    def stopped_at_the_end(name, *arguments):
+        if name == str(tmp_path / "run" / "model"):
+            raise KeyboardInterrupt
+        return answers_of(name, *arguments)
+
+    answers_of = eval_run.answers_of
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_run, "answers_of", stopped_at_the_end)
+        assert main([*judged, "--checkpoints", str(tmp_path / "run"), "--base-system", "w9"]) == 130
+    assert json.loads(report.read_text()) == curve[:2]
+    capsys.readouterr()
     assert main([*judged, "--checkpoints", str(tmp_path)]) == 1 and "no checkpoint there" in capsys.readouterr().err
     wording = tmp_path / "judge.txt"
     wording.write_text("{history} {first}")

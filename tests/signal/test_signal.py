@@ -408,6 +408,8 @@ LACKING = "xpu" if torch.cuda.is_available() else "cuda"
         (["{source}", "--index", 9], "no interaction with index 9 among the 3 there"),
         (["{source}", "--id", "nine"], "no interaction with id 'nine' among the 3 there"),
         (["/no/such.json"], "no such file: /no/such.json"),
+        (["{source}", "--html", "/proc/a.html"], "--html: nothing can be written in /proc"),
+        (["{source}", "--json", "{source}"], "--json must be another file than what is read"),
         (["{source}", "--template", "x"], "--template must be one of offline-v1"),
         (["{source}", "--unrelated", " "], "followup must be text that is not blank"),
         (["{source}", "--dtype", "int8"], "dtype must be auto, float32"),

@@ -143,6 +143,7 @@ MISSING = next(name for name in INTEGRATION_TO_CALLBACK if name not in get_avail
         (f"{STREAM} --token-cache here", "--token-cache goes without --stream"),
         (f"{STREAM} --set dataloader_num_workers=2", "--set dataloader_num_workers goes without --stream"),
         (f"{STREAM} --show 65", "--show must be at most 64 with --stream, got 65"),
+        ("--resume nosuch", "--resume must name a checkpoint's folder, such as RUN/checkpoint-100, got 'nosuch'"),
         ("--shuffle-buffer 8", "--shuffle-buffer needs --stream"),
     ],
 )
