@@ -62,6 +62,11 @@ def train(options: argparse.Namespace) -> int:
     stop = StopOnSignal()
     trainer = make_trainer(options, config, stop, show)
     say(run.describe_model(trainer, options.model))
+    if options.lora and {"learning-rate", "preset"}.isdisjoint(options.given):
+        say(
+            f"learning rate {config.learning_rate:g}, made for all weights: an adapter takes about ten times more "
+            f"(--learning-rate {10 * config.learning_rate:g})"
+        )
     if options.show > 0 and trainer.tokenize is not None:
         shown = load_interactions(options.data) if trainer.stream is None else trainer.stream.sample
         say(show_interactions(trainer.tokenize, shown, options.show))

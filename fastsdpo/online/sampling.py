@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger("fastsdpo.online")
 
 DEFAULT_TEMPERATURE = 0.7  # where neither the caller nor the model names one
 # What a model's generation config says about how to draw.
@@ -78,6 +82,7 @@ def generate(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=list(end_ids), pad_token_id=end_ids[0], **settings
     )
+    _check_context(model, max(map(len, prompts), default=0), max_new_tokens)
     device = model.get_input_embeddings().weight.device
     samples: dict[int, Sample] = {}
     training = model.training
@@ -106,6 +111,21 @@ def generate(
         model.generation_config = own
         model.train(training)
     return [samples[place] for place in range(len(prompts))]
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
+
+
+def _check_context(model: Any, longest: int, max_new_tokens: int) -> None:
+    """Says once where an answer may reach beyond the positions that the model was made for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and longest + max_new_tokens > limit:
+        _warn_once(
+            f"a prompt and its answer of at most {max_new_tokens} tokens are longer than the {limit:,} positions that "
+            "the model was made for: expect poor answers there; set a smaller max_prompt_length"
+        )
 
 
 def _batches(model: Any, prompts: Sequence[Sequence[int]], size: int, pad_id: int) -> list[list[int]]:

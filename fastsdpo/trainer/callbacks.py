@@ -168,7 +168,7 @@ class MovingAverage(TrainerCallback):
 
 
 class SignalWindow(TrainerCallback):
-    """The windows of what is logged begin with training: what was measured before is dropped."""
+    """The windows of what is logged begin with training, so what was measured before is dropped, and end with it."""
 
     def __init__(self, metrics: SignalMetrics, speed: SpeedMeter):
         self.metrics, self.speed = metrics, speed
@@ -176,6 +176,10 @@ class SignalWindow(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.metrics.reset()
         self.speed.reset()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True
 
 
 class LongWarmUp(TrainerCallback):

@@ -261,6 +261,12 @@ def test_answers_do_not_depend_on_the_prompts_beside_them(lab, kind, tmp_path):
         assert sample.ids == ids[start:]
 
 
+def test_answers_beyond_the_positions_of_the_model(lab, tmp_path, caplog):
+    trainer = lab.trainer(tmp_path, max_new_tokens=12)
+    asked = [[{"role": "user", "content": "w1 " * 250}]]
+    assert trainer.held_out_answers(asked).texts and "are longer than the 256 positions" in caplog.text
+
+
 def test_evaluation_asks_the_user(lab, tmp_path):
     trainer = lab.trainer(tmp_path, user=RuleUser(["max_words=3"], praise="w1"))
     metrics = trainer.evaluate()

@@ -272,6 +272,19 @@ def test_resuming_with_another_adapter_is_one_sentence(place, tmp_path, capsys):
         assert "checkpoint-1 is of another model or adapter; go on with the --model and --lora" in error
 
 
+def test_a_short_run_with_an_adapter(place, tmp_path, capsys):
+    """Its last step is logged, and a learning rate that was made for all weights is named."""
+    more = ("--lora", "2", "--set", "teacher_check=0", "--logging-steps", "10")
+    argv = command(place, tmp_path / "out", *more)
+    rate = argv.index("--learning-rate")
+    assert main(argv[:rate] + argv[rate + 2 :]) == 0
+    logged = [entry["step"] for entry in report_of(tmp_path / "out")["history"] if "loss" in entry]
+    assert logged == [1, 3]
+    assert (
+        "learning rate 2e-06, made for all weights: an adapter takes about ten times more" in capsys.readouterr().out
+    )
+
+
 def test_two_runs_into_one_folder(place, tmp_path, capsys):
     output = tmp_path / "out"
     output.mkdir()
