@@ -55,7 +55,8 @@ class SDPOConfig(SDPOSettings, TrainingArguments):
     ``learning_rate=2e-6``, ``lr_scheduler_type="cosine"``, ``warmup_steps=0.05`` (a share),
     ``num_train_epochs=2``: the paper's; ``logging_steps=10`` and ``logging_first_step``, so that every run shows
     a loss, and the last step is logged; ``remove_unused_columns`` and ``logging_nan_inf_filter`` off (the latter
-    waits for the GPU in every micro-step; see ``non_finite``); ``ddp_broadcast_buffers`` off (language models have constant buffers).
+    waits for the GPU in every micro-step; see ``non_finite``); ``ddp_broadcast_buffers`` off (language models have
+    constant buffers).
 
     Settings of TrainingArguments that cannot work here, or that nothing would follow, have to keep
     their defaults (`fastsdpo.trainer.inherited.ONLY`): ``torch_compile``, ``label_smoothing_factor``,
